@@ -40,7 +40,7 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
         found = None
     inner = [found]
     for _ in range(_MOST_LEVELS):
-        inner = [item for each in inner for item in items_of(each)]
+        inner = [item for each in inner for item in list_items(each)]
     if inner or not isinstance(found, dict):  # what is deeper can be parsed, and breaks who copies or writes it
         raise ConfigError(key, "something else", bound)
     return found
@@ -102,7 +102,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
         return decode_value(key, value, [*words, *kinds][0])
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
-        return _under(key, hint, value, default if isinstance(default, hint) else None)
+        return _decode_under(key, hint, value, default if isinstance(default, hint) else None)
     if origin in (tuple, frozenset) or hasattr(hint, "_fields"):
         return _sequence(key, value, hint)
     if isinstance(hint, type) and issubclass(hint, tuple):  # a named tuple, which is written as a list
@@ -124,7 +124,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
     return float(value) if whole and hint is float else value
 
 
-def items_of(value: Any) -> Iterable[Any]:
+def list_items(value: Any) -> Iterable[Any]:
     """Return the values directly inside a dict or a list; nothing for any other value."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
@@ -141,11 +141,11 @@ def _sequence(key: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(arguments[0]):
         for item in value:
             require(key, item, isinstance(item, dict), f"must be tables, as in [[{key}]]")
-        return tuple(_under(f"{key}[{number}]", arguments[0], item) for number, item in enumerate(value, 1))
+        return tuple(_decode_under(f"{key}[{number}]", arguments[0], item) for number, item in enumerate(value, 1))
     return typing.get_origin(hint)(decode_value(key, item, arguments[0]) for item in value)
 
 
-def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
+def _decode_under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
     try:
         if default is None and hasattr(cls, "from_json"):  # its values have rules beyond their types
             return cls.from_json(table)

@@ -229,7 +229,7 @@ class RunConfig:
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
             together=self.federation.together,
-            bound=self.bound_task.max_secure_sum(self.data.site_sizes(self.federation.num_sites)),
+            bound=self.bound_task.max_aggregated_value(self.data.site_sizes(self.federation.num_sites)),
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
@@ -339,7 +339,11 @@ class RunConfig:
         # Where an adapter lies changes nothing: its digest says which it is.
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
         own = self.privacy
-        unsaid = {"records_per_user": own.unit == "record", "cohorts": own.cohorts is None, "runs": own.runs == 1}
+        unsaid = {
+            "records_per_user": own.unit == "record",
+            "cohorts": own.cohorts is None,
+            "planned_runs": own.planned_runs == 1,
+        }
         of_no_effect = [("privacy", key) for key, nothing in unsaid.items() if nothing]
         for group, key in (("evaluation", "max_tokens"), *patience, *places, *of_no_effect):
             del fields[group][key]
@@ -390,13 +394,13 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
 
 
 def config_yaml(config: RunConfig) -> bytes:
-    """Serialize the configuration as a run folder's `config.yaml`, which `saved_settings` reads."""
+    """Serialize the configuration as a run folder's `config.yaml`, which `read_saved_settings` reads."""
     settings = {"schema_version": RUN_SCHEMA, **config.to_json()}
     as_it_is = "\x85" not in json.dumps(settings, ensure_ascii=False)  # which YAML would read back as a space
     return bytes(yaml.safe_dump(settings, allow_unicode=as_it_is, encoding="utf-8", sort_keys=False))
 
 
-def saved_settings(folder: Path) -> dict[str, Any]:
+def read_saved_settings(folder: Path) -> dict[str, Any]:
     """Read a run folder's `config.yaml` without validating its settings.
 
     Raises:
@@ -405,21 +409,21 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     path = RunFolder(folder).config
     if not os.path.isfile(path):  # False for a name that is too long, too
         raise ConfigError("run folder", str(folder), f"must hold a config.yaml{suggest_run_folders(folder)}")
-    settings = plain_yaml(path, key="run folder")
+    settings = read_plain_yaml(path, key="run folder")
     check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="run folder")
     return settings
 
 
-def saved_config(folder: Path) -> RunConfig:
+def read_saved_config(folder: Path) -> RunConfig:
     """Read the configuration with which a run folder was created.
 
     Raises:
         ConfigError: the folder has no configuration, or one that this version does not accept.
     """
-    return parse(saved_settings(folder))
+    return parse(read_saved_settings(folder))
 
 
-def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
+def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
     """Read a YAML file of keys and values as plain data; `key` is the setting that names the file.
 
     Raises:
@@ -454,9 +458,9 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
         ConfigError: names the first wrong key, its value and the accepted values.
     """
     try:
-        config = _ADAPTER.validate_python(_with_label_texts(with_home(settings)))
+        config = _ADAPTER.validate_python(_read_label_texts(expand_home_paths(settings)))
     except ValidationError as error:
-        raise first_error(error) from None
+        raise convert_first_error(error) from None
     _check_switches(settings, config.to_json())
     if config.model.dtype == "auto":
         here = not for_real_sites and config.runtime.kind == "simulation"  # real sites have machines of their own
@@ -465,7 +469,7 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
     return config.with_rates()
 
 
-def with_home(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any]:
+def expand_home_paths(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any]:
     """Return a copy of the settings in which paths that begin with `~` start at the home folder.
 
     Raises:
@@ -474,12 +478,12 @@ def with_home(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any
     found = {}
     for key, value in settings.items():
         path = f"{within}{key}"
-        value = with_home(value, within=f"{path}.") if isinstance(value, Mapping) else value
+        value = expand_home_paths(value, within=f"{path}.") if isinstance(value, Mapping) else value
         found[key] = expand_home(value, key=path) if path in PATHS and isinstance(value, str) else value
     return found
 
 
-def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:
+def use_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:
     """Convert the settings of a plain run to a run with secure aggregation; `parse` validates the result.
 
     Each step becomes a round, each sum covers all participating sites, and learning rates decay linearly to zero.  The
@@ -512,10 +516,10 @@ def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) 
     return settings
 
 
-_FASTER = 5 / 3  # how far SGD's rates grow at most in secure sums: from 3 to 5 and from 24 to 40 with four banks
+_FASTER = 5 / 3  # how far SGD's rates grow at most in secure aggregation: from 3 to 5 and from 24 to 40 with four banks
 
 
-def _with_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _read_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
     data = settings.get("data")
     if not (isinstance(data, Mapping) and isinstance(data.get("labels"), list | tuple)):
         return dict(settings)
@@ -531,7 +535,7 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
         raise ConfigError("privacy.delta", privacy.delta, bound)
     if privacy.noise_multiplier is not None:
         plan = config.plan()
-        epsilon = accountant.epsilon_if_above([plan.all_runs_event], privacy.delta, limit=privacy.epsilon)
+        epsilon = accountant.compute_epsilon_if_above([plan.all_runs_event], privacy.delta, limit=privacy.epsilon)
         if epsilon is not None:
             steps = plan.local_steps * plan.most_rounds * plan.runs
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
@@ -562,7 +566,7 @@ def _check_switches(given: Any, taken: Any, key: str = "") -> None:
         _check_switches(value, taken[name], f"{key}.{name}".lstrip("."))
 
 
-def first_error(error: ValidationError) -> ConfigError:
+def convert_first_error(error: ValidationError) -> ConfigError:
     """Convert the first of pydantic's errors to a ConfigError with a message for people who edit settings."""
     details = error.errors(include_url=False)[0]
     # pydantic adds the branch of a union that it tried to the location.

@@ -13,12 +13,12 @@ from typing import Any
 _ABBREVIATED = frozenset({"f1", "auroc", "ece", "mae", "rmse"})
 
 
-def finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
     """Convert a number for JSON, which has no infinity: None stands for an infinite or undefined value."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def unbounded(value: float | None) -> float:
+def infinite_if_none(value: float | None) -> float:
     """Undo `finite`: convert None back to infinity."""
     return math.inf if value is None else value
 
@@ -28,12 +28,12 @@ def total(figures: Iterable[float]) -> float:
     return float(sum(Decimal(repr(float(one))) for one in figures))
 
 
-def spoken(digits: str) -> str:
+def group_hex(digits: str) -> str:
     """Format a hex key or fingerprint for comparison by people, in groups of four digits.
 
     An Ed25519 public key (of a lead or a site) is its own fingerprint, in policies, ledgers and reports.
 
-    >>> spoken("691bee4ac4c3f951")
+    >>> group_hex("691bee4ac4c3f951")
     '691b ee4a c4c3 f951'
     """
     return " ".join(digits[start : start + 4] for start in range(0, len(digits), 4))
@@ -41,7 +41,7 @@ def spoken(digits: str) -> str:
 
 def group_hex_start(digits: str) -> str:
     """Format the first four groups of a key, where the whole key would fill the line."""
-    return f"{spoken(digits[:16])} ..."
+    return f"{group_hex(digits[:16])} ..."
 
 
 def jsonable(value: Any) -> Any:
@@ -69,7 +69,7 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def score_words(name: str) -> str:
+def format_score_name(name: str) -> str:
     """Format the name of a score for people: macro F1, AUROC."""
     return " ".join(word.upper() if word in _ABBREVIATED else word for word in name.split("_"))
 
@@ -79,7 +79,7 @@ def pluralize(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def size(num_bytes: float) -> str:
+def format_size(num_bytes: float) -> str:
     """Format a size in bytes: `312 bytes`, `1.5 MiB`."""
     if num_bytes < 1024:
         return f"{num_bytes:.0f} bytes"

@@ -22,11 +22,11 @@ T = TypeVar("T")
 _NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 
 # One number for each format.  A change of what is written takes a new one, or a migration; a reader refuses all others.
-LEDGER_SCHEMA: Final = 6  # ledger.db and its anchor
-REPORT_SCHEMA: Final = 9  # report.json
-RUN_SCHEMA: Final = 4  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
+LEDGER_SCHEMA: Final = 7  # ledger.db and its anchor
+REPORT_SCHEMA: Final = 10  # report.json
+RUN_SCHEMA: Final = 5  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
 KIT_SCHEMA: Final = 3  # kit.toml, roster.json, join requests, and the lead's own files beside them
-WIRE_SCHEMA: Final = 7  # what lead and sites say to each other
+WIRE_SCHEMA: Final = 8  # what lead and sites say to each other
 
 
 class FedtuneError(Exception):
@@ -52,7 +52,7 @@ class ConfigError(FedtuneError, ValueError):
 
     def __init__(self, key: str, value: object, bound: str, *, remedy: str = "") -> None:
         self.key, self.value, self.bound, self.remedy = key, value, bound, remedy
-        given = key if value is NOT_GIVEN else f"{key} = {shown(value)}"
+        given = key if value is NOT_GIVEN else f"{key} = {format_value(value)}"
         super().__init__(": ".join(filter(None, (given, bound, remedy))))
 
     def under(self, prefix: str) -> ConfigError:
@@ -87,7 +87,7 @@ class LibraryPanic(Exception):
 
 
 @contextmanager
-def errors_in(path: object) -> Iterator[None]:
+def name_file_in_errors(path: object) -> Iterator[None]:
     """Add the file name to ConfigErrors about its content."""
     try:
         yield
@@ -115,9 +115,9 @@ _SAY_SO = (*map(os.strerror, _FULL), "database or disk is full")
 """In the words of the operating system, which libraries in other languages repeat, and of SQLite."""
 
 
-def full_disk(error: BaseException | None) -> str | None:
+def describe_full_disk(error: BaseException | None) -> str | None:
     """Return a message if a full disk or quota caused the error, else None."""
-    for one in causes_of(error):
+    for one in iter_causes(error):
         says_so = any(words in str(one) for words in _SAY_SO)
         if isinstance(one, RunError) and says_so:
             return str(one)
@@ -128,7 +128,7 @@ def full_disk(error: BaseException | None) -> str | None:
     return None
 
 
-def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and its causes, the most recent first."""
     while error is not None:
         yield error
@@ -239,24 +239,24 @@ def check_name(key: str, name: str, *, most: int = 100, marks: str = "-_.") -> N
         )
 
 
-def shown(value: object, most: int = 120) -> str:
+def format_value(value: object, most: int = 120) -> str:
     """Format a value for a message in YAML or JSON notation, since people write null and true, not None and True.
 
     >>> shown({"labels": ("a", None), "train": True})
     "{'labels': ['a', null], 'train': true}"
     """
-    text = _as_written(value)
+    text = _write_plain(value)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _as_written(value: object) -> str:
+def _write_plain(value: object) -> str:
     match value:
         case None:
             return "null"
         case bool():
             return str(value).lower()
         case Mapping():
-            return f"{{{', '.join(f'{_as_written(key)}: {_as_written(inner)}' for key, inner in value.items())}}}"
+            return f"{{{', '.join(f'{_write_plain(key)}: {_write_plain(inner)}' for key, inner in value.items())}}}"
         case list() | tuple():
-            return f"[{', '.join(map(_as_written, value))}]"
+            return f"[{', '.join(map(_write_plain, value))}]"
     return repr(value)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedtune.config import PATHS, RunConfig
-from fedtune.federation.lead import LeadState, charged_epsilons, compute_site_charge
+from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute_site_charge
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import finite, flatten
+from fedtune.formatting import finite_or_none, flatten
 from fedtune.runs.results import RunResult
 from fedtune.spec import RunError
 
@@ -206,9 +206,11 @@ class Tracked:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tracker = _TRACKERS[name](self._config, folder)
-            self._known = tracker.begin(settings_of(self._config))
+            self._known = tracker.begin(list_settings(self._config))
         except Exception as error:
-            raise RunError(f"tracking={name} cannot start at {spec.send_to or folder}: {_why(error)}") from error
+            raise RunError(
+                f"tracking={name} cannot start at {spec.send_to or folder}: {_describe_error(error)}"
+            ) from error
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:
@@ -235,15 +237,17 @@ class Tracked:
         except Exception as error:
             log.info("the tracker failed", exc_info=True)  # the note is for the person
             self._tracker = None
-            self._note(f"tracking={self._config.tracking.tracker} stopped, and the run continues: {_why(error)}")
+            self._note(
+                f"tracking={self._config.tracking.tracker} stopped, and the run continues: {_describe_error(error)}"
+            )
 
 
-def _why(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return the type and the first line of a library's error."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
-def settings_of(config: RunConfig) -> Settings:
+def list_settings(config: RunConfig) -> Settings:
     """Return the run's name, its digest and all settings that can change the result, by dotted key.
 
     Paths are reduced to their last part, because the rest would reveal the layout of this machine.
@@ -267,13 +271,13 @@ def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[
     until = {site: n - sum(site in later.sites for later in state.rounds[number:]) for site, n in charges.items()}
     figures: dict[str, float | None] = {f"validation/{name}": score for name, score in result.metrics.items()}
     figures |= {
-        "privacy/epsilon": max(charged_epsilons(plan, max(0, n))[0] for n in until.values()),
+        "privacy/epsilon": max(compute_charged_epsilons(plan, max(0, n))[0] for n in until.values()),
         "system/seconds": result.seconds,
         "system/bytes_down": result.bytes_down,
         "system/bytes_up": result.bytes_up,
         "system/sites": len(result.sites),
     }
-    return ((name, score) for name, value in figures.items() if (score := finite(value)) is not None)
+    return ((name, score) for name, value in figures.items() if (score := finite_or_none(value)) is not None)
 
 
 def final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
@@ -289,4 +293,4 @@ def final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
         "system/kwh": final.energy.kwh if final.energy else None,
         "kept_round": final.kept.round if final.kept else None,
     }
-    return ((name, score) for name, value in figures.items() if (score := finite(value)) is not None)
+    return ((name, score) for name, value in figures.items() if (score := finite_or_none(value)) is not None)

@@ -18,7 +18,7 @@ from fedtune.privacy.site_policy import Policy
 from .privacy import builders
 
 
-def resigned(receipt: Receipt, **changes: Any) -> Receipt:
+def resign_receipt(receipt: Receipt, **changes: Any) -> Receipt:
     """The receipt with changes, and signed again with a key of its own."""
     key = builders.make_key(9)
     other = replace(receipt, site_key=key.public, **changes)
@@ -55,7 +55,7 @@ class Books:
     def edit(self, *, noted: bool = False, **changes: Any) -> None:
         """Change the policy as its owner would, tables by dicts of their values; an open ledger notes it."""
         others = {key: value for key, value in read_toml(self.site_toml, key="").items() if key in OTHER_TABLES}
-        write_policy(builders.changed(read_policy(self.site_toml), **changes), self.site_toml, others=others)
+        write_policy(builders.change_values(read_policy(self.site_toml), **changes), self.site_toml, others=others)
         if noted:
             self.open()
 
@@ -70,7 +70,7 @@ class Books:
     def refuse(self, reason: Reason, *, run: str) -> None:
         self.open().record_refusal(Refused(reason, asked="more", allowed="less"), run=run, round=1, request="q")
 
-    def copied(self, name: str) -> Path:
+    def copy_ledger(self, name: str) -> Path:
         """What `sqlite3 ledger.db ".backup NAME"` writes beside it, also while the site serves."""
         copy = self.folder / name
         with closing(sqlite3.connect(self.ledger)) as source, closing(sqlite3.connect(copy)) as target:

@@ -76,7 +76,7 @@ class MadeSite(Site):
         self.awaited.append(proposal)
 
 
-def with_methods(site: Site, **methods: Callable[..., Any]) -> Site:
+def set_methods(site: Site, **methods: Callable[..., Any]) -> Site:
     for name, method in methods.items():
         setattr(site, name, method)
     return site
@@ -86,33 +86,33 @@ DEVICE = torch.device(os.environ.get("FEDTUNE_TEST_DEVICE", "cpu"))
 """Of models and examples in tests of training; simulations/gpu/run.py has the tests run on an accelerator."""
 
 
-def as_tried(shapes: Shapes) -> Shapes:
+def leave_as_after_trial(shapes: Shapes) -> Shapes:
     """As a run's trial leaves them on DEVICE: a GPU's kernels go by the number of rows, so each length has one."""
     return shapes if DEVICE.type == "cpu" else dataclasses.replace(shapes, row_shares=(1,))
 
 
-def length_of(shapes: Shapes, num_tokens: int) -> int:
+def pad_length(shapes: Shapes, num_tokens: int) -> int:
     """What a record is padded to, said a second time: the package cuts many records at once."""
     return next(length for length in shapes.lengths if num_tokens <= shapes.longest_record(length))
 
 
-def built(spec: TaskModelSpec) -> TaskModel:
+def build_copy(spec: TaskModelSpec) -> TaskModel:
     """A copy of the tiny model of this spec, which is built once in a process."""
     # The processor's instructions decide what four-bit layers are.
-    return copy.deepcopy(_built(spec, torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    return copy.deepcopy(_build_once(spec, torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 @cache
-def _built(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
+def _build_once(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
     return build_task_model(spec, device=DEVICE)
 
 
-def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
+def record_example_gradients(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
     with record_gradients(model) as gradients:
         return {name: one.clone() for name, one in gradients.of(batch).items()}
 
 
-def with_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:
+def set_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:
     """The model with random trainable tensors of a given size, as after some training (B starts at zero)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -6,6 +6,6 @@ from typing import Any
 import yaml
 
 
-def cases_of(test_file: str, name: str) -> Any:
+def read_cases(test_file: str, name: str) -> Any:
     """The table of this name beside a test's file."""
     return yaml.safe_load(Path(test_file).with_name("cases.yaml").read_text(encoding="utf-8"))[name]

@@ -27,7 +27,7 @@ import yaml
 
 from fedtune.api import compose, experiment_file
 from fedtune.cli.main import fedtune, main
-from fedtune.config import RunConfig, config_yaml, saved_config
+from fedtune.config import RunConfig, config_yaml, read_saved_config
 from fedtune.data import partition, records
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
@@ -37,7 +37,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset, Policy, ReferenceRun
 from fedtune.spec import DataError
 
-from .privacy.builders import changed, lead_key, plan, policy, proposal, stranger_key
+from .privacy.builders import change_values, lead_key, make_policy, make_proposal, plan, stranger_key
 
 REPOSITORY = Path(__file__).parents[1]
 _BEGAN = time.monotonic()
@@ -59,7 +59,7 @@ gc.disable()
 
 # What runs of many tests have in common is read once in this process: conf/, overrides, and the records of the
 # repository's own data files.
-_plain_yaml = experiment_file.plain_yaml
+_plain_yaml = experiment_file.read_plain_yaml
 _of_conf = cache(_plain_yaml)
 _judged, _record_key = records.validate_rows, records.record_key
 _keys: dict[int, bytes] = {}
@@ -73,12 +73,12 @@ def _read(path: Path, columns: tuple[tuple[str, str], ...], lenient: bool) -> tu
     return found
 
 
-def _plain_yaml_once(path: Path, *, key: str) -> dict[str, Any]:
-    in_conf = experiment_file.config_folder() in path.parents
+def _cache_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
+    in_conf = experiment_file.find_config_folder() in path.parents
     return copy.deepcopy(_of_conf(path, key=key)) if in_conf else _plain_yaml(path, key=key)
 
 
-def _judged_once(
+def _cache_judged_records(
     path: Path, columns: Mapping[str, str], *, fault: records.Fault = lambda record: None, lenient: bool = False
 ) -> Iterator[tuple[int, Record | DataError]]:
     if REPOSITORY not in path.absolute().parents:
@@ -88,9 +88,9 @@ def _judged_once(
         yield line, (fault(found) or found) if isinstance(found, Record) else found
 
 
-experiment_file.plain_yaml = _plain_yaml_once  # type: ignore[attr-defined]
+experiment_file.read_plain_yaml = _cache_plain_yaml  # type: ignore[attr-defined]
 compose._parse_override = lru_cache(maxsize=2048)(compose._parse_override)  # type: ignore[assignment]
-records.validate_rows = _judged_once
+records.validate_rows = _cache_judged_records
 partition.record_key = lambda record: _keys.get(id(record)) or _record_key(record)  # type: ignore[attr-defined]
 
 
@@ -101,11 +101,11 @@ def share_tiny_models() -> None:
     build = shared_model.build_task_model
     built = lru_cache(maxsize=64)(lambda spec, device: build(spec, device=device))
 
-    def copied(spec: Any, *, device: Any) -> Any:
+    def copy_model(spec: Any, *, device: Any) -> Any:
         random = spec.model.path.startswith("random:")
         return copy.deepcopy(built(spec, str(device))) if random else build(spec, device=device)
 
-    shared_model.build_task_model = copied
+    shared_model.build_task_model = copy_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -174,7 +174,7 @@ def _empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing_there(_empty_folder: Path) -> Iterator[None]:
+def _check_empty_folder(_empty_folder: Path) -> Iterator[None]:
     """No test hands the next one anything in the folder where both run."""
     yield
     assert Path.cwd() == _empty_folder
@@ -210,11 +210,11 @@ class Outcome:
         return self.message
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def parsed(*arguments: str) -> dict[str, Any]:
+def parse_command(*arguments: str) -> dict[str, Any]:
     """What the command line makes of the arguments, as the command's function would get it; nothing runs.
 
     Raises:
@@ -229,14 +229,14 @@ def parsed(*arguments: str) -> dict[str, Any]:
     return found[-1]
 
 
-def command(*arguments: str) -> Outcome:
+def run_command(*arguments: str) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(list(arguments))
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def python(*words: str | Path, **how: Any) -> str:
+def run_python(*words: str | Path, **how: Any) -> str:
     """What Python prints in a process of its own, which must end well."""
     run = {"capture_output": True, "text": True, "timeout": 600, "check": False}
     done = subprocess.run([sys.executable, *words], **run | how)
@@ -245,7 +245,7 @@ def python(*words: str | Path, **how: Any) -> str:
 
 
 @contextlib.contextmanager
-def own_logging() -> Iterator[None]:
+def restore_logging() -> Iterator[None]:
     """Afterwards the process logs as it did before, whatever took its logging over in the block."""
     loggers = [logging.root, *(one for one in logging.root.manager.loggerDict.values() if type(one) is logging.Logger)]
     before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
@@ -261,7 +261,7 @@ def own_logging() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def tiny(*overrides: str, into: Path, name: str = "run") -> list[str]:
+def list_tiny_overrides(*overrides: str, into: Path, name: str = "run") -> list[str]:
     """Overrides of a run that takes well under a second: given noise saves the search for it.
 
     The keyword `into` is the folder for run folders.  Positional overrides come last, and so win.
@@ -277,7 +277,7 @@ def tiny(*overrides: str, into: Path, name: str = "run") -> list[str]:
 
 
 def simulate(*overrides: str, into: Path, name: str = "run") -> Path:
-    outcome = command("simulate", *tiny(*overrides, into=into, name=name))
+    outcome = run_command("simulate", *list_tiny_overrides(*overrides, into=into, name=name))
     assert outcome.code == 0, outcome.err
     return into / name
 
@@ -293,10 +293,10 @@ def check_planned_bytes(folder: Path) -> None:
     from fedtune.sites.shared_settings import serialize_for_sites, settings_for_sites
     from fedtune.tasks.task_model import build_task_model
 
-    config, rounds = saved_config(folder), result_of(folder)["rounds"]
+    config, rounds = read_saved_config(folder), read_result(folder)["rounds"]
     down, up = estimate_round_bytes(config, config.plan(), build_task_model(config.task_model()))
     down -= len(serialize_for_sites(settings_for_sites(config)).encode())
-    for entry in rounds[1:]:  # in the first one a session of secure sums begins
+    for entry in rounds[1:]:  # in the first one a session of secure aggregation begins
         sites = len(entry["sites"])
         assert (entry["bytes_down"], entry["bytes_up"]) == pytest.approx((sites * down, sites * up), rel=0.02)
 
@@ -312,20 +312,20 @@ def edit_config(folder: Path, **groups: Mapping[str, Any]) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(settings | changed))
 
 
-def result_of(folder: Path) -> Any:
+def read_result(folder: Path) -> Any:
     return json.loads((folder / "run.json").read_text())
 
 
-def adapter_of(folder: Path) -> dict[str, bytes]:
+def read_adapter_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
 
 
 # The same, for tests that take them as fixtures.
-_command = pytest.fixture(scope="session", name="command")(lambda: command)
-_tiny = pytest.fixture(scope="session", name="tiny")(lambda: tiny)
+_command = pytest.fixture(scope="session", name="command")(lambda: run_command)
+_tiny = pytest.fixture(scope="session", name="tiny")(lambda: list_tiny_overrides)
 _simulate = pytest.fixture(scope="session", name="simulate")(lambda: simulate)
-_result_of = pytest.fixture(scope="session", name="result_of")(lambda: result_of)
-_adapter_of = pytest.fixture(scope="session", name="adapter_of")(lambda: adapter_of)
+_result_of = pytest.fixture(scope="session", name="result_of")(lambda: read_result)
+_adapter_of = pytest.fixture(scope="session", name="adapter_of")(lambda: read_adapter_files)
 
 
 @cache
@@ -338,15 +338,15 @@ def run_proposal(**changes: Any) -> Proposal:
     of_plan = {field.name for field in fields(Plan)}
     plan = replace(run_plan(), **{key: value for key, value in changes.items() if key in of_plan})
     of_run = {"dataset": "patients", "base_model": "ab" * 32, "target_modules": ("query", "value"), "plan": plan}
-    return replace(proposal(), **of_run | {key: value for key, value in changes.items() if key not in of_plan})
+    return replace(make_proposal(), **of_run | {key: value for key, value in changes.items() if key not in of_plan})
 
 
-def named(run: str, settings: str) -> str:
+def name_run(run: str, settings: str) -> str:
     """A run's name as a lead makes it of the run's settings."""
     return f"{run}-{hashlib.sha256(settings.encode()).hexdigest()[:32]}"
 
 
-def site_policy(site: str = "a", *, declared_size: int = 100, **changes: Any) -> Policy:
+def make_site_policy(site: str = "a", *, declared_size: int = 100, **changes: Any) -> Policy:
     """A site's policy that allows the run `r` and no more, with room for several such runs.
 
     Keywords override tables by dicts of their values, as in `limits={"max_rounds": 9}`, and other keys by values.
@@ -355,7 +355,7 @@ def site_policy(site: str = "a", *, declared_size: int = 100, **changes: Any) ->
     plan = asked.plan
     steps = plan.local_steps * plan.most_rounds
     reference = ReferenceRun(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
-    allowed = policy(
+    allowed = make_policy(
         site=site,
         population={"name": f"{site}-patients"},
         dataset=(Dataset(id=asked.dataset, declared_size=declared_size),),
@@ -375,7 +375,7 @@ def site_policy(site: str = "a", *, declared_size: int = 100, **changes: Any) ->
             "max_rank": asked.rank,
         },
     )
-    return changed(allowed, **changes)
+    return change_values(allowed, **changes)
 
 
 def has_scale(values: Any, scale: float) -> bool:
@@ -392,12 +392,12 @@ def has_scale(values: Any, scale: float) -> bool:
 _lead_key = pytest.fixture(scope="session", name="lead_key")(lambda: lead_key)
 _stranger_key = pytest.fixture(scope="session", name="stranger_key")(lambda: stranger_key)
 _run_proposal = pytest.fixture(scope="session", name="run_proposal")(lambda: run_proposal)
-_site_policy = pytest.fixture(scope="session", name="site_policy")(lambda: site_policy)
+_site_policy = pytest.fixture(scope="session", name="site_policy")(lambda: make_site_policy)
 _has_scale = pytest.fixture(scope="session", name="has_scale")(lambda: has_scale)
 
 
 @pytest.fixture
-def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+def sent_bytes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Every byte of every message that a site hands to Flower, as it would be put on the wire."""
     from flwr.common.serde import message_to_proto  # here, for the sake of tests that need no Flower
 
@@ -421,9 +421,9 @@ def fail_where(
     """The function or method raises an error where `when` is true of its arguments."""
     real = getattr(owner, name)
 
-    def failing(*given: Any, **named: Any) -> Any:
+    def fail_or_call(*given: Any, **named: Any) -> Any:
         if when(*given, **named):
             raise error or OSError("away")
         return real(*given, **named)
 
-    patched.setattr(owner, name, failing)
+    patched.setattr(owner, name, fail_or_call)

@@ -78,7 +78,7 @@ class Forked(subprocess.Popen[Any]):
             return
         pipes = [(named["p2cread"], 0), (named["c2pwrite"], 1), (named["errwrite"], 2)]
         with _FORKING:
-            self.pid = _fork(request, [ours if end < 0 else end for end, ours in pipes])
+            self.pid = _ask_for_fork(request, [ours if end < 0 else end for end, ours in pipes])
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(named[end] for end in ends))  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def run_forked(words: Sequence[str], *, timeout_s: float, **options: Any) -> sub
 
 
 @contextlib.contextmanager
-def forked_commands(folder: Path) -> Iterator[Path]:
+def write_forked_commands(folder: Path) -> Iterator[Path]:
     """A folder, made in `folder`, to put first in the PATH of a shell: its `fedtune` and `python` are `Forked`.
 
     What still runs at the end is killed.
@@ -161,7 +161,7 @@ def _request(named: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @cache
-def _server() -> socket.socket:
+def _open_server_channel() -> socket.socket:
     """The channel to a process that forks, one for this process; it ends when its channel does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -172,9 +172,9 @@ def _server() -> socket.socket:
     return ours
 
 
-def _fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
+def _ask_for_fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
     """Have the server fork; the pid of the new process, which is a child of this one."""
-    server, given = _server(), array.array("i", descriptors).tobytes()
+    server, given = _open_server_channel(), array.array("i", descriptors).tobytes()
     control = ctypes.CDLL(None, use_errno=True).prctl
     assert control(_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
     try:  # meanwhile, descendants whose parents end become children of this process
@@ -212,7 +212,7 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
             os.close(descriptor)
 
 
-def _become(request: dict[str, Any]) -> None:
+def _take_on_state(request: dict[str, Any]) -> None:
     """Take on the state of a new process: session, network, folder, environment, streams, arguments, randomness."""
     if request["own_session"]:
         os.setsid()
@@ -258,7 +258,7 @@ def _end(code: int) -> None:
     os._exit(code & 0xFF)
 
 
-def _main() -> None:
+def _run_server() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, and with it this
     before = set(os.environ)
@@ -271,7 +271,7 @@ def _main() -> None:
     gc.freeze()  # so that no collection in a child touches, and copies, what it shares with its siblings
     request = _serve(channel)
     if request is not None:
-        _become(request)
+        _take_on_state(request)
         code: object = None
         try:
             _run(*request["words"])
@@ -283,4 +283,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _run_server()

@@ -24,7 +24,7 @@ from transformers import (
     ViTModel,
 )
 
-from fedtune.model.hf_logging import quiet
+from fedtune.model.hf_logging import silence_transformers
 
 SIDE = 8
 _EXACT = {"size": {"height": SIDE, "width": SIDE}}
@@ -45,17 +45,17 @@ MODELS: dict[str, tuple[Any, Any, int]] = {
 """By name: the model, its image processor, and how many places an image has in it."""
 
 
-def vision_folder(folder: Path, kind: str = "vit") -> Path:
+def write_vision_folder(folder: Path, kind: str = "vit") -> Path:
     """A folder of transformers with a model and its image processor; the same weights in every call."""
     make, processor, _ = MODELS[kind]
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with silence_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         make().save_pretrained(folder)
         processor.save_pretrained(folder)
     return folder
 
 
-def picture(*, seed: int = 0, size: tuple[int, int] = (12, 10), tint: int | None = None) -> Image.Image:
+def make_picture(*, seed: int = 0, size: tuple[int, int] = (12, 10), tint: int | None = None) -> Image.Image:
     """Noise; `tint`: with one of the three colors brighter."""
     pixels = np.random.default_rng(seed).integers(0, 130, size=(size[1], size[0], 3))
     if tint is not None:
@@ -63,7 +63,7 @@ def picture(*, seed: int = 0, size: tuple[int, int] = (12, 10), tint: int | None
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+def encode_image(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
@@ -81,7 +81,7 @@ def write_pictures(folder: Path, name: str, count: int, *, seed: int) -> Path:
         table.writerow(["image", "label", "number", "several", "months", "died"])
         for place in range(count):
             tint, path = int(draws.integers(3)), f"images/{seed}-{place}.png"
-            (folder / path).write_bytes(encoded(picture(seed=1000 * seed + place, tint=tint)))
+            (folder / path).write_bytes(encode_image(make_picture(seed=1000 * seed + place, tint=tint)))
             several = ";".join(color for color in COLORS[:2] if color == COLORS[tint])
             table.writerow([path, COLORS[tint], tint, several, 1 + 2 * tint, int(tint < 2)])
     return folder / name

@@ -35,7 +35,7 @@ def wait_for(
         time.sleep(0.02)
 
 
-def environment(**more: str) -> dict[str, str]:
+def make_environment(**more: str) -> dict[str, str]:
     given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
     # A proxy of this machine's is none of theirs.
     own = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
@@ -54,7 +54,7 @@ class Process:
             self._process = Forked(
                 words,
                 cwd=cwd,
-                env=environment(**(env or {})),
+                env=make_environment(**(env or {})),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

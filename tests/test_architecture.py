@@ -12,8 +12,8 @@ import pytest
 from vulture import Vulture
 
 from tests.allowed_unused import ALLOWED_UNUSED
-from tests.conftest import python
-from tests.weights import code_lines, weights
+from tests.conftest import run_python
+from tests.weights import code_lines, compute_weights
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
@@ -42,7 +42,7 @@ def test_no_module_has_a_meaningless_name() -> None:
 
 
 @cache
-def imports() -> dict[str, set[str]]:
+def list_imports() -> dict[str, set[str]]:
     """What each module imports from this package: at once, within a function, or for types alone."""
     graph = grimp.build_graph("fedtune", cache_dir=None)
     return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
@@ -50,7 +50,7 @@ def imports() -> dict[str, set[str]]:
 
 def test_modules_have_no_circular_imports() -> None:
     try:
-        graphlib.TopologicalSorter(imports()).prepare()
+        graphlib.TopologicalSorter(list_imports()).prepare()
     except graphlib.CycleError as problem:
         pytest.fail(" -> ".join(problem.args[1]))
 
@@ -61,7 +61,7 @@ def test_short_modules_with_one_user_are_merged() -> None:
     for path in MODULES:
         module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
         room = module.rpartition(".")[0]
-        users = [other for other, imported in imports().items() if module in imported]
+        users = [other for other, imported in list_imports().items() if module in imported]
         alone = [user.rpartition(".")[0] for user in users] == [room] and users != [tasks]
         if alone and len(path.read_text().splitlines()) < 200:
             shreds.append(f"{module} <- {users[0]}")
@@ -74,7 +74,7 @@ def test_file_names_are_unique() -> None:
 
 
 def test_no_package_exceeds_its_line_budget() -> None:
-    assert [row for row in weights() if row.lines > row.most] == []
+    assert [row for row in compute_weights() if row.lines > row.most] == []
 
 
 def test_package_contains_no_unused_code() -> None:
@@ -120,7 +120,7 @@ def test_commands_do_not_use_argparse() -> None:
 def test_modules_import_without_heavy_frameworks(modules: str, libraries: str) -> None:
     imported = ", ".join(f"fedtune.{module}" for module in modules.split())
     code = f"import sys, {imported}; print([name for name in {libraries.split()} if name in sys.modules])"
-    assert python("-c", code, cwd=REPOSITORY) == "[]\n"
+    assert run_python("-c", code, cwd=REPOSITORY) == "[]\n"
 
 
 def test_folders_mirror_the_package() -> None:

@@ -15,8 +15,8 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
-from .federation.secure.parties import terms_of
-from .privacy.builders import plan, policy, proposal
+from .federation.secure.parties import make_terms
+from .privacy.builders import make_policy, make_proposal, plan
 from .privacy.test_distributed_noise import FOUR
 
 BOUNDS: dict[str, dict[str, dict[str, list[Any]]]] = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text())
@@ -24,17 +24,17 @@ WITH: dict[str, Callable[..., object]] = {
     "settings": PrivacySpec,
     "plan": plan,
     "shared_noise": lambda **value: replace(FOUR, **value),
-    "proposal": proposal,
-    "policy": policy,
-    "dataset": lambda **value: replace(policy().dataset[0], **value),
-    "reference": lambda **value: replace(policy().budget.reference, **value),
+    "proposal": make_proposal,
+    "policy": make_policy,
+    "dataset": lambda **value: replace(make_policy().dataset[0], **value),
+    "reference": lambda **value: replace(make_policy().budget.reference, **value),
     "federation": lambda **value: FederationSpec(**{"num_sites": 2, **value}),
     "model": lambda **value: ModelSpec(**{"path": "m", **value}),
     "lora": LoraSpec,
     "head": HeadSpec,
     "training": TrainingSpec,
     "runtime": RuntimeSpec,
-    "sum_terms": lambda **value: replace(terms_of(3, 2), **value),
+    "sum_terms": lambda **value: replace(make_terms(3, 2), **value),
     "held_out": lambda **value: HeldOut(**{"run": "r", "date": "", "mean": 0.5, "deviation": 0.1, **value}),
 }
 """Something that has a value, beside others that are right; a table of a policy is of the shared one."""
@@ -52,5 +52,5 @@ WITH: dict[str, Callable[..., object]] = {
 )
 def test_out_of_bounds_value_is_refused_with_its_key(what: str, bound: str, key: str, value: object) -> None:
     with pytest.raises(ConfigError) as refused:
-        WITH[what](**{key: value}) if what in WITH else policy(**{what: {key: value}})
+        WITH[what](**{key: value}) if what in WITH else make_policy(**{what: {key: value}})
     assert (refused.value.key, refused.value.bound) == (key, bound)

@@ -44,7 +44,7 @@ def test_record_is_decoded_according_to_its_types() -> None:
     assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out what its default has"
 
 
-@snapshots.mistakes("mistakes-records")
+@snapshots.parametrize_mistakes("mistakes-records")
 def test_invalid_record_error_names_the_key(typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         decode(Whole, JSON | json.loads(typed.replace('"HUGE"', f"1{'0' * 400}")))

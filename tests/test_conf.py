@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from fedtune.api.compose import compose_run
-from fedtune.api.config_groups import config_folder
+from fedtune.api.config_groups import find_config_folder
 from fedtune.api.experiment_file import read_option
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.lab.preparation.experiment_writer import placeholder_overrides
 
 from .conftest import write_config
 
-CONF = config_folder()
+CONF = find_config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CONF and path.stem[0] != "_"]
 # The experiment in which an option makes a whole run, if not in the default; `own_text` and the like have their own.
@@ -36,7 +36,7 @@ def load(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def beside(group: str, option: str) -> list[str]:
+def list_beside(group: str, option: str) -> list[str]:
     experiment = _WITHIN.get((group, option), option)
     if not experiment.startswith(("own", "votes")):
         return [f"experiment={experiment}"] if experiment != option else []
@@ -45,25 +45,25 @@ def beside(group: str, option: str) -> list[str]:
     return [*within, *own, *placeholder_overrides(experiment.replace("votes", "own_labels"))]
 
 
-def spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:
+def list_spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:
     keys: set[str] = set()
     for name, type_ in typing.get_type_hints(cls).items():
-        keys |= spec_keys(type_, f"{prefix}{name}.") if dataclasses.is_dataclass(type_) else {prefix + name}
+        keys |= list_spec_keys(type_, f"{prefix}{name}.") if dataclasses.is_dataclass(type_) else {prefix + name}
     return keys
 
 
-def leaf_keys(settings: Any, prefix: str) -> set[str]:
+def list_leaf_keys(settings: Any, prefix: str) -> set[str]:
     key = prefix.removesuffix(".")
     if not isinstance(settings, dict) or key in _LISTS_AND_MAPS:
         return {key}
-    return {leaf for name, value in settings.items() for leaf in leaf_keys(value, f"{prefix}{name}.")}
+    return {leaf for name, value in settings.items() for leaf in list_leaf_keys(value, f"{prefix}{name}.")}
 
 
-def keys_in(path: Path) -> set[str]:
+def list_keys(path: Path) -> set[str]:
     settings = load(path)
     settings.pop("defaults", None)
     whole = path.parent == CONF or path.read_text().startswith("# @package _global_")
-    return leaf_keys(settings, "" if whole else f"{path.parent.name}.")
+    return list_leaf_keys(settings, "" if whole else f"{path.parent.name}.")
 
 
 def walk(value: Any) -> typing.Iterator[tuple[Any, Any]]:
@@ -90,19 +90,21 @@ def test_every_configuration_file_is_plain_data() -> None:
 
 @pytest.mark.parametrize("group", sorted({group for group, _ in OPTIONS if group != "experiment"}))
 def test_options_of_a_group_set_the_same_keys(group: str) -> None:
-    assert {key for path in FILES for key in keys_in(path)} == spec_keys(), "the keys of all files are the settings"
+    assert {key for path in FILES for key in list_keys(path)} == list_spec_keys(), (
+        "the keys of all files are the settings"
+    )
     # Else an option would silently keep a value of whatever was chosen before it.
-    sets = {option: leaf_keys(read_option(group, option), f"{group}.") for of, option in OPTIONS if of == group}
+    sets = {option: list_leaf_keys(read_option(group, option), f"{group}.") for of, option in OPTIONS if of == group}
     assert all(keys == next(iter(sets.values())) for keys in sets.values()), sets
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(option) for option in OPTIONS])
 def test_every_option_composes_and_round_trips(group: str, option: str, tmp_path: Path) -> None:
-    overrides = [*beside(group, option), f"{group}={option}", "name=x"]
+    overrides = [*list_beside(group, option), f"{group}={option}", "name=x"]
     config = compose_run(overrides)
     write_config(config, tmp_path / "x")
-    assert saved_config(tmp_path / "x") == config
-    assert saved_config(tmp_path / "x").digest() == config.digest()
+    assert read_saved_config(tmp_path / "x") == config
+    assert read_saved_config(tmp_path / "x").digest() == config.digest()
     if group == "experiment":  # it runs in another runtime and without privacy, too
         other = compose_run([*overrides, "privacy=none", "runtime=ray"])
         assert (other.runtime.kind, other.privacy.private) == ("ray", False)

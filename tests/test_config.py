@@ -22,7 +22,7 @@ from .privacy.builders import lead_key
 BASE: dict[str, Any] = compose_run(["experiment=debug", "name=x"]).to_json()
 
 
-def changed(**changes: Any) -> dict[str, Any]:
+def change_base(**changes: Any) -> dict[str, Any]:
     """The base settings with `group__key` (or `key`) changed."""
     made: dict[str, Any] = json.loads(json.dumps(BASE))
     for name, value in changes.items():
@@ -63,7 +63,7 @@ _settings = st.fixed_dictionaries(
 )
 
 
-@snapshots.mistakes("mistakes-composed")
+@snapshots.parametrize_mistakes("mistakes-composed")
 def test_mutually_exclusive_settings_are_refused(typed: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose_run(shlex.split(typed))
@@ -73,7 +73,7 @@ def test_mutually_exclusive_settings_are_refused(typed: str) -> None:
 @given(_settings)
 @settings(max_examples=150, deadline=None)
 def test_configuration_round_trips_through_json(changes: dict[str, Any]) -> None:
-    config = parse(changed(**changes))
+    config = parse(change_base(**changes))
     again = parse(json.loads(json.dumps(config.to_json())))
     assert again == config
     assert again.digest() == config.digest()
@@ -104,8 +104,8 @@ _RESULT_CHANGES = [
 
 @pytest.mark.parametrize("changes", [*_NO_RESULT_CHANGES, *_RESULT_CHANGES], ids=str)
 def test_digest_covers_exactly_the_settings_that_affect_results(changes: dict[str, Any]) -> None:
-    assert parse(changed(**changes)) != parse(BASE)
-    assert (parse(changed(**changes)).digest() != parse(BASE).digest()) == (changes in _RESULT_CHANGES)
+    assert parse(change_base(**changes)) != parse(BASE)
+    assert (parse(change_base(**changes)).digest() != parse(BASE).digest()) == (changes in _RESULT_CHANGES)
 
 
 def test_required_settings_are_enforced_and_configurations_immutable() -> None:
@@ -114,21 +114,21 @@ def test_required_settings_are_enforced_and_configurations_immutable() -> None:
             parse({name: value for name, value in BASE.items() if name != key})
     with pytest.raises(AttributeError):
         parse(BASE).seed = 2  # type: ignore[misc]
-    ids = {parse(changed(**changes)).run_id() for changes in ({}, {"name": "y"}, {"seed": 1})}
+    ids = {parse(change_base(**changes)).run_id() for changes in ({}, {"name": "y"}, {"seed": 1})}
     assert len(ids) == 3, "runs of another name or configuration are other runs at a site"
-    assert parse(changed(runtime__num_threads=2)).run_id() in ids
+    assert parse(change_base(runtime__num_threads=2)).run_id() in ids
 
 
 def test_plan_uses_the_configured_values() -> None:
     # A given noise must do for all runs that share the epsilon.
     given = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
     with pytest.raises(ConfigError, match=r"noise_multiplier = 0\.9: gives epsilon .* over 24 steps"):
-        parse(changed(**given, privacy__runs=6))
-    settings = changed(privacy__noise_multiplier=4.0, federation__spare_rounds=2, training__local_steps=3)
+        parse(change_base(**given, privacy__planned_runs=6))
+    settings = change_base(privacy__noise_multiplier=4.0, federation__spare_rounds=2, training__local_steps=3)
     plan = parse(settings).plan()
     assert (plan.noise_multiplier, plan.local_steps, plan.num_rounds, plan.spare_rounds) == (4.0, 3, 2, 2)
     assert (plan.sampling_rate, plan.max_grad_norm, plan.delta, plan.unit) == (0.2, 1.0, 1e-5, "record")
-    assert parse(changed(privacy__mechanism="none")).plan().noise_multiplier == 0
+    assert parse(change_base(privacy__mechanism="none")).plan().noise_multiplier == 0
 
 
 NOISED = {"privacy__metrics": "noised", "data__heldout_fraction": 0.2}
@@ -136,58 +136,58 @@ NOISED = {"privacy__metrics": "noised", "data__heldout_fraction": 0.2}
 
 def test_held_out_scores_are_planned_only_on_request() -> None:
     noise = {"privacy__noise_multiplier": 4.0}
-    plain = parse(changed(**noise)).plan()
+    plain = parse(change_base(**noise)).plan()
     assert not plain.releases_metrics
     assert plain.event(rounds=2) == events.dp_sgd_event(sampling_rate=0.2, noise_multiplier=4.0, steps=4)
-    assert parse(changed(**noise, privacy__metrics_noise_multiplier=5.0)).plan().digest() == plain.digest()
-    measured = parse(changed(**noise, **NOISED, privacy__metrics_noise_multiplier=5.0)).plan()
+    assert parse(change_base(**noise, privacy__metrics_noise_multiplier=5.0)).plan().digest() == plain.digest()
+    measured = parse(change_base(**noise, **NOISED, privacy__metrics_noise_multiplier=5.0)).plan()
     assert measured.metrics_noise_multiplier == 5.0
     assert measured.digest() != plain.digest()
     assert replace(measured, metrics_noise_multiplier=0.0) == plain
 
 
 def test_calibrated_noise_accounts_for_released_scores() -> None:
-    plan = parse(changed(**NOISED, privacy__metrics_noise_multiplier=3.0)).plan()
+    plan = parse(change_base(**NOISED, privacy__metrics_noise_multiplier=3.0)).plan()
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-3)
     accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(plan.noise_multiplier)), 4)
     accountant.compose(dp_event.GaussianDpEvent(3.0), 2)
     assert 7.9 < accountant.get_epsilon(1e-5) <= 8.0
     # Given noise has to pay for them, too.
-    assert parse(changed(privacy__noise_multiplier=0.7)).privacy.noise_multiplier == 0.7
+    assert parse(change_base(privacy__noise_multiplier=0.7)).privacy.noise_multiplier == 0.7
     with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier = 0\.7: gives epsilon .* above privacy\.epsilon"):
-        parse(changed(privacy__noise_multiplier=0.7, **NOISED, privacy__metrics_noise_multiplier=1.0))
+        parse(change_base(privacy__noise_multiplier=0.7, **NOISED, privacy__metrics_noise_multiplier=1.0))
 
 
 def test_proposal_contains_the_values_judged_by_a_policy() -> None:
-    config = parse(changed(privacy__noise_multiplier=4.0, federation__participants=["site-1"]))
+    config = parse(change_base(privacy__noise_multiplier=4.0, federation__participants=["site-1"]))
     proposal = config.proposal(lead=lead_key.public, plan=config.plan())
     assert (proposal.run, proposal.lead, proposal.dataset) == (config.run_id(), lead_key.public, "banking77")
     assert (proposal.task, proposal.rank, proposal.target_modules) == ("classification", 4, ("all-linear",))
     assert (proposal.train_head, proposal.seeded_noise, proposal.num_sites) == (True, False, 1)
     assert proposal.base_model == "unverified"
-    verified = parse(changed(privacy__noise_multiplier=4.0, lora__target_modules=["query", "value"]))
+    verified = parse(change_base(privacy__noise_multiplier=4.0, lora__target_modules=["query", "value"]))
     assert verified.proposal(lead=lead_key.public, plan=config.plan()).target_modules == ("query", "value")
     for kind, rank, scale in (("lora", 4, 2.0), ("dora", 4, 2.0), ("ia3", 1, 1.0)):
-        named = parse(changed(lora__kind=kind)).proposal(lead=lead_key.public, plan=config.plan())
+        named = parse(change_base(lora__kind=kind)).proposal(lead=lead_key.public, plan=config.plan())
         assert (named.adapter, named.rank, named.lora_scale) == (kind, rank, scale)
 
 
 def test_declared_sizes_follow_participants_and_limit_delta() -> None:
     three = {"federation__num_sites": 3, "data__declared_sizes": [10, 20, 30]}
-    assert parse(changed(**three)).declared_sizes() == {"site-1": 10, "site-2": 20, "site-3": 30}
-    part = parse(changed(**three, federation__participants=["site-3", "site-1"]))
+    assert parse(change_base(**three)).declared_sizes() == {"site-1": 10, "site-2": 20, "site-3": 30}
+    part = parse(change_base(**three, federation__participants=["site-3", "site-1"]))
     assert part.declared_sizes() == {"site-1": 10, "site-3": 30}
     sizes = {"data__declared_sizes": [10, 200]}
-    assert parse(changed(**sizes, privacy__delta=0.00499)).privacy.delta == 0.00499
+    assert parse(change_base(**sizes, privacy__delta=0.00499)).privacy.delta == 0.00499
     with pytest.raises(ConfigError, match=r"privacy\.delta = 0\.005: must be below .* = 0\.005"):
-        parse(changed(**sizes, privacy__delta=0.005))
-    assert parse(changed(**sizes, privacy__delta=0.005, privacy__mechanism="none")).privacy.delta == 0.005
+        parse(change_base(**sizes, privacy__delta=0.005))
+    assert parse(change_base(**sizes, privacy__delta=0.005, privacy__mechanism="none")).privacy.delta == 0.005
 
 
-@snapshots.mistakes("mistakes-parsed")
+@snapshots.parametrize_mistakes("mistakes-parsed")
 def test_first_invalid_setting_is_named_with_key_and_value(typed: str) -> None:
     with pytest.raises(ConfigError) as error:
-        parse(changed(**json.loads(typed)))
+        parse(change_base(**json.loads(typed)))
     snapshots.check_message("mistakes-parsed", typed, str(error.value))
 
 

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from fedtune.cli.main import fedtune
-from fedtune.data.formats import raw_rows
+from fedtune.data.formats import iter_raw_rows
 from fedtune.data.records import iter_records
 from fedtune.lab.studies import in_memory
 from fedtune.privacy.accountant import format_factor
 from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, WIRE_SCHEMA, DataError
 from fedtune.version import __version__
 
-from .conftest import command
-from .pictures import vision_folder, write_pictures
+from .conftest import run_command
+from .pictures import write_pictures, write_vision_folder
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ("*.md", "docs/**/*.md", "deployment/*.md", "simulations/**/*.md")
@@ -35,7 +35,7 @@ SMALL = ["training.ignore_weak_signal=true", "runtime.num_threads=1"]
 TINY = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "training.local_steps=1"]
 
 
-def commands_on(page: str) -> list[list[str]]:
+def list_commands(page: str) -> list[list[str]]:
     """The words of each command in the blocks of a page of docs/, without fedtune."""
     blocks = re.findall(r"```\n(fedtune .*?)\n```", (ROOT / "docs" / page).read_text(), re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
@@ -49,11 +49,11 @@ def test_own_data_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / name).write_text("\n".join(["body,team", *rows]) + "\n")
     monkeypatch.chdir(tmp_path)
     # A tiny model instead of MiniLM; everything else is as the page says.
-    words = next(words for words in commands_on("own_data.md") if words[:2] == ["simulate", "experiment=own_data"])
-    outcome = command(*words, *TINY, "data.max_length=16", "runtime.num_threads=1")
+    words = next(words for words in list_commands("own_data.md") if words[:2] == ["simulate", "experiment=own_data"])
+    outcome = run_command(*words, *TINY, "data.max_length=16", "runtime.num_threads=1")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "runs/tickets/run.json").is_file()
-    assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
+    assert run_command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
 
 
 @pytest.mark.nightly
@@ -92,12 +92,12 @@ def test_entity_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch:
         rows.append(json.dumps({"text": text, "spans": marked}))
     (tmp_path / "notes.jsonl").write_text("\n".join(rows) + "\n")
     monkeypatch.chdir(tmp_path)
-    lines = commands_on("entities.md")
+    lines = list_commands("entities.md")
     assert len(lines) == 6
     for words in lines:
         again = ["name=again"] if words[1:2] == ["experiment=own_entities"] else []
         made = ["--model", "random_bert"] if words[:2] == ["data", "init"] else []
-        outcome = command(*words, *(small if words[0] == "simulate" else made), *again)
+        outcome = run_command(*words, *(small if words[0] == "simulate" else made), *again)
         assert outcome.code == 0, (words, outcome.err)
     assert (tmp_path / "runs/again/run.json").is_file()
     settings = (tmp_path / "notes.yaml").read_text()
@@ -113,11 +113,11 @@ def test_table_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: 
         (tmp_path / f"{name}.csv").write_text("\n".join([heads, *some]) + "\n")
     monkeypatch.chdir(tmp_path)
     known = {"age": "range: [0, 110]", "crp": "range: [0, 400]", "ward": "categories: [surgery, medicine]"}
-    for words in commands_on("features.md"):
-        outcome = command(*words, *(SMALL if words[0] == "simulate" else []))
+    for words in list_commands("features.md"):
+        outcome = run_command(*words, *(SMALL if words[0] == "simulate" else []))
         assert outcome.code == 0, (words, outcome.err)
         if words[:2] == ["data", "init"]:
-            assert command("data", "check", "labs.yaml").code == 2, "nobody typed what is known yet"
+            assert run_command("data", "check", "labs.yaml").code == 2, "nobody typed what is known yet"
             text = Path("labs.yaml").read_text()
             for column, said in known.items():
                 text = re.sub(rf'(\["{column}"\]), \w+: "\?\?\?"', rf"\1, {said}", text)
@@ -127,12 +127,12 @@ def test_table_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: 
 
 def test_image_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    vision_folder(tmp_path / "vit")
+    write_vision_folder(tmp_path / "vit")
     for name, count in (("scans", 60), ("more", 20)):
         write_pictures(tmp_path, f"{name}.csv", count, seed=count)
     shutil.copyfile("images/20-0.png", "images/new.png")
-    for words in commands_on("images.md"):
-        outcome = command(*words, *([*SMALL, "federation.num_rounds=1"] if words[0] == "simulate" else []))
+    for words in list_commands("images.md"):
+        outcome = run_command(*words, *([*SMALL, "federation.num_rounds=1"] if words[0] == "simulate" else []))
         assert outcome.code == 0, (words, outcome.err)
         if words[0] == "generate":
             assert "red 0." in outcome.out
@@ -150,7 +150,7 @@ def test_documented_code_converts_npy_vectors_to_a_column(tmp_path: Path, monkey
     read = [json.loads(one.fields["feature:states"]) for one in iter_records(Path("slides.parquet"), roles)]
     assert read == vectors.tolist()
     with pytest.raises(DataError, match=r"\.npy.*must be a column of lists in a Parquet file"):
-        raw_rows(Path("vectors.npy"))
+        iter_raw_rows(Path("vectors.npy"))
     Path("labels.csv").write_text("label\na\n")
     with pytest.raises(ValueError, match="length"):
         exec(block, {})

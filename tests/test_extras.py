@@ -20,19 +20,19 @@ from fedtune.model.spec import ModelSpec
 from fedtune.runs.model_comparison import compare_runs
 from fedtune.spec import ConfigError
 
-from .conftest import REPOSITORY, command, tiny
+from .conftest import REPOSITORY, list_tiny_overrides, run_command
 
 
 @pytest.fixture
 def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
     """Hide a module of an extra from imports; returns the end of the message about it."""
 
-    def hidden(extra: str, module: str) -> str:
+    def hide_extra(extra: str, module: str) -> str:
         monkeypatch.setitem(sys.modules, module, None)
         name = "Pillow" if module == "PIL" else module.replace("_", "-")
         return f"needs {name}: {extras.install_command(extra)}"
 
-    return hidden
+    return hide_extra
 
 
 def test_extras_named_in_messages_are_declared() -> None:
@@ -83,7 +83,7 @@ def test_run_with_a_missing_package_fails_before_any_work(
     extra, key, overrides = OF_A_RUN[module]
     told = hide(extra, module)
     monkeypatch.setattr("fedtune.sites.shared_model.build_task_model", Mock(side_effect=AssertionError("it worked")))
-    outcome = command("simulate", *tiny(*overrides, into=tmp_path / "runs"))
+    outcome = run_command("simulate", *list_tiny_overrides(*overrides, into=tmp_path / "runs"))
     assert outcome.failed().endswith(f"{key}: {told}")
     assert not (tmp_path / "runs").exists()
 
@@ -95,7 +95,7 @@ def test_command_with_a_missing_package_says_how_to_install_it(
     extra, words, or_else = OF_A_COMMAND[module]
     monkeypatch.chdir(tmp_path)
     told = hide(extra, module) + or_else
-    assert command(*words.split()).failed().endswith(told)
+    assert run_command(*words.split()).failed().endswith(told)
     assert not list(tmp_path.iterdir())
 
 
@@ -110,12 +110,12 @@ def test_recipe_with_a_missing_model_says_how_to_install_it(
     module: str, recipe: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    told = command("data", "check", recipe).failed()
+    told = run_command("data", "check", recipe).failed()
     assert re.fullmatch(f"model.path = .*: is not installed: pip install {how}; or name another with .*", told)
 
 
 def test_missing_package_is_reported_before_the_public_stage(hide: Callable[[str, str], str], tmp_path: Path) -> None:
-    train, config = Mock(), compose_run(tiny("cost.energy=true", into=tmp_path))
+    train, config = Mock(), compose_run(list_tiny_overrides("cost.energy=true", into=tmp_path))
     with pytest.raises(ConfigError, match=re.escape(hide("cost", "codecarbon"))):
         start_after_public_stage(replace(config, public=replace(config.public, train_file="public.csv")), train)
     train.assert_not_called()
@@ -125,7 +125,7 @@ def test_missing_package_is_reported_before_the_public_stage(hide: Callable[[str
 def test_missing_text_metric_package_is_reported_before_loading_a_model(
     hide: Callable[[str, str], str], tmp_path: Path, module: str
 ) -> None:
-    config, told = compose_run(tiny(*WRITES, into=tmp_path)), re.escape(hide("text", module))
+    config, told = compose_run(list_tiny_overrides(*WRITES, into=tmp_path)), re.escape(hide("text", module))
     with pytest.raises(ConfigError, match=told):
         compare_runs({"a": (config, tmp_path / "none")})
 
@@ -141,7 +141,9 @@ def test_run_without_text_scores_needs_no_text_packages(
         ("data.columns={text: mr}", "data.prompt_template='{prompt}'"),
         ("evaluation.generate=false",),
     ):
-        assert command("simulate", *tiny(*WRITES, *least, into=tmp_path)).failed().endswith("was built")
+        assert (
+            run_command("simulate", *list_tiny_overrides(*WRITES, *least, into=tmp_path)).failed().endswith("was built")
+        )
 
 
 def test_gguf_model_requires_the_gguf_package(hide: Callable[[str, str], str], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ print(json.dumps({
 """
 
 
-def told(*words: str, **options: Any) -> Any:
+def run_forked(*words: str, **options: Any) -> Any:
     with Forked([sys.executable, *words], stdout=subprocess.PIPE, text=True, **options) as process:
         assert process.stdout is not None
         about = json.loads(process.stdout.read())
@@ -32,7 +32,7 @@ def told(*words: str, **options: Any) -> Any:
 
 
 def test_forked_command_has_a_separate_folder_environment_and_arguments(tmp_path: Path) -> None:
-    about = told("-c", ABOUT, "one", "two", cwd=tmp_path, env={"ONE": "1"}, start_new_session=True)
+    about = run_forked("-c", ABOUT, "one", "two", cwd=tmp_path, env={"ONE": "1"}, start_new_session=True)
     assert (about["parent"], about["session"]) == (os.getpid(), about["pid"])
     assert (about["folder"], about["arguments"], about["name"]) == (str(tmp_path), ["-c", "one", "two"], "__main__")
     assert about["environment"]["ONE"] == "1"
@@ -42,7 +42,7 @@ def test_forked_command_has_a_separate_folder_environment_and_arguments(tmp_path
     assert about["files"] <= 4, "its three streams, and the folder that it reads"
     script = tmp_path / "script.py"
     script.write_text(ABOUT)
-    other = told(str(script), "one")
+    other = run_forked(str(script), "one")
     assert (other["session"], other["folder"]) == (os.getsid(0), os.getcwd())
     assert (other["arguments"], other["path"]) == ([str(script), "one"], str(tmp_path))
     assert other["environment"]["HOME"] == os.environ["HOME"]

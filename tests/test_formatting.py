@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedtune.formatting import finite, jsonable, pluralize, score_words, size, unbounded
+from fedtune.formatting import finite_or_none, format_score_name, format_size, infinite_if_none, jsonable, pluralize
 from fedtune.show.lines import duration
 
 
@@ -12,14 +12,24 @@ from fedtune.show.lines import duration
     ("found", "text"),
     [
         *((pluralize(1, "record"), "1 record"), (pluralize(0, "record"), "0 records")),
-        *((pluralize(1200, "record"), "1,200 records"), (score_words("macro_f1"), "macro F1")),
-        *((score_words("auroc"), "AUROC"), (score_words("accuracy"), "accuracy"), (size(312), "312 bytes")),
-        *((size(1023.9), "1024 bytes"), (size(1.5 * 2**20), "1.5 MiB"), (size(3 * 2**40), "3072.0 GiB")),
+        *((pluralize(1200, "record"), "1,200 records"), (format_score_name("macro_f1"), "macro F1")),
+        *(
+            (format_score_name("auroc"), "AUROC"),
+            (format_score_name("accuracy"), "accuracy"),
+            (format_size(312), "312 bytes"),
+        ),
+        *(
+            (format_size(1023.9), "1024 bytes"),
+            (format_size(1.5 * 2**20), "1.5 MiB"),
+            (format_size(3 * 2**40), "3072.0 GiB"),
+        ),
         *((duration(0.0), "0.1 s"), (duration(11.2), "12 s"), (duration(150), "3 min"), (duration(18000), "5.0 h")),
     ],
 )
 def test_numbers_are_formatted_consistently(found: str, text: str) -> None:
     assert found == text
-    assert [finite(value) for value in (1.5, 0, None, math.inf, -math.inf, math.nan)] == [1.5, 0.0, *[None] * 4]
-    assert [unbounded(value) for value in (1.5, None)] == [1.5, math.inf], "what nothing bounds is infinity again"
+    assert [finite_or_none(value) for value in (1.5, 0, None, math.inf, -math.inf, math.nan)] == [1.5, 0.0, *[None] * 4]
+    assert [infinite_if_none(value) for value in (1.5, None)] == [1.5, math.inf], (
+        "what nothing bounds is infinity again"
+    )
     assert jsonable({"a": [math.inf, (1, "x", None)]}) == {"a": [None, [1, "x", None]]}

@@ -9,7 +9,7 @@ import yaml
 from fedtune.version import __version__
 
 from .conftest import REPOSITORY
-from .ops.deployment_files import passed, tool
+from .ops.deployment_files import find_tool, run_tool
 
 ISSUES = REPOSITORY / ".github" / "ISSUE_TEMPLATE"
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -24,7 +24,9 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     ],
 )
 def test_files_of_the_project_fit_their_schemas(schema: str, names: list[str]) -> None:
-    passed(tool("check-jsonschema"), "--builtin-schema", f"vendor.{schema}", *(REPOSITORY / name for name in names))
+    run_tool(
+        find_tool("check-jsonschema"), "--builtin-schema", f"vendor.{schema}", *(REPOSITORY / name for name in names)
+    )
 
 
 def test_every_file_names_this_version() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 
-from .conftest import REPOSITORY, python
+from .conftest import REPOSITORY, run_python
 
 MODULES = ("fcntl", "grp", "pwd", "resource")
 NAMES = (
@@ -91,7 +91,7 @@ Path("running.json").write_text('{{"pid": 1}}')
 assert find_running_process(Path.cwd()) is None
 print(account_name(7))
 """
-    printed = python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    printed = run_python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert "Usage: fedtune" in printed
     assert "experiment" in printed
     assert printed.endswith("\n7\n")
@@ -108,7 +108,7 @@ for name in {MODULES}:
 from fedtune.cli.main import main
 sys.exit(main(["simulate", "experiment=debug", "name=one"]))
 """
-    printed = python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    printed = run_python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert "peak memory" not in printed
     assert (tmp_path / "runs/one/run.json").is_file()
 

@@ -15,10 +15,10 @@ import pytest
 
 import fedtune.tracking as tracking
 from fedtune.api.compose import compose_run
-from fedtune.config import saved_config
-from fedtune.federation.lead import charged_epsilons
+from fedtune.config import read_saved_config
+from fedtune.federation.lead import compute_charged_epsilons
 
-from .conftest import command, result_of, simulate, tiny
+from .conftest import list_tiny_overrides, read_result, run_command, simulate
 from .processes import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what these libraries say of each other
@@ -27,7 +27,7 @@ FILES = {"report.html", "report.json", "run.json", "README.md"}
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a run that the tracker of this name follows; made once."""
 
     @cache
@@ -39,7 +39,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline() -> Iterator[None]:
+def go_offline() -> Iterator[None]:
     """What a person's own environment says sends nothing anywhere; wandb's process ends with this file."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("WANDB_MODE", "online")
@@ -51,18 +51,18 @@ def offline() -> Iterator[None]:
         wandb.teardown()
 
 
-def expected(folder: Path) -> dict[str, list[float]]:
+def list_expected(folder: Path) -> dict[str, list[float]]:
     """By name, the figures of each round, from run.json alone."""
-    rounds, plan = result_of(folder)["rounds"], saved_config(folder).plan()
+    rounds, plan = read_result(folder)["rounds"], read_saved_config(folder).plan()
     return {
         "validation/accuracy": [one["metrics"]["accuracy"] for one in rounds],
         "system/bytes_up": [one["bytes_up"] for one in rounds],
-        "privacy/epsilon": [charged_epsilons(plan, one["round"])[0] for one in rounds],
+        "privacy/epsilon": [compute_charged_epsilons(plan, one["round"])[0] for one in rounds],
     }
 
 
-def final(folder: Path) -> dict[str, float]:
-    result = result_of(folder)
+def list_final(folder: Path) -> dict[str, float]:
+    result = read_result(folder)
     return {
         "test/accuracy": result["final"]["metrics"]["accuracy"],
         "privacy/claimed_epsilon": result["privacy"]["epsilon"],
@@ -75,7 +75,7 @@ def require_rounds(told: Sequence[tuple[int, float]], values: list[float]) -> No
     assert len(told) == len(values)
 
 
-def mlflow_run(folder: Path) -> tuple[Any, Any]:
+def load_mlflow_run(folder: Path) -> tuple[Any, Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent / 'mlflow' / 'mlflow.db'}")
@@ -84,47 +84,49 @@ def mlflow_run(folder: Path) -> tuple[Any, Any]:
 
 
 def test_tracker_receives_no_local_folder_names() -> None:
-    settings = tracking.settings_of(compose_run(["experiment=debug", "name=x", "public.train_file=/secret/public.csv"]))
+    settings = tracking.list_settings(
+        compose_run(["experiment=debug", "name=x", "public.train_file=/secret/public.csv"])
+    )
     assert settings["public.train_file"] == "public.csv"
 
 
-def test_mlflow_receives_settings_metrics_and_report(tracked: Callable[[str], Path]) -> None:
-    folder = tracked("mlflow")
-    client, run = mlflow_run(folder)
+def test_mlflow_receives_settings_metrics_and_report(tracked_run: Callable[[str], Path]) -> None:
+    folder = tracked_run("mlflow")
+    client, run = load_mlflow_run(folder)
     assert (run.info.status, run.info.run_name, run.info.user_id) == ("FINISHED", "one", "unknown")
     assert set(run.data.tags) == {"fedtune.run", "mlflow.runName"}, "no user, source or commit"
     assert run.data.params["training.local_steps"] == "2"
     assert run.data.params["data.train_file"] == "train.jsonl.gz", "without the folders of this machine"
-    for name, values in expected(folder).items():
+    for name, values in list_expected(folder).items():
         require_rounds([(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)], values)
-    assert {name: run.data.metrics[name] for name in final(folder)} == pytest.approx(final(folder))
+    assert {name: run.data.metrics[name] for name in list_final(folder)} == pytest.approx(list_final(folder))
     assert {one.path for one in client.list_artifacts(run.info.run_id)} == FILES
     # The same command again goes on with the same run, and tells no round twice.
-    assert command("simulate", f"resume={folder}").code == 0
-    client, again = mlflow_run(folder)
+    assert run_command("simulate", f"resume={folder}").code == 0
+    client, again = load_mlflow_run(folder)
     assert again.info.run_id == run.info.run_id
     assert len(client.get_metric_history(run.info.run_id, "privacy/epsilon")) == 2
 
 
-def test_tensorboard_receives_settings_metrics_and_report(tracked: Callable[[str], Path]) -> None:
-    folder = tracked("tensorboard")
+def test_tensorboard_receives_settings_metrics_and_report(tracked_run: Callable[[str], Path]) -> None:
+    folder = tracked_run("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert command("simulate", f"resume={folder}").code == 0  # writes all rounds again, into another file
+    assert run_command("simulate", f"resume={folder}").code == 0  # writes all rounds again, into another file
     events: Any = EventAccumulator(str(folder.parent / "tensorboard" / "one")).Reload()
     files = sorted((folder.parent / "tensorboard" / "one").iterdir())
     assert len(files) == 2
     assert socket.gethostname() not in "".join(path.name.partition("tfevents.")[2] for path in files)
-    for name, values in expected(folder).items():
+    for name, values in list_expected(folder).items():
         require_rounds([(one.step, one.value) for one in events.Scalars(name)], values)
-    for name, value in final(folder).items():
+    for name, value in list_final(folder).items():
         assert events.Scalars(name)[-1].value == pytest.approx(value)
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "| training.local_steps | 2 |" in texts["settings/text_summary"]
     assert "## Privacy" in texts["report/text_summary"]
 
 
-def wandb_records(path: Path) -> list[Any]:
+def read_wandb_records(path: Path) -> list[Any]:
     """The records of an offline run: LevelDB's log format, in blocks of 32 KiB, behind seven bytes of wandb's own."""
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -143,24 +145,24 @@ def wandb_records(path: Path) -> list[Any]:
 
 
 @pytest.mark.nightly
-def test_wandb_receives_settings_metrics_and_report(tracked: Callable[[str], Path]) -> None:
-    folder = tracked("wandb")
+def test_wandb_receives_settings_metrics_and_report(tracked_run: Callable[[str], Path]) -> None:
+    folder = tracked_run("wandb")
     (path,) = (folder.parent / "wandb" / "wandb").glob("offline-run-*/*.wandb")
-    wait_for(lambda: sum(one.WhichOneof("record_type") == "history" for one in wandb_records(path)) == 2)
-    records = wandb_records(path)
+    wait_for(lambda: sum(one.WhichOneof("record_type") == "history" for one in read_wandb_records(path)) == 2)
+    records = read_wandb_records(path)
 
-    def named(items: Any) -> dict[str, str]:
+    def index_items(items: Any) -> dict[str, str]:
         return {item.key or ".".join(item.nested_key): item.value_json for item in items}
 
-    rounds = [named(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    rounds = [index_items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
     history = [{name: json.loads(value) for name, value in one.items()} for one in rounds]
-    for name, values in expected(folder).items():
+    for name, values in list_expected(folder).items():
         assert [one[name] for one in history] == pytest.approx(values)
     assert [one["_step"] for one in history] == [1, 2]
-    configured = named(item for one in records for item in one.run.config.update)
+    configured = index_items(item for one in records for item in one.run.config.update)
     assert configured["training.local_steps"] == "2"
-    told = named(item for one in records for item in one.summary.update)
-    assert {name: json.loads(told[name]) for name in final(folder)} == pytest.approx(final(folder))
+    told = index_items(item for one in records for item in one.summary.update)
+    assert {name: json.loads(told[name]) for name in list_final(folder)} == pytest.approx(list_final(folder))
     held = path.read_bytes()
     assert all(name.encode() in held for name in FILES)
     (of_run,) = (one.run for one in records if one.WhichOneof("record_type") == "run")
@@ -175,7 +177,7 @@ def test_failing_tracker_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.
     failing = Mock(return_value=SimpleNamespace(begin=lambda settings: 0, round=full))
     monkeypatch.setattr(tracking, "_TRACKERS", {"tensorboard": failing})
     monkeypatch.setattr("fedtune.extras.is_installed", lambda _: True)
-    outcome = command("simulate", *tiny("tracking=tensorboard", into=tmp_path))
+    outcome = run_command("simulate", *list_tiny_overrides("tracking=tensorboard", into=tmp_path))
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("tracking=tensorboard stopped, and the run continues: OSError: the disk is full") == 1
     assert "the disk is full" in (tmp_path / "run" / "log.txt").read_text()
@@ -187,7 +189,7 @@ def test_failing_tracker_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.
 def test_tracker_that_cannot_start_ends_the_run_uncharged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     (tmp_path / "mlflow").write_text("a file where the folder is to be")
-    outcome = command("simulate", *tiny("tracking=mlflow", into=tmp_path))
+    outcome = run_command("simulate", *list_tiny_overrides("tracking=mlflow", into=tmp_path))
     assert outcome.code == 1
     assert "tracking=mlflow cannot start at" in outcome.err
     assert not (tmp_path / "run").exists()

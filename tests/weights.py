@@ -30,29 +30,29 @@ class Weight(NamedTuple):
     most: int
 
 
-def weights() -> list[Weight]:
+def compute_weights() -> list[Weight]:
     """The weight of every room with a budget, then the sums."""
     rooms: dict[str, int] = {}
-    for path in _files("fedtune", ".py"):
+    for path in _list_files("fedtune", ".py"):
         parts = path.relative_to(REPOSITORY / "fedtune").parts
         room = parts[0] if len(parts) > 1 else "root"
         rooms[room] = rooms.get(room, 0) + code_lines(path)
     sums = {
         "shell": sum(rooms.get(room, 0) for room in BUDGETS["shell"]),
         "all": sum(rooms.values()),
-        "tests": sum(map(code_lines, _files("tests", ".py"))),
-        "simulations": sum(map(code_lines, _files("simulations", ".py"))),
-        "records": sum(map(_record_classes, _files("fedtune", ".py"))),
-        "other_text": sum(map(_lines, [p for p in _files("fedtune") if p.suffix not in {".py", *BINARY}])),
-        "golden": sum(map(_lines, [p for p in _files("tests", *GOLDEN) if "mutant" not in str(p)])),
+        "tests": sum(map(code_lines, _list_files("tests", ".py"))),
+        "simulations": sum(map(code_lines, _list_files("simulations", ".py"))),
+        "records": sum(map(_record_classes, _list_files("fedtune", ".py"))),
+        "other_text": sum(map(_lines, [p for p in _list_files("fedtune") if p.suffix not in {".py", *BINARY}])),
+        "golden": sum(map(_lines, [p for p in _list_files("tests", *GOLDEN) if "mutant" not in str(p)])),
     }
-    most = _budgets()
+    most = _read_budgets()
     unknown = set(rooms) - set(most) - set(BUDGETS["shell"])
     assert not unknown, f"rooms without a budget: {unknown}"
     return [Weight(room, count, most[room]) for room, count in {**rooms, **sums}.items() if room in most]
 
 
-def _budgets() -> dict[str, int]:
+def _read_budgets() -> dict[str, int]:
     """The most lines by room and sum, with what the entries of `landed` add."""
     most = {**BUDGETS["rooms"], **BUDGETS["sums"]}
     for entry in BUDGETS["landed"]:
@@ -67,15 +67,15 @@ def _budgets() -> dict[str, int]:
 
 
 @cache
-def _tracked() -> list[Path]:
+def _list_tracked() -> list[Path]:
     listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     return [path for name in listed.splitlines() if (path := REPOSITORY / name).is_file()]
 
 
-def _files(folder: str, *suffixes: str) -> list[Path]:
+def _list_files(folder: str, *suffixes: str) -> list[Path]:
     """Tracked files below a folder of the repository, by suffix if any is given."""
     root = REPOSITORY / folder
-    return [p for p in _tracked() if root in p.parents and (not suffixes or p.suffix in suffixes)]
+    return [p for p in _list_tracked() if root in p.parents and (not suffixes or p.suffix in suffixes)]
 
 
 def code_lines(path: Path) -> int:
@@ -105,6 +105,6 @@ def _lines(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    for weight in weights():
+    for weight in compute_weights():
         over = f"   over by {weight.lines - weight.most:,}" if weight.lines > weight.most else ""
         print(f"{weight.room:12} {weight.lines:7,} of {weight.most:7,}{over}")

@@ -28,7 +28,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, ndtr
 from scipy.stats import binom
 
-SCHEMA = 9
+SCHEMA = 10
 SLACK = 0.02  # this program's epsilon is an upper bound, and may be so much larger than the report's
 LAST_DIGITS = 1e-9
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
@@ -89,7 +89,9 @@ def plan_digest(plan: Json) -> str:
 
 
 def events_of(plan: Json, rounds: int) -> dict[Event, int]:
-    """The mechanisms of so many rounds of a plan, counted; of a secure sum the fewest honest shares are its noise."""
+    """The mechanisms of so many rounds of a plan, counted; of secure aggregation the fewest honest shares are its
+    noise.
+    """
     noise, shared = float(plan["noise_multiplier"]), plan["shared"]
     if shared is not None:
         noise = shared["noise_multiplier"] * math.sqrt(max(1, shared["threshold"] - shared["colluders"]))

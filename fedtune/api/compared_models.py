@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from fedtune.evaluation.bootstrap import Estimate
-from fedtune.formatting import html_table, score_words
+from fedtune.formatting import format_score_name, html_table
 from fedtune.runs.model_comparison import SideBySide
 from fedtune.runs.saved_model import BASE
 from fedtune.show.drawing import MOST_LINES, Panel, Series, chart
@@ -39,10 +39,10 @@ class ComparedModels(SideBySide):
             points = [(x, height) for x in (one.low, one.value, one.high) if x == x]
             series.append(Series(points=points, number=place, label=model))
         named = (
-            f"{score_words(score)} of each model",
+            f"{format_score_name(score)} of each model",
             "; ".join(f"{one}: {self._estimate_text(one, score)}" for one in models),
         )
-        panel = Panel(series=series, x=score_words(score), from_zero=False)
+        panel = Panel(series=series, x=format_score_name(score), from_zero=False)
         return SvgFigure(
             chart("models", panel, named=named, number=lambda tick: "" if tick > _HEIGHT / 2 else f"{tick:g}")
         )
@@ -57,4 +57,4 @@ class ComparedModels(SideBySide):
         for model in self.measured:
             verdict = "" if model == BASE or BASE not in self.measured else self.compare_models(BASE, model).verdict
             rows.append((model, self._estimate_text(model, score), verdict))
-        return html_table(f"{score_words(score)} on {len(self.records):,} records, with 95 % intervals", rows)
+        return html_table(f"{format_score_name(score)} on {len(self.records):,} records, with 95 % intervals", rows)

@@ -22,21 +22,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedtune.api.config_groups import list_options, suggest_experiment
 from fedtune.api.experiment_file import (
+    build_unknown_option_error,
+    compose_default_settings,
     compose_settings,
-    default_settings,
     is_path,
-    plain,
     read_experiment_file,
     read_option,
     require_all_given,
-    unknown_option_error,
+    to_plain_settings,
 )
-from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
+from fedtune.config import PATHS, RunConfig, parse, read_saved_config, use_secure_aggregation
 from fedtune.federation.run_folder import suggest_run_folders
 from fedtune.formatting import flatten
 from fedtune.runs.overrides import FREE_MAPS, set_by_key
 from fedtune.runs.public_stage import add_public_stage, needs_public_stage
-from fedtune.runs.renewal import renew_config, with_start_adapter
+from fedtune.runs.renewal import add_start_adapter, renew_config
 from fedtune.runs.run_paths import default_run_name
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.registry import TASKS
@@ -100,7 +100,7 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
     said = {str(key): value for key, value in (settings or {}).items()}
     if isinstance(recipe, RunConfig):
         config = _override_config(recipe, list(itertools.starmap(_make_override, said.items())))
-        return config if config.resume else with_start_adapter(config)
+        return config if config.resume else add_start_adapter(config)
     if isinstance(recipe, DictConfig):
         known = _apply_overrides(_resolve(recipe), list(itertools.starmap(_make_override, said.items())))
         return _complete_config(known, values={key for key, _ in flatten(said)})
@@ -119,7 +119,7 @@ def _compose(
     options = {one.key_or_group: one for one in typed if _is_option(one)}
     for group, one in options.items():
         if not isinstance(_single_value(one), str):
-            raise unknown_option_error(group, _single_value(one))
+            raise build_unknown_option_error(group, _single_value(one))
         if one.is_add():
             raise ConfigError("override", str(one.input_line), "needs no +: the group already has an option")
     for key in ("experiment", "resume"):
@@ -135,7 +135,7 @@ def _compose(
         folder = Path(expand_home(str(resumed), key="resume"))
         if not folder.is_dir():
             raise ConfigError("resume", str(resumed), f"must be a run folder{suggest_run_folders(folder)}")
-        saved = saved_config(folder)
+        saved = read_saved_config(folder)
         others = [*others, _make_override("resume", folder), _make_override("name", saved.name)]
         if "experiment" not in options:
             of_groups = [_make_override(group, read_option(group, str(one.value()))) for group, one in options.items()]
@@ -145,7 +145,7 @@ def _compose(
     if "renew" in values:
         named_options = {group: one.value() for group, one in options.items()}
         said = named_options | {key: value for key, value in values.items() if key != "renew"}
-        return with_start_adapter(renew_config(str(values["renew"]), {"name": default_run_name(), **said, **changed}))
+        return add_start_adapter(renew_config(str(values["renew"]), {"name": default_run_name(), **said, **changed}))
     chosen = options["experiment"].value() if "experiment" in options else None
     file = Path(expand_home(str(chosen), key="experiment")) if is_path(chosen) else None
     of_file = {key for key, _ in flatten(read_experiment_file(file)) if key != "defaults"} if file else set[str]()
@@ -174,7 +174,7 @@ def restore_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[
     """Return a run's settings, with each interpolation unresolved if its resolved value is the value that runs."""
     settings, composed_of = config.to_json(), compose_settings(hydra_overrides(overrides))
     raw: Any = OmegaConf.to_container(composed_of)
-    written, found = dict(flatten(raw)), dict(flatten(plain(composed_of)))
+    written, found = dict(flatten(raw)), dict(flatten(to_plain_settings(composed_of)))
     for key, value in flatten(settings):
         if "${" in str(written.get(key)) and found[key] == value:
             set_by_key(settings, key, written[key])
@@ -215,12 +215,12 @@ def _complete_config(
             settings["data"][f"{name}_fraction"] = 0.0
     as_given = deepcopy(settings)
 
-    def said_beside(key: str) -> set[str]:
-        # What was said where secure sums or a public stage were asked for, or later, stays: the rest had none in mind.
+    def list_keys_said_beside(key: str) -> set[str]:
+        # What was said with secure aggregation or a public stage in mind, or later, stays: the rest was not.
         return values | (of_file if _overlaps_any(key, of_file) else set())
 
     if ("federation.aggregation", "secure") in flatten(settings):
-        settings = with_secure_sums(settings, keep=said_beside("federation.aggregation"))
+        settings = use_secure_aggregation(settings, keep=list_keys_said_beside("federation.aggregation"))
     if settings.get("name") is None:
         settings["name"] = default_run_name()
     settings = _apply_overrides(settings, [_make_override(key, value) for key, value in (changed or {}).items()])
@@ -228,10 +228,10 @@ def _complete_config(
         require_all_given(settings)
         config = parse(settings, for_real_sites=for_real_sites)
         if config.public.train_file is not None:
-            config = add_public_stage(config, as_given, keep=said_beside("public.train_file"))
-        return with_start_adapter(config)
+            config = add_public_stage(config, as_given, keep=list_keys_said_beside("public.train_file"))
+        return add_start_adapter(config)
     except ConfigError as error:
-        raise _unknown_setting_error(error.key, error.value) if error.bound == _UNKNOWN else error from None
+        raise _build_unknown_setting_error(error.key, error.value) if error.bound == _UNKNOWN else error from None
 
 
 def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
@@ -241,12 +241,14 @@ def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]
     except MissingConfigException as error:
         group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         is_typed = any(override_key(word) == group for word in words)
-        raise unknown_option_error(group, option, key=None if is_typed else f"{file}: defaults, {group}") from None
+        raise build_unknown_option_error(
+            group, option, key=None if is_typed else f"{file}: defaults, {group}"
+        ) from None
     except (HydraException, OmegaConfBaseException) as error:
         told = " ".join(str(error).split())
         word = next((word for word in words if f"'{override_key(word)}'" in told or word in told), " ".join(words))
         if told.startswith("Could not override"):
-            raise _unknown_setting_error(override_key(word), word.partition("=")[2]) from None
+            raise _build_unknown_setting_error(override_key(word), word.partition("=")[2]) from None
         of_file = file is not None and told.startswith("Multiple values")
         key, value = (f"{file}: defaults", NOT_GIVEN) if of_file else ("override", word)
         raise ConfigError(key, value, f"cannot be composed by Hydra: {told}") from None
@@ -268,7 +270,7 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         if key.rpartition(".")[2] == "_target_":
             raise ConfigError(key, value, "is not allowed: no setting of fedtune runs code")
     try:
-        return plain(config)
+        return to_plain_settings(config)
     except OmegaConfBaseException as error:
         key = error.full_key or "override"
         bound = f"cannot be resolved; put a backslash before a literal $ ({str(error).splitlines()[0]})"
@@ -294,7 +296,7 @@ def _apply_overrides(settings: Mapping[str, Any], given: Sequence[Override]) -> 
     changed = deepcopy(dict(settings))
     for one in given:
         if not set_by_key(changed, one.key_or_group, _single_value(one)):
-            raise _unknown_setting_error(one.key_or_group, str(one.input_line).partition("=")[2])
+            raise _build_unknown_setting_error(one.key_or_group, str(one.input_line).partition("=")[2])
     return changed
 
 
@@ -417,10 +419,10 @@ def override_value(override: str) -> Any:
     return _single_value(_parse_override(override))
 
 
-def _unknown_setting_error(key: str, value: object) -> ConfigError:
+def _build_unknown_setting_error(key: str, value: object) -> ConfigError:
     """Build the error about an unknown setting, with a hint: fedtune's name for it, or the most similar known key."""
     last = key.rpartition(".")[2]
-    paths = [path.split(".") for path, _ in flatten(default_settings())]
+    paths = [path.split(".") for path, _ in flatten(compose_default_settings())]
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}
     of_tasks = (task.settings for task in TASKS.values() if task.settings is not None)
     every |= {f"task_settings.{one.name}" for settings in of_tasks for one in fields(settings)}

@@ -8,19 +8,19 @@ from pathlib import Path
 from fedtune.version import shipped_folders
 
 
-def config_folder() -> Path:
+def find_config_folder() -> Path:
     """Return the folder `conf/`, in a checkout or inside the installed package."""
     return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
 
 
 def config_groups() -> list[str]:
     """Return the names of the groups of settings."""
-    return sorted(one.name for one in config_folder().iterdir() if list_options(one.name))
+    return sorted(one.name for one in find_config_folder().iterdir() if list_options(one.name))
 
 
 def list_options(group: str) -> list[str]:
     """Return the options of a group, without private files (leading underscore); empty if conf/ has no such group."""
-    found = (config_folder() / group).glob("[!_]*.yaml") if group.isidentifier() else ()
+    found = (find_config_folder() / group).glob("[!_]*.yaml") if group.isidentifier() else ()
     return sorted(one.stem for one in found)
 
 

@@ -21,8 +21,8 @@ from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
-from fedtune.api.config_groups import config_folder, config_groups, list_options, suggest_experiment
-from fedtune.config import plain_yaml
+from fedtune.api.config_groups import config_groups, find_config_folder, list_options, suggest_experiment
+from fedtune.config import read_plain_yaml
 from fedtune.runs.overrides import FREE_MAPS
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
@@ -50,8 +50,8 @@ class _Settings(ConfigSource):
         group, path = _find_config_file(config_path)
         if path is None:
             raise ConfigLoadError(config_path)
-        is_own = config_folder() not in path.parents
-        settings = read_experiment_file(path) if is_own else plain_yaml(path, key=group or "conf")
+        is_own = find_config_folder() not in path.parents
+        settings = read_experiment_file(path) if is_own else read_plain_yaml(path, key=group or "conf")
         package = _PACKAGE.search(path.read_text(encoding="utf-8"))
         header = {"package": package[1] if package else "_global_" if is_own else None}
         if is_own and package and package[1].startswith("hydra"):
@@ -60,7 +60,7 @@ class _Settings(ConfigSource):
         return ConfigResult(provider=self.provider, path=str(path), config=OmegaConf.create(sealed), header=header)
 
     def is_group(self, config_path: str) -> bool:
-        return (config_folder() / config_path).is_dir()
+        return (find_config_folder() / config_path).is_dir()
 
     def is_config(self, config_path: str) -> bool:
         return _find_config_file(config_path)[1] is not None
@@ -135,12 +135,12 @@ def list_composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 @cache
-def default_settings() -> Mapping[str, Any]:
+def compose_default_settings() -> Mapping[str, Any]:
     """Return the settings of the default run; callers must not change them."""
-    return plain(compose_settings())
+    return to_plain_settings(compose_settings())
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
+def to_plain_settings(config: DictConfig) -> dict[str, Any]:
     """Resolve every interpolation; a setting without a value becomes `OPEN`."""
     return _unseal(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
 
@@ -160,7 +160,7 @@ def read_experiment_file(path: Path) -> dict[str, Any]:
     """Read a user's experiment file; relative data files next to it become paths."""
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
-    settings = plain_yaml(path, key="experiment")
+    settings = read_plain_yaml(path, key="experiment")
     named = {str(key) for entry in settings.get("defaults") or () if isinstance(entry, dict) for key in entry}
     hydras = {key for key in named if re.search("(^|[ /@])hydra([./@]|$)", key)}
     if wrong := sorted(({"experiment", "resume", "hydra"} & settings.keys()) | hydras):
@@ -176,33 +176,33 @@ def require_all_given(settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: settings without a value; the message lists all of them.
     """
-    if left := [*_missing_keys(settings)]:
+    if left := [*_iter_missing_keys(settings)]:
         key, *others = left
         bound = "write it where the file has ???" if "[" in key else f"give it as {key}=VALUE"
         more = f", and so are {', '.join(others)}" if others else ""
         raise ConfigError(key, "", f"is required{more}: {bound}")
 
 
-def _missing_keys(value: Any, key: str = "") -> Iterator[str]:
+def _iter_missing_keys(value: Any, key: str = "") -> Iterator[str]:
     """Yield the keys of settings without a value; a list entry is named by its columns, if it has any."""
     if value == OPEN:
         yield key
     for name, inner in value.items() if isinstance(value, dict) else ():
-        yield from _missing_keys(inner, f"{key}.{name}".lstrip("."))
+        yield from _iter_missing_keys(inner, f"{key}.{name}".lstrip("."))
     for place, inner in enumerate(value) if isinstance(value, list) else ():
         columns = inner.get("columns") if isinstance(inner, dict) else None
         name = ", ".join(map(str, columns)) if isinstance(columns, list) else place
-        yield from _missing_keys(inner, f"{key}[{name}]")
+        yield from _iter_missing_keys(inner, f"{key}[{name}]")
 
 
 def read_option(group: str, option: str) -> dict[str, Any]:
     """Return the settings of one option of a group."""
     if option not in list_options(group):
-        raise unknown_option_error(group, option)
-    return plain(compose_settings(name=f"{group}/{option}"))[group]  # type: ignore[no-any-return]
+        raise build_unknown_option_error(group, option)
+    return to_plain_settings(compose_settings(name=f"{group}/{option}"))[group]  # type: ignore[no-any-return]
 
 
-def unknown_option_error(group: str, option: Any, *, key: str | None = None) -> ConfigError:
+def build_unknown_option_error(group: str, option: Any, *, key: str | None = None) -> ConfigError:
     """Build the error about an unknown option of a group; `key` is the setting that chose it (default: the group)."""
     choices = list_options(group)
     meant = suggest_experiment(str(option)) if group == "experiment" else ""
@@ -218,7 +218,7 @@ def _find_config_file(config_path: str) -> tuple[str, Path | None]:
     if group == "experiment" and is_path(option):
         path = Path(expand_home(option, key="experiment"))  # Hydra adds an ending
         return group, path if path.is_file() else None
-    path = config_folder() / group / f"{option.removesuffix('.yaml')}.yaml"
+    path = find_config_folder() / group / f"{option.removesuffix('.yaml')}.yaml"
     return group, path if path.is_file() else None
 
 

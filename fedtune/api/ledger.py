@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.api.config_groups import config_folder
+from fedtune.api.config_groups import find_config_folder
 from fedtune.codec import require
 from fedtune.extras import require_extra
 from fedtune.formatting import html_table
@@ -97,7 +97,7 @@ class Ledger:
             ValueError: a value is out of range, or the folder has a policy or a ledger.
         """
         site_toml = Path(folder) / "site.toml"
-        policy = read_policy(config_folder() / "site.toml")
+        policy = read_policy(find_config_folder() / "site.toml")
         policy = replace(
             policy,
             site=site,

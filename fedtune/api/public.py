@@ -22,7 +22,7 @@ import numpy as np
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.api.ledger import to_data_frame
 from fedtune.api.memory import Data, split_inputs, write_data_file
-from fedtune.config import RunConfig, config_yaml, saved_config
+from fedtune.config import RunConfig, config_yaml, read_saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
@@ -31,8 +31,8 @@ from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.process import torch_came_first
 from fedtune.runs.needed_packages import require_for_run
-from fedtune.runs.public_stage import needs_public_stage, public_stage_config
-from fedtune.runs.renewal import with_start_adapter
+from fedtune.runs.public_stage import build_public_stage_config, needs_public_stage
+from fedtune.runs.renewal import add_start_adapter
 from fedtune.runs.run_paths import find_run_folder, is_finished, resume_config
 from fedtune.spec import ConfigError, check_one_of
 
@@ -204,7 +204,7 @@ def load(folder: str | Path) -> Run:
     path = Path(folder)
     if not RunFolder(path).config.exists() and RunFolder(path.absolute().parent).adapter == path.absolute():
         path = path.absolute().parent
-    return Run(path, saved_config(path))
+    return Run(path, read_saved_config(path))
 
 
 def evaluate(run: Run, data: Data, *, progress: Callback = lambda told: None) -> ComparedModels:
@@ -328,13 +328,13 @@ def start_after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path
         return config
     find_run_folder(replace(config, public=PublicSpec()))  # before anything is trained
     require_for_run(config)
-    stage = public_stage_config(config)
+    stage = build_public_stage_config(config)
     folder = Path(stage.tracking.output_dir) / stage.name
     if RunFolder(folder).has_begun():
         stage = resume_config(stage, folder, name=config.name)
     if stage.resume is None or not is_finished(folder):
         train(stage, folder)
-    return with_start_adapter(replace(config, model=replace(config.model, adapter=str(folder))))
+    return add_start_adapter(replace(config, model=replace(config.model, adapter=str(folder))))
 
 
 @dataclass(frozen=True)
@@ -521,7 +521,7 @@ class Run:
         ids = self._model.prompt_ids(self._model.fields_from_text(prompt, at="prompt"), at="prompt")
         return "".join(self._model.generate_answer(ids, spec))
 
-    def distil(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
+    def distill(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
         """Distill the tuned model into a smaller student, and write the student to a new folder.
 
         Guarantee: the run's own; if `texts` have a card of synthetic records, the epsilon of the runs behind them is
@@ -531,14 +531,14 @@ class Run:
             to: the new folder.
             texts: a file of public or synthetic texts, one line or record each.
             student: "half" of the base's layers, the number of lowest layers to keep, or another base model.
-            **options: passed to `fedtune.lab.distillation.distil`.
+            **options: passed to `fedtune.lab.distillation.distill`.
 
         Raises:
             ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
         """
-        from fedtune.lab.distillation import distil
+        from fedtune.lab.distillation import distill
 
-        return distil(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
+        return distill(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
 
     @cached_property
     def _model(self) -> SavedModel:

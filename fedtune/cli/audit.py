@@ -82,7 +82,7 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     from fedtune.federation.run_folder import RunFolder
     from fedtune.lab.audit import sensitivity
     from fedtune.runs.run_paths import find_run_folder
-    from fedtune.show.terminal_tables import SCHEMA_VERSION, key_value_section
+    from fedtune.show.terminal_tables import SCHEMA_VERSION, build_key_value_section
 
     if not config.privacy.private:
         raise ConfigError("privacy", config.privacy.mechanism, "makes no privacy claim that could be audited")
@@ -93,8 +93,10 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     moved = {"above one clip norm": f"{found.exceeded}", f"other {found.unit}s, by a cell": f"{found.others_moved}"}
     told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
     print_answer(
-        told, [key_value_section({**moved, "written": str(folder / sensitivity.FILE)}, title=title)], as_json=as_json
+        told,
+        [build_key_value_section({**moved, "written": str(folder / sensitivity.FILE)}, title=title)],
+        as_json=as_json,
     )
     if found.exceeded or found.others_moved:
-        beyond = "one unit moved a sum by more than its own clipped contribution"
+        beyond = "one record or person moved a sum by more than its own clipped contribution"
         raise RunError(f"{beyond}: no epsilon holds on this machine")

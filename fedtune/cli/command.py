@@ -244,7 +244,20 @@ def is_experiment_file(word: str) -> bool:
 
 
 class Group(Command, click.Group):
-    """A command with subcommands, listed in the order of the file."""
+    """A command with subcommands, listed in the order of the file.
+
+    `default` names the subcommand that runs if the first word is none of them: `report PATH` is short for
+    `report build PATH`.
+    """
+
+    def __init__(self, *, default: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if self.default is not None and args and args[0] not in (*self.commands, "-h", "--help"):
+            args.insert(0, self.default)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -254,9 +267,9 @@ class Group(Command, click.Group):
         self.format_commands(ctx, formatter)
 
 
-def group(help: str, *, cls: type[Group] = Group) -> Group:
+def group(help: str, *, default: str | None = None) -> Group:
     """Create a command group; `help` is its module's docstring, and `command` adds its subcommands."""
-    return cls(help=help, context_settings=SETTINGS, no_args_is_help=False)
+    return Group(default=default, help=help, context_settings=SETTINGS, no_args_is_help=False)
 
 
 def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[Function], Function]:

@@ -18,10 +18,10 @@ from fedtune.cli.finished_run import load_finished_run
 from fedtune.cli.interruptible_run import run_with_summary
 from fedtune.cli.personalize import show_progress
 from fedtune.config import RunConfig
-from fedtune.data.records import Record, column_values, resolve_file
+from fedtune.data.records import Record, read_column_values, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
-from fedtune.evaluation.spec import SMALLEST, missing_test_records_error
+from fedtune.evaluation.spec import SMALLEST, build_missing_test_records_error
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.lab.studies.comparison import Line, plan_runs, score_side_by_side
 from fedtune.lab.studies.personalized import personalize, split_site_records
@@ -130,13 +130,13 @@ def _check_scored_data(config: RunConfig, file: str | None, by: str | None) -> N
     """Check the records to be scored before the first run starts, as far as possible without a model."""
     data = config.data
     if file is None and data.test_file is None and not data.test_fraction:
-        raise missing_test_records_error()
+        raise build_missing_test_records_error()
     name = file or data.test_file or data.train_file
     if SITE in name:
         return
     path = resolve_file(name, shipped_folders(), key="--data" if file else "data.test_file")
     if by is not None:
-        column_values([Record({}, file=str(path))], by, key="--by")
+        read_column_values([Record({}, file=str(path))], by, key="--by")
 
 
 def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:

@@ -40,9 +40,9 @@ from fedtune.lab.preparation.readers import count_token_ids, load_reader
 from fedtune.model.source import resolve_model
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.policy_file import read_policy
-from fedtune.show.new_files import new_files, new_streams, translate_os_errors
+from fedtune.show.new_files import open_new_streams, translate_os_errors, write_new_files
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say, show, to_json_text, write_file
-from fedtune.sites.run_records import file_sha256, require_no_card
+from fedtune.sites.run_records import hash_file, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of, expand_home
 from fedtune.tasks.registry import TASKS
 from fedtune.version import shipped_folders
@@ -121,8 +121,8 @@ def init(
         target.unlink()
         raise
     to_know = Section(title="To know", notes=tuple(experiment_writer.list_notes(found, plan)))
-    about_input = data_sections.input_section(found, plan, spec.path)
-    show([*data_sections.file_sections(found, plan), about_input, to_know])
+    about_input = data_sections.build_input_section(found, plan, spec.path)
+    show([*data_sections.build_file_sections(found, plan), about_input, to_know])
     say(f"\nWrote {target}. Read it, then run:")
     say(f"  {experiment_writer.next_command(target)}", style="bold")
 
@@ -208,7 +208,7 @@ def clean(
     columns = task.columns(config.data, partition=of == "train", unit=unit)
     fault, named = task.record_validator(config.data), config.data.columns
     cleaning = Cleaning(columns, fault, drop=rules, mask=mask == "personal", named=named)
-    with new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
+    with open_new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
         done = write_clean(source, stream, cleaning)
     show(data_sections.clean_sections(done))
     say(f"\nWrote {out}. Use it with data.{of}_file={out}.")
@@ -249,7 +249,7 @@ def codes(
         each = tuple(dict.fromkeys(one.fields["text"] for one in iter_records(path, {"text": "topic"})))
         if len(each) < 2:
             raise ConfigError("--topics", topics, "must have at least two different texts in its column topic")
-        from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+        from fedtune.model.base_model import hash_model  # transformers takes seconds to import
 
         config, spec = _compose_with_model(next(name for name, task in TASKS.items() if task.counts_units), model)
         reader = load_reader(config.data, spec, key="--model", other="--model")
@@ -257,11 +257,11 @@ def codes(
         lora = LoraSpec(rank=1, layers=(-1,))  # of no effect untrained, and of whatever modules the model has
         head = replace(config.head, label_texts=each)
         votes = replace(config.task_model(), model=spec, lora=lora, head=head, labels=each)
-        same = {"topics": file_sha256(path, key="--topics"), "model": model_sha256(spec)}
+        same = {"topics": hash_file(path, key="--topics"), "model": hash_model(spec)}
     coding = Coding(roles, votes, reader, bounds=bounds)
-    with new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
+    with open_new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
         done = write_clean(source, stream, coding)
-    show(data_sections.codes_sections(done, coding.codes, same))
+    show(data_sections.build_codes_sections(done, coding.codes, same))
     say(f"\nWrote {out}. It contains private records.")
 
 
@@ -311,9 +311,9 @@ def copies(
     told = {"schema_version": SCHEMA_VERSION, "about": data_sections.ABOUT_COPIES, "read": left_out}
     told |= {"synthetic": near, "ordinary": usual}
     if out is not None:
-        with new_files(("--out", out), mode=0o600) as texts:
+        with write_new_files(("--out", out), mode=0o600) as texts:
             texts[out] = to_json_text(told)
-    print_answer(told, data_sections.copies_sections(near, usual, left_out), as_json=as_json)
+    print_answer(told, data_sections.build_copies_sections(near, usual, left_out), as_json=as_json)
 
 
 def _iter_usable_records(

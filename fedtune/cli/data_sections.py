@@ -20,8 +20,8 @@ from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind
 from fedtune.lab.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.lab.preparation.detect import KINDS, Found
 from fedtune.lab.preparation.duplicates import Near
-from fedtune.show.terminal_tables import Section, key_value_section
-from fedtune.spec import shown
+from fedtune.show.terminal_tables import Section, build_key_value_section
+from fedtune.spec import format_value
 
 _WORDS = tomllib.loads(Path(__file__).with_name("data_words.toml").read_text(encoding="utf-8"))
 ABOUT, ABOUT_COPIES = tuple(_WORDS["about"]), tuple(_WORDS["about_copies"])
@@ -35,40 +35,40 @@ _MOST_LINES = 6
 _BAR = 40
 
 
-def file_sections(found: Found, plan: experiment_writer.ExperimentPlan) -> Iterator[Section]:
+def build_file_sections(found: Found, plan: experiment_writer.ExperimentPlan) -> Iterator[Section]:
     """Yield tables of a file's kind, columns, first rows and labels."""
     unread = f", and {pluralize(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
-    yield key_value_section(
+    yield build_key_value_section(
         {"file": f"{found.path}, {pluralize(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]}
     )
     headings: tuple[str, ...] = ("role", "column", "why", "another by")
     yield Section("What was chosen", headings, tuple(found.options), words=range(4), notes=found.notes)
-    yield _truncated_section("Columns that runs ignore", ("column", "why"), tuple(found.unread))
+    yield _build_truncated_section("Columns that runs ignore", ("column", "why"), tuple(found.unread))
     counts = {name: f"{one.num_values:,}" if one.num_values else "many" for name, one in found.columns.items()}
     every = found.columns.values()
     held = tuple((one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in every)
-    yield _truncated_section("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
+    yield _build_truncated_section("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
     odd = tuple(
         (name, kind, f"{count:,}", ", ".join(f"{row}: {_shorten(text)}" for row, text in some))
         for name in found.roles.values()
         for kind, count, some in found.columns[name].strange
     )
-    yield _truncated_section(
+    yield _build_truncated_section(
         "Unusual values (a run may skip these rows)", ("column", "are", "values", "row: value"), odd
     )
     columns = found.roles.values()
-    rows = [tuple(_shorten(_cell_text(row.get(column, ""))) for column in columns) for row in found.first]
+    rows = [tuple(_shorten(_format_cell_text(row.get(column, ""))) for column in columns) for row in found.first]
     headings = tuple(f"{role}: {column}" for role, column in found.roles.items())
     yield Section("First rows", headings, rows, words=range(len(columns)))
-    yield _labels_section(plan.labels, plan.usable)
+    yield _build_labels_section(plan.labels, plan.usable)
     yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
 
 
-def _cell_text(value: Any) -> str:
+def _format_cell_text(value: Any) -> str:
     if isinstance(value, list):  # turns of a conversation
         turns = (": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value)
         return " | ".join(turns)
-    return value if isinstance(value, str) else shown(value)
+    return value if isinstance(value, str) else format_value(value)
 
 
 def _shorten(text: str, most: int = _SHOWN) -> str:
@@ -76,14 +76,14 @@ def _shorten(text: str, most: int = _SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
-def _truncated_section(
+def _build_truncated_section(
     title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...], *, words: Collection[int] = range(4)
 ) -> Section:
     more = len(rows) - _MOST_COLUMNS
     return Section(title, headings, rows[:_MOST_COLUMNS], words=words, notes=[f"and {more:,} more"] if more > 0 else ())
 
 
-def input_section(found: Found, plan: experiment_writer.ExperimentPlan, model: str) -> Section:
+def build_input_section(found: Found, plan: experiment_writer.ExperimentPlan, model: str) -> Section:
     """Build the table of a file's features, shown only on the terminal, or of its records' token counts."""
     if found.features:
         rows = []
@@ -108,7 +108,7 @@ def input_section(found: Found, plan: experiment_writer.ExperimentPlan, model: s
 def check_sections(checked: Checked) -> Iterator[Section]:
     """Yield tables of the findings in an experiment's files."""
     for file in checked.files:
-        yield from _file_sections(file, checked.max_length)
+        yield from _build_file_sections(file, checked.max_length)
     rows, far = list[tuple[str, ...]](), dict[int, str]()
     for place, (site, one) in enumerate(checked.sizes.items()):
         declared, true = one["declared"], one["true"]
@@ -119,11 +119,11 @@ def check_sections(checked: Checked) -> Iterator[Section]:
     yield Section(title="Not checked", notes=checked.skipped)
 
 
-def _file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
+def _build_file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     usable, left_out = sum(file.uses.values()), SkippedRows(rows=file.rows, reasons=file.num_errors)
     uses = ", ".join(f"{count:,} for {use}" for use, count in file.uses.items()) or "none"
     told = {"rows": f"{file.rows:,}", "usable": uses, "errors": f"{left_out.count:,}"}
-    yield key_value_section(told, title=file.path)
+    yield build_key_value_section(told, title=file.path)
     yield Section(notes=(f"{left_out}.",) if left_out.exceeds_threshold else ())
     left = left_out.count - len(file.errors)
     in_all = f"and {left:,} more; in all:" if left else "In all:"
@@ -133,13 +133,13 @@ def _file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     rows = [_finding_row(one, usable) for one in file.findings] or [("nothing", "", "", "", "")]
     meanings = [*dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)]
     yield Section("Findings", headings, rows, words={0, 1, 4}, notes=meanings)
-    yield _labels_section(file.labels, usable)
+    yield _build_labels_section(file.labels, usable)
     notes = experiment_writer.describe_spellings(file.labels)
     for label, count in file.spelt_otherwise.items():
         notes.append(f"{pluralize(count, 'row')} cannot be used: the label is {label!r} in other case or spacing.")
     yield Section(title="Labels with several spellings", notes=notes)
     if file.lengths is not None:
-        yield _lengths_section(file.lengths, max_length)
+        yield _build_lengths_section(file.lengths, max_length)
 
 
 def _finding_row(one: Finding, usable: int) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ def _finding_row(one: Finding, usable: int) -> tuple[str, ...]:
     return name, one.column, f"{one.count:,}", f"{one.count / usable:.1%}", ", ".join([*lines, *more])
 
 
-def _labels_section(labels: Mapping[str, int], records: int, word: str = "label") -> Section:
+def _build_labels_section(labels: Mapping[str, int], records: int, word: str = "label") -> Section:
     most = sorted(labels.items(), key=lambda one: -one[1])
     left = most[_MOST_LABELS:]
     notes = [f"and {pluralize(len(left), 'other')} with {sum(count for _, count in left):,} records"] if left else []
@@ -159,7 +159,7 @@ def _labels_section(labels: Mapping[str, int], records: int, word: str = "label"
     return Section(f"{word.capitalize()}s", (word, "records", "share"), rows, notes=notes)
 
 
-def _lengths_section(found: Lengths, max_length: int) -> Section:
+def _build_lengths_section(found: Lengths, max_length: int) -> Section:
     most = max(count for *_, count in found.bins)
     bars = ((f"{start:,} to {end:,}", count, "\u2588" * -(-_BAR * count // most)) for start, end, count in found.bins)
     rows = [(tokens, f"{count:,}", bar) for tokens, count, bar in bars]
@@ -171,7 +171,9 @@ def _lengths_section(found: Lengths, max_length: int) -> Section:
 def clean_sections(done: Cleaned) -> Iterator[Section]:
     """Yield tables of the kept, dropped and masked rows."""
     dropped = done.dropped.total()
-    yield key_value_section({"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"})
+    yield build_key_value_section(
+        {"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"}
+    )
     why = {**RULES, UNREADABLE: "the row cannot be read"}
     by_rule = [(rule, f"{count:,}", why[rule]) for rule, count in done.dropped.items()]
     yield Section("Dropped", ("rule", "rows", ""), by_rule, words={0, 2})
@@ -180,16 +182,22 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
     yield Section(notes=[_WORDS["about_dropped"]] if {"duplicates", "near-duplicates"} & set(done.dropped) else ())
 
 
-def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapping[str, str]) -> Iterator[Section]:
+def build_codes_sections(
+    done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapping[str, str]
+) -> Iterator[Section]:
     """Yield tables of the records by code, and the hashes that must agree between all sites."""
     yield from clean_sections(replace(done, masked=Counter()))
     for column, names in codes.items():
-        yield _labels_section({name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column)
-    yield key_value_section(same, title="SHA-256 of what must be the same at every site")
+        yield _build_labels_section(
+            {name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column
+        )
+    yield build_key_value_section(same, title="SHA-256 of what must be the same at every site")
     yield Section(notes=ABOUT[:1])
 
 
-def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, SkippedRows]) -> Iterator[Section]:
+def build_copies_sections(
+    near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, SkippedRows]
+) -> Iterator[Section]:
     """Yield tables of how close synthetic records are to a site's own, compared with the own records' similarity."""
     counts, rows, warned = Counter(what for one in usual for what in _match_kinds(one)), list[tuple[str, ...]](), {}
     shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}
@@ -205,7 +213,7 @@ def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[s
     notes = [f"Ordinary: the same for {len(usual):,} own records against the other own ones. Run / text: the median."]
     if warned:
         notes.append(f"WARNING, at least twice what is ordinary: {', '.join(rows[at][0] for at in warned)}.")
-    yield key_value_section(
+    yield build_key_value_section(
         {at.rpartition("/")[2]: f"{n.rows - n.count:,} of {pluralize(n.rows, 'row')}" for at, n in read.items()}
     )
     what_again = ("synthetic records with", "records", "share", "ordinary", "longest run / text")

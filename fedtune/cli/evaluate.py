@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fedtune.api.public import stages
 from fedtune.cli.command import AsJson, Option, print_answer
-from fedtune.cli.finished_run import Columns, Device, Run, comparison_rows, load_finished_run, name_columns_option
+from fedtune.cli.finished_run import Columns, Device, Run, list_comparison_rows, load_finished_run, name_columns_option
 from fedtune.cli.personalize import show_progress
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, describe_against_constant
 from fedtune.formatting import pluralize
@@ -57,11 +57,11 @@ def evaluate(
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
     title = f"{run} on {data}, {pluralize(len(found.records), 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
-    scores_first = Section(title, headings, comparison_rows(scores), words={0, 5}, notes=notes)
-    print_answer(figures, [scores_first, *(() if detail is None else _detail_sections(detail))], as_json=as_json)
+    scores_first = Section(title, headings, list_comparison_rows(scores), words={0, 5}, notes=notes)
+    print_answer(figures, [scores_first, *(() if detail is None else _build_detail_sections(detail))], as_json=as_json)
 
 
-def _detail_sections(detail: Detail) -> Iterator[Section]:
+def _build_detail_sections(detail: Detail) -> Iterator[Section]:
     most = sorted(detail.classes, key=lambda one: -one.support)
     left = len(most) - _MOST_LABELS
     rows = []

@@ -1,4 +1,4 @@
-"""`fedtune export` and `distil`: a run's model, or a smaller student of it, for others to load."""
+"""`fedtune export` and `distill`: a run's model, or a smaller student of it, for others to load."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedtune.cli.finished_run import (
     Columns,
     Device,
     Run,
-    comparison_rows,
+    list_comparison_rows,
     load_finished_run,
     name_columns_option,
     parse_column_roles,
 )
-from fedtune.formatting import pluralize, size
+from fedtune.formatting import format_size, pluralize
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, show
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
@@ -93,7 +93,7 @@ def export(
         folder = to or Path(scratch, str(push).rpartition("/")[2])
         files = write(adapter, config, folder, format=chosen, private=private, int8=int8)
         graphs = measure_folder(folder, adapter, config, records) if records else []
-        rows = [(str(path.relative_to(folder)), size(path.stat().st_size)) for path in files]
+        rows = [(str(path.relative_to(folder)), format_size(path.stat().st_size)) for path in files]
         figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": to and str(to), "format": chosen}
         figures |= {"files": [name for name, _ in rows], "graphs": graphs}
         sections = [Section(title=f"{run} as {chosen}, in {to or push}", headings=("file", "size"), rows=rows)]
@@ -115,10 +115,10 @@ def export(
 
 def _cost(one: Any, scores: Iterable[str]) -> tuple[str, ...]:
     """What a served model costs, and its scores of these names."""
-    return one.file, size(one.bytes), f"{one.milliseconds:.1f}", *(f"{one.scores[name]:.4f}" for name in scores)
+    return one.file, format_size(one.bytes), f"{one.milliseconds:.1f}", *(f"{one.scores[name]:.4f}" for name in scores)
 
 
-def distil(
+def distill(
     run: Run,
     texts: Annotated[str, Option("public or synthetic texts, one per line (.txt), or records", metavar="FILE")],
     to: Annotated[Path, Option(metavar="FOLDER", help="a new folder to write")],
@@ -133,9 +133,9 @@ def distil(
 ) -> None:
     """Distill a finished run's model into a smaller one, and write that for others to load.
 
-      fedtune distil runs/tighter --texts public.txt --to FOLDER       the lower half of the run's own base
-      fedtune distil runs/tighter --texts public.txt --to FOLDER --student 2                    its lowest two layers
-      fedtune distil runs/tighter --texts public.txt --to FOLDER --student package:own/model    another base
+      fedtune distill runs/tighter --texts public.txt --to FOLDER       the lower half of the run's own base
+      fedtune distill runs/tighter --texts public.txt --to FOLDER --student 2                    its lowest two layers
+      fedtune distill runs/tighter --texts public.txt --to FOLDER --student package:own/model    another base
 
     For runs whose head predicts labels or a number from a text. The sites' records are not read, so nothing is
     charged. Texts without a card are assumed to be public, and the student has the run's epsilon; with a card, the
@@ -148,7 +148,7 @@ def distil(
     from fedtune.lab import distillation  # torch takes seconds to import
 
     with Console(stderr=True).status("Loading ...") as status, name_columns_option():
-        found = distillation.distil(
+        found = distillation.distill(
             config,
             adapter,
             to,
@@ -169,6 +169,6 @@ def distil(
     if judged:
         told = ("metric", "teacher", "student", "difference", "95 % interval", "student is")
         title = f"On {pluralize(found.records, 'test record')}"
-        sections.append(Section(title=title, headings=told, rows=comparison_rows(found.scores), words={0, 5}))
+        sections.append(Section(title=title, headings=told, rows=list_comparison_rows(found.scores), words={0, 5}))
     figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "distilled": found}
     print_answer(figures, sections, as_json=as_json)

@@ -103,7 +103,7 @@ def name_columns_option() -> Iterator[None]:
         raise DataError(error.key, error.value, bound) from None
 
 
-def comparison_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
+def list_comparison_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
     """Build table rows: each score of two models, their difference with its interval, and the verdict on the second."""
     both = {name: (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}") for name, one in scores.items()}
     return [(name, *values, *format_change(scores[name])) for name, values in both.items()]

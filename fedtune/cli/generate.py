@@ -69,17 +69,17 @@ def generate(
     writes = task.predicts_tokens
     ids = [saved.prompt_ids(one.fields, at=one.at("prompt") if one.file else "--prompt") for one in records if writes]
 
-    def parts(place: int, name: str) -> Iterator[str]:
+    def iter_answers(place: int, name: str) -> Iterator[str]:
         saved.use_adapter(name)
         if writes:
             yield from saved.generate_answer(ids[place], spec)
         else:
             yield saved.answer_record(records[place])[0]
 
-    def told(place: int) -> dict[str, object]:
+    def answer_record(place: int) -> dict[str, object]:
         """Return the answers to a record by adapter: generated texts, or the task's predictions."""
         if writes:
-            return {name: "".join(parts(place, name)) for name in names}
+            return {name: "".join(iter_answers(place, name)) for name in names}
         answers = {}
         for name in names:
             saved.use_adapter(name)
@@ -87,18 +87,18 @@ def generate(
         return answers
 
     if prompt is not None and as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "prompt": prompt, "answers": told(0)})
+        print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "prompt": prompt, "answers": answer_record(0)})
     elif prompt is not None:
         for name in names:
             sys.stdout.write(f"[{name}]\n" if len(names) > 1 else "")
-            if runs.print_stream(parts(0, name)):
+            if runs.print_stream(iter_answers(0, name)):
                 raise KeyboardInterrupt
     else:
         for place, record in enumerate(records):
             if as_json:
-                line = {"line": record.line, "fields": dict(record.fields), "answers": told(place)}
+                line = {"line": record.line, "fields": dict(record.fields), "answers": answer_record(place)}
                 sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
             for name in [] if as_json else names:
-                text = runs.strip_control_characters("".join(parts(place, name))).replace("\n", "\\n")
+                text = runs.strip_control_characters("".join(iter_answers(place, name))).replace("\n", "\\n")
                 sys.stdout.write(f"{name}\t{text}\n" if len(names) > 1 else f"{text}\n")
             sys.stdout.flush()

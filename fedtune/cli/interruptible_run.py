@@ -30,7 +30,7 @@ from fedtune.privacy.accountant import format_epsilon
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
-from fedtune.spec import RunError, StuckError, full_disk
+from fedtune.spec import RunError, StuckError, describe_full_disk
 from fedtune.system import send_signal
 
 
@@ -43,7 +43,7 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
 
     display = Display(console, config, shown=config.tracking.progress)
 
-    def shown(config: RunConfig, folder: Path, listener: Any) -> RunResult:
+    def run_with_display(config: RunConfig, folder: Path, listener: Any) -> RunResult:
         with display.show_progress_bar():
             result = work(config, folder, listener)
         # Before more files are written, because the disk may be full.
@@ -52,14 +52,14 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
 
     try:
         with _interrupt_on_signals():
-            result = run_in_folder(config, folder, display, work=shown)
+            result = run_in_folder(config, folder, display, work=run_with_display)
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
             say(f"\nInterrupted. {hint}", console=console)
             raise InterruptTold from error
-        if full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
+        if describe_full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
             say(hint, console=console)
         raise
     say(f"run folder: {folder}\nreport:     {folder / 'report.html'}", console=console)
@@ -116,11 +116,11 @@ def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session
     began = time.monotonic()
     with console.status(f"{name} ...") as status:
 
-        def told(text: str) -> None:
+        def show_newest_line(text: str) -> None:
             for line in text.split("\n")[-2:-1]:
                 status.update(Text(f"{name}: {line.strip()}"[: console.width - 3]))
 
-        lines: Any = SimpleNamespace(write=told, flush=io.StringIO().flush)
+        lines: Any = SimpleNamespace(write=show_newest_line, flush=io.StringIO().flush)
         unseen = Console(file=lines, width=10 * console.width)
         result = run_simulation(trial.config, trial.folder, unseen, session=session)
     scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
@@ -167,14 +167,14 @@ def _interrupt_on_signals() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    def dropped(about: sys.UnraisableHookArgs) -> None:
+    def ignore_interrupt(about: sys.UnraisableHookArgs) -> None:
         if about.exc_type is KeyboardInterrupt:
             threading.Timer(0.01, send_signal, (os.getpid(), signal.SIGINT)).start()
         else:
             hook(about)
 
     with handle_signals(interrupt):
-        hook, sys.unraisablehook = sys.unraisablehook, dropped
+        hook, sys.unraisablehook = sys.unraisablehook, ignore_interrupt
         try:
             yield
         finally:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import describe_event, explain_guarantee, render_page, spending_json
+from fedtune.cli.plain_words import describe_event, explain_guarantee, render_page, spending_to_json
 from fedtune.federation.run_folder import suggest_run_folders
-from fedtune.formatting import pluralize, unbounded
+from fedtune.formatting import infinite_if_none, pluralize
 from fedtune.ops.backup import MadeUp, charge_missing_events, find_anchors
 from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
@@ -32,7 +32,7 @@ from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import spent_fraction_of_cap
+from fedtune.privacy.ledger.spending import compute_spent_fraction
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report.page.translations import load_catalog
@@ -66,10 +66,10 @@ def show_events(
     file, verified = _verify_ledger(path)
     chosen = verified.events[-last:] if last else verified.events
     if as_json:
-        print_json({**budget_text.identity_json(file, verified), "events": chosen})
+        print_json({**budget_text.identity_to_json(file, verified), "events": chosen})
         return
     print_identity(file, verified)
-    show([events_section(verified, chosen)])
+    show([build_events_section(verified, chosen)])
 
 
 @command(app, "show what was spent and what is left")
@@ -83,7 +83,7 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
 
     file, verified = _verify_ledger(path)
     if as_json:
-        print_json({**budget_text.identity_json(file, verified), **spending_json(verified)})
+        print_json({**budget_text.identity_to_json(file, verified), **spending_to_json(verified)})
         return
     print_identity(file, verified)
     print_spending(verified.history, compute_current_lifetime(verified))
@@ -98,10 +98,10 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     """
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
     if as_json:
-        print_json({**budget_text.identity_json(file, verified), **budget_text.verification_json(verified)})
+        print_json({**budget_text.identity_to_json(file, verified), **budget_text.verification_to_json(verified)})
         return
     print_identity(file, verified)
-    show(verification_sections(verified))
+    show(build_verification_sections(verified))
     last = verified.events[-1]
     say(f"Newest event: {last.sequence}, {format_event_time(last)}, hash {last.hash}")
 
@@ -117,9 +117,9 @@ def export(
     if output is not None and output.exists():  # it might be the ledger, or the key
         raise ConfigError("--output", str(output), "exists already; choose a new file")
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
-    proved = {"head": verified.events[-1], "verification": budget_text.verification_json(verified)}
-    told = {"spending": spending_json(verified), "events": verified.events}
-    whole = {**budget_text.identity_json(file, verified), **proved, **told}
+    proved = {"head": verified.events[-1], "verification": budget_text.verification_to_json(verified)}
+    told = {"spending": spending_to_json(verified), "events": verified.events}
+    whole = {**budget_text.identity_to_json(file, verified), **proved, **told}
     if output is None:
         print_json(whole)
         return
@@ -239,7 +239,7 @@ def print_identity(path: Path, verified: Verified) -> None:
     say(f"{path}: {pluralize(last.sequence, 'event')}, newest {format_event_time(last)}")
 
 
-def events_section(verified: Verified, chosen: Sequence[Event]) -> Section:
+def build_events_section(verified: Verified, chosen: Sequence[Event]) -> Section:
     """Build the table of the chosen events, one per row."""
     unit = verified.history.opening.unit
     rows = []
@@ -274,10 +274,10 @@ def print_spending(history: History, figures: Lifetime) -> None:
         say("FROZEN: all training on this population has ended permanently.", style="bold")
     show(
         [
-            _lifetime_section(history, figures),
-            _arrivals_section(figures),
-            _methods_section(figures, said),
-            _runs_section(figures.runs, history),
+            _build_lifetime_section(history, figures),
+            _build_arrivals_section(figures),
+            _build_methods_section(figures, said),
+            _build_runs_section(figures.runs, history),
         ]
     )
     if history.restored:
@@ -291,11 +291,11 @@ def print_spending(history: History, figures: Lifetime) -> None:
         say(f"{why[0].upper()}{why[1:]}.")
 
 
-def _lifetime_section(history: History, figures: Lifetime) -> Section:
+def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     assert history.policy is not None
     charged = history.total_charges()
-    share = spent_fraction_of_cap(history, charged, cap=history.cap)
-    set_aside = spent_fraction_of_cap(history, history.charges_and_reservations(history.now()), cap=history.cap)
+    share = compute_spent_fraction(history, charged, cap=history.cap)
+    set_aside = compute_spent_fraction(history, history.charges_and_reservations(history.now()), cap=history.cap)
     with_set_aside = "the same, with everything that open runs have reserved"
     period = f"charged this {figures.period} ({format_cap(history.policy.budget.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
@@ -309,21 +309,21 @@ def _lifetime_section(history: History, figures: Lifetime) -> Section:
         ("charged so far", format_epsilon(figures.epsilon), _format_share(share)),
         (with_set_aside, format_epsilon(figures.with_set_aside), _format_share(set_aside)),
         ("cap", cap, "100 %" if share is not None else ""),
-        (f"left for new runs{fits}", format_rounded_down(unbounded(figures.left)), left),
+        (f"left for new runs{fits}", format_rounded_down(infinite_if_none(figures.left)), left),
         (period, format_epsilon(figures.period_epsilon), ""),
     )
     title, headings = f"Lifetime budget of each {history.opening.unit}, by the filter", ("", "epsilon", "share of cap")
     return Section(title, headings, rows, notes=[] if share is None else [note])
 
 
-def _arrivals_section(figures: Lifetime) -> Section:
+def _build_arrivals_section(figures: Lifetime) -> Section:
     """Build the table of epsilon by time of arrival; empty if one figure holds for everybody."""
     rows = []
     for one in figures.cohorts or ():
         spent = (
             format_epsilon(one.epsilon),
             format_epsilon(one.with_set_aside),
-            format_rounded_down(unbounded(one.left)),
+            format_rounded_down(infinite_if_none(one.left)),
         )
         rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent))
     headings = ("who", "charged", "with what open\nruns have reserved", "left for new runs")
@@ -331,14 +331,14 @@ def _arrivals_section(figures: Lifetime) -> Section:
     return Section("By arrival", headings, rows, notes=[note] if rows else [])
 
 
-def _methods_section(figures: Lifetime, said: Mapping[str, str]) -> Section:
+def _build_methods_section(figures: Lifetime, said: Mapping[str, str]) -> Section:
     epsilons = {"filter": figures.epsilon, "PLD": figures.epsilon_pld, "RDP": figures.epsilon_rdp}
     rows = [(method, format_epsilon(epsilons[method]), meaning) for method, meaning in said.items()]
     title, headings = "What the figures for all events mean", ("method", "epsilon", "meaning")
     return Section(title, headings, rows, words={0, 2}, whole={0})
 
 
-def _runs_section(runs: Sequence[LifetimeRun], history: History) -> Section:
+def _build_runs_section(runs: Sequence[LifetimeRun], history: History) -> Section:
     title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
     if not runs:
         return Section(title=title, notes=("No run has been accepted yet.",))
@@ -354,7 +354,7 @@ def _runs_section(runs: Sequence[LifetimeRun], history: History) -> Section:
     return Section(title=title, headings=headings, rows=rows, words={0, 1}, notes=notes)
 
 
-def verification_sections(verified: Verified) -> Iterator[Section]:
+def build_verification_sections(verified: Verified) -> Iterator[Section]:
     """Yield the list of checks that passed and the list of checks that were not made."""
     said = render_page("ledger_check", verified=verified)
     for part, title in (("checked", "Checked and correct:"), ("unchecked", "Not checked:")):

@@ -31,10 +31,10 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from fedtune.api.config_groups import config_folder
+from fedtune.api.config_groups import find_config_folder
 from fedtune.cli.command import SETTINGS, InterruptTold, is_experiment_file, make_command, pause_garbage_collection
 from fedtune.show.lines import wrap_text
-from fedtune.spec import ConfigError, FedtuneError, full_disk
+from fedtune.spec import ConfigError, FedtuneError, describe_full_disk
 
 COMMANDS: Mapping[str, str] = {
     "data": "inspect your data, and write a first experiment for it",
@@ -42,14 +42,13 @@ COMMANDS: Mapping[str, str] = {
     "plan": "show what a run would cost, before any data is touched",
     "audit": "attack a run on this machine, to test its guarantee",
     "generate": "answer prompts with a finished run's model",
-    "synthesize": "write synthetic records with a finished run's model",
-    "choose": "select synthetic records by votes, or relabel them",
+    "synthesize": "generate synthetic records, or select some by votes",
     "evaluate": "score a finished run's model next to its base",
     "compare": "compare base, each site alone, federated and pooled",
     "personalize": "train a personalized adapter, which stays at the site",
     "search": "search settings, at a cost that is known beforehand",
     "export": "write a run's model for others to load",
-    "distil": "distill a run's model into a smaller one",
+    "distill": "distill a run's model into a smaller one",
     "model-hash": "print the hash of a base model",
     "ledger": "read a site's ledger: what was spent, what is left",
     "report": "write or verify the privacy report of a run or a ledger",
@@ -60,7 +59,7 @@ COMMANDS: Mapping[str, str] = {
     "flower-app": "write a bundle to run fedtune in an existing Flower federation",
 }
 """Each is a module, imported when it is called, which holds a function of the command's name, or a group `app`."""
-_MODULES = {"choose": "synthesize", "distil": "export"}
+_MODULES = {"distill": "export"}
 """The module of each command whose name is not the module's."""
 _LOADING_S = 0.5
 
@@ -150,7 +149,7 @@ class _Zsh(ZshComplete):
 
 def _complete(instruction: str) -> int:
     """Print the script that lets a shell complete, or the completions of its command line."""
-    known = json.loads((config_folder() / COMPLETIONS).read_text(encoding="utf-8"))
+    known = json.loads((find_config_folder() / COMPLETIONS).read_text(encoding="utf-8"))
     types = {"file": click.Path(), "folder": click.Path(file_okay=False), "setting": _Setting(known["settings"])}
     tree = click.Group("fedtune", params=list(fedtune.params), context_settings=SETTINGS)
     for path, about in known["commands"].items():
@@ -206,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         pass
     except Exception as error:
-        if (full := full_disk(error)) is None:
+        if (full := describe_full_disk(error)) is None:
             raise
         _print_message(f"{full}; free some space, and run the command again")
     try:
@@ -234,7 +233,7 @@ def _run_command(words: list[str]) -> int:
         _print_message(f"{error.format_message().rstrip('.')} ({asked} --help says more)")
         return error.exit_code
     except FedtuneError as error:
-        if isinstance(error, ConfigError) and full_disk(error):  # no value of a setting is wrong
+        if isinstance(error, ConfigError) and describe_full_disk(error):  # no value of a setting is wrong
             raise
         _print_message(str(error))
         return error.exit_code

@@ -28,14 +28,14 @@ def model_hash(
     if files and as_json:
         raise ConfigError("--json", NOT_GIVEN, "cannot be combined with --files")
     # transformers takes seconds to import, and rich what matters to a command's help
-    from fedtune.model.base_model import model_sha256
+    from fedtune.model.base_model import hash_model
     from fedtune.model.manifest import build_manifest
     from fedtune.model.source import find_model_folder, resolve_model
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
 
     spec = resolve_model(model)
     manifest = None if spec.is_built_in else build_manifest(find_model_folder(spec), gguf_file=spec.gguf_file)
-    digest = model_sha256(spec) if manifest is None else manifest.sha256
+    digest = hash_model(spec) if manifest is None else manifest.sha256
     covered = () if manifest is None else manifest.files
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "sha256": digest, "files": dict(covered)})

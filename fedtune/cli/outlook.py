@@ -15,13 +15,13 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import Target
 from fedtune.cli.plain_words import explain_refusal, render_page
-from fedtune.config import RunConfig, parse, with_secure_sums
+from fedtune.config import RunConfig, parse, use_secure_aggregation
 from fedtune.federation import planner, policy_dry_run
-from fedtune.federation.calendar import calendar_rows, describe_calendar
+from fedtune.federation.calendar import describe_calendar, list_calendar_rows
 from fedtune.federation.planner import Change, Price, signal_to_noise
 from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
-from fedtune.formatting import group_hex_start, jsonable, pluralize, size
-from fedtune.lab.studies.trial_search import check_trials, price_section
+from fedtune.formatting import format_size, group_hex_start, jsonable, pluralize
+from fedtune.lab.studies.trial_search import build_price_section, check_trials
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
 from fedtune.privacy.keys import check_public_key
@@ -30,7 +30,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import compute_search_price
 from fedtune.show.budget_text import SEEDED, describe_contribution, describe_noise, describe_trust, explain_signal
 from fedtune.show.lines import duration, to_printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_section, print_json, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, build_key_value_section, print_json, say, show
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.version import __version__
@@ -55,7 +55,7 @@ class Outlook:
     # of the base model's weights; None: the settings do not pin it, and no model was loaded
     model_sha256: str | None = None
     # what they would give in place of a plain run; None: they are planned, or cannot be
-    secure_sums: Plan | None = None
+    secure_aggregation: Plan | None = None
 
     @property
     def plan(self) -> Plan:
@@ -71,12 +71,17 @@ class Outlook:
 
     @property
     def relative_secure_noise(self) -> float | None:
-        """Noise in an average with secure aggregation (`secure_sums`), relative to the plan's; None if not offered.
+        """Noise in an average with secure aggregation (`secure_aggregation`), relative to the plan's; None if not
+        offered.
 
         Every site's noise has the same weight in the average, so the ratio is that of the noise multipliers.  If all
         sites are summed, it is the noise of central training on all records.
         """
-        return None if self.secure_sums is None else self.secure_sums.noise_multiplier / self.plan.noise_multiplier
+        return (
+            None
+            if self.secure_aggregation is None
+            else self.secure_aggregation.noise_multiplier / self.plan.noise_multiplier
+        )
 
     @property
     def strictest(self) -> DryRun | None:
@@ -94,7 +99,7 @@ class Outlook:
     def to_json(self) -> dict[str, Any]:
         """Return every figure as plain JSON; null means unbounded."""
         config, price, plan = self.config, self.price, self.plan
-        strictest, sums = self.strictest, self.secure_sums
+        strictest, sums = self.strictest, self.secure_aggregation
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
         common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
         figures: dict[str, Any] = jsonable(
@@ -119,7 +124,7 @@ class Outlook:
                 "signal_to_noise": self.signal_to_noise,
                 "what_if_epsilon": self.epsilon,
                 "what_if": self.changes,
-                "secure_sums": sums and {"plan": sums, "noise_in_average": self.relative_secure_noise},
+                "secure_aggregation": sums and {"plan": sums, "noise_in_average": self.relative_secure_noise},
                 "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
                 "lead_assumed": self.lead_assumed,
                 "strictest_site": strictest.site if strictest else None,
@@ -141,20 +146,20 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
         promise = f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
     console.print(promise, style=style, markup=False, highlight=False)
     sections = [
-        key_value_section(_fact_rows(outlook)),
-        _sites_section(outlook),
-        _rounds_section(outlook),
-        _accountants_section(outlook),
-        _calendar_section(outlook),
-        _alternatives_section(outlook),
-        _resources_section(outlook),
-        *(_policy_rows(verdict, outlook) for verdict in outlook.verdicts),
-        _strictest_section(outlook),
+        build_key_value_section(_list_fact_rows(outlook)),
+        _build_sites_section(outlook),
+        _build_rounds_section(outlook),
+        _build_accountants_section(outlook),
+        _build_calendar_section(outlook),
+        _build_alternatives_section(outlook),
+        _build_resources_section(outlook),
+        *(_list_policy_rows(verdict, outlook) for verdict in outlook.verdicts),
+        _build_strictest_section(outlook),
     ]
     show(sections, console=console)
 
 
-def _fact_rows(outlook: Outlook) -> dict[str, str]:
+def _list_fact_rows(outlook: Outlook) -> dict[str, str]:
     plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
     rate, head_rate = outlook.config.training.peak_rates(clipped=plan.private)
     return render_page(
@@ -170,17 +175,17 @@ def _fact_rows(outlook: Outlook) -> dict[str, str]:
     )
 
 
-def _sites_section(outlook: Outlook) -> Section:
+def _build_sites_section(outlook: Outlook) -> Section:
     rows = []
     for name, site in outlook.price.sites.items():
         batch = f"{site.expected_batch:,.0f}" if site.expected_batch >= 100 else f"{site.expected_batch:.3g}"
         failures = f"{site.expected_failures:.3g}" if outlook.plan.private else "-"
         rows.append((name, f"{site.declared_size:,}", f"{site.weight:.0%}", batch, failures))
     headings = ("site", "declared\nsize", "weight", "mean\nbatch", "delta\nx size")
-    return Section(title="Sites", headings=headings, rows=rows, notes=list(_site_notes(outlook)))
+    return Section(title="Sites", headings=headings, rows=rows, notes=list(_list_site_notes(outlook)))
 
 
-def _site_notes(outlook: Outlook) -> Iterator[str]:
+def _list_site_notes(outlook: Outlook) -> Iterator[str]:
     price, plan = outlook.price, outlook.plan
     if not plan.private:
         yield "Nothing bounds epsilon at any site."
@@ -204,7 +209,7 @@ def _site_notes(outlook: Outlook) -> Iterator[str]:
     yield f"delta x size: {given_away}; keep it far below 1."
 
 
-def _rounds_section(outlook: Outlook) -> Section:
+def _build_rounds_section(outlook: Outlook) -> Section:
     rounds, most, rows, notes = outlook.price.rounds, outlook.plan.most_rounds, [], []
     for one in rounds:
         epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
@@ -217,7 +222,7 @@ def _rounds_section(outlook: Outlook) -> Section:
     return Section(title="Epsilon after each round", headings=headings, rows=rows, words=(), notes=notes)
 
 
-def _accountants_section(outlook: Outlook) -> Section:
+def _build_accountants_section(outlook: Outlook) -> Section:
     price = outlook.price
     if not outlook.plan.private:
         return Section()
@@ -234,15 +239,15 @@ def _accountants_section(outlook: Outlook) -> Section:
     return Section(title, headings, [(name, format_epsilon(found), what) for name, found, what in rows], words={0, 2})
 
 
-def _calendar_section(outlook: Outlook) -> Section:
+def _build_calendar_section(outlook: Outlook) -> Section:
     if not (runs := outlook.price.calendar):
         return Section()
     title, *notes = describe_calendar(outlook.plan)
     headings = ("run", "admits", "epsilon of\nit alone", "oldest\nafter it", "newest\nafter it")
-    return Section(title, headings, tuple(calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
+    return Section(title, headings, tuple(list_calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
 
 
-def _alternatives_section(outlook: Outlook) -> Section:
+def _build_alternatives_section(outlook: Outlook) -> Section:
     if not outlook.changes:
         return Section()
     epsilon = format_epsilon(outlook.price.epsilon_of_all_runs)
@@ -258,12 +263,12 @@ def _alternatives_section(outlook: Outlook) -> Section:
     return Section(title, headings, rows, notes=[note])
 
 
-def _resources_section(outlook: Outlook) -> Section:
+def _build_resources_section(outlook: Outlook) -> Section:
     found, plan, num_sites = outlook.forecast, outlook.plan, len(outlook.price.sites)
     if found is None:
         return Section(title="Bytes and time", notes=("Not shown: no model was loaded. Add --time to load it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
-    ways = f"{size(found.bytes_down)} down and {size(found.bytes_up)} up"
+    ways = f"{format_size(found.bytes_down)} down and {format_size(found.bytes_up)} up"
     at = f" at {slowest}" if num_sites > 1 else ""
     users = f" and {pluralize(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
     data, trained = outlook.config.data, "the head" if outlook.config.lora.kind == NO_ADAPTER else "adapter"
@@ -272,8 +277,8 @@ def _resources_section(outlook: Outlook) -> Section:
     alone = duration(found.seconds_one_after_another)
     rows = (
         (trained, f"{found.values:,} trained parameters, {ways} for each site and round"),
-        ("the model", f"{size(found.model_bytes)} of memory"),
-        ("whole run", f"{size(found.bytes_total)} both ways for {whole}"),
+        ("the model", f"{format_size(found.model_bytes)} of memory"),
+        ("whole run", f"{format_size(found.bytes_total)} both ways for {whole}"),
         ("a step", f"at most about {duration(found.step_seconds[slowest])}{at}"),
         ("a round", f"at most about {duration(found.round_seconds[slowest])}{at}"),
         ("all training", f"at most about {alone} if one machine simulates all sites"),
@@ -283,7 +288,7 @@ def _resources_section(outlook: Outlook) -> Section:
     return Section("Bytes and time", ("what", "how much"), rows, words={0, 1}, notes=notes)
 
 
-def _policy_rows(verdict: DryRun, outlook: Outlook) -> Section:
+def _list_policy_rows(verdict: DryRun, outlook: Outlook) -> Section:
     rows = []
     for one in verdict.broken:
         asked, allowed = to_printable(one.asked or "-", 40), to_printable(one.allowed or "-", 60)
@@ -308,7 +313,7 @@ def _policy_rows(verdict: DryRun, outlook: Outlook) -> Section:
     return Section(title, headings, rows, words={0, 1, 2}, notes=notes)
 
 
-def _strictest_section(outlook: Outlook) -> Section:
+def _build_strictest_section(outlook: Outlook) -> Section:
     if (strictest := outlook.strictest) is None:
         return Section()
     if strictest.most_epsilon is None:
@@ -355,22 +360,22 @@ def print_outlook(
         # Sites identify the base model by this hash: the one pinned in the settings, or else that of its files.
         sha256, sizes = config.model.sha256, config.declared_sizes()
         if sha256 is None and time:
-            from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+            from fedtune.model.base_model import hash_model  # transformers takes seconds to import
 
-            sha256 = model_sha256(config.model)
+            sha256 = hash_model(config.model)
         ask = partial(policy_dry_run.dry_run, declared_sizes=sizes, find_most_epsilon=planned.private)
         outlook = Outlook(
             config=config,
             price=planner.price(planned, sizes, before=config.federation.renewal),
             solved=target,
             epsilon=epsilon,
-            changes=planner.what_if(planned, epsilon=epsilon) if planned.private else (),
+            changes=planner.price_alternatives(planned, epsilon=epsilon) if planned.private else (),
             forecast=forecast,
             device=device,
             verdicts=tuple(ask(path, config.proposal(lead=asks, plan=planned)) for path, asks in leads.items()),
             lead_assumed=lead is None,
             model_sha256=sha256,
-            secure_sums=_plan_secure_aggregation(config, planned, epsilon),
+            secure_aggregation=_plan_secure_aggregation(config, planned, epsilon),
         )
         searched = None if trials is None else compute_search_price([planned] * trials)
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
@@ -379,7 +384,7 @@ def print_outlook(
         return
     show_outlook(Console(), outlook)
     if searched is not None:
-        show([price_section(searched, seeded_noise=config.runtime.seeded_noise)])
+        show([build_price_section(searched, seeded_noise=config.runtime.seeded_noise)])
 
 
 def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:
@@ -390,7 +395,7 @@ def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -
     settings["privacy"] |= {"noise_multiplier": None, "epsilon": epsilon, "sampling_rate": planned.sampling_rate}
     settings["federation"] |= {"num_rounds": planned.num_rounds}
     try:
-        return parse(with_secure_sums(settings)).plan()
+        return parse(use_secure_aggregation(settings)).plan()
     except ConfigError:
         return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode
-from fedtune.formatting import group_hex_start, pluralize, spoken, unbounded
+from fedtune.formatting import group_hex, group_hex_start, infinite_if_none, pluralize
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon
@@ -23,7 +23,7 @@ from fedtune.report.page.translations import load_catalog
 from fedtune.show import budget_text
 from fedtune.show.budget_text import Amount, Differences, format_cap, format_mechanism, format_rounded_down
 from fedtune.show.lines import to_printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, key_value_section, print_json, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, build_key_value_section, print_json, say, show
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:  # it takes a while to import
@@ -135,15 +135,15 @@ def check_policy(file: Path, *, as_json: bool) -> None:
         say(f"Policy of site {policy.site} ({file})", style="bold")
         headings = ("key", "value, and what it means")
         warnings = Section(pluralize(len(cautions), "warning"), headings, cautions, words={0, 1})
-        meaning = _policy_section(policy, amount, folder=file.parent)
+        meaning = _build_policy_section(policy, amount, folder=file.parent)
         show([meaning, warnings if cautions else Section(notes=["No warnings."])])
     verified, differences = budget_text.compare_with_ledger(files)
     if as_json:
         ledger: dict[str, Any] | None = None
         if verified is not None:
             different = [{"key": key, "ledger": made, "policy": asked} for key, made, asked in differences]
-            ledger = {**budget_text.identity_json(files.ledger, verified), "fits": not differences}
-            ledger |= {"differences": different, "spending": spending_json(verified)}
+            ledger = {**budget_text.identity_to_json(files.ledger, verified), "fits": not differences}
+            ledger |= {"differences": different, "spending": spending_to_json(verified)}
         figures = {"schema_version": SCHEMA_VERSION, "path": str(file), "sha256": policy.digest()}
         warned = [{"key": key, "text": text} for key, text in cautions]
         figures |= {"policy": policy.to_json(), "machine": machine, "amount": amount}
@@ -155,7 +155,7 @@ def check_policy(file: Path, *, as_json: bool) -> None:
         raise ConfigError(f"{file}: {key}", asked, bound)
 
 
-def _policy_section(policy: Policy, amount: Amount, *, folder: Path) -> Section:
+def _build_policy_section(policy: Policy, amount: Amount, *, folder: Path) -> Section:
     shown = [model if len(model) <= 16 else f"{model[:16]}..." for model in policy.allow.base_models]
     said = render_page(
         "policy",
@@ -169,7 +169,7 @@ def _policy_section(policy: Policy, amount: Amount, *, folder: Path) -> Section:
         no_adapter=NO_ADAPTER,
         at_once=AT_ONCE,
     )
-    return key_value_section({about: f"{text}\n" for about, text in said.items()})
+    return build_key_value_section({about: f"{text}\n" for about, text in said.items()})
 
 
 def render_page(page: str, **values: object) -> dict[str, str]:
@@ -201,7 +201,7 @@ def _load_templates() -> Environment:
     )
     made.globals["unbounded"] = math.inf
     made.filters |= {"g": "{:g}".format, "counted": pluralize, "cap": format_cap, "epsilon": format_epsilon}
-    made.filters |= {"printable": to_printable, "spoken": spoken}
+    made.filters |= {"printable": to_printable, "group_hex": group_hex}
     return made
 
 
@@ -215,7 +215,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
     figures, cap = compute_current_lifetime(verified), verified.history.cap
     runs = figures.reference_runs_left
     fits = "" if runs is None else f", enough for {pluralize(runs, 'run')} like the reference"
-    left = f"left for new runs {format_rounded_down(unbounded(figures.left))}{fits}"
+    left = f"left for new runs {format_rounded_down(infinite_if_none(figures.left))}{fits}"
     say(f"Ledger {ledger}: spent epsilon {format_epsilon(figures.epsilon)} of {format_cap(cap)}, {left}.")
     if figures.frozen:
         say("It is FROZEN: all training on this population has ended permanently.")
@@ -227,7 +227,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
             say(f"  {key}: created for {to_printable(made_for)}, the policy says {to_printable(asked)}")
 
 
-def spending_json(verified: Verified) -> dict[str, Any]:
+def spending_to_json(verified: Verified) -> dict[str, Any]:
     """Return a ledger's spending under stable JSON keys, with each run's noise and trust assumptions."""
     from fedtune.report.from_ledger import compute_current_lifetime  # what other commands can do without
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
-from fedtune.formatting import pluralize, spoken
+from fedtune.formatting import group_hex, pluralize
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, key_fingerprint
 from fedtune.ops.kits.federation_folder import FederationFolder
@@ -58,7 +58,9 @@ def init(
     rows = [(f"{of}/", use, f"{made.certificates[of].not_after:%Y-%m-%d}") for of, use in uses.items()]
     rows.append(("sites/", "the sites' kits, as they join", ""))
     show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
-    _print_fingerprints("Keys of the federation: read them to each site over the telephone:", _federation_keys(made))
+    _print_fingerprints(
+        "Keys of the federation: read them to each site over the telephone:", _list_federation_keys(made)
+    )
     server = f"Copy {made.folder}/server to the machine that {made.settings.server} names"
     let_in = f"fedtune provision add-site join_request.json --federation {made.folder}"
     offline = f"Move {made.folder}/authority to offline storage. It is needed only to add sites and renew certificates."
@@ -159,7 +161,7 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     sections = [sites, Section("The federation's own certificates", ("of", "until"), own, words={0, 1})]
     heading = f"Federation {made.settings.name}, server {made.settings.server}"
     print_answer(_to_json(made, now), sections, as_json=as_json, heading=heading)
-    for warning in [] if as_json else _expiry_warnings(made, now):
+    for warning in [] if as_json else _list_expiry_warnings(made, now):
         say(warning, style="bold yellow")
 
 
@@ -208,7 +210,7 @@ def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool)
     _print_fingerprints(f"{call} If one differs, somebody else made the request.", keys)
     _print_fingerprints(
         "Read these aloud. The site writes them down and compares them with README.md in its kit.",
-        _federation_keys(made),
+        _list_federation_keys(made),
     )
     say("")
     if not already:
@@ -236,7 +238,7 @@ def _renew_certificate(of: Literal["server", "lead"], folder: Path, days: int | 
 def _print_fingerprints(title: str, fingerprints: Mapping[str, str]) -> None:
     say("\n" + title)
     for name, fingerprint in fingerprints.items():
-        say(f"  {name:<14}  {spoken(fingerprint)}")
+        say(f"  {name:<14}  {group_hex(fingerprint)}")
 
 
 def _print_steps(*steps: str) -> None:
@@ -245,7 +247,7 @@ def _print_steps(*steps: str) -> None:
         say(f" {number}. {step}")
 
 
-def _federation_keys(made: FederationFolder) -> dict[str, str]:
+def _list_federation_keys(made: FederationFolder) -> dict[str, str]:
     return {"lead": made.lead_key, "authority": made.certificates["authority"].fingerprint}
 
 
@@ -257,7 +259,7 @@ def _format_days_left(certificate: Certificate, now: datetime) -> str:
     return "expired" if now > certificate.not_after else f"{pluralize(certificate.days_left(now), 'day')} left"
 
 
-def _expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
+def _list_expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
     """Yield a warning for each certificate that has expired or is about to, with the command that renews it."""
     members = [one for one in made.roster.sites if not one.revoked]
     found = [
@@ -279,19 +281,21 @@ def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
         "federation": made.settings.name,
         "server": made.settings.server,
         "lead": made.lead_key,
-        "certificates": {name: _certificate_json(certificate, now) for name, certificate in made.certificates.items()},
-        "sites": [_member_json(member, now) for member in made.roster.sites],
-        "warnings": [*_expiry_warnings(made, now)],
+        "certificates": {
+            name: _certificate_to_json(certificate, now) for name, certificate in made.certificates.items()
+        },
+        "sites": [_member_to_json(member, now) for member in made.roster.sites],
+        "warnings": [*_list_expiry_warnings(made, now)],
     }
 
 
-def _member_json(member: Member, now: datetime) -> dict[str, Any]:
-    certificate = _certificate_json(Certificate.from_x509(member.x509_certificate), now)
+def _member_to_json(member: Member, now: datetime) -> dict[str, Any]:
+    certificate = _certificate_to_json(Certificate.from_x509(member.x509_certificate), now)
     keys = {"connection_key_sha256": key_fingerprint(member.node_key), "site_key": member.site_key}
     datasets = [{"id": name, "declared_size": size} for name, size in member.datasets.items()]
     return {"site": member.site, "revoked": member.revoked, "certificate": certificate, **keys, "datasets": datasets}
 
 
-def _certificate_json(certificate: Certificate, now: datetime) -> dict[str, Any]:
+def _certificate_to_json(certificate: Certificate, now: datetime) -> dict[str, Any]:
     valid = {"not_before": certificate.not_before.isoformat(), "not_after": certificate.not_after.isoformat()}
     return {**valid, "days_left": certificate.days_left(now), "public_key_sha256": certificate.fingerprint}

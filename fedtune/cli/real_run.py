@@ -18,7 +18,7 @@ from fedtune.api.compose import compose_run, quote_word
 from fedtune.cli.command import print_answer
 from fedtune.cli.interruptible_run import report_fitted_plan, run_shown_public_stage, several_runs, show_run
 from fedtune.cli.run_settings import compose_for_sites
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints, compute_site_charge
 from fedtune.federation.run_folder import RunFolder
@@ -26,9 +26,9 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.lab.studies.trials import Trials
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services.lead_and_server import (
-    federation_of_all_sites,
     find_run_name,
     find_running_process,
+    list_federation_settings,
     read_latest_answers,
 )
 from fedtune.privacy.accountant import format_epsilon
@@ -149,10 +149,10 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
     files = RunFolder(folder)
     if lead is not None and not files.config.is_file():
         _end_at_sites(
-            find_run_name(lead, str(folder)), federation_of_all_sites(lead), kit=lead
+            find_run_name(lead, str(folder)), list_federation_settings(lead), kit=lead
         )  # the folder is lost: the lead's key is enough
         return
-    config = saved_config(folder)
+    config = read_saved_config(folder)
     if files.is_running:
         if (pid := find_running_process(folder)) is None:
             raise RunError(f"{folder} is running, but its process is unknown; stop it where it was started")
@@ -175,7 +175,7 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
 def _end_at_sites(run: str, federation: FederationSpec, *, kit: Kit) -> None:
     from fedtune.ops.deployment import LeadService
 
-    current = federation_of_all_sites(kit)
+    current = list_federation_settings(kit)
     there = tuple(site for site in federation.active if site in current.active)  # others were revoked since
     asked = federation if there == federation.active else replace(current, num_sites=len(there), site_names=there)
     heard = LeadService(kit=kit, federation=asked).announce_end(run, timeout_s=30.0) if there else []
@@ -192,7 +192,7 @@ def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> No
         _print_online_sites(_read_lead_kit(kit), as_json=as_json)
         return
     folder = _run_folder("status", words)
-    config = saved_config(folder)
+    config = read_saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     plan, answers, sites, rows = config.plan(), read_latest_answers(folder), dict[str, dict[str, Any]](), []
     over = should_stop(state.rounds, config.federation, primary_metric=config.primary_metric)
@@ -215,7 +215,7 @@ def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> No
 def _print_online_sites(kit: Kit, *, as_json: bool) -> None:
     from fedtune.ops.deployment import LeadService
 
-    online = LeadService(kit=kit, federation=federation_of_all_sites(kit)).list_online_sites()
+    online = LeadService(kit=kit, federation=list_federation_settings(kit)).list_online_sites()
     rows = [(site, "online" if there else "not heard") for site, there in online.items()]
     sections = [Section(headings=("site", "now"), rows=rows, words=range(2))]
     print_answer({"schema_version": SCHEMA_VERSION, "online": online}, sections, as_json=as_json)

@@ -18,11 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import click
-
-from fedtune.cli.command import Argument, AsJson, Group, Language, Option, command, group, print_answer
+from fedtune.cli.command import Argument, AsJson, Language, Option, command, group, print_answer
 from fedtune.cli.ledger import find_ledger_file
-from fedtune.config import AboutSpec, saved_config
+from fedtune.config import AboutSpec, read_saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.accountant import format_epsilon
@@ -32,24 +30,14 @@ from fedtune.report import signing
 from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.derive.verdicts import explain_missing_room, report_outcome
 from fedtune.report.facts import LedgerFacts, State
-from fedtune.report.model import Report, schema_text
+from fedtune.report.model import Report, render_schema
 from fedtune.report.page.translations import load_catalog
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import Section, say
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
-
-class _Report(Group):
-    """The group `report`; `report PATH` is short for `report build PATH`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "-h", "--help"):
-            args.insert(0, "build")
-        return super().parse_args(ctx, args)
-
-
-app = group(__doc__, cls=_Report)
+app = group(__doc__, default="build")
 _STYLES: Mapping[State, str] = {"within": "bold", "exceeded": "bold red", "no_guarantee": "bold yellow"}
 _NO_ROOM = "bold yellow"
 _LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")
@@ -95,7 +83,7 @@ def build(
 
         if anchor is not None:
             raise ConfigError("--anchor", str(anchor), "belongs to a ledger's report; this is a run folder")
-        report, folder, settings = from_run.build_run_report(path), path, saved_config(path).report
+        report, folder, settings = from_run.build_run_report(path), path, read_saved_config(path).report
         own_language, about, place = settings.language, settings.about, "report.about"
     else:
         from fedtune.report import from_ledger
@@ -123,10 +111,10 @@ def build(
     if verifier:
         beside[_VERIFIER] = resolve_file(f"verifier/{_VERIFIER}", shipped_folders(), key="--verifier").read_bytes()
     if output is None and (RunFolder(folder).adapter / CARD).is_file() and not isinstance(report.facts, LedgerFacts):
-        from fedtune.report.model_card import card_of_adapter
+        from fedtune.report.model_card import render_adapter_card
 
         # Its label names this report.json.
-        beside |= card_of_adapter(folder, report)
+        beside |= render_adapter_card(folder, report)
     paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     for code in report.banners:
         say(load_catalog("en").code("banner", code).unescape(), style="bold yellow")
@@ -200,7 +188,7 @@ def verify(
 @command(app, "print the JSON schema of report.json")
 def schema() -> None:
     """Print the JSON schema of this version's report.json."""
-    sys.stdout.write(schema_text())
+    sys.stdout.write(render_schema())
 
 
 def _keys_from_roster(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:

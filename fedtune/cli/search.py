@@ -9,7 +9,7 @@ from rich.console import Console
 from fedtune.cli.command import AsJson, Option, Overrides, resume_command
 from fedtune.cli.interruptible_run import run_with_summary, show_trials
 from fedtune.formatting import jsonable
-from fedtune.lab.studies.trial_search import Method, Search, price_section
+from fedtune.lab.studies.trial_search import Method, Search, build_price_section
 from fedtune.lab.studies.trials import SearchTrial, Trials
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import print_json, say, show
@@ -36,7 +36,7 @@ def search(
     """
     console = Console(stderr=as_json)
     found = Search.from_overrides(overrides, method, trials=trials)
-    show([price_section(found.price, seeded_noise=found.asked.runtime.seeded_noise)], console=console)
+    show([build_price_section(found.price, seeded_noise=found.asked.runtime.seeded_noise)], console=console)
     found.check_room()
     options = [f"--method={method}", *([] if trials is None else [f"--trials={trials}"])]
     again = resume_command("search", *overrides, name=found.asked.name, options=options)
@@ -44,12 +44,12 @@ def search(
     try:
         with Session() as session:
 
-            def work(trial: SearchTrial) -> RunResult:
+            def run_trial(trial: SearchTrial) -> RunResult:
                 values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
                 say(f"\ntrial {len(tried.rows) + 1} of {found.number}: {values}", style="bold", console=console)
                 return run_with_summary(trial, console=console, name=trial.folder.name, session=session)
 
-            found.run(tried, work)
+            found.run(tried, run_trial)
     finally:
         if as_json:
             print_json(tried.to_json() | {"price": jsonable(found.price)})

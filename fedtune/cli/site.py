@@ -60,9 +60,9 @@ def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.to
 @command(app, "print a policy to start from")
 def template() -> None:
     """Print a policy to start from, with every key explained."""
-    from fedtune.api.config_groups import config_folder  # reading settings takes most of a second to import
+    from fedtune.api.config_groups import find_config_folder  # reading settings takes most of a second to import
 
-    sys.stdout.write((config_folder() / "site.toml").read_text(encoding="utf-8"))
+    sys.stdout.write((find_config_folder() / "site.toml").read_text(encoding="utf-8"))
 
 
 @command(app, "create the site's keys, and a request to join")

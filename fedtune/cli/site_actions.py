@@ -18,7 +18,7 @@ from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.policy_dry_run import DryRun, dry_run
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import flatten, group_hex_start, pluralize, spoken
+from fedtune.formatting import flatten, group_hex, group_hex_start, pluralize
 from fedtune.lab.studies.comparison import Line, score_side_by_side
 from fedtune.lab.studies.personalized import make_personalized
 from fedtune.lab.studies.trials import SearchTrial
@@ -38,7 +38,7 @@ from fedtune.show.lines import to_printable, wrap_text
 from fedtune.show.terminal_tables import (
     SCHEMA_VERSION,
     Section,
-    key_value_section,
+    build_key_value_section,
     print_json,
     require_confirmation,
     say,
@@ -93,7 +93,7 @@ class AtSite:
             listed = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
             if value not in (None, [], ""):
                 rows[key] = to_printable(listed, len(str(listed)))
-        show([_proposal_section(pending.proposal, verdict), key_value_section(rows)])
+        show([_build_proposal_section(pending.proposal, verdict), build_key_value_section(rows)])
         if verdict.ledger == "in doubt":
             raise RunError(verdict.note)
         if not verdict.allowed:
@@ -128,7 +128,7 @@ class AtSite:
         found |= {one.site: (one.site_key, _describe_member(one, trusted.get(one.site))) for one in roster.sites}
         found.pop(self.kit.site or "", None)
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
-        rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
+        rows = [(name, state, group_hex(key)) for name, (key, state) in found.items()]
         note = (
             "Nothing was changed. To trust another site, compare its key with that site itself, not with the lead, and "
             "add it to [trust].members in site.toml."
@@ -234,7 +234,7 @@ def _format_price(epsilon: float | None) -> str:
     return "NO GUARANTEE" if epsilon is None else format_epsilon(epsilon)
 
 
-def _proposal_section(asked: Proposal, verdict: DryRun) -> Section:
+def _build_proposal_section(asked: Proposal, verdict: DryRun) -> Section:
     plan = asked.plan
     by_trust = plan.epsilons_by_trust(plan.most_rounds)
     said = render_page(
@@ -248,7 +248,7 @@ def _proposal_section(asked: Proposal, verdict: DryRun) -> Section:
         contribution=describe_contribution(plan) if plan.unit == "user" else "",
         no_adapter=NO_ADAPTER,
     )
-    return key_value_section(said)
+    return build_key_value_section(said)
 
 
 class SomethingFailed(FedtuneError):

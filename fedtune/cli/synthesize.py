@@ -1,4 +1,11 @@
-"""`fedtune synthesize` and `choose`: synthetic records of a finished run's model, written with a card."""
+"""Synthetic records of a finished run's model, for people who may not read the real ones.
+
+  fedtune synthesize runs/writer --prompts intents.csv --rows 2000 --to texts.jsonl    generate records
+  fedtune synthesize select runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
+
+A card next to the records states how they were generated and selected, and the joint guarantee of all runs behind
+them. Nothing is charged. See docs/synthetic_texts.md.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fedtune.api import public
-from fedtune.cli.command import AsJson, Option, print_answer
+from fedtune.cli.command import AsJson, Option, command, group, print_answer
 from fedtune.cli.finished_run import (
     Device,
     MaxNewTokens,
@@ -27,13 +34,13 @@ from fedtune.data.records import iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.formatting import pluralize
 from fedtune.lab.studies import synthetic
-from fedtune.show.new_files import new_files
-from fedtune.show.terminal_tables import Section, key_value_section
+from fedtune.show.new_files import write_new_files
+from fedtune.show.terminal_tables import Section, build_key_value_section
 from fedtune.sites.run_records import (
     LeadRecords,
     RunRecords,
-    card_path,
-    file_sha256,
+    find_card_path,
+    hash_file,
     record_generated_texts,
     require_disjoint,
 )
@@ -42,6 +49,7 @@ from fedtune.version import shipped_folders
 
 To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
 Beside = Annotated[Path | None, Option("public records for the card to compare with", metavar="FILE")]
+app = group(__doc__, default="generate")
 _SHOWN = 5
 _MOST_ROWS = 100_000
 
@@ -57,7 +65,7 @@ class SyntheticFile:
         *,
         rows: int | None,
         beside: Path | None,
-        ballot: Path | None = None,
+        voting_experiment: Path | None = None,
         device: str = "auto",
     ) -> None:
         """Validate everything that needs no model.
@@ -70,14 +78,15 @@ class SyntheticFile:
         if to.suffix != ".jsonl":
             raise ConfigError("--to", str(to), "must be a new file of JSON lines: its name must end in .jsonl")
         config, adapter = load_finished_run(run, device=device)
-        self.to, self.rows, self.beside, self.ballot, self.own = to, rows, beside, ballot, RunRecords(config)
+        self.to, self.rows, self.beside, self.own = to, rows, beside, RunRecords(config)
+        self.voting_experiment = voting_experiment
         self.writer = public.Run(folder=adapter.absolute().parent, config=config)
-        self.columns = tuple(synthetic.synthetic_columns(self.writer).values())
+        self.columns = tuple(synthetic.map_synthetic_columns(self.writer).values())
         for option, other in others.items():
             if other.config.privacy.unit != config.privacy.unit:
                 bound = f"must be of privacy.unit={config.privacy.unit}, like RUN: other epsilons do not add up"
                 raise ConfigError(option, str(other.folder), bound)
-        self.card = {suffix: card_path(to, suffix) for suffix in (".json", ".md")}
+        self.card = {suffix: find_card_path(to, suffix) for suffix in (".json", ".md")}
         from fedtune.report.synthetic_card import describe_run  # it imports torch, which takes seconds
 
         runs = (self.writer, *others.values())
@@ -91,7 +100,7 @@ class SyntheticFile:
             records = LeadRecords.read(str(beside), config, key="--beside").records
             for own in (self.own, *(RunRecords(other.config) for other in others.values())):
                 require_disjoint(records, own, key="--beside", file=str(beside))
-            roles = synthetic.synthetic_columns(self.writer)
+            roles = synthetic.map_synthetic_columns(self.writer)
             self._public = [tuple(record.fields[role] for role in roles) for record in records]
 
     def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
@@ -104,7 +113,7 @@ class SyntheticFile:
         known = read_card(place, self.behind[0], option=option)
         self.behind += known["runs"][1:]
         labels = [one["column"] for one in known["made"].get("labels", ())]
-        columns = synthetic.synthetic_columns(self.writer)
+        columns = synthetic.map_synthetic_columns(self.writer)
         columns |= {f"label {column}": column for column in labels if column not in self.columns}
         records = iter_records(place, columns)
         return [{column: one.fields[role] for role, column in columns.items()} for one in records], known
@@ -112,7 +121,9 @@ class SyntheticFile:
     def open_files(self) -> AbstractContextManager[dict[Path, str]]:
         """Open the new files for `fill_texts`, card first: records without a card would count as public."""
         places = [("--to", path) for path in (*self.card.values(), self.to)]
-        return new_files(*places, *([("--ballot", self.ballot)] if self.ballot else []))
+        return write_new_files(
+            *places, *([("--voting-experiment", self.voting_experiment)] if self.voting_experiment else [])
+        )
 
     def fill_texts(
         self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any]
@@ -120,7 +131,7 @@ class SyntheticFile:
         """Fill the texts of the new files with records and card, including how they were `made`; return card and
         sections.
         """
-        from fedtune.evaluation.generation import shared_bigrams, text_variety
+        from fedtune.evaluation.generation import measure_shared_bigrams, measure_text_variety
         from fedtune.report import synthetic_card
 
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
@@ -129,76 +140,82 @@ class SyntheticFile:
         written = [tuple(row[column] for column in self.columns) for row in found.rows]
         said, theirs = ([text for *_, text in records] for records in (written, self._public))
         missing = 0 if self.rows is None else self.rows - len(written)
-        counts = {"rows": len(written), "codes": len(found.wanted), "missing": missing}
+        counts = {"rows": len(written), "prompts": len(found.wanted), "missing": missing}
         told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
         told["classified"] = synthetic.classifier_accuracy(written, self._public)
-        figures = {"these records": text_variety(said)}
+        figures = {"these records": measure_text_variety(said)}
         if self.beside is not None:
-            figures[self.beside.name] = text_variety(theirs)
-            told["beside"] = {"file": self.beside.name, "shared_pairs": shared_bigrams(said, theirs)}
+            figures[self.beside.name] = measure_text_variety(theirs)
+            told["beside"] = {"file": self.beside.name, "shared_pairs": measure_shared_bigrams(said, theirs)}
         texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
         record_generated_texts(self.writer.folder, said)
         card = synthetic_card.build_card(self.to, lines.encode(), self.behind, made=told, figures=figures)
         texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"
         texts[self.card[".md"]] = synthetic_card.render_card_markdown(self.reports, card)
-        if self.ballot is not None:
-            texts[self.ballot] = synthetic.ballot(found.rows, self.columns[-1], self.writer.config)
+        if self.voting_experiment is not None:
+            texts[self.voting_experiment] = synthetic.render_voting_experiment(
+                found.rows, self.columns[-1], self.writer.config
+            )
         some = found.rows[:: max(1, len(found.rows) // _SHOWN)][:_SHOWN]
         rows = tuple(tuple(map(strip_control_characters, row.values())) for row in some)
-        facts = {"records": f"{len(found.rows):,} of {pluralize(len(found.wanted), 'code')}"}
+        facts = {"records": f"{len(found.rows):,} of {pluralize(len(found.wanted), 'prompt')}"}
         facts |= ({"drawn again": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
         facts |= {"missing": f"{missing:,}: the model wrote no more in the right format"} if missing else {}
         examples = Section(title="Examples", headings=tuple(some[0]), rows=rows)
-        return card, [key_value_section(facts, title=str(self.to)), examples]
+        return card, [build_key_value_section(facts, title=str(self.to)), examples]
 
 
-def synthesize(
+@command(app, "generate records (the word may be omitted)")
+def generate(
     run: Run,
     to: To,
     rows: Annotated[int, Option("how many records")] = 1000,
-    codes: Annotated[Path | None, Option("public prompts to write records for, one per row", metavar="FILE")] = None,
-    votes: Annotated[Path | None, Option("a run of task votes, which sets the codes' shares", metavar="RUN")] = None,
-    beginnings: Annotated[Path | None, Option("records of RUN with their card, to vary", metavar="FILE")] = None,
-    ballot: Annotated[Path | None, Option("also an experiment in which sites vote on them", metavar="FILE")] = None,
+    prompts: Annotated[Path | None, Option("public prompts to write records for, one per row", metavar="FILE")] = None,
+    votes: Annotated[Path | None, Option("a run of task votes, which sets the prompts' shares", metavar="RUN")] = None,
+    variations_of: Annotated[Path | None, Option("records of RUN with their card, to vary", metavar="FILE")] = None,
+    voting_experiment: Annotated[
+        Path | None, Option("also write an experiment in which sites vote on the records", metavar="FILE")
+    ] = None,
     pattern: Annotated[str | None, Option("a regular expression that a whole text must match", metavar="REGEX")] = None,
     beside: Beside = None,
     max_new_tokens: MaxNewTokens = 100,
     temperature: Temperature = 1.0,
     top_p: TopP = 0.95,
-    guidance: Annotated[float, Option("0: off; higher values avoid texts that other codes also produce")] = 1.0,
+    guidance: Annotated[float, Option("0: off; higher values avoid texts that other prompts also produce")] = 1.0,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Generate synthetic records with a finished run's model, for people who may not read the real ones.
 
-      fedtune synthesize runs/writer --codes intents.csv --rows 2000 --to texts.jsonl
+      fedtune synthesize runs/writer --prompts intents.csv --rows 2000 --to texts.jsonl
       fedtune synthesize runs/writer --votes runs/shares --rows 2000 --to texts.jsonl
-      fedtune synthesize runs/writer --beginnings best.jsonl --rows 2000 --to more.jsonl
+      fedtune synthesize runs/writer --variations-of best.jsonl --rows 2000 --to more.jsonl
 
-    A code is the prompt for a record, such as a label's name. A text that is unfinished, broken, repeated or does
-    not match the pattern is drawn again. FILE.card.md and FILE.card.json state how the records were generated, the
+    A prompt is what a record is written for, such as a label's name. A text that is unfinished, broken, repeated or
+    does not match the pattern is drawn again. FILE.card.md and FILE.card.json state how the records were generated, the
     guarantee of the runs behind them, and unsuitable uses. Nothing is charged. See docs/synthetic_texts.md.
     """
     spec = WritingSpec(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, guidance=guidance, seed=seed
     )
     others = {"--votes": public.load(votes)} if votes is not None else {}
-    file = SyntheticFile(to, run, others, rows=rows, beside=beside, ballot=ballot, device=device)
-    begun, known = file.read(beginnings, option="--beginnings") if beginnings is not None else ([], {})
-    named, sha256 = beginnings or codes, known.get("sha256")
-    if codes is not None:  # before hours in which it may change
-        sha256 = file_sha256(resolve_file(str(codes), shipped_folders(), key="--codes"), key="--codes")
+    file = SyntheticFile(to, run, others, rows=rows, beside=beside, voting_experiment=voting_experiment, device=device)
+    begun, known = file.read(variations_of, option="--variations-of") if variations_of is not None else ([], {})
+    named, sha256 = variations_of or prompts, known.get("sha256")
+    if prompts is not None:  # before hours in which it may change
+        sha256 = hash_file(resolve_file(str(prompts), shipped_folders(), key="--prompts"), key="--prompts")
     shares = "varied" if begun else "voted" if others else "declared"
-    made = {"codes_file": named.name if named else None, "codes_sha256": sha256, "shares": shares, **asdict(spec)}
+    made = {"prompts_file": named.name if named else None, "prompts_sha256": sha256, "shares": shares, **asdict(spec)}
     with file.open_files() as texts, show_progress() as progress:
-        write = partial(synthetic.synthesize, file.writer, codes, rows=rows, votes=others.get("--votes"))
-        found = write(beginnings=begun, spec=spec, pattern=pattern, own=file.own, progress=progress)
+        write = partial(synthetic.synthesize, file.writer, prompts, rows=rows, votes=others.get("--votes"))
+        found = write(variations_of=begun, spec=spec, pattern=pattern, own=file.own, progress=progress)
         told = file.fill_texts(texts, found, made | {"left_out": dict(found.left_out)})
     print_answer(*told, as_json=as_json)
 
 
-def choose(
+@command(app, "select records by the sites' votes, or relabel them")
+def select(
     run: Run,
     candidates: Annotated[Path, Option("records of fedtune synthesize with RUN, and their card", metavar="FILE")],
     to: To,
@@ -210,12 +227,12 @@ def choose(
 ) -> None:
     """Select synthetic records by the sites' votes, or relabel them with a classifier trained at the sites.
 
-      fedtune choose runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
-      fedtune choose runs/writer --candidates texts.jsonl --labels runs/classifier --to labeled.jsonl
+      fedtune synthesize select runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
+      fedtune synthesize select runs/writer --candidates texts.jsonl --labels runs/classifier --to labeled.jsonl
 
-    RUN must have generated them with fedtune synthesize, whose --ballot option writes the experiment for the votes.
-    FILE.card.md and FILE.card.json state how the records were generated and selected, and the joint guarantee of
-    all runs behind them. Nothing is charged. See docs/synthetic_texts.md.
+    RUN must have generated them with fedtune synthesize, whose option --voting-experiment writes the experiment for
+    the votes. FILE.card.md and FILE.card.json state how the records were generated and selected, and the joint
+    guarantee of all runs behind them. Nothing is charged. See docs/synthetic_texts.md.
     """
     if votes is None and labels is None:
         raise ConfigError("--votes", None, "is missing: give --votes to select records, or --labels to label them")

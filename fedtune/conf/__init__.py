@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from fedtune.api.config_groups import config_folder
+from fedtune.api.config_groups import find_config_folder
 from fedtune.config import RunConfig
 
 _PLAIN = (bool, int, float, str)
@@ -27,7 +27,7 @@ class _Reader:
         return self
 
     def files(self) -> Path:
-        return config_folder()
+        return find_config_folder()
 
 
 def schema(cls: type = RunConfig) -> type:

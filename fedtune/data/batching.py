@@ -73,7 +73,7 @@ def collate(
     # An empty row attends to one token, since attention over none would divide zero by zero.
     attended = np.arange(num_tokens) < filled[:, None]  # (n, t)
 
-    def padded(rows: Sequence[NDArray[Any]], fill: int) -> torch.Tensor:
+    def pad_rows(rows: Sequence[NDArray[Any]], fill: int) -> torch.Tensor:
         one = rows[0] if rows else np.zeros(1, dtype=np.int64)
         kind = np.float32 if one.dtype == np.float32 else np.int64
         out = np.full((*attended.shape, *one.shape[1:]), fill, dtype=kind)
@@ -82,11 +82,11 @@ def collate(
         return torch.from_numpy(out)
 
     if isinstance(dataset.targets, tuple):
-        targets = padded(dataset.targets, UNSUPERVISED)
+        targets = pad_rows(dataset.targets, UNSUPERVISED)
     else:
         own = dataset.targets[chosen]
         targets = torch.from_numpy(np.concatenate([own, np.zeros((empty, *own.shape[1:]), dtype=own.dtype)]))
-    input_ids, mask = padded(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64))
+    input_ids, mask = pad_rows(dataset.input_ids, pad_id), torch.from_numpy(attended.astype(np.int64))
     return Batch(input_ids, mask, targets, empty_rows=empty * dataset.texts, texts=dataset.texts)
 
 
@@ -94,15 +94,15 @@ def isolate_example(batch: Batch, place: int | None) -> Batch:
     """Return a batch of the same shape that contains one example, in its first row, or no example at all."""
     num_rows, taken = len(batch.input_ids), 0 if place is None else 1
 
-    def only(values: torch.Tensor) -> torch.Tensor:
+    def select_example(values: torch.Tensor) -> torch.Tensor:
         of_each = values.reshape(num_rows // batch.texts, -1, *values.shape[1:])
         kept = torch.zeros_like(of_each)
         kept[:taken] = of_each[place or 0]
         return kept.flatten(0, 1)
 
-    input_ids, mask, targets = map(only, (batch.input_ids, batch.attention_mask, batch.targets))
+    input_ids, mask, targets = map(select_example, (batch.input_ids, batch.attention_mask, batch.targets))
     mask[taken * batch.texts :, 0] = 1
-    prefix, reference = (None if kept is None else only(kept) for kept in (batch.prefix, batch.reference))
+    prefix, reference = (None if kept is None else select_example(kept) for kept in (batch.prefix, batch.reference))
     empty_rows = num_rows - taken * batch.texts
     return Batch(input_ids, mask, targets, prefix, reference, empty_rows=empty_rows, texts=batch.texts)
 
@@ -134,7 +134,7 @@ def _try_compute(compute: Callable[[Batch], Computed], batch: Batch) -> Computed
         return None
 
 
-def micro_batches(
+def cut_micro_batches(
     indices: Sequence[int] | NDArray[np.integer], lengths: NDArray[np.integer], *, max_tokens: int
 ) -> list[NDArray[np.int64]]:
     """Cut examples into micro-batches of similar lengths for scoring, with a limit on padded tokens.

@@ -191,7 +191,7 @@ def check_names(key: str, names: Sequence[str]) -> None:
             raise ConfigError(key, name, "is declared twice")
 
 
-def feature_columns(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:
+def map_feature_columns(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:
     """Map the role of every feature to its column; `named` overrides the names of columns."""
     roles = (FEATURE + column for one in features for column in one.columns)
     return {role: named.get(role, role.removeprefix(FEATURE)) for role in roles}

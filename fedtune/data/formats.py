@@ -49,7 +49,7 @@ OF_RECORDS = frozenset({".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".json",
 _BATCH_ROWS = 256  # of Parquet, in memory at once
 
 
-def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: bool = False) -> RawRows:
+def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: bool = False) -> RawRows:
     """Yield (position, row) for each row of a file; an unusable row is replaced by a DataError that describes it.
 
     Text is UTF-8, with or without a byte order mark.  JSON lines hold one object each, `.json` one array of objects;
@@ -86,18 +86,18 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
         case ".parquet" if path.suffix.lower() == ".gz":
             raise DataError(str(path), ".parquet.gz", "must end in .parquet: Parquet is already compressed")
         case ".parquet":
-            return _arrow_rows(path, _parquet_batches(path, columns))
+            return _iter_arrow_rows(path, _iter_parquet_batches(path, columns))
         case ".npy":  # in whose order rows would have their vectors: one row more or less would move all others
             raise DataError(str(path), ".npy", "must be a column of lists in a Parquet file (docs/features.md)")
         case "folder":
-            return _arrow_rows(path, _saved_batches(path, columns))
+            return _iter_arrow_rows(path, _iter_saved_batches(path, columns))
         case suffix if suffix in _IN_LINES:
             return parse_pieces(path, span_formats.split_at_blank_lines(path), partial(_IN_LINES[suffix], path))
         case suffix if suffix in _BIOC:
             documents = read_json_array(path, lenient=lenient, opens=span_formats.DOCUMENTS)
             return parse_pieces(path, documents, partial(span_formats.parse_bioc, path))
         case suffix if suffix == _CLASSES:
-            return parse_pieces(path, enumerate(image_files(path), 1), partial(_image_row, path))
+            return parse_pieces(path, enumerate(list_image_files(path), 1), partial(_image_row, path))
         case suffix if suffix == _BRAT:
             return parse_pieces(path, enumerate(sorted(path.glob("*.ann")), 1), span_formats.read_brat)
         case suffix:
@@ -109,7 +109,7 @@ def detect_format(path: Path) -> str:
     "brat".
     """
     if path.is_dir():  # that there are no records yet, or no more, changes nothing: then brat's has none, either
-        others = _CLASSES if image_files(path) else _BRAT
+        others = _CLASSES if list_image_files(path) else _BRAT
         return "folder" if any(next(path.glob(name), None) for name in _OF_A_SET) else others
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
@@ -140,7 +140,7 @@ def describe_path(path: Path) -> str | None:
     if stat.S_ISREG(mode):
         return None
     if stat.S_ISDIR(mode):
-        is_one = (path / _STATE).is_file() or span_formats.brat_files(path) or image_files(path)
+        is_one = (path / _STATE).is_file() or span_formats.list_brat_files(path) or list_image_files(path)
         return None if is_one else "a folder"
     return {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(mode), "a device")
 
@@ -174,7 +174,7 @@ def list_data_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     if detect_format(path) in (_BRAT, _CLASSES):
-        return span_formats.brat_files(path) or image_files(path)
+        return span_formats.list_brat_files(path) or list_image_files(path)
     try:
         state = json.loads((path / _STATE).read_bytes())
         names = [one["filename"] for one in state["_data_files"]]
@@ -190,7 +190,7 @@ def list_data_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def image_files(folder: Path) -> list[Path]:
+def list_image_files(folder: Path) -> list[Path]:
     """List the images of a folder with one subfolder per class, sorted by class and name; empty if it holds other
     records.
     """
@@ -217,10 +217,10 @@ def fingerprint_files(path: Path) -> list[object]:
 # Parquet and Arrow.
 
 
-def _parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
+def _iter_parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
     from pyarrow import parquet
 
-    with _damage_as_data_error(path, "Parquet"):
+    with _convert_damage(path, "Parquet"):
         # Page by page: a group of rows may be larger than the memory.
         file = parquet.ParquetFile(path, metadata=_read_footer(path), buffer_size=1 << 20, pre_buffer=False)
         check_header(file.schema_arrow.names, columns or {}, at=str(path))
@@ -248,12 +248,12 @@ def _read_footer(path: Path) -> Any:
     return parquet.read_metadata(io.BytesIO(_PARQUET + footer.replace(_ARROW_TYPES, _NO_TYPES)))
 
 
-def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
+def _iter_saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
     import pyarrow
 
     for file in list_data_files(path):
         with (
-            _damage_as_data_error(file, "Arrow"),
+            _convert_damage(file, "Arrow"),
             pyarrow.memory_map(str(file)) as source,
             pyarrow.ipc.open_stream(source) as stream,
         ):
@@ -264,12 +264,12 @@ def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[An
                 wanted = batch if columns is None else batch.select(sorted(set(columns.values())))
                 wanted.validate()
                 for column in wanted.columns:
-                    _as_bytes(column).validate(full=True)
+                    _view_as_bytes(column).validate(full=True)
                 yield wanted
 
 
 @contextlib.contextmanager
-def _damage_as_data_error(path: Path, kind: str) -> Iterator[None]:
+def _convert_damage(path: Path, kind: str) -> Iterator[None]:
     """Turn Arrow's errors about a damaged file into a DataError, because Arrow's own messages may quote the file."""
     import pyarrow
 
@@ -281,7 +281,7 @@ def _damage_as_data_error(path: Path, kind: str) -> Iterator[None]:
         raise DataError(str(path), "damaged", f"must be a whole {kind} file") from None
 
 
-def _as_bytes(array: Any) -> Any:
+def _view_as_bytes(array: Any) -> Any:
     """Reinterpret text as bytes, also within lists and structs, without copying or inspecting the values."""
     import pyarrow
 
@@ -313,7 +313,7 @@ def _replace_types(kind: Any, others: Mapping[Any, Any], *, decode: bool = False
     return others.get(kind, kind)
 
 
-def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
+def _iter_arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
     number, names = 0, None
     for batch in batches:
         names = _label_names(batch.schema) if names is None else names

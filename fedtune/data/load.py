@@ -128,7 +128,7 @@ def assign_to_lead(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) ->
     return None
 
 
-def own_records(
+def read_own_records(
     spec: DataSpec, *, columns: Mapping[str, str], fault: Fault, key: bytes, unit: Unit = "record"
 ) -> SiteRecords:
     """Read a real site's records; the held-out records are chosen by a hash of each record (or user) with the secret

@@ -122,7 +122,7 @@ def partition_records(
     return sites
 
 
-def users_of(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
+def group_by_user(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
     """Return the ascending indices of each user's records, for the users in the order of their first records."""
     places: dict[str, list[int]] = {}
     for place, record in enumerate(records):

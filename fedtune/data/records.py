@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedtune.data.bad_rows import Faults
-from fedtune.data.formats import describe_path, raw_rows, require_data_file
-from fedtune.data.text_rows import Row, catch_row_error, format_location, missing_column_error
+from fedtune.data.formats import describe_path, iter_raw_rows, require_data_file
+from fedtune.data.text_rows import Row, build_missing_column_error, catch_row_error, format_location
 from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_missing, is_whole, read_value, split_texts
 from fedtune.spec import DataError
 
@@ -101,7 +101,7 @@ def chunk_records(records: Iterable[Record]) -> Iterator[list[Record]]:
 NO_VALUE = "(none)"  # the value of a record that has none in a column, or that has a list or an object there
 
 
-def column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:
+def read_column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:
     """Read the values of one more column, as text, for records that were already read; `NO_VALUE` if a value is
     missing.
 
@@ -110,7 +110,7 @@ def column_values(records: Sequence[Record], column: str, *, key: str, role: str
     values: dict[tuple[str, int], str] = {}
     for file in dict.fromkeys(record.file for record in records):
         present: dict[str, None] = {}
-        for line, row in raw_rows(Path(file)):
+        for line, row in iter_raw_rows(Path(file)):
             if isinstance(row, DataError):
                 continue
             present |= dict.fromkeys(row)
@@ -133,7 +133,7 @@ def empty_file_error(path: Path) -> DataError:
 
 
 def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    """Yield the records of a file that `fedtune.data.formats.raw_rows` can read, with the given `columns` (role to
+    """Yield the records of a file that `fedtune.data.formats.iter_raw_rows` can read, with the given `columns` (role to
     column).
 
     Raises:
@@ -173,10 +173,10 @@ def iter_usable_records(
         columns: role to column.
         fault: returns why the task cannot use a record, or None.
         faults: counts the skipped rows.
-        lenient: as in `raw_rows`.
+        lenient: as in `iter_raw_rows`.
 
     Raises:
-        DataError: the file as a whole is unusable, as in `raw_rows`.
+        DataError: the file as a whole is unusable, as in `iter_raw_rows`.
     """
     for line, found in validate_rows(path, columns, fault=fault, lenient=lenient):
         if isinstance(found, Record):
@@ -189,7 +189,7 @@ def validate_rows(
     path: Path, columns: Mapping[str, str], *, fault: Fault = lambda record: None, lenient: bool = False
 ) -> Iterator[tuple[int, Record | DataError]]:
     """Yield (line, record) for each row of a file, or (line, error) if it is unusable; see `iter_usable_records`."""
-    for line, row in raw_rows(path, columns, lenient=lenient):
+    for line, row in iter_raw_rows(path, columns, lenient=lenient):
         if isinstance(row, DataError):
             yield line, row
             continue
@@ -197,14 +197,14 @@ def validate_rows(
         yield line, record if isinstance(record, DataError) else fault(record) or record
 
 
-def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
+def make_validator(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
     """A function from a record to the error that `read` raises about it; None: nothing."""
 
-    def found(record: Record) -> DataError | None:
+    def find_error(record: Record) -> DataError | None:
         target = catch_row_error(record.at("record"), read, record)
         return target if isinstance(target, DataError) else None
 
-    return found
+    return find_error
 
 
 def parse_record(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
@@ -218,7 +218,7 @@ def parse_record(row: Row, columns: Mapping[str, str], *, file: str, line: int) 
         if role in OPTIONAL_ROLES and is_missing(row.get(column)):
             fields[role] = ""
         elif column not in row:
-            raise missing_column_error(row, column, role=role, at=at)
+            raise build_missing_column_error(row, column, role=role, at=at)
         else:
             # A task of Label Studio that nobody has annotated is no text without spans.
             of_studio = role == "spans" and isinstance(row.get(columns.get("text", "")), dict)

@@ -108,19 +108,20 @@ class Shapes:
         while len(places) >= 2 * room:
             yield Part(places[:room], most, length)
             places = places[room:]
-        for rows in _cheapest_rows(self, length, len(places)):
+        for rows in _find_cheapest_rows(self, length, len(places)):
             room = self.capacity(length, rows)
             yield Part(places[:room], rows, length)
             places = places[room:]
 
 
 @cache
-def _cheapest_rows(shapes: Shapes, length: int, count: int) -> tuple[int, ...]:
+def _find_cheapest_rows(shapes: Shapes, length: int, count: int) -> tuple[int, ...]:
     """Return the numbers of rows of the cheapest micro-batches for `count` records, the largest first."""
     if count <= 0:
         return ()
     ways = (
-        (rows, *_cheapest_rows(shapes, length, count - shapes.capacity(length, rows))) for rows in shapes.rows(length)
+        (rows, *_find_cheapest_rows(shapes, length, count - shapes.capacity(length, rows)))
+        for rows in shapes.rows(length)
     )
     best = min(ways, key=lambda way: sum(rows * length + _TOKENS_OF_A_CALL for rows in way))
     return tuple(sorted(best, reverse=True))

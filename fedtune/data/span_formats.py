@@ -169,10 +169,10 @@ def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None
         raise DataError(
             format_location(path, line), "a line of one column", "must have a token and its tag on each line"
         )
-    return _tagged(cells, at=format_location(path, line)) if cells else None
+    return _read_tagged_lines(cells, at=format_location(path, line)) if cells else None
 
 
-def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
+def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     """The tokens and tags of a sentence's lines: tags are in the last column that holds a scheme's, or else the last.
 
     Tokens are in the first other column behind those that name or count them (`_first_token`).  CoNLL-U's lines 3-4 and
@@ -257,7 +257,7 @@ def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
     return _spans_row(text, spans, at=at)
 
 
-def brat_files(folder: Path) -> list[Path]:
+def list_brat_files(folder: Path) -> list[Path]:
     """List the text files of a folder in brat's format, each followed by its annotation file, sorted by name."""
     found = sorted(folder.glob("*.ann"))
     return [file for one in found for file in (one.with_suffix(".txt"), one)]

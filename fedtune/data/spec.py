@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, feature_columns
+from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, map_feature_columns
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES
 from fedtune.privacy.mechanism import Unit
@@ -30,7 +30,7 @@ _MOST_TEMPLATE = 4096
 _MOST_WINDOWS = 8
 AT_SITE = "at-site"  # stands in what is sent to sites for every file and folder
 SITE = "{site}"  # stands in `train_file` for a site's name
-_OF_THE_LEAD = {"partition", "unusable", "train_fraction"}
+_OF_THE_LEAD = {"partition", "on_bad_record", "train_fraction"}
 _OF_THE_LEAD |= {f"{file}_{what}" for file in ("validation", "test") for what in ("file", "rows", "fraction")}
 """Settings of the lead's own files and of simulations: sites are sent them as if nobody had said any."""
 _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
@@ -82,8 +82,8 @@ class DataSpec:
         test_fraction: the same instead of `test_file`.
         validation_rows: score only this many of the validation records, chosen by their hash; null: all.
         test_rows: the same for the test records.
-        unusable: what a record that cannot be used does in a simulation, and in the lead's own files: "stop" ends the
-            command and counts all such records, "leave_out" goes on without them.  A real site always leaves them out.
+        on_bad_record: what a record that cannot be used does in a simulation, and in the lead's own files: "error" ends
+            the command and counts all such records, "skip" goes on without them.  A real site always skips them.
     """
 
     dataset: str
@@ -110,7 +110,7 @@ class DataSpec:
     test_fraction: float = 0.0
     validation_rows: int | None = None
     test_rows: int | None = None
-    unusable: Literal["stop", "leave_out"] = "stop"
+    on_bad_record: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         check_name("dataset", self.dataset)
@@ -146,12 +146,12 @@ class DataSpec:
         columns = [column for one in self.features for column in one.columns]
         check_names("features", columns)
         check_at_most("features", sum(one.width for one in self.features), MOST_VALUES)
-        of_features = feature_columns(self.features, self.columns).values()
+        of_features = map_feature_columns(self.features, self.columns).values()
         times = Counter([*of_features, *(column for role, column in self.columns.items() if role in ANSWERS)])
         if twice := [column for column in of_features if times[column] > 1]:
             bound = "is used twice: a column can be one feature, and not also the answer"
             raise ConfigError("features", twice[0], bound)
-        template_roles(self.prompt_template)
+        list_template_roles(self.prompt_template)
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
         if role is not None and role not in self.columns:
             raise ConfigError("partition.kind", kind, f"needs data.columns.{role}")
@@ -161,12 +161,12 @@ class DataSpec:
 
     @property
     def template_roles(self) -> tuple[str, ...]:
-        return template_roles(self.prompt_template)
+        return list_template_roles(self.prompt_template)
 
     @property
     def skips_bad_records(self) -> bool:
         """Whether unusable records in the lead's and in simulated files are skipped."""
-        return self.unusable == "leave_out"
+        return self.on_bad_record == "skip"
 
     def check_unit(self, unit: Unit, *, arrivals: bool = False) -> None:
         """Check that records can be partitioned and counted by `unit`.
@@ -223,7 +223,7 @@ class DataSpec:
         if partition and self.partition.kind in _ROLE_OF_PARTITION:
             needed.add(_ROLE_OF_PARTITION[self.partition.kind])
         own = {role: column for role, column in self.columns.items() if role in needed}
-        return own | feature_columns(self.features, self.columns)
+        return own | map_feature_columns(self.features, self.columns)
 
     def for_sites(self, roles: Collection[str]) -> DataSpec:
         """Return the settings that are sent to sites: columns by `roles`, all records, and none of the lead's files."""
@@ -262,7 +262,7 @@ class DataSpec:
 
 
 @lru_cache(maxsize=64)
-def template_roles(template: str) -> tuple[str, ...]:
+def list_template_roles(template: str) -> tuple[str, ...]:
     """Return the roles in a template, which must be in plain braces, because `str.format` fields could access
     attributes.
 
@@ -286,7 +286,7 @@ def template_roles(template: str) -> tuple[str, ...]:
 
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
     """The template with a record's texts, without the paragraphs whose roles are all blank."""
-    texts = {role: fields.get(role, "") for role in template_roles(template)}
-    paragraphs = [(one, template_roles(one)) for one in template.split("\n\n")]
+    texts = {role: fields.get(role, "") for role in list_template_roles(template)}
+    paragraphs = [(one, list_template_roles(one)) for one in template.split("\n\n")]
     kept = (one for one, roles in paragraphs if not roles or any(texts[role].strip() for role in roles))
     return "\n\n".join(kept).format_map(texts)

@@ -48,7 +48,7 @@ def format_location(file: Path | str, line: int) -> str:
     return f"{file}:{line}"
 
 
-def missing_column_error(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
+def build_missing_column_error(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
     """Return the error for a column that is not among the columns `present`."""
     names = ", ".join(repr(name) for name in islice(present, 10)) or "none"
     bound = f"must be there (role {role}); set data.columns.{role} to one of {names}"
@@ -110,7 +110,7 @@ def read_json_lines(path: Path) -> RawRows:
     return parse_pieces(path, cut_rows(path), parse)
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> Row:
+def _build_unique_object(pairs: list[tuple[str, object]]) -> Row:
     """Build an object from JSON's key-value pairs; raise KeyError for a duplicate key, which json would silently
     overwrite.
     """
@@ -121,7 +121,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> Row:
 
 def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
     try:
-        row = json.loads(text, object_pairs_hook=_unique_keys)
+        row = json.loads(text, object_pairs_hook=_build_unique_object)
     except KeyError:
         raise DataError(
             format_location(path, line), "a duplicate key in an object", "must have distinct keys"
@@ -217,7 +217,7 @@ def check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) 
     """
     for role, column in columns.items():
         if column not in header:
-            raise missing_column_error(header, column, role=role, at=at)
+            raise build_missing_column_error(header, column, role=role, at=at)
         if header.count(column) > 1:
             raise DataError(f"{at}, column {column!r}", f"{header.count(column)} times", "must appear once")
 
@@ -324,7 +324,7 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
     can swallow other elements, and no JSON writer produces one from a record's text.
     """
     row, depth, in_string, escaped = _Growing(), 1, False, False
-    for block in _array_blocks(path, row) if opens is None else _object_blocks(path, row, opens):
+    for block in _iter_array_blocks(path, row) if opens is None else _iter_object_blocks(path, row, opens):
         begin = place = 0
         while place < len(block) and depth:
             if escaped:
@@ -347,7 +347,7 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
     yield *row.take_row(), b""
 
 
-def _array_blocks(path: Path, row: _Growing) -> Iterator[bytes]:
+def _iter_array_blocks(path: Path, row: _Growing) -> Iterator[bytes]:
     """Yield the blocks of a file after the bracket that opens its array; none for an empty file."""
     opened = False
     for block in _read_blocks(path):
@@ -362,7 +362,7 @@ def _array_blocks(path: Path, row: _Growing) -> Iterator[bytes]:
         opened = opened or bool(text)
 
 
-def _object_blocks(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[bytes]:
+def _iter_object_blocks(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[bytes]:
     """Yield the blocks of a file after the match of `opens`, which must be near its beginning; none for an empty
     file.
     """

@@ -117,7 +117,7 @@ def encode(
     the whole process when memory runs out.
     """
 
-    def encoded(some: Sequence[Text]) -> list[Encoded]:
+    def encode_texts(some: Sequence[Text]) -> list[Encoded]:
         found = tokenizer(
             list(some),
             add_special_tokens=special_tokens,
@@ -130,10 +130,10 @@ def encode(
         )["input_ids"]
         return [(ids, ()) for ids in found]
 
-    return (ids for ids, _ in _encode_each(texts, encoded, getattr(tokenizer, "backend_tokenizer", None), within))
+    return (ids for ids, _ in _encode_each(texts, encode_texts, getattr(tokenizer, "backend_tokenizer", None), within))
 
 
-def whole_texts(
+def tokenize_whole_texts(
     fields: Sequence[tuple[Record, Sequence[str]]],
     tokenizer: Tokenizer,
     *,
@@ -169,19 +169,19 @@ def encode_words(
     `encode`.
     """
 
-    def encoded(some: Sequence[str]) -> list[Encoded]:
+    def encode_texts(some: Sequence[str]) -> list[Encoded]:
         found = tokenizer(
             list(some), add_special_tokens=False, truncation=True, max_length=max_length, padding=False, verbose=False
         )
         return [
-            (one.ids, _words_by_token(one, text))
+            (one.ids, _map_tokens_to_words(one, text))
             for one, text in zip(found.encodings, some, strict=True)  # type: ignore[attr-defined]
         ]
 
-    return _encode_each(texts, encoded, tokenizer.backend_tokenizer, within)
+    return _encode_each(texts, encode_texts, tokenizer.backend_tokenizer, within)
 
 
-def _words_by_token(encoding: Any, text: str) -> list[tuple[int, int]]:
+def _map_tokens_to_words(encoding: Any, text: str) -> list[tuple[int, int]]:
     ends = {word: end for word, (_, end) in zip(encoding.word_ids, encoding.offsets, strict=True)}
     rests = encoding.overflowing
     last = encoding.word_ids[-1] if rests else None
@@ -240,11 +240,11 @@ class MarkedTokenizer:
     def encode(self, texts: Sequence[str], *, within: int | None = None) -> Iterator[Encoded]:
         """Yield each text's token ids and the character span of each token; `within` is that of `encode`."""
 
-        def encoded(some: Sequence[str]) -> list[Encoded]:
+        def encode_pieces(some: Sequence[str]) -> list[Encoded]:
             found = self._backend.encode_batch(list(some), add_special_tokens=False)
             return [(one.ids, one.offsets) for one in found]
 
-        return _encode_each(texts, encoded, self._backend, within)
+        return _encode_each(texts, encode_pieces, self._backend, within)
 
 
 def _encode_each(
@@ -255,7 +255,7 @@ def _encode_each(
         if within is None:
             yield from encoded(some)
             continue
-        fits = [all(_has_bounded_length(part, normalizer) for part in _as_tuple(text)) for text in some]
+        fits = [all(_has_bounded_length(part, normalizer) for part in _to_tuple(text)) for text in some]
         bounded = [text for text, short in zip(some, fits, strict=True) if short]
         found = catch_row_error("", encoded, bounded)
         if isinstance(found, DataError):  # about one text, whatever the tokenizer's library raised
@@ -276,7 +276,7 @@ def _has_bounded_length(text: str, normalizer: Any) -> bool:
     return not isinstance(made, DataError) and len(made) <= _MOST_LONGER * len(text) + _ROOM
 
 
-def _as_tuple(text: Text) -> tuple[str, ...]:
+def _to_tuple(text: Text) -> tuple[str, ...]:
     return (text,) if isinstance(text, str) else text
 
 
@@ -284,7 +284,7 @@ def _chunk_texts(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
     """Yield the texts in order, in chunks, to bound the tokenizer's memory."""
     first, characters = 0, 0
     for place, text in enumerate(texts):
-        length = sum(map(len, _as_tuple(text)))
+        length = sum(map(len, _to_tuple(text)))
         characters += length
         if place > first and (place - first == _CHUNK_TEXTS or characters > _CHUNK_CHARACTERS):
             yield texts[first:place]

@@ -421,16 +421,16 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
 """Roles whose values need not be texts in a file, and how they become some."""
 
 
-def misplaced(fields: Mapping[str, str]) -> list[str]:
+def find_misplaced_spans(fields: Mapping[str, str]) -> list[str]:
     """How a record's spans seem to be counted, if some begin or end within a word, as the end of a sentence."""
     places = [place for span in json.loads(fields.get("spans", "[]")) if len(span) == 3 for place in span[:2]]
     text, within_word = fields.get("text", ""), re.compile(rf"(?<=[^\W_{UNSPACED}])(?=[^\W_{UNSPACED}])")
 
-    def torn(places: Sequence[int]) -> bool:
+    def splits_word(places: Sequence[int]) -> bool:
         return any(within_word.match(text, place) for place in places)
 
     ways = {"(ends seem inclusive)": [place + number % 2 for number, place in enumerate(places)]}
     for what, encoding in (("bytes", "utf-8"), ("units of UTF-16", "utf-16-le")):
         raw, size = text.encode(encoding), len("a".encode(encoding))
         ways[f"({what} seem to be counted)"] = [len(raw[: size * one].decode(encoding, "ignore")) for one in places]
-    return [next((way for way, some in ways.items() if not torn(some)), "")] if torn(places) else []
+    return [next((way for way, some in ways.items() if not splits_word(some)), "")] if splits_word(places) else []

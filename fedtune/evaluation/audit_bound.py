@@ -64,17 +64,17 @@ def epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float
     """
     error = 1 - confidence
 
-    def refuted(epsilon: float) -> bool:
+    def is_refuted(epsilon: float) -> bool:
         return p_value(canaries, guesses, right, epsilon=epsilon, delta=delta) < error
 
-    if not refuted(0.0):
+    if not is_refuted(0.0):
         return 0.0
     low, high = 0.0, 1.0
-    while refuted(high):
+    while is_refuted(high):
         low, high = high, 2 * high
     while high - low > _PRECISION:
         middle = (low + high) / 2
-        low, high = (middle, high) if refuted(middle) else (low, middle)
+        low, high = (middle, high) if is_refuted(middle) else (low, middle)
     return low
 
 

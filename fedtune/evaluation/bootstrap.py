@@ -22,7 +22,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.formatting import score_words
+from fedtune.formatting import format_score_name
 from fedtune.spec import DataError
 
 Figures: TypeAlias = Mapping[str, npt.NDArray[np.float64]]  # inputs of scores, by name: the first axis is the record
@@ -107,7 +107,7 @@ class Drawn:
         return Drawn({**self.values, name: values}, {**self.draws, name: draws}, self.num_units)
 
 
-def drawn(
+def score_draws(
     models: Mapping[str, Figures],
     *,
     scores: Scores,
@@ -157,7 +157,7 @@ def compare_by_scores(
     resamples: int = RESAMPLES,
 ) -> dict[str, Comparison]:
     """Compare two models by every score; the arguments are those of `drawn`."""
-    found = drawn({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
+    found = score_draws({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
     return {score: found.compare_scores("base", "tuned", score) for score in found.values["base"]}
 
 
@@ -176,7 +176,7 @@ def describe_against_constant(model: str, found: Estimate, constant: float, *, s
     ends = sorted(score_direction(score) * (end - constant) for end in (found.low, found.high))
     is_told = num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0)
     what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_told else f"{NO_DIFFERENCE} from"
-    told = f"{score_words(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
+    told = f"{format_score_name(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
     return f"{model[:1].upper()}{model[1:]} {what} the best constant answer: {told}."
 
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.data.batching import micro_batches
+from fedtune.data.batching import cut_micro_batches
 from fedtune.evaluation.scoring import evaluation_mode, report_out_of_memory
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.compatibility import max_positions
@@ -280,9 +280,9 @@ def generate_batches(
         bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
         raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
     rows_each = 2 if against else 1
-    for indices in micro_batches(np.arange(len(prompts)), lengths * rows_each, max_tokens=max_tokens):
+    for indices in cut_micro_batches(np.arange(len(prompts)), lengths * rows_each, max_tokens=max_tokens):
 
-        def of_batch(logits: torch.Tensor, rows: Places, indices: Places = indices) -> torch.Tensor:
+        def choose_in_batch(logits: torch.Tensor, rows: Places, indices: Places = indices) -> torch.Tensor:
             return choose(logits, indices[rows])
 
         with evaluation_mode(task_model), report_out_of_memory(max_tokens):
@@ -293,7 +293,7 @@ def generate_batches(
                 pad_id=tokenizer.pad_token_id,
                 max_new_tokens=max_new_tokens,
                 device=task_model.device,
-                choose=of_batch,
+                choose=choose_in_batch,
                 against=[against[index] for index in indices] if against else (),
             )
         for index, token_ids in zip(indices, written, strict=True):
@@ -302,11 +302,11 @@ def generate_batches(
             yield int(index), whole, len(text) < len(token_ids)
 
 
-def text_statistics(
+def compute_text_statistics(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Compute the inputs of `text_scores` for each text: one hypothesis per prompt, against all references of that
-    prompt.
+    """Compute the inputs of `compute_text_scores` for each text: one hypothesis per prompt, against all references of
+    that prompt.
 
     Args:
         hypotheses: n texts.
@@ -331,11 +331,11 @@ def text_statistics(
     return {"bleu": np.array(counts, dtype=np.float64).reshape(-1, 10), "rouge_l": np.array(best, dtype=np.float64)}
 
 
-def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
+def compute_text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
     """Compute corpus BLEU with exponential smoothing, in [0, 100], and mean ROUGE-L, in [0, 1].
 
     Args:
-        figures: the values that `text_statistics` returns for n texts, n at least 1.
+        figures: the values that `compute_text_statistics` returns for n texts, n at least 1.
 
     Returns:
         The scores `bleu` and `rouge_l`.
@@ -411,7 +411,7 @@ def generate_batch(
     return rows
 
 
-def text_variety(texts: Sequence[str]) -> dict[str, Any]:
+def measure_text_variety(texts: Sequence[str]) -> dict[str, Any]:
     """Measure the variety of one or more texts, for the card of synthetic records; words are split at whitespace."""
     times, lengths = Counter(texts), [len(text.split()) for text in texts]
     cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
@@ -424,7 +424,7 @@ def text_variety(texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def shared_bigrams(texts: Sequence[str], others: Sequence[str]) -> float:
+def measure_shared_bigrams(texts: Sequence[str], others: Sequence[str]) -> float:
     """Return the share of the word pairs in `others`, counted with repetition, that also occur in `texts`."""
     known = {pair for text in texts for pair in pairwise(text.lower().split())}
     found = [pair in known for text in others for pair in pairwise(text.lower().split())]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, drawn
+from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, score_draws
 from fedtune.spec import DataError
 
 OTHERS = "all others"  # the group of all units that belong to no group of its own
@@ -50,7 +50,9 @@ class GroupScores:
     changes: Mapping[str, Mapping[tuple[str, str], Comparison]]
 
 
-def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[np.int64]] | None = None) -> Groups:
+def merge_values(
+    values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[np.int64]] | None = None
+) -> Groups:
     """Form groups of at least `smallest` units, if there are that many units.
 
     Each value with fewer units joins `OTHERS`; while `OTHERS` itself is too small, the next smallest group joins it.
@@ -63,18 +65,18 @@ def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[
     """
     own_values = [{value} for value in values] if units is None else [{values[i] for i in places} for places in units]
 
-    def units_in(chosen: set[str]) -> int:
+    def count_units(chosen: set[str]) -> int:
         return sum(not chosen.isdisjoint(own) for own in own_values)
 
     counts = Counter(value for own in own_values for value in own)
     small = {value for value, count in counts.items() if count < smallest or value == OTHERS}
     left = sorted(set(counts) - small, key=lambda value: (counts[value], value))
-    while small and left and units_in(small) < smallest:
+    while small and left and count_units(small) < smallest:
         small.add(left.pop(0))
     names = (*reversed(left), *((OTHERS,) if small else ()))
     place = {value: names.index(value) for value in left} | dict.fromkeys(small, len(left))
     sizes = [counts[value] for value in reversed(left)]
-    sizes += [units_in(small)] if small else []
+    sizes += [count_units(small)] if small else []
     return Groups(
         names=names,
         codes=np.array([place[value] for value in values], dtype=np.int64),
@@ -103,7 +105,7 @@ def score_groups(
         units: the indices of each unit's records; None: each record is a unit.
     """
 
-    def in_each(figures: Figures) -> dict[str, float]:
+    def score_each(figures: Figures) -> dict[str, float]:
         """Compute the score inside each group, and its gap to the records outside the group."""
         codes, own = figures[_GROUP], {name: values for name, values in figures.items() if name != _GROUP}
         found: dict[str, float] = {}
@@ -117,7 +119,10 @@ def score_groups(
 
     codes: npt.NDArray[np.float64] = groups.codes.astype(np.float64)
     coded: dict[str, Figures] = {model: {**figures, _GROUP: codes} for model, figures in models.items()}
-    found, numbers = drawn(coded, scores=in_each, units=units), {name: n for n, name in enumerate(groups.names)}
+    found, numbers = (
+        score_draws(coded, scores=score_each, units=units),
+        {name: n for n, name in enumerate(groups.names)},
+    )
     # The group's own units are what must be enough.
     of_group = {n: Drawn(found.values, found.draws, num_units=size) for n, size in enumerate(groups.sizes)}
     return GroupScores(

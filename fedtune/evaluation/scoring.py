@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedtune.data.batching import Batch, collate, micro_batches
+from fedtune.data.batching import Batch, collate, cut_micro_batches
 from fedtune.data.tokenization import TextDataset
 from fedtune.model.hf_logging import first_line
 from fedtune.spec import ConfigError, DataError, panics_as_errors
@@ -127,7 +127,7 @@ def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> 
     """
     if len(dataset) == 0:
         raise DataError("evaluation data", 0, "must hold at least one example")
-    for indices in micro_batches(np.arange(len(dataset)), dataset.lengths * dataset.texts, max_tokens=max_tokens):
+    for indices in cut_micro_batches(np.arange(len(dataset)), dataset.lengths * dataset.texts, max_tokens=max_tokens):
         yield indices, collate(dataset, indices, pad_id=pad_id)
 
 

@@ -8,7 +8,7 @@ MOST_NEW_TOKENS = 1_000_000
 SMALLEST = 20  # units of the smallest group that is scored by itself, unless somebody asks for another number
 
 
-def missing_test_records_error() -> ConfigError:
+def build_missing_test_records_error() -> ConfigError:
     """Return the error for a comparison without test records: the runs hold none out, and no data file is given."""
     bound = "is required to compare (or data.test_fraction, or --data FILE): records that no run trains on"
     return ConfigError("data.test_file", None, bound)

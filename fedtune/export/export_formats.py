@@ -34,12 +34,12 @@ from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantize, write_
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.model.base_model import load_base, save_as_plain_model
-from fedtune.model.hf_logging import quiet
+from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.ia3_and_dora import merge_adapter
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
 from fedtune.report.loading_code import adapter_loading_code, answer_code, input_loading_code
-from fedtune.report.model_card import Form, card_files
+from fedtune.report.model_card import Form, render_card_files
 from fedtune.runs.environment import mark_lineage
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task
@@ -73,7 +73,7 @@ class Source:
         """
         reference = ReferenceOutputs.from_model(model)
         readout = model.task.readout_layers(model)
-        with quiet():
+        with silence_transformers():
             base = merge_adapter(model.base)
         mark_lineage(base.config, adapter, private_to=private_to)
         if outputs := model.task.output_labels(config.data.labels):
@@ -198,12 +198,12 @@ def export(
     """
     run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
     if private_to is None:
-        card = card_files(from_run.read_run(run), from_run.build_run_report(run), card_form(format, config))
+        card = render_card_files(from_run.read_run(run), from_run.build_run_report(run), card_form(format, config))
     elif missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
         raise ConfigError("adapter", str(adapter), f"has no {missing[0]} that names its owner")
     else:
         card = {name: (adapter / name).read_bytes() for name in (CARD, LABEL)}
-    with new_folder(target, config, card, int8=int8) as folder:
+    with create_model_folder(target, config, card, int8=int8) as folder:
         if config.lora.kind == NO_ADAPTER:
             _write_features(adapter, config, folder, format=format, private_to=private_to)
         else:
@@ -218,7 +218,7 @@ def export(
 
 
 @contextmanager
-def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, int8: bool) -> Iterator[Path]:
+def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, int8: bool) -> Iterator[Path]:
     """Yield a folder to fill with a model; at the end it gets the card, labels and int8 graph, and becomes `target`.
 
     Raises:
@@ -253,7 +253,7 @@ def _write_adapter(source: Source, reference: ReferenceOutputs, folder: Path) ->
     write_task_model(model, folder, private_to=source.private_to)
     if not (source.readout or source.task.predicts_tokens):
         return  # a head of the task's own, which no other library has
-    with quiet(), torch.no_grad():
+    with silence_transformers(), torch.no_grad():
         base = load_base(model.spec.model, predicts_tokens=source.task.predicts_tokens)
         loaded = PeftModel.from_pretrained(base, folder)
         scores = source.wrap_base(loaded)(reference.input_ids, reference.attention_mask)
@@ -268,7 +268,7 @@ def _write_merged(source: Source, reference: ReferenceOutputs, folder: Path) -> 
 
 def _reload_plain(source: Source, folder: Path) -> PreTrainedModel:
     """Save the merged base, and load it again with transformers alone."""
-    with quiet():
+    with silence_transformers():
         save_as_plain_model(source.task.export_model(source.base, source.readout), folder)
         loaded: PreTrainedModel = getattr(transformers, source.task.auto_class).from_pretrained(
             folder, local_files_only=True
@@ -283,7 +283,7 @@ def _write_sentence_transformers(source: Source, reference: ReferenceOutputs, fo
     with TemporaryDirectory() as scratch:
         _reload_plain(source, Path(scratch))
         source.tokenizer.save_pretrained(scratch)
-        with quiet(), warnings.catch_warnings():
+        with silence_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             base = modules.Transformer(scratch, max_seq_length=source.config.data.max_length)
             layers = [base, modules.Pooling(source.base.config.get_text_config().hidden_size, "mean")]

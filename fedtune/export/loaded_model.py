@@ -14,7 +14,7 @@ from fedtune.config import RunConfig
 from fedtune.export.export_formats import export
 from fedtune.extras import require_extra
 from fedtune.model.base_model import load_base
-from fedtune.model.hf_logging import quiet
+from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import get_input_for
@@ -62,7 +62,7 @@ def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWit
     spec = replace(config.model, dtype="float32")
     if form == "peft":
         saved = SavedAdapter.read(adapter, model=spec)
-        with quiet():
+        with silence_transformers():
             base = load_base(saved.spec.model, predicts_tokens=config.bound_task.predicts_tokens)
             model = PeftModel.from_pretrained(base, adapter).eval()
         tokenizer = get_input_for(config.data).load_reader(config.data, saved.spec.model)

@@ -21,7 +21,7 @@ from fedtune.config import RunConfig
 from fedtune.data.batching import Batch, collate
 from fedtune.evaluation.bootstrap import Figures
 from fedtune.extras import require_extra
-from fedtune.model.hf_logging import quiet
+from fedtune.model.hf_logging import silence_transformers
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import Evaluation, LeadData
 from fedtune.tasks.inputs import get_input_for
@@ -60,7 +60,7 @@ def write_graph(
     """
     require_extra("--format", "onnx", "export", "onnxscript", "onnxruntime")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not installed
-    with quiet(), warnings.catch_warnings(), torch.no_grad():
+    with silence_transformers(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,

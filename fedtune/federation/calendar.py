@@ -1,6 +1,6 @@
 """A calendar of runs over years under one privacy budget, and the epsilon that each run costs the people it admits.
 
-The rule is stateless: if `privacy.runs` is R, each run gets the noise at which R runs like it add up to
+The rule is stateless: if `privacy.planned_runs` is R, each run gets the noise at which R runs like it add up to
 `privacy.epsilon`.  A person who takes part in at most R runs stays within that epsilon, whichever runs these are.  The
 caps of the sites, which apply per cohort, ensure that nobody takes part in more than R runs.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fedtune.formatting import pluralize
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.privacy.cohorts import Cohorts, moved
+from fedtune.privacy.cohorts import Cohorts, shift_window
 from fedtune.privacy.run_plan import Plan
 
 _OFTEN = {"month": "Twelve runs a year", "quarter": "Four runs a year", "year": "One run a year"}
@@ -42,7 +42,7 @@ def max_runs_per_person(plan: Plan) -> int | None:
     return last - first + 1
 
 
-def epsilon_of_runs(plan: Plan, *, runs: int) -> float:
+def compute_epsilon_over_runs(plan: Plan, *, runs: int) -> float:
     """Compute the PLD epsilon of `runs` runs with this plan for a person who takes part in all of them."""
     return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds * runs)], plan.delta)
 
@@ -62,13 +62,15 @@ def list_calendar_runs(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...
     window, cohorts, found = max_runs_per_person(plan), plan.cohorts, []
     for step in range(min(_MOST_SHOWN, plan.runs if window else plan.runs - before)):
         number = before + step + 1
-        oldest = epsilon_of_runs(plan, runs=number if window is None else min(number, window))
-        admits, newest = (moved(cohorts, by=step), epsilon_of_runs(plan, runs=1)) if cohorts else (None, oldest)
+        oldest = compute_epsilon_over_runs(plan, runs=number if window is None else min(number, window))
+        admits, newest = (
+            (shift_window(cohorts, by=step), compute_epsilon_over_runs(plan, runs=1)) if cohorts else (None, oldest)
+        )
         found.append(CalendarRun(number=number, cohorts=admits, oldest=oldest, newest=newest))
     return tuple(found)
 
 
-def calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str, ...]]:
+def list_calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str, ...]]:
     """Yield a table row for each run: its number, the cohorts it admits, its own epsilon, and the epsilon of the oldest
     and the newest cohort after it.
     """
@@ -76,14 +78,18 @@ def calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str
         admits = "everybody"
         if one.cohorts is not None:
             admits = f"{one.cohorts.first} to {one.cohorts.last}" if one.cohorts.first else f"up to {one.cohorts.last}"
-        yield str(one.number), admits, *map(format_epsilon, (epsilon_of_runs(plan, runs=1), one.oldest, one.newest))
+        yield (
+            str(one.number),
+            admits,
+            *map(format_epsilon, (compute_epsilon_over_runs(plan, runs=1), one.oldest, one.newest)),
+        )
 
 
 def describe_shared_epsilon(plan: Plan) -> str:
     """Return the clause that follows a plan's noise and says how many runs share an epsilon; empty for a single run."""
     if plan.runs == 1 or not plan.private:
         return ""
-    epsilon = format_epsilon(epsilon_of_runs(plan, runs=plan.runs))
+    epsilon = format_epsilon(compute_epsilon_over_runs(plan, runs=plan.runs))
     return f", so that {plan.runs} runs like this one come to epsilon {epsilon}"
 
 
@@ -93,7 +99,7 @@ def describe_calendar(plan: Plan) -> Iterator[str]:
     most = plan.runs if window is None else min(window, plan.runs)
     often = _OFTEN[plan.cohorts.period] if plan.cohorts else pluralize(plan.runs, "run")
     who = "a person is in at most" if plan.cohorts else "everyone is in at most"
-    alone, whole = (format_epsilon(epsilon_of_runs(plan, runs=runs)) for runs in (1, most))
+    alone, whole = (format_epsilon(compute_epsilon_over_runs(plan, runs=runs)) for runs in (1, most))
     yield f"{often} at epsilon {alone} each: {who} {pluralize(most, 'run')}, epsilon {whole} in all."
     many = plan.event(rounds=plan.most_rounds * most)
     cap = filter.tightest_cap(many, more=plan.full_event, reference=plan.full_event, delta=plan.delta, digits=3)
@@ -101,6 +107,7 @@ def describe_calendar(plan: Plan) -> Iterator[str]:
     if plan.cohorts and (window is None or window > plan.runs):
         who = "who have no date or came before it," if window is None else f"of {pluralize(window, 'period')}"
         yield (
-            f"CAUTION: the window admits people {who} to more runs than privacy.runs = {plan.runs}. Sites with a cap "
-            f"for {pluralize(plan.runs, 'run')} refuse the next one: give the window a start, or fewer periods."
+            f"CAUTION: the window admits people {who} to more runs than privacy.planned_runs = {plan.runs}. "
+            f"Sites with a cap for {pluralize(plan.runs, 'run')} refuse the next one: give the window a start, or "
+            "fewer periods."
         )

@@ -73,12 +73,12 @@ def detect_score_drop(line: Sequence[HeldOut]) -> Fall | None:
     if len(line) < 2:
         return None
     cut = max(1, len(line) - 2)
-    (before, old), (now, new) = _weighted_mean(line[:cut]), _weighted_mean(line[cut:])
+    (before, old), (now, new) = _compute_weighted_mean(line[:cut]), _compute_weighted_mean(line[cut:])
     deviation, limit = math.hypot(old, new), NormalDist().inv_cdf(0.95)
     change, smallest = now - before, deviation * (limit + NormalDist().inv_cdf(0.8))
     return Fall(change=change, found=-change > limit * deviation, smallest=smallest)
 
 
-def _weighted_mean(line: Sequence[HeldOut]) -> tuple[float, float]:
+def _compute_weighted_mean(line: Sequence[HeldOut]) -> tuple[float, float]:
     weights = [one.deviation**-2 for one in line]  # which make the mean's own deviation least
     return fmean([one.mean for one in line], weights), sum(weights) ** -0.5

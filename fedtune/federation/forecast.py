@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.machine import choose_states_location, measure_example_seconds, model_bytes
+from fedtune.training.machine import choose_states_location, measure_example_seconds, measure_model_bytes
 from fedtune.training.spec import RuntimeSpec
 
 
@@ -65,7 +65,7 @@ def forecast(
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}
     return Forecast(
         values=num_values,
-        model_bytes=model_bytes(model),
+        model_bytes=measure_model_bytes(model),
         bytes_down=traffic[0],
         bytes_up=traffic[1],
         bytes_total=sum(traffic) * len(declared_sizes) * plan.num_rounds,

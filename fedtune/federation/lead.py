@@ -19,8 +19,8 @@ from safetensors.numpy import save as save_tensors
 
 from fedtune.codec import decode_value, parse_json
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, RoundReplies
-from fedtune.federation.run_folder import ASKED, checkpoint_name, lock_folder, saved_checkpoints
-from fedtune.formatting import finite
+from fedtune.federation.run_folder import ASKED, checkpoint_name, list_checkpoints, lock_folder
+from fedtune.formatting import finite_or_none
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
@@ -214,12 +214,12 @@ def compute_site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     silent = state.unanswered.get(site, 0)
     charged = receipt.charged_rounds if receipt else 0
     rounds = max(charged, min(charged + silent, plan.most_rounds))
-    epsilon, epsilon_rdp = charged_epsilons(plan, rounds)
+    epsilon, epsilon_rdp = compute_charged_epsilons(plan, rounds)
     return SiteCharge(
-        epsilon=finite(epsilon),
-        epsilon_rdp=finite(epsilon_rdp),
+        epsilon=finite_or_none(epsilon),
+        epsilon_rdp=finite_or_none(epsilon_rdp),
         rounds=rounds,
-        planned_epsilon=finite(charged_epsilons(plan, plan.most_rounds)[0]),
+        planned_epsilon=finite_or_none(compute_charged_epsilons(plan, plan.most_rounds)[0]),
         steps=rounds * plan.local_steps,
         sampling_rate=plan.sampling_rate,
         noise_multiplier=plan.noise_multiplier,
@@ -229,7 +229,7 @@ def compute_site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
 
 
 @lru_cache(maxsize=256)
-def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
+def compute_charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
     """Compute the epsilon of `rounds` charged rounds of a plan, by PLD and by RDP."""
     # Cached: sites mostly stand at the same count, and composing takes a moment.
     if rounds == 0:
@@ -290,12 +290,12 @@ class Checkpoints:
         arrays = {"adapter": state.adapter.tensors, "best": best or {}, "strategy": state.strategy}
         tensors = {f"{of}/{name}": np.asarray(value) for of, named in arrays.items() for name, value in named.items()}
         about = {"config_sha256": self._config, **{of: list(named) for of, named in arrays.items()}}
-        about |= {name: getattr(state, name) for name in _non_array_fields()}
+        about |= {name: getattr(state, name) for name in _list_non_array_fields()}
         metadata = {
             "fedtune": json.dumps(about, default=lambda one: one.to_json() if isinstance(one, Receipt) else asdict(one))
         }
         write_durably(self._folder / checkpoint_name(state.round), save_tensors(tensors, metadata=metadata))
-        for old in saved_checkpoints(self._folder)[:-_KEPT]:
+        for old in list_checkpoints(self._folder)[:-_KEPT]:
             old.unlink()
 
     def load(self) -> LeadState:
@@ -305,7 +305,7 @@ class Checkpoints:
             ConfigError: there is no checkpoint, or it belongs to another configuration.
             StuckError: the newest checkpoint is damaged.
         """
-        found = saved_checkpoints(self._folder)
+        found = list_checkpoints(self._folder)
         if not found:
             raise ConfigError("resume", str(self._folder.parent), "must be a run folder with a checkpoint")
         data = found[-1].read_bytes()
@@ -321,7 +321,7 @@ class Checkpoints:
                 adapter=Adapter(arrays["adapter"]),
                 best=Adapter(arrays["best"]) if arrays["best"] else None,
                 strategy=arrays["strategy"],
-                **{name: decode_value(name, about[name], hint) for name, hint in _non_array_fields().items()},
+                **{name: decode_value(name, about[name], hint) for name, hint in _list_non_array_fields().items()},
             )
             check_at_least("rounds", min(state.round, *state.unanswered.values(), 0), 0)
         except Exception as error:
@@ -351,7 +351,7 @@ def _recovery_hint(found: Sequence[Path]) -> str:
     return f"move it away, and resume the run from {found[-2].name}"
 
 
-def _non_array_fields() -> Mapping[str, Any]:
+def _list_non_array_fields() -> Mapping[str, Any]:
     """Return the fields of `LeadState` that hold no arrays, with their types."""
     hints = get_type_hints(LeadState)
     return {name: hint for name, hint in hints.items() if name not in ("adapter", "best", "strategy")}
@@ -379,7 +379,7 @@ class Aggregation(Protocol):
     The site's half is `_protect` in `site_round.py`.
 
     Attributes:
-        session: name of the secure-sum session that the next round belongs to; empty for plain averages.
+        session: name of the secure aggregation session that the next round belongs to; empty for plain averages.
         left_out: sites that are not asked any more.
     """
 

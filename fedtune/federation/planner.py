@@ -1,6 +1,6 @@
 """The price of a run, from public numbers alone: nothing here reads a record.
 
-`price` gives the cost of a plan by site and by round, and `what_if` that of other plans.  `solve_rounds`,
+`price` gives the cost of a plan by site and by round, and `price_alternatives` that of other plans.  `solve_rounds`,
 `solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every result was checked against the target,
 on the coarse grid that calibration uses.  `policy_dry_run.py` tells whether a site would accept the plan; `forecast.py`
 gives bytes and time, which need the model.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from fedtune.federation.calendar import CalendarRun, epsilon_of_runs, list_calendar_runs
+from fedtune.federation.calendar import CalendarRun, compute_epsilon_over_runs, list_calendar_runs
 from fedtune.formatting import html_table
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.distributed_noise import Epsilons
@@ -124,7 +124,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
         largest=largest,
         rounds=tuple(_price_round(plan, number, order) for number in shown),
         epsilon=accountant.epsilon_pld([whole], delta),
-        epsilon_of_all_runs=epsilon_of_runs(plan, runs=plan.runs),
+        epsilon_of_all_runs=compute_epsilon_over_runs(plan, runs=plan.runs),
         epsilon_rdp=accountant.epsilon_rdp([whole], delta),
         epsilon_filter=filter.epsilon_filter([whole], order=order, delta=delta),
         filter_order=order,
@@ -170,7 +170,7 @@ def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: in
     return plan.sampling_rate * total * math.sqrt(steps / (len(declared_sizes) * values)) / plan.noise_multiplier
 
 
-def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
+def price_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     """Price alternatives to a plan: more rounds, a smaller delta, larger batches, and half of `epsilon`, over all
     `plan.runs`.
 
@@ -248,15 +248,15 @@ def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
         ConfigError: even a single round exceeds `epsilon`.
     """
 
-    def within(count: int) -> bool:
+    def is_within_target(count: int) -> bool:
         return target_epsilon(dataclasses.replace(plan, num_rounds=count)) <= epsilon
 
     fits, too_many = 0, 1
-    while within(too_many):
+    while is_within_target(too_many):
         fits, too_many = too_many, 2 * too_many
         if too_many > MOST_ROUNDS:
             return dataclasses.replace(plan, num_rounds=fits)
-    fits += bisect(range(fits + 1, too_many), False, key=lambda count: not within(count))
+    fits += bisect(range(fits + 1, too_many), False, key=lambda count: not is_within_target(count))
     if not fits:
         spare = f" and {plan.spare_rounds} spare ones" if plan.spare_rounds else ""
         bound = f"exceeds privacy.epsilon = {epsilon:g} with one round of {plan.local_steps} steps{spare}"
@@ -271,11 +271,11 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
         ConfigError: every rate from `least` upwards exceeds `epsilon`.
     """
 
-    def at(rate: float) -> Plan:
+    def set_rate(rate: float) -> Plan:
         return dataclasses.replace(plan, sampling_rate=rate)
 
     rate = accountant.find_boundary(
-        lambda rate: target_epsilon(at(rate)),
+        lambda rate: target_epsilon(set_rate(rate)),
         epsilon,
         start=max(plan.sampling_rate, least),
         bounds=(least, 1.0),
@@ -285,7 +285,7 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
         bound = f"exceeds privacy.epsilon = {epsilon:g} at every sampling rate down to {least:.3g}"
         raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
     scale = 10.0 ** (3 - math.floor(math.log10(rate)))
-    return at(math.floor(rate * scale) / scale)
+    return set_rate(math.floor(rate * scale) / scale)
 
 
 def least_noise(plan: Plan, *, epsilon: float) -> float | None:

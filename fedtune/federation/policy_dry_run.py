@@ -109,7 +109,7 @@ def dry_run(
     except FedtuneError as error:  # an inconsistent ledger: the site would train nothing
         note = f"the site would not start: {error}"
     against = budget.refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
-    wrong_size = _size_refusals(policy, proposal, declared_sizes)
+    wrong_size = _list_size_refusals(policy, proposal, declared_sizes)
     broken = [*policy.broken_rules(proposal), *against, *wrong_size]
     may_fit = budget is not None and not wrong_size
     most_rounds, least_noise = (plan.num_rounds, plan.noise_multiplier) if may_fit else (0, None)
@@ -171,7 +171,7 @@ class _PolicyBudget:
         usually a round number, and the noise search stops just short of it.
         """
 
-        def at(noise: float) -> Proposal:
+        def set_noise(noise: float) -> Proposal:
             return dataclasses.replace(proposal, plan=proposal.plan.with_noise(noise))
 
         tried = proposal
@@ -179,16 +179,16 @@ class _PolicyBudget:
             noise = tried.plan.noise_multiplier
             if noise <= accountant.LEAST_SOUGHT or target_epsilon(tried.plan) >= MOST_EPSILON:
                 return MOST_EPSILON, None
-            tried = at(max(noise / 2, accountant.LEAST_SOUGHT))
+            tried = set_noise(max(noise / 2, accountant.LEAST_SOUGHT))
         least = spending.find_min_noise(tried, self.accepts)
         if least is None:
             return None, None
-        most = target_epsilon(at(least).plan)
+        most = target_epsilon(set_noise(least).plan)
         digits = -math.floor(math.log10(most))
         even, scale = round(most, digits + 2), 10.0 ** (digits + 3)
         needed = least_noise(proposal.plan, epsilon=even)
-        found = even if needed is not None and self.accepts(at(needed)) else math.floor(most * scale) / scale
-        less = at(_LESS_NOISE * least)
+        found = even if needed is not None and self.accepts(set_noise(needed)) else math.floor(most * scale) / scale
+        less = set_noise(_LESS_NOISE * least)
         return found, next(chain(self._policy.broken_rules(less), self.refusals(less)), None)
 
     def epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
@@ -220,7 +220,7 @@ def read_history(files: SiteFiles) -> History:
     return verified.history
 
 
-def _size_refusals(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> list[Refused]:
+def _list_size_refusals(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> list[Refused]:
     """Return a refusal if the run's size for the site differs from the size that the site declares; both sizes are
     public.
     """

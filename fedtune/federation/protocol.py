@@ -159,7 +159,9 @@ class RoundRequest(_Question):
     adapter_digest: str  # of the adapter that travels with the request
     # the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back
     receipt: Receipt | None
-    session: str = ""  # the lead's name for the session of the secure sum that the round is a release of; else empty
+    session: str = (
+        ""  # the lead's name for the session of secure aggregation that the round is a release of; else empty
+    )
 
     def _to_json(self) -> dict[str, Any]:
         return _Question._to_json(self) | {"receipt": self.receipt and self.receipt.to_json()}
@@ -207,11 +209,11 @@ def derive_terms(proposal: Proposal, *, members: Mapping[str, str], length: int)
 class SumRequest(_Question):
     """The lead's request for a step of secure aggregation, other than the upload, which is the update of a round."""
 
-    purpose: ClassVar[str] = "step of a secure sum"
+    purpose: ClassVar[str] = "step of secure aggregation"
     round: ClassVar[int] = 0  # it is charged to none
     step: str  # "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum
     session: str  # 32 random hexadecimal digits, the lead's name for the session that is announced
-    # `parts_digest_of` of the messages that travel with the question.  A carrier who changes one cannot make a
+    # `hash_parts` of the messages that travel with the question.  A carrier who changes one cannot make a
     # site answer what the lead did not ask.
     parts_digest: str
 
@@ -221,7 +223,7 @@ class SumRequest(_Question):
         _require("parts_digest", _SHA256.fullmatch(self.parts_digest))
 
 
-def parts_digest_of(parts: Iterable[bytes]) -> str:
+def hash_parts(parts: Iterable[bytes]) -> str:
     """Return the SHA-256, in hex, of the messages sent with a `SumRequest`, in their order."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # it imports torch
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
-LEFT_OUT = "left_out"  # of a site that is asked no more, since its shares in a secure sum were wrong
+LEFT_OUT = "left_out"  # of a site that is asked no more, since its shares in secure aggregation were wrong
 NOT_SUMMED = "not_summed"  # of a site whose upload is in no sum: it is charged, and the round moved nothing by it
 UNSIGNED_REPLY = "unsigned_reply"  # or signed about something else, which shows no charge
 _MOST_SHARE = 1e9
@@ -93,7 +93,7 @@ class RoundReplies:
     arrived: UpdateStore  # where the valid updates are kept
     update_dtype: str  # the number format in which plain updates come
     left_out: Collection[str] = ()  # sites that are asked no more, and not heard
-    # site -> its upload to a secure sum, which nothing can be said of by itself
+    # site -> its upload to secure aggregation, which nothing can be said of by itself
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 

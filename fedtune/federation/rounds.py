@@ -26,7 +26,7 @@ from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Update
 from fedtune.spec import RefusedError, RunError, StuckError
-from fedtune.training.update_bound import bound_update
+from fedtune.training.update_bound import bound_round_update
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     questions = _build_requests(lead, state, session=aggregation.session, sites=sites)
     rests, sent = lead.lora.frozen_name_part(round), state.adapter
     reaches = {
-        site: bound_update(lead.training, lead.plan, round=round, declared_size=size, sent=sent, rests=rests)
+        site: bound_round_update(lead.training, lead.plan, round=round, declared_size=size, sent=sent, rests=rests)
         for site, size in lead.declared_sizes.items()
     }
     with UpdateStore(lead.checkpoints.updates_folder, state.adapter) as arrived:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedtune.codec import parse_json
 from fedtune.privacy.durable import hash_files, write_durably
-from fedtune.spec import ConfigError, RunError, StuckError, full_disk
+from fedtune.spec import ConfigError, RunError, StuckError, describe_full_disk
 from fedtune.system import lock, open_to_lock
 
 _MOST_NAMED = 10
@@ -31,7 +31,7 @@ def checkpoint_name(round: int | None = None) -> str:
     return f"round-{'*' if round is None else f'{round:04d}'}.safetensors"
 
 
-def saved_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """List the files in a run's checkpoint folder, oldest first."""
     # By length first: after round 9999 come names with a digit more.
     return sorted(folder.glob(checkpoint_name()), key=lambda path: (len(path.name), path.name))
@@ -84,7 +84,7 @@ class _LogFile(logging.FileHandler):
     full: str | None = None  # the full-disk error of a simulated site, which tells the lead only that it failed
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.full = self.full or full_disk(record.exc_info and record.exc_info[1])
+        self.full = self.full or describe_full_disk(record.exc_info and record.exc_info[1])
         super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -207,7 +207,7 @@ class RunFolder:
     @property
     def saved_checkpoints(self) -> list[Path]:
         """The existing checkpoints, oldest first."""
-        return saved_checkpoints(self.checkpoints)
+        return list_checkpoints(self.checkpoints)
 
     def has_begun(self) -> bool:
         """Return True if the folder holds a run with a checkpoint or a result.
@@ -261,7 +261,7 @@ class RunFolder:
         try:
             yield
         except RunError as error:
-            if handler.full is None or isinstance(error, StuckError) or full_disk(error):
+            if handler.full is None or isinstance(error, StuckError) or describe_full_disk(error):
                 raise
             raise RunError(f"{error}; {handler.full}") from error
         finally:

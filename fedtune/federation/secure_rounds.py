@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedtune.codec import parse_json
 from fedtune.federation.lead import AggregationResult, Arrays, Lead, LeadState, RoundResult
-from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, derive_terms, parts_digest_of
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, derive_terms, hash_parts
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, RoundReplies
 from fedtune.federation.secure.agreement import KeyAgreement, Rejected
 from fedtune.federation.secure.summation import Summation, Unreadable, build_session
@@ -154,7 +154,7 @@ class SecureSums:
         """
         failed: Mapping[str, str] = {}
         here, missing = self._rejoin()
-        lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_SUM)
+        lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_STEP)
         if self._begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
             failed = self._begin_session()
             self._failed[lost] += bool(failed)
@@ -274,7 +274,7 @@ class SecureSums:
                 expires=expires,
                 step=step,
                 session=session,
-                parts_digest=parts_digest_of(own),
+                parts_digest=hash_parts(own),
             )
             # A site that has a part in the session knows them; one that has lost it says so, and announces again.
             settings = run.settings if step == ANNOUNCE else ""

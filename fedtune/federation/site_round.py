@@ -29,7 +29,7 @@ from fedtune.federation.protocol import (
     SumRequest,
     answer_digest,
     derive_terms,
-    parts_digest_of,
+    hash_parts,
 )
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
@@ -49,8 +49,10 @@ log = logging.getLogger(__name__)
 class Trained:
     """The result of training a round at a site."""
 
-    adapter: Adapter | None = None  # after the plan's noisy steps; None where the plan has secure sums
-    share: npt.NDArray[np.int64] | None = None  # of a secure sum: the site's noisy gradient sum in integers, (values,)
+    adapter: Adapter | None = None  # after the plan's noisy steps; None where the plan has secure aggregation
+    share: npt.NDArray[np.int64] | None = (
+        None  # of secure aggregation: the site's noisy gradient sum in integers, (values,)
+    )
     scores: tuple[float, float] | None = None  # noised score and count of held-out units, where the plan releases them
     fingerprint: str = ""  # of the records, for the ledger alone
 
@@ -68,7 +70,7 @@ class Prepared:
     template: Adapter  # an adapter with the names and shapes that this run trains
     declared_size: int  # the site's size in this run; it must equal the size that the policy declares
     update_dtype: str  # the number format in which a plain update leaves
-    members: tuple[str, ...] = ()  # the sites of a run with secure sums
+    members: tuple[str, ...] = ()  # the sites of a run with secure aggregation
 
 
 class Site(ABC):
@@ -160,7 +162,7 @@ def answer_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | R
 
 def _run_step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     _check_asker(site, request)
-    if request.parts_digest != parts_digest_of(parts):
+    if request.parts_digest != hash_parts(parts):
         raise Rejected(Wrong.REQUEST_CHANGED)
     sums, proposal = _require_sums(site, request.proposal), request.proposal.digest()
     if request.step == ANNOUNCE:
@@ -190,7 +192,7 @@ def _current_party(site: Site, request: RoundRequest | SumRequest) -> Party:
 
 def _require_sums(site: Site, proposal: Proposal) -> SumsAtSite:
     if site.sums is None or proposal.plan.shared is None:
-        raise Refused(Reason.SECURE_SUMS)
+        raise Refused(Reason.SECURE_AGGREGATION)
     return site.sums
 
 
@@ -220,7 +222,7 @@ def _answer_or_refuse(
     except Refused as refused:
         return request, _refuse(site, request, refused)
     except Rejected as rejected:
-        return request, _refuse(site, request, Refused(Reason.SECURE_SUM, asked=rejected.wrong.value))
+        return request, _refuse(site, request, Refused(Reason.SECURE_STEP, asked=rejected.wrong.value))
     except Exception:
         log.exception("%s failed in %s", site.name, _describe_request(request))
         return request, _make_refusal(site, request, Refused(Reason.SITE_ERROR))
@@ -357,7 +359,7 @@ def _protect(
     A plain update already has the site's own noise, and is rounded to bfloat16 if the run says so; a share for secure
     aggregation gets the masks of the session.
     """
-    if request.session:  # set if and only if the plan has secure sums
+    if request.session:  # set if and only if the plan has secure aggregation
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
         return _current_party(site, request).upload(request.round, trained.share)
@@ -400,7 +402,7 @@ def _describe_request(request: Request | None) -> str:
     if isinstance(request, Invitation):
         return "to take part"
     if isinstance(request, SumRequest):
-        return f"a secure sum's step {request.step}"
+        return f"secure aggregation's step {request.step}"
     return f"round {request.round}" if request else "a question"
 
 

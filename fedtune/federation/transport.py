@@ -21,7 +21,7 @@ class Question:
     signed: Signed
     adapter: Adapter | None = None  # that a round begins in, or that a run ends with
     settings: str = ""  # JSON of the run's configuration, for a site that does not have it
-    # the sites' messages that a step of a secure sum goes by; None: it is no such step
+    # the sites' messages that a step of secure aggregation goes by; None: it is no such step
     parts: Sequence[bytes] | None = None
 
 

@@ -14,7 +14,7 @@ from fedtune.federation.lead import AggregationResult, Arrays, LeadState
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import UpdateStore
-from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, from_arrays, to_arrays, weighted_record
+from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, build_weighted_record, from_arrays, to_arrays
 from fedtune.model.adapter import Adapter
 
 _VALUES = "values"
@@ -65,7 +65,9 @@ class Average:
         for start in range(0, len(flat), step):
             piece = flat[start : start + step]
             parts = {site: {_VALUES: arrived.values(site, start=start, count=len(piece))} for site in weights}
-            updates = [Message(weighted_record(parts[site], weight), 1, "train") for site, weight in weights.items()]
+            updates = [
+                Message(build_weighted_record(parts[site], weight), 1, "train") for site, weight in weights.items()
+            ]
             piece[:] = _require_arrays(take(round, updates))[_VALUES]
         adapter = arrived.adapter(flat)
         if optimizer is None:
@@ -75,7 +77,7 @@ class Average:
             optimizer.current_arrays = dict(arrived.sent.tensors)
         else:
             optimizer.current_arrays = to_arrays(arrived.sent.tensors)
-        update = Message(weighted_record(adapter.tensors, next(iter(weights.values()))), 1, "train")
+        update = Message(build_weighted_record(adapter.tensors, next(iter(weights.values()))), 1, "train")
         # FedAdam counts in float64; an adapter is float32 everywhere.
         arrays = _require_arrays(optimizer.aggregate_train(round, [update]))
         return Adapter({name: value.astype(np.float32) for name, value in arrays.items()})
@@ -94,13 +96,13 @@ class Average:
     def restore(self, strategy: Arrays) -> None:
         """Restore the server optimizer to an earlier `state`, discarding everything since."""
 
-        def part(moment: str) -> dict[str, npt.NDArray[np.float32]]:
+        def select_part(moment: str) -> dict[str, npt.NDArray[np.float32]]:
             return {name.removeprefix(moment + "/"): v for name, v in strategy.items() if name.startswith(moment + "/")}
 
         if isinstance(self._strategy, FedAdam):
-            self._strategy.m_t, self._strategy.v_t = part("m") or None, part("v") or None
+            self._strategy.m_t, self._strategy.v_t = select_part("m") or None, select_part("v") or None
         elif isinstance(self._strategy, FedAvgM):
-            self._strategy.momentum_vector = [value for _, value in sorted(part("momentum").items())] or None
+            self._strategy.momentum_vector = [value for _, value in sorted(select_part("momentum").items())] or None
 
 
 def _require_arrays(outcome: tuple[ArrayRecord | None, MetricRecord | None]) -> Arrays:

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.codec import decode_value, read_toml, require
 from fedtune.flower.asking_grid import FlowerGrid
 from fedtune.flower.site_socket import pack, unpack_whole
-from fedtune.spec import NOT_GIVEN, ConfigError, errors_in
+from fedtune.spec import NOT_GIVEN, ConfigError, name_file_in_errors
 from fedtune.version import __version__
 
 _BUNDLE = f"""\
@@ -115,7 +115,7 @@ def read_run_file(path: Path) -> tuple[Path, tuple[str, ...]]:
         ConfigError: names the file, the key, its value and what would be accepted.
     """
     table = read_toml(path, key="run")
-    with errors_in(path):
+    with name_file_in_errors(path):
         for key in ("kit", "settings"):
             require(key, NOT_GIVEN, key in table, "is required")
         for key in {*table} - {"kit", "settings"}:

@@ -48,7 +48,7 @@ def from_arrays(arrays: ArrayRecord) -> dict[str, npt.NDArray[np.float32]]:
     return {name: array.numpy() for name, array in arrays.items()}
 
 
-def num_bytes(content: RecordDict) -> int:
+def count_payload_bytes(content: RecordDict) -> int:
     """Return the payload of a message in bytes: array data, other bytes, and texts."""
     arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
     others = [value for record in content.config_records.values() for value in record.values()]
@@ -56,7 +56,7 @@ def num_bytes(content: RecordDict) -> int:
 
 
 @contextmanager
-def _errors_as_config_error(content: RecordDict, key: str, bound: str) -> Iterator[None]:
+def _convert_to_config_error(content: RecordDict, key: str, bound: str) -> Iterator[None]:
     """Turn every error raised by Flower's records, JSON, safetensors or fedtune's readers into a ConfigError."""
     try:
         yield
@@ -71,7 +71,7 @@ def from_adapter(adapter: Adapter) -> ArrayRecord:
 
 def to_adapter(content: RecordDict) -> Adapter:
     """Decode the adapter in a message."""
-    with _errors_as_config_error(content, "message", "must hold an adapter"):
+    with _convert_to_config_error(content, "message", "must hold an adapter"):
         return Adapter.from_bytes(bytes_from_record(content.array_records[ADAPTER]))
 
 
@@ -92,7 +92,7 @@ def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict
 
 def to_signed(content: RecordDict) -> Signed:
     """Decode the lead's signed question in a message."""
-    with _errors_as_config_error(content, "message", "must hold a signed request"):
+    with _convert_to_config_error(content, "message", "must hold a signed request"):
         record = content.config_records[REQUEST]
         return Signed(text=str(record["json"]), signature=str(record["signature"]))
 
@@ -101,14 +101,14 @@ def to_settings(content: RecordDict) -> str:
     """Return the JSON text of the run's configuration in a message; empty if there is none."""
     if SETTINGS not in content:
         return ""
-    with _errors_as_config_error(content, "message", "must hold settings as text"):
+    with _convert_to_config_error(content, "message", "must hold settings as text"):
         return str(content.config_records[SETTINGS]["json"])
 
 
 def to_parts(content: RecordDict) -> list[bytes]:
     """Decode the protocol messages attached to a request for a step of secure aggregation."""
     parts: list[bytes] = []
-    with _errors_as_config_error(content, "message", "must hold messages of secure aggregation"):
+    with _convert_to_config_error(content, "message", "must hold messages of secure aggregation"):
         for _, part in sorted(content.config_records[PARTS].items()):
             if type(part) is not bytes:
                 raise TypeError("bytes")
@@ -143,7 +143,7 @@ def from_receipt(receipt: Receipt | None) -> RecordDict:
 
 def to_receipt(content: RecordDict) -> Receipt | None:
     """Decode a site's answer to the end of a run; None if the site has no receipt to give."""
-    with _errors_as_config_error(content, "receipt", "must be a site's receipt"):
+    with _convert_to_config_error(content, "receipt", "must be a site's receipt"):
         fields = json.loads(str(content.config_records[RECEIPT]["json"]))
         return None if fields is None else Receipt.from_json(fields)
 
@@ -160,7 +160,7 @@ def from_reply(reply: Reply) -> RecordDict:
 
 def to_reply(content: RecordDict) -> Reply:
     """Decode a site's answer to a round or an invitation."""
-    with _errors_as_config_error(content, "reply", "must be a site's answer"):
+    with _convert_to_config_error(content, "reply", "must be a site's answer"):
         fields = json.loads(str(content.config_records[REPLY]["json"]))
         kind, receipt = fields.pop("kind"), fields.pop("receipt")
         body: Answer
@@ -171,6 +171,6 @@ def to_reply(content: RecordDict) -> Reply:
         return Reply(body=body, receipt=None if receipt is None else Receipt.from_json(receipt))
 
 
-def weighted_record(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
+def build_weighted_record(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
     """Build the input for Flower's strategies: an update, or a part of an update, with its public weight."""
     return RecordDict({ARRAYS: to_arrays(tensors), WEIGHT: MetricRecord({WEIGHT_KEY: weight})})

@@ -101,7 +101,7 @@ class GridTransport:
             if question.adapter is not None and id(question.adapter) not in adapters:
                 adapters[id(question.adapter)] = flower_records.from_adapter(question.adapter)
             content = flower_records.from_question(question, adapters.get(id(question.adapter)))
-            self._bytes_down += flower_records.num_bytes(content)
+            self._bytes_down += flower_records.count_payload_bytes(content)
             messages.append(Message(content, numbers[question.site], kind))
         for message in self._grid.receive(messages, timeout=timeout_s):
             site = self._nodes.get(message.metadata.src_node_id)
@@ -113,7 +113,7 @@ class GridTransport:
             except ConfigError as error:
                 log.warning("%s sent an unreadable answer: %s", site, error)
                 continue
-            self._bytes_up += flower_records.num_bytes(message.content)
+            self._bytes_up += flower_records.count_payload_bytes(message.content)
             said = getattr(answer, "body", answer)
             unread = said.allowed or "" if isinstance(said, Refusal) and said.reason is Reason.MALFORMED_REQUEST else ""
             if OTHER_PROTOCOL.fullmatch(unread):

@@ -41,7 +41,7 @@ from fedtune.process import torch
 from fedtune.sites.virtual_site import Participants
 from fedtune.spec import ConfigError, RunError
 from fedtune.system import UNIX_SOCKETS
-from fedtune.training.machine import usable_cores
+from fedtune.training.machine import count_usable_cores
 from fedtune.training.spec import RuntimeSpec
 from fedtune.version import __version__
 
@@ -50,7 +50,7 @@ _GONE = "Flower's simulation engine did not start, or ended before the run; see 
 _START_S, _END_S, _POLL_S = 120.0, 30.0, 0.2
 
 
-def on_flower(run: Callable[[Transport], LeadState], config: RunConfig, folder: Path, sites: Path) -> LeadState:
+def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, folder: Path, sites: Path) -> LeadState:
     """Call `run` with a transport to the nodes of Flower's engine, and return what it returns.
 
     Each actor has as many CPUs as torch threads, its part of a GPU, and its own copy of the base model, which it keeps
@@ -96,10 +96,10 @@ def gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
 
 def federation_config(config: RunConfig, *, share: float) -> str:
     """Return the value of `flwr run --federation-config`: the number of nodes, and what an actor takes."""
-    threads, secure = config.runtime.num_threads or usable_cores(), config.federation.aggregation == "secure"
+    threads, secure = config.runtime.num_threads or count_usable_cores(), config.federation.aggregation == "secure"
     words = [f"num-supernodes={len(config.federation.active)}", f"client-resources-num-gpus={share}"]
     if config.runtime.ray_address is None:  # Ray refuses the number where it joins a cluster
-        cores = max(usable_cores(), threads)
+        cores = max(count_usable_cores(), threads)
         threads = cores if secure else threads  # one actor has room, and it alone has the keys of all sites
         words.append(f"init-args-num-cpus={cores}")
     return " ".join([*words, f"client-resources-num-cpus={threads}"])
@@ -116,19 +116,19 @@ def _engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iter
     ):
         lead.bind(place := str(Path(short, "lead")))
         lead.listen(1)
-        port = _free_port()
+        port = _find_free_port()
         there = f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         Path(home, "config.toml").write_text(there, encoding="utf-8")
         bundle = write_bundle(Path(home, "app")).parent
         environment = _environment(config.runtime) | {"FLWR_HOME": home, LEAD_SOCKET: place}
-        start = partial(_started, environment=environment, output=output)
+        start = partial(_run_flower_command, environment=environment, output=output)
         own = ("--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port))
         with start("flower-superlink", *own, "--disable-runtime-dependency-installation") as superlink:
             _wait_for(superlink, lambda: _is_open(port))
             words = ("--run-config", f'run="{sealed}"', "--federation-config", federation_config(config, share=share))
             with start("flwr", "run", str(bundle), "local", "--stream", *words) as running:
                 lead.settimeout(_POLL_S)
-                line = _wait_for(running, lambda: _accepted(lead))
+                line = _wait_for(running, lambda: _accept_connection(lead))
                 try:
                     with line:
                         yield line
@@ -138,7 +138,9 @@ def _engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iter
 
 
 @contextmanager
-def _started(*words: str, environment: Mapping[str, str], output: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _run_flower_command(
+    *words: str, environment: Mapping[str, str], output: IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run one of Flower's commands while the block runs."""
     process = subprocess.Popen(
         words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -167,7 +169,7 @@ def _environment(runtime: RuntimeSpec) -> dict[str, str]:
     return given
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -180,7 +182,7 @@ def _is_open(port: int) -> bool:
     return False
 
 
-def _accepted(lead: socket.socket) -> Connection | None:
+def _accept_connection(lead: socket.socket) -> Connection | None:
     with suppress(TimeoutError):
         return Connection(lead.accept()[0].detach())
     return None
@@ -230,19 +232,19 @@ class RelayedGrid:
             raise RunError(_GONE) from None
 
 
-def simulated_site(run_file: str, number: int) -> Answering:
+def answer_as_simulated_site(run_file: str, number: int) -> Answering:
     """Return the answers of the simulated site of this number, in an actor, for the run that a file describes.
 
     Raises:
         RunError: this node sees another file system than the lead, or has another fedtune.
     """
-    participants = _of_this_actor(run_file)
+    participants = _load_participants(run_file)
     name = participants.config.federation.active[number]
     return make_answering(lambda _: participants.site(number), name=name)
 
 
 @lru_cache(maxsize=1)
-def _of_this_actor(run_file: str) -> Participants:
+def _load_participants(run_file: str) -> Participants:
     """A run's participants in a Ray actor, which keeps its base model between rounds."""
     try:
         asked = json.loads(Path(run_file).read_bytes())

@@ -16,11 +16,11 @@ from fedtune.flower.averaging import Average
 from fedtune.flower.client import make_answering, make_node_context
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import set_metadata, set_sender_ids
-from fedtune.flower.local_engine import on_flower
+from fedtune.flower.local_engine import run_on_flower
 from fedtune.flower.site_socket import make_client_app
 from fedtune.runs.federation_run import Engine, FederationRun, Listener
 from fedtune.runs.results import RunResult
-from fedtune.sites.data_warnings import site_data_warnings
+from fedtune.sites.data_warnings import list_site_data_warnings
 from fedtune.sites.session import Session
 from fedtune.sites.virtual_site import RECEIPTS, Participants
 
@@ -45,12 +45,12 @@ def simulate(
         everyone = Participants(config, folder, progress=listener.preparing, session=session)
     everyone.records.read()
 
-    def ready() -> tuple[Sequence[str], Sequence[str]]:
+    def prepare_work() -> tuple[Sequence[str], Sequence[str]]:
         listener.preparing("reading the sites' records", 0, 0)
         _ = [work.examples for work in everyone.work.values()]
         everyone.sites.check_partition()
         changed = everyone.changed_sites() if config.resume is not None else ()
-        return tuple(site_data_warnings(config, everyone.records.dealt)), changed
+        return tuple(list_site_data_warnings(config, everyone.records.dealt)), changed
 
     return FederationRun(
         config=config,
@@ -65,13 +65,13 @@ def simulate(
         average=Average(config.federation, config.declared_sizes()),
         receipts=everyone.sites.folder / RECEIPTS,
         engine=_make_engine(config, folder, everyone, listener),
-        ready=ready,
+        ready=prepare_work,
     ).run_to_end(listener)
 
 
 def _make_engine(config: RunConfig, folder: Path, everyone: Participants, listener: Listener) -> Engine:
     if config.runtime.kind == "ray":
-        return lambda run: on_flower(run, config, folder, everyone.sites.folder)
+        return lambda run: run_on_flower(run, config, folder, everyone.sites.folder)
     client_app = _make_client_app(config.federation.active, everyone.site)
     grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
     return lambda run: run(GridTransport(grid))

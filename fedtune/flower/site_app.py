@@ -31,9 +31,9 @@ def forward_message(context: Context, kind: str, created_at: float, content: Rec
             class.
     """
     if (ray := sys.modules.get("ray")) and ray.is_initialized():
-        from fedtune.flower.local_engine import simulated_site  # slow to import, and needs all of fedtune
+        from fedtune.flower.local_engine import answer_as_simulated_site  # slow to import, and needs all of fedtune
 
-        site = simulated_site(str(context.run_config["run"]), int(context.node_config["partition-id"]))
+        site = answer_as_simulated_site(str(context.run_config["run"]), int(context.node_config["partition-id"]))
         return site(kind, created_at, content)
     try:
         return ask_site(str(context.node_config.get("fedtune-socket", SOCKET)), kind, created_at, content)

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 END, INVITE, SUM = "end", "invite", "sum"
 """Flower's actions of the queries that tell a site that a run is over, ask whether it would take part in one, and
-for a step of a secure sum."""
+for a step of secure aggregation."""
 
 Answering = Callable[[str, float, RecordDict], RecordDict]
 """A site's answer to a message: its kind ("train", "query.invite"), the server's time of it, and its content."""

@@ -20,21 +20,21 @@ import torch
 from fedtune.config import RunConfig
 from fedtune.data.batching import collate
 from fedtune.evaluation.bootstrap import Comparison, compare_by_scores
-from fedtune.export.export_formats import WRITERS, Source, card_form, new_folder
+from fedtune.export.export_formats import WRITERS, Source, card_form, create_model_folder
 from fedtune.export.onnx_graphs import Served, measure_graphs, measure_model
 from fedtune.federation.run_folder import CARD
-from fedtune.formatting import pluralize, score_words
-from fedtune.model.base_model import model_sha256
+from fedtune.formatting import format_score_name, pluralize
+from fedtune.model.base_model import hash_model
 from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.report import from_run
 from fedtune.report.facts import RunFacts
-from fedtune.report.model_card import card_files, card_text
-from fedtune.report.synthetic_card import describe_run, format_total_loss, read_card, together
+from fedtune.report.model_card import render_card_files, render_card_text
+from fedtune.report.synthetic_card import compose_losses, describe_run, format_total_loss, read_card
 from fedtune.runs.environment import mark_lineage
 from fedtune.runs.lineage import read_base_lineage
-from fedtune.sites.run_records import LeadRecords, RunRecords, card_path, file_sha256, read_prompts, require_disjoint
-from fedtune.sites.shared_model import LeadData, Progress, load_tokenizer_and_model, no_progress
+from fedtune.sites.run_records import LeadRecords, RunRecords, find_card_path, hash_file, read_prompts, require_disjoint
+from fedtune.sites.shared_model import LeadData, Progress, ignore_progress, load_tokenizer_and_model
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 from fedtune.tasks.task_model import build_task_model
@@ -57,7 +57,7 @@ class Distilled:
     sha256: str
 
 
-def distil(
+def distill(
     config: RunConfig,
     adapter: Path,
     to: Path,
@@ -69,7 +69,7 @@ def distil(
     int8: bool = False,
     seed: int = 0,
     passes: int = 10,
-    progress: Progress = no_progress,
+    progress: Progress = ignore_progress,
 ) -> Distilled:
     """Distill a run's model into a student, and write it to a new folder that its library loads without fedtune.
 
@@ -103,12 +103,12 @@ def distil(
     check_at_least("--seed", seed, 0)
     asked, own_records = read_prompts(config, texts, key="--texts", columns=columns), RunRecords(config)
     require_disjoint(asked, own_records, key="--texts", file=texts, may_owe=True)
-    sha256 = file_sha256(file := Path(asked[0].file), key="--texts")
+    sha256 = hash_file(file := Path(asked[0].file), key="--texts")
     if len(asked) < FEWEST:
         raise DataError("--texts", pluralize(len(asked), "text"), f"must be at least {FEWEST}")
     records, test = LeadRecords([task.without_answer(one, config.data) for one in asked]), own_records.test
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
-    owed, behind = _inherited_privacy(file, adapter)
+    owed, behind = _describe_inherited_privacy(file, adapter)
     teacher, reference = Source.from_model(model, config, adapter, private_to=None)
     if (base := None if student == HALF or student.isdecimal() else ModelSpec(path=student)) is None:
         own = _keep_lower_layers(student, teacher)
@@ -122,7 +122,7 @@ def distil(
         )
     mark_lineage(own.base.config, adapter, private_to=None, texts=behind)
     card: dict[str, bytes] = {}
-    with new_folder(to, config, card, int8=int8) as folder:
+    with create_model_folder(to, config, card, int8=int8) as folder:
         own = _train_student(own, teacher, records, seed=seed, passes=passes, progress=progress)
         nets, found = [one.wrap_base(one.base) for one in (teacher, own)], []
         for name, net, one in zip(("teacher", "student"), nets, (teacher, own), strict=True):
@@ -144,7 +144,7 @@ def distil(
     return replace(told, served=[one if test else replace(one, scores={}) for one in served])
 
 
-def _inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]:
+def _describe_inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]:
     """Return the privacy statement that a student inherits from its texts' card, and the runs behind them.
 
     Returns an empty text and no runs if the texts have no card, because they then count as public.
@@ -152,11 +152,11 @@ def _inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequence[Mappin
     Raises:
         ConfigError: the card's runs have no finite epsilon, or protect another unit than the teacher's run.
     """
-    if not os.path.lexists(card_path(texts.resolve(), ".json")):
+    if not os.path.lexists(find_card_path(texts.resolve(), ".json")):
         return "", ()
     runs = read_card(texts, option="--texts")["runs"]
     own = describe_run(from_run.build_run_report(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
-    if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
+    if compose_losses(runs)[0] is None or runs[0]["unit"] != own["unit"]:
         bound = f"must have a card with an epsilon for each {own['unit']} behind them; else nothing bounds the student"
         raise ConfigError("--texts", str(texts), bound)
     names, both = (
@@ -236,11 +236,13 @@ def _build_card(
     made = f"the lowest {kept} of the base's {count} layers"
     if base is not None:  # whose card must not count as one of the run's base
         record = replace(record, config=replace(record.config, model=replace(record.config.model, public_id=None)))
-        made = f"on a base of its own, {base.public_path}, SHA-256 {model_sha256(base)}"
+        made = f"on a base of its own, {base.public_path}, SHA-256 {hash_model(base)}"
     if found.scores and isinstance(report.facts, RunFacts):
         after = {name: one.tuned.value for name, one in found.scores.items()}
         report = replace(report, facts=replace(report.facts, final=after))
-        scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
+        scores = (
+            f" Its scores are below; {format_score_name(score)} of its teacher: {found.scores[score].base.value:.4f}."
+        )
     said = owed or (
         "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "
         "teacher (post-processing). The texts themselves have no guarantee."
@@ -251,5 +253,7 @@ def _build_card(
         "a tuned model"
     )
     form = replace(card_form(format, record.config), what=what, has_label=not owed)
-    label = card_files(record, of_run, form) if form.has_label else {}  # the run's, whose figure is too small else
-    return {**label, CARD: card_text(record, report, form).encode()}
+    label = (
+        render_card_files(record, of_run, form) if form.has_label else {}
+    )  # the run's, whose figure is too small else
+    return {**label, CARD: render_card_text(record, report, form).encode()}

@@ -26,7 +26,7 @@ from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
-from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, no_progress
+from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, ignore_progress
 from fedtune.spec import DataError, RunError
 from fedtune.tasks.saved import SavedAdapter, replace_folder, save_task_model
 from fedtune.training.examples import Places, SiteExamples
@@ -101,7 +101,7 @@ def personalize(
     beside_ledger: Path,
     label: str,
     lenient: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = ignore_progress,
 ) -> int:
     """Train a site's personalized adapter, and write it into a folder that is marked as private to the site.
 

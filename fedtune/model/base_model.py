@@ -38,14 +38,14 @@ from transformers import (
 from fedtune.extras import require_extra
 from fedtune.model.compatibility import check_ignores_batch_length, check_size, require_decoder, require_modality
 from fedtune.model.frozen_linear import convert_to_bfloat16
-from fedtune.model.hf_logging import first_line, library_errors_as_config_errors, quiet
+from fedtune.model.hf_logging import first_line, library_errors_as_config_errors, silence_transformers
 from fedtune.model.layers import find_layer_stack, make_activations_rowwise
 from fedtune.model.manifest import build_manifest, stage_files
 from fedtune.model.quantized import quantize_linear_layers
-from fedtune.model.source import cache_folder, find_model_folder
+from fedtune.model.source import find_cache_folder, find_model_folder
 from fedtune.model.spec import NO_BASE, RANDOM, ModelSpec
-from fedtune.model.tokenizer_rules import tokenizer_refusal
-from fedtune.model.unsupported_models import PROCESSOR, PROCESSOR_KIND, VISION, config_refusal
+from fedtune.model.tokenizer_rules import explain_tokenizer_refusal
+from fedtune.model.unsupported_models import PROCESSOR, PROCESSOR_KIND, VISION, explain_config_refusal
 from fedtune.spec import ConfigError
 
 _DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
@@ -63,13 +63,13 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """
     if spec.path.startswith(RANDOM):
         return build_tiny_tokenizer(spec.path)
-    with _pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
+    with _provide_pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN)
     # The rules that the library made: from an older file than tokenizer.json, they stand in none.
     if not tokenizer.is_fast:
         bound = "its tokenizer is not from the tokenizers library, so fedtune cannot bound the cost of a record"
         raise ConfigError("model.path", spec.path, bound)
-    if (reason := tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))) is not None:
+    if (reason := explain_tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))) is not None:
         raise ConfigError("model.path", spec.path, f"its tokenizer {reason}")
     tokenizer.name_or_path = spec.path
     if tokenizer.pad_token is None:
@@ -88,7 +88,7 @@ def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
         ConfigError: for `model.path`, if it has no processor whose output is square three-channel images of whole
             patches, or for `model.sha256`.
     """
-    with _pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
+    with _provide_pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
         config = AutoConfig.from_pretrained(folder, **_OWN)
         require_modality(config, images=True, path=spec.path)
         if not (folder / PROCESSOR).is_file():
@@ -123,10 +123,10 @@ def load_base(
     """
     if spec.path.startswith(RANDOM):
         if spec.sha256 is not None:
-            _require_pinned(spec, model_sha256(spec))
+            _require_pinned(spec, hash_model(spec))
         model = build_tiny_base(spec.path, predicts_tokens=predicts_tokens, dtype=_DTYPES[spec.dtype])
     else:
-        with _pinned_files(spec) as folder:
+        with _provide_pinned_files(spec) as folder:
             model = _load_pretrained(spec, folder, predicts_tokens=predicts_tokens, images=images)
     check_ignores_batch_length(model, path=spec.path)
     make_activations_rowwise(model)
@@ -140,7 +140,7 @@ def load_base(
     return model.to(torch.device(device))
 
 
-def model_sha256(spec: ModelSpec) -> str:
+def hash_model(spec: ModelSpec) -> str:
     """Compute the model's hash: of its manifest (see `fedtune.model.manifest`), or the `sha256sum` of its GGUF file.
 
     A random model is hashed over its tensors' bytes, in the order of their names.  Without a base, the hash is that of
@@ -155,7 +155,7 @@ def model_sha256(spec: ModelSpec) -> str:
 
 
 @contextmanager
-def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
+def _provide_pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
     """Provide a folder that holds exactly the files of the manifest, after checking its hash against `spec.sha256`."""
     if spec.gguf_file is not None:
         require_extra("model.gguf_file", spec.gguf_file, "gguf")
@@ -166,7 +166,7 @@ def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Pat
             yield own
             return
         # Derived from the pinned file, by us, into the cache of this account, which is trusted as its Python is.
-        expanded = expand_gguf(own / spec.gguf_file, sha256=manifest.sha256, cache=cache_folder(spec))
+        expanded = expand_gguf(own / spec.gguf_file, sha256=manifest.sha256, cache=find_cache_folder(spec))
         with stage_files(expanded, with_weights=with_weights) as (derived, _):
             yield derived
 
@@ -268,11 +268,11 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
         # What a config.json would be refused for, before memory is set aside for it.
         fields = json.loads(config.to_json_string(use_diff=False))
-        if reason := config_refusal(fields | {"quantization_config": None}):
+        if reason := explain_config_refusal(fields | {"quantization_config": None}):
             raise ConfigError("model.gguf_file", file.name, f"its metadata {reason}")
         model = load_gguf(file)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
-    with quiet():
+    with silence_transformers():
         save_as_plain_model(model, folder)
     tokenizer.save_pretrained(folder)
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.model.hf_logging import library_errors_as_config_errors
-from fedtune.model.unsupported_models import ENCODERS, VISION, rotary_refusal
+from fedtune.model.unsupported_models import ENCODERS, VISION, explain_rotary_refusal
 from fedtune.spec import ConfigError
 
 _BYTES_FOR_ONE = 8
@@ -55,7 +55,7 @@ def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
     for module in base.modules():
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
-            if (reason := rotary_refusal(kind)) is not None:
+            if (reason := explain_rotary_refusal(kind)) is not None:
                 raise ConfigError("model.path", path, reason)
 
 

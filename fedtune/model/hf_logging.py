@@ -12,7 +12,7 @@ from fedtune.spec import ConfigError, panics_as_errors
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Suppress transformers' messages below errors inside the block, and a deprecation warning that PEFT triggers."""
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
 def library_errors_as_config_errors(key: str, value: object, bound: str) -> Iterator[None]:
     """Like `quiet`, and turn any library error into a ConfigError; `{}` in `bound` becomes its first line."""
     try:
-        with quiet(), panics_as_errors():
+        with silence_transformers(), panics_as_errors():
             yield
     except ConfigError:
         raise

@@ -53,7 +53,7 @@ def scale_modules(model: PeftModel) -> None:
             layer.forward = partial(_ia3_forward, layer)
         elif isinstance(layer, lora.Linear) and "default" in layer.lora_variant:
             layer.lora_variant["default"] = _Dora()
-            lengths = _row_norms(layer)
+            lengths = _compute_row_norms(layer)
             if not lengths.all():
                 bound = f"cannot scale {name}: its weights have a row of zeros"
                 raise ConfigError("lora.kind", "dora", bound)
@@ -110,11 +110,11 @@ class _Dora(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no types
         bias = module.get_base_layer().bias
         own = (result if bias is None else result - bias).float()
         start = module.lora_magnitude_vector[active_adapter].weight
-        scaled = module.scales((own + low_rank) * (start / _row_norms(module)))
+        scaled = module.scales((own + low_rank) * (start / _compute_row_norms(module)))
         return result + (scaled - own)  # at the start this adds zero, exactly
 
 
-def _row_norms(module: lora.Linear) -> torch.Tensor:
+def _compute_row_norms(module: lora.Linear) -> torch.Tensor:
     """Compute the L2 norms of the rows of W + s B A, (outputs,)."""
     with torch.no_grad():
         low_rank = module.lora_B["default"].weight @ module.lora_A["default"].weight

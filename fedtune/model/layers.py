@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.model.hf_logging import quiet
+from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.ia3_and_dora import scale_modules
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
@@ -55,7 +55,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
             of all adapted modules.
     """
     config = _peft_config(base, spec, TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION)
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with silence_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
     scale_modules(model)

@@ -28,11 +28,11 @@ def find_model_folder(spec: ModelSpec) -> Path:
     """
     local = Path(expand_home(spec.path, key="model.path"))
     if spec.path.startswith(PACKAGE):
-        folder = _package_folder(spec.path)
+        folder = _find_package_folder(spec.path)
     elif local.is_dir():
         folder = local
     elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec.path):
-        folder = _hub_folder(spec)
+        folder = _find_hub_folder(spec)
     else:
         raise ConfigError("model.path", spec.path, "is neither a local folder nor a hub id")
     if not _has_weights(folder, spec):
@@ -41,7 +41,7 @@ def find_model_folder(spec: ModelSpec) -> Path:
     return folder
 
 
-def public_location(spec: ModelSpec) -> str:
+def find_public_location(spec: ModelSpec) -> str:
     """Return the path or id for loading the base with plain transformers: its public id, its path, or its package's
     folder.
     """
@@ -61,7 +61,7 @@ def resolve_model(path: str) -> ModelSpec:
     if path.endswith(".gguf") and (path.startswith(PACKAGE) or place.is_file()):
         folder, _, name = path.rpartition("/")
         return ModelSpec(path=folder or ".", gguf_file=name)
-    found = _package_folder(path) if path.startswith(PACKAGE) else place
+    found = _find_package_folder(path) if path.startswith(PACKAGE) else place
     return ModelSpec(path=path, gguf_file=find_single_gguf(found) if found.is_dir() else None)
 
 
@@ -81,7 +81,7 @@ def find_single_gguf(folder: Path) -> str | None:
     return found[0]
 
 
-def cache_folder(spec: ModelSpec) -> Path:
+def find_cache_folder(spec: ModelSpec) -> Path:
     """Return the folder in which fedtune caches files that it derives from downloads."""
     return Path(expand_home(spec.cache_dir or os.getenv("FEDTUNE_CACHE") or "~/.cache/fedtune", key="model.cache_dir"))
 
@@ -91,7 +91,7 @@ def _has_weights(folder: Path, spec: ModelSpec) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def _package_folder(path: str) -> Path:
+def _find_package_folder(path: str) -> Path:
     module, _, inside = path.removeprefix(PACKAGE).partition("/")
     # Looked up, not imported: the packages that carry weights want others that we don't need.
     found = find_spec(module)
@@ -100,7 +100,7 @@ def _package_folder(path: str) -> Path:
     return Path(found.origin).parent / inside
 
 
-def _hub_folder(spec: ModelSpec) -> Path:
+def _find_hub_folder(spec: ModelSpec) -> Path:
     """Return the model's folder in the hub's cache, downloading it if needed.
 
     The cache is searched first, so that a cached model works offline and without contacting the hub.

@@ -11,7 +11,7 @@ import base64
 import re
 from typing import Any
 
-from fedtune.spec import shown
+from fedtune.spec import format_value
 
 _MOST_PARTS = 16
 _MOST_GROWTH = 300  # of characters behind the last step for one character of a text. ALBERT's steps come to 288.
@@ -87,7 +87,7 @@ class _Unknown(ValueError):
     """The reason for refusing a tokenizer, as the end of a sentence about its file."""
 
 
-def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
+def explain_tokenizer_refusal(fields: dict[str, Any]) -> str | None:
     """Return the reason for refusing a tokenizer.json, as the end of a sentence, or None if the file is acceptable.
 
     Decoders are not checked, because they never process a record, and neither are the settings for padding and
@@ -118,7 +118,7 @@ def quote(value: object) -> str:
     """Shorten a value from a file for an error message, because such values can be long or contain unprintable
     characters.
     """
-    text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else shown(value)
+    text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else format_value(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 

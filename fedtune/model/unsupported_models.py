@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fedtune.codec import items_of
-from fedtune.model.tokenizer_rules import quote, tokenizer_refusal
+from fedtune.codec import list_items
+from fedtune.model.tokenizer_rules import explain_tokenizer_refusal, quote
 from fedtune.spec import ConfigError
 
 OF_ANY_CONFIG = frozenset(
@@ -140,22 +140,22 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
         ConfigError: for `model.path`; the message names the file and the reason.
     """
     if len(content) > max_file_bytes(name):
-        raise _file_refusal(folder, name, f"is larger than {max_file_bytes(name) >> 20} MiB")
+        raise _explain_file_refusal(folder, name, f"is larger than {max_file_bytes(name) >> 20} MiB")
     if not name.endswith(".json"):
         return
     try:
         fields = _parse_json(content)
     except _NotPlain as error:
-        raise _file_refusal(folder, name, str(error)) from None
+        raise _explain_file_refusal(folder, name, str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise _file_refusal(folder, name, "is not readable JSON") from error
+        raise _explain_file_refusal(folder, name, "is not readable JSON") from error
     if (refusal := _REFUSALS.get(name)) is not None:
         reason = refusal(fields) if isinstance(fields, dict) else "must be a JSON object"
         if reason is not None:
-            raise _file_refusal(folder, name, reason)
+            raise _explain_file_refusal(folder, name, reason)
 
 
-def config_refusal(fields: dict[str, Any]) -> str | None:
+def explain_config_refusal(fields: dict[str, Any]) -> str | None:
     """Return the reason for refusing a config, as the end of a sentence, or None if the config is acceptable."""
     if (site := fields.get(PRIVATE_TO)) is not None:
         return f"is of a model that is private to {quote(site)}, without a guarantee: no run begins in it"
@@ -173,10 +173,12 @@ def config_refusal(fields: dict[str, Any]) -> str | None:
             layers = max(layers, value)
     if layers > _MOST_LAYERS:
         return f"describes {layers} layers, which is more than any model has"
-    return _rope_refusal(fields) or _architecture_refusal(fields) or _unknown_key_refusal(fields)
+    return (
+        _explain_rope_refusal(fields) or _explain_architecture_refusal(fields) or _explain_unknown_key_refusal(fields)
+    )
 
 
-def _architecture_refusal(fields: dict[str, Any]) -> str | None:
+def _explain_architecture_refusal(fields: dict[str, Any]) -> str | None:
     inner = next((key for key, value in fields.items() if key.endswith("_config") and isinstance(value, dict)), None)
     if inner is not None:
         return f"has {quote(inner)}, a model within the model; only models of texts, or of images, are supported"
@@ -192,7 +194,7 @@ def _architecture_refusal(fields: dict[str, Any]) -> str | None:
     )
 
 
-def rotary_refusal(rope_type: object) -> str | None:
+def explain_rotary_refusal(rope_type: object) -> str | None:
     """Return the reason for refusing a rope type, as the end of a sentence, or None for a static type."""
     if rope_type is None or (isinstance(rope_type, str) and rope_type in STATIC_ROTARY):
         return None
@@ -204,7 +206,7 @@ def rotary_refusal(rope_type: object) -> str | None:
     return f"has rope type {quote(rope_type)}, whose frequencies are not known to be independent of the batch"
 
 
-def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
+def _explain_unknown_key_refusal(fields: dict[str, Any]) -> str | None:
     """Return the reason for refusing a key that is not a setting of this (known) architecture, or None."""
     # Here, so that who reads settings does not wait for it.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -220,29 +222,29 @@ def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
     )
 
 
-def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None:
+def _explain_rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None:
     """Return the reason for refusing a rope type anywhere in a config, including nested configs and per-layer
     settings.
     """
     for key, value in fields.items():
         is_type = key == "rope_type" or (inside and key == "type")
-        reason = rotary_refusal(value) if is_type else None
+        reason = explain_rotary_refusal(value) if is_type else None
         for part in value if isinstance(value, list) else (value,):
             if reason is None and isinstance(part, dict):
-                reason = _rope_refusal(part, inside=inside or "rope" in key)
+                reason = _explain_rope_refusal(part, inside=inside or "rope" in key)
         if reason is not None:
             return reason
     return None
 
 
-def _tokenizer_config_refusal(fields: dict[str, Any]) -> str | None:
+def _explain_tokenizer_config_refusal(fields: dict[str, Any]) -> str | None:
     for key, value in fields.items():
         if key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
             return f"has {quote(key)}, an unknown tokenizer setting; leave it out"
     return None
 
 
-def _special_tokens_refusal(fields: dict[str, Any]) -> str | None:
+def _explain_special_tokens_refusal(fields: dict[str, Any]) -> str | None:
     for key, value in fields.items():
         if key not in OF_SPECIAL_TOKENS_MAP:
             return f"has {quote(key)}, which is not a special token"
@@ -253,7 +255,7 @@ def _special_tokens_refusal(fields: dict[str, Any]) -> str | None:
     return None
 
 
-def _processor_refusal(fields: dict[str, Any]) -> str | None:
+def _explain_processor_refusal(fields: dict[str, Any]) -> str | None:
     named = [fields.get(key) for key in ("image_processor_type", "feature_extractor_type") if fields.get(key)]
     if not named or not all(isinstance(one, str) and PROCESSOR_KIND.fullmatch(one) for one in named):
         return f"has image_processor_type {quote(named)}; supported are those of ViT, DeiT, Bit (DINOv2) and Siglip"
@@ -270,12 +272,12 @@ def _processor_refusal(fields: dict[str, Any]) -> str | None:
 
 
 _REFUSALS: dict[str, Callable[[dict[str, Any]], str | None]] = {
-    "config.json": config_refusal,
-    "tokenizer.json": tokenizer_refusal,
-    "tokenizer_config.json": _tokenizer_config_refusal,
-    "special_tokens_map.json": _special_tokens_refusal,
+    "config.json": explain_config_refusal,
+    "tokenizer.json": explain_tokenizer_refusal,
+    "tokenizer_config.json": _explain_tokenizer_config_refusal,
+    "special_tokens_map.json": _explain_special_tokens_refusal,
     "added_tokens.json": lambda fields: None,
-    PROCESSOR: _processor_refusal,
+    PROCESSOR: _explain_processor_refusal,
 }
 
 
@@ -288,7 +290,7 @@ class _NotPlain(ValueError):
 
 
 def _parse_json(content: bytes) -> Any:
-    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         for key, value in pairs:
             if key in fields:
@@ -296,16 +298,18 @@ def _parse_json(content: bytes) -> Any:
             fields[key] = value
         return fields
 
-    def finite(text: str) -> float:
+    def parse_finite(text: str) -> float:
         if not math.isfinite(value := float(text)):
             raise _NotPlain(f"holds {text[:20]}, which is not a finite number")
         return value
 
     text = content.decode("utf-8")
-    fields = json.loads(text, object_pairs_hook=once_each, parse_constant=finite, parse_float=finite)
+    fields = json.loads(
+        text, object_pairs_hook=require_unique_keys, parse_constant=parse_finite, parse_float=parse_finite
+    )
     level = [fields]
     for _ in range(_MOST_DEPTH):
-        level = [part for one in level for part in items_of(one) if isinstance(part, dict | list)]
+        level = [part for one in level for part in list_items(one) if isinstance(part, dict | list)]
     if level:
         raise _NotPlain(f"is nested more than {_MOST_DEPTH} levels deep")
     return fields
@@ -322,5 +326,5 @@ def _iter_entries(fields: Any) -> Iterator[tuple[str, Any]]:
                 yield key, part
 
 
-def _file_refusal(folder: str, name: str, reason: str) -> ConfigError:
+def _explain_file_refusal(folder: str, name: str, reason: str) -> ConfigError:
     return ConfigError("model.path", folder, f"its {name} {reason}")

@@ -23,7 +23,7 @@ from typing import IO, Literal
 
 from dp_accounting import DpEvent
 
-from fedtune.ops.files import new_folder, translate_write_errors
+from fedtune.ops.files import create_folder, translate_write_errors
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import DATABASE
 from fedtune.ops.services.site_state import lock_ledger
@@ -345,6 +345,6 @@ def restore_federation(source: Path, *, out: Path) -> None:
     Raises:
         ConfigError: `out` exists, or `source` is not a lead's backup.
     """
-    with open_backup(source, kind="lead") as (archive, names), new_folder(out, key="--out") as folder:
+    with open_backup(source, kind="lead") as (archive, names), create_folder(out, key="--out") as folder:
         for name in names:
             _restore_file(name, archive, folder / Path(name).relative_to("federation"))

@@ -248,7 +248,11 @@ class _Ears:
         refused = reply.body.reason if isinstance(reply.body, Refusal) else None
         waiting = refused is not None and refused.is_waiting
         self._notify_listener(
-            member.site, reply, num_bytes=flower_records.num_bytes(answer.content), signed=signed, waiting=waiting
+            member.site,
+            reply,
+            num_bytes=flower_records.count_payload_bytes(answer.content),
+            signed=signed,
+            waiting=waiting,
         )
         # Before a run begins, and nobody is charged yet, people are waited for; in a round they are not.
         invited = kind == f"query.{flower_records.INVITE}"

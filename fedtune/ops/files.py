@@ -24,7 +24,7 @@ _PAGE_BYTES = 4096
 
 
 @contextmanager
-def new_folder(target: Path, *, key: str) -> Iterator[Path]:
+def create_folder(target: Path, *, key: str) -> Iterator[Path]:
     """Create a folder that only its owner can read; it is renamed to `target` if the block ends without an error.
 
     Args:

@@ -36,7 +36,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO, get_args
 
-from fedtune.spec import ConfigError, DataError, RefusedError, RunError, check_one_of, full_disk
+from fedtune.spec import ConfigError, DataError, RefusedError, RunError, check_one_of, describe_full_disk
 
 OWN = "fedtune"
 CARRIERS = frozenset({"flwr", "httpcore", "httpx", "requests", "urllib3", "uvicorn"})
@@ -75,7 +75,7 @@ def configure_logs(level: Level) -> None:
     lowest = logging.getLevelNamesMapping()[level.upper()]
     handler.addFilter(lambda record: _should_log(record, lowest))
 
-    def made(name: str, *rest: Any, **more: Any) -> logging.LogRecord:
+    def make_record(name: str, *rest: Any, **more: Any) -> logging.LogRecord:
         """Create a log record, after removing every handler that would write the record in full.
 
         Record creation is the right moment, because libraries add their handlers when they are first imported, long
@@ -91,7 +91,7 @@ def configure_logs(level: Level) -> None:
     for name, least in (("", min(lowest, logging.WARNING)), (OWN, lowest)):
         _install_handler(logging.getLogger(name), handler)
         logging.getLogger(name).setLevel(least)
-    logging.setLogRecordFactory(made)
+    logging.setLogRecordFactory(make_record)
     sys.excepthook, threading.excepthook = _log_uncaught, _log_uncaught_in_thread
     sys.unraisablehook, warnings.showwarning = _log_unraisable, _log_warning
 
@@ -118,7 +118,7 @@ def _install_handler(logger: logging.Logger, handler: logging.Handler) -> None:
 
 
 def _should_log(record: logging.LogRecord, lowest: int) -> bool:
-    owner = _package_of(record)
+    owner = _find_package(record)
     if owner == OWN:
         return record.levelno >= lowest
     carried = lowest <= logging.DEBUG and owner in CARRIERS
@@ -151,7 +151,7 @@ def _log_warning(
     _log.warning("%s: %s", category.__name__, WITHHELD, extra={"where": where})
 
 
-def _package_of(record: logging.LogRecord) -> str:
+def _find_package(record: logging.LogRecord) -> str:
     """Return the package that logged the record: the first part of the logger's name."""
     return record.name.partition(".")[0]
 
@@ -168,7 +168,7 @@ def _shorten_source_path(file: str) -> str:
 
 
 def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
-    owner = _package_of(record)
+    owner = _find_package(record)
     may_speak = owner == OWN or owner in CARRIERS
     fields: dict[str, Any] = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -188,18 +188,18 @@ def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _format_event(record: logging.LogRecord) -> str:
-    text, arguments = str(_plain_or_type_name(record.msg)), record.args
+    text, arguments = str(_to_plain_or_type_name(record.msg)), record.args
     try:
         if isinstance(arguments, Mapping):
-            text %= {key: _plain_or_type_name(value) for key, value in arguments.items()}
+            text %= {key: _to_plain_or_type_name(value) for key, value in arguments.items()}
         elif arguments:
-            text %= tuple(map(_plain_or_type_name, arguments))
+            text %= tuple(map(_to_plain_or_type_name, arguments))
     except (TypeError, ValueError, KeyError):
         text += " (with arguments that do not match)"
     return _limit_length(text)
 
 
-def _plain_or_type_name(value: object) -> object:
+def _to_plain_or_type_name(value: object) -> object:
     """Return `value` if it is a text, a number, a path or None, and otherwise the name of its type."""
     if isinstance(value, BaseException):
         return str(value) if _is_safe_to_log(value) else _type_name(value)
@@ -207,7 +207,7 @@ def _plain_or_type_name(value: object) -> object:
 
 
 def _json_value(value: object) -> object:
-    plain = _plain_or_type_name(value)
+    plain = _to_plain_or_type_name(value)
     if plain is None or isinstance(plain, bool | int) or (isinstance(plain, float) and abs(plain) < float("inf")):
         return plain
     return _limit_length(str(plain))
@@ -246,7 +246,7 @@ def _error_codes(error: BaseException) -> dict[str, str]:
     fields = {}
     if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
         fields["errno"] = errno.errorcode[error.errno]
-        if full_disk(error) and isinstance(error.filename, str):
+        if describe_full_disk(error) and isinstance(error.filename, str):
             fields["file"] = error.filename
     if isinstance(error, ssl.SSLError) and isinstance(error.reason, str):
         fields["reason"] = error.reason

@@ -174,14 +174,14 @@ class SiteMetrics:
         """Yield the current values of all metrics."""
         last = self._health.snapshot()["last_contact"]
         silent = datetime.now(UTC) - (datetime.fromisoformat(last) if last else self._began)
-        yield from _certificate_values(self._kit)
+        yield from _list_certificate_values(self._kit)
         yield "fedtune_site_contact_age_seconds", max(timedelta(), silent).total_seconds()
         yield "fedtune_site_answers", dict(self._answers)
         history = self._read_history()
         usable = history is not None and not history.is_frozen and history.furthest_doubt is None
         yield "fedtune_site_ledger_usable", float(usable)
         if history is not None:
-            yield from _budget_values(history)
+            yield from _list_budget_values(history)
 
     def _read_history(self) -> History | None:
         """Return the verified ledger's history, read again if ledger or anchor have changed; None if it cannot be
@@ -199,7 +199,7 @@ class SiteMetrics:
         return self._read[1]
 
 
-def _budget_values(history: History) -> Values:
+def _list_budget_values(history: History) -> Values:
     taken = {"charged": history.total_charges(), "with_set_aside": history.charges_and_reservations(history.now())}
     yield "fedtune_site_epsilon_spent", {name: history.epsilon(spent) for name, spent in taken.items()}
     yield "fedtune_site_epsilon_cap", history.cap
@@ -219,7 +219,7 @@ class ServerMetrics:
 
     def collect_values(self) -> Values:
         """Yield the current values of all metrics; before the server starts, only those of its certificate."""
-        yield from _certificate_values(self._kit)
+        yield from _list_certificate_values(self._kit)
         if (traffic := self.traffic) is None:
             return
         now = time.time()
@@ -259,14 +259,14 @@ class LeadMetrics:
 
     def collect_values(self) -> Values:
         """Yield the current values of all metrics."""
-        yield from _certificate_values(self._kit)
+        yield from _list_certificate_values(self._kit)
         yield "fedtune_lead_rounds", {"finished": self._round, "planned": self._num_rounds}
         yield "fedtune_lead_sites_answered", len(self._sites)
         yield "fedtune_lead_round_seconds", self._seconds
         yield "fedtune_lead_answers", dict(self._answers)
 
 
-def _certificate_values(kit: Kit) -> Values:
+def _list_certificate_values(kit: Kit) -> Values:
     """Yield the number of days until the kit's certificate expires; nothing while a new certificate is being copied."""
     try:
         certificate = Certificate.from_x509(read_certificate(kit.certificate))

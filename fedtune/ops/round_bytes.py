@@ -16,7 +16,7 @@ from fedtune.federation.secure import messages
 from fedtune.federation.secure.agreement import Announcement, bits_needed
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.federation.transport import Question
-from fedtune.flower.flower_records import from_adapter, from_question, from_reply, from_step, num_bytes
+from fedtune.flower.flower_records import count_payload_bytes, from_adapter, from_question, from_reply, from_step
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Difference, Masked, Receipt, Tensors, Update
@@ -59,12 +59,12 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
     question = Question(site=site, signed=request.sign_with(key), settings=serialize_for_sites(sent))
     scores = (_FRACTION, _FRACTION) if plan.releases_metrics else None
     update = Update(**own, round=plan.num_rounds, tensors=_placeholder_tensors(config, plan, adapter), scores=scores)
-    down = num_bytes(from_question(question, from_adapter(adapter)))
-    up = num_bytes(from_reply(Reply(body=update, receipt=receipt)))
+    down = count_payload_bytes(from_question(question, from_adapter(adapter)))
+    up = count_payload_bytes(from_reply(Reply(body=update, receipt=receipt)))
     for step, parts, answer in _secure_aggregation_steps(sites, site) if plan.shared else ():
         asked = SumRequest(**about, step=step, session=session, parts_digest=_DIGEST).sign_with(key)
-        down += num_bytes(from_question(Question(site=site, signed=asked, parts=parts), None))
-        up += num_bytes(from_step(answer))
+        down += count_payload_bytes(from_question(Question(site=site, signed=asked, parts=parts), None))
+        up += count_payload_bytes(from_step(answer))
     return down, up
 
 
@@ -85,7 +85,7 @@ def _secure_aggregation_steps(sites: Sequence[str], site: str) -> Iterator[tuple
     asked = messages.ConfirmRequest(session=_DIGEST, release=1, survivors=sorted(sites))
     own = {**asdict(asked), "site": site, "signature": _SIGNATURE}
     announced = [Announcement(site=one, terms=_DIGEST, key=_DIGEST, signature=_SIGNATURE) for one in sites]
-    sealed = base64.b64encode(bytes(messages.sealed_size(len(sites)))).decode()
+    sealed = base64.b64encode(bytes(messages.compute_sealed_size(len(sites)))).decode()
     helped: dict[str, Any] = {"confirmations": dict.fromkeys(sites, _SIGNATURE), "sealed": dict.fromkeys(sites, sealed)}
     shares = {one: {one: "0" * 2 * SHARE_BYTES} for one in sites}
     yield JOIN, [one.to_bytes() for one in announced], _DIGEST.encode()

@@ -47,7 +47,8 @@ MOST_STEPS = 10**8  # of all rounds of a plan together
 _RDP_ROUNDING = 2.0**-48  # of dp-accounting's log A, for each unit of the order: of log A itself, and absolutely
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
-# dp-accounting's notes on orders at which its series does not converge; `renyi_divergence` bounds these otherwise.
+# dp-accounting's notes on orders at which its series does not converge; `compute_renyi_divergence` bounds these
+# otherwise.
 logging.getLogger("absl").addFilter(lambda note: "_compute_log_a_frac failed to converge" not in note.getMessage())
 
 
@@ -118,7 +119,7 @@ def compose_pld(counted: Counted, interval: float) -> Composition:
     return Composition(mechanisms, interval)
 
 
-def epsilon_if_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
+def compute_epsilon_if_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
     """Return the PLD epsilon if it is above `limit`, else None.
 
     The slower fine grid is used only near the limit: the coarse grid overestimates epsilon by at most about its width,
@@ -144,12 +145,12 @@ def compose_rdp(counted: Counted) -> Callable[[float], float]:
     orders = RdpAccountant().orders
     divergences = np.zeros_like(orders)
     for event, count in counted:
-        divergences += count * np.array([renyi_divergence(event, order) for order in orders.tolist()])
+        divergences += count * np.array([compute_renyi_divergence(event, order) for order in orders.tolist()])
     return lambda delta: float(compute_epsilon(orders, divergences, delta)[0])
 
 
 @lru_cache(maxsize=16384)
-def renyi_divergence(event: DpEvent, order: float) -> float:
+def compute_renyi_divergence(event: DpEvent, order: float) -> float:
     """Return an upper bound on the Renyi divergence of one mechanism, in nats; infinite if it has no guarantee.
 
     dp-accounting computes log A = (order - 1) * divergence.  `_RDP_ROUNDING` covers its floating-point error.
@@ -162,7 +163,9 @@ def renyi_divergence(event: DpEvent, order: float) -> float:
     accounted.compose(event)
     found, below = float(accounted.rdp[0]), math.floor(order)
     if math.isinf(found) and below < order:
-        ends = [(whole - 1) * renyi_divergence(event, whole) if whole > 1 else 0.0 for whole in (below, below + 1)]
+        ends = [
+            (whole - 1) * compute_renyi_divergence(event, whole) if whole > 1 else 0.0 for whole in (below, below + 1)
+        ]
         return (ends[0] * (below + 1 - order) + ends[1] * (order - below)) / (order - 1)
     lost = _RDP_ROUNDING * order
     return found * (1 + lost) + lost / (order - 1)
@@ -184,36 +187,36 @@ def calibrate_noise(
     """
     tried: dict[float, float] = {}
 
-    def at_noise(sigma: float) -> DpEvent:
+    def make_event(sigma: float) -> DpEvent:
         return events.dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
 
-    def epsilon_at(sigma: float) -> float:
+    def compute_epsilon(sigma: float) -> float:
         if sigma not in tried:
-            tried[sigma] = epsilon_pld([at_noise(sigma), *also], delta, interval=COARSE)
+            tried[sigma] = epsilon_pld([make_event(sigma), *also], delta, interval=COARSE)
         return tried[sigma]
 
-    def within(sigma: float) -> bool:
+    def is_within_target(sigma: float) -> bool:
         # Epsilon never rises with the noise, so earlier trials answer most of the search below.
         if any(spent <= epsilon for noise, spent in tried.items() if noise <= sigma):
             return True
         if any(spent > epsilon for noise, spent in tried.items() if noise >= sigma):
             return False
-        return epsilon_at(sigma) <= epsilon
+        return compute_epsilon(sigma) <= epsilon
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
         raise ConfigError("privacy.epsilon", epsilon, "is used up by the released metrics alone; give them more noise")
-    find_boundary(epsilon_at, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
+    find_boundary(compute_epsilon, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
     # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
     low, high = 0.0, 1.0
-    while not within(high):
+    while not is_within_target(high):
         if high == MOST_NOISE:
             raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps with any noise")
         low, high = high, min(2 * high, MOST_NOISE)
     while high - max(low, LEAST_SOUGHT) > 1e-5 * high:
         middle = max((low + high) / 2, LEAST_SOUGHT)
-        low, high = (low, middle) if within(middle) else (middle, high)
+        low, high = (low, middle) if is_within_target(middle) else (middle, high)
     noise = math.ceil(high * 1e4) / 1e4
-    while epsilon_at(noise) > epsilon:
+    while compute_epsilon(noise) > epsilon:
         noise = round(noise + 1e-4, 4)
     return noise
 
@@ -229,7 +232,7 @@ def find_boundary(
     """
     lowest, highest = map(math.log, bounds)
 
-    def value(x: float) -> float:
+    def clamp_value(x: float) -> float:
         return min(max(math.exp(x), bounds[0]), bounds[1])  # exp(log(bound)) may round past a bound that Plan enforces
 
     slope = _TYPICAL_SLOPE if rising else -_TYPICAL_SLOPE
@@ -238,7 +241,7 @@ def find_boundary(
     x, before = math.log(start), None
     while True:
         # Clamped, because its logarithm must be finite: epsilon is 0 where delta alone covers the loss.
-        y = math.log(min(max(epsilon_at(value(x)) / epsilon, 1e-9), 1e9))
+        y = math.log(min(max(epsilon_at(clamp_value(x)) / epsilon, 1e-9), 1e9))
         if y <= 0:
             inside, outside = (x, y), _halve_weight(outside, before is True)
         else:
@@ -254,7 +257,7 @@ def find_boundary(
             break
         else:
             x = _interpolate(inside, outside)
-    return None if inside is None else value(inside[0])
+    return None if inside is None else clamp_value(inside[0])
 
 
 def _interpolate(inside: tuple[float, float], outside: tuple[float, float]) -> float:

@@ -119,7 +119,7 @@ def cohort_group_starts(admissions: Iterable[Cohorts | None], *, oldest_apart: b
     return sorted(begins)
 
 
-def moved(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
+def shift_window(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
     """Shift the window by `by` periods and keep its length; a window that begins with the oldest cohort grows instead.
 
     >>> str(moved(Cohorts(period="quarter", first="2025-Q4", last="2026-Q3")))
@@ -140,7 +140,7 @@ def next_window(before: Cohorts, *, real: bool) -> Cohorts:
     Raises:
         ConfigError: the sites are real, and the next period has not begun.
     """
-    after = moved(before)
+    after = shift_window(before)
     if real and after.span[1] > period_number(datetime.now(UTC), after.period):
         first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
         bound = f"has not begun, and --renew would charge this {after.period} next. To charge it now, set"

@@ -184,9 +184,10 @@ def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> di
     Returns:
         The noised tensors in cells of 2**-cell_bits of the clip norm.
 
-    Guarantee: an observer of only the total over the honest sites learns at most what the event of `secure_sum_event`
-        allows for that many honest sites, up to the total variation in the module docstring.  Clipping values never
-        moves two sums further apart, so one unit still moves a sum by at most the clip norm.  Rounding first to fine
+    Guarantee: an observer of only the total over the honest sites learns at most what the event of
+        `secure_aggregation_event` allows for that many honest sites, up to the total variation in the module docstring.
+         Clipping values never moves two sums further apart, so one unit still moves a sum by at most the clip norm.
+         Rounding first to fine
         cells, and then half up to cells whose width is a multiple, equals rounding once with a slightly larger offset
         than the theorem's 1/2; the offset is the same for all values of a site.
     """
@@ -196,9 +197,9 @@ def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> di
     return {name: (total + width // 2) // width for name, total in noisy.items()}
 
 
-def secure_sum_event(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
-    """Return the privacy event of one secure sum, against an adversary who knows all but `honest_shares` of the noise
-    shares.
+def secure_aggregation_event(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
+    """Return the privacy event of one secure aggregation, against an adversary who knows all but `honest_shares` of the
+    noise shares.
 
     Args:
         sampling_rate: probability with which each unit joins a step, drawn secretly by its own site.
@@ -263,7 +264,7 @@ def epsilons_by_adversary(
     def epsilon(colluding: int) -> float:
         sums = [
             SelfComposedDpEvent(
-                secure_sum_event(
+                secure_aggregation_event(
                     sampling_rate=sampling_rate,
                     noise_multiplier=shared.noise_multiplier,
                     honest=shared.honest_shares(survivors=number, colluders=colluding),

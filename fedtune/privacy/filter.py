@@ -31,10 +31,10 @@ def divergence(event: DpEvent, order: float) -> float:
     """Return the Renyi divergence of `order` of one mechanism, in nats; infinite for a mechanism without a
     guarantee.
     """
-    return accountant.renyi_divergence(event, order)
+    return accountant.compute_renyi_divergence(event, order)
 
 
-def total_divergence(spent: Spent, order: float) -> float:
+def compute_total_divergence(spent: Spent, order: float) -> float:
     """Return the sum of the Renyi divergences of all events in `spent`, in nats; equal events are evaluated once."""
     # fsum does not depend on the order of its terms, so neither does the charge for a history.
     return math.fsum(count * divergence(event, order) for event, count in count_mechanisms(spent).items())
@@ -54,7 +54,7 @@ def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
     Guarantee: an upper bound even if each event was chosen after seeing the outputs of earlier ones, provided that
     `order` was fixed before the first event, and that a cap on this epsilon was fixed in advance and is never exceeded.
     """
-    divergence_sum = total_divergence(spent, order)
+    divergence_sum = compute_total_divergence(spent, order)
     return 0.0 if divergence_sum == 0 else max(0.0, divergence_sum + epsilon_conversion_term(order, delta))
 
 
@@ -67,8 +67,8 @@ def max_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
     """Return how often `event` fits into a divergence of `room`; None if `room` is infinite."""
     if math.isinf(room):
         return None
-    count = max(0, math.floor(room / total_divergence([event], order)))
-    return max(0, count - (total_divergence({event: count}, order) > room))  # the division rounds
+    count = max(0, math.floor(room / compute_total_divergence([event], order)))
+    return max(0, count - (compute_total_divergence({event: count}, order) > room))  # the division rounds
 
 
 @lru_cache(maxsize=256)  # a ledger asks for it with each of its notes of the policy
@@ -108,7 +108,7 @@ def tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: fl
 
     def fits(event: DpEvent, cap: float) -> bool:
         order = best_order(reference, epsilon=cap, delta=delta)
-        return total_divergence([event], order) <= max_divergence(cap, order=order, delta=delta)
+        return compute_total_divergence([event], order) <= max_divergence(cap, order=order, delta=delta)
 
     for scale in (10**number for number in range(digits, _MOST_DIGITS)):
         below = 0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)  # the cap with a digit less did fit
@@ -127,10 +127,10 @@ def _minimize_over_orders(
     `cost` must rise with the divergence, and the divergence rises with the order.  Integer orders are cheap to
     evaluate, and give lower bounds that rule out most of the fractional orders above them.
     """
-    whole = {order: total_divergence([plan], order) for order in orders if order.is_integer()}
+    whole = {order: compute_total_divergence([plan], order) for order in orders if order.is_integer()}
     least = min(((cost(order, divergence), order) for order, divergence in whole.items()), default=(math.inf, math.inf))
     for order in orders:
         below = whole.get(math.floor(order), 0.0)
         if order not in whole and cost(order, below) <= least[0] + 1e-9 * (1 + abs(least[0])):  # slack for rounding
-            least = min(least, (cost(order, total_divergence([plan], order)), order))
+            least = min(least, (cost(order, compute_total_divergence([plan], order)), order))
     return least

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fedtune import system
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import ConfigError, shown
+from fedtune.spec import ConfigError, format_value
 from fedtune.system import fsync_folder
 
 PASSPHRASE_FILE = "FEDTUNE_KEY_PASSPHRASE_FILE"  # environment variable: a file whose first line is the passphrase
@@ -168,7 +168,9 @@ def _run_key_command(command: tuple[str, ...]) -> bytes:
         raise ConfigError("key_command", command[0], bound) from None
     if ran.returncode:
         said, _, _ = ran.stderr.decode(errors="replace").strip().partition("\n")
-        raise ConfigError("key_command", command[0], f"must exit with 0, not with {ran.returncode}: {shown(said)}")
+        raise ConfigError(
+            "key_command", command[0], f"must exit with 0, not with {ran.returncode}: {format_value(said)}"
+        )
     return ran.stdout
 
 

@@ -58,7 +58,7 @@ class StepLosses:
 
 
 @lru_cache(maxsize=8)  # with next to no noise, one may take 500 MB
-def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -> StepLosses:
+def discretize_sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -> StepLosses:
     """Return the losses of a Gaussian mechanism on a Poisson sample, for removing a unit or (`adding`) adding one.
 
     `rate` is the sampling rate, `noise` the noise multiplier, and `width` the width of the loss grid.
@@ -87,7 +87,9 @@ def laplace(noise: float, width: float) -> StepLosses:
 
 
 def _step_losses(rate: Rate, noise: float, width: float, *, adding: bool) -> StepLosses:
-    return laplace(noise, width) if rate == "laplace" else sampled_gaussian(rate, noise, width, adding=adding)
+    return (
+        laplace(noise, width) if rate == "laplace" else discretize_sampled_gaussian(rate, noise, width, adding=adding)
+    )
 
 
 def _connect_dots(lowest: int, deltas: Floats, width: float, *, noise: float, beyond: float) -> StepLosses:

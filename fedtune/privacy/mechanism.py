@@ -31,9 +31,9 @@ class PrivacySpec:
         unit: what one (epsilon, delta) protects: "record", or "user": a person, identified by the role `user`, with all
             of their records at a site.  With "user" every size, rate and denominator counts users.
         records_per_user: with unit "user", the most records of one user in a step, drawn anew for each step.
-        epsilon: the target over all rounds and steps of the run, and of all `runs`, at every site.
-        runs: how many runs like this one may use the same person's records; together they spend `epsilon`, and a single
-            run spends less.
+        epsilon: the target over all rounds and steps of the run, and of all `planned_runs`, at every site.
+        planned_runs: how many runs like this one may use the same person's records; together they spend `epsilon`, and
+            a single run spends less.
         delta: the delta of the promise; it must stay below one over every site's declared size.
         noise_multiplier: the noise's standard deviation divided by the clip norm; null: calibrated to the target.
         max_grad_norm: the clip norm C, over all trainable tensors of one unit together.
@@ -50,7 +50,7 @@ class PrivacySpec:
     unit: Unit = "record"
     records_per_user: int = 8
     epsilon: float = 8.0
-    runs: int = 1
+    planned_runs: int = 1
     delta: float = 1e-5
     noise_multiplier: float | None = None
     max_grad_norm: float = 1.0
@@ -60,10 +60,10 @@ class PrivacySpec:
     cohorts: Cohorts | None = None
 
     def __post_init__(self) -> None:
-        for name in ("records_per_user", "runs"):
+        for name in ("records_per_user", "planned_runs"):
             check_whole(name, getattr(self, name))
             check_at_least(name, getattr(self, name), 1)
-        check_at_most("runs", self.runs, MOST_RUNS)
+        check_at_most("planned_runs", self.planned_runs, MOST_RUNS)
         check_positive("epsilon", self.epsilon)
         check_fraction("delta", self.delta)
         if self.noise_multiplier is not None:

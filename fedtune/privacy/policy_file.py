@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from fedtune.codec import decode, read_toml, to_toml
-from fedtune.formatting import unbounded
+from fedtune.formatting import infinite_if_none
 from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.site_policy import Budget, Policy
-from fedtune.spec import errors_in
+from fedtune.spec import name_file_in_errors
 
 OTHER_TABLES = ("machine", "about")
 """Tables of a `site.toml` that decide nothing about its records, so that they are in no policy, digest and ledger."""
@@ -27,7 +27,7 @@ def read_policy(path: Path) -> Policy:
         ConfigError: names the file, the key, its value and the accepted values.
     """
     table = read_toml(path, key="policy")
-    with errors_in(path):
+    with name_file_in_errors(path):
         return decode(Policy, table, skipped=OTHER_TABLES)
 
 
@@ -54,8 +54,12 @@ def permanent_marks(policy: Policy, *, before: Budget | None, time: str) -> Iter
     if before is not None:
         now = policy.budget
         shorter = MONTHS[now.period] < MONTHS[before.period] and before.max_epsilon_per_period is not None
-        of_run = unbounded(now.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
-        if shorter or of_run or unbounded(now.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period):
+        of_run = infinite_if_none(now.max_epsilon_per_run) > infinite_if_none(before.max_epsilon_per_run)
+        if (
+            shorter
+            or of_run
+            or infinite_if_none(now.max_epsilon_per_period) > infinite_if_none(before.max_epsilon_per_period)
+        ):
             yield "limits_loosened", time[:10]
 
 

@@ -60,7 +60,7 @@ class Reason(StrEnum):
     MAX_EPSILON = "max_epsilon"
     MAX_EPSILON_PER_RUN = "max_epsilon_per_run"
     MAX_EPSILON_PER_PERIOD = "max_epsilon_per_period"
-    SECURE_SUMS = "secure_sums"
+    SECURE_AGGREGATION = "secure_aggregation"
     LEAST_SITES = "least_sites"
     LEAST_THRESHOLD = "least_threshold"
     COLLUDERS = "colluders"
@@ -88,8 +88,8 @@ class Reason(StrEnum):
     ADAPTER_SHAPE = "adapter_shape"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
-    # A step of a secure sum; `asked` says which of the protocol's reasons.
-    SECURE_SUM = "secure_sum"
+    # A step of secure aggregation; `asked` says which of the protocol's reasons.
+    SECURE_STEP = "secure_step"
 
     @property
     def is_final(self) -> bool:
@@ -138,11 +138,13 @@ _ABOUT_ONE_REQUEST = {
     Reason.MAX_ADAPTER_VALUE,
     Reason.MALFORMED_REQUEST,
     Reason.SITE_ERROR,
-    Reason.SECURE_SUM,
+    Reason.SECURE_STEP,
 }
 
 
-Masked = bytes  # a site's upload to a secure sum, as its protocol writes it (`fedtune.federation.secure.messages`)
+Masked = (
+    bytes  # a site's upload to secure aggregation, as its protocol writes it (`fedtune.federation.secure.messages`)
+)
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -169,7 +171,7 @@ class Update:
 
     Guarantee: post-processing of the round's `DpEvent`, at the cost that the ledger reserved for the round.  Rounding
     to bfloat16 is post-processing too: it comes after the noise, and depends only on values that the lead has.  For a
-    masked vector the guarantee applies to the secure sum over as many sites as the plan requires; the vector alone
+    masked vector the guarantee applies to secure aggregation over as many sites as the plan requires; the vector alone
     reveals nothing (`fedtune.federation.secure`).
     """
 

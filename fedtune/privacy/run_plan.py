@@ -110,7 +110,7 @@ class Plan:
         Raises:
             ConfigError: a value is out of range, or no noise multiplier reaches the target epsilon.
         """
-        most = privacy.runs * (num_rounds + spare_rounds)
+        most = privacy.planned_runs * (num_rounds + spare_rounds)
         noise = privacy.noise_multiplier
         accountant.check_delta("privacy.delta", privacy.delta, steps=local_steps * most)
         if not privacy.private:
@@ -137,7 +137,7 @@ class Plan:
             records_per_user=privacy.contribution,
             shared=None if together is None else together.with_share(noise, bound=bound),
             cohorts=privacy.cohorts,
-            runs=privacy.runs,
+            runs=privacy.planned_runs,
         )
 
     @property
@@ -173,12 +173,12 @@ class Plan:
     @property
     def secure_noise(self) -> SharedNoise:
         """The shared noise of a plan with secure aggregation; the plan must have one."""
-        assert self.shared is not None, "a plan of secure sums"
+        assert self.shared is not None, "a plan of secure aggregation"
         return self.shared
 
     @property
     def accounted_noise(self) -> float:
-        """The noise multiplier used in accounting: the site's own or, in a secure sum, that of the fewest honest
+        """The noise multiplier used in accounting: the site's own or, in secure aggregation, that of the fewest honest
         shares.
         """
         return self.noise_multiplier if self.shared is None else self.shared.smallest_honest_noise
@@ -211,7 +211,8 @@ class Plan:
     def event(self, *, rounds: int = 1) -> DpEvent:
         """Return the privacy event of `rounds` rounds of this plan, released scores included.
 
-        Guarantee: under add-or-remove-one-unit adjacency.  A secure sum counts as a sum over the fewest sites that the
+        Guarantee: under add-or-remove-one-unit adjacency.  Secure aggregation counts as a sum over the fewest sites
+            that the
         plan allows, minus its colluders: a sum over more sites reveals less (`fedtune.privacy.distributed_noise`).
         """
         training = events.dp_sgd_event(

@@ -16,7 +16,7 @@ from typing import Any
 
 from dp_accounting import ComposedDpEvent
 
-from fedtune.formatting import finite, unbounded
+from fedtune.formatting import finite_or_none, infinite_if_none
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
@@ -94,17 +94,19 @@ class Selection:
             **told,
             trials=price.trials,
             delta=price.delta,
-            epsilon=finite(price.epsilon),
+            epsilon=finite_or_none(price.epsilon),
             charges=tuple(
                 Charge(event=e, count=n) for e, n in events.mechanism_counts([plan.full_event for plan in plans])
             ),
         )
 
 
-def released_epsilon(epsilon: float | None, delta: float, search: Selection | None) -> tuple[float | None, float]:
+def compute_released_epsilon(
+    epsilon: float | None, delta: float, search: Selection | None
+) -> tuple[float | None, float]:
     """Return the (epsilon, delta) that a finished run has cost its records; None for an unbounded epsilon.
 
     For a trial of a search, the cost is at least that of the whole search.
     """
     of_all, at = (search.epsilon, search.delta) if search else (epsilon, delta)
-    return finite(max(unbounded(finite(one)) for one in (epsilon, of_all))), max(delta, at)
+    return finite_or_none(max(infinite_if_none(finite_or_none(one)) for one in (epsilon, of_all))), max(delta, at)

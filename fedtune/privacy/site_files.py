@@ -10,7 +10,7 @@ from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
-from fedtune.spec import errors_in
+from fedtune.spec import name_file_in_errors
 
 
 class SiteFiles:
@@ -42,7 +42,7 @@ class SiteFiles:
         """
         policy = read_policy(site_toml)
         if not may_be_unanswered:
-            with errors_in(site_toml):
+            with name_file_in_errors(site_toml):
                 policy.require_answers()
         return cls(policy, site_toml)
 
@@ -79,7 +79,7 @@ class SiteFiles:
         return verify(self.ledger, anchor=Head.read(self.anchor) if self.anchor and self.anchor.is_file() else None)
 
 
-def max_runs_of_sites(folder: str | None) -> int:
+def find_max_charged_runs(folder: str | None) -> int:
     """Return the most runs charged to any ledger in a folder of simulated sites; 0 if there are none."""
     verified = (
         [SiteFiles.from_site_toml(path).verify_ledger() for path in Path(folder).glob("*/site.toml")] if folder else []

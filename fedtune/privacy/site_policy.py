@@ -469,4 +469,4 @@ def _plan_epsilon_if_above(plan: Plan, limit: float) -> float | None:
 
     PLD is a proof here, because a plan is fixed before any output is seen.
     """
-    return accountant.epsilon_if_above([plan.full_event], plan.delta, limit=limit)
+    return accountant.compute_epsilon_if_above([plan.full_event], plan.delta, limit=limit)

@@ -50,7 +50,7 @@ class Trust:
     def violated_rules(self, shared: SharedNoise) -> Iterator[Broken]:
         """Yield the rules that a plan with secure aggregation breaks."""
         if not self.secure:
-            yield Reason.SECURE_SUMS, "yes", "no"
+            yield Reason.SECURE_AGGREGATION, "yes", "no"
         for reason, asked, least in (
             (Reason.LEAST_SITES, shared.num_sites, self.least_sites),
             (Reason.LEAST_THRESHOLD, shared.threshold, self.least_threshold),

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.formatting import pluralize, spoken
+from fedtune.formatting import group_hex, pluralize
 from fedtune.privacy.durable import hash_files
 from fedtune.report import signing
 from fedtune.report.derive import dpia_fields
@@ -75,7 +75,7 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
     if isinstance(facts, RunFacts):
         found += _check_statements(facts, folder)
         found.append(_check_site_keys(facts, known.site_keys))
-        found.append(_check_configuration(facts, known.config_sha256, saved_config(folder) if of_run else None))
+        found.append(_check_configuration(facts, known.config_sha256, read_saved_config(folder) if of_run else None))
         found += _check_model_files(facts, known.model, RunFolder(folder).adapter)
     if all(check.state != "wrong" for check in found):
         found += _check_drawings(path, report)
@@ -96,11 +96,11 @@ def _check_signature(report: Report, key: str | None) -> Check:
     except RunError as error:
         return Check("signature", "wrong", f"{str(error)[0].upper()}{str(error)[1:]}.")
     if signer is not None and key is not None:
-        return Check("signature", "right", f"It is signed with the key {spoken(key)}, and nothing was changed.")
+        return Check("signature", "right", f"It is signed with the key {group_hex(key)}, and nothing was changed.")
     text = "It is not signed: anybody could have changed what cannot be computed again."
     if signer is not None:
         text = (
-            f"It was made with the key in the file, {spoken(signer)}: not checked. Anybody can sign with a key of "
+            f"It was made with the key in the file, {group_hex(signer)}: not checked. Anybody can sign with a key of "
             "their own; give the key that you know with --key."
         )
     return Check("signature", _unchecked_state(report.facts), text)
@@ -209,15 +209,15 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
 
 def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
     """Compare model card and registry entry with what fedtune generates from the report."""
-    from fedtune.report.registry_entry import REGISTRY, by_people, registry_to_json
+    from fedtune.report.registry_entry import REGISTRY, read_fields_by_people, registry_to_json
 
     written: dict[Path, bytes] = {}
     if (entry := folder / REGISTRY).is_file():
-        written[entry] = registry_to_json(report, by_people(entry.read_bytes())).encode()
+        written[entry] = registry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
     if of_run and (RunFolder(folder).adapter / CARD).is_file():
-        from fedtune.report.model_card import card_of_adapter
+        from fedtune.report.model_card import render_adapter_card
 
-        written |= {folder / name: data for name, data in card_of_adapter(folder, report).items()}
+        written |= {folder / name: data for name, data in render_adapter_card(folder, report).items()}
     for path, right in written.items():
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or path.read_bytes() == right:
@@ -276,10 +276,13 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
     began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
-        *((key, getattr(facts, key), asked) for key, asked in dpia_fields.facts_from_settings(config, plan).items()),
+        *(
+            (key, getattr(facts, key), asked)
+            for key, asked in dpia_fields.derive_facts_from_settings(config, plan).items()
+        ),
         *(
             (f"provenance.{key}", getattr(made, key), asked)
-            for key, asked in dpia_fields.provenance_from_settings(config).items()
+            for key, asked in dpia_fields.derive_provenance(config).items()
         ),
         ("seeded_noise", facts.seeded_noise, facts.seeded_noise or config.runtime.seeded_noise),
         ("provenance.start_adapter", start and start.digest, began),

@@ -12,7 +12,7 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
-from fedtune.formatting import finite
+from fedtune.formatting import finite_or_none
 from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head, Kind
@@ -149,11 +149,12 @@ def collect_ledger_facts(
         "rank": dict.fromkeys(format_rank(one.adapter, one.rank) for one in proposals),
         "target_modules": dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",)),
     }
-    changes = [next(same) for _, same in groupby(history.policies, key=lambda policy: finite(policy[1]))]
+    changes = [next(same) for _, same in groupby(history.policies, key=lambda policy: finite_or_none(policy[1]))]
     caps = tuple(
-        Cap(time=event_day(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in changes
+        Cap(time=event_day(time), max_epsilon=finite_or_none(cap), charges_before=before)
+        for time, cap, before in changes
     )
-    opened, decided, cap = history.opening, history.decided, finite(budget.max_epsilon)
+    opened, decided, cap = history.opening, history.decided, finite_or_none(budget.max_epsilon)
     return LedgerFacts(
         kind="ledger",
         site=opened.site,

@@ -21,12 +21,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.config import RunConfig, parse, saved_settings
+from fedtune.config import RunConfig, parse, read_saved_settings
 from fedtune.federation.drift import HeldOut, pool_held_out_scores
 from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.formatting import finite, total
+from fedtune.formatting import finite_or_none, total
 from fedtune.privacy.durable import hash_files
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
@@ -42,9 +42,9 @@ from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report, problems
 from fedtune.runs.environment import Environment, read_environments, read_selection
 from fedtune.runs.lineage import UNKNOWN
-from fedtune.runs.results import FinalResult, RunResult, finite_scores
+from fedtune.runs.results import FinalResult, RunResult, drop_infinite_scores
 from fedtune.sites.shared_settings import settings_for_sites
-from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, errors_in
+from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, name_file_in_errors
 
 _RESULT = TypeAdapter(RunResult)
 
@@ -125,8 +125,8 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         ConfigError: the folder is not a run folder, or mixes several runs.
         RunError: a file is damaged.
     """
-    files, settings = RunFolder(folder), saved_settings(folder)
-    with errors_in(files.config):
+    files, settings = RunFolder(folder), read_saved_settings(folder)
+    with name_file_in_errors(files.config):
         config = parse(settings)
     result = _read_result(folder)
     digest = result.config_sha256 if result else config.digest()
@@ -235,7 +235,7 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         run=record.run,
         sent=json.dumps(record.sent.decisive(), sort_keys=True) if record.sent else "",
         plan=plan,
-        **dpia_fields.facts_from_settings(config, plan),
+        **dpia_fields.derive_facts_from_settings(config, plan),
         seeded_noise=config.runtime.seeded_noise or bool(record.result and record.result.privacy.seeded_noise),
         date=max(times, default=None),
         sampling=noted.sampling if noted else None,
@@ -246,12 +246,12 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         provenance=_provenance(record),
         # What the rounds released of scores at the sites is no part of a report.
         rounds=tuple(
-            replace(one, site_scores={}, metrics=finite_scores(one.metrics), failed_sites=dict(one.failed_sites))
+            replace(one, site_scores={}, metrics=drop_infinite_scores(one.metrics), failed_sites=dict(one.failed_sites))
             for one in record.rounds
         ),
-        before=finite_scores(state.metrics_before if state else final.metrics_before),
-        final=finite_scores(final.metrics),
-        constant=finite(final.constant),
+        before=drop_infinite_scores(state.metrics_before if state else final.metrics_before),
+        final=drop_infinite_scores(final.metrics),
+        constant=finite_or_none(final.constant),
         seconds=final.seconds,
         findings=final.findings,
         energy=final.energy,
@@ -375,7 +375,7 @@ def _provenance(record: RunRecord) -> Provenance:
     return Provenance(
         fedtune_version=version or (record.result.fedtune_version if record.result else "") or NOT_RECORDED,
         config_sha256=record.config_sha256,
-        **dpia_fields.provenance_from_settings(config),
+        **dpia_fields.derive_provenance(config),
         model_sha256=_join_distinct(environment.model_sha256 for environment in environments) or config.model.sha256,
         libraries={name: version for name, version in libraries.items() if version},
         python=_join_distinct(environment.python for environment in environments),
@@ -406,7 +406,9 @@ def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | No
     They may have been trained on the same record or person, so both add up.  None has the meanings given in
     `StartAdapter`.
     """
-    epsilon, delta = (finite(one) if isinstance(one := noted.get(key), float) else None for key in ("epsilon", "delta"))
+    epsilon, delta = (
+        finite_or_none(one) if isinstance(one := noted.get(key), float) else None for key in ("epsilon", "delta")
+    )
     if not isinstance(before := noted.get("start_adapter"), Mapping) or before.get("public") is True:
         return epsilon, delta
     more, also = sum_start_losses(before)

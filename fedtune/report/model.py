@@ -72,7 +72,9 @@ class Meaning:
     expected_failures: float | None  # declared size times delta
     right_of_100_for_2: float  # about somebody with two records, or about two persons where the unit is a person
     right_of_100_for_5: float
-    right_of_100_with_all_others: float | None = None  # although all other sites of secure sums tell what they added
+    right_of_100_with_all_others: float | None = (
+        None  # although all other sites of secure aggregation tell what they added
+    )
 
 
 @spec
@@ -89,7 +91,9 @@ class Mechanism:
     metrics_noise_multiplier: float
     charges: tuple[Charge, ...]
     records_per_user: int = 1  # most records of one unit in a step; 1 where the unit is a record
-    shared: SharedNoise | None = None  # how sites made a secure sum's noise together; None: the site made all of it
+    shared: SharedNoise | None = (
+        None  # how sites made secure aggregation's noise together; None: the site made all of it
+    )
 
 
 @spec
@@ -236,7 +240,7 @@ class _Described(GenerateJsonSchema):
         return made
 
 
-def schema_text() -> str:
+def render_schema() -> str:
     """Return the JSON schema of report.json."""
     schema = _ADAPTER.json_schema(schema_generator=_Described)
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedtune report"}

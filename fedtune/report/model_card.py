@@ -19,8 +19,8 @@ from markupsafe import Markup, escape
 
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.formatting import score_words
-from fedtune.model.source import public_location
+from fedtune.formatting import format_score_name
+from fedtune.model.source import find_public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
@@ -45,7 +45,7 @@ class Form:
     @classmethod
     def for_adapter(cls, config: RunConfig, *, folder: str) -> Form:
         """Describe an adapter that is loaded on top of its base model; `folder` is its path in the loading code."""
-        base, needs_base = public_location(config.model), config.lora.kind != NO_ADAPTER
+        base, needs_base = find_public_location(config.model), config.lora.kind != NO_ADAPTER
         loading = adapter_loading_code(config, base=base, folder=folder)
         what, library = ADAPTERS[config.lora.kind], "peft" if needs_base else "safetensors"
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
@@ -59,22 +59,22 @@ def write_report_and_card(run: Path, *, language: str) -> None:
         RunError: a file is damaged.
     """
     report = build_run_report(run)
-    write_files(run, report, language=language, beside=card_of_adapter(run, report))
+    write_files(run, report, language=language, beside=render_adapter_card(run, report))
 
 
-def card_of_adapter(run: Path, report: Report) -> Mapping[str, bytes]:
+def render_adapter_card(run: Path, report: Report) -> Mapping[str, bytes]:
     """Return the card and the label of the adapter in a run's folder (file name -> content)."""
     record, adapter = read_run(run), RunFolder(run).adapter.name
-    files = card_files(record, report, Form.for_adapter(record.config, folder=adapter))
+    files = render_card_files(record, report, Form.for_adapter(record.config, folder=adapter))
     return {f"{adapter}/{name}": data for name, data in files.items()}
 
 
-def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
+def render_card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
     """Return the card of a finished run's model and its privacy label (file name -> content)."""
-    return {CARD: card_text(record, report, form).encode(), LABEL: render_label(report, language="en").encode()}
+    return {CARD: render_card_text(record, report, form).encode(), LABEL: render_label(report, language="en").encode()}
 
 
-def card_text(record: RunRecord, report: Report, form: Form) -> str:
+def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
     """Return the card of a finished run's model; equal runs give equal cards."""
     model, made = record.config.model, record.result and record.result.provenance
     example = '[("a text", "another")]' if "text_pair" in record.config.data.columns else '["a text"]'
@@ -112,7 +112,7 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     if model.license is not None and re.fullmatch(r"[A-Za-z0-9.-]+", model.license):
         known["license"] = model.license.lower()
     elif model.license is not None:
-        known |= {"license": "other", "license_name": " ".join(_one_line(model.license).split())}
+        known |= {"license": "other", "license_name": " ".join(_to_one_line(model.license).split())}
     tags = ["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if words.promises else [])]
     return ModelCardData(
         library_name=form.library,
@@ -148,7 +148,7 @@ def render_card(file: str, **values: object) -> str:
     markdown: dict[str, Any] = {"finalize": _escape_markdown, "autoescape": False, "keep_trailing_newline": True}
     templates = template_environment().overlay(**markdown, lstrip_blocks=False)
     named = {
-        "score_words": score_words,
+        "format_score_name": format_score_name,
         "score_text": _score_text,
         "figure": load_catalog("en").figure,
         "owed": format_privacy_loss,
@@ -162,8 +162,8 @@ def _escape_markdown(value: object) -> str:
     """
     if isinstance(value, Markup):
         return value.unescape()
-    return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _one_line(str(value)))
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _to_one_line(str(value)))
 
 
-def _one_line(text: str) -> str:
+def _to_one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)

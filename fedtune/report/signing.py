@@ -12,7 +12,7 @@ from pathlib import Path
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report.facts import LedgerFacts
 from fedtune.report.model import Report, Signature, from_json, to_json
-from fedtune.spec import ConfigError, RunError, errors_in
+from fedtune.spec import ConfigError, RunError, name_file_in_errors
 
 PURPOSE = "report"  # purpose of the signature, so that one made for a receipt or a ledger does not pass here
 _MOST_DIGITS = 19
@@ -85,7 +85,7 @@ def read_report(name: str) -> tuple[Path, Report]:
     """Read a report from a file, or from the report.json in a folder; return its path and the report."""
     path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
     data = read_bounded_file(path, key="report", name=name, bound="must be a report.json, or a folder with one")
-    with errors_in(path):
+    with name_file_in_errors(path):
         return path, parse_report(data)
 
 

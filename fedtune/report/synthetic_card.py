@@ -11,14 +11,14 @@ from typing import Any, Literal
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.formatting import total
-from fedtune.privacy.selection import released_epsilon
+from fedtune.privacy.selection import compute_released_epsilon
 from fedtune.report import signing
 from fedtune.report.facts import RunFacts, StartAdapter, State
 from fedtune.report.model import Report
 from fedtune.report.model_card import format_privacy_loss, render_card
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words
-from fedtune.sites.run_records import card_path, file_sha256
+from fedtune.sites.run_records import find_card_path, hash_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_at_least, check_fraction, spec
 
 Told = Mapping[str, Any]  # what a card tells programs
@@ -49,12 +49,12 @@ class SyntheticRecords(WritingSpec):
     """How the records were made: the request, and how they were selected and labeled."""
 
     rows: int
-    codes: int
+    prompts: int
     missing: int
     left_out: Mapping[str, int]
     shares: Literal["declared", "voted", "varied"]
-    codes_file: str | None = None
-    codes_sha256: str | None = None
+    prompts_file: str | None = None
+    prompts_sha256: str | None = None
     candidates: int | None = None
     chosen_by: str | None = None
     labels: tuple[Mapping[str, str], ...] = ()
@@ -63,7 +63,12 @@ class SyntheticRecords(WritingSpec):
 
     def __post_init__(self) -> None:
         WritingSpec.__post_init__(self)  # super() knows no class with slots
-        for key, count in {"rows": self.rows, "codes": self.codes, "missing": self.missing, **self.left_out}.items():
+        for key, count in {
+            "rows": self.rows,
+            "prompts": self.prompts,
+            "missing": self.missing,
+            **self.left_out,
+        }.items():
             check_at_least(key, count, 0)
         if any(one.keys() != {"column", "by"} for one in self.labels):
             raise ConfigError("labels", list(self.labels), "must each have a column and by whom")
@@ -92,12 +97,12 @@ class Card:
     figures: Mapping[str, Figures]
 
     def __post_init__(self) -> None:
-        epsilon, delta = together([asdict(run) for run in self.runs]) if self.runs else (None, None)
+        epsilon, delta = compose_losses([asdict(run) for run in self.runs]) if self.runs else (None, None)
         if not self.runs or self.together != {"epsilon": epsilon, "delta": delta}:
             raise ConfigError("together", self.together, "must be what the runs come to")
 
 
-def together(runs: Sequence[Told]) -> tuple[float | None, float]:
+def compose_losses(runs: Sequence[Told]) -> tuple[float | None, float]:
     """Bound epsilon and delta of all of a card's runs for one record or person by basic composition: both add up.
 
     Adapters from which runs started also count unless they are public, as they may have seen the same record or person.
@@ -119,7 +124,7 @@ def remove_duplicates(told: Sequence[Told]) -> list[Told]:
 
 def format_total_loss(runs: Sequence[Told]) -> str | None:
     """Format the result of `together` for people; None: unbounded."""
-    epsilon, delta = together(runs)
+    epsilon, delta = compose_losses(runs)
     return None if epsilon is None else format_privacy_loss(epsilon, delta)
 
 
@@ -128,7 +133,7 @@ def describe_run(report: Report, adapter_digest: str) -> dict[str, Any]:
     facts = report.facts
     assert isinstance(facts, RunFacts), "a run wrote the records"
     own = report.epsilon if Words(report, load_catalog("en")).promises else None
-    epsilon, delta = released_epsilon(own, facts.delta, facts.selection)
+    epsilon, delta = compute_released_epsilon(own, facts.delta, facts.selection)
     about: Any = {"run": facts.name, "unit": facts.unit, "verdict": report.verdict.state}
     made = facts.provenance
     about |= {"task": made.task, "config_sha256": made.config_sha256, "start": made.start_adapter}
@@ -142,9 +147,9 @@ def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
     Raises:
         ConfigError: the card is missing or inconsistent, or belongs to another file or to another run than `writer`.
     """
-    path, sha256 = card_path(file.resolve(), ".json"), file_sha256(file, key=option)
+    path, sha256 = find_card_path(file.resolve(), ".json"), hash_file(file, key=option)
     of = " with this RUN" if writer else ""
-    bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card next to it ({path.name})"
+    bound = f"must be as fedtune synthesize wrote it{of}, with its card next to it ({path.name})"
     read = signing.read_bounded_file(path, key=option, name=str(file), bound=bound)
     try:
         found = parse_json(read, key=path.name, bound="must be JSON")
@@ -184,7 +189,7 @@ def build_card(file: Path, lines: bytes, runs: Sequence[Told], *, made: Told, fi
         "file": file.name,
         "sha256": hashlib.sha256(lines).hexdigest(),
         "runs": remove_duplicates(runs),
-        "together": dict(zip(("epsilon", "delta"), together(runs), strict=True)),
+        "together": dict(zip(("epsilon", "delta"), compose_losses(runs), strict=True)),
         "made": dict(made),
         "figures": dict(figures),
     }

@@ -19,7 +19,7 @@ from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, NonPrivateDp
 
 from fedtune.federation.early_stopping import is_budget_used_up
 from fedtune.federation.replies import NOT_SUMMED
-from fedtune.formatting import finite, unbounded
+from fedtune.formatting import finite_or_none, infinite_if_none
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
@@ -118,7 +118,7 @@ def _check_amount_of_work(facts: Facts) -> Iterator[Problem]:
     too_much, composed = work > _MOST_BUCKETS, 0.0
     for charged, interval, times in [] if too_much else parts:  # of more, their widths would take long to compute
         noisy = {one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)}
-        width = unbounded(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
+        width = infinite_if_none(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
         composed += width * len(charged) * times
         too_much = too_much or width > _MOST_BUCKETS or composed > _MOST_COMPOSED
     if too_much:
@@ -265,7 +265,7 @@ def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> I
     if run_figures.statement_agrees(facts, site, said):
         # The ledger counts this run, too.
         charged = events.count_mechanisms([plan.event(rounds=max(mine, default=0))])
-        alone = finite(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
+        alone = finite_or_none(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
         if not _is_within_limit(alone, life.epsilon):
             yield "lifetime.epsilon", life.epsilon, f"at least {alone}, by this run alone"
     if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
@@ -292,7 +292,9 @@ def _check_selection(facts: Facts) -> Iterator[Problem]:
     charged = profile.parse_charges(told.charges)
     if told.delta != plan.delta:
         yield Problem("selection.delta", told.delta, plan.delta)
-    yield from _find_differences("selection.epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
+    yield from _find_differences(
+        "selection.epsilon", told.epsilon, finite_or_none(accountant.epsilon_pld(charged, told.delta))
+    )
     if told.method not in ("grid", "random", "tpe"):
         yield Problem("selection.method", told.method, "grid, random or tpe")
     if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):

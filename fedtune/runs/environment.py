@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode, parse_json
-from fedtune.config import RunConfig, saved_settings
+from fedtune.config import RunConfig, read_saved_settings
 from fedtune.data.records import resolve_file
 from fedtune.extras import describe_code
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.unsupported_models import OWED, PRIVATE_TO
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.selection import Selection, released_epsilon
+from fedtune.privacy.selection import Selection, compute_released_epsilon
 from fedtune.runs.lineage import (
     SPENT,
     UNKNOWN,
@@ -31,7 +31,7 @@ from fedtune.runs.lineage import (
     read_texts_lineage,
     walk_lineage,
 )
-from fedtune.sites.run_records import RunRecords, card_path, file_sha256
+from fedtune.sites.run_records import RunRecords, find_card_path, hash_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
 from fedtune.version import __version__, shipped_folders
 
@@ -142,10 +142,10 @@ def _records_lineage(config: RunConfig) -> Iterator[Debt]:
     """Yield the prior spending of the synthetic records among the files that a run reads on this machine."""
     for file, key in RunRecords(config).files().items():
         path = resolve_file(file, shipped_folders(), key=key).resolve()
-        if os.path.lexists(card := card_path(path, ".json")):
+        if os.path.lexists(card := find_card_path(path, ".json")):
             try:
                 told = json.loads(card.read_bytes())
-                own = told["sha256"] == file_sha256(path, key=key)  # else it is another file's
+                own = told["sha256"] == hash_file(path, key=key)  # else it is another file's
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
                 told, own = {}, False
             yield from read_texts_lineage(told.get("runs") if own else None)
@@ -160,8 +160,8 @@ def _run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
         folder = adapter.folder.resolve().parent
         earlier = json.loads(RunFolder(folder).result.read_bytes())
         RunFolder(folder).require_own_adapter(adapter.digest)
-        spent, settings = earlier["privacy"], saved_settings(folder)
-        epsilon, delta = released_epsilon(spent["epsilon"], float(spent["delta"]), read_selection(folder))
+        spent, settings = earlier["privacy"], read_saved_settings(folder)
+        epsilon, delta = compute_released_epsilon(spent["epsilon"], float(spent["delta"]), read_selection(folder))
         own = {"unit": str(spent["unit"]), "delta": delta, "epsilon": None if spent["seeded_noise"] else epsilon}
         before = (earlier.get("provenance") or {}).get("start_adapter")
         owed = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"]), **own}
@@ -191,8 +191,8 @@ def mark_lineage(
 
 
 def _current_environment(shared: RunModel) -> Environment:
-    from fedtune.model.base_model import model_sha256
-    from fedtune.training.accelerators import about
+    from fedtune.model.base_model import hash_model
+    from fedtune.training.accelerators import describe_device
 
     config, task = shared.config, type(shared.config.bound_task)
     own = {} if task.__module__.startswith("fedtune.") else {f"task {task.name}": describe_code(task)}
@@ -203,9 +203,9 @@ def _current_environment(shared: RunModel) -> Environment:
         python=platform.python_version(),
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
-        device=about(shared.device),
+        device=describe_device(shared.device),
         libraries={name: version(name) for name in _NOTED} | own,  # fedtune needs all of them
-        model_sha256=config.model.sha256 or model_sha256(config.model),  # a pinned hash was checked at loading
+        model_sha256=config.model.sha256 or hash_model(config.model),  # a pinned hash was checked at loading
         # training.local knows one way to sample; tests/training/test_dp_step.py shows that it really happens.
         sampling="poisson" if trains else None,
         randomness=("seeded" if config.runtime.seeded_noise else "operating_system") if trains else None,

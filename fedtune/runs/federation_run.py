@@ -25,7 +25,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.runs.cost import Meter
 from fedtune.runs.environment import read_environments, record_environment, start_lineage
 from fedtune.runs.results import DATA_CHANGED, BaseModel, FinalResult, RunProvenance, RunResult, Template, find_problems
-from fedtune.sites.data_warnings import check_decision_scores, lead_data_warnings
+from fedtune.sites.data_warnings import check_decision_scores, list_lead_data_warnings
 from fedtune.sites.shared_model import RunModel
 from fedtune.spec import RunError
 from fedtune.system import MEMORY_UNIT, resource
@@ -171,7 +171,7 @@ class FederationRun:
             check_decision_scores(self.config)
         validation, test = self.shared.validation, self.shared.test
         notes, changed = self.ready()
-        for text in (*lead_data_warnings(self.config, validation=validation, test=test), *notes):
+        for text in (*list_lead_data_warnings(self.config, validation=validation, test=test), *notes):
             listener.note(text)
         if self.config.resume is not None:
             for round in dict(self._checkpoints.asked(after=state.round)):

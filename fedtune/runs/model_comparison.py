@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.config import RunConfig
-from fedtune.data import Record, users_of
-from fedtune.data.records import column_values
-from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, drawn
-from fedtune.evaluation.generation import text_scores
-from fedtune.evaluation.groups import Groups, GroupScores, merged, score_groups
+from fedtune.data import Record, group_by_user
+from fedtune.data.records import read_column_values
+from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, score_draws
+from fedtune.evaluation.generation import compute_text_scores
+from fedtune.evaluation.groups import Groups, GroupScores, merge_values, score_groups
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords
-from fedtune.sites.shared_model import Evaluation, LeadData, no_progress
+from fedtune.sites.shared_model import Evaluation, LeadData, ignore_progress
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.measures import Detail
 
@@ -54,10 +54,10 @@ class SideBySide:
         prompts.
         """
         examples = {name: measured.examples for name, measured in self.measured.items()}
-        sets = [drawn(examples, scores=self.score, units=self.users)]
+        sets = [score_draws(examples, scores=self.score, units=self.users)]
         if len({len(measured.texts.get("rouge_l", ())) for measured in self.measured.values()} | {0}) == 2:
             texts = {name: measured.texts for name, measured in self.measured.items()}
-            sets.append(drawn(texts, scores=text_scores))
+            sets.append(score_draws(texts, scores=compute_text_scores))
         for name, models in self.means.items():
             sets = [drawing.with_mean(name, models) for drawing in sets]
         return tuple(sets)
@@ -99,7 +99,7 @@ class SideBySide:
         Raises:
             ConfigError: there are more than `_MOST_GROUPS` groups, too many to read or to score in a minute or two.
         """
-        groups: Groups = merged(values, smallest=smallest, units=self.users)
+        groups: Groups = merge_values(values, smallest=smallest, units=self.users)
         if len(groups.names) > _MOST_GROUPS:
             bound = f"leaves {len(groups.names)} groups, more than {_MOST_GROUPS}"
             raise ConfigError("--smallest", smallest, bound)
@@ -118,7 +118,7 @@ def compare_runs(
     records: Sequence[Record] | None = None,
     means: Mapping[str, Sequence[str]] | None = None,
     final: bool = False,
-    progress: Callable[[str, int, int], None] = no_progress,
+    progress: Callable[[str, int, int], None] = ignore_progress,
 ) -> SideBySide:
     """Score runs, and their base before training, on the same records.
 
@@ -144,7 +144,7 @@ def compare_runs(
     places: list[int] = []
     together: dict[Hashable, list[str]] = {}
     for name, (config, _) in runs.items():
-        together.setdefault((config.task_model(), _input_settings(config)), []).append(name)
+        together.setdefault((config.task_model(), _list_input_settings(config)), []).append(name)
     for done, names in enumerate(together.values()):
         progress(f"scoring {', '.join(names)}", done, len(together))
         config, _ = runs[names[0]]
@@ -162,7 +162,7 @@ def compare_runs(
             raise ConfigError("run", names[0], f"{bound}; give both a file with --data")
         of_these = saved.evaluate_models(data)
         # An adapter that changes nothing yet has no part in the model before training.
-        base = replace(config.task_model(), lora=LoraSpec(), seed=0), _input_settings(config)
+        base = replace(config.task_model(), lora=LoraSpec(), seed=0), _list_input_settings(config)
         if base not in bases:
             bases[base] = f"{BASE} of {names[0]}" if bases else BASE
             found[bases[base]] = of_these[BASE]
@@ -170,8 +170,8 @@ def compare_runs(
     users = None
     if first.privacy.unit == "user":
         with suppress(DataError):  # where the records' file names no users
-            who = column_values(data.records, first.data.columns["user"], key="data.columns.user", role="user")
-            users = users_of([Record({"user": user}) for user in who])
+            who = read_column_values(data.records, first.data.columns["user"], key="data.columns.user", role="user")
+            users = group_by_user([Record({"user": user}) for user in who])
     scored = saved.model.task
     return SideBySide(
         records=data.records,
@@ -185,7 +185,7 @@ def compare_runs(
     )
 
 
-def _input_settings(config: RunConfig) -> Hashable:
+def _list_input_settings(config: RunConfig) -> Hashable:
     """Return the settings, other than the model, that determine how a record becomes the model's input."""
     data = config.data
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
@@ -207,6 +207,9 @@ def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
     ):
         if value != wanted:
             raise ConfigError("run", name, f"must have the first run's {key} to be compared with it")
-    if task.predicts_tokens and (own.model.path, _input_settings(own)) != (first.model.path, _input_settings(first)):
+    if task.predicts_tokens and (own.model.path, _list_input_settings(own)) != (
+        first.model.path,
+        _list_input_settings(first),
+    ):
         bound = "must have the first run's model.path, columns, template and data.max_length: a loss is a mean over"
         raise ConfigError("run", name, f"{bound} tokens, and theirs are others")

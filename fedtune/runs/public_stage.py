@@ -56,7 +56,7 @@ def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Conta
     return replace(config, public=PublicSpec(**chosen | given), training=replace(config.training, **own))
 
 
-def public_stage_config(config: RunConfig) -> RunConfig:
+def build_public_stage_config(config: RunConfig) -> RunConfig:
     """Return the warm start as a run of its own: one site, all records of the public file, and no privacy.
 
     The name of its data set includes a digest of the records, so that a warm start on another file cannot be resumed or
@@ -91,7 +91,7 @@ def _stage_config(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
     if public.columns is not None:  # which the lead's other files do not have
         data |= {"columns": public.columns, "validation_file": None, "test_file": None}
         data |= {"prompt_template": "{prompt}", "chat_template": "none"} if "text" in public.columns else {}
-    privacy = {"mechanism": "none", "unit": "record", "runs": 1, "metrics": "none"}
+    privacy = {"mechanism": "none", "unit": "record", "planned_runs": 1, "metrics": "none"}
     privacy |= {"noise_multiplier": None, "cohorts": None}
     runtime = {"kind": "simulation", "sites_dir": None, "ray_address": None, "sites_per_gpu": None}
     federation = {"num_rounds": public.num_rounds, "num_sites": 1, "site_names": ["lead"]}

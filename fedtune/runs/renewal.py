@@ -7,15 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import RunConfig, parse, saved_config
+from fedtune.config import RunConfig, parse, read_saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.cohorts import next_window
-from fedtune.privacy.site_files import max_runs_of_sites
+from fedtune.privacy.site_files import find_max_charged_runs
 from fedtune.runs.overrides import set_by_key
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 
-def with_start_adapter(config: RunConfig) -> RunConfig:
+def add_start_adapter(config: RunConfig) -> RunConfig:
     """Return the configuration with the digest of its start adapter, after checking that the adapter fits the run.
 
     Raises:
@@ -56,7 +56,7 @@ def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     """
     if public := [key for key in said if key.partition(".")[0] == "public"]:
         raise ConfigError(public[0], said[public[0]], "conflicts with --renew, which starts from the previous run")
-    before = saved_config(last := Path(expand_home(str(folder), key="renew")))
+    before = read_saved_config(last := Path(expand_home(str(folder), key="renew")))
     RunFolder(last).finished_adapter()
     changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
@@ -71,7 +71,7 @@ def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
         if isinstance(settings.get(key), dict) or key == "federation.renewal" or not set_by_key(settings, key, value):
             raise ConfigError(key, value, "must be one setting of the renewed run, such as privacy.epsilon")
     settings["federation"]["renewal"] = max(
-        before.federation.renewal + 1, max_runs_of_sites(settings["runtime"]["sites_dir"])
+        before.federation.renewal + 1, find_max_charged_runs(settings["runtime"]["sites_dir"])
     )
     after = parse(settings)
     _check_runs_left(before, after, last)
@@ -88,13 +88,13 @@ def _check_runs_left(before: RunConfig, after: RunConfig, last: Path) -> None:
     shared, cohorts = before.privacy, after.privacy.cohorts
     if not (shared.private and after.privacy.private) or (cohorts is not None and cohorts.first is not None):
         return
-    for name in ("epsilon", "delta", "runs"):
+    for name in ("epsilon", "delta", "planned_runs"):
         if (value := getattr(after.privacy, name)) != (was := getattr(shared, name)):
             bound = f"must be {was:g}, as in the runs before: they share one budget"
             raise ConfigError(f"privacy.{name}", value, bound)
-    if after.federation.renewal >= shared.runs:
+    if after.federation.renewal >= shared.planned_runs:
         bound = (
-            f"was the last of privacy.runs = {shared.runs}, and admitted everyone: their epsilon of "
+            f"was the last of privacy.planned_runs = {shared.planned_runs}, and admitted everyone: their epsilon of "
             f"{shared.epsilon:g} is spent. Nothing was charged. Runs with privacy.cohorts continue with people who come"
         )
         raise ConfigError("renew", str(last), bound)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.early_stopping import Kept
 from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, compute_site_charge
-from fedtune.formatting import finite, unbounded
+from fedtune.formatting import finite_or_none, infinite_if_none
 from fedtune.privacy.accountant import NEIGHBORING_RELATION
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.cost import Energy
@@ -64,7 +64,7 @@ def find_problems(
         rows: the number of records in the test file.
     """
     loss, was = after.get("loss"), before.get("loss")
-    lost = bool(loss and was and loss > _LOST * was) or any(finite(score) is None for score in after.values())
+    lost = bool(loss and was and loss > _LOST * was) or any(finite_or_none(score) is None for score in after.values())
     if lost or any(result.diverged for result in rounds):
         return (DIVERGED,)
     score, started = after.get(primary_metric), before.get(primary_metric)
@@ -78,9 +78,9 @@ def find_problems(
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)
 
 
-def finite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
+def drop_infinite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
     """Scores as JSON has them: a model that diverged may have a loss that is not a number."""
-    return {name: finite(score) for name, score in scores.items()}
+    return {name: finite_or_none(score) for name, score in scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,20 +157,20 @@ class RunResult:
         plan.
         """
         charges = {site: compute_site_charge(state, site, plan) for site in config.federation.active}
-        before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
+        before, after = drop_infinite_scores(final.metrics_before), drop_infinite_scores(final.metrics)
         detail = final.detail if final.detail is None or final.detail.is_finite else None
         return cls(
             fedtune_version=__version__,
             config_sha256=config.digest(),
             task=config.task,
-            rounds=tuple(replace(result, metrics=finite_scores(result.metrics)) for result in state.rounds),
+            rounds=tuple(replace(result, metrics=drop_infinite_scores(result.metrics)) for result in state.rounds),
             final=replace(final, metrics=after, metrics_before=before, detail=detail),
             provenance=provenance,
             privacy=PrivacyResult(
                 unit=plan.unit,
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
-                epsilon=finite(max(unbounded(one.proven_epsilon) for one in charges.values())),
+                epsilon=finite_or_none(max(infinite_if_none(one.proven_epsilon) for one in charges.values())),
                 seeded_noise=config.runtime.seeded_noise,
                 sites=charges,
             ),

@@ -6,13 +6,13 @@ import datetime
 from dataclasses import replace
 from pathlib import Path
 
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import CARD, RunFolder
 from fedtune.formatting import flatten
 from fedtune.runs.public_stage import needs_public_stage
-from fedtune.spec import ConfigError, shown
+from fedtune.spec import ConfigError, format_value
 
 
 def find_run_folder(config: RunConfig) -> Path:
@@ -32,11 +32,13 @@ def find_run_folder(config: RunConfig) -> Path:
     folder = Path(config.resume)
     if RunFolder(folder).audit_mark.exists():
         raise ConfigError("resume", config.resume, "is an audit, with canaries in its data; an audit cannot be resumed")
-    saved = saved_config(folder)
+    saved = read_saved_config(folder)
     if saved.digest() != config.digest():
         old, new = dict(flatten(saved.decisive())), dict(flatten(config.decisive()))
         differ = [key for key in old | new if old.get(key) != new.get(key)]
-        changes = ", ".join(f"{key} was {shown(old.get(key), 30)}, is {shown(new.get(key), 30)}" for key in differ)
+        changes = ", ".join(
+            f"{key} was {format_value(old.get(key), 30)}, is {format_value(new.get(key), 30)}" for key in differ
+        )
         raise ConfigError("resume", config.resume, f"has a different configuration ({changes})")
     return folder
 
@@ -54,7 +56,7 @@ def resume_config(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
 
 def is_finished(folder: Path) -> bool:
     """Return True if the adapter has its model card and no checkpoint has rounds left."""
-    config, files = saved_config(folder), RunFolder(folder)
+    config, files = read_saved_config(folder), RunFolder(folder)
     has_card = (files.adapter / CARD).is_file()
     if not has_card or not files.saved_checkpoints:  # a run that has lost these cannot go on
         return has_card

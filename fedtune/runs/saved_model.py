@@ -27,7 +27,7 @@ from fedtune.sites.shared_model import Evaluation, LeadData, load_tokenizer_and_
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.machine import frozen_states_fit, resolve_device
+from fedtune.training.machine import do_frozen_states_fit, resolve_device
 
 BASE = "base"
 """The name of the run's start: the base model with adapters that change nothing, and the head as it begins."""
@@ -141,7 +141,7 @@ class SavedModel:
     def evaluate_models(self, data: LeadData) -> dict[str, Evaluation]:
         """Evaluate the base and each adapter on the data; the frozen layers run once for all of them."""
         num_tokens = data.examples.num_tokens
-        keeps = frozen_states_fit(self.model, self.config.runtime, num_tokens=num_tokens)
+        keeps = do_frozen_states_fit(self.model, self.config.runtime, num_tokens=num_tokens)
         data = replace(data, kept={} if keeps else None)
         measured = {}
         for name in self.names:

@@ -18,7 +18,7 @@ from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
 from fedtune.privacy.cohorts import OLDEST, cohort_name
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import remaining_divergence, remaining_runs
+from fedtune.privacy.ledger.spending import compute_remaining_divergence, remaining_runs
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
@@ -82,13 +82,13 @@ def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[C
         yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without it"
     yield from _promise_cautions(policy)
     yield from _request_cautions(policy)
-    yield from _amount_cautions(policy, amount)
+    yield from _list_amount_cautions(policy, amount)
     if not policy.releases.reply_after_s:
         yield "releases.reply_after_s", f"0: {AT_ONCE}; choose more than a round takes"
     if policy.asserted.no_person_at_another_site is False:
         text = "false: a person in several sites' records has to add up the epsilons of these sites"
         yield "asserted.no_person_at_another_site", text
-    yield from _file_cautions(policy, folder)
+    yield from _list_file_cautions(policy, folder)
 
 
 def _promise_cautions(policy: Policy) -> Iterator[Caution]:
@@ -137,7 +137,7 @@ def _request_cautions(policy: Policy) -> Iterator[Caution]:
             yield f"dataset.{dataset.id}.path", "empty: the site has nothing to train on"
 
 
-def _amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
+def _list_amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
     """Warn about caps that contradict each other or the reference run."""
     budget = policy.budget
     if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
@@ -152,7 +152,7 @@ def _amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
             yield f"budget.{key}", "leaves no room for even one run like the reference"
 
 
-def _file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
+def _list_file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
     """Warn about problems with the policy's key and anchor files; nothing before the ledger exists."""
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
     if not ledger.is_file():
@@ -184,7 +184,7 @@ def compare_with_ledger(files: SiteFiles) -> tuple[Verified | None, Differences]
 def remaining_epsilon(history: History) -> float:
     """Return the epsilon that the lifetime cap leaves for new runs, after all reservations."""
     assert history.policy is not None
-    return remaining_divergence(history, history.policy, history.now())
+    return compute_remaining_divergence(history, history.policy, history.now())
 
 
 def reference_runs_left(history: History) -> int | None:
@@ -193,7 +193,7 @@ def reference_runs_left(history: History) -> int | None:
     return remaining_runs(history, history.policy, history.policy.budget.reference.event, history.now())
 
 
-def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
+def identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
     """Return the ledger's identity under stable JSON keys."""
     opened = verified.history.opening
     return {
@@ -210,7 +210,7 @@ def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
     }
 
 
-def verification_json(verified: Verified) -> dict[str, Any]:
+def verification_to_json(verified: Verified) -> dict[str, Any]:
     """Return the result of a successful verification as JSON; `verify` itself raises if the ledger is inconsistent."""
     return {
         "unchanged": True,

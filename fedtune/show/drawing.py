@@ -11,7 +11,7 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-from fedtune.show.lines import power_of_ten
+from fedtune.show.lines import format_power_of_ten
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#9A6A00")
 DASHES = ("", "6 2", "2 1", "6 2 1 2", "10 3", "1 2")
@@ -83,7 +83,7 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
     bottom, top = _y_span(panel)
     marks, ends, scale = (
         [(tick, number(tick)) for tick in _round_ticks(bottom, top)],
-        list(_labeled_ends(panel)),
+        list(_iter_labeled_ends(panel)),
         panel.scale,
     )
     left = 22 + _LETTER * max(len(text) for _, text in marks)
@@ -95,8 +95,12 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
     for one in panel.series:
         parts += _draw_series(one, panel, across, down)
     parts += [*_draw_levels(panel, across, down), *_draw_end_labels(ends, across, down)]
-    write = (lambda tick: power_of_ten(round(tick))) if scale == "powers" else number
-    labels = _date_ticks(low, high) if scale == "days" else [(tick, write(tick)) for tick in _x_ticks(low, high, scale)]
+    write = (lambda tick: format_power_of_ten(round(tick))) if scale == "powers" else number
+    labels = (
+        _list_date_ticks(low, high)
+        if scale == "days"
+        else [(tick, write(tick)) for tick in _list_x_ticks(low, high, scale)]
+    )
     parts += _draw_x_axis(panel.x, across, _HEIGHT - 32, labels)
     title, description = map(escape, named)
     head = (
@@ -136,14 +140,14 @@ def _round_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _x_ticks(low: float, high: float, scale: str) -> list[float]:
+def _list_x_ticks(low: float, high: float, scale: str) -> list[float]:
     if scale == "number":
         return _round_ticks(low, high)
     whole = [tick for tick in _round_ticks(low, high, most=8) if tick == round(tick)]
     return whole or [float(round((low + high) / 2))]
 
 
-def _date_ticks(low: float, high: float) -> list[tuple[float, str]]:
+def _list_date_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Return labeled first days of months or years between two days, as many as fit; otherwise the middle day."""
     first, last = date.fromordinal(math.floor(low)), date.fromordinal(math.floor(high))
     months = range(12 * first.year + first.month, 12 * last.year + last.month)
@@ -210,7 +214,7 @@ def _draw_levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
         yield _draw_text(across.to_coordinate(x), down.to_coordinate(y) + aside, text, anchor=anchor)
 
 
-def _labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
+def _iter_labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
     """Yield (height, label, marker) for each labeled right end; nothing if the panel has only one line."""
     if len(panel.series) + len(panel.levels) < 2:
         return

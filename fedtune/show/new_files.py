@@ -16,10 +16,10 @@ from fedtune.system import fsync_folder
 
 
 @contextmanager
-def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Path, str]]:
-    """Yield a dict from path to text for the block to fill; the texts become files as in `new_streams`."""
+def write_new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Path, str]]:
+    """Yield a dict from path to text for the block to fill; the texts become files as in `open_new_streams`."""
     texts = dict[Path, str]()
-    with new_streams(*places, mode=mode) as streams:
+    with open_new_streams(*places, mode=mode) as streams:
         yield texts
         for (option, path), stream in zip(places, streams, strict=True):
             with translate_os_errors(path, option):
@@ -27,7 +27,7 @@ def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Pat
 
 
 @contextmanager
-def new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[list[BufferedWriter]]:
+def open_new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[list[BufferedWriter]]:
     """Yield open streams for the block to write; if it ends without an error, they become files, in this order.
 
     Args:

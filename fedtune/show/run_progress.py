@@ -16,9 +16,9 @@ from rich.text import Text
 
 from fedtune.config import RunConfig
 from fedtune.federation.early_stopping import Kept, count_rounds, explain_used_up, find_kept_round, should_stop
-from fedtune.federation.lead import LeadState, charged_epsilons, compute_site_charge
+from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute_site_charge
 from fedtune.federation.planner import signal_to_noise
-from fedtune.formatting import pluralize, size, unbounded
+from fedtune.formatting import format_size, infinite_if_none, pluralize
 from fedtune.model.frozen_linear import is_slow_on_cpu
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.proposal import Proposal
@@ -26,7 +26,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.runs.lineage import UNKNOWN
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult
 from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, describe_noise, explain_signal
-from fedtune.show.terminal_tables import Section, key_value_section, say, show
+from fedtune.show.terminal_tables import Section, build_key_value_section, say, show
 from fedtune.sites.shared_model import RunModel
 
 
@@ -111,7 +111,7 @@ class Display:
         self.earlier_s = state.seconds
         self._remove_bar(True)
         if self._shown:
-            show([_settings_section(self._config, shared, proposal.plan)], console=self._console)
+            show([_build_settings_section(self._config, shared, proposal.plan)], console=self._console)
         if state.start_adapter:
             self._print_text(f"begins in {_describe_start(state.start_adapter)}")
         if state.metrics_before:
@@ -138,9 +138,9 @@ class Display:
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Print a real site's answer, and the epsilon that its receipt amounts to."""
-        text = f"{what}, {size(num_bytes)}" if what == "update" else what
+        text = f"{what}, {format_size(num_bytes)}" if what == "update" else what
         if charged_rounds is not None and self._plan is not None:
-            text += f", epsilon {format_epsilon(charged_epsilons(self._plan, charged_rounds)[0])}"
+            text += f", epsilon {format_epsilon(compute_charged_epsilons(self._plan, charged_rounds)[0])}"
         self._print_text(f"  {site}: {text}", style="" if what == "update" else "yellow")
 
     def round_finished(self, state: LeadState) -> None:
@@ -174,10 +174,8 @@ class Display:
         kept = find_kept_round(state.rounds, federation, primary_metric=self._config.primary_metric)
         over = should_stop(state.rounds, federation, primary_metric=self._config.primary_metric)
         charges = (compute_site_charge(state, site, self._plan) for site in federation.active)
-        yield (
-            f"epsilon {format_epsilon(max(unbounded(one.proven_epsilon if over else one.epsilon) for one in charges))}",
-            "",
-        )
+        epsilons = (infinite_if_none(one.proven_epsilon if over else one.epsilon) for one in charges)
+        yield f"epsilon {format_epsilon(max(epsilons))}", ""
         yield f"{last.seconds:.1f} s", ""
         if kept is not None and kept.round < last.round:
             yield f"kept so far: round {kept.round}", ""
@@ -255,7 +253,7 @@ def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
     text += f"; no later round was better, so the run ended {pluralize(planned - len(result.rounds), 'round')} early"
     if privacy.epsilon is None:
         return text
-    charged = format_epsilon(max(unbounded(site.epsilon) for site in privacy.sites.values()))
+    charged = format_epsilon(max(infinite_if_none(site.epsilon) for site in privacy.sites.values()))
     claim = f"the claim stays the planned {format_epsilon(privacy.epsilon)}, because the scores picked the round"
     return f"{text}. The sites were charged epsilon {charged}; {claim}"
 
@@ -276,7 +274,7 @@ def _describe_finding(code: str, config: RunConfig) -> str:
     return texts[code]
 
 
-def _settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
+def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
     """Build the table of a run's settings; rows that need attention are yellow."""
     trained, warnings = shared.initial_adapter.num_values, set[str]()
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
@@ -286,7 +284,7 @@ def _settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Sectio
         "training": f"{plan.num_rounds} rounds x {plan.local_steps} steps, sampling rate {plan.sampling_rate:g}",
     }
     if plan.private:
-        epsilon = format_epsilon(charged_epsilons(plan, plan.most_rounds)[0])
+        epsilon = format_epsilon(compute_charged_epsilons(plan, plan.most_rounds)[0])
         bound = f"epsilon at most {epsilon} at delta {plan.delta:g} for each {plan.unit}"
         rows["privacy"] = f"{bound}: clip {plan.max_grad_norm:g}, noise {describe_noise(plan)}"
         if plan.unit == "user":
@@ -313,7 +311,7 @@ def _settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Sectio
         slower = f"which takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long"
         rows["memory"] = f"{small}, {slower}. runtime.kept_states_folder, a folder on a fast disk, can store them too"
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
-    return replace(key_value_section(rows), styles=styles)
+    return replace(build_key_value_section(rows), styles=styles)
 
 
 def _describe_start(about: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ class Section:
     styles: Mapping[int, str] = dataclasses.field(default_factory=dict)  # of rows that stand out, by number
 
 
-def key_value_section(rows: Mapping[str, str], *, title: str = "") -> Section:
+def build_key_value_section(rows: Mapping[str, str], *, title: str = "") -> Section:
     """Build a two-column section from names and their values."""
     return Section(title=title, rows=tuple(rows.items()), words={0, 1}, whole={0})
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedtune.config import RunConfig
-from fedtune.data import users_of
+from fedtune.data import group_by_user
 from fedtune.data.bad_rows import SkippedRows
 from fedtune.data.load import Partitioned, is_far_from_declared
 from fedtune.data.records import resolve_file
 from fedtune.formatting import pluralize
-from fedtune.sites.run_records import LeadRecords, RunRecords, count_texts_by_role, identifying_roles
+from fedtune.sites.run_records import LeadRecords, RunRecords, count_texts_by_role, list_identifying_roles
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
 from fedtune.version import shipped_folders
@@ -25,7 +25,7 @@ _MOST_NAMED = 3
 _COMPARED: dict[tuple[object, ...], bool] = {}  # by a run and files as they are: a sweep asks often, reading is slow
 
 
-def lead_data_warnings(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
+def list_lead_data_warnings(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
     """Yield warnings about the lead's own records."""
     for key, data in (("validation", validation), ("test", test)):
         if data is not None:
@@ -104,11 +104,11 @@ def _contains_records_of(config: RunConfig, names: Sequence[str], file: str) -> 
         count_texts_by_role(LeadRecords.read(file, config, key="data.train_file").records),
     )
     # Not of fewer, such as features of two values: others have the same by chance.
-    trained = [said[role].keys() for role in identifying_roles(said) if len(said[role]) > len(own) / 2]
+    trained = [said[role].keys() for role in list_identifying_roles(said) if len(said[role]) > len(own) / 2]
     return any(other.keys() <= texts or texts <= other.keys() for texts in trained for other in theirs.values())
 
 
-def site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
+def list_site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
     """Yield warnings about the records of a simulation's sites."""
     yield from _warn_of_skipped_rows(dealt.left_out, "data.train_file")
     if dealt.shared_users:
@@ -130,6 +130,6 @@ def _sites_far_from_declared(config: RunConfig, dealt: Partitioned) -> Iterator[
     declared = config.declared_sizes()
     for name, records in zip(config.federation.names, dealt.sites, strict=True):
         by_user = config.privacy.unit == "user"
-        true = len(users_of(records.training)) if by_user else len(records.training)
+        true = len(group_by_user(records.training)) if by_user else len(records.training)
         if name in declared and is_far_from_declared(true, declared[name]):
             yield f"{name} declares {declared[name]:,}, but has {true:,}"

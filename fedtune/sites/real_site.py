@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedtune.config import RunConfig, config_yaml
 from fedtune.data.formats import fingerprint_files, require_reader
-from fedtune.data.load import SiteRecords, own_records
+from fedtune.data.load import SiteRecords, read_own_records
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site
@@ -227,6 +227,6 @@ def read_site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
     """
     key = files.load_key().derive_secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, config.bound_task
-    return own_records(
+    return read_own_records(
         data, columns=task.columns(data, unit=unit), fault=task.record_validator(data), key=key, unit=unit
     )

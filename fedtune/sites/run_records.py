@@ -21,10 +21,10 @@ from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
 from fedtune.data.json_lists import to_compact_json
 from fedtune.data.load import Partitioned, lead_records, partition_training_files, sample_rows, split_key
 from fedtune.data.partition import assign_site
-from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_file
+from fedtune.data.records import NO_VALUE, iter_records, read_column_values, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.values import normalize_name
-from fedtune.evaluation.spec import missing_test_records_error
+from fedtune.evaluation.spec import build_missing_test_records_error
 from fedtune.formatting import pluralize
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
@@ -69,7 +69,7 @@ class LeadRecords:
         if file is not None:
             return cls.read(file, config, key="--data")
         if (own := RunRecords(config).test) is None:
-            raise missing_test_records_error()
+            raise build_missing_test_records_error()
         return own
 
 
@@ -163,11 +163,11 @@ def assign_sites(config: RunConfig, records: Sequence[Record]) -> list[str] | No
     partition, names = config.data.partition, config.federation.names
     match partition.kind:
         case "column":
-            values = column_values(records, config.data.columns["site"], key="data.columns.site")
+            values = read_column_values(records, config.data.columns["site"], key="data.columns.site")
             known = {value: names[site] for value, site in partition.sites.items()}
             return [known.get(value, NO_VALUE) for value in values]
         case "dirichlet":
-            labels = column_values(records, config.data.columns["label"], key="data.columns.label")
+            labels = read_column_values(records, config.data.columns["label"], key="data.columns.label")
             key = split_key(config.seed)
             labeled = (Record({**record.fields, "label": label}) for record, label in zip(records, labels, strict=True))
             place = partial(assign_site, spec=partition, num_sites=len(names), key=key)
@@ -185,7 +185,7 @@ def require_disjoint(records: Sequence[Record], own: RunRecords, *, key: str, fi
     by a run in the same folder.
 
     Texts are compared in a normalized form (`normalize_text`), each role of the file with each role that identifies the
-    run's records (`identifying_roles`): a prompt may be new even if its answer is not.
+    run's records (`list_identifying_roles`): a prompt may be new even if its answer is not.
 
     Raises:
         ConfigError: the public records share more than `MOST_SHARED` of the texts that the run uses from a file, of all
@@ -194,7 +194,7 @@ def require_disjoint(records: Sequence[Record], own: RunRecords, *, key: str, fi
             `may_owe` is set and the file has its card.
     """
     files = [*own.read_whole_files()]
-    roles = identifying_roles(count_texts_by_role(record for _, others in files for record in others))
+    roles = list_identifying_roles(count_texts_by_role(record for _, others in files for record in others))
     said_of = [(of, count_texts_by_role(others)) for of, others in (*own.records_by_setting().items(), *files)]
     private = [(of, said[role].keys()) for of, said in said_of for role in roles]
     every = set[str]().union(*(texts for _, texts in private))
@@ -227,7 +227,7 @@ def normalize_text(text: str) -> str:
     return unicodedata.normalize("NFKC", normalize_name(text)).casefold()
 
 
-def identifying_roles(said: Mapping[str, Counter[str]]) -> list[str]:
+def list_identifying_roles(said: Mapping[str, Counter[str]]) -> list[str]:
     """Return the roles that identify records: roles in which most texts are unique, and the role with the most distinct
     texts.
 
@@ -237,7 +237,7 @@ def identifying_roles(said: Mapping[str, Counter[str]]) -> list[str]:
     return [role for role, texts in said.items() if len(texts) == most or 2 * len(texts) > texts.total()]
 
 
-def card_path(file: Path, suffix: str) -> Path:
+def find_card_path(file: Path, suffix: str) -> Path:
     """Return the path of the card of a file with synthetic records: `.json` for programs, `.md` for people."""
     return file.with_name(f"{file.name}.card{suffix}")
 
@@ -245,7 +245,7 @@ def card_path(file: Path, suffix: str) -> Path:
 def has_card(file: str, *, key: str) -> bool:
     """Return True if a card exists next to a file of records, in any form."""
     path = resolve_file(expand_home(file, key=key), shipped_folders(), key=key).resolve()
-    return os.path.lexists(card_path(path, ".json"))
+    return os.path.lexists(find_card_path(path, ".json"))
 
 
 def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
@@ -256,7 +256,7 @@ def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
         ConfigError: the file has a card.
     """
     if has_card(file, key=key):
-        card = card_path(Path(file), ".json").name
+        card = find_card_path(Path(file), ".json").name
         raise ConfigError(key, file, f"must hold {kind} records: {card} next to it lists the runs that they come from")
 
 
@@ -269,7 +269,7 @@ def record_generated_texts(run: Path, texts: Iterable[str]) -> None:
     """
     try:
         known = (run / WRITTEN).read_text().split() if (run / WRITTEN).exists() else []
-        write_durably(run / WRITTEN, "\n".join(sorted({*known, *map(_text_digest, texts)})).encode())
+        write_durably(run / WRITTEN, "\n".join(sorted({*known, *map(_hash_text, texts)})).encode())
     except OSError as error:
         raise ConfigError("RUN", str(run), f"must be a folder that can be written to ({error.strerror})") from None
 
@@ -280,7 +280,7 @@ def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, 
     Raises:
         ConfigError: more of them were, so the records are synthetic.
     """
-    found = {role: {_text_digest(text) for text in texts} for role, texts in count_texts_by_role(records).items()}
+    found = {role: {_hash_text(text) for text in texts} for role, texts in count_texts_by_role(records).items()}
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
         written = set(place.read_text().split())
         if any(len(said & written) > MOST_SHARED * len(said) for said in found.values()):
@@ -288,11 +288,11 @@ def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, 
             raise ConfigError(key, file, bound)
 
 
-def _text_digest(text: str) -> str:
+def _hash_text(text: str) -> str:
     return hashlib.sha256(normalize_text(text).encode()).hexdigest()[:16]
 
 
-def file_sha256(file: Path, *, key: str) -> str:
+def hash_file(file: Path, *, key: str) -> str:
     """Return the SHA-256 of the file of records that `key` names, in hex, as its identity.
 
     Raises:

@@ -59,7 +59,7 @@ class Session:
 
         If a new store exceeds the reserved memory, older stores are dropped; a running run keeps those in use.
         """
-        key = f"{about} {_dataset_digest(dataset)}"
+        key = f"{about} {_hash_dataset(dataset)}"
         if key not in self._states:
             self._num_tokens += dataset.num_tokens
             if not self.model.has_room_for(self._num_tokens):
@@ -74,13 +74,13 @@ class Session:
 
         `about` distinguishes scoring settings and references.
         """
-        key = f"{about} {_dataset_digest(dataset)}"
+        key = f"{about} {_hash_dataset(dataset)}"
         if key not in self._before:
             self._before[key] = make()
         found: _M = self._before[key]
         return found
 
 
-def _dataset_digest(dataset: TextDataset) -> str:
+def _hash_dataset(dataset: TextDataset) -> str:
     whole = pickle.dumps((dataset.texts, dataset.input_ids, dataset.targets), protocol=5)
     return hashlib.sha256(whole).hexdigest()

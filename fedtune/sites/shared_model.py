@@ -22,8 +22,8 @@ from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
 from fedtune.data.records import record_key
 from fedtune.evaluation.bootstrap import Figures
+from fedtune.evaluation.generation import compute_text_scores, compute_text_statistics, group_by_prompt
 from fedtune.evaluation.generation import generate as generate_texts
-from fedtune.evaluation.generation import group_by_prompt, text_scores, text_statistics
 from fedtune.evaluation.scoring import KeptBatches, evaluate_examples
 from fedtune.federation.planner import check_signal
 from fedtune.model.adapter import Adapter
@@ -43,13 +43,13 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
     choose_num_processes,
     choose_states_location,
-    frozen_states_fit,
-    frozen_states_folder,
-    frozen_states_mib,
+    do_frozen_states_fit,
+    find_frozen_states_folder,
+    find_step_bytes,
+    measure_frozen_states_mib,
     micro_batch_shapes,
     prepare_model,
     resolve_device,
-    step_bytes,
 )
 from fedtune.training.spec import RuntimeSpec
 
@@ -63,7 +63,7 @@ _measured: dict[_Facts, tuple[Shapes, float]] = {}
 """What trying a model came to in this process.  Asking again gives the same figure, not another draw."""
 
 
-def no_progress(what: str, done: int, total: int) -> None:
+def ignore_progress(what: str, done: int, total: int) -> None:
     """Show no progress; real sites use this function, because progress would reveal the number of records."""
 
 
@@ -103,7 +103,7 @@ class LoadedModel:
         trains: bool = True,
         leads: bool = False,
         alone: bool = False,
-        progress: Progress = no_progress,
+        progress: Progress = ignore_progress,
     ) -> None:
         tried = config.privacy.private and trains
         given = config
@@ -182,8 +182,8 @@ class LoadedModel:
     def has_room_for(self, num_tokens: int) -> bool:
         """The frozen layers' outputs for `num_tokens` fit where they are kept."""
         if self.states_folder is None:
-            return frozen_states_fit(self.model, self.config.runtime, num_tokens=num_tokens)
-        return frozen_states_folder(self.model, self.config.runtime, num_tokens=num_tokens) is not None
+            return do_frozen_states_fit(self.model, self.config.runtime, num_tokens=num_tokens)
+        return find_frozen_states_folder(self.model, self.config.runtime, num_tokens=num_tokens) is not None
 
     def _test_model(self, plain: Shapes, progress: Progress) -> tuple[Shapes, float, Outcome | None]:
         """The shapes in which no example's neighbors move it, else the plain ones and how far they do.
@@ -210,7 +210,7 @@ class LoadedModel:
         found = fit_to_memory(
             self.model,
             shapes,
-            most_bytes=step_bytes(self.model, self.config.runtime) - self.user_means_bytes,
+            most_bytes=find_step_bytes(self.model, self.config.runtime) - self.user_means_bytes,
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
@@ -222,7 +222,7 @@ class LoadedModel:
     def user_means_bytes(self) -> int:
         """For the means of users that are made together, in float64; 0 where records are units."""
         by_user = self.config.privacy.unit == "user"
-        return min(_MEANS_BYTES, step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
+        return min(_MEANS_BYTES, find_step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
     def _measure_influence(self, shapes: Shapes, progress: Progress) -> tuple[float, Outcome | None]:
         trial, told = self._make_trial(shapes), partial(progress, "trying the model")
@@ -265,7 +265,7 @@ class RunModel:
         config: RunConfig,
         *,
         records: RunRecords | None = None,
-        progress: Progress = no_progress,
+        progress: Progress = ignore_progress,
         session: Session | None = None,
     ) -> None:
         self.loaded, self.config = loaded, replace(config, runtime=loaded.config.runtime)
@@ -277,7 +277,7 @@ class RunModel:
     @property
     def states_mib(self) -> float:
         """The memory that the frozen layers' outputs for all sites' records take, in MiB."""
-        return frozen_states_mib(self.model, num_tokens=_estimate_tokens(self.config, None))
+        return measure_frozen_states_mib(self.model, num_tokens=_estimate_tokens(self.config, None))
 
     def first_adapter(self) -> Adapter:
         """The adapter that a run begins with: `model.adapter`, or a new one that changes nothing yet.
@@ -315,7 +315,7 @@ class RunModel:
         if own is None:
             return None
         data = LeadData.of(own, self.config, self.tokenizer)
-        if not frozen_states_fit(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
+        if not do_frozen_states_fit(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
             return data
         session, about = self._session, f"batches of {self.config.evaluation.max_tokens}"
         return replace(data, kept={} if session is None else session.cached_states(about, data.examples, dict))
@@ -423,7 +423,7 @@ class Evaluation:
         ends = model.task.end_ids(tokenizer, data=config.data)
         sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
         texts = generate_texts(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes)
-        return cls(examples, text_statistics(texts, references))
+        return cls(examples, compute_text_statistics(texts, references))
 
     def scores(self, model: TaskModel) -> dict[str, float]:
         """Compute the scores of a round, by name."""
@@ -431,7 +431,9 @@ class Evaluation:
 
     def final_scores(self, model: TaskModel) -> dict[str, float]:
         """Compute the scores of a finished run, by name, including those of generated texts."""
-        return model.task.final_scores(self.examples, spec=model.spec) | (text_scores(self.texts) if self.texts else {})
+        return model.task.final_scores(self.examples, spec=model.spec) | (
+            compute_text_scores(self.texts) if self.texts else {}
+        )
 
     def detail(self, model: TaskModel) -> Detail | None:
         """Compute the details behind the scores, such as scores per label; None if the task has none."""

@@ -17,7 +17,7 @@ from fedtune.codec import decode
 from fedtune.config import CostSpec, ReportSpec, RunConfig, TrackingSpec, parse
 from fedtune.data.spec import AT_SITE
 from fedtune.federation.spec import MOST_SITES, FederationSpec, PublicSpec
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.mechanism import PrivacySpec
@@ -94,11 +94,11 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
         return parse(fields)
     except _NO_SETTINGS as error:
         # The lead's own word, in a file that two versions of fedtune read differently.
-        asked = _unshared_keys(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
+        asked = _list_unshared_keys(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
         raise Refused(Reason.SETTINGS, asked=asked, allowed="what this site's fedtune knows") from error
 
 
-def _unshared_keys(sent: Mapping[str, Any]) -> str:
+def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
     """List the settings that only one of the two versions of fedtune knows: the lead's, which sent the settings, or
     this one.
     """
@@ -185,7 +185,7 @@ def settings_for_own_site(config: RunConfig, policy: Policy, *, folder: Path) ->
 
 def _model_by_hash(model: ModelSpec) -> ModelSpec:
     """Return the model settings with the model's hash and without the lead's path."""
-    sha256 = model.sha256 or model_sha256(model)
+    sha256 = model.sha256 or hash_model(model)
     path = model.path if model.is_built_in or model.path.startswith(PACKAGE) else AT_SITE
     return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None, adapter=None)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedtune.codec import decode, read_toml
 from fedtune.config import AboutSpec
 from fedtune.privacy.policy_file import OTHER_TABLES
-from fedtune.spec import errors_in, spec
+from fedtune.spec import name_file_in_errors, spec
 from fedtune.training.spec import Machine
 
 
@@ -33,5 +33,5 @@ def read_site_settings(path: Path) -> SiteSettings:
         ConfigError: names the file, the key, its value and the accepted values.
     """
     table = read_toml(path, key="policy")
-    with errors_in(path):
+    with name_file_in_errors(path):
         return decode(SiteSettings, {key: value for key, value in table.items() if key in OTHER_TABLES})

@@ -53,9 +53,9 @@ from fedtune.privacy.site_policy import (
 from fedtune.privacy.trust import Trust
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.session import Session
-from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, no_progress
+from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, ignore_progress
 from fedtune.sites.work import SiteWork, WorkingSite
-from fedtune.spec import ConfigError, RefusedError, RunError, shown
+from fedtune.spec import ConfigError, RefusedError, RunError, format_value
 
 LEAD_KEY = "lead_key.pem"
 DEALT = "partition.json"
@@ -106,7 +106,7 @@ class VirtualSites:
         before = read_partition_settings(path, keys=dealt)
         for key, value in dealt.items():
             if before[key] != value:
-                bound = f"must be {shown(before[key])}: the records in {self.folder} were partitioned with it"
+                bound = f"must be {format_value(before[key])}: the records in {self.folder} were partitioned with it"
                 raise ConfigError(key, value, bound)
 
     def lead_key(self) -> SigningKey:
@@ -328,7 +328,7 @@ class Participants:
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, *, progress: Progress = no_progress, session: Session | None = None
+        self, config: RunConfig, folder: Path, *, progress: Progress = ignore_progress, session: Session | None = None
     ) -> None:
         self.config, self.plan = config, config.plan()  # its noise is calibrated once in a process
         self._progress, self._session = progress, session

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from fedtune.data import TextDataset, users_of
+from fedtune.data import TextDataset, group_by_user
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
 from fedtune.evaluation.scoring import unit_scores, user_scores
@@ -64,7 +64,7 @@ class SiteWork:
         of_each = 16 * sum(parameter.numel() for parameter in self.shared.model.trainable().values())
         users = UserExamples(
             examples,
-            users_of(self.records.training),
+            group_by_user(self.records.training),
             most_records=privacy.contribution,
             most_users=max(1, self.shared.loaded.user_means_bytes // of_each),
         )
@@ -178,7 +178,7 @@ class SiteWork:
         """
         adapter.load_into(self.shared.model)
         exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
-        users = users_of(self.records.heldout) if plan.unit == "user" else None
+        users = group_by_user(self.records.heldout) if plan.unit == "user" else None
         return release_scores(
             exact if users is None else user_scores(exact, users),
             declared_size=self.declared_size * self.shared.config.data.heldout_fraction,

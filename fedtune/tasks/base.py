@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedtune.codec import decode_value, require
 from fedtune.data.batching import Batch
-from fedtune.data.features import feature_columns
+from fedtune.data.features import map_feature_columns
 from fedtune.data.json_lists import to_compact_json
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
@@ -206,7 +206,7 @@ class Task(ABC):
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
         if answer := [role for role in data.template_roles if role in self.answers | {"completion"}]:
             raise ConfigError("prompt_template", data.prompt_template, f"must not name the answer, {{{answer[0]}}}")
-        known = {*self.required_roles(data), *_ROLES_OF_ALL, *feature_columns(data.features, {})}
+        known = {*self.required_roles(data), *_ROLES_OF_ALL, *map_feature_columns(data.features, {})}
         if unknown := [role for role in data.columns if role not in known]:
             bound = f"is not a role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
@@ -410,8 +410,9 @@ class Task(ABC):
         """Return the answer for one record, as `answer` does, for tasks whose answers quote parts of the record."""
         return self.answer(logits[0], spec=spec)
 
-    def max_secure_sum(self, sizes: Iterable[int]) -> int:
-        """Return the largest value of a site's part of a secure sum, in clip norms, given the sites' declared sizes.
+    def max_aggregated_value(self, sizes: Iterable[int]) -> int:
+        """Return the largest value of a site's part of secure aggregation, in clip norms, given the sites' declared
+        sizes.
 
         For tasks that count units, all units of a site may be of one kind; twice the declared size leaves none of them
         out.

@@ -168,11 +168,11 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         self, function: Callable[..., Any], before: Callable[[tuple[Any, ...]], object]
     ) -> Callable[..., Any]:
         @wraps(function)
-        def counted(*args: Any, **kwargs: Any) -> Any:
+        def call_counted(*args: Any, **kwargs: Any) -> Any:
             before(tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, Context)))
             return self._charge_result(function(*args, **kwargs))
 
-        return counted
+        return call_counted
 
     def _charge_output(self, value: Any) -> Any:
         """Count a value that the template outputs: a text, a number or nothing."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedtune.data.bad_rows import Faults
 from fedtune.data.batching import Batch
-from fedtune.data.records import Record, error_of
+from fedtune.data.records import Record, make_validator
 from fedtune.data.spec import DataSpec, fill_template
 from fedtune.data.tokenization import (
     UNSUPERVISED,
@@ -89,7 +89,7 @@ class CausalLM(Task):
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         """Return a function that rejects chats without an answer."""
-        return error_of(_require_answer) if "messages" in data.columns else super().record_validator(data)
+        return make_validator(_require_answer) if "messages" in data.columns else super().record_validator(data)
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:
         from fedtune.model.compatibility import check_causal
@@ -174,7 +174,7 @@ class CausalLM(Task):
         return torch.stack([total / len(places) for total, places in sum_token_losses(model, batch)])
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"loss": model.losses(batch), "tokens": (_next_tokens(batch) != UNSUPERVISED).sum(dim=1)}
+        return {"loss": model.losses(batch), "tokens": (_shift_targets(batch) != UNSUPERVISED).sum(dim=1)}
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `loss`, the mean over examples in nats, and `perplexity`, exp of the mean over all supervised tokens.
@@ -197,7 +197,7 @@ class CausalLM(Task):
 
     def unit_score(self, model: Model, batch: Batch) -> float:
         """Return the geometric mean of the probabilities of the answer's tokens; 0 if truncation left none of them."""
-        learned = bool((_next_tokens(batch)[: batch.texts] != UNSUPERVISED).any())
+        learned = bool((_shift_targets(batch)[: batch.texts] != UNSUPERVISED).any())
         return float(np.exp(-float(model.losses(batch)[0]))) if learned else 0.0
 
     def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
@@ -217,10 +217,10 @@ def sum_token_losses(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor,
         lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     )
     # Found for all rows on the host, so that a device is waited for once.
-    learned = [row.nonzero().flatten() for row in (_next_tokens(batch) != UNSUPERVISED).cpu()]
+    learned = [row.nonzero().flatten() for row in (_shift_targets(batch) != UNSUPERVISED).cpu()]
     places_of_rows = torch.split(torch.cat(learned).to(inputs.device), [len(places) for places in learned])
     # Not by index, which would add up each row's gradient with the zeros of all others.
-    for row, targets, places in zip(inputs[:, :-1].unbind(), _next_tokens(batch), places_of_rows, strict=True):
+    for row, targets, places in zip(inputs[:, :-1].unbind(), _shift_targets(batch), places_of_rows, strict=True):
         if not len(places):
             yield row[:0].float().sum(), row.new_zeros(1)  # with a gradient of zero, whatever stands there
             continue
@@ -228,7 +228,7 @@ def sum_token_losses(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor,
         yield torch.nn.functional.cross_entropy(scores, targets[places], reduction="sum"), places
 
 
-def _next_tokens(batch: Batch) -> torch.Tensor:
+def _shift_targets(batch: Batch) -> torch.Tensor:
     """Return the target token after each position, (rows, t - 1), or `UNSUPERVISED`."""
     return batch.targets[:, 1:]
 

@@ -153,7 +153,7 @@ def build_chat_format(
         ConfigError: for `data.chat_template`: the model has no template, or an unsupported one.
     """
     if kind == "plain":
-        return _plain_format(tokenizer, start, end)
+        return _build_plain_format(tokenizer, start, end)
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     try:
@@ -166,7 +166,7 @@ def build_chat_format(
 
 
 @lru_cache(maxsize=4)
-def _plain_format(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
+def _build_plain_format(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
     """Build the format `System: ...`, `User: ...`, `Assistant: ...`; contents start with a space, for the usual
     tokenization.
     """
@@ -276,7 +276,7 @@ def _derive_format(
     """
     spent = 0
 
-    def rendered(turns: _Conversation) -> str:
+    def render_counted(turns: _Conversation) -> str:
         nonlocal spent
         text = _render_turns(template, turns, special)
         spent += template.work
@@ -285,14 +285,14 @@ def _derive_format(
         return text
 
     one, more = (USER, ASSISTANT), (USER, ASSISTANT, USER)
-    joints = _derive_separators(rendered, one) | _derive_separators(rendered, more)
+    joints = _derive_separators(render_counted, one) | _derive_separators(render_counted, more)
     # Some templates know no system turn: they say so, or leave it out.
     try:
-        joints |= _derive_separators(rendered, (SYSTEM, *one))
+        joints |= _derive_separators(render_counted, (SYSTEM, *one))
     except _NoChain:  # some write it before the last user's content alone
         turns, keeps = (Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b")), False
         with suppress(_NoChain):
-            keeps = any("qzxw" in rendered(turns[:count]) for count in (2, 3))
+            keeps = any("qzxw" in render_counted(turns[:count]) for count in (2, 3))
         if keeps:
             raise
     prompt, written = joints[USER, ANSWER], joints[USER, ASSISTANT]
@@ -304,9 +304,9 @@ def _derive_format(
     # Spaces before an assistant's content, but not before an answer yet to be written, are the model's to write.
     contents: dict[str, Callable[[str], str]] = dict.fromkeys(roles, str) | {ASSISTANT: lambda content: lead + content}
     for role in roles:
-        contents[role] = _detect_trimming(rendered, joints, contents, role)
+        contents[role] = _detect_trimming(render_counted, joints, contents, role)
     tried = {
-        turns: rendered(turns)
+        turns: render_counted(turns)
         for turns in _test_conversations((*template.texts, *special.values()), has_system=SYSTEM in roles)
     }
     if any(text != _join_turns(joints, contents, turns) for turns, text in tried.items()):
@@ -336,11 +336,11 @@ def _detect_trimming(
     text, whole = rendered(turns), contents[role]
     for trim in _TRIMS:
 
-        def trimmed(content: str, trim: Callable[[str], str] = trim) -> str:
+        def render_trimmed(content: str, trim: Callable[[str], str] = trim) -> str:
             return whole(trim(content))
 
-        if _join_turns(joints, {**contents, role: trimmed}, turns) == text:
-            return trimmed
+        if _join_turns(joints, {**contents, role: render_trimmed}, turns) == text:
+            return render_trimmed
     raise _NoChain(f"changes the {role}'s text")
 
 

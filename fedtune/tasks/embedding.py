@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from fedtune.data.batching import Batch
 from fedtune.data.features import check_names
-from fedtune.data.records import Record, error_of, record_key
+from fedtune.data.records import Record, make_validator, record_key
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenization import Targets, TextDataset, Tokenizer, whole_texts
+from fedtune.data.tokenization import Targets, TextDataset, Tokenizer, tokenize_whole_texts
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError, check_positive, spec
@@ -114,7 +114,7 @@ class Embedding(Task):
             raise ConfigError("task_settings.negatives", negatives, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return error_of(self._target_reader(data))
+        return make_validator(self._target_reader(data))
 
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -126,7 +126,9 @@ class Embedding(Task):
         texts = self.texts_per_record(data)
         roles = self.layouts[texts - 2][:texts]
         fields = [(one, (role,)) for one in map(self._make_negative_adder, records) for role in roles]
-        ids, encoded = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
+        ids, encoded = tokenize_whole_texts(
+            fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within
+        )
         wanted = [*map(self._target_reader(data), records)]
         complete = np.array(encoded, dtype=bool).reshape(-1, texts).all(axis=1)
         return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)

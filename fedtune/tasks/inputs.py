@@ -19,11 +19,11 @@ from fedtune.data.features import encode_features
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec, fill_template
 from fedtune.data.text_rows import catch_row_error
-from fedtune.data.tokenization import whole_texts
+from fedtune.data.tokenization import tokenize_whole_texts
 from fedtune.data.values import FEATURE
 from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
 from fedtune.process import torch
-from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, shown
+from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, format_value
 
 Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """(t,) token ids, (1, w) the values of a vector, or (t, w) the pixels of an image's patches."""
@@ -157,7 +157,7 @@ class Text(Input):
             joined = partial(fill_template, data.prompt_template)
             records = [replace(one, fields={**one.fields, "text": joined(one.fields)}) for one in records]
         fields = [(record, roles) for record in records]
-        return whole_texts(fields, reader, max_length=data.max_length, lenient_within=lenient_within)
+        return tokenize_whole_texts(fields, reader, max_length=data.max_length, lenient_within=lenient_within)
 
     def build_base(
         self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any
@@ -312,7 +312,7 @@ def require_values(why: str, *settings: tuple[str, object, object]) -> None:
     """
     for key, value, wanted in settings:
         if value != wanted:
-            raise ConfigError(key, value, f"must be {shown(wanted)} {why}")
+            raise ConfigError(key, value, f"must be {format_value(wanted)} {why}")
 
 
 def require_no_label_texts(head: HeadSpec, why: str) -> None:

@@ -191,7 +191,7 @@ def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
     )
 
 
-def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+def compute_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Compute the expected calibration error (ECE), in [0, 1]: the mean gap between a bin's confidence and its
     accuracy.
     """
@@ -199,7 +199,7 @@ def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     return sum(apart) / sum(one.count for one in bins)
 
 
-def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
+def compute_quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
     """Compute Cohen's kappa with quadratic weights, at most 1: 1 minus the ratio of the squared error to that of
     chance.
 

@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
-from fedtune.tasks.pooled import LabelTask, TargetOf, place_of, to_json_labels
+from fedtune.tasks.pooled import LabelTask, TargetOf, format_labels, place_of
 
 MOST_LABELS = 1_000
 """A record keeps a byte for each: with more, a lead could choose how many records of a label a site has memory for."""
@@ -48,13 +48,13 @@ class MultiLabel(LabelTask):
     def target(self, data: DataSpec) -> TargetOf:
         places = {label: index for index, label in enumerate(data.labels)}
 
-        def marks(record: Record) -> npt.NDArray[np.int8]:
+        def mark_labels(record: Record) -> npt.NDArray[np.int8]:
             found = np.zeros(len(places), dtype=np.int8)
             for label in split_labels(record.fields["labels"], separator=data.label_separator):
                 found[place_of(label, places, record, role="labels")] = 1
             return found
 
-        return marks
+        return mark_labels
 
     def target_shape(self, data: DataSpec) -> tuple[int, ...]:
         return (len(data.labels),)
@@ -103,7 +103,7 @@ class MultiLabel(LabelTask):
         found = [(spec.labels[place], float(chances[place])) for place in (-chances).argsort(stable=True).tolist()]
         said = [one for one in found if one[1] > 0.5]
         listed = ", ".join(f"{label} {chance:.3f}" for label, chance in said or found[:1])
-        return listed if said else f"none ({listed})", to_json_labels(said)
+        return listed if said else f"none ({listed})", format_labels(said)
 
     def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return json.dumps([data.labels[draw(len(data.labels))]]) if role == "labels" else None

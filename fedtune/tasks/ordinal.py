@@ -25,8 +25,8 @@ from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.tasks.base import Model
-from fedtune.tasks.measures import Floats, quadratic_kappa
-from fedtune.tasks.pooled import OneLabelTask, binary_losses
+from fedtune.tasks.measures import Floats, compute_quadratic_kappa
+from fedtune.tasks.pooled import OneLabelTask, compute_binary_losses
 
 
 class Ordinal(OneLabelTask):
@@ -47,7 +47,7 @@ class Ordinal(OneLabelTask):
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         questions = torch.arange(logits.shape[1], device=logits.device)
         above = (targets[:, None] > questions).long()  # (rows, K - 1)
-        return binary_losses(logits, torch.where(targets[:, None] == UNSUPERVISED, UNSUPERVISED, above))
+        return compute_binary_losses(logits, torch.where(targets[:, None] == UNSUPERVISED, UNSUPERVISED, above))
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         above = logits.sigmoid().sort(dim=1, descending=True).values
@@ -59,7 +59,7 @@ class Ordinal(OneLabelTask):
         """Compute `quadratic_kappa`, at most 1, `accuracy` in [0, 1], and `mae` in steps between labels."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {
-            "quadratic_kappa": quadratic_kappa(truth, predicted, num_labels=len(spec.labels)),
+            "quadratic_kappa": compute_quadratic_kappa(truth, predicted, num_labels=len(spec.labels)),
             "accuracy": float(np.mean(truth == predicted)),
             "mae": float(np.mean(np.abs(truth - predicted))),
         }

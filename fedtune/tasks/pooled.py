@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
-from fedtune.data.records import Record, error_of
+from fedtune.data.records import Record, make_validator
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenization import UNSUPERVISED, Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
@@ -59,7 +59,7 @@ class PooledTask(Task):
         """Compute each row's loss, (rows,), from logits (rows, outputs); a row with target `UNSUPERVISED` has loss
         0.
         """
-        return binary_losses(logits, targets)
+        return compute_binary_losses(logits, targets)
 
     @abstractmethod
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
@@ -102,7 +102,7 @@ class PooledTask(Task):
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         target, readable = self.target(data), get_input_for(data).check_record(data)
-        return error_of(lambda record: (target(record), readable(record)))
+        return make_validator(lambda record: (target(record), readable(record)))
 
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -234,7 +234,10 @@ class LabelTask(PooledTask):
         """
         truth, said = self.label_indicators(figures, spec=spec)
         bins = measures.reliability(*self.confidence(figures, truth, said))
-        told = {"auroc": measures.auroc(figures["probabilities"], truth), "ece": measures.calibration_error(bins)}
+        told = {
+            "auroc": measures.auroc(figures["probabilities"], truth),
+            "ece": measures.compute_calibration_error(bins),
+        }
         return self.task_scores(figures, spec=spec) | told | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail | None:
@@ -252,7 +255,7 @@ class LabelTask(PooledTask):
         found = [(spec.labels[place], float(chances[place])) for place in [first, *others][:_SHOWN]]
         (label, chance), *rest = found
         listed = ", ".join(f"{other} {of_other:.3f}" for other, of_other in rest)
-        return f"{label} {chance:.3f} ({listed})", to_json_labels(found)
+        return f"{label} {chance:.3f} ({listed})", format_labels(found)
 
 
 class OneLabelTask(LabelTask):
@@ -272,12 +275,12 @@ class OneLabelTask(LabelTask):
         return draws.integers(0, len(spec.labels), size=len(input_ids))
 
 
-def to_json_labels(found: Sequence[tuple[str, float]]) -> list[dict[str, object]]:
+def format_labels(found: Sequence[tuple[str, float]]) -> list[dict[str, object]]:
     """Convert labels with their probabilities to JSON objects."""
     return [{"label": label, "probability": chance} for label, chance in found]
 
 
-def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+def compute_binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     """Compute each row's mean binary cross-entropy, (rows,), over its (rows, outputs) yes-or-no answers; 0 if
     unsupervised.
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
-from fedtune.data.records import Record, error_of
+from fedtune.data.records import Record, make_validator
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenization import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import parse_continuation, read_messages
@@ -89,7 +89,7 @@ class Preference(CausalLM):
         return super().input_columns(data) or {"messages": "messages"}
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return error_of(_pair_splitter(data))
+        return make_validator(_pair_splitter(data))
 
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -218,9 +218,9 @@ def _pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
 
     The function raises a DataError if the record is not a pair.
     """
-    with_answer = _as_completion if "prompt" in data.columns else _as_conversation
+    with_answer = _to_completion if "prompt" in data.columns else _to_conversation
 
-    def both(record: Record) -> tuple[Record, Record]:
+    def split_both(record: Record) -> tuple[Record, Record]:
         chosen, rejected = (with_answer(record, role) for role in _ANSWERS)
         if "prompt" not in data.columns:
             asked, other = (split_last_answer(parse_turns(one.fields["messages"]))[0] for one in (chosen, rejected))
@@ -229,10 +229,10 @@ def _pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
                 raise DataError(record.at("rejected"), "other turns", bound)
         return chosen, rejected
 
-    return both
+    return split_both
 
 
-def _as_completion(record: Record, role: str) -> Record:
+def _to_completion(record: Record, role: str) -> Record:
     """Return a prompt with the answer in `role` as its completion."""
     if parse_continuation(record.fields[role]) is not None:
         bound = "must be text, like the prompt; for conversations, give the prompt's column the role messages"
@@ -241,7 +241,7 @@ def _as_completion(record: Record, role: str) -> Record:
     return replace(record, fields={**others, "completion": record.fields[role]})
 
 
-def _as_conversation(record: Record, role: str) -> Record:
+def _to_conversation(record: Record, role: str) -> Record:
     """Return a conversation that ends with the answer in `role`."""
     said = parse_continuation(record.fields[role])
     if said is None:

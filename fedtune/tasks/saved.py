@@ -30,12 +30,12 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.codec import decode, parse_json
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.ia3_and_dora import PEFT_SCALES, iter_peft_scales
-from fedtune.model.source import public_location
+from fedtune.model.source import find_public_location
 from fedtune.model.spec import NO_ADAPTER, ModelSpec, TaskModelSpec
 from fedtune.model.unsupported_models import PRIVATE_TO
-from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, errors_in, shown
+from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, format_value, name_file_in_errors
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, assemble
 
@@ -105,9 +105,11 @@ class SavedAdapter:
             raise ConfigError("adapter", str(path), f"{bound} ({error.strerror})") from error
         check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="adapter")
         if (site := settings.pop(PRIVATE_TO, None)) is not None and not private:
-            bound = f"is private to {shown(site)}, without a guarantee: nothing derived from it may leave that site"
+            bound = (
+                f"is private to {format_value(site)}, without a guarantee: nothing derived from it may leave that site"
+            )
             raise ConfigError("adapter", str(folder), bound)
-        with errors_in(path):
+        with name_file_in_errors(path):
             digest, own = str(settings.pop("adapter_digest", None)), settings.pop("task_settings", {})
             spec = decode(TaskModelSpec, settings)
             spec = replace(spec, task_settings=get_task(spec.task, own).own)
@@ -195,9 +197,9 @@ class SavedAdapter:
         Raises:
             ConfigError: for `adapter`; the message names the first difference.
         """
-        for key, was, now in _differing_settings(_MEANING, self.spec, other):
-            bound = f"was tuned on a different model: {_MEANING[key]} is {shown(was, 30)}, not {shown(now, 30)}"
-            raise self._invalid_adapter(bound)
+        for key, was, now in _list_differing_settings(_MEANING, self.spec, other):
+            difference = f"{_MEANING[key]} is {format_value(was, 30)}, not {format_value(now, 30)}"
+            raise self._invalid_adapter(f"was tuned on a different model: {difference}")
 
     def can_reuse_head(self, spec: TaskModelSpec) -> bool:
         """Whether a run of this model, which may declare more labels, can reuse the head; otherwise its head starts
@@ -220,8 +222,8 @@ class SavedAdapter:
         with_texts = ("label_texts",) if self.spec.labels == spec.labels else ()
         keys += [f"head.{key}" for key in ("scale", "center", *with_texts) if self.can_reuse_head(spec)]
         found = [
-            f"its {key} is {shown(was)}, not {shown(now)}"
-            for key, was, now in _differing_settings(keys, self.spec, spec)
+            f"its {key} is {format_value(was)}, not {format_value(now)}"
+            for key, was, now in _list_differing_settings(keys, self.spec, spec)
         ]
         if found:
             bound = f"must have the run's task and LoRA settings: {'; '.join(found)}"
@@ -234,7 +236,7 @@ class SavedAdapter:
             ConfigError: for `model.adapter`: it does not fit, is damaged, or has values that are not finite.
         """
         self.require_compatible(model.spec)
-        was, now = self.spec.model.sha256, model_sha256(model.spec.model)
+        was, now = self.spec.model.sha256, hash_model(model.spec.model)
         if was != now:
             bound = f"was tuned for base model {was}, but the run's is {now}"
             raise ConfigError("model.adapter", str(self.folder), bound)
@@ -267,7 +269,7 @@ class SavedAdapter:
         return Adapter({name: start.tensors[name] for name in model.trainable()})
 
 
-def _differing_settings(keys: Iterable[str], *specs: TaskModelSpec) -> Iterator[tuple[str, Any, Any]]:
+def _list_differing_settings(keys: Iterable[str], *specs: TaskModelSpec) -> Iterator[tuple[str, Any, Any]]:
     """Yield each dotted key whose values differ between two specs, with both values."""
     for key in keys:
         was, now = (attrgetter(key)(one) for one in specs)
@@ -305,11 +307,15 @@ def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None =
     if adapted:
         peft = dict(model.base.peft_config["default"].to_dict())
         # A base that others can load, where there is one: its public id, else as the user named it.
-        peft |= {"base_model_name_or_path": public_location(base), "revision": base.revision, "inference_mode": True}
+        peft |= {
+            "base_model_name_or_path": find_public_location(base),
+            "revision": base.revision,
+            "inference_mode": True,
+        }
         peft |= {key: sorted(value) for key, value in peft.items() if isinstance(value, set)}
         files["adapter_config.json"] = peft
     # Its start's digest stays; the folder where that lay is nobody else's.
-    pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None, adapter=None)
+    pinned = replace(base, sha256=base.sha256 or hash_model(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
     files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.from_task_model(model).digest()}
     if private_to is not None:

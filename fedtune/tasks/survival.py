@@ -73,7 +73,7 @@ class Survival(PooledTask):
         ends = np.array(self.own.intervals)
         came = dict(zip(data.event_values, (False, True), strict=False)) or _EVENTS
 
-        def known(record: Record) -> npt.NDArray[np.int8]:
+        def read_target(record: Record) -> npt.NDArray[np.int8]:
             time, event = float(record.fields["time"]), came.get(normalize_category(record.fields["event"]))
             if event is None:
                 bound = "must be 1 or true for an event, else 0 or false; or one of data.event_values"
@@ -86,7 +86,7 @@ class Survival(PooledTask):
                 found[(ends < time).sum()] = 1
             return found
 
-        return known
+        return read_target
 
     def target_shape(self, data: DataSpec) -> tuple[int, ...]:
         return (len(self.own.intervals),)
@@ -99,7 +99,7 @@ class Survival(PooledTask):
 
     def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `concordance` (Harrell's) and `integrated_brier`, both in [0, 1], from the discrete intervals."""
-        followed, event = observed_intervals(figures["truth"])
+        followed, event = count_observed_intervals(figures["truth"])
         return {
             "concordance": concordance(-figures["survival"].sum(axis=1), followed, event),
             "integrated_brier": integrated_brier(figures["survival"], followed, event),
@@ -130,7 +130,7 @@ class Survival(PooledTask):
         return np.where(places < last, 0, np.where(places == last, event, UNSUPERVISED)).astype(np.int8)
 
 
-def observed_intervals(truth: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+def count_observed_intervals(truth: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Return, from (records, intervals) targets, the number of intervals without the event, and whether the event
     followed.
     """

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.batching import Batch
-from fedtune.data.records import Record, error_of
+from fedtune.data.records import Record, make_validator
 from fedtune.data.span_formats import entities_from_tags
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenization import UNSUPERVISED, Targets, TextDataset, Tokenizer, encode_words, max_characters
@@ -103,7 +103,7 @@ class TokenClassification(Task):
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return error_of(marks(data))
+        return make_validator(make_marks_reader(data))
 
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -113,7 +113,7 @@ class TokenClassification(Task):
         Every record has `data.windows` windows; an unused window is a single token without a target.  All windows of a
         text that cannot be encoded are unused.
         """
-        read = [*map(marks(data), records)]
+        read = [*map(make_marks_reader(data), records)]
         before, behind = _surrounding_tokens(tokenizer)
         room, step, most = _window_sizes(data, len(before) + len(behind))
         texts = [text[: max_characters(most)] for text, _ in read]
@@ -210,7 +210,7 @@ class TokenClassification(Task):
         """Return the text with [label: ...] around each entity, and as JSON the entities with their character
         offsets.
         """
-        (asked, _), rows = marks(data)(record), self.tokenize([record], tokenizer, data=data).targets
+        (asked, _), rows = make_marks_reader(data)(record), self.tokenize([record], tokenizer, data=data).targets
         assert isinstance(rows, tuple), "each token has a target"
         each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
         said = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
@@ -332,7 +332,7 @@ def _assign_tags(
     return tags
 
 
-def marks(data: DataSpec) -> Callable[[Record], Marked]:
+def make_marks_reader(data: DataSpec) -> Callable[[Record], Marked]:
     """Return a function that reads a record's text and entities.
 
     The function raises a DataError if the numbers of tags and tokens differ, a span is outside the text or overlaps
@@ -340,7 +340,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
     """
     places = {label: place for place, label in enumerate(data.labels)}
 
-    def of_tokens(record: Record) -> Marked:
+    def read_tokens(record: Record) -> Marked:
         tokens, tags = (record.fields[role].split("\n") for role in ("tokens", "tags"))
         if len(tags) != len(tokens):
             raise DataError(record.at("tags"), "another number of tags", "must have one tag per token")
@@ -351,7 +351,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
         found = ((starts[a], starts[b] - 1, place_of(name, places, record, role="tags")) for a, b, name in entities)
         return " ".join(tokens), list(found)
 
-    def of_spans(record: Record) -> Marked:
+    def read_spans(record: Record) -> Marked:
         text, at = record.fields["text"], record.at("spans")
         spans = json.loads(record.fields["spans"])
         if any(len(one) > 3 for one in spans):
@@ -371,7 +371,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
             raise DataError(at, "spans that overlap", "must not overlap: a word has one label")
         return text, entities
 
-    return of_spans if "text" in data.columns else of_tokens
+    return read_spans if "text" in data.columns else read_tokens
 
 
 def _window_sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:

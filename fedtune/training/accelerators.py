@@ -75,7 +75,7 @@ def name_of(device: torch.device) -> str:
     return f"{device.type}, {named(device)}"
 
 
-def about(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """Describe a device and its settings for the record of a run; "cpu" for a CPU."""
     if device.type == "cpu":
         return "cpu"

@@ -31,7 +31,7 @@ from fedtune.tasks.task_model import TaskModel
 from fedtune.training.accelerators import total_memory
 from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, clipped_contributions, zero_sums
 from fedtune.training.examples import SiteExamples, Told, ignore_progress
-from fedtune.training.machine import measure_peak_bytes, model_bytes
+from fedtune.training.machine import measure_model_bytes, measure_peak_bytes
 from fedtune.training.per_example import PerExampleGradients, record_gradients
 
 See = Callable[[Mapping[str, torch.Tensor]], None]
@@ -98,7 +98,7 @@ def max_batch_influence(
     with _restoring_adapter(model), _convert_model_errors(model, shapes):
         _randomize_adapter(model, draws)
         moved = trial().max_influence(max_grad_norm) if weights_chosen else 0.0
-        with _with_random_weights(model, draws) if weights_chosen else nullcontext():
+        with _randomize_weights(model, draws) if weights_chosen else nullcontext():
             last = trial()
             return max(moved, last.max_influence(max_grad_norm), last.max_influence_of_row(max_grad_norm))
 
@@ -144,7 +144,7 @@ def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_st
     """
     draws = np.random.default_rng()
 
-    def needed(rows: int, length: int) -> int:
+    def measure_needed(rows: int, length: int) -> int:
         room = shapes.capacity(length, rows)
         made_up = _make_longest(model, shapes.longest_record(length), draws).select_examples([0] * room)
         examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
@@ -152,7 +152,7 @@ def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_st
         return measure_peak_bytes(lambda: _run_full_step(model, examples, part, keeps_states), model.device)
 
     with _convert_model_errors(model, shapes):
-        most_rows = tuple(_max_rows(most_bytes, shapes, length, needed) for length in shapes.lengths)
+        most_rows = tuple(_max_rows(most_bytes, shapes, length, measure_needed) for length in shapes.lengths)
     return replace(shapes, most_rows=most_rows)
 
 
@@ -380,13 +380,13 @@ def _make_generator(draws: np.random.Generator, device: torch.device | str) -> t
 
 
 @contextmanager
-def _with_random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
+def _randomize_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
     """Replace the frozen weights by random ones, as in a new model, and restore them at the end of the block."""
     frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
     # On the model's device if both leave room for a step, which has four fifths of what a model leaves free.
-    beside = model.device.type != "cpu" and 6 * model_bytes(model) <= total_memory(model.device)
+    beside = model.device.type != "cpu" and 6 * measure_model_bytes(model) <= total_memory(model.device)
     kept = [one.detach().to(model.device if beside else "cpu", copy=True) for one in own]
     generators = {one.device: _make_generator(draws, one.device) for one in frozen.values()}
     try:

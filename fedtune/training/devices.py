@@ -441,14 +441,14 @@ def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device
     logging.disable(logging.CRITICAL)  # what a record makes fail is for the site's own log alone, which is not here
     said = time.monotonic()
 
-    def at_work() -> None:
+    def report_work() -> None:
         nonlocal said
         if time.monotonic() - said > _SIGN_EVERY_S:
             said = time.monotonic()
             orders.send((_AT_WORK, None))
 
     try:
-        device = _Device(load(place), at_work)
+        device = _Device(load(place), report_work)
         orders.send((_AT_WORK, None))
         while True:
             what, about, forgotten = orders.recv()

@@ -34,7 +34,7 @@ CLIP_NORM_CELLS = 2.0**GRID_BITS  # a clip norm, in cells
 _LANES = 1024  # in which an accelerator adds up a row's squares: a power of two
 
 
-def no_other_devices(sums: TensorSums, max_grad_norm: float) -> int:
+def add_nothing(sums: TensorSums, max_grad_norm: float) -> int:
     """Add nothing, and return 0 units: the `Records.add_others` of a site with one device."""
     return 0
 
@@ -61,7 +61,7 @@ class Records:
     cut: Callable[[npt.NDArray[np.int64]], Iterable[Any]]
     # adds the other devices' sums over the units that `cut` left to them, clipped to the same norm; returns the
     # number of those units
-    add_others: Callable[[TensorSums, float], int] = no_other_devices
+    add_others: Callable[[TensorSums, float], int] = add_nothing
 
 
 def dp_sgd_step(
@@ -145,8 +145,8 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
     for name, contribution in _clip_to_cells(gradients, max_grad_norm):
         # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.
         totals[name] = contribution.sum(dim=0)
-        squares.append(_exact_squared_norms(contribution))
-    if not (usable := _within_clip_norm(squares)).all():
+        squares.append(_compute_exact_squared_norms(contribution))
+    if not (usable := _is_within_clip_norm(squares)).all():
         add_clipped(sums, {name: gradient[usable] for name, gradient in gradients.items()}, max_grad_norm)
         return
     for name, total in totals.items():
@@ -160,9 +160,9 @@ def clipped_contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: 
     """
     whole, squares = {}, []
     for name, contribution in _clip_to_cells(gradients, max_grad_norm):
-        squares.append(_exact_squared_norms(contribution))
+        squares.append(_compute_exact_squared_norms(contribution))
         whole[name] = contribution.cpu()
-    usable = _within_clip_norm(squares).cpu()
+    usable = _is_within_clip_norm(squares).cpu()
     return {name: torch.where(usable[:, None], one, 0.0) for name, one in whole.items()}
 
 
@@ -174,14 +174,18 @@ def _clip_to_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) 
     The values are cells in float64.  Each row depends on its own unit alone, bit for bit, and may still be NaN.
     """
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
-    cells = _joint_norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (cell_width(max_grad_norm) / bound)
+    cells = _compute_joint_norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (
+        cell_width(max_grad_norm) / bound
+    )
     for name, gradient in gradients.items():
         yield name, _flatten_rows(gradient).div_(cells, rounding_mode="trunc")
 
 
-def _joint_norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _compute_joint_norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the (n,) joint L2 norms over all tensors."""
-    return _sum_in_fixed_order(_squared_row_norms(_flatten_rows(gradient)) for gradient in gradients.values()).sqrt()
+    return _sum_in_fixed_order(
+        _compute_squared_row_norms(_flatten_rows(gradient)) for gradient in gradients.values()
+    ).sqrt()
 
 
 def _flatten_rows(gradient: torch.Tensor) -> torch.Tensor:
@@ -192,16 +196,16 @@ def _flatten_rows(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.flatten(1).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
-def _exact_squared_norms(whole: torch.Tensor) -> torch.Tensor:
+def _compute_exact_squared_norms(whole: torch.Tensor) -> torch.Tensor:
     """Return the (n, lanes) squared norms of rows of integers.
 
     A usable row has a squared norm of at most 2**48, so float64 sums it exactly, and squaring its root rounds back to
     it.
     """
-    return _squared_row_norms(whole).round()
+    return _compute_squared_row_norms(whole).round()
 
 
-def _within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
+def _is_within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return (n,) whether each unit may be added, from its tensors' squared norms (n, lanes); False for NaN."""
     return _sum_in_fixed_order(squares) <= CLIP_NORM_CELLS**2
 
@@ -211,7 +215,7 @@ def _sum_in_fixed_order(each: Iterable[torch.Tensor]) -> torch.Tensor:
     return sum_by_halves(reduce(torch.add, each))
 
 
-def _squared_row_norms(values: torch.Tensor) -> torch.Tensor:
+def _compute_squared_row_norms(values: torch.Tensor) -> torch.Tensor:
     """Return (n, lanes) partial squared L2 norms of n float64 rows; none of them depends on the number of rows."""
     if values.device.type != "cpu":
         # An accelerator parts a row among its threads by how many rows there are.  Adding by element has one order.

@@ -19,7 +19,7 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import panics_as_errors
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import TensorSums, UnitGradients, no_other_devices
+from fedtune.training.dp_step import TensorSums, UnitGradients, add_nothing
 from fedtune.training.machine import allocate_states
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Units(ABC):
 
     def add_other_devices(self, sums: TensorSums, max_grad_norm: float) -> int:
         """Add the sums of other devices, as in `Records.add_other_devices`; most sites have one device."""
-        return no_other_devices(sums, max_grad_norm)
+        return add_nothing(sums, max_grad_norm)
 
     @abstractmethod
     def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:

@@ -75,14 +75,17 @@ def train_round(
                     )
                 )
         else:
-            take_steps(lambda: plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling))
+            take_steps(
+                lambda: take_plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling)
+            )
     return Adapter.from_task_model(model)
 
 
 def compute_round_share(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Return a site's share of one secure sum: its clipped gradient sum at `adapter`, plus its share of the noise.
+    """Return a site's share of one secure aggregation: its clipped gradient sum at `adapter`, plus its share of the
+    noise.
 
     The received adapter is projected onto the site's limit on absolute values, as in `train_round`.
 
@@ -132,7 +135,7 @@ def clamp_parameters(parameters: Mapping[str, torch.nn.Parameter], most: float) 
             parameter.nan_to_num_(0.0, most, -most).clamp_(-most, most)
 
 
-def plain_step(
+def take_plain_step(
     model: TaskModel,
     units: Units,
     records: Records,

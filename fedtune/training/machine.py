@@ -67,7 +67,7 @@ def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_l
     Raises:
         ConfigError: the model cannot be loaded, or does not accept examples of `max_length` tokens.
     """
-    torch.set_num_threads(runtime.num_threads or max(1, usable_cores() // runtime.devices))
+    torch.set_num_threads(runtime.num_threads or max(1, count_usable_cores() // runtime.devices))
     _keep_freed_memory()
     model = build()
     if runtime.onednn:
@@ -92,7 +92,7 @@ def _keep_freed_memory() -> None:
             allocator(_M_TRIM_THRESHOLD, 2**30)
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """Return the number of cores that this process may use, which CPU affinity can limit.
 
     OMP_NUM_THREADS can lower it further: threads that wait for each other on busy cores take several times as long.
@@ -119,7 +119,7 @@ def choose_num_processes(runtime: RuntimeSpec, *, gradients: float) -> int:
     )
     if alone or gradients < _GRADIENTS_THAT_PAY:
         return 1
-    return max(1, min(usable_cores(), _MOST_PROCESSES, _memory_bytes() // _BYTES_OF_A_PROCESS))
+    return max(1, min(count_usable_cores(), _MOST_PROCESSES, _measure_memory_bytes() // _BYTES_OF_A_PROCESS))
 
 
 def micro_batch_shapes(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
@@ -141,7 +141,7 @@ def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
     return min(_MOST_TOKENS, _TOKENS_OF_A_THREAD * torch.get_num_threads())
 
 
-def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
+def find_step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
     """Return the memory for a micro-batch in bytes: by default a share of the machine's memory, minus the model.
 
     The default does not depend on the memory that happens to be free, which could depend on the records of an earlier
@@ -149,19 +149,19 @@ def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
     """
     if runtime.step_mib is not None:
         return runtime.step_mib * 2**20
-    of_model = model_bytes(model)
+    of_model = measure_model_bytes(model)
     if model.device.type != "cpu":
         of_site = total_memory(model.device) / (runtime.sites_per_gpu or 1)
         return max(0, int(_SHARE_OF_GPU * (of_site - of_model)))
-    return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / runtime.devices - of_model)))
+    return max(0, int(_SHARE_OF_MEMORY * (_measure_memory_bytes() / runtime.devices - of_model)))
 
 
-def model_bytes(model: nn.Module) -> int:
+def measure_model_bytes(model: nn.Module) -> int:
     """Return the memory of a model in bytes: weights in their number format, adapter and buffers."""
     return sum(one.numel() * one.element_size() for one in chain(model.parameters(), model.buffers()))
 
 
-def _memory_bytes() -> int:
+def _measure_memory_bytes() -> int:
     """Return the machine's memory in bytes, or the limit of the container if that is lower."""
     limits = []
     for path, unit in (("/proc/meminfo", 2**10), ("/sys/fs/cgroup/memory.max", 1)):
@@ -233,7 +233,7 @@ def _iter_storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
             yield from _iter_storages(one)
 
 
-def frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
+def do_frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
     """Whether the frozen layers' outputs for `num_tokens` tokens fit into the memory budget for them."""
     set_aside: float | None = runtime.kept_states_mib
     if set_aside is None:
@@ -242,10 +242,10 @@ def frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int
             set_aside = int(lines["MemAvailable"].split()[0]) / 2**10 / 4
         except (OSError, ValueError, LookupError):  # not Linux
             set_aside = _ELSEWHERE_MIB
-    return frozen_states_mib(model, num_tokens=num_tokens) <= set_aside
+    return measure_frozen_states_mib(model, num_tokens=num_tokens) <= set_aside
 
 
-def frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
+def find_frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
     """Return the folder for outputs that do not fit in memory; None if there is none, or too little space on its disk.
 
     Raises:
@@ -260,18 +260,18 @@ def frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: 
     except OSError as error:
         bound = f"must be a folder that this process can write to ({error.strerror})"
         raise ConfigError("runtime.kept_states_folder", runtime.kept_states_folder, bound) from None
-    return folder if frozen_states_mib(model, num_tokens=num_tokens) <= free_mib / 2 else None
+    return folder if measure_frozen_states_mib(model, num_tokens=num_tokens) <= free_mib / 2 else None
 
 
 def choose_states_location(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> tuple[bool, Path | None]:
     """Return whether the frozen layers' outputs for `num_tokens` tokens are cached, and the folder if not in memory.
 
     Raises:
-        ConfigError: as in `frozen_states_folder`, if the outputs do not fit in memory.
+        ConfigError: as in `find_frozen_states_folder`, if the outputs do not fit in memory.
     """
-    if frozen_states_fit(model, runtime, num_tokens=num_tokens):
+    if do_frozen_states_fit(model, runtime, num_tokens=num_tokens):
         return True, None
-    folder = frozen_states_folder(model, runtime, num_tokens=num_tokens)
+    folder = find_frozen_states_folder(model, runtime, num_tokens=num_tokens)
     return folder is not None, folder
 
 
@@ -299,7 +299,7 @@ def allocate_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: 
         os.unlink(name)
 
 
-def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
+def measure_frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
     """Return the memory in MiB of the frozen layers' outputs for `num_tokens` tokens; 0 if the first layer is
     trained.
     """

@@ -140,7 +140,7 @@ def record_gradients(model: TaskModel) -> Iterator[PerExampleGradients]:
         switch_to_onednn(constant)
     try:
         for module, same in zip(watched, constant, strict=True):
-            module.forward = partial(_watched_forward, module, same, gradients.found)
+            module.forward = partial(_run_watched_forward, module, same, gradients.found)
         yield gradients
     finally:
         for module in watched:
@@ -154,17 +154,17 @@ def _constant_copy(module: nn.Module) -> nn.Module:
     Otherwise every backward pass would also compute the gradient of the whole batch, which is never used.
     """
     same = copy(module)
-    vars(same)["_parameters"] = _detached_parameters(module)
+    vars(same)["_parameters"] = _detach_parameters(module)
     return same
 
 
-def _detached_parameters(module: nn.Module) -> dict[str, torch.Tensor | None]:
+def _detach_parameters(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return {name: one if one is None else one.detach() for name, one in module._parameters.items()}
 
 
-def _watched_forward(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
+def _run_watched_forward(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
     """Return the output (n, ..., k) for `values` (n, ..., j); its backward pass records per-example gradients."""
-    vars(constant)["_parameters"] = _detached_parameters(module)  # as they are now, after a step or whatever else
+    vars(constant)["_parameters"] = _detach_parameters(module)  # as they are now, after a step or whatever else
     output: torch.Tensor = constant.forward(values)
     trained = next(module.parameters())
     if not (torch.is_grad_enabled() and trained.requires_grad):

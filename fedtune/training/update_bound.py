@@ -48,7 +48,7 @@ class UpdateBound:
         return math.sqrt(square) <= self.norm
 
 
-def bound_update(
+def bound_round_update(
     training: TrainingSpec, plan: Plan, *, round: int, declared_size: int, sent: Adapter, rests: str | None = None
 ) -> UpdateBound:
     """Compute the bounds of one round at a site, for the adapter that the lead sent.

@@ -1,4 +1,4 @@
-"""How much noise each of four banks adds to a secure sum, and what its records lose to whom.
+"""How much noise each of four banks adds to secure aggregation, and what its records lose to whom.
 
     python simulations/aggregation/noise.py        noise.json, and the table of the README; seconds
 

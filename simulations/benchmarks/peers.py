@@ -38,7 +38,7 @@ from typing import Any
 import readme_table
 
 from fedtune.privacy.durable import write_durably
-from fedtune.training.machine import usable_cores
+from fedtune.training.machine import count_usable_cores
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
@@ -118,7 +118,7 @@ def of_flower(folder: Path, *, rounds: int, steps: int, go: Callable[[float | No
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
-    cores = usable_cores()
+    cores = count_usable_cores()
     client, server = ClientApp(), ServerApp()
 
     @client.train()
@@ -178,9 +178,9 @@ def _sites(folder: Path) -> tuple[Any, ...]:
 
 
 KINDS: dict[str, Callable[..., None]] = {
-    OURS: lambda folder, **how: of_fedtune(folder / "several", processes=usable_cores(), **how),
+    OURS: lambda folder, **how: of_fedtune(folder / "several", processes=count_usable_cores(), **how),
     "fedtune, mixed": lambda folder, **how: of_fedtune(
-        folder / "mixed", "model.dtype=mixed", processes=usable_cores(), **how
+        folder / "mixed", "model.dtype=mixed", processes=count_usable_cores(), **how
     ),
     "fedtune, one process": lambda folder, **how: of_fedtune(folder / "one", processes=1, **how),
     "Opacus, sorted": of_opacus,
@@ -279,7 +279,7 @@ def be(name: str, folder: Path, *, rounds: int, steps: int) -> None:
 
     import torch
 
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(count_usable_cores())
     KINDS[name](folder, rounds=rounds, steps=steps, go=go)
 
 
@@ -327,7 +327,7 @@ def table(kinds: dict[str, dict[str, Any]]) -> str:
 def write(kinds: dict[str, dict[str, Any]], into: Path, *, steps: int) -> None:
     """Write the file, and the README's table where the file is the one beside it."""
     rounds = len(next(iter(kinds.values()))["each"])
-    machine = readme_table.machine(usable_cores())
+    machine = readme_table.machine(count_usable_cores())
     result = {"rounds": rounds, "steps": steps, "hardware": machine, "kinds": kinds}
     write_durably(into, json.dumps(result, indent=1).encode() + b"\n")
     if into == FOLDER / "peers.json":

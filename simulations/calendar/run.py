@@ -84,7 +84,7 @@ def words_of(line: str, number: int, *, runs: Path, labels: list[str]) -> list[s
         *("experiment=banks_intents", "tracking=quiet", f"tracking.output_dir='{runs}'", *words),
         *("federation.aggregation=secure", "training.learning_rate=1.67", "training.head_learning_rate=13.3"),
         *("privacy.unit=user", "privacy.records_per_user=1", "privacy.epsilon=8", f"privacy.cohorts={cohorts}"),
-        *(f"privacy.runs={1 if line == 'once' else WINDOW}", "+data.columns.user=user"),
+        *(f"privacy.planned_runs={1 if line == 'once' else WINDOW}", "+data.columns.user=user"),
         *(["+data.columns.arrival=came"] if line == "cohorts" else []),
         *(f"data.train_file='{runs / 'people.jsonl'}'", "data.validation_file=null", f"data.declared_sizes={SIZE}"),
         f"runtime.sites_dir='{runs / f'{line}-01-sites'}'",

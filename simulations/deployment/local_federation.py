@@ -83,7 +83,7 @@ class LocalFederation:
             zipfile.ZipFile(self.folder / f"fed/sites/{name}-kit.zip").extractall(place / "kit")
 
     def _make_known(self) -> None:
-        """Each site learns the others' keys from these sites themselves, as secure sums need it."""
+        """Each site learns the others' keys from these sites themselves, as secure aggregation needs it."""
         requests = {name: json.loads((self.folder / name / "kit/join_request.json").read_text()) for name in self.sites}
         for name in self.sites:
             path = self.folder / name / "site.toml"

@@ -23,14 +23,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tests.conftest import command
+from tests.conftest import run_command
 from tests.deployment.books import check_books, check_same_adapter
-from tests.deployment.federation import settings, simulated
+from tests.deployment.federation import list_settings, simulate_same_run
 from tests.deployment.stock import StockFederation
 
 KINDS = ("SuperNode", "ClientApp", "site", "ServerApp", "SuperLink") * 2
 APPS = {"ClientApp": "flwr-clientapp", "ServerApp": "flwr-serverapp"}
-WORDS = settings("runtime.seeded_noise=true", "model.dtype=float32", "federation.num_rounds=4")
+WORDS = list_settings("runtime.seeded_noise=true", "model.dtype=float32", "federation.num_rounds=4")
 WORDS += ["federation.spare_rounds=4"]
 PATIENCE_S, LOOK_S, RESTART_S = 1200.0, 30.0, 5.0
 OVER = "finished:completed"
@@ -40,7 +40,7 @@ class StockDrill:
     """Two runs in a stock federation, of which every process can be killed."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.made, self.chance, self.name = StockFederation(folder, command), random.Random(name), name
+        self.made, self.chance, self.name = StockFederation(folder, run_command), random.Random(name), name
         self.numbers, self.states, self.resumed = dict[str, str](), dict[str, str](), dict[str, int]()
         self.looked = self.tried = 0.0
 
@@ -156,7 +156,9 @@ class StockDrill:
     def books(self) -> dict[str, object]:
         """Compare ledgers, receipts, results and adapters; raise where an update was lost or counted twice."""
         made, found = self.made, dict[str, object]()
-        outcome = command("simulate", *simulated(*WORDS), "name=simulated", f"tracking.output_dir='{made.folder}'")
+        outcome = run_command(
+            "simulate", *simulate_same_run(*WORDS), "name=simulated", f"tracking.output_dir='{made.folder}'"
+        )
         assert outcome.code == 0, outcome.err
         for run in self.states:
             check_books(made, run)

@@ -46,11 +46,11 @@ from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import batch_invariance
-from fedtune.training.accelerators import about
+from fedtune.training.accelerators import describe_device
 from fedtune.training.dp_step import TensorSums, add_clipped, apply_gradient_sum, zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
-from fedtune.training.machine import model_bytes, resolve_device
+from fedtune.training.machine import measure_model_bytes, resolve_device
 from fedtune.training.per_example import record_gradients
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -86,7 +86,7 @@ class Machine:
     @property
     def name(self) -> str:
         """Of the device, and how it was set."""
-        return platform.machine() if self.device.type == "cpu" else about(self.device)
+        return platform.machine() if self.device.type == "cpu" else describe_device(self.device)
 
     def wait(self) -> None:
         """Until the device has done all that it was given."""
@@ -284,7 +284,7 @@ def llama(machine: Machine, size: str, *, dtype: str = "bfloat16") -> TaskModel:
 def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: tuple[int, ...] = _ROWS) -> Result:
     """Of plain and private steps, each of `_MICRO_BATCHES` micro-batches, by their rows."""
     model = llama(machine, size, dtype=dtype)
-    found: Result = {"model_bytes": model_bytes(model)}
+    found: Result = {"model_bytes": measure_model_bytes(model)}
     for number in (4,) if machine.tiny else rows:
         found[f"{number} rows"] = _speed(
             machine, model, one_batch(model, rows=number, length=16 if machine.tiny else _LONG)

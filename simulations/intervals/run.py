@@ -21,7 +21,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.evaluation.bootstrap import Figures, Scores, drawn
+from fedtune.evaluation.bootstrap import Figures, Scores, score_draws
 from fedtune.evaluation.groups import Groups, score_groups
 from fedtune.tasks.classification import macro_f1
 
@@ -172,7 +172,7 @@ def coverage_of(case: Case, repeats: int, *, resamples: int) -> dict[str, float]
     draws, held = np.random.default_rng(1), {"score": 0, "difference": 0}
     for _ in range(repeats):
         test = case.made(draws)
-        found = drawn(test.models, scores=case.scores, units=test.units, resamples=resamples)
+        found = score_draws(test.models, scores=case.scores, units=test.units, resamples=resamples)
         compared = found.comparison("base", "tuned", case.score)
         base, tuned = case.truth
         held["score"] += compared.tuned.low <= tuned <= compared.tuned.high

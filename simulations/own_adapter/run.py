@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.api.compose import compose_recipe
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.data.load import split_key
 from fedtune.lab.personalization import Parts, personalize
 from fedtune.runs.model_comparison import compare_runs
@@ -56,14 +56,14 @@ def sites(runs: Path, *, recipe: str, settings: dict[str, Any], seed: int, name:
     """Each site's weighted accuracies, and own less the better one of the others with its interval."""
     place = {"name": re.sub("[ ,]+", "-", name), "tracking.output_dir": str(runs), "tracking.progress": False}
     folder = study.finished(compose_recipe(recipe, {"seed": seed, **settings, **place}))
-    config = saved_config(folder)
+    config = read_saved_config(folder)
     dealt = zip(config.federation.names, partition_run_records(config).sites, strict=True)
     return {site: own_of_site(folder, site, records) for site, records in dealt}
 
 
 def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
     """The adapters of one site beside each other."""
-    config, adapter = saved_config(folder), folder / "adapter"
+    config, adapter = read_saved_config(folder), folder / "adapter"
     parts = Parts.of(records, key=split_key(config.seed), unit=config.privacy.unit)
     with tempfile.TemporaryDirectory() as scratch:
         into, alone = Path(scratch, "own"), Path(scratch, "alone")

@@ -13,7 +13,7 @@ import torch
 from site_update import Released
 
 from fedtune.data import Record, collate
-from fedtune.data.batching import micro_batches
+from fedtune.data.batching import cut_micro_batches
 from fedtune.sites.shared_model import RunModel
 from fedtune.training.per_example import record_gradients
 
@@ -39,7 +39,7 @@ class Candidates:
         self.names = attacked(list(shared.model.trainable()))
         self._rows = np.empty((len(records), sum(shared.model.trainable()[n].numel() for n in self.names)), np.float32)
         with record_gradients(shared.model) as gradients:
-            for part in micro_batches(np.arange(len(records)), data.lengths, max_tokens=1024):
+            for part in cut_micro_batches(np.arange(len(records)), data.lengths, max_tokens=1024):
                 each = gradients.of(collate(data, part, pad_id=shared.tokenizer.pad_token_id))
                 self._rows[part] = torch.cat([each[name].flatten(1) for name in self.names], dim=1).numpy()
         self.norms = np.linalg.norm(self._rows, axis=1)

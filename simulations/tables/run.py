@@ -1,4 +1,5 @@
-"""Three public tables over four sites: secure sums at epsilon 3 beside the same training in one place, and others.
+"""Three public tables over four sites: secure aggregation at epsilon 3 beside the same training in one place, and
+others.
 
     python simulations/tables/run.py              five times five-fold, into results.json and README.md
     python simulations/tables/run.py --missing    folds that results.json lacks

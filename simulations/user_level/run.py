@@ -40,7 +40,7 @@ import study
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.data import Record, users_of
+from fedtune.data import Record, group_by_user
 from fedtune.data.load import partition_training_files, split_key
 from fedtune.data.partition import unit_hash
 from fedtune.privacy import accountant, events
@@ -157,7 +157,7 @@ def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) 
     sites = partition_training_files(config.data, columns, config.federation.names, seed=config.seed, unit="user").sites
     rows = []
     for number, site in enumerate(sites):
-        for places in users_of(site.training):
+        for places in group_by_user(site.training):
             records: list[Record] = sorted(
                 (site.training[place] for place in places),
                 key=lambda record: unit_hash(record, purpose="cap", key=key),

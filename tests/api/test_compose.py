@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from fedtune.api.compose import compose_recipe, compose_run
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.lab.studies.trials import Trials
 from fedtune.spec import ConfigError
 
 from ..conftest import write_config
 
 
-def swept(overrides: Sequence[str]) -> list[RunConfig]:
+def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:
     return [trial.config for trial in Trials.from_sweep(overrides).rows.values()]
 
 
@@ -34,13 +34,13 @@ def test_values_keep_their_type_through_yaml(tmp_path: Path) -> None:
     assert config.data.labels == ("yes", "no", "1", "null")
     assert config.privacy.delta == 1e-7
     write_config(config, tmp_path)
-    assert saved_config(tmp_path) == config
+    assert read_saved_config(tmp_path) == config
     config = compose_recipe("debug", {"name": "x", "report.about.curator": "a\x85b\u2028ä"})
     write_config(config, tmp_path)
-    assert saved_config(tmp_path) == config, "a line's end that YAML would read as a space"
+    assert read_saved_config(tmp_path) == config, "a line's end that YAML would read as a space"
     config = compose_run(["experiment=debug", "name=x", *WRITES, "data.prompt_template='{prompt}: a # b'"])
     write_config(config, tmp_path)
-    assert saved_config(tmp_path) == config
+    assert read_saved_config(tmp_path) == config
 
 
 @pytest.mark.parametrize("missing", OWN)
@@ -69,11 +69,11 @@ def test_blank_overrides_are_ignored() -> None:
 
 
 def test_sweep_combines_all_values_and_names_its_runs() -> None:
-    runs = swept(["experiment=debug", "name=s", "privacy.epsilon=1,3", "training=adamw,sgd"])
+    runs = compose_sweep(["experiment=debug", "name=s", "privacy.epsilon=1,3", "training=adamw,sgd"])
     wanted = [*product((1, 3), ("adamw", "sgd"))]
     assert [(run.privacy.epsilon, run.training.optimizer) for run in runs] == wanted
     assert [run.name for run in runs] == [f"s-privacy.epsilon={one},training={other}" for one, other in wanted]
-    (run,) = swept(["experiment=debug", "privacy.epsilon=3"])
+    (run,) = compose_sweep(["experiment=debug", "privacy.epsilon=3"])
     assert run.name.endswith("-run"), "one value each makes one run"
 
 
@@ -86,15 +86,15 @@ def test_sweep_runs_never_share_a_folder() -> None:
         ["seed=range(0,3)"],
     ]
     for sweep in sweeps:
-        names = [run.name for run in swept(["experiment=debug", *sweep])]
+        names = [run.name for run in compose_sweep(["experiment=debug", *sweep])]
         assert len(set(names)) == len(names) > 1
     for again in ("privacy={epsilon: 3}", "+privacy.epsilon=3"):
         with pytest.raises(ConfigError, match=r"^privacy\.epsilon: is given again after its values"):
-            swept(["experiment=debug", "+privacy.epsilon=1,2", again])
-    options = swept(["experiment=debug", "privacy=none,dp_sgd", "privacy={epsilon: 3}"])
+            compose_sweep(["experiment=debug", "+privacy.epsilon=1,2", again])
+    options = compose_sweep(["experiment=debug", "privacy=none,dp_sgd", "privacy={epsilon: 3}"])
     assert [(run.privacy.mechanism, run.privacy.epsilon) for run in options] == [("none", 3.0), ("dp_sgd", 3.0)]
     with pytest.raises(ConfigError, match="name = 'a': names two runs of the sweep"):
-        swept(["experiment=debug", "name=a,b", "privacy.epsilon=1,3"])
+        compose_sweep(["experiment=debug", "name=a,b", "privacy.epsilon=1,3"])
 
 
 def test_resumed_run_accepts_overrides_but_keeps_its_name(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_resumed_run_accepts_overrides_but_keeps_its_name(tmp_path: Path) -> Non
     assert (quiet.tracking.progress, quiet.digest()) == (False, config.digest()), "an option replaces that group alone"
     # By another name its sites' ledgers would not know it, and count from zero.
     assert compose_run([resume, "name=second"]).name == "first"
-    (again,) = swept([resume])
+    (again,) = compose_sweep([resume])
     assert again.name == "first"
 
 
@@ -130,7 +130,7 @@ def test_automatic_learning_rate_is_resolved_before_the_run(tmp_path: Path) -> N
     assert rates[1] == pytest.approx(8 * rates[0], rel=1e-2)
     assert rates[1] < clear.training.peak_rates(clipped=True)[1] <= 0.0509
     write_config(loud, tmp_path)  # which says what was chosen, so that a resumed run has it again
-    assert saved_config(tmp_path).training.peak_rates(clipped=True) == rates
+    assert read_saved_config(tmp_path).training.peak_rates(clipped=True) == rates
     larger = compose_run([*run, "privacy.epsilon=1", "lora.alpha=8"])
     assert larger.training.peak_rates(clipped=True) == (pytest.approx(rates[0] / 4, rel=1e-2), rates[1])
     assert compose_run([*run, "training.learning_rate=0.01"]).training.peak_rates(clipped=True) == (0.01, 0.01)
@@ -139,14 +139,14 @@ def test_automatic_learning_rate_is_resolved_before_the_run(tmp_path: Path) -> N
 @pytest.mark.parametrize("many", ["privacy.epsilon=range(1,1000000000)", "seed=range(0,40)"])
 def test_sweep_with_too_many_runs_is_refused(many: str) -> None:
     with pytest.raises(ConfigError, match="must give at most 1000 runs together"):
-        swept(["experiment=debug", many, "privacy.delta=range(1,30)"])
+        compose_sweep(["experiment=debug", many, "privacy.delta=range(1,30)"])
 
 
 SECURE = "federation.aggregation=secure"
 
 
-def chosen_for_sums(*overrides: str) -> tuple[int, int, int | None, str, float, float | None]:
-    """What a run with secure sums takes of what it may choose."""
+def list_secure_choices(*overrides: str) -> tuple[int, int, int | None, str, float, float | None]:
+    """What a run with secure aggregation takes of what it may choose."""
     config = compose_run(["name=x", *overrides])
     training, federation = config.training, config.federation
     assert training.learning_rate != "auto"
@@ -157,14 +157,14 @@ def chosen_for_sums(*overrides: str) -> tuple[int, int, int | None, str, float, 
 def test_secure_aggregation_selects_rounds_steps_and_learning_rates() -> None:
     by_hand = ["federation.threshold=4", "training.local_steps=1", "federation.num_rounds=50"]
     by_hand += ["training.schedule=linear", "training.learning_rate=5", "training.head_learning_rate=40"]
-    assert chosen_for_sums(SECURE) == (50, 1, 4, "linear", 5.0, 40.0)  # simulations/aggregation
+    assert list_secure_choices(SECURE) == (50, 1, 4, "linear", 5.0, 40.0)  # simulations/aggregation
     assert compose_run([SECURE, "name=x"]) == compose_run([SECURE, "name=x", *by_hand])
-    slower = chosen_for_sums(SECURE, "federation.num_sites=2", "federation.site_names=[]")
+    slower = list_secure_choices(SECURE, "federation.num_sites=2", "federation.site_names=[]")
     assert slower == (50, 1, 2, "linear", 4.24, 33.9), "noise is less by the root of the number of sites"
-    assert chosen_for_sums(SECURE, "federation.colluders=1")[-1] == 40.0
+    assert list_secure_choices(SECURE, "federation.colluders=1")[-1] == 40.0
     five = ("experiment=debug", "federation.num_sites=5", "federation.enough_sites=4")
-    assert chosen_for_sums(SECURE, *five)[2] == 4, "a sum of as many as are enough"
-    adam = chosen_for_sums(SECURE, "experiment=debug", "federation.num_sites=4")
+    assert list_secure_choices(SECURE, *five)[2] == 4, "a sum of as many as are enough"
+    adam = list_secure_choices(SECURE, "experiment=debug", "federation.num_sites=4")
     assert adam == (4, 1, 4, "linear", 0.01, None), "Adam moves as far whatever the noise"
     labels = [*OWN, "experiment=own_data"]
     assert compose_run([SECURE, "name=x", *labels]).training.learning_rate != "auto"
@@ -172,17 +172,17 @@ def test_secure_aggregation_selects_rounds_steps_and_learning_rates() -> None:
 
 def test_explicit_settings_override_secure_aggregation_defaults(tmp_path: Path) -> None:
     given = ("federation.num_rounds=7", "training.head_learning_rate=9")
-    assert chosen_for_sums(SECURE, *given) == (7, 1, 4, "linear", 5.0, 9.0)
-    assert chosen_for_sums(SECURE, "training.local_steps=1") == (10, 1, None, "linear", 3.0, 24.0), "all by hand"
+    assert list_secure_choices(SECURE, *given) == (7, 1, 4, "linear", 5.0, 9.0)
+    assert list_secure_choices(SECURE, "training.local_steps=1") == (10, 1, None, "linear", 3.0, 24.0), "all by hand"
     with pytest.raises(ConfigError, match=r"training\.local_steps = 5: must be 1 with federation\.aggregation"):
         compose_run([SECURE, "training.local_steps=5", "name=x"])
     plain, secure = tmp_path / "plain.yaml", tmp_path / "secure.yaml"
     plain.write_text("defaults: [banks_intents]\nfederation: {num_rounds: 3}\n")
     secure.write_text("defaults: [banks_intents]\nfederation: {aggregation: secure, num_rounds: 3}\n")
-    assert chosen_for_sums(f"experiment={plain}", SECURE)[0] == 15, "the file had plain rounds in mind"
-    assert chosen_for_sums(f"experiment={secure}")[:3] == (3, 1, 4)
+    assert list_secure_choices(f"experiment={plain}", SECURE)[0] == 15, "the file had plain rounds in mind"
+    assert list_secure_choices(f"experiment={secure}")[:3] == (3, 1, 4)
     maps = ("federation={aggregation: secure, num_rounds: 7}", "training={learning_rate: 1.5}")
-    assert chosen_for_sums(*maps)[-2:] == (1.5, 40.0)
+    assert list_secure_choices(*maps)[-2:] == (1.5, 40.0)
     said = {"federation": {"aggregation": "secure", "num_rounds": 7}, "training": {"learning_rate": 1.5}}
     config = compose_recipe("banks_intents", said)
     assert (config.federation.num_rounds, config.training.learning_rate) == (7, 1.5)
@@ -191,7 +191,7 @@ def test_explicit_settings_override_secure_aggregation_defaults(tmp_path: Path) 
 PUBLIC = "public.train_file=public.csv"
 
 
-def rates_with_public(*overrides: str) -> tuple[object, object]:
+def compose_rates_with_public_stage(*overrides: str) -> tuple[object, object]:
     """Rates of LoRA and head: the public stage's, and the sites' own."""
     config = compose_run([PUBLIC, "name=x", *overrides])
     own = config.training.peak_rates(clipped=config.privacy.private)
@@ -199,16 +199,21 @@ def rates_with_public(*overrides: str) -> tuple[object, object]:
 
 
 def test_public_stage_lowers_the_learning_rates() -> None:
-    assert rates_with_public() == ((2.7, 4.7), (1.0, 8.0))  # of 8 and 14, and of 3 and 24: simulations/warm_start
-    assert rates_with_public("privacy=none") == ((2.7, 4.7), (2.7, 4.7))
-    assert rates_with_public("training.learning_rate=2.5") == ((2.7, 4.7), (2.5, 8.0)), "a rate that is given stays"
-    assert rates_with_public("public.head_learning_rate=7") == ((2.7, 7.0), (1.0, 8.0))
+    assert compose_rates_with_public_stage() == (
+        (2.7, 4.7),
+        (1.0, 8.0),
+    )  # of 8 and 14, and of 3 and 24: simulations/warm_start
+    assert compose_rates_with_public_stage("privacy=none") == ((2.7, 4.7), (2.7, 4.7))
+    assert compose_rates_with_public_stage("training.learning_rate=2.5") == ((2.7, 4.7), (2.5, 8.0)), (
+        "a rate that is given stays"
+    )
+    assert compose_rates_with_public_stage("public.head_learning_rate=7") == ((2.7, 7.0), (1.0, 8.0))
     without = compose_run([*OWN, "experiment=own_data", "privacy=none"]).training.peak_rates(clipped=False)
     private = compose_run([*OWN, "experiment=own_data"]).training.peak_rates(clipped=True)
     auto = [tuple(float(f"{rate / 3:.2g}") for rate in rates) for rates in (without, private)]
     for said in ((), ("training.learning_rate=auto",)):
-        assert [*rates_with_public(*OWN, "experiment=own_data", *said)] == auto
-    assert rates_with_public(SECURE) == ((2.7, 4.7), (1.7, 13.0))
+        assert [*compose_rates_with_public_stage(*OWN, "experiment=own_data", *said)] == auto
+    assert compose_rates_with_public_stage(SECURE) == ((2.7, 4.7), (1.7, 13.0))
     for overrides, steps in (((), 5), ((SECURE,), 5), (("public.local_steps=2",), 2)):
         public = compose_run([PUBLIC, "name=x", *overrides]).public
         assert (public.num_rounds, public.local_steps) == (10, steps), "those of a plain run"
@@ -255,7 +260,7 @@ def test_paths_may_start_at_home_and_contain_commas(tmp_path: Path, monkeypatch:
     for name in (folder / "x.yaml", "~/My Files, 2024/x.yaml"):
         assert compose_run([f"experiment={name}", "data.labels=[a,b]"]).data.train_file == f"{tmp_path}/a.csv"
     assert compose_run(["experiment=own_data", *OWN, "data.test_file=null"]).data.test_file is None
-    runs = swept(["experiment=own_data", *OWN[1:], "data.train_file=a.csv,~/b.csv"])
+    runs = compose_sweep(["experiment=own_data", *OWN[1:], "data.train_file=a.csv,~/b.csv"])
     assert [run.data.train_file for run in runs] == ["a.csv", f"{tmp_path}/b.csv"]
     with pytest.raises(ConfigError, match="must be a run folder"):
         compose_run(["resume=~/none"])

@@ -78,7 +78,7 @@ def test_invalid_experiment_file_is_named(page: Path, wrong: dict[str, str]) -> 
     assert wrong["told"] in error.value.bound
 
 
-@snapshots.mistakes("mistakes-typed")
+@snapshots.parametrize_mistakes("mistakes-typed")
 def test_typing_mistakes_are_explained(page: Path, typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose_run([f"experiment={page}", "federation.num_sites=2", typed.replace("NINES", "9" * 5000)])
@@ -98,19 +98,19 @@ def test_invalid_override_is_not_blamed_on_the_file(page: Path) -> None:
 
 
 def test_overrides_are_parsed_as_typed(page: Path) -> None:
-    def made(*overrides: str) -> object:
+    def compose_data(*overrides: str) -> object:
         return compose_run([f"experiment={page}", *overrides]).data
 
     writes = ["task=causal_lm", "training.learning_rate=1", "data.labels=[]", "data.columns={prompt: a, completion: b}"]
-    assert made(*writes, "data.prompt_template=Q: {prompt}\\nA:").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
-    assert made(*writes, "data.prompt_template='Q: {prompt}\\nA:'").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
-    assert made("data.labels=[Störung,'a ä']").labels == ("Störung", "a ä")  # type: ignore[attr-defined]
+    assert compose_data(*writes, "data.prompt_template=Q: {prompt}\\nA:").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
+    assert compose_data(*writes, "data.prompt_template='Q: {prompt}\\nA:'").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
+    assert compose_data("data.labels=[Störung,'a ä']").labels == ("Störung", "a ä")  # type: ignore[attr-defined]
     by_column = ("data.columns.site=org", "data.partition.kind=column", "data.partition.sites={o: 0, p: 1, q: 2, r: 3}")
-    columns = made("data.columns={text: a, label: b}", *by_column).columns  # type: ignore[attr-defined]
+    columns = compose_data("data.columns={text: a, label: b}", *by_column).columns  # type: ignore[attr-defined]
     assert columns == {"text": "a", "label": "b", "site": "org"}
 
 
-@snapshots.mistakes("mistakes-experiments")
+@snapshots.parametrize_mistakes("mistakes-experiments")
 def test_misspelled_experiment_argument_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:

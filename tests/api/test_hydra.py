@@ -14,7 +14,7 @@ from fedtune.formatting import flatten
 from fedtune.lab.studies.trials import Trials
 from fedtune.spec import ConfigError
 
-from ..conftest import REPOSITORY, python
+from ..conftest import REPOSITORY, run_python
 
 PAGE = (REPOSITORY / "docs" / "hydra.md").read_text(encoding="utf-8")
 ROWS = [
@@ -84,7 +84,7 @@ def test_literal_interpolation_from_data_init_is_read_back() -> None:
 def test_hydra_application_works_with_its_launchers(launcher: str, tmp_path: Path) -> None:
     script = REPOSITORY / "simulations" / "hydra_application" / "application.py"
     words = ["-m", "experiment=debug", "seed=0,1", "federation.num_rounds=1", "name=job-${seed}"]
-    python(script, *words, f"hydra/launcher={launcher}")
+    run_python(script, *words, f"hydra/launcher={launcher}")
     assert sorted(one.name for one in (tmp_path / "runs").iterdir()) == ["job-0", "job-1"]
 
 

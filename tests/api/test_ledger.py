@@ -17,7 +17,7 @@ from fedtune.report.from_ledger import build_ledger_report
 from fedtune.report.verify_report import problems
 from fedtune.spec import ConfigError
 
-from ..conftest import command
+from ..conftest import run_command
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "any_release.md").read_text(), re.S)
@@ -137,7 +137,7 @@ def test_commands_and_report_show_own_releases(tmp_path: Path) -> None:
         ("spent", "dp_sgd opacus"),
         ("verify", "Checked"),
     ):
-        assert text in " ".join(command("ledger", words, str(tmp_path / "ledger.db")).out.split())
+        assert text in " ".join(run_command("ledger", words, str(tmp_path / "ledger.db")).out.split())
     report = build_ledger_report(tmp_path / "site.toml")
     assert not problems(report)
     told = {one.code: (one.status, one.evidence) for one in report.assumptions}

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from ..conftest import python
+from ..conftest import run_python
 
 DOCS = Path(__file__).parents[2] / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
@@ -30,7 +30,7 @@ def test_notebook_runs_from_first_to_last_cell(path: Path, tmp_path: Path, monke
 def test_example_application_selects_the_smallest_sufficient_epsilon(tmp_path: Path) -> None:
     application = shutil.copy(DOCS / "notebooks" / "application.py", tmp_path)
     assert len(Path(application).read_text().splitlines()) <= 40
-    printed = python(application, "debug", "--needs", "0", "--epsilon", "1", "8", cwd=tmp_path)
+    printed = run_python(application, "debug", "--needs", "0", "--epsilon", "1", "8", cwd=tmp_path)
     assert printed.splitlines()[-1].startswith("epsilon 1: ")
     assert (tmp_path / "runs" / "debug-at-1" / "report.html").is_file()
     assert not (tmp_path / "runs" / "debug-at-8").exists(), "a weaker promise was not needed"

@@ -15,24 +15,24 @@ from fedtune.api.compose import compose_recipe
 from fedtune.lab.audit.experiment import audit as audit_run
 from fedtune.spec import ConfigError
 
-from ..conftest import python
+from ..conftest import run_python
 
 TINY: Mapping[str, Any] = json.loads(Path(__file__).with_name("tiny.json").read_text())
 
 
-def tiny(folder: Path, **others: Any) -> dict[str, Any]:
+def make_tiny_settings(folder: Path, **others: Any) -> dict[str, Any]:
     return {**TINY, "tracking.output_dir": folder, "name": "run", **others}
 
 
 @pytest.fixture(scope="module")
-def told() -> list[fedtune.Progress]:
+def progress_messages() -> list[fedtune.Progress]:
     return []
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, told: list[fedtune.Progress]) -> fedtune.Run:
-    settings = tiny(tmp_path_factory.mktemp("door"), **{"privacy.runs": 2})
-    return fedtune.simulate("debug", settings, progress=told.append)
+def run(tmp_path_factory: pytest.TempPathFactory, progress_messages: list[fedtune.Progress]) -> fedtune.Run:
+    settings = make_tiny_settings(tmp_path_factory.mktemp("door"), **{"privacy.planned_runs": 2})
+    return fedtune.simulate("debug", settings, progress=progress_messages.append)
 
 
 def test_simulate_returns_metrics_rounds_privacy_and_report(run: fedtune.Run) -> None:
@@ -45,11 +45,15 @@ def test_simulate_returns_metrics_rounds_privacy_and_report(run: fedtune.Run) ->
     assert (run.folder / "report.html").is_file()
 
 
-def test_progress_events_follow_the_order_of_the_run(run: fedtune.Run, told: list[fedtune.Progress]) -> None:
-    rounds = [one for one in told if one.stage == "round"]
+def test_progress_events_follow_the_order_of_the_run(
+    run: fedtune.Run, progress_messages: list[fedtune.Progress]
+) -> None:
+    rounds = [one for one in progress_messages if one.stage == "round"]
     assert [one.round for one in rounds] == list(run.rounds)
     assert [(one.done, one.total) for one in rounds] == [(1, 2), (2, 2)]
-    assert told.index(next(one for one in told if one.stage == "training")) < told.index(rounds[0])
+    assert progress_messages.index(
+        next(one for one in progress_messages if one.stage == "training")
+    ) < progress_messages.index(rounds[0])
 
 
 def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) -> None:
@@ -88,7 +92,7 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
 
 def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"data.declared_sizes": 180, "data.train_fraction": 0.04, "federation.num_rounds": 1}
-    run, told = fedtune.simulate("debug", tiny(tmp_path, **settings)), list[fedtune.Progress]()
+    run, told = fedtune.simulate("debug", make_tiny_settings(tmp_path, **settings)), list[fedtune.Progress]()
     (found,) = fedtune.personalize(run, ["site-2"], progress=told.append).values()
     assert set(found.sides.measured) == {"base", "alone", "shared", "own"}
     difference = found.sides.compare_models("shared", "own").difference
@@ -111,17 +115,17 @@ def test_rounds_and_ledger_events_convert_to_data_frames(run: fedtune.Run) -> No
 
 
 def test_audit_run_returns_the_run_and_its_findings(tmp_path: Path) -> None:
-    found, audit = audit_run("debug", tiny(tmp_path), attack={"canaries": 20})
+    found, audit = audit_run("debug", make_tiny_settings(tmp_path), attack={"canaries": 20})
     assert found.rounds
     assert not audit.exceeded
     with pytest.raises(ValueError, match="canaries"):
-        audit_run("debug", tiny(tmp_path, name="other"), attack={"canaries": 1})
+        audit_run("debug", make_tiny_settings(tmp_path, name="other"), attack={"canaries": 1})
     with pytest.raises(ValueError, match=r"audit\.canary = 5: is not an audit setting"):
-        audit_run("debug", tiny(tmp_path, name="other"), attack={"canary": 5})
+        audit_run("debug", make_tiny_settings(tmp_path, name="other"), attack={"canary": 5})
     with pytest.raises(ValueError, match=r"audit\.canaries = 'many': must be a whole number"):
-        audit_run("debug", tiny(tmp_path, name="other"), attack={"canaries": "many"})
+        audit_run("debug", make_tiny_settings(tmp_path, name="other"), attack={"canaries": "many"})
     with pytest.raises(ValueError, match=r"audit\.kind = 'sensitivity': does not train a run"):
-        audit_run("debug", tiny(tmp_path, name="other"), attack={"kind": "sensitivity"})
+        audit_run("debug", make_tiny_settings(tmp_path, name="other"), attack={"kind": "sensitivity"})
 
 
 def test_reading_a_ledger_writes_nothing(run: fedtune.Run) -> None:
@@ -141,7 +145,7 @@ def test_finished_run_is_renewed_with_the_same_ledgers(run: fedtune.Run, capfd: 
     assert "round 2/2 | 2/2 sites | validation: " in capfd.readouterr().err, "the lines of the command"
     known = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").spending.runs
     assert [one.run for one in known] == [run.config.run_id(), later.config.run_id()]
-    with pytest.raises(ValueError, match=r"renew = .*was the last of privacy\.runs = 2"):
+    with pytest.raises(ValueError, match=r"renew = .*was the last of privacy\.planned_runs = 2"):
         fedtune.simulate(settings={"renew": later.folder})
 
 
@@ -149,9 +153,9 @@ def test_invalid_setting_is_a_value_error_worded_like_the_command_line(tmp_path:
     for settings in ({"privacy.epsilon": -1}, {"privacy.epsilo": 3}, {"privacy": "nonee"}, {"lora.rank": None}):
         ((key, value),) = settings.items()
         with pytest.raises(ConfigError) as raised:
-            fedtune.simulate("debug", tiny(tmp_path, **settings))
+            fedtune.simulate("debug", make_tiny_settings(tmp_path, **settings))
         typed = "null" if value is None else f"'{value}'" if isinstance(value, str) else value
-        words = [f"{name}={word}" for name, word in tiny(tmp_path).items()]
+        words = [f"{name}={word}" for name, word in make_tiny_settings(tmp_path).items()]
         outcome = command("simulate", "experiment=debug", *words, f"{key}={typed}")
         assert outcome.code == 2
         assert " ".join(str(raised.value).split()) in " ".join(outcome.err.split())
@@ -169,7 +173,7 @@ def test_setting_text_is_passed_unchanged(text: str) -> None:
 
 
 def test_configuration_can_replace_a_recipe(tmp_path: Path) -> None:
-    config = compose_recipe("debug", tiny(tmp_path))
+    config = compose_recipe("debug", make_tiny_settings(tmp_path))
     changed = compose_recipe(config, {"name": "other", "privacy.noise_multiplier": 5})
     assert (changed.name, changed.privacy.noise_multiplier) == ("other", 5.0)
     assert fedtune.plan(changed).epsilon < fedtune.plan(config).epsilon
@@ -180,10 +184,10 @@ def test_configuration_can_replace_a_recipe(tmp_path: Path) -> None:
 def test_simulate_works_in_a_running_event_loop_silently(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], run: fedtune.Run
 ) -> None:
-    async def cell() -> fedtune.Run:
-        return fedtune.simulate("debug", tiny(tmp_path, **{"runtime.seeded_noise": True}))
+    async def run_cell() -> fedtune.Run:
+        return fedtune.simulate("debug", make_tiny_settings(tmp_path, **{"runtime.seeded_noise": True}))
 
-    assert asyncio.run(cell()).rounds
+    assert asyncio.run(run_cell()).rounds
     assert tuple(capsys.readouterr()) == ("", "")
 
 
@@ -195,7 +199,7 @@ def test_importing_fedtune_loads_no_heavy_library() -> None:
         "import torch; del sys.modules['fedtune.process'], os.environ['MKL_CBWR']; import fedtune.process as late;"
         "print(late.torch_came_first)"
     )
-    assert python("-c", code) == "[]\nAUTO,STRICT False\nTrue\n"
+    assert run_python("-c", code) == "[]\nAUTO,STRICT False\nTrue\n"
 
 
 def test_public_names_are_documented_and_no_packages() -> None:

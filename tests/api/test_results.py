@@ -21,14 +21,14 @@ from fedtune.api import public
 from fedtune.api.compose import compose_recipe
 
 from ..conftest import REPOSITORY
-from .test_public import tiny
+from .test_public import make_tiny_settings
 
 CARD, MONEY = "I lost my card", "Where is my money?"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
-    return fedtune.simulate("debug", tiny(tmp_path_factory.mktemp("results")))
+    return fedtune.simulate("debug", make_tiny_settings(tmp_path_factory.mktemp("results")))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.api.config_groups import config_folder
+from fedtune.api.config_groups import find_config_folder
 from fedtune.ops.kits import provisioning
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
@@ -18,14 +18,14 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
 
 from ..books import Books
-from ..conftest import command, own_logging, tiny
+from ..conftest import list_tiny_overrides, restore_logging, run_command
 from ..ops.conftest import Desk
-from ..privacy.builders import proposal
+from ..privacy.builders import make_proposal
 from .snapshots import COLUMNS
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal has 80 columns here."""
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
 
@@ -34,7 +34,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_process() -> Iterator[None]:
     """A command takes its process's logs and umask over; afterwards they are as before."""
     before = os.umask(0o022)
-    with own_logging():
+    with restore_logging():
         yield
     os.umask(before)
 
@@ -52,7 +52,7 @@ class SiteFolder(Books):
 
     def write_policy(self, **changes: str | None) -> None:
         """The template with some values replaced, as TOML, or left out."""
-        text = (config_folder() / "site.toml").read_text(encoding="utf-8")
+        text = (find_config_folder() / "site.toml").read_text(encoding="utf-8")
         values: dict[str, str | None] = {
             "approval": '"automatic"',
             "anchor": '"anchor.json"',
@@ -73,7 +73,7 @@ class SiteFolder(Books):
         usual |= {"local_steps": 10, "num_rounds": 4}
         about = {"dataset": "discharge_letters", "base_model": "ab" * 32, "target_modules": ("query",)}
         about |= {"lora_scale": 2.0, "head_scale": 20.0, "lead": self.lead.public, "seeded_noise": seeded_noise}
-        return proposal(run=run, plan=usual | plan, **about)
+        return make_proposal(run=run, plan=usual | plan, **about)
 
     def ask_too_much(self, asked: Proposal, *, named: str | None = None) -> None:
         """Ask for more than the policy allows, and record the refusal."""
@@ -104,7 +104,7 @@ class Here(Books):
 
 
 @pytest.fixture
-def joined(tmp_path: Path) -> Callable[..., Here]:
+def join_site(tmp_path: Path) -> Callable[..., Here]:
     """A site of one federation; it approves runs by hand."""
 
     def make(name: str, *, days_ago: int = 0) -> Here:
@@ -119,17 +119,19 @@ def joined(tmp_path: Path) -> Callable[..., Here]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that came to its end, with its report, and beside it what the command printed; not to be changed."""
     into = tmp_path_factory.mktemp("runs")
-    (into / "printed.json").write_text(command("simulate", *tiny(into=into, name="one"), "--json").printed)
+    (into / "printed.json").write_text(
+        run_command("simulate", *list_tiny_overrides(into=into, name="one"), "--json").printed
+    )
     return into / "one"
 
 
 @pytest.fixture
-def run_folder(finished: Path, tmp_path: Path) -> Path:
+def run_folder(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of it."""
-    return Path(shutil.copytree(finished, tmp_path / "one"))
+    return Path(shutil.copytree(finished_run, tmp_path / "one"))
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ def site(tmp_path: Path) -> SiteFolder:
 
 
 @pytest.fixture(scope="session")
-def _lived_once(tmp_path_factory: pytest.TempPathFactory) -> SiteFolder:
+def _site_with_history_once(tmp_path_factory: pytest.TempPathFactory) -> SiteFolder:
     """A site with an ended run, an interrupted round, refusals and an open run; not to be changed."""
     site = SiteFolder(tmp_path_factory.mktemp("lived") / "north")
     site.folder.mkdir()
@@ -158,15 +160,15 @@ def _lived_once(tmp_path_factory: pytest.TempPathFactory) -> SiteFolder:
 
 
 @pytest.fixture
-def lived(_lived_once: SiteFolder, tmp_path: Path) -> SiteFolder:
-    return SiteFolder(Path(shutil.copytree(_lived_once.folder, tmp_path / "north")))
+def site_with_history(_site_with_history_once: SiteFolder, tmp_path: Path) -> SiteFolder:
+    return SiteFolder(Path(shutil.copytree(_site_with_history_once.folder, tmp_path / "north")))
 
 
 @pytest.fixture
-def put_back(lived: SiteFolder) -> SiteFolder:
+def put_back(site_with_history: SiteFolder) -> SiteFolder:
     """A site whose ledger was lost after three more rounds, and replaced by a backup."""
-    backup = lived.copied("backup.db")
-    lived.charge(lived.proposal("triage", noise_multiplier=2.5), 2)
-    lived.charge(lived.proposal("third"), 1, 2)
-    shutil.copy(backup, lived.ledger)
-    return lived
+    backup = site_with_history.copy_ledger("backup.db")
+    site_with_history.charge(site_with_history.proposal("triage", noise_multiplier=2.5), 2)
+    site_with_history.charge(site_with_history.proposal("third"), 1, 2)
+    shutil.copy(backup, site_with_history.ledger)
+    return site_with_history

@@ -33,7 +33,7 @@ _VARYING_LETTERS = re.compile(
 )
 
 
-def too_wide(text: str) -> list[str]:
+def find_wide_lines(text: str) -> list[str]:
     """Lines that are wider, but for a path, key or hash in one piece: such a one is copied, and so never cut."""
     return [line for line in text.splitlines() if len(_COPIED.sub(lambda found: found[0][:20], line)) > COLUMNS]
 
@@ -50,17 +50,17 @@ def check_text(name: str, text: str) -> None:
 
 def check_output(name: str, text: str) -> None:
     """The same of what commands print on a terminal; on a narrow one it has room, but for what a person types."""
-    assert os.environ["COLUMNS"] != str(COLUMNS) or too_wide(re.sub(r"(?m)^\$ .*", "", text)) == []
+    assert os.environ["COLUMNS"] != str(COLUMNS) or find_wide_lines(re.sub(r"(?m)^\$ .*", "", text)) == []
     check_text(f"{name}.txt", _VARYING_LETTERS.sub(lambda found: re.sub(r"\w", "x", found[0]), text))
 
 
 def check_json(name: str, text: str, *, folder: Path) -> None:
     """The same of a command's JSON; `folder` is where its files lie."""
-    masked = _masked(json.loads(text), str(folder))
+    masked = _mask_value(json.loads(text), str(folder))
     check_text(f"{name}.json", json.dumps(masked, indent=1) + "\n")
 
 
-def mistakes(name: str) -> pytest.MarkDecorator:
+def parametrize_mistakes(name: str) -> pytest.MarkDecorator:
     """A test's cases: what is typed wrong, as the lines of a file that begin with `$`; behind each is the message."""
     typed = re.findall(r"^\$ (.*)$", (FOLDER / f"{name}.txt").read_text(encoding="utf-8"), re.MULTILINE)
     return pytest.mark.parametrize("typed", typed, ids=lambda line: line[:60])
@@ -81,12 +81,12 @@ def check_message(name: str, typed: str, message: str) -> None:
         assert message == told
 
 
-def _masked(value: Any, folder: str) -> Any:
+def _mask_value(value: Any, folder: str) -> Any:
     """The value with paths, keys, hashes and times replaced, and numbers in six digits."""
     if isinstance(value, dict):
-        return {key: _masked(inner, folder) for key, inner in value.items()}
+        return {key: _mask_value(inner, folder) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_masked(inner, folder) for inner in value]
+        return [_mask_value(inner, folder) for inner in value]
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, str):

@@ -12,24 +12,27 @@ from fedtune.cli.audit import audit
 from fedtune.evaluation import audit_bound
 from fedtune.lab.audit.findings import show_findings
 from fedtune.lab.audit.spec import AuditSpec, parse_audit_spec
-from fedtune.report.derive.verdicts import refuted_bounds
+from fedtune.report.derive.verdicts import list_refuted_bounds
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.spec import ConfigError
 
-from ..conftest import command, tiny
+from ..conftest import list_tiny_overrides, run_command
 from . import snapshots
 
 
-@snapshots.mistakes("mistakes-audit")
+@snapshots.parametrize_mistakes("mistakes-audit")
 def test_invalid_audit_settings_are_refused_without_creating_a_folder(typed: str, tmp_path: Path) -> None:
-    message = command("audit", *tiny("tracking=quiet", *typed.split(), into=tmp_path)).failed()
+    message = run_command("audit", *list_tiny_overrides("tracking=quiet", *typed.split(), into=tmp_path)).failed()
     snapshots.check_message("mistakes-audit", typed, message)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
-def test_audit_cannot_resume_a_run(finished: Path) -> None:
-    assert "must be null: an audit always starts from the beginning" in command("audit", f"resume={finished}").failed()
-    assert not (finished / "AUDIT.txt").exists()
+def test_audit_cannot_resume_a_run(finished_run: Path) -> None:
+    assert (
+        "must be null: an audit always starts from the beginning"
+        in run_command("audit", f"resume={finished_run}").failed()
+    )
+    assert not (finished_run / "AUDIT.txt").exists()
 
 
 def test_audit_settings_are_parsed_from_overrides() -> None:
@@ -41,37 +44,37 @@ def test_audit_settings_are_parsed_from_overrides() -> None:
     assert all(f"audit.{field.name}" in (audit.__doc__ or "") for field in fields(AuditSpec)), "the help names each"
 
 
-def bound(site: str | None, right: int) -> AuditBound:
+def bound_site(site: str | None, right: int) -> AuditBound:
     shown = [audit_bound.epsilon_lower_bound(200, 200, v, delta=1e-5, confidence=0.95) for v in (right, 200)]
     about = {"lower_bound": shown[0], "best_possible": shown[1], "canaries": 200, "guesses": 200, "right": right}
     return AuditBound(site=site, claimed_epsilon=0.5, **about)
 
 
-def found(folder: Path, *bounds: AuditBound, width: int = 200) -> tuple[Audit, str]:
+def build_finding(folder: Path, *bounds: AuditBound, width: int = 200) -> tuple[Audit, str]:
     """An audit with these bounds, and what is said of it."""
     about: dict[str, Any] = {"method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False}
     result = Audit(**about, bounds=bounds, membership=(), exceeded=False)
-    result, said = replace(result, exceeded=bool(refuted_bounds(result))), StringIO()
+    result, said = replace(result, exceeded=bool(list_refuted_bounds(result))), StringIO()
     show_findings(Console(file=said, width=width), result, folder)
     return result, said.getvalue()
 
 
 def test_audit_findings_fit_a_narrow_terminal(tmp_path: Path) -> None:
-    bounds = (bound("north-hospital", 190), bound("south-hospital", 110), bound(None, 150))
-    result, said = found(tmp_path, *bounds, width=snapshots.COLUMNS)
+    bounds = (bound_site("north-hospital", 190), bound_site("south-hospital", 110), bound_site(None, 150))
+    result, said = build_finding(tmp_path, *bounds, width=snapshots.COLUMNS)
     assert (result.exceeded, "north-hospital" in said) == (True, True)
-    assert snapshots.too_wide(said) == []
+    assert snapshots.find_wide_lines(said) == []
 
 
 def test_audit_verdict_corrects_for_multiple_bounds(tmp_path: Path) -> None:
     """Among six sound sites one bound is above its claim in every fourth audit; together, in one of twenty."""
-    barely = next(right for right in range(100, 200) if bound("a", right).lower_bound > 0.5)
-    alone, said = found(tmp_path, bound("a", barely))
+    barely = next(right for right in range(100, 200) if bound_site("a", right).lower_bound > 0.5)
+    alone, said = build_finding(tmp_path, bound_site("a", barely))
     assert (alone.exceeded, "wrong" in said) == (True, True)
-    among, said = found(tmp_path, bound("a", barely), *(bound(f"b{n}", 100) for n in range(5)))
-    assert (among.exceeded, refuted_bounds(among)) == (False, ())
+    among, said = build_finding(tmp_path, bound_site("a", barely), *(bound_site(f"b{n}", 100) for n in range(5)))
+    assert (among.exceeded, list_refuted_bounds(among)) == (False, ())
     assert "The bound at a exceeds its claim on its own, but so little that it may be chance" in said
     assert "No bound is above its claim" not in said
-    broken, said = found(tmp_path, bound("a", 200), *(bound(f"b{n}", barely) for n in range(5)))
-    assert [one.site for one in refuted_bounds(broken)] == ["a"]
+    broken, said = build_finding(tmp_path, bound_site("a", 200), *(bound_site(f"b{n}", barely) for n in range(5)))
+    assert [one.site for one in list_refuted_bounds(broken)] == ["a"]
     assert "At a the attack shows" in said

@@ -11,14 +11,14 @@ from pathlib import Path
 import click
 import pytest
 
-from fedtune.api.config_groups import config_folder, config_groups, list_options
-from fedtune.api.experiment_file import default_settings
+from fedtune.api.config_groups import config_groups, find_config_folder, list_options
+from fedtune.api.experiment_file import compose_default_settings
 from fedtune.cli.main import COMMANDS, COMPLETIONS, fedtune
 from fedtune.config import PATHS
 from fedtune.formatting import flatten
 from fedtune.tasks.registry import TASKS
 
-from ..conftest import REPOSITORY, python
+from ..conftest import REPOSITORY, run_python
 from . import snapshots
 
 
@@ -58,7 +58,7 @@ def table() -> str:
             "options": [[one.opts, kind(one), one.help] for one in options],
         }
         lines.append(f"  {json.dumps(path)}: {json.dumps(about)}")
-    keys = [f"{key}=" for key in sorted({key for key, _ in flatten(default_settings())} | PATHS)]
+    keys = [f"{key}=" for key in sorted({key for key, _ in flatten(compose_default_settings())} | PATHS)]
     options = {group: list_options(group) for group in config_groups()} | {"task": sorted(TASKS)}
     keys += [f"{group}={option}" for group, named in options.items() for option in named]
     settings = json.dumps(keys)
@@ -66,7 +66,7 @@ def table() -> str:
 
 
 def test_completion_table_matches_the_commands_and_settings() -> None:
-    snapshots.check_text(str(config_folder() / COMPLETIONS), table())
+    snapshots.check_text(str(find_config_folder() / COMPLETIONS), table())
 
 
 CASES: dict[str, tuple[list[str], set[str]]] = {
@@ -120,7 +120,7 @@ def test_each_shell_completes_commands_options_settings_and_files(folder: Path) 
         asked[line] = {shell: {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)} for shell in ("bash", "zsh")}
         asked[line]["fish"] = {"COMP_WORDS": line, "COMP_CWORD": words[-1]}
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    found, slow = json.loads(python("-c", RUN, input=json.dumps(asked), cwd=folder, env=environment))
+    found, slow = json.loads(run_python("-c", RUN, input=json.dumps(asked), cwd=folder, env=environment))
     assert slow == []
     for line, (values, kinds) in CASES.items():
         word = line.split()[-1]

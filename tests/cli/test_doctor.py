@@ -7,21 +7,30 @@ from typing import Any
 import pytest
 
 from fedtune.cli import site_actions
-from fedtune.ops.doctor.check import REFUSED, SERVER, DoctorCheck, Status, failed, ok, skipped, warning
+from fedtune.ops.doctor.check import (
+    REFUSED,
+    SERVER,
+    DoctorCheck,
+    Status,
+    build_passed_check,
+    build_skipped_check,
+    failed,
+    warning,
+)
 from fedtune.spec import FedtuneError
 
-from ..conftest import command, parsed
+from ..conftest import parse_command, run_command
 from . import snapshots
 
 KEY = "0123456789abcdef" * 4
 CHECKS = [
-    ok("policy", "can be read"),
+    build_passed_check("policy", "can be read"),
     warning("anchor's place", "on the ledger's own disk: " + "both can be rolled back " * 4, fix="Move it."),
     failed("data discharge_letters", "holds no record", fix=f'Write under [allow]: leads = ["{KEY}", "{KEY}"]'),
-    skipped("clock", "nobody could be asked"),
+    build_skipped_check("clock", "nobody could be asked"),
 ]
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow_terminal")
 
 
 def test_doctor_lines_fit_a_narrow_terminal_and_json_lists_all_checks(
@@ -34,7 +43,7 @@ def test_doctor_lines_fit_a_narrow_terminal_and_json_lists_all_checks(
     site_actions.print_checks(CHECKS[:2], as_json=True)
     assert json.loads(capsys.readouterr().out)["ok"] is True
     # What others wrote steers no terminal.
-    check = ok("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")
+    check = build_passed_check("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")
     site_actions.print_checks([check], as_json=False)
     assert capsys.readouterr().out.splitlines()[0].endswith("for ?[31mred?[0m [bold]and bold[/bold]??north")
 
@@ -52,7 +61,7 @@ def test_doctor_exit_code_is_that_of_the_most_important_failure(codes: tuple[int
 
 
 def test_doctor_in_an_empty_folder_reports_missing_kit_and_policy(tmp_path: Path) -> None:
-    outcome = command("site", "doctor", "--kit", str(tmp_path), "--site", str(tmp_path / "site.toml"))
+    outcome = run_command("site", "doctor", "--kit", str(tmp_path), "--site", str(tmp_path / "site.toml"))
     assert outcome.code == 2
     assert "kit, policy" in outcome.message or "policy, kit" in outcome.message
     assert "must be a readable file" in outcome.out
@@ -63,15 +72,15 @@ def test_doctor_accepts_overrides_anywhere_and_rejects_unknown_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = ["--kit", str(tmp_path), "--site", "site.toml"]
-    seen = parsed("site", "doctor", "lora.rank=4", *named, "experiment=debug")
+    seen = parse_command("site", "doctor", "lora.rank=4", *named, "experiment=debug")
     assert seen["overrides"] == ("lora.rank=4", "experiment=debug")
-    seen = parsed("site", "doctor", *named)
+    seen = parse_command("site", "doctor", *named)
     assert (seen["overrides"], seen["import_model"]) == ((), None)
     visits: list[Any] = []
     monkeypatch.setattr(site_actions.Examination, "run_checks", lambda visit: visits.append(visit) or [])
     monkeypatch.setattr("fedtune.config.fastest_dtype", lambda _: "mixed")  # of this machine, and not of every site
     for word in ("lora.rnak=4", "model.dtype=auto"):
-        assert command("site", "doctor", word, *named, "experiment=debug").code == 0
+        assert run_command("site", "doctor", word, *named, "experiment=debug").code == 0
     with pytest.raises(FedtuneError, match=r"lora\.rnak"):
         visits[0].run()
     assert visits[1].run().model.dtype == "float32"

@@ -3,27 +3,29 @@
 import json
 from pathlib import Path
 
-from ..conftest import command
+from ..conftest import run_command
 from . import snapshots
 
 
-def test_export_writes_the_adapter_with_card_and_tokenizer(finished: Path, tmp_path: Path) -> None:
-    report = json.loads(command("export", str(finished), "--to", str(tmp_path / "new" / "out"), "--json").printed)
+def test_export_writes_the_adapter_with_card_and_tokenizer(finished_run: Path, tmp_path: Path) -> None:
+    report = json.loads(
+        run_command("export", str(finished_run), "--to", str(tmp_path / "new" / "out"), "--json").printed
+    )
     assert (report["format"], report["folder"]) == ("peft", str(tmp_path / "new" / "out"))
     names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
     assert set(report["files"]) == names
-    adapter = {path.name for path in (finished / "adapter").iterdir()}
+    adapter = {path.name for path in (finished_run / "adapter").iterdir()}
     assert names == adapter | {"labels.txt", "tokenizer.json", "tokenizer_config.json"}
     for name in adapter - {"README.md"}:
-        assert (tmp_path / "new" / "out" / name).read_bytes() == (finished / "adapter" / name).read_bytes()
-    out = command("export", str(finished), "--to", str(tmp_path / "out")).printed
+        assert (tmp_path / "new" / "out" / name).read_bytes() == (finished_run / "adapter" / name).read_bytes()
+    out = run_command("export", str(finished_run), "--to", str(tmp_path / "out")).printed
     assert "as peft" in out
     assert "adapter_model.safetensors" in out
 
 
-@snapshots.mistakes("mistakes-export")
-def test_unsupported_export_is_refused_without_creating_files(finished: Path, tmp_path: Path, typed: str) -> None:
-    words = typed.replace("RUN", str(finished)).split()
-    message = command("export", str(finished), "--to", str(tmp_path / "new"), *words).failed()
-    snapshots.check_message("mistakes-export", typed, message.replace(str(finished), "RUN"))
+@snapshots.parametrize_mistakes("mistakes-export")
+def test_unsupported_export_is_refused_without_creating_files(finished_run: Path, tmp_path: Path, typed: str) -> None:
+    words = typed.replace("RUN", str(finished_run)).split()
+    message = run_command("export", str(finished_run), "--to", str(tmp_path / "new"), *words).failed()
+    snapshots.check_message("mistakes-export", typed, message.replace(str(finished_run), "RUN"))
     assert not (tmp_path / "new").exists()

@@ -17,53 +17,59 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import RunError
 
-from ..conftest import command, files_in
+from ..conftest import read_files, run_command
 
 
 @pytest.mark.parametrize("reader", ["show", "spent", "verify", "export"])
-def test_ledger_readers_change_nothing_and_refuse_damaged_ledgers(reader: str, lived: Any, tmp_path: Path) -> None:
-    before = files_in(lived.folder)
-    for path in (lived.ledger, lived.folder):
-        assert command("ledger", reader, str(path)).code == 0
-    assert files_in(lived.folder) == before
-    message = command("ledger", reader, str(tmp_path / "none.db")).failed()
+def test_ledger_readers_change_nothing_and_refuse_damaged_ledgers(
+    reader: str, site_with_history: Any, tmp_path: Path
+) -> None:
+    before = read_files(site_with_history.folder)
+    for path in (site_with_history.ledger, site_with_history.folder):
+        assert run_command("ledger", reader, str(path)).code == 0
+    assert read_files(site_with_history.folder) == before
+    message = run_command("ledger", reader, str(tmp_path / "none.db")).failed()
     assert message == f"ledger = '{tmp_path}/none.db': must be a ledger.db, or a folder with one"
     assert not (tmp_path / "none.db").exists()
     inner = tmp_path / "run" / "sites" / "bank-a"
     inner.mkdir(parents=True)
-    shutil.copy(lived.ledger, inner)
-    assert command("ledger", reader, str(tmp_path / "run")).failed().endswith(f"must be one of {inner}/ledger.db")
-    lived.ledger.write_bytes(lived.ledger.read_bytes().replace(b"classification", b"Classification", 1))
-    outcome = command("ledger", reader, str(lived.ledger))
+    shutil.copy(site_with_history.ledger, inner)
+    assert run_command("ledger", reader, str(tmp_path / "run")).failed().endswith(f"must be one of {inner}/ledger.db")
+    site_with_history.ledger.write_bytes(
+        site_with_history.ledger.read_bytes().replace(b"classification", b"Classification", 1)
+    )
+    outcome = run_command("ledger", reader, str(site_with_history.ledger))
     assert re.search("event [23] was changed", outcome.failed(1))
     assert outcome.out == ""
 
 
-def test_ledger_export_writes_one_file_and_overwrites_none(lived: Any, tmp_path: Path) -> None:
-    def said(*words: str) -> Any:
-        return json.loads(command("ledger", words[0], str(lived.ledger), *words[1:], "--json").printed)
+def test_ledger_export_writes_one_file_and_overwrites_none(site_with_history: Any, tmp_path: Path) -> None:
+    def read_export(*words: str) -> Any:
+        return json.loads(run_command("ledger", words[0], str(site_with_history.ledger), *words[1:], "--json").printed)
 
-    output, shown = tmp_path / "ledger.json", said("show")
-    assert command("ledger", "export", str(lived.ledger), "--output", str(output)).code == 0
+    output, shown = tmp_path / "ledger.json", read_export("show")
+    assert run_command("ledger", "export", str(site_with_history.ledger), "--output", str(output)).code == 0
     whole = json.loads(output.read_text())
     assert whole["events"] == shown["events"]
     assert [event["sequence"] for event in shown["events"]] == list(range(1, shown["num_events"] + 1))
-    assert said("show", "--last", "3")["events"] == shown["events"][-3:], "the newest"
-    assert command("ledger", "show", str(lived.ledger), "--last", "0").code == 2
+    assert read_export("show", "--last", "3")["events"] == shown["events"][-3:], "the newest"
+    assert run_command("ledger", "show", str(site_with_history.ledger), "--last", "0").code == 2
     assert whole["head"] == whole["events"][-1]
-    assert whole["spending"].items() <= said("spent").items()
+    assert whole["spending"].items() <= read_export("spent").items()
     assert whole["verification"]["rollback_excluded"] is False
-    assert json.loads(command("ledger", "export", str(lived.ledger)).out) == whole
+    assert json.loads(run_command("ledger", "export", str(site_with_history.ledger)).out) == whole
     for name in ("ledger.db", "site_key.pem"):
-        before = (lived.folder / name).read_bytes()
-        message = command("ledger", "export", str(lived.ledger), "--output", str(lived.folder / name)).failed()
+        before = (site_with_history.folder / name).read_bytes()
+        message = run_command(
+            "ledger", "export", str(site_with_history.ledger), "--output", str(site_with_history.folder / name)
+        ).failed()
         assert "exists already" in message
-        assert (lived.folder / name).read_bytes() == before
+        assert (site_with_history.folder / name).read_bytes() == before
 
 
 def test_run_name_cannot_inject_terminal_control_sequences(site: Any) -> None:
     site.ask_too_much(site.proposal("x", noise_multiplier=0.5), named="\x1b[31m[red]evil\u202e\n")
-    out = command("ledger", "show", str(site.ledger)).out
+    out = run_command("ledger", "show", str(site.ledger)).out
     assert "?[31m[red]evil??" in out
     assert "\x1b" not in out
 
@@ -71,13 +77,13 @@ def test_run_name_cannot_inject_terminal_control_sequences(site: Any) -> None:
 def test_new_ledger_has_no_spending_and_seeded_runs_no_guarantee(site: Any) -> None:
     site.write_policy(seeded_noise="true")
     site.open()
-    out = command("ledger", "spent", str(site.ledger)).out
+    out = run_command("ledger", "spent", str(site.ledger)).out
     assert "Nothing was spent yet" in out
     assert "No run has been accepted yet." in out
     site.charge(site.proposal("study", seeded_noise=True), 1)
-    assert command("ledger", "spent", str(site.ledger)).out.count("NO GUARANTEE") == 2
-    assert "NO GUARANTEE" in command("ledger", "show", str(site.ledger)).out
-    assert json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["guarantee"] is False
+    assert run_command("ledger", "spent", str(site.ledger)).out.count("NO GUARANTEE") == 2
+    assert "NO GUARANTEE" in run_command("ledger", "show", str(site.ledger)).out
+    assert json.loads(run_command("ledger", "spent", str(site.ledger), "--json").out)["guarantee"] is False
 
 
 def test_noiseless_run_is_unbounded_in_text_and_null_in_json(site: Any) -> None:
@@ -85,102 +91,106 @@ def test_noiseless_run_is_unbounded_in_text_and_null_in_json(site: Any) -> None:
         max_epsilon="inf", max_epsilon_per_run=None, max_epsilon_per_period=None, min_noise_multiplier="0.0"
     )
     site.charge(site.proposal("bare", noise_multiplier=0.0), 1)
-    out = command("ledger", "spent", str(site.ledger)).out
+    out = run_command("ledger", "spent", str(site.ledger)).out
     assert "NO GUARANTEE" in out
     assert "unbounded" in out
-    figures = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)
+    figures = json.loads(run_command("ledger", "spent", str(site.ledger), "--json").out)
     for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "max_epsilon", "left", "reference_runs_left"):
         assert figures[key] is None, key
     assert figures["guarantee"] is False
-    assert "WITHOUT NOISE" in command("ledger", "show", str(site.ledger)).out
+    assert "WITHOUT NOISE" in run_command("ledger", "show", str(site.ledger)).out
 
 
-def test_freeze_requires_a_reason_and_leaves_no_budget(lived: Any) -> None:
-    lived.write_policy(max_epsilon="8.0")
-    lived.open()
-    assert "The lifetime cap was changed: at most 6" in command("ledger", "spent", str(lived.ledger)).out
-    freeze = ("ledger", "freeze", "--policy", str(lived.site_toml), "--why")
-    assert command(*freeze, " ").failed() == "--why = ' ': must give a reason; the ledger stores it"
-    assert command(*freeze, "consent withdrawn").code == 0
-    lived.ask_too_much(lived.proposal("late"))
-    out = command("ledger", "show", str(lived.ledger)).out
+def test_freeze_requires_a_reason_and_leaves_no_budget(site_with_history: Any) -> None:
+    site_with_history.write_policy(max_epsilon="8.0")
+    site_with_history.open()
+    assert (
+        "The lifetime cap was changed: at most 6" in run_command("ledger", "spent", str(site_with_history.ledger)).out
+    )
+    freeze = ("ledger", "freeze", "--policy", str(site_with_history.site_toml), "--why")
+    assert run_command(*freeze, " ").failed() == "--why = ' ': must give a reason; the ledger stores it"
+    assert run_command(*freeze, "consent withdrawn").code == 0
+    site_with_history.ask_too_much(site_with_history.proposal("late"))
+    out = run_command("ledger", "show", str(site_with_history.ledger)).out
     assert "all training has ended: consent withdrawn" in out
-    spent = command("ledger", "spent", str(lived.ledger))
+    spent = run_command("ledger", "spent", str(site_with_history.ledger))
     assert "FROZEN" in spent.out
     assert "nothing, because it is frozen" in spent.out
-    figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
+    figures = json.loads(run_command("ledger", "spent", str(site_with_history.ledger), "--json").out)
     assert (figures["frozen"], figures["left"], figures["reference_runs_left"]) == (True, 0, 0)
-    lived.ledger.unlink()
-    assert command(*freeze, "x").code == 2
-    assert not lived.ledger.exists()
+    site_with_history.ledger.unlink()
+    assert run_command(*freeze, "x").code == 2
+    assert not site_with_history.ledger.exists()
 
 
-def test_ledger_verify_lists_its_checks_and_detects_another_site_key(lived: Any) -> None:
-    verified = ("ledger", "verify", str(lived.ledger))
-    known = ("--anchor", str(lived.anchor), "--site-key", lived.key.public)
-    told = json.loads(command(*verified, "--json", *known).out)
+def test_ledger_verify_lists_its_checks_and_detects_another_site_key(site_with_history: Any) -> None:
+    verified = ("ledger", "verify", str(site_with_history.ledger))
+    known = ("--anchor", str(site_with_history.anchor), "--site-key", site_with_history.key.public)
+    told = json.loads(run_command(*verified, "--json", *known).out)
     assert (told["rollback_excluded"], told["anchor_sequence"]) == (True, told["num_events"])
-    assert (told["site_key"], told["key_expected"]) == (lived.key.public, True)
-    assert "Not checked:" not in command(*verified, *known).out
-    assert "names site key" in command(*verified, "--site-key", "ab" * 32).failed(1), "another site's ledger is found"
-    assert command(*verified, "--site-key", "short").code == 2
+    assert (told["site_key"], told["key_expected"]) == (site_with_history.key.public, True)
+    assert "Not checked:" not in run_command(*verified, *known).out
+    assert "names site key" in run_command(*verified, "--site-key", "ab" * 32).failed(1), (
+        "another site's ledger is found"
+    )
+    assert run_command(*verified, "--site-key", "short").code == 2
 
 
 def test_anchor_is_not_replaced_by_an_older_head(put_back: Any) -> None:
     verified = ("ledger", "verify", str(put_back.ledger), "--anchor")
-    assert "rolled back to an older copy" in command(*verified, str(put_back.anchor)).failed(1)
-    assert command(*verified, str(put_back.folder / "none.json")).code == 2
+    assert "rolled back to an older copy" in run_command(*verified, str(put_back.anchor)).failed(1)
+    assert run_command(*verified, str(put_back.folder / "none.json")).code == 2
     own = ("--key", str(put_back.folder / "site_key.pem"), "--output", str(put_back.anchor))
     before = put_back.anchor.read_bytes()
-    assert "rolled back to an older copy" in command("ledger", "anchor", str(put_back.ledger), *own).failed(1)
+    assert "rolled back to an older copy" in run_command("ledger", "anchor", str(put_back.ledger), *own).failed(1)
     assert put_back.anchor.read_bytes() == before
 
 
-def test_manual_anchor_requires_the_key_of_the_ledger(lived: Any, tmp_path: Path) -> None:
-    made, key = tmp_path / "anchor.json", lived.folder / "site_key.pem"
-    words = ("ledger", "anchor", str(lived.ledger))
-    assert command(*words, "--key", str(lived.folder / "lead.pem"), "--output", str(made)).code == 1
+def test_manual_anchor_requires_the_key_of_the_ledger(site_with_history: Any, tmp_path: Path) -> None:
+    made, key = tmp_path / "anchor.json", site_with_history.folder / "site_key.pem"
+    words = ("ledger", "anchor", str(site_with_history.ledger))
+    assert run_command(*words, "--key", str(site_with_history.folder / "lead.pem"), "--output", str(made)).code == 1
     assert not made.exists()
     before = key.read_bytes()
-    assert command(*words, "--key", str(key), "--output", str(key)).code == 2
+    assert run_command(*words, "--key", str(key), "--output", str(key)).code == 2
     assert key.read_bytes() == before
-    assert command(*words, "--key", str(key), "--output", str(made)).code == 0
-    assert made.read_bytes() == lived.anchor.read_bytes()
+    assert run_command(*words, "--key", str(key), "--output", str(made)).code == 0
+    assert made.read_bytes() == site_with_history.anchor.read_bytes()
     key.unlink()
-    assert command("ledger", "show", str(lived.ledger)).code == 0
+    assert run_command("ledger", "show", str(site_with_history.ledger)).code == 0
     with pytest.raises(RunError, match="is not signed by the site's key"):  # no new key takes the place of the old one
-        lived.open()
+        site_with_history.open()
 
 
-def restored(site: Any, *more: str) -> Any:
-    return command("ledger", "restore", "--policy", str(site.site_toml), *more)
+def restore_ledger(site: Any, *more: str) -> Any:
+    return run_command("ledger", "restore", "--policy", str(site.site_toml), *more)
 
 
 def test_restore_charges_once_and_creates_no_ledger(put_back: Any, tmp_path: Path) -> None:
     lost = tmp_path / "lost.json"
     shutil.copy(put_back.anchor, lost)
-    assert restored(put_back, "--anchor", str(lost)).code == 0
+    assert restore_ledger(put_back, "--anchor", str(lost)).code == 0
     before = put_back.ledger.read_bytes()
-    assert "Nothing was charged" in restored(put_back, "--anchor", str(lost)).printed
-    assert "has every event" in restored(put_back, "--anchor", str(put_back.anchor)).printed
+    assert "Nothing was charged" in restore_ledger(put_back, "--anchor", str(lost)).printed
+    assert "has every event" in restore_ledger(put_back, "--anchor", str(put_back.anchor)).printed
     assert put_back.ledger.read_bytes() == before
     put_back.write_policy(anchor='""')
-    assert restored(put_back).failed() == "--anchor: is required, because the policy names no anchor"
+    assert restore_ledger(put_back).failed() == "--anchor: is required, because the policy names no anchor"
     put_back.ledger.unlink()
-    assert "ledger.db': is missing" in restored(put_back, "--anchor", str(lost)).failed()
+    assert "ledger.db': is missing" in restore_ledger(put_back, "--anchor", str(lost)).failed()
     assert not put_back.ledger.exists()
 
 
 def test_restore_charges_missing_events_and_training_continues(put_back: Any) -> None:
     lost = Head.read(put_back.anchor)
-    out = restored(put_back).printed
+    out = restore_ledger(put_back).printed
     assert "10 noisy steps (rate 0.05, noise 2.5)" in out
     assert "20 noisy steps (rate 0.05, noise 2)" in out
     verified = verify(put_back.ledger, anchor=Head.read(put_back.anchor))
     assert verified.history.head(put_back.key).charged == lost.charged
     put_back.charge(put_back.proposal("fourth"), 1)
-    assert "Backups put back so far: 1" in command("ledger", "spent", str(put_back.ledger)).out
-    shown = command("ledger", "show", str(put_back.ledger)).out
+    assert "Backups put back so far: 1" in run_command("ledger", "spent", str(put_back.ledger)).out
+    shown = run_command("ledger", "show", str(put_back.ledger)).out
     assert "a backup was put back; charged what it lacked" in shown
 
 
@@ -190,14 +200,14 @@ def test_restore_uses_the_policy_anchor_if_it_is_newer(put_back: Any, tmp_path: 
     older = tmp_path / "older.json"
     older.write_bytes(verify(put_back.ledger).history.head(put_back.key).to_bytes())
     assert Head.read(older).sequence < newest.sequence
-    assert restored(put_back, "--anchor", str(older)).code == 0
+    assert restore_ledger(put_back, "--anchor", str(older)).code == 0
     known = {events.from_json(event): count for event, count in newest.charged}
     assert verify(put_back.ledger, anchor=newest).history.total_charges() == known
 
 
 @pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
 def test_person_confirms_the_date_after_a_clock_jump(
-    lived: Any, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
+    site_with_history: Any, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Far(datetime):
         @classmethod
@@ -206,15 +216,17 @@ def test_person_confirms_the_date_after_a_clock_jump(
 
     monkeypatch.setattr("fedtune.privacy.ledger.history.datetime", Far)
     told = "charges count for the year of"
-    assert told in " ".join(command("ledger", "spent", str(lived.ledger)).out.split())
+    assert told in " ".join(run_command("ledger", "spent", str(site_with_history.ledger)).out.split())
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    outcome = command("ledger", "confirm-date", "--policy", str(lived.site_toml))
+    outcome = run_command("ledger", "confirm-date", "--policy", str(site_with_history.site_toml))
     assert "clock says 2099-07-01 00:00 UTC" in " ".join(outcome.out.split())
     assert outcome.code == (0 if confirmed else 1)
     assert ("the date is not confirmed" in outcome.err) is not confirmed
-    assert (told in " ".join(command("ledger", "spent", str(lived.ledger)).out.split())) is not confirmed
+    assert (
+        told in " ".join(run_command("ledger", "spent", str(site_with_history.ledger)).out.split())
+    ) is not confirmed
     noted = "a person at the site confirmed the date"
-    assert (noted in command("ledger", "show", str(lived.ledger)).out) is confirmed
+    assert (noted in run_command("ledger", "show", str(site_with_history.ledger)).out) is confirmed
 
 
 def test_displayed_epsilons_and_factors_are_rounded_up() -> None:

@@ -22,56 +22,56 @@ from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 from fedtune.version import __version__
 
-from ..conftest import REPOSITORY, command, parsed, python
+from ..conftest import REPOSITORY, parse_command, run_command, run_python
 from . import snapshots
 
 
 def test_version_includes_a_digest_of_the_source_code(tmp_path: Path) -> None:
-    assert re.fullmatch(rf"fedtune {re.escape(__version__)}\+[0-9a-f]{{12}}\n", command("--version").printed)
+    assert re.fullmatch(rf"fedtune {re.escape(__version__)}\+[0-9a-f]{{12}}\n", run_command("--version").printed)
     package = shutil.copytree(REPOSITORY / "fedtune", tmp_path / "fedtune")
     told = "from fedtune.version import build; print(build())"
 
-    def built() -> str:
-        return python("-c", told, cwd=tmp_path).strip()
+    def print_build() -> str:
+        return run_python("-c", told, cwd=tmp_path).strip()
 
-    same = built()
-    assert command("--version").printed == f"fedtune {same}\n"
+    same = print_build()
+    assert run_command("--version").printed == f"fedtune {same}\n"
     with (package / "formatting.py").open("a") as file:
         file.write("# another build\n")
-    assert built() != same
+    assert print_build() != same
 
 
-@snapshots.mistakes("mistakes-words")
+@snapshots.parametrize_mistakes("mistakes-words")
 def test_invalid_command_line_gives_one_line_and_exit_code_two(typed: str) -> None:
-    message = command(*typed.split()).failed()
+    message = run_command(*typed.split()).failed()
     snapshots.check_message("mistakes-words", typed, message)
     assert message.endswith("--help says more)")
 
 
 @pytest.mark.parametrize("words", ["-m a=1 b=2", "a=1 -m b=2", "a=1 b=2 -m", "a=1 --multirun b=2"])
 def test_overrides_are_accepted_before_and_after_a_flag(words: str) -> None:
-    found = parsed("simulate", *words.split())
+    found = parse_command("simulate", *words.split())
     assert (found["overrides"], found["multirun"]) == (("a=1", "b=2"), True)
 
 
 @pytest.mark.parametrize("name", ["simulate", "plan", "run", "search", "audit"])
 def test_experiment_file_and_epsilon_have_short_forms(name: str) -> None:
-    found = parsed(name, "own/tickets.yaml", "seed=1", "--epsilon", "3")
+    found = parse_command(name, "own/tickets.yaml", "seed=1", "--epsilon", "3")
     words = found.get("overrides", found.get("words"))
     assert words == ("experiment=own/tickets.yaml", "seed=1", "privacy.epsilon=3")
 
 
 def test_short_form_composes_the_settings_that_it_stands_for(tmp_path: Path) -> None:
     (tmp_path / "tickets.yaml").write_text("defaults: [debug]\nname: tickets\n")
-    short = command("simulate", str(tmp_path / "tickets.yaml"), "--epsilon", "3", "--cfg", "job").printed
-    long = command("simulate", f"experiment={tmp_path}/tickets.yaml", "privacy.epsilon=3", "--cfg", "job").printed
+    short = run_command("simulate", str(tmp_path / "tickets.yaml"), "--epsilon", "3", "--cfg", "job").printed
+    long = run_command("simulate", f"experiment={tmp_path}/tickets.yaml", "privacy.epsilon=3", "--cfg", "job").printed
     assert short == long
     assert "epsilon: 3" in short
 
 
-@snapshots.mistakes("mistakes-short-forms")
+@snapshots.parametrize_mistakes("mistakes-short-forms")
 def test_short_form_is_refused_beside_what_it_stands_for(typed: str) -> None:
-    snapshots.check_message("mistakes-short-forms", typed, command(*typed.split()).failed())
+    snapshots.check_message("mistakes-short-forms", typed, run_command(*typed.split()).failed())
 
 
 def test_command_parameters_match_their_function_signatures() -> None:
@@ -89,10 +89,10 @@ def test_command_parameters_match_their_function_signatures() -> None:
 @pytest.mark.parametrize(("error", "code"), [(RunError("few"), 1), (RefusedError("no"), 3), (KeyboardInterrupt(), 1)])
 def test_error_types_have_distinct_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.api.compose.compose_run", Mock(side_effect=error))
-    assert command("simulate").failed(code) == (str(error) or "interrupted")
+    assert run_command("simulate").failed(code) == (str(error) or "interrupted")
 
 
-def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variables: str) -> tuple[int, str, str]:
+def start_python(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variables: str) -> tuple[int, str, str]:
     """Python in a process of its own, with `closed` a stream: its exit code, and what it wrote."""
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *words]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
@@ -103,7 +103,7 @@ def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variable
 
 def test_help_errors_and_plan_avoid_slow_imports() -> None:
     slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
-    _, out, err = started(
+    _, out, err = start_python(
         "-c",
         "import sys; from fedtune.cli.main import main\n"
         "for words in ([], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash'], ['simulate']):\n"
@@ -134,13 +134,13 @@ class Terminal(io.StringIO):
 
 
 def test_slow_imports_are_announced_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(name: str) -> Any:
+    def import_slowly(name: str) -> Any:
         assert screen.said.wait(60), "it is said while they are loaded"
         return importlib.import_module(name)
 
     monkeypatch.setattr("sys.stderr", screen := Terminal())
     monkeypatch.setattr("fedtune.cli.main._LOADING_S", 0.0)
-    monkeypatch.setattr("fedtune.cli.main.import_module", slow)
+    monkeypatch.setattr("fedtune.cli.main.import_module", import_slowly)
     assert fedtune.get_command(click.Context(fedtune), "ledger") is not None
     assert screen.getvalue() == "fedtune: loading libraries ...\n"
 
@@ -148,18 +148,18 @@ def test_slow_imports_are_announced_on_a_terminal(monkeypatch: pytest.MonkeyPatc
 def test_closed_output_stream_gives_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
-    done = started("-m", "fedtune", "site", "template", to=write)
+    done = start_python("-m", "fedtune", "site", "template", to=write)
     os.close(write)
     assert done == (1, "", "")
     for closed in (">&-", "2>&-"):
-        assert started("-m", "fedtune", "model-hash", "--help", closed=closed)[0] == 0
+        assert start_python("-m", "fedtune", "model-hash", "--help", closed=closed)[0] == 0
 
 
 def test_flower_telemetry_is_disabled_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
     code = "import os; import fedtune.flower; print(os.environ['FLWR_TELEMETRY_ENABLED'])"
-    assert started("-c", code)[1] == "0\n"
-    assert started("-c", code, FLWR_TELEMETRY_ENABLED="1")[1] == "1\n"
+    assert start_python("-c", code)[1] == "0\n"
+    assert start_python("-c", code, FLWR_TELEMETRY_ENABLED="1")[1] == "1\n"
 
 
 @pytest.mark.parametrize("was_on", [True, False])
@@ -190,30 +190,32 @@ def test_imported_library_objects_are_frozen_for_garbage_collection(
 @pytest.mark.by_day("ascii")
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_unencodable_characters_are_printed_as_question_marks(encoding: str) -> None:
-    code, out, err = started("-m", "fedtune", "data", "check", "experiment=debug", PYTHONIOENCODING=encoding)
+    code, out, err = start_python("-m", "fedtune", "data", "check", "experiment=debug", PYTHONIOENCODING=encoding)
     assert (code, err) == (0, "")
     assert "??????" in out, "a bar"
-    code, out, err = started("-m", "fedtune", "d\u0101nce", PYTHONIOENCODING=encoding)
+    code, out, err = start_python("-m", "fedtune", "d\u0101nce", PYTHONIOENCODING=encoding)
     assert (code, out, err) == (2, "", "fedtune: No such command 'd?nce' (fedtune --help says more)\n")
 
 
-def test_full_disk_is_named_in_the_error_message(lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_named_in_the_error_message(
+    site_with_history: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     again = "free some space, and run the command again"
     with open("/dev/full", "wb") as full:
-        assert started("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full; {again}\n")
+        assert start_python("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full; {again}\n")
     folder = tmp_path / "disk"
     folder.mkdir()
     target = folder / "ledger.json"
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "nobody")
     monkeypatch.setattr("fedtune.privacy.durable.os.fsync", Mock(side_effect=error))
-    message = command("ledger", "export", str(lived.ledger), "--output", str(target)).failed(1)
+    message = run_command("ledger", "export", str(site_with_history.ledger), "--output", str(target)).failed(1)
     assert message == f"the disk is full: no room for {target}; {again}"
     assert list(folder.iterdir()) == []
 
 
-def test_errors_are_wrapped_on_a_terminal_and_one_line_in_logs(narrow: None) -> None:
+def test_errors_are_wrapped_on_a_terminal_and_one_line_in_logs(narrow_terminal: None) -> None:
     for words in (["simulate", "privacy.epsilon=0", "--surely"], ["report", "none"], ["simulate", "privacy.epsilon=0"]):
         with contextlib.redirect_stderr(terminal := Terminal()):
             assert main(words) == 2
-        assert snapshots.too_wide(terminal.getvalue()) == []
-        assert terminal.getvalue().split() == f"fedtune: {command(*words).failed()}".split()
+        assert snapshots.find_wide_lines(terminal.getvalue()) == []
+        assert terminal.getvalue().split() == f"fedtune: {run_command(*words).failed()}".split()

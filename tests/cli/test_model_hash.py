@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import ModelSpec
 
-from ..conftest import command
+from ..conftest import run_command
 
 
 def test_model_hash_covers_weights_configuration_and_tokenizer(tmp_path: Path) -> None:
@@ -21,21 +21,21 @@ def test_model_hash_covers_weights_configuration_and_tokenizer(tmp_path: Path) -
     (folder / "config.json").write_text('{"model_type": "bert"}')
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
     (folder / "README.md").write_text("not covered")
-    digest, blank, title, *files = command("model-hash", str(folder)).printed.splitlines()
-    assert digest == build_manifest(folder).sha256 == model_sha256(ModelSpec(path=str(folder)))
+    digest, blank, title, *files = run_command("model-hash", str(folder)).printed.splitlines()
+    assert digest == build_manifest(folder).sha256 == hash_model(ModelSpec(path=str(folder)))
     assert (blank, title) == ("", "It covers:")
     assert [line.split()[1] for line in files] == ["config.json", "model.safetensors", "tokenizer.json"]
-    said = json.loads(command("model-hash", str(folder), "--json").out)
+    said = json.loads(run_command("model-hash", str(folder), "--json").out)
     assert (said["sha256"], said["files"]) == (digest, dict(build_manifest(folder).files))
-    assert command("model-hash", str(folder), "--json", "--files").code == 2
-    assert command("model-hash", "random:bert").out == f"{model_sha256(ModelSpec(path='random:bert'))}\n"
+    assert run_command("model-hash", str(folder), "--json", "--files").code == 2
+    assert run_command("model-hash", "random:bert").out == f"{hash_model(ModelSpec(path='random:bert'))}\n"
     # Anybody can compute it from the files; that of a GGUF file is what sha256sum prints.
-    assert hashlib.sha256(command("model-hash", str(folder), "--files").out.encode()).hexdigest() == digest
+    assert hashlib.sha256(run_command("model-hash", str(folder), "--files").out.encode()).hexdigest() == digest
     for wrong in (tmp_path, tmp_path / "no"):
-        assert command("model-hash", str(wrong)).code == 2
+        assert run_command("model-hash", str(wrong)).code == 2
     gguf.write_bytes(b"GGUF")
     for path in (tmp_path, gguf):
-        assert command("model-hash", str(path)).out.splitlines()[0] == hashlib.sha256(b"GGUF").hexdigest()
+        assert run_command("model-hash", str(path)).out.splitlines()[0] == hashlib.sha256(b"GGUF").hexdigest()
     # One that a site would refuse has none.
     (folder / "config.json").write_text('{"transformers_weights": "README.safetensors"}')
-    assert "has transformers_weights" in command("model-hash", str(folder)).failed()
+    assert "has transformers_weights" in run_command("model-hash", str(folder)).failed()

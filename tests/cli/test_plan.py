@@ -11,14 +11,14 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.federation import planner
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset
 
-from ..conftest import command, result_of, site_policy, tiny
+from ..conftest import list_tiny_overrides, make_site_policy, read_result, run_command
 from . import snapshots
 
 Run = Callable[..., Any]
@@ -31,7 +31,9 @@ def plan(tmp_path: Path) -> Run:
     def run(*arguments: str, model: bool = False) -> Any:
         options = [part for part in arguments if part.startswith("--")]
         overrides = [part for part in arguments if not part.startswith("--")]
-        return command("plan", *tiny(*overrides, into=tmp_path), *(["--time"] if model else []), *options)
+        return run_command(
+            "plan", *list_tiny_overrides(*overrides, into=tmp_path), *(["--time"] if model else []), *options
+        )
 
     return run
 
@@ -42,9 +44,9 @@ def plan_json(plan: Run) -> Run:
     return lambda *arguments, **options: json.loads(plan(*arguments, "--json", **options).printed)
 
 
-def test_plan_predicts_the_privacy_results_of_the_run(plan_json: Run, finished: Path) -> None:
-    (run,) = json.loads((finished.parent / "printed.json").read_text())["runs"]
-    assert run == {"folder": str(finished), "result": result_of(finished)}
+def test_plan_predicts_the_privacy_results_of_the_run(plan_json: Run, finished_run: Path) -> None:
+    (run,) = json.loads((finished_run.parent / "printed.json").read_text())["runs"]
+    assert run == {"folder": str(finished_run), "result": read_result(finished_run)}
     promised, privacy = plan_json(), run["result"]["privacy"]
     assert promised["epsilon"] == privacy["epsilon"]
     for name, site in privacy["sites"].items():
@@ -66,16 +68,18 @@ def test_plan_solves_for_rounds_beyond_the_configured_epsilon(plan: Run, plan_js
     # What was solved for can be pasted.
     found = re.search(r"use it +(\S+) (\S+) *\n", plan(*target).out)
     assert found
-    assert compose_run(tiny("privacy.epsilon=1", *found.groups(), into=tmp_path)).federation.num_rounds > 2
+    assert (
+        compose_run(list_tiny_overrides("privacy.epsilon=1", *found.groups(), into=tmp_path)).federation.num_rounds > 2
+    )
 
 
-@snapshots.mistakes("mistakes-plan")
+@snapshots.parametrize_mistakes("mistakes-plan")
 def test_invalid_plan_command_gives_one_line_and_exit_code_two(plan: Run, typed: str) -> None:
     snapshots.check_message("mistakes-plan", typed, plan(*typed.split()).failed())
 
 
 def test_plan_output_matches_its_snapshot(
-    plan: Run, policy_file: Any, narrow: None, monkeypatch: pytest.MonkeyPatch
+    plan: Run, policy_file: Any, narrow_terminal: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(policy_file().parent)
     out = plan(
@@ -113,12 +117,12 @@ def policy_file(tmp_path: Path, lead_key: SigningKey) -> Callable[[], Path]:
     """A site.toml that allows the smallest run."""
 
     def make() -> Path:
-        config = compose_run(tiny(into=tmp_path))
+        config = compose_run(list_tiny_overrides(into=tmp_path))
         asked = config.proposal(lead=lead_key.public, plan=config.plan())
         allow = {"leads": (lead_key.public,), "base_models": (asked.base_model,)}
         allow["target_modules"] = asked.target_modules
         datasets = (Dataset(id=asked.dataset, declared_size=90),)
-        write_policy(site_policy("site-1", allow=allow, dataset=datasets), tmp_path / "site.toml")
+        write_policy(make_site_policy("site-1", allow=allow, dataset=datasets), tmp_path / "site.toml")
         return tmp_path / "site.toml"
 
     return make
@@ -167,7 +171,7 @@ def test_plan_names_the_strictest_site_and_a_common_epsilon(
 def test_plan_with_a_model_reports_signal_forecast_and_digest(plan: Run, plan_json: Run) -> None:
     weak = " ".join(plan("privacy.noise_multiplier=400", "privacy.epsilon=8", model=True).out.split())
     assert "the run will likely learn nothing; it requires training.ignore_weak_signal=true" in weak
-    loaded, known = plan_json(model=True), model_sha256(ModelSpec(path="random:bert"))
+    loaded, known = plan_json(model=True), hash_model(ModelSpec(path="random:bert"))
     assert loaded["signal_to_noise"] > 0
     assert (loaded["forecast"]["device"], loaded["model_sha256"]) == ("cpu", known)
     without = plan_json()
@@ -177,22 +181,22 @@ def test_plan_with_a_model_reports_signal_forecast_and_digest(plan: Run, plan_js
 
 def test_plan_compares_noise_with_secure_aggregation(plan: Run, plan_json: Run) -> None:
     four = ("federation.num_sites=4", "data.declared_sizes=80")
-    sums = plan_json(*four)["secure_sums"]
+    sums = plan_json(*four)["secure_aggregation"]
     assert sums["plan"]["local_steps"] == 1
     assert sums["noise_in_average"] == pytest.approx(0.5, abs=1e-3), "the root of four sites less"
     shown = " ".join(plan(*four).out.split())
     assert "needs 50% of this noise in the average" in shown
     assert "federation.aggregation=secure" in shown
     given = ("privacy.noise_multiplier=6", "federation.num_rounds=3")
-    assert plan_json(*four, *given)["secure_sums"]["noise_in_average"] == pytest.approx(0.5, abs=1e-2)
+    assert plan_json(*four, *given)["secure_aggregation"]["noise_in_average"] == pytest.approx(0.5, abs=1e-2)
     for none in (("privacy=none",), ("federation.num_sites=1",), ("federation.aggregation=secure", *four)):
-        assert plan_json(*none)["secure_sums"] is None, none
+        assert plan_json(*none)["secure_aggregation"] is None, none
 
 
 def test_plan_shows_the_privacy_cost_of_a_search() -> None:
     words = ("plan", "experiment=debug", "privacy.noise_multiplier=4.0")
-    assert "search" not in json.loads(command(*words, "--json").out)
-    told = json.loads(command(*words, "--trials", "8", "--json").out)
+    assert "search" not in json.loads(run_command(*words, "--json").out)
+    told = json.loads(run_command(*words, "--trials", "8", "--json").out)
     assert told["search"]["trials"] == 8
     assert told["search"]["epsilon_of_one"] == told["epsilon"] < told["search"]["epsilon"]
-    assert command(*words, "--trials", "0").message.startswith("--trials = 0: must be")
+    assert run_command(*words, "--trials", "0").message.startswith("--trials = 0: must be")

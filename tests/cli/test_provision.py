@@ -11,13 +11,13 @@ import pytest
 
 from fedtune.ops.kits.members import JoinRequest, Roster, next_steps
 
-from ..conftest import command, files_in, parsed
+from ..conftest import parse_command, read_files, run_command
 from ..ops.conftest import Desk
 from . import snapshots
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def federation_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with a federation.toml."""
     monkeypatch.chdir(tmp_path)
     Path("federation.toml").write_text('name = "cardiology"\nserver = "fl.example.org:9092"\n')
@@ -32,10 +32,10 @@ def request_of(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def provision() -> Callable[..., str]:
     """Run a command that must succeed; what it prints."""
-    return lambda *arguments: str(command("provision", *arguments).printed)
+    return lambda *arguments: str(run_command("provision", *arguments).printed)
 
 
-def groups(text: str) -> set[str]:
+def find_hex_groups(text: str) -> set[str]:
     """Fingerprints in a text, each 16 groups of four hex digits."""
     return set(re.findall(r"(?:[0-9a-f]{4} ){15}[0-9a-f]{4}", text))
 
@@ -43,22 +43,22 @@ def groups(text: str) -> set[str]:
 def test_site_and_lead_display_the_same_fingerprints(provision: Any, request_of: Any) -> None:
     provision("init", "federation.toml")
     request = request_of("north")
-    at_the_site = groups(next_steps(request.parent))
-    at_the_lead = groups(provision("add-site", "--compared", str(request), "--federation", "cardiology"))
-    in_the_kit = groups(Path("cardiology/sites/north/README.md").read_text())
+    at_the_site = find_hex_groups(next_steps(request.parent))
+    at_the_lead = find_hex_groups(provision("add-site", "--compared", str(request), "--federation", "cardiology"))
+    in_the_kit = find_hex_groups(Path("cardiology/sites/north/README.md").read_text())
     assert len(at_the_site) == 2
     assert at_the_site < at_the_lead  # connection key and site key, and then those of lead and authority
     assert len(at_the_lead) == 4
     assert len(in_the_kit) == 3
     assert in_the_kit < at_the_lead
     assert len(in_the_kit & at_the_site) == 1  # the connection key
-    assert groups(Path("cardiology/lead/README.md").read_text()) == at_the_lead - at_the_site
+    assert find_hex_groups(Path("cardiology/lead/README.md").read_text()) == at_the_lead - at_the_site
     # And the commands in the READMEs exist.
     text = "".join(path.read_text() for path in Path("cardiology").rglob("README.md"))
     found = set(re.findall(r"`fedtune (provision renew-[^`]+)`", text))  # add-site is named without its request
     assert {one.split()[1] for one in found} == {"renew-server", "renew-lead", "renew-site"}
     for one in found:
-        parsed(*one.split())
+        parse_command(*one.split())
 
 
 @pytest.mark.parametrize("typed", ["n\n", "\n", "", None])
@@ -74,17 +74,17 @@ def test_provisioning_changes_nothing_before_confirmation(
     closed = io.StringIO("")
     closed.close()
     monkeypatch.setattr("sys.stdin", closed if typed is None else io.StringIO(typed))
-    before = files_in(Path("cardiology"))
+    before = read_files(Path("cardiology"))
     words = [*what.split(), str(request), "--federation", "cardiology"]
-    outcome = command("provision", *words)
+    outcome = run_command("provision", *words)
     assert outcome.code == 1
     assert outcome.message.startswith("nothing is changed: north comes in once its keys are compared. If one differed")
-    assert files_in(Path("cardiology")) == before
+    assert read_files(Path("cardiology")) == before
     assert "Did the site read out the same keys? [y/N]" in outcome.out
-    assert groups(next_steps(request.parent)) < groups(outcome.out)
+    assert find_hex_groups(next_steps(request.parent)) < find_hex_groups(outcome.out)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    assert command("provision", *words).code == 0
-    assert files_in(Path("cardiology")) != before
+    assert run_command("provision", *words).code == 0
+    assert read_files(Path("cardiology")) != before
 
 
 def test_admitted_request_is_the_one_compared_by_telephone(
@@ -104,12 +104,12 @@ def test_admitted_request_is_the_one_compared_by_telephone(
     assert member.node_key == compared.node_key != JoinRequest.read(request).node_key
 
 
-@snapshots.mistakes("mistakes-provision")
+@snapshots.parametrize_mistakes("mistakes-provision")
 def test_invalid_provision_command_changes_nothing(provision: Any, request_of: Any, typed: str) -> None:
     provision("init", "federation.toml")
     provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
     Path("wrong.toml").write_text('servr = "x"')
-    before = files_in(Path())
-    outcome = command("provision", *typed.split())
+    before = read_files(Path())
+    outcome = run_command("provision", *typed.split())
     snapshots.check_message("mistakes-provision", typed, outcome.failed())
-    assert (outcome.out, files_in(Path())) == ("", before)
+    assert (outcome.out, read_files(Path())) == ("", before)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from ..conftest import Outcome, command, edit_config, edit_json, files_in, result_of
+from ..conftest import Outcome, edit_config, edit_json, read_files, read_result, run_command
 from ..export.stand_in_hub import TOKEN, Repository, StandInHub, stand_in_hub
 
 NAME = "bank/tickets"
@@ -23,14 +23,14 @@ def hub() -> Iterator[StandInHub]:
 
 @pytest.fixture
 def push(run_folder: Path) -> Push:
-    return lambda *words, run=run_folder: command("export", str(run), "--push", NAME, *words)
+    return lambda *words, run=run_folder: run_command("export", str(run), "--push", NAME, *words)
 
 
 @pytest.mark.parametrize("public", [False, True])
 def test_push_uploads_exactly_the_exported_files(push: Push, hub: StandInHub, tmp_path: Path, public: bool) -> None:
     words = ["--public"] if public else []
     printed = push("--to", str(tmp_path / "out"), "--yes", *words).printed
-    assert hub.repositories == {NAME: Repository(private=not public, files=files_in(tmp_path / "out"))}
+    assert hub.repositories == {NAME: Repository(private=not public, files=read_files(tmp_path / "out"))}
     for name in hub.repositories[NAME].files:
         assert name in printed
     assert f"{hub.address}/{NAME}" in printed
@@ -89,7 +89,7 @@ def _seed_noise(run: Path) -> None:
 
 def _begin_in_unprotected_adapter(run: Path) -> None:
     about = {"digest": "a" * 64, "from": "other", "dataset": "mails", "unit": "record", "delta": 1e-5, "epsilon": None}
-    edit_json(run / "run.json", provenance=result_of(run)["provenance"] | {"start_adapter": about})
+    edit_json(run / "run.json", provenance=read_result(run)["provenance"] | {"start_adapter": about})
 
 
 @pytest.mark.parametrize(

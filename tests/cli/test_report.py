@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.cli.report import format_verdict
 from fedtune.config import AboutSpec
-from fedtune.formatting import spoken
+from fedtune.formatting import group_hex
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
@@ -26,7 +26,7 @@ from fedtune.report.page.translations import load_catalog
 from fedtune.report.verify_report import derive_report
 from fedtune.spec import REPORT_SCHEMA
 
-from ..conftest import command, edit_config, parsed, run_proposal, simulate
+from ..conftest import edit_config, parse_command, run_command, run_proposal, simulate
 from ..privacy.builders import stranger_key as other
 from . import snapshots
 
@@ -42,9 +42,9 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def signed(run_folder: Path, key_file: Path) -> Path:
+def signed_run(run_folder: Path, key_file: Path) -> Path:
     """The signed report of a run, with its page, its settings, its model and the model's card beside it."""
-    assert command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
     return run_folder / "report.json"
 
 
@@ -52,7 +52,7 @@ def report_in(folder: Path) -> Report:
     return signing.parse_report((folder / "report.json").read_bytes())
 
 
-def edit(path: Path, *keys: Any, to: Any) -> None:
+def edit_json_value(path: Path, *keys: Any, to: Any) -> None:
     """Change one value in a JSON file."""
     data = json.loads(path.read_text())
     part = data
@@ -64,7 +64,7 @@ def edit(path: Path, *keys: Any, to: Any) -> None:
 
 @pytest.mark.parametrize("said", ["runs/a", "build runs/a", "./verify", "--pdf runs/a"])
 def test_report_build_subcommand_may_be_omitted(said: str) -> None:
-    seen = parsed("report", *said.split())
+    seen = parse_command("report", *said.split())
     assert (str(seen["path"]), seen["pdf"]) == (said.split()[-1].removeprefix("./"), "--pdf" in said)
 
 
@@ -79,9 +79,9 @@ def test_report_build_subcommand_may_be_omitted(said: str) -> None:
     ],
 )
 def test_verdict_line_matches_the_wording_of_the_page(
-    kind: str, state: Any, said: str, run_folder: Path, lived: Any
+    kind: str, state: Any, said: str, run_folder: Path, site_with_history: Any
 ) -> None:
-    report = report_in(run_folder) if kind == "run" else from_ledger.build_ledger_report(lived.ledger)
+    report = report_in(run_folder) if kind == "run" else from_ledger.build_ledger_report(site_with_history.ledger)
     verdict = BudgetVerdict(state=state, reasons=() if state == "within" else ("x",))
     assert format_verdict(replace(report, verdict=verdict))[0].startswith(said)
 
@@ -89,7 +89,7 @@ def test_verdict_line_matches_the_wording_of_the_page(
 def test_report_of_a_run_is_written_into_its_folder(run_folder: Path) -> None:
     for name in ("report.json", "report.html"):
         (run_folder / name).unlink(missing_ok=True)
-    banner, verdict, two_figures, *others = command("report", str(run_folder)).printed.splitlines()
+    banner, verdict, two_figures, *others = run_command("report", str(run_folder)).printed.splitlines()
     assert banner == load_catalog("en").texts["banner"]["simulation"]
     assert verdict.startswith("The lead's limit for this run was kept: epsilon 0.")
     assert "at delta 1e-05 for each record" in verdict
@@ -102,11 +102,11 @@ def test_report_of_a_run_is_written_into_its_folder(run_folder: Path) -> None:
 
 
 def test_registry_entry_lists_fields_that_need_a_person(run_folder: Path, tmp_path: Path) -> None:
-    out = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before")).printed
+    out = run_command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before")).printed
     assert "lacks entries that only a person can make, in report.about: curator" in " ".join(out.split())
     folder = shutil.copytree(run_folder, tmp_path / "run")
     edit_config(folder, report={"about": asdict(AboutSpec(curator="Hospital of the North"))})
-    assert command("report", str(folder), "--registry").code == 0
+    assert run_command("report", str(folder), "--registry").code == 0
     entry = json.loads((folder / "registry.json").read_text())
     assert entry["curator"] == "Hospital of the North"
     assert "curator" not in entry["missing"]
@@ -114,11 +114,11 @@ def test_registry_entry_lists_fields_that_need_a_person(run_folder: Path, tmp_pa
     assert entry["privacy"]["result"] == "within", "the configuration is still the one that ran"
 
 
-def test_registry_fields_of_a_site_come_from_its_policy(lived: Any, tmp_path: Path) -> None:
-    policy = read_policy(lived.site_toml)
-    write_policy(policy, lived.site_toml, others={"about": {"curator": "Hospital of the North"}})
-    assert read_policy(lived.site_toml).digest() == policy.digest()
-    out = command("report", str(lived.site_toml), "--registry", "--output", str(tmp_path)).printed
+def test_registry_fields_of_a_site_come_from_its_policy(site_with_history: Any, tmp_path: Path) -> None:
+    policy = read_policy(site_with_history.site_toml)
+    write_policy(policy, site_with_history.site_toml, others={"about": {"curator": "Hospital of the North"}})
+    assert read_policy(site_with_history.site_toml).digest() == policy.digest()
+    out = run_command("report", str(site_with_history.site_toml), "--registry", "--output", str(tmp_path)).printed
     entry = json.loads((tmp_path / "registry.json").read_text())
     assert (entry["curator"], "sector" in entry["missing"]) == ("Hospital of the North", True)
     assert "in [about] of site.toml: description" in " ".join(out.split())
@@ -130,7 +130,7 @@ def test_report_is_reproducible_and_changes_to_page_or_label_are_detected(run_fo
     a, b, names = tmp_path / "a", tmp_path / "b", {"label.svg", "report.html", "report.json"}
     for folder in (a, b):
         words = ("--label", "--language", "de", "--output", str(folder))
-        assert f"label.svg:   {folder / 'label.svg'}" in command("report", str(run_folder), *words).printed
+        assert f"label.svg:   {folder / 'label.svg'}" in run_command("report", str(run_folder), *words).printed
         assert {path.name for path in folder.iterdir()} == names
     for name in names:
         assert (a / name).read_bytes() == (b / name).read_bytes()
@@ -139,64 +139,75 @@ def test_report_is_reproducible_and_changes_to_page_or_label_are_detected(run_fo
     assert "DATENSCHUTZ-ETIKETT" in label
     assert hashlib.sha256((a / "report.json").read_bytes()).hexdigest() in label
     # A page and a label that say something else are found.
-    assert command("report", "verify", str(a)).code == 0
+    assert run_command("report", "verify", str(a)).code == 0
     for name in ("report.html", "label.svg"):
         (a / name).write_text((a / name).read_text().replace("0", "1"))
-        assert name in command("report", "verify", str(a)).failed(1)
+        assert name in run_command("report", "verify", str(a)).failed(1)
         shutil.copy(b / name, a)
 
 
-def test_ledger_report_is_signed_by_its_site_or_fails_verification(lived: Any, key_file: Path) -> None:
-    before, folder = lived.ledger.read_bytes(), lived.folder / "ledger.db.report"
-    own, key = ("--sign", str(lived.folder / "site_key.pem")), ("--key", lived.key.public)
-    assert f"not by {lived.key.public}" in command("report", str(lived.ledger), "--sign", str(key_file)).failed(1)
+def test_ledger_report_is_signed_by_its_site_or_fails_verification(site_with_history: Any, key_file: Path) -> None:
+    before, folder = site_with_history.ledger.read_bytes(), site_with_history.folder / "ledger.db.report"
+    own, key = ("--sign", str(site_with_history.folder / "site_key.pem")), ("--key", site_with_history.key.public)
+    assert f"not by {site_with_history.key.public}" in run_command(
+        "report", str(site_with_history.ledger), "--sign", str(key_file)
+    ).failed(1)
     assert not folder.exists()
-    for path, signed in ((lived.ledger, ()), (lived.folder, ()), (lived.site_toml, own), (lived.ledger, own)):
-        anchor = ("--anchor", str(lived.anchor)) if path == lived.ledger and signed else ()
-        assert command("report", str(path), *anchor, *signed).code == 0
+    for path, signed in (
+        (site_with_history.ledger, ()),
+        (site_with_history.folder, ()),
+        (site_with_history.site_toml, own),
+        (site_with_history.ledger, own),
+    ):
+        anchor = ("--anchor", str(site_with_history.anchor)) if path == site_with_history.ledger and signed else ()
+        assert run_command("report", str(path), *anchor, *signed).code == 0
         report = report_in(folder)
         assert (report.facts.kind, report.sites[0].source) == ("ledger", "own_ledger")
         assert report.facts.verification.rollback_excluded is bool(signed), "by the anchor alone"
-        outcome = command("report", "verify", str(folder), *(key if signed else ()))
+        outcome = run_command("report", "verify", str(folder), *(key if signed else ()))
         assert (outcome.code == 0) == bool(signed), "unsigned, it is nobody's word"
-    assert lived.ledger.read_bytes() == before
+    assert site_with_history.ledger.read_bytes() == before
 
 
-@snapshots.mistakes("mistakes-report")
-def test_invalid_report_command_is_refused(typed: str, run_folder: Path, lived: Any) -> None:
-    words = typed.replace("RUN", str(run_folder)).replace("LEDGER", str(lived.ledger)).split()
-    message = command("report", *words).failed()
+@snapshots.parametrize_mistakes("mistakes-report")
+def test_invalid_report_command_is_refused(typed: str, run_folder: Path, site_with_history: Any) -> None:
+    words = typed.replace("RUN", str(run_folder)).replace("LEDGER", str(site_with_history.ledger)).split()
+    message = run_command("report", *words).failed()
     snapshots.check_message("mistakes-report", typed, message.replace(str(run_folder), "RUN"))
 
 
-def test_missing_or_changed_signature_is_reported(signed: Path, key_file: Path) -> None:
-    key, whole = SigningKey.load(key_file).public, signing.parse_report(signed.read_bytes())
-    verified = ("report", "verify", str(signed))
-    assert command(*verified, "--key", key).code == 0
-    made = f"made with the key in the file, {spoken(key)}: not checked"
-    assert re.search(f"signature +not checked +It was {made}", " ".join(command(*verified).printed.split()))
+def test_missing_or_changed_signature_is_reported(signed_run: Path, key_file: Path) -> None:
+    key, whole = SigningKey.load(key_file).public, signing.parse_report(signed_run.read_bytes())
+    verified = ("report", "verify", str(signed_run))
+    assert run_command(*verified, "--key", key).code == 0
+    made = f"made with the key in the file, {group_hex(key)}: not checked"
+    assert re.search(f"signature +not checked +It was {made}", " ".join(run_command(*verified).printed.split()))
     for of_the_signed in ("report.html", "adapter/README.md"):
-        (signed.parent / of_the_signed).unlink()
-    edit(signed, "signature", to=None)
-    assert re.search("signature +not checked +It is not signed", command(*verified).printed)
-    assert command(*verified, "--key", key).code == 1
-    signed.write_text(signing.report_to_json(signing.sign_report(whole, other)))
-    assert command(*verified).code == 0  # whose it is was not asked
-    outcome = command(*verified, "--key", key)
+        (signed_run.parent / of_the_signed).unlink()
+    edit_json_value(signed_run, "signature", to=None)
+    assert re.search("signature +not checked +It is not signed", run_command(*verified).printed)
+    assert run_command(*verified, "--key", key).code == 1
+    signed_run.write_text(signing.report_to_json(signing.sign_report(whole, other)))
+    assert run_command(*verified).code == 0  # whose it is was not asked
+    outcome = run_command(*verified, "--key", key)
     assert (outcome.code, f"The report is signed by {other.public}" in outcome.out) == (1, True)
-    edit(signed, "signature", "signature", to=lambda text: text[:-2] + ("00" if text[-2:] != "00" else "01"))
-    assert "one of them was changed" in command(*verified).out
+    edit_json_value(
+        signed_run, "signature", "signature", to=lambda text: text[:-2] + ("00" if text[-2:] != "00" else "01")
+    )
+    assert "one of them was changed" in run_command(*verified).out
 
 
 @pytest.mark.parametrize(("signature", "state"), [("signed", "wrong"), ("unsigned", "not_checked")])
-def test_changed_figures_are_reported_by_verify(signature: str, state: str, signed: Path) -> None:
-    edit(signed, *_EPSILON, to=0.25)
+def test_changed_figures_are_reported_by_verify(signature: str, state: str, signed_run: Path) -> None:
+    edit_json_value(signed_run, *_EPSILON, to=0.25)
     if signature == "unsigned":
-        edit(signed, "signature", to=None)
-    outcome = command("report", "verify", str(signed))
+        edit_json_value(signed_run, "signature", to=None)
+    outcome = run_command("report", "verify", str(signed_run))
     assert "does not hold" in outcome.failed(1)
     assert "found" in outcome.out  # both figures, whatever became of the signature
-    checks = {one["name"]: one for one in json.loads(command("report", "verify", str(signed), "--json").out)["checks"]}
+    checks = {
+        one["name"]: one for one in json.loads(run_command("report", "verify", str(signed_run), "--json").out)["checks"]
+    }
     states = {"schema": "right", "signature": state, "figures": "wrong", "verdict": "right"}
     states |= {"site keys": "not_checked", "configuration": "right", "files": "right"}
     assert {name: check["state"] for name, check in checks.items()} == states
@@ -205,54 +216,56 @@ def test_changed_figures_are_reported_by_verify(signature: str, state: str, sign
     assert found > 0.25
 
 
-def test_report_with_another_configuration_is_reported(signed: Path, looser: Path, tmp_path: Path) -> None:
-    of_another = shutil.copytree(looser, tmp_path / "two")
-    shutil.copy(signed, of_another)
-    assert command("report", "verify", str(of_another)).failed(1).endswith("does not hold: configuration, files")
-    said = signing.parse_report(signed.read_bytes()).facts.provenance.config_sha256
+def test_report_with_another_configuration_is_reported(signed_run: Path, looser_run: Path, tmp_path: Path) -> None:
+    of_another = shutil.copytree(looser_run, tmp_path / "two")
+    shutil.copy(signed_run, of_another)
+    assert run_command("report", "verify", str(of_another)).failed(1).endswith("does not hold: configuration, files")
+    said = signing.parse_report(signed_run.read_bytes()).facts.provenance.config_sha256
     assert said
-    assert command("report", "verify", str(signed), "--config", said).code == 0
-    outcome = command("report", "verify", str(signed), "--config", HASH)
+    assert run_command("report", "verify", str(signed_run), "--config", said).code == 0
+    outcome = run_command("report", "verify", str(signed_run), "--config", HASH)
     assert outcome.code == 1
     assert f"provenance.config_sha256 says {said}, found {HASH}" in outcome.out
-    settings = signed.with_name("config.yaml")
+    settings = signed_run.with_name("config.yaml")
     settings.write_text(settings.read_text().replace("local_steps: 2", "local_steps: 3"))
-    assert command("report", "verify", str(signed)).code == 1
+    assert run_command("report", "verify", str(signed_run)).code == 1
     settings.unlink()
-    assert re.search("configuration +not checked", command("report", "verify", str(signed)).printed)
+    assert re.search("configuration +not checked", run_command("report", "verify", str(signed_run)).printed)
 
 
-def test_report_is_verified_with_the_roster_key(joined: Any, signed: Path, key_file: Path) -> None:
+def test_report_is_verified_with_the_roster_key(join_site: Any, signed_run: Path, key_file: Path) -> None:
     """So a raised cap under another key is not the site's word."""
-    here = joined("a")
+    here = join_site("a")
     here.start_run(run_proposal(), 1)
-    assert command("report", str(here.site_toml), "--sign", str(here.folder / "site_key.pem")).code == 0
+    assert run_command("report", str(here.site_toml), "--sign", str(here.folder / "site_key.pem")).code == 0
     path = next(here.folder.rglob("report.json"))
     roster = next(here.folder.parent.joinpath("federation").rglob("roster.json"))
     by_roster = ("--roster", str(roster))
-    assert re.search("signature +right", command("report", "verify", str(path), *by_roster).out)
+    assert re.search("signature +right", run_command("report", "verify", str(path), *by_roster).out)
     report = signing.parse_report(path.read_bytes())
     facts = report.facts
     verification = replace(facts.verification, site_key=other.public)
     forged = replace(facts, approved=replace(facts.approved, max_epsilon_per_run=99.0), verification=verification)
     path.write_text(signing.report_to_json(signing.sign_report(derive_report(forged), other)))
     path.with_name("report.html").unlink()
-    assert command("report", "verify", str(path)).failed(1).endswith("is not shown to hold; not compared: signature")
-    outcome = command("report", "verify", str(path), *by_roster)
+    assert (
+        run_command("report", "verify", str(path)).failed(1).endswith("is not shown to hold; not compared: signature")
+    )
+    outcome = run_command("report", "verify", str(path), *by_roster)
     assert outcome.code == 1
     assert re.search("signature +WRONG", outcome.out)
-    message = command("report", "verify", str(signed), *by_roster).failed(1)
+    message = run_command("report", "verify", str(signed_run), *by_roster).failed(1)
     assert "not signed by the lead, who signed" in message
     roster.write_bytes(Roster.read(roster).sign_roster(SigningKey.load(key_file)).to_bytes())
-    outcome = command("report", "verify", str(signed), *by_roster)
+    outcome = run_command("report", "verify", str(signed_run), *by_roster)
     assert re.search("signature +right", outcome.out)
     assert outcome.failed(1).endswith("not compared: site keys"), "a simulation's keys are no real site's"
 
 
-def test_report_name_cannot_inject_terminal_control_sequences(signed: Path) -> None:
-    edit(signed, "facts", "name", to="\x1b[31m[red]evil\u202e\n")
-    edit(signed, "facts", "provenance", "config_sha256", to="[bold]\x1b[2J")
-    out = command("report", "verify", str(signed)).out
+def test_report_name_cannot_inject_terminal_control_sequences(signed_run: Path) -> None:
+    edit_json_value(signed_run, "facts", "name", to="\x1b[31m[red]evil\u202e\n")
+    edit_json_value(signed_run, "facts", "provenance", "config_sha256", to="[bold]\x1b[2J")
+    out = run_command("report", "verify", str(signed_run)).out
     assert "[red]evil" in out
     assert "[bold]" in out
     assert "\x1b" not in out
@@ -260,16 +273,16 @@ def test_report_name_cannot_inject_terminal_control_sequences(signed: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def looser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def looser_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changed = ("privacy.noise_multiplier=3.0", "training.learning_rate=0.5")
     return simulate(*changed, into=tmp_path_factory.mktemp("runs"), name="two")
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("narrow_terminal")
 def test_report_tables_fit_the_terminal_width(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run_folder.parent)
     for arguments in (["verify", "one"], ["one", "--registry"]):
-        assert snapshots.too_wide(command("report", *arguments).out) == []
+        assert snapshots.find_wide_lines(run_command("report", *arguments).out) == []
 
 
 def test_malformed_report_files_are_refused(run_folder: Path, tmp_path: Path) -> None:
@@ -290,11 +303,11 @@ def test_malformed_report_files_are_refused(run_folder: Path, tmp_path: Path) ->
         if content == "sparse":
             os.truncate(path, 20 << 30)
         for file in (path,) if content else (path, tmp_path / "pipe"):
-            assert message in command("report", "verify", str(file)).failed()
+            assert message in run_command("report", "verify", str(file)).failed()
 
 
 def test_standalone_verifier_runs_without_fedtune(run_folder: Path, tmp_path: Path) -> None:
-    assert command("report", str(run_folder), "--verifier").code == 0
+    assert run_command("report", str(run_folder), "--verifier").code == 0
     program = run_folder / "verify_report.py"
     text = program.read_text()
     assert len(text.splitlines()) <= 500
@@ -307,17 +320,17 @@ def test_standalone_verifier_runs_without_fedtune(run_folder: Path, tmp_path: Pa
 
 
 def test_registry_entry_and_model_card_are_compared_with_the_report(
-    run_folder: Path, looser: Path, tmp_path: Path
+    run_folder: Path, looser_run: Path, tmp_path: Path
 ) -> None:
-    assert command("report", str(run_folder), "--registry").code == 0
-    assert command("report", "verify", str(run_folder)).code == 0
+    assert run_command("report", str(run_folder), "--registry").code == 0
+    assert run_command("report", "verify", str(run_folder)).code == 0
     for name in ("registry.json", "adapter/README.md"):
         path = run_folder / name
         right = path.read_bytes()
         path.write_bytes(right.replace(b"simulat", b"deploy"))
-        assert command("report", "verify", str(run_folder)).failed(1).endswith(f"does not hold: {name}")
+        assert run_command("report", "verify", str(run_folder)).failed(1).endswith(f"does not hold: {name}")
         path.write_bytes(right)
     copy = shutil.copytree(run_folder / "adapter", tmp_path / "model")
-    assert command("report", "verify", str(run_folder), "--model", str(copy)).code == 0
-    other = ("report", "verify", str(run_folder), "--model", str(looser / "adapter"))
-    assert command(*other).failed(1).endswith("does not hold: files")
+    assert run_command("report", "verify", str(run_folder), "--model", str(copy)).code == 0
+    other = ("report", "verify", str(run_folder), "--model", str(looser_run / "adapter"))
+    assert run_command(*other).failed(1).endswith("does not hold: files")

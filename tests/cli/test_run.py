@@ -18,7 +18,7 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.cli.real_run import start_run
 from fedtune.cli.run_settings import compose_for_sites
-from fedtune.config import RunConfig, parse, saved_config
+from fedtune.config import RunConfig, parse, read_saved_config
 from fedtune.data.spec import AT_SITE
 from fedtune.federation.lead import save_receipts
 from fedtune.federation.run_folder import RunFolder
@@ -34,7 +34,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import build_task_model
 
-from ..conftest import REPOSITORY, command, site_policy, write_config
+from ..conftest import REPOSITORY, make_site_policy, run_command, write_config
 from ..ops.conftest import Desk
 from . import snapshots
 
@@ -54,7 +54,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     return Kit.read(desk.folder / "lead", kind="lead")
 
 
-def words(*more: str) -> list[str]:
+def list_run_words(*more: str) -> list[str]:
     return ["experiment=debug", "name=one", "privacy.noise_multiplier=4.0", *more]
 
 
@@ -62,7 +62,7 @@ def words(*more: str) -> list[str]:
     "sites", ["[west,north]", "west,north", "['west','north']", '["west", "north"]', "[ west , north ]", "'west',north"]
 )
 def test_sites_option_accepts_several_list_notations(kit: Kit, sites: str) -> None:
-    config = compose_for_sites(words(f"sites={sites}"), kit=kit)
+    config = compose_for_sites(list_run_words(f"sites={sites}"), kit=kit)
     assert config.federation.active == ("west", "north")
     assert config.declared_sizes() == {"west": 90, "north": 230}
     assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
@@ -89,18 +89,20 @@ def test_lead_needs_no_training_file_for_custom_data(kit: Kit, tmp_path: Path) -
 @pytest.mark.parametrize("prefix", ["", "++"])
 def test_explicit_declared_sizes_override_the_roster(kit: Kit, prefix: str) -> None:
     for sizes, found in (("70", {"west": 70, "north": 70}), ("[70,80]", {"west": 70, "north": 80})):
-        config = compose_for_sites(words(f"{prefix}data.declared_sizes={sizes}", "sites=[west,north]"), kit=kit)
+        config = compose_for_sites(
+            list_run_words(f"{prefix}data.declared_sizes={sizes}", "sites=[west,north]"), kit=kit
+        )
         assert config.declared_sizes() == found
     # Also for a data set that no site declared: the sites will say no.
-    unheard = words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard")
+    unheard = list_run_words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard")
     assert compose_for_sites(unheard, kit=kit).data.dataset == "unheard"
 
 
-@snapshots.mistakes("mistakes-run")
+@snapshots.parametrize_mistakes("mistakes-run")
 def test_invalid_run_command_starts_no_run(kit: Kit, typed: str) -> None:
     """Sites that there are not, settings that real sites decide, and what a kit, a folder and a name are needed for."""
     places = {"KIT": str(kit.folder), "SERVER": str(kit.folder.parent / "server")}
-    message = command("run", *(places.get(word, word) for word in shlex.split(typed))).failed()
+    message = run_command("run", *(places.get(word, word) for word in shlex.split(typed))).failed()
     for name, place in places.items():
         message = message.replace(place, name)
     snapshots.check_message("mistakes-run", typed, message)
@@ -108,42 +110,42 @@ def test_invalid_run_command_starts_no_run(kit: Kit, typed: str) -> None:
 
 
 def test_all_active_sites_take_part_by_default(kit: Kit) -> None:
-    given = words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1")
+    given = list_run_words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1")
     config = compose_for_sites(given, kit=kit)
     assert config.declared_sizes() == SIZES
     assert (config.runtime.num_threads, config.federation.min_sites, config.federation.num_rounds) == (1, 2, 1)
-    last = compose_for_sites(words("sites=[west]", "sites=south"), kit=kit)
+    last = compose_for_sites(list_run_words("sites=[west]", "sites=south"), kit=kit)
     assert last.declared_sizes() == {"south": 180}, "the last word counts"
-    config = compose_for_sites(words("data.dataset=letters", "sites=[north,south]"), kit=kit)
+    config = compose_for_sites(list_run_words("data.dataset=letters", "sites=[north,south]"), kit=kit)
     assert config.declared_sizes() == {"north": 11, "south": 11}, "of the data set"
     # How a simulation deals records out is left behind.
     by_column = ("data.partition.kind=column", "+data.partition.sites.a=0", "+data.columns.site=x")
     for more in (("data.partition.kind=dirichlet", "data.partition.proportions=[1,2]"), by_column):
-        partition = compose_for_sites(words(*more), kit=kit).data.partition
+        partition = compose_for_sites(list_run_words(*more), kit=kit).data.partition
         assert (partition.kind, partition.proportions, partition.sites) == ("iid", (), {})
 
 
 def test_run_without_a_server_can_be_resumed(kit: Kit, tmp_path: Path) -> None:
     small = ("sites=[north]", "data.validation_rows=2", "data.test_rows=2", f"tracking.output_dir='{tmp_path}'")
     small += ("federation.round_timeout_s=1",)  # for so long it is waited for
-    outcome = command("run", "--kit", str(kit.folder), *words(*small))
+    outcome = run_command("run", "--kit", str(kit.folder), *list_run_words(*small))
     assert outcome.code == 1
     assert "127.0.0.1:9 cannot be reached" in outcome.err.splitlines()[-1]
     assert f"Continue with: fedtune run resume {tmp_path / 'one'} --kit {kit.folder}" in outcome.out
-    assert saved_config(tmp_path / "one").federation.active == ("north",)
+    assert read_saved_config(tmp_path / "one").federation.active == ("north",)
     assert not (tmp_path / "one" / "running.json").exists()
-    assert "name = 'one': is taken" in command("run", "--kit", str(kit.folder), *words(*small)).failed()
-    again = command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder))
+    assert "name = 'one': is taken" in run_command("run", "--kit", str(kit.folder), *list_run_words(*small)).failed()
+    again = run_command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder))
     assert (again.code, "127.0.0.1:9 cannot be reached" in again.err.splitlines()[-1]) == (1, True)
     other = ("training.local_steps=9", "--kit", str(kit.folder))
-    message = command("run", "resume", str(tmp_path / "one"), *other).failed()
+    message = run_command("run", "resume", str(tmp_path / "one"), *other).failed()
     assert "has a different configuration (training.local_steps was 2, is 9)" in message
 
 
 def test_sweep_over_real_sites_states_its_privacy_cost_first(kit: Kit, tmp_path: Path) -> None:
     swept = ["experiment=debug", "name=s", "sites=[north]", "seed=1,2", f"tracking.output_dir='{tmp_path}'"]
     small = ("data.validation_rows=2", "data.test_rows=2", "federation.round_timeout_s=1")
-    outcome = command("run", "--kit", str(kit.folder), "-m", *swept, *small)
+    outcome = run_command("run", "--kit", str(kit.folder), "-m", *swept, *small)
     assert (outcome.code, "127.0.0.1:9 cannot be reached" in outcome.err.splitlines()[-1]) == (1, True)
     first, second, *_ = outcome.out.splitlines()
     assert first == "2 runs of 2 rounds, one after the other: s-seed=1, s-seed=2."
@@ -155,7 +157,7 @@ def test_sweep_over_real_sites_states_its_privacy_cost_first(kit: Kit, tmp_path:
 def folder(tmp_path: Path, kit: Kit) -> Path:
     """The folder of a deployed run that has just been made."""
     folder = tmp_path / "one"
-    write_config(compose_for_sites(words(f"tracking.output_dir='{tmp_path}'"), kit=kit), folder)
+    write_config(compose_for_sites(list_run_words(f"tracking.output_dir='{tmp_path}'"), kit=kit), folder)
     return folder
 
 
@@ -189,13 +191,13 @@ def test_resuming_with_the_same_words_skips_site_count_checks(
 ) -> None:
     begun: list[Any] = []
     monkeypatch.setattr("fedtune.cli.real_run.start_run", lambda words, **_: begun.append(words))
-    typed = words(f"tracking.output_dir='{tmp_path}'", "data.declared_sizes=[9,8,7]", "federation.min_sites=3")
-    assert command("run", "--kit", str(kit.folder), "--or-resume", *typed).code == 0
+    typed = list_run_words(f"tracking.output_dir='{tmp_path}'", "data.declared_sizes=[9,8,7]", "federation.min_sites=3")
+    assert run_command("run", "--kit", str(kit.folder), "--or-resume", *typed).code == 0
     assert begun == [tuple(typed)]
 
 
 def test_oversized_settings_are_not_sent_to_sites(kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = saved_config(folder)
+    config = read_saved_config(folder)
     lead = LeadService(kit=kit, federation=config.federation)
     assert parse(json.loads(lead._propose_run(config).settings)) == settings_for_sites(config)
     monkeypatch.setattr("fedtune.ops.deployment.MOST_CHARACTERS", 1000)
@@ -205,21 +207,21 @@ def test_oversized_settings_are_not_sent_to_sites(kit: Kit, folder: Path, monkey
 
 def test_run_stop_ends_only_the_recorded_process(folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = ("run", "stop", str(folder))
-    assert command(*stop).printed == f"{folder} is not running.\n"
+    assert run_command(*stop).printed == f"{folder} is not running.\n"
     process = runner()
-    assert command(*stop).printed == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` resumes it.\n"
+    assert run_command(*stop).printed == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` resumes it.\n"
     assert process.wait(timeout=5) != 0
     monkeypatch.setattr("fedtune.cli.real_run._STOP_S", 0.3)
     process = runner(deaf=True)
-    message = command(*stop).failed(1)
+    message = run_command(*stop).failed(1)
     assert message.startswith(f"process {process.pid} has not stopped within 0.3 s")
     (folder / "running.json").unlink()
-    assert "its process is unknown" in command(*stop).failed(1)
+    assert "its process is unknown" in run_command(*stop).failed(1)
     assert process.poll() is None
 
 
 @pytest.fixture
-def ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, FederationSpec]]:
+def ended_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, FederationSpec]]:
     """Which runs were ended at which sites, of which south does not hear it."""
     asked: list[tuple[str, FederationSpec]] = []
 
@@ -235,69 +237,71 @@ def ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Fede
 SILENT = "Not reached: {}; their budget is released when the run expires."
 
 
-def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner: Any, ended: list[Any]) -> None:
+def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner: Any, ended_runs: list[Any]) -> None:
     runner()
-    config, stop = saved_config(folder), ("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
-    stopped, *said = command(*stop).printed.splitlines()
+    config, stop = read_saved_config(folder), ("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
+    stopped, *said = run_command(*stop).printed.splitlines()
     assert "is stopped" in stopped
     assert said == ["Informed that the run is over: north, west.", SILENT.format("south")]
     names = ("gone", *config.federation.active[1:])
     write_config(replace(config, federation=replace(config.federation, site_names=names)), folder)
-    assert command(*stop).printed.splitlines()[1:] == [
+    assert run_command(*stop).printed.splitlines()[1:] == [
         "Informed that the run is over: west.",
         SILENT.format("gone, south"),
     ]
-    assert ended[0] == (settings_for_sites(config).run_id(), config.federation)
-    assert ended[1][1].active == names[1:]
+    assert ended_runs[0] == (settings_for_sites(config).run_id(), config.federation)
+    assert ended_runs[1][1].active == names[1:]
 
 
-def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended: list[Any], tmp_path: Path) -> None:
+def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended_runs: list[Any], tmp_path: Path) -> None:
     whole, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
     # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
-    assert command(*stop, whole).out == f"Informed that the run is over: north, west.\n{SILENT.format('south')}\n"
-    message = command(*stop, "runs/trial").failed()
+    assert run_command(*stop, whole).out == f"Informed that the run is over: north, west.\n{SILENT.format('south')}\n"
+    message = run_command(*stop, "runs/trial").failed()
     assert "must be a run folder, or a run's full name as in a site's `fedtune ledger show`" in message
-    ledger = SiteLedger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_create(tmp_path / "key.pem"))
+    ledger = SiteLedger(
+        tmp_path / "ledger.db", make_site_policy("north"), SigningKey.load_or_create(tmp_path / "key.pem")
+    )
     book = kit.folder / "receipts.json"
     save_receipts(book, {"north": ledger.sign_receipt(whole)})
     try:
-        assert command(*stop, "runs/trial").code == 0
-        assert f"sites were last charged for {whole}" in command(*stop, "runs/other").failed()
+        assert run_command(*stop, "runs/trial").code == 0
+        assert f"sites were last charged for {whole}" in run_command(*stop, "runs/other").failed()
     finally:
         book.unlink()
-    assert [(run, federation.active) for run, federation in ended] == [(whole, ("north", "south", "west"))] * 2
+    assert [(run, federation.active) for run, federation in ended_runs] == [(whole, ("north", "south", "west"))] * 2
 
 
 def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         LeadService, "open_grid", lambda self: nullcontext(SimpleNamespace(online_nodes=lambda: [1, 3]))
     )
-    rows = command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
+    rows = run_command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
     assert [row.split() for row in rows] == [["north", "online"], ["south", "not", "heard"], ["west", "online"]]
-    shown = json.loads(command("run", "status", "--kit", str(kit.folder), "--json").out)
+    shown = json.loads(run_command("run", "status", "--kit", str(kit.folder), "--json").out)
     assert shown["online"] == {"north": True, "south": False, "west": True}
-    assert command("run", "status").code == 2
+    assert run_command("run", "status").code == 2
 
 
 def test_resumed_run_keeps_its_sites_and_runs_in_one_process(kit: Kit, folder: Path) -> None:
-    message = command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder)).failed()
+    message = run_command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder)).failed()
     assert message == "sites = '[north]': cannot be changed when a run is resumed"
-    assert "must be a run folder" in command("run", "resume", str(folder / "no"), "--kit", str(kit.folder)).failed()
+    assert "must be a run folder" in run_command("run", "resume", str(folder / "no"), "--kit", str(kit.folder)).failed()
     with (folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        message = command("run", "resume", str(folder), "--kit", str(kit.folder)).failed()
+        message = run_command("run", "resume", str(folder), "--kit", str(kit.folder)).failed()
     assert message.endswith("is running in another process")
     assert (folder / "config.yaml").exists()
 
 
 def test_simulations_and_real_runs_cannot_resume_each_other(kit: Kit, folder: Path, tmp_path: Path) -> None:
-    message = command("simulate", f"resume={folder}").failed()
+    message = run_command("simulate", f"resume={folder}").failed()
     assert message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
     simulated = tmp_path / "simulated"
-    write_config(replace(compose_run(words("privacy.runs=2")), name="simulated"), simulated)
-    message = command("run", "resume", str(simulated), "--kit", str(kit.folder)).failed()
+    write_config(replace(compose_run(list_run_words("privacy.planned_runs=2")), name="simulated"), simulated)
+    message = run_command("run", "resume", str(simulated), "--kit", str(kit.folder)).failed()
     assert "is not a run over real sites: resume it with fedtune simulate resume=" in message
-    save_task_model(build_task_model(compose_run(words()).task_model()), simulated / "adapter")
+    save_task_model(build_task_model(compose_run(list_run_words()).task_model()), simulated / "adapter")
     with pytest.raises(ConfigError, match="is not a run over real sites: resume it with fedtune simulate renew="):
         compose_for_sites([f"renew='{simulated}'"], kit=kit)
 
@@ -306,9 +310,11 @@ def test_folder_without_a_run_is_refused_regardless_of_its_name(kit: Kit, tmp_pa
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)  # with no run beside it, which would be named
     for action in ("status", "stop"):
-        assert command("run", action, str(folder)).failed() == f"run folder = {str(folder)!r}: must hold a config.yaml"
+        assert (
+            run_command("run", action, str(folder)).failed() == f"run folder = {str(folder)!r}: must hold a config.yaml"
+        )
     for words in (("simulate",), ("run", "--kit", str(kit.folder))):
-        message = command(*words, "--renew", "it's {gone}").failed()
+        message = run_command(*words, "--renew", "it's {gone}").failed()
         assert message == 'run folder = "it\'s {gone}": must hold a config.yaml'
 
 
@@ -316,17 +322,17 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
     """The lead's process trains it before any site is asked, and the run begins in its adapter."""
     public = tmp_path / "public.jsonl"
     public.write_text('{"text": "a", "label": "card_arrival"}\n' * 3)
-    typed = words("sites=[north,west]", f"public.train_file={public}", f"tracking.output_dir={tmp_path}")
+    typed = list_run_words("sites=[north,west]", f"public.train_file={public}", f"tracking.output_dir={tmp_path}")
     typed.append("runtime.sites_dir=kept")
     begun: list[RunConfig] = []
 
-    def trained(stage: RunConfig, folder: Path, console: Any, *, again: str) -> None:
+    def record_stage(stage: RunConfig, folder: Path, console: Any, *, again: str) -> None:
         begun.append(stage)
         assert again == shlex.join(["fedtune", "run", "--kit", str(kit.folder), "--or-resume", *typed])
         write_config(stage, folder)
         save_task_model(build_task_model(stage.task_model()), folder / "adapter")
 
-    monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", trained)
+    monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", record_stage)
     monkeypatch.setattr(LeadService, "fit_to_budgets", lambda self, config: config)
     monkeypatch.setattr("fedtune.cli.real_run.show_run", lambda config, *arguments, **others: begun.append(config))
     start_run(typed, kit=kit, metrics=None)
@@ -339,7 +345,9 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
 
 
 def test_renewed_run_keeps_its_sites_with_current_sizes(kit: Kit, tmp_path: Path) -> None:
-    before = compose_for_sites(words("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.runs=2"), kit=kit)
+    before = compose_for_sites(
+        list_run_words("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.planned_runs=2"), kit=kit
+    )
     write_config(before, tmp_path / "one")
     save_task_model(build_task_model(before.task_model()), tmp_path / "one" / "adapter")
     renew = [f"renew='{tmp_path / 'one'}'", "name=two"]

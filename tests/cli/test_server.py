@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ..conftest import command
+from ..conftest import run_command
 
 pytestmark = pytest.mark.usefixtures("own_process")
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("own_process")
     ],
 )
 def test_invalid_server_kit_or_database_path_is_refused(
-    joined: Any, wrong: str, words: tuple[str, ...], message: str
+    join_site: Any, wrong: str, words: tuple[str, ...], message: str
 ) -> None:
-    federation = joined("north", days_ago=400 if wrong == "expired" else 0).folder.parent / "federation"
+    federation = join_site("north", days_ago=400 if wrong == "expired" else 0).folder.parent / "federation"
     kit = federation / {"a lead's": "lead", "no kit": ""}.get(wrong, "server")
-    assert re.search(message, command("server", "start", "--kit", str(kit), *words).failed())
+    assert re.search(message, run_command("server", "start", "--kit", str(kit), *words).failed())
     assert not (kit / "server.db").exists()
-    assert command("server", "start").code == 2
+    assert run_command("server", "start").code == 2

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune.api.config_groups import config_folder
-from fedtune.data.load import own_records
+from fedtune.api.config_groups import find_config_folder
+from fedtune.data.load import read_own_records
 from fedtune.extras import install_command
 from fedtune.formatting import group_hex_start
 from fedtune.ops.services.site_state import lock_ledger
@@ -29,46 +29,46 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.show.budget_text import compute_amount
 
-from ..conftest import command, edit_config, files_in, named, run_proposal, stranger_key
-from ..privacy.builders import reason_of, reserve
+from ..conftest import edit_config, name_run, read_files, run_command, run_proposal, stranger_key
+from ..privacy.builders import read_refusal_reason, reserve
 from . import snapshots
 from .conftest import Here
 
 SETTINGS = json.dumps({"seed": 3, "training": {"learning_rate": 0.25}, "data": {"labels": ["a[/]", "b"]}})
-R, TRIAGE, OTHER = (named(run, SETTINGS) for run in ("r", "triage", "other"))
+R, TRIAGE, OTHER = (name_run(run, SETTINGS) for run in ("r", "triage", "other"))
 NO_LIMITS = {"limits": {"min_noise_multiplier": 0.0}, "budget": {"max_epsilon": math.inf}}
 
 pytestmark = pytest.mark.usefixtures("own_process")
 
 
-def proposed(run: str = "r", **changes: Any) -> Proposal:
+def propose_run(run: str = "r", **changes: Any) -> Proposal:
     """What a lead proposes for a run with these settings."""
-    return run_proposal(run=named(run, SETTINGS), **changes)
+    return run_proposal(run=name_run(run, SETTINGS), **changes)
 
 
 @pytest.fixture
-def north(joined: Any) -> Here:
-    return joined("north")
+def north(join_site: Any) -> Here:
+    return join_site("north")
 
 
 def test_pending_runs_are_listed_with_their_epsilon(north: Here) -> None:
     assert approve(north, OTHER, "--yes").failed().endswith("must be a run that waits for approval: none")
-    north.state.queue_for_approval(proposed("triage"), SETTINGS)
+    north.state.queue_for_approval(propose_run("triage"), SETTINGS)
     message = approve(north, OTHER, "--yes").failed()
     assert message == f"RUN = '{OTHER}': must be a run that waits for approval: {TRIAGE}"
-    north.state.queue_for_approval(proposed("follow-up"), SETTINGS)
-    plan = proposed().plan
+    north.state.queue_for_approval(propose_run("follow-up"), SETTINGS)
+    plan = propose_run().plan
     listed = json.loads(approve(north, "--json").out)["waiting"]
-    assert {one["run"] for one in listed} == {TRIAGE, named("follow-up", SETTINGS)}
+    assert {one["run"] for one in listed} == {TRIAGE, name_run("follow-up", SETTINGS)}
     assert {one["epsilon"] for one in listed} == {epsilon_pld([plan.full_event], plan.delta)}
     assert approve(north, TRIAGE, "--json").code == 2
 
 
 def test_approval_shows_the_epsilon_and_lets_the_run_start(north: Here) -> None:
-    earlier, asked = proposed("earlier"), proposed("triage", spare_rounds=0)
+    earlier, asked = propose_run("earlier"), propose_run("triage", spare_rounds=0)
     north.start_run(earlier, 1)
     north.state.queue_for_approval(asked, SETTINGS)
-    assert reason_of(reserve, north.open(), asked) is Reason.AWAITING_APPROVAL
+    assert read_refusal_reason(reserve, north.open(), asked) is Reason.AWAITING_APPROVAL
     out = approve(north, TRIAGE, "--yes").printed
     ledger = north.open()
     delta, order = asked.plan.delta, ledger.history.order
@@ -97,21 +97,21 @@ def test_check_policy_and_approve_output_match_snapshots(
     """A run that trains its head alone, and runs without a guarantee, which are not given a price."""
     monkeypatch.chdir(north.folder)
     north.edit(**policy)
-    north.state.queue_for_approval(proposed(**asked), SETTINGS)
-    said = command("site", "check-policy", "site.toml").printed
+    north.state.queue_for_approval(propose_run(**asked), SETTINGS)
+    said = run_command("site", "check-policy", "site.toml").printed
     said += "".join(approve(north, *words).printed for words in ((), (R, "--yes")))
     snapshots.check_output(f"site-approve-{name}", said)
 
 
 def test_long_settings_are_shown_in_full_for_approval(north: Here) -> None:
     settings = json.dumps({"data": {"labels": [*(f"ordinary subject {n}" for n in range(60)), "is HIV positive"]}})
-    north.state.queue_for_approval(run_proposal(run=named("r", settings)), settings)
-    assert "is HIV positive" in " ".join(approve(north, named("r", settings), "--yes").printed.split())
+    north.state.queue_for_approval(run_proposal(run=name_run("r", settings)), settings)
+    assert "is HIV positive" in " ".join(approve(north, name_run("r", settings), "--yes").printed.split())
 
 
 @pytest.mark.parametrize(("typed", "yes"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)])
 def test_approval_requires_an_explicit_yes(north: Here, typed: str, yes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    north.state.queue_for_approval(proposed(), SETTINGS)
+    north.state.queue_for_approval(propose_run(), SETTINGS)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     outcome = approve(north, R)
     assert (outcome.code, "not approved: the run still waits" in outcome.err) == ((0, False) if yes else (1, True))
@@ -121,7 +121,7 @@ def test_approval_requires_an_explicit_yes(north: Here, typed: str, yes: bool, m
 
 
 def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> None:
-    north.state.queue_for_approval(proposed(), SETTINGS)
+    north.state.queue_for_approval(propose_run(), SETTINGS)
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(north, R, "--yes")
     assert outcome.failed(3).startswith("policy or budget refuse this run: ")
@@ -137,7 +137,7 @@ def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> No
 
 
 def test_proposals_with_one_run_name_are_approved_separately(north: Here) -> None:
-    one, other = proposed(), proposed(lead=stranger_key.public)
+    one, other = propose_run(), propose_run(lead=stranger_key.public)
     north.edit(allow={"leads": (one.lead, other.lead)})
     for proposal in (one, other):
         north.state.queue_for_approval(proposal, SETTINGS)
@@ -152,17 +152,17 @@ def test_proposals_with_one_run_name_are_approved_separately(north: Here) -> Non
 
 @pytest.mark.parametrize("name", ["[bold]r[/bold]", "[/]", "a [red]b", "r\\"])
 def test_markup_in_a_run_name_is_shown_literally(north: Here, name: str) -> None:
-    north.state.queue_for_approval(proposed(name), SETTINGS)
+    north.state.queue_for_approval(propose_run(name), SETTINGS)
     assert name in approve(north).out
-    assert name in approve(north, named(name, SETTINGS), "--yes").printed
+    assert name in approve(north, name_run(name, SETTINGS), "--yes").printed
 
 
 def approve(here: Here, *words: str, by: str = "approve") -> Any:
-    return command("site", by, *words, *here.words)
+    return run_command("site", by, *words, *here.words)
 
 
 def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> None:
-    denied, other = proposed("triage"), proposed("other")
+    denied, other = propose_run("triage"), propose_run("other")
     for proposal in (denied, other):
         north.state.queue_for_approval(proposal, SETTINGS)
     for reason in ("", " ", "two\nlines", "x" * 301):
@@ -174,8 +174,8 @@ def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> N
     assert told.printed.startswith("Denied, and recorded in the ledger.")
     assert [pending.proposal for pending in north.state.list_pending_runs()] == [other]
     for proposal, why in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
-        assert reason_of(reserve, north.open(), proposal) is why
-    shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db")).out.split())
+        assert read_refusal_reason(reserve, north.open(), proposal) is why
+    shown = " ".join(run_command("ledger", "show", str(north.folder / "ledger.db")).out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
     assert not north.open().history.total_charges()
     assert approve(north, TRIAGE, "--reason", "again", by="deny").code == 2
@@ -184,7 +184,7 @@ def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> N
 
 def test_denying_a_started_run_records_the_person_responsible(north: Here, monkeypatch: Any) -> None:
     monkeypatch.setenv("SUDO_USER", "mkeller")
-    asked, other = proposed("triage"), proposed("other")
+    asked, other = propose_run("triage"), propose_run("other")
     for proposal in (asked, other):
         north.state.queue_for_approval(proposal, SETTINGS)
     for option in ("--by", "--ticket", "--reason"):
@@ -196,21 +196,21 @@ def test_denying_a_started_run_records_the_person_responsible(north: Here, monke
     north.charge(other, 1, committed=False)
     said = approve(north, TRIAGE, "--reason", "consent withdrawn", by="deny")
     assert "no further round is charged, and no further reply is sent" in " ".join(said.printed.split())
-    assert reason_of(reserve, north.open(), asked, 2) is Reason.DENIED
+    assert read_refusal_reason(reserve, north.open(), asked, 2) is Reason.DENIED
     reserve(north.open(), other, 2)
     assert f"waits for approval or has begun: {OTHER}" in approve(north, TRIAGE, "--reason", "x", by="deny").failed()
     ledger = str(north.folder / "ledger.db")
-    shown = " ".join(command("ledger", "show", ledger).out.split())
+    shown = " ".join(run_command("ledger", "show", ledger).out.split())
     assert "Anna Weber approved the run as it was proposed: ticket DPO-7; ethics vote of May" in shown
     assert "mkeller denied the run as it was proposed: consent withdrawn" in shown
-    runs = command("ledger", "spent", ledger).out
+    runs = run_command("ledger", "spent", ledger).out
     assert all(who in runs for who in ("approved by Anna Weber", "denied by mkeller", "approved by mkeller"))
 
 
 def test_pause_and_resume_are_idempotent_and_report_the_state(north: Here) -> None:
     for word, said in (("pause", "Paused: "), ("resume", "The site takes part again.\n")):
         for _ in range(2):
-            assert command("site", word, *north.kit).printed.startswith(said)
+            assert run_command("site", word, *north.kit).printed.startswith(said)
             assert north.state.paused_file.exists() is (word == "pause")
 
 
@@ -220,25 +220,25 @@ def test_leaving_ends_open_runs_and_releases_their_reserves(north: Here) -> None
     north.start_run(run_proposal(run="open"), 1)
     before = north.open().history
     assert before.remaining_charges(before.now())
-    out = command("site", "leave", *north.words).printed
+    out = run_command("site", "leave", *north.words).printed
     assert "north has left cardiology; 1 open run ended" in out
     assert "fedtune provision revoke-site north" in out
     assert str(north.folder / "ledger.db") in out
     ledger = north.open()
     assert not ledger.history.remaining_charges(ledger.history.now())
     assert ledger.history.epsilon() == before.epsilon()
-    assert reason_of(reserve, ledger, run_proposal(run="open"), 2) is Reason.RUN_ENDED
-    assert "0 open runs ended" in command("site", "leave", *north.words).printed
-    message = command("site", "start", *north.words).failed(1)
+    assert read_refusal_reason(reserve, ledger, run_proposal(run="open"), 2) is Reason.RUN_ENDED
+    assert "0 open runs ended" in run_command("site", "leave", *north.words).printed
+    message = run_command("site", "start", *north.words).failed(1)
     assert message == f"this site has left the federation; remove {north.state.left_file} to take part again"
 
 
-def test_policy_of_another_site_is_refused_by_every_command(joined: Any) -> None:
-    north, south = joined("north"), joined("south")
-    north.state.queue_for_approval(proposed(), SETTINGS)
+def test_policy_of_another_site_is_refused_by_every_command(join_site: Any) -> None:
+    north, south = join_site("north"), join_site("south")
+    north.state.queue_for_approval(propose_run(), SETTINGS)
     told = f"{south.site_toml}: site = 'south': must be north, as in the kit"
     for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
-        assert command("site", *words, *north.kit, "--site", str(south.site_toml)).failed() == told
+        assert run_command("site", *words, *north.kit, "--site", str(south.site_toml)).failed() == told
     assert not (south.folder / "ledger.db").exists()
     assert not north.state.left_file.exists()
 
@@ -247,30 +247,30 @@ def test_kit_of_another_kind_is_refused(north: Here) -> None:
     lead = north.folder.parent / "federation" / "lead"
     for name in ("start", "approve", "leave", "pause", "resume"):
         site = () if name in ("pause", "resume") else north.words[2:]
-        message = command("site", name, "--kit", str(lead), *site).failed()
+        message = run_command("site", name, "--kit", str(lead), *site).failed()
         assert message == f"{lead / 'kit.toml'}: kind = 'lead': must be 'site' here"
-        message = command("site", name, "--kit", str(north.folder / "nowhere"), *site).failed()
+        message = run_command("site", name, "--kit", str(north.folder / "nowhere"), *site).failed()
         assert "must be the folder of a site's kit" in message
     assert not (lead / "state").exists()
 
 
 def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
-    joined: Any, monkeypatch: pytest.MonkeyPatch
+    join_site: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An expired certificate, a ledger that another process serves, a key that is gone or open, a missing package."""
-    old, north = joined("old", days_ago=400), joined("north")
+    old, north = join_site("old", days_ago=400), join_site("north")
     told = "is when the certificate expired: ask the lead for a new kit"
-    assert told in command("site", "start", *old.words).failed()
+    assert told in run_command("site", "start", *old.words).failed()
     assert not (old.folder / "ledger.db").exists()
     with lock_ledger(north.folder / "ledger.db"):
-        outcome = command("site", "start", *north.words)
+        outcome = run_command("site", "start", *north.words)
     assert outcome.code == 2
     warning, message = outcome.err.splitlines()
     assert f"is already used by process {os.getpid()};" in message
     assert json.loads(warning)["event"].startswith("the kit's lead is not among the policy's allow.leads: all its")
     for key in (north.folder / "kit" / "connection_key.pem", north.folder / "site_key.pem"):
         key.chmod(0o640)
-        assert f"chmod 600 {key}" in command("site", "start", *north.words).failed()
+        assert f"chmod 600 {key}" in run_command("site", "start", *north.words).failed()
         key.chmod(0o600)
     north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], path="records.parquet"),))
     gguf = f"kit/models/{'ab' * 32}/a.gguf"
@@ -278,10 +278,10 @@ def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
         (north.folder / path).parent.mkdir(parents=True, exist_ok=True)
         (north.folder / path).touch()
         monkeypatch.setitem(sys.modules, module, None)
-        assert f"needs {module}: {install_command(extra)}" in command("site", "start", *north.words).failed()
+        assert f"needs {module}: {install_command(extra)}" in run_command("site", "start", *north.words).failed()
         (north.folder / path).unlink()
     key.unlink()
-    assert f"site_key = {str(key)!r}: is missing" in command("site", "start", *north.words).failed()
+    assert f"site_key = {str(key)!r}: is missing" in run_command("site", "start", *north.words).failed()
     assert not key.exists(), "another key would be another site's"
 
 
@@ -289,39 +289,39 @@ def test_site_does_not_start_with_a_missing_or_different_ledger(north: Here) -> 
     north.state.check_ledger(north.open().history.opening.ledger)
     ledger = north.folder / "ledger.db"
     ledger.unlink()
-    gone = command("site", "start", *north.words)
+    gone = run_command("site", "start", *north.words)
     assert gone.code == 1
     assert gone.err.splitlines()[-1].endswith(f"ledger {ledger} is missing, but this site has used one; restore it")
     assert not ledger.exists(), "nor is a new one made"
     north.open()
-    another = command("site", "start", *north.words)
+    another = run_command("site", "start", *north.words)
     assert (another.code, "restore the old one, or remove" in another.err) == (1, True)
 
 
-def keys_in(table: Any, prefix: str = "") -> set[str]:
+def list_keys(table: Any, prefix: str = "") -> set[str]:
     if isinstance(table, list | tuple) and table and isinstance(table[0], dict):
-        return keys_in(table[0], prefix)
+        return list_keys(table[0], prefix)
     if not isinstance(table, dict) or prefix in ("dataset.columns.", "trust.members."):
         return {prefix.removesuffix(".")}
-    return {leaf for name, value in table.items() for leaf in keys_in(value, f"{prefix}{name}.")}
+    return {leaf for name, value in table.items() for leaf in list_keys(value, f"{prefix}{name}.")}
 
 
 def test_policy_template_is_commented_and_incomplete_until_filled_in(tmp_path: Path) -> None:
-    out, file = command("site", "template").printed, tmp_path / "site.toml"
-    assert out == (config_folder() / "site.toml").read_text(encoding="utf-8")
+    out, file = run_command("site", "template").printed, tmp_path / "site.toml"
+    assert out == (find_config_folder() / "site.toml").read_text(encoding="utf-8")
     file.write_text(out)
-    fresh = command("site", "check-policy", str(file), "--json")
+    fresh = run_command("site", "check-policy", str(file), "--json")
     open_ = {"asserted.no_person_at_another_site", "allow.leads", "allow.base_models"}
     assert (fresh.code, {one["key"] for one in json.loads(fresh.out)["warnings"]}) == (0, open_)
     answered = out.replace("# no_person_at_another_site = ?", "no_person_at_another_site = true")
     file.write_text(answered)
     assert read_policy(file).site == "north-hospital"
-    told = json.loads(command("site", "check-policy", str(file), "--json").out)["warnings"]
+    told = json.loads(run_command("site", "check-policy", str(file), "--json").out)["warnings"]
     warnings = {warning["key"]: warning["text"] for warning in told}
     assert warnings.keys() == {"allow.leads", "allow.base_models"}
     assert warnings["allow.leads"] == "empty: every request is refused"
     # It sets and explains every key.
-    assert keys_in(tomllib.loads(answered)) == keys_in(asdict(read_policy(file)))
+    assert list_keys(tomllib.loads(answered)) == list_keys(asdict(read_policy(file)))
     for before, line in pairwise(out.splitlines()):
         explained = re.match(r"#|(max_local_steps|path|max_epsilon_per_period|max_lora_scale) = ", before)
         assert explained or not re.match(r"\w+ = ", line), line
@@ -330,7 +330,7 @@ def test_policy_template_is_commented_and_incomplete_until_filled_in(tmp_path: P
 @pytest.mark.parametrize("words", [("init", "--site"), ("doctor", "--kit", "kit", "--site")])
 def test_only_check_policy_accepts_an_incomplete_policy(words: tuple[str, ...], site: Any) -> None:
     site.write_policy(no_person_at_another_site=None)
-    outcome = command("site", *words, str(site.site_toml))
+    outcome = run_command("site", *words, str(site.site_toml))
     said = " ".join((outcome.out + outcome.err).split())
     assert outcome.code == 2
     assert re.search(r"asserted.no_person_at_another_site:? must be true", said)
@@ -339,18 +339,18 @@ def test_only_check_policy_accepts_an_incomplete_policy(words: tuple[str, ...], 
 
 def test_check_policy_figures_match_the_ledger(site: Any) -> None:
     reference = read_policy(site.site_toml).budget.reference
-    amount = json.loads(command("site", "check-policy", str(site.site_toml), "--json").out)["amount"]
+    amount = json.loads(run_command("site", "check-policy", str(site.site_toml), "--json").out)["amount"]
     assert amount["reference_pld"] == epsilon_pld([reference.event], 1e-5)
     assert site.open().history.order == amount["order"]
-    left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
+    left = json.loads(run_command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
     assert left == amount["runs_in_lifetime"]
     assert asdict(compute_amount(read_policy(site.site_toml))) == amount
 
 
-@snapshots.mistakes("site-warnings")
+@snapshots.parametrize_mistakes("site-warnings")
 def test_risky_policy_settings_give_a_warning(typed: str, site: Any) -> None:
     site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **json.loads(typed)})  # by itself there is no warning
-    out = command("site", "check-policy", str(site.site_toml), "--json").printed
+    out = run_command("site", "check-policy", str(site.site_toml), "--json").printed
     (warning,) = json.loads(out)["warnings"]
     snapshots.check_message("site-warnings", typed, f"{warning['key']}: {warning['text']}")
 
@@ -358,40 +358,40 @@ def test_risky_policy_settings_give_a_warning(typed: str, site: Any) -> None:
 def test_placeholder_lead_key_is_refused_or_warned_of(site: Any) -> None:
     # Only zeros is a point of small order: anybody can make signatures that verify under it.
     site.write_policy(leads=f'["{"0" * 64}"]')
-    outcome = command("site", "check-policy", str(site.site_toml))
+    outcome = run_command("site", "check-policy", str(site.site_toml))
     assert outcome.code == 2 or "anybody can sign for it" in outcome.out
 
 
-@snapshots.mistakes("site-ledgers")
-def test_ledger_of_another_site_or_policy_is_refused(typed: str, lived: Any) -> None:
-    lived.write_policy(**json.loads(typed))
-    outcome = command("site", "check-policy", str(lived.site_toml))
-    message = outcome.failed().removeprefix(f"{lived.site_toml}: ")
+@snapshots.parametrize_mistakes("site-ledgers")
+def test_ledger_of_another_site_or_policy_is_refused(typed: str, site_with_history: Any) -> None:
+    site_with_history.write_policy(**json.loads(typed))
+    outcome = run_command("site", "check-policy", str(site_with_history.site_toml))
+    message = outcome.failed().removeprefix(f"{site_with_history.site_toml}: ")
     snapshots.check_message("site-ledgers", typed, message)
     assert "It does not match this policy" in outcome.out
-    told = json.loads(command("site", "check-policy", str(lived.site_toml), "--json").out)["ledger"]
+    told = json.loads(run_command("site", "check-policy", str(site_with_history.site_toml), "--json").out)["ledger"]
     assert [difference["key"] for difference in told["differences"]] == [message.partition(" = ")[0]]
 
 
-def test_wrong_site_key_is_refused_and_missing_files_give_a_warning(lived: Any) -> None:
-    key = lived.folder / "site_key.pem"
-    shutil.copy(lived.folder / "lead.pem", key)
-    assert "site_key" in command("site", "check-policy", str(lived.site_toml)).failed()
-    for path in (lived.anchor, key):
+def test_wrong_site_key_is_refused_and_missing_files_give_a_warning(site_with_history: Any) -> None:
+    key = site_with_history.folder / "site_key.pem"
+    shutil.copy(site_with_history.folder / "lead.pem", key)
+    assert "site_key" in run_command("site", "check-policy", str(site_with_history.site_toml)).failed()
+    for path in (site_with_history.anchor, key):
         path.unlink()
-    told = json.loads(command("site", "check-policy", str(lived.site_toml), "--json").out)["warnings"]
+    told = json.loads(run_command("site", "check-policy", str(site_with_history.site_toml), "--json").out)["warnings"]
     assert {warning["key"] for warning in told} == {"site_key", "anchor"}
 
 
 def test_rolled_back_ledger_gives_exit_code_one(put_back: Any) -> None:
-    assert "rolled back to an older copy" in command("site", "check-policy", str(put_back.site_toml)).failed(1)
+    assert "rolled back to an older copy" in run_command("site", "check-policy", str(put_back.site_toml)).failed(1)
 
 
 @pytest.fixture
-def here(joined: Any, finished: Path) -> Any:
+def site_here(join_site: Any, finished_run: Path) -> Any:
     """A site that keeps the final adapter of `first`, and has records of two wards and some that cannot be used."""
-    site = joined("north")
-    labels = yaml.safe_load((finished / "config.yaml").read_text())["data"]["labels"]
+    site = join_site("north")
+    labels = yaml.safe_load((finished_run / "config.yaml").read_text())["data"]["labels"]
     rows = [
         {"text": f"my card number {number} is late", "label": labels[number % 2], "ward": f"w{number % 3 // 2}"}
         for number in range(120)
@@ -399,51 +399,53 @@ def here(joined: Any, finished: Path) -> Any:
     broken = ['{"text": 3, "label": "none"}', "no JSON at all", json.dumps({"text": "x", "label": "no such label"})]
     (site.folder / "letters.jsonl").write_text("\n".join([*map(json.dumps, rows), *broken]) + "\n")
     kept = site.folder / "kit" / "adapters" / "first"
-    shutil.copytree(finished, kept, ignore=shutil.ignore_patterns("run.json", "report*", "checkpoints", "sites"))
+    shutil.copytree(finished_run, kept, ignore=shutil.ignore_patterns("run.json", "report*", "checkpoints", "sites"))
     edit_config(kept, data={"train_file": str(site.folder / "letters.jsonl"), "heldout_fraction": 0.5})
     return site
 
 
-def test_site_score_uses_the_held_out_records_of_the_site(here: Any) -> None:
-    before = files_in(here.folder)
-    out = command("site", "score", "first", *here.words, "--by", "ward", "--smallest", "10", "--json").printed
+def test_site_score_uses_the_held_out_records_of_the_site(site_here: Any) -> None:
+    before = read_files(site_here.folder)
+    out = run_command("site", "score", "first", *site_here.words, "--by", "ward", "--smallest", "10", "--json").printed
     told = json.loads(out)
-    from fedtune.config import saved_config
+    from fedtune.config import read_saved_config
     from fedtune.tasks.registry import get_task
 
-    key = SigningKey.load(here.folder / "site_key.pem").derive_secret("held-out split")
-    data = saved_config(here.folder / "kit" / "adapters" / "first").data
+    key = SigningKey.load(site_here.folder / "site_key.pem").derive_secret("held-out split")
+    data = read_saved_config(site_here.folder / "kit" / "adapters" / "first").data
     fault = get_task("classification").record_validator(data)
-    expected = own_records(data, columns=dict(data.columns), fault=fault, key=key).heldout
+    expected = read_own_records(data, columns=dict(data.columns), fault=fault, key=key).heldout
     assert told["records"] == len(expected) > 30
     assert [model["name"] for model in told["models"]] == ["base", "tuned"]
     groups = told["groups"]["by ward"]["groups"]
     assert {group["name"] for group in groups} == {"w0", "w1"}
     assert sum(group["units"] for group in groups) == len(expected)
-    assert files_in(here.folder) == before, "nothing is charged, and nothing is written"
+    assert read_files(site_here.folder) == before, "nothing is charged, and nothing is written"
     # For people, in words.
-    out = command("site", "score", "first", *here.words).printed
+    out = run_command("site", "score", "first", *site_here.words).printed
     assert "Tuned " in out
     assert "Cost" not in out, "the site knows no run.json"
 
 
-def test_score_without_adapter_or_held_out_records_is_refused(here: Any) -> None:
-    assert 'is kept (final_adapter = "keep"): first' in command("site", "score", "second", *here.words).failed()
-    edit_config(here.folder / "kit" / "adapters" / "first", data={"heldout_fraction": 0.0})
-    assert command("site", "score", "first", *here.words).failed().split(":")[0] == "data.heldout_fraction = 0"
-    assert command("site", "score", "first", *here.words, "--smallest", "3").code == 2
+def test_score_without_adapter_or_held_out_records_is_refused(site_here: Any) -> None:
+    assert (
+        'is kept (final_adapter = "keep"): first' in run_command("site", "score", "second", *site_here.words).failed()
+    )
+    edit_config(site_here.folder / "kit" / "adapters" / "first", data={"heldout_fraction": 0.0})
+    assert run_command("site", "score", "first", *site_here.words).failed().split(":")[0] == "data.heldout_fraction = 0"
+    assert run_command("site", "score", "first", *site_here.words, "--smallest", "3").code == 2
 
 
-def test_personalized_adapter_is_created_at_the_site(here: Any) -> None:
-    before = files_in(here.folder)
-    out = command("site", "personalize", "first", *here.words, "--json").printed
+def test_personalized_adapter_is_created_at_the_site(site_here: Any) -> None:
+    before = read_files(site_here.folder)
+    out = run_command("site", "personalize", "first", *site_here.words, "--json").printed
     told = json.loads(out)["sites"]["north"]
-    folder = here.folder / "kit" / "private_to_north" / "first"
+    folder = site_here.folder / "kit" / "private_to_north" / "first"
     assert (told["folder"], set(told["values"])) == (str(folder), {"base", "alone", "shared", "own"})
     assert told["scored_records_were_trained_on"] is False
-    noted = json.loads((here.folder / "own_adapters.json").read_text())
+    noted = json.loads((site_here.folder / "own_adapters.json").read_text())
     assert [set(one) for one in noted] == [{"run", "made"}], "no digest, no score"
-    after = files_in(here.folder)
+    after = read_files(site_here.folder)
     assert {name: after[name] for name in before} == before, "the ledger and the kept adapter stay as they are"
-    again = command("site", "personalize", "first", *here.words, "--json")
+    again = run_command("site", "personalize", "first", *site_here.words, "--json")
     assert json.loads(again.out) == {**json.loads(out)}, "the same records give the same adapter"

@@ -23,7 +23,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 
-from ..conftest import named, run_proposal
+from ..conftest import name_run, run_proposal
 from .conftest import Here
 
 SERVICE = 54321
@@ -40,11 +40,11 @@ def tmp_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def served(joined: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
+def served_site(join_site: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
     """A site whose files belong to the account of its process."""
     # This Python may lie in root's own folder; what is needed of it is imported.
     monkeypatch.setattr(files, "_is_python_readable", lambda: True)
-    here = joined("north")
+    here = join_site("north")
     here.edit(anchor="anchor.json")
     here.open()
     for path in (here.folder, *here.folder.rglob("*")):
@@ -52,7 +52,7 @@ def served(joined: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
     return here
 
 
-def in_child(work: Callable[[], object], *, account: int = 0) -> int:
+def run_in_child(work: Callable[[], object], *, account: int = 0) -> int:
     """Do it in a process of its own, which changes to the account; the exit code that it gives."""
     child = os.fork()
     if child == 0:
@@ -73,60 +73,70 @@ def in_child(work: Callable[[], object], *, account: int = 0) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def called(*words: str) -> int:
-    return in_child(lambda: main(words))
+def call_command(*words: str) -> int:
+    return run_in_child(lambda: main(words))
 
 
-def owners(folder: Path) -> set[int]:
+def list_owners(folder: Path) -> set[int]:
     return {path.lstat().st_uid for path in (folder, *folder.rglob("*"))}
 
 
 @pytest.fixture
-def waiting(served: Here) -> Proposal:
-    proposal = run_proposal(run=named("r", "{}"))
-    assert in_child(lambda: served.state.queue_for_approval(proposal, "{}") and None, account=SERVICE) == 0
+def waiting_proposal(served_site: Here) -> Proposal:
+    proposal = run_proposal(run=name_run("r", "{}"))
+    assert run_in_child(lambda: served_site.state.queue_for_approval(proposal, "{}") and None, account=SERVICE) == 0
     return proposal
 
 
 @pytest.mark.parametrize("command", ["approve", "pause", "resume", "leave", "doctor", "init"])
-def test_site_commands_as_root_keep_file_ownership(served: Here, waiting: Proposal, command: str) -> None:
-    words = served.kit if command in ("pause", "resume") else served.words[2:] if command == "init" else served.words
-    more = {"approve": (waiting.run, "--yes"), "init": ("--out", str(served.folder / "new-kit"))}.get(command, ())
-    code = called("site", command, *more, *words)
+def test_site_commands_as_root_keep_file_ownership(served_site: Here, waiting_proposal: Proposal, command: str) -> None:
+    words = (
+        served_site.kit
+        if command in ("pause", "resume")
+        else served_site.words[2:]
+        if command == "init"
+        else served_site.words
+    )
+    more = {"approve": (waiting_proposal.run, "--yes"), "init": ("--out", str(served_site.folder / "new-kit"))}.get(
+        command, ()
+    )
+    code = call_command("site", command, *more, *words)
     if command == "approve":
-        assert (code, served.state.list_pending_runs()) == (0, [])
+        assert (code, served_site.state.list_pending_runs()) == (0, [])
     if command == "init":
-        assert (code, (served.folder / "new-kit/join_request.json").is_file()) == (0, True)
+        assert (code, (served_site.folder / "new-kit/join_request.json").is_file()) == (0, True)
     # All is the account's, and its process goes on with the ledger.
-    assert owners(served.folder) == {SERVICE}
-    assert in_child(lambda: served.start_run(waiting, 1), account=SERVICE) == 0
+    assert list_owners(served_site.folder) == {SERVICE}
+    assert run_in_child(lambda: served_site.start_run(waiting_proposal, 1), account=SERVICE) == 0
 
 
 @pytest.mark.parametrize("command", ["restore", "freeze", "anchor"])
-def test_ledger_commands_as_root_keep_file_ownership(served: Here, waiting: Proposal, command: str) -> None:
-    ledger, policy = str(served.folder / "ledger.db"), ("--policy", str(served.site_toml))
-    own = ("--key", str(served.folder / "site_key.pem"), "--output", str(served.folder / "anchor.json"))
+def test_ledger_commands_as_root_keep_file_ownership(
+    served_site: Here, waiting_proposal: Proposal, command: str
+) -> None:
+    ledger, policy = str(served_site.folder / "ledger.db"), ("--policy", str(served_site.site_toml))
+    own = ("--key", str(served_site.folder / "site_key.pem"), "--output", str(served_site.folder / "anchor.json"))
     words = {"restore": policy, "freeze": (*policy, "--why", "withdrawn"), "anchor": (ledger, *own)}
-    assert called("ledger", command, *words[command]) == 0
-    assert owners(served.folder) == {SERVICE}
-    verify(served.folder / "ledger.db")
+    assert call_command("ledger", command, *words[command]) == 0
+    assert list_owners(served_site.folder) == {SERVICE}
+    verify(served_site.folder / "ledger.db")
 
 
-def test_symbolic_link_is_not_followed_as_root(served: Here, waiting: Proposal, tmp_path: Path) -> None:
+def test_symbolic_link_is_not_followed_as_root(served_site: Here, waiting_proposal: Proposal, tmp_path: Path) -> None:
     own = tmp_path / "root's own"
     own.write_text("secret")
     own.chmod(0o600)
-    (served.folder / "anchor.json").unlink()
-    os.symlink(own, served.folder / "anchor.json")
-    assert called("site", "approve", "r", "--yes", *served.words) != 0
+    (served_site.folder / "anchor.json").unlink()
+    os.symlink(own, served_site.folder / "anchor.json")
+    assert call_command("site", "approve", "r", "--yes", *served_site.words) != 0
     assert own.read_text() == "secret"
 
 
 def test_unreadable_python_is_reported_before_dropping_privileges(
-    served: Here, waiting: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    served_site: Here, waiting_proposal: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setattr(files, "_is_python_readable", lambda: False)
-    assert called("site", "approve", "r", "--yes", *served.words) == 2
+    assert call_command("site", "approve", "r", "--yes", *served_site.words) == 2
     assert "cannot be read by account 54321" in capfd.readouterr().err
 
 

@@ -17,13 +17,13 @@ from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 
-from ..conftest import command, files_in, named, run_proposal, site_policy, tiny
+from ..conftest import list_tiny_overrides, make_site_policy, name_run, read_files, run_command, run_proposal
 from . import snapshots
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow_terminal")
 
 
-def every_command() -> list[str]:
+def list_commands() -> list[str]:
     """Each command of the command line, in words; the empty one is `fedtune` itself."""
     context, names = click.Context(fedtune), [""]
     for name in fedtune.list_commands(context):
@@ -32,7 +32,7 @@ def every_command() -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("command", every_command(), ids=lambda words: words or "fedtune")
+@pytest.mark.parametrize("command", list_commands(), ids=lambda words: words or "fedtune")
 def test_help_text_matches_its_snapshot(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,16 +43,16 @@ def test_help_text_matches_its_snapshot(
     snapshots.check_text(f"{name}.txt", own)
     if title:
         snapshots.check_text("fedtune-groups.txt", groups)
-    assert snapshots.too_wide(shown) == [], "also where the terminal is wider"
+    assert snapshots.find_wide_lines(shown) == [], "also where the terminal is wider"
 
 
-def shown(*lines: str, options: tuple[str, ...] = ()) -> str:
+def print_commands(*lines: str, options: tuple[str, ...] = ()) -> str:
     """What these commands print, one after the other, each with `options` behind it."""
     said = ""
     for line in lines:
-        outcome = command(*line.split(), *options)
+        outcome = run_command(*line.split(), *options)
         assert (outcome.code, outcome.err) == (0, ""), line
-        assert snapshots.too_wide(outcome.out) == [], line
+        assert snapshots.find_wide_lines(outcome.out) == [], line
         said += f"$ fedtune {line}\n{outcome.out}\n"
     return said
 
@@ -67,51 +67,64 @@ OF_A_SITE = [
 
 
 @pytest.mark.parametrize("words", OF_A_SITE)
-def test_site_ledger_commands_match_their_snapshots(words: str, lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(lived.folder)
-    name, before = "-".join(word.lstrip("-") for word in words.split() if "." not in word), files_in(lived.folder)
-    snapshots.check_output(name, shown(words))
-    assert files_in(lived.folder) == before, "looking writes nothing"
+def test_site_ledger_commands_match_their_snapshots(
+    words: str, site_with_history: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(site_with_history.folder)
+    name, before = (
+        "-".join(word.lstrip("-") for word in words.split() if "." not in word),
+        read_files(site_with_history.folder),
+    )
+    snapshots.check_output(name, print_commands(words))
+    assert read_files(site_with_history.folder) == before, "looking writes nothing"
 
 
-def test_json_of_policy_ledger_and_plan_matches_snapshots(lived: Any, tmp_path: Path) -> None:
+def test_json_of_policy_ledger_and_plan_matches_snapshots(site_with_history: Any, tmp_path: Path) -> None:
     """What `export` writes is all that the other commands print; the first event of each kind stands for the others."""
-    told = json.loads(command("ledger", "export", str(lived.ledger)).out)
+    told = json.loads(run_command("ledger", "export", str(site_with_history.ledger)).out)
     kind = itemgetter("kind")
     told["events"] = [next(group) for _, group in groupby(sorted(told["events"], key=kind), key=kind)]
-    snapshots.check_json("ledger-export", json.dumps(told), folder=lived.folder)
-    checked = command("site", "check-policy", str(lived.site_toml), "--json")
-    snapshots.check_json("site-check-policy", checked.out, folder=lived.folder)
-    planned = command("plan", *tiny("model.sha256=null", into=tmp_path), "--policy", str(lived.site_toml), "--json")
-    snapshots.check_json("plan", planned.printed, folder=lived.folder)
+    snapshots.check_json("ledger-export", json.dumps(told), folder=site_with_history.folder)
+    checked = run_command("site", "check-policy", str(site_with_history.site_toml), "--json")
+    snapshots.check_json("site-check-policy", checked.out, folder=site_with_history.folder)
+    planned = run_command(
+        "plan",
+        *list_tiny_overrides("model.sha256=null", into=tmp_path),
+        "--policy",
+        str(site_with_history.site_toml),
+        "--json",
+    )
+    snapshots.check_json("plan", planned.printed, folder=site_with_history.folder)
 
 
-def test_report_commands_match_their_snapshots(lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(lived.folder)
-    assert command("report", "site.toml", "--sign", "site_key.pem", "--output", "before").code == 0
-    key = SigningKey.load(lived.folder / "site_key.pem").public
-    snapshots.check_output("report", shown(f"report verify before --key {key}"))
-    assert json.loads(command("report", "schema").printed)["title"] == "fedtune report"
-    verified = command("report", "verify", "before", "--key", key, "--json")
-    snapshots.check_json("report-verify", verified.out, folder=lived.folder)
+def test_report_commands_match_their_snapshots(site_with_history: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site_with_history.folder)
+    assert run_command("report", "site.toml", "--sign", "site_key.pem", "--output", "before").code == 0
+    key = SigningKey.load(site_with_history.folder / "site_key.pem").public
+    snapshots.check_output("report", print_commands(f"report verify before --key {key}"))
+    assert json.loads(run_command("report", "schema").printed)["title"] == "fedtune report"
+    verified = run_command("report", "verify", "before", "--key", key, "--json")
+    snapshots.check_json("report-verify", verified.out, folder=site_with_history.folder)
 
 
 def test_calendar_output_matches_its_snapshot(tmp_path: Path) -> None:
-    words = tiny("privacy.unit=user", "+data.columns.user=u", "+data.columns.arrival=came", into=tmp_path)
+    words = list_tiny_overrides(
+        "privacy.unit=user", "+data.columns.user=u", "+data.columns.arrival=came", into=tmp_path
+    )
     window = "privacy.cohorts={period: quarter, first: '2025-Q3', last: '2026-Q1'}"
-    out = command("plan", *words, "privacy.runs=4", "privacy.noise_multiplier=null", window).printed
+    out = run_command("plan", *words, "privacy.planned_runs=4", "privacy.noise_multiplier=null", window).printed
     part = out.partition("Four runs a year")
     snapshots.check_output("plan-calendar", "".join(part[1:]).partition("\nWhat if")[0])
 
 
-def test_approval_output_matches_its_snapshot(joined: Any) -> None:
-    here = joined("north")
+def test_approval_output_matches_its_snapshot(join_site: Any) -> None:
+    here = join_site("north")
     settings = '{"training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}'
-    triage, later = named("triage", settings), named("follow-up", settings)
+    triage, later = name_run("triage", settings), name_run("follow-up", settings)
     here.state.queue_for_approval(run_proposal(run=triage), settings)
-    said = shown("site approve", f"site approve {triage} --yes", options=here.words)
+    said = print_commands("site approve", f"site approve {triage} --yes", options=here.words)
     here.state.queue_for_approval(run_proposal(run=later), settings)
-    said += shown(f"site deny {later} --reason x", "site approve", options=here.words)
+    said += print_commands(f"site deny {later} --reason x", "site approve", options=here.words)
     snapshots.check_output("site-approve", said)
 
 
@@ -120,10 +133,10 @@ def test_provisioning_output_matches_its_snapshots(tmp_path: Path, monkeypatch: 
     (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "fl.example.org:9092"\n')
     for name in ("north", "south"):
         (tmp_path / name).mkdir()
-        write_policy(site_policy(name), tmp_path / name / "site.toml")
+        write_policy(make_site_policy(name), tmp_path / name / "site.toml")
     for kit in ("kit", "new"):  # a site that comes in again brings another connection key
         site_init(tmp_path / "south" / "site.toml", out=tmp_path / "south" / kit)
-    said = shown(
+    said = print_commands(
         *("provision init federation.toml", "site init --site north/site.toml"),
         f"provision add-site north/kit/{REQUEST} --federation cardiology --days 20 --compared",
         f"provision add-site south/kit/{REQUEST} --federation cardiology --days 40 --compared",
@@ -134,6 +147,6 @@ def test_provisioning_output_matches_its_snapshots(tmp_path: Path, monkeypatch: 
         f"provision renew-site south south/new/{REQUEST} --federation cardiology --compared",
     )
     snapshots.check_output("provision", said)
-    machine = command("provision", "list", "--federation", "cardiology", "--json")
+    machine = run_command("provision", "list", "--federation", "cardiology", "--json")
     assert "PRIVATE" not in machine.out
     snapshots.check_json("provision-list", machine.out, folder=tmp_path)

@@ -1,4 +1,4 @@
-"""`fedtune synthesize` and `fedtune choose`: records by code or votes, their card, and what is refused."""
+"""`fedtune synthesize` and `fedtune synthesize select`: records by code or votes, their card, and what is refused."""
 
 import gzip
 import json
@@ -25,9 +25,9 @@ from fedtune.data.partition import PartitionSpec
 from fedtune.lab.studies.synthetic import (
     WRITING,
     allot_rows,
-    ballot,
     classifier_accuracy,
     load_synthetic,
+    render_voting_experiment,
     select_by_votes,
     synthesize,
     vote_shares,
@@ -38,13 +38,13 @@ from fedtune.privacy.selection import Selection, compute_search_price
 from fedtune.report.from_run import sum_start_losses
 from fedtune.report.signing import MOST_BYTES
 from fedtune.runs.environment import start_lineage
-from fedtune.runs.renewal import with_start_adapter
+from fedtune.runs.renewal import add_start_adapter
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
 from fedtune.sites.virtual_site import partition_settings
 from fedtune.spec import ConfigError
 
-from ..conftest import REPOSITORY, command, edit_json, simulate
+from ..conftest import REPOSITORY, edit_json, run_command, simulate
 from . import snapshots
 
 KINDS = [{"column": "label", "by": "kinds"}]
@@ -84,7 +84,7 @@ def vote(run: Path, *weights: float) -> None:
 def texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model writes broken bytes, so texts are given: of five, one does not end and one is broken."""
 
-    def drawn(
+    def draw_texts(
         self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any, begun: Any
     ) -> Iterator[tuple[int, str | None]]:
         assert all(len(prompt) for prompt in prompts)
@@ -97,12 +97,12 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
             start = self.tokenizer.decode(begun[place]) if begun else ""
             yield place, kind.get(number % 5, f"{start}seed {spec.seed} number {number}")
 
-    monkeypatch.setattr(SavedModel, "drawn", drawn)
+    monkeypatch.setattr(SavedModel, "drawn", draw_texts)
 
 
-def written(runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
-    named = ("--codes", str(runs / "codes.jsonl")) if codes else ()
-    assert command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options).printed
+def write_records(runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
+    named = ("--prompts", str(runs / "codes.jsonl")) if codes else ()
+    assert run_command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options).printed
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
@@ -118,7 +118,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     to = tmp_path / "texts.jsonl"
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n' * 2)
-    rows = written(runs, to, "--rows", "9", "--beside", str(public))
+    rows = write_records(runs, to, "--rows", "9", "--beside", str(public))
     assert len(dealt) == 1, "the run's own records are read once"
     assert Counter(row["messages"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
@@ -129,28 +129,32 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     assert card["made"]["rows"] == card["figures"]["these records"]["texts"] == 9
     text, beside = (tmp_path / "texts.jsonl.card.md").read_text(), card["figures"]["public.jsonl"]["texts"]
     assert beside == 2
-    assert "no more about a unit than the promises below allow.**" in text
+    assert "no more about a record or person than the promises below allow.**" in text
     assert f"| texts | 9 | {beside} |" in text
-    assert "learned from these records gives 0.0 % of public.jsonl their code. The code" in text, "which none here has"
+    assert "learned from these records gives 0.0 % of public.jsonl their prompt. The prompt" in text, (
+        "which none here has"
+    )
     copy = shutil.copy(to, tmp_path / "copy.jsonl")  # without its card
     asked = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
-    message = command("synthesize", str(runs / "writer"), "--codes", str(runs / "codes.jsonl"), *asked).failed()
+    message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *asked).failed()
     assert "must hold public records" in message
     assert "writer wrote some of them. Put their card next to the file" in message
 
 
 def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> None:
-    ballot, to, best = tmp_path / "ballot.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
+    voting, to, best = tmp_path / "vote.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
     voted = ("--votes", str(runs / "shares"))
-    rows = written(runs, to, "--rows", "4", "--ballot", str(ballot), "--seed", "7", *voted, codes=False)
+    rows = write_records(
+        runs, to, "--rows", "4", "--voting-experiment", str(voting), "--seed", "7", *voted, codes=False
+    )
     assert Counter(row["messages"] for row in rows) == {"a blue one": 3, "a red one": 1}
-    assert yaml.safe_load(ballot.read_text())["head"]["label_texts"] == [row["ref"] for row in rows]
-    folder = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name="liked")
+    assert yaml.safe_load(voting.read_text())["head"]["label_texts"] == [row["ref"] for row in rows]
+    folder = simulate(f"experiment={voting}", "model=random_bert", into=tmp_path, name="liked")
     vote(folder, 0.1, 0.4, -0.2, 0.3)
-    choose = ("choose", str(runs / "writer"), "--votes", str(folder), "--candidates")
+    choose = ("synthesize", "select", str(runs / "writer"), "--votes", str(folder), "--candidates")
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n')
-    said = command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json").printed
+    said = run_command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json").printed
     assert [json.loads(line) for line in best.read_text().splitlines()] == [rows[1], rows[3]]
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
@@ -171,38 +175,48 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     for again, times in ((folder, 1), (tmp_path / "anew" / "liked", 2)):
         one = tmp_path / f"{times}.jsonl"
         by = ("--candidates", str(best), "--votes", str(again), "--rows", "1", "--to", str(one), "--json")
-        behind_it = json.loads(command("choose", str(runs / "writer"), *by).printed)
+        behind_it = json.loads(run_command("synthesize", "select", str(runs / "writer"), *by).printed)
         assert [one["run"] for one in behind_it["runs"]] == ["writer", *["liked"] * times, "shares"]
         more = (times - 1) * (api.load(folder).privacy.epsilon or 0.0)
         assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + more)
     refused = (*choose, str(to), "--to", str(tmp_path / "no.jsonl"))
     for options, said in (
-        (("--rows", "5"), "--rows = 5: must be at most the 4 candidates on a ballot"),
+        (("--rows", "5"), "--rows = 5: must be at most the 4 candidates of the voting experiment"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--rows", "2", "--to", str(best)), "must be a new file"),
         (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates; 4 are none"),
         (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
-        (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize or choose wrote it"),
+        (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize wrote it"),
     ):
-        assert said in command(*refused, *options).failed()
+        assert said in run_command(*refused, *options).failed()
         assert not (tmp_path / "no.jsonl").exists()
     to.write_text(to.read_text().replace("seed 7", "private text"))
-    message = command(*refused, "--rows", "2").failed()
+    message = run_command(*refused, "--rows", "2").failed()
     assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card next to it" in message
     assert "private text" not in message
 
 
 def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Path) -> None:
-    behind, options, rounds = [api.load(runs / "writer")], ("--codes", str(runs / "codes.jsonl")), []
+    behind, options, rounds = [api.load(runs / "writer")], ("--prompts", str(runs / "codes.jsonl")), []
     for number in range(2):
-        to, best, ballot = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "ballot.yaml"))
-        rounds.append(written(runs, to, "--rows", "4", "--ballot", str(ballot), *options, codes=False))
-        liked = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
+        to, best, voting = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "vote.yaml"))
+        rounds.append(write_records(runs, to, "--rows", "4", "--voting-experiment", str(voting), *options, codes=False))
+        liked = simulate(f"experiment={voting}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
         vote(liked, 0.4, 0.1, -0.2, 0.3)
         behind.append(api.load(liked))
-        choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--votes", str(liked), "--rows", "2")
-        assert "card" in command(*choose, "--to", str(best)).printed
-        options = ("--beginnings", str(best))
+        choose = (
+            "synthesize",
+            "select",
+            str(runs / "writer"),
+            "--candidates",
+            str(to),
+            "--votes",
+            str(liked),
+            "--rows",
+            "2",
+        )
+        assert "card" in run_command(*choose, "--to", str(best)).printed
+        options = ("--variations-of", str(best))
     (red, *_, blue), second = rounds
     assert [row["messages"] for row in second] == ["a red one"] * 2 + ["a blue one"] * 2
     for row, parent, number in zip(second, (red, red, blue, blue), (0, 1, 2, 5), strict=True):
@@ -211,50 +225,53 @@ def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Pa
         assert len(parent["ref"]) // 4 <= len(begun) < 3 / 4 * len(parent["ref"]), "a token is a letter"
     assert len({row["ref"].index("seed", 1) for row in second}) > 2, "each has a share of its own"
     card = json.loads((tmp_path / "1-best.jsonl.card.json").read_text())
-    made = [card["made"][key] for key in ("shares", "codes_file", "candidates", "chosen_by")]
+    made = [card["made"][key] for key in ("shares", "prompts_file", "candidates", "chosen_by")]
     assert made == ["varied", "0-best.jsonl", 4, "liked-1"]
     assert [one["run"] for one in card["runs"]] == ["writer", "liked-1", "liked-0"]
     assert card["together"]["epsilon"] == pytest.approx(sum(run.privacy.epsilon or 0.0 for run in behind))
     text = (tmp_path / "1-texts.jsonl.card.md").read_text()
-    assert f"0-best.jsonl, SHA-256 {card['made']['codes_sha256']}; each text begins with a quarter to" in text
+    assert f"0-best.jsonl, SHA-256 {card['made']['prompts_sha256']}; each text begins with a quarter to" in text
     assert "- liked-0 (votes), by the beginnings' card: epsilon 0.927 at delta" in text
-    assert "% of them, each fifth of them by what the rest taught, their code. The code that is most" in text
-    again = synthesize(behind[0], beginnings=[red], rows=1, spec=WRITING)  # one code has none to be set apart from
+    assert "% of them, each fifth of them by what the rest taught, their prompt. The prompt that is most" in text
+    again = synthesize(behind[0], variations_of=[red], rows=1, spec=WRITING)  # one code has none to be set apart from
     assert (again.wanted, again.rows) == ({("a red one",): 1}, (second[0],))
     refused = ("synthesize", str(runs / "writer"), *options, "--to", str(tmp_path / "no.jsonl"))
-    for more in (("--codes", str(runs / "codes.jsonl")), ("--votes", str(runs / "shares"))):
-        assert "conflicts with --codes and --votes" in command(*refused, *more).failed()
+    for more in (("--prompts", str(runs / "codes.jsonl")), ("--votes", str(runs / "shares"))):
+        assert "conflicts with --prompts and --votes" in run_command(*refused, *more).failed()
 
 
 def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Path) -> None:
     to, best = tmp_path / "texts.jsonl", tmp_path / "labeled.jsonl"
-    rows = written(runs, to, "--rows", "6")
+    rows = write_records(runs, to, "--rows", "6")
     old = tmp_path / "texts.jsonl.card.json"  # which need not name what is empty in it
     old.write_text("".join(line for line in old.read_text().splitlines(True) if not line.endswith(" null,\n")))
     folder = simulate(into=tmp_path, name="kinds")
-    choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--labels")
-    card = json.loads(command(*choose, str(folder), "--to", str(best), "--json").printed)
+    choose = ("synthesize", "select", str(runs / "writer"), "--candidates", str(to), "--labels")
+    card = json.loads(run_command(*choose, str(folder), "--to", str(best), "--json").printed)
     classifier, found = api.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
     answers: Any = classifier.predict([row["ref"] for row in rows])
     assert found == [{**row, "label": answer[0]["label"]} for row, answer in zip(rows, answers, strict=True)]
     both = [api.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
     assert card["together"]["epsilon"] == pytest.approx(sum(both))
-    assert (card["made"]["labels"], card["made"]["codes"], card["made"]["missing"]) == (KINDS, 2, 0)
+    assert (card["made"]["labels"], card["made"]["prompts"], card["made"]["missing"]) == (KINDS, 2, 0)
     assert "in column label, by what the classifier kinds says" in (tmp_path / "labeled.jsonl.card.md").read_text()
     for options, said in (
         ((), "--votes = null: is missing: give --votes to select records, or --labels"),
         (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
         (("--labels", str(folder), "--rows", "2"), "--rows = 2: must be given with --votes, and only then"),
         (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
-        (("--labels", str(private_to_a_site(folder, tmp_path / "own"))), "is private to 'site-1', without a guarantee"),
+        (
+            ("--labels", str(make_adapter_private(folder, tmp_path / "own"))),
+            "is private to 'site-1', without a guarantee",
+        ),
     ):
-        outcome = command(*choose[:-1], "--to", str(tmp_path / "no.jsonl"), *options)
+        outcome = run_command(*choose[:-1], "--to", str(tmp_path / "no.jsonl"), *options)
         assert (outcome.code, (tmp_path / "no.jsonl").exists()) == (2, False), options
         assert said in outcome.err
 
 
 def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> None:
-    written(runs, tmp_path / "0.jsonl", "--rows", "6")
+    write_records(runs, tmp_path / "0.jsonl", "--rows", "6")
     with gzip.open(REPOSITORY / "simulations/data/banking77/train.jsonl.gz", "rt") as lines:
         (tmp_path / "sorts.jsonl").write_text("".join(line.replace('"label":', '"sort":') for line in lines))
     sort = (f"data.train_file={tmp_path}/sorts.jsonl", "data.columns={text: text, label: sort}")
@@ -263,7 +280,7 @@ def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> Non
     for place, name in enumerate(("kinds", "sorts", "sorts")):
         places = ("--candidates", str(tmp_path / f"{place}.jsonl"), "--to", str(tmp_path / f"{place + 1}.jsonl"))
         by = (*places, "--labels", str(tmp_path / name), "--json")
-        card = json.loads(command("choose", str(runs / "writer"), *by).out)
+        card = json.loads(run_command("synthesize", "select", str(runs / "writer"), *by).out)
     assert card["made"]["labels"] == [*KINDS, {"column": "sort", "by": "sorts"}]
     rows = [json.loads(line) for line in (tmp_path / "3.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["messages", "ref", "label", "sort"]] * 6
@@ -272,13 +289,23 @@ def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> Non
 
 def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
     to, card = tmp_path / "texts.jsonl", tmp_path / "texts.jsonl.card.json"
-    written(runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
+    write_records(runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
     whole = json.loads(card.read_text())
     writer, shares = whole["runs"]
-    choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--votes", str(runs / "shares"), "--rows", "2")
+    choose = (
+        "synthesize",
+        "select",
+        str(runs / "writer"),
+        "--candidates",
+        str(to),
+        "--votes",
+        str(runs / "shares"),
+        "--rows",
+        "2",
+    )
 
-    def refused() -> str:
-        message: str = command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()
+    def select_and_fail() -> str:
+        message: str = run_command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()
         assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card next to it" in message
         return message
 
@@ -294,15 +321,15 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
         ({"runs": [writer | {"run": "twin"}, shares]}, "with its card next to it (texts.jsonl.card.json)"),
     ):
         card.write_text(json.dumps(whole | changes))
-        assert said in refused()
+        assert said in select_and_fail()
     card.write_text("[" * 100_000)
-    assert "must be JSON" in refused()
+    assert "must be JSON" in select_and_fail()
     with card.open("wb") as file:  # of holes alone
         file.truncate(MOST_BYTES + 1)
-    assert "of at most 64 MiB" in refused()
+    assert "of at most 64 MiB" in select_and_fail()
     card.unlink()
     os.mkfifo(card)
-    refused()
+    select_and_fail()
 
 
 def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path: Path) -> None:
@@ -314,8 +341,8 @@ def test_run_selected_by_a_search_inherits_the_search_cost(runs: Path, tmp_path:
     selection = Selection.from_price(price, [config.plan()] * 3, **told)
     (picked / "selection.json").write_text(json.dumps(asdict(selection)))
     assert price.epsilon > (alone.epsilon or 0.0)
-    options = ("--codes", str(runs / "codes.jsonl"), "--rows", "2", "--to", str(to))
-    assert command("synthesize", str(picked), *options).printed
+    options = ("--prompts", str(runs / "codes.jsonl"), "--rows", "2", "--to", str(to))
+    assert run_command("synthesize", str(picked), *options).printed
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
     assert card["runs"][0]["epsilon"] == card["together"]["epsilon"] == price.epsilon
     text = (tmp_path / "texts.jsonl.card.md").read_text()
@@ -342,12 +369,12 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
         (None, "has no run.json with its adapter's digest"),
     ):
         (other / "run.json").write_text(json.dumps(named)) if named else (other / "run.json").unlink()
-        assert said in command(*votes).failed()
+        assert said in run_command(*votes).failed()
         with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{re.escape(said)}"):
-            with_start_adapter(replace(config, model=replace(config.model, adapter=str(other))))
+            add_start_adapter(replace(config, model=replace(config.model, adapter=str(other))))
     copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # as a site's
-    assert "has no checkpoint" in command(*votes, "--votes", str(copy)).failed()
-    assert command("simulate", f"resume={other}").code == 0, "as the messages say"
+    assert "has no checkpoint" in run_command(*votes, "--votes", str(copy)).failed()
+    assert run_command("simulate", f"resume={other}").code == 0, "as the messages say"
     assert api.load(other).adapter
     vote(other, 3.0, 1.0)
     assert vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
@@ -357,37 +384,37 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
         vote_shares(api.load(other))
 
 
-@pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
+@pytest.mark.parametrize("words", [("generate",), ("select", "--candidates", "any", "--rows", "2")])
 def test_votes_with_another_privacy_unit_are_refused(
     words: tuple[str, ...], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = api.load
 
-    def of_users(folder: Path) -> api.Run:
+    def load_by_user(folder: Path) -> api.Run:
         run = load(folder)
         data = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
         return replace(run, config=replace(run.config, data=data, privacy=replace(run.config.privacy, unit="user")))
 
-    monkeypatch.setattr(api, "load", of_users)  # which only --votes calls by this name
+    monkeypatch.setattr(api, "load", load_by_user)  # which only --votes calls by this name
     named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
-    message = command(words[0], str(runs / "writer"), *words[1:], *named).failed()
+    message = run_command(words[0], str(runs / "writer"), *words[1:], *named).failed()
     assert "must be of privacy.unit=record, like RUN" in message
 
 
 def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path: Path) -> None:
     to = tmp_path / "texts.jsonl"
-    rows = written(runs, to, "--rows", "12", "--pattern", ".* number 1?2")
+    rows = write_records(runs, to, "--rows", "12", "--pattern", ".* number 1?2")
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())["made"]
     assert [row["ref"] for row in rows] == ["seed 0 number 2", "seed 0 number 12"]
     assert card["missing"] == 10
     assert card["left_out"]["pattern"] > 20
     none = ("--rows", "2", "--pattern", "nothing is so", "--to", str(tmp_path / "none.jsonl"))
-    message = command("synthesize", str(runs / "writer"), "--codes", str(runs / "codes.jsonl"), *none).failed()
+    message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *none).failed()
     assert "gave no record in the right format: 6 pattern" in message
     assert not list(tmp_path.glob("*none*"))
 
 
-@snapshots.mistakes("mistakes-synthesize")
+@snapshots.parametrize_mistakes("mistakes-synthesize")
 def test_invalid_synthesize_command_fails_before_generation(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
@@ -408,12 +435,12 @@ def test_invalid_synthesize_command_fails_before_generation(
     for name, role, given in (("recoded.jsonl", "messages", "another code"), ("voted.jsonl", "ref", "another text")):
         Path(name).write_text("".join(f"{json.dumps(row | {role: given})}\n" for row in own))
     before = set(tmp_path.iterdir())
-    message = command("synthesize", "writer", "--to", "texts.jsonl", *shlex.split(typed)).failed()
+    message = run_command("synthesize", "writer", "--to", "texts.jsonl", *shlex.split(typed)).failed()
     snapshots.check_message("mistakes-synthesize", typed, message)
     assert set(tmp_path.iterdir()) == before
 
 
-def private_to_a_site(run: Path, to: Path) -> Path:
+def make_adapter_private(run: Path, to: Path) -> Path:
     """The run's adapter as an own one of a site, without run.json."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("run.json", "checkpoints"))
     edit_json(to / "adapter" / "fedtune.json", private_to="site-1")
@@ -421,12 +448,12 @@ def private_to_a_site(run: Path, to: Path) -> Path:
 
 
 def test_personalized_or_incomplete_adapter_cannot_synthesize(runs: Path, tmp_path: Path) -> None:
-    asked = ("--to", str(tmp_path / "texts.jsonl"), "--codes", str(runs / "tables.jsonl"))
-    own = private_to_a_site(runs / "writer", tmp_path / "own")
-    assert "is private to" in command("synthesize", str(own), *asked).failed()
+    asked = ("--to", str(tmp_path / "texts.jsonl"), "--prompts", str(runs / "tables.jsonl"))
+    own = make_adapter_private(runs / "writer", tmp_path / "own")
+    assert "is private to" in run_command("synthesize", str(own), *asked).failed()
     lost = shutil.copytree(runs / "writer", tmp_path / "lost") / "config.yaml"
     lost.write_text(lost.read_text().replace("tables.jsonl", "gone.jsonl"))
-    message = command("synthesize", str(lost.parent), *asked).failed()
+    message = run_command("synthesize", str(lost.parent), *asked).failed()
     assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
 
 
@@ -442,7 +469,7 @@ def test_allotted_shares_are_whole_numbers_and_merge_equal_texts(runs: Path, tmp
 
 
 def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path, tmp_path: Path) -> None:
-    run, file = api.load(runs / "writer"), tmp_path / "ballot.yaml"
+    run, file = api.load(runs / "writer"), tmp_path / "vote.yaml"
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
     aside: dict[str, Any] = {"test_fraction": 0.1, "test_rows": 5, "validation_fraction": 0.2}
     aside |= {"heldout_fraction": 0.3, "train_fraction": 0.5}
@@ -450,7 +477,7 @@ def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path
     by_user = replace(run.config.data, columns=columns, partition=partition, **aside)
     config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"), seed=7)
     rows = [{"messages": "a", "ref": text} for text in ("a blue one", "???", "a red one")]
-    file.write_text(ballot([*rows, {"messages": "a", "ref": "next\x85 ${line}"}], "ref", config))
+    file.write_text(render_voting_experiment([*rows, {"messages": "a", "ref": "next\x85 ${line}"}], "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
     assert voting.head.label_texts == ("a blue one", "a red one", "next\x85 ${line}")
     dealt, voters = partition_settings(config), partition_settings(voting)

@@ -21,19 +21,19 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.interruptible_run import show_run
-from fedtune.config import RunConfig, config_yaml, saved_config
-from fedtune.federation.run_folder import RunFolder, saved_checkpoints
+from fedtune.config import RunConfig, config_yaml, read_saved_config
+from fedtune.federation.run_folder import RunFolder, list_checkpoints
 from fedtune.runs.run_paths import find_run_folder
 from fedtune.spec import ConfigError, RefusedError, RunError
 from tests.forked import REPOSITORY, Forked
 
-from ..conftest import command, result_of, tiny
+from ..conftest import list_tiny_overrides, read_result, run_command
 from . import snapshots
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    return compose_run([*tiny(into=tmp_path / "runs", name="one"), "tracking.progress=false"])
+    return compose_run([*list_tiny_overrides(into=tmp_path / "runs", name="one"), "tracking.progress=false"])
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, f
     RunFolder(folder).create(config_yaml(config))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "round-0000.safetensors").touch()
-    assert saved_checkpoints(folder / "checkpoints")
+    assert list_checkpoints(folder / "checkpoints")
     assert RunFolder(folder).has_begun()
     assert folder.exists()
     shutil.rmtree(folder / "checkpoints")
@@ -88,7 +88,7 @@ def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder:
         RunFolder(folder).create(config_yaml(config))
     folder.parent.unlink()
     RunFolder(folder).create(config_yaml(config))
-    assert saved_config(folder) == config
+    assert read_saved_config(folder) == config
     with pytest.raises(ConfigError, match=rf"name = 'one': is taken.*resume={folder}"):
         find_run_folder(config)
     with pytest.raises(ConfigError, match=r"name = 'one': is taken"):
@@ -100,7 +100,9 @@ def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder:
         find_run_folder(compose_run([f"resume={folder}", "training.local_steps=9", "seed=4"]))
 
 
-def ran(config: RunConfig, folder: Path, work: Any, error: type[BaseException], match: str | None = None) -> str:
+def run_until_error(
+    config: RunConfig, folder: Path, work: Any, error: type[BaseException], match: str | None = None
+) -> str:
     """Run some work that ends in an error; what is printed."""
     said = io.StringIO()
     with pytest.raises(error, match=match):
@@ -108,10 +110,10 @@ def ran(config: RunConfig, folder: Path, work: Any, error: type[BaseException], 
     return said.getvalue()
 
 
-def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: bool = False) -> str:
+def end_with_error(config: RunConfig, folder: Path, error: BaseException, *, begun: bool = False) -> str:
     """Run something that ends in `error`; what is printed."""
 
-    def work(*_: object) -> dict[str, Any]:
+    def log_and_fail(*_: object) -> dict[str, Any]:
         logging.getLogger("fedtune.somewhere").info("it was here")
         for name in ("checkpoints", "sites"):
             (folder / name).mkdir(exist_ok=True)
@@ -120,14 +122,14 @@ def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: boo
             (folder / "checkpoints" / "round-0000.safetensors").touch()
         raise error
 
-    return ran(config, folder, work, type(error))
+    return run_until_error(config, folder, log_and_fail, type(error))
 
 
-def full(where: str = "x") -> OSError:
+def make_disk_full_error(where: str = "x") -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
 
 
-def of_process() -> list[object]:
+def read_process_state() -> list[object]:
     """What a run takes over."""
     loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
     handlers = [*(signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)), sys.unraisablehook]
@@ -137,22 +139,22 @@ def of_process() -> list[object]:
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        *((error, True) for error in (RunError("gone"), KeyboardInterrupt(), full())),
+        *((error, True) for error in (RunError("gone"), KeyboardInterrupt(), make_disk_full_error())),
         *((error, False) for error in (RefusedError("no"), ConfigError("a", 1, "b"), OSError("disk"))),
     ],
 )
 def test_failed_start_leaves_no_folder_and_started_run_can_resume(
     config: RunConfig, folder: Path, error: BaseException, hint: bool
 ) -> None:
-    before = of_process()
-    said = attempt(config, folder, error)
+    before = read_process_state()
+    said = end_with_error(config, folder, error)
     assert not folder.parent.exists()
     assert ("Nothing had been trained yet." in said) is hint
     assert ("Interrupted." in said) is isinstance(error, KeyboardInterrupt)
-    said = attempt(config, folder, error, begun=True)
-    assert of_process() == before
+    said = end_with_error(config, folder, error, begun=True)
+    assert read_process_state() == before
     assert ("Continue with: fedtune AGAIN" in said) is hint
-    assert saved_config(folder) == config
+    assert read_saved_config(folder) == config
     assert "INFO fedtune.somewhere it was here" in (folder / "log.txt").read_text()
 
 
@@ -160,50 +162,52 @@ def test_failed_start_leaves_no_folder_and_started_run_can_resume(
 def test_full_disk_at_a_simulated_site_is_named_in_the_error(
     config: RunConfig, folder: Path, log: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def work(*_: object) -> Any:
+    def fail_at_site(*_: object) -> Any:
         (logger,) = logging.getLogger("fedtune").handlers
         assert isinstance(logger, logging.FileHandler)
         logger.setStream(open(folder / log, "a", encoding="utf-8")).close()  # noqa: SIM115 - the handler closes it
-        logging.getLogger("fedtune.site").error("failed", exc_info=full("sites/ledger.db"))
+        logging.getLogger("fedtune.site").error("failed", exc_info=make_disk_full_error("sites/ledger.db"))
         raise RunError("too few sites")
 
-    ran(config, folder, work, RunError, r"^too few sites; the disk is full: no room for sites/ledger\.db$")
+    run_until_error(
+        config, folder, fail_at_site, RunError, r"^too few sites; the disk is full: no room for sites/ledger\.db$"
+    )
     assert capfd.readouterr() == ("", "")
 
 
 def test_scores_are_printed_before_the_report_is_written(
     config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(*_: object) -> None:
+    def write_checkpoint(*_: object) -> None:
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints" / "round-0000.safetensors").touch()
 
     monkeypatch.setattr("fedtune.show.run_progress.show_result", lambda console, *_, **__: console.print("the scores"))
-    monkeypatch.setattr("fedtune.report.model_card.write_report_and_card", Mock(side_effect=full()))
-    said = ran(config, folder, work, OSError, "No space")
+    monkeypatch.setattr("fedtune.report.model_card.write_report_and_card", Mock(side_effect=make_disk_full_error()))
+    said = run_until_error(config, folder, write_checkpoint, OSError, "No space")
     assert said.splitlines()[-2:] == ["the scores", "Continue with: fedtune AGAIN"]
 
 
 def test_existing_folders_survive_a_failed_start(config: RunConfig, folder: Path) -> None:
     for earlier in (folder.parent / "earlier", folder.parent):
         earlier.mkdir(parents=True, exist_ok=True)
-        attempt(config, folder, RunError("no server"))
+        end_with_error(config, folder, RunError("no server"))
         assert earlier.is_dir(), "it was there before"
         assert not folder.exists()
         for left in folder.parent.iterdir():
             left.rmdir()
     RunFolder(folder).create(config_yaml(config))
-    ran(config, folder, lambda *_: pytest.fail("it ran"), ConfigError, "is taken")
-    assert saved_config(folder) == config
-    attempt(replace(config, resume=str(folder)), folder, RunError("no server"))
-    assert saved_config(folder) == config
+    run_until_error(config, folder, lambda *_: pytest.fail("it ran"), ConfigError, "is taken")
+    assert read_saved_config(folder) == config
+    end_with_error(replace(config, resume=str(folder)), folder, RunError("no server"))
+    assert read_saved_config(folder) == config
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_stopped_while_loading_leaves_no_folder(tmp_path: Path, number: signal.Signals) -> None:
     # Its micro-batches have many shapes, each of which is tried: that takes seconds.
     slow = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=400")
-    words = [sys.executable, "-m", "fedtune", "simulate", *tiny(*slow, into=tmp_path / "new" / "runs")]
+    words = [sys.executable, "-m", "fedtune", "simulate", *list_tiny_overrides(*slow, into=tmp_path / "new" / "runs")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     with Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert "loading" in process.stdout.readline()
@@ -223,26 +227,26 @@ def test_signal_raised_in_a_destructor_still_ends_the_run(
         def __del__(self) -> None:
             signal.raise_signal(number)
 
-    def work(*_: object) -> Any:
+    def wait_for_signal(*_: object) -> Any:
         Dying()
         time.sleep(20)
         raise RunError("it went on")
 
-    ran(config, folder, work, KeyboardInterrupt)
+    run_until_error(config, folder, wait_for_signal, KeyboardInterrupt)
     assert capfd.readouterr() == ("", "")
 
 
-def status(folder: Path) -> Any:
-    return json.loads(command("run", "status", str(folder), "--json").printed)
+def read_status(folder: Path) -> Any:
+    return json.loads(run_command("run", "status", str(folder), "--json").printed)
 
 
-def test_status_of_a_finished_run_matches_its_result(finished: Path) -> None:
-    out = command("run", "status", str(finished)).printed
-    assert f"{finished}: finished, 2 of 2 rounds are done" in out
-    told = status(finished)
+def test_status_of_a_finished_run_matches_its_result(finished_run: Path) -> None:
+    out = run_command("run", "status", str(finished_run)).printed
+    assert f"{finished_run}: finished, 2 of 2 rounds are done" in out
+    told = read_status(finished_run)
     settled = {**told, "metrics": sorted(told["metrics"])}  # scores of another machine differ in their last digits
-    snapshots.check_json("run-status", json.dumps(settled), folder=finished)
-    result = result_of(finished)
+    snapshots.check_json("run-status", json.dumps(settled), folder=finished_run)
+    result = read_result(finished_run)
     assert told["metrics"] == result["rounds"][-1]["metrics"]
     for site, about in told["sites"].items():
         assert about["epsilon"] == result["privacy"]["sites"][site]["epsilon"] > 0
@@ -250,27 +254,27 @@ def test_status_of_a_finished_run_matches_its_result(finished: Path) -> None:
 
 
 def test_status_of_a_running_run_shows_site_answers(run_folder: Path) -> None:
-    def shown() -> str:
-        return str(command("run", "status", str(run_folder)).printed)
+    def print_status() -> str:
+        return str(run_command("run", "status", str(run_folder)).printed)
 
     (run_folder / "log.txt").unlink()
     answers = {"site-2": {"what": "awaiting_approval", "time": "2030-01-02T03:04:05+00:00"}}
     (run_folder / "answers.json").write_text(json.dumps(answers))
     before = sorted(path.name for path in run_folder.iterdir())
-    told = status(run_folder)["sites"]["site-2"]
+    told = read_status(run_folder)["sites"]["site-2"]
     assert (told["last_answer"], told["at"]) == ("awaiting_approval", "2030-01-02T03:04:05+00:00")
-    assert "awaiting_approval" in shown()
+    assert "awaiting_approval" in print_status()
     assert sorted(path.name for path in run_folder.iterdir()) == before, "it changes nothing"
     for newest in (run_folder / "checkpoints").glob("round-0002*"):
         newest.unlink()
-    assert "stopped, 1 of 2 rounds are done" in shown()
+    assert "stopped, 1 of 2 rounds are done" in print_status()
     with (run_folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "running, 1 of 2 rounds are done" in shown()
-    told = status(run_folder)
+        assert "running, 1 of 2 rounds are done" in print_status()
+    told = read_status(run_folder)
     assert (told["running"], told["finished"], told["round"]) == (False, False, 1)
     # The second round was asked for, and the checkpoint does not know its receipts.
     assert all(about["upper_bound"] for about in told["sites"].values())
-    assert "at most" in shown()
+    assert "at most" in print_status()
     shutil.rmtree(run_folder / "checkpoints")
-    assert "must be a run folder with a checkpoint" in command("run", "status", str(run_folder)).failed()
+    assert "must be a run folder with a checkpoint" in run_command("run", "status", str(run_folder)).failed()

@@ -25,20 +25,20 @@ CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = range(2, 11)
 """Their ids."""
 
 
-def data_spec(*roles: str, **given: Any) -> DataSpec:
+def make_data_spec(*roles: str, **given: Any) -> DataSpec:
     """Settings of data, with a column for each role that is called as it is."""
     usual = {"dataset": "d", "train_file": "f", "columns": {role: role for role in roles}, "declared_sizes": 9}
     return DataSpec(**(usual | {"max_length": 12} | given))
 
 
-def chat(*contents: str, first: str = "user", system: str | None = None) -> list[dict[str, str]]:
+def build_chat(*contents: str, first: str = "user", system: str | None = None) -> list[dict[str, str]]:
     """Turns of user and assistant."""
     roles = ("user", "assistant") if first == "user" else ("assistant", "user")
     turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(contents)]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
-def in_json(turns: Sequence[dict[str, str]]) -> str:
+def encode_turns(turns: Sequence[dict[str, str]]) -> str:
     """As a record holds them."""
     return json.dumps(list(turns), separators=(",", ":"), ensure_ascii=False)
 
@@ -48,12 +48,12 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
     return path
 
 
-def in_parquet(table: pyarrow.Table, **how: Any) -> bytes:
+def encode_parquet(table: pyarrow.Table, **how: Any) -> bytes:
     parquet.write_table(table, sink := pyarrow.BufferOutputStream(), **how)
     return bytes(sink.getvalue())
 
 
-def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
+def list_rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
     """Of each text its ids, and its targets."""
     return [(ids.tolist(), row.tolist()) for ids, row in zip(dataset.input_ids, dataset.targets, strict=True)]
 

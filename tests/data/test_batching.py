@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import TextDataset, collate
-from fedtune.data.batching import isolate_example, micro_batches
+from fedtune.data.batching import cut_micro_batches, isolate_example
 from fedtune.data.tokenization import UNSUPERVISED
 
 PAD = 3  # also the last token of every example, as in chat models whose padding is the end-of-text token
@@ -75,7 +75,7 @@ def test_empty_batch_has_the_usual_dtypes(dataset: TextDataset, shape: tuple[int
 def test_micro_batches_only_regroup_records(lengths: list[int], chosen: st.DataObject, max_tokens: int) -> None:
     table = np.array(lengths, dtype=np.int32)
     indices = chosen.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
-    cut = micro_batches(np.array(indices, dtype=np.int64), table, max_tokens=max_tokens)
+    cut = cut_micro_batches(np.array(indices, dtype=np.int64), table, max_tokens=max_tokens)
     assert sorted(index for batch in cut for index in batch.tolist()) == sorted(indices)
     for batch in cut:
         assert len(batch) >= 1

@@ -15,7 +15,7 @@ from fedtune.data.records import Record, iter_records, iter_usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError, DataError
 
-from .conftest import data_spec, write_jsonl
+from .conftest import make_data_spec, write_jsonl
 
 AGE = FeatureSpec(columns=("age",), range=(0.0, 100.0))
 LAB = FeatureSpec(columns=("crp", "ldh"), range=(-1.0, 1.0), missing="indicator")
@@ -25,15 +25,15 @@ ALL = (AGE, LAB, SEX, STATES)
 ROW = {"age": 25, "crp": 0.5, "ldh": None, "sex": "male", "states": [2, 0.5, -9]}
 
 
-def data(*features: FeatureSpec, **changes: Any) -> DataSpec:
+def make_data(*features: FeatureSpec, **changes: Any) -> DataSpec:
     given = {"columns": {"label": "y"}, "max_length": 1, "input": "features", "features": features}
-    return data_spec(**given | changes)
+    return make_data_spec(**given | changes)
 
 
-def vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:
+def read_vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:
     """A row's vector times the root that all are divided by."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [row])
-    (record,) = iter_records(rows, data(*features).required_columns(()))
+    (record,) = iter_records(rows, make_data(*features).required_columns(()))
     found = encode_features(record, features)
     assert found.dtype == np.float32
     return [round(float(one), 5) for one in found * math.sqrt(sum(one.num_numbers for one in features))]
@@ -48,29 +48,31 @@ def test_feature_values_follow_declared_order_and_scale(tmp_path: Path) -> None:
         *("states[0] in -2.0 to 2.0", "states[1] in -2.0 to 2.0", "states[2] in -2.0 to 2.0"),
     ]
     assert sum(one.width for one in ALL) == len(values) == 12
-    assert vector(tmp_path, ROW | {"states": "[2, 0.5, -9]"}, *ALL) == vector(tmp_path, ROW, *ALL), "a list may be text"
-    assert vector(tmp_path, ROW, *ALL) == [-0.5, 0.5, 0, 0, 1, 0, 1, 0, 0, 1, 0.25, -1]
+    assert read_vector(tmp_path, ROW | {"states": "[2, 0.5, -9]"}, *ALL) == read_vector(tmp_path, ROW, *ALL), (
+        "a list may be text"
+    )
+    assert read_vector(tmp_path, ROW, *ALL) == [-0.5, 0.5, 0, 0, 1, 0, 1, 0, 0, 1, 0.25, -1]
 
 
 # What is no number, no category and no list: test_malformed_tables.py.
 @pytest.mark.parametrize(("value", "found"), [(0, -1), (100, 1), ("50", 0), (" 1e2 ", 1), (-5, -1), (1e300, 1)])
 def test_numbers_are_clipped_to_their_range(tmp_path: Path, value: Any, found: float) -> None:
-    assert vector(tmp_path, {"age": value}, AGE) == [found]
+    assert read_vector(tmp_path, {"age": value}, AGE) == [found]
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "NA", "nan", math.nan, "?"])
 def test_missing_values_are_faults_or_set_their_indicator(tmp_path: Path, value: Any) -> None:
-    assert vector(tmp_path, {"crp": value, "ldh": 1}, LAB) == [0, 1, 1, 0]
-    assert vector(tmp_path, {"sex": value}, SEX) == [0, 0, 0, 1]
+    assert read_vector(tmp_path, {"crp": value, "ldh": 1}, LAB) == [0, 1, 1, 0]
+    assert read_vector(tmp_path, {"sex": value}, SEX) == [0, 0, 0, 1]
     with pytest.raises(DataError, match="must have a value, or missing = indicator"):
-        vector(tmp_path, {"age": value}, AGE)
+        read_vector(tmp_path, {"age": value}, AGE)
 
 
 @pytest.mark.parametrize(("value", "found"), [("female", [1, 0, 0, 0]), (" male ", [0, 1, 0, 0]), ("x", [0, 0, 1, 0])])
 def test_undeclared_categories_are_encoded_as_other(tmp_path: Path, value: str, found: list[float]) -> None:
-    assert vector(tmp_path, {"sex": value}, SEX) == found
+    assert read_vector(tmp_path, {"sex": value}, SEX) == found
     declared = FeatureSpec(columns=("sex",), categories=("1", "?"))
-    assert vector(tmp_path, {"sex": "?"}, declared) == [0, 1, 0], "and so no mark of nothing"
+    assert read_vector(tmp_path, {"sex": "?"}, declared) == [0, 1, 0], "and so no mark of nothing"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_category_names_follow_the_json_form_of_values(tmp_path: Path, kind: str
     else:
         file.write_text(f"grade\n{value}\n" if kind == ".csv" else f"{json.dumps({'grade': value})}\n")
     grade = FeatureSpec(columns=("grade",), categories=("1", "true", "2.5"))
-    for record in iter_usable_records(file, data(grade).required_columns(())):
+    for record in iter_usable_records(file, make_data(grade).required_columns(())):
         found = encode_features(record, (grade,))
         assert found.tolist() == [*(float(name == one) for one in grade.categories), 0.0]
 
@@ -133,12 +135,12 @@ def test_accepted_ranges_are_exact_enough_in_float32(low: float) -> None:
 
 def test_columns_are_declared_once_and_vector_size_is_limited() -> None:
     with pytest.raises(ConfigError, match="is declared twice"):
-        data(AGE, FeatureSpec(columns=("age",), categories=("old",)))
+        make_data(AGE, FeatureSpec(columns=("age",), categories=("old",)))
     for columns in ({"label": "age"}, {"label": "y", "feature:age": "crp"}, {"event": "y", "feature:crp": "y"}):
         with pytest.raises(ConfigError, match="is used twice: a column can be one feature, and not also the answer"):
-            data(AGE, LAB, columns=columns)
+            make_data(AGE, LAB, columns=columns)
     named = {"label": "y", "feature:age": "AGE"}
-    assert data(AGE, columns=named).required_columns({"label"}) == named, "a column of another name, by its role"
+    assert make_data(AGE, columns=named).required_columns({"label"}) == named, "a column of another name, by its role"
     wide = FeatureSpec(columns=("a", "b"), range=(0.0, 1.0), size=40_000)
     with pytest.raises(ConfigError, match="features = 80000: must be at most 65536"):
-        data(wide)
+        make_data(wide)

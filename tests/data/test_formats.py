@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fedtune.data import Record, text_rows
-from fedtune.data.formats import list_data_files, raw_rows
+from fedtune.data.formats import iter_raw_rows, list_data_files
 from fedtune.data.records import iter_records, iter_usable_records
 from fedtune.spec import ConfigError, DataError
 
-from ..cases import cases_of
-from .conftest import in_parquet
+from ..cases import read_cases
+from .conftest import encode_parquet
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_set"  # by save_to_disk of datasets 5.2
 ROWS = [
@@ -32,7 +32,7 @@ TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content":
 CANONICAL = '[{"role":"user","content":"Where?"},{"role":"assistant","content":"Here, \\"there\\"\\né"}]'
 
 
-def table(rows: list[dict[str, Any]], comma: str) -> bytes:
+def write_csv_table(rows: list[dict[str, Any]], comma: str) -> bytes:
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, list(rows[0]), delimiter=comma)
     writer.writeheader()
@@ -44,13 +44,13 @@ WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "a.jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
     "a.json": lambda rows: json.dumps(rows).encode(),
     "b.json": lambda rows: b"\xef\xbb\xbf\n" + json.dumps(rows, indent=1, ensure_ascii=False).encode() + b"\n",
-    "a.csv": lambda rows: table(rows, ","),
-    "a.tsv": lambda rows: table(rows, "\t"),
-    "a.parquet": lambda rows: in_parquet(pyarrow.Table.from_pylist(rows), row_group_size=2),
+    "a.csv": lambda rows: write_csv_table(rows, ","),
+    "a.tsv": lambda rows: write_csv_table(rows, "\t"),
+    "a.parquet": lambda rows: encode_parquet(pyarrow.Table.from_pylist(rows), row_group_size=2),
 }
 
 
-def saved(folder: Path, table: Any) -> Path:
+def save_dataset(folder: Path, table: Any) -> Path:
     """A folder as save_to_disk of Hugging Face datasets writes it, in two files."""
     folder.mkdir()
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
@@ -65,14 +65,14 @@ def saved(folder: Path, table: Any) -> Path:
 def test_all_formats_give_the_same_records(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "folder":
-        saved(path, pyarrow.Table.from_pylist(ROWS))
+        save_dataset(path, pyarrow.Table.from_pylist(ROWS))
     else:
         path.write_bytes(WRITERS[name](ROWS))
     records = list(iter_records(path, {"text": "text", "label": "label"}))
     assert [record.fields for record in records] == [{"text": row["text"], "label": row["label"]} for row in ROWS]
     lines = {"a.csv": [2, 4, 5], "a.tsv": [2, 4, 5], "a.json": [1, 1, 1], "b.json": [3, 8, 13]}.get(name, [1, 2, 3])
     assert [record.line for record in records] == lines
-    everything = [dict(row) for _, row in raw_rows(path) if not isinstance(row, DataError)]
+    everything = [dict(row) for _, row in iter_raw_rows(path) if not isinstance(row, DataError)]
     assert [{**row, "id": int(row["id"])} for row in everything] == ROWS  # type: ignore[call-overload]
 
 
@@ -93,7 +93,7 @@ BAD_TEXTS = pyarrow.Array.from_buffers(
 )
 
 
-def chats(*turns: Any) -> Any:
+def make_chat_table(*turns: Any) -> Any:
     kind = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
     return pyarrow.array(list(turns), kind)
 
@@ -109,9 +109,9 @@ COLUMNS_WITH_FAULTS = {
     "17 MB": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]), [1, 3, 4]),
     "17 MB in a dictionary": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"]).dictionary_encode(), [1, 3, 4]),
     "17 MB behind a view": ("text", pyarrow.array(["a", "x" * (17 << 20), "b", "c"], pyarrow.string_view()), [1, 3, 4]),
-    "17 MB in a chat's dictionary": ("messages", chats(TURNS, LARGE, TURNS).cast(CODED), [1, 3]),
+    "17 MB in a chat's dictionary": ("messages", make_chat_table(TURNS, LARGE, TURNS).cast(CODED), [1, 3]),
     "null": ("text", pyarrow.array(["a", None, "b", None]), [1, 3]),
-    "wrong conversations": ("messages", chats(TURNS, TURNS[1:], None, TURNS * 2), [1, 4]),
+    "wrong conversations": ("messages", make_chat_table(TURNS, TURNS[1:], None, TURNS * 2), [1, 4]),
     "a time beyond Python's": ("text", pyarrow.array([0, 1 << 62, 0, 0], pyarrow.timestamp("us")), []),
 }
 
@@ -122,7 +122,7 @@ def test_invalid_arrow_row_is_skipped_alone(tmp_path: Path, name: str, case: str
     role, column, kept = COLUMNS_WITH_FAULTS[case]
     rows = pyarrow.table({role: column})
     if name == "folder":
-        saved(tmp_path / name, rows)
+        save_dataset(tmp_path / name, rows)
     else:
         parquet.write_table(rows, tmp_path / name)
     found = list(iter_usable_records(tmp_path / name, {role: role}))
@@ -133,11 +133,11 @@ def test_invalid_arrow_row_is_skipped_alone(tmp_path: Path, name: str, case: str
 
 def test_unread_columns_and_empty_rows_do_not_hide_records(tmp_path: Path) -> None:
     pairs = pyarrow.FixedSizeListArray.from_arrays(BAD_TEXTS, 2)
-    saved(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "other": pairs, "number": [1, 2]}))
+    save_dataset(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "other": pairs, "number": [1, 2]}))
     assert len(list(iter_records(tmp_path / "set", {"text": "text"}))) == 2
-    assert len([row for _, row in raw_rows(tmp_path / "set") if isinstance(row, dict)]) == 1
+    assert len([row for _, row in iter_raw_rows(tmp_path / "set") if isinstance(row, dict)]) == 1
     (tmp_path / "a.json").write_text('[{"x": "a"}, {}, {"x": "b"}]')
-    assert [row for _, row in raw_rows(tmp_path / "a.json")] == [{"x": "a"}, {}, {"x": "b"}]
+    assert [row for _, row in iter_raw_rows(tmp_path / "a.json")] == [{"x": "a"}, {}, {"x": "b"}]
 
 
 VALUE = st.recursive(
@@ -164,7 +164,7 @@ def test_json_arrays_are_split_correctly_at_any_block_size(
 @pytest.mark.parametrize("name", ["a.parquet", "set"])
 def test_missing_pyarrow_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "a.parquet").write_bytes(WRITERS["a.parquet"](ROWS))
-    saved(tmp_path / "set", pyarrow.Table.from_pylist(ROWS))
+    save_dataset(tmp_path / "set", pyarrow.Table.from_pylist(ROWS))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"needs pyarrow: pip install "):
         list(iter_records(tmp_path / name, {"text": "text"}))
@@ -196,8 +196,8 @@ def test_input_and_system_columns_may_be_absent_or_blank(tmp_path: Path, row: di
         list(iter_records(tmp_path / "a.csv", columns))
 
 
-@pytest.mark.parametrize(("text", "rows"), cases_of(__file__, "headers"))
+@pytest.mark.parametrize(("text", "rows"), read_cases(__file__, "headers"))
 def test_semicolon_separator_is_detected_from_the_header(tmp_path: Path, text: str, rows: Any) -> None:
     path = tmp_path / "german.csv"
     path.write_bytes(text.encode())
-    assert [row for _, row in raw_rows(path)] == rows
+    assert [row for _, row in iter_raw_rows(path)] == rows

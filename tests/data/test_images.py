@@ -17,57 +17,57 @@ from pyarrow import parquet
 from fedtune.data import images
 from fedtune.data.formats import detect_format, list_data_files
 from fedtune.data.images import read_image_field
-from fedtune.data.records import Record, error_of, iter_records, iter_usable_records
+from fedtune.data.records import Record, iter_records, iter_usable_records, make_validator
 from fedtune.spec import ConfigError, DataError
 
-from ..pictures import encoded, picture
+from ..pictures import encode_image, make_picture
 from .conftest import write_jsonl
 
 COLUMNS = {"image": "picture", "label": "y"}
 
 
-def decoded(record: Record) -> Any:
+def decode_record_image(record: Record) -> Any:
     return images.decode_image(record.fields["image"], file=record.file, at=record.at("image"))
 
 
 def decode(content: bytes) -> Image.Image:
-    found = decoded(Record({"image": read_image_field(content, "image")}))
+    found = decode_record_image(Record({"image": read_image_field(content, "image")}))
     assert found.mode == "RGB"
     return found
 
 
-def pixels(image: Image.Image) -> list[Any]:
+def list_pixels(image: Image.Image) -> list[Any]:
     return np.asarray(image).tolist()
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_supported_image_formats_are_decoded(format: str) -> None:
-    image = picture()
-    found = decode(encoded(image, format))
+    image = make_picture()
+    found = decode(encode_image(image, format))
     assert found.size == image.size
     assert np.abs(np.asarray(found).astype(int) - np.asarray(image)).mean() < (1e-9 if format == "PNG" else 60)
 
 
 def test_images_are_rotated_by_exif_and_converted_to_rgb() -> None:
-    image, exif = picture(size=(4, 2)), Image.Exif()
+    image, exif = make_picture(size=(4, 2)), Image.Exif()
     exif[274] = 6  # to be turned by a quarter
-    assert pixels(decode(encoded(image, exif=exif))) == pixels(image.rotate(-90, expand=True))
-    image = picture()
+    assert list_pixels(decode(encode_image(image, exif=exif))) == list_pixels(image.rotate(-90, expand=True))
+    image = make_picture()
     few, clear = image.quantize(8), image.copy()
     clear.putalpha(0)  # what lies below is seen, as transformers has it
     for one in (image.convert("L"), few, clear, image.convert("1")):
-        assert pixels(decode(encoded(one))) == pixels(one.convert("RGB"))
-    assert pixels(decode(encoded(few, transparency=bytes(range(8))))) == pixels(few.convert("RGB"))
-    assert decode(encoded(image.convert("CMYK"), "JPEG")).size == image.size
+        assert list_pixels(decode(encode_image(one))) == list_pixels(one.convert("RGB"))
+    assert list_pixels(decode(encode_image(few, transparency=bytes(range(8))))) == list_pixels(few.convert("RGB"))
+    assert decode(encode_image(image.convert("CMYK"), "JPEG")).size == image.size
     deep = np.array([[0, 255, 256], [0x1234, 0xFF00, 0xFFFF]], dtype=np.uint16)
-    found = pixels(decode(encoded(Image.fromarray(deep))))
+    found = list_pixels(decode(encode_image(Image.fromarray(deep))))
     assert found == [[[upper] * 3 for upper in row] for row in ([0, 0, 1], [0x12, 0xFF, 0xFF])], "the upper eight"
 
 
-WHOLE, JPEG = encoded(picture()), encoded(picture(size=(90, 90)), "JPEG")
+WHOLE, JPEG = encode_image(make_picture()), encode_image(make_picture(size=(90, 90)), "JPEG")
 
 
-def png(width: int, height: int) -> bytes:
+def make_png_header(width: int, height: int) -> bytes:
     """A PNG of so many pixels, by its header; there are few bytes behind it."""
     header = b"IHDR" + struct.pack(">II", width, height) + WHOLE[24:29]
     return WHOLE[:12] + header + struct.pack(">I", zlib.crc32(header)) + WHOLE[33:]
@@ -79,10 +79,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "cut off": (WHOLE[:-60], "not a decodable image"),
     "a bit flipped": (WHOLE[:60] + bytes([WHOLE[60] ^ 255]) + WHOLE[61:], "not a decodable image"),
     "a cut JPEG": (JPEG[:-900], "not a decodable image"),
-    "another format": (encoded(picture(), "GIF"), "not a decodable image"),
-    "too many pixels": (png(10_000, 5_001), "50,010,000 pixels"),
-    "a bomb": (png(60_000, 60_000), "far too many pixels"),
-    "a line": (png(2_000, 99), "2000 by 99 pixels"),
+    "another format": (encode_image(make_picture(), "GIF"), "not a decodable image"),
+    "too many pixels": (make_png_header(10_000, 5_001), "50,010,000 pixels"),
+    "a bomb": (make_png_header(60_000, 60_000), "far too many pixels"),
+    "a line": (make_png_header(2_000, 99), "2000 by 99 pixels"),
     "very many scans": (JPEG[:-2] + 101 * JPEG[JPEG.index(b"\xff\xda") : -2] + JPEG[-2:], "more than 100 scans"),
 }
 
@@ -97,10 +97,10 @@ def test_unusable_image_is_one_fault_without_quotation(name: str, tmp_path: Path
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     _, record, _ = iter_records(file, COLUMNS)
     with pytest.raises(DataError) as caught:
-        decoded(record)
+        decode_record_image(record)
     assert str(caught.value).startswith(f"{file}:2, image = '{found}': must ")
     assert "secret" not in str(caught.value)
-    assert [one.line for one in iter_usable_records(file, COLUMNS, fault=error_of(decoded))] == [1, 3]
+    assert [one.line for one in iter_usable_records(file, COLUMNS, fault=make_validator(decode_record_image))] == [1, 3]
 
 
 def test_oversized_images_are_refused_and_missing_pillow_is_named(
@@ -111,10 +111,10 @@ def test_oversized_images_are_refused_and_missing_pillow_is_named(
     with monkeypatch.context() as patched:
         patched.setattr(images, "MOST_BYTES", len(WHOLE) - 1)
         with pytest.raises(DataError, match=r"must have at most .* bytes per image"):
-            decoded(record)
+            decode_record_image(record)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ConfigError, match=r"needs Pillow: pip install "):
-        decoded(record)
+        decode_record_image(record)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,13 @@ def test_image_paths_must_stay_below_the_table_folder(path: str, found: str, tmp
     (folder / "loop.png").symlink_to(folder / "loop.png")
     os.mkfifo(folder / "pipe.png")
     file = str(folder / "rows.csv")
-    assert decoded(Record({"image": "sub/in.png"}, file=file, line=1)).size == picture().size
-    assert decoded(Record({"image": str(folder / "sub" / "in.png")}, file=file, line=1)).size == picture().size
+    assert decode_record_image(Record({"image": "sub/in.png"}, file=file, line=1)).size == make_picture().size
+    assert (
+        decode_record_image(Record({"image": str(folder / "sub" / "in.png")}, file=file, line=1)).size
+        == make_picture().size
+    )
     with pytest.raises(DataError) as caught:
-        decoded(Record({"image": path}, file=file, line=7))
+        decode_record_image(Record({"image": path}, file=file, line=7))
     assert str(caught.value).startswith(f"{file}:7, image = '{found}': must ")
 
 
@@ -147,7 +150,7 @@ def test_missing_image_path_error_explains_the_difference(tmp_path: Path, path: 
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "in.png").write_bytes(WHOLE)
     with pytest.raises(DataError, match=why):
-        decoded(Record({"image": path}, file=str(tmp_path / "rows.csv"), line=7))
+        decode_record_image(Record({"image": path}, file=str(tmp_path / "rows.csv"), line=7))
 
 
 def test_class_folders_give_one_record_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,16 +161,19 @@ def test_class_folders_give_one_record_per_image(tmp_path: Path, monkeypatch: py
     for folder in (tmp_path / "scans", Path()):
         found = list(iter_records(folder, {"image": "image", "label": "label"}))
         assert [record.fields["label"] for record in found] == ["sick", "sick", "well"]
-        assert [decoded(record).size for record in found] == [picture().size] * 3
+        assert [decode_record_image(record).size for record in found] == [make_picture().size] * 3
         assert [file.name for file in list_data_files(folder)] == ["a.PNG", "b.png", "c.png"]
     (tmp_path / "scans" / "labels.csv").write_text("image,label\n")
     assert detect_format(tmp_path / "scans") == "brat", "beside a table they are no records of their own"
 
 
 def test_parquet_rows_hold_image_bytes_or_paths(tmp_path: Path) -> None:
-    (tmp_path / "b.png").write_bytes(encoded(picture(seed=2)))
+    (tmp_path / "b.png").write_bytes(encode_image(make_picture(seed=2)))
     given = [
-        {"bytes": encoded(picture(seed=1)), "path": "/somewhere/else.png"},  # as Hugging Face datasets writes it
+        {
+            "bytes": encode_image(make_picture(seed=1)),
+            "path": "/somewhere/else.png",
+        },  # as Hugging Face datasets writes it
         {"bytes": None, "path": "b.png"},
         None,
         {"bytes": None, "path": None},
@@ -175,11 +181,13 @@ def test_parquet_rows_hold_image_bytes_or_paths(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"picture": given, "y": ["a"] * 4}), tmp_path / "rows.parquet")
     parquet.write_table(pyarrow.table({"picture": [WHOLE, b"x"], "y": ["a"] * 2}), tmp_path / "plain.parquet")
     found = list(iter_usable_records(tmp_path / "rows.parquet", COLUMNS))
-    assert [pixels(decoded(one)) for one in found] == [pixels(picture(seed=seed)) for seed in (1, 2)]
+    assert [list_pixels(decode_record_image(one)) for one in found] == [
+        list_pixels(make_picture(seed=seed)) for seed in (1, 2)
+    ]
     first, second = iter_records(tmp_path / "plain.parquet", COLUMNS)
-    assert pixels(decoded(first)) == pixels(picture())
+    assert list_pixels(decode_record_image(first)) == list_pixels(make_picture())
     with pytest.raises(DataError, match=r"plain\.parquet:2, image"):
-        decoded(second)
+        decode_record_image(second)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
@@ -189,7 +197,7 @@ def test_image_metadata_uses_bounded_memory(format: str) -> None:
     begin = 8 + 2 + 12 * count + 4
     tags = b"".join(struct.pack("<HHII", tag, 7, shared, begin) for tag in range(1, count + 1))
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, count) + tags + bytes(4 + shared)
-    content = read_image_field(encoded(picture(), format, exif=exif), "image")
+    content = read_image_field(encode_image(make_picture(), format, exif=exif), "image")
     tracemalloc.start()
     try:
         images.decode_image(content, file="", at="x")

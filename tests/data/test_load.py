@@ -9,70 +9,72 @@ import pytest
 
 from fedtune.data import Record
 from fedtune.data.bad_rows import SkippedRows
-from fedtune.data.load import Partitioned, lead_records, own_records, partition_training_files, sample_rows
+from fedtune.data.load import Partitioned, lead_records, partition_training_files, read_own_records, sample_rows
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.records import Fault
 from fedtune.data.spec import DataSpec
 from fedtune.spec import DataError
 
-from .conftest import data_spec, write_jsonl
+from .conftest import make_data_spec, write_jsonl
 
 COLUMNS = {"text": "text", "label": "kind"}
 TEXTS = [f"text {number}" for number in range(1000)]
 
 
-def spec(path: Path, **settings: Any) -> DataSpec:
-    return data_spec(**{"train_file": str(path), "columns": COLUMNS, "labels": ("a", "b")} | settings)
+def make_spec(path: Path, **settings: Any) -> DataSpec:
+    return make_data_spec(**{"train_file": str(path), "columns": COLUMNS, "labels": ("a", "b")} | settings)
 
 
-def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None) -> Partitioned:
+def partition_spec(
+    given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None
+) -> Partitioned:
     roles = ("text", "label")
     columns = given.required_columns(roles, partition=True, unit=unit)
     return partition_training_files(given, columns, ("north", "south"), seed=seed, unit=unit, fault=fault)
 
 
-def undeclared(record: Record) -> DataError | None:
+def find_undeclared_label(record: Record) -> DataError | None:
     return None if record.fields["label"] == "a" else DataError(record.at("label"), "not declared", "must be a")
 
 
-def texts(records: list[Record]) -> list[str]:
+def list_texts(records: list[Record]) -> list[str]:
     return [record.fields["text"] for record in records]
 
 
-def sides(found: Partitioned) -> list[list[str]]:
-    of_sites = [texts([*site.training, *site.heldout]) for site in found.sites]
-    return [texts(found.validation), texts(found.test), *of_sites]
+def list_sides(found: Partitioned) -> list[list[str]]:
+    of_sites = [list_texts([*site.training, *site.heldout]) for site in found.sites]
+    return [list_texts(found.validation), list_texts(found.test), *of_sites]
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Path:
+def whole_file(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "all.jsonl", [{"text": text, "kind": "ab"[len(text) % 2]} for text in TEXTS])
 
 
-def test_lead_split_depends_only_on_each_record_and_the_seed(whole: Path, tmp_path: Path) -> None:
-    given = spec(whole, validation_fraction=0.1, test_fraction=0.3)
-    found = sides(dealt(given))
+def test_lead_split_depends_only_on_each_record_and_the_seed(whole_file: Path, tmp_path: Path) -> None:
+    given = make_spec(whole_file, validation_fraction=0.1, test_fraction=0.3)
+    found = list_sides(partition_spec(given))
     validation, test, *sites = found
     assert sorted([*validation, *test, *sites[0], *sites[1]]) == sorted(TEXTS)
     assert 60 < len(validation) < 140
     assert 250 < len(test) < 350
-    everything = sides(dealt(spec(whole)))
+    everything = list_sides(partition_spec(make_spec(whole_file)))
     assert everything[:2] == [[], []]
     lead = {*validation, *test}
     assert [[text for text in site if text not in lead] for site in everything[2:]] == sites, "nobody else moves"
-    smaller = sides(dealt(replace(given, train_fraction=0.5)))
+    smaller = list_sides(partition_spec(replace(given, train_fraction=0.5)))
     assert smaller[:2] == [validation, test], "a smaller run is scored on the same records"
-    gone, *rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    gone, *rows = [json.loads(line) for line in whole_file.read_text().splitlines()]
     without = replace(given, train_file=str(write_jsonl(tmp_path / "less.jsonl", rows)))
-    assert sides(dealt(without)) == [[text for text in side if text != gone["text"]] for side in found]
-    assert sides(dealt(given, seed=2)) != found, "and of the run's seed"
+    assert list_sides(partition_spec(without)) == [[text for text in side if text != gone["text"]] for side in found]
+    assert list_sides(partition_spec(given, seed=2)) != found, "and of the run's seed"
 
 
 def test_users_are_assigned_to_the_lead_as_a_whole(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a", "who": f"u{number % 60}"} for number, text in enumerate(TEXTS)]
     path = write_jsonl(tmp_path / "all.jsonl", rows)
     shares = {"validation_fraction": 0.2, "test_fraction": 0.2, "heldout_fraction": 0.2}
-    found = dealt(spec(path, columns=COLUMNS | {"user": "who"}, **shares), unit="user")
+    found = partition_spec(make_spec(path, columns=COLUMNS | {"user": "who"}, **shares), unit="user")
     of_sites = [part for site in found.sites for part in (site.training, site.heldout)]
     parts = [found.validation, found.test, *of_sites]
     users = [{record.fields["user"] for record in part} for part in parts]
@@ -85,29 +87,33 @@ def test_site_files_keep_equal_ids_as_separate_users(tmp_path: Path) -> None:
     for name, users in names.items():
         write_jsonl(tmp_path / f"{name}.jsonl", [{"text": user, "kind": "a", "who": user} for user in users.split()])
     columns = COLUMNS | {"user": "who"}
-    given = spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file"))
-    by_user = dealt(given, unit="user")
-    assert sides(dealt(given)) == sides(by_user) == [[], [], *(users.split() for users in names.values())]
+    given = make_spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file"))
+    by_user = partition_spec(given, unit="user")
+    assert (
+        list_sides(partition_spec(given))
+        == list_sides(by_user)
+        == [[], [], *(users.split() for users in names.values())]
+    )
     assert by_user.shared_users == 2
     (tmp_path / "south.jsonl").unlink()
     with pytest.raises(DataError, match=r"data\.train_file = .*south\.jsonl': no such file"):
-        dealt(given)
+        partition_spec(given)
     (tmp_path / "south.jsonl").write_text("")
     with pytest.raises(DataError, match=r"south\.jsonl = 'an empty file': must hold at least one record"):
-        dealt(given)
+        partition_spec(given)
 
 
 def test_unusable_records_stop_loading_or_are_skipped(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a"} for text in TEXTS[:40]]
     path = write_jsonl(tmp_path / "all.jsonl", [*rows, {"text": " ", "kind": "a"}, {"text": "c", "kind": "c"}])
     with pytest.raises(DataError, match=r"all\.jsonl:41, column 'text' = 'blank'"):
-        dealt(spec(path))
+        partition_spec(make_spec(path))
 
     left_out = SkippedRows(rows=42, reasons={"must not be blank (role text)": 1, "must be a": 1})
-    found = dealt(spec(path, unusable="leave_out"), fault=undeclared)
-    assert sorted(text for side in sides(found) for text in side) == sorted(TEXTS[:40])
+    found = partition_spec(make_spec(path, on_bad_record="skip"), fault=find_undeclared_label)
+    assert sorted(text for side in list_sides(found) for text in side) == sorted(TEXTS[:40])
     assert found.left_out == left_out
-    given: Any = {"columns": COLUMNS, "key": "data.test_file", "fault": undeclared}
+    given: Any = {"columns": COLUMNS, "key": "data.test_file", "fault": find_undeclared_label}
     records, of_lead = lead_records(str(path), **given, leave_out=True)
     assert (len(records), of_lead) == (40, left_out)
     with pytest.raises(DataError, match="'blank'"):
@@ -119,22 +125,22 @@ def test_faults_are_counted_over_the_whole_file(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "all.jsonl", rows)
     told = r"all\.jsonl:1, label = 'not declared': must be a \(10 rows cannot be used, in lines 1, 5, 9, 13, 17, \."
     with pytest.raises(DataError, match=told):
-        dealt(spec(path, validation_fraction=0.2), fault=undeclared)
+        partition_spec(make_spec(path, validation_fraction=0.2), fault=find_undeclared_label)
     with pytest.raises(DataError, match=told):
-        lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=undeclared)
+        lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=find_undeclared_label)
     write_jsonl(path, [{"subject": "a", "kind": "a"}] * 3)
     with pytest.raises(DataError, match=r"column 'text' = 'absent': must be there.* \(3 rows cannot be used"):
-        dealt(spec(path, unusable="leave_out"))
+        partition_spec(make_spec(path, on_bad_record="skip"))
 
 
 def test_truncated_json_array_is_refused_except_at_real_sites(tmp_path: Path) -> None:
     path = tmp_path / "all.json"
     path.write_text(json.dumps([{"text": text, "kind": "a"} for text in TEXTS[:5]])[:-4])
-    for unusable in ("stop", "leave_out"):
+    for on_bad_record in ("error", "skip"):
         with pytest.raises(DataError, match=r"json:1 = 'the end of the file'.*lacks the rest of this record, and \]"):
-            dealt(spec(path, unusable=unusable))
-    own = own_records(spec(path), columns=COLUMNS, fault=undeclared, key=b"k")
-    assert texts(own.training) == TEXTS[:4]
+            partition_spec(make_spec(path, on_bad_record=on_bad_record))
+    own = read_own_records(make_spec(path), columns=COLUMNS, fault=find_undeclared_label, key=b"k")
+    assert list_texts(own.training) == TEXTS[:4]
     assert (own.left_out.rows, own.left_out.count, own.left_out.exceeds_threshold) == (5, 1, True)
 
 
@@ -145,6 +151,6 @@ def test_lead_rows_are_selected_by_their_hash() -> None:
     assert len(some) == 30
     assert some != records[:30]
     assert sample_rows(records[500:] + records[:500], 30) != some
-    assert {record.fields["text"] for record in sample_rows(records[::-1], 30)} == {*texts(some)}
-    assert set(texts(sample_rows(records, 10))) < set(texts(some))
+    assert {record.fields["text"] for record in sample_rows(records[::-1], 30)} == {*list_texts(some)}
+    assert set(list_texts(sample_rows(records, 10))) < set(list_texts(some))
     assert sample_rows(records, None) == sample_rows(records, 5000) == records

@@ -17,7 +17,7 @@ from fedtune.data.load import lead_records
 from fedtune.data.records import iter_records, iter_usable_records, resolve_file
 from fedtune.spec import DataError
 
-from .conftest import in_parquet
+from .conftest import encode_parquet
 
 COLUMNS = {"text": "question", "label": "intent"}
 SAVED = Path(__file__).parent / "fixtures" / "saved_set"
@@ -26,7 +26,7 @@ SECRET = "caf"
 """Part of a text in these files that no message may quote."""
 
 
-WHOLE = in_parquet(pyarrow.table({"question": ["where is my card"] * 9, "intent": ["arrival"] * 9}))
+WHOLE = encode_parquet(pyarrow.table({"question": ["where is my card"] * 9, "intent": ["arrival"] * 9}))
 HEAD = b"question,intent\n"
 OTHERS = "set data.columns.text to one of 'body', 'intent'"
 # By the file's name its content, the place that the message points to, and what it says.
@@ -81,13 +81,13 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (WHOLE[:-20], "", "'damaged': must be a whole Parquet file"),
         (WHOLE[:8] + b"\xff" * 60 + WHOLE[68:], "", "'damaged'"),
         (GOOD, "", "'damaged'"),
-        (in_parquet(pyarrow.table({"body": ["caf"], "intent": ["b"]})), ", column 'question'", OTHERS),
+        (encode_parquet(pyarrow.table({"body": ["caf"], "intent": ["b"]})), ", column 'question'", OTHERS),
         (
-            in_parquet(pyarrow.table([["a"]] * 3, ["question", "intent", "intent"])),
+            encode_parquet(pyarrow.table([["a"]] * 3, ["question", "intent", "intent"])),
             ", column 'intent'",
             "must appear once",
         ),
-        (in_parquet(pyarrow.table({"question": ["a"] * 2, "intent": [1.5] * 2})), ":1, column 'intent'", "(2 rows"),
+        (encode_parquet(pyarrow.table({"question": ["a"] * 2, "intent": [1.5] * 2})), ":1, column 'intent'", "(2 rows"),
     ],
     "a.xlsx": [(b"PK", "", "'.xlsx': must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc (opt")],
     "a.parquet.gz": [(gzip.compress(WHOLE), "", "Parquet is already")],
@@ -122,24 +122,24 @@ def test_faults_are_counted_by_kind(tmp_path: Path) -> None:
     )
 
 
-def holding(name: str, content: bytes) -> Callable[[Path], object]:
+def make_folder(name: str, content: bytes) -> Callable[[Path], object]:
     """Make a folder with one file."""
     return lambda path: (path.mkdir(), (path / name).write_bytes(content))
 
 
-def listening(path: Path) -> None:
+def listen_at(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(str(path))
 
 
-SEVERAL = holding("dataset_dict.json", b'{"splits": ["train", "test"]}')
+SEVERAL = make_folder("dataset_dict.json", b'{"splits": ["train", "test"]}')
 PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: None, "no such file"),
     "a folder": (Path.mkdir, "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets"),
     "several saved sets": (SEVERAL, "holds several splits; name one of them: {path}/train, {path}/test"),
-    "parts of a table": (holding("part-0.parquet", WHOLE), "is a folder; holds 1 part of one table or several"),
+    "parts of a table": (make_folder("part-0.parquet", WHOLE), "is a folder; holds 1 part of one table or several"),
     "a pipe": (lambda path: os.mkfifo(path), "is a pipe; must be a file"),
-    "a socket": (listening, "is a socket; must be a file"),
+    "a socket": (listen_at, "is a socket; must be a file"),
     "a link to itself": (lambda path: path.symlink_to(path), "is a circular link; must be a file"),
     "a broken link": (lambda path: path.symlink_to("gone"), "is a broken link; must be a file"),
 }

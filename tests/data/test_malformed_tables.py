@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ..conftest import command
-from .conftest import in_parquet
+from ..conftest import run_command
+from .conftest import encode_parquet
 
 FEATURES = (
     "[{columns: [age], range: [0, 110]}, {columns: [ward], categories: [a, b]},"
@@ -24,57 +24,62 @@ VALUE = "must have a value, or missing = indicator in data.features"
 KIND = "must be a number, a text or a list of numbers (role feature)"
 
 
-def csv(row: str) -> bytes:
+def make_csv(row: str) -> bytes:
     """A row in line 3, among whole ones."""
     return f"{HEADER}{ROW}{row}\n{ROW}".encode()
 
 
-def jsonl(**other: object) -> bytes:
+def make_jsonl(**other: object) -> bytes:
     """A record in line 2 with other values, among whole ones."""
     return "".join(json.dumps(one) + "\n" for one in (GOOD, GOOD | other, GOOD)).encode()
 
 
-def table(**columns: list[Any]) -> bytes:
+def make_parquet(**columns: list[Any]) -> bytes:
     """Two rows as Parquet, with other columns."""
-    return in_parquet(pa.table({name: [value, value] for name, value in GOOD.items()} | columns))
+    return encode_parquet(pa.table({name: [value, value] for name, value in GOOD.items()} | columns))
 
 
 ROWS: dict[str, tuple[str, bytes, str, str]] = {
-    "text in a number": ("a.csv", csv('zq,a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
-    "a comma before decimals": ("a.csv", csv('"50,5",a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
-    "beyond every float": ("a.csv", csv('1e999,a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
-    "nothing": ("a.csv", csv(',a,"[0.5, 1]",sick'), "3, feature:age", VALUE),
-    "no category": ("a.csv", csv('50,NA,"[0.5, 1]",sick'), "3, feature:ward", VALUE),
-    "a list of another form": ("a.csv", csv("50,a,0.5 1,sick"), "3, feature:states", LIST),
-    "a short list as text": ("a.csv", csv("50,a,[0.5],sick"), "3, feature:states", "'1 number': must be 2"),
-    "not a number": ("a.jsonl", jsonl(age=float("nan")), "2, feature:age", VALUE),
-    "infinity": ("a.jsonl", jsonl(age=float("inf")), "2, column 'age'", NUMBER),
-    "a boolean for a number": ("a.jsonl", jsonl(age=True), "2, feature:age", NUMBER),
-    "an object": ("a.jsonl", jsonl(age={"value": 3}), "2, column 'age'", KIND),
-    "a list for a number": ("a.jsonl", jsonl(age=[50]), "2, feature:age", NUMBER),
-    "a list of names": ("a.jsonl", jsonl(ward=["a"]), "2, column 'ward'", NUMBER),
-    "a number for a list": ("a.jsonl", jsonl(states=0.5), "2, feature:states", LIST),
-    "a short list": ("a.jsonl", jsonl(states=[0.5]), "2, feature:states", "'1 number': must be 2"),
-    "lists in a list": ("a.jsonl", jsonl(states=[[0.5, 1]]), "2, column 'states'", NUMBER),
-    "a text in a list": ("a.jsonl", jsonl(states=[0.5, "zq"]), "2, column 'states'", NUMBER),
-    "null in a list": ("a.jsonl", jsonl(states=[0.5, None]), "2, column 'states'", NUMBER),
-    "a long list in Parquet": ("a.parquet", table(states=[[0.5] * 2, [0.5] * 3]), "2, feature:states", "must be 2"),
-    "null in Parquet": ("a.parquet", table(age=[1.0, None]), "2, feature:age", VALUE),
-    "booleans in Parquet": ("a.parquet", table(age=[True, False]), "1, feature:age", NUMBER),
-    "days in Parquet": ("a.parquet", table(age=[datetime.date(2020, 1, 1)] * 2), "1, column 'age'", KIND),
-    "structs in Parquet": ("a.parquet", table(states=[{"x": 1.0}] * 2), "1, column 'states'", KIND),
+    "text in a number": ("a.csv", make_csv('zq,a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
+    "a comma before decimals": ("a.csv", make_csv('"50,5",a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
+    "beyond every float": ("a.csv", make_csv('1e999,a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
+    "nothing": ("a.csv", make_csv(',a,"[0.5, 1]",sick'), "3, feature:age", VALUE),
+    "no category": ("a.csv", make_csv('50,NA,"[0.5, 1]",sick'), "3, feature:ward", VALUE),
+    "a list of another form": ("a.csv", make_csv("50,a,0.5 1,sick"), "3, feature:states", LIST),
+    "a short list as text": ("a.csv", make_csv("50,a,[0.5],sick"), "3, feature:states", "'1 number': must be 2"),
+    "not a number": ("a.jsonl", make_jsonl(age=float("nan")), "2, feature:age", VALUE),
+    "infinity": ("a.jsonl", make_jsonl(age=float("inf")), "2, column 'age'", NUMBER),
+    "a boolean for a number": ("a.jsonl", make_jsonl(age=True), "2, feature:age", NUMBER),
+    "an object": ("a.jsonl", make_jsonl(age={"value": 3}), "2, column 'age'", KIND),
+    "a list for a number": ("a.jsonl", make_jsonl(age=[50]), "2, feature:age", NUMBER),
+    "a list of names": ("a.jsonl", make_jsonl(ward=["a"]), "2, column 'ward'", NUMBER),
+    "a number for a list": ("a.jsonl", make_jsonl(states=0.5), "2, feature:states", LIST),
+    "a short list": ("a.jsonl", make_jsonl(states=[0.5]), "2, feature:states", "'1 number': must be 2"),
+    "lists in a list": ("a.jsonl", make_jsonl(states=[[0.5, 1]]), "2, column 'states'", NUMBER),
+    "a text in a list": ("a.jsonl", make_jsonl(states=[0.5, "zq"]), "2, column 'states'", NUMBER),
+    "null in a list": ("a.jsonl", make_jsonl(states=[0.5, None]), "2, column 'states'", NUMBER),
+    "a long list in Parquet": (
+        "a.parquet",
+        make_parquet(states=[[0.5] * 2, [0.5] * 3]),
+        "2, feature:states",
+        "must be 2",
+    ),
+    "null in Parquet": ("a.parquet", make_parquet(age=[1.0, None]), "2, feature:age", VALUE),
+    "booleans in Parquet": ("a.parquet", make_parquet(age=[True, False]), "1, feature:age", NUMBER),
+    "days in Parquet": ("a.parquet", make_parquet(age=[datetime.date(2020, 1, 1)] * 2), "1, column 'age'", KIND),
+    "structs in Parquet": ("a.parquet", make_parquet(states=[{"x": 1.0}] * 2), "1, column 'states'", KIND),
 }
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Callable[..., Any]:
+def read_message(tmp_path: Path) -> Callable[..., Any]:
     """What `data check` or `simulate` says of a file; neither writes anything."""
 
     def run(file: str, content: bytes, *words: str) -> Any:
         (tmp_path / file).write_bytes(content)
         given = (f"data.train_file='{tmp_path / file}'", "data.declared_sizes=1", "data.labels=[sick,well]")
         where = () if words[0] == "data" else (f"tracking.output_dir='{tmp_path}'", "runtime.device=cpu", "name=run")
-        outcome = command(*words, *given, f"data.features={FEATURES}", *where)
+        outcome = run_command(*words, *given, f"data.features={FEATURES}", *where)
         assert [one.name for one in tmp_path.iterdir()] == [file]
         assert "Traceback" not in outcome.err
         assert "zq" not in outcome.out + outcome.err
@@ -87,11 +92,11 @@ SIMULATE, CHECK = ("simulate", "experiment=own_features"), ("data", "check", "ow
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_malformed_table_row_is_named_with_its_place(told: Any, tmp_path: Path, name: str) -> None:
+def test_malformed_table_row_is_named_with_its_place(read_message: Any, tmp_path: Path, name: str) -> None:
     file, content, place, bound = ROWS[name]
-    outcome = told(file, content, *SIMULATE)
+    outcome = read_message(file, content, *SIMULATE)
     assert outcome.failed().startswith(f"{tmp_path / file}:{place} = ")
     assert bound in outcome.message
-    checked = told(file, content, *CHECK, "--json")  # which looks at every row
+    checked = read_message(file, content, *CHECK, "--json")  # which looks at every row
     (about,) = json.loads(checked.printed)["checked"]["files"]
     assert any(f"{file}:{place}" in json.dumps(one, ensure_ascii=False) for one in about["errors"]), about

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.data.formats import detect_format, fingerprint_files, list_data_files, raw_rows
+from fedtune.data.formats import detect_format, fingerprint_files, iter_raw_rows, list_data_files
 from fedtune.data.load import lead_records
 from fedtune.data.records import Record, iter_records, validate_rows
 from fedtune.data.text_rows import MOST_BYTES
 from fedtune.spec import DataError
 from fedtune.tasks.registry import get_task
-from fedtune.tasks.token_classification import marks
+from fedtune.tasks.token_classification import make_marks_reader
 
-from .conftest import data_spec
+from .conftest import make_data_spec
 
 TEXT = "Aspirin cures 😀 colds, not asthma"
 FOUND = (("Aspirin", "drug"), ("colds", "disease"), ("asthma", "disease"))
@@ -27,16 +27,18 @@ TOKENS = ["Aspirin", "cures", "😀", "colds", ",", "not", "asthma"]
 SPANNED, TAGGED = {"text": "text", "spans": "spans"}, {"tokens": "tokens", "tags": "tags"}
 
 
-def as_objects(start: str, end: str, label: str, places: list[tuple[int, int, str]] = PLACES) -> list[dict[str, Any]]:
+def list_span_objects(
+    start: str, end: str, label: str, places: list[tuple[int, int, str]] = PLACES
+) -> list[dict[str, Any]]:
     named = [one[2] if label == "label" else [one[2]] for one in places]
     return [{start: one[0], end: one[1], label: name} for one, name in zip(places, named, strict=True)]
 
 
-def conll(*tags: str, columns: str = "", comma: str = " ") -> str:
+def write_conll(*tags: str, columns: str = "", comma: str = " ") -> str:
     return "".join(f"{token}{comma}{columns}{tag}\n" for token, tag in zip(TOKENS, tags, strict=True))
 
 
-def counted(*tags: str) -> str:
+def number_tokens(*tags: str) -> str:
     """Tokens with their numbers before them, of which 1-2 and 3.1 are of no token of its own."""
     lines = [f"{place}\t{word}\tN\t{tag}\t_\n" for place, (word, tag) in enumerate(zip(TOKENS, tags, strict=True), 1)]
     return "".join([lines[0].replace("1", "1-2", 1), *lines[:3], lines[0].replace("1", "3.1", 1), *lines[3:]])
@@ -44,9 +46,9 @@ def counted(*tags: str) -> str:
 
 BIO = ("B-drug", "O", "O", "B-disease", "O", "O", "B-disease")
 BILOU = ("U-drug", "O", "O", "U-disease", "O", "O", "U-disease")
-STUDIO = as_objects("start", "end", "labels", IN_UNITS)
+STUDIO = list_span_objects("start", "end", "labels", IN_UNITS)
 RESULT = [{"type": "labels", "value": one} for one in STUDIO] + [{"type": "choices", "value": {"choices": ["x"]}}]
-RELATED = {"text": TEXT, "entities": as_objects("start_offset", "end_offset", "label")}
+RELATED = {"text": TEXT, "entities": list_span_objects("start_offset", "end_offset", "label")}
 STUDIO_TASK = {"id": 1, "data": {"text": TEXT}, "annotations": [{"result": RESULT}]}
 STUDIO_MIN = {"text": TEXT, "label": STUDIO}
 CELL = json.dumps(PLACES).replace('"', '""')
@@ -55,7 +57,7 @@ PUBTATOR = "7|t|Aspirin cures 😀\n7|a|colds, not asthma\n" + "".join(
 )
 
 
-def bioc(*marks: tuple[int, int, str], sentences: bool = False, **other: Any) -> dict[str, Any]:
+def make_bioc_document(*marks: tuple[int, int, str], sentences: bool = False, **other: Any) -> dict[str, Any]:
     """A document of two passages, between which two characters are no part of any."""
     noted = [
         {
@@ -75,12 +77,12 @@ def bioc(*marks: tuple[int, int, str], sentences: bool = False, **other: Any) ->
     return {"id": "7", "infons": {}, "passages": parts, "relations": []} | other
 
 
-def collection(*documents: dict[str, Any], name: str = "documents") -> str:
+def make_bioc_collection(*documents: dict[str, Any], name: str = "documents") -> str:
     return json.dumps({"source": "s", "infons": {"a": "[x"}, name: documents, "version": "1"}, indent=1)
 
 
 FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "Prodigy": ("a.jsonl", json.dumps({"text": TEXT, "spans": as_objects("start", "end", "label")}), SPANNED),
+    "Prodigy": ("a.jsonl", json.dumps({"text": TEXT, "spans": list_span_objects("start", "end", "label")}), SPANNED),
     "doccano": ("a.jsonl", json.dumps({"text": TEXT, "label": PLACES}), {"text": "text", "spans": "label"}),
     "doccano with relations": ("a.jsonl", json.dumps(RELATED), {"text": "text", "spans": "entities"}),
     "Label Studio": ("a.json", json.dumps([STUDIO_TASK]), {"text": "data", "spans": "annotations"}),
@@ -88,24 +90,32 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "spans in a cell": ("a.tsv", f'text\tspans\n{TEXT}\t"{CELL}"\n', SPANNED),
     "lists": ("a.jsonl", json.dumps({"tokens": TOKENS, "tags": BIO}), TAGGED),
     "lists in cells": ("a.tsv", f"tokens\ttags\n{TOKENS}\t{[*BILOU]}\n", TAGGED),
-    "CoNLL": ("a.conll", "\n\n" + conll(*BIO) + "\n", TAGGED),
-    "CoNLL of four columns": ("a.bio", f"-DOCSTART- -X- O O\n\n# a note\n{conll(*BIO, columns='NN B-NP ')}", TAGGED),
-    "CoNLL-U": ("a.conll", "# global.columns = ID\n" + counted(*BIO), TAGGED),
+    "CoNLL": ("a.conll", "\n\n" + write_conll(*BIO) + "\n", TAGGED),
+    "CoNLL of four columns": (
+        "a.bio",
+        f"-DOCSTART- -X- O O\n\n# a note\n{write_conll(*BIO, columns='NN B-NP ')}",
+        TAGGED,
+    ),
+    "CoNLL-U": ("a.conll", "# global.columns = ID\n" + number_tokens(*BIO), TAGGED),
     "CoNLL with the tag first": ("a.bio", "".join(f"{tag} 0 3 {TOKENS[n]}\n" for n, tag in enumerate(BIO)), TAGGED),
     "CoNLL with a score": ("a.bio", "".join(f"{TOKENS[n]} {tag} 0.5\n" for n, tag in enumerate(BIO)), TAGGED),
     "CoNLL of a number first": ("a.bio", "".join(f"{n} {tag} {TOKENS[n]}\n" for n, tag in enumerate(BIO)), TAGGED),
-    "CoNLL in tabs": ("a.iob", conll(*BILOU, columns="NN\t", comma="\t").replace("\n", "\r\n"), TAGGED),
-    "BioC": ("a.bioc", collection(bioc(*PLACES)), SPANNED),
-    "BioC of PubTator's server": ("a.biocjson", collection(bioc(*PLACES), name="PubTator3"), SPANNED),
-    "BioC by sentences": ("a.bioc", collection(bioc(*PLACES, sentences=True)), SPANNED),
+    "CoNLL in tabs": ("a.iob", write_conll(*BILOU, columns="NN\t", comma="\t").replace("\n", "\r\n"), TAGGED),
+    "BioC": ("a.bioc", make_bioc_collection(make_bioc_document(*PLACES)), SPANNED),
+    "BioC of PubTator's server": (
+        "a.biocjson",
+        make_bioc_collection(make_bioc_document(*PLACES), name="PubTator3"),
+        SPANNED,
+    ),
+    "BioC by sentences": ("a.bioc", make_bioc_collection(make_bioc_document(*PLACES, sentences=True)), SPANNED),
     "PubTator": ("a.pubtator", PUBTATOR + "7\tCID\tD1\tD2\n\n", SPANNED),
 }
 
 
-def found_in(record: Record) -> list[tuple[str, str]]:
+def find_spans(record: Record) -> list[tuple[str, str]]:
     layout = SPANNED if "text" in record.fields else TAGGED
     labels = ("disease", "drug")
-    text, entities = marks(data_spec(columns=layout, labels=labels))(record)
+    text, entities = make_marks_reader(make_data_spec(columns=layout, labels=labels))(record)
     return [(text[first:end], labels[label]) for first, end, label in entities]
 
 
@@ -114,7 +124,7 @@ def test_all_annotation_formats_give_the_same_record(tmp_path: Path, name: str) 
     file, text, columns = FORMATS[name]
     (tmp_path / file).write_text(text, encoding="utf-8", newline="")
     (record,) = iter_records(tmp_path / file, columns)
-    assert found_in(record) == [*FOUND]
+    assert find_spans(record) == [*FOUND]
 
 
 PIECES = (
@@ -126,7 +136,7 @@ PIECES = (
 """Of documents that are wrong."""
 
 
-def brat(folder: Path, text: str = TEXT, marked: str | None = None, *, name: str = "a") -> Path:
+def write_brat(folder: Path, text: str = TEXT, marked: str | None = None, *, name: str = "a") -> Path:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.txt").write_text(text)
     lines = [f"T{n}\t{label} {first} {end}\t{TEXT[first:end]}\n" for n, (first, end, label) in enumerate(PLACES, 1)]
@@ -135,11 +145,11 @@ def brat(folder: Path, text: str = TEXT, marked: str | None = None, *, name: str
 
 
 def test_brat_folder_gives_one_record_per_text(tmp_path: Path) -> None:
-    folder = brat(tmp_path / "notes")
+    folder = write_brat(tmp_path / "notes")
     before = fingerprint_files(folder)
-    brat(folder, "no\nmark", "", name="b")
+    write_brat(folder, "no\nmark", "", name="b")
     first, second = iter_records(folder, SPANNED)
-    assert found_in(first) == [*FOUND]
+    assert find_spans(first) == [*FOUND]
     assert second.fields == {"text": "no\nmark", "spans": "[]"}
     assert detect_format(folder) == "brat"
     assert [file.name for file in list_data_files(folder)] == ["a.txt", "a.ann", "b.txt", "b.ann"]
@@ -148,23 +158,23 @@ def test_brat_folder_gives_one_record_per_text(tmp_path: Path) -> None:
     assert len(fingerprint_files(folder)) == 2
     assert fingerprint_files(folder) != before
     (folder / "a.txt").symlink_to(folder / "a.txt")
-    assert [type(row) for _, row in raw_rows(folder)] == [DataError]
+    assert [type(row) for _, row in iter_raw_rows(folder)] == [DataError]
     assert len(fingerprint_files(folder)) == 2
     for file in folder.iterdir():
         file.unlink()
-    assert (detect_format(folder), fingerprint_files(folder), [*raw_rows(folder)]) == ("brat", [], [])
+    assert (detect_format(folder), fingerprint_files(folder), [*iter_raw_rows(folder)]) == ("brat", [], [])
     (folder / "state.json").write_text("{}")
     assert detect_format(folder) == "folder"
 
 
-def tokens_in(path: Path, text: str) -> list[tuple[int, Any]]:
+def list_sentence_tokens(path: Path, text: str) -> list[tuple[int, Any]]:
     """Of each sentence its line and its tokens."""
     path.write_text(text)
-    return [(line, dict(row)["tokens"]) for line, row in raw_rows(path) if not isinstance(row, DataError)]
+    return [(line, dict(row)["tokens"]) for line, row in iter_raw_rows(path) if not isinstance(row, DataError)]
 
 
 def test_conll_sentences_are_separated_only_by_blank_lines(tmp_path: Path) -> None:
-    found = tokens_in(tmp_path / "a.conll", "a O\n\n\n b B-x\nc O\n \nd O\n# O\n")
+    found = list_sentence_tokens(tmp_path / "a.conll", "a O\n\n\n b B-x\nc O\n \nd O\n# O\n")
     assert found == [(1, ["a"]), (4, ["b", "c"]), (7, ["d", "#"])], "they begin on their lines"
     sentences = {
         "#5 B-drug\nb O\n": ["#5", "b"],
@@ -174,22 +184,25 @@ def test_conll_sentences_are_separated_only_by_blank_lines(tmp_path: Path) -> No
         "10\u00a0mg B-dose\n": ["10\u00a0mg"],
         "# sent\nNew York\tB-place\n#\tO\n": ["New York", "#"],
     }
-    found = tokens_in(tmp_path / "b.conll", "\n".join([*sentences, "# newdoc\n"]))
+    found = list_sentence_tokens(tmp_path / "b.conll", "\n".join([*sentences, "# newdoc\n"]))
     assert [tokens for _, tokens in found] == [*sentences.values()]
 
 
 def test_unreadable_document_is_one_fault_among_valid_ones(tmp_path: Path) -> None:
     whole, long = b"a O\n\n", b"x" * MOST_BYTES + b" O\n"
     (tmp_path / "a.conll").write_bytes(whole + b"secret\n\n" + whole + b"\xff O\n\n" + long + b"b O\n\n" + whole)
-    rows = [*raw_rows(tmp_path / "a.conll")]
+    rows = [*iter_raw_rows(tmp_path / "a.conll")]
     assert [line for line, _ in rows] == [1, 3, 5, 7, 9, 12]
     faults = [str(row.value) for _, row in rows if isinstance(row, DataError)]
     assert faults == ["a line of one column", "byte 0xff at position 1 of the record", f"more than {MOST_BYTES} bytes"]
-    first, other = bioc(*PLACES), [bioc(*PLACES) | {"passages": one} for one in ([{"text": "no offset"}], [3], "x", 7)]
-    (tmp_path / "a.bioc").write_text(collection(first, *other, first))
-    assert [type(row) for _, row in raw_rows(tmp_path / "a.bioc")] == [dict, *[DataError] * 4, dict]
-    (tmp_path / "b.bioc").write_text(collection(first, first)[:-80])
-    found = [type(row) for _, row in raw_rows(tmp_path / "b.bioc", lenient=True)]
+    first, other = (
+        make_bioc_document(*PLACES),
+        [make_bioc_document(*PLACES) | {"passages": one} for one in ([{"text": "no offset"}], [3], "x", 7)],
+    )
+    (tmp_path / "a.bioc").write_text(make_bioc_collection(first, *other, first))
+    assert [type(row) for _, row in iter_raw_rows(tmp_path / "a.bioc")] == [dict, *[DataError] * 4, dict]
+    (tmp_path / "b.bioc").write_text(make_bioc_collection(first, first)[:-80])
+    found = [type(row) for _, row in iter_raw_rows(tmp_path / "b.bioc", lenient=True)]
     assert found == [dict, DataError], "at a real site, what is whole stays"
 
 
@@ -201,16 +214,16 @@ def test_damaged_document_does_not_affect_its_neighbors(suffix: str, junk: bytes
         path = Path(folder)
         if suffix == "brat":
             for name in "ac":
-                brat(path, name=name)
+                write_brat(path, name=name)
             (path / "b.ann").write_bytes(junk)
             (path / "b.txt").write_bytes(junk[:5])
         else:
             path /= f"a.{suffix}"
-            whole = conll(*BIO) if suffix == "conll" else PUBTATOR
+            whole = write_conll(*BIO) if suffix == "conll" else PUBTATOR
             path.write_bytes(f"{whole}\n".encode() + junk + f"\n\n{whole}".encode())
         columns = TAGGED if suffix == "conll" else SPANNED
         first, *_, last = [row for _, row in validate_rows(path, columns) if isinstance(row, Record)]
-    assert found_in(first) == found_in(last) == [*FOUND]
+    assert find_spans(first) == find_spans(last) == [*FOUND]
 
 
 def test_unannotated_text_differs_from_text_without_entities(tmp_path: Path) -> None:
@@ -220,7 +233,7 @@ def test_unannotated_text_differs_from_text_without_entities(tmp_path: Path) -> 
     tasks = [{"data": {"text": TEXT}, "annotations": annotations, "predictions": []} for annotations in given]
     (tmp_path / "a.json").write_text(json.dumps(tasks))
     read = [row for _, row in validate_rows(tmp_path / "a.json", {"text": "data", "spans": "annotations"})]
-    found = [str(one.value) if isinstance(one, DataError) else found_in(one) for one in read]
+    found = [str(one.value) if isinstance(one, DataError) else find_spans(one) for one in read]
     assert found == ["null", "skipped", [*FOUND], [], [*FOUND]]
 
 
@@ -228,7 +241,10 @@ CARD = '[{"text": "my card", "spans": [%s]}]'
 BEYOND = {"start": 0, "end": 8, "labels": ["drug"]}
 TWO_LABELS = {"start": 0, "end": 2, "labels": ["drug", "disease"]}
 SPLIT = '"locations": [{"offset": 0, "length": 1}, '
-WHOLE, MOVED = collection(bioc(*PLACES)), collection(bioc((1, 8, "drug"))).replace("101", "102")
+WHOLE, MOVED = (
+    make_bioc_collection(make_bioc_document(*PLACES)),
+    make_bioc_collection(make_bioc_document((1, 8, "drug"))).replace("101", "102"),
+)
 # What is wrong with a record's own tags or spans is in tests/tasks/test_token_classification.py.
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be names of tags"),
@@ -239,7 +255,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),
     "units beyond the text": ("a.json", CARD % json.dumps(BEYOND), SPANNED, "must have 0 <= start < end"),
     "two labels of a span": ("a.json", CARD % json.dumps(TWO_LABELS), SPANNED, "and label, a text"),
-    "no passages": ("a.bioc", collection({"id": "1"}), SPANNED, "must have passages with offset and text"),
+    "no passages": ("a.bioc", make_bioc_collection({"id": "1"}), SPANNED, "must have passages with offset and text"),
     "a mark in several parts": ("a.bioc", WHOLE.replace('"locations": [', SPLIT), SPANNED, "contiguous annotations"),
     "another offset": ("a.bioc", MOVED, SPANNED, "must count characters"),
     "no documents": ("a.bioc", '{"source": "card"}', SPANNED, "must be an object with an array of documents"),
@@ -251,9 +267,11 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
 }
 
 
-def refused(path: Path, columns: dict[str, str]) -> str:
+def read_refusal(path: Path, columns: dict[str, str]) -> str:
     """What the lead is told of a file of its own."""
-    fault = get_task("token_classification").record_validator(data_spec(columns=columns, labels=("drug", "disease")))
+    fault = get_task("token_classification").record_validator(
+        make_data_spec(columns=columns, labels=("drug", "disease"))
+    )
     with pytest.raises(DataError) as caught:
         lead_records(str(path), columns=columns, key="data.train_file", fault=fault)
     return str(caught.value)
@@ -263,7 +281,7 @@ def refused(path: Path, columns: dict[str, str]) -> str:
 def test_invalid_annotation_file_gives_one_message(tmp_path: Path, name: str) -> None:
     file, text, columns, bound = WRONG[name]
     (tmp_path / file).write_bytes(text.encode(errors="surrogateescape"))
-    message = refused(tmp_path / file, columns)
+    message = read_refusal(tmp_path / file, columns)
     assert bound in message
     assert not any(word in message for word in ("card", "stray", "B-other"))
 
@@ -275,6 +293,6 @@ def test_invalid_brat_folder_is_refused(tmp_path: Path) -> None:
         ("T1 drug 0 2 my\n", "must be one contiguous part of the text"),
         ("T1\tdrug 3 7\tcord\n", "must count characters, and quote its text"),
     ):
-        assert bound in refused(brat(folder, "my card", marked), SPANNED)
+        assert bound in read_refusal(write_brat(folder, "my card", marked), SPANNED)
     (folder / "a.txt").unlink()
-    assert "with its text next to it in a .txt file" in refused(folder, SPANNED)
+    assert "with its text next to it in a .txt file" in read_refusal(folder, SPANNED)

@@ -19,11 +19,11 @@ from fedtune.data.partition import (
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
 
-from ..cases import cases_of
-from .conftest import data_spec
+from ..cases import read_cases
+from .conftest import make_data_spec
 
 KEY = b"a key of these tests"
-DATA = data_spec(labels=("a", "b", "c"), max_length=5)
+DATA = make_data_spec(labels=("a", "b", "c"), max_length=5)
 SPECS = [
     PartitionSpec(),
     PartitionSpec(proportions=(1.0, 2.0, 3.0)),
@@ -38,7 +38,7 @@ RECORD = st.builds(
 )
 
 
-def records(count: int, *, labels: int = 1) -> list[Record]:
+def make_records(count: int, *, labels: int = 1) -> list[Record]:
     return [Record({"text": f"record {i}", "label": str(i % labels)}) for i in range(count)]
 
 
@@ -49,7 +49,7 @@ def test_added_record_does_not_move_any_other(
 ) -> None:
     """Site, side and tokens of all records, with and without one more anywhere among them."""
 
-    def fate(given: list[Record]) -> list[tuple[int, list[Record], list[list[int]], list[int]]]:
+    def trace_records(given: list[Record]) -> list[tuple[int, list[Record], list[list[int]], list[int]]]:
         return [
             (site, side, [ids.tolist() for ids in dataset.input_ids], list(dataset.targets))
             for site, held in enumerate(partition_records(given, spec, num_sites=3, key=KEY))
@@ -59,7 +59,7 @@ def test_added_record_does_not_move_any_other(
 
     longer = [*rows[:place], new, *rows[place:]]
     added = 0
-    for before, after in zip(fate(rows), fate(longer), strict=True):
+    for before, after in zip(trace_records(rows), trace_records(longer), strict=True):
         (_, side, ids, targets), (_, side_after, ids_after, targets_after) = before, after
         if len(side_after) > len(side):
             gone = next(i for i, record in enumerate(side_after) if record is new)
@@ -74,13 +74,13 @@ def test_partition_assignments_match_golden_values() -> None:
     """Where records go is part of what a run can be repeated from: these may not move."""
     record = Record({"text": "where is my card", "label": "arrival"})
     assert unit_hash(record, purpose="site", key=KEY) == 0.25777897070972655
-    rows = records(12, labels=3)
+    rows = make_records(12, labels=3)
     assert [assign_site(r, SPECS[1], num_sites=3, key=KEY) for r in rows] == [0, 2, 1, 1, 0, 1, 1, 2, 2, 2, 0, 0]
     assert [assign_site(r, SPECS[2], num_sites=3, key=KEY) for r in rows] == [0, 0, 1, 0, 0, 1, 0, 0, 1, 2, 0, 0]
 
 
 def test_partition_hash_is_uniform_and_independent_across_purposes() -> None:
-    rows = records(4000)
+    rows = make_records(4000)
     site = np.array([unit_hash(record, purpose="site", key=KEY) for record in rows])
     heldout = np.array([unit_hash(record, purpose="heldout", key=KEY) for record in rows])
     counts, _ = np.histogram(site, bins=10, range=(0, 1))
@@ -89,7 +89,7 @@ def test_partition_hash_is_uniform_and_independent_across_purposes() -> None:
 
 
 def test_site_sizes_follow_proportions_under_dirichlet_skew() -> None:
-    rows = records(6000, labels=60)
+    rows = make_records(6000, labels=60)
     sizes = [len(site) / 6000 for site in partition_records(rows, SPECS[1], num_sites=3, key=KEY)]
     assert sum(sizes) == pytest.approx(1)
     assert np.allclose(sizes, [1 / 6, 2 / 6, 3 / 6], atol=0.04)
@@ -124,7 +124,7 @@ def test_column_partition_must_match_the_number_of_sites() -> None:
 
 
 def test_held_out_fraction_is_selected_by_hash() -> None:
-    rows = records(2000)
+    rows = make_records(2000)
     train, heldout = split_heldout(rows, fraction=0.1, key=KEY)
     assert len(train) + len(heldout) == 2000
     assert 140 < len(heldout) < 260
@@ -138,7 +138,7 @@ def test_held_out_fraction_is_selected_by_hash() -> None:
     assert smaller != {i for i, record in enumerate(rows) if is_selected(record, fraction=0.1, key=b"another")}
 
 
-@pytest.mark.parametrize(("settings_", "message"), cases_of(__file__, "partitions"))
+@pytest.mark.parametrize(("settings_", "message"), read_cases(__file__, "partitions"))
 def test_invalid_partition_settings_are_refused(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         PartitionSpec(**settings_)

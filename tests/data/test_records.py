@@ -24,7 +24,7 @@ def write(folder: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def fields(path: Path) -> list[tuple[str, str, int]]:
+def list_fields(path: Path) -> list[tuple[str, str, int]]:
     return [(r.fields["text"], r.fields["label"], r.line) for r in iter_records(path, COLUMNS)]
 
 
@@ -35,7 +35,7 @@ JSONL += b'{"id": [1], "intent": 7, "question": "lost\\nit \\u2028 \xc3\xa9"}'
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL", "a.csv", "a.csv.gz"])
 def test_jsonl_and_csv_files_of_other_programs_are_read(tmp_path: Path, name: str) -> None:
-    found = fields(write(tmp_path, name, CSV if "csv" in name else JSONL))
+    found = list_fields(write(tmp_path, name, CSV if "csv" in name else JSONL))
     of_csv = [('two\r\nlines, "quoted"', "a", 2), ("plain", "b", 6)]
     assert found == (of_csv if "csv" in name else [("where is my card", "arrival", 1), ("lost\nit \u2028 é", "7", 4)])
 
@@ -43,8 +43,8 @@ def test_jsonl_and_csv_files_of_other_programs_are_read(tmp_path: Path, name: st
 def test_open_quote_swallows_rows_up_to_the_next_quote(tmp_path: Path) -> None:
     # No writer that doubles quotes makes such a row, whatever a record's text.
     rows = [b"a,b", b'"open,b', b"taken,b", b'"with it",b', b"c,d", b'"e",f']
-    assert usable(tmp_path, "a.csv", *rows) == [("a", "b"), ("c", "d"), ("e", "f")]
-    assert usable(tmp_path, "a.csv", *rows[:3]) == [("a", "b")]
+    assert list_usable(tmp_path, "a.csv", *rows) == [("a", "b"), ("c", "d"), ("e", "f")]
+    assert list_usable(tmp_path, "a.csv", *rows[:3]) == [("a", "b")]
     stream = iter_records(tmp_path / "a.csv", COLUMNS)
     assert next(stream).line == 2, "the whole records before the fault"
     with pytest.raises(DataError):
@@ -122,7 +122,7 @@ AROUND = {
 NAMED = [(name, number) for name, cases in UNUSABLE.items() for number in range(len(cases))]
 
 
-def usable(folder: Path, name: str, *lines: bytes) -> list[tuple[str, str]]:
+def list_usable(folder: Path, name: str, *lines: bytes) -> list[tuple[str, str]]:
     begin, between, end = AROUND[name.removesuffix(".gz")]
     path = write(folder, name, begin + between.join(lines) + end)
     return [(record.fields["text"], record.fields["label"]) for record in iter_usable_records(path, COLUMNS)]
@@ -132,13 +132,13 @@ def usable(folder: Path, name: str, *lines: bytes) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.nightly) for place in (1, 2))])
 def test_unusable_record_is_skipped_alone(tmp_path: Path, name: str, number: int, place: int) -> None:
     lines = {"a.csv": ROWS, "a.tsv": [row.replace(b",", b"\t") for row in ROWS]}.get(name, LINES)
-    expected = usable(tmp_path, name, *lines)
+    expected = list_usable(tmp_path, name, *lines)
     assert len(expected) == 2
     bad, why = UNUSABLE[name][number]
     blank = (BLANK[name],) if name in BLANK else ()
     given = (*lines[:place], bad, *blank, *lines[place:])
-    assert usable(tmp_path, f"{name}.gz", *given) == expected
-    assert usable(tmp_path, name, *given) == expected
+    assert list_usable(tmp_path, f"{name}.gz", *given) == expected
+    assert list_usable(tmp_path, name, *given) == expected
     with pytest.raises(DataError) as caught:  # the lead's own files are read strictly
         list(iter_records(tmp_path / name, COLUMNS))
     assert why in str(caught.value)
@@ -152,10 +152,10 @@ def test_very_long_text_is_one_record(tmp_path: Path, name: str) -> None:
     before, text = csv.field_size_limit(131_072), "word " * 300_000
     try:
         lines = {"a.csv": [f'"{text}",b', f"{text},b"], "a.jsonl": [json.dumps({"question": text, "intent": "b"})]}
-        found = usable(tmp_path, name, *[line.encode() for line in lines[name]])
+        found = list_usable(tmp_path, name, *[line.encode() for line in lines[name]])
         assert found == [(text, "b")] * len(lines[name])
         csv.field_size_limit(1 << 30)
-        usable(tmp_path, name)
+        list_usable(tmp_path, name)
         assert csv.field_size_limit() == 1 << 30, "nobody else's bound is lowered"
     finally:
         csv.field_size_limit(before)
@@ -175,14 +175,14 @@ def test_quoted_csv_row_does_not_affect_other_rows(
         path = write(tmp_path_factory.mktemp("rows"), "a.csv", buffer.getvalue().encode())
         return [(record.fields["text"], record.fields["label"]) for record in iter_usable_records(path, COLUMNS)]
 
-    def kept(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def filter_rows(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
         return [(text, label.strip()) for text, label in rows if text.strip() and label.strip()]
 
     with pytest.MonkeyPatch.context() as patch:
         # A line is cut anywhere: within a doubled quote, for instance.
         patch.setattr(text_rows, "_BLOCK_BYTES", piece)
-        assert read(rows) == kept(rows)
-        assert read([*rows[:place], more, *rows[place:]]) == kept([*rows[:place], more, *rows[place:]])
+        assert read(rows) == filter_rows(rows)
+        assert read([*rows[:place], more, *rows[place:]]) == filter_rows([*rows[:place], more, *rows[place:]])
 
 
 @given(content=st.text('",\nab', max_size=30), piece=st.integers(1, 7))

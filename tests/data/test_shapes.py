@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes, TextDataset, collate
 from fedtune.data.batching import isolate_example
-from tests.builders import length_of
+from tests.builders import pad_length
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 @st.composite
-def shapes_of_runs(draw: st.DrawFn) -> tuple[Shapes, int]:
+def draw_run_shapes(draw: st.DrawFn) -> tuple[Shapes, int]:
     """Shapes and the longest record that they are for."""
     longest = draw(st.integers(2, 600))
     positions = draw(st.one_of(st.none(), st.just(longest), st.integers(longest, longest + 20)))
@@ -24,9 +24,9 @@ def shapes_of_runs(draw: st.DrawFn) -> tuple[Shapes, int]:
 
 
 @st.composite
-def records_of_runs(draw: st.DrawFn) -> tuple[Shapes, np.ndarray]:
+def draw_run_records(draw: st.DrawFn) -> tuple[Shapes, np.ndarray]:
     """Shapes, and tokens of some records."""
-    shapes, longest = draw(shapes_of_runs())
+    shapes, longest = draw(draw_run_shapes())
     count = draw(st.integers(1, 60))
     lengths = draw(st.lists(st.sampled_from([1, longest // 2, longest - 1, longest]), min_size=count, max_size=count))
     others = np.random.default_rng(draw(st.integers(0, 99))).integers(1, longest, size=count, endpoint=True)
@@ -34,7 +34,7 @@ def records_of_runs(draw: st.DrawFn) -> tuple[Shapes, np.ndarray]:
 
 
 @quick
-@given(run=records_of_runs(), data=st.data())
+@given(run=draw_run_records(), data=st.data())
 def test_every_record_is_cut_once_into_a_shape_by_its_length(run: Any, data: st.DataObject) -> None:
     shapes, lengths = run
     ids = tuple(np.ones(length, dtype=np.int32) for length in lengths)
@@ -43,7 +43,7 @@ def test_every_record_is_cut_once_into_a_shape_by_its_length(run: Any, data: st.
     parts = list(shapes.cut(np.array(chosen, dtype=np.int64), lengths))
     assert sorted(int(place) for part in parts for place in part.places) == sorted(chosen)
     for part in parts:
-        assert {length_of(shapes, int(lengths[place])) for place in part.places} == {part.length}
+        assert {pad_length(shapes, int(lengths[place])) for place in part.places} == {part.length}
         assert all(lengths[part.places] <= part.length)
         assert part.length in shapes.lengths
         assert part.rows in shapes.rows(part.length)
@@ -56,11 +56,11 @@ def test_every_record_is_cut_once_into_a_shape_by_its_length(run: Any, data: st.
             assert (one.attention_mask == 0).any()
     for length in shapes.lengths:  # those of one length keep the order in which they came
         together = [int(place) for part in parts if part.length == length for place in part.places]
-        assert together == [place for place in chosen if length_of(shapes, int(lengths[place])) == length]
+        assert together == [place for place in chosen if pad_length(shapes, int(lengths[place])) == length]
 
 
 @quick
-@given(run=shapes_of_runs())
+@given(run=draw_run_shapes())
 def test_row_counts_stay_within_the_token_budget(run: tuple[Shapes, int]) -> None:
     shapes, _ = run
     for length in shapes.lengths:
@@ -81,7 +81,7 @@ def test_bucket_lengths_cover_every_record_with_little_padding(longest: int, ext
     assert positions is None or shapes.lengths[-1] <= positions
     assert (shapes.full == longest) == (positions == longest)
     for tokens in range(1, longest + 1):
-        length = length_of(shapes, tokens)
+        length = pad_length(shapes, tokens)
         assert tokens < length or (tokens == length == shapes.full)
         if length != shapes.lengths[-1] and length > 12:
             assert length < 1.6 * tokens + 4, "little padding"
@@ -103,20 +103,20 @@ def test_shapes_follow_from_public_settings() -> None:
     assert [limited.rows(length) for length in (12, 16, 48)] == [(17, 8, 4, 2), (30, 15, 7, 3), (3, 1)]
     few = dataclasses.replace(tight, most_rows=(1, 1, 1, 1, 1))
     assert [few.rows(length) for length in (12, 40)] == [(1,), (2,)]
-    assert [length_of(Shapes.from_limits(max_length=longest, max_tokens=9), longest) for longest in (1, 7)] == [8, 8]
+    assert [pad_length(Shapes.from_limits(max_length=longest, max_tokens=9), longest) for longest in (1, 7)] == [8, 8]
     with pytest.raises(AssertionError):  # a record longer than the longest is not lost
         list(Shapes.from_limits(max_length=9, max_tokens=99).cut(np.array([0, 1]), np.array([3, 99])))
 
 
 @quick
-@given(run=shapes_of_runs(), count=st.integers(1, 200), data=st.data())
+@given(run=draw_run_shapes(), count=st.integers(1, 200), data=st.data())
 def test_shape_cutting_minimizes_work(run: tuple[Shapes, int], count: int, data: st.DataObject) -> None:
     shapes, longest = run
-    length = length_of(shapes, data.draw(st.integers(1, longest)))
+    length = pad_length(shapes, data.draw(st.integers(1, longest)))
     lengths = np.full(count, 1 if length == shapes.lengths[0] else length - 1)
-    assume(length_of(shapes, int(lengths[0])) == length)
+    assume(pad_length(shapes, int(lengths[0])) == length)
 
-    def work(numbers: list[int]) -> int:
+    def compute_work(numbers: list[int]) -> int:
         return sum(rows * length + 100 for rows in numbers)
 
     found = [part.rows for part in shapes.cut(np.arange(count, dtype=np.int64), lengths)]
@@ -125,5 +125,7 @@ def test_shape_cutting_minimizes_work(run: tuple[Shapes, int], count: int, data:
     full, left = divmod(count, shapes.capacity(length, most))
     for rows in shapes.rows(length):
         room = shapes.capacity(length, rows)
-        assert work(found) <= work([rows] * -(-count // room)), "all of one number"
-        assert work(found) <= work([most] * full + [rows] * -(-left // room)), "and one number for what is left over"
+        assert compute_work(found) <= compute_work([rows] * -(-count // room)), "all of one number"
+        assert compute_work(found) <= compute_work([most] * full + [rows] * -(-left // room)), (
+            "and one number for what is left over"
+        )

@@ -34,7 +34,7 @@ def make_slices() -> ModuleType:
     return module
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
@@ -53,7 +53,9 @@ def test_every_data_slice_can_be_read(name: str) -> None:
 @pytest.mark.parametrize("name", SLICES)
 def test_slice_split_follows_its_hash_and_keeps_users_apart(name: str, make_slices: ModuleType) -> None:
     slices = make_slices.SLICES[name]
-    train, validation, test = (rows(FOLDER / name / f"{side}.jsonl.gz") for side in ("train", "validation", "test"))
+    train, validation, test = (
+        read_rows(FOLDER / name / f"{side}.jsonl.gz") for side in ("train", "validation", "test")
+    )
     assert not any(make_slices.is_validation(row, slices) for row in train)
     assert all(make_slices.is_validation(row, slices) for row in validation)
     if "user" in SLICES[name][1]:

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.data import Record, users_of
-from fedtune.data.load import own_records
+from fedtune.data import Record, group_by_user
+from fedtune.data.load import read_own_records
 from fedtune.data.partition import PartitionSpec, is_selected, partition_records, split_heldout, unit_hash
 from fedtune.spec import ConfigError, DataError
 
-from .conftest import data_spec, write_jsonl
+from .conftest import make_data_spec, write_jsonl
 
 KEY = b"a key of these tests"
 COLUMNS = {"text": "text", "user": "who"}
@@ -30,7 +30,7 @@ RECORD = st.builds(
 )
 
 
-def fates(rows: list[Record], spec: PartitionSpec) -> dict[str, list[tuple[int, int, bool]]]:
+def trace_users(rows: list[Record], spec: PartitionSpec) -> dict[str, list[tuple[int, int, bool]]]:
     """For each user, in order, where each record went: site, side, and whether a smaller run would use it."""
     found: dict[str, list[tuple[int, int, bool]]] = {}
     for site, held in enumerate(partition_records(rows, spec, num_sites=3, key=KEY, unit="user")):
@@ -44,17 +44,17 @@ def fates(rows: list[Record], spec: PartitionSpec) -> dict[str, list[tuple[int, 
 @settings(deadline=None, max_examples=60)
 @given(rows=st.lists(RECORD, max_size=12), gone=st.sampled_from(sorted(HOME)), spec=st.sampled_from(SPECS))
 def test_records_of_a_user_stay_together_and_move_no_others(rows: list[Record], gone: str, spec: PartitionSpec) -> None:
-    everyone = fates(rows, spec)
+    everyone = trace_users(rows, spec)
     assert all(len(set(places)) == 1 for places in everyone.values())
     assert sum(map(len, everyone.values())) == len(rows)
-    without = fates([record for record in rows if record.fields["user"] != gone], spec)
+    without = trace_users([record for record in rows if record.fields["user"] != gone], spec)
     assert without == {user: places for user, places in everyone.items() if user != gone}
 
 
 def test_user_assignment_depends_only_on_the_hashed_id() -> None:
     rows = [Record({"user": user}) for user in ("b", "a", "b", "c", "a", "b")]
-    assert [places.tolist() for places in users_of(rows)] == [[0, 2, 5], [1, 4], [3]]
-    assert users_of([]) == []
+    assert [places.tolist() for places in group_by_user(rows)] == [[0, 2, 5], [1, 4], [3]]
+    assert group_by_user([]) == []
     # A keyed hash of the id alone: what else the record holds makes no difference, another key does.
     hashes = [
         unit_hash(Record(fields), purpose="site", key=key, unit="user")
@@ -89,21 +89,21 @@ def test_real_site_skips_records_without_exactly_one_user(tmp_path: Path) -> Non
     # What a lead asks for must not make the answer depend on whether some record fits it; the doctor says it before.
     rows = [{"text": f"text {n}", "who": who} for n, who in enumerate(("ann", ["ann", "bob"], "bob", None, "ann"))]
     columns = {"prompt": "text", "completion": "text", "user": "who"}
-    data = data_spec(train_file=str(write_jsonl(tmp_path / "all.jsonl", rows)), columns=columns)
+    data = make_data_spec(train_file=str(write_jsonl(tmp_path / "all.jsonl", rows)), columns=columns)
     assert data.required_columns(ROLES, unit="user") == columns
-    records = own_records(data, columns=columns, fault=lambda _: None, key=KEY, unit="user")
+    records = read_own_records(data, columns=columns, fault=lambda _: None, key=KEY, unit="user")
     assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
-    by_record = own_records(data, columns=data.required_columns(ROLES), fault=lambda _: None, key=KEY)
+    by_record = read_own_records(data, columns=data.required_columns(ROLES), fault=lambda _: None, key=KEY)
     assert len(by_record.training) == 5
     assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
 
 
 def test_user_level_privacy_requires_a_user_column() -> None:
-    without = data_spec(*ROLES)
+    without = make_data_spec(*ROLES)
     with pytest.raises(ConfigError, match=r"^columns = .*has no column for role 'user', which privacy\.unit"):
         without.check_unit("user")
-    by_label = data_spec("text", "label", "user", partition=PartitionSpec(kind="dirichlet"))
+    by_label = make_data_spec("text", "label", "user", partition=PartitionSpec(kind="dirichlet"))
     with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': partitions records by label"):
         by_label.check_unit("user")
-    for each in (without, by_label, data_spec(*ROLES, "user")):
+    for each in (without, by_label, make_data_spec(*ROLES, "user")):
         each.check_unit("record")

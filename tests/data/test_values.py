@@ -11,9 +11,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedtune.data import Record, users_of
+from fedtune.data import Record, group_by_user
 from fedtune.data.partition import unit_hash
-from fedtune.data.records import column_values, iter_records, iter_usable_records, parse_record
+from fedtune.data.records import iter_records, iter_usable_records, parse_record, read_column_values
 from fedtune.data.values import guess_turns, normalize_name, parse_continuation, read_continuation, read_labels
 from fedtune.spec import DataError
 
@@ -30,7 +30,7 @@ SECRET = "secret"
 """Part of values that no message may quote."""
 
 
-def said(content: Any, **more: Any) -> list[Any]:
+def build_answer(content: Any, **more: Any) -> list[Any]:
     return [ASKED, {"role": "assistant", "content": content} | more]
 
 
@@ -46,7 +46,7 @@ READ: dict[str, list[tuple[object, str]]] = {
     ],
     "messages": [
         (CHAT, CHAT),
-        (said("here"), CHAT),
+        (build_answer("here"), CHAT),
         ([{"from": "human", "value": "where?"}, {"from": "gpt", "value": "here"}], CHAT),
         ([{"role": " User", "content": "where?"}, {"role": "Assistant", "content": "here"}], CHAT),
         ([{"role": "user", "content": [{"type": "text", "text": "where?"}]}, SAID | {"role": "model"}], CHAT),
@@ -59,9 +59,12 @@ READ: dict[str, list[tuple[object, str]]] = {
             '[{"role":"system","content":"be brief"},{"role":"user","content":"where?"}]',
         ),
         # Marks of other programs for an answer that is not to be learned.
-        *((said("here", **mark), NOT_LEARNED) for mark in ({"weight": 0}, {"weight": 0.0}, {"train": False})),
-        *((said("here", **mark), NOT_LEARNED) for mark in ({"training": False}, {"loss": False, "train": True})),
-        *((said("here", **mark), CHAT) for mark in ({"weight": 1}, {"train": None, "train_detail": None})),
+        *((build_answer("here", **mark), NOT_LEARNED) for mark in ({"weight": 0}, {"weight": 0.0}, {"train": False})),
+        *(
+            (build_answer("here", **mark), NOT_LEARNED)
+            for mark in ({"training": False}, {"loss": False, "train": True})
+        ),
+        *((build_answer("here", **mark), CHAT) for mark in ({"weight": 1}, {"train": None, "train_detail": None})),
         (NOT_LEARNED, NOT_LEARNED),
         ({"messages": json.loads(CHAT), "tools": [], "parallel_tool_calls": True}, CHAT),
     ],
@@ -121,13 +124,19 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
         ([SECRET], "turn 1 = 'string': must be an object"),
         ([ASKED | {"content": None}], "turn 1, content = 'null': must be text"),
         ([ASKED | {"content": [{"type": "text", "text": SECRET}] * 2}], "turn 1, content = 'array': must be text"),
-        *((said([{"type": "image"}, *more]), "images and other parts are not") for more in ([], [{"text": SECRET}])),
-        (said(" "), "turn 2, content = 'blank': must not be blank"),
-        (said("\ud800"), "must be valid Unicode (role messages)"),
-        (said("here", tool_calls=[{"id": "1"}]), "tool turns are not supported"),
-        (said(None, function_call={"name": "f"}), "tool turns are not supported"),
-        *((said("here", **mark), "must be 0 or 1, false or true") for mark in ({"weight": 0.5}, {"train": "false"})),
-        (said("here", train_detail=[{"begin_offset": 0}]), "turn 2, train_detail = 'marks of parts'"),
+        *(
+            (build_answer([{"type": "image"}, *more]), "images and other parts are not")
+            for more in ([], [{"text": SECRET}])
+        ),
+        (build_answer(" "), "turn 2, content = 'blank': must not be blank"),
+        (build_answer("\ud800"), "must be valid Unicode (role messages)"),
+        (build_answer("here", tool_calls=[{"id": "1"}]), "tool turns are not supported"),
+        (build_answer(None, function_call={"name": "f"}), "tool turns are not supported"),
+        *(
+            (build_answer("here", **mark), "must be 0 or 1, false or true")
+            for mark in ({"weight": 0.5}, {"train": "false"})
+        ),
+        (build_answer("here", train_detail=[{"begin_offset": 0}]), "turn 2, train_detail = 'marks of parts'"),
         (DEEP, "text that is not JSON"),
     ],
     "chosen": [
@@ -182,29 +191,29 @@ def test_unreadable_value_error_explains_without_quoting(role: str) -> None:
 def test_texts_and_answers_are_separated_by_role() -> None:
     assert [list(read(value, role).texts()) for value, role in ((3, "target"), ("a", "label"))] == [[], []]
     assert [read(3, "target").target_key, read("a", "label").target_key] == ['{"target": "3.0"}', '{"label": "a"}']
-    assert [text for _, text in read(said("here"), "messages").texts()] == ["where?", "here"]
+    assert [text for _, text in read(build_answer("here"), "messages").texts()] == ["where?", "here"]
     assert [text for _, text in read(json.loads(ONE) * 2, "rejected").texts()] == ["here", "here"]
     assert [text for _, text in read("lost ", "rejected").texts()] == ["lost "]
-    assert len(guess_turns(said("here"))) == 2
+    assert len(guess_turns(build_answer("here"))) == 2
 
 
 def test_unicode_variants_of_an_id_are_one_user(tmp_path: Path) -> None:
     rows = [{"text": "a", "who": "Jose\u0301"}, {"text": "b", "who": "Jos\u00e9"}, {"text": "c", "who": ""}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     records = list(iter_usable_records(path, {"text": "text", "user": "who"}))
-    assert [len(places) for places in users_of(records)] == [2]
+    assert [len(places) for places in group_by_user(records)] == [2]
     assert len({unit_hash(record, purpose="test", key=b"k", unit="user") for record in records}) == 1
     others = [Record({}, str(path), line) for line in (1, 2)]
-    assert len(set(column_values(others, "who", key="x", role="user"))) == 1
+    assert len(set(read_column_values(others, "who", key="x", role="user"))) == 1
     for text in ("Jose\u0301\u200b", "\u1e9b\u0323", "a\u034f\u0301"):
         assert normalize_name(normalize_name(text)) == normalize_name(text), "a name in one form stays as it is"
         assert unicodedata.is_normalized("NFC", normalize_name(text))
 
 
-def at(deeper: int, reader: Callable[..., Any], *given: str) -> Any:
+def call_deeper(deeper: int, reader: Callable[..., Any], *given: str) -> Any:
     """What the reader makes of this on a deeper stack, which must not decide it; None if it refuses it."""
     try:
-        return at(deeper - 1, reader, *given) if deeper else reader(*given)
+        return call_deeper(deeper - 1, reader, *given) if deeper else reader(*given)
     except DataError:
         return None
 
@@ -215,10 +224,12 @@ def test_nested_answers_are_read_alike_at_any_stack_depth() -> None:
         nested = "[" * depth + "]" * depth
         text = '[{"role": "assistant", "content": "here", "more": ' + nested + "}]"
         for deeper in range(0, 60, 7):
-            assert at(deeper, read_labels, nested, "labels") is None, depth
-            found.add(answer := at(deeper, read_continuation, text, "chosen"))
+            assert call_deeper(deeper, read_labels, nested, "labels") is None, depth
+            found.add(answer := call_deeper(deeper, read_continuation, text, "chosen"))
             if answer is not None:
-                assert all(at(other, parse_continuation, answer) == json.loads(ONE) for other in (0, 30, 60)), depth
+                assert all(
+                    call_deeper(other, parse_continuation, answer) == json.loads(ONE) for other in (0, 30, 60)
+                ), depth
     assert found == {None, ONE}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.federation.bfloat16 import add_difference
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.ledger import store
@@ -62,9 +62,9 @@ def _check_average(federation: Federation, run: str) -> None:
     The updates are those that the sites' ledgers keep; all sites have the same declared size, and so weight.
     """
     sites = federation.result(run)["rounds"][-1]["sites"]
-    updates = [_last_update(federation.sites[name], run) for name in sites]
+    updates = [_read_last_update(federation.sites[name], run) for name in sites]
     assert updates
-    before, after = adapter(federation, run, back=1), adapter(federation, run)
+    before, after = read_adapter(federation, run, back=1), read_adapter(federation, run)
     ends = []
     for update in updates:
         assert isinstance(update.tensors, Difference)
@@ -75,7 +75,7 @@ def _check_average(federation: Federation, run: str) -> None:
         np.testing.assert_allclose(value, np.mean([end[name].astype(np.float64) for end in ends], axis=0), atol=1e-6)
 
 
-def adapter(federation: Federation, run: str, *, back: int = 0) -> dict[str, npt.NDArray[np.float32]]:
+def read_adapter(federation: Federation, run: str, *, back: int = 0) -> dict[str, npt.NDArray[np.float32]]:
     """The run's newest aggregated adapter, or that of so many rounds before, by the names that updates have."""
     tensors = load_file(sorted((federation.run_folder(run) / "checkpoints").glob("round-*.safetensors"))[-1 - back])
     return {name.removeprefix("adapter/"): value for name, value in tensors.items() if name.startswith("adapter/")}
@@ -83,16 +83,16 @@ def adapter(federation: Federation, run: str, *, back: int = 0) -> dict[str, npt
 
 def check_same_adapter(federation: Federation, name: str, simulated_folder: Path, *, tolerance: float) -> None:
     """Check that a real run and a simulation came to the same adapter, to so much in each value."""
-    config = saved_config(simulated_folder)
+    config = read_saved_config(simulated_folder)
     expected = Checkpoints(simulated_folder / "checkpoints", config.digest()).load().adapter.tensors
-    found = adapter(federation, name)
+    found = read_adapter(federation, name)
     assert list(found) == list(expected)
     assert any(np.abs(value).max() > 1e-4 for value in found.values())
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=0, atol=tolerance)
 
 
-def _last_update(site: SiteFolder, run: str) -> Update:
+def _read_last_update(site: SiteFolder, run: str) -> Update:
     with store.open_for_reading(site.ledger) as file:
         replies = store.read_replies(file)
     (reply,) = (reply for name, _, reply in replies if name.rpartition("-")[0] == run)

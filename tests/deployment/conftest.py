@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from .federation import Federation, simulated
-from .networks import wants_loopback, why_no_namespaces
+from .federation import Federation, simulate_same_run
+from .networks import explain_missing_namespaces, wants_loopback
 
 _TAIL = 4000
 
@@ -40,11 +40,11 @@ def make_federation(tmp_path_factory: pytest.TempPathFactory, command: Any) -> I
 
 
 @pytest.fixture(scope="module")
-def in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Callable[..., Path]:
+def run_in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Callable[..., Path]:
     into = tmp_path_factory.mktemp("simulated")
 
     def run(name: str, *overrides: str) -> Path:
-        outcome = command("simulate", *simulated(*overrides), f"name={name}", f"tracking.output_dir='{into}'")
+        outcome = command("simulate", *simulate_same_run(*overrides), f"name={name}", f"tracking.output_dir='{into}'")
         assert outcome.code == 0, outcome.err
         return into / name
 
@@ -52,6 +52,6 @@ def in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Callable[.
 
 
 @pytest.fixture(scope="session")
-def own_networks() -> None:
-    if why := "FEDTUNE_TEST_NETWORK=loopback" if wants_loopback() else why_no_namespaces():
+def make_networks() -> None:
+    if why := "FEDTUNE_TEST_NETWORK=loopback" if wants_loopback() else explain_missing_namespaces():
         pytest.skip(why)

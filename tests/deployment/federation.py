@@ -23,7 +23,7 @@ from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 
 from ..processes import FEDTUNE, Process
-from .networks import SERVER, Network, best_network
+from .networks import SERVER, Network, choose_network
 from .site_folder import SiteFolder
 
 LEAD, NAMES = "lead", ("north", "south", "west")
@@ -33,7 +33,7 @@ Command = Callable[..., Any]
 """`fedtune` in the test's own process."""
 
 
-def settings(*overrides: str) -> list[str]:
+def list_settings(*overrides: str) -> list[str]:
     """Overrides of a run that trains for a moment; given noise saves the search for it."""
     return [
         *("experiment=debug", "runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0"),
@@ -42,16 +42,16 @@ def settings(*overrides: str) -> list[str]:
     ]
 
 
-def simulated(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
+def simulate_same_run(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
     """The same run as a simulation, with records dealt out to the same sites."""
     sites = [f"federation.num_sites={len(names)}", f"federation.site_names=[{','.join(names)}]"]
     return [*overrides, *sites, f"data.declared_sizes={DECLARED}", "data.train_fraction=0.05"]
 
 
 @cache
-def dealt(names: tuple[str, ...]) -> dict[str, list[Record]]:
+def partition_records(names: tuple[str, ...]) -> dict[str, list[Record]]:
     """Each site's records, as a simulation deals them out."""
-    config = compose_run(simulated(*settings("name=dealt"), names=names))
+    config = compose_run(simulate_same_run(*list_settings("name=dealt"), names=names))
     of_sites = partition_run_records(config).sites
     return {name: records.training for name, records in zip(names, of_sites, strict=True)}
 
@@ -61,14 +61,14 @@ ONE_THREAD = {"machine": {"num_threads": 1}}
 
 
 @cache
-def _sent() -> RunConfig:
+def _compose_sent_settings() -> RunConfig:
     """What sites are asked in these tests, as far as policies go."""
-    return settings_for_sites(compose_run(simulated(*settings("name=any", "runtime.seeded_noise=true"))))
+    return settings_for_sites(compose_run(simulate_same_run(*list_settings("name=any", "runtime.seeded_noise=true"))))
 
 
-def policy_for(site: str, *, lead: str) -> Policy:
+def make_policy(site: str, *, lead: str) -> Policy:
     """A policy with room for all runs of these tests."""
-    policy = generate_policy(_sent(), _sent().plan(), NAMES[0], lead=lead)
+    policy = generate_policy(_compose_sent_settings(), _compose_sent_settings().plan(), NAMES[0], lead=lead)
     columns = {"text": "question", "label": "intent"}
     modules = ("all-linear", "value", "attention.output.dense")
     return replace(
@@ -110,7 +110,7 @@ class Federation:
         self.server: Any = None
         self.sites: dict[str, SiteFolder] = {}
         self._begun: list[Process] = []
-        self.network: Network = network or best_network([LEAD, *names])
+        self.network: Network = network or choose_network([LEAD, *names])
         self.address = f"{self.network.address}:{self.network.port}"
         self.active.append(self)
         try:
@@ -121,7 +121,7 @@ class Federation:
             else:
                 provisioning.init_federation(file, out=self.home, now=made)
             self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
-            self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
+            self.sites = {name: self.join(name, records) for name, records in partition_records(tuple(names)).items()}
         except BaseException:
             self.close()
             raise
@@ -136,7 +136,7 @@ class Federation:
         site = SiteFolder(self.folder / "sites" / name, name, self)
         site.folder.mkdir(parents=True, exist_ok=True)
         write_records(site.folder / "questions.csv", records)
-        write_policy(policy_for(name, lead=self.lead_key), site.site_toml, others=ONE_THREAD)
+        write_policy(make_policy(name, lead=self.lead_key), site.site_toml, others=ONE_THREAD)
         self.do("site", "init", "--site", str(site.site_toml))
         request = site.kit / "join_request.json"
         site.site_key = json.loads(request.read_bytes())["site_key"]
@@ -172,7 +172,7 @@ class Federation:
 
     def lead(self, name: str, *overrides: str, program: Sequence[str] = FEDTUNE) -> Process:
         where = f"tracking.output_dir='{self.folder / 'runs'}'"
-        words = ["run", "--kit", str(self.lead_kit), *(overrides or settings()), f"name={name}", where]
+        words = ["run", "--kit", str(self.lead_kit), *(overrides or list_settings()), f"name={name}", where]
         return self.run(f"lead-{name}", LEAD, [*program, *words])
 
     def resume(self, name: str) -> Process:

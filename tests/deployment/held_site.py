@@ -17,7 +17,7 @@ from fedtune.cli.main import main
 _HOLD, _FAIL = Path(sys.argv[1]) / "hold", Path(sys.argv[1]) / "fail"
 
 
-def held(trains: Callable[..., Any]) -> Callable[..., Any]:
+def hold_training(trains: Callable[..., Any]) -> Callable[..., Any]:
     def train(*given: Any, **more: Any) -> Any:
         trained = trains(*given, **more)
         while _HOLD.exists():
@@ -29,7 +29,7 @@ def held(trains: Callable[..., Any]) -> Callable[..., Any]:
     return train
 
 
-site_work.train_round = held(site_work.train_round)
-site_work.compute_round_share = held(site_work.compute_round_share)
+site_work.train_round = hold_training(site_work.train_round)
+site_work.compute_round_share = hold_training(site_work.compute_round_share)
 site_service._MOST_WAIT_S = 2.0
 raise SystemExit(main(sys.argv[2:]))

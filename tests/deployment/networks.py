@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from ..flower.loopback import free_port
+from ..flower.loopback import find_free_port
 
 SERVER = "server"
 _NUMBERS = itertools.count(1)
@@ -25,7 +25,7 @@ class Network:
     address = "127.0.0.1"
 
     def __init__(self) -> None:
-        self.port = free_port()
+        self.port = find_free_port()
 
     def inside(self, member: str, words: Sequence[str]) -> list[str]:
         return list(words)
@@ -52,8 +52,8 @@ class Namespaces(Network):
         self._names = {member: f"{prefix}-{member}" for member in (SERVER, *members)}
         try:
             for name in self._names.values():
-                _ip("netns", "add", name)
-                _ip("-n", name, "link", "set", "lo", "up")
+                _run_ip("netns", "add", name)
+                _run_ip("-n", name, "link", "set", "lo", "up")
             self._connect_all()
         except BaseException:
             self.close()
@@ -61,39 +61,39 @@ class Namespaces(Network):
 
     def _connect_all(self) -> None:
         server = self._names[SERVER]
-        _ip("-n", server, "link", "add", "hub", "type", "bridge")
-        _ip("-n", server, "address", "add", f"{self.address}/24", "dev", "hub")
-        _ip("-n", server, "link", "set", "hub", "up")
+        _run_ip("-n", server, "link", "add", "hub", "type", "bridge")
+        _run_ip("-n", server, "address", "add", f"{self.address}/24", "dev", "hub")
+        _run_ip("-n", server, "link", "set", "hub", "up")
         for number, (member, name) in enumerate(self._names.items(), 1):
             if member == SERVER:
                 continue
             port = f"port{number}"
             # Made with its two ends inside two namespaces, so that the machine's own never sees them.
-            _ip("link", "add", "out", "netns", name, "type", "veth", "peer", "name", port, "netns", server)
-            _ip("-n", server, "link", "set", port, "master", "hub", "up")
-            _ip("-n", name, "address", "add", f"10.203.0.{number}/24", "dev", "out")
-            _ip("-n", name, "link", "set", "out", "up")
+            _run_ip("link", "add", "out", "netns", name, "type", "veth", "peer", "name", port, "netns", server)
+            _run_ip("-n", server, "link", "set", port, "master", "hub", "up")
+            _run_ip("-n", name, "address", "add", f"10.203.0.{number}/24", "dev", "out")
+            _run_ip("-n", name, "link", "set", "out", "up")
 
     def inside(self, member: str, words: Sequence[str]) -> list[str]:
         return ["ip", "netns", "exec", self._names[member], *words]
 
     def connect(self, member: str, *, up: bool) -> None:
-        _ip("-n", self._names[member], "link", "set", "out", "up" if up else "down")
+        _run_ip("-n", self._names[member], "link", "set", "out", "up" if up else "down")
 
     def hand_over(self, member: str) -> None:
-        _ip("-n", self._names[SERVER], "address", "delete", f"{self.address}/24", "dev", "hub")
-        _ip("-n", self._names[member], "address", "add", f"{self.address}/24", "dev", "out")
+        _run_ip("-n", self._names[SERVER], "address", "delete", f"{self.address}/24", "dev", "hub")
+        _run_ip("-n", self._names[member], "address", "add", f"{self.address}/24", "dev", "out")
         for name in self._names.values():  # as the machine that takes an address over announces it
-            _ip("-n", name, "neighbor", "flush", "all")
+            _run_ip("-n", name, "neighbor", "flush", "all")
 
     def close(self) -> None:
         for name in self._names.values():
             with contextlib.suppress(subprocess.CalledProcessError):  # an earlier failure left it out
-                _ip("netns", "delete", name)
+                _run_ip("netns", "delete", name)
 
 
 @cache
-def why_no_namespaces() -> str:
+def explain_missing_namespaces() -> str:
     """Why this machine has no namespaces for us; empty where it has."""
     if shutil.which("ip") is None:
         return "the command ip is missing"
@@ -107,9 +107,9 @@ def why_no_namespaces() -> str:
     return ""
 
 
-def best_network(members: Sequence[str]) -> Network:
+def choose_network(members: Sequence[str]) -> Network:
     """Namespaces where that can be, else loopback; `FEDTUNE_TEST_NETWORK=loopback` asks for the latter."""
-    return Network() if wants_loopback() or why_no_namespaces() else Namespaces(members)
+    return Network() if wants_loopback() or explain_missing_namespaces() else Namespaces(members)
 
 
 def wants_loopback() -> bool:
@@ -121,8 +121,8 @@ def _remove_leftovers() -> None:
         found = re.fullmatch(r"fedtune-(\d+)-\d+-.*", path.name)
         if found and not Path(f"/proc/{found[1]}").exists():
             with contextlib.suppress(subprocess.CalledProcessError):
-                _ip("netns", "delete", path.name)
+                _run_ip("netns", "delete", path.name)
 
 
-def _ip(*words: str) -> None:
+def _run_ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)

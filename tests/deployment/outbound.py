@@ -54,7 +54,7 @@ def read_calls(path: Path) -> list[Call]:
     return calls
 
 
-def objects_of(calls: list[Call]) -> dict[str, bytes]:
+def collect_objects(calls: list[Call]) -> dict[str, bytes]:
     """Every object that was pushed, by its id, which is its hash."""
     objects = {}
     for call in calls:
@@ -65,9 +65,9 @@ def objects_of(calls: list[Call]) -> dict[str, bytes]:
     return objects
 
 
-def messages_of(calls: list[Call]) -> list[tuple[Any, RecordDict]]:
+def collect_messages(calls: list[Call]) -> list[tuple[Any, RecordDict]]:
     """Each answer as (its announcement, its content), put together from the objects that came with it."""
-    objects, answers = objects_of(calls), []
+    objects, answers = collect_objects(calls), []
     for call in calls:
         if call.path == "/v1/fleet/push-messages":
             request = call.request
@@ -80,40 +80,40 @@ def messages_of(calls: list[Call]) -> list[tuple[Any, RecordDict]]:
     return answers
 
 
-def announced_ids(calls: list[Call]) -> set[str]:
+def list_announced_ids(calls: list[Call]) -> set[str]:
     trees = [call.request.message_object_trees for call in calls if call.path == "/v1/fleet/push-messages"]
     return {node.object_id for (tree,) in trees for node in inflatable_object.iterate_object_tree(tree)}
 
 
-def kind_of(content: bytes) -> str:
+def read_object_kind(content: bytes) -> str:
     return str(inflatable_object.get_object_type_from_object_content(content))
 
 
-def numbers_in(message: Proto) -> Iterator[tuple[str, float]]:
+def list_numbers(message: Proto) -> Iterator[tuple[str, float]]:
     """Every number in a protobuf message, however deep, with its field's name."""
-    return ((name, value) for name, value in _values_in(message) if isinstance(value, int | float))
+    return ((name, value) for name, value in _iter_values(message) if isinstance(value, int | float))
 
 
-def texts_in(message: Proto) -> Iterator[str]:
-    return (value for _, value in _values_in(message) if isinstance(value, str))
+def list_texts(message: Proto) -> Iterator[str]:
+    return (value for _, value in _iter_values(message) if isinstance(value, str))
 
 
-def _values_in(message: Proto) -> Iterator[tuple[str, Any]]:
+def _iter_values(message: Proto) -> Iterator[tuple[str, Any]]:
     for field, value in message.ListFields():
         for one in value if field.is_repeated else [value]:
             if isinstance(one, Proto):
-                yield from _values_in(one)
+                yield from _iter_values(one)
             else:
                 yield field.full_name, one
 
 
-def leaves_of(value: Any) -> Iterator[Any]:
+def iter_leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         for key, one in value.items():
             yield key
-            yield from leaves_of(one)
+            yield from iter_leaves(one)
     elif isinstance(value, list):
         for one in value:
-            yield from leaves_of(one)
+            yield from iter_leaves(one)
     else:
         yield value

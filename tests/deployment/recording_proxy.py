@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.ops.wire.identity import Tls
-from tests.flower.hostile import server_context
+from tests.flower.hostile import make_server_context
 
 _TIMEOUT_S = 60.0
 _SETTINGS: dict[str, Any] = json.loads(Path(sys.argv[1]).read_bytes())
@@ -66,7 +66,7 @@ def _record(**about: Any) -> None:
         file.write(line + "\n")
 
 
-context = server_context(Tls(**_SETTINGS["own"]))
+context = make_server_context(Tls(**_SETTINGS["own"]))
 host, _, port = _SETTINGS["listen"].rpartition(":")
 server = ThreadingHTTPServer((host, int(port)), _Handler)
 # The handshake belongs to the connection's own thread, or one that hangs would stop them all.

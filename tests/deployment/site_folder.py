@@ -54,7 +54,7 @@ class SiteFolder(Books):
         """Hold its training up, or let it go on."""
         (self.folder / "hold").touch() if held else (self.folder / "hold").unlink(missing_ok=True)
 
-    def held_in(self, run: str, *overrides: str) -> Process:
+    def hold_in_first_round(self, run: str, *overrides: str) -> Process:
         """Start a run, and hold this site's training up in the first round; the lead."""
         self.hold(True)
         lead = self.federation.lead(run, *overrides)
@@ -67,7 +67,7 @@ class SiteFolder(Books):
 
     def events(self, run: str, kind: str = "") -> list[Event]:
         """Events of the run that was given the name `run`, or of one kind of them; also while the site writes."""
-        written = [_written(self.folder / name) for name in ("ledger.db", "ledger.db-journal")]
+        written = [_stat_file(self.folder / name) for name in ("ledger.db", "ledger.db-journal")]
         if written != self._written:  # to verify a ledger takes long, and a test that waits asks again and again
             with suppress(RunError):  # it has no ledger yet
                 self._events = self.verified().events
@@ -80,17 +80,17 @@ class SiteFolder(Books):
     def wait_for(self, run: str, kind: str, *, round: int, lead: Process | None = None) -> None:
         """Wait until its ledger holds an event of a kind for a round; in vain once `lead` has ended."""
 
-        def there() -> bool:
+        def has_event() -> bool:
             return any(event.round == round for event in self.events(run, kind))
 
-        wait_for(there, seconds=RUN_S, what=f"{self.name} to {kind} round {round} of {run}", needs=lead)
+        wait_for(has_event, seconds=RUN_S, what=f"{self.name} to {kind} round {round} of {run}", needs=lead)
 
     def answered(self, what: str, run: str) -> int:
         lines = self.up.lines("answered")
         return sum(line["what"] == what and line.get("run", "").rpartition("-")[0] == run for line in lines)
 
 
-def _written(path: Path) -> tuple[int, int]:
+def _stat_file(path: Path) -> tuple[int, int]:
     """When a file was last written, and its size; zeros where there is none."""
     try:
         about = path.stat()

@@ -21,8 +21,8 @@ from typing import Any
 
 from fedtune.privacy.policy_file import read_policy, write_policy
 
-from ..flower.loopback import free_port
-from ..processes import REPOSITORY, Process, environment, wait_for
+from ..flower.loopback import find_free_port
+from ..processes import REPOSITORY, Process, make_environment, wait_for
 from .federation import ONE_THREAD, Federation
 from .networks import Network
 from .site_folder import HELD_SITE, SiteFolder
@@ -40,12 +40,12 @@ AS_NODE = (
 
 
 @cache
-def why_no_users() -> str:
+def explain_missing_users() -> str:
     """Why processes cannot have users of their own here; empty where they can."""
     if os.geteuid() or shutil.which("setpriv") is None:
         return "users of their own need root and setpriv"
     words = [*AS_NODE, "env", sys.executable, "-c", "import fedtune.flower.site_app"]  # `env` starts it as that user
-    done = subprocess.run(words, cwd="/", env=environment(), capture_output=True, check=False)
+    done = subprocess.run(words, cwd="/", env=make_environment(), capture_output=True, check=False)
     return "" if done.returncode == 0 else "other users cannot run this Python"
 
 
@@ -80,7 +80,7 @@ class StockFederation(Federation):
         done = subprocess.run(
             words,
             cwd=cwd or self.folder,
-            env=environment(**{**QUIET, "FLWR_HOME": str(self.folder / "home"), **more}),
+            env=make_environment(**{**QUIET, "FLWR_HOME": str(self.folder / "home"), **more}),
             capture_output=True,
             text=True,
             timeout=120,
@@ -107,7 +107,7 @@ class StockFederation(Federation):
 
     def start_front(self) -> str:
         """Put nginx, where it is installed, in front of the SuperLink by the file that we deliver; its address."""
-        port, folder, kit = free_port(), self.folder / "nginx", self.home / "server"
+        port, folder, kit = find_free_port(), self.folder / "nginx", self.home / "server"
         text = (REPOSITORY / "deployment/flower/nginx.conf").read_text()
         own = {"listen 443": f"listen 127.0.0.1:{port}", "ssl_name fl.example.org": "ssl_name localhost"}
         own |= {"/etc/nginx/fl.example.org.pem": f"{kit}/server.pem", "/etc/nginx/superlink_ca.pem": str(self.ca)}
@@ -139,7 +139,7 @@ class StockFederation(Federation):
         home, socket = self.public / site.name, self.public / f"{site.name}-socket" / "site.sock"
         self.nodes[site.name] = self.flower(
             *(f"{site.name}-node", *AS_NODE, "flower-supernode", "--superlink", self.front, "--host", "127.0.0.1"),
-            *("--port", str(free_port()), "--root-certificates", str(home / "ca.pem")),
+            *("--port", str(find_free_port()), "--root-certificates", str(home / "ca.pem")),
             *("--auth-supernode-private-key", str(home / "node_key"), "--node-config", f'fedtune-socket="{socket}"'),
             home=home,
         )
@@ -208,15 +208,15 @@ class StockFederation(Federation):
         said = self.call("flwr", "list", "banks", "--run-id", run, "--format", "json")
         return str(json.loads(said[said.index("{") :])["runs"][0]["status"])
 
-    def until_over(self, run: str, *, seconds: float = 400.0) -> str:
+    def wait_until_over(self, run: str, *, seconds: float = 400.0) -> str:
         """How a run ended."""
         found: list[str] = []
 
-        def over() -> bool:
+        def has_finished() -> bool:
             found[:] = [self.status(run)]
             return found[0].startswith("finished")
 
-        wait_for(over, seconds=seconds, what=f"run {run}")
+        wait_for(has_finished, seconds=seconds, what=f"run {run}")
         return found[0]
 
     def close(self) -> None:

@@ -15,12 +15,12 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Record
-from fedtune.ops.kits.kit_file import model_store_path
+from fedtune.ops.kits.kit_file import find_model_store_path
 from fedtune.sites.run_records import partition_run_records
 from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 
-from ..pictures import COLORS, encoded, picture, vision_folder, write_pictures
+from ..pictures import COLORS, encode_image, make_picture, write_pictures, write_vision_folder
 from .books import check_books, check_same_adapter, check_whole
 from .federation import NAMES, Federation
 
@@ -50,9 +50,9 @@ def finished(banks: Federation) -> Federation:
     return banks
 
 
-def test_three_sites_reach_the_adapter_of_the_simulation(finished: Federation, in_one_process: Any) -> None:
+def test_three_sites_reach_the_adapter_of_the_simulation(finished: Federation, run_in_one_process: Any) -> None:
     # To the last bit: the same sums in the same order.
-    check_same_adapter(finished, "one", in_one_process("one", *DEBUG), tolerance=0)
+    check_same_adapter(finished, "one", run_in_one_process("one", *DEBUG), tolerance=0)
 
 
 def test_run_goes_only_to_the_named_sites(finished: Federation) -> None:
@@ -69,15 +69,15 @@ def test_run_goes_only_to_the_named_sites(finished: Federation) -> None:
 
 
 @needs_minilm
-def test_real_model_reaches_the_adapter_of_the_simulation(finished: Federation, in_one_process: Any) -> None:
+def test_real_model_reaches_the_adapter_of_the_simulation(finished: Federation, run_in_one_process: Any) -> None:
     finished.finish("three", *BANKS)
     check_books(finished, "three")
-    check_same_adapter(finished, "three", in_one_process("three", *BANKS), tolerance=1e-6)
+    check_same_adapter(finished, "three", run_in_one_process("three", *BANKS), tolerance=1e-6)
     metrics: dict[str, Any] = finished.result("three")["final"]["metrics"]
     assert np.isfinite(list(metrics.values())).all()
 
 
-def test_members_can_reach_only_the_server(own_networks: None, banks: Federation) -> None:
+def test_members_can_reach_only_the_server(make_networks: None, banks: Federation) -> None:
     """The harness's own promise: what the other tests show, they show without any other network."""
     for member in ("north", "server"):
         routes = subprocess.run(
@@ -109,7 +109,7 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def made_up(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
+def write_dummy_rows(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
     """Rows of a file in a folder, with the images that they name."""
     if kind == "image":
         with write_pictures(folder, f"{count}.csv", count, seed=count).open(newline="") as table:
@@ -119,7 +119,7 @@ def made_up(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
     return [{"tokens": one, "tags": ["B-drug" if word == "aspirin" else "O" for word in one]} for one in notes]
 
 
-def written(record: Record, kind: str) -> dict[str, Any]:
+def format_record(record: Record, kind: str) -> dict[str, Any]:
     """A record as a line of a site's own file, whose names for its columns are its own."""
     several = kind == "token_classification"
     return {f"own {role}": text.split("\n") if several else text for role, text in record.fields.items()}
@@ -135,24 +135,24 @@ def test_real_sites_learn_every_task_like_simulated_ones(
     banks: Federation, command: Any, tmp_path: Path, kind: str
 ) -> None:
     files = {
-        name: write(tmp_path / f"{name}.jsonl", made_up(kind, count, tmp_path))
+        name: write(tmp_path / f"{name}.jsonl", write_dummy_rows(kind, count, tmp_path))
         for name, count in (("in", 120), ("out", 20))
     }
-    model = [f"model.path='{vision_folder(tmp_path / 'model')}'"] if kind == "image" else []
+    model = [f"model.path='{write_vision_folder(tmp_path / 'model')}'"] if kind == "image" else []
     given = [*KINDS[kind], *model, *SHARED, f"data.train_file='{files['in']}'", f"data.test_file='{files['out']}'"]
     names = ("federation.num_sites=3", f"federation.site_names=[{','.join(NAMES)}]")
     simulated = [*given, *names, f"name={kind}", f"tracking.output_dir='{tmp_path}'"]
     assert command("simulate", *simulated).code == 0
     config = compose_run(simulated)
     for site, records in zip(banks.sites.values(), partition_run_records(config).sites, strict=True):
-        rows = [written(one, kind) for one in records.training]
+        rows = [format_record(one, kind) for one in records.training]
         broken = [{f"own {name}": value for name, value in one.items()} for one in BROKEN[kind]]
         write(site.folder / "own.jsonl", [*rows, *broken])
         sent = settings_for_sites(config)
         if kind == "image":
             shutil.copytree(tmp_path / "images", site.folder / "images")
-            (site.folder / "images" / "cut.png").write_bytes(encoded(picture())[:-60])
-            shutil.copytree(tmp_path / "model", model_store_path(site.kit, str(sent.model.sha256)))
+            (site.folder / "images" / "cut.png").write_bytes(encode_image(make_picture())[:-60])
+            shutil.copytree(tmp_path / "model", find_model_store_path(site.kit, str(sent.model.sha256)))
         own = generate_policy(sent, config.plan(), site.name, lead=banks.lead_key)
         columns = {role: f"own {role}" for role in records.training[0].fields}
         dataset = (replace(own.dataset[0], path="own.jsonl", columns=columns),)

@@ -13,7 +13,7 @@ from fedtune.privacy.trust import Trust
 
 from ..processes import FEDTUNE, REPOSITORY, RUN_S, Process
 from .books import check_same_adapter, check_whole
-from .federation import LEAD, Federation, dealt, settings
+from .federation import LEAD, Federation, list_settings, partition_records
 from .networks import Namespaces
 
 pytestmark = pytest.mark.nightly
@@ -36,7 +36,7 @@ def federation(whole: Federation) -> Iterator[Federation]:
 
 def test_killed_site_resumes_and_is_charged_for_started_rounds(federation: Federation) -> None:
     site = federation.sites["north"]
-    lead = site.held_in("site-killed", *settings("federation.spare_rounds=1"))
+    lead = site.hold_in_first_round("site-killed", *list_settings("federation.spare_rounds=1"))
     site.up.kill()
     assert not site.events("site-killed", "commit")
     site.hold(False)
@@ -47,10 +47,10 @@ def test_killed_site_resumes_and_is_charged_for_started_rounds(federation: Feder
     assert reserved == [(1, 1), (1, 2), (2, 1)]
 
 
-def test_disconnected_site_resumes_without_a_restart(own_networks: None, federation: Federation) -> None:
+def test_disconnected_site_resumes_without_a_restart(make_networks: None, federation: Federation) -> None:
     site, cut_s = federation.sites["south"], 22.0  # the server has given it up after twenty
     pid, contacts = site.up.pid, site.up.text.count("no contact")
-    lead = site.held_in("cut-off")
+    lead = site.hold_in_first_round("cut-off")
     federation.network.connect("south", up=False)
     began = time.monotonic()
     try:
@@ -69,7 +69,7 @@ def test_disconnected_site_resumes_without_a_restart(own_networks: None, federat
 def test_server_restored_from_a_backup_completes_the_run(federation: Federation) -> None:
     """Its database is put back, and the run ends as if nothing had been."""
     north = federation.sites["north"]
-    lead = north.held_in("backed-up", *settings("federation.num_rounds=2"))
+    lead = north.hold_in_first_round("backed-up", *list_settings("federation.num_rounds=2"))
     kit, file = federation.home / "server", federation.folder / "server.zip"
     federation.do("server", "backup", str(file), "--kit", str(kit))
     # The backup knows of the question alone; the answer is lost with the database.
@@ -94,7 +94,7 @@ UNIT = REPOSITORY / "deployment/systemd/fedtune-lead@.service"
 TWO, STANDBY = ("north", "south"), "standby"
 
 
-def started(federation: Federation, more: list[str]) -> Process:
+def find_start_command(federation: Federation, more: list[str]) -> Process:
     """What systemd starts for `fedtune-lead@served`, with SETTINGS from a file."""
     unit = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
     unit.read_string(UNIT.read_text())
@@ -110,21 +110,21 @@ def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
     shutil.copy(REPOSITORY / "conf/experiment/debug.yaml", federation.folder / "served.yaml")
     public = federation.folder / "public.csv"
     public.write_text("text,label\nWhere is my card?,card_arrival\nIs it lost?,lost_or_stolen_card\n")
-    more = [word for word in settings("federation.num_rounds=2") if not word.startswith("experiment=")]
+    more = [word for word in list_settings("federation.num_rounds=2") if not word.startswith("experiment=")]
     more.append(f"public.train_file={public}")
     held = federation.sites["north"]
     held.hold(True)
-    lead = started(federation, more)
+    lead = find_start_command(federation, more)
     held.wait_for("served", "reserve", round=1, lead=lead)
     lead.kill()
     held.hold(False)
     held.wait_for("served", "commit", round=1)
     held.hold(True)
-    again = started(federation, more)
+    again = find_start_command(federation, more)
     held.wait_for("served", "reserve", round=2, lead=again)
     again.kill()
     held.hold(False)
-    last = started(federation, more)
+    last = find_start_command(federation, more)
     assert last.end() == 0, last.text
     assert ["Public stage" in one.text for one in (lead, again, last)] == [True, False, False]
     check_whole(federation, "served")
@@ -133,18 +133,18 @@ def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
     # Begun again by a machine that starts, a finished run is left as it is.
     before = [len(site.events("served")) for site in federation.sites.values()]
     result = (federation.run_folder("served") / "run.json").read_bytes()
-    after = started(federation, more)
+    after = find_start_command(federation, more)
     assert after.end(seconds=120) == 0, after.text
     assert "served is finished." in after.text
     assert [len(site.events("served")) for site in federation.sites.values()] == before
     assert (federation.run_folder("served") / "run.json").read_bytes() == result
 
 
-@pytest.mark.usefixtures("own_networks")  # on loopback the address would stay where it was
+@pytest.mark.usefixtures("make_networks")  # on loopback the address would stay where it was
 def test_standby_server_takes_over_within_a_round(make_federation: Callable[..., Federation]) -> None:
     """It has a copy of the kit that is older than the last roster, and no database at all."""
     federation = make_federation(names=TWO, network=Namespaces([LEAD, *TWO, STANDBY]))
-    gone = federation.join("gone", dealt(TWO)["north"][:20])
+    gone = federation.join("gone", partition_records(TWO)["north"][:20])
     kit, data = federation.folder / STANDBY, federation.folder / "data of the standby"
     shutil.copytree(federation.home / "server", kit)
     data.mkdir()
@@ -152,7 +152,7 @@ def test_standby_server_takes_over_within_a_round(make_federation: Callable[...,
     federation.start(*TWO, held=True)
 
     north = federation.sites["north"]
-    lead = north.held_in("first", *settings("federation.num_rounds=2"))
+    lead = north.hold_in_first_round("first", *list_settings("federation.num_rounds=2"))
     federation.server.kill()
     federation.network.hand_over(STANDBY)
     words = [*FEDTUNE, "server", "start", "--kit", str(kit), "--data", str(data)]
@@ -167,7 +167,7 @@ def test_standby_server_takes_over_within_a_round(make_federation: Callable[...,
     assert "gone was revoked" not in standby.text
     shutil.copy(federation.home / "server/roster.json", kit)
     standby.wait_for_text("gone was revoked")
-    federation.finish("second", *settings("federation.num_rounds=1", "sites=[north,south]"))
+    federation.finish("second", *list_settings("federation.num_rounds=1", "sites=[north,south]"))
 
 
 SECURE = (
@@ -177,7 +177,9 @@ SECURE = (
 )
 
 
-def test_secure_round_survives_a_killed_server(make_federation: Callable[..., Federation], in_one_process: Any) -> None:
+def test_secure_round_survives_a_killed_server(
+    make_federation: Callable[..., Federation], run_in_one_process: Any
+) -> None:
     """Killed when two sites have uploaded: nobody trains again, and no second sum is asked for.
 
     Three sites know each other's keys and demand that all take part; they come to the simulation's adapter bit for bit.
@@ -198,4 +200,4 @@ def test_secure_round_survives_a_killed_server(make_federation: Callable[..., Fe
     federation.start_server()
     assert lead.end() == 0, lead.text
     check_whole(federation, "server-killed", rounds=3, averaged=False)
-    check_same_adapter(federation, "server-killed", in_one_process("same", *SECURE), tolerance=0)
+    check_same_adapter(federation, "server-killed", run_in_one_process("same", *SECURE), tolerance=0)

@@ -15,7 +15,7 @@ from fedtune.ops.kits.certificates import Certificate
 from fedtune.ops.kits.kit_file import Kit
 
 from ..processes import RUN_S, wait_for
-from .federation import Federation, settings
+from .federation import Federation, list_settings
 from .networks import Network
 
 pytestmark = pytest.mark.nightly
@@ -34,12 +34,12 @@ def members(make_federation: Callable[..., Federation]) -> Federation:
     return federation
 
 
-def site_kit(federation: Federation, name: str) -> Kit:
+def read_site_kit(federation: Federation, name: str) -> Kit:
     return Kit.read(federation.sites[name].kit, kind="site")
 
 
-def shown_by_the_server(federation: Federation) -> Certificate:
-    context = site_kit(federation, "north").tls().client_context()
+def read_server_certificate(federation: Federation) -> Certificate:
+    context = read_site_kit(federation, "north").tls().client_context()
     with (
         socket.create_connection(("127.0.0.1", federation.network.port), timeout=30) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as encrypted,
@@ -64,11 +64,11 @@ def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
         for process in (north.up, server):
             process.wait_for_text("a new certificate is used", count=count)
             assert process.lines("a new certificate is used")[-1]["certificate_until"] == end.isoformat()
-        assert shown_by_the_server(members).not_after == end
+        assert read_server_certificate(members).not_after == end
     assert datetime.now(UTC) < ends, "a renewal takes seconds"
 
     time.sleep(max(0.0, (ends - datetime.now(UTC)).total_seconds() + 1))
-    lead = members.lead("past-the-end", *settings("federation.num_rounds=4"))
+    lead = members.lead("past-the-end", *list_settings("federation.num_rounds=4"))
     folder = RunFolder(members.run_folder("past-the-end"))
     wait_for(folder.asked.exists, seconds=RUN_S, what="the first round", needs=lead)
     provisioning.renew_own_certificate(members.home, "lead", days=None, now=datetime.now(UTC))

@@ -10,7 +10,7 @@ from fedtune.ops.services.lead_and_server import find_running_process
 
 from ..processes import FEDTUNE, RUN_S, wait_for
 from .books import check_books
-from .federation import LEAD, Federation, settings
+from .federation import LEAD, Federation, list_settings
 from .site_folder import SiteFolder
 
 pytestmark = pytest.mark.nightly
@@ -23,13 +23,13 @@ def federation(make_federation: Callable[..., Federation]) -> Federation:
     return make_federation(names=SITES, held=True)
 
 
-def status(federation: Federation, run: str) -> dict[str, Any]:
+def print_status(federation: Federation, run: str) -> dict[str, Any]:
     outcome = federation.do("run", "status", str(federation.run_folder(run)), "--json")
     return dict(json.loads(outcome.out))
 
 
 @pytest.fixture
-def careful(federation: Federation) -> Iterator[SiteFolder]:
+def careful_site(federation: Federation) -> Iterator[SiteFolder]:
     """north, where a person approves each run."""
     site = federation.sites["north"]
     site.edit(approval="manual")
@@ -37,10 +37,10 @@ def careful(federation: Federation) -> Iterator[SiteFolder]:
     site.edit(approval="automatic")
 
 
-def test_run_waits_for_approval_and_then_continues(federation: Federation, careful: SiteFolder) -> None:
+def test_run_waits_for_approval_and_then_continues(federation: Federation, careful_site: SiteFolder) -> None:
     """What is shown of it: tests/cli/test_site.py."""
-    site, loaded = careful, len(careful.up.lines("the base model is loaded"))
-    lead = federation.lead("asked", *settings("federation.num_rounds=1", "data.max_length=17"))
+    site, loaded = careful_site, len(careful_site.up.lines("the base model is loaded"))
+    lead = federation.lead("asked", *list_settings("federation.num_rounds=1", "data.max_length=17"))
     site.up.wait_for_text("a run waits for approval")
     wait_for(lambda: "south: would_take_part" in lead.text, seconds=RUN_S, what="south's offer", needs=lead)
     # Before everybody has said yes, nothing was done for it here, and nothing charged anywhere.
@@ -57,11 +57,11 @@ def test_run_waits_for_approval_and_then_continues(federation: Federation, caref
     assert "No run waits for approval" in federation.do("site", "approve", *site.own).out
 
 
-def test_run_denied_by_a_site_ends(federation: Federation, careful: SiteFolder) -> None:
-    lead = federation.lead("denied", *settings("federation.num_rounds=1", "federation.min_sites=2"))
-    wait_for(lambda: careful.answered("awaiting_approval", "denied"), seconds=RUN_S, what="it to wait", needs=lead)
-    (waiting,) = (event.run for event in careful.events("denied", "refusal"))
-    words = [*FEDTUNE, "site", "deny", waiting, "--reason", "no quorum of the board", *careful.own]
+def test_run_denied_by_a_site_ends(federation: Federation, careful_site: SiteFolder) -> None:
+    lead = federation.lead("denied", *list_settings("federation.num_rounds=1", "federation.min_sites=2"))
+    wait_for(lambda: careful_site.answered("awaiting_approval", "denied"), seconds=RUN_S, what="it to wait", needs=lead)
+    (waiting,) = (event.run for event in careful_site.events("denied", "refusal"))
+    words = [*FEDTUNE, "site", "deny", waiting, "--reason", "no quorum of the board", *careful_site.own]
     denial = federation.run("denial", "north", words)
     assert denial.end() == 0, denial.text
     # The lead asks again by itself, is told, and asks no more.
@@ -70,16 +70,16 @@ def test_run_denied_by_a_site_ends(federation: Federation, careful: SiteFolder) 
     assert "north: denied" in said
     assert "nothing was charged for this run" in said
     assert "board" not in lead.text + (federation.run_folder("denied") / "answers.json").read_text()
-    assert careful.answered("denied", "denied") == 1
-    assert careful.notes("denied") == ["denied"]
+    assert careful_site.answered("denied", "denied") == 1
+    assert careful_site.notes("denied") == ["denied"]
     assert not [each for each in federation.sites.values() if each.events("denied", "plan")]
 
 
 def test_site_ends_an_accepted_run_and_the_other_continues(federation: Federation) -> None:
     """While its first round trains: that round stays charged, its update does not leave, and no other is charged."""
     site, other = federation.sites["north"], federation.sites["south"]
-    lead = site.held_in(
-        "ended", *settings("federation.num_rounds=2", "federation.min_sites=1", "federation.straggler_grace_s=3")
+    lead = site.hold_in_first_round(
+        "ended", *list_settings("federation.num_rounds=2", "federation.min_sites=1", "federation.straggler_grace_s=3")
     )
     (run,) = (event.run for event in site.events("ended", "plan"))
     words = [*FEDTUNE, "site", "deny", run, "--reason", "consent withdrawn", "--by", "Anna Weber", "--ticket", "DPO-7"]
@@ -104,9 +104,9 @@ def test_site_ends_an_accepted_run_and_the_other_continues(federation: Federatio
 def test_run_is_inspected_stopped_and_resumed(federation: Federation) -> None:
     site, run = federation.sites["south"], "stopped"
     folder = federation.run_folder(run)
-    lead = site.held_in(run)
+    lead = site.hold_in_first_round(run)
     assert find_running_process(folder) == lead.pid
-    before = status(federation, run)
+    before = print_status(federation, run)
     assert (before["running"], before["finished"], before["round"], before["num_rounds"]) == (True, False, 0, 2)
     # Asked and not yet answered: counted as charged, for now.
     assert before["sites"]["south"]["upper_bound"]
@@ -120,7 +120,7 @@ def test_run_is_inspected_stopped_and_resumed(federation: Federation) -> None:
     site.wait_for(run, "commit", round=1)
     again = federation.resume(run)
     assert again.end() == 0, again.text
-    after = status(federation, run)
+    after = print_status(federation, run)
     assert (after["running"], after["finished"], after["round"]) == (False, True, 2)
     assert {name: about["last_answer"] for name, about in after["sites"].items()} == dict.fromkeys(SITES, "update")
     # What had been answered for the lead that stopped was not trained, or charged, again.
@@ -133,7 +133,7 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
     folder = federation.run_folder(run)
     held.hold(True)
     federation.do("site", "pause", "--kit", str(paused.kit))
-    lead = federation.lead(run, *settings("federation.straggler_grace_s=3"))
+    lead = federation.lead(run, *list_settings("federation.straggler_grace_s=3"))
     held.wait_for(run, "reserve", round=1, lead=lead)
     wait_for(lambda: paused.answered("paused", run), seconds=RUN_S, what="north to pause", needs=lead)
     assert not paused.events(run, "plan")
@@ -162,7 +162,7 @@ def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
     site = federation.sites["north"]
     site.hold(True)
     few = ("federation.num_rounds=2", "federation.min_sites=1", "federation.straggler_grace_s=3")
-    lead = federation.lead("left", *settings(*few))
+    lead = federation.lead("left", *list_settings(*few))
     site.wait_for("left", "reserve", round=1, lead=lead)
     leaving = federation.run("leaving", "north", [*FEDTUNE, "site", "leave", *site.own])
     assert leaving.end() == 0, leaving.text

@@ -10,7 +10,7 @@ import pytest
 from fedtune.ops.doctor.connection_checks import check_control_api
 
 from .books import check_same_adapter, check_whole
-from .stock import NODE_USER, STRICT, StockFederation, why_no_users
+from .stock import NODE_USER, STRICT, StockFederation, explain_missing_users
 
 DEBUG = (
     *("experiment=debug", "runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true"),
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.nightly
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[StockFederation]:
-    if why := why_no_users():
+    if why := explain_missing_users():
         pytest.skip(why)
     made = StockFederation(tmp_path_factory.mktemp("stock"), command)
     try:
@@ -33,7 +33,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[St
 
 
 def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_stock_app(
-    stock: StockFederation, in_one_process: Callable[..., Path]
+    stock: StockFederation, run_in_one_process: Callable[..., Path]
 ) -> None:
     """The stock app runs where a SuperNode may install it, and finds nothing; the strict site refuses it as hostile."""
     files = [path for folder in (stock.home, stock.folder / "sites") for path in folder.rglob("*") if path.is_file()]
@@ -41,11 +41,11 @@ def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_s
     secrets = "|".join(map(str, files))
     other = stock.submit_app(APP, f'secrets="{secrets}" into="{stock.folder / "found.json"}"')
     run = stock.submit("one", DEBUG)
-    assert stock.until_over(run) == "finished:completed", stock.call("flwr", "log", run, "banks", "--show")
-    check_same_adapter(stock, "one", in_one_process("one", *DEBUG), tolerance=0)
+    assert stock.wait_until_over(run) == "finished:completed", stock.call("flwr", "log", run, "banks", "--show")
+    check_same_adapter(stock, "one", run_in_one_process("one", *DEBUG), tolerance=0)
     check_whole(stock, "one", rounds=2)
     assert [site.answered("update", "one") for site in stock.sites.values()] == [2, 2, 2]
-    assert stock.until_over(other) == "finished:completed", stock.call("flwr", "log", other, "banks", "--show")
+    assert stock.wait_until_over(other) == "finished:completed", stock.call("flwr", "log", other, "banks", "--show")
     found = json.loads((stock.folder / "found.json").read_text())
     assert found == {"averaged": [1.0] * 3, "files": 0, "processes": 0, "modules": 0, "user": NODE_USER}
     assert f"Permission denied: '{stock.public / STRICT / 'apps'}" in stock.call(
@@ -57,7 +57,7 @@ def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_s
 
 
 def test_killed_flower_processes_lose_nothing_and_charge_once(
-    stock: StockFederation, in_one_process: Callable[..., Path]
+    stock: StockFederation, run_in_one_process: Callable[..., Path]
 ) -> None:
     north = stock.sites["north"]
     north.hold(True)
@@ -70,11 +70,11 @@ def test_killed_flower_processes_lose_nothing_and_charge_once(
     north.hold(False)
     north.wait_for("two", "commit", round=1)
     stock.kill(stock.superexec)
-    assert stock.until_over(run) == "finished:failed"
+    assert stock.wait_until_over(run) == "finished:failed"
     stock.start_lead()
     again = stock.submit("two-again", [f"resume={stock.run_folder('two')}"], begins=False)
-    assert stock.until_over(again) == "finished:completed", stock.call("flwr", "log", again, "banks", "--show")
-    check_same_adapter(stock, "two", in_one_process("two", *DEBUG), tolerance=0)
+    assert stock.wait_until_over(again) == "finished:completed", stock.call("flwr", "log", again, "banks", "--show")
+    check_same_adapter(stock, "two", run_in_one_process("two", *DEBUG), tolerance=0)
     check_whole(stock, "two", rounds=2)
 
 
@@ -86,5 +86,5 @@ def test_killed_site_is_asked_again_and_charged_for_started_rounds(stock: StockF
     north.up.kill()
     north.hold(False)
     stock.start_site(north)
-    assert stock.until_over(run) == "finished:completed", stock.call("flwr", "log", run, "banks", "--show")
+    assert stock.wait_until_over(run) == "finished:completed", stock.call("flwr", "log", run, "banks", "--show")
     check_whole(stock, "three", charged={"north": 3, "south": 2, "west": 2})

@@ -31,11 +31,11 @@ from fedtune.ops.wire.waiting import WAIT
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import Difference, Offer, Reason, Receipt, Refusal, Update
 
-from ..flower.loopback import free_port
+from ..flower.loopback import find_free_port
 from ..processes import RUN_S, wait_for
 from . import outbound
 from .books import check_books
-from .federation import ONE_THREAD, Federation, dealt, settings, write_records
+from .federation import ONE_THREAD, Federation, list_settings, partition_records, write_records
 from .site_folder import SiteFolder
 
 HERE = Path(__file__).parent
@@ -73,14 +73,14 @@ class Wire:
 def wire(make_federation: Callable[..., Federation]) -> Wire:
     federation = make_federation(names=SITES)
     north, south = (federation.sites[name] for name in SITES)
-    few = [*dealt(SITES)["north"][: COUNT - 1], Record({"text": PLANTED, "label": "age_limit"})]
+    few = [*partition_records(SITES)["north"][: COUNT - 1], Record({"text": PLANTED, "label": "age_limit"})]
     write_records(north.folder / "questions.csv", few)
     recorded = federation.folder / "recorded.jsonl"
     _start_proxy(federation, north, recorded)
     federation.start(held=True)
     _run(federation)
     listening = {
-        name: listening_ports(process.pid, whole_network=federation.network.isolated)
+        name: list_listening_ports(process.pid, whole_network=federation.network.isolated)
         for name, process in (("server", federation.server), ("south", south.up))
     }
     for site in (north, south):
@@ -91,7 +91,7 @@ def wire(make_federation: Callable[..., Federation]) -> Wire:
     return Wire(federation, north, [call for call in calls if call not in waits], waits, listening)
 
 
-def listening_ports(pid: int, *, whole_network: bool) -> list[int]:
+def list_listening_ports(pid: int, *, whole_network: bool) -> list[int]:
     """TCP ports on which the process `pid` listens, or anybody in its network, from /proc."""
     inodes, found = set(), []
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
@@ -110,33 +110,33 @@ def _run(federation: Federation) -> None:
     north, south = (federation.sites[name] for name in SITES)
     policy = read_policy(north.site_toml)
     south.hold(True)
-    lead = federation.lead(RUN, *settings("federation.num_rounds=4", "federation.min_sites=1"))
+    lead = federation.lead(RUN, *list_settings("federation.num_rounds=4", "federation.min_sites=1"))
 
-    def answered(what: str) -> None:
+    def wait_for_answer(what: str) -> None:
         wait_for(lambda: north.answered(what, RUN), seconds=RUN_S, what=f"north's {what}", needs=lead)
 
-    def next_round(round: int) -> None:
+    def release_next_round(round: int) -> None:
         """Let south, which is held up, finish its round, and hold it up again in the next."""
         south.wait_for(RUN, "reserve", round=round, lead=lead)
         south.hold(False)
         south.wait_for(RUN, "commit", round=round, lead=lead)
         south.hold(True)
 
-    answered("update")
+    wait_for_answer("update")
     (north.folder / "fail").write_text(EXCEPTION)
-    next_round(1)
-    answered("site_error")
+    release_next_round(1)
+    wait_for_answer("site_error")
     (north.folder / "fail").unlink()
     north.edit(limits={"max_local_steps": 1})
-    next_round(2)
-    answered("max_local_steps")
+    release_next_round(2)
+    wait_for_answer("max_local_steps")
     write_policy(policy, north.site_toml, others=ONE_THREAD)
     # In the header: a record that cannot be read is left out, and ends nothing.
     questions = north.folder / "questions.csv"
     questions.write_bytes(PLANTED.encode() + b"\xff," + questions.read_bytes())
     federation.do("site", "pause", "--kit", str(north.kit))
-    next_round(3)
-    answered("paused")
+    release_next_round(3)
+    wait_for_answer("paused")
     south.hold(False)
     federation.do("site", "resume", "--kit", str(north.kit))
     assert lead.end() == 0, lead.text
@@ -144,7 +144,7 @@ def _run(federation: Federation) -> None:
 
 def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> None:
     """Put a proxy before the server, for one site, whose kit then leads there."""
-    listen = f"127.0.0.1:{free_port()}"
+    listen = f"127.0.0.1:{find_free_port()}"
     authority, key = Authority.load(federation.home / "authority"), generate_connection_key()
     about = {"kind": "server", "name": "server", "hosts": ["127.0.0.1"], "days": 1, "now": datetime.now(UTC)}
     certificate = authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> No
     file.write_text(file.read_text().replace(kit.server, listen))
 
 
-def names_of(kind: type) -> set[str]:
+def list_field_names(kind: type) -> set[str]:
     return {field.name for field in fields(kind)}
 
 
@@ -200,36 +200,36 @@ def test_wait_request_contains_only_the_question_count(wire: Wire) -> None:
         numbers.append(int(number))
     # They are the server's, which counts its lead's questions.
     assert numbers[0] == -1
-    assert max(numbers) <= len(outbound.messages_of(wire.calls))
+    assert max(numbers) <= len(outbound.collect_messages(wire.calls))
 
 
 def test_site_answers_use_only_fedtune_types(wire: Wire) -> None:
     found = []
-    for request, content in outbound.messages_of(wire.calls):
+    for request, content in outbound.collect_messages(wire.calls):
         assert list(request.clientapp_runtime_list) == [0.0]
         assert list(content.metric_records) == []
-        found.append(checked_answer(content))
+        found.append(check_answer(content))
     # A site that waits says so again and again.
     assert [one for at, one in enumerate(found) if at == 0 or one != found[at - 1]] == ANSWERS
-    objects = outbound.objects_of(wire.calls)
-    kinds = sorted(map(outbound.kind_of, objects.values()))
+    objects = outbound.collect_objects(wire.calls)
+    kinds = sorted(map(outbound.read_object_kind, objects.values()))
     assert set(kinds) == {"Message", "RecordDict", "ConfigRecord", "ArrayRecord", "Array", "ArrayChunk"}
     # No object came that is part of no answer, and the one array is the update's.
-    assert set(objects) == outbound.announced_ids(wire.calls)
+    assert set(objects) == outbound.list_announced_ids(wire.calls)
     assert [kind for kind in kinds if "Array" in kind] == ["Array", "ArrayChunk", "ArrayRecord"]
 
 
-def checked_answer(content: Any) -> tuple[int, str]:
+def check_answer(content: Any) -> tuple[int, str]:
     """(round, what) of an answer, whose every field is one of a release type's."""
     (config,) = content.config_records.values()
     assert list(config) == ["json"]
     said = json.loads(config["json"])
     if flower_records.RECEIPT in content:
         assert set(content) == {flower_records.RECEIPT}
-        assert set(said) == names_of(Receipt)
+        assert set(said) == list_field_names(Receipt)
         assert said["run"].startswith(f"{RUN}-")
         return 0, "end"
-    assert set(said["receipt"]) == names_of(Receipt)
+    assert set(said["receipt"]) == list_field_names(Receipt)
     reply = flower_records.to_reply(content)
     assert reply.receipt is not None
     assert reply.receipt.has_valid_signature()
@@ -238,7 +238,7 @@ def checked_answer(content: Any) -> tuple[int, str]:
     assert reply.is_signed()
     if isinstance(body, Offer):
         assert set(content) == {flower_records.REPLY}
-        assert set(said) - {"kind", "receipt"} == names_of(Offer)
+        assert set(said) - {"kind", "receipt"} == list_field_names(Offer)
         return 0, "offer"
     if isinstance(body, Update):
         assert set(content) == {flower_records.REPLY, flower_records.UPDATE}
@@ -246,12 +246,12 @@ def checked_answer(content: Any) -> tuple[int, str]:
         assert body.scores is None
         return body.round, "update"
     assert set(content) == {flower_records.REPLY}
-    assert set(said) - {"kind", "receipt"} == names_of(Refusal)
+    assert set(said) - {"kind", "receipt"} == list_field_names(Refusal)
     assert body.reason is Reason.MAX_LOCAL_STEPS or (body.asked, body.allowed) == (None, None)
     return body.round, body.reason.value
 
 
-def secrets_of(wire: Wire) -> list[str]:
+def list_secrets(wire: Wire) -> list[str]:
     """Texts that have no business outside the site."""
     own = [str(wire.north.folder), str(wire.federation.folder), str(Path.home()), socket.gethostname()]
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
@@ -261,8 +261,8 @@ def secrets_of(wire: Wire) -> list[str]:
 
 def test_no_record_path_name_or_exception_leaves_the_site(wire: Wire) -> None:
     everything = [call.path.encode() + json.dumps(call.headers).encode() + call.body for call in wire.calls]
-    texts = [text.encode() for text in all_texts(wire)]
-    for secret in secrets_of(wire):
+    texts = [text.encode() for text in list_all_texts(wire)]
+    for secret in list_secrets(wire):
         # A short name would be found in numbers and signatures too, by chance.
         pattern = re.compile(rb"(?<![a-z0-9])" + re.escape(secret.lower().encode()) + rb"(?![a-z0-9])")
         assert not any(pattern.search(each.lower()) for each in (everything if len(secret) > 7 else texts)), secret
@@ -272,21 +272,23 @@ def test_no_record_path_name_or_exception_leaves_the_site(wire: Wire) -> None:
 
 def test_true_record_count_does_not_leave_the_site(wire: Wire) -> None:
     assert len((wire.north.folder / "questions.csv").read_bytes().splitlines()) == COUNT + 1
-    assert all(number != COUNT for _, number in all_numbers(wire))
-    assert {"flwr.proto.Node.node_id", "json", "shape"} < {name for name, _ in all_numbers(wire)}
-    for text in all_texts(wire):
+    assert all(number != COUNT for _, number in list_all_numbers(wire))
+    assert {"flwr.proto.Node.node_id", "json", "shape"} < {name for name, _ in list_all_numbers(wire)}
+    for text in list_all_texts(wire):
         # Not inside of longer numbers, hashes and signatures.
         assert not re.search(rf"(?<![\w.+/=]){COUNT}(?![\w.+/=])", text), text
 
 
-def all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
+def list_all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
     """Every number in Flower's messages, objects and fedtune's JSON; not those of the update, which are noised."""
     for call in wire.calls:
-        yield from outbound.numbers_in(call.request)
-    for _, content in outbound.messages_of(wire.calls):
+        yield from outbound.list_numbers(call.request)
+    for _, content in outbound.collect_messages(wire.calls):
         for config in content.config_records.values():
             yield from (
-                ("json", leaf) for leaf in outbound.leaves_of(json.loads(config["json"])) if type(leaf) in (int, float)
+                ("json", leaf)
+                for leaf in outbound.iter_leaves(json.loads(config["json"]))
+                if type(leaf) in (int, float)
             )
         for arrays in content.array_records.values():
             for array in arrays.values():
@@ -297,15 +299,15 @@ def all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
                 yield "round", update.round
 
 
-def all_texts(wire: Wire) -> Iterator[str]:
+def list_all_texts(wire: Wire) -> Iterator[str]:
     """Every text of headers, Flower's messages and fedtune's JSON; not keys, signatures and times."""
     for call in wire.calls:
         # Its length is the body's, whatever it comes to.
         assert ("content-length", str(len(call.body))) in call.headers
         assert {name for name, _ in call.headers} <= HEADERS
         yield from (value for name, value in call.headers if name not in NOT_WORDS)
-        yield from outbound.texts_in(call.request)
-    for _, content in outbound.messages_of(wire.calls):
+        yield from outbound.list_texts(call.request)
+    for _, content in outbound.collect_messages(wire.calls):
         yield from (str(config["json"]) for config in content.config_records.values())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ..conftest import command, simulate
+from ..conftest import run_command, simulate
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def folder_of(given: list[str]) -> Path:
+def find_run_folder(given: list[str]) -> Path:
     """Of the run of these overrides."""
     said = dict(one.partition("=")[::2] for one in given)
     return Path(said["tracking.output_dir"].strip("'"), said["name"])
@@ -37,8 +37,8 @@ def run(settings: Callable[..., list[str]]) -> Callable[..., Path]:
         key = (*overrides, task)
         if key not in made:
             given = settings(*overrides, task=task, name=f"run-{len(made)}")
-            assert command("simulate", *given).code == 0
-            made[key] = folder_of(given)
+            assert run_command("simulate", *given).code == 0
+            made[key] = find_run_folder(given)
         return made[key]
 
     return make

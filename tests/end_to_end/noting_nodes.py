@@ -15,7 +15,7 @@ from fedtune.flower.site_app import forward_message
 from fedtune.flower.site_socket import make_client_app
 
 
-def noted(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
+def note_node(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
     import ray
 
     actor = ray.get_runtime_context()
@@ -26,7 +26,7 @@ def noted(context: Context, kind: str, created_at: float, content: RecordDict) -
     return forward_message(context, kind, created_at, content)
 
 
-app = make_client_app(noted)
+app = make_client_app(note_node)
 
 if __name__ == "__main__":
     from fedtune.cli.main import main

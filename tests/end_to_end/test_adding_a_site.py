@@ -20,9 +20,9 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 
-from ..conftest import REPOSITORY, parsed, result_of
-from ..flower.loopback import free_port
-from ..forked import forked_commands
+from ..conftest import REPOSITORY, parse_command, read_result
+from ..flower.loopback import find_free_port
+from ..forked import write_forked_commands
 from ..processes import Process
 
 pytestmark = pytest.mark.nightly
@@ -35,7 +35,7 @@ BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """Language and content of each fenced block."""
 
 
-def script(page: str) -> str:
+def extract_script(page: str) -> str:
     """All that the page has a person do, in its order: files to write, commands to type."""
     parts = ["set -eu", "trap 'echo \"FAILED: $BASH_COMMAND\"' ERR"]
     for language, content in BLOCKS.findall(page):
@@ -68,11 +68,11 @@ def test_step_table_counts_every_step_of_the_page() -> None:
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def pasted_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Paste the page into a shell in a folder."""
     folder, beside = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("beside")
-    bash = ["bash", "-c", script(PAGE.read_text()).replace(PORT, str(free_port()))]
-    with forked_commands(beside) as commands:
+    bash = ["bash", "-c", extract_script(PAGE.read_text()).replace(PORT, str(find_free_port()))]
+    with write_forked_commands(beside) as commands:
         way = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         given = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PATH": way}
         # In a group of its own, so that what it started can be ended.
@@ -89,8 +89,8 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(folder=folder, printed=shell.text)
 
 
-def test_every_round_includes_every_site_within_its_budget(followed: Any) -> None:
-    result = result_of(followed.folder / "runs" / "first")
+def test_every_round_includes_every_site_within_its_budget(pasted_page: Any) -> None:
+    result = read_result(pasted_page.folder / "runs" / "first")
     assert [one["round"] for one in result["rounds"]] == [1, 2]
     for one in result["rounds"]:
         assert (sorted(one["sites"]), one["failed_sites"]) == (list(SITES), {})
@@ -98,7 +98,7 @@ def test_every_round_includes_every_site_within_its_budget(followed: Any) -> Non
     assert privacy["seeded_noise"] is False
     assert sorted(privacy["sites"]) == list(SITES)
     for site, spent in privacy["sites"].items():
-        files = SiteFiles.from_site_toml(followed.folder / site / "site.toml")
+        files = SiteFiles.from_site_toml(pasted_page.folder / site / "site.toml")
         history = verify(files.ledger, anchor=Head.read(files.anchor)).history
         assert sum(history.total_charges().values()) == spent["steps"] == 10
         most = files.policy.budget.max_epsilon_per_run
@@ -107,35 +107,35 @@ def test_every_round_includes_every_site_within_its_budget(followed: Any) -> Non
         assert 0 < charged <= files.policy.budget.max_epsilon
 
 
-def test_tutorial_output_matches_the_actual_output(followed: Any) -> None:
-    def shape(text: str) -> str:
+def test_tutorial_output_matches_the_actual_output(pasted_page: Any) -> None:
+    def mask_varying(text: str) -> str:
         """Without what differs from run to run: words with digits in them, and how text was broken into lines.
 
         A fingerprint is groups of four digits to base 16, and one group in fifty has letters alone.
         """
         return " ".join("#" if re.search(r"\d|^[a-f]{4}$", word) else word for word in text.split())
 
-    printed = shape(followed.printed)
+    printed = mask_varying(pasted_page.printed)
     for language, content in BLOCKS.findall(PAGE.read_text()):
         for line in content.splitlines() if language == "text" else ():
             # How long the rest takes is said only while there is a rest.
             line = re.sub(r" \| about .* left$", "", line)
-            assert shape(line) in printed, line
+            assert mask_varying(line) in printed, line
 
 
-def test_policy_differs_from_the_template_only_in_documented_lines(followed: Any) -> None:
+def test_policy_differs_from_the_template_only_in_documented_lines(pasted_page: Any) -> None:
     tables = {"population", "dataset", "budget", "limits", "allow", "releases", "machine", "trust", "asserted"}
 
-    def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    def flatten_table(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in table.items():
             value = value[0] if key == "dataset" else value
             if isinstance(value, dict) and f"{prefix}{key}" in tables:
-                yield from flat(value, f"{prefix}{key}.")
+                yield from flatten_table(value, f"{prefix}{key}.")
             else:
                 yield f"{prefix}{key}", value
 
     ours, template = (
-        dict(flat(tomllib.loads((followed.folder / name).read_text())))
+        dict(flatten_table(tomllib.loads((pasted_page.folder / name).read_text())))
         for name in ("south-hospital/site.toml", "template.toml")
     )
     asked = {"asserted.no_person_at_another_site"}  # the template has no answer
@@ -149,7 +149,7 @@ def test_policy_differs_from_the_template_only_in_documented_lines(followed: Any
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-def typed(text: str) -> Iterator[str]:
+def list_typed_commands(text: str) -> Iterator[str]:
     """Each fedtune command in a page's blocks, without what stands beside it: comments, pipes, files for its output."""
     for _, content in BLOCKS.findall(text):
         joined = re.sub(r"\\\n\s*", "", content)
@@ -160,15 +160,15 @@ def typed(text: str) -> Iterator[str]:
             yield from [words.replace(several[0], one) for one in several[0].split("|")] if several else [words]
 
 
-def named(text: str) -> Iterator[str]:
+def list_named_commands(text: str) -> Iterator[str]:
     """Each in its running text, mostly without its arguments."""
     yield from re.findall(r"`(fedtune [^`]*)`", BLOCKS.sub("", text).replace("\n", " "))
 
 
-def mistake(command: str) -> str:
+def find_mistake(command: str) -> str:
     """What the command line has against a command; empty for nothing."""
     try:
-        parsed(*shlex.split(command)[1:])
+        parse_command(*shlex.split(command)[1:])
     except click.UsageError as error:
         return error.format_message()
     except click.exceptions.Exit:  # of --help
@@ -179,15 +179,15 @@ def mistake(command: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_documented_command_can_be_parsed(page: Path) -> None:
     text = page.read_text()
-    for command in typed(text):
-        assert not mistake(command), command
-    for command in named(text):
-        found = mistake(command)
+    for command in list_typed_commands(text):
+        assert not find_mistake(command), command
+    for command in list_named_commands(text):
+        found = find_mistake(command)
         assert not found or found.startswith("Missing "), f"{command}: {found}"
 
 
 def test_command_search_finds_commands_and_detects_mistakes() -> None:
-    assert len(list(typed(PAGE.read_text()))) > 25
-    assert len(list(named(PAGE.read_text()))) > 5
+    assert len(list(list_typed_commands(PAGE.read_text()))) > 25
+    assert len(list(list_named_commands(PAGE.read_text()))) > 5
     for wrong in ("fedtune site begin", "fedtune site doctor --kits x", "fedtune ledger show --json"):
-        assert mistake(wrong)
+        assert find_mistake(wrong)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ..cli import snapshots
-from ..conftest import command, tiny
+from ..conftest import list_tiny_overrides, run_command
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def refuse(tmp_path: Path) -> Callable[..., str]:
     def run(*overrides: str) -> str:
         runs = tmp_path / "runs"
         runs.mkdir(exist_ok=True)
-        outcome = command("simulate", *tiny(*overrides, into=runs))
+        outcome = run_command("simulate", *list_tiny_overrides(*overrides, into=runs))
         assert outcome.code == 2, outcome
         assert "Traceback" not in outcome.out + outcome.err
         assert list(runs.iterdir()) == []
@@ -27,7 +27,7 @@ def refuse(tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-@snapshots.mistakes("mistakes-settings")
+@snapshots.parametrize_mistakes("mistakes-settings")
 def test_invalid_setting_is_named_with_its_key_value_and_bound(refuse: Callable[..., str], typed: str) -> None:
     """With key, value and bound; of each bound that no spec has by itself."""
     snapshots.check_message("mistakes-settings", typed, refuse(*shlex.split(typed)))
@@ -57,7 +57,7 @@ def test_malformed_line_is_named_with_its_file_and_number(
 def test_evaluate_names_invalid_files_and_options(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"text": "a", "label": "parking"}\n')
-    assert f"{file}:1" in command("evaluate", str(folder), "--data", str(file), "--device", "cpu").failed()
-    outcome = command("evaluate", str(folder), "--data", str(tmp_path / "gone.csv"), "--device", "cpu")
+    assert f"{file}:1" in run_command("evaluate", str(folder), "--data", str(file), "--device", "cpu").failed()
+    outcome = run_command("evaluate", str(folder), "--data", str(tmp_path / "gone.csv"), "--device", "cpu")
     assert outcome.failed().startswith("--data = ")
-    assert "config.yaml" in command("evaluate", str(tmp_path), "--data", str(file)).failed()
+    assert "config.yaml" in run_command("evaluate", str(tmp_path), "--data", str(file)).failed()

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
-from fedtune.config import saved_config
-from fedtune.privacy.filter import epsilon_conversion_term, total_divergence
+from fedtune.config import read_saved_config
+from fedtune.privacy.filter import compute_total_divergence, epsilon_conversion_term
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from ..cli import snapshots
-from ..conftest import command, result_of, tiny
+from ..conftest import list_tiny_overrides, read_result, run_command
 
 ROUNDS = 3
 SITES = ("site-1", "site-2")
@@ -27,89 +27,89 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kept sites as a first run left them."""
     folder = tmp_path_factory.mktemp("first")
     settings = (f"runtime.sites_dir={folder / 'kept'}", f"federation.num_rounds={ROUNDS}")
-    assert command("simulate", *tiny(*settings, into=folder / "runs", name="first")).code == 0
+    assert run_command("simulate", *list_tiny_overrides(*settings, into=folder / "runs", name="first")).code == 0
     return folder / "kept"
 
 
 @pytest.fixture
-def kept(first_run: Path, tmp_path: Path) -> Path:
+def kept_sites(first_run: Path, tmp_path: Path) -> Path:
     """Where the sites are kept over the runs."""
     return Path(shutil.copytree(first_run, tmp_path / "kept"))
 
 
 @pytest.fixture
-def run(kept: Path, tmp_path: Path) -> Callable[..., Any]:
+def run(kept_sites: Path, tmp_path: Path) -> Callable[..., Any]:
     """`fedtune simulate` against the kept sites, which one run was charged to already."""
 
     def start(name: str, *overrides: str) -> Any:
-        settings = (f"runtime.sites_dir={kept}", f"federation.num_rounds={ROUNDS}")
-        return command("simulate", *tiny(*settings, *overrides, into=tmp_path / "runs", name=name))
+        settings = (f"runtime.sites_dir={kept_sites}", f"federation.num_rounds={ROUNDS}")
+        return run_command("simulate", *list_tiny_overrides(*settings, *overrides, into=tmp_path / "runs", name=name))
 
     return start
 
 
-def ledger(kept: Path, site: str) -> Verified:
+def verify_ledger(kept: Path, site: str) -> Verified:
     return verify(kept / site / "ledger.db")
 
 
-def events(kept: Path) -> dict[str, tuple[Event, ...]]:
-    return {site: ledger(kept, site).events for site in SITES}
+def read_events(kept: Path) -> dict[str, tuple[Event, ...]]:
+    return {site: verify_ledger(kept, site).events for site in SITES}
 
 
 def allow_rounds(kept: Path, site: str, count: float) -> None:
     """Raise a site's lifetime cap to the cost of so many rounds in all, as its owner would in an editor."""
-    history, path = ledger(kept, site).history, kept / site / "site.toml"
+    history, path = verify_ledger(kept, site).history, kept / site / "site.toml"
     (first, *_) = history.runs.values()
-    cap = count * total_divergence([first.plan.event()], history.order) + epsilon_conversion_term(
+    cap = count * compute_total_divergence([first.plan.event()], history.order) + epsilon_conversion_term(
         history.order, history.delta
     )
     policy = read_policy(path)
     write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=cap)), path)
 
 
-def test_second_run_is_reduced_and_third_refused_by_the_budget(run: Any, kept: Path, tmp_path: Path) -> None:
+def test_second_run_is_reduced_and_third_refused_by_the_budget(run: Any, kept_sites: Path, tmp_path: Path) -> None:
     for site in SITES:
-        allow_rounds(kept, site, 1.5 * ROUNDS + 1.0)
+        allow_rounds(kept_sites, site, 1.5 * ROUNDS + 1.0)
     second = run("second", "federation.if_over_budget=fewer_rounds")
     assert (second.code, second.err) == (0, "")
     assert "room for 2 rounds at noise multiplier 4" in second.out
     folder = tmp_path / "runs" / "second"
-    assert saved_config(folder).federation.num_rounds == 2
-    result = result_of(folder)
+    assert read_saved_config(folder).federation.num_rounds == 2
+    result = read_result(folder)
     assert [entry["round"] for entry in result["rounds"]] == [1, 2]
     assert [entry["sites"] for entry in result["rounds"]] == [list(SITES)] * 2
     for site in SITES:
         spent = result["privacy"]["sites"][site]
         assert (spent["rounds"], spent["steps"]) == (2, 4)
-        history = ledger(kept, site).history
+        history = verify_ledger(kept_sites, site).history
         step = PoissonSampledDpEvent(0.2, GaussianDpEvent(4.0))
         assert history.total_charges() == {step: 2 * ROUNDS + 2 * 2}, "both runs, in one ledger"
         assert history.cap > history.policies[0][1]
-    before = events(kept)
+    before = read_events(kept_sites)
     third = run("third", "federation.if_over_budget=fewer_rounds")
     assert third.failed(3).startswith("0 of 2 sites have room for a run")
     for site in SITES:
         assert f"{site}: max_epsilon, asked " in third.message
-        assert f"allowed at most {read_policy(kept / site / 'site.toml').budget.max_epsilon:g}" in third.message
-        (offer,) = ledger(kept, site).events[len(before[site]) :]
+        assert f"allowed at most {read_policy(kept_sites / site / 'site.toml').budget.max_epsilon:g}" in third.message
+        (offer,) = verify_ledger(kept_sites, site).events[len(before[site]) :]
         assert (offer.kind, offer.detail["most_rounds"]) == (Kind.RELEASE, 0)
     assert not (tmp_path / "runs" / "third").exists()
 
 
 @pytest.mark.by_day("seed=5", "data.train_file=simulations/data/banking77/test.jsonl.gz")
-@snapshots.mistakes("mistakes-kept-sites")
+@snapshots.parametrize_mistakes("mistakes-kept-sites")
 def test_changed_partition_is_refused_next_to_existing_ledgers(
-    run: Any, kept: Path, tmp_path: Path, typed: str
+    run: Any, kept_sites: Path, tmp_path: Path, typed: str
 ) -> None:
-    before = events(kept)
-    message = run("second", typed).failed().replace(str(kept), "KEPT")
+    before = read_events(kept_sites)
+    message = run("second", typed).failed().replace(str(kept_sites), "KEPT")
     snapshots.check_message("mistakes-kept-sites", typed, message)
-    assert events(kept) == before
+    assert read_events(kept_sites) == before
     assert not (tmp_path / "runs" / "second").exists()
 
 
-def test_invalid_policy_stops_the_run_before_training(run: Any, kept: Path, tmp_path: Path) -> None:
-    path = kept / "site-1" / "site.toml"
+def test_invalid_policy_stops_the_run_before_training(run: Any, kept_sites: Path, tmp_path: Path) -> None:
+    path = kept_sites / "site-1" / "site.toml"
     path.write_text(path.read_text().replace("max_rounds", "max_round"))
     for wanted in ("fewer_rounds", "more_noise"):
         outcome = run(wanted, f"federation.if_over_budget={wanted}")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ..cli import snapshots
-from ..conftest import command, result_of, simulate, tiny
+from ..conftest import list_tiny_overrides, read_result, run_command, simulate
 
 pytestmark = pytest.mark.nightly
 
@@ -19,7 +19,7 @@ ANSWERS = {"red": "stop", "green": "go", "blue": "swim"}
 ROWS = 60
 
 
-def conversation(number: int) -> str:
+def build_conversation(number: int) -> str:
     first, second = (list(ANSWERS)[(number + step) % 3] for step in (0, 1))
     said = [f"{first} {number}", ANSWERS[first], second, ANSWERS[second]]
     roles = ("user", "assistant") * 2
@@ -31,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same sixty conversations as chats and as texts; the lead's are a sixth of them."""
     folder = tmp_path_factory.mktemp("files")
     texts = [
-        {"role": conversation(number), "text": f"{conversation(number)}!", "who": f"p{number % 20}"}
+        {"role": build_conversation(number), "text": f"{build_conversation(number)}!", "who": f"p{number % 20}"}
         for number in range(ROWS)
     ]
     for name, rows in (("train", texts), ("test", texts[::6])):
@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tune_model(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(*overrides: str) -> Path:
         given = (
             *("model=random_llama", "data=e2e_nlg", "task=causal_lm", f"data.train_file='{files / 'train.csv'}'"),
@@ -62,9 +62,11 @@ TEXT = ("data.columns={text: text}", "evaluation.generate=true")
 
 @pytest.mark.parametrize("private", [True, False], ids=["private", "plain"])
 @pytest.mark.parametrize("layout", [CHAT, TEXT], ids=["chat", "text"])
-def test_chat_and_text_runs_train_and_report_scores(tuned: Any, layout: tuple[str, ...], private: bool) -> None:
+def test_chat_and_text_runs_train_and_report_scores(tune_model: Any, layout: tuple[str, ...], private: bool) -> None:
     scored = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=4.0", "data.heldout_fraction=0.4")
-    result = result_of(tuned(*layout, "evaluation.max_new_tokens=6", *(scored if private else ("privacy=none",))))
+    result = read_result(
+        tune_model(*layout, "evaluation.max_new_tokens=6", *(scored if private else ("privacy=none",)))
+    )
     scores, before = result["final"]["metrics"], result["final"]["metrics_before"]
     assert np.isfinite(scores["loss"])
     assert set(scores) == ({"loss", "perplexity", "bleu", "rouge_l"} if layout == CHAT else {"loss", "perplexity"})
@@ -87,16 +89,16 @@ GOOD, BAD = ("red", "green", "blue"), ("one", "two", "three four")
 SCORES = ["accuracy", "accuracy_length_controlled", "margin", "margin_length_controlled", "loss"]
 
 
-def said(role: str, content: str) -> dict[str, str]:
+def make_turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def rows(form: str) -> list[dict[str, Any]]:
+def make_pairs(form: str) -> list[dict[str, Any]]:
     """Ninety pairs, in which a color is better than a number; in a third of them the color is the longer answer."""
     found: list[dict[str, Any]] = []
     for number in range(90):
         asked, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
-        whole = {name: [said("user", asked), said("assistant", text)] for name, text in answers.items()}
+        whole = {name: [make_turn("user", asked), make_turn("assistant", text)] for name, text in answers.items()}
         found.append(whole if form == "whole" else {"asked": asked, **answers})
     return found
 
@@ -108,13 +110,13 @@ COLUMNS = {
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+def list_pair_overrides(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """The overrides of a tiny run on pairs of a form."""
     into = tmp_path_factory.mktemp("files")
 
     def make(form: str, *overrides: str) -> list[str]:
         file = into / f"{form}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows(form)))
+        file.write_text("".join(json.dumps(row) + "\n" for row in make_pairs(form)))
         return [
             *("experiment=own_preferences", "model=random_llama", "lora=all_linear", "lora.layers=null"),
             *(f"data.train_file='{file}'", "data.validation_file=null", "data.test_file=null"),
@@ -128,14 +130,16 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def private(given: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def private_run(list_pair_overrides: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     held_out = ("data.heldout_fraction=0.2", "privacy.metrics=noised")
-    folder: Path = simulate(*given("text", *held_out), into=tmp_path_factory.mktemp("runs"), name="private")
+    folder: Path = simulate(
+        *list_pair_overrides("text", *held_out), into=tmp_path_factory.mktemp("runs"), name="private"
+    )
     return folder
 
 
-def test_private_preference_run_is_scored_charged_and_reported(private: Path) -> None:
-    result = result_of(private)
+def test_private_preference_run_is_scored_charged_and_reported(private_run: Path) -> None:
+    result = read_result(private_run)
     assert result["task"] == "preference"
     assert list(result["final"]["metrics"]) == SCORES
     assert set(result["rounds"][0]["metrics"]) == set(SCORES)
@@ -143,15 +147,17 @@ def test_private_preference_run_is_scored_charged_and_reported(private: Path) ->
     assert result["final"]["metrics"] != result["final"]["metrics_before"]
     assert 0 < result["privacy"]["epsilon"] < 8
     assert not any(one["failed_sites"] for one in result["rounds"])
-    assert command("report", "verify", str(private / "report.json")).code == 0
+    assert run_command("report", "verify", str(private_run / "report.json")).code == 0
 
 
-def test_preference_run_without_privacy_learns(given: Any, tmp_path: Path) -> None:
+def test_preference_run_without_privacy_learns(list_pair_overrides: Any, tmp_path: Path) -> None:
     learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
     beta = ("task_settings.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
     # Who is sampled decides how much is learned in so few steps: of fresh samples some run learns too little.
-    plain = simulate(*given("whole", *learns, *beta, "runtime.seeded_noise=true"), into=tmp_path, name="plain")
-    final = result_of(plain)["final"]
+    plain = simulate(
+        *list_pair_overrides("whole", *learns, *beta, "runtime.seeded_noise=true"), into=tmp_path, name="plain"
+    )
+    final = read_result(plain)["final"]
     assert list(final["metrics"]) == [*SCORES, "bleu", "rouge_l"]
     for score in ("accuracy", "accuracy_length_controlled"):
         assert final["metrics"][score] > final["metrics_before"][score] + 0.3, "of answers of any length"
@@ -159,14 +165,16 @@ def test_preference_run_without_privacy_learns(given: Any, tmp_path: Path) -> No
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"] - 0.1
 
 
-def test_continued_preference_run_keeps_the_base_as_reference(given: Any, private: Path, tmp_path: Path) -> None:
-    more = given("text", f"model.adapter={private}", "federation.num_rounds=1")
-    before = result_of(simulate(*more, into=tmp_path, name="more"))["final"]["metrics_before"]
-    assert before == result_of(private)["final"]["metrics"]
+def test_continued_preference_run_keeps_the_base_as_reference(
+    list_pair_overrides: Any, private_run: Path, tmp_path: Path
+) -> None:
+    more = list_pair_overrides("text", f"model.adapter={private_run}", "federation.num_rounds=1")
+    before = read_result(simulate(*more, into=tmp_path, name="more"))["final"]["metrics_before"]
+    assert before == read_result(private_run)["final"]["metrics"]
     assert before["loss"] != pytest.approx(0.6931, abs=1e-4)
 
 
-@snapshots.mistakes("mistakes-preference")
-def test_incompatible_preference_settings_are_named(given: Any, tmp_path: Path, typed: str) -> None:
-    message = command("simulate", *tiny(*given("text"), typed, into=tmp_path)).failed()
+@snapshots.parametrize_mistakes("mistakes-preference")
+def test_incompatible_preference_settings_are_named(list_pair_overrides: Any, tmp_path: Path, typed: str) -> None:
+    message = run_command("simulate", *list_tiny_overrides(*list_pair_overrides("text"), typed, into=tmp_path)).failed()
     snapshots.check_message("mistakes-preference", typed, message)

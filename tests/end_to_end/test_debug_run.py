@@ -11,33 +11,33 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.data.load import lead_records, sample_rows
 from fedtune.privacy.ledger.verify import verify
 
 from ..cli import snapshots
-from ..conftest import check_planned_bytes, command, result_of, tiny
+from ..conftest import check_planned_bytes, list_tiny_overrides, read_result, run_command
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def printed_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of a run with noise that was calibrated for it, and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
     arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.device=cpu")
     further = ("runtime.num_threads=1", "head.center=true", "data.test_rows=40", "federation.num_rounds=3")
-    outcome = command("simulate", *arguments, *further)
+    outcome = run_command("simulate", *arguments, *further)
     assert outcome.err == ""
     return runs / "whole", outcome.printed
 
 
 @pytest.fixture(scope="module")
-def folder(printed: tuple[Path, str]) -> Path:
-    return printed[0]
+def folder(printed_run: tuple[Path, str]) -> Path:
+    return printed_run[0]
 
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> Any:
-    return result_of(folder)
+    return read_result(folder)
 
 
 def test_run_folder_contains_the_documented_files(folder: Path) -> None:
@@ -47,21 +47,21 @@ def test_run_folder_contains_the_documented_files(folder: Path) -> None:
         assert key.stat().st_mode & 0o077 == 0, "a private key is for its owner alone"
 
 
-def settled(value: Any) -> Any:
+def mask_varying(value: Any) -> Any:
     """Without what differs from run to run and from machine to machine."""
     if isinstance(value, dict):
         open_to_chance = value.keys() & {"detail", "energy", "findings"}
-        return {key: settled(inner) for key, inner in value.items()} | dict.fromkeys(open_to_chance, "any")
+        return {key: mask_varying(inner) for key, inner in value.items()} | dict.fromkeys(open_to_chance, "any")
     if isinstance(value, list):
-        return [settled(inner) for inner in value]
+        return [mask_varying(inner) for inner in value]
     return "number" if isinstance(value, float) or (isinstance(value, int) and value > 999) else value
 
 
 def test_run_json_has_its_documented_keys_and_the_adapter_digest(result: Any, folder: Path) -> None:
-    snapshots.check_json("run", json.dumps(settled(result)), folder=folder)
+    snapshots.check_json("run", json.dumps(mask_varying(result)), folder=folder)
     about = json.loads((folder / "adapter" / "fedtune.json").read_text())
     assert result["provenance"]["base_model"]["sha256"] == about["model"]["sha256"]
-    assert result["config_sha256"] == saved_config(folder).digest()
+    assert result["config_sha256"] == read_saved_config(folder).digest()
     assert all(entry["seconds"] > 0 for entry in result["rounds"])
     check_planned_bytes(folder)
     assert result["final"]["seconds"] > 0
@@ -97,15 +97,15 @@ def test_evaluate_reproduces_the_final_test_scores(folder: Path, result: Any, tm
     name, columns = "simulations/data/banking77/test.jsonl.gz", {"text": "text", "label": "label"}
     scored = sample_rows(lead_records(name, columns=columns, key="data.test_file")[0], 40)
     test_file.write_text("".join(json.dumps(dict(record.fields)) + "\n" for record in scored))
-    outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu", "--json")
+    outcome = run_command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     scores = json.loads(outcome.out)["scores"]
     assert set(scores) == {"accuracy", "macro_f1", "auroc", "ece", "loss"}
     assert scores == pytest.approx(result["final"]["metrics"], abs=1e-4)
 
 
-def test_terminal_shows_rounds_epsilon_and_paths_without_warnings(printed: tuple[Path, str], result: Any) -> None:
-    folder, out = printed
+def test_terminal_shows_rounds_epsilon_and_paths_without_warnings(printed_run: tuple[Path, str], result: Any) -> None:
+    folder, out = printed_run
     for round in (1, 2, 3):
         (line,) = (line for line in out.splitlines() if line.startswith(f"round {round}/3"))
         assert "2/2 sites" in line
@@ -123,11 +123,11 @@ def test_terminal_shows_rounds_epsilon_and_paths_without_warnings(printed: tuple
 
 def test_diverged_run_suggests_lower_learning_rates(tmp_path: Path) -> None:
     chosen = ("training.learning_rate=1e9", "federation.num_rounds=1", "data.test_rows=40")
-    outcome = command("simulate", *tiny(*chosen, into=tmp_path))
+    outcome = run_command("simulate", *list_tiny_overrides(*chosen, into=tmp_path))
     assert "Training diverged: do not use this adapter." in outcome.printed
     assert "training.learning_rate=3.3e+08" in outcome.out
-    assert result_of(tmp_path / "run")["final"]["findings"] == ["diverged"]
+    assert read_result(tmp_path / "run")["final"]["findings"] == ["diverged"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["facts"]["findings"] == ["diverged"]
     assert "Training diverged. This adapter should not be used" in (tmp_path / "run" / "report.html").read_text()
-    assert command("report", "verify", str(tmp_path / "run")).code == 0
+    assert run_command("report", "verify", str(tmp_path / "run")).code == 0

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import saved_config
-from fedtune.federation.lead import Checkpoints, charged_epsilons
+from fedtune.config import read_saved_config
+from fedtune.federation.lead import Checkpoints, compute_charged_epsilons
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_run
 from fedtune.report.derive import profile
 from fedtune.report.verify_report import problems
 from fedtune.tasks.saved import SavedAdapter
 
-from ..conftest import command, result_of, simulate, tiny
+from ..conftest import list_tiny_overrides, read_result, run_command, simulate
 
 TINY_RATES = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")
 """The head stays zero (its rate is below float32), so all classes tie and no round scores better than the first."""
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Planned for five rounds, over after the third, with the first one kept."""
     into = tmp_path_factory.mktemp("runs")
     settings = (
@@ -33,39 +33,39 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(*settings, into=into)
 
 
-def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped: Path) -> None:
-    config = saved_config(stopped)
-    state = Checkpoints(stopped / "checkpoints", config.digest()).load()
-    assert SavedAdapter.read_initial(str(stopped)).digest == state.kept_adapter.digest() != state.adapter.digest()
-    result, plan = result_of(stopped), config.plan()
+def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped_run: Path) -> None:
+    config = read_saved_config(stopped_run)
+    state = Checkpoints(stopped_run / "checkpoints", config.digest()).load()
+    assert SavedAdapter.read_initial(str(stopped_run)).digest == state.kept_adapter.digest() != state.adapter.digest()
+    result, plan = read_result(stopped_run), config.plan()
     score = result["rounds"][0]["metrics"]["accuracy"]
     assert result["final"]["kept"] == {"round": 1, "primary_metric": "accuracy", "score": score, "ended_early": True}
-    planned, charged = (charged_epsilons(plan, rounds)[0] for rounds in (5, 3))
+    planned, charged = (compute_charged_epsilons(plan, rounds)[0] for rounds in (5, 3))
     assert charged < planned == result["privacy"]["epsilon"]
     for site in result["privacy"]["sites"].values():
         assert (site["rounds"], site["epsilon"], site["planned_epsilon"]) == (3, charged, planned)
 
 
-def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped: Path) -> None:
-    report = from_run.build_run_report(stopped)
+def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped_run: Path) -> None:
+    report = from_run.build_run_report(stopped_run)
     assert problems(report) == []
     assert report.verdict.reasons == ("charged_less",)
     assert (report.utility.kept.round, report.utility.kept.ended_early) == (1, True)
     for site in report.sites:
         assert site.spent.epsilon_pld < report.epsilon == site.spent.epsilon == site.spent.planned_epsilon
-        whole = profile.right_of_100(profile.count_charged_events(report.facts.plan, 5))
+        whole = profile.bound_right_of_100(profile.count_charged_events(report.facts.plan, 5))
         assert site.meaning.right_of_100_mechanism == pytest.approx(whole), "of the rounds it had it bounds nothing"
     (chosen,) = [one for one in report.assumptions if one.code == "chosen_by_the_leads_own_records"]
     assert (chosen.status, chosen.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
-    page = (stopped / "report.html").read_text()
+    page = (stopped_run / "report.html").read_text()
     assert "The promise is the planned epsilon all the same" in page
     assert "later rounds brought no better score" in page
-    card = (stopped / "adapter" / "README.md").read_text()
+    card = (stopped_run / "adapter" / "README.md").read_text()
     assert "Kept is what round 1 of 3 gave, by accuracy on the lead's own validation file" in card
 
 
-def test_report_claiming_another_kept_round_is_detected(stopped: Path) -> None:
-    report = from_run.build_run_report(stopped)
+def test_report_claiming_another_kept_round_is_detected(stopped_run: Path) -> None:
+    report = from_run.build_run_report(stopped_run)
     for told in (
         replace(report.utility.kept, ended_early=False),
         replace(report.utility.kept, round=2, score=0.999),
@@ -73,12 +73,12 @@ def test_report_claiming_another_kept_round_is_detected(stopped: Path) -> None:
         assert problems(replace(report, utility=replace(report.utility, kept=told))) != []
 
 
-def test_resuming_a_stopped_run_charges_nothing(stopped: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
-    ledger, before = folder / "sites/site-1/ledger.db", result_of(folder)
+def test_resuming_a_stopped_run_charges_nothing(stopped_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stopped_run, tmp_path / "run"))
+    ledger, before = folder / "sites/site-1/ledger.db", read_result(folder)
     events = len(verify(ledger).events)
-    assert "the run was over after round 3" in command("simulate", f"resume={folder}").printed
-    after = result_of(folder)
+    assert "the run was over after round 3" in run_command("simulate", f"resume={folder}").printed
+    after = read_result(folder)
     assert len(verify(ledger).events) == events
     assert [after[key] for key in ("rounds", "privacy")] == [before[key] for key in ("rounds", "privacy")]
     assert after["final"]["metrics"] == before["final"]["metrics"]
@@ -88,11 +88,11 @@ def test_early_stopping_requires_separate_validation_records(tmp_path: Path) -> 
     share = ("data.validation_file=null", "data.validation_fraction=0.2")
     for settings in (share[:1], share):
         for decides in ("federation.early_stopping_patience=2", "federation.checkpoint_selection=best"):
-            outcome = command("simulate", *tiny(decides, *settings, into=tmp_path))
+            outcome = run_command("simulate", *list_tiny_overrides(decides, *settings, into=tmp_path))
             assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
             assert outcome.message.startswith("data.validation_file = null: must be the lead's own file")
     train = "simulations/data/banking77/train.jsonl.gz"
     best = ("federation.checkpoint_selection=best", f"data.validation_file={train}")
-    outcome = command("simulate", *tiny(*best, into=tmp_path))
+    outcome = run_command("simulate", *list_tiny_overrides(*best, into=tmp_path))
     assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
     assert outcome.message.startswith(f"data.validation_file = '{train}': has the same records as data.train_file")

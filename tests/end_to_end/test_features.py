@@ -1,4 +1,6 @@
-"""A table from its file to a model that is used: `data.input=features`, private and not, by plain and secure sums."""
+"""A table from its file to a model that is used: `data.input=features`, private and not, by plain and secure
+aggregation.
+"""
 
 import csv
 import json
@@ -14,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from ..cli import snapshots
-from ..conftest import command, result_of, tiny
-from ..export.conftest import elsewhere
-from .conftest import folder_of
+from ..conftest import list_tiny_overrides, read_result, run_command
+from ..export.conftest import run_elsewhere
+from .conftest import find_run_folder
 
 COLUMNS = {"classification": "label", "multi_label": "labels", "ordinal": "label", "regression": "target"}
 FEATURES = (
@@ -27,7 +29,7 @@ JUDGED = dict(zip(COLUMNS, ("accuracy", "micro_f1", "quadratic_kappa", "spearman
 SCORES = tomllib.loads(Path(__file__).with_name("scores_of_features.toml").read_text())
 
 
-def rows(count: int, *, seed: int) -> list[dict[str, Any]]:
+def make_patients(count: int, *, seed: int) -> list[dict[str, Any]]:
     """Patients whose answer follows from their age, their ward and one of their states."""
     draws = np.random.default_rng(seed)
     found = []
@@ -64,11 +66,14 @@ def write(file: Path, found: list[dict[str, Any]]) -> Path:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     into = tmp_path_factory.mktemp("runs")
-    files = {name: write(into / f"{name}.csv", rows(count, seed=count)) for name, count in (("in", 400), ("out", 200))}
+    files = {
+        name: write(into / f"{name}.csv", make_patients(count, seed=count))
+        for name, count in (("in", 400), ("out", 200))
+    }
 
     def make(*overrides: str, task: str = "classification", name: str = "run") -> list[str]:
         return [
-            *tiny("experiment=own_features", into=into, name=name),
+            *list_tiny_overrides("experiment=own_features", into=into, name=name),
             *(f"task={task}", f"data.train_file='{files['in']}'", f"data.test_file='{files['out']}'"),
             f"data.columns={{{COLUMNS[task]}: {task}}}",
             *(f"data.features={FEATURES}", f"data.labels={LABELS[task]}", "data.max_length=1"),
@@ -94,17 +99,17 @@ NOISED = (
 @pytest.mark.by_day("classification", "regression")
 @pytest.mark.parametrize("task", COLUMNS)
 def test_feature_run_without_privacy_learns(run: Any, task: str) -> None:
-    final = result_of(run(*PLAIN, task=task))["final"]
+    final = read_result(run(*PLAIN, task=task))["final"]
     assert final["metrics"][JUDGED[task]] > 0.8
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
 
 
 def test_private_feature_run_is_planned_scored_charged_and_reported(run: Any, settings: Any) -> None:
-    told = command("plan", *settings(), "--time")
+    told = run_command("plan", *settings(), "--time")
     assert "the head 20 trained parameters" in (words := " ".join(told.printed.split()))
     assert "with every example of this size" in words
     folder = run(*NOISED)
-    result = result_of(folder)
+    result = read_result(folder)
     assert result["provenance"]["base_model"]["path"] == "none"
     page = (folder / "report.html").read_text()
     assert "training of a head, which is the whole model, without a base: each site" in page
@@ -117,13 +122,18 @@ def test_private_feature_run_is_planned_scored_charged_and_reported(run: Any, se
 @pytest.mark.parametrize("task", COLUMNS)
 def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_path: Path, task: str) -> None:
     folder = run(*NOISED, task=task)
-    result, report = result_of(folder), json.loads((folder / "report.json").read_text())
+    result, report = read_result(folder), json.loads((folder / "report.json").read_text())
     assert 0 < result["privacy"]["epsilon"] < 8
     assert list(result["final"]["metrics"]) == SCORES[task]
     assert set(result["rounds"][0]["metrics"]) == set(SCORES[task]) - {"auroc", "ece"}
-    assert command("report", "verify", str(folder / "report.json")).code == 0
-    asked = ("evaluate", str(run(*PLAIN, task=task)), "--data", str(write(tmp_path / "new.csv", rows(120, seed=7))))
-    found, shown = json.loads(command(*asked, "--json").printed), command(*asked).out
+    assert run_command("report", "verify", str(folder / "report.json")).code == 0
+    asked = (
+        "evaluate",
+        str(run(*PLAIN, task=task)),
+        "--data",
+        str(write(tmp_path / "new.csv", make_patients(120, seed=7))),
+    )
+    found, shown = json.loads(run_command(*asked, "--json").printed), run_command(*asked).out
     assert list(found["scores"]) == SCORES[task]
     for score in (JUDGED[task], "loss"):
         assert found["beside_base"][score]["verdict"] == "better", "of loss, the lower, the better"
@@ -140,24 +150,24 @@ def test_feature_task_scores_appear_in_run_report_and_evaluation(run: Any, tmp_p
 
 def test_feature_run_is_evaluated_compared_and_generates(run: Any, tmp_path: Path) -> None:
     folder, other = run(*PLAIN), run(*PLAIN, "head.hidden=[8]")
-    assert result_of(other)["final"]["metrics"]["accuracy"] > 0.8, "a small network learns it, too"
+    assert read_result(other)["final"]["metrics"]["accuracy"] > 0.8, "a small network learns it, too"
     shapes = {name: one.shape for name, one in load_file(other / "adapter" / "head.safetensors").items()}
     assert shapes == {"0.weight": (8, 9), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)}
-    texts = command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", "peft")
+    texts = run_command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", "peft")
     assert (texts.code, texts.message.split(":")[0]) == (2, "--format = 'peft'")
     assert not (tmp_path / "folder").exists()
-    new = write(tmp_path / "new.csv", rows(120, seed=7))
-    assert command("compare", str(folder), str(other), "--data", str(new), "--json").code == 0
-    asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in rows(120, seed=7)]
-    told = command("generate", str(folder), "--file", str(write(tmp_path / "asked.csv", asked)), "--json")
+    new = write(tmp_path / "new.csv", make_patients(120, seed=7))
+    assert run_command("compare", str(folder), str(other), "--data", str(new), "--json").code == 0
+    asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in make_patients(120, seed=7)]
+    told = run_command("generate", str(folder), "--file", str(write(tmp_path / "asked.csv", asked)), "--json")
     said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.printed.splitlines()]
-    truth = [one["classification"] for one in rows(120, seed=7)]
+    truth = [one["classification"] for one in make_patients(120, seed=7)]
     assert np.mean([one == other for one, other in zip(said, truth, strict=True)]) > 0.8
 
 
 @pytest.mark.nightly
 def test_feature_run_works_with_secure_aggregation(run: Any) -> None:
-    result = result_of(run("federation.aggregation=secure", "federation.num_rounds=3", "training.local_steps=1"))
+    result = read_result(run("federation.aggregation=secure", "federation.num_rounds=3", "training.local_steps=1"))
     assert len(result["rounds"]) == 3
 
 
@@ -166,16 +176,16 @@ def test_feature_run_works_with_secure_aggregation(run: Any) -> None:
 def test_feature_unit_moves_a_step_by_at_most_the_clip_norm(settings: Any, tmp_path: Path, unit: str) -> None:
     of_users = ("privacy.unit=user", "+data.columns.user=ward") if unit == "user" else ()
     search = ("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", "head.hidden=[8]", *of_users)
-    found = json.loads(command("audit", *settings(*search, name=f"searched-{unit}"), "--json").printed)["result"]
+    found = json.loads(run_command("audit", *settings(*search, name=f"searched-{unit}"), "--json").printed)["result"]
     assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
     assert 0.9 < found["moved"] <= 1.0
 
 
-@snapshots.mistakes("mistakes-features")
+@snapshots.parametrize_mistakes("mistakes-features")
 def test_invalid_feature_settings_give_one_line(settings: Any, typed: str) -> None:
     given = settings(*shlex.split(typed), name="wrong")
-    snapshots.check_message("mistakes-features", typed, command("simulate", *given).failed())
-    assert not folder_of(given).exists()
+    snapshots.check_message("mistakes-features", typed, run_command("simulate", *given).failed())
+    assert not find_run_folder(given).exists()
 
 
 @pytest.mark.parametrize(
@@ -185,11 +195,11 @@ def test_exported_feature_model_gives_the_same_predictions(
     run: Any, tmp_path: Path, task: str, hidden: str, format: str
 ) -> None:
     folder = run(*PLAIN, *(() if hidden == "[]" else (f"head.hidden={hidden}",)), task=task)
-    assert command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
+    assert run_command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "features.json").is_file()
-    asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in rows(12, seed=9)]
+    asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in make_patients(12, seed=9)]
     write(tmp_path / "asked.csv", asked)
-    told = command("generate", str(folder), "--file", str(tmp_path / "asked.csv"), "--json")
+    told = run_command("generate", str(folder), "--file", str(tmp_path / "asked.csv"), "--json")
     said = [next(iter(json.loads(line)["answers"].values())) for line in told.out.splitlines()]
 
     card = (tmp_path / "folder" / "README.md").read_text()
@@ -201,7 +211,7 @@ def test_exported_feature_model_gives_the_same_predictions(
     ]
     loop = "".join(f"    {line}\n" for line in behind.splitlines())
     before = f"import sys; sys.modules.update(dict.fromkeys(('fedtune', 'torch', 'transformers')))\n{before}"
-    printed = elsewhere("-W", "error", "-c", f"{before}for row in {read!r}:\n{loop}", cwd=tmp_path).split()
+    printed = run_elsewhere("-W", "error", "-c", f"{before}for row in {read!r}:\n{loop}", cwd=tmp_path).split()
     if task == "regression":
         numbers = [one["number"] for one in said]
         np.testing.assert_allclose(np.clip([float(one) for one in printed], -2, 3), numbers, atol=1e-4)

@@ -13,10 +13,10 @@ import yaml
 from pyarrow import parquet
 
 from ..cli import snapshots
-from ..conftest import command, result_of, tiny
-from ..export.conftest import elsewhere
-from ..pictures import COLORS, encoded, picture, vision_folder, write_pictures
-from .conftest import folder_of
+from ..conftest import list_tiny_overrides, read_result, run_command
+from ..export.conftest import run_elsewhere
+from ..pictures import COLORS, encode_image, make_picture, write_pictures, write_vision_folder
+from .conftest import find_run_folder
 
 ENDS = "task_settings.intervals=[2,4,6]"
 ANSWERS = {
@@ -35,12 +35,12 @@ PLAIN = (
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     folder = tmp_path_factory.mktemp("images")
-    model = vision_folder(folder / "model")
+    model = write_vision_folder(folder / "model")
     train, test = (write_pictures(folder, f"{count}.csv", count, seed=count) for count in (80, 60))
 
     def make(*overrides: str, task: str = "classification", name: str = "run") -> list[str]:
         return [
-            *tiny("experiment=own_images", into=folder / "runs", name=name),
+            *list_tiny_overrides("experiment=own_images", into=folder / "runs", name=name),
             *(f"model.path='{model}'", f"task={task}", f"data.labels=[{','.join(COLORS)}]", "data.max_length=5"),
             *(f"data.train_file='{train}'", f"data.test_file='{test}'", "federation.num_sites=2"),
             *("data.train_fraction=1", "data.declared_sizes=40", "data.test_rows=null", "data.validation_rows=null"),
@@ -54,7 +54,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
 @pytest.mark.by_day("classification")
 @pytest.mark.parametrize("task", ANSWERS)
 def test_image_run_without_privacy_learns(run: Any, task: str) -> None:
-    final = result_of(run(*PLAIN, task=task))["final"]
+    final = read_result(run(*PLAIN, task=task))["final"]
     assert final["metrics"]["loss"] < 0.8 * final["metrics_before"]["loss"]
     if task == "classification":
         assert final["metrics"]["accuracy"] > 0.8
@@ -62,31 +62,31 @@ def test_image_run_without_privacy_learns(run: Any, task: str) -> None:
 
 def test_private_image_run_is_scored_charged_and_reported(run: Any) -> None:
     folder = run("federation.num_rounds=1", "training.local_steps=2", "training.learning_rate=0.05")
-    assert 0 < result_of(folder)["privacy"]["epsilon"] < 8
-    assert command("report", "verify", str(folder / "report.json")).code == 0
+    assert 0 < read_result(folder)["privacy"]["epsilon"] < 8
+    assert run_command("report", "verify", str(folder / "report.json")).code == 0
     assert "image" in (folder / "report.json").read_text()
 
 
-@snapshots.mistakes("mistakes-images")
+@snapshots.parametrize_mistakes("mistakes-images")
 def test_invalid_image_settings_give_one_line(settings: Any, typed: str) -> None:
     given = settings(*shlex.split(typed), name="wrong")
-    snapshots.check_message("mistakes-images", typed, command("simulate", *given).failed())
-    assert not folder_of(given).exists()
+    snapshots.check_message("mistakes-images", typed, run_command("simulate", *given).failed())
+    assert not find_run_folder(given).exists()
 
 
 @pytest.mark.parametrize("format", ["peft", "safetensors"])
 def test_exported_image_model_works_without_fedtune(run: Any, tmp_path: Path, format: str) -> None:
     folder = run(*PLAIN)
-    assert command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
+    assert run_command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "preprocessor_config.json").is_file()
     assert (tmp_path / "folder" / "model.safetensors").is_file() == (format == "safetensors")
-    image = picture(seed=3, size=(14, 9), tint=1)
-    (tmp_path / "image.png").write_bytes(encoded(image))
-    told = command("generate", str(folder), "--prompt", str(tmp_path / "image.png"), "--json")
+    image = make_picture(seed=3, size=(14, 9), tint=1)
+    (tmp_path / "image.png").write_bytes(encode_image(image))
+    told = run_command("generate", str(folder), "--prompt", str(tmp_path / "image.png"), "--json")
     said = {one["label"]: one["probability"] for one in next(iter(json.loads(told.out)["answers"].values()))}
     (lines,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folder" / "README.md").read_text(), re.DOTALL)
     blocked = "import sys; sys.modules['fedtune'] = None"
-    printed = elsewhere("-c", f"{blocked}\n{lines}print(torch.softmax(scores, 0).tolist())", cwd=tmp_path)
+    printed = run_elsewhere("-c", f"{blocked}\n{lines}print(torch.softmax(scores, 0).tolist())", cwd=tmp_path)
     best, chances = printed.splitlines()
     assert COLORS[1] in best
     found = dict(zip(COLORS, json.loads(chances), strict=True))
@@ -94,25 +94,27 @@ def test_exported_image_model_works_without_fedtune(run: Any, tmp_path: Path, fo
 
 
 def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path) -> None:
-    model = vision_folder(tmp_path / "model")
+    model = write_vision_folder(tmp_path / "model")
     rows = {
-        "scan": [{"bytes": encoded(picture(seed=n)), "path": None} for n in range(30)],
+        "scan": [{"bytes": encode_image(make_picture(seed=n)), "path": None} for n in range(30)],
         "label": ["a", "b", "b"] * 10,
     }
     parquet.write_table(pyarrow.table(rows), tmp_path / "scans.parquet")
     given = ("data", "init", str(tmp_path / "scans.parquet"), "--out", str(tmp_path / "scans.yaml"))
-    assert command(*given).message == "--model = '': must be a folder with a vision transformer: docs/images.md"
-    assert command(*given, "--model", str(model)).code == 0
+    assert run_command(*given).message == "--model = '': must be a folder with a vision transformer: docs/images.md"
+    assert run_command(*given, "--model", str(model)).code == 0
     settings = yaml.safe_load((tmp_path / "scans.yaml").read_text())
     assert settings["data"]["columns"] == {"image": "scan", "label": "label"}
     assert (settings["data"]["max_length"], settings["data"]["labels"]) == (5, ["a", "b"])
     assert "lora" not in settings, "the recipe's, which leaves all layers but the last as they are"
-    assert command("data", "check", str(tmp_path / "scans.yaml")).code == 0
+    assert run_command("data", "check", str(tmp_path / "scans.yaml")).code == 0
 
 
 @pytest.mark.nightly
 def test_image_record_moves_a_step_by_at_most_the_clip_norm(settings: Any) -> None:
-    told = command("audit", *settings("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", name="s"), "--json")
+    told = run_command(
+        "audit", *settings("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", name="s"), "--json"
+    )
     found = json.loads(told.printed)["result"]
     assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
     assert 0.9 < found["moved"] <= 1.0

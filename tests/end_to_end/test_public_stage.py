@@ -13,19 +13,19 @@ import pytest
 import fedtune
 from fedtune.api.compose import compose_run
 from fedtune.api.public import start_after_public_stage
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.runs.environment import start_lineage
 from fedtune.show.run_progress import Display
 from fedtune.spec import ConfigError
 
-from ..api.test_public import tiny as settings_of
+from ..api.test_public import make_tiny_settings as settings_of
 from ..cli import snapshots
-from ..conftest import REPOSITORY, command, fail_where, tiny
+from ..conftest import REPOSITORY, fail_where, list_tiny_overrides, run_command
 from .test_resume import Stop
 
 
 @pytest.fixture(scope="module")
-def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def public_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty questions and their labels, which no site and no other file of the run has."""
     path, labels = tmp_path_factory.mktemp("public") / "public.jsonl", compose_run(["experiment=debug"]).data.labels
     path.write_text("".join(json.dumps({"text": f"Question {n}?", "label": labels[n]}) + "\n" for n in range(30)))
@@ -38,10 +38,10 @@ def stop_after_a_round(told: fedtune.Progress) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(public: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
+def run(public_questions: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     """A run whose public stage was interrupted, and which was itself interrupted after that."""
     folder = tmp_path_factory.mktemp("runs")
-    asked = settings_of(folder, **{"public.train_file": public, "training.ignore_weak_signal": True})
+    asked = settings_of(folder, **{"public.train_file": public_questions, "training.ignore_weak_signal": True})
     with pytest.raises(Stop):
         fedtune.simulate("debug", asked, progress=stop_after_a_round)
     assert [path.name for path in folder.iterdir()] == ["run-public"]
@@ -63,11 +63,11 @@ def run(public: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     return finished
 
 
-def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, public: Path) -> None:
+def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, public_questions: Path) -> None:
     stage = fedtune.load(run.folder.parent / "run-public")
     assert (stage.privacy.epsilon, [*stage.privacy.sites]) == (None, ["lead"])
     data = stage.config.data
-    assert (data.train_file, data.declared_sizes) == (str(public), 30)
+    assert (data.train_file, data.declared_sizes) == (str(public_questions), 30)
     assert re.fullmatch("banking77-public-[0-9a-f]{12}", data.dataset)
     assert stage.config.training.peak_rates(clipped=False) == (0.0033, 0.0033)
     assert run.config.training.peak_rates(clipped=True) == (0.0033, 0.0033)
@@ -81,39 +81,39 @@ def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, p
     assert said in (run.folder / "adapter" / "README.md").read_text()
     page = " ".join((run.folder / "report.html").read_text().split())
     assert page.count("without privacy, on records that the lead declares to be public") == 1
-    assert command("report", "verify", str(run.folder)).code == 0
+    assert run_command("report", "verify", str(run.folder)).code == 0
 
 
-def test_finished_public_stage_is_reused(run: fedtune.Run, public: Path, tmp_path: Path) -> None:
+def test_finished_public_stage_is_reused(run: fedtune.Run, public_questions: Path, tmp_path: Path) -> None:
     shutil.copytree(run.folder.parent / "run-public", tmp_path / "run-public")
-    words = tiny(f"public.train_file='{public}'", "federation.num_rounds=1", into=tmp_path)
-    other = command("simulate", *words).message
+    words = list_tiny_overrides(f"public.train_file='{public_questions}'", "federation.num_rounds=1", into=tmp_path)
+    other = run_command("simulate", *words).message
     assert "run-public has a different configuration (federation.num_rounds was 2, is 1); choose" in other
-    outcome = command("simulate", *words, "public.num_rounds=2")
+    outcome = run_command("simulate", *words, "public.num_rounds=2")
     assert "Public stage" not in outcome.printed
     assert "of run-public; it was trained without privacy on records declared public" in outcome.out
-    assert saved_config(tmp_path / "run").model.adapter_sha256 == run.config.model.adapter_sha256
+    assert read_saved_config(tmp_path / "run").model.adapter_sha256 == run.config.model.adapter_sha256
 
 
 def test_public_stage_survives_lost_checkpoints_but_not_changed_records(
-    run: fedtune.Run, public: Path, tmp_path: Path
+    run: fedtune.Run, public_questions: Path, tmp_path: Path
 ) -> None:
     stage = shutil.copytree(run.folder.parent / "run-public", tmp_path / "run-public")
     shutil.rmtree(stage / "checkpoints")
     written = (stage / "run.json").stat().st_mtime_ns
-    file = Path(shutil.copy(public, tmp_path / "public.jsonl"))
+    file = Path(shutil.copy(public_questions, tmp_path / "public.jsonl"))
     asked = replace(run.config, resume=None, model=replace(run.config.model, adapter=None, adapter_sha256=None))
     asked = replace(asked, tracking=replace(asked.tracking, output_dir=str(tmp_path)))
     begun = start_after_public_stage(asked, lambda stage, folder: pytest.fail("the stage is finished"))
     assert begun.model.adapter == str(stage)
     assert (stage / "run.json").stat().st_mtime_ns == written
-    file.write_text(public.read_text().replace("Question 1?", "Question A?"))
+    file.write_text(public_questions.read_text().replace("Question 1?", "Question A?"))
     asked = replace(asked, public=replace(asked.public, train_file=str(file)))
     with pytest.raises(ConfigError, match=r"run-public has a different configuration .*data.dataset was"):
         start_after_public_stage(asked, lambda stage, folder: None)
 
 
-def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, public: Path) -> None:
+def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, public_questions: Path) -> None:
     assert start_lineage(run.config)["public"] is True
     private = replace(run.config, model=replace(run.config.model, adapter=str(run.folder)))
     with pytest.raises(
@@ -126,14 +126,14 @@ def test_only_the_configured_stage_counts_as_a_public_start(run: fedtune.Run, pu
 
 
 def test_interrupted_public_stage_explains_how_to_resume(
-    public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    public_questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_where(monkeypatch, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
-    words = tiny(f"public.train_file={public}", into=tmp_path, name="one")
+    words = list_tiny_overrides(f"public.train_file={public_questions}", into=tmp_path, name="one")
     (tmp_path / "one").mkdir()
-    assert "is taken" in command("simulate", *words).message, "before the stage trains"
+    assert "is taken" in run_command("simulate", *words).message, "before the stage trains"
     (tmp_path / "one").rmdir()
-    outcome = command("simulate", *words)
+    outcome = run_command("simulate", *words)
     assert outcome.code == 1
     said = " ".join(outcome.out.split())
     assert "Public stage: the lead alone trains on" in said
@@ -142,17 +142,23 @@ def test_interrupted_public_stage_explains_how_to_resume(
     assert [path.name for path in tmp_path.iterdir()] == ["one-public"]
 
 
-@snapshots.mistakes("mistakes-public")
-def test_invalid_public_stage_settings_are_refused(public: Path, tmp_path: Path, typed: str) -> None:
+@snapshots.parametrize_mistakes("mistakes-public")
+def test_invalid_public_stage_settings_are_refused(public_questions: Path, tmp_path: Path, typed: str) -> None:
     sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
     copy = tmp_path / "copy.jsonl"  # not compressed, and in another order
     copy.write_bytes(b"\n".join(reversed(gzip.decompress(sites.read_bytes()).splitlines())))
-    (owing := tmp_path / "owing.jsonl").write_bytes(public.read_bytes())
+    (owing := tmp_path / "owing.jsonl").write_bytes(public_questions.read_bytes())
     owing.with_name("owing.jsonl.card.json").touch()
-    files = {"SITES": sites, "COPY": copy, "PUBLIC": public, "OWING": owing}
+    files = {"SITES": sites, "COPY": copy, "PUBLIC": public_questions, "OWING": owing}
     words = shlex.split(re.sub("[A-Z]{4,}", lambda found: str(files[found[0]]), typed))
-    base = ["name=other"] if "--renew" in words else tiny(f"data.train_file='{sites}'", into=tmp_path / "runs")
-    message = command(*(words[:1] if "audit" in words else ["simulate"]), *base, *words[words[0] == "audit" :]).failed()
+    base = (
+        ["name=other"]
+        if "--renew" in words
+        else list_tiny_overrides(f"data.train_file='{sites}'", into=tmp_path / "runs")
+    )
+    message = run_command(
+        *(words[:1] if "audit" in words else ["simulate"]), *base, *words[words[0] == "audit" :]
+    ).failed()
     for name, file in files.items():
         message = message.replace(str(file), name)
     snapshots.check_message("mistakes-public", typed, message)

@@ -13,7 +13,7 @@ import pytest
 import fedtune.flower.simulation as simulation
 import fedtune.sites.work as site_work
 from fedtune.api.compose import compose_run
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.site_round import answer, answer_invitation, end_run
 from fedtune.flower.simulation import simulate as run_simulation
@@ -22,7 +22,15 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Difference, Update
 from fedtune.sites.virtual_site import Participants
 
-from ..conftest import adapter_of, command, fail_where, result_of, simulate, tiny, write_config
+from ..conftest import (
+    fail_where,
+    list_tiny_overrides,
+    read_adapter_files,
+    read_result,
+    run_command,
+    simulate,
+    write_config,
+)
 
 _ROUNDS = 3
 
@@ -31,7 +39,7 @@ class Stop(Exception):
     """What ends a run in these tests."""
 
 
-def follower(early_stopping_patience: int | None) -> Mock:
+def make_listener(early_stopping_patience: int | None) -> Mock:
     """A listener that breaks off after a round; None: never."""
 
     def round_finished(state: LeadState) -> None:
@@ -47,20 +55,22 @@ def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path) -> None:
     chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *adam)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
-        write_config(compose_run(tiny(*chosen, into=tmp_path, name=folder.name)), folder)
-    run_simulation(saved_config(whole), whole, follower(None))
+        write_config(compose_run(list_tiny_overrides(*chosen, into=tmp_path, name=folder.name)), folder)
+    run_simulation(read_saved_config(whole), whole, make_listener(None))
     for number in range(1, _ROUNDS + 1):
         # A new start every time: only what lies in the folder can carry the run on.
         resume = [] if number == 1 else [f"resume={parts}"]
-        listener = follower(number)
+        listener = make_listener(number)
         with pytest.raises(Stop):
-            run_simulation(compose_run([*tiny(*chosen, into=tmp_path, name="parts"), *resume]), parts, listener)
+            run_simulation(
+                compose_run([*list_tiny_overrides(*chosen, into=tmp_path, name="parts"), *resume]), parts, listener
+            )
         (began,), (ended,) = listener.prepared.call_args_list, listener.round_finished.call_args_list
         assert (began.args[2].round, ended.args[0].round) == (number - 1, number)
-    run_simulation(compose_run([f"resume={parts}"]), parts, follower(None))
-    assert adapter_of(parts) == adapter_of(whole)
-    assert len(adapter_of(parts)) == 2
-    one, other = result_of(whole), result_of(parts)
+    run_simulation(compose_run([f"resume={parts}"]), parts, make_listener(None))
+    assert read_adapter_files(parts) == read_adapter_files(whole)
+    assert len(read_adapter_files(parts)) == 2
+    one, other = read_result(whole), read_result(parts)
     assert one["privacy"] == other["privacy"]
     assert one["final"]["metrics"] == other["final"]["metrics"]
     assert [entry["metrics"] for entry in one["rounds"]] == [entry["metrics"] for entry in other["rounds"]]
@@ -70,22 +80,22 @@ def test_interrupted_round_stays_charged_and_is_retried(tmp_path: Path, monkeypa
     """That a charge outlives SIGKILL at any moment: test_kill_points.py."""
     folder = tmp_path / "run"
 
-    def broken_off(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
+    def is_broken_off(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
         return bool((work.site, work.round) == ("site-2", 2))
 
     with monkeypatch.context() as patched:
-        fail_where(patched, site_work, "train_round", broken_off, KeyboardInterrupt())
-        outcome = command("simulate", *tiny("federation.spare_rounds=1", into=tmp_path))
+        fail_where(patched, site_work, "train_round", is_broken_off, KeyboardInterrupt())
+        outcome = run_command("simulate", *list_tiny_overrides("federation.spare_rounds=1", into=tmp_path))
     assert (outcome.code, outcome.err) == (1, "")
     assert f"Interrupted. Continue with: fedtune simulate resume={folder}\n" in outcome.out
     before = verify(folder / "sites" / "site-1" / "ledger.db").events
-    assert command("simulate", f"resume={folder}").code == 0
+    assert run_command("simulate", f"resume={folder}").code == 0
     # What site-1 had committed is sent again as it was stored: only that the run is over is new in its ledger.
     (*after, end) = verify(folder / "sites" / "site-1" / "ledger.db").events
     assert (tuple(after), end.detail["what"]) == (before, "run_ended")
     tried = [event for event in verify(folder / "sites" / "site-2" / "ledger.db").events if event.round == 2]
     assert [(event.kind.value, event.attempt) for event in tried] == [("reserve", 1), ("reserve", 2), ("commit", 2)]
-    result = result_of(folder)
+    result = read_result(folder)
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}]
     spent = {site: (one["steps"], one["upper_bound"]) for site, one in result["privacy"]["sites"].items()}
     assert spent == {"site-1": (4, False), "site-2": (6, False)}
@@ -96,32 +106,32 @@ def test_moved_run_folder_keeps_its_budget(folder: Path, tmp_path: Path) -> None
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
     before = [verify(folder / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
     moved = folder.rename(tmp_path / "elsewhere")
-    assert command("simulate", f"resume={moved}").code == 0
+    assert run_command("simulate", f"resume={moved}").code == 0
     after = [verify(moved / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
     assert after == before, "the second round was already charged and its reply is stored"
-    assert result_of(moved)["privacy"]["sites"]["site-1"]["steps"] == 4
+    assert read_result(moved)["privacy"]["sites"]["site-1"]["steps"] == 4
 
 
 def test_resuming_a_finished_run_rewrites_the_same_results(folder: Path) -> None:
-    adapter, result = adapter_of(folder), result_of(folder)
-    assert command("simulate", f"resume={folder}").code == 0
-    assert adapter_of(folder) == adapter
-    assert result_of(folder)["privacy"] == result["privacy"]
-    assert "data_changed" not in result_of(folder)["final"]["findings"]
+    adapter, result = read_adapter_files(folder), read_result(folder)
+    assert run_command("simulate", f"resume={folder}").code == 0
+    assert read_adapter_files(folder) == adapter
+    assert read_result(folder)["privacy"] == result["privacy"]
+    assert "data_changed" not in read_result(folder)["final"]["findings"]
 
 
 def test_damaged_checkpoint_ends_the_resumed_run(folder: Path) -> None:
     newest = folder / "checkpoints" / "round-0002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    outcome = command("simulate", f"resume={folder}")
+    outcome = run_command("simulate", f"resume={folder}")
     assert "round-0002.safetensors is damaged" in outcome.failed(1)
     assert "move it away, and resume the run from round-0001.safetensors" in outcome.message
     assert "Continue with" not in outcome.out, "that would fail in the same way"
     newest.unlink()
-    assert command("simulate", f"resume={folder}").code == 0
+    assert run_command("simulate", f"resume={folder}").code == 0
     newest.write_bytes(b"")
     (folder / "checkpoints" / "round-0001.safetensors").unlink()
-    assert "there is no other: start a new run" in command("simulate", f"resume={folder}").message
+    assert "there is no other: start a new run" in run_command("simulate", f"resume={folder}").message
 
 
 def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
@@ -130,34 +140,34 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
     train.write_text("\n".join(["text,label", *rows]) + "\n")
     chosen = (f"data.train_file={train}", "data.labels=['0','1']", "data.train_fraction=1.0")
     files = ("data.validation_file=null", "data.test_file=null", "federation.num_rounds=1", "tracking.progress=true")
-    given = tiny(*chosen, *files, into=tmp_path)
-    assert command("simulate", *given).code == 0
+    given = list_tiny_overrides(*chosen, *files, into=tmp_path)
+    assert run_command("simulate", *given).code == 0
     folder = tmp_path / "run"
     train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
-    resumed = command("simulate", f"resume={folder}")
+    resumed = run_command("simulate", f"resume={folder}")
     assert "have changed since the run started" in resumed.printed
     assert "A training file changed between two starts of this run." in resumed.out
-    assert result_of(folder)["final"]["findings"] == ["data_changed"]
+    assert read_result(folder)["final"]["findings"] == ["data_changed"]
     assert json.loads((folder / "report.json").read_text())["facts"]["findings"] == ["data_changed"]
 
 
 # Updates travel in bfloat16 by default: the same adapter over Flower and without it, by half the bytes.
 
 
-def here(everyone: Participants) -> Any:
+def make_local_transport(everyone: Participants) -> Any:
     """A transport that calls the sites, with no message between."""
     numbers = {name: number for number, name in enumerate(everyone.config.federation.active)}
 
-    def each(ask: Callable[..., Any]) -> Callable[..., Iterator[tuple[str, Any]]]:
+    def answer_each(ask: Callable[..., Any]) -> Callable[..., Iterator[tuple[str, Any]]]:
         return lambda questions, **_: (
             (asked.site, ask(everyone.site(numbers[asked.site]), asked)) for asked in questions
         )
 
     return SimpleNamespace(
         wait_for_sites=lambda sites, **_: numbers,
-        invite=each(lambda site, asked: answer_invitation(site, asked.signed)),
-        train=each(lambda site, asked: answer(site, asked.signed, asked.adapter)),
-        end=each(lambda site, asked: end_run(site, asked.signed, asked.adapter)),
+        invite=answer_each(lambda site, asked: answer_invitation(site, asked.signed)),
+        train=answer_each(lambda site, asked: answer(site, asked.signed, asked.adapter)),
+        end=answer_each(lambda site, asked: end_run(site, asked.signed, asked.adapter)),
         traffic=lambda: (0, 0),
     )
 
@@ -168,16 +178,20 @@ def test_bfloat16_updates_halve_traffic_with_and_without_flower(
     seeded = ("runtime.seeded_noise=true", "privacy.noise_multiplier=4.0")
     whole = simulate(*seeded, "federation.update_dtype=float32", into=tmp_path, name="float32")
     flower = simulate(*seeded, into=tmp_path, name="flower")
-    up = [sum(one["bytes_up"] for one in result_of(folder)["rounds"]) for folder in (whole, flower)]
-    state = Checkpoints(flower / "checkpoints", saved_config(flower).digest()).load()
+    up = [sum(one["bytes_up"] for one in read_result(folder)["rounds"]) for folder in (whole, flower)]
+    state = Checkpoints(flower / "checkpoints", read_saved_config(flower).digest()).load()
     assert up[0] - up[1] == pytest.approx(2 * 2 * 2 * state.adapter.num_values, abs=100)  # sites, rounds, bytes
     with monkeypatch.context() as patch:
         patch.setattr(
-            simulation, "_make_engine", lambda config, folder, everyone, listener: lambda run: run(here(everyone))
+            simulation,
+            "_make_engine",
+            lambda config, folder, everyone, listener: lambda run: run(make_local_transport(everyone)),
         )
         direct = simulate(*seeded, into=tmp_path, name="direct")
-    assert adapter_of(flower) == adapter_of(direct) != adapter_of(whole)
-    for name, value in Checkpoints(whole / "checkpoints", saved_config(whole).digest()).load().adapter.tensors.items():
+    assert read_adapter_files(flower) == read_adapter_files(direct) != read_adapter_files(whole)
+    for name, value in (
+        Checkpoints(whole / "checkpoints", read_saved_config(whole).digest()).load().adapter.tensors.items()
+    ):
         np.testing.assert_allclose(state.adapter.tensors[name], value, rtol=0, atol=0.01 * np.abs(value).max())
     with store.open_for_reading(next((flower / "sites").glob("*/ledger.db"))) as file:
         kept = [Update.from_bytes(reply) for _, _, reply in store.read_replies(file)]

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from ..conftest import REPOSITORY, adapter_of, result_of, simulate, tiny
-from ..flower.loopback import free_port
+from ..conftest import REPOSITORY, list_tiny_overrides, read_adapter_files, read_result, simulate
+from ..flower.loopback import find_free_port
 from ..forked import run_forked
 from ..processes import wait_for
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.nightly
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
 
 
-def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`fedtune` as a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return run_forked([sys.executable, "-m", "fedtune", *arguments], cwd=REPOSITORY, env=environment, timeout_s=300)
@@ -38,12 +38,12 @@ SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.l
 def test_secure_aggregation_gives_identical_bytes_on_ray_and_in_process(tmp_path: Path) -> None:
     settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *SECURE)
     one = simulate(*settings, into=tmp_path, name="one-process")
-    done = fedtune("simulate", *tiny("runtime=ray", *settings, into=tmp_path, name="ray"))
+    done = run_fedtune("simulate", *list_tiny_overrides("runtime=ray", *settings, into=tmp_path, name="ray"))
     assert done.returncode == 0, done.stderr + done.stdout
     other = tmp_path / "ray"
-    assert adapter_of(one) == adapter_of(other)
-    assert result_of(one)["privacy"] == result_of(other)["privacy"]
-    assert result_of(one)["final"]["metrics"] == result_of(other)["final"]["metrics"]
+    assert read_adapter_files(one) == read_adapter_files(other)
+    assert read_result(one)["privacy"] == read_result(other)["privacy"]
+    assert read_result(one)["final"]["metrics"] == read_result(other)["final"]["metrics"]
 
 
 SHORT = ("data.train_fraction=0.1", "federation.num_rounds=1", "training.local_steps=1")
@@ -54,9 +54,9 @@ def test_thirty_two_sites_need_little_more_memory_than_two(tmp_path: Path) -> No
     peaks = {}
     for sites in (2, 32):
         of_sites = (f"model={base}", "privacy.sampling_rate=0.05", f"federation.num_sites={sites}")
-        done = fedtune("simulate", *tiny(*SHORT, *of_sites, into=tmp_path, name=f"{sites}-sites"))
+        done = run_fedtune("simulate", *list_tiny_overrides(*SHORT, *of_sites, into=tmp_path, name=f"{sites}-sites"))
         assert done.returncode == 0, done.stderr
-        result = result_of(tmp_path / f"{sites}-sites")
+        result = read_result(tmp_path / f"{sites}-sites")
         assert len(result["rounds"][0]["sites"]) == sites
         peaks[sites] = result["final"]["peak_memory_bytes"]
     assert peaks[32] <= 1.2 * peaks[2], peaks
@@ -69,7 +69,7 @@ NODE = ("--num-cpus=2", "--num-gpus=1", "--object-store-memory=80000000", "--dis
 
 
 @contextmanager
-def node(log: Path, *options: str) -> Iterator[None]:
+def start_node(log: Path, *options: str) -> Iterator[None]:
     """A Ray node, from when it is up; whatever it started ends with it."""
     with log.open("w") as file:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *NODE, *options]
@@ -89,16 +89,18 @@ def node(log: Path, *options: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def cluster_address() -> Iterator[str]:
     """That of a cluster of two nodes with two CPUs and a GPU each."""
     # The names of Ray's sockets have to be short.
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     try:
-        port, clients = free_port(), free_port()
+        port, clients = find_free_port(), find_free_port()
         of_head = (f"--port={port}", f"--ray-client-server-port={clients}", f"--temp-dir={folder}")
         with (
-            node(folder / "head.log", "--head", f"--node-ip-address={HEAD}", "--include-dashboard=false", *of_head),
-            node(folder / "second.log", f"--address={HEAD}:{port}", f"--node-ip-address={SECOND}"),
+            start_node(
+                folder / "head.log", "--head", f"--node-ip-address={HEAD}", "--include-dashboard=false", *of_head
+            ),
+            start_node(folder / "second.log", f"--address={HEAD}:{port}", f"--node-ip-address={SECOND}"),
         ):
             yield f"{HEAD}:{port}"
     finally:
@@ -106,7 +108,7 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture
-def on_cluster(tmp_path: Path, address: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+def simulate_on_cluster(tmp_path: Path, cluster_address: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`fedtune simulate` on the cluster, started in another folder than the nodes were."""
     (tmp_path / "noted").mkdir()
     (tmp_path / "simulations").symlink_to(REPOSITORY / "simulations")
@@ -114,7 +116,9 @@ def on_cluster(tmp_path: Path, address: str) -> Callable[..., subprocess.Complet
     program = str(Path(__file__).with_name("noting_nodes.py"))
 
     def run(*settings: str) -> subprocess.CompletedProcess[str]:
-        words = tiny("runtime=ray", f"runtime.ray_address={address}", *settings, into=Path("there"), name="ray")
+        words = list_tiny_overrides(
+            "runtime=ray", f"runtime.ray_address={cluster_address}", *settings, into=Path("there"), name="ray"
+        )
         command = [sys.executable, program, "simulate", *words]
         return run_forked(command, cwd=tmp_path, env=environment, timeout_s=240)
 
@@ -124,11 +128,11 @@ def on_cluster(tmp_path: Path, address: str) -> Callable[..., subprocess.Complet
 @pytest.mark.slow
 @needs_ray
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a loopback address for each node")
-def test_two_node_cluster_gives_the_bytes_of_one_process(on_cluster: Any, tmp_path: Path) -> None:
+def test_two_node_cluster_gives_the_bytes_of_one_process(simulate_on_cluster: Any, tmp_path: Path) -> None:
     settings = (f"federation.num_sites={NUM_SITES}", "federation.num_rounds=2", "data.train_fraction=0.1")
     settings += ("runtime.seeded_noise=true", "runtime.device=auto")
     # A node has CPUs for two actors, and its GPU is for one.
-    done = on_cluster(*settings, "runtime.sites_per_gpu=1")
+    done = simulate_on_cluster(*settings, "runtime.sites_per_gpu=1")
     assert done.returncode == 0, done.stderr + done.stdout
     noted = [file.name.split(",") for file in (tmp_path / "noted").iterdir()]
     trained = [(site, node, process, gpus) for kind, site, node, process, gpus in noted if kind == "train"]
@@ -139,6 +143,6 @@ def test_two_node_cluster_gives_the_bytes_of_one_process(on_cluster: Any, tmp_pa
     assert Counter(node for node, _ in actors) == dict.fromkeys(of_nodes, 1), "one for each GPU"
     assert {gpus for *_, gpus in trained} == {"0"}
     one, other = simulate(*settings, into=tmp_path, name="one"), tmp_path / "there" / "ray"
-    assert adapter_of(one) == adapter_of(other)
-    assert result_of(one)["privacy"] == result_of(other)["privacy"]
-    assert result_of(one)["final"]["metrics"] == result_of(other)["final"]["metrics"]
+    assert read_adapter_files(one) == read_adapter_files(other)
+    assert read_result(one)["privacy"] == read_result(other)["privacy"]
+    assert read_result(one)["final"]["metrics"] == read_result(other)["final"]["metrics"]

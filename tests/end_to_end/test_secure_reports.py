@@ -1,4 +1,4 @@
-"""What plan, ledger and report say of a run with secure sums, and to whom its figures hold."""
+"""What plan, ledger and report say of a run with secure aggregation, and to whom its figures hold."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from fedtune.report.verify_report import problems
 from fedtune.spec import ConfigError
 
 from ..cli import snapshots
-from ..conftest import command, simulate, tiny
+from ..conftest import list_tiny_overrides, run_command, simulate
 
 ROUNDS, RATE, SHARE, DELTA = 3, 0.2, 1.6, 1e-5
 SECURE = (
@@ -28,22 +28,22 @@ SECURE = (
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def secure_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(*SECURE, into=tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def report(ran: Path) -> Report:
-    return from_run.build_run_report(ran)
+def report(secure_run: Path) -> Report:
+    return from_run.build_run_report(secure_run)
 
 
-def accountant_of(shares: int) -> pld.PLDAccountant:
+def account_rounds(shares: int) -> pld.PLDAccountant:
     """Of the rounds where so many sites' noise is secret, by dp-accounting alone."""
     event: DpEvent = PoissonSampledDpEvent(RATE, GaussianDpEvent(SHARE * math.sqrt(shares)))
     return pld.PLDAccountant(value_discretization_interval=1e-4).compose(SelfComposedDpEvent(event, ROUNDS))
 
 
-BY_HAND = [float(accountant_of(shares).get_epsilon(DELTA)) for shares in (4, 3, 1)]
+BY_HAND = [float(account_rounds(shares).get_epsilon(DELTA)) for shares in (4, 3, 1)]
 
 
 def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
@@ -56,7 +56,7 @@ def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
         assert row.noise_multiplier == pytest.approx(SHARE * math.sqrt(3), rel=1e-12)
         # What all others together could guess is that of the site's own noise.
         right = site.meaning.right_of_100_with_all_others
-        assert right == pytest.approx(50 * (1 + accountant_of(1).get_delta(0.0)), rel=1e-3)
+        assert right == pytest.approx(50 * (1 + account_rounds(1).get_delta(0.0)), rel=1e-3)
         assert site.meaning.right_of_100_mechanism < right
     # Of lost runs nobody knows what all others together see.
     found = profile.epsilons_by_observer(
@@ -74,7 +74,7 @@ def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
     assert "released.0" in {problem.where for problem in problems(claimed)}
 
 
-def changed(report: Report, at: tuple[str, ...], value: object) -> Report:
+def change_report(report: Report, at: tuple[str, ...], value: object) -> Report:
     fields = to_json(report)
     for site in fields["sites"]:
         place = site
@@ -92,13 +92,13 @@ def changed(report: Report, at: tuple[str, ...], value: object) -> Report:
     ],
 )
 def test_tampered_secure_report_is_detected(report: Report, at: str, value: object) -> None:
-    assert problems(changed(report, tuple(at.split(".")), value)) != []
+    assert problems(change_report(report, tuple(at.split(".")), value)) != []
 
 
 @pytest.mark.parametrize(("key", "value"), [("threshold", 3), ("colluders", 3)])
 def test_report_with_an_insecure_threshold_is_refused(report: Report, key: str, value: int) -> None:
     with pytest.raises(ConfigError, match=r"sites\.0\.mechanisms\.0\.shared"):
-        changed(report, ("mechanisms", "0", "shared", key), value)
+        change_report(report, ("mechanisms", "0", "shared", key), value)
 
 
 def test_early_stopped_secure_run_claims_the_whole_plan(tmp_path: Path) -> None:
@@ -113,21 +113,21 @@ def test_early_stopped_secure_run_claims_the_whole_plan(tmp_path: Path) -> None:
     assert problems(replace(report, sites=(replace(site, by_trust=low), *report.sites[1:]))) != []
 
 
-def test_page_one_names_reliance_on_other_sites(ran: Path, report: Report) -> None:
-    page = (ran / "report.html").read_text()
+def test_page_one_names_reliance_on_other_sites(secure_run: Path, report: Report) -> None:
+    page = (secure_run / "report.html").read_text()
     assert "This relies on the other sites" in page
     assert "only in the sum" in page
-    assert "In secure sums each site adds a share of the noise" in page
+    assert "In secure aggregation each site adds a share of the noise" in page
     assert "Each site adds all the noise" not in page
-    assert "hängt von den anderen Standorten ab" in render(report, language="de")
+    assert "hängt von den anderen Einrichtungen ab" in render(report, language="de")
     (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]
     assert (relied.status, relied.evidence) == ("assumed", "3 of 5")
     for number in BY_HAND:
         assert f"{math.floor(number * 100) / 100:.2f}" in page, "to the digits that two grids agree in"
 
 
-def test_site_report_counts_three_epsilons_by_its_filter(ran: Path) -> None:
-    report = from_ledger.build_ledger_report(ran / "sites" / "site-2" / "ledger.db")
+def test_site_report_counts_three_epsilons_by_its_filter(secure_run: Path) -> None:
+    report = from_ledger.build_ledger_report(secure_run / "sites" / "site-2" / "ledger.db")
     (site,) = report.sites
     alone, own, others = site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others
     assert own == site.spent.epsilon
@@ -136,21 +136,21 @@ def test_site_report_counts_three_epsilons_by_its_filter(ran: Path) -> None:
     assert "masked_updates" in report.released
 
 
-def test_plan_and_ledger_show_the_three_epsilons(ran: Path, tmp_path: Path) -> None:
-    said = json.loads(command("plan", "--json", *tiny(*SECURE, into=tmp_path)).printed)
+def test_plan_and_ledger_show_the_three_epsilons(secure_run: Path, tmp_path: Path) -> None:
+    said = json.loads(run_command("plan", "--json", *list_tiny_overrides(*SECURE, into=tmp_path)).printed)
     assert list(said["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
-    ledger = str(ran / "sites" / "site-1" / "ledger.db")
-    spent = json.loads(command("ledger", "spent", ledger, "--json").out)
+    ledger = str(secure_run / "sites" / "site-1" / "ledger.db")
+    spent = json.loads(run_command("ledger", "spent", ledger, "--json").out)
     (run,) = spent["runs"]
     assert list(run["by_trust"].values()) == pytest.approx(BY_HAND, rel=2e-3)
-    words = " ".join(command("ledger", "spent", ledger).out.split())
+    words = " ".join(run_command("ledger", "spent", ledger).out.split())
     assert "against the server alone" in words
     assert "if all other sites collude" in words
-    words = " ".join(command("plan", *tiny(*SECURE, into=tmp_path)).out.split())
+    words = " ".join(run_command("plan", *list_tiny_overrides(*SECURE, into=tmp_path)).out.split())
     assert "1.6 at each site, 2.771 in a secure aggregate of at least 4 of 5 sites, less 1 that may collude" in words
 
 
-@snapshots.mistakes("mistakes-secure")
+@snapshots.parametrize_mistakes("mistakes-secure")
 def test_settings_incompatible_with_secure_aggregation_are_refused(tmp_path: Path, typed: str) -> None:
-    message = command("simulate", *tiny(*SECURE, *typed.split(), into=tmp_path)).failed()
+    message = run_command("simulate", *list_tiny_overrides(*SECURE, *typed.split(), into=tmp_path)).failed()
     snapshots.check_message("mistakes-secure", typed, message)

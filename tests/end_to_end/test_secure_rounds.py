@@ -20,20 +20,20 @@ from fedtune.federation.secure.packing import unpack_residues
 from fedtune.federation.secure.party import Party
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.ledger.chain import canonical_json
+from fedtune.privacy.ledger.chain import to_canonical_json
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
 from fedtune.training.secure_server_step import secure_server_step
 
-from ..conftest import check_planned_bytes, command, fail_where, result_of, simulate, tiny
+from ..conftest import check_planned_bytes, fail_where, list_tiny_overrides, read_result, run_command, simulate
 
 SECURE = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_rounds=3")
 FOUR = ("federation.num_sites=4", "federation.threshold=3")
 THREE = ("federation.num_sites=3", "runtime.seeded_noise=true")
 
 
-def steps_of(result: Any) -> list[int]:
+def list_charged_steps(result: Any) -> list[int]:
     """What each site was charged for."""
     return [spent["steps"] for _, spent in sorted(result["privacy"]["sites"].items())]
 
@@ -43,17 +43,17 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Ad
     """Adapter before, total, and adapter after each of the lead's steps."""
     found: list[tuple[Adapter, np.ndarray, Adapter]] = []
 
-    def noted(adapter: Adapter, total: np.ndarray, state: Any, **named: Any) -> Any:
+    def note_step(adapter: Adapter, total: np.ndarray, state: Any, **named: Any) -> Any:
         after = secure_server_step(adapter, total, state, **named)
         found.append((adapter, total, after[0]))
         return after
 
-    monkeypatch.setattr(secure_rounds, "secure_server_step", noted)
+    monkeypatch.setattr(secure_rounds, "secure_server_step", note_step)
     return found
 
 
 def test_lead_receives_the_exact_sum_and_no_share(
-    steps: Any, everything_sent: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    steps: Any, sent_bytes: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[dict[str, np.ndarray]] = []  # what each site put into the sums, in the order in which they did
     real_share, real_upload = site_work.compute_round_share, Upload.from_bytes
@@ -78,7 +78,7 @@ def test_lead_receives_the_exact_sum_and_no_share(
         exact = sum(np.concatenate([share[name].ravel() for name in adapter.tensors]) for share in of_round)
         np.testing.assert_array_equal(total, exact)
         assert after.digest() != adapter.digest()
-    sent = b"".join(everything_sent)
+    sent = b"".join(sent_bytes)
     assert b'"tensors": "masked"' in sent
     assert b'"tensors": [' not in sent, "no update in clear"
     for share_ in shares:
@@ -97,31 +97,31 @@ def test_secure_run_continues_without_one_site_and_ends_without_two(
 
     fail_where(monkeypatch, site_work, "compute_round_share", fails, OSError("canary-17"))
     four = ("federation.num_sites=4", "federation.site_names=[bank-1,bank-2,bank-3,bank-4]")
-    rounds = result_of(simulate(*SECURE, *four, into=tmp_path))["rounds"]
+    rounds = read_result(simulate(*SECURE, *four, into=tmp_path))["rounds"]
     assert [entry["sites"] for entry in rounds][1:] == [["bank-1", "bank-3", "bank-4"]] * 2
     assert all(entry["failed_sites"] == {"bank-2": "site_error"} for entry in rounds[1:])
     failing.add("bank-4")
-    done = command("simulate", *tiny(*SECURE, *four, into=tmp_path, name="two"))
+    done = run_command("simulate", *list_tiny_overrides(*SECURE, *four, into=tmp_path, name="two"))
     assert done.code == 1
     assert "2 of 4 sites sent an update, and federation.threshold = 3 are needed" in done.out + done.err
     assert "canary-17" not in done.out + done.err
 
 
-def test_spare_round_replaces_a_lost_secure_sum(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
+def test_spare_round_replaces_a_lost_aggregate(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._release == 2)
     more = ("federation.spare_rounds=2", "federation.num_rounds=2", "training.schedule=linear")
     folder = simulate(*SECURE, *THREE, *more, into=tmp_path)
-    result = result_of(folder)
+    result = read_result(folder)
     assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3], "and the other spare round is not needed"
     assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
     assert [after.digest() != before.digest() for before, _, after in steps] == [True, True]
     assert steps[0][2].digest() == steps[1][0].digest(), "the adapter stayed"
-    assert steps_of(result) == [3, 3, 3]
-    assert command("report", "verify", str(folder / "report.json")).code == 0
+    assert list_charged_steps(result) == [3, 3, 3]
+    assert run_command("report", "verify", str(folder / "report.json")).code == 0
 
 
 @pytest.fixture
-def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def restart_site(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Site-2 is started again after the second session's or round's question, and has lost its keys; once."""
     times: list[str] = []
     real = SumsAtSite.join
@@ -139,47 +139,47 @@ def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.by_day("3")
 @pytest.mark.parametrize("sites", [3, 4])
-def test_restarted_site_costs_no_secure_round(sites: int, restarts: list[str], tmp_path: Path) -> None:
+def test_restarted_site_costs_no_secure_round(sites: int, restart_site: list[str], tmp_path: Path) -> None:
     """Also where all sites are needed: it is noticed before a round is asked for."""
-    result = result_of(simulate(*SECURE, f"federation.num_sites={sites}", "federation.threshold=3", into=tmp_path))
-    assert len(set(restarts)) == 2, "two sessions"
+    result = read_result(simulate(*SECURE, f"federation.num_sites={sites}", "federation.threshold=3", into=tmp_path))
+    assert len(set(restart_site)) == 2, "two sessions"
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}, {}]
-    assert steps_of(result) == [3] * sites
+    assert list_charged_steps(result) == [3] * sites
 
 
-def be_away(monkeypatch: pytest.MonkeyPatch, name: str, site: str, number: int = 1, error: Any = None) -> None:
+def make_site_absent(monkeypatch: pytest.MonkeyPatch, name: str, site: str, number: int = 1, error: Any = None) -> None:
     """That this site cannot do so when it is asked for the so-manieth time, nor later."""
     asked = Counter[str]()
 
-    def away(own: SumsAtSite, *_: Any) -> bool:
+    def is_away(own: SumsAtSite, *_: Any) -> bool:
         asked[own.site] += 1
         return own.site == site and asked[site] >= number
 
-    fail_where(monkeypatch, SumsAtSite, name, away, error)
+    fail_where(monkeypatch, SumsAtSite, name, is_away, error)
 
 
 @pytest.mark.by_day("it does not come back")
 @pytest.mark.parametrize("away", ["site-4", "site-2"], ids=["another is away", "it does not come back"])
 def test_run_continues_without_a_site_that_lost_its_keys(
-    away: str, restarts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    away: str, restart_site: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No new session begins, and the others go back to the one that they have."""
-    be_away(monkeypatch, "announce", away, 2)
-    result = result_of(simulate(*SECURE, *FOUR, into=tmp_path))
+    make_site_absent(monkeypatch, "announce", away, 2)
+    result = read_result(simulate(*SECURE, *FOUR, into=tmp_path))
     assert [entry["sites"] for entry in result["rounds"]][1:] == [["site-1", "site-3", "site-4"]] * 2
-    assert steps_of(result) == [3, 1, 3, 3]
+    assert list_charged_steps(result) == [3, 1, 3, 3]
 
 
 def test_site_that_never_joins_does_not_disrupt_the_session(tmp_path: Path, monkeypatch: Any) -> None:
     """It has lost its keys each time that it is asked to join, and announces new ones."""
-    be_away(monkeypatch, "join", "site-2", 3, Rejected(Wrong.SESSION_DIFFERS))
+    make_site_absent(monkeypatch, "join", "site-2", 3, Rejected(Wrong.SESSION_DIFFERS))
     more = (*FOUR, "federation.num_rounds=5")
-    rounds = result_of(simulate(*SECURE, *more, into=tmp_path))["rounds"]
+    rounds = read_result(simulate(*SECURE, *more, into=tmp_path))["rounds"]
     assert [len(entry["sites"]) for entry in rounds] == [4, 3, 3, 3, 3]
 
 
 @pytest.fixture
-def site_2_deals_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_site_2_deal_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     real_split, real_upload, wrong = shamir.split_secret, Party.upload, [False]
 
     def split(secret: int, *, threshold: int, num_shares: int) -> list[int]:
@@ -194,25 +194,25 @@ def site_2_deals_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Party, "upload", upload)
 
 
-@pytest.mark.usefixtures("site_2_deals_wrong_shares")
+@pytest.mark.usefixtures("make_site_2_deal_wrong_shares")
 def test_site_dealing_wrong_shares_is_excluded(tmp_path: Path) -> None:
     folder = simulate(*SECURE, *FOUR, into=tmp_path)
-    result = result_of(folder)
+    result = read_result(folder)
     assert [entry["sites"] for entry in result["rounds"]] == [[], *[["site-1", "site-3", "site-4"]] * 2]
     lost, *later = [entry["failed_sites"] for entry in result["rounds"]]
     assert lost == {f"site-{number}": "not_summed" for number in (1, 2, 3, 4)}
     assert later == [{"site-2": "left_out"}] * 2
-    assert "asked no more, because its shares in a secure sum were wrong" in (folder / "report.html").read_text()
+    assert "asked no more, because its shares in secure aggregation were wrong" in (folder / "report.html").read_text()
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 
-@pytest.mark.usefixtures("site_2_deals_wrong_shares", "sites_stay")
+@pytest.mark.usefixtures("make_site_2_deal_wrong_shares", "keep_site_memory")
 def test_site_dealing_wrong_shares_stays_excluded_after_lead_restart(
-    lead_dies_in_round_two: Any, tmp_path: Path
+    kill_lead_in_round_two: Any, tmp_path: Path
 ) -> None:
-    lead_dies_in_round_two(*FOUR, "federation.num_rounds=4")
-    done = command("simulate", f"resume={tmp_path / 'run'}")
-    result = result_of(tmp_path / "run")
+    kill_lead_in_round_two(*FOUR, "federation.num_rounds=4")
+    done = run_command("simulate", f"resume={tmp_path / 'run'}")
+    result = read_result(tmp_path / "run")
     assert [entry["sites"] for entry in result["rounds"]] == [[], [], *[["site-1", "site-3", "site-4"]] * 2]
     assert [entry["failed_sites"]["site-2"] for entry in result["rounds"]] == ["not_summed", *["left_out"] * 3]
     assert (done.printed + done.err).count("site-2: left_out") == 2, "of the rounds that this lead began"
@@ -223,19 +223,19 @@ def test_server_changing_shares_gets_no_site_blamed(tmp_path: Path, monkeypatch:
     """Nobody but the site signs them: changed ones are no answer, and with another lost the release has no sum."""
     real, releases = secure_rounds.SecureSums._request_step, [0]
 
-    def carried(self: Any, step: str, session: str, parts: Any) -> Any:
+    def carry_changed(self: Any, step: str, session: str, parts: Any) -> Any:
         found, missing = real(self, step, session, parts)
         releases[0] += step == UNMASK
         if step == UNMASK and releases[0] == 1:
             said = json.loads(found["site-2"])
             said["shares"] = {dealer: dict.fromkeys(given, "0" * 66) for dealer, given in said["shares"].items()}
-            found = {**found, "site-2": canonical_json(said)}
+            found = {**found, "site-2": to_canonical_json(said)}
             del found["site-4"]
         return found, missing
 
-    monkeypatch.setattr(secure_rounds.SecureSums, "_request_step", carried)
+    monkeypatch.setattr(secure_rounds.SecureSums, "_request_step", carry_changed)
     folder = simulate(*SECURE, *FOUR, into=tmp_path)
-    assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [0, 4, 4]
+    assert [len(entry["sites"]) for entry in read_result(folder)["rounds"]] == [0, 4, 4]
     known = json.loads((folder / "checkpoints" / "session.json").read_bytes())
     assert (known["left_out"], known["accused"]) == ([], [])
 
@@ -245,23 +245,23 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     def announce(self: SumsAtSite, *given: Any) -> bytes:
         said = json.loads(real(self, *given))
-        return canonical_json(said | {"signature": "0" * 128} if self.site == "site-2" else said)
+        return to_canonical_json(said | {"signature": "0" * 128} if self.site == "site-2" else said)
 
     monkeypatch.setattr(SumsAtSite, "announce", announce)
-    done = command("simulate", *tiny(*SECURE, *THREE, into=tmp_path))
+    done = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, into=tmp_path))
     assert "(site-2: its key was rejected (wrong_signature))" in done.failed(1)
 
 
 def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._site != "site-1")
-    done = command("simulate", *tiny(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
+    done = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
     assert "release 2 of the secure aggregation cannot be read: 1 sites gave shares, and 2 must" in done.failed(1)
     assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.message
 
 
 def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda *_: True)
-    outcome = command("simulate", *tiny(*SECURE, *FOUR, "federation.num_rounds=1", into=tmp_path))
+    outcome = run_command("simulate", *list_tiny_overrides(*SECURE, *FOUR, "federation.num_rounds=1", into=tmp_path))
     assert outcome.code == 1
     assert "had a result; nothing was trained" in outcome.err
     for ledger in tmp_path.glob("run/sites/*/ledger.db"):
@@ -272,20 +272,20 @@ def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pyt
     """In every second round, so that no two in a row have no sum; which of the two is at fault nobody can tell."""
     real = Party._open_shares
 
-    def shares_of(self: Party, survivor: str, asked: Any, pairs: Any) -> dict[str, str]:
+    def list_false_shares(self: Party, survivor: str, asked: Any, pairs: Any) -> dict[str, str]:
         wrong = (self._site, survivor, self._release % 2) == ("site-1", "site-2", 0)
         return {} if wrong else real(self, survivor, asked, pairs)
 
-    monkeypatch.setattr(Party, "_open_shares", shares_of)
+    monkeypatch.setattr(Party, "_open_shares", list_false_shares)
     all_needed = ("federation.num_sites=3", "federation.threshold=3", "federation.num_rounds=20")
-    done = command("simulate", *tiny(*SECURE, *all_needed, into=tmp_path))
+    done = run_command("simulate", *list_tiny_overrides(*SECURE, *all_needed, into=tmp_path))
     assert done.code == 1
     lost = range(2, 2 * secure_rounds.MOST_LOST, 2)
     assert f"release {lost.stop} of the secure aggregation cannot be read" in done.message
     assert f"as before in round {', '.join(map(str, lost))}, and each is charged" in done.message
     assert "wrong shares between site-1 and site-2; the checkpoint of" in done.message
     for site in ("site-1", "site-2", "site-3"):
-        spent = json.loads(command("ledger", "spent", str(tmp_path / f"run/sites/{site}/ledger.db"), "--json").out)
+        spent = json.loads(run_command("ledger", "spent", str(tmp_path / f"run/sites/{site}/ledger.db"), "--json").out)
         assert [run["rounds"] for run in spent["runs"]] == [lost.stop]
 
 
@@ -294,22 +294,22 @@ def test_sum_of_fewer_than_min_sites_is_not_read(tmp_path: Path, monkeypatch: An
     real = Party.upload
     monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])
     four = (*FOUR, "federation.min_sites=4")
-    done = command("simulate", *tiny(*SECURE, *four, into=tmp_path))
+    done = run_command("simulate", *list_tiny_overrides(*SECURE, *four, into=tmp_path))
     assert "release 2 of the secure aggregation cannot be read: 3 sites uploaded, and 4 must" in done.failed(1)
 
 
 def test_unreadable_answer_excludes_only_its_own_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = flower_records.from_step
 
-    def two_parts(answer: Any) -> Any:
+    def split_answer(answer: Any) -> Any:
         content = real(answer)
         if isinstance(answer, bytes) and b'"survivors"' in answer and b'"site":"site-2"' in answer.replace(b": ", b":"):
             content.config_records[flower_records.PARTS]["001"] = answer
         return content
 
-    monkeypatch.setattr(flower_records, "from_step", two_parts)
+    monkeypatch.setattr(flower_records, "from_step", split_answer)
     folder = simulate(*SECURE, *FOUR, into=tmp_path)
-    assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [4, 4, 4]
+    assert [len(entry["sites"]) for entry in read_result(folder)["rounds"]] == [4, 4, 4]
 
 
 @pytest.mark.nightly
@@ -323,66 +323,66 @@ def test_secure_lead_adapter_stays_within_the_site_bound(tmp_path: Path, steps: 
 def test_finished_secure_run_ends_without_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         fail_where(patched, lead_rounds, "_announce_end", lambda *_, **__: True, KeyboardInterrupt())
-        assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
-    be_away(monkeypatch, "announce", "site-3")
-    assert command("simulate", f"resume={tmp_path / 'run'}").code == 0
+        assert run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, into=tmp_path)).code == 1
+    make_site_absent(monkeypatch, "announce", "site-3")
+    assert run_command("simulate", f"resume={tmp_path / 'run'}").code == 0
 
 
 @pytest.fixture
-def lead_dies_in_round_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def kill_lead_in_round_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Begins a run that ends with the second round's uploads."""
 
     def begin(*settings: str) -> None:
         with monkeypatch.context() as patched:
             fail_where(patched, secure_rounds.SecureSums, "total", lambda _, round, __: round == 2, KeyboardInterrupt())
-            assert command("simulate", *tiny(*SECURE, *settings, into=tmp_path)).code == 1
+            assert run_command("simulate", *list_tiny_overrides(*SECURE, *settings, into=tmp_path)).code == 1
 
     return begin
 
 
 @pytest.fixture
-def sites_stay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
+def keep_site_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
     """What the sites' processes remember outlives the lead's, as on other machines."""
     remembered: dict[str, Parties] = {}
     real = site_work.make_sums_at_site
 
-    def of_process(files: SiteFiles, parties: Parties, **named: Any) -> SumsAtSite:
+    def remember_parties(files: SiteFiles, parties: Parties, **named: Any) -> SumsAtSite:
         return real(files, remembered.setdefault(files.policy.site, parties), **named)
 
-    monkeypatch.setattr(site_work, "make_sums_at_site", of_process)
+    monkeypatch.setattr(site_work, "make_sums_at_site", remember_parties)
     return remembered
 
 
 def test_restarted_lead_continues_its_session_without_all_sites(
-    lead_dies_in_round_two: Any, sites_stay: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kill_lead_in_round_two: Any, keep_site_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lead_dies_in_round_two(*FOUR, "federation.num_rounds=4")
-    begun = {session for known in sites_stay.values() for run in known.of_proposal.values() for session in run}
-    be_away(monkeypatch, "join", "site-4")
-    be_away(monkeypatch, "announce", "site-4")
-    assert command("simulate", f"resume={tmp_path / 'run'}").code == 0
-    result = result_of(tmp_path / "run")
+    kill_lead_in_round_two(*FOUR, "federation.num_rounds=4")
+    begun = {session for known in keep_site_memory.values() for run in known.of_proposal.values() for session in run}
+    make_site_absent(monkeypatch, "join", "site-4")
+    make_site_absent(monkeypatch, "announce", "site-4")
+    assert run_command("simulate", f"resume={tmp_path / 'run'}").code == 0
+    result = read_result(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [4, 0, 3, 3]
-    assert {session for known in sites_stay.values() for session in known.joined.values()} == begun, (
+    assert {session for known in keep_site_memory.values() for session in known.joined.values()} == begun, (
         "the session that the first lead began"
     )
-    assert steps_of(result) == [4, 4, 4, 2]
+    assert list_charged_steps(result) == [4, 4, 4, 2]
 
 
 @pytest.mark.by_day("None", "forgotten")
 @pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None, "forgotten"])
 def test_restarted_lead_without_a_valid_session_starts_a_new_one(
-    kept: Any, lead_dies_in_round_two: Any, tmp_path: Path, request: Any
+    kept: Any, kill_lead_in_round_two: Any, tmp_path: Path, request: Any
 ) -> None:
     """A session of other members, or one that its sites have forgotten."""
     if kept != "forgotten":
-        request.getfixturevalue("sites_stay")
-    lead_dies_in_round_two(*THREE)
+        request.getfixturevalue("keep_site_memory")
+    kill_lead_in_round_two(*THREE)
     session = tmp_path / "run" / "checkpoints" / "session.json"
     if kept != "forgotten":
         session.write_bytes(session.read_bytes().replace(b"site-1", b"site-9") if kept is None else kept)
-    assert command("simulate", f"resume={tmp_path / 'run'}").code == 0
-    result = result_of(tmp_path / "run")
+    assert run_command("simulate", f"resume={tmp_path / 'run'}").code == 0
+    result = read_result(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3]
     assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
     assert result["rounds"][1]["bytes_up"] == 0, "it is not asked again: a site might pay for what no session can sum"

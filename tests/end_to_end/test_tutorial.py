@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ..conftest import REPOSITORY, command, result_of
+from ..conftest import REPOSITORY, read_result, run_command
 
 pytestmark = pytest.mark.nightly
 
@@ -21,7 +21,7 @@ EXAMPLES = REPOSITORY / "simulations" / "data" / "examples"
 LABELS = {"card_arrival", "exchange_rate", "lost_or_stolen_card", "pending_cash_withdrawal", "request_refund"}
 
 
-def lines_of(file: str) -> list[list[str]]:
+def list_commands(file: str) -> list[list[str]]:
     """The commands of the pages that are about one of the files, without the word fedtune."""
     page = "".join((REPOSITORY / "docs" / name).read_text() for name in ("tutorial.md", "other_tasks.md"))
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
@@ -46,8 +46,8 @@ FILES = tomllib.loads(Path(__file__).with_name("examples.toml").read_text())
 @pytest.mark.parametrize("file", [file.name for file in EXAMPLES.iterdir() if file.name != "README.md"])
 def test_every_tutorial_command_succeeds_as_printed(folder: Path, file: str) -> None:
     told = {}
-    for words in lines_of(file):
-        outcome = command(*words)
+    for words in list_commands(file):
+        outcome = run_command(*words)
         assert outcome.code == 0, (words, outcome.err)
         told[" ".join(words[:2]) if words[0] == "data" else words[0]] = outcome
     assert {"data init", "simulate", "evaluate"} <= set(told) <= ALL
@@ -81,7 +81,7 @@ def cut(name: str, most: int) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def five_lines(tmp_path: Path) -> list[str]:
+def list_quick_start_commands(tmp_path: Path) -> list[str]:
     """The command of docs/own_data.md on few rows.  The noise of epsilon 3 is given, which saves its search."""
     for name, rows in (("train", cut("train.jsonl.gz", SITES * RECORDS)), ("test", cut("test.jsonl.gz", TEST_ROWS))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,9 +94,9 @@ def five_lines(tmp_path: Path) -> list[str]:
     ]
 
 
-def test_small_data_set_with_few_labels_is_learned(five_lines: list[str], tmp_path: Path) -> None:
-    assert command(*five_lines).code == 0
-    result = result_of(tmp_path / "small")
+def test_small_data_set_with_few_labels_is_learned(list_quick_start_commands: list[str], tmp_path: Path) -> None:
+    assert run_command(*list_quick_start_commands).code == 0
+    result = read_result(tmp_path / "small")
     assert [site["rounds"] for site in result["privacy"]["sites"].values()] == [10] * SITES
     assert not any(one["failed_sites"] for one in result["rounds"])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.verify import verify
@@ -14,7 +14,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_ledger, from_run
 from fedtune.tasks.saved import SavedAdapter
 
-from ..conftest import command
+from ..conftest import run_command
 
 pytestmark = pytest.mark.nightly
 
@@ -24,12 +24,12 @@ SMALL = (
 )
 
 
-def arguments(into: Path, *overrides: str, name: str = "run") -> list[str]:
+def list_arguments(into: Path, *overrides: str, name: str = "run") -> list[str]:
     return ["experiment=debug_users", f"tracking.output_dir='{into}'", f"name={name}", *SMALL, *overrides]
 
 
 def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
-    shown = " ".join(command("simulate", *arguments(tmp_path, "privacy.records_per_user=3")).printed.split())
+    shown = " ".join(run_command("simulate", *list_arguments(tmp_path, "privacy.records_per_user=3")).printed.split())
     assert "for each user" in shown
     assert "at most 3 records of a user in a step" in shown
     folder = tmp_path / "run"
@@ -56,7 +56,7 @@ def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
     assert "Everybody with records at a site is protected, for all of their records there together." in page
     assert "Records of a person, at most" in page
 
-    spent = command("ledger", "spent", str(site / "ledger.db"))
+    spent = run_command("ledger", "spent", str(site / "ledger.db"))
     assert "with all records of any one person at a site as without them" in " ".join(spent.out.split())
     assert "Lifetime budget of each user" in spent.out
 
@@ -67,10 +67,10 @@ def test_user_level_run_states_its_unit_everywhere(tmp_path: Path) -> None:
 YEARS = (2024, 2025, 2026)
 
 
-def of_people(into: Path, name: str, *overrides: str) -> list[str]:
+def simulate_people(into: Path, name: str, *overrides: str) -> list[str]:
     short = ("data.declared_sizes=30", "data.train_fraction=1.0", "federation.num_rounds=1", "training.local_steps=1")
     files = (f"data.train_file='{into / 'people.jsonl'}'", f"runtime.sites_dir='{into / 'kept'}'")
-    return arguments(into, *short, *files, *overrides, name=name)
+    return list_arguments(into, *short, *files, *overrides, name=name)
 
 
 @pytest.fixture
@@ -84,8 +84,10 @@ def simulated(tmp_path: Path) -> Any:
 
     def run(name: str, cohorts: str | None = None, *more: str, after: str | None = None) -> Any:
         limited = [*([f"privacy.cohorts={cohorts}"] if cohorts else ()), *more]
-        begun = of_people(tmp_path, name, "+data.columns.arrival=came")
-        return command("simulate", *(("--renew", str(tmp_path / after), f"name={name}") if after else begun), *limited)
+        begun = simulate_people(tmp_path, name, "+data.columns.arrival=came")
+        return run_command(
+            "simulate", *(("--renew", str(tmp_path / after), f"name={name}") if after else begun), *limited
+        )
 
     return run
 
@@ -102,11 +104,11 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
     with store.open_for_reading(ledger) as file:
         assert {row.cohort for row in register.read_rows(file)} == set(YEARS)
     # One line a cohort, of which the ledger's figure is the largest; the report says the same.
-    spent = command("ledger", "spent", str(ledger))
+    spent = run_command("ledger", "spent", str(ledger))
     shown = spent.out
     assert spent.code == 0, spent.err
     assert all(f"came in {year} " in shown for year in YEARS)
-    life = json.loads(command("ledger", "spent", str(ledger), "--json").out)
+    life = json.loads(run_command("ledger", "spent", str(ledger), "--json").out)
     assert [tuple(one["people"].values()) for one in life["cohorts"]] == [
         *((None, "2023"), ("2024", "2024"), ("2025", "2025"), ("2026", "2026"), ("2027", None))
     ]
@@ -115,18 +117,18 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
     assert report.sites[0].spent.epsilon == pytest.approx(history.epsilon())
     assert report.sites[0].steps[-1].epsilon == pytest.approx(history.epsilon())
     window = ("+data.columns.arrival=came", "privacy.cohorts={period:year,last:'2026'}")
-    plan = command("plan", *of_people(tmp_path, "p", *window))
+    plan = run_command("plan", *simulate_people(tmp_path, "p", *window))
     assert "it admits and charges people who arrived up to 2026, and those without a date" in " ".join(plan.out.split())
 
 
 def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated: Any, tmp_path: Path) -> None:
     first = "{period:year,first:'2024',last:'2025'}"
-    rule = ("privacy.noise_multiplier=null", "privacy.epsilon=3", "privacy.runs=3")
+    rule = ("privacy.noise_multiplier=null", "privacy.epsilon=3", "privacy.planned_runs=3")
     for name, before in (("one", None), ("two", "one"), ("three", "two")):
         assert simulated(name, first, *(() if before else rule), after=before).code == 0
     start = json.loads((tmp_path / "three" / "run.json").read_text())["provenance"]["start_adapter"]
     assert start["digest"] == SavedAdapter.read(tmp_path / "two" / "adapter").digest
-    ledger, plan = tmp_path / "kept" / "site-1" / "ledger.db", saved_config(tmp_path / "three").plan()
+    ledger, plan = tmp_path / "kept" / "site-1" / "ledger.db", read_saved_config(tmp_path / "three").plan()
     charged = verify(ledger).history.total_charges(2024)
     # What was charged, recomputed: all runs together come to epsilon, and one more would pass it.
     assert 2.98 < epsilon_pld(charged, plan.delta) <= 3.0 < epsilon_pld([plan.full_event] * 4, plan.delta)
@@ -136,18 +138,18 @@ def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated:
     assert simulated("moved", after="three").code == 3
     assert simulated("new", "{period:year,first:'2026',last:'2027'}", after="three").code == 0
     history = verify(ledger).history
-    assert (history.total_charges(2024), saved_config(tmp_path / "new").federation.renewal) == (charged, 3)
+    assert (history.total_charges(2024), read_saved_config(tmp_path / "new").federation.renewal) == (charged, 3)
     assert epsilon_pld(history.total_charges(2026), plan.delta) == epsilon_pld([plan.full_event], plan.delta)
 
 
 def test_user_level_comparison_resamples_whole_users(tmp_path: Path) -> None:
     short = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet", "data.test_rows=null")
-    words = arguments(tmp_path, *short, name="chat")
-    told = json.loads(command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)
+    words = list_arguments(tmp_path, *short, name="chat")
+    told = json.loads(run_command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)
     assert told["unit"] == "user"
     assert 10 < told["units"] < told["records"] / 2
     base, federated, pooled = told["models"]
     assert set(base["scores"]) == {"loss", "perplexity", "bleu", "rouge_l"}
     assert [model["name"] for model in (federated, pooled)] == ["federated", "pooled"]
-    by_record = command("compare", federated["folder"], pooled["folder"], "--json")
+    by_record = run_command("compare", federated["folder"], pooled["folder"], "--json")
     assert json.loads(by_record.out)["units"] == told["units"], "also of runs that are there"

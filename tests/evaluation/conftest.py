@@ -20,7 +20,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel
 
-from ..model.conftest import trained
+from ..model.conftest import make_trained
 from ..training.conftest import one_thread as one_thread
 
 VOCABULARY = 50
@@ -41,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny(kind: Any, config: Any, lora: LoraSpec) -> TaskModel:
+def build_tiny_model(kind: Any, config: Any, lora: LoraSpec) -> TaskModel:
     """Its adapters change the outputs: B is not zero."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -55,38 +55,38 @@ def tiny(kind: Any, config: Any, lora: LoraSpec) -> TaskModel:
     return TaskModel(spec, get_task(spec.task), base)
 
 
-bert_classifier = partial(trained, labels=tuple(map(str, range(NUM_LABELS))))
+bert_classifier = partial(make_trained, labels=tuple(map(str, range(NUM_LABELS))))
 classifier = pytest.fixture(name="classifier")(lambda: bert_classifier())
-language_model = pytest.fixture(name="language_model")(lambda: llama(LoraSpec(rank=2)))
+language_model = pytest.fixture(name="language_model")(lambda: build_llama(LoraSpec(rank=2)))
 
 
-def llama(lora: LoraSpec) -> TaskModel:
+def build_llama(lora: LoraSpec) -> TaskModel:
     # A large range, so that the likeliest token wins by far and texts vary.
     more = {"num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.5}
     config = transformers.LlamaConfig(**SIZES, **more, eos_token_id=END, pad_token_id=END)
-    return tiny(transformers.LlamaForCausalLM, config, lora)
+    return build_tiny_model(transformers.LlamaForCausalLM, config, lora)
 
 
 @pytest.fixture
 def language_model_without_positions() -> TaskModel:
     """Bloom: its attention falls off with distance (ALiBi), and its forward pass takes no position ids."""
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
-    return tiny(transformers.BloomForCausalLM, config, LoraSpec(rank=2))
+    return build_tiny_model(transformers.BloomForCausalLM, config, LoraSpec(rank=2))
 
 
 @pytest.fixture
-def labeled() -> TextDataset:
+def labeled_texts() -> TextDataset:
     """Forty texts of 1 to 15 tokens in four classes."""
     generator = np.random.default_rng(1)
-    input_ids = tuple(random_ids(generator, length) for length in generator.integers(1, 16, size=40))
+    input_ids = tuple(draw_ids(generator, length) for length in generator.integers(1, 16, size=40))
     return TextDataset(input_ids=input_ids, targets=generator.integers(0, NUM_LABELS, size=40, dtype=np.int64))
 
 
 @pytest.fixture
-def completions() -> TextDataset:
+def completion_texts() -> TextDataset:
     """Twenty texts of 4 to 15 tokens, of which the first 3 are a prompt; the last one was cut inside its prompt."""
     generator = np.random.default_rng(2)
-    input_ids = tuple(random_ids(generator, length) for length in generator.integers(4, 16, size=20))
+    input_ids = tuple(draw_ids(generator, length) for length in generator.integers(4, 16, size=20))
     targets = [ids.astype(np.int64) for ids in input_ids]
     for target in targets:
         target[:3] = -100
@@ -94,9 +94,9 @@ def completions() -> TextDataset:
     return TextDataset(input_ids=input_ids, targets=tuple(targets))
 
 
-def random_ids(generator: np.random.Generator, length: int) -> np.ndarray:
+def draw_ids(generator: np.random.Generator, length: int) -> np.ndarray:
     return generator.integers(3, VOCABULARY, size=length, dtype=np.int32)
 
 
-def scores_of(model: TaskModel, dataset: TextDataset, **options: Any) -> dict[str, float]:
+def score_model(model: TaskModel, dataset: TextDataset, **options: Any) -> dict[str, float]:
     return model.task.scores(evaluate_examples(model, dataset, **options), spec=model.spec)

@@ -62,11 +62,11 @@ def test_random_guessing_gives_zero_and_p_value_grows_with_epsilon() -> None:
 
 
 @cache
-def bound(canaries: int, guesses: int, right: int, delta: float) -> float:
+def bound_epsilon(canaries: int, guesses: int, right: int, delta: float) -> float:
     return epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
 
 
-def too_many(trials: int) -> int:
+def max_failures(trials: int) -> int:
     """More failures than a bound with 95 % confidence has in so many trials, but with `CHANCE`."""
     return int(stats.binom(trials, 0.05).isf(CHANCE))
 
@@ -74,8 +74,8 @@ def too_many(trials: int) -> int:
 def test_bound_on_randomized_response_fails_five_percent_of_the_time() -> None:
     generator, trials, canaries = np.random.default_rng(1), 4000, 200
     right = generator.binomial(canaries, 1 / (1 + np.exp(-1.0)), size=trials)
-    wrong = sum(bound(canaries, canaries, int(count), 0.0) > 1.0 for count in right)
-    assert wrong <= too_many(trials)
+    wrong = sum(bound_epsilon(canaries, canaries, int(count), 0.0) > 1.0 for count in right)
+    assert wrong <= max_failures(trials)
     # Nothing is given away either: the mechanism is the worst that epsilon = 1 allows, so the bound is nearly exact.
     assert wrong >= 0.025 * trials
 
@@ -84,18 +84,18 @@ def test_bound_on_randomized_response_fails_five_percent_of_the_time() -> None:
 def test_bound_on_a_gaussian_mechanism_keeps_its_confidence(guesses: int) -> None:
     epsilon, trials, canaries = 2.0, 400, 400
     sigma = calibrate_noise(epsilon=epsilon, delta=DELTA, sampling_rate=1.0, steps=1)
-    wrong = sum(shown > epsilon for shown in gaussian_bounds(sigma, trials, canaries, guesses))
-    assert wrong <= too_many(trials)
+    wrong = sum(shown > epsilon for shown in simulate_gaussian_bounds(sigma, trials, canaries, guesses))
+    assert wrong <= max_failures(trials)
     # And one that adds a tenth of the noise is found out.
-    assert min(gaussian_bounds(sigma / 10, 20, canaries, guesses)) > epsilon
+    assert min(simulate_gaussian_bounds(sigma / 10, 20, canaries, guesses)) > epsilon
 
 
-def gaussian_bounds(sigma: float, trials: int, canaries: int, guesses: int) -> list[float]:
+def simulate_gaussian_bounds(sigma: float, trials: int, canaries: int, guesses: int) -> list[float]:
     generator, bounds = np.random.default_rng(2), []
     for _ in range(trials):
         inserted = generator.random(canaries) < 0.5
         scores = inserted + sigma * generator.normal(size=canaries)
-        bounds.append(bound(*count_right_guesses(scores - 0.5, inserted, guesses=guesses), DELTA))
+        bounds.append(bound_epsilon(*count_right_guesses(scores - 0.5, inserted, guesses=guesses), DELTA))
     return bounds
 
 

@@ -4,49 +4,55 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, Estimate, compare_by_scores, describe_against_constant, drawn
-from fedtune.evaluation.groups import OTHERS, merged, score_groups
+from fedtune.evaluation.bootstrap import (
+    FEWEST_UNITS,
+    Estimate,
+    compare_by_scores,
+    describe_against_constant,
+    score_draws,
+)
+from fedtune.evaluation.groups import OTHERS, merge_values, score_groups
 from fedtune.spec import DataError
 from fedtune.tasks.measures import macro_f1
 
 
-def mean(figures: Mapping[str, np.ndarray]) -> dict[str, float]:
+def compute_mean(figures: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {"accuracy": float(figures["right"].mean())}
 
 
-def loss(figures: Mapping[str, np.ndarray]) -> dict[str, float]:
-    return {"loss": mean(figures)["accuracy"]}
+def compute_loss(figures: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {"loss": compute_mean(figures)["accuracy"]}
 
 
-def figures(values: np.ndarray) -> dict[str, np.ndarray]:
+def make_figures(values: np.ndarray) -> dict[str, np.ndarray]:
     return {"right": np.asarray(values, dtype=np.float64)}
 
 
 def test_scores_use_all_records_and_lower_losses_are_better() -> None:
     base, tuned = np.arange(20) < 5, np.arange(20) < 15
-    found = compare_by_scores(figures(base), figures(tuned), scores=mean)["accuracy"]
+    found = compare_by_scores(make_figures(base), make_figures(tuned), scores=compute_mean)["accuracy"]
     assert (found.base.value, found.tuned.value, found.difference.value) == (0.25, 0.75, 0.5)
     assert found.base.low < 0.25 < found.base.high
     assert found.verdict == "better"
-    low, high = figures(np.linspace(1, 1.1, 50)), figures(np.linspace(2, 2.1, 50))
-    assert compare_by_scores(high, low, scores=loss)["loss"].verdict == "better"
-    assert compare_by_scores(low, high, scores=loss)["loss"].verdict == "worse"
-    assert compare_by_scores(low, high, scores=mean)["accuracy"].verdict == "better"
-    assert compare_by_scores(low, low, scores=loss)["loss"].verdict == "cannot be told apart"
+    low, high = make_figures(np.linspace(1, 1.1, 50)), make_figures(np.linspace(2, 2.1, 50))
+    assert compare_by_scores(high, low, scores=compute_loss)["loss"].verdict == "better"
+    assert compare_by_scores(low, high, scores=compute_loss)["loss"].verdict == "worse"
+    assert compare_by_scores(low, high, scores=compute_mean)["accuracy"].verdict == "better"
+    assert compare_by_scores(low, low, scores=compute_loss)["loss"].verdict == "cannot be told apart"
 
 
 def test_bootstrap_is_paired_across_models() -> None:
     """Paired: what all records have in common does not widen the interval of the difference."""
     common = np.random.default_rng(1).normal(0.0, 10.0, size=100)
-    found = compare_by_scores(figures(common), figures(common + 1.0), scores=mean)["accuracy"]
+    found = compare_by_scores(make_figures(common), make_figures(common + 1.0), scores=compute_mean)["accuracy"]
     assert found.difference.low == pytest.approx(1.0)
     assert found.difference.high == pytest.approx(1.0)
     assert found.tuned.high - found.tuned.low > 1.0
-    assert found == compare_by_scores(figures(common), figures(common + 1.0), scores=mean)["accuracy"], (
-        "and the same every time"
-    )
+    assert (
+        found == compare_by_scores(make_figures(common), make_figures(common + 1.0), scores=compute_mean)["accuracy"]
+    ), "and the same every time"
     # Several models share the draws, too, and their mean is one more.
-    several = drawn({"one": figures(common), "other": figures(common + 2.0)}, scores=mean)
+    several = score_draws({"one": make_figures(common), "other": make_figures(common + 2.0)}, scores=compute_mean)
     several = several.with_mean("both", ["one", "other"])
     assert several.values["both"]["accuracy"] == pytest.approx(common.mean() + 1.0)
     beside = several.compare_scores("one", "both", "accuracy").difference
@@ -57,10 +63,10 @@ def test_bootstrap_is_paired_across_models() -> None:
 def test_bootstrap_resamples_whole_users() -> None:
     """Records of a user that agree are no evidence of their own: by record the interval would be far too narrow."""
     users = [np.arange(first, first + 10) for first in range(0, 200, 10)]
-    values = figures(np.repeat(np.random.default_rng(2).normal(size=20), 10))
-    zero = figures(np.zeros(200))
-    by_user = compare_by_scores(zero, values, scores=mean, units=users)["accuracy"].difference
-    by_record = compare_by_scores(zero, values, scores=mean)["accuracy"].difference
+    values = make_figures(np.repeat(np.random.default_rng(2).normal(size=20), 10))
+    zero = make_figures(np.zeros(200))
+    by_user = compare_by_scores(zero, values, scores=compute_mean, units=users)["accuracy"].difference
+    by_record = compare_by_scores(zero, values, scores=compute_mean)["accuracy"].difference
     assert by_user.value == by_record.value
     ratio = (by_user.high - by_user.low) / (by_record.high - by_record.low)
     assert ratio == pytest.approx(math.sqrt(10), rel=0.2)
@@ -85,31 +91,31 @@ def test_model_is_compared_with_the_best_constant_prediction(
 
 
 def test_too_few_units_give_no_verdict() -> None:
-    zeros, ones = figures(np.zeros(FEWEST_UNITS)), figures(np.ones(FEWEST_UNITS))
-    assert compare_by_scores(zeros, ones, scores=mean)["accuracy"].verdict == "better"
+    zeros, ones = make_figures(np.zeros(FEWEST_UNITS)), make_figures(np.ones(FEWEST_UNITS))
+    assert compare_by_scores(zeros, ones, scores=compute_mean)["accuracy"].verdict == "better"
     fewer = ({"right": one["right"][1:]} for one in (zeros, ones))
-    assert compare_by_scores(*fewer, scores=mean)["accuracy"].verdict == "cannot be told apart"
-    groups = merged([*["a"] * 50, *["b"] * 9], smallest=5)
-    models = {name: figures(np.full(59, value)) for name, value in (("x", 0.0), ("y", 1.0))}
-    found = score_groups(models, groups, score="accuracy", scores=mean, pairs=[("x", "y")])
+    assert compare_by_scores(*fewer, scores=compute_mean)["accuracy"].verdict == "cannot be told apart"
+    groups = merge_values([*["a"] * 50, *["b"] * 9], smallest=5)
+    models = {name: make_figures(np.full(59, value)) for name, value in (("x", 0.0), ("y", 1.0))}
+    found = score_groups(models, groups, score="accuracy", scores=compute_mean, pairs=[("x", "y")])
     assert found.changes["a"]["x", "y"].verdict == "better"
     assert found.changes["b"]["x", "y"].verdict == "cannot be told apart", "9 are too few"
 
 
 def test_diverged_model_is_worse_and_unscorable_resamples_are_skipped() -> None:
-    fine, diverged, infinite = (figures(np.full(30, value)) for value in (1.0, np.nan, np.inf))
-    found = compare_by_scores(fine, diverged, scores=loss)["loss"]
+    fine, diverged, infinite = (make_figures(np.full(30, value)) for value in (1.0, np.nan, np.inf))
+    found = compare_by_scores(fine, diverged, scores=compute_loss)["loss"]
     assert found.verdict == "worse"
     assert math.isnan(found.difference.low)
-    assert compare_by_scores(infinite, infinite, scores=loss)["loss"].verdict == "cannot be told apart"
+    assert compare_by_scores(infinite, infinite, scores=compute_loss)["loss"].verdict == "cannot be told apart"
 
-    def sometimes(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def score_or_fail(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
         if not drawn["right"].any():
             raise DataError("evaluation data", "no token to predict", "needs one")
-        return mean(drawn)
+        return compute_mean(drawn)
 
-    rare = figures(np.arange(12) == 3)
-    assert compare_by_scores(rare, rare, scores=sometimes)["accuracy"].base.low == pytest.approx(1 / 12)
+    rare = make_figures(np.arange(12) == 3)
+    assert compare_by_scores(rare, rare, scores=score_or_fail)["accuracy"].base.low == pytest.approx(1 / 12)
 
 
 def test_confidence_intervals_have_their_nominal_coverage() -> None:
@@ -118,7 +124,9 @@ def test_confidence_intervals_have_their_nominal_coverage() -> None:
     for _ in range(number):
         hard = draws.random(100)
         base, tuned = hard + draws.normal(0, 0.05, 100) < 0.6, hard + draws.normal(0, 0.05, 100) < 0.7
-        found = compare_by_scores(figures(base), figures(tuned), scores=mean, resamples=300)["accuracy"].difference
+        found = compare_by_scores(make_figures(base), make_figures(tuned), scores=compute_mean, resamples=300)[
+            "accuracy"
+        ].difference
         held += found.low <= 0.1 <= found.high
     assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / number) < held / number < 0.95 + 4 * math.sqrt(0.95 * 0.05 / number)
 
@@ -127,7 +135,7 @@ def test_intervals_are_corrected_for_bootstrap_bias() -> None:
     """Macro-F1 of few records of each class: draws lack some, so that they lie too low, as the sample does."""
     draws, held, plain = np.random.default_rng(4), 0, 0
     for _ in range(200):
-        found = drawn({"base": answers(draws, draws.integers(0, 40, 400))}, scores=f1, resamples=200)
+        found = score_draws({"base": draw_answers(draws, draws.integers(0, 40, 400))}, scores=compute_f1, resamples=200)
         estimate, of_draws = found.estimate("base", "macro_f1"), found.draws["base"]["macro_f1"]
         held += estimate.low <= 0.7 <= estimate.high
         low, high = np.quantile(of_draws, [0.025, 0.975])
@@ -137,18 +145,18 @@ def test_intervals_are_corrected_for_bootstrap_bias() -> None:
     assert plain < 0.9 * 200, "the draws' own quantiles hold it less often than 95 times in 100"
     assert held > 0.9 * 200
     # Other scores' intervals are the draws' own.
-    found = drawn({"base": figures(draws.random(60))}, scores=mean)
+    found = score_draws({"base": make_figures(draws.random(60))}, scores=compute_mean)
     estimate, of_draws = found.estimate("base", "accuracy"), found.draws["base"]["accuracy"]
     assert of_draws.mean() != estimate.value
     assert (estimate.low, estimate.high) == tuple(np.quantile(of_draws, [0.025, 0.975]))
 
 
-def f1(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
+def compute_f1(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
     truth, predicted = (drawn[name].astype(np.int64) for name in ("truth", "predicted"))
     return {"macro_f1": macro_f1(truth, predicted, num_labels=40)}
 
 
-def answers(draws: np.random.Generator, truth: np.ndarray) -> dict[str, np.ndarray]:
+def draw_answers(draws: np.random.Generator, truth: np.ndarray) -> dict[str, np.ndarray]:
     """Of a model that is right on 70 % of records."""
     wrong = (truth + draws.integers(1, 40, len(truth))) % 40
     predicted = np.where(draws.random(len(truth)) < 0.7, truth, wrong)
@@ -162,8 +170,8 @@ def test_equivalent_models_are_rarely_called_different(number: int) -> None:
     draws, different = np.random.default_rng(6), 0
     for _ in range(100):
         truth = draws.integers(0, 40, number)
-        models = {name: answers(draws, truth) for name in ("base", "tuned")}
-        found = drawn(models, scores=f1, resamples=200).compare_scores("base", "tuned", "macro_f1")
+        models = {name: draw_answers(draws, truth) for name in ("base", "tuned")}
+        found = score_draws(models, scores=compute_f1, resamples=200).compare_scores("base", "tuned", "macro_f1")
         different += found.verdict != "cannot be told apart"
         for one in (found.base, found.tuned):
             assert one.low <= one.value <= one.high <= 1
@@ -175,31 +183,31 @@ MANY = [*["ward a"] * 60, *["ward b"] * 30, *["c"] * 12, *["d"] * 9, *["e"] * 4]
 
 
 def test_small_groups_are_merged_up_to_the_minimum_size() -> None:
-    found = merged(MANY, smallest=20)
+    found = merge_values(MANY, smallest=20)
     assert (found.names, found.sizes, found.merged) == (("ward a", "ward b", OTHERS), (60, 30, 25), ("c", "d", "e"))
     assert found.codes.tolist() == [0] * 60 + [1] * 30 + [2] * 25
-    joined = merged([*["a"] * 60, *["b"] * 30, *["c"] * 12, "d"], smallest=20)
+    joined = merge_values([*["a"] * 60, *["b"] * 30, *["c"] * 12, "d"], smallest=20)
     assert (joined.names, joined.sizes, joined.merged) == (("a", OTHERS), (60, 43), ("b", "c", "d"))
     assert found.smallest == OTHERS
     # The sizes alone decide.
-    assert merged([value[::-1] for value in MANY], smallest=20).sizes == found.sizes
-    assert merged(["a", "b"], smallest=20).names == (OTHERS,)
-    assert merged([*["a"] * 20, *[OTHERS] * 25], smallest=20).names == ("a", OTHERS), "whatever a value is called"
+    assert merge_values([value[::-1] for value in MANY], smallest=20).sizes == found.sizes
+    assert merge_values(["a", "b"], smallest=20).names == (OTHERS,)
+    assert merge_values([*["a"] * 20, *[OTHERS] * 25], smallest=20).names == ("a", OTHERS), "whatever a value is called"
     # Users count once in a group.
     units = [np.arange(first, first + 10) for first in range(0, 400, 10)]
     values = ["north" if place < 350 else "south" for place in range(400)]
-    by_user = merged(values, smallest=10, units=units)
+    by_user = merge_values(values, smallest=10, units=units)
     assert by_user.names == (OTHERS,), "five users are too few, whatever they wrote, and the others join them"
     values[0] = "south"
-    assert merged(values, smallest=6, units=units).sizes == (35, 6), "a user with records in both counts in both"
+    assert merge_values(values, smallest=6, units=units).sizes == (35, 6), "a user with records in both counts in both"
 
 
 def test_group_scores_and_changes_use_only_their_records() -> None:
-    groups = merged([*["a"] * 50, *["b"] * 50], smallest=20)
+    groups = merge_values([*["a"] * 50, *["b"] * 50], smallest=20)
     base = {"right": np.r_[np.ones(25), np.zeros(25), np.ones(40), np.zeros(10)]}
     tuned = {"right": np.r_[np.ones(25), np.zeros(25), np.ones(50)]}
     found = score_groups(
-        {"base": base, "tuned": tuned}, groups, score="accuracy", scores=mean, pairs=[("base", "tuned")]
+        {"base": base, "tuned": tuned}, groups, score="accuracy", scores=compute_mean, pairs=[("base", "tuned")]
     )
     assert {name: one["tuned"].value for name, one in found.scores.items()} == {"b": 1.0, "a": 0.5}
     assert found.gaps["a"]["base"].value == pytest.approx(-0.3)

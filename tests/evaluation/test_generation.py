@@ -9,13 +9,13 @@ from sacrebleu.metrics.bleu import BLEU
 from fedtune.data.tokenization import TextDataset
 from fedtune.evaluation import generation
 from fedtune.evaluation.generation import (
+    compute_text_scores,
+    compute_text_statistics,
     decode_stream,
     generate,
     group_by_prompt,
     sample_completions,
     stream_tokens,
-    text_scores,
-    text_statistics,
 )
 from fedtune.evaluation.spec import EvaluationSpec, WritingSpec
 from fedtune.model.base_model import build_tiny_tokenizer
@@ -32,11 +32,11 @@ Prompts = list[np.ndarray]
 
 
 @pytest.fixture
-def prompts(completions: TextDataset) -> Prompts:
-    return [ids[: (len(ids) + 1) // 2] for ids in completions.input_ids]
+def prompts(completion_texts: TextDataset) -> Prompts:
+    return [ids[: (len(ids) + 1) // 2] for ids in completion_texts.input_ids]
 
 
-def written_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int) -> list[int]:
+def write_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int) -> list[int]:
     """Greedy text by whole forward passes over one unpadded row."""
     token_ids = torch.as_tensor(prompt, dtype=torch.int64)[None]
     with torch.no_grad():
@@ -46,7 +46,7 @@ def written_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int)
 
 
 def test_generated_rows_end_at_their_own_end_token(language_model: TaskModel, prompts: Prompts) -> None:
-    whole = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
+    whole = [write_without_cache(language_model, prompt, 8) for prompt in prompts]
     ends = frozenset({end := whole[0][3], 999})
     written = generation.generate_batch(
         language_model.base,
@@ -69,21 +69,21 @@ def test_sampled_texts_use_independent_random_streams(
 ) -> None:
     own, against = [prompts[0]] * 12, [prompts[1]] * 12 if guided else []
 
-    def drawn(max_tokens: int, *, first: int = 0, most: int = 20, seed: int = 1) -> dict[int, str | None]:
+    def draw_texts(max_tokens: int, *, first: int = 0, most: int = 20, seed: int = 1) -> dict[int, str | None]:
         spec = WritingSpec(max_new_tokens=most, temperature=1.5, top_p=0.9, guidance=1.0, seed=seed)
         settings = {"tokenizer": tokenizer, "end_ids": frozenset(range(0, 999, 7)), "spec": spec, "against": against}
         return dict(sample_completions(language_model, own, first=first, max_tokens=max_tokens, **settings))
 
-    texts = drawn(10_000)
-    assert texts == drawn(100)
+    texts = draw_texts(10_000)
+    assert texts == draw_texts(100)
     assert len(set(texts.values())) > 8
-    later = drawn(10_000, first=5)
+    later = draw_texts(10_000, first=5)
     assert [later[place] for place in range(7)] == [texts[place] for place in range(5, 12)]
-    assert texts != drawn(10_000, seed=2)
-    assert None in drawn(10_000, most=1).values(), "a text that does not end is none"
+    assert texts != draw_texts(10_000, seed=2)
+    assert None in draw_texts(10_000, most=1).values(), "a text that does not end is none"
 
 
-def next_logits(model: TaskModel, token_ids: list[int]) -> torch.Tensor:
+def compute_next_logits(model: TaskModel, token_ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model.base(input_ids=torch.tensor([token_ids])).logits[0, -1].double()
 
@@ -100,7 +100,7 @@ def test_full_guidance_selects_tokens_least_likely_under_the_other_prompt(
     for prompt, other, beginning in zip(prompts, against, begun, strict=True):
         text: list[int] = beginning.tolist()
         for _ in range(6):
-            own, others = (next_logits(language_model, [*start.tolist(), *text]) for start in (prompt, other))
+            own, others = (compute_next_logits(language_model, [*start.tolist(), *text]) for start in (prompt, other))
             ordered, order = torch.softmax(own, dim=-1).sort(descending=True)
             nucleus = order[ordered.cumsum(dim=-1) - ordered < 0.9]
             text.append(int(nucleus[(own - others)[nucleus].argmax()]))
@@ -118,20 +118,20 @@ def test_guidance_scales_probabilities_by_their_ratio(
     language_model: TaskModel, prompts: Prompts, tokenizer: Any
 ) -> None:
     prompt, other = prompts[:2]
-    own, others = (next_logits(language_model, start.tolist()) for start in (prompt, other))
+    own, others = (compute_next_logits(language_model, start.tolist()) for start in (prompt, other))
     lift = own - others
     ends = (lift > lift.median()).nonzero()[:, 0].tolist()
 
-    def expected(guidance: float) -> float:
+    def compute_expected(guidance: float) -> float:
         return float(torch.softmax((own + guidance * lift) / 2, dim=-1)[ends].sum())
 
     number, spec = 400, WritingSpec(max_new_tokens=1, temperature=2.0, guidance=1.0)
     settings = {"tokenizer": tokenizer, "end_ids": frozenset(ends), "spec": spec, "first": 0, "max_tokens": 10_000}
     drawn = sample_completions(language_model, [prompt] * number, against=[other] * number, **settings)
     ended = sum(text is not None for _, text in drawn) / number
-    deviation = (expected(1.0) * (1 - expected(1.0)) / number) ** 0.5
-    assert abs(ended - expected(1.0)) < 4 * deviation
-    assert expected(1.0) - expected(0.0) > 8 * deviation, "another rule would be found out"
+    deviation = (compute_expected(1.0) * (1 - compute_expected(1.0)) / number) ** 0.5
+    assert abs(ended - compute_expected(1.0)) < 4 * deviation
+    assert compute_expected(1.0) - compute_expected(0.0) > 8 * deviation, "another rule would be found out"
 
 
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
@@ -142,7 +142,7 @@ def test_padding_cache_and_batching_do_not_change_texts(
     model, expected = request.getfixturevalue(family), []
     assert len({len(prompt) for prompt in prompts}) > 3
     for prompt in prompts:
-        row = written_without_cache(model, prompt, 6)
+        row = write_without_cache(model, prompt, 6)
         row = row[: row.index(2)] if 2 in row else row
         expected.append(tokenizer.decode(row, skip_special_tokens=True))
     texts = generate(model, prompts, tokenizer=tokenizer, end_ids=ENDS, max_new_tokens=6, max_tokens=max_tokens)
@@ -151,25 +151,27 @@ def test_padding_cache_and_batching_do_not_change_texts(
 
 
 def test_bleu_and_rouge_match_manual_calculations() -> None:
-    def scored(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
-        return text_scores(text_statistics(hypotheses, references))
+    def score_hypotheses(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
+        return compute_text_scores(compute_text_statistics(hypotheses, references))
 
     hypotheses = ["the cat is on the mat", "a b c d e"]
     references = [["the cat sat on the mat"], ["z z z z z z z", "a b c d e"]]
     # Matched n-grams of order 1 to 4: 5 of 6, 3 of 5, 1 of 4, 0 of 3 and 5 of 5, 4 of 4, 3 of 3, 2 of 2.
     bleu = 100 * (10 / 11 * 7 / 9 * 4 / 7 * 2 / 5) ** 0.25
     # Longest common subsequences: 5 of 6 words in both directions, and all.
-    assert scored(hypotheses, references) == pytest.approx({"bleu": bleu, "rouge_l": (5 / 6 + 1) / 2})
-    assert scored(hypotheses[::-1], references[::-1]) == pytest.approx({"bleu": bleu, "rouge_l": 11 / 12})
-    assert scored(["a b c d e"], references[1:]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
-    assert scored([""], references[:1]) == {"bleu": 0.0, "rouge_l": 0.0}
+    assert score_hypotheses(hypotheses, references) == pytest.approx({"bleu": bleu, "rouge_l": (5 / 6 + 1) / 2})
+    assert score_hypotheses(hypotheses[::-1], references[::-1]) == pytest.approx({"bleu": bleu, "rouge_l": 11 / 12})
+    assert score_hypotheses(["a b c d e"], references[1:]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
+    assert score_hypotheses([""], references[:1]) == {"bleu": 0.0, "rouge_l": 0.0}
     words = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", ".", "It's"]
     draws = np.random.default_rng(3)
     texts = [" ".join(draws.choice(words, size=size)) for size in draws.integers(1, 20, size=60)]
     some, firsts, seconds = texts[:20], texts[20:40], texts[40:]
     expected = BLEU().corpus_score(some, [firsts, seconds]).score
     assert 0 < expected < 100
-    assert scored(some, [list(group) for group in zip(firsts, seconds, strict=True)])["bleu"] == pytest.approx(expected)
+    assert score_hypotheses(some, [list(group) for group in zip(firsts, seconds, strict=True)])[
+        "bleu"
+    ] == pytest.approx(expected)
 
 
 def test_repeated_prompt_is_generated_once_with_all_references() -> None:
@@ -187,7 +189,7 @@ def test_repeated_prompt_is_generated_once_with_all_references() -> None:
 def test_displayed_text_is_the_greedy_continuation(family: str, prompts: Prompts, request: Any) -> None:
     model = request.getfixturevalue(family)
     for prompt in prompts:
-        expected = written_without_cache(model, prompt, 8)
+        expected = write_without_cache(model, prompt, 8)
         assert list(stream_tokens(model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=8))) == expected
         # Any of several tokens ends it, and is no part of it.
         ends = {expected[3], expected[6]}
@@ -219,24 +221,26 @@ def test_sampled_tokens_repeat_by_seed_and_follow_model_probabilities(language_m
     with torch.no_grad():
         logits = language_model.base(input_ids=torch.as_tensor(prompt, dtype=torch.int64)[None]).logits[0, -1].float()
 
-    def drawn(number: int, **changes: float) -> np.ndarray:
+    def draw_tokens(number: int, **changes: float) -> np.ndarray:
         specs = [WritingSpec(max_new_tokens=1, seed=seed, **changes) for seed in range(number)]
         return np.array([next(stream_tokens(language_model, prompt, end_ids=(), spec=spec)) for spec in specs])
 
-    assert (drawn(10, temperature=1.0) == drawn(10, temperature=1.0)).all()
-    assert set(drawn(10, temperature=1e-300)) == {int(logits.argmax())}, "cold is greedy"
+    assert (draw_tokens(10, temperature=1.0) == draw_tokens(10, temperature=1.0)).all()
+    assert set(draw_tokens(10, temperature=1e-300)) == {int(logits.argmax())}, "cold is greedy"
 
-    def expected(temperature: float) -> float:
+    def compute_expected(temperature: float) -> float:
         return float(torch.softmax(logits / temperature, dim=-1) @ logits)
 
-    mean = float(logits.numpy()[drawn(200, temperature=2.0)].mean())
-    assert abs(mean - expected(2.0)) < 4 * float(logits.std()) / 200**0.5
-    assert expected(1.0) - expected(2.0) > 8 * float(logits.std()) / 200**0.5, "a cold model would be found out"
+    mean = float(logits.numpy()[draw_tokens(200, temperature=2.0)].mean())
+    assert abs(mean - compute_expected(2.0)) < 4 * float(logits.std()) / 200**0.5
+    assert compute_expected(1.0) - compute_expected(2.0) > 8 * float(logits.std()) / 200**0.5, (
+        "a cold model would be found out"
+    )
     chances = torch.softmax(logits, dim=-1).numpy()
     order = np.argsort(-chances, kind="stable")
     nucleus = order[: int(np.searchsorted(np.cumsum(chances[order]), 0.5)) + 1]
     assert 1 < len(nucleus) < 25
-    assert set(drawn(60, temperature=1.0, top_p=0.5)) == set(nucleus.tolist())
+    assert set(draw_tokens(60, temperature=1.0, top_p=0.5)) == set(nucleus.tolist())
 
 
 @pytest.mark.parametrize(

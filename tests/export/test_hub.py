@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from fedtune.export.hub import push
 from fedtune.spec import ConfigError, RunError
 
-from ..conftest import files_in
+from ..conftest import read_files
 from .stand_in_hub import TOKEN, Repository, StandInHub, stand_in_hub
 
 NAME = "bank/tickets"
@@ -35,7 +35,7 @@ def push_all(folder: Path) -> str:
 
 
 def test_only_listed_files_are_uploaded(hub: StandInHub, folder: Path) -> None:
-    files = files_in(folder)
+    files = read_files(folder)
     listed = [folder / name for name in files]
     (folder / "records.csv").write_text("secret")
     assert push(folder, listed, NAME, public=False) == f"{hub.address}/{NAME}"
@@ -65,7 +65,7 @@ def test_failed_upload_says_why_and_leaves_no_file(
     assert [one.files for one in hub.repositories.values()] == [{}] * len(hub.repositories)
     hub.refusals, hub.has_large_files = {}, False
     push_all(folder)
-    assert hub.repositories == {NAME: Repository(private=True, files=files_in(folder))}
+    assert hub.repositories == {NAME: Repository(private=True, files=read_files(folder))}
 
 
 @pytest.mark.parametrize("existing", [Repository(private=True, files=OTHERS), Repository(private=False)])

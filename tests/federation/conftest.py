@@ -23,7 +23,7 @@ from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_policy import Policy
 
 from ..builders import MadeSite, Train, round_request
-from ..conftest import run_proposal, site_policy
+from ..conftest import make_site_policy, run_proposal
 from ..privacy.builders import lead_key
 
 NONCE = "0a" * 16
@@ -35,29 +35,29 @@ def round_of(number: int, **changes: Any) -> RoundResult:
     return RoundResult(**about | {"metrics": {}, "ended": "2026-01-01T00:00:00+00:00"} | changes)
 
 
-def reason(reply: Reply) -> Reason:
+def read_reason(reply: Reply) -> Reason:
     assert isinstance(reply.body, Refusal)
     return reply.body.reason
 
 
-def made_adapter() -> Adapter:
+def make_adapter() -> Adapter:
     return Adapter({"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.ones(4, np.float32)})
 
 
-_adapter = pytest.fixture(name="adapter")(made_adapter)
+_adapter = pytest.fixture(name="adapter")(make_adapter)
 
 
 def update_of(**changes: Any) -> Update:
-    return Update(**({"site": "a", "run": "r", "round": 1, "tensors": made_adapter().tensors} | changes))
+    return Update(**({"site": "a", "run": "r", "round": 1, "tensors": make_adapter().tensors} | changes))
 
 
-def key_of(site: str) -> SigningKey:
+def make_site_key(site: str) -> SigningKey:
     return SigningKey(Ed25519PrivateKey.from_private_bytes(site.encode().ljust(32)))
 
 
-def receipt_of(site: str = "a", *, charged: int = 1, run: str = "r", key: Any = None, **more: Any) -> Receipt:
+def make_receipt(site: str = "a", *, charged: int = 1, run: str = "r", key: Any = None, **more: Any) -> Receipt:
     """A receipt that its site signed; `key` signs in its place."""
-    key = key or key_of(site)
+    key = key or make_site_key(site)
     said: dict[str, Any] = {"charged_rounds": charged, "sequence": 3 * charged}
     said |= {"ended": False, "plan": "", "seeded_noise": False, "simulated": False} | more
     unsigned = Receipt(site=site, run=run, head="00" * 32, site_key=key.public, signature="", **said)
@@ -152,7 +152,7 @@ def station(tmp_path: Path, adapter: Adapter) -> Callable[..., Station]:
     """A site of its own; keywords change its policy."""
 
     def make(**changes: Any) -> Station:
-        return Station(tmp_path / "site", site_policy(**changes), run_proposal, lead_key, adapter)
+        return Station(tmp_path / "site", make_site_policy(**changes), run_proposal, lead_key, adapter)
 
     return make
 

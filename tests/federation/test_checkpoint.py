@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from fedtune.config import saved_settings
+from fedtune.config import read_saved_settings
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import made_adapter, receipt_of, round_of
+from .conftest import make_adapter, make_receipt, round_of
 
 
 @pytest.fixture
@@ -38,19 +38,24 @@ def state(round: int) -> LeadState:
         for number in range(1, round + 1)
     ]
     moments = {"m/head": np.arange(4, dtype=np.float64) / 3, "v/head": np.ones(4, np.float32)}
-    about = {"strategy": moments, "receipts": {"a": receipt_of(charged=round)}, "unanswered": {"b": 1}, "seconds": 1.5}
-    return LeadState(round=round, adapter=made_adapter(), rounds=results, metrics_before={"loss": 1 / 3}, **about)
+    about = {
+        "strategy": moments,
+        "receipts": {"a": make_receipt(charged=round)},
+        "unanswered": {"b": 1},
+        "seconds": 1.5,
+    }
+    return LeadState(round=round, adapter=make_adapter(), rounds=results, metrics_before={"loss": 1 / 3}, **about)
 
 
 def test_checkpoint_round_trips_through_its_file(checkpoints: Checkpoints) -> None:
-    def plain(state: LeadState) -> Any:
+    def to_plain(state: LeadState) -> Any:
         arrays = {name: (value.dtype, value.tobytes()) for name, value in state.strategy.items()}
         others = (state.round, state.receipts, state.unanswered, state.seconds, state.metrics_before)
         return state.adapter.digest(), arrays, others, repr(list(state.rounds))
 
     checkpoints.save(state(2))
     loaded = checkpoints.load()
-    assert plain(loaded) == plain(state(2))
+    assert to_plain(loaded) == to_plain(state(2))
     assert loaded.strategy["m/head"].dtype == np.float64, "a moment rounded to float32 would change the next round"
     assert loaded.receipts["a"].has_valid_signature(), "the site gets its receipt back, and checks its own signature"
 
@@ -129,7 +134,7 @@ def test_truncated_journal_line_is_dropped_by_the_next_request(checkpoints: Chec
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with runs/mails and runs/chats, and one that is no run."""
     monkeypatch.chdir(tmp_path)
     for name in ("mails", "chats", "neither"):
@@ -149,10 +154,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("elsewhere/x", "; there are runs/chats, runs/mails"),
     ],
 )
-def test_similar_run_folders_are_suggested(here: Path, name: str, hint: str) -> None:
+def test_similar_run_folders_are_suggested(runs_folder: Path, name: str, hint: str) -> None:
     assert suggest_run_folders(Path(name)) == hint
     with pytest.raises(ConfigError) as caught:
-        saved_settings(Path(name))
+        read_saved_settings(Path(name))
     assert str(caught.value) == f"run folder = {name!r}: must hold a config.yaml{hint}"
 
 

@@ -45,7 +45,7 @@ def test_participants_keep_the_order_of_site_names() -> None:
     assert named.active == ("a", "c"), "in the order of the names, which the sum of updates keeps"
 
 
-@snapshots.mistakes("mistakes-closing")
+@snapshots.parametrize_mistakes("mistakes-closing")
 def test_contradictory_federation_settings_are_refused(typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         FederationSpec(**{"num_sites": 2} | json.loads(typed))

@@ -11,16 +11,20 @@ from fedtune.federation.lead import RoundResult
 from .conftest import round_of
 
 
-def scored(number: int, **scores: tuple[float, float]) -> RoundResult:
+def make_scored_round(number: int, **scores: tuple[float, float]) -> RoundResult:
     return round_of(number, sites=tuple(scores), site_scores=scores, ended=f"2026-01-0{number}")
 
 
-def runs(*means: float, deviation: float = 0.01) -> list[HeldOut]:
+def make_runs(*means: float, deviation: float = 0.01) -> list[HeldOut]:
     return [HeldOut(run=str(n), date="", mean=mean, deviation=deviation) for n, mean in enumerate(means)]
 
 
 def test_held_out_scores_are_pooled_over_sites_and_rounds() -> None:
-    rounds = [scored(1, a=(0.5, 1.0), b=(0.9, 1.1)), scored(2, a=(0.7, 0.9)), scored(3)]
+    rounds = [
+        make_scored_round(1, a=(0.5, 1.0), b=(0.9, 1.1)),
+        make_scored_round(2, a=(0.7, 0.9)),
+        make_scored_round(3),
+    ]
     found = pool_held_out_scores(rounds, {"a": 100.0, "b": 50.0}, noise=2.0, run="r")
     # 50 + 45 + 70 right of 100 + 55 + 90; three releases, each of both sums with noise of 2 root 2 units.
     units, mean, noise = 245.0, 165 / 245, 2.0 * math.sqrt(6)
@@ -29,7 +33,7 @@ def test_held_out_scores_are_pooled_over_sites_and_rounds() -> None:
     assert pool_held_out_scores(rounds, {"a": 100.0, "b": 50.0}, noise=21.0, run="r") is None, (
         "too much noise for so few units"
     )
-    assert pool_held_out_scores([scored(1)], {"a": 100.0}, noise=1.0, run="r") is None
+    assert pool_held_out_scores([make_scored_round(1)], {"a": 100.0}, noise=1.0, run="r") is None
 
 
 def test_reported_deviation_matches_simulated_runs() -> None:
@@ -37,7 +41,7 @@ def test_reported_deviation_matches_simulated_runs() -> None:
     for _ in range(2000):
         right = np.full((4, 1), draws.binomial(100, 0.7)) / 100
         noise = draws.normal(0, 10 * math.sqrt(2), (4, 2)) / 100
-        rounds = [scored(n + 1, a=(right[n, 0] + noise[n, 0], 1 + noise[n, 1])) for n in range(4)]
+        rounds = [make_scored_round(n + 1, a=(right[n, 0] + noise[n, 0], 1 + noise[n, 1])) for n in range(4)]
         found = pool_held_out_scores(rounds, {"a": 100.0}, noise=10.0, run="r")
         means.append(found.mean)
         deviations.append(found.deviation)
@@ -46,23 +50,23 @@ def test_reported_deviation_matches_simulated_runs() -> None:
 
 
 def test_newest_two_runs_are_compared_with_all_earlier_ones() -> None:
-    assert detect_score_drop([]) is detect_score_drop(runs(0.8)) is None
-    two, five = detect_score_drop(runs(0.8, 0.7)), detect_score_drop(runs(0.8, 0.8, 0.8, 0.8, 0.76))
+    assert detect_score_drop([]) is detect_score_drop(make_runs(0.8)) is None
+    two, five = detect_score_drop(make_runs(0.8, 0.7)), detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.8, 0.76))
     assert (two.change, two.found) == (pytest.approx(-0.1), True)
     assert (five.change, five.found) == (
         pytest.approx(-0.02),
         True,
     )  # 0.02 is above 1.645 x 0.01 x root of 1/3 + 1/2
     assert five.smallest == pytest.approx((1.6449 + 0.8416) * 0.01 * math.sqrt(1 / 3 + 1 / 2), rel=1e-3)
-    assert not detect_score_drop(runs(0.8, 0.8, 0.8, 0.79, 0.79)).found  # type: ignore[union-attr]
-    assert not detect_score_drop(runs(0.7, 0.8)).found  # type: ignore[union-attr]
+    assert not detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.79, 0.79)).found  # type: ignore[union-attr]
+    assert not detect_score_drop(make_runs(0.7, 0.8)).found  # type: ignore[union-attr]
     # A run that tells little weighs little.
     vague = HeldOut(run="v", date="", mean=0.1, deviation=1.0)
-    found = detect_score_drop([*runs(0.8, 0.8), vague, *runs(0.8, 0.8)])
+    found = detect_score_drop([*make_runs(0.8, 0.8), vague, *make_runs(0.8, 0.8)])
     assert abs(found.change) < 1e-3
 
 
 def test_drift_test_has_a_false_alarm_rate_of_five_percent() -> None:
     draws = np.random.default_rng(7)
-    found = [detect_score_drop(runs(*draws.normal(0.8, 0.01, 6))) for _ in range(4000)]
+    found = [detect_score_drop(make_runs(*draws.normal(0.8, 0.01, 6))) for _ in range(4000)]
     assert np.mean([one.found for one in found if one]) == pytest.approx(0.05, abs=0.012)

@@ -12,7 +12,7 @@ from fedtune.federation.spec import FederationSpec
 from .conftest import round_of
 
 
-def rounds(*scores: float | None, name: str = "accuracy", lost: Collection[int] = ()) -> Sequence[RoundResult]:
+def make_rounds(*scores: float | None, name: str = "accuracy", lost: Collection[int] = ()) -> Sequence[RoundResult]:
     """Of one site, whose updates did not come in the rounds `lost`."""
     return [
         round_of(number, sites=() if number in lost else ("a",), metrics={name: score})
@@ -20,9 +20,9 @@ def rounds(*scores: float | None, name: str = "accuracy", lost: Collection[int] 
     ]
 
 
-def kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> Kept | None:
+def find_kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> Kept | None:
     federation = FederationSpec(**({"num_rounds": 9, "checkpoint_selection": "best"} | settings))
-    return find_kept_round(rounds(*scores, name=name), federation, primary_metric=name)
+    return find_kept_round(make_rounds(*scores, name=name), federation, primary_metric=name)
 
 
 @pytest.mark.parametrize(
@@ -36,26 +36,26 @@ def kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> Kept
     ],
 )
 def test_best_round_is_the_first_with_the_best_score(scores: Sequence[float | None], name: str, best: int) -> None:
-    found = kept(*scores, name=name)
+    found = find_kept(*scores, name=name)
     assert (found.round, found.primary_metric, found.ended_early) == (best, name, False)
 
 
 def test_no_checkpoint_is_selected_without_the_settings() -> None:
-    assert kept(0.5, 0.25, checkpoint_selection="last") is None
-    assert kept() is None
+    assert find_kept(0.5, 0.25, checkpoint_selection="last") is None
+    assert find_kept() is None
     # The last planned round ends nothing early.
-    found = kept(0.5, 0.25, 0.25, early_stopping_patience=2, num_rounds=3)
+    found = find_kept(0.5, 0.25, 0.25, early_stopping_patience=2, num_rounds=3)
     assert found == Kept(round=1, primary_metric="accuracy", score=0.5, ended_early=False)
 
 
 def test_early_stopping_ends_after_rounds_without_improvement() -> None:
     ended = {
-        scores: kept(*scores, early_stopping_patience=2)
+        scores: find_kept(*scores, early_stopping_patience=2)
         for scores in ((0.5, 0.25), (0.5, 0.25, 0.5), (0.5, 0.25, 0.75))
     }
     assert [found.ended_early for found in ended.values() if found] == [False, True, False]
     # What ends a run says nothing of which round it keeps.
-    last = kept(0.5, 0.25, 0.375, early_stopping_patience=2, checkpoint_selection="last")
+    last = find_kept(0.5, 0.25, 0.375, early_stopping_patience=2, checkpoint_selection="last")
     assert last == Kept(round=3, primary_metric="accuracy", score=0.375, ended_early=True)
 
 
@@ -63,30 +63,33 @@ def test_rounds_without_updates_do_not_count_toward_early_stopping() -> None:
     """It has the score of the round before it; after a lead's restart there may be several in a row."""
     federation = FederationSpec(num_rounds=9, early_stopping_patience=1)
     for lost, over in (((3, 4), False), ((), True), ((4,), True)):
-        found = find_kept_round(rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, primary_metric="accuracy")
+        found = find_kept_round(make_rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, primary_metric="accuracy")
         assert found.ended_early is over
 
 
 def test_run_ends_after_its_last_round_or_early_stopping() -> None:
     stopping = FederationSpec(num_rounds=4, early_stopping_patience=1)
     scores = (0.5, 0.75, 0.75)
-    over = [should_stop(rounds(*scores[:count]), stopping, primary_metric="accuracy") for count in range(4)]
+    over = [should_stop(make_rounds(*scores[:count]), stopping, primary_metric="accuracy") for count in range(4)]
     assert over == [False, False, False, True]
     plain = FederationSpec(num_rounds=3)
-    assert [should_stop(rounds(*scores[:count]), plain, primary_metric="accuracy") for count in (2, 3)] == [False, True]
+    assert [should_stop(make_rounds(*scores[:count]), plain, primary_metric="accuracy") for count in (2, 3)] == [
+        False,
+        True,
+    ]
 
 
 def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> None:
     federation = FederationSpec(num_rounds=3, spare_rounds=1)
     last = round_of(3, sites=(), failed_sites={"a": "plan_exhausted", "b": "no_reply"}, metrics={"accuracy": 0.5})
-    assert should_stop([*rounds(0.5, 0.5), last], federation, primary_metric="accuracy")
-    said = explain_used_up([*rounds(0.5, 0.5), last], federation)
+    assert should_stop([*make_rounds(0.5, 0.5), last], federation, primary_metric="accuracy")
+    said = explain_used_up([*make_rounds(0.5, 0.5), last], federation)
     assert "Round 3 of 4 is missing" in said
     assert "the plan of a is used up" in said
     assert "federation.spare_rounds=2 would have avoided this" in said
     for others in (
-        rounds(0.5, 0.5),
-        rounds(0.5, 0.5, 0.5, lost=(3,)),
+        make_rounds(0.5, 0.5),
+        make_rounds(0.5, 0.5, 0.5, lost=(3,)),
         [round_of(1, sites=("b",), failed_sites={"a": "plan_exhausted"}, metrics={})],
     ):
         assert not should_stop(others, federation, primary_metric="accuracy")

@@ -15,26 +15,28 @@ from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import machine
 from fedtune.training.spec import RuntimeSpec
 
-from ..builders import built
+from ..builders import build_copy
 from ..conftest import run_plan
-from ..model.conftest import spec_of
+from ..model.conftest import make_spec
 
 SIZES = {"a": 100, "b": 50}
 
 
-def tiny_model(task: str = "classification", *, layers: Any = None, dtype: Any = "float32") -> TaskModel:
+def make_tiny_spec(task: str = "classification", *, layers: Any = None, dtype: Any = "float32") -> TaskModel:
     model = ModelSpec(path="random:bert" if task == "classification" else "random:llama", dtype=dtype)
-    return built(spec_of(task=task, model=model, lora=LoraSpec(rank=2, layers=layers)))
+    return build_copy(make_spec(task=task, model=model, lora=LoraSpec(rank=2, layers=layers)))
 
 
-def foreseen(model: TaskModel, plan: Plan | None = None, runtime: RuntimeSpec | None = None, **more: Any) -> Forecast:
+def forecast_plan(
+    model: TaskModel, plan: Plan | None = None, runtime: RuntimeSpec | None = None, **more: Any
+) -> Forecast:
     about = {"declared_sizes": SIZES, "max_length": 8, "runtime": runtime or RuntimeSpec(), "traffic": (700, 300)}
     return forecast(plan or run_plan(), model, **about | more)
 
 
 def test_forecast_traffic_covers_all_sites_and_rounds() -> None:
-    model = tiny_model()
-    found = foreseen(model)
+    model = make_tiny_spec()
+    found = forecast_plan(model)
     assert found.values == sum(array.size for array in Adapter.from_task_model(model).tensors.values())
     assert found.bytes_total == (found.bytes_down + found.bytes_up) * 2 * 3, (
         "two sites, three rounds without spare ones"
@@ -43,26 +45,26 @@ def test_forecast_traffic_covers_all_sites_and_rounds() -> None:
 
 def test_forecast_model_memory_follows_the_dtype() -> None:
     formats = ("float32", "bfloat16", "nf4")
-    found = {dtype: foreseen(tiny_model("causal_lm", dtype=dtype)).model_bytes for dtype in formats}
-    adapter = 4 * sum(one.numel() for one in tiny_model("causal_lm").trainable().values())
+    found = {dtype: forecast_plan(make_tiny_spec("causal_lm", dtype=dtype)).model_bytes for dtype in formats}
+    adapter = 4 * sum(one.numel() for one in make_tiny_spec("causal_lm").trainable().values())
     assert found["float32"] - found["bfloat16"] == pytest.approx(found["bfloat16"] - adapter, rel=0.01)
     assert adapter < found["nf4"] < found["bfloat16"]
 
 
 def test_forecast_times_follow_expected_batch_sizes() -> None:
-    found = foreseen(tiny_model())
+    found = forecast_plan(make_tiny_spec())
     assert found.step_seconds["a"] == pytest.approx(2 * found.step_seconds["b"])
     assert found.round_seconds["a"] == pytest.approx(2 * found.step_seconds["a"])
     steps = 3 * sum(found.round_seconds.values())
     assert found.seconds_one_after_another == pytest.approx(found.first_seconds + steps)
     assert found.step_seconds["a"] > 0
-    assert foreseen(tiny_model("causal_lm")).step_seconds["b"] > 0
+    assert forecast_plan(make_tiny_spec("causal_lm")).step_seconds["b"] > 0
 
 
 def test_forecast_counts_all_permitted_records_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "measure_example_seconds", lambda *_, **__: (0.5, 2.0))
     by_user = replace(run_plan(), unit="user", records_per_user=8)
-    once, many = (foreseen(tiny_model(), plan) for plan in (run_plan(), by_user))
+    once, many = (forecast_plan(make_tiny_spec(), plan) for plan in (run_plan(), by_user))
     assert many.step_seconds == {site: pytest.approx(8 * seconds) for site, seconds in once.step_seconds.items()}
     assert many.first_seconds == pytest.approx(8 * once.first_seconds)
 
@@ -70,27 +72,27 @@ def test_forecast_counts_all_permitted_records_of_a_user(monkeypatch: pytest.Mon
 def test_forecast_cost_grows_with_texts_per_record(monkeypatch: pytest.MonkeyPatch) -> None:
     batches, collate = list[Any](), machine.collate
     monkeypatch.setattr(machine, "collate", lambda *of, **how: batches.append(collate(*of, **how)) or batches[-1])
-    spec = replace(tiny_model(layers=(-1,)).spec, task="embedding", labels=(), texts=3)
+    spec = replace(make_tiny_spec(layers=(-1,)).spec, task="embedding", labels=(), texts=3)
     model = build_task_model(spec)
     width = model.base.config.hidden_size * 4
     records = sum(SIZES.values()) * run_plan().records_per_user
     for texts, kept in ((3, True), (2, False)):
         room = RuntimeSpec(kept_states_mib=records * 8 * texts * width / 2**20, micro_batch_tokens=1024)
-        found = foreseen(model, runtime=room)
+        found = forecast_plan(model, runtime=room)
         assert found.frozen_states_kept == kept
     assert tuple(batches[0].input_ids.shape) == (512 // 24 * 3, 8)
 
 
 def test_forecast_runs_cached_frozen_layers_once_per_record(tmp_path: Path) -> None:
-    before = Adapter.from_task_model(model := tiny_model(layers=(-1,))).digest()
-    kept = foreseen(model)
+    before = Adapter.from_task_model(model := make_tiny_spec(layers=(-1,))).digest()
+    kept = forecast_plan(model)
     assert kept.frozen_states_kept
     assert kept.first_seconds > 0
     without = replace(RuntimeSpec(), kept_states_mib=0)
-    again = foreseen(model, runtime=without)
+    again = forecast_plan(model, runtime=without)
     assert not again.frozen_states_kept
     assert again.first_seconds == 0
     on_disk = replace(without, kept_states_folder=str(tmp_path))
-    assert foreseen(model, runtime=on_disk).frozen_states_kept
+    assert forecast_plan(model, runtime=on_disk).frozen_states_kept
     assert Adapter.from_task_model(model).digest() == before, "a pass leaves the model as it was"
     assert all(parameter.grad is None for parameter in model.parameters())

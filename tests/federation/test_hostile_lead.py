@@ -15,7 +15,7 @@ from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Receipt, Update
 
 from ..privacy.builders import stranger_key
-from .conftest import reason, receipt_of
+from .conftest import make_receipt, read_reason
 
 # What is asked for, the rule that it breaks, and what the refusal says about it: a few of all rules of a policy, which
 # tests/privacy/test_site_policy.py tries.
@@ -32,7 +32,7 @@ _TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
 
 
 @contextmanager
-def only_refused(site: Any, rule: Reason) -> Iterator[None]:
+def expect_only_refusal(site: Any, rule: Reason) -> Iterator[None]:
     """Within it one refusal is appended to the ledger; nothing is charged, set aside or trained."""
     site.ledger()
     before, trained = site.events(), list(site.trained)
@@ -51,9 +51,9 @@ def test_excessive_requests_are_refused_with_the_broken_rule(
 ) -> None:
     for round in range(1, rounds_before + 1):
         site.ask(round)
-    with only_refused(site, rule):
+    with expect_only_refusal(site, rule):
         reply = site.ask(rounds_before + 1, **changes)
-    assert reason(reply) is rule
+    assert read_reason(reply) is rule
     if asked is not None:
         assert (reply.body.asked, reply.body.allowed) == (asked, allowed)
     # Of a run that the ledger has, it says what was accepted without more ado.
@@ -70,9 +70,9 @@ def test_excessive_requests_are_refused_with_the_broken_rule(
     "about", [{}, {"site": "b"}, {"expires": 1.0}, {"round": 99}, {"adapter_digest": "0" * 64}], ids=str
 )
 def test_unknown_lead_learns_only_that_it_is_not_allowed(site: Any, about: dict[str, Any]) -> None:
-    with only_refused(site, Reason.LEADS):
+    with expect_only_refusal(site, Reason.LEADS):
         reply = site.ask(1, key=stranger_key, lead=stranger_key.public, about=about, run="another", rank=64)
-    assert reason(reply) is Reason.LEADS
+    assert read_reason(reply) is Reason.LEADS
     assert reply.receipt is None
 
 
@@ -82,7 +82,7 @@ def test_unsigned_request_is_refused_without_a_ledger_entry(site: Any) -> None:
     before, signed = site.events(), site.request().sign_with(stranger_key)
     for wrong, rule in ((signed, Reason.WRONG_SIGNATURE), (replace(signed, text="{"), Reason.MALFORMED_REQUEST)):
         reply = site.send(wrong)
-        assert reason(reply) is rule
+        assert read_reason(reply) is rule
         assert reply.receipt is None
     assert (reply.body.run, reply.body.round) == ("", 0), "nobody knows of which"
     assert site.events() == before
@@ -103,8 +103,8 @@ def test_adapter_of_another_shape_or_with_nan_is_refused(site: Any, adapter: Ada
     others = {name: np.array(values, np.float32) for name, values in _OTHER_TENSORS.get(fault, {}).items()}
     other = Adapter(dict(adapter.tensors) | others if others else {"head": adapter.tensors["head"]})
     rule = Reason.MAX_ADAPTER_VALUE if fault in ("nan", "infinity") else Reason.ADAPTER_SHAPE
-    with only_refused(site, rule):
-        assert reason(site.ask(adapter=other)) is rule
+    with expect_only_refusal(site, rule):
+        assert read_reason(site.ask(adapter=other)) is rule
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_adapter_of_another_shape_or_with_nan_is_refused(site: Any, adapter: Ada
     ids=["for another site", "expired", "of another adapter"],
 )
 def test_misaddressed_expired_or_mismatched_request_is_refused(site: Any, about: dict[str, Any], rule: Reason) -> None:
-    with only_refused(site, rule):
-        assert reason(site.ask(about=about)) is rule
+    with expect_only_refusal(site, rule):
+        assert read_reason(site.ask(about=about)) is rule
     assert site.prepared == ([] if rule is not Reason.ADAPTER_DIFFERS else ["r"])
 
 
@@ -131,14 +131,14 @@ def test_replayed_request_returns_the_same_bytes_and_later_nothing(site: Any) ->
     assert again.body.to_bytes() == first.body.to_bytes()
     assert site.events() == before, "free, since it says nothing new"
     site.ask(2)
-    with only_refused(site, Reason.REPLY_NO_LONGER_STORED):
-        assert reason(site.send(overheard)) is Reason.REPLY_NO_LONGER_STORED
+    with expect_only_refusal(site, Reason.REPLY_NO_LONGER_STORED):
+        assert read_reason(site.send(overheard)) is Reason.REPLY_NO_LONGER_STORED
     assert site.trained == [(1, 1), (2, 1)]
 
 
 def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply: Reply) -> None:
     """The ledger lacks a receipt that the site gave: it says so, and nothing is trained any more for anybody."""
-    assert reason(reply) is Reason.LEDGER_BEHIND_RECEIPT
+    assert read_reason(reply) is Reason.LEDGER_BEHIND_RECEIPT
     assert reply.body.asked == str(receipt.sequence)
     after = site.events()
     assert after[: len(before)] == before
@@ -147,7 +147,7 @@ def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply
     assert (refused.kind, refused.detail["reason"]) == (Kind.REFUSAL, Reason.LEDGER_BEHIND_RECEIPT.value)
     trained = list(site.trained)
     for round in (3, 4):
-        assert reason(site.ask(round)) is Reason.LEDGER_BEHIND_RECEIPT, "also without the receipt"
+        assert read_reason(site.ask(round)) is Reason.LEDGER_BEHIND_RECEIPT, "also without the receipt"
     assert site.trained == trained
 
 
@@ -169,9 +169,9 @@ def test_ledger_behind_the_receipt_of_the_lead_does_not_train(site: Any, left: i
 def test_receipt_not_issued_by_the_ledger_is_refused(site: Any, tmp_path: Any) -> None:
     """How a receipt may be forged: tests/privacy/test_rollback.py."""
     forged = replace(site.ask().receipt, charged_rounds=0)
-    for other in (forged, receipt_of("a")):
-        with only_refused(site, Reason.WRONG_SIGNATURE):
-            assert reason(site.ask(2, about={"receipt": other})) is Reason.WRONG_SIGNATURE
+    for other in (forged, make_receipt("a")):
+        with expect_only_refusal(site, Reason.WRONG_SIGNATURE):
+            assert read_reason(site.ask(2, about={"receipt": other})) is Reason.WRONG_SIGNATURE
     # With the site's own key, but of a ledger that was begun anew: the same number of events, and another history.
     other = replace(site, folder=tmp_path / "new", propose=partial(site.propose), trained=[])
     other.folder.mkdir()

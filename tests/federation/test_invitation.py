@@ -15,7 +15,7 @@ from fedtune.version import build
 
 from ..builders import MadeSite
 from ..privacy.builders import lead_key, stranger_key
-from .conftest import NONCE, reason
+from .conftest import NONCE, read_reason
 
 
 def test_willing_site_offers_the_whole_run(site: Any) -> None:
@@ -48,7 +48,7 @@ def test_invitation_is_refused_for_the_same_reasons_as_a_round(
 ) -> None:
     site = station(**policy)
     reply = site.invite(about=about, **changes)
-    assert reason(reply) is rule
+    assert read_reason(reply) is rule
     if "software" in about:
         assert "(fedtune 0.3.0+7c1f)" in reply.body.asked
         assert f"(fedtune {build()})" in reply.body.allowed
@@ -56,18 +56,18 @@ def test_invitation_is_refused_for_the_same_reasons_as_a_round(
     assert site.kinds() == [Kind.REFUSAL]
     assert (len(site.awaited) == 1) is (rule is Reason.AWAITING_APPROVAL)
     site.paused = True
-    assert reason(site.invite()) is Reason.PAUSED
+    assert read_reason(site.invite()) is Reason.PAUSED
 
 
 def test_unknown_lead_receives_no_receipt(site: Any) -> None:
     for reply in (site.invite(key=stranger_key, lead=stranger_key.public), site.invite(key=stranger_key)):
-        assert reason(reply).is_from_stranger
+        assert read_reason(reply).is_from_stranger
         assert reply.receipt is None
 
 
 def test_site_without_room_offers_a_smaller_plan_on_request(station: Any) -> None:
     site = station(budget={"max_epsilon": 0.4})
-    assert reason(site.invite()) is Reason.MAX_EPSILON
+    assert read_reason(site.invite()) is Reason.MAX_EPSILON
     reply = site.invite(about={"less": True})
     plan = site.propose().plan
     assert reply.is_signed()
@@ -80,7 +80,7 @@ def test_site_without_room_offers_a_smaller_plan_on_request(station: Any) -> Non
 def test_failure_during_preparation_is_a_site_error_without_charge(site: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(MadeSite, "prepare", Mock(side_effect=MemoryError("patient Zoe Quartz")))
     reply = site.invite()
-    assert reason(reply) is Reason.SITE_ERROR
+    assert read_reason(reply) is Reason.SITE_ERROR
     assert "Quartz" not in json.dumps([str(reply.body), str(reply.receipt)])
     assert site.kinds() == []
 
@@ -94,5 +94,5 @@ def test_invitations_and_round_requests_are_not_interchangeable(site: Any) -> No
             Invitation.from_signed(Signed(text=text, signature=lead_key.sign(Invitation.purpose, text.encode())))
     with pytest.raises(ConfigError):
         Invitation.from_signed(site.request().sign_with(lead_key))
-    assert reason(site.send(asked.sign_with(lead_key))) is Reason.MALFORMED_REQUEST
+    assert read_reason(site.send(asked.sign_with(lead_key))) is Reason.MALFORMED_REQUEST
     assert replace(asked, expires=1.0).digest() == asked.digest()

@@ -16,7 +16,7 @@ from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import RunError
 
 from ..conftest import run_plan
-from .conftest import key_of, receipt_of, round_of, update_of
+from .conftest import make_receipt, make_site_key, round_of, update_of
 
 RUN: Any = {"run": "r", "plan": run_plan()}
 
@@ -31,13 +31,13 @@ def answer(receipt: Receipt | None, site: str = "a") -> dict[str, Reply]:
     return {site: Reply(body=Refusal(site=site, run="r", round=1, reason=Reason.SITE_ERROR), receipt=receipt)}
 
 
-def answered(state: LeadState, replies: dict[str, Reply]) -> LeadState:
+def add_answers(state: LeadState, replies: dict[str, Reply]) -> LeadState:
     for site, reply in replies.items():
         state = state.with_receipt(site, reply.receipt, update=isinstance(reply.body, Update), **RUN) or state
     return state
 
 
-def charged(state: LeadState, site: str = "a") -> tuple[int, bool]:
+def read_charged_steps(state: LeadState, site: str = "a") -> tuple[int, bool]:
     """Steps of a site, and whether they are an upper bound."""
     charge = compute_site_charge(state, site, run_plan())
     return charge.steps, charge.upper_bound
@@ -46,9 +46,9 @@ def charged(state: LeadState, site: str = "a") -> tuple[int, bool]:
 def test_site_charge_follows_its_receipt_and_is_zero_if_never_asked(state: LeadState) -> None:
     charge = compute_site_charge(state, "a", run_plan())
     assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
-    state = answered(state.asked(["a"]), answer(receipt_of(charged=2)))
+    state = add_answers(state.asked(["a"]), answer(make_receipt(charged=2)))
     charge = compute_site_charge(state, "a", run_plan())
-    assert charged(state) == (4, False)
+    assert read_charged_steps(state) == (4, False)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     step = dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(4.0))
     assert charge.epsilon == pytest.approx(accountant.compose(step, 4).get_epsilon(1e-5), abs=1e-3)
@@ -57,59 +57,59 @@ def test_site_charge_follows_its_receipt_and_is_zero_if_never_asked(state: LeadS
 
 
 def test_silent_site_is_charged_for_every_requested_round(state: LeadState) -> None:
-    state = answered(state.asked(["a", "b"]), answer(receipt_of(charged=1)))
+    state = add_answers(state.asked(["a", "b"]), answer(make_receipt(charged=1)))
     state = state.asked(["a", "b"])
-    assert charged(state, "a") == charged(state, "b") == (4, True)
+    assert read_charged_steps(state, "a") == read_charged_steps(state, "b") == (4, True)
     assert (
         compute_site_charge(state, "a", run_plan()).epsilon == compute_site_charge(state, "b", run_plan()).epsilon > 0
     )
     # It never counts for more than the plan lets a ledger charge.
-    state = answered(state.asked(["a"]), answer(receipt_of(charged=3)))
+    state = add_answers(state.asked(["a"]), answer(make_receipt(charged=3)))
     for _ in range(5):
         state = state.asked(["a"])
-    assert charged(state) == (2 * run_plan().most_rounds, True)
+    assert read_charged_steps(state) == (2 * run_plan().most_rounds, True)
 
 
 @pytest.mark.parametrize("wrong", [{"site": "b"}, {"run": "other"}, "unsigned"])
 def test_receipt_of_another_site_or_run_counts_as_silence(state: LeadState, wrong: Any) -> None:
     unsigned = wrong == "unsigned"
-    made = replace(receipt_of(charged=1), charged_rounds=0) if unsigned else receipt_of(**{"charged": 0, **wrong})
-    state = answered(state.asked(["a"]), answer(made))
-    assert (state.receipts, charged(state)) == ({}, (2, True))
+    made = replace(make_receipt(charged=1), charged_rounds=0) if unsigned else make_receipt(**{"charged": 0, **wrong})
+    state = add_answers(state.asked(["a"]), answer(made))
+    assert (state.receipts, read_charged_steps(state)) == ({}, (2, True))
 
 
 def test_receipt_under_a_changed_site_key_is_ignored(state: LeadState) -> None:
-    state = answered(state.asked(["a"]), answer(receipt_of(charged=1)))
-    state = answered(state.asked(["a"]), answer(receipt_of(charged=2, key=key_of("b"))))
-    assert (state.receipts["a"], charged(state)) == (receipt_of(charged=1), (4, True))
+    state = add_answers(state.asked(["a"]), answer(make_receipt(charged=1)))
+    state = add_answers(state.asked(["a"]), answer(make_receipt(charged=2, key=make_site_key("b"))))
+    assert (state.receipts["a"], read_charged_steps(state)) == (make_receipt(charged=1), (4, True))
 
 
 @pytest.mark.parametrize("came", [{"sites": ("a",)}, {"sites": (), "failed_sites": {"a": "beyond_plan"}}])
 def test_receipt_counting_fewer_rounds_than_updates_is_rejected(state: LeadState, came: Any) -> None:
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
-    old = receipt_of(charged=1)
-    state = answered(state.asked(["a"]), {"a": Reply(body=update_of(), receipt=old)})
+    old = make_receipt(charged=1)
+    state = add_answers(state.asked(["a"]), {"a": Reply(body=update_of(), receipt=old)})
     state = replace(state, rounds=(round_of(1, **came),))
     assert compute_site_charge(state, "a", run_plan()).upper_bound is False
-    replayed = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=old)})
-    assert charged(replayed) == (4, True)
-    honest = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=receipt_of(charged=2))})
-    assert charged(honest) == (4, False)
+    replayed = add_answers(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=old)})
+    assert read_charged_steps(replayed) == (4, True)
+    honest = add_answers(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=make_receipt(charged=2))})
+    assert read_charged_steps(honest) == (4, False)
     assert honest.with_receipt("a", old, **RUN) is None
 
 
 def test_receipt_counting_more_rounds_than_the_plan_is_rejected(state: LeadState) -> None:
     # Signed or not: to compose so many events would take hours and all of the memory.
     for charged in (5, 10**18):
-        replies = answer(receipt_of(charged=charged))
-        after = answered(state.asked(["a"]), replies)
+        replies = answer(make_receipt(charged=charged))
+        after = add_answers(state.asked(["a"]), replies)
         assert (after.receipts, after.unanswered) == ({}, {"a": 1})
 
 
 def test_remaining_time_is_estimated_from_rounds_without_one_time_work() -> None:
     """The first estimate is within half of the truth, however long the first round and the first scores take."""
 
-    def at(done: int, *, first_s: float = 60.0, gap_s: float = 0.0) -> LeadState:
+    def make_state(done: int, *, first_s: float = 60.0, gap_s: float = 0.0) -> LeadState:
         ends = [first_s + 20 * n + gap_s * (n > 2) for n in range(done)]
         began = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
         results = [
@@ -119,40 +119,43 @@ def test_remaining_time_is_estimated_from_rounds_without_one_time_work() -> None
         seconds = 90.0 + ends[-1] if ends else 0.0
         return LeadState(round=done, adapter=Adapter({}), rounds=results, seconds=seconds)
 
-    assert at(0).seconds_per_round is None
-    assert at(1).seconds_per_round is None, "a first round of 60 s would say three times the truth"
+    assert make_state(0).seconds_per_round is None
+    assert make_state(1).seconds_per_round is None, "a first round of 60 s would say three times the truth"
     for done in range(2, 10):
-        assert at(done).seconds_per_round == 20.0
-    assert at(6, gap_s=3600.0).seconds_per_round == 20.0, "the run was interrupted for an hour"
-    quick = replace(at(3), rounds=[replace(one, seconds=0.4, ended=at(1).rounds[0].ended) for one in at(3).rounds])
+        assert make_state(done).seconds_per_round == 20.0
+    assert make_state(6, gap_s=3600.0).seconds_per_round == 20.0, "the run was interrupted for an hour"
+    quick = replace(
+        make_state(3),
+        rounds=[replace(one, seconds=0.4, ended=make_state(1).rounds[0].ended) for one in make_state(3).rounds],
+    )
     assert quick.seconds_per_round == 0.4
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> Path:
+def receipts_file(tmp_path: Path) -> Path:
     return tmp_path / "lead" / "receipts.json"
 
 
-def test_concurrent_runs_keep_all_receipts(book: Path) -> None:
+def test_concurrent_runs_keep_all_receipts(receipts_file: Path) -> None:
     def keep(sites: str) -> None:
         for site in sites:
-            save_receipts(book, {site: receipt_of(site)})
+            save_receipts(receipts_file, {site: make_receipt(site)})
 
     threads = [threading.Thread(target=keep, args=(sites,)) for sites in ("abcdefgh", "ijklmnop")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(read_receipts(book)) == set("abcdefghijklmnop")
+    assert set(read_receipts(receipts_file)) == set("abcdefghijklmnop")
 
 
-def test_newest_receipt_per_site_is_kept_over_all_runs(book: Path) -> None:
-    save_receipts(book, {"a": receipt_of("a", charged=2), "b": receipt_of("b")})
-    save_receipts(book, {"a": receipt_of("a", charged=1, run="older")})
-    assert read_receipts(book)["a"] == receipt_of("a", charged=2)
-    save_receipts(book, {"a": receipt_of("a", charged=3, run="newer")})
-    assert read_receipts(book) == {"a": receipt_of("a", charged=3, run="newer"), "b": receipt_of("b")}
-    assert all(one.has_valid_signature() for one in read_receipts(book).values())
+def test_newest_receipt_per_site_is_kept_over_all_runs(receipts_file: Path) -> None:
+    save_receipts(receipts_file, {"a": make_receipt("a", charged=2), "b": make_receipt("b")})
+    save_receipts(receipts_file, {"a": make_receipt("a", charged=1, run="older")})
+    assert read_receipts(receipts_file)["a"] == make_receipt("a", charged=2)
+    save_receipts(receipts_file, {"a": make_receipt("a", charged=3, run="newer")})
+    assert read_receipts(receipts_file) == {"a": make_receipt("a", charged=3, run="newer"), "b": make_receipt("b")}
+    assert all(one.has_valid_signature() for one in read_receipts(receipts_file).values())
 
 
 @pytest.mark.parametrize(
@@ -160,12 +163,12 @@ def test_newest_receipt_per_site_is_kept_over_all_runs(book: Path) -> None:
     ["", "{", "[]", "3", "null", '"a"', '{"a": 1}', '{"a": {}}', '{"a": {"site": "a"}}', "\udcff", "1" * 5000],
     ids=lambda text: text[:20],
 )
-def test_damaged_receipt_file_is_reported_and_not_overwritten(book: Path, text: str) -> None:
-    book.parent.mkdir()
-    book.write_bytes(text.encode("utf-8", "surrogateescape"))
-    before = book.read_bytes()
+def test_damaged_receipt_file_is_reported_and_not_overwritten(receipts_file: Path, text: str) -> None:
+    receipts_file.parent.mkdir()
+    receipts_file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    before = receipts_file.read_bytes()
     # Taken for empty, it would let a ledger that was put back pass.
-    for use in (partial(read_receipts, book), lambda: save_receipts(book, {"a": receipt_of("a")})):
+    for use in (partial(read_receipts, receipts_file), lambda: save_receipts(receipts_file, {"a": make_receipt("a")})):
         with pytest.raises(RunError, match=r"receipts\.json is damaged"):
             use()
-    assert book.read_bytes() == before
+    assert receipts_file.read_bytes() == before

@@ -76,7 +76,7 @@ def test_noiseless_plan_has_infinite_epsilon() -> None:
 def test_what_if_lists_changes_that_stay_within_epsilon() -> None:
     plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
     epsilon = planner.target_epsilon(plan)
-    changes = {change.what: change for change in planner.what_if(plan, epsilon=epsilon)}
+    changes = {change.what: change for change in planner.price_alternatives(plan, epsilon=epsilon)}
     batches = ["batches x 1.5 (rate 0.15)", "batches x 2 (rate 0.2)"]
     assert list(changes) == ["5 rounds", "6 rounds", *batches, "delta 1e-06", f"epsilon {epsilon / 2:.4g}"]
     for change in changes.values():
@@ -93,14 +93,14 @@ def test_what_if_lists_changes_that_stay_within_epsilon() -> None:
 
 def test_what_if_sampling_rate_is_capped_at_one() -> None:
     plan = golden(noise_multiplier=8.0, sampling_rate=0.8, local_steps=2, num_rounds=2)
-    assert {change.plan.sampling_rate for change in planner.what_if(plan, epsilon=2.0)} == {0.8, 1.0}
+    assert {change.plan.sampling_rate for change in planner.price_alternatives(plan, epsilon=2.0)} == {0.8, 1.0}
     full = replace(plan, sampling_rate=1.0)
-    assert {change.plan.sampling_rate for change in planner.what_if(full, epsilon=3.0)} == {1.0}
+    assert {change.plan.sampling_rate for change in planner.price_alternatives(full, epsilon=3.0)} == {1.0}
 
 
 def test_what_if_omits_changes_with_uncomputable_epsilon() -> None:
     plan = golden(delta=1e-21 * 2 * 4, noise_multiplier=8.0, local_steps=2, num_rounds=2)
-    whats = [change.what for change in planner.what_if(plan, epsilon=2.0)]
+    whats = [change.what for change in planner.price_alternatives(plan, epsilon=2.0)]
     assert whats[0] == "3 rounds"
     assert not any(what.startswith("delta") for what in whats)
 
@@ -138,7 +138,7 @@ def test_run_with_too_weak_a_signal_is_refused() -> None:
 # Solving for noise, rounds and rate: within the target, and no further from it than the last digit.
 
 
-def epsilon(plan: Plan) -> float:
+def compute_epsilon(plan: Plan) -> float:
     """By the fine grid, as a run reports it."""
     return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds)], plan.delta)
 
@@ -159,11 +159,11 @@ def test_least_noise_meets_the_target_tightly(
     planned = replace(plan, sampling_rate=rate, noise_multiplier=start, **changes)
     noise = planner.least_noise(planned, epsilon=target)
     if noise is None:
-        assert epsilon(replace(planned, noise_multiplier=1e4)) > target
+        assert compute_epsilon(replace(planned, noise_multiplier=1e4)) > target
         return
-    assert epsilon(replace(planned, noise_multiplier=noise)) <= target
+    assert compute_epsilon(replace(planned, noise_multiplier=noise)) <= target
     if noise > 0.02:
-        assert epsilon(replace(planned, noise_multiplier=noise * 0.998 - 1e-4)) > target
+        assert compute_epsilon(replace(planned, noise_multiplier=noise * 0.998 - 1e-4)) > target
 
 
 def test_least_noise_is_none_if_scores_exceed_the_target(plan: Plan) -> None:
@@ -172,7 +172,7 @@ def test_least_noise_is_none_if_scores_exceed_the_target(plan: Plan) -> None:
 
 def test_solved_rounds_are_the_most_within_epsilon(plan: Plan) -> None:
     solved = planner.solve_rounds(plan, epsilon=5.0)
-    assert epsilon(solved) <= 5.0 < epsilon(replace(solved, num_rounds=solved.num_rounds + 1))
+    assert compute_epsilon(solved) <= 5.0 < compute_epsilon(replace(solved, num_rounds=solved.num_rounds + 1))
     assert replace(solved, num_rounds=plan.num_rounds) == plan
     spared = planner.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0)
     assert spared.num_rounds == solved.num_rounds - 2, "spare rounds are paid for first"
@@ -188,7 +188,7 @@ def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
     solved = planner.solve_sampling_rate(plan, epsilon=3.0, least=0.001)
     rate = solved.sampling_rate
     assert rate == float(f"{rate:.4g}"), "four digits"
-    assert epsilon(solved) <= 3.0 < epsilon(replace(plan, sampling_rate=rate * 1.001))
+    assert compute_epsilon(solved) <= 3.0 < compute_epsilon(replace(plan, sampling_rate=rate * 1.001))
     # Much noise allows every rate, and little none.
     loud, quiet = (replace(plan, noise_multiplier=noise) for noise in (50.0, 0.5))
     assert planner.solve_sampling_rate(loud, epsilon=3.0, least=0.001).sampling_rate == 1.0
@@ -199,13 +199,13 @@ def test_solved_sampling_rate_is_the_largest_within_epsilon(plan: Plan) -> None:
 # A calendar of runs: windows that move on, and what the people in them will have spent.
 
 
-def made(*, runs: int, first: str | None = "2025", **changes: Any) -> Plan:
+def make_plan(*, runs: int, first: str | None = "2025", **changes: Any) -> Plan:
     cohorts = Cohorts(period="year", first=first, last="2027")
-    privacy = PrivacySpec(unit="user", epsilon=6.0, sampling_rate=0.1, runs=runs, cohorts=cohorts)
+    privacy = PrivacySpec(unit="user", epsilon=6.0, sampling_rate=0.1, planned_runs=runs, cohorts=cohorts)
     return replace(Plan.from_privacy(privacy, local_steps=5, num_rounds=2), **changes)
 
 
-def spent(plan: Plan, *runs: int) -> list[float]:
+def list_spent(plan: Plan, *runs: int) -> list[float]:
     return [accountant.epsilon_pld([plan.full_event] * count, plan.delta) for count in runs]
 
 
@@ -216,40 +216,49 @@ def test_cohort_window_moves_and_keeps_its_length() -> None:
 
 
 def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:
-    plan = made(runs=4)
+    plan = make_plan(runs=4)
     rows = list_calendar_runs(plan)
     assert [str(row.cohorts) for row in rows] == ["2025..2027", "2026..2028", "2027..2029", "2028..2030"]
-    assert [row.oldest for row in rows] == spent(plan, 1, 2, 3, 3)
-    assert [row.newest for row in rows] == spent(plan, 1, 1, 1, 1)
+    assert [row.oldest for row in rows] == list_spent(plan, 1, 2, 3, 3)
+    assert [row.newest for row in rows] == list_spent(plan, 1, 1, 1, 1)
     # After two renewals those who came first have been in two runs already.
     later = planner.price(plan, {"a": 100}, before=2).calendar
-    assert [(row.number, row.oldest) for row in later] == list(zip((3, 4, 5, 6), spent(plan, 3, 3, 3, 3), strict=True))
+    assert [(row.number, row.oldest) for row in later] == list(
+        zip((3, 4, 5, 6), list_spent(plan, 3, 3, 3, 3), strict=True)
+    )
 
 
 def test_calendar_without_a_window_ends_at_the_planned_runs() -> None:
-    plan = made(runs=4, cohorts=None)
-    assert [row.oldest for row in list_calendar_runs(plan)] == spent(plan, 1, 2, 3, 4)
-    assert [row.newest for row in list_calendar_runs(plan, before=3)] == spent(plan, 4)
+    plan = make_plan(runs=4, cohorts=None)
+    assert [row.oldest for row in list_calendar_runs(plan)] == list_spent(plan, 1, 2, 3, 4)
+    assert [row.newest for row in list_calendar_runs(plan, before=3)] == list_spent(plan, 4)
     # A window without a beginning goes no further, either; one with it may come after more runs than share an epsilon.
-    assert [row.number for row in list_calendar_runs(made(runs=4, first=None), before=2)] == [3, 4]
-    long = made(runs=2, first="1800")
-    assert [row.oldest for row in list_calendar_runs(long, before=150)] == spent(long, 151, 152)
+    assert [row.number for row in list_calendar_runs(make_plan(runs=4, first=None), before=2)] == [3, 4]
+    long = make_plan(runs=2, first="1800")
+    assert [row.oldest for row in list_calendar_runs(long, before=150)] == list_spent(long, 151, 152)
     assert next(describe_calendar(plan)).endswith("everyone is in at most 4 runs, epsilon 5.999 in all.")
     assert list_calendar_runs(replace(plan, runs=1)) == list_calendar_runs(replace(plan, noise_multiplier=0.0)) == ()
 
 
 def test_calendar_explains_planned_runs_and_warns_of_long_windows() -> None:
-    assert "people of 3 periods to more runs than privacy.runs = 2" in list(describe_calendar(made(runs=2)))[-1]
-    assert describe_shared_epsilon(made(runs=3)) == ", so that 3 runs like this one come to epsilon 6.000"
-    assert describe_shared_epsilon(made(runs=1)) == describe_shared_epsilon(made(runs=3, noise_multiplier=0.0)) == ""
+    assert (
+        "people of 3 periods to more runs than privacy.planned_runs = 2"
+        in list(describe_calendar(make_plan(runs=2)))[-1]
+    )
+    assert describe_shared_epsilon(make_plan(runs=3)) == ", so that 3 runs like this one come to epsilon 6.000"
+    assert (
+        describe_shared_epsilon(make_plan(runs=1))
+        == describe_shared_epsilon(make_plan(runs=3, noise_multiplier=0.0))
+        == ""
+    )
 
 
 def test_solved_plans_meet_the_target_over_all_planned_runs() -> None:
-    plan = made(runs=3, cohorts=None)
+    plan = make_plan(runs=3, cohorts=None)
     for solved in (
         planner.solve_rounds(plan, epsilon=8.0),
         planner.solve_sampling_rate(plan, epsilon=8.0, least=0.01),
         replace(plan, noise_multiplier=planner.least_noise(plan, epsilon=8.0)),
     ):
-        assert 6.0 < spent(solved, 3)[0] <= 8.0
-    assert planner.what_if(plan, epsilon=6.0)[-1].same_noise_epsilon == pytest.approx(6.0, abs=0.02)
+        assert 6.0 < list_spent(solved, 3)[0] <= 8.0
+    assert planner.price_alternatives(plan, epsilon=6.0)[-1].same_noise_epsilon == pytest.approx(6.0, abs=0.02)

@@ -18,7 +18,7 @@ from fedtune.privacy.release import Refused
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 
-from ..conftest import files_in, run_proposal, site_policy
+from ..conftest import make_site_policy, read_files, run_proposal
 
 SIZES = {"a": 100}
 Ask = Callable[..., DryRun]
@@ -27,61 +27,61 @@ Ask = Callable[..., DryRun]
 @pytest.fixture
 def ask(tmp_path: Path) -> Ask:
 
-    def asked(policy: Policy, sizes: dict[str, int] = SIZES, *, most: bool = False, **changes: Any) -> DryRun:
+    def run_dry_run(policy: Policy, sizes: dict[str, int] = SIZES, *, most: bool = False, **changes: Any) -> DryRun:
         write_policy(policy, tmp_path / "site.toml")
         asks = run_proposal(**changes)
         return policy_dry_run.dry_run(tmp_path / "site.toml", asks, declared_sizes=sizes, find_most_epsilon=most)
 
-    return asked
+    return run_dry_run
 
 
 @pytest.fixture
-def ledger_of(tmp_path: Path) -> Callable[[Policy], SiteLedger]:
+def open_ledger(tmp_path: Path) -> Callable[[Policy], SiteLedger]:
     return lambda policy: SiteLedger(
         tmp_path / policy.ledger, policy, SigningKey.load_or_create(tmp_path / policy.site_key)
     )
 
 
 def test_run_within_the_policy_passes_the_dry_run(ask: Ask, tmp_path: Path) -> None:
-    said = ask(site_policy())
+    said = ask(make_site_policy())
     assert said.allowed
     assert (said.site, said.ledger, said.taken, said.note) == ("a", "new", 0.0, "")
     assert 0 < said.would_be <= said.max_epsilon == 5.0
     assert (said.most_rounds, said.least_noise) == (3, 4.0)
     assert not (tmp_path / "ledger.db").exists(), "asking makes no ledger"
     assert not (tmp_path / "site_key.pem").exists(), "nor a key"
-    assert ask(site_policy(), {"b": 100}).note == "the run does not name site a"
-    (other,) = (wrong := ask(site_policy(), {"a": 90}, most=True)).broken
+    assert ask(make_site_policy(), {"b": 100}).note == "the run does not name site a"
+    (other,) = (wrong := ask(make_site_policy(), {"a": 90}, most=True)).broken
     assert (other.reason, other.asked, other.allowed) == ("declared_size", "90", "100")
     assert (wrong.allowed, wrong.most_rounds, wrong.least_noise, wrong.most_epsilon) == (False, 0, None, None)
 
 
 def test_every_broken_rule_is_reported(ask: Ask) -> None:
-    said = ask(site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
+    said = ask(make_site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
     assert [(one.reason, one.asked, one.allowed) for one in said.broken[1:]] == [
         ("max_rank", "9", "at most 4"),
         ("max_sampling_rate", "0.5", "at most 0.2"),
     ]
     assert said.broken[0].reason == "leads"
     assert (said.most_rounds, said.least_noise) == (0, None)
-    said = ask(site_policy(), num_rounds=9)
+    said = ask(make_site_policy(), num_rounds=9)
     assert [one.reason for one in said.broken] == ["max_rounds"]
     assert said.most_rounds == 3, "with the spare one, four"
     assert said.least_noise is None
 
 
-def total_epsilon(proposal: Proposal) -> float:
+def compute_total_epsilon(proposal: Proposal) -> float:
     return epsilon_pld([proposal.plan.event(rounds=proposal.plan.most_rounds)], proposal.plan.delta)
 
 
 def test_dry_run_suggests_fewer_rounds_or_more_noise(ask: Ask) -> None:
-    cap = 0.9 * total_epsilon(run_proposal())
-    said = ask(site_policy(budget={"max_epsilon_per_run": cap}))
+    cap = 0.9 * compute_total_epsilon(run_proposal())
+    said = ask(make_site_policy(budget={"max_epsilon_per_run": cap}))
     assert [one.reason for one in said.broken] == ["max_epsilon_per_run"]
     assert 0 < said.most_rounds < 3
     for changes in ({"num_rounds": said.most_rounds}, {"noise_multiplier": said.least_noise}):
-        assert total_epsilon(run_proposal(**changes)) <= cap
-    assert total_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
+        assert compute_total_epsilon(run_proposal(**changes)) <= cap
+    assert compute_total_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
 
 
 FREE = {"limits": {"min_noise_multiplier": 0.5}}
@@ -101,7 +101,7 @@ NO_CAP = {"max_epsilon": float("inf")}
 def test_reported_largest_epsilon_is_the_limit_of_acceptance(
     policy: dict[str, Any], limit: tuple[str, str], planned: float, ask: Ask
 ) -> None:
-    site = site_policy(**policy)
+    site = make_site_policy(**policy)
     said = ask(site, noise_multiplier=planned, most=True)
     assert (said.limit.reason, said.limit.allowed) == limit
     assert said.most_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "the cap itself"
@@ -114,18 +114,18 @@ def test_reported_largest_epsilon_is_the_limit_of_acceptance(
 
 
 def test_largest_epsilon_is_unlimited_without_a_cap(ask: Ask) -> None:
-    said = ask(site_policy(limits={"min_noise_multiplier": 0.0}, budget=NO_CAP), most=True)
+    said = ask(make_site_policy(limits={"min_noise_multiplier": 0.0}, budget=NO_CAP), most=True)
     assert (said.most_epsilon, said.limit) == (100.0, None)
-    others = ask(site_policy(), rank=9, most=True)
+    others = ask(make_site_policy(), rank=9, most=True)
     assert (others.most_epsilon, others.limit) == (None, None)
     assert policy_dry_run.find_strictest_dry_run([said, others]) is others
-    assert ask(site_policy()).most_epsilon is None, "nobody asked for it"
+    assert ask(make_site_policy()).most_epsilon is None, "nobody asked for it"
 
 
-def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, ledger_of: Any) -> None:
-    whole = ask(site_policy())
-    tight = site_policy(budget={"max_epsilon": 1.3 * whole.would_be})
-    ledger = ledger_of(tight)
+def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, open_ledger: Any) -> None:
+    whole = ask(make_site_policy())
+    tight = make_site_policy(budget={"max_epsilon": 1.3 * whole.would_be})
+    ledger = open_ledger(tight)
     said = ask(tight, run="run-0")
     left = [said.runs_left]
     while said.allowed:
@@ -143,15 +143,15 @@ def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, ledger_of: Any) -
     ]
 
 
-def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, ledger_of: Any) -> None:
+def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, open_ledger: Any) -> None:
     plan = run_proposal().plan
     once = filter.smallest_cap(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
-    tight = site_policy(budget={"max_epsilon": 1.001 * once})
-    ledger_of(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
+    tight = make_site_policy(budget={"max_epsilon": 1.001 * once})
+    open_ledger(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
     said = ask(tight, run="later")
     assert [one.reason for one in said.broken] == ["max_epsilon"]
     assert said.taken > 0
-    offer = ledger_of(tight).make_offer(run_proposal(run="later"))
+    offer = open_ledger(tight).make_offer(run_proposal(run="later"))
     assert (said.most_rounds, said.least_noise) == (offer.most_rounds, offer.least_noise)
     assert 0 < said.most_rounds < 3
 
@@ -161,27 +161,27 @@ def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, ledger_of: Any
     [({"site": "b"}, "made for site = a"), ({"budget": {"delta": 1e-6}}, "made for budget.delta = 1e-05")],
 )
 def test_ledger_with_a_mismatched_policy_is_in_doubt(
-    changes: dict[str, Any], why: str, ask: Ask, ledger_of: Any, tmp_path: Path
+    changes: dict[str, Any], why: str, ask: Ask, open_ledger: Any, tmp_path: Path
 ) -> None:
-    ledger = ledger_of(site_policy())
-    before = files_in(tmp_path)
-    assert ask(site_policy()).allowed
+    ledger = open_ledger(make_site_policy())
+    before = read_files(tmp_path)
+    assert ask(make_site_policy()).allowed
     asked = {"site.toml": (tmp_path / "site.toml").read_bytes()}
-    assert files_in(tmp_path) == before | asked, "asking changes nothing"
-    said = ask(site_policy(**changes), delta=1e-5)
+    assert read_files(tmp_path) == before | asked, "asking changes nothing"
+    said = ask(make_site_policy(**changes), delta=1e-5)
     assert said.ledger == "in doubt"
     assert not said.allowed
     assert why in said.note
     ledger.freeze("asked to")
-    said = ask(site_policy())
+    said = ask(make_site_policy())
     assert [one.reason for one in said.broken] == ["frozen"]
     assert said.most_rounds == 0
 
 
 def test_any_number_of_runs_fits_without_a_cap(ask: Ask) -> None:
-    said = ask(site_policy(budget={"max_epsilon": float("inf")}))
+    said = ask(make_site_policy(budget={"max_epsilon": float("inf")}))
     assert (said.allowed, said.runs_left) == (True, None)
-    said = ask(site_policy(), noise_multiplier=0.0)
+    said = ask(make_site_policy(), noise_multiplier=0.0)
     assert [one.reason for one in said.broken] == ["min_noise_multiplier", "max_epsilon"]
     assert said.runs_left == 0
     assert said.least_noise == pytest.approx(4.0, rel=1e-3)

@@ -13,13 +13,13 @@ from fedtune.version import build
 
 from ..builders import round_request
 from ..conftest import run_proposal
-from ..privacy.builders import lead_key, reason_of, stranger_key
-from .conftest import receipt_of
+from ..privacy.builders import lead_key, read_refusal_reason, stranger_key
+from .conftest import make_receipt
 
 
 @pytest.fixture
 def request_() -> RoundRequest:
-    return round_request(run_proposal(), round=2, receipt=receipt_of(), expires=1e9)
+    return round_request(run_proposal(), round=2, receipt=make_receipt(), expires=1e9)
 
 
 def test_signed_round_request_round_trips(request_: RoundRequest) -> None:
@@ -51,7 +51,7 @@ def test_session_is_required_exactly_for_secure_aggregation(request_: RoundReque
             RoundRequest.from_signed(wrong.sign_with(lead_key))
 
 
-def resigned(request: RoundRequest, change: Callable[[dict[str, Any]], str]) -> Signed:
+def resign_request(request: RoundRequest, change: Callable[[dict[str, Any]], str]) -> Signed:
     """Another text, and the lead's true signature on it."""
     text = change(json.loads(request.sign_with(lead_key).text))
     return Signed(text=text, signature=lead_key.sign(RoundRequest.purpose, text.encode()))
@@ -79,7 +79,7 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
 @pytest.mark.parametrize("fault", list(_FAULTS))
 def test_malformed_request_is_refused_despite_a_valid_signature(request_: RoundRequest, fault: str) -> None:
     with pytest.raises(ConfigError, match=r"must be a lead's round request"):
-        RoundRequest.from_signed(resigned(request_, _FAULTS[fault]))
+        RoundRequest.from_signed(resign_request(request_, _FAULTS[fault]))
 
 
 def test_round_request_must_be_signed_by_its_named_lead(request_: RoundRequest) -> None:
@@ -94,7 +94,7 @@ def test_round_request_must_be_signed_by_its_named_lead(request_: RoundRequest) 
         replace(signed, signature=notice.signature),
         replace(signed, signature=lead_key.sign(EndOfRun.purpose, signed.text.encode())),
     ):
-        assert reason_of(RoundRequest.from_signed, wrong) is Reason.WRONG_SIGNATURE
+        assert read_refusal_reason(RoundRequest.from_signed, wrong) is Reason.WRONG_SIGNATURE
 
 
 def test_end_of_run_notice_must_be_signed_by_its_lead() -> None:
@@ -103,7 +103,7 @@ def test_end_of_run_notice_must_be_signed_by_its_lead() -> None:
     signed = notice.sign_with(lead_key)
     other = replace(notice, adapter_digest="00" * 32).sign_with(lead_key).text
     for wrong in (notice.sign_with(stranger_key), replace(signed, signature="00" * 64), replace(signed, text=other)):
-        assert reason_of(EndOfRun.from_signed, wrong) is Reason.WRONG_SIGNATURE
+        assert read_refusal_reason(EndOfRun.from_signed, wrong) is Reason.WRONG_SIGNATURE
     for text in ("{", "[]", "null", "{}", json.dumps({"run": "r"}), " " * 70_000):
         with pytest.raises(ConfigError, match="must be a lead's end of run"):
             EndOfRun.from_signed(Signed(text=text, signature=lead_key.sign(EndOfRun.purpose, text.encode())))
@@ -115,7 +115,7 @@ def test_protocol_mismatch_names_the_side_to_upgrade(request_: RoundRequest, spo
     other = {"protocol": spoken, "software": "0.3.0+7c1f", "what": "only a later protocol knows"}
     invitation = json.dumps(json.loads(asked.sign_with(lead_key).text) | other)
     for read, signed in (
-        (RoundRequest.from_signed, resigned(request_, lambda fields: json.dumps(fields | other))),
+        (RoundRequest.from_signed, resign_request(request_, lambda fields: json.dumps(fields | other))),
         (Invitation.from_signed, Signed(text=invitation, signature="")),
     ):
         with pytest.raises(Refused) as refused:
@@ -125,4 +125,4 @@ def test_protocol_mismatch_names_the_side_to_upgrade(request_: RoundRequest, spo
         assert refused.value.allowed == f"protocol {WIRE_SCHEMA} (fedtune {build()}): upgrade the {older}"
     for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
-            RoundRequest.from_signed(resigned(request_, lambda f, n=nonsense: json.dumps(f | {"protocol": n})))
+            RoundRequest.from_signed(resign_request(request_, lambda f, n=nonsense: json.dumps(f | {"protocol": n})))

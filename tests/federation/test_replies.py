@@ -23,19 +23,19 @@ from fedtune.spec import RunError
 from fedtune.training.update_bound import UpdateBound
 
 from ..conftest import run_proposal
-from .conftest import receipt_of, update_of
+from .conftest import make_receipt, update_of
 
 Sort = Callable[..., RoundReplies]
 ANYWHERE = UpdateBound(value=defaultdict(lambda: math.inf), norm=math.inf)
 
 
-def signed(body: Update | Refusal) -> Reply:
+def sign_body(body: Update | Refusal) -> Reply:
     """The reply with this body, as its site would sign it."""
     try:
         digest = answer_digest(body)
     except ValueError:  # no site could sign it
         digest = "00" * 32
-    return Reply(body=body, receipt=receipt_of(body.site, reply=digest))
+    return Reply(body=body, receipt=make_receipt(body.site, reply=digest))
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def sort(adapter: Adapter, tmp_path: Path) -> Iterator[Sort]:
         about = {"round": 1, "sent": adapter, "left_out": "", "update_dtype": "float32"} | more
         reaches = dict.fromkeys(sites, reach)
         found = RoundReplies(proposal=run_proposal(plan=plan), reaches=reaches, arrived=arrived, **about)
-        replies = of_a if isinstance(of_a, dict) else {"a": signed(of_a)}
+        replies = of_a if isinstance(of_a, dict) else {"a": sign_body(of_a)}
         for site, reply in replies.items():
             found.add_reply(site, reply)
         return found
@@ -83,9 +83,9 @@ def test_unsigned_or_mismatched_refusal_is_not_final(sort: Sort) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.MAX_EPSILON)
     for reply, shown in (
         (Reply(body=refusal, receipt=None), "max_epsilon"),
-        (replace(signed(replace(refusal, reason=Reason.PAUSED)), body=refusal), UNSIGNED_REPLY),
-        (signed(replace(refusal, round=0)), UNSIGNED_REPLY),
-        (signed(replace(refusal, run="s")), UNSIGNED_REPLY),
+        (replace(sign_body(replace(refusal, reason=Reason.PAUSED)), body=refusal), UNSIGNED_REPLY),
+        (sign_body(replace(refusal, round=0)), UNSIGNED_REPLY),
+        (sign_body(replace(refusal, run="s")), UNSIGNED_REPLY),
     ):
         found = sort({"a": reply})
         assert (found.failures, found.refusals) == ({"a": shown}, {})
@@ -122,12 +122,12 @@ def test_update_of_another_round_run_or_site_is_dropped(sort: Sort, changes: dic
 
 @pytest.mark.parametrize("what", ["no receipt", "of another answer", "of no answer", "not signed", "one value changed"])
 def test_update_without_a_matching_receipt_is_rejected(sort: Sort, adapter: Adapter, what: str) -> None:
-    reply = signed(update_of())
+    reply = sign_body(update_of())
     changed = dict(adapter.tensors) | {"head": np.array([1, 1, 1, 1.25], np.float32)}
     reply = {
         "no receipt": replace(reply, receipt=None),
-        "of another answer": replace(reply, receipt=receipt_of(reply=answer_digest(update_of(round=2)))),
-        "of no answer": replace(reply, receipt=receipt_of()),
+        "of another answer": replace(reply, receipt=make_receipt(reply=answer_digest(update_of(round=2)))),
+        "of no answer": replace(reply, receipt=make_receipt()),
         "not signed": replace(reply, receipt=replace(reply.receipt, charged_rounds=9)),
         "one value changed": replace(reply, body=update_of(tensors=changed)),
     }[what]
@@ -143,14 +143,14 @@ def test_update_exceeding_the_plan_bound_counts_as_a_site_failure(adapter: Adapt
         assert sort(moved, reach).failures == {"a": BEYOND_PLAN}
 
 
-def moved_by(adapter: Adapter, value: float) -> Difference:
+def move_update(adapter: Adapter, value: float) -> Difference:
     """An update in bfloat16 whose values all moved this far."""
     bits = np.float32(value).view(np.uint32) >> 16
     return Difference({name: np.full(sent.shape, bits, np.uint16) for name, sent in adapter.tensors.items()})
 
 
 def test_received_difference_is_added_to_the_sent_adapter(adapter: Adapter, sort: Sort) -> None:
-    found = sort(update_of(tensors=moved_by(adapter, 0.5)), update_dtype="bfloat16")
+    found = sort(update_of(tensors=move_update(adapter, 0.5)), update_dtype="bfloat16")
     assert found.failures == {}
     kept = found.arrived.adapter(found.arrived.values("a", start=0, count=adapter.num_values))
     for name, value in adapter.tensors.items():
@@ -159,10 +159,10 @@ def test_received_difference_is_added_to_the_sent_adapter(adapter: Adapter, sort
 
 @pytest.mark.parametrize("fault", ["nan", "infinite", "reshaped", "renamed", "whole", "unasked", "masked"])
 def test_update_in_another_format_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
-    right = moved_by(adapter, 0.5)
+    right = move_update(adapter, 0.5)
     tensors = {
-        "nan": moved_by(adapter, math.nan),
-        "infinite": moved_by(adapter, -math.inf),
+        "nan": move_update(adapter, math.nan),
+        "infinite": move_update(adapter, -math.inf),
         "reshaped": Difference({name: half.ravel() for name, half in right.halves.items()}),
         "renamed": Difference({name.upper(): half for name, half in right.halves.items()}),
         "whole": adapter.tensors,
@@ -181,8 +181,8 @@ def test_update_bound_allows_only_bfloat16_rounding(adapter: Adapter, sort: Sort
     honest = UpdateBound(value=dict.fromkeys(adapter.tensors, most), norm=most * math.sqrt(adapter.num_values))
     for moved, failures in (
         (ends, {}),
-        (moved_by(adapter, 0.5 + 2.0**-8), {}),
-        (moved_by(adapter, 0.5 + 2.0**-7), {"a": BEYOND_PLAN}),
+        (move_update(adapter, 0.5 + 2.0**-8), {}),
+        (move_update(adapter, 0.5 + 2.0**-7), {"a": BEYOND_PLAN}),
     ):
         assert sort(update_of(tensors=moved), honest, update_dtype="bfloat16").failures == failures
     # Where a value comes towards 0, which is free, rounding may take it past 0.
@@ -201,17 +201,17 @@ def test_refusal_is_reported_with_its_reason(sort: Sort, reason: Reason) -> None
 
 
 def test_replies_keep_site_order_and_ignore_excluded_or_unknown_sites(sort: Sort) -> None:
-    def sorted_out(*answering: str, **asked: str) -> tuple[tuple[str, ...], dict[str, str]]:
-        found = sort({site: signed(update_of(site=site)) for site in answering}, **asked)
+    def sort_replies(*answering: str, **asked: str) -> tuple[tuple[str, ...], dict[str, str]]:
+        found = sort({site: sign_body(update_of(site=site)) for site in answering}, **asked)
         return found.sites, found.failures
 
-    assert sorted_out("c", "a", "b", sites="abcd") == (("a", "b", "c"), {"d": NO_REPLY})
+    assert sort_replies("c", "a", "b", sites="abcd") == (("a", "b", "c"), {"d": NO_REPLY})
     for answering in ("a", "ac"):
-        assert sorted_out(*answering, sites="abc", left_out="c") == (("a",), {"b": NO_REPLY, "c": LEFT_OUT})
-    assert sorted_out("stranger") == ((), {"a": NO_REPLY})
+        assert sort_replies(*answering, sites="abc", left_out="c") == (("a",), {"b": NO_REPLY, "c": LEFT_OUT})
+    assert sort_replies("stranger") == ((), {"a": NO_REPLY})
 
 
-def rounded(values: np.ndarray) -> np.ndarray:
+def round_trip_values(values: np.ndarray) -> np.ndarray:
     """The values that arrive where the adapter that was sent is 0."""
     sent = {"w": np.zeros_like(values)}
     return add_difference(sent, round_difference({"w": values}, sent))["w"]
@@ -224,8 +224,8 @@ def test_bfloat16_rounding_matches_torch() -> None:
     values = np.concatenate([bits, near.ravel().astype(np.uint32)]).view(np.float32)
     values = values[~np.isnan(values)]
     expected = torch.from_numpy(values).bfloat16().float().numpy()
-    assert (rounded(values) + 0.0).tobytes() == (expected + 0.0).tobytes()  # adding makes 0 of -0
-    assert np.isnan(rounded(np.array([0x7FC00001, 0x7FFFFFFF, 0xFFC00000], np.uint32).view(np.float32))).all()
+    assert (round_trip_values(values) + 0.0).tobytes() == (expected + 0.0).tobytes()  # adding makes 0 of -0
+    assert np.isnan(round_trip_values(np.array([0x7FC00001, 0x7FFFFFFF, 0xFFC00000], np.uint32).view(np.float32))).all()
 
 
 def test_received_adapter_is_the_sent_one_plus_the_rounded_change() -> None:

@@ -22,7 +22,7 @@ from fedtune.federation.site_round import Trained
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Update
 
-from .test_secure_site import NAMES, VECTOR, Federation, SecureSite, federation_in
+from .test_secure_site import NAMES, VECTOR, Federation, SecureSite, make_federation
 
 CHANCE = st.randoms(use_true_random=True)
 """Plain draws of hypothesis would seldom get as far as a sum."""
@@ -157,7 +157,7 @@ class Charges(RuleBasedStateMachine):
     # What must hold, always.
 
     @invariant()
-    def all_that_was_computed_is_charged(self) -> None:
+    def check_all_is_charged(self) -> None:
         if not hasattr(self, "newest"):
             return
         for name, site in self.federation.sites.items():
@@ -169,15 +169,15 @@ class Charges(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("histories", [3, pytest.param(40, marks=pytest.mark.nightly)])
 def test_random_secure_histories_release_only_charged_updates(histories: int, tmp_path: Path) -> None:
-    def made() -> Federation:
+    def make_in_new_folder() -> Federation:
         folder = tmp_path / secrets.token_hex(8)
         folder.mkdir()
-        return federation_in(folder, WatchedSite, num_rounds=5, spare_rounds=3)
+        return make_federation(folder, WatchedSite, num_rounds=5, spare_rounds=3)
 
     class Histories(Charges):
         pass
 
-    Histories.made = staticmethod(made)
+    Histories.made = staticmethod(make_in_new_folder)
     few = settings(
         max_examples=histories, stateful_step_count=15, deadline=None, database=None, phases=[Phase.generate]
     )

@@ -1,4 +1,4 @@
-"""What sites with ledgers answer in the steps of a secure sum, to leads and servers that do what they like."""
+"""What sites with ledgers answer in the steps of secure aggregation, to leads and servers that do what they like."""
 
 import contextlib
 import itertools
@@ -26,19 +26,19 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy import durable
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.chain import canonical_json
+from fedtune.privacy.ledger.chain import to_canonical_json
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.privacy.trust import Trust
 
-from ..builders import round_request, with_methods
-from ..conftest import run_plan, run_proposal, site_policy
+from ..builders import round_request, set_methods
+from ..conftest import make_site_policy, run_plan, run_proposal
 from ..privacy.builders import lead_key, make_key, stranger_key
 from .conftest import Station
 
 NAMES = ("east", "north", "south")
 VECTOR = np.arange(10, dtype=np.int64) - 5
-DIFFERS = (Reason.SECURE_SUM, "session_differs")
+DIFFERS = (Reason.SECURE_STEP, "session_differs")
 """What a site says of a session that it is not in."""
 
 
@@ -81,7 +81,7 @@ class Federation:
 
     def step(self, site: str, kind: str, *parts: bytes, name: str = "", lead: Any = None, of: Any = None) -> Any:
         """What a site answers to these parts; `of` are those that the lead signed, where somebody changed them."""
-        key, signed = lead or self.lead, protocol.parts_digest_of(parts if of is None else of)
+        key, signed = lead or self.lead, protocol.hash_parts(parts if of is None else of)
         about = {"expires": 1e12, "step": kind, "session": name or self.name, "parts_digest": signed}
         request = protocol.SumRequest(proposal=self.asked(lead=key.public), site=site, **about)
         return answer_step(self.sites[site].open(), request.sign_with(key), list(parts))
@@ -119,7 +119,7 @@ class Federation:
     def summation(self, session: KeyAgreement, round: int = 1) -> Summation:
         made = Summation(session, release=round)
         for site in NAMES:
-            made.add_upload(site, masked(self.upload(site, round)))
+            made.add_upload(site, read_masked(self.upload(site, round)))
         return made
 
     def confirmed(self, made: Summation) -> Summation:
@@ -137,41 +137,41 @@ class Federation:
         return self.sites[site].ledger().history.charged_rounds(self.asked().run)
 
 
-def masked(reply: Reply) -> bytes:
+def read_masked(reply: Reply) -> bytes:
     assert isinstance(reply.body, Update), reply.body
     assert isinstance(reply.body.tensors, bytes)
     return reply.body.tensors
 
 
-def wrong(reply: Reply) -> tuple[Reason, object]:
+def read_reason(reply: Reply) -> tuple[Reason, object]:
     assert isinstance(reply.body, Refusal), reply
     return reply.body.reason, reply.body.asked
 
 
-def federation_in(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
+def make_federation(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
     """A federation in an empty folder, with sites of a class; keywords override its plan."""
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan().noise_multiplier)
     plan = replace(run_plan(), **{"local_steps": 1, "spare_rounds": 0, "shared": shared, **of_plan})
 
-    def asked(**changes: Any) -> Proposal:
+    def propose(**changes: Any) -> Proposal:
         return replace(run_proposal(), plan=plan, num_sites=3, **changes)
 
     adapter = Adapter({"a": np.zeros((2, 3), np.float32), "head": np.zeros(4, np.float32)})
     sites = {}
     for name in NAMES:
         (folder / name).mkdir()
-        policy = site_policy(name, limits={"max_rounds": plan.most_rounds})
+        policy = make_site_policy(name, limits={"max_rounds": plan.most_rounds})
         both = replace(policy.allow, leads=(lead_key.public, stranger_key.public))
         policy = replace(policy, trust=Trust(secure=True), allow=both)
-        sites[name] = kind(folder / name, policy, asked, lead_key, adapter)
+        sites[name] = kind(folder / name, policy, propose, lead_key, adapter)
     for name, site in sites.items():
         site.members = {other: one.key.public for other, one in sites.items() if other != name}
-    return Federation(sites, asked, lead_key, stranger_key, adapter)
+    return Federation(sites, propose, lead_key, stranger_key, adapter)
 
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Federation:
-    return federation_in(tmp_path)
+    return make_federation(tmp_path)
 
 
 def test_unapproved_lead_cannot_take_over_a_run(federation: Federation) -> None:
@@ -219,7 +219,7 @@ def test_round_in_another_session_is_not_charged(federation: Federation) -> None
     assert federation.refused("north", CONFIRM, b"x", lead=federation.other_lead) == DIFFERS
     for other in (earlier, "f" * 32):
         federation.name = other
-        assert wrong(federation.upload("north")) == DIFFERS
+        assert read_reason(federation.upload("north")) == DIFFERS
         assert federation.refused("north", CONFIRM, b"x") == DIFFERS
     assert (federation.charged("north"), federation.sites["north"].trained) == (0, [])
     federation.name = name
@@ -231,7 +231,7 @@ def test_round_cannot_be_requested_in_two_sessions(federation: Federation) -> No
     federation.begun()
     federation.upload("north")
     federation.begun()
-    assert wrong(federation.upload("north"))[0] is Reason.ROUND_REQUESTED_DIFFERENTLY
+    assert read_reason(federation.upload("north"))[0] is Reason.ROUND_REQUESTED_DIFFERENTLY
     assert (federation.charged("north"), federation.sites["north"].trained) == (1, [(1, 1)])
 
 
@@ -240,20 +240,20 @@ def test_upload_after_its_confirmation_request_is_not_charged(federation: Federa
     early = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES)).to_bytes()
     federation.told("north", CONFIRM, early)
     for _ in range(3):
-        assert wrong(federation.upload("north")) == (Reason.SECURE_SUM, "release_over")
+        assert read_reason(federation.upload("north")) == (Reason.SECURE_STEP, "release_over")
     assert (federation.charged("north"), federation.sites["north"].trained) == (0, [])
 
 
 def test_stored_upload_is_resent_after_a_restart_without_a_charge(federation: Federation) -> None:
     session, _, _ = federation.begun()
-    first = masked(federation.upload("north"))
+    first = read_masked(federation.upload("north"))
     federation.sites["north"].parties = Parties()
-    assert masked(federation.upload("north")) == first
-    assert wrong(federation.upload("north", 2)) == DIFFERS
+    assert read_masked(federation.upload("north")) == first
+    assert read_reason(federation.upload("north", 2)) == DIFFERS
     assert (federation.charged("north"), federation.sites["north"].trained) == (1, [(1, 1)])
     made = Summation(session, release=1)
     for site in NAMES:
-        made.add_upload(site, masked(federation.upload(site)))
+        made.add_upload(site, read_masked(federation.upload(site)))
 
 
 def test_tampered_request_is_not_answered(federation: Federation) -> None:
@@ -262,7 +262,7 @@ def test_tampered_request_is_not_answered(federation: Federation) -> None:
     made = federation.summation(session)
     question = made.confirm_request()
     other = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES[:2])).to_bytes()
-    changed = (Reason.SECURE_SUM, "request_changed")
+    changed = (Reason.SECURE_STEP, "request_changed")
     for parts in ((other,), (), (question, b""), (question[:-1],)):
         assert federation.refused("north", CONFIRM, *parts, of=(question,)) == changed
     for parts in (announced[:2], announced[::-1], [b"".join(announced)]):
@@ -272,7 +272,7 @@ def test_tampered_request_is_not_answered(federation: Federation) -> None:
     asked = federation.confirmed(made).unmask_request("north")
     fields = json.loads(asked)
     fields["sealed"]["east"] = fields["sealed"]["south"]
-    assert federation.refused("north", UNMASK, canonical_json(fields), of=(asked,)) == changed
+    assert federation.refused("north", UNMASK, to_canonical_json(fields), of=(asked,)) == changed
     for site in NAMES:
         made.add_revealed(site, federation.told(site, UNMASK, made.unmask_request(site)))
     np.testing.assert_array_equal(made.total(), 3 * VECTOR)
@@ -317,10 +317,12 @@ def test_settings_are_needed_only_for_the_first_step_of_a_session(federation: Fe
     session, name, announced = federation.begun()
     made = federation.summation(session)
 
-    def unread(proposal: Proposal) -> Prepared:
+    def fail_to_read(proposal: Proposal) -> Prepared:
         raise AssertionError("no settings came with this")
 
-    monkeypatch.setattr(SecureSite, "open", lambda site, real=SecureSite.open: with_methods(real(site), prepare=unread))
+    monkeypatch.setattr(
+        SecureSite, "open", lambda site, real=SecureSite.open: set_methods(real(site), prepare=fail_to_read)
+    )
     federation.read(made)
     assert federation.told("north", JOIN, *announced) == session.digest.encode()
     federation.sites["north"].parties = Parties()
@@ -336,7 +338,7 @@ def test_repeated_confirmation_is_stored_once(federation: Federation) -> None:
         federation.told("north", CONFIRM, made.confirm_request())
     assert len(federation.sites["north"].promises.read_text().splitlines()) == 1
     federation.read(made)
-    assert noted(federation.sites["north"]) == [(session.digest, 1, True)]
+    assert list_promises(federation.sites["north"]) == [(session.digest, 1, True)]
     replaced = federation.sites["north"].promises.stat().st_mtime_ns
     for _ in range(20):
         federation.told("north", CONFIRM, made.confirm_request())
@@ -344,7 +346,7 @@ def test_repeated_confirmation_is_stored_once(federation: Federation) -> None:
     assert federation.sites["north"].promises.stat().st_mtime_ns == replaced
 
 
-def noted(site: SecureSite) -> list[tuple[str, int, bool]]:
+def list_promises(site: SecureSite) -> list[tuple[str, int, bool]]:
     """Session, release and whether it is confirmed, of each promise on disk."""
     promises = map(json.loads, site.promises.read_text().splitlines())
     return [(one["session"], one["release"], one["confirmed"]) for one in promises]
@@ -357,8 +359,8 @@ def test_newest_confirmation_per_session_is_stored(federation: Federation, monke
         session, _, _ = federation.begun()
         digests.append(session.digest)
         federation.read(federation.summation(session, start))
-        assert noted(federation.sites["north"])[-1] == (session.digest, start, True)
-    assert noted(federation.sites["north"]) == [(digests[at], at + 1, True) for at in (1, 2)]
+        assert list_promises(federation.sites["north"])[-1] == (session.digest, start, True)
+    assert list_promises(federation.sites["north"]) == [(digests[at], at + 1, True) for at in (1, 2)]
 
 
 @pytest.mark.parametrize("cut_at", [0, 1, 2, None], ids=["unwritten", "not in place", "in place", "answered"])
@@ -371,18 +373,18 @@ def test_crash_while_storing_a_confirmation_leaves_the_old_or_new_one(
     question = federation.summation(session, 2).confirm_request()
     steps = itertools.count()
 
-    def or_cut(step: Callable[..., None]) -> Callable[..., None]:
-        def done(*given: object) -> None:
+    def cut_after(step: Callable[..., None]) -> Callable[..., None]:
+        def run_or_crash(*given: object) -> None:
             if next(steps) == cut_at:
                 raise KeyboardInterrupt
             step(*given)
 
-        return done
+        return run_or_crash
 
     with monkeypatch.context() as patched:
         for name in ("fsync", "replace"):
-            patched.setattr(durable.os, name, or_cut(getattr(os, name)))
+            patched.setattr(durable.os, name, cut_after(getattr(os, name)))
         with contextlib.nullcontext() if cut_at is None else pytest.raises(KeyboardInterrupt):
             federation.told("north", CONFIRM, question)
     before, new = (session.digest, 1, True), (session.digest, 2, False)
-    assert noted(federation.sites["north"]) == [new if cut_at in (2, None) else before]
+    assert list_promises(federation.sites["north"]) == [new if cut_at in (2, None) else before]

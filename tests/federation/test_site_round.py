@@ -20,10 +20,10 @@ from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
 
-from ..builders import with_methods
+from ..builders import set_methods
 from ..conftest import run_plan
-from ..privacy.builders import lead_key, reason_of, stranger_key
-from .conftest import reason
+from ..privacy.builders import lead_key, read_refusal_reason, stranger_key
+from .conftest import read_reason
 
 
 def test_charge_is_stored_before_training_and_reply_before_sending(site: Any, adapter: Adapter) -> None:
@@ -53,7 +53,7 @@ def test_interrupted_round_is_retried_with_a_new_charge(site: Any) -> None:
 def test_exception_text_does_not_leave_the_site(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, "fedtune"):
         reply = site.ask(train=Mock(side_effect=RuntimeError("canary-17 in row 3")))
-    assert reason(reply) is Reason.SITE_ERROR
+    assert read_reason(reply) is Reason.SITE_ERROR
     assert "canary" not in repr(reply)
     assert "canary-17 in row 3" in caplog.text
     assert (reply.body.asked, reply.body.allowed) == (None, None)
@@ -67,14 +67,14 @@ def test_unstored_update_is_not_sent_but_stays_charged(
     site.ledger()
     with contextlib.closing(sqlite3.connect(site.path, isolation_level=None)) as file:
 
-        def blocked(*args: object) -> Trained:
+        def block_store(*args: object) -> Trained:
             # Begins to read the ledger and does not end, as a backup that hangs: nobody can commit meanwhile.
             file.execute("BEGIN")
             file.execute("SELECT count(*) FROM events").fetchone()
             return Trained(adapter=adapter)
 
-        reply = site.ask(train=blocked)
-    assert reason(reply) is Reason.SITE_ERROR
+        reply = site.ask(train=block_store)
+    assert read_reason(reply) is Reason.SITE_ERROR
     assert site.kinds() == [Kind.PLAN, Kind.RESERVE]
     # A receipt of nothing charged would be a lie: without one the lead counts the round.
     assert reply.receipt is None
@@ -113,7 +113,7 @@ def test_reply_time_is_rounded_up_to_the_interval(
     began, reply = clock.now, station(releases={"reply_after_s": 60.0}).ask(train=train)
     assert clock.now - began == pytest.approx(reply_s)
     if error:
-        assert reason(reply) is getattr(error, "reason", Reason.SITE_ERROR)
+        assert read_reason(reply) is getattr(error, "reason", Reason.SITE_ERROR)
     else:
         assert isinstance(reply.body, Update)
 
@@ -121,8 +121,8 @@ def test_reply_time_is_rounded_up_to_the_interval(
 def test_unknown_leads_are_answered_without_delay(station: Any, clock: Any) -> None:
     # Nothing that they are told depends on a record, and each would hold a worker.
     site = station(releases={"reply_after_s": 60.0})
-    assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
-    assert reason(site.ask(key=stranger_key)) is Reason.WRONG_SIGNATURE
+    assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
+    assert read_reason(site.ask(key=stranger_key)) is Reason.WRONG_SIGNATURE
     assert clock.sleeps == []
 
 
@@ -139,7 +139,7 @@ def final(adapter: Adapter) -> Adapter:
     return Adapter({name: value * 3 for name, value in adapter.tensors.items()})
 
 
-def ends(site: Any) -> list[dict[str, Any]]:
+def list_end_notes(site: Any) -> list[dict[str, Any]]:
     return [dict(event.detail) for event in site.events() if event.detail.get("what") == "run_ended"]
 
 
@@ -147,7 +147,7 @@ def test_final_adapter_is_kept_and_its_digest_recorded(site: Any, final: Adapter
     site.ask()
     receipt = site.end(adapter=final, digest=final.digest())
     assert site.kept == [("r", final.digest())]
-    assert ends(site) == [{"what": "run_ended", "adapter_sha256": final.digest()}]
+    assert list_end_notes(site) == [{"what": "run_ended", "adapter_sha256": final.digest()}]
     assert (receipt.run, receipt.charged_rounds) == ("r", 1)
     assert receipt.has_valid_signature()
     assert receipt.site_key == site.key.public
@@ -163,27 +163,27 @@ def test_receipts_state_their_plan_and_whether_the_run_ended(site: Any) -> None:
 def test_refused_run_cannot_start_after_its_lead_ended_it(station: Any) -> None:
     site = station(approval="manual")
     assert site.end() is None, "it was never asked"
-    assert reason(site.ask()) is Reason.AWAITING_APPROVAL
+    assert read_reason(site.ask()) is Reason.AWAITING_APPROVAL
     receipt = site.end()
     assert (receipt.charged_rounds, receipt.ended, receipt.plan) == (0, True, "")
     assert receipt.has_valid_signature()
     site.ledger().approve(site.propose())
-    assert reason(site.ask()) is Reason.RUN_ENDED, "the receipt said that it is charged nothing"
+    assert read_reason(site.ask()) is Reason.RUN_ENDED, "the receipt said that it is charged nothing"
     again = site.end()
     assert (again.ended, again.charged_rounds) == (True, 0)
-    assert len(ends(site)) == 1
+    assert len(list_end_notes(site)) == 1
 
 
 def test_lead_cannot_end_an_equally_named_run_of_another_lead(station: Any) -> None:
     site = station(allow={"leads": (stranger_key.public, lead_key.public)})
-    assert reason(site.ask(key=stranger_key, lead=stranger_key.public, rank=64)) is Reason.MAX_RANK
+    assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public, rank=64)) is Reason.MAX_RANK
     assert site.end() is None, "its own lead was never here"
     assert site.end(key=stranger_key).ended
-    assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.RUN_ENDED
+    assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.RUN_ENDED
     reply = site.ask()
     assert isinstance(reply.body, Update)
     assert (reply.receipt.charged_rounds, reply.receipt.ended) == (1, False)
-    assert reason_of(site.end, key=stranger_key) is Reason.LEADS
+    assert read_refusal_reason(site.end, key=stranger_key) is Reason.LEADS
 
 
 @pytest.mark.parametrize("declines", [True, False], ids=["declined", "none came"])
@@ -192,7 +192,7 @@ def test_end_of_run_is_recorded_without_an_adapter(station: Any, final: Adapter,
     site.ask()
     digest = final.digest() if declines else ""
     assert site.end(adapter=final if declines else None, digest=digest).charged_rounds == 1
-    assert ends(site) == [{"what": "run_ended", "adapter_sha256": digest}]
+    assert list_end_notes(site) == [{"what": "run_ended", "adapter_sha256": digest}]
     assert site.kept == []
 
 
@@ -200,7 +200,7 @@ def test_final_adapter_with_another_digest_is_refused(site: Any, final: Adapter)
     site.ask()
     before = site.events()
     for digest in (site.template.digest(), "", "00" * 32):
-        assert reason_of(site.end, adapter=final, digest=digest) is Reason.ADAPTER_DIFFERS
+        assert read_refusal_reason(site.end, adapter=final, digest=digest) is Reason.ADAPTER_DIFFERS
     assert site.kept == []
     assert site.events() == before, "the run goes on"
     assert site.ledger().history.runs["r"].expires is not None
@@ -224,10 +224,10 @@ def test_unauthorized_lead_cannot_end_a_run_or_deliver_an_adapter(station: Any, 
     without = replace(site.policy, allow=replace(site.policy.allow, leads=(stranger_key.public,)))
     for key, policy in ((stranger_key, site.policy), (lead_key, without)):
         site.policy = policy
-        assert reason_of(site.end, key=key, adapter=final, digest=final.digest()) is Reason.LEADS
+        assert read_refusal_reason(site.end, key=key, adapter=final, digest=final.digest()) is Reason.LEADS
     forged = EndOfRun(run="r", lead=lead_key.public).sign_with(stranger_key)
-    assert reason_of(end_run, site.open(), forged, final) is Reason.WRONG_SIGNATURE
-    assert site.kept == ends(site) == []
+    assert read_refusal_reason(end_run, site.open(), forged, final) is Reason.WRONG_SIGNATURE
+    assert site.kept == list_end_notes(site) == []
 
 
 def test_adapter_storage_failure_allows_a_retry(site: Any, final: Adapter) -> None:
@@ -235,7 +235,7 @@ def test_adapter_storage_failure_allows_a_retry(site: Any, final: Adapter) -> No
     site.ask()
     notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).sign_with(site.lead)
     with pytest.raises(OSError, match="no space left"):
-        end_run(with_methods(site.open(), store_adapter=full), notice, final)
+        end_run(set_methods(site.open(), store_adapter=full), notice, final)
     assert site.ledger().history.runs["r"].expires is None, "what was set aside is free all the same"
     end_run(site.open(), notice, final)
     assert site.kept == [("r", final.digest())]

@@ -12,11 +12,11 @@ from fedtune.privacy.release import Reason, Refused, Update
 
 from ..builders import MadeSite
 from ..privacy.builders import stranger_key
-from .conftest import reason
+from .conftest import read_reason
 
 
 @pytest.fixture
-def manual(station: Any) -> Any:
+def manual_site(station: Any) -> Any:
     """A site where a person approves each run."""
     return station(approval="manual")
 
@@ -25,12 +25,12 @@ def test_paused_site_refuses_without_charge(station: Any) -> None:
     site = station(approval="manual", budget={"max_epsilon": 0.4})
     site.paused = True
     reply = site.ask(rank=64)
-    assert reason(reply) is Reason.PAUSED, "what is asked for is not even looked at"
+    assert read_reason(reply) is Reason.PAUSED, "what is asked for is not even looked at"
     assert (reply.body.asked, reply.body.allowed) == (None, None)
     assert site.prepared == site.trained == []
     assert site.kinds() == [Kind.REFUSAL]
     assert reply.receipt.charged_rounds == 0
-    assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS, "nor told of"
+    assert read_reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS, "nor told of"
 
 
 def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
@@ -38,7 +38,7 @@ def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
     site.paused = True
     signed = site.request(2).sign_with(site.lead)
     for _ in range(3):
-        assert reason(site.send(signed)) is Reason.PAUSED
+        assert read_reason(site.send(signed)) is Reason.PAUSED
     site.paused = False
     reply = site.send(signed)
     assert isinstance(reply.body, Update)
@@ -51,80 +51,80 @@ def test_run_continues_unchanged_after_a_pause(site: Any) -> None:
     assert site.ledger().history.runs["r"].expires is None
 
 
-def test_repeated_request_is_answered_after_approval(manual: Any) -> None:
-    signed = manual.request().sign_with(manual.lead)
-    waiting = [manual.send(signed) for _ in range(3)]
-    assert [reason(reply) for reply in waiting] == [Reason.AWAITING_APPROVAL] * 3
+def test_repeated_request_is_answered_after_approval(manual_site: Any) -> None:
+    signed = manual_site.request().sign_with(manual_site.lead)
+    waiting = [manual_site.send(signed) for _ in range(3)]
+    assert [read_reason(reply) for reply in waiting] == [Reason.AWAITING_APPROVAL] * 3
     assert waiting[-1].receipt.charged_rounds == 0
-    assert manual.kinds() == [Kind.REFUSAL], "said three times, written once"
-    manual.ledger().approve(manual.request().proposal)
-    reply = manual.send(signed)
+    assert manual_site.kinds() == [Kind.REFUSAL], "said three times, written once"
+    manual_site.ledger().approve(manual_site.request().proposal)
+    reply = manual_site.send(signed)
     assert isinstance(reply.body, Update)
-    assert manual.trained == [(1, 1)]
-    assert manual.kinds() == [Kind.REFUSAL, Kind.NOTE, Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
-    again = manual.send(signed)
+    assert manual_site.trained == [(1, 1)]
+    assert manual_site.kinds() == [Kind.REFUSAL, Kind.NOTE, Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
+    again = manual_site.send(signed)
     assert again.body.to_bytes() == reply.body.to_bytes(), "the same digest: the stored bytes, for free"
-    assert isinstance(manual.ask(2).body, Update), "further rounds ask nobody"
+    assert isinstance(manual_site.ask(2).body, Update), "further rounds ask nobody"
 
 
-def test_only_acceptable_proposals_are_submitted_for_approval(manual: Any) -> None:
-    assert reason(manual.ask()) is Reason.AWAITING_APPROVAL
-    assert manual.awaited == [manual.request().proposal]
-    assert reason(manual.ask(rank=64)) is Reason.MAX_RANK
-    manual.paused = True
-    manual.ask()
-    assert len(manual.awaited) == 1, "nobody is asked about what is refused anyway"
-    manual.paused = False
-    manual.ledger().approve(manual.request().proposal)
-    assert isinstance(manual.ask().body, Update)
-    assert len(manual.awaited) == 1
+def test_only_acceptable_proposals_are_submitted_for_approval(manual_site: Any) -> None:
+    assert read_reason(manual_site.ask()) is Reason.AWAITING_APPROVAL
+    assert manual_site.awaited == [manual_site.request().proposal]
+    assert read_reason(manual_site.ask(rank=64)) is Reason.MAX_RANK
+    manual_site.paused = True
+    manual_site.ask()
+    assert len(manual_site.awaited) == 1, "nobody is asked about what is refused anyway"
+    manual_site.paused = False
+    manual_site.ledger().approve(manual_site.request().proposal)
+    assert isinstance(manual_site.ask().body, Update)
+    assert len(manual_site.awaited) == 1
 
 
-def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual: Any) -> None:
-    manual.ask()
-    asked = manual.request().proposal
-    manual.ledger().deny(asked, "the ethics board said no")
+def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any) -> None:
+    manual_site.ask()
+    asked = manual_site.request().proposal
+    manual_site.ledger().deny(asked, "the ethics board said no")
     for _ in range(2):
-        reply = manual.ask()
-        assert reason(reply) is Reason.DENIED
+        reply = manual_site.ask()
+        assert read_reason(reply) is Reason.DENIED
         assert (reply.body.asked, reply.body.allowed, reply.receipt.charged_rounds) == (None, None, 0)
         assert b"ethics" not in reply.body.to_bytes()
     assert Reason.DENIED.is_final, "a lead that is told so asks no more"
-    assert len(manual.awaited) == 1, "nobody is asked about it again"
+    assert len(manual_site.awaited) == 1, "nobody is asked about it again"
     # An approval that comes beside it, or a policy that asks nobody, does not take the word back.
-    manual.ledger().approve(asked)
-    assert reason(manual.ask()) is Reason.DENIED
-    manual.policy = replace(manual.policy, approval="automatic")
-    assert reason(manual.ask()) is Reason.DENIED
-    assert manual.prepared == manual.trained == []
+    manual_site.ledger().approve(asked)
+    assert read_reason(manual_site.ask()) is Reason.DENIED
+    manual_site.policy = replace(manual_site.policy, approval="automatic")
+    assert read_reason(manual_site.ask()) is Reason.DENIED
+    assert manual_site.prepared == manual_site.trained == []
 
 
 @pytest.fixture
-def understanding(monkeypatch: pytest.MonkeyPatch) -> Mock:
+def reading_times(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """In the place of how a site reads a run's settings."""
     monkeypatch.setattr(MadeSite, "check_settings", made := Mock())
     return made
 
 
-def test_invalid_settings_are_refused_before_approval(manual: Any, understanding: Mock) -> None:
-    understanding.side_effect = Refused(Reason.SETTINGS)
-    assert reason(manual.ask()) is Reason.SETTINGS
-    assert [one.args[0].run for one in understanding.call_args_list] == ["r"]
-    assert manual.awaited == manual.prepared == []
-    manual.ledger().approve(manual.request().proposal)
-    assert reason(manual.ask()) is Reason.SETTINGS
+def test_invalid_settings_are_refused_before_approval(manual_site: Any, reading_times: Mock) -> None:
+    reading_times.side_effect = Refused(Reason.SETTINGS)
+    assert read_reason(manual_site.ask()) is Reason.SETTINGS
+    assert [one.args[0].run for one in reading_times.call_args_list] == ["r"]
+    assert manual_site.awaited == manual_site.prepared == []
+    manual_site.ledger().approve(manual_site.request().proposal)
+    assert read_reason(manual_site.ask()) is Reason.SETTINGS
 
 
-def test_settings_are_not_read_for_refused_requests(site: Any, understanding: Mock) -> None:
+def test_settings_are_not_read_for_refused_requests(site: Any, reading_times: Mock) -> None:
     site.ask(rank=64)
     site.ask(key=stranger_key, lead=stranger_key.public)
     site.ask(about={"expires": 1.0})
     site.paused = True
     site.ask()
-    understanding.assert_not_called()
+    reading_times.assert_not_called()
     site.paused = False
     assert isinstance(site.ask().body, Update)
-    understanding.assert_called_once()
+    reading_times.assert_called_once()
 
 
 def test_preparation_refusals_are_reported_and_errors_hidden(site: Any, monkeypatch: Any) -> None:
@@ -134,14 +134,14 @@ def test_preparation_refusals_are_reported_and_errors_hidden(site: Any, monkeypa
     ):
         monkeypatch.setattr(MadeSite, "prepare", Mock(side_effect=error))
         reply = site.ask()
-        assert reason(reply) is rule
+        assert read_reason(reply) is rule
         assert "canary" not in repr(reply)
         assert reply.receipt.charged_rounds == 0
 
 
-def test_denial_applies_to_one_plan_only(manual: Any) -> None:
-    manual.ledger().deny(manual.request().proposal, "too many rounds")
-    assert reason(manual.ask(num_rounds=2)) is Reason.AWAITING_APPROVAL
+def test_denial_applies_to_one_plan_only(manual_site: Any) -> None:
+    manual_site.ledger().deny(manual_site.request().proposal, "too many rounds")
+    assert read_reason(manual_site.ask(num_rounds=2)) is Reason.AWAITING_APPROVAL
 
 
 def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
@@ -152,7 +152,7 @@ def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
     site.ledger().deny(asked, "the board asks to stop", by="Anna Weber", ticket="DPO-7")
     for signed in (first, site.request(2).sign_with(site.lead)):  # also the reply that the ledger has stored
         reply = site.send(signed)
-        assert reason(reply) is Reason.DENIED
+        assert read_reason(reply) is Reason.DENIED
         assert reply.receipt.charged_rounds == 1
         assert b"board" not in reply.body.to_bytes()
     history = site.ledger().history
@@ -172,6 +172,6 @@ def test_run_denied_during_training_sends_nothing(site: Any) -> None:
         return Trained(adapter=site.template)
 
     reply = answer(site.open(train), site.request().sign_with(site.lead), site.template)
-    assert reason(reply) is Reason.DENIED
+    assert read_reason(reply) is Reason.DENIED
     assert reply.receipt.charged_rounds == 1
     assert site.kinds().count(Kind.COMMIT) == 0

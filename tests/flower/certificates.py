@@ -35,7 +35,7 @@ class Authority:
         return made
 
 
-def public_pem(tls: Tls) -> bytes:
+def to_public_pem(tls: Tls) -> bytes:
     """The public half of somebody's connection key, as a roster has it."""
     return certificates.public_pem(read_certificate(tls.certificate))
 

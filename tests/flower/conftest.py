@@ -32,11 +32,11 @@ from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.training.spec import TrainingSpec
 
-from ..builders import MadeSite, with_methods
-from ..conftest import run_proposal, site_policy
+from ..builders import MadeSite, set_methods
+from ..conftest import make_site_policy, run_proposal
 from ..privacy.builders import lead_key
 from .certificates import LOOPBACK, Authority
-from .loopback import Loopback, running
+from .loopback import Loopback, run_server
 
 STEPS = {"site-1": 1.0, "site-2": -2.0, "site-3": 0.125}
 """What each site adds to every value of the adapter in a round."""
@@ -89,12 +89,12 @@ class Federation:
     def run_until(self, round: int, state: LeadState | None = None) -> LeadState:
         """Run on to the end of `round`, where the lead's process dies, and return what its checkpoint says."""
 
-        def die(state: LeadState) -> None:
+        def stop_in_round(state: LeadState) -> None:
             if state.round == round:
                 raise Died
 
         with pytest.raises(Died):
-            self.run(state, finished=die)
+            self.run(state, finished=stop_in_round)
         return self.lead.checkpoints.load()
 
     def _name(self, context: Context) -> str:
@@ -115,7 +115,7 @@ class Federation:
         about = {"declared_size": self.sizes[name], "update_dtype": self.spec.update_dtype}
         prepared = Prepared(proposal=self.proposal, template=self.adapter, **about)
         made = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
-        return with_methods(made, store_adapter=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
+        return set_methods(made, store_adapter=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append(request.site)
@@ -135,7 +135,7 @@ def federation(tmp_path: Path, adapter: Adapter) -> Callable[..., Federation]:
         begins = more.pop("adapter", adapter)
         spec = FederationSpec(**({"num_rounds": 1, "num_sites": 3} | more))
         of_sites = {
-            site: site_policy(site, declared_size=size, **dict(policies).get(site, {}))
+            site: make_site_policy(site, declared_size=size, **dict(policies).get(site, {}))
             for site, size in zip(spec.names, sizes, strict=True)
         }
         return Federation(tmp_path / folder, dict(asks), of_sites, begins, spec)
@@ -150,12 +150,14 @@ def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def patch(change: Callable[[list[Message]], list[Message]], types: tuple[str, ...] = ("train",)) -> None:
         receive = InProcessGrid.receive
 
-        def changed(self: InProcessGrid, messages: Iterable[Message], *, timeout: float | None) -> Iterator[Message]:
+        def receive_changed(
+            self: InProcessGrid, messages: Iterable[Message], *, timeout: float | None
+        ) -> Iterator[Message]:
             answers = list(receive(self, messages, timeout=timeout))
             meant = all(message.metadata.message_type in types for message in answers)
             yield from change(answers) if meant else answers
 
-        monkeypatch.setattr(InProcessGrid, "receive", changed)
+        monkeypatch.setattr(InProcessGrid, "receive", receive_changed)
 
     return patch
 
@@ -163,7 +165,7 @@ def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server that is started once for a file of tests, none of which surprises or ends it."""
-    with running(tmp_path_factory.mktemp("network")) as made:
+    with run_server(tmp_path_factory.mktemp("network")) as made:
         yield made
         assert "Traceback" not in made.output
 
@@ -176,7 +178,7 @@ def network(server: Loopback) -> Iterator[Loopback]:
 
 
 @pytest.fixture(scope="module")
-def flowers_routes(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
+def list_flower_routes(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     """(method, path) of everything that the installed Flower would serve under our settings."""
     tls = Authority(tmp_path_factory.mktemp("authority") / "ca").issue("server", address=LOOPBACK)
     app, _ = superlink_app(**asdict(tls), host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME))

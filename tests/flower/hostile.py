@@ -14,7 +14,7 @@ Answer = Callable[[ssl.SSLSocket, str], None]
 """Given a connection and the path of a request that was read from it."""
 
 
-def server_context(files: Tls, *, newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+def make_server_context(files: Tls, *, newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
     """TLS as a fedtune server does it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
@@ -80,12 +80,12 @@ def _request(connection: ssl.SSLSocket) -> str:
     return head.split(b" ")[1].decode()
 
 
-def whole(body: bytes, *, headers: str = "", status: str = "200 OK") -> bytes:
+def build_response(body: bytes, *, headers: str = "", status: str = "200 OK") -> bytes:
     return f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
 @contextlib.contextmanager
-def answering(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, list[bytes]]]:
+def serve_answer(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, list[bytes]]]:
     """A plain TCP server that reads once, writes `answer` and hangs up, or as a proxy goes on to where it was asked.
 
     Its address, and what it was asked.
@@ -95,9 +95,9 @@ def answering(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, lis
     def serve() -> None:
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=one, args=(listening.accept()[0],), daemon=True).start()
+                threading.Thread(target=answer_connection, args=(listening.accept()[0],), daemon=True).start()
 
-    def one(connection: socket.socket) -> None:
+    def answer_connection(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             asked.append(connection.recv(1 << 16))
             connection.sendall(answer)

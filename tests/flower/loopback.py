@@ -26,7 +26,7 @@ from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.privacy.keys import SigningKey
 
 from ..processes import Process, wait_for
-from .certificates import LOOPBACK, Authority, public_pem
+from .certificates import LOOPBACK, Authority, to_public_pem
 
 
 class Program(Process):
@@ -71,13 +71,13 @@ class Loopback:
         self.lead_key = SigningKey.load_or_create(folder / "lead_key.pem")
         self.members: dict[str, dict[str, Any]] = {}
         self.tls: dict[str, Tls] = {}
-        self.port = free_port()
+        self.port = find_free_port()
         self.process: Any = None
         self._sites: list[Program] = []
         self._numbers = itertools.count(1)
         self._write_roster()
         tls = self.authority.issue("server", address=LOOPBACK)
-        given = {"tls": _paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
+        given = {"tls": _list_paths(tls), "lead": self.lead_key.public, "port": self.port, "upload_s": 8.0}
         (folder / "settings.json").write_text(json.dumps(given | settings))
 
     @property
@@ -90,7 +90,7 @@ class Loopback:
 
     def enlist(self, name: str, *, days: float = 5) -> Tls:
         self.tls[name] = self.authority.issue(name, days=days)
-        self.members[name] = {"site": name, "node_key": public_pem(self.tls[name]).decode(), "revoked": False}
+        self.members[name] = {"site": name, "node_key": to_public_pem(self.tls[name]).decode(), "revoked": False}
         self._write_roster()
         return self.tls[name]
 
@@ -117,7 +117,7 @@ class Loopback:
         """Start a site; a second process of the same name notes what happens to it in a folder of its own."""
         folder = self.folder / f"{next(self._numbers)}-{name}"
         folder.mkdir()
-        settings = {"server": self.address, "tls": _paths(self.tls[name]), "site": name, "behavior": behavior}
+        settings = {"server": self.address, "tls": _list_paths(self.tls[name]), "site": name, "behavior": behavior}
         (folder / "settings.json").write_text(json.dumps(settings))
         self._sites.append(Program("site_process.py", folder))
         return self._sites[-1]
@@ -132,7 +132,7 @@ class Loopback:
         **waiting: Any,
     ) -> Any:
         """The lead's connection to the sites with these names, in this order; `waiting` are settings of a round."""
-        keys = {name: public_pem(self.tls[name]) for name in names}
+        keys = {name: to_public_pem(self.tls[name]) for name in names}
         spec = FederationSpec(num_sites=len(names), **waiting)
         closing = closing or (lambda: StoppingRule(spec))
         more: dict[str, Any] = {"hear": hear, "closing": closing, "patience_s": patience_s}
@@ -154,7 +154,7 @@ class Loopback:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, enlist: Sequence[str] = ("a", "b"), **settings: Any) -> Iterator[Loopback]:
+def run_server(folder: Path, *, enlist: Sequence[str] = ("a", "b"), **settings: Any) -> Iterator[Loopback]:
     """A server in a process of its own, with these sites on its roster."""
     made = Loopback(folder, **settings)
     for name in enlist:
@@ -167,11 +167,11 @@ def running(folder: Path, *, enlist: Sequence[str] = ("a", "b"), **settings: Any
         made.stop()
 
 
-def _paths(tls: Tls) -> dict[str, str]:
+def _list_paths(tls: Tls) -> dict[str, str]:
     return {name: str(path) for name, path in asdict(tls).items()}
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as listening:
         listening.bind((LOOPBACK, 0))
         return int(listening.getsockname()[1])

@@ -26,7 +26,7 @@ _NUMBERS = itertools.count()
 UNIT = recorddict_pb2.RecordDict()
 
 
-def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
+def sign_headers(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
     private = read_connection_key(tls.key)
     moment = moment or now().isoformat()
     return {
@@ -37,7 +37,7 @@ def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
     }
 
 
-def an_object(size: int) -> bytes:
+def make_object(size: int) -> bytes:
     """A whole object of Flower's, of about `size` bytes, without children; each is another."""
     return ConfigRecord({"x": "x" * size, "number": next(_NUMBERS)}).deflate()
 
@@ -69,14 +69,14 @@ class Member:
 
     def post(self, call: str, request: Any, **headers: str) -> httpx.Response:
         content = request.SerializeToString() if hasattr(request, "SerializeToString") else request
-        return self.client.post(f"/v1/fleet/{call}", content=content, headers={**by_site(self.tls), **headers})
+        return self.client.post(f"/v1/fleet/{call}", content=content, headers={**sign_headers(self.tls), **headers})
 
     @property
     def node(self) -> Node:
         return Node(node_id=self.node_id)
 
     def activate(self) -> None:
-        public = base64.b64decode(by_site(self.tls)[FLEET_HTTP_PUBLIC_KEY_HEADER])
+        public = base64.b64decode(sign_headers(self.tls)[FLEET_HTTP_PUBLIC_KEY_HEADER])
         request = fleet_pb2.ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
         answer = self.post("activate-node", request)
         assert answer.status_code == 200, answer.text
@@ -117,17 +117,17 @@ class Member:
     def send(self, question: Question, tree: Any, objects: dict[str, bytes]) -> None:
         request = self.answer_to(question, message_id=tree.object_id)
         request.message_object_trees[0].CopyFrom(tree)
-        session = self.session_of(self.push(request))
+        session = self.read_session(self.push(request))
         for content in objects.values():
             assert self.push_object(question, session, content).status_code == 200
 
-    def session_of(self, answer: httpx.Response) -> str:
+    def read_session(self, answer: httpx.Response) -> str:
         assert answer.status_code == 200, answer.text
         return fleet_pb2.PushMessagesResponse.FromString(answer.content).session_id
 
     def answer_to(self, question: Question, *objects: bytes, **changed: Any) -> Any:
         """An answer in the right form, but for the fields of its metadata that are `changed`."""
-        root = an_object(8)
+        root = make_object(8)
         fields = {
             "run_id": question.metadata.run_id,
             "message_id": get_object_id(root),

@@ -30,7 +30,7 @@ from fedtune.ops.wire.identity import Tls  # noqa: E402
 from fedtune.ops.wire.superlink import ServerSettings, serve  # noqa: E402
 
 
-def roster() -> list[Any]:
+def read_roster() -> list[Any]:
     members = json.loads((FOLDER / "roster.json").read_text())
     return [SimpleNamespace(**{**member, "node_key": member["node_key"].encode()}) for member in members]
 
@@ -47,15 +47,15 @@ def main() -> None:
         host="127.0.0.1",
         port=given["port"],
         database=FOLDER / "state.db",
-        roster=roster,
+        roster=read_roster,
         audit=FOLDER / "audit.jsonl",
         limits=ConnectionLimits(**given.get("limits", {})),
     )
 
-    def works(works: bool) -> None:
+    def note_works(works: bool) -> None:
         (FOLDER / "works").write_text(str(works))
 
-    serve(settings, ready=lambda: print("ready", flush=True), works=works)
+    serve(settings, ready=lambda: print("ready", flush=True), works=note_works)
 
 
 main()

@@ -20,7 +20,7 @@ KEYS = {"north": b"key of north", "south": b"key of south"}
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     set_sender_ids(run_id=7, node_id=1, task_id=0)
     for name, value in (("_POLL_S", 0.01), ("RECONNECT_S", 0.01), ("_LOST_S", 0.05)):
         monkeypatch.setattr(asking_grid, name, value)
@@ -82,40 +82,40 @@ def says(message: Message, word: str) -> Message:
     return Message(RecordDict({"said": ConfigRecord({"word": word})}), reply_to=message)
 
 
-def word_of(answer: Message) -> str:
+def read_word(answer: Message) -> str:
     return str(answer.content.config_records["said"]["word"])
 
 
-def grid_of(fake: FakeGrid, *, hear: Any = lambda *_: Heard(good=True), **waiting: Any) -> FlowerGrid:
+def make_grid(fake: FakeGrid, *, hear: Any = lambda *_: Heard(good=True), **waiting: Any) -> FlowerGrid:
     spec = FederationSpec(num_sites=2, site_names=tuple(KEYS), **waiting)
     return FlowerGrid(fake, KEYS, hear=hear, closing=lambda: StoppingRule(spec))
 
 
-def questions(*numbers: int) -> list[Message]:
+def make_questions(*numbers: int) -> list[Message]:
     return [Message(RecordDict(), number, "train") for number in numbers]
 
 
-def received(grid: FlowerGrid, *numbers: int, timeout: float = 20) -> dict[int, str]:
-    return {one.metadata.src_node_id: word_of(one) for one in grid.receive(questions(*numbers), timeout=timeout)}
+def receive_words(grid: FlowerGrid, *numbers: int, timeout: float = 20) -> dict[int, str]:
+    return {one.metadata.src_node_id: read_word(one) for one in grid.receive(make_questions(*numbers), timeout=timeout)}
 
 
 def test_sites_are_numbered_by_the_roster() -> None:
     fake = FakeGrid(lambda message, _: says(message, str(message.metadata.dst_node_id)))
-    grid = grid_of(fake)
+    grid = make_grid(fake)
     assert (list(grid.get_node_ids()), grid.online_nodes()) == ([1, 2], [1, 2])
-    assert received(grid, 1, 2) == {1: "701", 2: "700"}
+    assert receive_words(grid, 1, 2) == {1: "701", 2: "700"}
     assert sorted(fake.asked) == [(700, "train"), (701, "train")], "a stranger's node is asked nothing"
 
 
 def test_reconnected_site_is_asked_again_and_answers_once() -> None:
     fake = FakeGrid(lambda message, number: says(message, "again") if number > 1 else None, north="1")
 
-    def activate() -> list[Any]:
+    def activate_again() -> list[Any]:
         fake.activated = {"north": "2"} if fake.asked else {"north": "1"}
         return list(FakeGrid.get_nodes(fake))
 
-    fake.get_nodes = activate  # type: ignore[method-assign]
-    assert received(grid_of(fake), 1) == {1: "again"}
+    fake.get_nodes = activate_again  # type: ignore[method-assign]
+    assert receive_words(make_grid(fake), 1) == {1: "again"}
     assert len(fake.asked) == 2
 
 
@@ -128,7 +128,7 @@ def test_site_is_asked_again_after_its_app_failed(caplog: pytest.LogCaptureFixtu
         north="1",
     )
     began = time.monotonic()
-    assert received(grid_of(fake), 1) == {1: "yes"}
+    assert receive_words(make_grid(fake), 1) == {1: "yes"}
     assert time.monotonic() - began >= 2 * asking_grid._LOST_S
     assert "no answer (Flower error" in caplog.text
     assert "canary-31" not in caplog.text
@@ -138,8 +138,8 @@ def test_provisional_answer_before_an_app_failure_is_discarded() -> None:
     def answer(message: Message, number: int) -> Message:
         return says(message, "paused") if number == 1 else Message(Error(0, "x"), reply_to=message)
 
-    waits = grid_of(FakeGrid(answer, north="1"), hear=lambda *_: Heard(good=False, again_s=0.05))
-    assert received(waits, 1, timeout=0.5) == {}
+    waits = make_grid(FakeGrid(answer, north="1"), hear=lambda *_: Heard(good=False, again_s=0.05))
+    assert receive_words(waits, 1, timeout=0.5) == {}
 
 
 def test_late_site_is_asked_on_arrival_without_asking_others_again() -> None:
@@ -149,20 +149,20 @@ def test_late_site_is_asked_on_arrival_without_asking_others_again() -> None:
         fake.activated = {"north": "2", "south": "1"}
         return Heard(good=True)
 
-    assert received(grid_of(fake, hear=hear), 1, 2) == {1: "yes", 2: "yes"}
+    assert receive_words(make_grid(fake, hear=hear), 1, 2) == {1: "yes", 2: "yes"}
     assert [node for node, _ in fake.asked] == [700, 701]
 
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_provisional_answer_counts_at_the_timeout_or_during_a_pause(*, paused: bool) -> None:
     heard = {1: Heard(good=False, again_s=60.0, idle=paused), 2: Heard(good=True)}
-    waiting = grid_of(
+    waiting = make_grid(
         FakeGrid(lambda message, number: says(message, f"{number}")),
         hear=lambda site, *_: heard[site],
         straggler_grace_s=0.05,
     )
     began = time.monotonic()
-    assert sorted(received(waiting, 1, 2, timeout=10 if paused else 0.5)) == [1, 2], "too early to ask again"
+    assert sorted(receive_words(waiting, 1, 2, timeout=10 if paused else 0.5)) == [1, 2], "too early to ask again"
     waited_s = time.monotonic() - began
     assert waited_s < 5 if paused else waited_s >= 0.5
 
@@ -171,25 +171,25 @@ def test_paused_answer_before_an_unanswered_retry_is_discarded(monkeypatch: pyte
     """It was paused when it was asked first; by the second time it may have been charged, and the lead must ask."""
     monkeypatch.setattr(asking_grid, "_SAYS_SO_AGAIN_S", 0.1)
     fake = FakeGrid(lambda message, number: says(message, "paused") if number == 1 else None, north="1")
-    grid = grid_of(fake, hear=lambda *_: Heard(good=False, again_s=0.02, idle=True))
-    assert received(grid, 1, timeout=1) == {}
+    grid = make_grid(fake, hear=lambda *_: Heard(good=False, again_s=0.02, idle=True))
+    assert receive_words(grid, 1, timeout=1) == {}
     assert len(fake.asked) == 2
 
 
 def test_provisional_answer_is_requested_again_until_final() -> None:
     def hear(number: int, question: Message, answer: Message) -> Heard:
         assert (number, question.metadata.dst_node_id) == (1, 1)
-        return Heard(good=True, again_s=None if word_of(answer) == "3" else 0.01)
+        return Heard(good=True, again_s=None if read_word(answer) == "3" else 0.01)
 
     fake = FakeGrid(lambda message, number: says(message, str(number)), north="1")
-    assert received(grid_of(fake, hear=hear), 1) == {1: "3"}
+    assert receive_words(make_grid(fake, hear=hear), 1) == {1: "3"}
 
 
 @pytest.mark.parametrize("lost", [OSError("x"), ValueError("no protobuf"), KeyError("x")])
 def test_lost_question_and_lost_answer_are_sent_again(lost: Exception, caplog: Any) -> None:
     fake = FakeGrid(lambda message, number: lost if number == 1 else says(message, "yes"), north="1")
     fake.fails = [RuntimeError("away"), RuntimeError("away")]
-    assert received(grid_of(fake), 1) == {1: "yes"}
+    assert receive_words(make_grid(fake), 1) == {1: "yes"}
     assert len(fake.asked) == 2, "the answer was lost on its way, and Flower gives it once"
     assert caplog.text.count("cannot be reached (RuntimeError); trying again") == 2
     assert f"({type(lost).__name__})" in caplog.text
@@ -199,4 +199,4 @@ def test_oversized_message_ends_the_run() -> None:
     fake = FakeGrid(lambda *_: None, north="1")
     fake.takes = False
     with pytest.raises(RunError, match="does not accept a message of this size"):
-        received(grid_of(fake), 1)
+        receive_words(make_grid(fake), 1)

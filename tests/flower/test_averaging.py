@@ -14,7 +14,7 @@ from fedtune.federation.site_round import Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import UpdateStore
 from fedtune.flower.averaging import Average
-from fedtune.flower.flower_records import from_arrays, to_arrays, weighted_record
+from fedtune.flower.flower_records import build_weighted_record, from_arrays, to_arrays
 from fedtune.model.adapter import Adapter
 
 from .conftest import STEPS
@@ -37,7 +37,7 @@ _EXPECTED: dict[str, Callable[[float], float]] = {
 }
 
 
-def moved(federation: Any) -> float:
+def measure_move(federation: Any) -> float:
     """By how much one round moved every value of the adapter."""
     state = federation.run()
     steps = np.concatenate(
@@ -53,7 +53,7 @@ def moved(federation: Any) -> float:
 def test_updates_are_weighted_by_declared_sizes(federation: Any, strategy: str, sizes: tuple[int, ...]) -> None:
     mean = float(np.average(list(STEPS.values()), weights=sizes))
     made = federation(sizes=sizes, strategy=strategy, **_SETTINGS[strategy])
-    assert moved(made) == pytest.approx(_EXPECTED[strategy](mean), abs=1e-5)
+    assert measure_move(made) == pytest.approx(_EXPECTED[strategy](mean), abs=1e-5)
 
 
 @pytest.mark.by_day("fedavg", "fedmedian")
@@ -62,10 +62,10 @@ def test_reply_order_does_not_change_the_average(federation: Any, tamper: Any, s
     digests = set()
     for order in range(4):
 
-        def shuffled(messages: list[Message], order: int = order) -> list[Message]:
+        def shuffle_messages(messages: list[Message], order: int = order) -> list[Message]:
             return random.Random(order).sample(messages, len(messages))
 
-        tamper(shuffled)
+        tamper(shuffle_messages)
         made = federation(sizes=(3, 5, 7), strategy=strategy, num_rounds=3, folder=str(order), **_SETTINGS[strategy])
         digests.add(made.run().adapter.digest())
     assert len(digests) == 1
@@ -109,7 +109,7 @@ def test_piecewise_average_matches_flower_bit_for_bit(
             for site in sizes
         }
         whole.current_arrays = dict(sent.tensors) if strategy == "fedadam" else to_arrays(sent.tensors)
-        replies = [Message(weighted_record(updates[site], size), 1, "train") for site, size in sizes.items()]
+        replies = [Message(build_weighted_record(updates[site], size), 1, "train") for site, size in sizes.items()]
         arrays, _ = whole.aggregate_train(round, replies)
         expected = {name: value.astype(np.float32) for name, value in from_arrays(arrays).items()}
         with UpdateStore(tmp_path / "arrived", sent) as arrived:

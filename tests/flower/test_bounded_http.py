@@ -24,14 +24,14 @@ from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.spec import RunError
 
 from ..privacy.builders import lead_key
-from .certificates import LOOPBACK, Authority, public_pem
-from .hostile import Answer, Hostile, answering, server_context, whole
+from .certificates import LOOPBACK, Authority, to_public_pem
+from .hostile import Answer, Hostile, build_response, make_server_context, serve_answer
 
 MIB = 1 << 20
 Called = Callable[[str, Tls], None]
 
 
-def _fleet(address: str, tls: Tls) -> None:
+def _open_fleet(address: str, tls: Tls) -> None:
     fleet = Fleet(address, tls)
     try:
         fleet.activate()
@@ -40,27 +40,27 @@ def _fleet(address: str, tls: Tls) -> None:
         fleet._client.close()
 
 
-CALLS = {"site": _fleet, "greeting": hello}
+CALLS = {"site": _open_fleet, "greeting": hello}
 CALLS["lead"] = lambda address, tls: LeadSession(address, tls, lead_key)
 both = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+def own_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("ours") / "ca")
 
 
 @pytest.fixture(scope="module")
-def tls(ours: Authority) -> Tls:
-    return ours.issue("north")
+def tls(own_authority: Authority) -> Tls:
+    return own_authority.issue("north")
 
 
 @pytest.fixture
-def serve(ours: Authority) -> Iterator[Callable[..., Hostile]]:
+def serve(own_authority: Authority) -> Iterator[Callable[..., Hostile]]:
     made: list[Hostile] = []
 
     def start(answer: Answer, **context: Any) -> Hostile:
-        made.append(Hostile(server_context(ours.issue("server", address=LOOPBACK), **context), answer))
+        made.append(Hostile(make_server_context(own_authority.issue("server", address=LOOPBACK), **context), answer))
         return made[-1]
 
     yield start
@@ -76,7 +76,7 @@ def client(tls: Tls) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def impatient_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seconds in place of minutes, and few of them for a whole test."""
     began = time.monotonic()
     monkeypatch.setattr(bounded_http, "_OTHER", (bounded_http._OTHER[0], 0.5))
@@ -86,7 +86,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def within_64_mib() -> Iterator[None]:
+def limit_memory_growth() -> Iterator[None]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
@@ -96,22 +96,22 @@ def within_64_mib() -> Iterator[None]:
 def test_compressed_response_is_not_read(serve: Any, tls: Tls, call: Called) -> None:
     # 256 KB that stand for 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
-    server = serve(lambda to, path: to.sendall(whole(bomb, headers="content-encoding: gzip\r\n")))
-    with within_64_mib(), pytest.raises((Unreachable, OutOfBounds), match="compressed"):
+    server = serve(lambda to, path: to.sendall(build_response(bomb, headers="content-encoding: gzip\r\n")))
+    with limit_memory_growth(), pytest.raises((Unreachable, OutOfBounds), match="compressed"):
         call(server.address, tls)
 
 
 @both
 @pytest.mark.parametrize("length_said", [True, False], ids=["announced", "without a length"])
 def test_response_is_read_up_to_a_size_limit(serve: Any, tls: Tls, call: Called, *, length_said: bool) -> None:
-    def flood(to: ssl.SSLSocket, path: str) -> None:
+    def send_flood(to: ssl.SSLSocket, path: str) -> None:
         head = f"content-length: {1 << 30}" if length_said else "transfer-encoding: chunked"
         to.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode())
         for _ in range(256):
             to.sendall(bytes(MIB) if length_said else b"100000\r\n" + bytes(MIB) + b"\r\n")
 
-    server = serve(flood)
-    with within_64_mib(), pytest.raises((Unreachable, OutOfBounds), match="bytes"):
+    server = serve(send_flood)
+    with limit_memory_growth(), pytest.raises((Unreachable, OutOfBounds), match="bytes"):
         call(server.address, tls)
 
 
@@ -125,27 +125,27 @@ def test_response_is_read_up_to_a_size_limit(serve: Any, tls: Tls, call: Called,
     ],
     ids=["before the head", "in the head", "in the body"],
 )
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("impatient_client")
 def test_slowly_dribbled_response_times_out(serve: Any, tls: Tls, call: Called, begins: bytes, part: bytes) -> None:
-    def dribble(to: ssl.SSLSocket, path: str) -> None:
+    def send_slowly(to: ssl.SSLSocket, path: str) -> None:
         to.sendall(begins)
         while True:
             to.sendall(part)
             server.pause(0.1)
 
-    server = serve(dribble)
+    server = serve(send_slowly)
     with pytest.raises((Unreachable, httpx.TimeoutException)):
         call(server.address, tls)
 
 
 @both
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("impatient_client")
 def test_server_without_a_tls_handshake_times_out(tls: Tls, call: Called) -> None:
     with socket.create_server((LOOPBACK, 0)) as listening, pytest.raises((Unreachable, httpx.TimeoutException)):
         call(f"{LOOPBACK}:{listening.getsockname()[1]}", tls)
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("impatient_client")
 def test_server_that_reads_slowly_times_out(serve: Any, client: httpx.Client) -> None:
     server = serve(lambda to, path: None)
     with pytest.raises(httpx.TimeoutException):
@@ -158,13 +158,13 @@ def test_redirects_are_not_followed(serve: Any, tls: Tls, status: int) -> None:
     with socket.create_server((LOOPBACK, 0)) as elsewhere:
         elsewhere.setblocking(False)
         place = f"http://{LOOPBACK}:{elsewhere.getsockname()[1]}"
-        answer = whole(b"", headers=f"location: {place}/x\r\n", status=f"{status} Elsewhere")
+        answer = build_response(b"", headers=f"location: {place}/x\r\n", status=f"{status} Elsewhere")
         server = serve(lambda to, path: to.sendall(answer))
         with pytest.raises(Unreachable, match=r"redirects .*never followed"):
-            _fleet(server.address, tls)
+            _open_fleet(server.address, tls)
         with pytest.raises(Foreign):
             hello(server.address, tls)
-        keys = {"north": public_pem(tls)}
+        keys = {"north": to_public_pem(tls)}
         grid = RemoteGrid(server.address, tls, sites=keys, key=lead_key, hear=Mock(), closing=Mock())
         with pytest.raises(RunError, match=r"redirects .*never followed"), grid:
             pass
@@ -174,7 +174,7 @@ def test_redirects_are_not_followed(serve: Any, tls: Tls, status: int) -> None:
 
 
 def test_client_requests_uncompressed_responses(serve: Any, client: httpx.Client) -> None:
-    server = serve(lambda to, path: to.sendall(whole(b"{}")))
+    server = serve(lambda to, path: to.sendall(build_response(b"{}")))
     assert client.get(f"https://{server.address}/").request.headers["accept-encoding"] == "identity"
 
 
@@ -186,19 +186,21 @@ def test_client_requests_uncompressed_responses(serve: Any, client: httpx.Client
 )
 def test_malformed_greeting_raises_only_the_wrong_server_error(serve: Any, tls: Tls, status: str, body: bytes) -> None:
     """Who runs the server could otherwise end every site's process at once."""
-    server = serve(lambda to, path: to.sendall(whole(body, status=status)))
+    server = serve(lambda to, path: to.sendall(build_response(body, status=status)))
     with pytest.raises(Foreign):
         hello(server.address, tls)
 
 
-def test_connection_is_renewed_after_its_maximum_age(serve: Any, tls: Tls, ours: Authority, monkeypatch: Any) -> None:
+def test_connection_is_renewed_after_its_maximum_age(
+    serve: Any, tls: Tls, own_authority: Authority, monkeypatch: Any
+) -> None:
     """Or a server whose certificate has ended, or was replaced, would be polled for ever."""
-    server = serve(lambda to, path: to.sendall(whole(ActivateNodeResponse(node_id=7).SerializeToString())))
+    server = serve(lambda to, path: to.sendall(build_response(ActivateNodeResponse(node_id=7).SerializeToString())))
     fleet = Fleet(server.address, tls)
     for _ in range(3):
         fleet.activate()
     assert server.connections == 1
-    server.context = server_context(ours.issue("server", address=LOOPBACK, days=-1))
+    server.context = make_server_context(own_authority.issue("server", address=LOOPBACK, days=-1))
     fleet.activate()
     assert server.connections == 1, "a young connection is kept"
     monkeypatch.setattr(bounded_http, "MOST_AGE_S", 0.0)
@@ -209,8 +211,8 @@ def test_connection_is_renewed_after_its_maximum_age(serve: Any, tls: Tls, ours:
 
 
 def test_proxied_calls_have_the_same_limits(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve(lambda to, path: to.sendall(whole(b"{}", headers="content-encoding: gzip\r\n")))
-    with answering(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, asked):
+    server = serve(lambda to, path: to.sendall(build_response(b"{}", headers="content-encoding: gzip\r\n")))
+    with serve_answer(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, asked):
         monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
@@ -221,31 +223,35 @@ def test_proxied_calls_have_the_same_limits(serve: Any, tls: Tls, monkeypatch: p
 
 
 @pytest.fixture
-def others(tmp_path: Path) -> Authority:
+def other_authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "others")
 
 
 @pytest.mark.parametrize("who", ["of ours", "of others", "elsewhere", "a site", "ended", "with old TLS"])
-def test_client_accepts_only_the_server_of_its_federation(ours: Authority, others: Authority, who: str) -> None:
+def test_client_accepts_only_the_server_of_its_federation(
+    own_authority: Authority, other_authority: Authority, who: str
+) -> None:
     """Who may speak to a real server: test_fleet.py."""
     tls = {
-        "of others": lambda: others.issue("server", address=LOOPBACK),
-        "elsewhere": lambda: ours.issue("server", address="127.0.0.2"),
-        "a site": lambda: ours.issue("b"),  # of the same authority, but for clients alone
-        "ended": lambda: ours.issue("server", address=LOOPBACK, days=-1),
-    }.get(who, lambda: ours.issue("server", address=LOOPBACK))()
+        "of others": lambda: other_authority.issue("server", address=LOOPBACK),
+        "elsewhere": lambda: own_authority.issue("server", address="127.0.0.2"),
+        "a site": lambda: own_authority.issue("b"),  # of the same authority, but for clients alone
+        "ended": lambda: own_authority.issue("server", address=LOOPBACK, days=-1),
+    }.get(who, lambda: own_authority.issue("server", address=LOOPBACK))()
     newest = ssl.TLSVersion.TLSv1_2 if who == "with old TLS" else ssl.TLSVersion.TLSv1_3
-    server = Hostile(server_context(tls, newest=newest), lambda to, path: to.sendall(whole(b'{"site": "a"}')))
+    server = Hostile(
+        make_server_context(tls, newest=newest), lambda to, path: to.sendall(build_response(b'{"site": "a"}'))
+    )
     if who == "of ours":
-        assert hello(server.address, ours.issue("a")) == "a"
+        assert hello(server.address, own_authority.issue("a")) == "a"
     else:
-        said = said_of(server.address, ours.issue("a"))
+        said = read_hello_error(server.address, own_authority.issue("a"))
         assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in said
         assert server.asked == []
     server.close()
 
 
-def said_of(address: str, tls: Tls) -> str:
+def read_hello_error(address: str, tls: Tls) -> str:
     with pytest.raises(Unreachable) as caught:
         hello(address, tls)
     return str(caught.value)
@@ -262,20 +268,20 @@ def cut_within(to: ssl.SSLSocket, path: str) -> None:
 
 @pytest.mark.parametrize("answer", [cut, cut_within])
 def test_cut_connection_is_not_reported_as_a_refusal(serve: Any, tls: Tls, answer: Answer) -> None:
-    assert said_of(serve(answer).address, tls) == "no connection to the server (the connection was cut)"
+    assert read_hello_error(serve(answer).address, tls) == "no connection to the server (the connection was cut)"
 
 
 @pytest.mark.parametrize(
     ("who", "says"), [("stranger", "unknown ca"), ("ended", "certificate expired"), ("without", "certificate required")]
 )
 def test_certificate_refusal_is_named_in_the_error(
-    serve: Any, ours: Authority, others: Authority, who: str, says: str
+    serve: Any, own_authority: Authority, other_authority: Authority, who: str, says: str
 ) -> None:
     """Under TLS 1.3 it comes after the handshake."""
-    site = ours.issue("a", days=-1 if who == "ended" else 5)
+    site = own_authority.issue("a", days=-1 if who == "ended" else 5)
     if who == "stranger":
-        theirs = others.issue("a")
-        site = Tls(ca=ours.file, certificate=theirs.certificate, key=theirs.key)
+        theirs = other_authority.issue("a")
+        site = Tls(ca=own_authority.file, certificate=theirs.certificate, key=theirs.key)
     context = site.client_context()
     if who == "without":
         context = ssl.create_default_context(cafile=str(site.ca))
@@ -288,9 +294,9 @@ def test_certificate_refusal_is_named_in_the_error(
         assert explain_tls_refusal(caught.value) == f"it does not accept this site's certificate: {says}"
 
 
-def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(ours: Authority) -> None:
+def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(own_authority: Authority) -> None:
     """As fedtune's own does, whose library sends no alert."""
-    context = server_context(ours.issue("server", address=LOOPBACK))
+    context = make_server_context(own_authority.issue("server", address=LOOPBACK))
     context.num_tickets = 0
 
     class Silent(Hostile):
@@ -299,5 +305,5 @@ def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(ours: Aut
                 pass
 
     server = Silent(context, cut)
-    assert "hung up right after the handshake" in said_of(server.address, ours.issue("a"))
+    assert "hung up right after the handshake" in read_hello_error(server.address, own_authority.issue("a"))
     server.close()

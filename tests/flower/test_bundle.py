@@ -15,26 +15,26 @@ from fedtune.flower.asking_grid import FlowerGrid
 from fedtune.flower.bundle import make_server_app, read_run_file, write_bundle
 from fedtune.spec import ConfigError
 
-from ..processes import REPOSITORY, environment
+from ..processes import REPOSITORY, make_environment
 from .test_asking_grid import KEYS, FakeGrid
 
 
-def built(app: Path, home: Path) -> subprocess.CompletedProcess[str]:
-    env = environment(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", FLWR_HOME=str(home))
+def build_bundle(app: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    env = make_environment(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", FLWR_HOME=str(home))
     words = [str(Path(sys.executable).parent / "flwr"), "build", "--app", str(app)]
     return subprocess.run(words, cwd=app.parent, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_flower_builds_the_bundle_without_any_code(tmp_path: Path) -> None:
     file = write_bundle(tmp_path / "app")
-    done = built(file.parent, tmp_path / "home")
+    done = build_bundle(file.parent, tmp_path / "home")
     assert done.returncode == 0, done.stdout + done.stderr
     (bundle,) = tmp_path.glob("*.fab")
     with zipfile.ZipFile(bundle) as archive:
         assert {name for name in archive.namelist() if not name.startswith(".info")} == {"pyproject.toml"}
     bundle.unlink()
     file.write_text(file.read_text().replace("site_app:app", "site_apps:app"))
-    assert built(file.parent, tmp_path / "home").returncode != 0, "it looks for what the bundle names"
+    assert build_bundle(file.parent, tmp_path / "home").returncode != 0, "it looks for what the bundle names"
     assert list(tmp_path.glob("*.fab")) == []
 
 
@@ -49,25 +49,25 @@ def test_bundle_is_written_only_into_an_empty_folder(tmp_path: Path) -> None:
 GOOD = 'kit = "banks/lead"\nsettings = ["name=spring", "experiment=debug"]\n'
 
 
-def asked(file: str, grid: Any) -> list[Any]:
+def ask_app(file: str, grid: Any) -> list[Any]:
     got: list[Any] = []
 
-    def lead(kit: Path, settings: Any, over: Any) -> None:
+    def run_lead(kit: Path, settings: Any, over: Any) -> None:
         with over(KEYS, hear=None, closing=None) as made:
             assert isinstance(made, FlowerGrid)
             got.append((made.online_nodes(), kit, settings))
 
-    make_server_app(lead)(grid, Context(7, 1, {}, state=RecordDict(), run_config={"run": file}))
+    make_server_app(run_lead)(grid, Context(7, 1, {}, state=RecordDict(), run_config={"run": file}))
     return got
 
 
 def test_server_app_passes_kit_settings_and_grid_to_the_lead(tmp_path: Path) -> None:
     (tmp_path / "spring.toml").write_text(GOOD)
-    ((online, kit, settings),) = asked(str(tmp_path / "spring.toml"), FakeGrid(lambda *_: None))
+    ((online, kit, settings),) = ask_app(str(tmp_path / "spring.toml"), FakeGrid(lambda *_: None))
     assert online == [1, 2]
     assert (kit, settings) == (tmp_path / "banks/lead", ("name=spring", "experiment=debug"))
     with pytest.raises(ConfigError, match=r"run.*is required: --run-config"):
-        asked("", None)
+        ask_app("", None)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ builtins.__import__ = record
 """
 
 
-def imported(code: str) -> list[Any]:
+def list_imports(code: str) -> list[Any]:
     """(importer, module, name, is public) of everything that fedtune's modules take from Flower while `code` runs."""
     words = [sys.executable, "-c", f"{_RECORDS}\n{code}\nprint(json.dumps(wanted))"]
-    env = environment(HF_HUB_OFFLINE="1")
+    env = make_environment(HF_HUB_OFFLINE="1")
     done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600, check=True)
     return list(json.loads(done.stdout.splitlines()[-1]))
 
@@ -118,13 +118,13 @@ SITE = "import fedtune.cli.site, fedtune.ops.services.site_service, fedtune.site
 
 @pytest.mark.parametrize("code", ["import fedtune.flower.site_app", LEAD, SITE], ids=["app", "lead", "site"])
 def test_only_public_flower_names_are_imported(code: str) -> None:
-    found = imported(code)
+    found = list_imports(code)
     assert {name for _, _, name, _ in found} >= {"RecordDict"}, "the recorder records"
     assert [one for one in found if not one[3]] == []
 
 
 def test_import_recorder_detects_private_names() -> None:
-    assert not all(public for *_, public in imported("import fedtune.ops.wire.fleet"))
+    assert not all(public for *_, public in list_imports("import fedtune.ops.wire.fleet"))
 
 
 def test_site_app_imports_neither_torch_nor_site_code() -> None:

@@ -27,7 +27,7 @@ from fedtune.privacy.release import Reason, Update
 from fedtune.spec import ConfigError, RunError
 
 from ..builders import MadeSite, Train, round_request
-from ..conftest import run_proposal, site_policy
+from ..conftest import make_site_policy, run_proposal
 from ..privacy.builders import lead_key, stranger_key
 
 END = f"query.{flower_records.END}"
@@ -39,7 +39,7 @@ def server() -> None:
     set_sender_ids(run_id=7, node_id=0, task_id=0)
 
 
-def one_more(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
+def train_by_adding_one(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
     return Trained(adapter=Adapter({name: value + np.float32(1) for name, value in given.tensors.items()}))
 
 
@@ -47,9 +47,9 @@ def one_more(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
 def site(tmp_path: Path, adapter: Adapter) -> Callable[..., Site]:
     """The site `a`, whose ledger is opened anew, and which trains by adding one unless told otherwise."""
 
-    def make(train: Train = one_more) -> Site:
+    def make(train: Train = train_by_adding_one) -> Site:
         key = SigningKey.load_or_create(tmp_path / "site_key.pem")
-        ledger = SiteLedger(tmp_path / "ledger.db", site_policy("a"), key)
+        ledger = SiteLedger(tmp_path / "ledger.db", make_site_policy("a"), key)
         prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100, update_dtype="float32")
         return MadeSite(ledger, prepare=lambda proposal: prepared, train=train)
 
@@ -76,7 +76,7 @@ class Exchange(NamedTuple):
     answered: Any
 
 
-def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
+def ask_app(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
     message = Message(RecordDict(), 5, kind)
     if isinstance(content, Error):
         message.__dict__.update({"_content": None, "_error": content})
@@ -90,7 +90,7 @@ def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exc
 def test_round_reply_contains_the_bytes_stored_in_the_ledger(
     app: SiteApp, request_: RecordDict, adapter: Adapter, tmp_path: Path
 ) -> None:
-    exchange = asked(app, request_)
+    exchange = ask_app(app, request_)
     (array,) = exchange.reply.content.array_records[flower_records.UPDATE].values()
     body = flower_records.to_reply(exchange.reply.content).body
     with store.open_for_reading(tmp_path / "ledger.db") as file:
@@ -102,25 +102,25 @@ def test_round_reply_contains_the_bytes_stored_in_the_ledger(
     assert RoundRequest.from_signed(flower_records.to_signed(exchange.message.content)).round == 1
     about = exchange.reply.metadata
     assert (about.reply_to_message_id, about.src_node_id, about.dst_node_id, about.run_id) == ("m-1", 5, 0, 7)
-    assert asked(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
+    assert ask_app(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
 
 
 def test_ledger_receives_the_server_time_of_the_request(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
     """What opens a period of the site's budget; a ledger that hears nothing opens none."""
     monkeypatch.setattr(SiteLedger, "set_server_time", told := Mock())
-    told.assert_called_once_with(asked(app, request_).message.metadata.created_at)
+    told.assert_called_once_with(ask_app(app, request_).message.metadata.created_at)
 
 
 def test_end_of_run_is_recorded_and_answered_only_for_its_lead(app: SiteApp, site: Any, request_: RecordDict) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).sign_with(lead_key)
-    before = asked(app, flower_records.from_question(Question(site="", signed=notice), None), END)
+    before = ask_app(app, flower_records.from_question(Question(site="", signed=notice), None), END)
     assert before.answered is None
     assert flower_records.to_receipt(before.reply.content) is None, "it took no part in this run"
-    asked(app, request_)
+    ask_app(app, request_)
     for key, ended in ((stranger_key, False), (lead_key, True)):
         notice = EndOfRun(run="r", lead=key.public).sign_with(key)
         content = flower_records.from_question(Question(site="a", signed=notice), None)
-        receipt = flower_records.to_receipt(asked(app, content, END).reply.content)
+        receipt = flower_records.to_receipt(ask_app(app, content, END).reply.content)
         assert receipt == (site().ledger.sign_receipt("r") if ended else None)
         assert (site().ledger.history.runs["r"].expires is None) == ended
 
@@ -147,7 +147,7 @@ KINDS = ["train", "evaluate", "query", END, "train.canary", "query.canary", "sys
 def test_malformed_content_is_answered_without_echoing_it(odd: str, caplog: pytest.LogCaptureFixture) -> None:
     app = SiteApp(Mock(side_effect=AssertionError("not even opened")), name="a")
     for kind in KINDS:
-        exchange = asked(app, ODD_CONTENTS[odd], kind)
+        exchange = ask_app(app, ODD_CONTENTS[odd], kind)
         reply = exchange.reply
         assert not reply.has_error(), kind
         assert b"canary-31" not in message_to_proto(reply).content.SerializeToString(), kind
@@ -164,7 +164,7 @@ def test_malformed_content_is_answered_without_echoing_it(odd: str, caplog: pyte
 def test_unknown_message_type_is_refused_even_with_a_valid_request(
     app: SiteApp, request_: RecordDict, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert asked(app, request_, kind).answered.reason is Reason.MALFORMED_REQUEST
+    assert ask_app(app, request_, kind).answered.reason is Reason.MALFORMED_REQUEST
     assert "could not answer" in caplog.text
 
 
@@ -183,7 +183,7 @@ def test_failure_is_reported_as_a_reason_without_text(
 ) -> None:
     fails = Mock(side_effect=failure)
     app = SiteApp((lambda settings: site(fails)) if where == "training" else fails, name="a")
-    exchange = asked(app, request_, END if where == "ending" else "train")
+    exchange = ask_app(app, request_, END if where == "ending" else "train")
     assert not exchange.reply.has_error()
     if where != "ending":
         assert exchange.answered.reason is Reason.SITE_ERROR
@@ -195,11 +195,11 @@ def test_failure_is_reported_as_a_reason_without_text(
 
 def test_keyboard_interrupt_is_not_swallowed(site: Any, request_: RecordDict) -> None:
     with pytest.raises(KeyboardInterrupt):
-        asked(SiteApp(lambda settings: site(Mock(side_effect=KeyboardInterrupt)), name="a"), request_)
+        ask_app(SiteApp(lambda settings: site(Mock(side_effect=KeyboardInterrupt)), name="a"), request_)
 
 
 def test_introduction_answers_no_round_and_expires(app: SiteApp) -> None:
-    exchange = asked(app, RecordDict(), "query")
+    exchange = ask_app(app, RecordDict(), "query")
     assert exchange.answered is None
     assert exchange.reply.content.config_records[flower_records.SITE]["name"] == "a"
     about = exchange.message.metadata
@@ -223,7 +223,7 @@ def require_silence(sent: list[bytes], words: tuple[str, ...] = _WORDS) -> None:
         assert spelled not in everything
 
 
-def test_file_names_of_a_site_never_leave_it(federation: Any, everything_sent: list[bytes], caplog: Any) -> None:
+def test_file_names_of_a_site_never_leave_it(federation: Any, sent_bytes: list[bytes], caplog: Any) -> None:
     caplog.set_level(logging.INFO, "fedtune")
     names = {
         "ledger": f"{CANARY}/{CANARY}.db",
@@ -234,21 +234,21 @@ def test_file_names_of_a_site_never_leave_it(federation: Any, everything_sent: l
     }
     made = federation(policies={"site-2": names})
     assert made.run().rounds[0].failed_sites == {}
-    require_silence(everything_sent)
+    require_silence(sent_bytes)
     # Now with a ledger that cannot be read: the error names its path.
     made.ledger_path("site-2").write_bytes(b"no database" * 500)
     again = federation(policies={"site-2": names}, asks={"run": "s"})
     state = again.run()
     assert (state.rounds[0].sites, state.rounds[0].failed_sites) == (("site-1", "site-3"), {"site-2": "site_error"})
-    require_silence(everything_sent)
+    require_silence(sent_bytes)
     assert f"{CANARY}.db cannot be read or written" in caplog.text
 
 
-def test_leak_search_covers_every_message_and_detects_a_canary(federation: Any, everything_sent: Any) -> None:
+def test_leak_search_covers_every_message_and_detects_a_canary(federation: Any, sent_bytes: Any) -> None:
     # Else all of the above would pass over nothing.
     federation(num_rounds=2, asks={"run": CANARY}).run()
     introductions, offers, replies, ends = 3, 3, 2 * 3, 3
-    assert len(everything_sent) == introductions + offers + replies + ends
-    assert sum(b"site_key" in sent for sent in everything_sent) == offers + replies + ends, "a receipt is in each"
+    assert len(sent_bytes) == introductions + offers + replies + ends
+    assert sum(b"site_key" in sent for sent in sent_bytes) == offers + replies + ends, "a receipt is in each"
     with pytest.raises(AssertionError, match="hepatitis"):
-        require_silence(everything_sent)
+        require_silence(sent_bytes)

@@ -16,8 +16,8 @@ from fedtune.ops.wire.fleet import HELLO, hello
 from fedtune.ops.wire.identity import Tls
 
 from .certificates import LOOPBACK, Authority
-from .loopback import Loopback, running, wait_for
-from .member import by_site
+from .loopback import Loopback, run_server, wait_for
+from .member import sign_headers
 
 LIMITS = {"handshake_s": 1.5, "head_s": 1.0, "idle_s": 1.5, "life_s": 2.5, "of_certificate": 6}
 ELSEWHERE = "127.0.0.9"
@@ -26,31 +26,31 @@ ELSEWHERE = "127.0.0.9"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server with 256 files and short times."""
-    with running(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256) as made:
+    with run_server(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256) as made:
         yield made
-        wait_for(lambda: status_of(made) == 200, seconds=10, what="an answer")  # it still serves
+        wait_for(lambda: read_status(made) == 200, seconds=10, what="an answer")  # it still serves
         assert "Traceback" not in made.output
 
 
-def secure(network: Loopback, tls: Tls, *, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
+def wrap_tls(network: Loopback, tls: Tls, *, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
     plain = socket.create_connection((LOOPBACK, network.port), timeout=10)
     return (context or tls.client_context()).wrap_socket(plain, server_hostname=LOOPBACK)
 
 
-def greeting(tls: Tls) -> bytes:
-    lines = [f"GET {HELLO} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in by_site(tls).items())]
+def build_greeting(tls: Tls) -> bytes:
+    lines = [f"GET {HELLO} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in sign_headers(tls).items())]
     return "\r\n".join(lines).encode() + b"\r\n\r\n"
 
 
-def status_of(network: Loopback, address: str = LOOPBACK) -> int:
+def read_status(network: Loopback, address: str = LOOPBACK) -> int:
     """Of a member's call from an address of this machine; 0: it had no answer."""
     transport = httpx.HTTPTransport(verify=network.tls["a"].client_context(), local_address=address)
     with httpx.Client(transport=transport, timeout=10) as client, contextlib.suppress(httpx.HTTPError):
-        return client.get(f"https://{network.address}{HELLO}", headers=by_site(network.tls["a"])).status_code
+        return client.get(f"https://{network.address}{HELLO}", headers=sign_headers(network.tls["a"])).status_code
     return 0
 
 
-def ends_within(line: Any, seconds: float, *, send: bytes = b"") -> bool:
+def hangs_up_within(line: Any, seconds: float, *, send: bytes = b"") -> bool:
     """Whether the other end hangs up, while a byte of `send` goes out every tenth of a second."""
     deadline, position = time.monotonic() + seconds, 0
     line.settimeout(0.1)
@@ -68,7 +68,7 @@ def ends_within(line: Any, seconds: float, *, send: bytes = b"") -> bool:
     return False
 
 
-def reasons(network: Loopback) -> set[str]:
+def list_reasons(network: Loopback) -> set[str]:
     return {str(line.get("reason")) for line in network.audit()}
 
 
@@ -78,20 +78,20 @@ def test_idle_sockets_do_not_block_other_clients(network: Loopback) -> None:
             plain = stack.enter_context(socket.socket())
             plain.bind((f"127.0.0.{2 + number % 5}", 0))
             plain.connect((LOOPBACK, network.port))
-        assert status_of(network, ELSEWHERE) == 200
+        assert read_status(network, ELSEWHERE) == 200
         network.set_revoked("b")
         wait_for(lambda: "b was revoked" in network.output, seconds=10, what="the roster")
-    assert {"too many connections"} <= reasons(network)
-    wait_for(lambda: "too slow" in reasons(network), seconds=10, what="handshakes that take too long")
+    assert {"too many connections"} <= list_reasons(network)
+    wait_for(lambda: "too slow" in list_reasons(network), seconds=10, what="handshakes that take too long")
     assert "Too many open files" not in network.output
 
 
 def test_connections_per_address_are_limited_and_certificates_have_priority(network: Loopback) -> None:
     with contextlib.ExitStack() as stack:
         lines = [stack.enter_context(socket.create_connection((LOOPBACK, network.port))) for _ in range(70)]
-        assert status_of(network) == status_of(network, ELSEWHERE) == 200
-        assert all(ends_within(line, 0.5) for line in lines[:6])
-    assert "too many from this address" in reasons(network)
+        assert read_status(network) == read_status(network, ELSEWHERE) == 200
+        assert all(hangs_up_within(line, 0.5) for line in lines[:6])
+    assert "too many from this address" in list_reasons(network)
 
 
 def test_connection_bursts_are_fully_uncounted(network: Loopback) -> None:
@@ -99,7 +99,7 @@ def test_connection_bursts_are_fully_uncounted(network: Loopback) -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(150):
                 stack.enter_context(socket.create_connection((LOOPBACK, network.port)))
-    wait_for(lambda: status_of(network) == 200, seconds=10, what="an answer")
+    wait_for(lambda: read_status(network) == 200, seconds=10, what="an answer")
     with contextlib.ExitStack() as stack:
         # Whoever was counted and never uncounted would have the first of these give way: 64 have room.
         lines = [stack.enter_context(socket.create_connection((LOOPBACK, network.port))) for _ in range(60)]
@@ -114,36 +114,36 @@ def test_addresses_of_one_ipv6_prefix_count_as_one_origin() -> None:
 
 def test_connections_per_certificate_are_limited(network: Loopback) -> None:
     with contextlib.ExitStack() as stack:
-        lines = [stack.enter_context(secure(network, network.tls["a"])) for _ in range(8)]
-        assert sum(ends_within(line, 0.2) for line in lines) >= 2
-    assert "too many with this certificate" in reasons(network)
+        lines = [stack.enter_context(wrap_tls(network, network.tls["a"])) for _ in range(8)]
+        assert sum(hangs_up_within(line, 0.2) for line in lines) >= 2
+    assert "too many with this certificate" in list_reasons(network)
 
 
 def test_slow_or_oversized_headers_end_the_connection(network: Loopback) -> None:
-    with secure(network, network.tls["a"]) as line:
-        assert ends_within(line, 4, send=greeting(network.tls["a"]))
-    with secure(network, network.tls["a"]) as line:
-        line.sendall(greeting(network.tls["a"]))
+    with wrap_tls(network, network.tls["a"]) as line:
+        assert hangs_up_within(line, 4, send=build_greeting(network.tls["a"]))
+    with wrap_tls(network, network.tls["a"]) as line:
+        line.sendall(build_greeting(network.tls["a"]))
         assert b"200 OK" in line.recv(1 << 16)
-        assert ends_within(line, 5, send=greeting(network.tls["a"])), "also those of the second request"
-    with secure(network, network.tls["a"]) as line:
+        assert hangs_up_within(line, 5, send=build_greeting(network.tls["a"])), "also those of the second request"
+    with wrap_tls(network, network.tls["a"]) as line:
         line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 40_000)
         assert b" 400 " in line.recv(1 << 16), "they have a size, too"
 
 
 def test_silent_connection_is_closed(network: Loopback) -> None:
-    with secure(network, network.tls["a"]) as line:
-        assert ends_within(line, 3)
+    with wrap_tls(network, network.tls["a"]) as line:
+        assert hangs_up_within(line, 3)
     with socket.create_connection((LOOPBACK, network.port)) as plain:
-        assert ends_within(plain, 4, send=b"\x16")
+        assert hangs_up_within(plain, 4, send=b"\x16")
 
 
 def test_connection_has_a_maximum_lifetime_and_no_tls_session_ticket(network: Loopback) -> None:
-    with secure(network, network.tls["a"]) as line:
+    with wrap_tls(network, network.tls["a"]) as line:
         began = time.monotonic()
         with contextlib.suppress(OSError):
             while time.monotonic() - began < 10:
-                line.sendall(greeting(network.tls["a"]))
+                line.sendall(build_greeting(network.tls["a"]))
                 if not line.recv(1 << 16):
                     break
                 assert line.version() == "TLSv1.3"
@@ -157,32 +157,32 @@ def test_connection_ends_when_its_certificate_expires(network: Loopback) -> None
     wait_for(lambda: "short is registered" in network.output, seconds=10)
     assert hello(network.address, tls) == "short"
 
-    def over() -> bool:
+    def is_closed() -> bool:
         try:
             with httpx.Client(verify=tls.client_context(), base_url=f"https://{network.address}") as client:
                 while True:
-                    assert client.get(HELLO, headers=by_site(tls)).status_code == 200
+                    assert client.get(HELLO, headers=sign_headers(tls)).status_code == 200
                     time.sleep(0.2)
         except httpx.HTTPError:
-            return "certificate: certificate has expired" in reasons(network)
+            return "certificate: certificate has expired" in list_reasons(network)
 
-    wait_for(over, seconds=20, what="the end of the certificate")
+    wait_for(is_closed, seconds=20, what="the end of the certificate")
 
 
 def test_old_tls_versions_and_foreign_certificates_are_refused_and_logged(network: Loopback, tmp_path: Any) -> None:
     old = network.tls["a"].client_context()
     old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError):
-        secure(network, network.tls["a"], context=old)
+        wrap_tls(network, network.tls["a"], context=old)
     stranger = Authority(tmp_path / "other").issue("stranger")
     for shown in (stranger, None):
         foreign = ssl.create_default_context(cafile=str(network.tls["a"].ca))
         if shown:
             foreign.load_cert_chain(shown.certificate, shown.key)
-        with secure(network, stranger, context=foreign) as line:
-            assert ends_within(line, 3)
+        with wrap_tls(network, stranger, context=foreign) as line:
+            assert hangs_up_within(line, 3)
     said = {"unsupported protocol", "peer did not return a certificate"}
     said.add("certificate: unable to get local issuer certificate")
-    wait_for(lambda: said <= reasons(network), seconds=5, what=f"the reasons among {reasons(network)}")
+    wait_for(lambda: said <= list_reasons(network), seconds=5, what=f"the reasons among {list_reasons(network)}")
     (line_,) = [line for line in network.audit() if line.get("reason") == "unsupported protocol"]
     assert line_["address"] == LOOPBACK

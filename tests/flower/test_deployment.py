@@ -26,7 +26,7 @@ from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
 
 from ..builders import round_request
-from ..conftest import run_proposal, site_policy
+from ..conftest import make_site_policy, run_proposal
 from ..privacy.builders import lead_key, stranger_key
 
 NONCE = "0a" * 16
@@ -57,7 +57,7 @@ class Line:
         signed = asked.sign_with(lead_key)
         return Message(flower_records.from_question(Question(site=site, signed=signed), None), 1, kind)
 
-    def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:
+    def hear_reply(self, number: int, reply: Reply, kind: str = "train") -> Answered:
         answer = Message(flower_records.from_reply(reply), 1, kind)
         return self.ears(number, self.question(self.sites[number - 1].site, kind), answer)
 
@@ -68,7 +68,7 @@ class Line:
         return Update(**({"site": site, "run": "r", "round": 1, "tensors": self.adapter.tensors} | changes))
 
 
-def refusal(reason: Reason, round: int = 1) -> Refusal:
+def make_refusal(reason: Reason, round: int = 1) -> Refusal:
     return Refusal(site="north", run="r", round=round, reason=reason)
 
 
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ledger(folder: Path) -> SiteLedger:
     """One that was charged for two rounds; it signs both sites' receipts."""
-    made = SiteLedger(folder / "ledger.db", site_policy(), SigningKey.load_or_create(folder / "key.pem"))
+    made = SiteLedger(folder / "ledger.db", make_site_policy(), SigningKey.load_or_create(folder / "key.pem"))
     for round in (1, 2):
         made.reserve(run_proposal(), round=round, request=f"{round}")
     return made
@@ -92,7 +92,7 @@ def line(folder: Path, ledger: SiteLedger, adapter: Adapter) -> Line:
 
 
 def test_update_is_final_and_reported_with_size_and_charge(line: Line) -> None:
-    assert line.hears(2, line.signed(line.update("south"))) == Answered(good=True)
+    assert line.hear_reply(2, line.signed(line.update("south"))) == Answered(good=True)
     ((site, what, about),) = line.heard
     assert (site, what, about["charged_rounds"]) == ("south", "update", 2)
     assert about["num_bytes"] > sum(value.nbytes for value in line.adapter.tensors.values())
@@ -110,7 +110,7 @@ def test_update_without_a_matching_signed_receipt_is_rejected(line: Line, what: 
         reply = line.signed(body)
     else:
         reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
-    assert line.hears(1, reply) == Answered(good=False)
+    assert line.hear_reply(1, reply) == Answered(good=False)
     own = what in ("another round", "another site's")
     assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "no charge is told that the site did not sign"
 
@@ -125,36 +125,36 @@ def test_implausible_charge_is_not_reported(line: Line) -> None:
 def test_final_refusal_is_reported_for_every_reason(line: Line) -> None:
     final = [reason for reason in Reason if not reason.is_waiting]
     for reason in final:
-        assert line.hears(1, line.signed(refusal(reason))) == Answered(good=False)
+        assert line.hear_reply(1, line.signed(make_refusal(reason))) == Answered(good=False)
     assert line.words == [("north", reason.value) for reason in final]
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason.is_waiting])
 def test_waiting_site_is_asked_again_and_reported_once(line: Line, reason: Reason) -> None:
     for _ in range(3):
-        reply = line.signed(refusal(reason))
-        assert line.hears(1, reply) == Answered(good=False, again_s=5, idle=True)
-    assert line.hears(2, line.signed(refusal(reason))).again_s == 5
+        reply = line.signed(make_refusal(reason))
+        assert line.hear_reply(1, reply) == Answered(good=False, again_s=5, idle=True)
+    assert line.hear_reply(2, line.signed(make_refusal(reason))).again_s == 5
     assert line.words == [("north", reason.value), ("south", reason.value)]
-    assert line.hears(1, line.signed(line.update())) == Answered(good=True)
+    assert line.hear_reply(1, line.signed(line.update())) == Answered(good=True)
     assert line.words[2:] == [("north", "update")]
-    line.hears(1, line.signed(refusal(reason)))
+    line.hear_reply(1, line.signed(make_refusal(reason)))
     assert line.words[3:] == [("north", reason.value)], "paused again in a later round is news"
 
 
 def test_site_that_waits_longer_is_asked_less_often(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("fedtune.ops.deployment.time.monotonic", lambda: now)
-    waiting = line.signed(refusal(Reason.AWAITING_APPROVAL))
+    waiting = line.signed(make_refusal(Reason.AWAITING_APPROVAL))
     asked = []
     while now < 3_600:
-        now += line.hears(1, waiting).again_s or 0
+        now += line.hear_reply(1, waiting).again_s or 0
         asked.append(now)
     assert asked[0] == 5
     assert now - asked[-2] == 60
     assert len(asked) < 100, "on stock Flower each question starts a process"
-    line.hears(1, line.signed(line.update()))
-    assert line.hears(1, waiting).again_s == 5, "another wait begins anew"
+    line.hear_reply(1, line.signed(line.update()))
+    assert line.hear_reply(1, waiting).again_s == 5, "another wait begins anew"
 
 
 @pytest.mark.parametrize(
@@ -182,21 +182,23 @@ def test_end_of_run_reply_is_accepted(line: Line) -> None:
 
 def test_invitation_waits_for_approval_but_not_during_a_pause(line: Line) -> None:
     for reason, idle in ((Reason.AWAITING_APPROVAL, False), (Reason.PAUSED, True)):
-        reply = line.signed(refusal(reason, round=0))
+        reply = line.signed(make_refusal(reason, round=0))
         expected = Answered(good=False, again_s=5, idle=idle)
-        assert line.hears(1, reply, f"query.{flower_records.INVITE}") == expected
+        assert line.hear_reply(1, reply, f"query.{flower_records.INVITE}") == expected
 
 
 def test_offer_is_accepted_only_for_an_invitation(line: Line) -> None:
     offer = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE, software="0.2.1+7c1f")
     kind = f"query.{flower_records.INVITE}"
-    assert line.hears(1, line.signed(offer), kind) == Answered(good=True)
+    assert line.hear_reply(1, line.signed(offer), kind) == Answered(good=True)
     assert line.words == [("north", OFFER)]
     line.listener.note.assert_called_once_with(f"north runs fedtune 0.2.1+7c1f, and this lead {build()}")
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
-        assert line.hears(1, line.signed(other), kind) == Answered(good=False)
-    assert line.hears(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"
-    assert line.hears(1, line.signed(line.update()), kind) == Answered(good=False), "and an invitation for an offer"
+        assert line.hear_reply(1, line.signed(other), kind) == Answered(good=False)
+    assert line.hear_reply(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"
+    assert line.hear_reply(1, line.signed(line.update()), kind) == Answered(good=False), (
+        "and an invitation for an offer"
+    )
 
 
 def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -25,16 +25,16 @@ from fedtune.ops.wire.waiting import WAIT, Bell, Questions
 
 from .certificates import LOOPBACK, Authority
 from .faults import Faulty
-from .loopback import Loopback, free_port, wait_for
-from .member import by_site
+from .loopback import Loopback, find_free_port, wait_for
+from .member import sign_headers
 
 
-def beating() -> bool:
+def has_heartbeats() -> bool:
     return any(thread.name == "heartbeats" for thread in threading.enumerate())
 
 
 @pytest.fixture
-def joined(network: Loopback) -> Iterator[Callable[[Tls], Fleet]]:
+def join_network(network: Loopback) -> Iterator[Callable[[Tls], Fleet]]:
     with contextlib.ExitStack() as stack:
 
         def join(tls: Tls) -> Fleet:
@@ -45,11 +45,11 @@ def joined(network: Loopback) -> Iterator[Callable[[Tls], Fleet]]:
         yield join
 
 
-def status_of(network: Loopback, name: str) -> list[str]:
+def list_status(network: Loopback, name: str) -> list[str]:
     return [status for (status,) in network.rows(f"SELECT status FROM node WHERE name = '{name}'")]
 
 
-def works(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Exception], ...] = Unauthorised) -> bool:
+def does_work(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Exception], ...] = Unauthorised) -> bool:
     try:
         work()
     except error:
@@ -57,14 +57,14 @@ def works(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Except
     return True
 
 
-def test_unregistered_member_with_a_valid_certificate_is_refused(network: Loopback, joined: Any) -> None:
+def test_unregistered_member_with_a_valid_certificate_is_refused(network: Loopback, join_network: Any) -> None:
     # The lead's, for example, or that of a site whose kit was made and not yet copied to the server.
     for name in ("lead", "newcomer"):
         tls = network.authority.issue(name)
         with pytest.raises(Unauthorised, match="the server refused this site: unknown"):
             hello(network.address, tls)
         with pytest.raises(Unauthorised, match="unknown"):
-            joined(tls).activate()
+            join_network(tls).activate()
     assert network.rows("SELECT count(*) FROM node") == [(len(network.members),)], "nobody registers himself"
 
 
@@ -89,19 +89,19 @@ def test_wrong_server_clock_is_named_in_the_error(
         hello(network.address, network.tls["a"])
 
 
-def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, joined: Any) -> None:
-    bystander = joined(network.tls["a"])
+def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join_network: Any) -> None:
+    bystander = join_network(network.tls["a"])
     bystander.activate()
     tls = network.enlist("guest")
-    fleet = joined(tls)
-    wait_for(lambda: works(fleet.activate, error=(Unauthorised, Unreachable)), what="the roster")
+    fleet = join_network(tls)
+    wait_for(lambda: does_work(fleet.activate, error=(Unauthorised, Unreachable)), what="the roster")
     assert hello(network.address, tls) == "guest"
     assert fleet.receive() is None
 
     network.set_revoked("guest")
     said = ""
 
-    def refused() -> bool:
+    def is_refused() -> bool:
         nonlocal said
         try:
             fleet.receive()
@@ -109,30 +109,30 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
             said = str(error)
         return bool(said)
 
-    wait_for(refused, what="the roster")
+    wait_for(is_refused, what="the roster")
     assert said == "the server does not accept this site's key (401): revoked"
     for call in (lambda: hello(network.address, tls), fleet.activate):
         with pytest.raises(Unauthorised, match="the server refused this site: revoked"):
             call()
     assert bystander.receive() is None, "the others notice nothing"
-    assert status_of(network, "guest") == ["unregistered"]
+    assert list_status(network, "guest") == ["unregistered"]
 
 
-def test_second_process_of_a_site_waits_for_the_first(network: Loopback, joined: Any) -> None:
-    first, second = joined(network.tls["a"]), joined(network.tls["a"])
+def test_second_process_of_a_site_waits_for_the_first(network: Loopback, join_network: Any) -> None:
+    first, second = join_network(network.tls["a"]), join_network(network.tls["a"])
     first.activate()
     with pytest.raises(Unreachable, match="an earlier connection of this site is still open"):
         second.activate()
-    assert beating()
+    assert has_heartbeats()
     first.close()
-    assert not beating()
-    assert status_of(network, "a") == ["offline"]
+    assert not has_heartbeats()
+    assert list_status(network, "a") == ["offline"]
     second.activate()
-    assert status_of(network, "a") == ["online"]
+    assert list_status(network, "a") == ["online"]
 
 
-def test_garbled_proxy_response_raises_unreachable(network: Loopback, joined: Any) -> None:
-    fleet = joined(network.tls["a"])
+def test_garbled_proxy_response_raises_unreachable(network: Loopback, join_network: Any) -> None:
+    fleet = join_network(network.tls["a"])
     faulty = Faulty(fleet._client)
     faulty.break_at("activate-node", "garbled")
     with pytest.raises(Unreachable, match="cannot be read"):
@@ -145,7 +145,7 @@ def test_garbled_proxy_response_raises_unreachable(network: Loopback, joined: An
 
 
 def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    authority, address = Authority(tmp_path / "ca"), f"{LOOPBACK}:{free_port()}"
+    authority, address = Authority(tmp_path / "ca"), f"{LOOPBACK}:{find_free_port()}"
     tls = authority.issue("a")
     fleet = Fleet(address, tls)
     for call in (fleet.activate, lambda: hello(address, tls)):
@@ -158,7 +158,7 @@ def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: p
         assert (bell.works, bell.rung.is_set()) == (False, False), "a bell does not work and is quiet"
 
 
-def within_5_s(call: Coroutine[Any, Any, Any]) -> Any:
+def wait_5_s(call: Coroutine[Any, Any, Any]) -> Any:
     async def run() -> Any:
         return await asyncio.wait_for(call, 5)
 
@@ -172,7 +172,7 @@ def test_unheard_questions_are_reported_immediately() -> None:
         questions.count_questions([1, 1, 2])
         return [first, await questions.wait_for_count(1, heard=0), await questions.wait_for_count(1, heard=5)]
 
-    assert within_5_s(run()) == [0, 2, 2], "also where the server started again meanwhile"
+    assert wait_5_s(run()) == [0, 2, 2], "also where the server started again meanwhile"
 
 
 def test_call_is_held_until_its_node_is_asked() -> None:
@@ -191,32 +191,32 @@ def test_call_is_held_until_its_node_is_asked() -> None:
         await asyncio.gather(*calls)
         return order
 
-    assert within_5_s(run()) == ["2 heard 1", "only then", "1 heard 1", "1 heard 1"]
+    assert wait_5_s(run()) == ["2 heard 1", "only then", "1 heard 1", "1 heard 1"]
 
 
 def test_held_call_ends_by_timeout_or_server_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def ends() -> int:
+    async def wait_and_end() -> int:
         questions = Questions()
         call = asyncio.create_task(questions.wait_for_count(1, heard=0))
         await asyncio.sleep(0)
         questions.close()
         return await call + await questions.wait_for_count(1, heard=0)
 
-    assert within_5_s(ends()) == 0
+    assert wait_5_s(wait_and_end()) == 0
     monkeypatch.setattr(waiting, "_HELD_S", 0.05)
-    assert within_5_s(Questions().wait_for_count(1, heard=0)) == 0
+    assert wait_5_s(Questions().wait_for_count(1, heard=0)) == 0
 
 
 @pytest.fixture
-def ring(network: Loopback) -> Iterator[Callable[[Tls], Bell]]:
+def make_bell(network: Loopback) -> Iterator[Callable[[Tls], Bell]]:
     with contextlib.ExitStack() as stack:
         yield lambda tls: stack.enter_context(contextlib.closing(Bell(network.address, tls, threading.Event())))
 
 
-def test_site_is_notified_only_of_its_own_questions(network: Loopback, ring: Any) -> None:
+def test_site_is_notified_only_of_its_own_questions(network: Loopback, make_bell: Any) -> None:
     network.site("a")
     network.site("b")
-    a, b = (ring(network.tls[name]) for name in "ab")
+    a, b = (make_bell(network.tls[name]) for name in "ab")
     for bell in (a, b):
         wait_for(lambda bell=bell: bell.works and bell.rung.is_set(), what="the first answer")
         bell.rung.clear()
@@ -231,23 +231,25 @@ def test_site_is_notified_only_of_its_own_questions(network: Loopback, ring: Any
 
 
 def test_waiting_requires_membership_and_a_valid_counter(network: Loopback) -> None:
-    def status(name: str, query: str, tls: Tls | None = None) -> int:
+    def read_status(name: str, query: str, tls: Tls | None = None) -> int:
         tls = tls or network.tls[name]
         with httpx.Client(verify=tls.client_context()) as client:
-            return client.get(f"https://{network.address}{WAIT}{query}", headers=by_site(network.tls[name])).status_code
+            return client.get(
+                f"https://{network.address}{WAIT}{query}", headers=sign_headers(network.tls[name])
+            ).status_code
 
-    assert status("a", "?heard=-1") == 200
+    assert read_status("a", "?heard=-1") == 200
     for query in ("", "?heard", "?heard=", "?heard=x", "?heard=1&heard=2", "?other=1", "?heard=1.5", "?%ff=1"):
-        assert status("a", query) == 400, query
-    assert status("a", "?heard=" + "9" * 4000) == 200, "not parsed for seconds"
-    assert status("a", "?heard=-1", tls=network.tls["b"]) == 401
-    assert status("b", "?heard=-1") == 200
+        assert read_status("a", query) == 400, query
+    assert read_status("a", "?heard=" + "9" * 4000) == 200, "not parsed for seconds"
+    assert read_status("a", "?heard=-1", tls=network.tls["b"]) == 401
+    assert read_status("b", "?heard=-1") == 200
     network.set_revoked("b")
-    wait_for(lambda: status("b", "?heard=-1") == 403)
+    wait_for(lambda: read_status("b", "?heard=-1") == 403)
 
 
-def test_server_shutdown_releases_held_calls(network: Loopback, ring: Any) -> None:
-    bell = ring(network.tls["a"])
+def test_server_shutdown_releases_held_calls(network: Loopback, make_bell: Any) -> None:
+    bell = make_bell(network.tls["a"])
     wait_for(lambda: bell.works and bell.rung.is_set(), what="the first answer")
     time.sleep(0.5)  # so that the next call is held
     began = time.monotonic()

@@ -70,7 +70,7 @@ def test_message_size_counts_tensors_and_text(adapter: Adapter) -> None:
     content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
-    assert payload + words <= flower_records.num_bytes(content) <= payload + words + 400
+    assert payload + words <= flower_records.count_payload_bytes(content) <= payload + words + 400
 
 
 @pytest.mark.parametrize("receipt", [RECEIPT, None])

@@ -35,8 +35,8 @@ from fedtune.ops.wire.identity import (
     TIME,
     TOLERANCE_S,
     NotAllowed,
-    _signed_message,
-    verified_body_hash,
+    _build_signed_message,
+    verify_body_hash,
 )
 from fedtune.ops.wire.lead_session import _empty_bundle
 from fedtune.privacy.keys import SigningKey
@@ -44,7 +44,7 @@ from fedtune.privacy.keys import SigningKey
 from ..privacy.builders import make_key, stranger_key
 from .certificates import LOOPBACK
 from .loopback import Loopback
-from .member import Member, by_site
+from .member import Member, sign_headers
 
 CLOSED = {"reason": "no such call"}
 START = "/v1/control/start-run"
@@ -53,20 +53,20 @@ PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).Se
 
 
 @pytest.fixture
-def caller(network: Loopback) -> Iterator[Any]:
+def call_gate(network: Loopback) -> Iterator[Any]:
     about = {"base_url": f"https://{network.address}", "timeout": 20}
     with contextlib.ExitStack() as stack:
         yield lambda tls: stack.enter_context(httpx.Client(verify=tls.client_context(), **about))
 
 
-def by_lead(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
+def sign_lead_headers(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
     moment, digest = repr(time.time()), hashlib.sha256(body).hexdigest()
-    signature = key.sign(CALL, _signed_message(path, moment, digest))
+    signature = key.sign(CALL, _build_signed_message(path, moment, digest))
     return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, BODY: digest, SIGNATURE: signature}
 
 
-def test_all_other_flower_routes_are_closed(network: Loopback, flowers_routes: Any, caller: Any) -> None:
-    closed = {(m, path) for m, path in flowers_routes if path not in gate._SITE_CALLS | gate._LEAD_CALLS}
+def test_all_other_flower_routes_are_closed(network: Loopback, list_flower_routes: Any, call_gate: Any) -> None:
+    closed = {(m, path) for m, path in list_flower_routes if path not in gate._SITE_CALLS | gate._LEAD_CALLS}
     for path in (
         *("/docs", "/openapi.json", "/health", "/v1/fleet/register-node", "/v1/fleet/unregister-node"),
         *("/v1/fleet/get-fab", "/v1/fleet/get-run", "/v1/control/list-runs", "/v1/control/register-node"),
@@ -74,9 +74,12 @@ def test_all_other_flower_routes_are_closed(network: Loopback, flowers_routes: A
     ):
         assert any(path == other for _, other in closed), f"{path} was meant to be among them"
     assert len(closed) > 50
-    site, lead = caller(network.tls["a"]), caller(network.lead_tls)
+    site, lead = call_gate(network.tls["a"]), call_gate(network.lead_tls)
     for method, path in sorted(closed):
-        for client, headers in ((site, by_site(network.tls["a"])), (lead, by_lead(network.lead_key, path, b""))):
+        for client, headers in (
+            (site, sign_headers(network.tls["a"])),
+            (lead, sign_lead_headers(network.lead_key, path, b"")),
+        ):
             answer = client.request(method, path, headers=headers)
             assert answer.status_code == 404, (method, path)
             assert method == "HEAD" or answer.json() == CLOSED, "the gate's own word, not Flower's"
@@ -89,23 +92,23 @@ def test_all_other_flower_routes_are_closed(network: Loopback, flowers_routes: A
         *("/V1/fleet/pull-messages", "/v1/control/start-run;x", "/v1/fedtune/hello/", "/v1/fedtune", "/favicon.ico"),
     ],
 )
-def test_paths_similar_to_allowed_calls_are_closed(network: Loopback, caller: Any, path: str) -> None:
-    headers = by_lead(network.lead_key, path, b"")
+def test_paths_similar_to_allowed_calls_are_closed(network: Loopback, call_gate: Any, path: str) -> None:
+    headers = sign_lead_headers(network.lead_key, path, b"")
     raw = httpx.URL(f"https://{network.address}").copy_with(raw_path=path.encode())
-    assert caller(network.lead_tls).post(raw, headers=headers).json() == CLOSED
+    assert call_gate(network.lead_tls).post(raw, headers=headers).json() == CLOSED
 
 
-def test_lead_calls_require_the_signature_of_the_lead(network: Loopback, caller: Any) -> None:
+def test_lead_calls_require_the_signature_of_the_lead(network: Loopback, call_gate: Any) -> None:
     """What else is wrong with one: below."""
     runs = network.rows("SELECT count(*) FROM run")
     for who in (network.lead_tls, network.tls["a"]):
-        client = caller(who)
+        client = call_gate(who)
         for path in sorted(gate._LEAD_CALLS):
-            right = by_lead(network.lead_key, path, RUN)
+            right = sign_lead_headers(network.lead_key, path, RUN)
             for why, headers, sent in (
                 ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}, RUN),
-                ("a site's", by_site(network.tls["a"]), RUN),
-                ("another key's", by_lead(stranger_key, path, RUN), RUN),
+                ("a site's", sign_headers(network.tls["a"]), RUN),
+                ("another key's", sign_lead_headers(stranger_key, path, RUN), RUN),
                 ("of another body", right, RUN + b"\0"),
             ):
                 answer = client.post(path, content=sent, headers=headers)
@@ -114,71 +117,71 @@ def test_lead_calls_require_the_signature_of_the_lead(network: Loopback, caller:
     assert network.rows("SELECT count(*) FROM run") == runs
 
 
-def test_lead_call_is_accepted_once_and_not_over_a_site_connection(network: Loopback, caller: Any) -> None:
+def test_lead_call_is_accepted_once_and_not_over_a_site_connection(network: Loopback, call_gate: Any) -> None:
     # Who has seen one, such as a proxy that opens TLS, could make it again for two minutes.
-    lead, site = caller(network.lead_tls), caller(network.tls["a"])
+    lead, site = call_gate(network.lead_tls), call_gate(network.tls["a"])
     runs = network.rows("SELECT count(*) FROM run")[0][0]
-    headers = by_lead(network.lead_key, START, RUN)
+    headers = sign_lead_headers(network.lead_key, START, RUN)
     stolen = site.post(START, content=RUN, headers=headers)
     assert (stolen.status_code, lead.post(START, content=RUN, headers=headers).status_code) == (401, 200)
     for client in (lead, site):
         assert client.post(START, content=RUN, headers=headers).status_code == 401
     assert network.rows("SELECT count(*) FROM run") == [(runs + 1,)]
-    again = lead.post(START, content=RUN, headers=by_lead(network.lead_key, START, RUN))
+    again = lead.post(START, content=RUN, headers=sign_lead_headers(network.lead_key, START, RUN))
     assert again.status_code == 200, "a retry is signed anew"
     noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
     assert ("lead's call refused", "the lead's signature was used before", None) in noted
     assert ("lead's call refused", f"{gate._UNSIGNED}; and this is a site's connection", "a") in noted
 
 
-def test_site_signature_is_valid_only_on_its_own_connection(network: Loopback, caller: Any) -> None:
+def test_site_signature_is_valid_only_on_its_own_connection(network: Loopback, call_gate: Any) -> None:
     # It is over the time alone: seen once, it would do for any call within a minute.
-    stolen = by_site(network.tls["a"])
-    answer = caller(network.tls["b"]).get(HELLO, headers=stolen)
+    stolen = sign_headers(network.tls["a"])
+    answer = call_gate(network.tls["b"]).get(HELLO, headers=stolen)
     assert (answer.status_code, answer.json()["reason"]) == (401, "signed by another than the connection's certificate")
-    assert caller(network.tls["a"]).get(HELLO, headers=stolen).status_code == 200
+    assert call_gate(network.tls["a"]).get(HELLO, headers=stolen).status_code == 200
 
 
 def test_request_body_is_limited_in_time_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_BODY_S", 0.1)
 
-    async def dribble() -> dict[str, Any]:
+    async def send_slowly() -> dict[str, Any]:
         await asyncio.sleep(0.03)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
     pour = AsyncMock(return_value={"type": "http.request", "body": b"x" * 600, "more_body": True})
     nothing = AsyncMock(side_effect=AssertionError("not even read"))
     large = [(nothing, {"content-length": said}, 413) for said in ("1001", "9" * 5000, "-1")]
-    for receive, headers, status in ((dribble, {}, 408), (pour, {}, 413), *large):
+    for receive, headers, status in ((send_slowly, {}, 408), (pour, {}, 413), *large):
         with pytest.raises(NotAllowed) as refused:
             asyncio.run(gate.read_body(receive, headers, most_bytes=1000))
         assert refused.value.status == status
 
 
-def test_site_calls_require_the_signature_of_the_site(network: Loopback, caller: Any) -> None:
-    client = caller(network.tls["a"])
+def test_site_calls_require_the_signature_of_the_site(network: Loopback, call_gate: Any) -> None:
+    client = call_gate(network.tls["a"])
     for path in sorted(gate._SITE_CALLS):
         for why, headers in (
             ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}),
-            ("the lead's", by_lead(network.lead_key, path, PULL)),
-            ("of a key that nobody knows", by_site(network.lead_tls)),
-            ("of another node's number", by_site(network.tls["a"])),
-            ("old", by_site(network.tls["a"], moment="2020-01-01T00:00:00+00:00")),
+            ("the lead's", sign_lead_headers(network.lead_key, path, PULL)),
+            ("of a key that nobody knows", sign_headers(network.lead_tls)),
+            ("of another node's number", sign_headers(network.tls["a"])),
+            ("old", sign_headers(network.tls["a"], moment="2020-01-01T00:00:00+00:00")),
             ("unsigned, and not what Flower understands", {"content-type": "application/json"}),
         ):
             answer = client.post(path, content=PULL, headers=headers)
             assert answer.status_code in (400, 401, 412), (path, why, answer.text)
         # Flower itself checks a signature only where it understands the call.
-        right = by_site(network.tls["a"])
+        right = sign_headers(network.tls["a"])
         assert client.post(path, content=PULL, headers=right | {"content-type": "text/plain"}).status_code == 415
         assert client.get(path, headers=right).status_code == 405
 
 
 @pytest.mark.parametrize("host", ["x/v1/runtime/pull-object?", "x/v1/runtime/pull-object#", "x/nowhere?", "a@b:1"])
-def test_forged_host_header_does_not_bypass_the_signature(network: Loopback, caller: Any, host: str) -> None:
+def test_forged_host_header_does_not_bypass_the_signature(network: Loopback, call_gate: Any, host: str) -> None:
     # Flower decides by the request's URL, which contains what the caller says that the host's name is.
     headers = {"content-type": PROTOBUF_MEDIA_TYPE, "host": host}
-    answer = caller(network.tls["b"]).post("/v1/fleet/pull-object", content=PULL, headers=headers)
+    answer = call_gate(network.tls["b"]).post("/v1/fleet/pull-object", content=PULL, headers=headers)
     assert answer.status_code in (400, 401)
 
 
@@ -213,10 +216,10 @@ def test_websocket_upgrade_is_refused(network: Loopback, path: str) -> None:
     assert b" 101 " not in answer
 
 
-def test_malformed_greeting_is_refused(network: Loopback, caller: Any) -> None:
-    client, right = caller(network.tls["a"]), by_site(network.tls["a"])
+def test_malformed_greeting_is_refused(network: Loopback, call_gate: Any) -> None:
+    client, right = call_gate(network.tls["a"]), sign_headers(network.tls["a"])
     assert client.get(HELLO, headers=right).json()["site"] == "a"
-    other = by_site(network.tls["b"])
+    other = sign_headers(network.tls["b"])
     for reason, headers in (
         ("malformed", {}),
         ("malformed", right | {TIMESTAMP_HEADER: "yesterday"}),
@@ -231,9 +234,9 @@ def test_malformed_greeting_is_refused(network: Loopback, caller: Any) -> None:
         assert (answer.status_code, answer.json()) == (401, {"reason": reason})
 
 
-def test_server_does_not_reveal_its_software(network: Loopback, caller: Any) -> None:
+def test_server_does_not_reveal_its_software(network: Loopback, call_gate: Any) -> None:
     for path in ("/", HELLO, "/v1/control/start-run"):
-        answer = caller(network.tls["a"]).post(path)
+        answer = call_gate(network.tls["a"]).post(path)
         assert "server" not in answer.headers
         assert not {"uvicorn", "flwr", "python"} & set(answer.text.lower().split())
 
@@ -242,16 +245,22 @@ KEY, OTHER = make_key(1), make_key(2)
 NOW = 1.8e9
 
 
-def headers_of(
+def sign_lead_call(
     path: str, body: bytes, *, moment: str = repr(NOW), key: SigningKey = KEY, purpose: str = "call"
 ) -> dict[str, str]:
     digest = hashlib.sha256(body).hexdigest()
-    return {TIME: moment, BODY: digest, SIGNATURE: key.sign(purpose, identity._signed_message(path, moment, digest))}
+    return {
+        TIME: moment,
+        BODY: digest,
+        SIGNATURE: key.sign(purpose, identity._build_signed_message(path, moment, digest)),
+    }
 
 
-def accepted(headers: Any, *, path: str = "/p", body: bytes = b"b", lead: str = KEY.public, now: float = NOW) -> bool:
+def accepts_headers(
+    headers: Any, *, path: str = "/p", body: bytes = b"b", lead: str = KEY.public, now: float = NOW
+) -> bool:
     """As the gate asks it, which has the headers before it has read the body."""
-    return verified_body_hash(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
+    return verify_body_hash(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
 
 
 def test_lead_client_signs_its_calls() -> None:
@@ -263,56 +272,56 @@ def test_lead_client_signs_its_calls() -> None:
     headers = dict(sent.headers)
     assert sent.read() == b"body"
     for path, right in (("/v1/control/start-run", True), ("/v1/control/stop-run", False)):
-        assert accepted(headers, path=path, body=b"body", now=time.time()) is right
+        assert accepts_headers(headers, path=path, body=b"body", now=time.time()) is right
 
 
 @given(path=st.text(max_size=20), body=st.binary(max_size=50), other=st.binary(max_size=50))
 def test_changed_body_path_time_or_key_invalidates_the_signature(path: str, body: bytes, other: bytes) -> None:
-    right = headers_of(path, body)
-    assert accepted(right, path=path, body=body)
-    assert accepted(right, path=path, body=other) is (other == body)
-    assert not accepted(right, path=path + "/", body=body)
-    assert not accepted(right | {TIME: repr(NOW + 1)}, path=path, body=body)
-    assert not accepted(headers_of(path, body, key=OTHER), path=path, body=body)
-    assert not accepted(right, path=path, body=body, lead=OTHER.public)
+    right = sign_lead_call(path, body)
+    assert accepts_headers(right, path=path, body=body)
+    assert accepts_headers(right, path=path, body=other) is (other == body)
+    assert not accepts_headers(right, path=path + "/", body=body)
+    assert not accepts_headers(right | {TIME: repr(NOW + 1)}, path=path, body=body)
+    assert not accepts_headers(sign_lead_call(path, body, key=OTHER), path=path, body=body)
+    assert not accepts_headers(right, path=path, body=body, lead=OTHER.public)
     # Who swaps the digest with the body does not hold the key.
-    assert not accepted(right | {BODY: hashlib.sha256(b"x" + body).hexdigest()}, path=path, body=b"x" + body)
+    assert not accepts_headers(right | {BODY: hashlib.sha256(b"x" + body).hexdigest()}, path=path, body=b"x" + body)
 
 
 @pytest.mark.parametrize("age", [0.0, TOLERANCE_S, 1.5, TOLERANCE_S + 1, 86400.0, 1e300])
 def test_small_clock_differences_are_tolerated_and_replays_refused(age: float) -> None:
     for moment in (NOW + age, NOW - age):
-        assert accepted(headers_of("/p", b"b"), now=moment) is (age <= TOLERANCE_S)
+        assert accepts_headers(sign_lead_call("/p", b"b"), now=moment) is (age <= TOLERANCE_S)
 
 
 @pytest.mark.parametrize("moment", ["nan", "inf", "-inf", "", "now", "0x7", "1e999", "1,8", "\u0661" * 10])
 def test_signed_invalid_time_is_refused(moment: str) -> None:
-    assert not accepted(headers_of("/p", b"b", moment=moment))
-    assert not accepted(headers_of("/p", b"b", moment=moment), now=math.inf)
+    assert not accepts_headers(sign_lead_call("/p", b"b", moment=moment))
+    assert not accepts_headers(sign_lead_call("/p", b"b", moment=moment), now=math.inf)
 
 
 def test_missing_headers_are_refused() -> None:
-    right = headers_of("/p", b"b")
+    right = sign_lead_call("/p", b"b")
     for name in (TIME, BODY, SIGNATURE):
-        assert not accepted({key: value for key, value in right.items() if key != name})
-    assert not accepted({})
-    assert not accepted(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature has one spelling"
+        assert not accepts_headers({key: value for key, value in right.items() if key != name})
+    assert not accepts_headers({})
+    assert not accepts_headers(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature has one spelling"
     spelt = right | {BODY: right[BODY].upper()}
-    assert verified_body_hash(spelt, path="/p", lead=KEY.public, now=NOW) is None, "and so has a digest"
+    assert verify_body_hash(spelt, path="/p", lead=KEY.public, now=NOW) is None, "and so has a digest"
 
 
 def test_signature_for_another_purpose_is_refused() -> None:
     # What a lead signed for a site must not start a run at the server.
-    assert accepted(headers_of("/p", b"b", purpose="call"))
+    assert accepts_headers(sign_lead_call("/p", b"b", purpose="call"))
     for purpose in ("round request", "end of run", ""):
-        assert not accepted(headers_of("/p", b"b", purpose=purpose))
-    moved = headers_of(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
-    assert not accepted(moved, path="/p"), "lines cannot be moved between path and time"
+        assert not accepts_headers(sign_lead_call("/p", b"b", purpose=purpose))
+    moved = sign_lead_call(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
+    assert not accepts_headers(moved, path="/p"), "lines cannot be moved between path and time"
 
 
 def test_signature_is_accepted_once_and_the_replay_cache_is_bounded() -> None:
     seen = identity.SeenCalls(most=3)
-    calls = [headers_of("/p", b"b", moment=repr(NOW + number)) for number in range(4)]
+    calls = [sign_lead_call("/p", b"b", moment=repr(NOW + number)) for number in range(4)]
     for call in calls[:3]:
         seen.use_signature(call, now=NOW)
     with pytest.raises(NotAllowed) as used:
@@ -329,11 +338,11 @@ def test_server_still_serves_after_all_refused_calls(network: Loopback) -> None:
     network.site("a").wait_for("activated")
 
 
-def test_body_of_a_refused_call_is_not_read(network: Loopback, caller: Any) -> None:
+def test_body_of_a_refused_call_is_not_read(network: Loopback, call_gate: Any) -> None:
     """Whoever holds a certificate of the federation could have the server take in a gigabyte, call after call."""
     sent = 0
 
-    def body() -> Iterator[bytes]:
+    def iter_body() -> Iterator[bytes]:
         nonlocal sent
         for _ in range(256):
             sent += 1
@@ -341,10 +350,13 @@ def test_body_of_a_refused_call_is_not_read(network: Loopback, caller: Any) -> N
 
     for path, headers in (
         ("/v1/runtime/push-object", {"content-type": PROTOBUF_MEDIA_TYPE}),
-        ("/v1/fleet/push-object", by_site(network.tls["b"])),  # signed by another than the connection's certificate
+        (
+            "/v1/fleet/push-object",
+            sign_headers(network.tls["b"]),
+        ),  # signed by another than the connection's certificate
     ):
         sent = 0
         with contextlib.suppress(httpx.TransportError):  # it is cut, or answered first
-            answer = caller(network.tls["a"]).post(path, content=body(), headers=headers)
+            answer = call_gate(network.tls["a"]).post(path, content=iter_body(), headers=headers)
             assert answer.status_code == 401
         assert sent < 128, path

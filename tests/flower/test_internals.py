@@ -35,7 +35,7 @@ ROOM = Path(internals.__file__).parent
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation"}
 
 
-def imports(path: Path) -> Iterator[tuple[str, str]]:
+def list_imports(path: Path) -> Iterator[tuple[str, str]]:
     """(module, name) of everything that a file takes from Flower."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr"):
@@ -46,11 +46,11 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 
 def test_only_one_module_imports_flower_internals() -> None:
     for path in set(ROOM.parent.rglob("*.py")) - {ROOM / "internals.py"}:
-        assert {module for module, _ in imports(path)} <= PUBLIC, path
+        assert {module for module, _ in list_imports(path)} <= PUBLIC, path
 
 
 def test_every_imported_flower_internal_exists() -> None:
-    found = list(imports(ROOM / "internals.py"))
+    found = list(list_imports(ROOM / "internals.py"))
     assert len(found) > 20
     for module, name in found:
         assert hasattr(importlib.import_module(module), name), f"Flower has no {module}.{name} any more"
@@ -117,9 +117,9 @@ def test_sql_queries_match_the_flower_schema() -> None:
     database.close()
 
 
-def test_every_permitted_call_is_a_flower_route(flowers_routes: set[tuple[str, str]]) -> None:
+def test_every_permitted_call_is_a_flower_route(list_flower_routes: set[tuple[str, str]]) -> None:
     for path in gate._SITE_CALLS | gate._LEAD_CALLS:
-        assert ("POST", path) in flowers_routes, f"Flower's protocol changed: {path}"
+        assert ("POST", path) in list_flower_routes, f"Flower's protocol changed: {path}"
         assert ("POST", path) in PROTOBUF_REQUEST_TYPES
     # What a site calls is authenticated by Flower, which looks at the beginning of the path.
     assert all(path.startswith("/v1/fleet/") for path in gate._SITE_CALLS)

@@ -22,7 +22,7 @@ from .conftest import STEPS
 SITES = ("site-1", "site-2", "site-3")
 
 
-def charged(made: Any) -> list[str]:
+def list_charged_sites(made: Any) -> list[str]:
     """Sites in whose ledgers anything was charged or set aside."""
     kinds = {site: {event.kind for event in made.events(site)} for site in SITES}
     return [site for site, found in kinds.items() if found & {Kind.PLAN, Kind.RESERVE, Kind.COMMIT}]
@@ -35,7 +35,7 @@ def test_too_few_willing_sites_prevent_any_charge(federation: Any) -> None:
             RefusedError, match=r"2 of 3 sites would take part.*site-2: max_epsilon, asked .*nothing was"
         ):
             made.run()
-    assert charged(made) == []
+    assert list_charged_sites(made) == []
     assert made.trained == []
 
 
@@ -70,7 +70,7 @@ def test_run_with_too_few_approvals_fails_without_a_final_refusal(federation: An
     with pytest.raises(RunError, match=r"2 of 3 sites.*site-2: awaiting_approval") as raised:
         made.run()
     assert not isinstance(raised.value, RefusedError)
-    assert charged(made) == []
+    assert list_charged_sites(made) == []
 
 
 @pytest.mark.parametrize("what", ["nothing", "more rounds than were signed", "to another question"])
@@ -101,7 +101,7 @@ def test_unsigned_offer_does_not_count(federation: Any, tamper: Any, what: str) 
         return
     with pytest.raises(RunError, match="site-2: no_reply" if what == "nothing" else "site-2: unsigned_reply"):
         made.run()
-    assert charged(made) == []
+    assert list_charged_sites(made) == []
 
 
 def test_resumed_run_sends_no_second_invitation(federation: Any) -> None:
@@ -143,7 +143,7 @@ def test_two_consecutive_diverged_rounds_end_the_run(federation: Any) -> None:
     assert saved.adapter.digest() == first.adapter.digest()
 
 
-def with_scores(made: Any, *scores: float) -> Any:
+def add_scores(made: Any, *scores: float) -> Any:
     """The same, with a lead whose validation file gives one score after the other."""
     left = iter(scores)
     made.lead = replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, primary_metric="accuracy")
@@ -153,7 +153,7 @@ def with_scores(made: Any, *scores: float) -> Any:
 def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation: Any) -> None:
     """A run of four planned rounds that its scores end after the third."""
     asks = {"num_rounds": 4, "spare_rounds": 0}
-    made = with_scores(
+    made = add_scores(
         federation(num_rounds=4, early_stopping_patience=1, checkpoint_selection="best", asks=asks), 0.25, 0.75, 0.75
     )
     adapters: list[Adapter] = []
@@ -176,7 +176,7 @@ def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation
 
 
 def test_resumed_run_keeps_the_best_of_all_rounds(federation: Any) -> None:
-    made = with_scores(federation(num_rounds=2, checkpoint_selection="best"), 0.75, 0.5)
+    made = add_scores(federation(num_rounds=2, checkpoint_selection="best"), 0.75, 0.5)
     after_one = made.run_until(1)
     state = made.run(after_one)
     assert state.round == 2

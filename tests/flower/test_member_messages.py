@@ -30,12 +30,12 @@ from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.ops.wire.site_calls import SiteCalls
 
 from .loopback import Loopback
-from .member import Member, Question, an_object
-from .test_remote_grid import questions, sites_of
+from .member import Member, Question, make_object
+from .test_remote_grid import list_answering_sites, make_questions
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def skip_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody's certificate is refused here, which is what a lead waits for at each connection."""
     monkeypatch.setattr(bounded_http, "_ALERT_S", 0.05)
 
@@ -52,7 +52,7 @@ def member(network: Loopback) -> Iterator[Member]:
 def question(network: Loopback, member: Member) -> Iterator[Question]:
     """One that stays open at the server; the lead does not wait for it any more."""
     with network.grid(["b"]) as grid, ThreadPoolExecutor(1) as pool:
-        pool.submit(list, grid.receive(questions(1), timeout=1))
+        pool.submit(list, grid.receive(make_questions(1), timeout=1))
         yield member.asked(grid._open_session.grid.run.run_id)
 
 
@@ -60,14 +60,14 @@ class Round:
     def __init__(self, network: Loopback, member: Member, pool: ThreadPoolExecutor, grid: RemoteGrid) -> None:
         self.honest = Member(network, "a")
         self.honest.activate()
-        self._answers = pool.submit(list, grid.receive(questions(1, 2), timeout=60))
+        self._answers = pool.submit(list, grid.receive(make_questions(1, 2), timeout=60))
         self.run_id = grid._open_session.grid.run.run_id
         self.question = member.asked(self.run_id)
 
     def ends(self) -> dict[int, str]:
         content = RecordDict({"about": ConfigRecord({"site": "a"})})
         self.honest.reply(self.honest.asked(self.run_id), Message(content, SUPERLINK_NODE_ID, "train"))
-        return sites_of(self._answers.result(timeout=60))
+        return list_answering_sites(self._answers.result(timeout=60))
 
 
 @pytest.fixture
@@ -157,10 +157,10 @@ def test_only_announced_objects_within_the_size_limit_are_accepted(
 ) -> None:
     question, stored = round_.question, "SELECT coalesce(sum(length(content)), 0) FROM objects"
     before = network.rows(stored)[0][0]
-    junk, large = an_object(1 << 16), an_object(1 << 21)
+    junk, large = make_object(1 << 16), make_object(1 << 21)
     assert member.push_object(question, "", junk).status_code == 409, "not announced"
     announced = member.answer_to(question, large)
-    session = member.session_of(member.push(announced))
+    session = member.read_session(member.push(announced))
     second = member.push(member.answer_to(question))
     assert (second.status_code, second.json()["reason"]) == (409, "the question is answered")
     assert member.push(announced).status_code == 200, "the same again, as after a call that was cut off"
@@ -180,7 +180,7 @@ def test_partially_uploaded_answer_is_not_passed_to_the_lead(network: Loopback, 
     asked = PullAppMessagesRequest(message_ids=[round_.question.metadata.message_id, "unknown"]).SerializeToString()
     for announced in (False, True):
         if announced:
-            member.session_of(member.push(member.answer_to(round_.question, an_object(8))))
+            member.read_session(member.push(member.answer_to(round_.question, make_object(8))))
         passed = PullAppMessagesRequest.FromString(SiteCalls(state).keep_complete_answers(asked))
         assert list(passed.message_ids) == ["unknown"], "which Flower answers for"
 
@@ -239,8 +239,8 @@ def test_random_bytes_are_refused_with_a_reason(member: Member, path: str) -> No
 def test_upload_started_before_a_server_restart_can_finish(
     network: Loopback, member: Member, question: Question
 ) -> None:
-    part, other = an_object(100), an_object(101)
-    session = member.session_of(member.push(member.answer_to(question, part, other)))
+    part, other = make_object(100), make_object(101)
+    session = member.read_session(member.push(member.answer_to(question, part, other)))
     assert member.push_object(question, session, part).status_code == 200
     network.process.kill()
     network.start()
@@ -257,7 +257,7 @@ Objects = dict[str, bytes]
 set_sender_ids(run_id=0, node_id=0, task_id=0)  # Flower's messages ask who sends them
 
 
-def honest(values: np.ndarray) -> tuple[ObjectTree, Objects]:
+def make_honest_reply(values: np.ndarray) -> tuple[ObjectTree, Objects]:
     content = RecordDict({"arrays": ArrayRecord({"head": Array(values)}), "request": ConfigRecord({"json": "{}"})})
     message = Message(content, 1, "train")
     message.metadata.__dict__["_message_id"] = message.object_id
@@ -265,16 +265,16 @@ def honest(values: np.ndarray) -> tuple[ObjectTree, Objects]:
     return get_object_tree(message), {id: each.deflate() for id, each in nested.items()}
 
 
-def pulled(tree: ObjectTree, objects: Objects) -> Message:
+def pull_tree(tree: ObjectTree, objects: Objects) -> Message:
     return pull_message(tree, objects.__getitem__, lambda id: None)
 
 
-def of_kind(objects: Objects, kind: str) -> str:
+def find_by_kind(objects: Objects, kind: str) -> str:
     return next(id for id, content in objects.items() if content.startswith(f"{kind} ".encode()))
 
 
 def rewrite(objects: Objects, kind: str, change: Callable[[dict[str, object]], None]) -> None:
-    id = of_kind(objects, kind)
+    id = find_by_kind(objects, kind)
     head, body = objects[id].split(b"\x00", 1)
     fields = json.loads(body)
     change(fields)
@@ -285,9 +285,9 @@ def rewrite(objects: Objects, kind: str, change: Callable[[dict[str, object]], N
 def test_honest_message_is_reassembled() -> None:
     # Zeros are sent as one chunk that is named several times.
     values = np.zeros(6_000_000, np.float32)
-    tree, objects = honest(values)
+    tree, objects = make_honest_reply(values)
     assert sum(map(len, objects.values())) < values.nbytes
-    arrived = pulled(tree, objects).content
+    arrived = pull_tree(tree, objects).content
     assert np.array_equal(arrived.array_records["arrays"]["head"].numpy(), values)
     assert arrived.config_records["request"]["json"] == "{}"
 
@@ -327,31 +327,33 @@ CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
     "4096 objects": lambda tree, objects: tree.children.extend(
         ObjectTree(object_id=f"{number:064x}") for number in range(5000)
     ),
-    "something else": lambda tree, objects: objects.update({tree.object_id: objects[of_kind(objects, "RecordDict")]}),
+    "something else": lambda tree, objects: objects.update(
+        {tree.object_id: objects[find_by_kind(objects, "RecordDict")]}
+    ),
     "a message of [0-9]+ bytes": lambda tree, objects: rewrite(
         objects, "Array", lambda fields: fields.update(arraychunk_ids=[0] * 100_000)
     ),
     # A record in itself, and a long request.
     "do not belong together": lambda tree, objects: objects.update(
-        {(id := of_kind(objects, "ArrayRecord")): f"ArrayRecord {id} 2".encode() + b"\x00{}"}
+        {(id := find_by_kind(objects, "ArrayRecord")): f"ArrayRecord {id} 2".encode() + b"\x00{}"}
     ),
     "may be no array's": lambda tree, objects: objects.update(
-        {of_kind(objects, "ConfigRecord"): b"ConfigRecord  1\x00" + bytes(message_objects.MOST_BESIDE_BYTES)}
+        {find_by_kind(objects, "ConfigRecord"): b"ConfigRecord  1\x00" + bytes(message_objects.MOST_BESIDE_BYTES)}
     ),
 }
 
 
 @pytest.mark.parametrize("says", CHANGES)
 def test_malformed_and_expanding_objects_are_refused(says: str) -> None:
-    tree, objects = honest(np.arange(100_000, dtype=np.float32))
+    tree, objects = make_honest_reply(np.arange(100_000, dtype=np.float32))
     CHANGES[says](tree, objects)
     with pytest.raises(OutOfBounds, match=says):
-        pulled(tree, objects)
+        pull_tree(tree, objects)
 
 
 @pytest.mark.parametrize(("bound", "value"), [("MOST_BYTES", 1000), ("MOST_S", -1.0)])
 def test_oversized_or_slow_message_is_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
     monkeypatch.setattr(message_objects, bound, value)
-    tree, objects = honest(np.arange(1000, dtype=np.float32))
+    tree, objects = make_honest_reply(np.arange(1000, dtype=np.float32))
     with pytest.raises(OutOfBounds, match="more than 1000 bytes" if bound == "MOST_BYTES" else "takes more than"):
-        pulled(tree, objects)
+        pull_tree(tree, objects)

@@ -25,40 +25,40 @@ from fedtune.spec import RunError
 
 from ..privacy.builders import stranger_key
 from .faults import Faulty
-from .loopback import LOOPBACK, Loopback, free_port, wait_for
+from .loopback import LOOPBACK, Loopback, find_free_port, wait_for
 
 VALUES = {"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.full(4, -0.5, np.float32)}
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lead that tries again soon: what is waited for is polled for, by everybody."""
     monkeypatch.setattr(asking_grid, "RECONNECT_S", 0.2)
     monkeypatch.setattr(asking_grid, "_LOST_S", 0.5)
     monkeypatch.setattr(bounded_http, "_ALERT_S", 0.05)
 
 
-def questions(*numbers: int, values: dict[str, np.ndarray] = VALUES) -> list[Message]:
+def make_questions(*numbers: int, values: dict[str, np.ndarray] = VALUES) -> list[Message]:
     content = RecordDict({ARRAYS: ArrayRecord({name: Array(value) for name, value in values.items()})})
     return [Message(content, number, "train") for number in numbers]
 
 
-def sites_of(answers: Sequence[Message]) -> dict[int, str]:
+def list_answering_sites(answers: Sequence[Message]) -> dict[int, str]:
     """Node -> the site that says it has answered; two answers of one node are an error."""
     assert len({answer.metadata.src_node_id for answer in answers}) == len(answers)
-    return {answer.metadata.src_node_id: str(about(answer)["site"]) for answer in answers}
+    return {answer.metadata.src_node_id: str(read_about(answer)["site"]) for answer in answers}
 
 
-def about(answer: Message) -> Any:
+def read_about(answer: Message) -> Any:
     return answer.content.config_records["about"]
 
 
 @pytest.fixture
-def meanwhile() -> Iterator[Any]:
+def ask_in_thread() -> Iterator[Any]:
     with ThreadPoolExecutor(1) as pool:
 
         def ask(grid: RemoteGrid, *numbers: int, timeout: float = 60) -> Future[list[Message]]:
-            return pool.submit(list, grid.receive(questions(*numbers), timeout=timeout))
+            return pool.submit(list, grid.receive(make_questions(*numbers), timeout=timeout))
 
         yield ask
 
@@ -68,9 +68,11 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
     network.site("b", works_s=0.5)
     with network.grid(["b", "a"]) as grid:
         assert list(grid.get_node_ids()) == [1, 2]
-        answers = list(grid.receive(questions(1, 2), timeout=30))
-        assert sites_of(answers) == {1: "b", 2: "a"}
-        assert sites_of(list(grid.receive(questions(2), timeout=30))) == {2: "a"}, "only who is asked answers"
+        answers = list(grid.receive(make_questions(1, 2), timeout=30))
+        assert list_answering_sites(answers) == {1: "b", 2: "a"}
+        assert list_answering_sites(list(grid.receive(make_questions(2), timeout=30))) == {2: "a"}, (
+            "only who is asked answers"
+        )
         assert grid.online_nodes() == [1, 2]
     for answer in answers:
         arrays = answer.content.array_records[ARRAYS]
@@ -88,22 +90,22 @@ def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkey
     own, renewed = network.lead_tls, network.authority.issue("lead renewed")
     kept, told = (own.certificate.read_bytes(), own.key.read_bytes()), itertools.chain([True], itertools.repeat(False))
     with network.grid(["a"]) as grid:
-        assert sites_of(list(grid.receive(questions(1), timeout=30))) == {1: "a"}
+        assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         session = grid._session
         own.certificate.write_bytes(renewed.certificate.read_bytes())
         own.key.write_bytes(renewed.key.read_bytes())
         monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(told))
         try:
-            assert sites_of(list(grid.receive(questions(1), timeout=30))) == {1: "a"}
+            assert list_answering_sites(list(grid.receive(make_questions(1), timeout=30))) == {1: "a"}
         finally:
             own.certificate.write_bytes(kept[0])
             own.key.write_bytes(kept[1])
         assert grid._session is session, "the run is the same"
 
-    def shown() -> bool:
+    def was_renewed() -> bool:
         return any(one.get("certificate") == "lead renewed" for one in network.audit() if one["event"] == "connected")
 
-    wait_for(shown, what="the new certificate")
+    wait_for(was_renewed, what="the new certificate")
 
 
 def test_answers_are_fetched_one_at_a_time(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +120,7 @@ def test_answers_are_fetched_one_at_a_time(network: Loopback, monkeypatch: pytes
     sites = [network.site("a"), network.site("b")]
     with network.grid(["a", "b"]) as grid:
         taken = 0
-        for _ in grid.receive(questions(1, 2), timeout=30):
+        for _ in grid.receive(make_questions(1, 2), timeout=30):
             taken += 1
             assert len(fetched) == taken
             for site in sites:
@@ -138,7 +140,7 @@ def test_lead_and_sites_connect_only_to_the_server(network: Loopback, monkeypatc
     )
     site = network.site("a")
     with network.grid(["a"]) as grid:
-        assert len(list(grid.receive(questions(1), timeout=30))) == 1
+        assert len(list(grid.receive(make_questions(1), timeout=30))) == 1
     assert called == {(LOOPBACK, network.port)}, "the lead"
     site.stop()
     assert {tuple(event["address"]) for event in site.lines("outbound")} == {(LOOPBACK, network.port)}, "the site"
@@ -148,8 +150,8 @@ def test_lead_and_sites_connect_only_to_the_server(network: Loopback, monkeypatc
 def test_duplicate_answer_is_harmless(network: Loopback) -> None:
     site = network.site("a", replies=2)
     with network.grid(["a"]) as grid:
-        answers = [list(grid.receive(questions(1), timeout=30)) for _ in range(3)]
-    numbers = [about(answer)["number"] for (answer,) in answers]
+        answers = [list(grid.receive(make_questions(1), timeout=30)) for _ in range(3)]
+    numbers = [read_about(answer)["number"] for (answer,) in answers]
     # A server that is slow to answer makes the lead ask again, so a number may be left out, but none comes twice.
     assert numbers == sorted(set(numbers)), "an answer to an earlier question was taken for one to a later"
     assert site.code is None
@@ -163,13 +165,13 @@ def test_interrupted_lead_calls_lose_no_answers(network: Loopback) -> None:
     # "after": the server has done it, and its answer does not arrive.  It gives each message and each reply once.
     sites = [network.site("a"), network.site("b", works_s=0.3)]
     with network.grid(["a", "b"]) as grid:
-        list(grid.receive(questions(1, 2), timeout=30))
+        list(grid.receive(make_questions(1, 2), timeout=30))
         faulty = Faulty(grid._session._client)  # type: ignore[union-attr]
         for call, when in itertools.product(_LEADS_CALLS, ("before", "after")):
             faulty.break_at(call, when)
             time.sleep(1.0 if call == "get-nodes" else 0.0)  # that one is called once a second
-            answers = list(grid.receive(questions(1, 2), timeout=30))
-            assert sites_of(answers) == {1: "a", 2: "b"}, (call, when)
+            answers = list(grid.receive(make_questions(1, 2), timeout=30))
+            assert list_answering_sites(answers) == {1: "a", 2: "b"}, (call, when)
             assert not faulty.waits, f"{call} is not called any more: Flower's protocol changed"
     assert all(site.code is None for site in sites)
 
@@ -183,30 +185,30 @@ def test_interrupted_site_calls_lose_no_answers(network: Loopback) -> None:
     site = network.site("a", faults=faults)
     with network.grid(["a"]) as grid:
         for number, fault in enumerate(faults, 1):
-            assert sites_of(list(grid.receive(questions(1), timeout=45))) == {1: "a"}, fault
+            assert list_answering_sites(list(grid.receive(make_questions(1), timeout=45))) == {1: "a"}, fault
             wait_for(lambda number=number: len(site.lines("trouble")) >= number, what=f"the fault {fault}")
     assert [tuple(event["fault"]) for event in site.lines("fault")] == faults
     assert site.code is None
 
 
-def test_questions_are_resent_after_the_server_lost_its_database(network: Loopback, meanwhile: Any) -> None:
+def test_questions_are_resent_after_the_server_lost_its_database(network: Loopback, ask_in_thread: Any) -> None:
     site = network.site("a", works_s=1.0)
     online_until = "SELECT online_until FROM node WHERE name = 'a'"
     with network.grid(["a"]) as grid:
-        asked = meanwhile(grid, 1)
+        asked = ask_in_thread(grid, 1)
         site.wait_for("received")
         network.process.kill()
         for path in network.folder.glob("state.db*"):
             path.unlink()
         network.start()
-        assert sites_of(asked.result(timeout=60)) == {1: "a"}
+        assert list_answering_sites(asked.result(timeout=60)) == {1: "a"}
         # The node has a new number, under which its heartbeats must go on.
         ((first,),) = network.rows(online_until)
         wait_for(lambda: network.rows(online_until)[0][0] > first, seconds=20, what="a heartbeat")
 
 
 def test_run_without_a_server_raises_a_run_error(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "port", free_port())
+    monkeypatch.setattr(network, "port", find_free_port())
     with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), network.grid(["a"]):
         pass
 
@@ -225,22 +227,22 @@ def test_lead_started_before_the_server_waits(network: Loopback, caplog: Any) ->
 
 def _ask_once(network: Loopback) -> dict[int, str]:
     with network.grid(["a"], patience_s=60) as grid:
-        return sites_of(list(grid.receive(questions(1), timeout=60)))
+        return list_answering_sites(list(grid.receive(make_questions(1), timeout=60)))
 
 
 def test_wrong_clock_is_named_and_does_not_end_a_run(
-    network: Loopback, meanwhile: Any, monkeypatch: Any, caplog: Any
+    network: Loopback, ask_in_thread: Any, monkeypatch: Any, caplog: Any
 ) -> None:
     """The lead is an hour ahead of the server for a while, in the middle of an exchange and at its beginning."""
     apart = 0.0
     monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + apart))
     with network.grid(["a"]) as grid:
-        asked = meanwhile(grid, 1)
+        asked = ask_in_thread(grid, 1)
         apart = 3600.0
         wait_for(lambda: "the server's clock is" in caplog.text, what="the clock to be named")
         apart = 0.0
         network.site("a")
-        assert sites_of(asked.result()) == {1: "a"}
+        assert list_answering_sites(asked.result()) == {1: "a"}
     apart = 3600.0
     with pytest.raises(RunError, match=r"the server's clock is 3[56]\d\d s behind this machine's"), network.grid(["a"]):
         pass

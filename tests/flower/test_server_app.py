@@ -50,7 +50,7 @@ def test_completed_rounds_are_recorded(federation: Any) -> None:
 def test_site_with_error_replies_counts_as_charged(federation: Any, tamper: Any) -> None:
     """A silent one: below."""
 
-    def silence(messages: list[Message]) -> list[Message]:
+    def drop_reply(messages: list[Message]) -> list[Message]:
         silent = reply_of(messages, 2)
         others = [message for message in messages if message is not silent]
         failed = Message.__new__(Message)
@@ -58,12 +58,12 @@ def test_site_with_error_replies_counts_as_charged(federation: Any, tamper: Any)
         failed.__dict__["_content"], failed.__dict__["_error"] = None, Error(code=1, reason="secret text")
         return [*others, failed]
 
-    tamper(silence, ("train", "query.end"))
+    tamper(drop_reply, ("train", "query.end"))
     made = federation(num_rounds=2)
     state = made.run()
     assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
     assert [dict(result.failed_sites) for result in state.rounds] == [{"site-2": "no_reply"}] * 2
-    assert charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
+    assert list_charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
 
 
 def test_too_few_sites_end_the_run_and_keep_the_checkpoint(federation: Any, tamper: Any) -> None:
@@ -108,7 +108,7 @@ def test_invalid_reply_is_dropped_and_the_round_continues(
     assert state.rounds[0].failed_sites == {"site-2": reason}
     assert all(np.isfinite(value).all() for value in state.adapter.tensors.values())
     # The round is taken as charged, until the site's last word: its receipt may be that of another answer.
-    assert [charges(made, one)["site-2"] for one in (made.finished[-1], state)] == [(1, True), (1, False)]
+    assert [list_charges(made, one)["site-2"] for one in (made.finished[-1], state)] == [(1, True), (1, False)]
 
 
 def test_missing_node_is_awaited_until_the_timeout(federation: Any) -> None:
@@ -150,16 +150,16 @@ def test_site_changing_frozen_tensors_is_excluded_from_the_average(federation: A
 SITES = ("site-1", "site-2", "site-3")
 
 
-def known_keys(made: Any) -> dict[str, str]:
+def list_known_keys(made: Any) -> dict[str, str]:
     """What a roster says: the keys under which the sites sign."""
     return {name: SigningKey.load_or_create(made.folder / name / "site_key.pem").public for name in SITES}
 
 
-def without(node: int) -> Callable[[list[Message]], list[Message]]:
+def drop_node(node: int) -> Callable[[list[Message]], list[Message]]:
     return lambda messages: [message for message in messages if message.metadata.src_node_id != node]
 
 
-def charges(made: Any, state: Any) -> dict[str, tuple[int, bool]]:
+def list_charges(made: Any, state: Any) -> dict[str, tuple[int, bool]]:
     charged = {site: compute_site_charge(state, site, made.plan) for site in SITES}
     return {site: (charge.rounds, charge.upper_bound) for site, charge in charged.items()}
 
@@ -169,19 +169,19 @@ def test_receipts_are_accepted_under_roster_keys_and_for_unlisted_sites(
     federation: Any, named: tuple[str, ...]
 ) -> None:
     made = federation(num_rounds=2)
-    keys = {site: key for site, key in known_keys(made).items() if site in named}
+    keys = {site: key for site, key in list_known_keys(made).items() if site in named}
     state = made.run(asked=replace(made.lead.asked, site_keys=keys))
-    assert charges(made, state) == dict.fromkeys(SITES, (2, False))
+    assert list_charges(made, state) == dict.fromkeys(SITES, (2, False))
 
 
 def test_receipt_under_another_key_is_rejected(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
     made = federation(num_rounds=2)
-    keys = known_keys(made) | {"site-2": stranger_key.public}
+    keys = list_known_keys(made) | {"site-2": stranger_key.public}
     state = made.run(asked=replace(made.lead.asked, site_keys=keys))
     # Nobody knows whose update it is, nor what was charged, in the rounds and at the end.
     assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
     assert state.rounds[0].failed_sites == {"site-2": "unsigned_reply"}
-    assert charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
+    assert list_charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
     assert "site-2" not in state.receipts
     assert "site-2: its receipt is signed with a key that is not in the roster" in caplog.text
 
@@ -189,12 +189,12 @@ def test_receipt_under_another_key_is_rejected(federation: Any, caplog: pytest.L
 def test_final_receipt_of_a_silent_site_corrects_its_charge(federation: Any, tamper: Any) -> None:
     # Its answers were lost on the way, and the last question was not.
     made = federation(num_rounds=2)
-    tamper(without(2))
+    tamper(drop_node(2))
     state = made.run()
-    assert charges(made, made.finished[-1])["site-2"] == (2, True)
-    assert charges(made, state) == dict.fromkeys(SITES, (2, False))
+    assert list_charges(made, made.finished[-1])["site-2"] == (2, True)
+    assert list_charges(made, state) == dict.fromkeys(SITES, (2, False))
     saved = made.lead.checkpoints.load()
-    assert charges(made, saved) == dict.fromkeys(SITES, (2, False)), "and it is kept"
+    assert list_charges(made, saved) == dict.fromkeys(SITES, (2, False)), "and it is kept"
     assert saved.round == 2
 
 
@@ -214,10 +214,10 @@ def test_invalid_final_receipt_changes_nothing(federation: Any, tamper: Any, wha
         return messages
 
     made = federation()
-    tamper(without(2))
+    tamper(drop_node(2))
     tamper(spoil, ("query.end",))
     state = made.run()
-    assert charges(made, state) == {"site-1": (1, False), "site-2": (1, True), "site-3": (1, False)}
+    assert list_charges(made, state) == {"site-1": (1, False), "site-2": (1, True), "site-3": (1, False)}
     assert state.round == 1, "the run is over all the same"
 
 
@@ -275,7 +275,7 @@ def test_read_only_ledger_stops_training_but_still_gives_receipts(
     assert after.rounds[-1].failed_sites == {"site-2": "site_error"}
     assert made.trained[-2:] == ["site-1", "site-3"]
     assert "attempt to write a readonly database" in caplog.text
-    assert charges(made, after)["site-2"] == (1, False), "its receipt can be read"
+    assert list_charges(made, after)["site-2"] == (1, False), "its receipt can be read"
     monkeypatch.undo()
     assert [event.kind for event in made.events("site-2")][2:] == ["plan", "reserve", "commit"]
 
@@ -292,4 +292,4 @@ def test_restored_ledger_is_detected_by_the_receipt_of_the_lead(federation: Any)
     assert after.rounds[-1].failed_sites == {"site-2": "ledger_behind_receipt"}
     assert made.trained[-2:] == ["site-1", "site-3"]
     assert after.receipts["site-2"] == state.receipts["site-2"], "what the site says now is not believed"
-    assert charges(made, after)["site-2"] == (3, True)
+    assert list_charges(made, after)["site-2"] == (3, True)

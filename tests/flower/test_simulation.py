@@ -62,7 +62,7 @@ def test_every_message_reaches_its_node_and_is_answered() -> None:
 
 
 @pytest.fixture
-def composed(tiny: Any, tmp_path: Path) -> Callable[..., RunConfig]:
+def compose_ray(tiny: Any, tmp_path: Path) -> Callable[..., RunConfig]:
     settings = tiny("runtime=ray", "federation.num_sites=3", "federation.participants=[site-1,site-3]", into=tmp_path)
     return lambda *more: compose_run([*settings, "runtime.num_threads=2", *more])
 
@@ -100,20 +100,20 @@ class Engine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     set_sender_ids(run_id=7, node_id=1, task_id=0)
     made = Engine()
-    monkeypatch.setattr(local_engine, "_started", made.start)
+    monkeypatch.setattr(local_engine, "_run_flower_command", made.start)
     monkeypatch.setattr(local_engine, "_is_open", lambda port: True)
     monkeypatch.setattr(local_engine, "_POLL_S", 0.01)
     return made
 
 
 def test_a_run_is_submitted_by_flwr_run_and_relayed_by_its_server_app(
-    composed: Any, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compose_ray: Any, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "hub.example.org")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     sealed: list[tuple[Path, Any]] = []
 
-    def lead(transport: Any) -> LeadState:
+    def run_lead(transport: Any) -> LeadState:
         ((path,), grid) = (tmp_path / "sites").iterdir(), transport._grid
         sealed.append((path, json.loads(path.read_text())))
         assert grid.get_node_ids() == [700, 701, 702]
@@ -132,7 +132,9 @@ def test_a_run_is_submitted_by_flwr_run_and_relayed_by_its_server_app(
             list(introductions)
         return STATE
 
-    assert local_engine.on_flower(lead, composed("runtime.device=auto"), tmp_path, tmp_path / "sites") is STATE
+    assert (
+        local_engine.run_on_flower(run_lead, compose_ray("runtime.device=auto"), tmp_path, tmp_path / "sites") is STATE
+    )
     assert engine.grid.asked == [(701, "query"), (702, "query")]
     (path, said), (superlink, run) = sealed[0], engine.started
     assert not path.exists()
@@ -149,21 +151,23 @@ def test_a_run_is_submitted_by_flwr_run_and_relayed_by_its_server_app(
 
 
 @pytest.mark.parametrize("error", [RunError("too few"), ConfigError("a", 1, "b"), KeyboardInterrupt(), OSError("full")])
-def test_run_error_keeps_its_type(composed: Any, engine: Engine, error: Any, tmp_path: Path) -> None:
+def test_run_error_keeps_its_type(compose_ray: Any, engine: Engine, error: Any, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as raised:
-        local_engine.on_flower(Mock(side_effect=error), composed(), tmp_path, tmp_path / "sites")
+        local_engine.run_on_flower(Mock(side_effect=error), compose_ray(), tmp_path, tmp_path / "sites")
     assert raised.value is error
     assert not engine.thread.is_alive(), "the ServerApp ends when the lead does"
 
 
 @pytest.mark.parametrize("fails", ["flower-superlink", "flwr", "in the run"])
 def test_an_engine_that_does_not_start_or_dies_ends_the_run(
-    composed: Any, engine: Engine, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compose_ray: Any, engine: Engine, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_engine, "_is_open", lambda port: fails != "flower-superlink")
     engine.fails, engine.grid = fails, Mock(spec=Grid, get_node_ids=Mock(side_effect=SystemError))
     with pytest.raises(RunError, match=r"engine did not start, or ended before the run; see flower\.log"):
-        local_engine.on_flower(lambda transport: transport._grid.get_node_ids(), composed(), tmp_path, tmp_path / "at")
+        local_engine.run_on_flower(
+            lambda transport: transport._grid.get_node_ids(), compose_ray(), tmp_path, tmp_path / "at"
+        )
     assert list((tmp_path / "at").iterdir()) == []
 
 
@@ -188,29 +192,29 @@ def test_sites_share_the_gpus_of_this_machine_so_that_all_can_train_at_a_time(
         gpu_share(RuntimeSpec(kind="ray", device="auto", sites_per_gpu=3), 8)
 
 
-def test_flower_is_told_how_many_sites_there_are_and_what_each_takes(composed: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(local_engine, "usable_cores", lambda: 4)
+def test_flower_is_told_how_many_sites_there_are_and_what_each_takes(compose_ray: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(local_engine, "count_usable_cores", lambda: 4)
     told = partial(local_engine.federation_config, share=0.5)
     here = "num-supernodes=2 client-resources-num-gpus=0.5 init-args-num-cpus={} client-resources-num-cpus={}"
-    assert told(composed()) == here.format(4, 2)
-    assert told(composed("runtime.num_threads=9")) == here.format(9, 9), "one actor has room"
+    assert told(compose_ray()) == here.format(4, 2)
+    assert told(compose_ray("runtime.num_threads=9")) == here.format(9, 9), "one actor has room"
     secure = ("federation.participants=[]", "federation.aggregation=secure", "training.local_steps=1")
-    assert told(composed(*secure)) == here.format(4, 4).replace("supernodes=2", "supernodes=3"), (
+    assert told(compose_ray(*secure)) == here.format(4, 4).replace("supernodes=2", "supernodes=3"), (
         "one actor has all keys"
     )
-    cluster = told(composed("runtime.ray_address=10.1.2.3:6379"))
+    cluster = told(compose_ray("runtime.ray_address=10.1.2.3:6379"))
     assert cluster == "num-supernodes=2 client-resources-num-gpus=0.5 client-resources-num-cpus=2"
 
 
 def test_an_actor_answers_for_the_run_that_it_sees_and_no_other(
-    composed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compose_ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_engine, "Participants", lambda config, folder: SimpleNamespace(config=config))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
     sys.modules["ray"].is_initialized = lambda: True  # type: ignore[attr-defined]
     file = tmp_path / "simulation.json"
-    asked = {"config": composed().to_json(), "folder": str(tmp_path), "started_in": "/", "fedtune": __version__}
+    asked = {"config": compose_ray().to_json(), "folder": str(tmp_path), "started_in": "/", "fedtune": __version__}
 
     def name() -> str:
         context = Context(1, 7, {"partition-id": 1}, state=RecordDict(), run_config={"run": str(file)})
@@ -232,8 +236,8 @@ def test_an_actor_answers_for_the_run_that_it_sees_and_no_other(
         name()
 
 
-@snapshots.mistakes("mistakes-cluster")
-def test_contradictory_cluster_settings_are_refused(composed: Any, typed: str) -> None:
+@snapshots.parametrize_mistakes("mistakes-cluster")
+def test_contradictory_cluster_settings_are_refused(compose_ray: Any, typed: str) -> None:
     with pytest.raises(ConfigError) as error:
-        composed(*typed.split())
+        compose_ray(*typed.split())
     snapshots.check_message("mistakes-cluster", typed, str(error.value))

@@ -120,7 +120,7 @@ def frame(head: bytes, body: bytes = b"") -> bytes:
     return site_socket._LENGTHS.pack(len(head), len(body)) + head + body
 
 
-def said(records: str, **changed: str) -> bytes:
+def build_message(records: str, **changed: str) -> bytes:
     words = {"kind": '"train"', "created_at": "1.0", "records": records} | changed
     return ("{" + ", ".join(f'"{key}": {value}' for key, value in words.items()) + "}").encode()
 
@@ -136,15 +136,15 @@ HOSTILE = {
     "a list": frame(b"[]"),
     "deep JSON": frame(b"[" * 100_000),
     "a key is missing": frame(b'{"kind": "train"}'),
-    "records that are none": frame(said("3")),
-    "more than there is": frame(said('{"a": 10}'), b"123"),
-    "less than there is": frame(said('{"a": 1}'), b"123"),
-    "a negative length": frame(said('{"a": -1, "b": 2}'), b"1"),
-    "a length that is a truth": frame(said('{"a": true}'), b"1"),
-    "a length that is a fraction": frame(said('{"a": 1.0}'), b"1"),
-    "a text that is none": frame(said('{"a": {"b": [true, 1]}}'), b"\xff"),
-    "a field without a length": frame(said('{"a": {"b": [true]}}')),
-    "a time that is none": frame(said("{}", created_at='"soon"')),
+    "records that are none": frame(build_message("3")),
+    "more than there is": frame(build_message('{"a": 10}'), b"123"),
+    "less than there is": frame(build_message('{"a": 1}'), b"123"),
+    "a negative length": frame(build_message('{"a": -1, "b": 2}'), b"1"),
+    "a length that is a truth": frame(build_message('{"a": true}'), b"1"),
+    "a length that is a fraction": frame(build_message('{"a": 1.0}'), b"1"),
+    "a text that is none": frame(build_message('{"a": {"b": [true, 1]}}'), b"\xff"),
+    "a field without a length": frame(build_message('{"a": {"b": [true]}}')),
+    "a time that is none": frame(build_message("{}", created_at='"soon"')),
     "HTTP": b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
 }
 
@@ -218,7 +218,7 @@ with socket.socket(socket.AF_UNIX) as line:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_unprivileged_user_is_accepted_only_with_the_group(caplog: pytest.LogCaptureFixture) -> None:
-    def heard(site: Site, *groups: int) -> str:
+    def ask_as_nobody(site: Site, *groups: int) -> str:
         words = [sys.executable, "-c", _AS_NOBODY, str(site.path), *map(str, groups)]
         sent = pack("train", 1.0, RecordDict()).hex()
         done = subprocess.run(words, input=sent, capture_output=True, text=True, timeout=60, check=False)
@@ -227,11 +227,11 @@ def test_unprivileged_user_is_accepted_only_with_the_group(caplog: pytest.LogCap
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # another user reaches the socket
         with Site(Path(folder) / "site.sock") as site:
-            assert "PermissionError" in heard(site, 4321), "the file's mode alone keeps others out"
+            assert "PermissionError" in ask_as_nobody(site, 4321), "the file's mode alone keeps others out"
             os.chmod(site.path, 0o666)
             os.chown(site.path, -1, 4321)
-            assert (heard(site, 4321), site.asked) == ("1", ["train"])
-            assert (heard(site, 99), site.asked) == ("0", ["train"])
+            assert (ask_as_nobody(site, 4321), site.asked) == ("1", ["train"])
+            assert (ask_as_nobody(site, 99), site.asked) == ("0", ["train"])
     assert "closed (PermissionError)" in caplog.text
 
 
@@ -258,7 +258,7 @@ def test_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def app_asked(path: Path, content: RecordDict, kind: str = "train") -> Message:
+def ask_app(path: Path, content: RecordDict, kind: str = "train") -> Message:
     """What the ClientApp answers that a SuperNode starts, at a site whose operator names this socket."""
     set_sender_ids(run_id=7, node_id=0, task_id=0)
     message = Message(content, 5, kind)
@@ -271,7 +271,7 @@ def app_asked(path: Path, content: RecordDict, kind: str = "train") -> Message:
 @pytest.mark.parametrize("kind", ["train", "query", "query.invite", "query.sum", "query.end"])
 def test_app_forwards_every_kind_of_message(site: Site, kind: str) -> None:
     content = RecordDict({"a": record_from_bytes(b"hello")})
-    reply = app_asked(site.path, content, kind)
+    reply = ask_app(site.path, content, kind)
     assert (reply.content, site.asked) == (content, [kind])
 
 
@@ -279,7 +279,7 @@ def test_app_error_contains_only_the_exception_class(tmp_path: Path, site: Site)
     foreign = RecordDict({"canary-31": MetricRecord({"canary-31": 1.0})})
     for path, name in ((tmp_path / "canary-31.sock", "FileNotFoundError"), (site.path, "ValueError")):
         with pytest.raises(site_app.SiteAway) as raised:
-            app_asked(path, foreign)
+            ask_app(path, foreign)
         assert str(raised.value) == name
         assert raised.value.__cause__ is None
 

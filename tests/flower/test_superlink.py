@@ -23,7 +23,7 @@ from fedtune.ops.wire.fleet import HELLO, Unauthorised, hello
 from fedtune.ops.wire.superlink import apply_roster
 
 from . import loopback
-from .certificates import Authority, public_pem
+from .certificates import Authority, to_public_pem
 from .loopback import Loopback, Program, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # in Flower's database
@@ -32,7 +32,7 @@ AUDIT = AuditLog(None)
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Loopback]:
+def own_network(tmp_path: Path) -> Iterator[Loopback]:
     network = Loopback(tmp_path / "network")
     network.enlist("a")
     yield network
@@ -40,67 +40,70 @@ def own(tmp_path: Path) -> Iterator[Loopback]:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server that runs, for tests after which it still does."""
-    with loopback.running(tmp_path_factory.mktemp("running"), enlist=["a"]) as network:
+    with loopback.run_server(tmp_path_factory.mktemp("running"), enlist=["a"]) as network:
         yield network
 
 
-def test_keyboard_interrupt_ends_the_server_with_exit_code_0(own: Loopback) -> None:
+def test_keyboard_interrupt_ends_the_server_with_exit_code_0(own_network: Loopback) -> None:
     # SIGTERM is tried below.
-    own.start()
-    site = own.site("a")
+    own_network.start()
+    site = own_network.site("a")
     site.wait_for("activated")
-    own.process.signal(signal.SIGINT)
-    assert own.process.end(seconds=15) == 0
+    own_network.process.signal(signal.SIGINT)
+    assert own_network.process.end(seconds=15) == 0
     site.wait_for("trouble")
     assert site.code is None, "a site outlives its server"
-    assert "Traceback" not in own.output
+    assert "Traceback" not in own_network.output
 
 
-def test_occupied_port_is_an_error(running: Loopback) -> None:
-    assert Program("server_process.py", running.folder).end(seconds=60) == 1
-    assert "Address already in use" in running.output
+def test_occupied_port_is_an_error(running_server: Loopback) -> None:
+    assert Program("server_process.py", running_server.folder).end(seconds=60) == 1
+    assert "Address already in use" in running_server.output
 
 
-def test_unreadable_roster_leaves_registered_sites_unchanged(running: Loopback) -> None:
-    roster, whole = running.folder / "roster.json", (running.folder / "roster.json").read_bytes()
+def test_unreadable_roster_leaves_registered_sites_unchanged(running_server: Loopback) -> None:
+    roster, whole = running_server.folder / "roster.json", (running_server.folder / "roster.json").read_bytes()
     roster.write_bytes(whole[:-5])
-    wait_for(lambda: "the roster could not be read; the sites stay unchanged" in running.output)
-    running.site("a").wait_for("activated")
+    wait_for(lambda: "the roster could not be read; the sites stay unchanged" in running_server.output)
+    running_server.site("a").wait_for("activated")
     roster.write_bytes(whole)
-    newcomer = running.enlist("b")
-    wait_for(lambda: "b is registered" in running.output)
-    assert hello(running.address, newcomer) == "b"
-    running.stop_sites()
+    newcomer = running_server.enlist("b")
+    wait_for(lambda: "b is registered" in running_server.output)
+    assert hello(running_server.address, newcomer) == "b"
+    running_server.stop_sites()
 
 
-def test_full_disk_is_reported_and_greetings_still_work(running: Loopback) -> None:
-    said, (soft, hard) = running.folder / "works", resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
+def test_full_disk_is_reported_and_greetings_still_work(running_server: Loopback) -> None:
+    said, (soft, hard) = (
+        running_server.folder / "works",
+        resource.prlimit(running_server.process.pid, resource.RLIMIT_FSIZE),
+    )
 
     def says(text: str) -> None:
         wait_for(lambda: said.exists() and said.read_text() == text, seconds=15, what=text)
 
     says("True")
     # No file may grow beyond 1 KiB, which is how a full disk looks to a database.
-    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
+    resource.prlimit(running_server.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
     says("False")
-    assert hello(running.address, running.tls["a"]) == "a"
-    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+    assert hello(running_server.address, running_server.tls["a"]) == "a"
+    resource.prlimit(running_server.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
     says("True")
 
 
-def test_server_creates_its_database_and_logs_connections(own: Loopback) -> None:
-    own.migrates = True
-    own.start()
-    assert hello(own.address, own.tls["a"]) == "a"
-    own.set_revoked("a")
-    wait_for(lambda: "a was revoked" in own.output, seconds=15)
+def test_server_creates_its_database_and_logs_connections(own_network: Loopback) -> None:
+    own_network.migrates = True
+    own_network.start()
+    assert hello(own_network.address, own_network.tls["a"]) == "a"
+    own_network.set_revoked("a")
+    wait_for(lambda: "a was revoked" in own_network.output, seconds=15)
     with pytest.raises(Unauthorised, match="revoked"):
-        hello(own.address, own.tls["a"])
-    own.process.ask_to_end()
-    assert own.process.end(seconds=15) == 0
-    noted = own.audit()
+        hello(own_network.address, own_network.tls["a"])
+    own_network.process.ask_to_end()
+    assert own_network.process.end(seconds=15) == 0
+    noted = own_network.audit()
     for line in noted:
         assert set(line) <= {"time", "event", "address", "member", "certificate", "path", "reason", "again"}
         del line["time"]
@@ -133,39 +136,39 @@ def state(tmp_path: Path) -> LinkState:
 
 @pytest.fixture
 def roster(tmp_path: Path) -> list[Any]:
-    keys = map(public_pem, map(Authority(tmp_path / "ca").issue, ("one", "other")))
+    keys = map(to_public_pem, map(Authority(tmp_path / "ca").issue, ("one", "other")))
     return [SimpleNamespace(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True)]
 
 
-def changed(member: Any, **fields: Any) -> Any:
+def change_member(member: Any, **fields: Any) -> Any:
     return SimpleNamespace(**vars(member) | fields)
 
 
-def registered(state: LinkState) -> dict[str, int]:
+def list_registered(state: LinkState) -> dict[str, int]:
     return {node.name: node.node_id for node in state.get_node_info() if node.status != "unregistered"}
 
 
 def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], tmp_path: Path, caplog: Any) -> None:
     a, b = roster
     apply_roster(state, [a, b], AUDIT)
-    first = registered(state)
-    apply_roster(state, [changed(a, revoked=True), b], AUDIT)
-    assert registered(state) == {"b": first["b"]}
+    first = list_registered(state)
+    apply_roster(state, [change_member(a, revoked=True), b], AUDIT)
+    assert list_registered(state) == {"b": first["b"]}
     assert state.get_node_id_by_public_key(a.node_key) is None
     # An old roster that was copied by mistake burns no key: Flower never takes one back, nor does the next server.
     state = state_of(tmp_path)
     apply_roster(state, [], AUDIT)
-    assert registered(state) == {"b": first["b"]}
+    assert list_registered(state) == {"b": first["b"]}
     with caplog.at_level(logging.ERROR):
         apply_roster(state, [a, b], AUDIT)
     assert "a: its connection key was revoked; it needs a new one" in caplog.text
-    assert registered(state) == {"b": first["b"]}
+    assert list_registered(state) == {"b": first["b"]}
 
 
 def test_renewed_key_is_registered_next_to_the_old_one(state: LinkState, roster: list[Any]) -> None:
     found = []
     for one in roster:
-        apply_roster(state, [changed(one, site="a")], AUDIT)
+        apply_roster(state, [change_member(one, site="a")], AUDIT)
         found.append(state.get_node_id_by_public_key(one.node_key))
     assert found[1] not in (None, found[0])
 
@@ -173,7 +176,7 @@ def test_renewed_key_is_registered_next_to_the_old_one(state: LinkState, roster:
 def test_revocation_takes_effect_without_database_writes(
     state: LinkState, roster: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rosters = [roster, [changed(one, revoked=True) for one in roster]]
+    rosters = [roster, [change_member(one, revoked=True) for one in roster]]
     kept = superlink._KeptRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
     kept.refresh_roster()
 
@@ -198,13 +201,13 @@ def audit(path: Path, clock: Mock) -> AuditLog:
     return AuditLog(path, clock=clock)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_audit_event_is_one_line_readable_only_by_its_owner(path: Path, audit: AuditLog) -> None:
     audit.log_event("call refused", address="10.0.0.7", member="north", reason="revoked", path="")
-    (line,) = lines(path)
+    (line,) = read_lines(path)
     assert line.pop("time").endswith("+00:00")
     assert line == {"event": "call refused", "address": "10.0.0.7", "member": "north", "reason": "revoked"}
     assert path.stat().st_mode & 0o777 == 0o600
@@ -216,23 +219,23 @@ def test_repeated_audit_events_are_counted(path: Path, audit: AuditLog, clock: M
     for _ in range(5000):
         audit.log_event("call refused", address="10.0.0.7", reason="revoked")
     audit.log_event("call refused", address="10.0.0.8", reason="revoked")
-    assert len(lines(path)) == 2
+    assert len(read_lines(path)) == 2
     clock.return_value = 601.0
     audit.flush()
     counted = [("10.0.0.7", None), ("10.0.0.8", None), ("10.0.0.7", 4999)]
-    assert [(line["address"], line.get("again")) for line in lines(path)] == counted
+    assert [(line["address"], line.get("again")) for line in read_lines(path)] == counted
     audit.log_event("call refused", address="10.0.0.7", reason="revoked")
-    assert len(lines(path)) == 4, "it is news again"
+    assert len(read_lines(path)) == 4, "it is news again"
 
 
 def test_audit_log_is_limited_for_many_addresses(path: Path, audit: AuditLog, clock: Mock) -> None:
     for number in range(5000):
         audit.log_event("handshake refused", address=str(number))
-    assert len(lines(path)) == 1000
+    assert len(read_lines(path)) == 1000
     clock.return_value = 601.0
     audit.flush()
-    assert lines(path)[-1]["event"] == "events not written"
-    assert lines(path)[-1]["again"] == 4000
+    assert read_lines(path)[-1]["event"] == "events not written"
+    assert read_lines(path)[-1]["again"] == 4000
 
 
 def test_audit_files_are_rotated_and_the_oldest_is_deleted(tmp_path: Path, path: Path, clock: Mock) -> None:
@@ -243,7 +246,7 @@ def test_audit_files_are_rotated_and_the_oldest_is_deleted(tmp_path: Path, path:
     assert sorted(file.name for file in tmp_path.iterdir()) == kept
     assert all(file.stat().st_size < 1200 for file in tmp_path.iterdir())
     audit.log_event("connected", member="last")
-    assert lines(path)[-1]["member"] == "last"
+    assert read_lines(path)[-1]["member"] == "last"
 
 
 def test_full_disk_does_not_block_audited_calls(tmp_path: Path, clock: Mock, caplog: pytest.LogCaptureFixture) -> None:
@@ -262,5 +265,5 @@ def test_noisy_member_does_not_hide_events_of_others(path: Path, audit: AuditLog
     assert audit.log_event("message refused", member="south", reason="answers no question")
     assert audit.log_event("run started", certificate="lead")
     assert audit.log_event("member revoked", member="south")
-    assert sum(line.get("member") == "south" for line in lines(path)) <= 103
-    assert sum("handshake" in line["event"] for line in lines(path)) <= 1000
+    assert sum(line.get("member") == "south" for line in read_lines(path)) <= 103
+    assert sum("handshake" in line["event"] for line in read_lines(path)) <= 1000

@@ -26,14 +26,14 @@ def main() -> None:
     # A way out, should one of them go off: far above what the imports take, far below what the bombs stand for.
     resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))
     seeds.run_folder()
-    for name, target, data in bombs():
+    for name, target, data in list_bombs():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         target.check(data)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         sys.stdout.write(json.dumps({"bomb": name, "bytes": len(data), "mib": round(grown, 1)}) + "\n")
 
 
-def bombs() -> Iterator[tuple[str, Target, bytes]]:
+def list_bombs() -> Iterator[tuple[str, Target, bytes]]:
     """Name, target and input of each."""
     # Twice what a process may grow by: more would show no more, and takes its time to unpack.
     member, members = gzip.compress(b"a" * (16 * MIB), mtime=0), 2 * MOST_MIB // 16
@@ -44,7 +44,7 @@ def bombs() -> Iterator[tuple[str, Target, bytes]]:
         ("a million blank lines", gzip.compress(b"\n" * MIB, mtime=0)),
     ):
         yield name, TARGETS["data.jsonl.gz"], data
-    csv = Target("csv", TARGETS["data.csv"].broken, file_targets._rows("bomb.csv.gz"), TARGETS["data.csv"].errors)
+    csv = Target("csv", TARGETS["data.csv"].broken, file_targets._parse_rows("bomb.csv.gz"), TARGETS["data.csv"].errors)
     yield "200 MiB in one cell", csv, quoted + member * members
     yield "a cell of 16 million lines", csv, quoted + gzip.compress(b"a\n" * (8 * MIB), mtime=0) * 2
     for name, header in (

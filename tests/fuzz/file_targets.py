@@ -16,7 +16,7 @@ import pyarrow
 import yaml
 from hypothesis import strategies as st
 
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.data.records import iter_records, iter_usable_records
 from fedtune.federation.lead import Checkpoints, read_receipts
 from fedtune.model.manifest import build_manifest
@@ -28,7 +28,7 @@ from fedtune.ops.kits.members import Roster
 from fedtune.ops.services.lead_and_server import read_latest_answers
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.ledger import store
-from fedtune.privacy.ledger.chain import EVENT, START, Event, Head, canonical_json
+from fedtune.privacy.ledger.chain import EVENT, START, Event, Head, to_canonical_json
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
@@ -39,9 +39,9 @@ from fedtune.sites.virtual_site import DEALT, read_partition_settings
 from fedtune.spec import KIT_SCHEMA, ConfigError, DataError, FedtuneError, RunError
 from fedtune.tasks.saved import load_task_model
 
-from ..data.conftest import in_parquet
+from ..data.conftest import encode_parquet
 from . import seeds
-from .mutations import bytes_like, json_like, mutated_bytes, mutated_json, toml_like
+from .mutations import mutate_bytes, mutate_bytes_like, mutate_json, mutate_json_like, mutate_toml_like
 from .target import Target
 from .wire_targets import join_request
 
@@ -50,7 +50,7 @@ _SAVED, _ARROW = Path(__file__).parents[1] / "data" / "fixtures" / "saved_set", 
 _OURS, _OF_ALL = (ConfigError, RunError), (FedtuneError,)
 
 
-def _model_of(index: Path) -> object:
+def _build_manifest(index: Path) -> object:
     """The manifest of a folder that this index of shards lies in."""
     with TemporaryDirectory() as scratch:
         for name in ("config.json", "a.safetensors", "b.safetensors"):
@@ -59,11 +59,11 @@ def _model_of(index: Path) -> object:
         return build_manifest(Path(scratch))
 
 
-def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+def _parse_as_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
     """Parse bytes as the content of a file of its own."""
 
     def parse(data: bytes) -> object:
-        path = seeds.folder() / "files" / name
+        path = seeds.make_folder() / "files" / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
         return read(path)
@@ -71,11 +71,11 @@ def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], obj
     return parse
 
 
-def _in_copy(name: str, read: Callable[[Path], object], of: Callable[[], Path]) -> Callable[[bytes], object]:
+def _parse_in_copy(name: str, read: Callable[[Path], object], of: Callable[[], Path]) -> Callable[[bytes], object]:
     """Parse bytes as one file of a copy of a folder."""
 
     def parse(data: bytes) -> object:
-        folder = seeds.folder() / f"with other {Path(name).name}"
+        folder = seeds.make_folder() / f"with other {Path(name).name}"
         if not folder.exists():
             shutil.copytree(of(), folder)
         (folder / name).write_bytes(data)
@@ -84,27 +84,27 @@ def _in_copy(name: str, read: Callable[[Path], object], of: Callable[[], Path]) 
     return parse
 
 
-_in_run = partial(_in_copy, of=seeds.run_folder)
+_in_run = partial(_parse_in_copy, of=seeds.run_folder)
 
 
-def _in_spec(name: str, kind: type[Any]) -> Callable[[bytes], object]:
-    return _in_file(name, partial(read_spec, kind))
+def _parse_as_spec(name: str, kind: type[Any]) -> Callable[[bytes], object]:
+    return _parse_as_file(name, partial(read_spec, kind))
 
 
-def _adapter(name: str) -> Callable[[bytes], object]:
+def _target_adapter_file(name: str) -> Callable[[bytes], object]:
     return _in_run(f"adapter/{name}", lambda folder: load_task_model(folder / "adapter"))
 
 
-def _of_run(name: str) -> bytes:
+def _read_run_file(name: str) -> bytes:
     return (seeds.run_folder() / name).read_bytes()
 
 
-def _ledger(path: Path) -> None:
+def _read_ledger(path: Path) -> None:
     """Read by its owner, which opens it for training, and by others, who verify it."""
     problems = []
     for read in (
         lambda: verify(path).history.total_charges(),
-        lambda: SiteLedger(path, seeds.policy(), seeds.key(2)).history.epsilon(),
+        lambda: SiteLedger(path, seeds.make_policy(), seeds.key(2)).history.epsilon(),
     ):
         try:
             read()
@@ -114,26 +114,26 @@ def _ledger(path: Path) -> None:
         raise problems[0]
 
 
-def _events() -> Any:
+def _list_valid_events() -> Any:
     """Those of the valid ledger, as plain data."""
-    seeds.ledger()
-    events = verify(seeds.folder() / "seed" / "ledger.db").events
+    seeds.make_ledger()
+    events = verify(seeds.make_folder() / "seed" / "ledger.db").events
     return json.loads(json.dumps([asdict(event) for event in events]))
 
 
-def _signed_anew(data: bytes) -> None:
+def _sign_anew(data: bytes) -> None:
     """A ledger whose owner writes into it what it likes, and signs that: whoever verifies it must not fall over."""
     rows, before = list[list[object]](), START
     try:
         for fields in json.loads(data):
             event = Event(**{**fields, "hash": "", "signature": ""})
             before = event.hash_after(before)
-            values = {**asdict(event), "detail": canonical_json(event.detail).decode(), "hash": before}
+            values = {**asdict(event), "detail": to_canonical_json(event.detail).decode(), "hash": before}
             values["signature"] = seeds.key(2).sign(EVENT, before.encode())
             rows.append([*values.values()])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return  # nothing that the file could hold
-    path = seeds.folder() / "signed_anew.db"
+    path = seeds.make_folder() / "signed_anew.db"
     path.unlink(missing_ok=True)
     file = sqlite3.connect(path, isolation_level=None)
     try:
@@ -143,7 +143,7 @@ def _signed_anew(data: bytes) -> None:
             file.execute(statement)
         for row in rows:
             file.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
-        with store.open_for_reading(seeds.folder() / "seed" / "ledger.db") as valid:
+        with store.open_for_reading(seeds.make_folder() / "seed" / "ledger.db") as valid:
             file.executemany("INSERT INTO replies VALUES (?, ?, ?)", store.read_replies(valid))
     except (sqlite3.Error, OverflowError, UnicodeEncodeError):
         return
@@ -158,56 +158,56 @@ def _report(data: bytes) -> None:
     check_report(Path("nowhere", "report.json"), report, Known())
 
 
-def _checkpoint(folder: Path) -> object:
-    return Checkpoints(folder / "checkpoints", json.loads(_of_run("run.json"))["config_sha256"]).load()
+def _read_checkpoint(folder: Path) -> object:
+    return Checkpoints(folder / "checkpoints", json.loads(_read_run_file("run.json"))["config_sha256"]).load()
 
 
-def _newest_checkpoint() -> str:
+def _find_newest_checkpoint() -> str:
     return f"checkpoints/{max((seeds.run_folder() / 'checkpoints').glob('round-*')).name}"
 
 
-def _both(path: Path, columns: Mapping[str, str]) -> object:
+def _read_both_ways(path: Path, columns: Mapping[str, str]) -> object:
     return list(iter_usable_records(path, columns)), list(iter_records(path, columns))
 
 
-def _rows(name: str, columns: Mapping[str, str] = COLUMNS) -> Callable[[bytes], object]:
-    return _in_file(name, partial(_both, columns=columns))
+def _parse_rows(name: str, columns: Mapping[str, str] = COLUMNS) -> Callable[[bytes], object]:
+    return _parse_as_file(name, partial(_read_both_ways, columns=columns))
 
 
-def _saved(name: str) -> Callable[[bytes], object]:
+def _parse_in_saved_set(name: str) -> Callable[[bytes], object]:
     """Parse bytes as one file of a folder that Hugging Face datasets saved."""
-    return _in_copy(
-        name, partial(_both, columns={role: role for role in ("text", "label", "messages")}), lambda: _SAVED
+    return _parse_in_copy(
+        name, partial(_read_both_ways, columns={role: role for role in ("text", "label", "messages")}), lambda: _SAVED
     )
 
 
-def _waiting(data: bytes) -> object:
+def _show_waiting(data: bytes) -> object:
     """What a person is shown who is to approve a run."""
-    state = SiteState(seeds.folder() / "state")
+    state = SiteState(seeds.make_folder() / "state")
     (state.folder / "pending").mkdir(parents=True, exist_ok=True)
     (state.folder / "pending" / "run.json").write_bytes(data)
     return state.list_pending_runs()
 
 
-def _pending_seed() -> dict[str, object]:
+def _make_pending_seed() -> dict[str, object]:
     proposal = json.loads(json.dumps(seeds.request().proposal.to_json()))
-    return {"proposal": proposal, "settings": seeds.decisive(), "since": "2026-11-20T10:00:00+00:00"}
+    return {"proposal": proposal, "settings": seeds.list_decisive_settings(), "since": "2026-11-20T10:00:00+00:00"}
 
 
-def _retired(path: Path) -> object:
+def _read_retired(path: Path) -> object:
     return FederationFolder(folder=path.parent, settings=cast(Any, None), lead_key="").read_retired_keys()
 
 
-def _roster_seed() -> Any:
-    home, now = seeds.folder() / "clinics", datetime.now(UTC)
+def _make_roster_seed() -> Any:
+    home, now = seeds.make_folder() / "clinics", datetime.now(UTC)
     if not home.exists():
-        (seeds.folder() / "federation.toml").write_text(_FEDERATION)
-        provisioning.init_federation(seeds.folder() / "federation.toml", out=home, now=now)
+        (seeds.make_folder() / "federation.toml").write_text(_FEDERATION)
+        provisioning.init_federation(seeds.make_folder() / "federation.toml", out=home, now=now)
         provisioning.check_join_request(home, request=join_request(), days=None, now=now)[1]()
     return json.loads((home / "server" / "roster.json").read_bytes())
 
 
-def _kit_seed() -> str:
+def _make_kit_seed() -> str:
     kit = KitFile(
         version=KIT_SCHEMA, kind="site", federation="clinics", server="a.b:1", lead=seeds.key(1).public, site="north"
     )
@@ -221,87 +221,117 @@ _ARRAY = b"[" + b",\n".join(_JSONL.splitlines()) + b"]"
 _CSV = b'body,kind,x\r\n"a ""letter""\r\nof two lines",praise,1\r\nanother,3,\r\n'
 _RETIRED = {"version": KIT_SCHEMA, "fingerprints": ["ab" * 32]}
 _TABLE = pyarrow.table({"body": ["good morning", "good night"] * 9, "kind": ["a", "b"] * 9})
-_RECEIPTS = {"north": json.loads(json.dumps({k: getattr(seeds.receipt(), k) for k in seeds.receipt().__slots__}))}
+_RECEIPTS = {
+    "north": json.loads(json.dumps({k: getattr(seeds.make_receipt(), k) for k in seeds.make_receipt().__slots__}))
+}
 
 
-def _yaml(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
+def _target_yaml(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
     """JSON is YAML, but for numbers that only one of them knows."""
-    return lambda: mutated_json(yaml.safe_load(valid())) | mutated_bytes(valid()) | st.binary(max_size=64)
+    return lambda: mutate_json(yaml.safe_load(valid())) | mutate_bytes(valid()) | st.binary(max_size=64)
 
 
 def _run_file(name: str) -> Callable[[], Any]:
-    return lambda: json.loads(_of_run(name))
+    return lambda: json.loads(_read_run_file(name))
 
 
-def _json(name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS, *, cost: int = 1) -> Target:
+def _target_json(
+    name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS, *, cost: int = 1
+) -> Target:
     """`valid` is such JSON, or makes it."""
-    return Target(name, json_like(valid if callable(valid) else lambda: valid), parse, errors, cost)
+    return Target(name, mutate_json_like(valid if callable(valid) else lambda: valid), parse, errors, cost)
 
 
-def _bytes(name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS) -> Target:
-    return Target(name, bytes_like(valid if callable(valid) else lambda: valid), parse, errors)
+def _target_bytes(name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS) -> Target:
+    return Target(name, mutate_bytes_like(valid if callable(valid) else lambda: valid), parse, errors)
 
 
 TARGETS = (
-    Target("policy", toml_like(seeds.policy_toml), _in_file("site.toml", read_policy), _OURS),
-    Target("federation.toml", toml_like(lambda: _FEDERATION), _in_spec("federation.toml", FederationFile), _OURS),
-    Target("kit.toml", toml_like(_kit_seed), _in_spec("kit.toml", KitFile), _OURS),
-    _json("roster", _roster_seed, _in_file("roster.json", Roster.read)),
-    _json("receipts.json", _RECEIPTS, _in_file("receipts.json", read_receipts)),
-    _json("a run that waits for approval", _pending_seed, _waiting),
-    _json("answers.json", _ANSWERS, _in_file("answers.json", lambda path: read_latest_answers(path.parent))),
-    _json(
+    Target("policy", mutate_toml_like(seeds.read_policy_toml), _parse_as_file("site.toml", read_policy), _OURS),
+    Target(
+        "federation.toml",
+        mutate_toml_like(lambda: _FEDERATION),
+        _parse_as_spec("federation.toml", FederationFile),
+        _OURS,
+    ),
+    Target("kit.toml", mutate_toml_like(_make_kit_seed), _parse_as_spec("kit.toml", KitFile), _OURS),
+    _target_json("roster", _make_roster_seed, _parse_as_file("roster.json", Roster.read)),
+    _target_json("receipts.json", _RECEIPTS, _parse_as_file("receipts.json", read_receipts)),
+    _target_json("a run that waits for approval", _make_pending_seed, _show_waiting),
+    _target_json(
+        "answers.json", _ANSWERS, _parse_as_file("answers.json", lambda path: read_latest_answers(path.parent))
+    ),
+    _target_json(
         "how records were dealt out",
         _DEALT_OUT,
-        _in_file(DEALT, partial(read_partition_settings, keys=tuple(_DEALT_OUT))),
+        _parse_as_file(DEALT, partial(read_partition_settings, keys=tuple(_DEALT_OUT))),
     ),
-    _json("anchor", seeds.anchor, _in_file("ledger.anchor", Head.read)),
-    _bytes("ledger", seeds.ledger, _in_file("ledger.db", _ledger)),
-    Target("ledger signed anew", lambda: mutated_json(_events()), _signed_anew, _OURS),
-    _json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build_run_report), cost=5),
-    _json("environment.json", _run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
+    _target_json("anchor", seeds.anchor, _parse_as_file("ledger.anchor", Head.read)),
+    _target_bytes("ledger", seeds.make_ledger, _parse_as_file("ledger.db", _read_ledger)),
+    Target("ledger signed anew", lambda: mutate_json(_list_valid_events()), _sign_anew, _OURS),
+    _target_json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build_run_report), cost=5),
+    _target_json("environment.json", _run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
     *(
-        Target(name, _yaml(lambda: _of_run("config.yaml")), _in_run("config.yaml", read), _OURS, cost=5)
-        for name, read in (("config.yaml", read_run), ("config.yaml of a resumed run", saved_config))
+        Target(name, _target_yaml(lambda: _read_run_file("config.yaml")), _in_run("config.yaml", read), _OURS, cost=5)
+        for name, read in (("config.yaml", read_run), ("config.yaml of a resumed run", read_saved_config))
     ),
-    _json("retired keys", _RETIRED, _in_file("retired_keys.json", _retired)),
-    _bytes(
+    _target_json("retired keys", _RETIRED, _parse_as_file("retired_keys.json", _read_retired)),
+    _target_bytes(
         "checkpoint",
-        lambda: _of_run(_newest_checkpoint()),
-        lambda data: _in_run(_newest_checkpoint(), _checkpoint)(data),
+        lambda: _read_run_file(_find_newest_checkpoint()),
+        lambda data: _in_run(_find_newest_checkpoint(), _read_checkpoint)(data),
     ),
-    _bytes("asked.jsonl", partial(_of_run, "checkpoints/asked.jsonl"), _in_run("checkpoints/asked.jsonl", _checkpoint)),
-    _json("report.json", _run_file("report.json"), _report),
-    _json("saved adapter's settings", _run_file("adapter/fedtune.json"), _adapter("fedtune.json"), _OF_ALL),
-    _bytes("saved adapter's head", partial(_of_run, "adapter/head.safetensors"), _adapter("head.safetensors"), _OF_ALL),
+    _target_bytes(
+        "asked.jsonl",
+        partial(_read_run_file, "checkpoints/asked.jsonl"),
+        _in_run("checkpoints/asked.jsonl", _read_checkpoint),
+    ),
+    _target_json("report.json", _run_file("report.json"), _report),
+    _target_json(
+        "saved adapter's settings", _run_file("adapter/fedtune.json"), _target_adapter_file("fedtune.json"), _OF_ALL
+    ),
+    _target_bytes(
+        "saved adapter's head",
+        partial(_read_run_file, "adapter/head.safetensors"),
+        _target_adapter_file("head.safetensors"),
+        _OF_ALL,
+    ),
     *(
-        _json(f"a model's {name}", fields, partial(check_content, name, folder="model"), (ConfigError,))
+        _target_json(f"a model's {name}", fields, partial(check_content, name, folder="model"), (ConfigError,))
         for name, fields in _OF_A_MODEL.items()
     ),
-    _json("a model's index of shards", _SHARDS, _in_file("model.safetensors.index.json", _model_of), (ConfigError,)),
-    _json("a line of data.jsonl", json.loads(_JSONL.splitlines()[1]), _rows("data.jsonl"), (DataError,)),
+    _target_json(
+        "a model's index of shards",
+        _SHARDS,
+        _parse_as_file("model.safetensors.index.json", _build_manifest),
+        (ConfigError,),
+    ),
+    _target_json("a line of data.jsonl", json.loads(_JSONL.splitlines()[1]), _parse_rows("data.jsonl"), (DataError,)),
     *(
-        _bytes(f"data.{kind}", data, _rows(f"data.{kind}"), (DataError,))
+        _target_bytes(f"data.{kind}", data, _parse_rows(f"data.{kind}"), (DataError,))
         for kind, data in {
             "jsonl": _JSONL,
             "jsonl.gz": gzip.compress(_JSONL, mtime=0),
             "json": _ARRAY,
             "csv": _CSV,
             "tsv": _CSV.replace(b",", b"\t"),
-            "parquet": in_parquet(_TABLE),
+            "parquet": encode_parquet(_TABLE),
         }.items()
     ),
     *(
-        _bytes(f"data.{kind}", data, _rows(f"data.{kind}", columns), (DataError,))
+        _target_bytes(f"data.{kind}", data, _parse_rows(f"data.{kind}", columns), (DataError,))
         for kind, data, columns in (
             ("conll", b"# a\nmy B-drug\ncard O\n\n\xc2\xa0\n\nlost\tO\n", {"tokens": "tokens", "tags": "tags"}),
             ("pubtator", b"1|t|my card\n1|a|lost\n1\t0\t2\tmy\tdrug\n\n2|t|x\n", {"text": "text", "spans": "spans"}),
             ("bioc", json.dumps(_BIOC).encode(), {"text": "text", "spans": "spans"}),
         )
     ),
-    _json("conversations", _CHATS, _rows("chats.json", {"messages": "chat"}), (DataError,)),
-    _bytes("a saved set's values", (_SAVED / _ARROW).read_bytes, _saved(_ARROW), (DataError,)),
-    _json(
-        "a saved set's state.json", json.loads((_SAVED / "state.json").read_bytes()), _saved("state.json"), (DataError,)
+    _target_json("conversations", _CHATS, _parse_rows("chats.json", {"messages": "chat"}), (DataError,)),
+    _target_bytes("a saved set's values", (_SAVED / _ARROW).read_bytes, _parse_in_saved_set(_ARROW), (DataError,)),
+    _target_json(
+        "a saved set's state.json",
+        json.loads((_SAVED / "state.json").read_bytes()),
+        _parse_in_saved_set("state.json"),
+        (DataError,),
     ),
 )

@@ -26,11 +26,11 @@ ODD_TOML = (
 
 
 @st.composite
-def mutated_json(draw: st.DrawFn, valid: Any) -> bytes:
+def mutate_json(draw: st.DrawFn, valid: Any) -> bytes:
     """JSON like `valid` with one to three places changed, removed, added or exchanged."""
     holder = [copy.deepcopy(valid)]
     for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(holder))
+        places = list(_list_places(holder))
         container, key = places[draw(st.integers(0, len(places) - 1))]
         match draw(st.sampled_from(("odd", "odd", "odd", "remove", "add", "other"))):
             case "odd":
@@ -38,10 +38,10 @@ def mutated_json(draw: st.DrawFn, valid: Any) -> bytes:
             case "remove" if container is not holder:
                 del container[key]
             case "add" if isinstance(container, dict):
-                container[draw(st.sampled_from(("x", "", "__class__", "self", "version")))] = draw(_small())
+                container[draw(st.sampled_from(("x", "", "__class__", "self", "version")))] = draw(_draw_small_value())
             case _:
                 other, name = places[draw(st.integers(0, len(places) - 1))]
-                container[key] = copy.deepcopy(other[name]) if other is not holder else draw(_small())
+                container[key] = copy.deepcopy(other[name]) if other is not holder else draw(_draw_small_value())
     text = json.dumps(holder[0])
     for mark, raw in _RAW.items():
         text = text.replace(mark, raw)
@@ -49,7 +49,7 @@ def mutated_json(draw: st.DrawFn, valid: Any) -> bytes:
 
 
 @st.composite
-def mutated_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
+def mutate_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
     """Bytes like `valid` with one to four edits."""
     data = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
@@ -74,7 +74,7 @@ def mutated_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
 
 
 @st.composite
-def mutated_toml(draw: st.DrawFn, valid: str) -> bytes:
+def mutate_toml(draw: st.DrawFn, valid: str) -> bytes:
     """TOML like `valid` with one to three lines changed, removed or repeated."""
     lines = valid.splitlines()
     for _ in range(draw(st.integers(1, 3))):
@@ -90,35 +90,35 @@ def mutated_toml(draw: st.DrawFn, valid: str) -> bytes:
             case "key":
                 lines.insert(at, f"{draw(st.sampled_from(('x', 'a.b', 'site', '[x]', '[[x]]')))} = 1")
             case _:
-                return draw(mutated_bytes("\n".join(lines).encode()))
+                return draw(mutate_bytes("\n".join(lines).encode()))
     return "\n".join(lines).encode()
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def _list_places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) inside `value`, outermost first."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
     for key in keys:
         yield value, key
     for key in keys:
         if isinstance(value[key], dict | list):
-            yield from _places(value[key])
+            yield from _list_places(value[key])
 
 
-def _small() -> st.SearchStrategy[Any]:
+def _draw_small_value() -> st.SearchStrategy[Any]:
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
     return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 
 
-def json_like(valid: Callable[[], Any]) -> Callable[[], st.SearchStrategy[bytes]]:
+def mutate_json_like(valid: Callable[[], Any]) -> Callable[[], st.SearchStrategy[bytes]]:
     """Broken versions of JSON, which is made when it is asked for."""
-    return lambda: mutated_json(valid()) | mutated_bytes(json.dumps(valid()).encode()) | st.binary(max_size=64)
+    return lambda: mutate_json(valid()) | mutate_bytes(json.dumps(valid()).encode()) | st.binary(max_size=64)
 
 
-def bytes_like(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
+def mutate_bytes_like(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
     """The same of bytes."""
-    return lambda: mutated_bytes(valid()) | st.binary(max_size=64)
+    return lambda: mutate_bytes(valid()) | st.binary(max_size=64)
 
 
-def toml_like(valid: Callable[[], str]) -> Callable[[], st.SearchStrategy[bytes]]:
+def mutate_toml_like(valid: Callable[[], str]) -> Callable[[], st.SearchStrategy[bytes]]:
     """The same of TOML."""
-    return lambda: mutated_toml(valid()) | st.binary(max_size=64)
+    return lambda: mutate_toml(valid()) | st.binary(max_size=64)

@@ -21,11 +21,11 @@ from fedtune.sites.virtual_site import generate_policy
 
 from ..builders import round_request
 from ..privacy.builders import make_key, train
-from ..sites.conftest import letters
+from ..sites.conftest import make_letters
 
 
 @cache
-def folder() -> Path:
+def make_folder() -> Path:
     """Where files of this process lie."""
     return Path(tempfile.mkdtemp(prefix="fedtune-fuzz-"))
 
@@ -35,56 +35,56 @@ key = make_key
 
 
 @cache
-def config() -> RunConfig:
+def make_config() -> RunConfig:
     """A run over two sites, as the lead has it."""
-    return letters(runtime={"seeded_noise": False})
+    return make_letters(runtime={"seeded_noise": False})
 
 
 @cache
-def settings() -> dict[str, Any]:
+def make_settings() -> dict[str, Any]:
     """What of it the sites are sent."""
-    sent: dict[str, Any] = json.loads(json.dumps(settings_for_sites(config()).to_json()))
+    sent: dict[str, Any] = json.loads(json.dumps(settings_for_sites(make_config()).to_json()))
     return sent
 
 
-def decisive() -> str:
+def list_decisive_settings() -> str:
     """What of that its digest, which the run's name holds, is made of."""
-    return json.dumps(settings_for_sites(config()).decisive(), sort_keys=True)
+    return json.dumps(settings_for_sites(make_config()).decisive(), sort_keys=True)
 
 
 def plan() -> Any:
-    return settings_for_sites(config()).plan()
+    return settings_for_sites(make_config()).plan()
 
 
 @cache
-def policy() -> Policy:
-    made = generate_policy(settings_for_sites(config()), plan(), "north", lead=key(1).public)
+def make_policy() -> Policy:
+    made = generate_policy(settings_for_sites(make_config()), plan(), "north", lead=key(1).public)
     budget = replace(made.budget, max_epsilon=5 * made.budget.max_epsilon)
     return replace(made, budget=budget, simulated=False, asserted=Asserted(no_person_at_another_site=True))
 
 
 @cache
-def policy_toml() -> str:
-    path = folder() / "policy.toml"
-    write_policy(policy(), path)
+def read_policy_toml() -> str:
+    path = make_folder() / "policy.toml"
+    write_policy(make_policy(), path)
     return path.read_text()
 
 
 @cache
-def adapter() -> Adapter:
+def make_adapter() -> Adapter:
     values = np.random.default_rng(5).normal(size=(2, 3)).astype(np.float32)
     return Adapter({"b.lora_A": values, "head.weight": np.linspace(-1, 1, 4, dtype=np.float32)})
 
 
-def receipt() -> Receipt:
+def make_receipt() -> Receipt:
     fields = {"site": "north", "run": "r", "charged_rounds": 1, "sequence": 4, "head": "ab" * 32}
     fields |= {"ended": False, "plan": "12" * 32, "seeded_noise": False, "simulated": False}
     return Receipt(**fields, site_key=key(2).public, signature="cd" * 64)
 
 
 def request() -> RoundRequest:
-    proposal = settings_for_sites(config()).proposal(lead=key(1).public, plan=plan())
-    return round_request(proposal, site="north", adapter_digest=adapter().digest(), receipt=receipt())
+    proposal = settings_for_sites(make_config()).proposal(lead=key(1).public, plan=plan())
+    return round_request(proposal, site="north", adapter_digest=make_adapter().digest(), receipt=make_receipt())
 
 
 def request_json() -> dict[str, Any]:
@@ -93,19 +93,19 @@ def request_json() -> dict[str, Any]:
 
 
 def update() -> Update:
-    return Update(site="north", run="r", round=1, tensors=adapter().tensors, scores=(0.5, 0.25))
+    return Update(site="north", run="r", round=1, tensors=make_adapter().tensors, scores=(0.5, 0.25))
 
 
 def reply() -> Reply:
-    return Reply(body=update(), receipt=receipt())
+    return Reply(body=update(), receipt=make_receipt())
 
 
 @cache
-def ledger() -> bytes:
+def make_ledger() -> bytes:
     """The file of a ledger with two charged rounds; its anchor lies beside it as ledger.anchor."""
-    path = folder() / "seed" / "ledger.db"
+    path = make_folder() / "seed" / "ledger.db"
     path.parent.mkdir()
-    opened = SiteLedger(path, policy(), key(2), anchor=path.with_suffix(".anchor"))
+    opened = SiteLedger(path, make_policy(), key(2), anchor=path.with_suffix(".anchor"))
     train(opened, request().proposal, 1, 2, reply=update().to_bytes())
     return path.read_bytes()
 
@@ -113,8 +113,8 @@ def ledger() -> bytes:
 @cache
 def anchor() -> dict[str, Any]:
     """The anchor of `ledger`."""
-    ledger()
-    fields: dict[str, Any] = json.loads((folder() / "seed" / "ledger.anchor").read_bytes())
+    make_ledger()
+    fields: dict[str, Any] = json.loads((make_folder() / "seed" / "ledger.anchor").read_bytes())
     return fields
 
 
@@ -126,7 +126,7 @@ def run_folder() -> Path:
 
     small = {"data.train_fraction": 0.02, "data.declared_sizes": 90, "data.validation_rows": 10, "data.test_rows": 10}
     here = {"runtime.device": "cpu", "runtime.num_threads": 1, "privacy.noise_multiplier": 4.0, "data.max_length": 16}
-    named = {"name": "run", "tracking": "quiet", "tracking.output_dir": str(folder())}
+    named = {"name": "run", "tracking": "quiet", "tracking.output_dir": str(make_folder())}
     into: Path = fedtune.simulate("debug", small | here | named).folder
     (into / "report.json").write_text(signing.report_to_json(from_run.build_run_report(into)))
     return into

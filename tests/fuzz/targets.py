@@ -8,7 +8,7 @@ from . import file_targets, wire_targets
 TARGETS = {target.name: target for target in (*wire_targets.TARGETS, *file_targets.TARGETS)}
 
 
-def table() -> str:
+def render_table() -> str:
     """Return a Markdown table with the name of each parser and the errors that it may raise."""
     lines = ["| input | errors it may raise |", "| --- | --- |"]
     for name, target in TARGETS.items():
@@ -17,4 +17,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(render_table())

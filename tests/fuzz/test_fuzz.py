@@ -20,7 +20,7 @@ EXAMPLES, EXAMPLES_AT_NIGHT = 30, 3_000
 """Of each target.  The same ones every time by day; others each night."""
 
 
-def fuzz(target: Target, *, examples: int, always_the_same: bool) -> int:
+def fuzz_target(target: Target, *, examples: int, always_the_same: bool) -> int:
     """Give the target's parser so many broken inputs; a failure names the smallest one found.  Returns their number."""
     seen: list[int] = []
 
@@ -42,7 +42,7 @@ def fuzz(target: Target, *, examples: int, always_the_same: bool) -> int:
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("examples", [EXAMPLES, pytest.param(EXAMPLES_AT_NIGHT, marks=pytest.mark.nightly)])
 def test_fuzzed_input_is_refused_with_declared_errors(name: str, examples: int) -> None:
-    assert fuzz(TARGETS[name], examples=examples, always_the_same=examples == EXAMPLES) >= 10
+    assert fuzz_target(TARGETS[name], examples=examples, always_the_same=examples == EXAMPLES) >= 10
 
 
 NESTED = ("receipts.json", "anchor", "retired keys", "environment.json", "asked.jsonl", "run.json", "answers.json")
@@ -84,7 +84,7 @@ def test_saved_adapter_settings_must_have_the_right_types(key: tuple[str, ...], 
 def test_fuzzing_detects_an_undeclared_error() -> None:
     strict = Target("x", TARGETS["update"].broken, lambda data: data.decode(), (KeyError,))
     with pytest.raises(UnicodeDecodeError):
-        fuzz(strict, examples=200, always_the_same=True)
+        fuzz_target(strict, examples=200, always_the_same=True)
 
 
 @pytest.mark.nightly
@@ -103,7 +103,7 @@ def test_expanding_inputs_use_bounded_memory() -> None:
 
 
 def test_ledger_with_a_non_text_schema_is_damaged() -> None:
-    data = seeds.ledger().replace(b"CREATE TABLE", b"CREATE \xa0ABLE")
+    data = seeds.make_ledger().replace(b"CREATE TABLE", b"CREATE \xa0ABLE")
     TARGETS["ledger"].check(data)
     with pytest.raises(RunError, match="cannot be read"):
         TARGETS["ledger"].parse(data)

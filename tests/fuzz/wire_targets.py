@@ -23,7 +23,7 @@ from fedtune.ops.kits.members import PURPOSE, JoinRequest, site_init
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.ops.wire.gate import Gate
-from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, _signed_message
+from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, _build_signed_message
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
 from fedtune.sites.shared_settings import read_settings
@@ -31,64 +31,71 @@ from fedtune.spec import ConfigError
 
 from ..builders import MadeSite
 from . import seeds
-from .mutations import bytes_like, json_like, mutated_json
+from .mutations import mutate_bytes_like, mutate_json, mutate_json_like
 from .target import Target
 
 
-def _text(data: bytes) -> str:
+def _decode_text(data: bytes) -> str:
     """As a text of Flower's arrives; halves of surrogate pairs too, which a caller in this process could give."""
     return data.decode("utf-8", "surrogateescape")
 
 
-def _signed_as(kind: type[RoundRequest | EndOfRun]) -> Callable[[bytes], object]:
+def _parse_signed(kind: type[RoundRequest | EndOfRun]) -> Callable[[bytes], object]:
     """Parse bytes as such a word of the lead, which signed them."""
-    return lambda data: kind.from_signed(Signed(text=_text(data), signature=seeds.key(1).sign(kind.purpose, data)))
+    return lambda data: kind.from_signed(
+        Signed(text=_decode_text(data), signature=seeds.key(1).sign(kind.purpose, data))
+    )
 
 
-def _unsigned_request(data: bytes) -> object:
-    return RoundRequest.from_signed(Signed(text=_text(data), signature=_text(data)[:128]))
+def _parse_unsigned_request(data: bytes) -> object:
+    return RoundRequest.from_signed(Signed(text=_decode_text(data), signature=_decode_text(data)[:128]))
 
 
-def _answered(data: bytes) -> None:
+def _answer_request(data: bytes) -> None:
     """A site answers whatever it is asked, and without the text of an exception."""
 
-    def nothing(request: RoundRequest) -> Prepared:
+    def refuse_settings(request: RoundRequest) -> Prepared:
         raise Refused(Reason.BASE_MODEL_MISSING)
 
-    signed = Signed(text=_text(data), signature=seeds.key(1).sign(RoundRequest.purpose, data))
-    ledger = SiteLedger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
-    site = MadeSite(ledger, prepare=nothing, train=lambda request, adapter, attempt: Trained(adapter=adapter))
-    reply = answer(site, signed, seeds.adapter())
+    signed = Signed(text=_decode_text(data), signature=seeds.key(1).sign(RoundRequest.purpose, data))
+    ledger = SiteLedger(seeds.make_folder() / "answering.db", seeds.make_policy(), seeds.key(2))
+    site = MadeSite(ledger, prepare=refuse_settings, train=lambda request, adapter, attempt: Trained(adapter=adapter))
+    reply = answer(site, signed, seeds.make_adapter())
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is not Reason.SITE_ERROR, "an error of ours"
 
 
-def _settings(data: bytes) -> object:
-    return read_settings.__wrapped__(_text(data), plan=seeds.plan())
+def _read_settings(data: bytes) -> object:
+    return read_settings.__wrapped__(_decode_text(data), plan=seeds.plan())
 
 
-def _adapter(data: bytes) -> object:
+def _read_adapter(data: bytes) -> object:
     """Bytes in the place of an adapter, as they travel."""
     return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: record_from_bytes(data)}))
 
 
 def _reply(data: bytes) -> object:
     content = flower_records.from_reply(seeds.reply())
-    content["reply"] = ConfigRecord({"json": _text(data)})
+    content["reply"] = ConfigRecord({"json": _decode_text(data)})
     return flower_records.to_reply(content)
 
 
-def _of(kind: str, write: Callable[[Any], RecordDict], seed: Callable[[], Any]) -> Callable[[], Any]:
+def _make_seed(kind: str, write: Callable[[Any], RecordDict], seed: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: json.loads(str(write(seed()).config_records[kind]["json"]))
 
 
-def _receipt(data: bytes) -> object:
-    return flower_records.to_receipt(RecordDict({"receipt": ConfigRecord({"json": _text(data)})}))
+def _read_receipt(data: bytes) -> object:
+    return flower_records.to_receipt(RecordDict({"receipt": ConfigRecord({"json": _decode_text(data)})}))
 
 
-def _records(data: bytes) -> None:
+def _read_records(data: bytes) -> None:
     """A message with other records than the keys promise; each reader says so, or reads."""
-    kinds = (ConfigRecord({"json": _text(data)}), ConfigRecord({"x": 1}), ArrayRecord({}), ConfigRecord({"json": [1]}))
+    kinds = (
+        ConfigRecord({"json": _decode_text(data)}),
+        ConfigRecord({"x": 1}),
+        ArrayRecord({}),
+        ConfigRecord({"json": [1]}),
+    )
     picks = [byte % (len(kinds) + 1) for byte in data[:6]] + [0] * 6
     names = ("adapter", "difference", "request", "settings", "reply", "receipt")
     content = RecordDict({name: kinds[pick - 1] for name, pick in zip(names, picks, strict=False) if pick})
@@ -102,7 +109,7 @@ def _records(data: bytes) -> None:
             continue
 
 
-def _gate(data: bytes) -> None:
+def _call_gate(data: bytes) -> None:
     """One call: a first byte chooses the path, headers follow line by line, the rest is the body."""
     lines = data.split(b"\n")
     paths = (HELLO, "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/get-nodes", "/", "/docs")
@@ -110,7 +117,7 @@ def _gate(data: bytes) -> None:
     headers = [(name, value) for name, colon, value in (line.partition(b": ") for line in lines[1:-1]) if colon]
     sent: list[MutableMapping[str, Any]] = []
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def fail_on_call(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("a broken call came through")
 
     async def receive() -> MutableMapping[str, Any]:
@@ -121,15 +128,15 @@ def _gate(data: bytes) -> None:
 
     member = SimpleNamespace(site="north", node_key=b"unknown", revoked=False)
     rules: Any = None  # no call gets there
-    gate = Gate(app, lead=seeds.key(3).public, roster=lambda: [member], rules=rules, audit=AuditLog(None))
+    gate = Gate(fail_on_call, lead=seeds.key(3).public, roster=lambda: [member], rules=rules, audit=AuditLog(None))
     asyncio.run(gate({"type": "http", "path": path, "headers": headers}, receive, send))
     assert sent[0]["status"] in (401, 403, 404)
 
 
-def _gate_seed() -> bytes:
+def _make_gate_seed() -> bytes:
     moment, body = repr(time.time()), hashlib.sha256(b"body").hexdigest()
     path = "/v1/control/start-run"
-    signature = seeds.key(1).sign(CALL, _signed_message(path, moment, body))
+    signature = seeds.key(1).sign(CALL, _build_signed_message(path, moment, body))
     headers = {TIME: moment, BODY: body, SIGNATURE: signature, "flwr-public-key": "AAAA", "flwr-signature": "AAAA"}
     lines = [b"\x02", *(f"{name}: {value}".encode() for name, value in headers.items()), b"body"]
     return b"\n".join(lines)
@@ -150,35 +157,44 @@ def _join(data: bytes) -> object:
 
 def join_request() -> Path:
     """The file of a site that wants to join."""
-    path = seeds.folder() / "joining" / "site.toml"
+    path = seeds.make_folder() / "joining" / "site.toml"
     if not path.exists():
         path.parent.mkdir()
-        path.write_text(seeds.policy_toml())
+        path.write_text(seeds.read_policy_toml())
         site_init(path, out=None)
     return path.parent / "kit" / "join_request.json"
 
 
 def _update_headers() -> st.SearchStrategy[bytes]:
     """Updates with other headers."""
-    body = b"".join(value.tobytes() for value in seeds.adapter().tensors.values())
-    headers = mutated_json(json.loads(seeds.update()._encode_parts()[0]))
+    body = b"".join(value.tobytes() for value in seeds.make_adapter().tensors.values())
+    headers = mutate_json(json.loads(seeds.update()._encode_parts()[0]))
     return headers.map(lambda header: b"fedtune-update-2\n" + struct.pack("<Q", len(header)) + header + body)
 
 
 _END = asdict(EndOfRun(run="r", lead=seeds.key(1).public, adapter_digest="ab" * 32))
 TARGETS = (
-    Target("request", json_like(seeds.request_json), _signed_as(RoundRequest), (ConfigError, Refused)),
-    Target("unsigned request", json_like(seeds.request_json), _unsigned_request, (ConfigError, Refused)),
-    Target("answer", json_like(seeds.request_json), _answered, ()),
-    Target("end of run", json_like(lambda: _END), _signed_as(EndOfRun), (ConfigError, Refused)),
-    Target("settings", json_like(seeds.settings), _settings, (Refused,)),
-    Target("update", bytes_like(lambda: seeds.update().to_bytes()), Update.from_bytes, (ConfigError,)),
+    Target("request", mutate_json_like(seeds.request_json), _parse_signed(RoundRequest), (ConfigError, Refused)),
+    Target("unsigned request", mutate_json_like(seeds.request_json), _parse_unsigned_request, (ConfigError, Refused)),
+    Target("answer", mutate_json_like(seeds.request_json), _answer_request, ()),
+    Target("end of run", mutate_json_like(lambda: _END), _parse_signed(EndOfRun), (ConfigError, Refused)),
+    Target("settings", mutate_json_like(seeds.make_settings), _read_settings, (Refused,)),
+    Target("update", mutate_bytes_like(lambda: seeds.update().to_bytes()), Update.from_bytes, (ConfigError,)),
     Target("update header", _update_headers, Update.from_bytes, (ConfigError,)),
-    Target("adapter", bytes_like(lambda: seeds.adapter().to_bytes()), Adapter.from_bytes, (AdapterError,)),
-    Target("adapter on the wire", bytes_like(lambda: seeds.adapter().to_bytes()), _adapter, (ConfigError,)),
-    Target("reply", json_like(_of("reply", flower_records.from_reply, seeds.reply)), _reply, (ConfigError,)),
-    Target("receipt", json_like(_of("receipt", flower_records.from_receipt, seeds.receipt)), _receipt, (ConfigError,)),
-    Target("records", lambda: st.binary(max_size=32), _records, ()),
-    Target("gate", bytes_like(_gate_seed), _gate, ()),
-    Target("join request", json_like(lambda: json.loads(join_request().read_bytes())), _join, (ConfigError,)),
+    Target("adapter", mutate_bytes_like(lambda: seeds.make_adapter().to_bytes()), Adapter.from_bytes, (AdapterError,)),
+    Target(
+        "adapter on the wire", mutate_bytes_like(lambda: seeds.make_adapter().to_bytes()), _read_adapter, (ConfigError,)
+    ),
+    Target(
+        "reply", mutate_json_like(_make_seed("reply", flower_records.from_reply, seeds.reply)), _reply, (ConfigError,)
+    ),
+    Target(
+        "receipt",
+        mutate_json_like(_make_seed("receipt", flower_records.from_receipt, seeds.make_receipt)),
+        _read_receipt,
+        (ConfigError,),
+    ),
+    Target("records", lambda: st.binary(max_size=32), _read_records, ()),
+    Target("gate", mutate_bytes_like(_make_gate_seed), _call_gate, ()),
+    Target("join request", mutate_json_like(lambda: json.loads(join_request().read_bytes())), _join, (ConfigError,)),
 )

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import fedtune
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.data.batching import collate
 from fedtune.data.records import Record
 from fedtune.export.onnx_graphs import load_graph
@@ -26,15 +26,15 @@ from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report.from_run import sum_start_losses
-from fedtune.report.synthetic_card import card_path, describe_run, together
+from fedtune.report.synthetic_card import card_path, compose_losses, describe_run
 from fedtune.runs.environment import start_lineage
 from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 
 from ..cli import snapshots
-from ..conftest import command, edit_json, result_of, simulate
-from ..export.conftest import elsewhere, prices
+from ..conftest import edit_json, read_result, run_command, simulate
+from ..export.conftest import run_elsewhere, write_price_overrides
 
 Taught = tuple[Path, dict[str, Any]]
 """A student's folder, and what the command said."""
@@ -63,26 +63,26 @@ def teach(finished: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory)
     """Teach a student of the finished run."""
     pytest.importorskip("sentence_transformers", reason="the extra `export` is not installed")
 
-    def distil(*words: str) -> Taught:
+    def distill(*words: str) -> Taught:
         to = tmp_path_factory.mktemp("students") / "student"
-        told = command("distil", str(finished), "--texts", str(texts), "--to", str(to), *words, "--json")
+        told = run_command("distill", str(finished), "--texts", str(texts), "--to", str(to), *words, "--json")
         return to, json.loads(told.printed)["distilled"]
 
     with pytest.MonkeyPatch.context() as patched:
         # A model this narrow, with weights this wide, learns little at the rates of real ones.
         patched.setattr(distillation, "_RATE", 5e-3)
         patched.setattr(distillation, "_HEAD_RATE", 5e-2)
-        yield distil
+        yield distill
 
 
 @pytest.fixture(scope="module")
-def taught(teach: Any) -> Taught:
+def taught_student(teach: Any) -> Taught:
     return teach("--passes", "40")  # type: ignore[no-any-return]
 
 
-def logits_of(run: Path) -> torch.Tensor:
+def compute_teacher_logits(run: Path) -> torch.Tensor:
     """The teacher's, of the texts."""
-    config, model = saved_config(run), load_task_model(run / "adapter")
+    config, model = read_saved_config(run), load_task_model(run / "adapter")
     tokenizer = load_tokenizer(config.model)
     records = [model.task.without_answer(Record({"text": text}), config.data) for text in TEXTS]
     rows = model.task.tokenize(records, tokenizer, data=config.data)
@@ -90,33 +90,36 @@ def logits_of(run: Path) -> torch.Tensor:
         return model.logits(collate(rows, range(len(rows)), pad_id=tokenizer.pad_token_id))
 
 
-def unlike(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def measure_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The mean squared difference, as a share of the variance over the texts."""
     return float((found - wanted).square().mean() / wanted.var(dim=0).mean())
 
 
-def test_exported_student_agrees_with_its_teacher(taught: Taught, teach: Any, finished: Path) -> None:
-    folder, told = taught
+def test_exported_student_agrees_with_its_teacher(taught_student: Taught, teach: Any, finished: Path) -> None:
+    folder, told = taught_student
     asked = {"format": "sentence-transformers", "texts": TEXTS}
     given = {str(one): {**asked, "folder": str(one)} for one in (teach("--passes", "1")[0], folder)}
-    loaded, teacher = json.loads(elsewhere(cwd=folder.parent, given=json.dumps(given))), logits_of(finished)
-    before, after = (unlike(torch.tensor(one["logits"]), teacher) for one in loaded.values())
+    loaded, teacher = (
+        json.loads(run_elsewhere(cwd=folder.parent, given=json.dumps(given))),
+        compute_teacher_logits(finished),
+    )
+    before, after = (measure_difference(torch.tensor(one["logits"]), teacher) for one in loaded.values())
     assert after < before / 4, "it learns what the teacher says"
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1, "half of two"
-    assert (folder / "labels.txt").read_text().splitlines() == list(saved_config(finished).data.labels)
+    assert (folder / "labels.txt").read_text().splitlines() == list(read_saved_config(finished).data.labels)
     (whole, small), scores = told["served"], told["scores"]
     assert (whole["file"], small["file"]) == ("teacher", "student")
     assert whole["bytes"] > small["bytes"] > 0
     assert small["scores"]["accuracy"] == scores["accuracy"]["tuned"]["value"]
     of_teacher = {name: one["base"]["value"] for name, one in scores.items()}
-    assert of_teacher == pytest.approx(result_of(finished)["final"]["metrics"], abs=1e-4), "as in its run"
-    test = RunRecords(saved_config(finished)).test
+    assert of_teacher == pytest.approx(read_result(finished)["final"]["metrics"], abs=1e-4), "as in its run"
+    test = RunRecords(read_saved_config(finished)).test
     assert test is not None
     assert (told["texts"], told["records"]) == (len(TEXTS), len(test.records))
 
 
-def test_student_card_describes_its_texts_and_teacher(taught: Taught, finished: Path) -> None:
-    folder, told = taught
+def test_student_card_describes_its_texts_and_teacher(taught_student: Taught, finished: Path) -> None:
+    folder, told = taught_student
     card = ModelCard.load(folder / "README.md")
     text = card.text.replace("\\", "")
     assert "(the lowest 1 of the base's 2 layers), trained without noise" in text
@@ -129,14 +132,14 @@ def test_student_card_describes_its_texts_and_teacher(taught: Taught, finished: 
     assert (folder / "label.svg").read_bytes() == (finished / "adapter" / "label.svg").read_bytes()
 
 
-def carded(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str = "record", text: str = "") -> Path:
+def write_card(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str = "record", text: str = "") -> Path:
     """These texts as `fedtune synthesize` writes them: with the card of a run that made them."""
     file.write_text("".join(f"{line}\n" for line in TEXTS))
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     run = {"run": "writer_2", "config_sha256": "0" * 64, "epsilon": epsilon, "delta": 1e-6, "unit": unit, "start": None}
     runs = [run | {"task": None, "verdict": "within", "adapter_digest": ""}, *others]
     told = {"schema_version": RUN_SCHEMA, "file": file.name, "sha256": sha256, "figures": {}}
-    told |= {"runs": runs, "together": dict(zip(("epsilon", "delta"), together(runs), strict=True))}
+    told |= {"runs": runs, "together": dict(zip(("epsilon", "delta"), compose_losses(runs), strict=True))}
     told["made"] = {"rows": len(TEXTS), "codes": 1, "missing": 0, "left_out": {}, "shares": "declared"}
     card_path(file, ".json").write_text(json.dumps(told))
     file.write_text(file.read_text() + text)
@@ -150,7 +153,7 @@ def test_student_card_adds_the_cost_of_synthetic_texts(
     """If the teacher has labeled them it is behind them, too, and owes once."""
     run = fedtune.load(finished)
     teacher = describe_run(run.report(), SavedAdapter.read(run.adapter).digest)
-    (link := tmp_path / "link.txt").symlink_to(carded(tmp_path / "texts.txt", *[teacher] * labeled))
+    (link := tmp_path / "link.txt").symlink_to(write_card(tmp_path / "texts.txt", *[teacher] * labeled))
     folder = teach("--passes", "1", "--texts", str(link))[0]
     text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
     assert own.epsilon is not None
@@ -166,31 +169,33 @@ def test_student_card_adds_the_cost_of_synthetic_texts(
     assert "label.svg" not in text
 
 
-def test_run_on_a_student_inherits_the_spending_of_its_teacher(taught: Taught, finished: Path, tmp_path: Path) -> None:
-    later = simulate(f"model.path='{taught[0]}'", "federation.num_rounds=1", into=tmp_path, name="later")
+def test_run_on_a_student_inherits_the_spending_of_its_teacher(
+    taught_student: Taught, finished: Path, tmp_path: Path
+) -> None:
+    later = simulate(f"model.path='{taught_student[0]}'", "federation.num_rounds=1", into=tmp_path, name="later")
     start, own = fedtune.load(later).result.provenance.start_adapter, fedtune.load(finished).result
     assert (start["digest"], start["epsilon"]) == (own.adapter_digest, own.privacy.epsilon)
     assert "start_adapter" not in start
-    assert command("report", "verify", str(later)).code == 0
+    assert run_command("report", "verify", str(later)).code == 0
     assert f"of run {finished.name} on" in (later / "adapter" / "README.md").read_text()
 
 
 def test_distillation_prints_scores_and_is_reproducible_by_seed(finished: Path, texts: Path, tmp_path: Path) -> None:
-    words = ("distil", str(finished), "--texts", str(texts), "--passes", "1", "--to")
-    told = command(*words, str(tmp_path / "out"))
+    words = ("distill", str(finished), "--texts", str(texts), "--passes", "1", "--to")
+    told = run_command(*words, str(tmp_path / "out"))
     lines = [line.split() for line in told.printed.splitlines()]
     assert [line[0] for line in lines if line[:1] in (["teacher"], ["student"])] == ["teacher", "student"]
     assert ["metric", "teacher", "student", "difference", "95", "%", "interval", "student", "is"] in lines
     assert f"Taught on {len(TEXTS)} texts." in told.out
-    assert fedtune.load(finished).distil(tmp_path / "again", texts=texts, passes=1).texts == len(TEXTS)
-    assert command(*words, str(tmp_path / "other"), "--seed", "1").code == 0
+    assert fedtune.load(finished).distill(tmp_path / "again", texts=texts, passes=1).texts == len(TEXTS)
+    assert run_command(*words, str(tmp_path / "other"), "--seed", "1").code == 0
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again", "other")]
     assert written[0] == written[1] != written[2], "Python and the command line teach one student"
 
 
-@snapshots.mistakes("mistakes-distil")
+@snapshots.parametrize_mistakes("mistakes-distill")
 def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Path, tmp_path: Path, typed: str) -> None:
-    config = saved_config(finished)
+    config = read_saved_config(finished)
     # Of the training file, whatever the run uses of it.
     records = [record.fields["text"] for _, read in RunRecords(config).read_whole_files() for record in read]
     written = {"few": TEXTS[: FEWEST - 1], "part": records[: FEWEST + 1]}
@@ -198,7 +203,7 @@ def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Pa
         (tmp_path / f"{name}.txt").write_text("".join(f"{' '.join(line.split())}\n" for line in lines))
     places = {name: str(tmp_path / f"{name}.txt") for name in written} | {"test": str(config.data.test_file)}
     faults: Any = {"none": {"epsilon": None}, "user": {"unit": "user"}, "changed": {"text": "one more\n"}}
-    places |= {name: str(carded(tmp_path / f"{name}.txt", **fault)) for name, fault in faults.items()}
+    places |= {name: str(write_card(tmp_path / f"{name}.txt", **fault)) for name, fault in faults.items()}
     (tmp_path / "renamed.jsonl").write_text("".join(json.dumps({"body": one}) + "\n" for one in written["part"]))
     (tmp_path / "brat").mkdir()
     (tmp_path / "brat" / "one.txt").write_text(TEXTS[0])
@@ -212,26 +217,26 @@ def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Pa
         {"DEEP": "[" * 20_000}.get(word, places.get(word.lower(), word) if word.isupper() else word)
         for word in shlex.split(typed)
     ]
-    told = command("distil", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words).failed()
+    told = run_command("distill", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words).failed()
     for name, place in places.items():
         told = told.replace(place, name.upper())
-    snapshots.check_message("mistakes-distil", typed, told)
+    snapshots.check_message("mistakes-distill", typed, told)
     assert not (tmp_path / "new").exists()
 
 
 def test_personalized_adapter_cannot_teach_a_student(finished: Path, texts: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     edit_json(run / "adapter" / "fedtune.json", private_to="north")
-    told = command("distil", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
+    told = run_command("distill", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
     assert "private to 'north'" in told.failed()
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.nightly
 def test_other_base_is_distilled_to_an_int8_regression_model(texts: Path, tmp_path: Path) -> None:
-    run = simulate(*prices(tmp_path), into=tmp_path)
+    run = simulate(*write_price_overrides(tmp_path), into=tmp_path)
     to, words = tmp_path / "new", ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "60"]
-    told = command("distil", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")
+    told = run_command("distill", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")
     found = json.loads(told.printed)["distilled"]
     assert (found["scores"], found["records"]) == ({}, 0), "the run keeps no test"
     assert [one["file"] for one in found["served"]] == ["teacher", "student", "model.onnx", "model.int8.onnx"]
@@ -242,4 +247,4 @@ def test_other_base_is_distilled_to_an_int8_regression_model(texts: Path, tmp_pa
     tokens = load_tokenizer(ModelSpec(path="random:llama"))(TEXTS, padding=True, return_tensors="pt")
     numbers = load_graph(to / "model.onnx")(**{name: tokens[name] for name in ("input_ids", "attention_mask")})
     model = load_task_model(run / "adapter")
-    assert unlike(numbers, model.task.exported_output(logits_of(run), spec=model.spec)) < 0.9
+    assert measure_difference(numbers, model.task.exported_output(compute_teacher_logits(run), spec=model.spec)) < 0.9

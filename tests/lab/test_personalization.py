@@ -15,15 +15,15 @@ from fedtune.model.adapter import Adapter
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import DataError, RunError
 
-from ..sites.conftest import letters
+from ..sites.conftest import make_letters
 
 
-def records_of(count: int, **fields: Any) -> list[Record]:
+def make_records(count: int, **fields: Any) -> list[Record]:
     kinds = ("invoice", "praise")
     return [Record({"text": f"a letter, number {n}", "label": kinds[n % 2], **fields}) for n in range(count)]
 
 
-def parted(parts: Parts, field: str = "text") -> list[set[str]]:
+def check_parts_are_disjoint(parts: Parts, field: str = "text") -> list[set[str]]:
     """The texts, or other values, of each part, of which no two share one."""
     found = [{one.fields[field] for one in part} for part in (parts.training, parts.choosing, parts.scored)]
     assert sum(map(len, found)) == len(set.union(*found))
@@ -31,21 +31,24 @@ def parted(parts: Parts, field: str = "text") -> list[set[str]]:
 
 
 def test_held_out_records_select_and_score_the_personalized_adapter() -> None:
-    everything = records_of(200)
+    everything = make_records(200)
     parts = Parts.of(SiteRecords(everything[:120], everything[120:]), key=b"key", unit="record")
     assert (parts.training, parts.seen) == (everything[:120], False)
-    _, choosing, scored = parted(parts)
+    _, choosing, scored = check_parts_are_disjoint(parts)
     assert choosing | scored == {record.fields["text"] for record in everything[120:]}
 
 
 def test_site_without_held_out_records_splits_by_user() -> None:
-    parts = Parts.of(SiteRecords(records_of(300), []), key=b"key", unit="record")
+    parts = Parts.of(SiteRecords(make_records(300), []), key=b"key", unit="record")
     assert parts.seen
-    assert sum(map(len, parted(parts))) == 300
-    of_users = [record for user in range(60) for record in records_of(5, user=f"u{user}")]
-    assert sum(map(len, parted(Parts.of(SiteRecords(of_users, []), key=b"key", unit="user"), "user"))) == 60
+    assert sum(map(len, check_parts_are_disjoint(parts))) == 300
+    of_users = [record for user in range(60) for record in make_records(5, user=f"u{user}")]
+    assert (
+        sum(map(len, check_parts_are_disjoint(Parts.of(SiteRecords(of_users, []), key=b"key", unit="user"), "user")))
+        == 60
+    )
     with pytest.raises(DataError, match=f"must be at least {FEWEST_RECORDS}"):
-        Parts.of(SiteRecords(records_of(30), []), key=b"key", unit="record")
+        Parts.of(SiteRecords(make_records(30), []), key=b"key", unit="record")
 
 
 def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
@@ -56,20 +59,20 @@ def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
     return _Fit(shared, examples, training, choosing)
 
 
-def best(fit: _Fit) -> tuple[int, str]:
+def find_best_passes(fit: _Fit) -> tuple[int, str]:
     """The passes that were best, and the digest of the adapter that they came to."""
     passes = fit.fit_best_adapter(fit._shared.initial_adapter, what="")
     return passes, Adapter.from_task_model(fit._shared.model).digest()
 
 
 def test_personalization_stops_early_on_validation_records() -> None:
-    fit = fit_of(letters(), ["the same words"] * 80, ["invoice", "praise"] * 40)
-    learned = best(fit)
-    assert best(fit) == learned, "nothing is drawn anew"
+    fit = fit_of(make_letters(), ["the same words"] * 80, ["invoice", "praise"] * 40)
+    learned = find_best_passes(fit)
+    assert find_best_passes(fit) == learned, "nothing is drawn anew"
     assert learned[0] > 0, "two of three labels occur, which is worth learning"
-    contrary = fit_of(letters(), ["the same words"] * 80, ["invoice"] * 60 + ["praise"] * 20)
+    contrary = fit_of(make_letters(), ["the same words"] * 80, ["invoice"] * 60 + ["praise"] * 20)
     start = contrary._shared.initial_adapter.digest()
-    assert best(contrary) == (0, start), "what is learned does not hold elsewhere"
+    assert find_best_passes(contrary) == (0, start), "what is learned does not hold elsewhere"
 
 
 def test_personalization_note_holds_only_run_and_day(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks.registry import TASKS
 from fedtune.tasks.task_model import TaskModel
 
-from ..builders import built, with_random_values
+from ..builders import build_copy, set_random_values
 
 # More threads than one only get in each other's way in models this small.
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ TEXTS = {"pairs": 2, "triplets": 3}
 """What stands for task embedding with so many texts a record."""
 
 
-def declared(task: str) -> dict[str, Any]:
+def declare_labels(task: str) -> dict[str, Any]:
     labels = LABELS if task in TASKS and TASKS[task].has_labels else ()
     return {"labels": labels, "target_range": (0.0, 5.0) if task == "regression" else None}
 
@@ -46,7 +46,7 @@ def folder(clean: Path, tmp_path: Path) -> Path:
     return shutil.copytree(clean, tmp_path / "model")
 
 
-def same_beside_others(
+def is_same_beside_others(
     product: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, *, threads: int, fewest: int = 2
 ) -> bool:
     """Whether each row's product has the same bits in every number of rows."""
@@ -60,7 +60,7 @@ def same_beside_others(
         torch.set_num_threads(before)
 
 
-def both_ways(
+def multiply_both_ways(
     layer: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, direction: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The product, and the gradient of what came in."""
@@ -69,20 +69,22 @@ def both_ways(
     return found.detach(), torch.autograd.grad(found, values, direction)[0]
 
 
-def backwards(layer: Callable[[torch.Tensor], torch.Tensor], size: int, gradients: torch.Tensor) -> torch.Tensor:
+def multiply_backwards(
+    layer: Callable[[torch.Tensor], torch.Tensor], size: int, gradients: torch.Tensor
+) -> torch.Tensor:
     """The gradient of what came in, of values of this size and the gradients' format."""
-    return both_ways(layer, torch.zeros(len(gradients), size, dtype=gradients.dtype), gradients)[1]
+    return multiply_both_ways(layer, torch.zeros(len(gradients), size, dtype=gradients.dtype), gradients)[1]
 
 
-def exactly(layer: Any, values: torch.Tensor, direction: torch.Tensor, *, transposed: bool) -> Any:
+def multiply_exactly(layer: Any, values: torch.Tensor, direction: torch.Tensor, *, transposed: bool) -> Any:
     """The same in float64, of a layer's weight and bias."""
     weight = layer.weight.detach().double()
     bias = None if layer.bias is None else layer.bias.detach().double()
     linear = partial(nn.functional.linear, weight=weight.t() if transposed else weight, bias=bias)
-    return both_ways(linear, values.double(), direction.double())
+    return multiply_both_ways(linear, values.double(), direction.double())
 
 
-def one_of(batch: Batch, place: int) -> Batch:
+def cut_example(batch: Batch, place: int) -> Batch:
     """An example alone, without padding but what its own texts need."""
     rows = slice(place * batch.texts, (place + 1) * batch.texts)
     length = int(batch.attention_mask[rows].sum(dim=1).max())
@@ -91,20 +93,20 @@ def one_of(batch: Batch, place: int) -> Batch:
     return Batch(batch.input_ids[rows, :length], batch.attention_mask[rows, :length], targets, texts=batch.texts)
 
 
-def spec_of(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
-    values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | declared(task) | changes
+def make_spec(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
+    values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | declare_labels(task) | changes
     if task in TEXTS:
         task, values = "embedding", values | {"texts": TEXTS[task]}
     return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, **values)
 
 
-def trained(*given: Any, **changes: Any) -> TaskModel:
-    return with_random_values(built(spec_of(*given, **changes)), 0.2)
+def make_trained(*given: Any, **changes: Any) -> TaskModel:
+    return set_random_values(build_copy(make_spec(*given, **changes)), 0.2)
 
 
-def batch_of(task: str) -> Batch:
+def make_batch(task: str) -> Batch:
     """Four examples of different lengths; the last causal one has no supervised token."""
-    spec, draws = spec_of(task=task), np.random.default_rng(8)
+    spec, draws = make_spec(task=task), np.random.default_rng(8)
     ids = tuple(draws.integers(5, 200, size=size).astype(np.int32) for size in (7, 3, 5, 4) * spec.texts)
     targets = TASKS[spec.task].dummy_targets(ids, spec=spec, draws=draws, first=lambda length: 2)
     batch = collate(TextDataset(ids, targets, spec.texts), range(4), pad_id=0)

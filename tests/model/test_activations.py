@@ -12,7 +12,7 @@ from fedtune.model.base_model import load_base
 from fedtune.model.layers import RowByRow, make_activations_rowwise
 from fedtune.model.spec import ModelSpec
 
-from .conftest import both_ways
+from .conftest import multiply_both_ways
 
 NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "tanh", "sigmoid")
 WIDTHS = [(12, 2), (8, 64), (7, 100), (40, 384)]
@@ -26,13 +26,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
+def has_moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether some row's bits are not those that it has by itself."""
     draws = torch.Generator().manual_seed(3)
     row, slope = (3 * torch.randn(1, *shape, generator=draws) for _ in range(2))
-    alone = both_ways(activation, row, slope)
+    alone = multiply_both_ways(activation, row, slope)
     for rows in (2, 5, 21):
-        together = both_ways(activation, row.repeat(rows, 1, 1), slope.repeat(rows, 1, 1))
+        together = multiply_both_ways(activation, row.repeat(rows, 1, 1), slope.repeat(rows, 1, 1))
         if not all(torch.equal(one, other.expand_as(one)) for one, other in zip(together, alone, strict=True)):
             return True
     return False
@@ -40,7 +40,7 @@ def moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_row_by_row_activation_is_bitwise_batch_invariant(name: str, threads: None) -> None:
-    assert not any(moved(RowByRow(ACT2FN[name]), shape) for shape in WIDTHS)
+    assert not any(has_moved(RowByRow(ACT2FN[name]), shape) for shape in WIDTHS)
     transposed = torch.randn(5, 64, 64, generator=torch.Generator().manual_seed(4)).transpose(1, 2)
     activation = RowByRow(ACT2FN[name])
     assert torch.equal(activation(transposed), torch.cat([activation(row[None].clone()) for row in transposed]))
@@ -48,7 +48,7 @@ def test_row_by_row_activation_is_bitwise_batch_invariant(name: str, threads: No
 
 def test_some_plain_activations_depend_on_the_batch() -> None:
     # Where no CPU of this kind shows the fault any more, nothing is lost, and this may go.
-    found = [name for name in NAMES if any(moved(ACT2FN[name], shape) for shape in WIDTHS)]
+    found = [name for name in NAMES if any(has_moved(ACT2FN[name], shape) for shape in WIDTHS)]
     assert found, "torch rounds all elements of a tensor alike"
 
 

@@ -14,7 +14,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.model import base_model
-from fedtune.model.base_model import build_tiny_base, expand_gguf, load_base, load_tokenizer, model_sha256
+from fedtune.model.base_model import build_tiny_base, expand_gguf, hash_model, load_base, load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import ARCHITECTURES, OF_ANY_CONFIG
 from fedtune.spec import ConfigError
@@ -25,11 +25,11 @@ BERT, LLAMA = ModelSpec(path="random:bert"), ModelSpec(path="random:llama")
 @pytest.mark.parametrize("spec", [BERT, LLAMA])
 def test_random_models_are_reproducible_without_global_state(spec: ModelSpec) -> None:
     torch.manual_seed(1)
-    first = model_sha256(spec)
+    first = hash_model(spec)
     drawn = torch.rand(1)
     torch.manual_seed(1)
     torch.rand(1)
-    assert first == model_sha256(spec)
+    assert first == hash_model(spec)
     torch.manual_seed(1)
     assert torch.equal(drawn, torch.rand(1)), "building a model must not touch the global generator"
 
@@ -44,7 +44,7 @@ def test_tiny_tokenizer_round_trips_any_text(spec: ModelSpec) -> None:
 
 
 def test_local_folder_loads_the_same_frozen_model_silently(folder: Path, capfd: Any) -> None:
-    spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
+    spec = ModelSpec(path=str(folder), sha256=hash_model(ModelSpec(path=str(folder))))
     token_ids = torch.tensor([load_tokenizer(spec)("hello")["input_ids"]])
     bases = [load_base(model) for model in (spec, BERT)]
     assert not any(parameter.requires_grad for base in bases for parameter in base.parameters())
@@ -82,11 +82,11 @@ def test_hub_is_contacted_only_if_the_cache_is_empty(
         load_base(ModelSpec(path="someone/model"))
     assert {call.kwargs["local_files_only"] for call in cached.call_args_list} == {True}
 
-    def unreachable(*_: object, timeout: float, **__: object) -> None:
+    def fail_to_connect(*_: object, timeout: float, **__: object) -> None:
         assert timeout <= 10
         raise ConnectionError("Name or service not known\nPlease check your internet connection")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail_to_connect)
     with pytest.raises(ConfigError, match=r"model\.path.*ConnectionError: Name or service not known") as caught:
         load_base(ModelSpec(path="someone/model", cache_dir=str(tmp_path)))
     assert "\n" not in str(caught.value)
@@ -103,7 +103,7 @@ def test_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[st
 
 
 @pytest.fixture
-def quantized(tmp_path: Path) -> Path:
+def quantized_model(tmp_path: Path) -> Path:
     """A tiny llama in four bits a weight, with its tokenizer of one token a byte, and one of two."""
     gguf = pytest.importorskip("gguf")
     base = build_tiny_base("random:llama", predicts_tokens=True)
@@ -145,11 +145,11 @@ def quantized(tmp_path: Path) -> Path:
 
 
 def test_expanded_gguf_weights_give_bitwise_equal_logits(
-    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    quantized_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sha256 = hashlib.sha256(quantized.read_bytes()).hexdigest()
-    spec = ModelSpec(path=str(quantized.parent), gguf_file=quantized.name, sha256=sha256)
-    original = base_model.load_gguf(quantized)
+    sha256 = hashlib.sha256(quantized_model.read_bytes()).hexdigest()
+    spec = ModelSpec(path=str(quantized_model.parent), gguf_file=quantized_model.name, sha256=sha256)
+    original = base_model.load_gguf(quantized_model)
     capfd.readouterr()  # a progress bar of the library, which `load_base` hides
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
     expanded = load_base(spec, predicts_tokens=True)

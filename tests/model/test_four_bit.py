@@ -16,10 +16,10 @@ from fedtune.model.quantized import LEVELS, FourBit, dequantize_nf4, quantize_li
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 
-from .conftest import backwards, both_ways, exactly, same_beside_others
+from .conftest import is_same_beside_others, multiply_backwards, multiply_both_ways, multiply_exactly
 
 
-def some_weights() -> torch.Tensor:
+def make_weights() -> torch.Tensor:
     """(300, 64) from whole numbers alone, the same everywhere: blocks of very different sizes, one of zeros."""
     numbers = torch.arange(300 * 64, dtype=torch.int64) * 2654435761 % 2**24
     sizes = torch.tensor([2.0**-40, 1.0, 3.0, 2.0**-5, 2.0**20]).repeat(60)
@@ -27,7 +27,7 @@ def some_weights() -> torch.Tensor:
     return (numbers.float() / 2**23 - 1).view(300, 64) * sizes.unsqueeze(1)
 
 
-def kept(module: nn.Module) -> FourBit:
+def quantize_module(module: nn.Module) -> FourBit:
     base = nn.Sequential(deepcopy(module).requires_grad_(False).bfloat16())
     quantize_linear_layers(base, device="cpu")
     assert isinstance(base[0], FourBit)
@@ -38,16 +38,16 @@ def test_nf4_levels_are_normal_quantiles() -> None:
     # Appendix E of arXiv 2305.14314: from 0.9677 to a half in 8 steps below zero and in 7 above it, beside the largest.
     most = NormalDist().inv_cdf(0.9677083)
 
-    def quantiles(steps: int) -> list[float]:
+    def compute_quantiles(steps: int) -> list[float]:
         return [NormalDist().inv_cdf(0.9677083 + (0.5 - 0.9677083) * step / steps) / most for step in range(steps)]
 
-    wanted = [*(-one for one in quantiles(7)), 0.0, *reversed(quantiles(8))]
+    wanted = [*(-one for one in compute_quantiles(7)), 0.0, *reversed(compute_quantiles(8))]
     assert torch.tensor(LEVELS).tolist() == list(LEVELS), "float32 numbers"
     assert pytest.approx(wanted, abs=2e-7) == LEVELS
 
 
 def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
-    weights = some_weights()
+    weights = make_weights()
     codes, scales = quantize_nf4(weights)
     assert (codes.dtype, len(codes)) == (torch.uint8, weights.numel() // 2)
     assert torch.equal(scales, weights.abs().amax(dim=1))
@@ -68,7 +68,7 @@ def test_weights_are_quantized_to_the_nearest_level_of_their_block() -> None:
 def test_nf4_codes_and_scales_match_bitsandbytes() -> None:
     # Made once by bitsandbytes 0.50.2 on a CPU: quantize_4bit(some_weights(), blocksize=64, quant_type="nf4"), and
     # dequantize_4bit of it in float32, rounded.
-    codes, scales = quantize_nf4(some_weights())
+    codes, scales = quantize_nf4(make_weights())
     digests = [hashlib.sha256(one.numpy().tobytes()).hexdigest() for one in (codes, scales)]
     digests.append(hashlib.sha256(dequantize_nf4(codes, scales).view(torch.int16).numpy().tobytes()).hexdigest())
     assert digests == [
@@ -81,12 +81,12 @@ def test_nf4_codes_and_scales_match_bitsandbytes() -> None:
 @pytest.mark.parametrize("module", [nn.Linear(96, 80), nn.Linear(96, 96, bias=False), Conv1D(80, 96)])
 def test_nf4_products_and_gradients_use_the_dequantized_weights(module: nn.Module) -> None:
     torch.manual_seed(0)
-    layer = kept(module)
+    layer = quantize_module(module)
     for format in (torch.bfloat16, torch.float32):
         values = torch.randn(3, 5, 96, dtype=format)
         direction = torch.randn_like(layer(values))
-        found = both_ways(layer, values, direction)
-        wanted = exactly(layer, values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
+        found = multiply_both_ways(layer, values, direction)
+        wanted = multiply_exactly(layer, values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
         for one, other in zip(found, wanted, strict=True):
             assert one.dtype == format
             # Half of bfloat16's last place, and what adding up 96 terms of size 1 in float32 rounds.
@@ -94,7 +94,7 @@ def test_nf4_products_and_gradients_use_the_dequantized_weights(module: nn.Modul
 
 
 def test_nf4_layer_keeps_no_dequantized_weights_between_passes() -> None:
-    layer, values = kept(nn.Linear(128, 128)), torch.randn(2, 3, 128, requires_grad=True)
+    layer, values = quantize_module(nn.Linear(128, 128)), torch.randn(2, 3, 128, requires_grad=True)
     noted = Mock(side_effect=lambda tensor: tensor)
     with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
         layer(values).sum().backward()
@@ -107,9 +107,9 @@ def test_nf4_layer_keeps_no_dequantized_weights_between_passes() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
 def test_nf4_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:
-    layer = kept(nn.Linear(shape[1], shape[0]))
-    for multiply, size in ((layer, shape[1]), (partial(backwards, layer, shape[1]), shape[0])):
-        assert same_beside_others(multiply, torch.randn(300, size).bfloat16(), threads=threads, fewest=1)
+    layer = quantize_module(nn.Linear(shape[1], shape[0]))
+    for multiply, size in ((layer, shape[1]), (partial(multiply_backwards, layer, shape[1]), shape[0])):
+        assert is_same_beside_others(multiply, torch.randn(300, size).bfloat16(), threads=threads, fewest=1)
 
 
 def test_nf4_layers_quantize_the_bfloat16_base() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model import frozen_linear
-from fedtune.model.base_model import load_base, model_sha256
+from fedtune.model.base_model import hash_model, load_base
 from fedtune.model.frozen_linear import (
     RoundedLinear,
     convert_to_bfloat16,
@@ -23,7 +23,7 @@ from fedtune.model.layers import find_layer_stack
 from fedtune.model.quantized import FourBitLinear
 from fedtune.model.spec import ModelSpec
 
-from .conftest import both_ways, exactly, same_beside_others
+from .conftest import is_same_beside_others, multiply_both_ways, multiply_exactly
 
 needs_onednn = pytest.mark.skipif(
     not torch._C._has_mkldnn or platform.machine().lower() not in ("x86_64", "amd64"),
@@ -31,7 +31,7 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def freeze_module(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False)
 
 
@@ -41,11 +41,11 @@ def test_frozen_linear_matches_torch_up_to_rounding(module: nn.Module) -> None:
     torch.manual_seed(0)
     values = torch.randn(3, 5, 96)
     direction = torch.randn_like(module(values))
-    base = frozen(nn.Sequential(deepcopy(module)))
+    base = freeze_module(nn.Sequential(deepcopy(module)))
     switch_to_onednn(base)
     assert isinstance(base[0], frozen_linear.FrozenLinear | frozen_linear.FrozenConv1D)
-    wanted = exactly(module, values, direction, transposed=isinstance(module, Conv1D))
-    for one, other in zip(both_ways(base, values, direction), wanted, strict=True):
+    wanted = multiply_exactly(module, values, direction, transposed=isinstance(module, Conv1D))
+    for one, other in zip(multiply_both_ways(base, values, direction), wanted, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)  # of 96 terms of size 1 in float32
 
 
@@ -70,11 +70,11 @@ def test_trained_weights_use_torch_and_second_derivatives_are_refused() -> None:
 @pytest.mark.parametrize("shape", [(384, 1536), (576, 192), (64, 32)])
 def test_row_product_is_independent_of_the_row_count(shape: tuple[int, int], threads: int) -> None:
     weight, values = torch.randn(*shape), torch.randn(512, shape[1])
-    assert same_beside_others(lambda rows: multiply_frozen(rows, weight, None), values, threads=threads)
+    assert is_same_beside_others(lambda rows: multiply_frozen(rows, weight, None), values, threads=threads)
 
 
 def test_trainable_layers_and_other_dtypes_use_torch() -> None:
-    base = nn.Sequential(nn.Linear(4, 4), frozen(nn.Linear(4, 4)))
+    base = nn.Sequential(nn.Linear(4, 4), freeze_module(nn.Linear(4, 4)))
     switch_to_onednn(base)
     assert type(base[0]) is nn.Linear
     weight, values = torch.randn(4, 6).bfloat16(), torch.randn(5, 6).bfloat16()
@@ -90,14 +90,14 @@ def test_mixed_precision_products_are_rounded_once(
     if not instructions:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     torch.manual_seed(0)
-    base = frozen(nn.Sequential(deepcopy(module)))
+    base = freeze_module(nn.Sequential(deepcopy(module)))
     convert_to_bfloat16(base)
     assert isinstance(base[0], RoundedLinear | frozen_linear.RoundedConv1D)
     assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
     values = torch.randn(3, 5, 96)
     direction = torch.randn_like(module(values))
-    wanted = exactly(base[0], values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
-    for one, other in zip(both_ways(base, values, direction), wanted, strict=True):
+    wanted = multiply_exactly(base[0], values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
+    for one, other in zip(multiply_both_ways(base, values, direction), wanted, strict=True):
         assert one.dtype == torch.float32
         # Half of bfloat16's last place, and what adding up 96 terms of size 1 in float32 rounds.
         torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
@@ -123,7 +123,7 @@ def test_reduced_precision_applies_only_to_layer_weights(
         expected = plain.get_parameter(name)
         assert torch.equal(parameter, expected.bfloat16() if id(parameter) in rounded else expected), name
     assert base.dtype == getattr(torch, between)
-    assert model_sha256(spec) == model_sha256(ModelSpec(path=path)), "the hash is that of the weights in the files"
+    assert hash_model(spec) == hash_model(ModelSpec(path=path)), "the hash is that of the weights in the files"
 
 
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX's kernels go by rows: tests/sites/test_amx.py")
@@ -133,4 +133,4 @@ def test_mixed_precision_row_product_is_independent_of_the_row_count(shape: tupl
     weight, bias = torch.randn(*shape).bfloat16(), torch.randn(shape[0]).bfloat16()
     for size, factor, plus in ((shape[1], weight, bias), (shape[0], weight.t(), None)):
         multiply = partial(multiply_bfloat16, weight=factor, bias=plus)
-        assert same_beside_others(multiply, torch.randn(512, size), threads=threads)
+        assert is_same_beside_others(multiply, torch.randn(512, size), threads=threads)

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, Phi3Config, Phi3Model, PreTrainedModel, RobertaConfig, RobertaModel
 
-from fedtune.model.base_model import load_base, load_tokenizer, model_sha256
+from fedtune.model.base_model import hash_model, load_base, load_tokenizer
 from fedtune.model.compatibility import check_ignores_batch_length, check_tokenizer_fits, max_positions
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
@@ -32,7 +32,7 @@ CASES |= {
 }
 
 
-def sets(folder: Path, name: str, **changes: Any) -> None:
+def set_json_fields(folder: Path, name: str, **changes: Any) -> None:
     """Set fields of a JSON file, which is made where there is none."""
     file = folder / name
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
@@ -55,7 +55,7 @@ def prepare(folder: Path, case: dict[str, Any]) -> None:
         os.mkfifo(folder / name)
     for name in case.keys() - {"index", "cut", "links", "pipe", "refused"}:
         if isinstance(content := case[name], dict):
-            sets(folder, name, **content)
+            set_json_fields(folder, name, **content)
         elif content is None:
             (folder / name).unlink()
         else:
@@ -95,12 +95,12 @@ def test_files_outside_the_manifest_change_nothing(clean: Path, folder: Path) ->
     # A paper's name, an adapter's weights, a variant, and shards beside the single file.
     for name in ("README", "adapter_model", "model.fp16", "a"):
         save_file(zeros, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    sets(folder, "model.safetensors.index.json", weight_map=dict.fromkeys(zeros, "a.safetensors"))
+    set_json_fields(folder, "model.safetensors.index.json", weight_map=dict.fromkeys(zeros, "a.safetensors"))
     for name in ("custom_generate", "additional_chat_templates"):
         (folder / name).mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ evil }}")
     plain = ModelSpec(path=str(clean))
-    spec = ModelSpec(path=str(folder), sha256=model_sha256(plain))
+    spec = ModelSpec(path=str(folder), sha256=hash_model(plain))
     ours, theirs = load_base(spec), load_base(plain)
     for (name, one), (_, other) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
@@ -108,13 +108,13 @@ def test_files_outside_the_manifest_change_nothing(clean: Path, folder: Path) ->
     assert ids == same
 
 
-def rules(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+def edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     fields = json.loads((folder / "tokenizer.json").read_text())
     edit(fields)
-    sets(folder, "tokenizer.json", **fields)
+    set_json_fields(folder, "tokenizer.json", **fields)
 
 
-def adds_token(fields: dict[str, Any], number: int) -> None:
+def add_token(fields: dict[str, Any], number: int) -> None:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     fields["added_tokens"].append({"id": number, "content": "metastasis", "special": False, **flags})
     fields["model"]["vocab"]["metastasis"] = number
@@ -128,11 +128,13 @@ def fits(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        partial(rules, edit=partial(adds_token, number=261)),
-        partial(rules, edit=partial(adds_token, number=100_000)),
-        partial(rules, edit=lambda fields: fields["post_processor"]["special_tokens"]["[CLS]"].update(ids=[4000])),
-        partial(sets, name="tokenizer_config.json", sep_token="[NEW]"),
-        partial(sets, name="tokenizer_config.json", extra_special_tokens=["<|patient|>"]),
+        partial(edit_tokenizer, edit=partial(add_token, number=261)),
+        partial(edit_tokenizer, edit=partial(add_token, number=100_000)),
+        partial(
+            edit_tokenizer, edit=lambda fields: fields["post_processor"]["special_tokens"]["[CLS]"].update(ids=[4000])
+        ),
+        partial(set_json_fields, name="tokenizer_config.json", sep_token="[NEW]"),
+        partial(set_json_fields, name="tokenizer_config.json", extra_special_tokens=["<|patient|>"]),
     ],
 )
 def test_token_beyond_the_embedding_is_refused(folder: Path, change: Callable[[Path], None]) -> None:
@@ -143,20 +145,20 @@ def test_token_beyond_the_embedding_is_refused(folder: Path, change: Callable[[P
 
 
 def test_last_embedding_row_is_usable_and_padding_is_required(folder: Path) -> None:
-    def takes_the_last(fields: dict[str, Any]) -> None:
+    def take_last_id(fields: dict[str, Any]) -> None:
         vocab = fields["model"]["vocab"]
         del vocab[next(token for token, number in vocab.items() if number == 260)]
-        adds_token(fields, 260)
+        add_token(fields, 260)
 
     fits(folder)
-    rules(folder, takes_the_last)
+    edit_tokenizer(folder, take_last_id)
     fits(folder)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ConfigError, match="must have a padding token or an end-of-text token"):
         fits(folder)
 
 
-def tiny(kind: type[PreTrainedModel], settings: Any, **changes: Any) -> PreTrainedModel:
+def make_tiny_base(kind: type[PreTrainedModel], settings: Any, **changes: Any) -> PreTrainedModel:
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     return kind(settings(vocab_size=32, **shape, **changes)).eval()
 
@@ -164,8 +166,8 @@ def tiny(kind: type[PreTrainedModel], settings: Any, **changes: Any) -> PreTrain
 @pytest.mark.parametrize("padding", [0, 1, 5])
 def test_usable_positions_exclude_the_padding_offset(padding: int, clean: Path) -> None:
     assert max_positions(load_base(ModelSpec(path=str(clean)))) == 512, "of other models all"
-    assert max_positions(tiny(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
-    base = tiny(RobertaModel, RobertaConfig, max_position_embeddings=20, pad_token_id=padding)
+    assert max_positions(make_tiny_base(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
+    base = make_tiny_base(RobertaModel, RobertaConfig, max_position_embeddings=20, pad_token_id=padding)
     most = max_positions(base)
     assert most == 20 - padding - 1
     base(input_ids=torch.full((1, most), 7))
@@ -184,7 +186,7 @@ def test_usable_positions_exclude_the_padding_offset(padding: int, clean: Path) 
     ],
 )
 def test_static_rope_types_are_accepted(tmp_path: Path, rope: dict[str, Any]) -> None:
-    tiny(LlamaModel, LlamaConfig, rope_parameters={"rope_theta": 1e4, **rope}).save_pretrained(tmp_path)
+    make_tiny_base(LlamaModel, LlamaConfig, rope_parameters={"rope_theta": 1e4, **rope}).save_pretrained(tmp_path)
     assert load_base(ModelSpec(path=str(tmp_path))).config.rope_parameters["rope_type"] == rope["rope_type"]
 
 
@@ -192,7 +194,7 @@ def test_rope_type_depending_on_batch_length_is_refused() -> None:
     """Phi-3 takes the old name "yarn" for longrope: what counts is what was built."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     settings = {"original_max_position_embeddings": 8, "max_position_embeddings": 16, "pad_token_id": 0}
-    base = tiny(Phi3Model, Phi3Config, rope_parameters=rope, **settings)
+    base = make_tiny_base(Phi3Model, Phi3Config, rope_parameters=rope, **settings)
     with pytest.raises(
         ConfigError, match="rope type longrope, which chooses its frequencies from the longest example of a batch"
     ):

@@ -16,44 +16,44 @@ from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 
-from ..builders import with_random_values
+from ..builders import set_random_values
 from ..cli import snapshots
-from .conftest import spec_of, trained
+from .conftest import make_spec, make_trained
 
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
 PATHS = ("random:bert", "random:llama")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
 
 
-def offsets(model: TaskModel) -> list[str]:
+def list_offsets(model: TaskModel) -> list[str]:
     return [name for name in model.trainable() if name.endswith(".scales.offset")]
 
 
-def outputs(base: Any) -> torch.Tensor:
+def compute_outputs(base: Any) -> torch.Tensor:
     found: torch.Tensor = base(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
     return found
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_trainable_tensors_match_the_adapter_kind(path: str) -> None:
-    def trains(kind: str, **changes: Any) -> list[str]:
-        model = build_task_model(spec_of(path, lora=LoraSpec(kind=kind, rank=2, **changes)))
+    def list_trainable(kind: str, **changes: Any) -> list[str]:
+        model = build_task_model(make_spec(path, lora=LoraSpec(kind=kind, rank=2, **changes)))
         assert all(one.dtype == torch.float32 for one in model.trainable().values())
         assert list(model.adapter_parameters()) == list(model.trainable()) or "train_a" in changes
         assert any("lora_A" in name for name in model.adapter_parameters()) == (kind != "ia3"), "also a frozen one"
         return [name for name in model.trainable() if not name.startswith("head.")]
 
-    modules = len(trains("lora")) // 2
-    assert all("lora_B" in name for name in trains("lora", train_a=False))
-    assert len(trains("lora", train_a=False)) == modules
-    assert len(trains("dora")) == 3 * modules
-    assert len(trains("dora", train_a=False)) == 2 * modules
-    assert len(trains("ia3")) == modules
-    assert set(trains("dora")) == {*trains("lora"), *trains("ia3")}
-    assert all(".1." in name for name in trains("ia3", layers=(-1,)))
-    assert 2 * len(trains("ia3", layers=(-1,))) == modules
-    named = build_task_model(spec_of(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
-    assert [name.split("layer.")[1] for name in offsets(named)] == [
+    modules = len(list_trainable("lora")) // 2
+    assert all("lora_B" in name for name in list_trainable("lora", train_a=False))
+    assert len(list_trainable("lora", train_a=False)) == modules
+    assert len(list_trainable("dora")) == 3 * modules
+    assert len(list_trainable("dora", train_a=False)) == 2 * modules
+    assert len(list_trainable("ia3")) == modules
+    assert set(list_trainable("dora")) == {*list_trainable("lora"), *list_trainable("ia3")}
+    assert all(".1." in name for name in list_trainable("ia3", layers=(-1,)))
+    assert 2 * len(list_trainable("ia3", layers=(-1,))) == modules
+    named = build_task_model(make_spec(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
+    assert [name.split("layer.")[1] for name in list_offsets(named)] == [
         f"{layer}.attention.{module}.scales.offset" for layer in (0, 1) for module in ("output.dense", "self.query")
     ]
 
@@ -62,21 +62,21 @@ def test_trainable_tensors_match_the_adapter_kind(path: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("path", PATHS)
 def test_zero_adapter_leaves_outputs_bitwise_unchanged(path: str, dtype: Any, kind: str) -> None:
-    plain = outputs(load_base(ModelSpec(path=path, dtype=dtype)))
+    plain = compute_outputs(load_base(ModelSpec(path=path, dtype=dtype)))
     base = load_base(ModelSpec(path=path, dtype=dtype))
     model = attach_adapters(base, spec=LoraSpec(kind=kind, rank=2), predicts_tokens=False, seed=0)
-    assert torch.equal(outputs(model), plain)
+    assert torch.equal(compute_outputs(model), plain)
 
 
-def with_a_query(**lora: Any) -> tuple[TaskModel, Any]:
+def adapt_query(**lora: Any) -> tuple[TaskModel, Any]:
     """A model of which one module is adapted, and that module."""
-    model = build_task_model(spec_of(lora=LoraSpec(target_modules=("query",), layers=(0,), **lora)))
+    model = build_task_model(make_spec(lora=LoraSpec(target_modules=("query",), layers=(0,), **lora)))
     return model, next(one for name, one in model.named_modules() if name.endswith("layer.0.attention.self.query"))
 
 
 def test_ia3_offset_scales_the_module_output() -> None:
-    model, layer = with_a_query(kind="ia3")
-    inputs, (name,) = torch.randn(2, 3, 32), offsets(model)
+    model, layer = adapt_query(kind="ia3")
+    inputs, (name,) = torch.randn(2, 3, 32), list_offsets(model)
     plain = layer(inputs)
     with torch.no_grad():
         model.trainable()[name].copy_(torch.linspace(-2, 2, 32))  # a site's bound: factors from -1 to 3
@@ -84,9 +84,9 @@ def test_ia3_offset_scales_the_module_output() -> None:
 
 
 def test_dora_offset_scales_the_row_norm() -> None:
-    model, layer = with_a_query(kind="dora", rank=2)
-    with_random_values(model, 0.3)
-    scalings = [with_a_query(rank=4, alpha=6.0, rslora=on)[1].scaling["default"] for on in (False, True)]
+    model, layer = adapt_query(kind="dora", rank=2)
+    set_random_values(model, 0.3)
+    scalings = [adapt_query(rank=4, alpha=6.0, rslora=on)[1].scaling["default"] for on in (False, True)]
     assert scalings == pytest.approx([6.0 / 4, 6.0 / math.sqrt(4)])
     inputs, start = torch.randn(2, 3, 32), layer.base_layer.weight
     matrix = start + 8.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -98,20 +98,20 @@ def test_dora_offset_scales_the_row_norm() -> None:
 @kinds
 @pytest.mark.parametrize("path", PATHS)
 def test_adapter_can_be_disabled_saved_and_merged_by_peft(path: str, kind: str) -> None:
-    model = trained(path, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
-    expected, as_it_was = outputs(model.base), outputs(load_base(ModelSpec(path=path)))
+    model = make_trained(path, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
+    expected, as_it_was = compute_outputs(model.base), compute_outputs(load_base(ModelSpec(path=path)))
     assert not torch.allclose(expected, as_it_was, atol=1e-2)
     with adapters_disabled(model.base):
-        assert torch.equal(outputs(model.base), as_it_was)
+        assert torch.equal(compute_outputs(model.base), as_it_was)
     saved = get_peft_model_state_dict(model.base)
     for name, start, values in iter_peft_scales(model.base):
         assert saved[name].shape == start.shape == values.shape
         assert not torch.equal(start, values)
-    assert len(list(iter_peft_scales(model.base))) == len(offsets(model))
+    assert len(list(iter_peft_scales(model.base))) == len(list_offsets(model))
     plain = merge_adapter(model.base)
     assert type(plain) is type(load_base(ModelSpec(path=path)))
     assert not any("scales" in name or "lora" in name for name, _ in plain.named_modules())
-    assert torch.allclose(outputs(plain), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(compute_outputs(plain), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dora_refuses_weights_with_a_zero_row() -> None:
@@ -129,44 +129,44 @@ def test_dora_and_ia3_support_transposed_modules() -> None:
     for kind in ("dora", "ia3"):
         torch.manual_seed(0)
         base = GPT2Model(config).eval().requires_grad_(False)
-        plain = outputs(base)
+        plain = compute_outputs(base)
         model = attach_adapters(base, spec=LoraSpec(kind=kind, rank=2), predicts_tokens=False, seed=0)
-        assert torch.equal(outputs(model), plain)
+        assert torch.equal(compute_outputs(model), plain)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(torch.randn(parameter.shape) * 0.2)
-        expected = outputs(model)
-        assert torch.allclose(outputs(merge_adapter(model)), expected, rtol=1e-4, atol=1e-4)
+        expected = compute_outputs(model)
+        assert torch.allclose(compute_outputs(merge_adapter(model)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("path", "task", "modules"), [("random:bert", "classification", 6), ("random:llama", "causal_lm", 7)]
 )
 def test_all_linear_selects_modules_only_within_the_chosen_layers(path: str, task: str, modules: int) -> None:
-    def layer(*layers: int) -> list[str]:
-        model = build_task_model(spec_of(path, task, lora=LoraSpec(rank=2, layers=layers or None)))
+    def adapt_layers(*layers: int) -> list[str]:
+        model = build_task_model(make_spec(path, task, lora=LoraSpec(rank=2, layers=layers or None)))
         return [name for name in model.trainable() if name != "head.weight"]
 
-    assert len(layer()) == 2 * 2 * modules
-    assert not any(word in name for name in layer() for word in ("pooler", "embed", "lm_head"))
-    assert layer(-1) == layer(1)
-    assert layer(-1, -2) == layer(0, 1) == layer()
-    assert all(".1." in name for name in layer(-1))
+    assert len(adapt_layers()) == 2 * 2 * modules
+    assert not any(word in name for name in adapt_layers() for word in ("pooler", "embed", "lm_head"))
+    assert adapt_layers(-1) == adapt_layers(1)
+    assert adapt_layers(-1, -2) == adapt_layers(0, 1) == adapt_layers()
+    assert all(".1." in name for name in adapt_layers(-1))
 
 
-@snapshots.mistakes("mistakes-lora")
+@snapshots.parametrize_mistakes("mistakes-lora")
 def test_invalid_lora_targets_and_ranks_are_refused(typed: str) -> None:
     """Before memory is taken: a rank of a million took 21 GB, and the machine ended the process."""
     with pytest.raises(ConfigError) as error:
-        build_task_model(spec_of(lora=LoraSpec(**json.loads(typed))))
+        build_task_model(make_spec(lora=LoraSpec(**json.loads(typed))))
     snapshots.check_message("mistakes-lora", typed, str(error.value))
 
 
 def test_lora_initialization_depends_only_on_the_seed() -> None:
     def start(seed: int, dtype: str = "float32") -> torch.Tensor:
         path = ModelSpec(path="random:bert", dtype=dtype)  # type: ignore[arg-type]
-        tensors = build_task_model(spec_of(model=path, seed=seed)).adapter_parameters()
+        tensors = build_task_model(make_spec(model=path, seed=seed)).adapter_parameters()
         return torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_A" in name])
 
     state = torch.random.get_rng_state()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from fedtune.model.base_model import expand_gguf, load_base, load_tokenizer, model_sha256
+from fedtune.model.base_model import expand_gguf, hash_model, load_base, load_tokenizer
 from fedtune.model.manifest import Manifest, build_manifest, stage_files
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError, RunError
@@ -22,7 +22,7 @@ BERT = ModelSpec(path="random:bert")
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
-def sha256(content: bytes) -> str:
+def hash_content(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
@@ -36,7 +36,7 @@ def sha256(content: bytes) -> str:
     ],
 )
 def test_any_changed_model_file_changes_the_digest(folder: Path, name: str, changes: Any) -> None:
-    spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
+    spec = ModelSpec(path=str(folder), sha256=hash_model(ModelSpec(path=str(folder))))
     load_base(spec)
     file = folder / name
     if changes is None:
@@ -52,15 +52,17 @@ def test_any_changed_model_file_changes_the_digest(folder: Path, name: str, chan
 
 
 def test_model_digest_is_the_hash_of_a_sha256sum_manifest(folder: Path) -> None:
-    lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in FILES)
+    lines = "".join(f"{hash_content((folder / name).read_bytes())}  {name}\n" for name in FILES)
     expected = "fedtune model manifest 1\n" + lines
     assert build_manifest(folder).text == expected
-    assert model_sha256(ModelSpec(path=str(folder))) == sha256(expected.encode())
+    assert hash_model(ModelSpec(path=str(folder))) == hash_content(expected.encode())
     (folder / "a.gguf").write_bytes(b"GGUF")
     manifest = build_manifest(folder, gguf_file="a.gguf")
-    assert manifest.sha256 == sha256(b"GGUF"), "a GGUF file keeps its plain hash"
-    assert manifest.text == f"{sha256(b'GGUF')}  a.gguf\n"
-    assert Manifest(files=(("model.safetensors", sha256(b"GGUF")),)).sha256 != manifest.sha256, "no GGUF file's hash"
+    assert manifest.sha256 == hash_content(b"GGUF"), "a GGUF file keeps its plain hash"
+    assert manifest.text == f"{hash_content(b'GGUF')}  a.gguf\n"
+    assert Manifest(files=(("model.safetensors", hash_content(b"GGUF")),)).sha256 != manifest.sha256, (
+        "no GGUF file's hash"
+    )
 
 
 def test_digest_of_a_sharded_model_covers_index_and_shards(folder: Path) -> None:
@@ -70,8 +72,8 @@ def test_digest_of_a_sharded_model_covers_index_and_shards(folder: Path) -> None
     manifest = build_manifest(folder)
     assert len(shards) > 1
     assert {"model.safetensors.index.json", *shards} < dict(manifest.files).keys()
-    lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in shards)
-    assert manifest.sha256 != sha256(lines.encode()), "no list of shards is a manifest"
+    lines = "".join(f"{hash_content((folder / name).read_bytes())}  {name}\n" for name in shards)
+    assert manifest.sha256 != hash_content(lines.encode()), "no list of shards is a manifest"
     spec = ModelSpec(path=str(folder), sha256=manifest.sha256)
     before = load_base(BERT).state_dict()
     assert all(torch.equal(one, before[name]) for name, one in load_base(spec).named_parameters())
@@ -89,7 +91,7 @@ def test_staged_folder_contains_the_manifest_files_and_is_removed(folder: Path) 
         before = (place / "config.json").read_bytes()
         (folder / "config.json").write_text("{}")
         assert (place / "config.json").read_bytes() == before
-        assert dict(manifest.files)["config.json"] == sha256(before)
+        assert dict(manifest.files)["config.json"] == hash_content(before)
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
@@ -134,15 +136,15 @@ def test_gguf_file_is_expanded_without_neighboring_files(
         (beside / name).write_text("{}")
     seen: list[tuple[list[str], str]] = []
 
-    def expanded(file: Path, *, sha256: str, cache: Path) -> Path:
+    def expand_file(file: Path, *, sha256: str, cache: Path) -> Path:
         seen.append((os.listdir(file.parent), sha256))
         return folder
 
-    monkeypatch.setattr("fedtune.model.base_model.expand_gguf", expanded)
-    spec = ModelSpec(path=str(beside), gguf_file="a.gguf", sha256=sha256(b"{}"))
+    monkeypatch.setattr("fedtune.model.base_model.expand_gguf", expand_file)
+    spec = ModelSpec(path=str(beside), gguf_file="a.gguf", sha256=hash_content(b"{}"))
     load_base(spec)
     load_tokenizer(spec)
-    assert seen == [(["a.gguf"], sha256(b"{}"))] * 2
+    assert seen == [(["a.gguf"], hash_content(b"{}"))] * 2
     with pytest.raises(ConfigError, match="is not the hash of"):
         load_tokenizer(replace(spec, sha256="0" * 64))
 

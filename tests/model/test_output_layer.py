@@ -11,45 +11,46 @@ from fedtune.data import Batch
 from fedtune.data.batching import isolate_example
 from fedtune.model.layers import OutputLayer
 
-from ..builders import gradients_of
-from .conftest import batch_of, trained
+from ..builders import record_example_gradients
+from .conftest import make_batch, make_trained
 
 IDS = torch.arange(12).view(2, 6)
 SIZES: dict[str, Any] = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def llama() -> PreTrainedModel:
+def build_llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
 
 
-def in_place() -> PreTrainedModel:
-    model = llama()
+def build_in_place_llama() -> PreTrainedModel:
+    model = build_llama()
     forward = model.forward
 
-    def halved(*args: Any, **kwargs: Any) -> Any:
+    def halve_logits(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         output.logits.div_(2)
         return output
 
-    model.forward = halved
+    model.forward = halve_logits
     return model
 
 
 @pytest.mark.parametrize(
-    "make", [llama, lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval(), in_place]
+    "make",
+    [build_llama, lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval(), build_in_place_llama],
 )
 def test_scores_at_selected_positions_match_the_model(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
     whole = model(input_ids=IDS).logits
     output = OutputLayer(model)
     inputs = output.compute_inputs(lambda: model(input_ids=IDS))
-    assert inputs.shape[-1] == (16 if make is llama else 48)
+    assert inputs.shape[-1] == (16 if make is build_llama else 48)
     torch.testing.assert_close(output.scores(inputs[1, [2, 4]]), whole[1, [2, 4]])
 
 
 def test_output_layer_is_skipped_only_while_capturing_inputs() -> None:
-    model = llama()
+    model = build_llama()
     output, rows = OutputLayer(model), []
     model.lm_head.register_forward_hook(lambda layer, inputs, scores: rows.append(scores[..., 0].numel()))
     output.compute_inputs(lambda: model(input_ids=IDS))
@@ -62,17 +63,17 @@ def test_output_layer_is_skipped_only_while_capturing_inputs() -> None:
 
 @pytest.mark.parametrize("learned", [0, 1, 3, 6])
 def test_gradients_do_not_depend_on_target_counts_of_neighbors(learned: int) -> None:
-    model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
-    before = gradients_of(model, batch)
+    model, batch = make_trained("random:llama", "causal_lm"), make_batch("causal_lm")
+    before = record_example_gradients(model, batch)
     batch.targets[1:] = -100
     batch.targets[1:, 1 : 1 + learned] = 7
-    beside_others = gradients_of(model, batch)
+    beside_others = record_example_gradients(model, batch)
     assert any(one[0].any() for one in before.values())
     assert all(torch.equal(one[0], beside_others[name][0]) for name, one in before.items())
 
 
 def test_empty_batch_uses_full_memory_and_single_tokens_have_no_loss() -> None:
-    model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
+    model, batch = make_trained("random:llama", "causal_lm"), make_batch("causal_lm")
     places: list[int] = []
     layer = model.base.get_base_model().lm_head
     hook = layer.register_forward_hook(lambda layer, inputs, scores: places.append(len(scores)))
@@ -84,5 +85,5 @@ def test_empty_batch_uses_full_memory_and_single_tokens_have_no_loss() -> None:
     assert places == [batch.input_ids.shape[1] - 1] * 4
     assert most <= places[0]
     short = Batch(batch.input_ids[:, :1], batch.attention_mask[:, :1], batch.targets[:, :1])
-    assert all(not one.any() for one in gradients_of(model, short).values())
+    assert all(not one.any() for one in record_example_gradients(model, short).values())
     assert model.losses(short).tolist() == [0.0] * len(short)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.compatibility import tokenize_public_text
 from fedtune.model.spec import ModelSpec
-from fedtune.model.tokenizer_rules import PUBLISHED, tokenizer_refusal
+from fedtune.model.tokenizer_rules import PUBLISHED, explain_tokenizer_refusal
 from fedtune.spec import ConfigError
 
 PUBLISHED_ONES: dict[str, dict[str, Any]] = json.loads(
@@ -25,63 +25,77 @@ BERT, GPT2, XLM_R = (PUBLISHED_ONES[name] for name in ("BERT", "GPT-2", "XLM-R")
 TEMPLATE = BERT["post_processor"]
 
 
-def precompiled(*replacements: bytes) -> dict[str, Any]:
+def make_precompiled(*replacements: bytes) -> dict[str, Any]:
     table = (0).to_bytes(4, "little") + b"\0".join((*replacements, b""))
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
 
 
-def replaces(pattern: str, content: str, *, kind: str = "String") -> dict[str, Any]:
+def make_replace(pattern: str, content: str, *, kind: str = "String") -> dict[str, Any]:
     return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
 
-def splits(pattern: str, kind: str = "Regex") -> dict[str, Any]:
+def make_split(pattern: str, kind: str = "Regex") -> dict[str, Any]:
     return {"type": "Split", "pattern": {kind: pattern}, "behavior": "Isolated", "invert": False}
 
 
-def sequence(*normalizer: dict[str, Any]) -> dict[str, Any]:
+def make_sequence(*normalizer: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": list(normalizer)}
 
 
-def written(tokenizer: Tokenizer) -> dict[str, Any]:
+def parse_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(tokenizer.to_str())
     return found
 
 
-def words(**parts: Any) -> dict[str, Any]:
-    return written(Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))) | parts
+def make_word_tokenizer(**parts: Any) -> dict[str, Any]:
+    return parse_tokenizer(Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))) | parts
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    name: (words(**one["parts"]), one["told"])
+    name: (make_word_tokenizer(**one["parts"]), one["told"])
     for name, one in yaml.safe_load(Path(__file__).with_name("refused_tokenizers.yaml").read_text()).items()
 }
 REFUSED |= {
-    "a word that grows": (words(normalizer=replaces("JANE", "X" * 1000)), "replaces 4 characters by 1000"),
+    "a word that grows": (
+        make_word_tokenizer(normalizer=make_replace("JANE", "X" * 1000)),
+        "replaces 4 characters by 1000",
+    ),
     "a table that grows": (
-        XLM_R | {"normalizer": precompiled(b"x" * 1000)},
+        XLM_R | {"normalizer": make_precompiled(b"x" * 1000)},
         "turns one character into 1000, more than",
     ),
     "a letter for nineteen digits": (
-        XLM_R | {"normalizer": precompiled(b"7" * 19)},
+        XLM_R | {"normalizer": make_precompiled(b"7" * 19)},
         "turn one character into up to 19",
     ),
     "a letter for eighteen, twice": (
-        words(normalizer=sequence(*2 * [replaces("a", "\ufdfa"), {"type": "NFKC"}])),
+        make_word_tokenizer(normalizer=make_sequence(*2 * [make_replace("a", "\ufdfa"), {"type": "NFKC"}])),
         "turn one character into up to 324",
     ),
-    "many steps": (words(normalizer=sequence(*17 * [{"type": "Strip"}])), "more than 16 steps"),
-    "sequences of sequences": (words(normalizer=sequence(sequence(*9 * [{"type": "Nmt"}]), *8 * [sequence()])), "16"),
+    "many steps": (make_word_tokenizer(normalizer=make_sequence(*17 * [{"type": "Strip"}])), "more than 16 steps"),
+    "sequences of sequences": (
+        make_word_tokenizer(normalizer=make_sequence(make_sequence(*9 * [{"type": "Nmt"}]), *8 * [make_sequence()])),
+        "16",
+    ),
     "many special tokens": (
-        words(post_processor=TEMPLATE | {"special_tokens": TEMPLATE["special_tokens"] | {"[CLS]": {"ids": 17 * [1]}}}),
+        make_word_tokenizer(
+            post_processor=TEMPLATE | {"special_tokens": TEMPLATE["special_tokens"] | {"[CLS]": {"ids": 17 * [1]}}}
+        ),
         "more than 16 special tokens",
     ),
     "long words": (BERT | {"model": BERT["model"] | {"max_input_chars_per_word": 10**6}}, "more than 200"),
-    "a long piece": (words(model={"type": "WordLevel", "vocab": {"x" * 513: 0}}), "a piece of 513 characters"),
+    "a long piece": (
+        make_word_tokenizer(model={"type": "WordLevel", "vocab": {"x" * 513: 0}}),
+        "a piece of 513 characters",
+    ),
     "a long piece of Unigram": (
-        words(model={"type": "Unigram", "vocab": [["x" * 129, 0.0]]}),
+        make_word_tokenizer(model={"type": "Unigram", "vocab": [["x" * 129, 0.0]]}),
         "a piece of 129 characters, more than 128",
     ),
-    "a long added token": (words(added_tokens=[{"id": 2, "content": "x" * 513}]), "a piece of 513 characters"),
+    "a long added token": (
+        make_word_tokenizer(added_tokens=[{"id": 2, "content": "x" * 513}]),
+        "a piece of 513 characters",
+    ),
     "no model": ({"version": "1.0"}, "can read"),
     "drawn tokens": (GPT2 | {"model": GPT2["model"] | {"dropout": 0.1}}, r"has dropout = 0\.1"),
 }
@@ -90,15 +104,15 @@ REFUSED |= {
 @pytest.mark.parametrize("name", PUBLISHED_ONES)
 def test_published_tokenizers_are_accepted(name: str) -> None:
     fields = PUBLISHED_ONES[name]
-    assert tokenizer_refusal(fields) is None
-    assert written(Tokenizer.from_str(json.dumps(fields))) == fields, "as the library writes it"
+    assert explain_tokenizer_refusal(fields) is None
+    assert parse_tokenizer(Tokenizer.from_str(json.dumps(fields))) == fields, "as the library writes it"
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_tokenizers_that_text_can_break_are_refused(name: str) -> None:
     tokenizer, reason = REFUSED[name]
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(tokenizer_refusal(tokenizer))
+        raise AssertionError(explain_tokenizer_refusal(tokenizer))
 
 
 HARD = {
@@ -138,7 +152,7 @@ def test_rules_of_older_tokenizer_files_are_checked(folder: Path, monkeypatch: p
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     assert load_tokenizer(ModelSpec(path=str(folder)))("a")["input_ids"] == [2, 5, 3]
     monkeypatch.setattr(
-        "fedtune.model.base_model.tokenizer_refusal", lambda fields: f"has {fields['normalizer']['type']}"
+        "fedtune.model.base_model.explain_tokenizer_refusal", lambda fields: f"has {fields['normalizer']['type']}"
     )
     with pytest.raises(ConfigError, match="its tokenizer has BertNormalizer"):
         load_tokenizer(ModelSpec(path=str(folder)))

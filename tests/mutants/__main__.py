@@ -10,10 +10,10 @@ import argparse
 import sys
 from collections.abc import Iterable
 
-from .harness import MUTANTS, Mutant, NoResult, Rotten, hunt
+from .harness import MUTANTS, Mutant, NoResult, Rotten, hunt_mutant
 
 
-def table(mutants: Iterable[Mutant]) -> str:
+def render_table(mutants: Iterable[Mutant]) -> str:
     """Return a Markdown table with the name, the fault, the file and the tests of each mutant."""
     lines = ["| mutant | fault | file | tests |", "| --- | --- | --- | --- |"]
     for mutant in mutants:
@@ -27,7 +27,7 @@ def run(names: Iterable[str]) -> int:
     killed = []
     for name in names:
         try:
-            test, seconds = hunt(MUTANTS[name])
+            test, seconds = hunt_mutant(MUTANTS[name])
         except (NoResult, Rotten) as error:
             print(error, file=sys.stderr)
             test, seconds = None, 0.0
@@ -42,7 +42,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--run", nargs="*", metavar="NAME", help="run these mutants; without names, all of them")
     names = parser.parse_args(words).run
     if names is None:
-        print(table(MUTANTS.values()))
+        print(render_table(MUTANTS.values()))
         return 0
     if unknown := set(names) - set(MUTANTS):
         print(f"no such mutant: {', '.join(sorted(unknown))}", file=sys.stderr)

@@ -39,8 +39,8 @@ def main() -> None:
         _import(_OF_MODELS if request["models"] else ())
         child = os.fork()
         if child == 0:
-            _become_pytest(request)
-        print(json.dumps({"code": _waited(child, limit_s=request["limit_s"])}), flush=True)
+            _run_pytest(request)
+        print(json.dumps({"code": _wait_for_child(child, limit_s=request["limit_s"])}), flush=True)
 
 
 def _import(libraries: tuple[str, ...]) -> None:
@@ -75,7 +75,7 @@ class Witness:
         self.report.write_text(json.dumps({"file": file, "passed": self.passed, **self.failed}))
 
 
-def _become_pytest(request: dict[str, Any]) -> None:
+def _run_pytest(request: dict[str, Any]) -> None:
     """In the child: the environment that a new process would have, then pytest; does not return."""
     code = 3
     try:
@@ -99,7 +99,7 @@ def _become_pytest(request: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def _waited(child: int, *, limit_s: float) -> int | None:
+def _wait_for_child(child: int, *, limit_s: float) -> int | None:
     ended, _, _ = select.select([handle := os.pidfd_open(child)], [], [], limit_s)
     os.close(handle)
     if not ended:

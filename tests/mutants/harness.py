@@ -41,7 +41,7 @@ class Mutant:
     def module(self) -> str:
         return self.file.removesuffix(".py").replace("/", ".")
 
-    def mutated(self, root: Path = ROOT) -> str:
+    def mutate_file(self, root: Path = ROOT) -> str:
         """The file's text with the fault.
 
         Raises:
@@ -93,7 +93,7 @@ class Seen:
     output: str = ""
 
 
-def killer(mutant: Mutant, seen: Seen, *, tree: Path) -> str | None:
+def find_killer(mutant: Mutant, seen: Seen, *, tree: Path) -> str | None:
     """The test that found the fault; None for a survivor.
 
     Raises:
@@ -111,7 +111,7 @@ def killer(mutant: Mutant, seen: Seen, *, tree: Path) -> str | None:
     return seen.test
 
 
-def hunt(mutant: Mutant) -> tuple[str | None, float]:
+def hunt_mutant(mutant: Mutant) -> tuple[str | None, float]:
     """The test that kills `mutant`, or None, and the seconds that took.
 
     Raises:
@@ -120,9 +120,9 @@ def hunt(mutant: Mutant) -> tuple[str | None, float]:
     """
     with _copy() as tree:
         target = tree / mutant.file
-        target.write_text(mutant.mutated(tree), encoding="utf-8")
+        target.write_text(mutant.mutate_file(tree), encoding="utf-8")
         seen = _run(mutant.tests, tree, module=mutant.module)
-        found = killer(mutant, seen, tree=tree)
+        found = find_killer(mutant, seen, tree=tree)
     for tests in mutant.tests:
         _require_green(tests)
         if found is not None and found.startswith(tests):
@@ -146,10 +146,10 @@ def _copy() -> Iterator[Path]:
         tree = Path(folder).resolve() / "tree"
         everywhere, at_the_top = (shutil.ignore_patterns(*names) for names in (_LEFT_OUT, _LEFT_OUT_AT_THE_TOP))
 
-        def ignored(folder: str, names: list[str]) -> set[str]:
+        def list_ignored(folder: str, names: list[str]) -> set[str]:
             return everywhere(folder, names) | (at_the_top(folder, names) if Path(folder) == ROOT else set())
 
-        shutil.copytree(ROOT, tree, ignore=ignored)
+        shutil.copytree(ROOT, tree, ignore=list_ignored)
         yield tree
 
 
@@ -173,15 +173,15 @@ def _run(tests: Sequence[str], tree: Path, *, module: str) -> Seen:
         "limit_s": TIME_LIMIT_S,
     }
     began = time.monotonic()
-    code = _asked(request)
+    code = _ask_server(request)
     seconds, last = time.monotonic() - began, output.read_text(errors="replace")[-3000:]
     fields = json.loads(report.read_text()) if report.exists() else {}
     return Seen(code=code, seconds=seconds, output=last, **fields)
 
 
-def _asked(request: dict[str, object]) -> int | None:
+def _ask_server(request: dict[str, object]) -> int | None:
     """The fork server's answer."""
-    server = _server()
+    server = _start_server()
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps(request) + "\n")
@@ -195,7 +195,7 @@ def _asked(request: dict[str, object]) -> int | None:
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
+def _start_server() -> subprocess.Popen[str]:
     """One for this process; it ends when its standard input does."""
     path = Path(__file__).with_name("fork_server.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

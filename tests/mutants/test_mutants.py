@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from .__main__ import table
-from .harness import MUTANTS, QUICK, ROOT, Mutant, NoResult, Rotten, Seen, hunt, killer
+from .__main__ import render_table
+from .harness import MUTANTS, QUICK, ROOT, Mutant, NoResult, Rotten, Seen, find_killer, hunt_mutant
 
 
 @pytest.mark.by_day(*QUICK)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed_by_its_tests(name: str) -> None:
-    test, _ = hunt(MUTANTS[name])
+    test, _ = hunt_mutant(MUTANTS[name])
     assert test is not None, f"{name} survived {', '.join(MUTANTS[name].tests)}: {MUTANTS[name].fault}"
 
 
@@ -22,7 +22,7 @@ def test_mutants_apply_cleanly_and_are_unique() -> None:
     texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in {one.file for one in MUTANTS.values()}}
     before = {file: ast.dump(ast.parse(text)) for file, text in texts.items()}
     for name, mutant in MUTANTS.items():
-        changed = ast.parse(mutant.mutated())
+        changed = ast.parse(mutant.mutate_file())
         compile(changed, mutant.file, "exec")
         assert ast.dump(changed) != before[mutant.file], f"{name} changes no more than spelling"
     assert 28 <= len(MUTANTS) <= 240, "a new one takes the place of one whose fault is found by the same test"
@@ -47,21 +47,21 @@ HARMLESS = Mutant(
 
 
 def test_table_has_one_row_for_each_mutant_and_escapes_bars() -> None:
-    rows = table([*MUTANTS.values(), replace(HARMLESS, fault="a|b")]).splitlines()[2:]
+    rows = render_table([*MUTANTS.values(), replace(HARMLESS, fault="a|b")]).splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [*MUTANTS, "harmless"]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
 def test_harmless_change_survives_and_broken_import_is_no_kill() -> None:
-    assert hunt(HARMLESS)[0] is None
+    assert hunt_mutant(HARMLESS)[0] is None
     with pytest.raises(NoResult, match=r"^harmless: "):
-        hunt(replace(HARMLESS, new="from __future__ import annotations\n\nimport no_such_module\n"))
+        hunt_mutant(replace(HARMLESS, new="from __future__ import annotations\n\nimport no_such_module\n"))
 
 
 @pytest.mark.parametrize("old", ["no such text", "import "])
 def test_mutant_with_missing_or_ambiguous_text_is_rejected(old: str) -> None:
     with pytest.raises(Rotten, match="must occur once"):
-        replace(HARMLESS, old=old).mutated()
+        replace(HARMLESS, old=old).mutate_file()
 
 
 SEEN = Seen(code=1, file="/tree/fedtune/spec.py", passed=3, test="t.py::t", when="call", exception="AssertionError")
@@ -69,7 +69,7 @@ SEEN = Seen(code=1, file="/tree/fedtune/spec.py", passed=3, test="t.py::t", when
 
 def test_only_a_failed_assertion_counts_as_a_kill() -> None:
     for change, test in (({}, "t.py::t"), ({"exception": "Refused"}, "t.py::t"), ({"code": 0, "test": ""}, None)):
-        assert killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree")) == test  # type: ignore[arg-type]
+        assert find_killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree")) == test  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_only_a_failed_assertion_counts_as_a_kill() -> None:
 )
 def test_inconclusive_test_run_gives_no_result(change: dict[str, object]) -> None:
     with pytest.raises(NoResult):
-        killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree"))  # type: ignore[arg-type]
+        find_killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree"))  # type: ignore[arg-type]
 
 
 def test_tests_failing_without_a_fault_kill_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "test_red.py"
     broken.write_text("def test_red() -> None:\n    assert False\n")
     with pytest.raises(NoResult, match="must pass without a fault"):
-        hunt(replace(HARMLESS, tests=(str(broken),)))
+        hunt_mutant(replace(HARMLESS, tests=(str(broken),)))

@@ -22,9 +22,9 @@ from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
 from fedtune.ops.kits.provisioning import Admitted
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.privacy.policy_file import write_policy
-from tests.flower.hostile import Hostile, whole
+from tests.flower.hostile import Hostile, build_response
 
-from ..conftest import fail_where, files_in, site_policy
+from ..conftest import fail_where, make_site_policy, read_files
 
 SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
 FEDERATION_TOML = f"""\
@@ -53,7 +53,7 @@ def federation_toml(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
+def fresh_federation(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
     """The folder of a federation without sites, to be copied: it takes many keys and much that is durable."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "federation.toml").write_text(FEDERATION_TOML)
@@ -61,8 +61,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
 
 
 @pytest.fixture
-def federation(federation_toml: Path, made: Path) -> Path:
-    return shutil.copytree(made, federation_toml.parent / "federation")
+def federation(federation_toml: Path, fresh_federation: Path) -> Path:
+    return shutil.copytree(fresh_federation, federation_toml.parent / "federation")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Desk:
         """The join request of a site in a folder named after it; `kit` names another folder for its keys."""
         folder = self.folder.parent / site
         folder.mkdir(exist_ok=True)
-        write_policy(site_policy(site, **policy), folder / "site.toml")
+        write_policy(make_site_policy(site, **policy), folder / "site.toml")
         return site_init(folder / "site.toml", out=folder / kit) / REQUEST
 
     def join(self, site: str, **policy: Any) -> Path:
@@ -118,7 +118,7 @@ def request_of(desk: Desk) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def joined(desk: Desk) -> Callable[[str], Path]:
+def join_site(desk: Desk) -> Callable[[str], Path]:
     return desk.join
 
 
@@ -126,7 +126,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[Any]:
+def kill_at_step(step: int, patch: pytest.MonkeyPatch) -> list[Any]:
     """Kill what runs next at this step on the disk, from 0, before it takes place; the steps that were begun."""
     begun: list[Any] = []
 
@@ -140,11 +140,11 @@ def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @contextlib.contextmanager
-def unchanged(folder: Path) -> Iterator[None]:
+def expect_unchanged(folder: Path) -> Iterator[None]:
     """Nothing in the folder is, once the block has ended."""
-    before = files_in(folder)
+    before = read_files(folder)
     yield
-    assert files_in(folder) == before
+    assert read_files(folder) == before
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -152,7 +152,7 @@ def unpack(archive: Path, folder: Path) -> None:
         opened.extractall(folder)
 
 
-def lines_of(check: DoctorCheck) -> list[str]:
+def format_lines(check: DoctorCheck) -> list[str]:
     return [f"{check.status:<8}{check.name}: {check.found}", *([f"        -> {check.fix}"] if check.fix else [])]
 
 
@@ -166,7 +166,7 @@ def check_snapshot(name: str, text: str) -> None:
 
 
 @pytest.fixture
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def remove_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -183,13 +183,13 @@ class Mailbox(Hostile):
     def _said(self, to: ssl.SSLSocket, path: str) -> None:
         status, content = self.says() if path == HELLO else (404, {"reason": "no"})
         date = formatdate(time.time() + self.clock_ahead_s, usegmt=True)
-        to.sendall(whole(json.dumps(content).encode(), headers=f"date: {date}\r\n", status=f"{status} Said"))
+        to.sendall(build_response(json.dumps(content).encode(), headers=f"date: {date}\r\n", status=f"{status} Said"))
 
 
 @pytest.fixture
-def north(desk: Desk) -> Path:
+def north_folder(desk: Desk) -> Path:
     """The folder of a site that has joined, with its anchor on another disk."""
     folder = desk.join("north").parent
     (folder / "other disk").mkdir()
-    write_policy(site_policy("north", anchor=str(folder / "other disk/anchor.json")), folder / "site.toml")
+    write_policy(make_site_policy("north", anchor=str(folder / "other disk/anchor.json")), folder / "site.toml")
     return folder

@@ -23,7 +23,7 @@ PROCESSES = {
 """Each manifest that has pods, and the kind of what makes them."""
 
 
-def tool(name: str) -> str:
+def find_tool(name: str) -> str:
     """Where a tool is, or a skipped test."""
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:
@@ -37,7 +37,7 @@ def run(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def passed(*command: object, **more: Any) -> str:
+def run_tool(*command: object, **more: Any) -> str:
     """What a command prints that has to end well."""
     done = run(*command, **more)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,16 +48,16 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(DEPLOYMENT))
 
 
-def documents(path: Path) -> list[dict[str, Any]]:
+def read_documents(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document]
 
 
-def only(path: Path, kind: str) -> dict[str, Any]:
-    (found,) = (document for document in documents(path) if document["kind"] == kind)
+def read_only_document(path: Path, kind: str) -> dict[str, Any]:
+    (found,) = (document for document in read_documents(path) if document["kind"] == kind)
     return found
 
 
-def template_of(made: dict[str, Any]) -> dict[str, Any]:
+def find_pod_template(made: dict[str, Any]) -> dict[str, Any]:
     """That of its pods, with their metadata."""
     spec: dict[str, Any] = made["spec"]
     spec = spec["jobTemplate"]["spec"] if made["kind"] == "CronJob" else spec
@@ -65,6 +65,6 @@ def template_of(made: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def pod_of(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = template_of(only(path, PROCESSES[path]))["spec"]
+def find_pod(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = find_pod_template(read_only_document(path, PROCESSES[path]))["spec"]
     return found

@@ -17,7 +17,7 @@ from fedtune.ops.kits.certificates import Authority, Certificate, certificate_pe
 from fedtune.ops.wire.identity import Tls
 from fedtune.spec import ConfigError
 
-from .deployment_files import passed
+from .deployment_files import run_tool
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class World:
 
 
 @pytest.fixture
-def ours(tmp_path: Path) -> World:
+def make_authorities(tmp_path: Path) -> World:
     authority = Authority.create_authority("cardiology", days=100, now=datetime.now(UTC))
     (tmp_path / "ca.pem").write_bytes(certificate_pem(authority.certificate))
     return World(authority, tmp_path)
 
 
-def context(side: int, holder: Tls) -> ssl.SSLContext:
+def make_context(side: int, holder: Tls) -> ssl.SSLContext:
     """What Python's newest versions use by default, with certificates demanded on both sides."""
     made = ssl.SSLContext(side)
     made.verify_mode = ssl.CERT_REQUIRED
@@ -56,57 +56,59 @@ def context(side: int, holder: Tls) -> ssl.SSLContext:
     return made
 
 
-def shake(world: World, *, server: Tls | None = None, client: Tls | None = None, host: str = "localhost") -> Any:
+def shake_hands(world: World, *, server: Tls | None = None, client: Tls | None = None, host: str = "localhost") -> Any:
     """A handshake in memory; the client's certificate as the server saw it, or ssl.SSLError where a side refused."""
     server = server or world.holder("server", hosts=("localhost", "127.0.0.1", "fl.example.org"))
     client = client or world.holder("site", name="north")
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    site = context(ssl.PROTOCOL_TLS_CLIENT, client).wrap_bio(to_client, to_server, server_hostname=host)
-    serving = context(ssl.PROTOCOL_TLS_SERVER, server).wrap_bio(to_server, to_client, server_side=True)
+    site = make_context(ssl.PROTOCOL_TLS_CLIENT, client).wrap_bio(to_client, to_server, server_hostname=host)
+    serving = make_context(ssl.PROTOCOL_TLS_SERVER, server).wrap_bio(to_server, to_client, server_side=True)
     for side in (site, serving) * 2:
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
     return serving.getpeercert()
 
 
-def test_server_and_site_accept_each_other_only_under_their_names(ours: World) -> None:
+def test_server_and_site_accept_each_other_only_under_their_names(make_authorities: World) -> None:
     north = {"organizationName": "cardiology", "organizationalUnitName": "site", "commonName": "north"}
     for host in ("localhost", "127.0.0.1", "fl.example.org"):
-        assert dict(part[0] for part in shake(ours, host=host)["subject"]) == north
+        assert dict(part[0] for part in shake_hands(make_authorities, host=host)["subject"]) == north
     for host in ("127.0.0.2", "x.fl.example.org"):
         with pytest.raises(ssl.SSLError, match="certificate is not valid for"):
-            shake(ours, host=host)
+            shake_hands(make_authorities, host=host)
 
 
 @pytest.mark.parametrize(("side", "kind", "name"), [("server", "site", "localhost"), ("client", "server", "other")])
-def test_site_and_server_certificates_are_not_interchangeable(ours: World, side: str, kind: str, name: str) -> None:
+def test_site_and_server_certificates_are_not_interchangeable(
+    make_authorities: World, side: str, kind: str, name: str
+) -> None:
     with pytest.raises(ssl.SSLError, match="unsuitable certificate purpose"):
-        shake(ours, **{side: ours.holder(kind, name=name)})
+        shake_hands(make_authorities, **{side: make_authorities.holder(kind, name=name)})
 
 
-def test_site_cannot_issue_certificates(ours: World) -> None:
-    site = ours.holder("site", name="north")
+def test_site_cannot_issue_certificates(make_authorities: World) -> None:
+    site = make_authorities.holder("site", name="north")
     key = generate_connection_key()
     own = x509.load_pem_x509_certificate(site.certificate.read_bytes())
     posing = Authority(key=certificates.read_connection_key(site.key), certificate=own)
     forged = posing.issue(key.public_key(), kind="site", name="forged", days=1, now=datetime.now(UTC))
     with pytest.raises(ConfigError, match="must be issued by the authority"):
-        certificates.check_issued(forged, ca=ours.authority.certificate, key="site.pem")
+        certificates.check_issued(forged, ca=make_authorities.authority.certificate, key="site.pem")
     with pytest.raises(ssl.SSLError, match="invalid CA certificate"):
-        shake(ours, client=ours.files("forged", private_pem(key), forged, own))
+        shake_hands(make_authorities, client=make_authorities.files("forged", private_pem(key), forged, own))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the command openssl is not installed")
-def test_openssl_accepts_certificates_and_agrees_on_their_fingerprints(ours: World) -> None:
+def test_openssl_accepts_certificates_and_agrees_on_their_fingerprints(make_authorities: World) -> None:
     for holder, purpose in (
-        (ours.holder("server", hosts=("fl.example.org", "10.0.0.3", "2001:db8::1")), "sslserver"),
-        (ours.holder("lead", name="lead"), "sslclient"),
-        (ours.holder("site", name="north"), "sslclient"),
+        (make_authorities.holder("server", hosts=("fl.example.org", "10.0.0.3", "2001:db8::1")), "sslserver"),
+        (make_authorities.holder("lead", name="lead"), "sslclient"),
+        (make_authorities.holder("site", name="north"), "sslclient"),
     ):
-        passed("openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", holder.ca, holder.certificate)
+        run_tool("openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", holder.ca, holder.certificate)
     of_key = "openssl x509 -pubkey -noout | openssl pkey -pubin -outform DER | openssl dgst -sha256 -r"
     pem = holder.certificate.read_text()
-    digest = passed("sh", "-c", of_key, input=pem).split()[0]
+    digest = run_tool("sh", "-c", of_key, input=pem).split()[0]
     assert Certificate.from_x509(x509.load_pem_x509_certificate(pem.encode())).fingerprint == digest
 
 
@@ -115,30 +117,30 @@ def test_certificate_validity_tolerates_slow_clocks_and_ends_with_the_authority(
     authority = Authority.create_authority("cardiology", days=10, now=start)
     key = generate_connection_key().public_key()
 
-    def issued(now: datetime, days: int) -> Certificate:
+    def issue_certificate(now: datetime, days: int) -> Certificate:
         return Certificate.from_x509(authority.issue(key, kind="site", name="a", days=days, now=now))
 
     later = start + timedelta(days=3)
-    assert issued(later, 2).not_before == later - timedelta(minutes=5)
-    assert issued(later, 2).not_after == later + timedelta(days=2)
-    assert issued(later, 365).not_after == start + timedelta(days=10)
-    assert issued(start, 1).not_before == start - timedelta(minutes=5)  # the authority's own beginning
+    assert issue_certificate(later, 2).not_before == later - timedelta(minutes=5)
+    assert issue_certificate(later, 2).not_after == later + timedelta(days=2)
+    assert issue_certificate(later, 365).not_after == start + timedelta(days=10)
+    assert issue_certificate(start, 1).not_before == start - timedelta(minutes=5)  # the authority's own beginning
     with pytest.raises(ConfigError, match="provision the federation again"):
-        issued(start + timedelta(days=11), 1)
+        issue_certificate(start + timedelta(days=11), 1)
 
 
-def test_authority_is_loaded_only_with_its_own_private_key(ours: World) -> None:
-    path = ours.folder / "ca_key.pem"
+def test_authority_is_loaded_only_with_its_own_private_key(make_authorities: World) -> None:
+    path = make_authorities.folder / "ca_key.pem"
     with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
-        Authority.load(ours.folder)
+        Authority.load(make_authorities.folder)
     for key, mode, why in (
-        (ours.authority.key, 0o640, r"mode 640.*chmod 600"),
+        (make_authorities.authority.key, 0o640, r"mode 640.*chmod 600"),
         (generate_connection_key(), 0o600, "is not the key of the certificate"),
         (ec.generate_private_key(ec.SECP256R1()), 0o600, "must be an EC P-384 private key"),
     ):
         path.write_bytes(private_pem(key))
         path.chmod(mode)
         with pytest.raises(ConfigError, match=why):
-            Authority.load(ours.folder)
-    path.write_bytes(private_pem(ours.authority.key))
-    assert Authority.load(ours.folder).certificate == ours.authority.certificate
+            Authority.load(make_authorities.folder)
+    path.write_bytes(private_pem(make_authorities.authority.key))
+    assert Authority.load(make_authorities.folder).certificate == make_authorities.authority.certificate

@@ -22,7 +22,7 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Reason, Refused
 
 from ..books import Books
-from ..conftest import command, files_in, run_proposal
+from ..conftest import read_files, run_command, run_proposal
 from ..privacy.builders import train
 
 
@@ -37,89 +37,91 @@ class Here(Books):
 
     def does(self, what: str, file: Path, *more: str) -> Any:
         own = ("--kit", str(self.folder / "kit"), "--site", str(self.site_toml))
-        return command("site", what, str(file), *more, *own)
+        return run_command("site", what, str(file), *more, *own)
 
-    def backed_up(self, name: str = "backup.zip") -> Path:
+    def write_backup(self, name: str = "backup.zip") -> Path:
         file = self.folder / name
         assert self.does("backup", file).code == 0
         return file
 
 
 @pytest.fixture
-def here(north: Path) -> Here:
-    return Here(north)
+def north_site(north_folder: Path) -> Here:
+    return Here(north_folder)
 
 
 @pytest.fixture
-def file(here: Here) -> Path:
-    here.train(1)
-    return here.backed_up()
+def file(north_site: Here) -> Path:
+    north_site.train(1)
+    return north_site.write_backup()
 
 
-def test_backups_of_a_running_site_are_consistent(here: Here) -> None:
-    here.train(1)
+def test_backups_of_a_running_site_are_consistent(north_site: Here) -> None:
+    north_site.train(1)
     ended = threading.Event()
 
-    def work() -> None:
+    def train_rounds() -> None:
         for number in range(30):
-            ledger = here.train(run=f"run {number}")
+            ledger = north_site.train(run=f"run {number}")
             ledger.record_refusal(Refused(Reason.MAX_RANK), run="r", round=1, request=f"{number}")
         ended.set()
 
-    working, found = threading.Thread(target=work), []
-    with lock_ledger(here.ledger):
+    working, found = threading.Thread(target=train_rounds), []
+    with lock_ledger(north_site.ledger):
         working.start()
         while not ended.is_set():
-            copy = here.folder / "copy.db"
-            with zipfile.ZipFile(here.backed_up(f"backup-{len(found)}.zip")) as archive:
+            copy = north_site.folder / "copy.db"
+            with zipfile.ZipFile(north_site.write_backup(f"backup-{len(found)}.zip")) as archive:
                 copy.write_bytes(archive.read("ledger.db"))
                 assert "site_key.pem" not in " ".join(archive.namelist())
             found.append(len(verify(copy).events))
         working.join()
     assert len(set(found)) > 1, "some were made while events came"
     assert found == sorted(found)
-    assert (here.folder / "backup-0.zip").stat().st_mode & 0o777 == 0o600
+    assert (north_site.folder / "backup-0.zip").stat().st_mode & 0o777 == 0o600
 
 
-def test_restore_charges_rounds_trained_after_the_backup(here: Here) -> None:
-    state, kept = SiteState.in_kit(here.folder / "kit"), here.folder / "kit/adapters/r/adapter.bin"
+def test_restore_charges_rounds_trained_after_the_backup(north_site: Here) -> None:
+    state, kept = SiteState.in_kit(north_site.folder / "kit"), north_site.folder / "kit/adapters/r/adapter.bin"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"kept")
     state.set_paused(True)
-    here.train(1)
-    file = here.backed_up()
-    spent = here.train(2, 3).history.epsilon()
-    here.ledger.unlink()
+    north_site.train(1)
+    file = north_site.write_backup()
+    spent = north_site.train(2, 3).history.epsilon()
+    north_site.ledger.unlink()
     shutil.rmtree(kept.parents[1])
     state.set_paused(False)
-    assert "Charged now, as one sum" in here.does("restore", file).printed
-    ledger = here.train()
+    assert "Charged now, as one sum" in north_site.does("restore", file).printed
+    ledger = north_site.train()
     assert ledger.history.epsilon() == pytest.approx(spent)
     assert ledger.history.charged_rounds("r") == 3
     assert kept.read_bytes() == b"kept"
     assert state.paused_file.exists(), "a site that was paused stays so"
     with pytest.raises(Refused, match="run_ended"):
-        here.train(4)
-    here.train(1, run="another")
+        north_site.train(4)
+    north_site.train(1, run="another")
     # Again it changes nothing: the ledger is whole, and knows what the backup does.
-    before = here.ledger.read_bytes()
-    assert "is intact, and was kept" in here.does("restore", file).printed
-    assert here.ledger.read_bytes() == before
+    before = north_site.ledger.read_bytes()
+    assert "is intact, and was kept" in north_site.does("restore", file).printed
+    assert north_site.ledger.read_bytes() == before
 
 
-def test_restore_is_refused_for_a_running_site_or_without_an_anchor(here: Here, file: Path, site_policy: Any) -> None:
-    here.ledger.unlink()
-    with lock_ledger(here.ledger):
-        assert "is already used" in here.does("restore", file).failed()
-    elsewhere = here.anchor.rename(here.folder / "elsewhere.json")
-    write_policy(site_policy("north"), here.site_toml)
-    assert "--anchor" in here.does("restore", file).failed()
-    assert not here.ledger.exists()
-    assert here.does("restore", file, "--anchor", str(elsewhere)).code == 0
-    here.train(2)
+def test_restore_is_refused_for_a_running_site_or_without_an_anchor(
+    north_site: Here, file: Path, site_policy: Any
+) -> None:
+    north_site.ledger.unlink()
+    with lock_ledger(north_site.ledger):
+        assert "is already used" in north_site.does("restore", file).failed()
+    elsewhere = north_site.anchor.rename(north_site.folder / "elsewhere.json")
+    write_policy(site_policy("north"), north_site.site_toml)
+    assert "--anchor" in north_site.does("restore", file).failed()
+    assert not north_site.ledger.exists()
+    assert north_site.does("restore", file, "--anchor", str(elsewhere)).code == 0
+    north_site.train(2)
 
 
-def doubted(here: Here, *rounds: int) -> tuple[bytes, bytes]:
+def put_back_old_state(here: Here, *rounds: int) -> tuple[bytes, bytes]:
     """Ledger and anchor of before, put back together, so that a lead's receipt alone shows it; the newest anchor."""
     older, old_anchor = here.ledger.read_bytes(), here.anchor.read_bytes()
     receipt, newest = here.train(*rounds).sign_receipt("r"), here.anchor.read_bytes()
@@ -130,48 +132,48 @@ def doubted(here: Here, *rounds: int) -> tuple[bytes, bytes]:
     return older, newest
 
 
-def test_backup_with_a_ledger_in_doubt_is_not_restored(here: Here) -> None:
-    here.train(1)
-    doubted(here, 2)
-    file = here.backed_up()
-    here.ledger.unlink()
-    assert "still in doubt" in here.does("restore", file).failed(1)
-    assert not here.ledger.exists()
+def test_backup_with_a_ledger_in_doubt_is_not_restored(north_site: Here) -> None:
+    north_site.train(1)
+    put_back_old_state(north_site, 2)
+    file = north_site.write_backup()
+    north_site.ledger.unlink()
+    assert "still in doubt" in north_site.does("restore", file).failed(1)
+    assert not north_site.ledger.exists()
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-def test_doubt_survives_restoring_an_older_ledger(here: Here, file: Path, by_hand: bool) -> None:
+def test_doubt_survives_restoring_an_older_ledger(north_site: Here, file: Path, by_hand: bool) -> None:
     """A machine's snapshot puts ledger and anchor back, a lead's receipt shows it, and then the backup is put back."""
-    older, newest = doubted(here, 2, 3, 4)
-    here.ledger.write_bytes(older if by_hand else b"damaged" * 1000)
-    by_policy = partial(command, "ledger", "restore", "--policy", str(here.site_toml))
-    restore = by_policy if by_hand else partial(here.does, "restore", file)
+    older, newest = put_back_old_state(north_site, 2, 3, 4)
+    north_site.ledger.write_bytes(older if by_hand else b"damaged" * 1000)
+    by_policy = partial(run_command, "ledger", "restore", "--policy", str(north_site.site_toml))
+    restore = by_policy if by_hand else partial(north_site.does, "restore", file)
     assert "still in doubt" in restore().failed(1)
     if by_hand:
         with pytest.raises(Refused, match="ledger_behind_receipt"):
-            here.train(1, run="another")
-    (here.folder / "found.json").write_bytes(newest)
-    assert restore("--anchor", str(here.folder / "found.json")).code == 0
-    assert here.train(1, run="another").history.charged_rounds("r") == 4
+            north_site.train(1, run="another")
+    (north_site.folder / "found.json").write_bytes(newest)
+    assert restore("--anchor", str(north_site.folder / "found.json")).code == 0
+    assert north_site.train(1, run="another").history.charged_rounds("r") == 4
 
 
-def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(here: Here) -> None:
-    here.train(1)
-    file, site_toml, first = here.backed_up(), here.site_toml, here.site_toml.read_bytes()
-    here.edit(budget={"max_epsilon": 2.5})
-    here.train().deny(run_proposal(run="denied"), "no")
-    here.ledger.unlink()
+def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(north_site: Here) -> None:
+    north_site.train(1)
+    file, site_toml, first = north_site.write_backup(), north_site.site_toml, north_site.site_toml.read_bytes()
+    north_site.edit(budget={"max_epsilon": 2.5})
+    north_site.train().deny(run_proposal(run="denied"), "no")
+    north_site.ledger.unlink()
     site_toml.unlink()
-    restore = partial(here.does, "restore", file, "--anchor", str(here.anchor))
+    restore = partial(north_site.does, "restore", file, "--anchor", str(north_site.anchor))
     assert "(lifetime cap: at most 2.5)" in restore().printed
     assert site_toml.read_bytes() == first
     with pytest.raises(Refused, match="denied"):
-        here.train(1, run="denied")
-    spent = command("ledger", "spent", str(here.folder)).out
+        north_site.train(1, run="denied")
+    spent = run_command("ledger", "spent", str(north_site.folder)).out
     assert "then at most 2.5" in spent, "a cap that is higher again is never unseen"
     assert "site.toml is not the policy" not in restore().out, "by now it is"
     # Where the policy alone is lost, its ledger knows.
-    here.edit(noted=True, budget={"max_epsilon": 1.5})
+    north_site.edit(noted=True, budget={"max_epsilon": 1.5})
     site_toml.unlink()
     told = restore().out
     assert "is intact, and was kept" in told
@@ -179,52 +181,52 @@ def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(here: Here) ->
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_restore_moves_a_damaged_ledger_and_its_journal_aside(here: Here, file: Path, lost: bool) -> None:
+def test_restore_moves_a_damaged_ledger_and_its_journal_aside(north_site: Here, file: Path, lost: bool) -> None:
     if lost:  # SQLite would apply the journal to whatever ledger takes the place
-        here.ledger.unlink()
-        (here.folder / "ledger.db-journal").write_bytes(b"of the lost one")
+        north_site.ledger.unlink()
+        (north_site.folder / "ledger.db-journal").write_bytes(b"of the lost one")
     else:
-        here.ledger.write_bytes(b"damaged" * 1000)
-    assert here.does("backup", other := here.folder / "other.zip").code == (2 if lost else 1)
+        north_site.ledger.write_bytes(b"damaged" * 1000)
+    assert north_site.does("backup", other := north_site.folder / "other.zip").code == (2 if lost else 1)
     assert not other.exists()
-    assert here.does("restore", file).code == 0
-    here.train(2)
-    moved = {path.name.partition(".damaged-")[2][15:] for path in here.folder.glob("ledger.db.damaged-*")}
+    assert north_site.does("restore", file).code == 0
+    north_site.train(2)
+    moved = {path.name.partition(".damaged-")[2][15:] for path in north_site.folder.glob("ledger.db.damaged-*")}
     assert moved == {"-journal" if lost else ""}
 
 
 @pytest.mark.parametrize("what", ["older", "of another version"])
-def test_restore_does_not_replace_a_ledger_that_is_intact(here: Here, what: str) -> None:
+def test_restore_does_not_replace_a_ledger_that_is_intact(north_site: Here, what: str) -> None:
     """Else a backup would take its place, and what it has charged since would be forgotten."""
-    here.train(1)
-    older = here.ledger.read_bytes()
+    north_site.train(1)
+    older = north_site.ledger.read_bytes()
     if what == "older":
-        here.train(2)
-    file = here.backed_up()
-    here.ledger.write_bytes(older)
+        north_site.train(2)
+    file = north_site.write_backup()
+    north_site.ledger.write_bytes(older)
     if what != "older":
-        here.tamper("PRAGMA user_version = 1")
-    there = here.ledger.read_bytes()
+        north_site.tamper("PRAGMA user_version = 1")
+    there = north_site.ledger.read_bytes()
     says = "move it away" if what == "older" else "continue with the version of fedtune that wrote it"
-    assert says in here.does("restore", file).failed()
-    assert here.ledger.read_bytes() == there
+    assert says in north_site.does("restore", file).failed()
+    assert north_site.ledger.read_bytes() == there
 
 
-def test_restore_on_a_new_machine_requires_the_site_key(here: Here, file: Path, tmp_path: Path) -> None:
-    new = replace(here, folder=tmp_path / "new machine")
-    here.ledger.unlink()
+def test_restore_on_a_new_machine_requires_the_site_key(north_site: Here, file: Path, tmp_path: Path) -> None:
+    new = replace(north_site, folder=tmp_path / "new machine")
+    north_site.ledger.unlink()
     new.folder.mkdir()
     assert new.does("restore", file).code == 2
     assert not new.ledger.exists()
-    shutil.copy(here.folder / "site_key.pem", new.folder)
+    shutil.copy(north_site.folder / "site_key.pem", new.folder)
     assert new.does("restore", file).code == 0
     assert new.train().history.charged_rounds("r") == 1
-    assert command("site", "init", "--site", str(new.folder / "site.toml")).code == 0
+    assert run_command("site", "init", "--site", str(new.folder / "site.toml")).code == 0
 
 
-def test_existing_backup_is_not_overwritten_and_a_changed_one_is_refused(here: Here, file: Path) -> None:
-    assert "exists already" in here.does("backup", file).failed()
-    here.ledger.unlink()
+def test_existing_backup_is_not_overwritten_and_a_changed_one_is_refused(north_site: Here, file: Path) -> None:
+    assert "exists already" in north_site.does("backup", file).failed()
+    north_site.ledger.unlink()
     with zipfile.ZipFile(file) as archive:
         held = {name: archive.read(name) for name in archive.namelist()}
     listed, nothing = json.loads(held["backup.json"]), hashlib.sha256().hexdigest()
@@ -235,12 +237,12 @@ def test_existing_backup_is_not_overwritten_and_a_changed_one_is_refused(here: H
         "another's": {**held, "backup.json": json.dumps({**listed, "kind": "server"}).encode()},
         "no list": {name: data for name, data in held.items() if name != "backup.json"},
     }.items():
-        with zipfile.ZipFile(here.folder / "changed.zip", "w") as archive:
+        with zipfile.ZipFile(north_site.folder / "changed.zip", "w") as archive:
             for entry, data in changed.items():
                 archive.writestr(entry, data)
-        assert here.does("restore", here.folder / "changed.zip").failed().startswith("FILE = "), name
-        assert not here.ledger.exists(), name
-    assert here.does("restore", here.site_toml).code == 2
+        assert north_site.does("restore", north_site.folder / "changed.zip").failed().startswith("FILE = "), name
+        assert not north_site.ledger.exists(), name
+    assert north_site.does("restore", north_site.site_toml).code == 2
 
 
 def test_server_database_is_backed_up_during_writes(federation: Path, tmp_path: Path) -> None:
@@ -251,26 +253,26 @@ def test_server_database_is_backed_up_during_writes(federation: Path, tmp_path: 
         file.executescript("PRAGMA journal_mode = WAL; CREATE TABLE messages (number INTEGER);")
         file.executescript("INSERT INTO messages VALUES (1); BEGIN IMMEDIATE; INSERT INTO messages VALUES (2);")
         backup = (str(tmp_path / "server.zip"), "--kit", str(kit), "--data")
-        assert command("server", "backup", *backup, str(data)).printed
+        assert run_command("server", "backup", *backup, str(data)).printed
         file.execute("COMMIT")
-    assert command("server", "restore", *backup, str(new)).code == 0
+    assert run_command("server", "restore", *backup, str(new)).code == 0
     with closing(sqlite3.connect(new / "server.db")) as file:
         assert file.execute("SELECT number FROM messages").fetchall() == [(1,)]
-    assert "exists already" in command("server", "restore", *backup, str(new)).failed()
+    assert "exists already" in run_command("server", "restore", *backup, str(new)).failed()
 
 
-def modes_in(folder: Path) -> dict[str, int]:
+def list_modes(folder: Path) -> dict[str, int]:
     found = (path for path in folder.rglob("*") if path.is_file() or any(path.iterdir()))
     return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in found}
 
 
-def test_federation_folder_round_trips_through_a_backup(federation: Path, north: Path, tmp_path: Path) -> None:
+def test_federation_folder_round_trips_through_a_backup(federation: Path, north_folder: Path, tmp_path: Path) -> None:
     file, new = tmp_path / "lead.zip", tmp_path / "new"
-    assert command("provision", "backup", str(file), "--federation", str(federation)).code == 0
+    assert run_command("provision", "backup", str(file), "--federation", str(federation)).code == 0
     assert file.stat().st_mode & 0o777 == 0o600, "it holds the authority's key"
-    assert command("provision", "restore", str(file), "--out", str(new)).code == 0
-    assert files_in(new) == files_in(federation)
-    assert modes_in(new) == modes_in(federation), "a server's account reads what it read, and nobody a key"
+    assert run_command("provision", "restore", str(file), "--out", str(new)).code == 0
+    assert read_files(new) == read_files(federation)
+    assert list_modes(new) == list_modes(federation), "a server's account reads what it read, and nobody a key"
     Kit.read(new / "lead", kind="lead")
-    assert command("provision", "renew-site", "north", "--federation", str(new)).code == 0
-    assert "exists already" in command("provision", "restore", str(file), "--out", str(new)).failed()
+    assert run_command("provision", "renew-site", "north", "--federation", str(new)).code == 0
+    assert "exists already" in run_command("provision", "restore", str(file), "--out", str(new)).failed()

@@ -22,9 +22,9 @@ from packaging.utils import canonicalize_name
 
 from fedtune.ops.health import READY, Health, State
 
-from ..conftest import parsed
+from ..conftest import parse_command
 from ..flower.loopback import wait_for
-from .deployment_files import DEPLOYMENT, KUBERNETES, ROOT, name_of, passed, pod_of, run, tool
+from .deployment_files import DEPLOYMENT, KUBERNETES, ROOT, find_pod, find_tool, name_of, run, run_tool
 
 UNITS = sorted((DEPLOYMENT / "systemd").glob("*.service"))
 COMPOSE = sorted((DEPLOYMENT / "docker").glob("compose*.yaml"))
@@ -37,7 +37,7 @@ SUPERNODE = FLOWER / "flower-supernode.service"
 # systemd
 
 
-def unit(path: Path) -> configparser.SectionProxy:
+def read_service_section(path: Path) -> configparser.SectionProxy:
     """The [Service] section; of keys that are given twice the last counts, which is enough here."""
     parsed = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
     parsed.optionxform = str  # type: ignore[method-assign,assignment]
@@ -48,7 +48,7 @@ def unit(path: Path) -> configparser.SectionProxy:
 def verify(text: str, file: Path) -> str:
     """What `systemd-analyze verify` has to say; it ends with 0 also when it ignored a line."""
     file.write_text(re.sub(r"/opt/fedtune/bin/[\w-]+", shutil.which("true") or "/bin/true", text))
-    done = run(tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", file)
+    done = run(find_tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", file)
     return done.stdout + done.stderr + ("" if done.returncode == 0 else f"exit code {done.returncode}")
 
 
@@ -59,8 +59,8 @@ def test_systemd_units_are_valid_and_hardened(path: Path, tmp_path: Path) -> Non
     assert "RestartSecs" in verify(text.replace("RestartSec=", "RestartSecs="), tmp_path / path.name)
     threshold = "25"  # in tenths; a service without any setting has 96
     shutil.copy(path, tmp_path)
-    command = (tool("systemd-analyze"), "security", "--offline=true", f"--threshold={threshold}", "--no-pager")
-    passed(*command, tmp_path / path.name)
+    command = (find_tool("systemd-analyze"), "security", "--offline=true", f"--threshold={threshold}", "--no-pager")
+    run_tool(*command, tmp_path / path.name)
     weak = tmp_path / "weak.service"
     weak.write_text("[Service]\nExecStart=/bin/true\n")
     assert run(*command, weak).returncode != 0
@@ -68,7 +68,7 @@ def test_systemd_units_are_valid_and_hardened(path: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", UNITS, ids=name_of)
 def test_unit_restarts_on_failure_but_not_after_invalid_settings(path: Path) -> None:
-    service = unit(path)
+    service = read_service_section(path)
     ends = {"Restart": "on-failure", "RestartPreventExitStatus": "2 3", "KillSignal": "SIGTERM"}
     assert ends.items() <= service.items()
     assert service["TimeoutStopSec"]
@@ -79,11 +79,11 @@ def test_unit_restarts_on_failure_but_not_after_invalid_settings(path: Path) -> 
 
 def test_site_unit_prevents_swap_core_dumps_and_policy_changes() -> None:
     path = DEPLOYMENT / "systemd/fedtune-site.service"
-    service, site = unit(path), yaml.safe_load(COMPOSE_YAML.read_text())["services"]["site"]
+    service, site = read_service_section(path), yaml.safe_load(COMPOSE_YAML.read_text())["services"]["site"]
     assert (service["MemorySwapMax"], service["LimitCORE"]) == ("0", "0")
     assert (site["memswap_limit"], site["ulimits"]) == (site["mem_limit"], {"core": 0})
     assert f"\nReadOnlyPaths=-{service['WorkingDirectory']}/site.toml\n" in path.read_text()
-    told, volumes = parsed(*site["command"]), {one["target"]: one for one in site["volumes"]}
+    told, volumes = parse_command(*site["command"]), {one["target"]: one for one in site["volumes"]}
     bound = volumes[str(told["site"])]
     assert bound["read_only"] is True
     assert bound["source"] == f"{volumes[str(told['site'].parent)]['source']}/site.toml"
@@ -93,7 +93,7 @@ def test_site_unit_prevents_swap_core_dumps_and_policy_changes() -> None:
 
 
 def test_supernode_unit_always_restarts() -> None:
-    service, text = unit(SUPERNODE), SUPERNODE.read_text()
+    service, text = read_service_section(SUPERNODE), SUPERNODE.read_text()
     # Exit code 1: still online (2004); 0: its key was unregistered.
     assert (service["Restart"], service["RestartSec"]) == ("always", "5s")
     assert "StartLimitIntervalSec=0" in text
@@ -104,7 +104,7 @@ def test_supernode_unit_always_restarts() -> None:
 
 def test_site_unit_behind_a_supernode_has_no_network(tmp_path: Path) -> None:
     drop_in, whole = FLOWER / "site-without-network.conf", DEPLOYMENT / "systemd/fedtune-site.service"
-    service, node = unit(drop_in), unit(SUPERNODE)
+    service, node = read_service_section(drop_in), read_service_section(SUPERNODE)
     assert (service["PrivateNetwork"], service["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
     assert service["Group"] == node["SupplementaryGroups"]
     text = whole.read_text().replace("[Install]", f"{drop_in.read_text()}\n[Install]")
@@ -127,8 +127,8 @@ def test_nginx_passes_only_calls_of_a_registered_supernode() -> None:
 
 
 def test_dockerfile_passes_hadolint_linting(tmp_path: Path) -> None:
-    hadolint, dockerfile = tool("hadolint"), DEPLOYMENT / "docker/Dockerfile"
-    passed(hadolint, dockerfile)
+    hadolint, dockerfile = find_tool("hadolint"), DEPLOYMENT / "docker/Dockerfile"
+    run_tool(hadolint, dockerfile)
     broken = tmp_path / "Dockerfile"
     broken.write_text(dockerfile.read_text().replace("ENTRYPOINT [", "ENTRYPOINTS ["))
     assert run(hadolint, broken).returncode != 0
@@ -164,16 +164,16 @@ def test_image_runs_unprivileged_and_has_a_health_check() -> None:
 # a release
 
 
-def pins(text: str) -> dict[str, str]:
+def list_pins(text: str) -> dict[str, str]:
     return {canonicalize_name(name): pin for name, pin in re.findall(r"^([\w.-]+)==([^\s\\]+)", text, re.M)}
 
 
 def test_constraints_file_pins_hashes_for_every_package() -> None:
     plain, hashed = ((ROOT / f"constraints{kind}.txt").read_text() for kind in ("", ".hashed"))
-    assert pins(hashed) == pins(plain), "run `make constraints`"
+    assert list_pins(hashed) == list_pins(plain), "run `make constraints`"
     header, *entries = re.split(r"^(?=[^\s#])", hashed, flags=re.M)
     assert "make constraints" in header
-    assert len(entries) == len(pins(plain))
+    assert len(entries) == len(list_pins(plain))
     for entry in entries:
         assert re.fullmatch(r"[\w.-]+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry), entry
 
@@ -181,10 +181,10 @@ def test_constraints_file_pins_hashes_for_every_package() -> None:
 @pytest.mark.nightly
 def test_sbom_lists_every_runtime_dependency(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/cyclonedx-py").symlink_to(tool("cyclonedx-py"))
+    (tmp_path / "bin/cyclonedx-py").symlink_to(find_tool("cyclonedx-py"))
     for made in (".build", ".made"):
         (tmp_path / made).touch()  # so that nothing is installed
-    passed("make", "-C", ROOT, "sbom", f"TOOLS={tmp_path}", f"SBOM={tmp_path}/sbom.json", f"SBOM_OF={sys.executable}")
+    run_tool("make", "-C", ROOT, "sbom", f"TOOLS={tmp_path}", f"SBOM={tmp_path}/sbom.json", f"SBOM_OF={sys.executable}")
     found = json.loads((tmp_path / "sbom.json").read_text())["components"]
     versions = {canonicalize_name(one["name"]): one["version"] for one in found}
     for needed in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
@@ -193,8 +193,8 @@ def test_sbom_lists_every_runtime_dependency(tmp_path: Path) -> None:
 
 
 def test_compose_files_match_the_compose_specification(tmp_path: Path) -> None:
-    command = (tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec")
-    passed(*command, *COMPOSE)
+    command = (find_tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec")
+    run_tool(*command, *COMPOSE)
     broken = [tmp_path / path.name for path in COMPOSE]
     for path, copy in zip(COMPOSE, broken, strict=True):
         copy.write_text(path.read_text().replace("  site:", "  site:\n    red_only: true", 1))
@@ -232,20 +232,20 @@ def test_sbatch_accepts_the_options_of_the_batch_script(tmp_path: Path) -> None:
     (tmp_path / "slurm.conf").write_text("\n".join((*settings, "MessageTimeout=2\n")))
     environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
 
-    def said(text: str) -> str:
+    def run_sbatch(text: str) -> str:
         (tmp_path / "job").write_text(text)
-        return run(tool("sbatch"), "--test-only", tmp_path / "job", env=environment).stderr
+        return run(find_tool("sbatch"), "--test-only", tmp_path / "job", env=environment).stderr
 
     text = SBATCH.read_text()
-    assert "Unable to contact slurm controller" in said(text)
-    assert "unrecognized option" in said(text.replace("--requeue", "--requeues"))
-    assert "Invalid --signal" in said(text.replace("TERM@120", "TERM@soon"))
-    assert "Invalid --time" in said(text.replace("--time=24:00:00", "--time=a day"))
+    assert "Unable to contact slurm controller" in run_sbatch(text)
+    assert "unrecognized option" in run_sbatch(text.replace("--requeue", "--requeues"))
+    assert "Invalid --signal" in run_sbatch(text.replace("TERM@120", "TERM@soon"))
+    assert "Invalid --time" in run_sbatch(text.replace("--time=24:00:00", "--time=a day"))
 
 
 def test_batch_script_passes_bash_and_shellcheck() -> None:
-    passed("bash", "-n", SBATCH)
-    passed(tool("shellcheck"), SBATCH)
+    run_tool("bash", "-n", SBATCH)
+    run_tool(find_tool("shellcheck"), SBATCH)
 
 
 NOTING = """#!/bin/bash
@@ -317,10 +317,10 @@ def test_deployment_files_use_only_existing_command_line_options() -> None:
     services = yaml.safe_load(COMPOSE_YAML.read_text())["services"]
     found += [service["command"] for service in services.values()]
     for name in ("server", "site"):
-        (container,) = pod_of(KUBERNETES / f"{name}/{name}.yaml")["containers"]
+        (container,) = find_pod(KUBERNETES / f"{name}/{name}.yaml")["containers"]
         found.append(container["args"])
     assert len(found) == 7
-    assert all(parsed(*words)["kit"] for words in found)
+    assert all(parse_command(*words)["kit"] for words in found)
 
 
 def test_operations_page_matches_actual_logs_and_health_output() -> None:

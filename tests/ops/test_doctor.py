@@ -26,14 +26,14 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.extras import install_command
 from fedtune.flower.site_socket import listen_at
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import ModelSpec
 from fedtune.ops.doctor import examination
-from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, Status, ok, overall_exit_code
+from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, Status, build_passed_check, overall_exit_code
 from fedtune.ops.doctor.examination import Examination
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.kit_file import Kit, model_store_path
+from fedtune.ops.kits.kit_file import Kit, find_model_store_path
 from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.ops.kits.models import install_model
 from fedtune.ops.wire import bounded_http
@@ -46,11 +46,11 @@ from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import LEDGER_SCHEMA, DataError
 
 from ..books import Books
-from ..flower.hostile import server_context
-from ..privacy.builders import changed
-from .conftest import Mailbox, check_snapshot, lines_of, unpack
+from ..flower.hostile import make_server_context
+from ..privacy.builders import change_values
+from .conftest import Mailbox, check_snapshot, format_lines, unpack
 
-pytestmark = pytest.mark.usefixtures("no_proxy")
+pytestmark = pytest.mark.usefixtures("remove_proxies")
 
 CANARY = "Xylander-7391"
 """Stands in the records, and must stand in nothing that is printed."""
@@ -80,7 +80,7 @@ class Home(Books):
 
     def change(self, **changes: Any) -> None:
         """Write the policy anew; dicts change tables."""
-        self.policy = changed(self.policy, **changes)
+        self.policy = change_values(self.policy, **changes)
         write_policy(self.policy, self.site_toml)
 
     def change_data(self, **changes: Any) -> None:
@@ -97,7 +97,7 @@ class Home(Books):
 
     def put_back(self, run: str) -> Receipt:
         """The ledger of before this run, which had a receipt by then."""
-        backup = self.copied("backup.db")
+        backup = self.copy_ledger("backup.db")
         self.spend(run=run)
         receipt = self.open().sign_receipt(run)
         os.replace(backup, self.ledger)
@@ -114,7 +114,7 @@ class Home(Books):
         shutil.copy(other / "connection_key.pem", self.kit / "connection_key.pem")
 
     def damage_model(self) -> None:
-        weights = model_store_path(self.kit, self.policy.allow.base_models[0]) / "model.safetensors"
+        weights = find_model_store_path(self.kit, self.policy.allow.base_models[0]) / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
 
     def mark(self, name: str) -> None:
@@ -164,15 +164,15 @@ def mailbox() -> Iterator[Mailbox]:
 
 
 @pytest.fixture
-def home(whole: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+def home(whole_site: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A site of its own that lacks nothing, and a server that answers it."""
     monkeypatch.setattr(bounded_http, "_ALERT_S", 0.02)  # this server refuses nobody
-    shutil.copytree(whole.folder.parent, tmp_path, dirs_exist_ok=True)
-    return dataclasses.replace(whole, folder=tmp_path / "north", model=tmp_path / "tiny")
+    shutil.copytree(whole_site.folder.parent, tmp_path, dirs_exist_ok=True)
+    return dataclasses.replace(whole_site, folder=tmp_path / "north", model=tmp_path / "tiny")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_proposal: Any, now: datetime) -> Home:
+def whole_site(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_proposal: Any, now: datetime) -> Home:
     tmp_path = tmp_path_factory.mktemp("whole")
     model = tmp_path / "tiny"
     model.mkdir()
@@ -187,7 +187,7 @@ def whole(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_proposa
     )
     federation = tmp_path / "federation"
     provisioning.init_federation(written, out=federation, now=now)
-    mailbox.context = server_context(Kit.read(federation / "server", kind="server").tls())
+    mailbox.context = make_server_context(Kit.read(federation / "server", kind="server").tls())
     lead = Kit.read(federation / "lead", kind="lead").lead
     policy = site_policy("north", allow={"leads": (lead,), "base_models": (digest,)}, releases={"reply_after_s": 600.0})
     site = Home(tmp_path / "north", lead, policy, model, run_proposal)
@@ -202,7 +202,7 @@ def whole(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_proposa
     return site
 
 
-def failures(checks: dict[str, DoctorCheck]) -> dict[str, str]:
+def list_failures(checks: dict[str, DoctorCheck]) -> dict[str, str]:
     """Names of the checks that failed, with what was found; each says what to do in one sentence."""
     found = {name: check.found for name, check in checks.items() if check.status is Status.FAILED}
     for name in found:
@@ -212,7 +212,7 @@ def failures(checks: dict[str, DoctorCheck]) -> dict[str, str]:
     return found
 
 
-def code(checks: dict[str, DoctorCheck]) -> int:
+def compute_exit_code(checks: dict[str, DoctorCheck]) -> int:
     return overall_exit_code(checks.values())
 
 
@@ -220,8 +220,8 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
     home.write_records(count=113)
     checks = home.examined(run=True)
     assert list(checks) == [*itertools.chain(*TOLD["lines"])]
-    assert not failures(checks)
-    assert code(checks) == 0
+    assert not list_failures(checks)
+    assert compute_exit_code(checks) == 0
     assert [name for name, check in checks.items() if check.status is Status.WARNING] == ["anchor's place"]
     assert checks["base model tiny"].found == "installed and unchanged; license CC0-1.0 (LICENSE)"
     assert checks["ledger"].found.startswith("none yet")
@@ -240,8 +240,8 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
 def test_doctor_skips_dependent_checks_without_kit_and_policy(tmp_path: Path) -> None:
     visit = Examination(kit_folder=tmp_path / "kit", site_toml=tmp_path / "site.toml")
     checks = {check.name: check for check in visit.run_checks()}
-    assert failures(checks).keys() == {"policy", "kit"}
-    assert code(checks) == 2
+    assert list_failures(checks).keys() == {"policy", "kit"}
+    assert compute_exit_code(checks) == 2
     assert checks["encryption (TLS)"].found == "skipped: the kit cannot be used"
     assert checks["disk of the kit"].status is Status.OK
     assert checks["run"].found == "skipped: no experiment was given"
@@ -254,11 +254,11 @@ OF_THE_MACHINE = {
 }
 
 
-def changed_in(path: Path, old: str, new: str) -> None:
+def replace_in_file(path: Path, old: str, new: str) -> None:
     path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
 
 
-def charged(change: Callable[[Home], object], *, anchor: str = "anchor.json") -> Callable[[Home], None]:
+def charge_ledger(change: Callable[[Home], object], *, anchor: str = "anchor.json") -> Callable[[Home], None]:
     """With a ledger that was charged, and an anchor where one is named."""
 
     def make(home: Home) -> None:
@@ -274,7 +274,7 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "a key that others can read": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
     "a kit without its key": lambda home: (home.kit / "connection_key.pem").unlink(),
     "a kit of another key": Home.take_another_key,
-    "a policy with a misspelt key": lambda home: changed_in(home.site_toml, "max_rank = 4", "max_rnak = 4"),
+    "a policy with a misspelt key": lambda home: replace_in_file(home.site_toml, "max_rank = 4", "max_rnak = 4"),
     "columns of one task of two": lambda home: (
         home.change_data(columns={"text": "letter"}),
         home.change(allow={"tasks": ("classification", "causal_lm")}),
@@ -288,16 +288,18 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "users of whom few have a date": lambda home: home.have_arrivals(49),
     "a model with a changed byte": Home.damage_model,
     "a model that is not installed": lambda home: shutil.rmtree(home.kit / "models"),
-    "a ledger that was changed": charged(lambda home: changed_in(home.ledger, '"rank":4', '"rank":5'), anchor=""),
-    "a ledger of another number": charged(
+    "a ledger that was changed": charge_ledger(
+        lambda home: replace_in_file(home.ledger, '"rank":4', '"rank":5'), anchor=""
+    ),
+    "a ledger of another number": charge_ledger(
         lambda home: home.tamper(f"PRAGMA user_version = {LEDGER_SCHEMA - 1}"), anchor=""
     ),
-    "an anchor of another number": charged(
-        lambda home: changed_in(home.folder / "anchor.json", f'"schema": {LEDGER_SCHEMA}', '"schema": 1')
+    "an anchor of another number": charge_ledger(
+        lambda home: replace_in_file(home.folder / "anchor.json", f'"schema": {LEDGER_SCHEMA}', '"schema": 1')
     ),
-    "a ledger that was put back": charged(lambda home: home.put_back("r2")),
-    "a ledger that is gone": charged(lambda home: home.ledger.unlink()),
-    "a ledger whose anchor is gone": charged(lambda home: (home.folder / "anchor.json").unlink()),
+    "a ledger that was put back": charge_ledger(lambda home: home.put_back("r2")),
+    "a ledger that is gone": charge_ledger(lambda home: home.ledger.unlink()),
+    "a ledger whose anchor is gone": charge_ledger(lambda home: (home.folder / "anchor.json").unlink()),
     "a ledger of another population": lambda home: (home.open(), home.change(population={"name": "others"})),
     "a ledger that is frozen": lambda home: home.open().freeze("consent withdrawn"),
     "a ledger in doubt": Home.doubt,
@@ -322,18 +324,18 @@ def test_doctor_reports_each_fault_without_showing_records(home: Home, fault: st
     model = home.policy.allow.base_models[0]
     FAULTS.get(fault, lambda home: None)(home)
     checks = home.examined(*RUNS.get(fault, ()), run=fault in RUNS)
-    failures(checks)
+    list_failures(checks)
     texts = json.dumps([check.to_json() for check in checks.values()])
     for secret in (CANARY, "records.csv", "gone.csv", "line 4"):
         assert secret not in texts, texts
-    lines, skipped = [f"exit code {code(checks)}"], dict[str, list[str]]()
+    lines, skipped = [f"exit code {compute_exit_code(checks)}"], dict[str, list[str]]()
     for name, check in checks.items():
         if name in OF_THE_MACHINE or check.status is Status.OK:
             continue
         if check.status is Status.SKIPPED:
             skipped.setdefault(check.found, []).append(name)
         else:
-            lines += lines_of(check)
+            lines += format_lines(check)
     lines += [f"{why}: {', '.join(names)}" for why, names in skipped.items()]
     text = "\n".join(lines).replace(str(home.folder), "NORTH").replace(home.lead, "THE LEAD'S")
     short = r"\b[0-9a-f]{16}\.\.\.|\b(?:[0-9a-f]{4} ){4}\.\.\."
@@ -353,7 +355,7 @@ def test_doctor_quotes_records_only_in_its_private_log(home: Home) -> None:
 
 def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GGUF model and a Parquet file, each in its own line with the command to install what reads it."""
-    place = model_store_path(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
+    place = find_model_store_path(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
     place.mkdir(parents=True)
     (place / "tiny.gguf").write_bytes(b"GGUF")
     (home.folder / "records.parquet").touch()
@@ -361,14 +363,14 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
     home.change_data(path="records.parquet")
     for module in ("gguf", "pyarrow"):
         monkeypatch.setitem(sys.modules, module, None)
-    found = failures(checks := home.examined())
+    found = list_failures(checks := home.examined())
     for name, extra, said in (
         (f"base model {digest[:12]}", "gguf", f"base model = {digest}: needs gguf"),
         ("data", "data", f"{home.folder / 'records.parquet'} needs pyarrow"),
     ):
         assert found[name] == said
         assert checks[name].fix == f"Run `{install_command(extra)}`."
-    assert code(checks) == 2
+    assert compute_exit_code(checks) == 2
 
 
 def test_user_level_declared_size_counts_users(home: Home) -> None:
@@ -409,7 +411,7 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     home.change(anchor="anchor.json")
     home.spend(rounds=2)
     checks = home.examined(run=True)
-    assert not failures(checks)
+    assert not list_failures(checks)
     assert checks["ledger"].found == "whole and signed, up to its anchor"
     taken = checks["budget"].found.split(" %")[0]
     assert 0 < int(taken) < 100
@@ -419,8 +421,8 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     checks = home.examined(run=True)
     assert checks["budget"].status is Status.WARNING
     assert "room for 0 runs" in checks["budget"].found
-    assert "max_epsilon (" in failures(checks)["run"]
-    assert code(checks) == 3
+    assert "max_epsilon (" in list_failures(checks)["run"]
+    assert compute_exit_code(checks) == 3
 
 
 def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> None:
@@ -443,18 +445,18 @@ def test_doctor_imports_a_model_once_and_refuses_pickles(home: Home) -> None:
     shutil.rmtree(home.kit / "models")
     checks = home.examined(model=home.model)
     assert checks["import"].found.startswith("tiny is installed now")
-    assert not failures(checks)
+    assert not list_failures(checks)
     assert "was already installed" in home.examined(model=home.model)["import"].found
     (home.model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     checks = home.examined(model=home.model)
-    assert failures(checks) == {"import": f"--import-model = {home.model}: must not hold pytorch_model.bin"}
-    assert code(checks) == 2
+    assert list_failures(checks) == {"import": f"--import-model = {home.model}: must not hold pytorch_model.bin"}
+    assert compute_exit_code(checks) == 2
     assert checks["budget"].status is Status.OK
 
 
 def test_random_model_needs_no_installed_files(home: Home) -> None:
-    digest = model_sha256(ModelSpec(path="random:bert"))
-    changed_in(home.kit / "kit.toml", home.policy.allow.base_models[0], digest)
+    digest = hash_model(ModelSpec(path="random:bert"))
+    replace_in_file(home.kit / "kit.toml", home.policy.allow.base_models[0], digest)
     home.change(allow={"base_models": (digest,)})
     assert "made-up model" in home.examined()["base model tiny"].found
 
@@ -468,11 +470,11 @@ def test_unexpected_error_text_appears_only_in_the_private_log(
 ) -> None:
     monkeypatch.setattr("fedtune.ops.doctor.site_checks._compare_declared_size", Mock(side_effect=error))
     checks = home.examined()
-    assert failures(checks).keys() == {"data"}
+    assert list_failures(checks).keys() == {"data"}
     assert CANARY not in str(checks)
     assert CANARY in (home.kit / "state" / "doctor.log").read_text()
     assert checks["budget"].status is Status.OK
-    assert code(checks) == 1
+    assert compute_exit_code(checks) == 1
 
 
 def test_doctor_log_is_truncated_and_private(tmp_path: Path) -> None:
@@ -488,7 +490,9 @@ def test_doctor_log_is_truncated_and_private(tmp_path: Path) -> None:
 
 
 def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examination, "check_control_api", lambda server, timeout_s: ok("Flower's control", server))
+    monkeypatch.setattr(
+        examination, "check_control_api", lambda server, timeout_s: build_passed_check("Flower's control", server)
+    )
     place = home.site_toml.parent / "s" / "site.sock"
     write_policy(dataclasses.replace(home.policy, socket="s/site.sock"), home.site_toml)
     assert "its folder is missing" in home.examined()["socket"].found

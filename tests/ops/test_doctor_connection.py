@@ -20,12 +20,12 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire import bounded_http
 from fedtune.spec import KIT_SCHEMA
 from tests.flower.certificates import LOOPBACK, Authority
-from tests.flower.hostile import Hostile, answering, server_context
+from tests.flower.hostile import Hostile, make_server_context, serve_answer
 
-from ..flower.loopback import free_port
-from .conftest import Mailbox, check_snapshot, lines_of
+from ..flower.loopback import find_free_port
+from .conftest import Mailbox, check_snapshot, format_lines
 
-pytestmark = pytest.mark.usefixtures("no_proxy")
+pytestmark = pytest.mark.usefixtures("remove_proxies")
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ class World:
         """A server, with some things of its TLS or certificate changed, and its address as localhost:port."""
         tls = {key: changes.pop(key) for key in ("newest",) if key in changes}
         files = (of or self.ours).issue("server", **({"address": "localhost", "days": 60} | changes))
-        mailbox = Mailbox(server_context(replace(files, ca=(clients or self.ours).file), **tls))
+        mailbox = Mailbox(make_server_context(replace(files, ca=(clients or self.ours).file), **tls))
         self.stack.callback(mailbox.close)
         return mailbox, mailbox.address.replace(LOOPBACK, "localhost")
 
@@ -66,13 +66,15 @@ class World:
         return self.tried(address)
 
     def answered(self, answer: bytes) -> str:
-        return self.stack.enter_context(answering(answer))[0]
+        return self.stack.enter_context(serve_answer(answer))[0]
 
     def silent(self) -> str:
         listening = self.stack.enter_context(socket.create_server((LOOPBACK, 0)))
         return f"{LOOPBACK}:{listening.getsockname()[1]}"
 
-    def by_proxy(self, proxy: str, server: str = "localhost:1", *, name: str = "HTTPS_PROXY") -> dict[str, DoctorCheck]:
+    def check_by_proxy(
+        self, proxy: str, server: str = "localhost:1", *, name: str = "HTTPS_PROXY"
+    ) -> dict[str, DoctorCheck]:
         self.patch.setenv(name, proxy)
         return self.tried(server)
 
@@ -91,7 +93,7 @@ def world(tmp_path: Path, authorities: list[Authority], monkeypatch: pytest.Monk
         yield World(tmp_path, *authorities, stack, monkeypatch)
 
 
-def marks(checks: dict[str, DoctorCheck]) -> str:
+def list_marks(checks: dict[str, DoctorCheck]) -> str:
     """The four lines' first letters: o(k), w(arning), f(ailed), s(kipped)."""
     return "".join(check.status[0] for check in checks.values())
 
@@ -99,7 +101,7 @@ def marks(checks: dict[str, DoctorCheck]) -> str:
 PROXY = "http://someone:s%20cret@"
 SITUATIONS: dict[str, Callable[[World], dict[str, DoctorCheck]]] = {
     "a name that does not resolve": lambda at: at.tried("fl.nowhere.invalid:9092"),
-    "a port where nobody listens": lambda at: at.tried(f"127.0.0.1:{free_port()}"),
+    "a port where nobody listens": lambda at: at.tried(f"127.0.0.1:{find_free_port()}"),
     "a certificate that soon ends": lambda at: at.tried(at.served(days=20)[1]),
     "a certificate of another authority": lambda at: at.tried(at.served(at.theirs)[1]),
     "a certificate of another host": lambda at: at.tried(at.served(address="fl.example.org")[1]),
@@ -113,20 +115,20 @@ SITUATIONS: dict[str, Callable[[World], dict[str, DoctorCheck]]] = {
     "a clock that is wrong": lambda at: at.said(403, reason="its clock is 12 s ahead"),
     "another site's key": lambda at: at.said(200, site="south", time=0),
     "another kind of server": lambda at: at.said(200),
-    "a proxy that forbids it": lambda at: at.by_proxy(
+    "a proxy that forbids it": lambda at: at.check_by_proxy(
         at.answered(b"HTTP/1.1 403 Forbidden\r\n\r\n"), name="https_proxy"
     ),
-    "a proxy that wants a password": lambda at: at.by_proxy(at.answered(b"HTTP/1.1 407 Who are you\r\n\r\n")),
-    "a proxy that is none": lambda at: at.by_proxy(at.answered(b"SSH-2.0-OpenSSH_9.6\r\n")),
-    "a proxy that is away": lambda at: at.by_proxy("http://proxy.nowhere.invalid:3128"),
-    "a proxy without a port": lambda at: at.by_proxy(f"{PROXY}proxy:none"),
-    "a proxy of another kind": lambda at: at.by_proxy("socks5://someone:s%20cret@proxy:1"),
+    "a proxy that wants a password": lambda at: at.check_by_proxy(at.answered(b"HTTP/1.1 407 Who are you\r\n\r\n")),
+    "a proxy that is none": lambda at: at.check_by_proxy(at.answered(b"SSH-2.0-OpenSSH_9.6\r\n")),
+    "a proxy that is away": lambda at: at.check_by_proxy("http://proxy.nowhere.invalid:3128"),
+    "a proxy without a port": lambda at: at.check_by_proxy(f"{PROXY}proxy:none"),
+    "a proxy of another kind": lambda at: at.check_by_proxy("socks5://someone:s%20cret@proxy:1"),
 }
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_doctor_explains_each_connection_problem(world: World, situation: str) -> None:
-    lines = [line for check in SITUATIONS[situation](world).values() for line in lines_of(check)]
+    lines = [line for check in SITUATIONS[situation](world).values() for line in format_lines(check)]
     text = re.sub(r"(localhost|127\.0\.0\.1):\d{2,}", r"\1:PORT", "\n".join(lines))
     text = re.sub(r"(does not resolve|TLS as expected) \(.+?\)", r"\1 (WHY)", text)  # in the system's words
     check_snapshot(f"a connection: {situation}", re.sub(r"\d{4}-\d\d-\d\d", "DATE", text))
@@ -138,7 +140,7 @@ def test_doctor_measures_the_clock_of_a_healthy_server(world: World, ahead_s: fl
     mailbox.clock_ahead_s = ahead_s
     connection = Connection(world.kit(address))
     checks = {check.name: check for check in connection.run_checks()}
-    assert marks(checks) == "oooo"
+    assert list_marks(checks) == "oooo"
     assert "TLSv1.3" in checks[TLS].found
     assert checks[AUTHENTICATION].found == "the server knows this key as north"
     ahead, unsure = connection.clock_ahead_s
@@ -149,7 +151,7 @@ def test_doctor_names_a_rejected_site_certificate(world: World) -> None:
     # Under TLS 1.3 the client has done its part by then, and hears of it when it reads.
     server, address = world.served(clients=world.theirs)
     checks = world.tried(address)
-    assert marks(checks) == "oofs"
+    assert list_marks(checks) == "oofs"
     assert "the server refused this site's certificate (unknown ca)" in checks[TLS].found
     assert "renew-site north" in checks[TLS].fix
     assert server.asked == []
@@ -158,29 +160,29 @@ def test_doctor_names_a_rejected_site_certificate(world: World) -> None:
 def test_slowly_dribbling_server_times_out(world: World) -> None:
     world.patch.setattr(bounded_http, "_OTHER", (1000, 0.5))
 
-    def dribble(to: ssl.SSLSocket, path: str) -> None:
+    def send_slowly(to: ssl.SSLSocket, path: str) -> None:
         while True:
             to.sendall(b"H")
             dribbling.pause(0.05)
 
-    dribbling = Hostile(server_context(world.ours.issue("server", address=LOOPBACK)), dribble)
+    dribbling = Hostile(make_server_context(world.ours.issue("server", address=LOOPBACK)), send_slowly)
     began = time.monotonic()
-    assert marks(world.tried(dribbling.address, timeout_s=0.5)) == "oofs"
+    assert list_marks(world.tried(dribbling.address, timeout_s=0.5)) == "oofs"
     assert time.monotonic() - began < 10
     dribbling.close()
 
 
 def test_doctor_uses_the_proxy_and_respects_its_exemptions(world: World) -> None:
-    proxy, asked = world.stack.enter_context(answering(b"HTTP/1.1 200 Connection established\r\n\r\n", tunnel=True))
+    proxy, asked = world.stack.enter_context(serve_answer(b"HTTP/1.1 200 Connection established\r\n\r\n", tunnel=True))
     _, address = world.served()
-    checks = world.by_proxy(f"{PROXY}{proxy}", address)
-    assert marks(checks) == "oooo"
+    checks = world.check_by_proxy(f"{PROXY}{proxy}", address)
+    assert list_marks(checks) == "oooo"
     assert f"through the proxy {proxy}" in checks[TCP].found
     assert asked[0].startswith(f"CONNECT {address} HTTP/1.1\r\n".encode())
     assert b"Proxy-Authorization: Basic c29tZW9uZTpzIGNyZXQ=\r\n" in asked[0]
     world.patch.setenv("NO_PROXY", "localhost")
-    checks = world.by_proxy("http://proxy.nowhere.invalid:3128", address)
-    assert marks(checks) == "oooo"
+    checks = world.check_by_proxy("http://proxy.nowhere.invalid:3128", address)
+    assert list_marks(checks) == "oooo"
     assert "proxy" not in checks[TCP].found
 
 
@@ -203,6 +205,6 @@ def test_doctor_fails_if_control_calls_are_reachable_from_outside(
 
 
 def test_doctor_reports_an_unreachable_superlink() -> None:
-    check = check_control_api(f"{LOOPBACK}:{free_port()}", timeout_s=1.0)
+    check = check_control_api(f"{LOOPBACK}:{find_free_port()}", timeout_s=1.0)
     assert (check.status, check.exit_code) == ("failed", 1)
     assert "cannot be reached (ConnectError)" in check.found

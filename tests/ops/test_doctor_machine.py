@@ -46,12 +46,12 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
 def test_disk_check_warns_and_fails_by_free_space(tmp_path: Path) -> None:
     asked: list[Path] = []
 
-    def disk(mib: int) -> DoctorCheck:
+    def check_disk(mib: int) -> DoctorCheck:
         free = {"ledger": tmp_path / "not" / "yet"}
         (check,) = machine.check_disks(free, free_bytes=lambda path: asked.append(path) or mib * MIB)
         return check
 
-    check_lines("a disk with so much room", {f"{mib} MiB": disk(mib) for mib in (2048, 2047, 200, 199)})
+    check_lines("a disk with so much room", {f"{mib} MiB": check_disk(mib) for mib in (2048, 2047, 200, 199)})
     assert set(asked) == {tmp_path}, "the disk of a folder that is yet to be made is its parent's"
 
 
@@ -84,7 +84,7 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
     (cgroup := tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     figures.write_text("MemTotal:        8388608 kB\nMemFree:          102400 kB\nMemAvailable:    4194304 kB\n")
 
-    def lines() -> dict[object, DoctorCheck]:
+    def list_lines() -> dict[object, DoctorCheck]:
         sizes = {None: None, "1 GiB": GIB, "1.01 GiB": int(1.01 * GIB)}
         in_four_bits = {"3 GiB in four bits": 3 * GIB, "3.01 GiB in four bits": int(3.01 * GIB)}  # its files once
         return {
@@ -92,9 +92,9 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
             for name, size in (sizes | in_four_bits).items()
         }
 
-    check_lines("memory for a model of such a size", lines())
+    check_lines("memory for a model of such a size", list_lines())
     (cgroup / "memory.max").write_text("max\n")
-    check_lines("memory for a model of such a size", lines())
+    check_lines("memory for a model of such a size", list_lines())
     (cgroup / "memory.max").write_text(f"{3 * GIB}\n")
     (cgroup / "memory.current").write_text(f"{GIB}\n")
     assert machine.check_memory(None, system=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
@@ -102,7 +102,7 @@ def test_memory_check_compares_model_size_with_available_memory(tmp_path: Path) 
 
 
 def test_gpu_check_compares_the_policy_with_device_and_driver(tmp_path: Path) -> None:
-    def gpu(device: str, name: str, driver: str) -> DoctorCheck:
+    def check_gpu(device: str, name: str, driver: str) -> DoctorCheck:
         asked: list[str] = []
         check = machine.check_gpu(device, ask=lambda: asked.append(name) or name, driver=tmp_path / driver)
         assert bool(asked) == (device != "cpu"), "torch, which takes a second to import, is asked only where it must be"
@@ -111,7 +111,7 @@ def test_gpu_check_compares_the_policy_with_device_and_driver(tmp_path: Path) ->
     (tmp_path / "driver").touch()
     wanted = [("cpu", "an H200"), ("auto", "an H200"), ("cuda", "an H200"), ("auto", ""), ("cuda", "")]
     cases = [(*one, driver) for one in wanted for driver in ("driver", "no driver")]
-    check_lines("the device that a policy wants", {", ".join(filter(None, one)): gpu(*one) for one in cases})
+    check_lines("the device that a policy wants", {", ".join(filter(None, one)): check_gpu(*one) for one in cases})
 
 
 def test_machine_checks_work_on_the_current_machine(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def site(tmp_path: Path, site_policy: Any) -> Path:
     return tmp_path
 
 
-def looked_at(site: Path) -> list[DoctorCheck]:
+def check_owners(site: Path) -> list[DoctorCheck]:
     return list(machine.check_owners(site / "kit", site / "site.toml", SiteFiles.from_site_toml(site / "site.toml")))
 
 
@@ -154,13 +154,13 @@ def looked_at(site: Path) -> list[DoctorCheck]:
 def test_world_writable_files_are_reported_with_a_working_fix(site: Path, what: str, name: str) -> None:
     path = site / name
     path.chmod(path.stat().st_mode | 0o022)
-    (check,) = looked_at(site)
+    (check,) = check_owners(site)
     assert (check.name, check.status) == (f"files: {what}", Status.FAILED)
     assert check.found == f"{path} can be changed by every account"
     # What it says to do is enough.
     command = check.fix.removeprefix("Run `").removesuffix("`.").replace(str(path), f"'{path}'")
     subprocess.run(command, shell=True, check=True)
-    (check,) = looked_at(site)
+    (check,) = check_owners(site)
     assert check.status is Status.OK
     assert account_name(os.geteuid()) in check.found
 
@@ -170,13 +170,13 @@ def test_world_writable_files_are_reported_with_a_working_fix(site: Path, what: 
 def test_files_of_another_account_or_group_are_reported(site: Path, what: str, name: str) -> None:
     path = site / name
     os.chown(path, STRANGER, STRANGER)
-    (check,) = looked_at(site)
+    (check,) = check_owners(site)
     assert (check.name, check.status) == (f"files: {what}", Status.FAILED)
     assert f"belongs to account {STRANGER}, but the site's process runs as root" in check.found
     assert check.fix == f"Run `chown root: {path}`."
     os.chown(path, 0, STRANGER)
     path.chmod(path.stat().st_mode | 0o060)
-    (check,) = looked_at(site)
+    (check,) = check_owners(site)
     assert check.found.endswith(f"can be changed by everyone in group {STRANGER}")
     assert check.fix == f"Run `chmod g-w {path}`."
 
@@ -186,13 +186,13 @@ def test_files_created_by_root_are_reported_once(site: Path, monkeypatch: pytest
     """As root's commands once left a site: its process could not open its own ledger, and the doctor said: restore."""
     for path in (site, *site.rglob("*")):
         os.chown(path, STRANGER, STRANGER)
-    (check,) = looked_at(site)
+    (check,) = check_owners(site)
     assert f"the site's process runs as account {STRANGER}, but this is root" in check.found
     for name in ("ledger.db", "other disk/anchor.json"):
         os.chown(site / name, 0, 0)
     monkeypatch.setattr(machine, "effective_user", lambda: STRANGER)
     monkeypatch.setattr(site_checks.os, "access", lambda path, mode: Path(path).stat().st_uid == STRANGER)
-    assert [check.name for check in looked_at(site)] == ["files: ledger", "files: anchor"]
+    assert [check.name for check in check_owners(site)] == ["files: ledger", "files: anchor"]
     check, history = site_checks.check_ledger_state(SiteFiles.from_site_toml(site / "site.toml"))
     assert history is None
     assert "this account cannot read or write" in check.found

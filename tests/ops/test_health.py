@@ -36,7 +36,7 @@ def address(health: Health) -> Iterator[str]:
         yield bound
 
 
-def connected(address: str) -> socket.socket:
+def connect_to(address: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=10)
 
 
@@ -82,7 +82,7 @@ def test_only_health_and_ready_paths_are_served(address: str) -> None:
         (b"GET /health HTTP/1.1\r\nConnection: keep-alive\r\n\r\n" * 2, b"200"),  # one answer to the two
     ):
         answer = b""
-        with connected(address) as connection:
+        with connect_to(address) as connection:
             connection.sendall(sent)
             while part := connection.recv(4096):  # until it is closed
                 answer += part
@@ -93,7 +93,7 @@ def test_only_health_and_ready_paths_are_served(address: str) -> None:
 
 def test_endless_request_is_cut_off(address: str) -> None:
     began = time.monotonic()
-    with connected(address) as connection:
+    with connect_to(address) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n")
         try:
             for _ in range(100):
@@ -108,7 +108,7 @@ def test_endless_request_is_cut_off(address: str) -> None:
 
 def test_slow_clients_do_not_block_health_probes(address: str) -> None:
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(connected(address)) for _ in range(40)]
+        slow = [stack.enter_context(connect_to(address)) for _ in range(40)]
         for connection in slow:
             connection.sendall(b"G")
         assert [send_probe(address)[0] for _ in range(20)] == [200] * 20

@@ -86,7 +86,7 @@ def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: An
     assert secret == {"kept.pem", "connection_key.pem"}
 
 
-def resigned(path: Path, **changes: Any) -> bytes:
+def resign_request(path: Path, **changes: Any) -> bytes:
     """The request with changes that the site itself made, and signed."""
     fields = json.loads(path.read_text()) | changes
     del fields["signature"]
@@ -108,7 +108,7 @@ def test_changed_join_request_is_refused(request_of: Any, key: str, value: objec
 _P256, _P384 = (ec.generate_private_key(curve) for curve in (ec.SECP256R1(), ec.SECP384R1()))
 
 
-def csr_of(key: Any, *names: str) -> str:
+def make_csr(key: Any, *names: str) -> str:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names])
     made = x509.CertificateSigningRequestBuilder(subject).sign(key, hashes.SHA256())
     return made.public_bytes(serialization.Encoding.PEM).decode()
@@ -118,14 +118,14 @@ def test_csr_proves_possession_of_the_private_key(request_of: Any) -> None:
     path = request_of("north")
     csr = x509.load_pem_x509_csr(json.loads(path.read_text())["csr"].encode())
     another_s = public_pem(ec.generate_private_key(ec.SECP384R1()))
-    encoded = csr.public_bytes(serialization.Encoding.DER).replace(_point(public_pem(csr)), _point(another_s))
+    encoded = csr.public_bytes(serialization.Encoding.DER).replace(_read_point(public_pem(csr)), _read_point(another_s))
     forged = x509.load_der_x509_csr(encoded).public_bytes(serialization.Encoding.PEM).decode()
     assert public_pem(x509.load_pem_x509_csr(forged.encode())) == another_s
     with pytest.raises(ConfigError, match="must be signed with the key that it names"):
-        JoinRequest.parse_request(resigned(path, csr=forged))
+        JoinRequest.parse_request(resign_request(path, csr=forged))
 
 
-def _point(public: bytes) -> bytes:
+def _read_point(public: bytes) -> bytes:
     key = serialization.load_pem_public_key(public)
     return key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
 
@@ -140,13 +140,13 @@ def test_invalid_fields_of_a_signed_request_are_refused(request_of: Any) -> None
         ({"datasets": {"../a": 5}}, "datasets = '../a': must be made of"),
         ({"datasets": {"a": 0}}, "datasets.a = 0: must be from 1"),
         ({"datasets": {"a": 2**60}}, "must be from 1 to fewer than 2"),
-        ({"csr": csr_of(_P256, "north")}, "csr = .*must be for an EC P-384 key"),
-        ({"csr": csr_of(_P384, "south")}, "csr = 'south': must have the site's name"),
-        ({"csr": csr_of(_P384, "north", "south")}, "csr = null: must have the site's name"),
+        ({"csr": make_csr(_P256, "north")}, "csr = .*must be for an EC P-384 key"),
+        ({"csr": make_csr(_P384, "south")}, "csr = 'south': must have the site's name"),
+        ({"csr": make_csr(_P384, "north", "south")}, "csr = null: must have the site's name"),
         ({"csr": "none"}, "csr = 'unreadable': must be a certificate signing request"),
     ):
         with pytest.raises(ConfigError, match=message):
-            JoinRequest.parse_request(resigned(path, **change))
+            JoinRequest.parse_request(resign_request(path, **change))
 
 
 def test_malformed_or_oversized_request_is_refused(tmp_path: Path, request_of: Any) -> None:

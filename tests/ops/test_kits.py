@@ -24,8 +24,8 @@ BELONGS = r"site\.pem = 'north': must match the key in connection_key\.pem"
 
 
 @pytest.fixture
-def kits(federation: Path, joined: Any) -> dict[str, Path]:
-    return {"site": joined("north"), "server": federation / "server", "lead": federation / "lead"}
+def kits(federation: Path, join_site: Any) -> dict[str, Path]:
+    return {"site": join_site("north"), "server": federation / "server", "lead": federation / "lead"}
 
 
 FILES = [
@@ -107,8 +107,8 @@ def _swap(key: str, value: Any) -> Callable[[Any], None]:
     return lambda fields: fields["sites"][0].update({key: value})
 
 
-def test_invalid_roster_is_refused(federation: Path, joined: Any) -> None:
-    joined("north")
+def test_invalid_roster_is_refused(federation: Path, join_site: Any) -> None:
+    join_site("north")
     path = federation / "server" / "roster.json"
     right = path.read_text()
     for change, message in (
@@ -128,8 +128,8 @@ def test_invalid_roster_is_refused(federation: Path, joined: Any) -> None:
         assert str(path) in str(caught.value)
 
 
-def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, joined: Any) -> None:
-    der = read_certificate(joined("north") / "site.pem").public_bytes(serialization.Encoding.DER)
+def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, join_site: Any) -> None:
+    der = read_certificate(join_site("north") / "site.pem").public_bytes(serialization.Encoding.DER)
     path = federation / "server" / "roster.json"
     fields = json.loads(path.read_text())
     # The point of the public key in a form that there is none of, and a kind of key that there is none of.

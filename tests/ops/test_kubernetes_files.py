@@ -18,9 +18,20 @@ from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.services.lead_and_server import KitRoster
 from fedtune.version import __version__
 
-from ..conftest import parsed
+from ..conftest import parse_command
 from .conftest import Desk
-from .deployment_files import KUBERNETES, PROCESSES, documents, name_of, only, passed, pod_of, run, template_of, tool
+from .deployment_files import (
+    KUBERNETES,
+    PROCESSES,
+    find_pod,
+    find_pod_template,
+    find_tool,
+    name_of,
+    read_documents,
+    read_only_document,
+    run,
+    run_tool,
+)
 
 pytestmark = pytest.mark.nightly
 
@@ -34,7 +45,7 @@ SITE = KUBERNETES / "site/site.yaml"
 VALIDATE = ("--strict", "--kubernetes-version", "1.32")
 
 
-def mounts_of(container: dict[str, Any]) -> dict[str, Any]:
+def list_mounts(container: dict[str, Any]) -> dict[str, Any]:
     return {mount["mountPath"]: mount for mount in container["volumeMounts"]}
 
 
@@ -44,14 +55,14 @@ def put_together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     into, made = tmp_path_factory.mktemp("made"), {}
     for folder in OVERLAYS:
         made[folder.name] = into / f"{folder.name}.yaml"
-        made[folder.name].write_text(passed(tool("kubectl"), "kustomize", folder))
+        made[folder.name].write_text(run_tool(find_tool("kubectl"), "kustomize", folder))
     return made
 
 
 def test_manifests_match_the_kubernetes_schema(put_together: dict[str, Path], tmp_path: Path) -> None:
-    command = (tool("kubernetes-validate"), *VALIDATE)
+    command = (find_tool("kubernetes-validate"), *VALIDATE)
     plain = [path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"]
-    passed(*command, *plain, *put_together.values())
+    run_tool(*command, *plain, *put_together.values())
     broken = tmp_path / "broken.yaml"
     for path in plain:
         broken.write_text(path.read_text().replace("spec:\n", "spec:\n  replcas: 1\n", 1))
@@ -60,19 +71,19 @@ def test_manifests_match_the_kubernetes_schema(put_together: dict[str, Path], tm
 
 @pytest.mark.parametrize("folder", [folder.name for folder in OVERLAYS])
 def test_kubectl_builds_every_overlay(folder: str, put_together: dict[str, Path]) -> None:
-    (made,) = (one for one in documents(put_together[folder]) if one["kind"] in PROCESSES.values())
-    pod = template_of(made)["spec"]
+    (made,) = (one for one in read_documents(put_together[folder]) if one["kind"] in PROCESSES.values())
+    pod = find_pod_template(made)["spec"]
     containers = [*pod.get("initContainers", ()), *pod["containers"]]
     assert {container["image"] for container in containers} == {f"registry.example.org/fedtune:{__version__}"}
     gpus = [container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu") for container in containers]
     assert gpus[-1] == ("1" if folder == "site-gpu" else None)
     assert not any(gpus[:-1])
-    assert len({one["metadata"]["namespace"] for one in documents(put_together[folder])}) == 1
+    assert len({one["metadata"]["namespace"] for one in read_documents(put_together[folder])}) == 1
 
 
 @pytest.mark.parametrize("path", PROCESSES, ids=name_of)
 def test_pods_meet_the_restricted_standard_and_only_the_server_is_reachable(path: Path) -> None:
-    pod = pod_of(path)
+    pod = find_pod(path)
     assert pod["automountServiceAccountToken"] is False
     own = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert own.items() <= pod["securityContext"].items()
@@ -88,15 +99,15 @@ def test_pods_meet_the_restricted_standard_and_only_the_server_is_reachable(path
     if PROCESSES[path] == "StatefulSet":
         (container,) = pod["containers"]
         assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
-        spec = only(path, "StatefulSet")["spec"]
+        spec = read_only_document(path, "StatefulSet")["spec"]
         assert spec["replicas"] == 1, "a ledger and a database have one pod"
         for claim in spec["volumeClaimTemplates"]:
             assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
         assert set(spec["persistentVolumeClaimRetentionPolicy"].values()) == {"Retain"}
         assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
     # Who reaches whom.
-    labels = template_of(only(path, PROCESSES[path]))["metadata"]["labels"]
-    policies = [only(file, "NetworkPolicy")["spec"] for file in POLICIES]
+    labels = find_pod_template(read_only_document(path, PROCESSES[path]))["metadata"]["labels"]
+    policies = [read_only_document(file, "NetworkPolicy")["spec"] for file in POLICIES]
     (policy,) = (one for one in policies if one["podSelector"]["matchLabels"].items() <= labels.items())
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     reached = [port["port"] for rule in policy["ingress"] for port in rule["ports"]]
@@ -107,14 +118,14 @@ def test_pods_meet_the_restricted_standard_and_only_the_server_is_reachable(path
 
 
 def test_site_pod_is_unreachable_and_cannot_write_policy_or_records() -> None:
-    service = only(SITE, "Service")["spec"]
+    service = read_only_document(SITE, "Service")["spec"]
     assert service["clusterIP"] == "None"
     assert "ports" not in service
-    (container,) = pod_of(SITE)["containers"]
+    (container,) = find_pod(SITE)["containers"]
     assert "ports" not in container
     # A round's length tells of the number of records, and so the endpoint stays inside the pod.
     assert not [argument for argument in container["args"] if "anywhere" in argument]
-    mounts = mounts_of(container)
+    mounts = list_mounts(container)
     assert "--site=/site/site.toml" in container["args"]
     policy = {"name": "secret-site", "mountPath": "/site/site.toml", "subPath": "site.toml", "readOnly": True}
     assert mounts["/site/site.toml"] == policy
@@ -124,7 +135,7 @@ def test_site_pod_is_unreachable_and_cannot_write_policy_or_records() -> None:
 # What the pods' scripts do, with folders of these tests for those of the pods.
 
 
-def script_of(container: dict[str, Any], **folders: Path) -> str:
+def read_script(container: dict[str, Any], **folders: Path) -> str:
     assert container["command"][:2] == ["sh", "-euc"]
     script: str = container["command"][2]
     for name, folder in folders.items():
@@ -133,8 +144,8 @@ def script_of(container: dict[str, Any], **folders: Path) -> str:
 
 
 def start_script(manifest: str, **folders: Path) -> str:
-    (container,) = pod_of(KUBERNETES / manifest)["initContainers"]
-    return script_of(container, **folders)
+    (container,) = find_pod(KUBERNETES / manifest)["initContainers"]
+    return read_script(container, **folders)
 
 
 def fill(folder: Path, *names: str) -> None:
@@ -152,14 +163,14 @@ def test_site_init_container_copies_keys_privately_and_keeps_the_ledger_key(tmp_
     site.mkdir()
     script = start_script("site/site.yaml", secret=secret, site=site)
     for _ in range(2):
-        passed("sh", "-euc", script)
+        run_tool("sh", "-euc", script)
         for name in (*own, *(f"kit/{name}" for name in of_kit)):
             assert (site / name).stat().st_mode & 0o777 == 0o600, name
         (site / "site_key.pem").chmod(0o660)  # what a volume's fsGroup does to a restored one
     new_certificate = secret / "kit/site.pem"
     new_certificate.chmod(0o640)
     new_certificate.write_text("renewed")
-    passed("sh", "-euc", script)
+    run_tool("sh", "-euc", script)
     assert (site / "kit/site.pem").read_text() == "renewed"
     (secret / "site/site_key.pem").chmod(0o640)
     (secret / "site/site_key.pem").write_text("another key")
@@ -174,7 +185,7 @@ def test_server_init_container_links_roster_and_certificate(desk: Desk, tmp_path
     folder.mkdir()
     script = start_script("server/server.yaml", secret=secret, kit=folder)
     for _ in range(2):
-        passed("sh", "-euc", script)
+        run_tool("sh", "-euc", script)
     assert (folder / "server_key.pem").stat().st_mode & 0o777 == 0o600
     assert {path.name for path in folder.iterdir() if path.is_symlink()} == {"roster.json", "server.pem"}
     kit = Kit.read(folder, kind="server")
@@ -185,8 +196,8 @@ def test_server_init_container_links_roster_and_certificate(desk: Desk, tmp_path
     assert [one.site for one in roster.read_newest().sites] == ["north"]
     assert certificate.is_new()
     # The server may write nothing of its kit.
-    (container,) = pod_of(KUBERNETES / "server/server.yaml")["containers"]
-    assert {path for path, mount in mounts_of(container).items() if not mount.get("readOnly")} == {"/data", "/tmp"}
+    (container,) = find_pod(KUBERNETES / "server/server.yaml")["containers"]
+    assert {path for path, mount in list_mounts(container).items() if not mount.get("readOnly")} == {"/data", "/tmp"}
 
 
 @pytest.mark.parametrize("has_receipts", [True, False])
@@ -196,23 +207,23 @@ def test_lead_init_container_keeps_newer_receipts(has_receipts: bool, tmp_path: 
     fill(secret, "kit.toml", "ca.pem", "lead.pem", "connection_key.pem", "lead_key.pem", "roster.json", *receipts)
     lead.mkdir()
     script = start_script("lead/lead.yaml", secret=secret, lead=lead)
-    passed("sh", "-euc", script)
+    run_tool("sh", "-euc", script)
     kit = lead / "kit"
     assert {path.name for path in kit.iterdir()} == {path.name for path in secret.iterdir()}
     assert {path.stat().st_mode & 0o777 for path in kit.iterdir()} == {0o600}
     (kit / "receipts.json").write_text("newer")
     (secret / "roster.json").chmod(0o640)
     (secret / "roster.json").write_text("a new site")
-    passed("sh", "-euc", script)
+    run_tool("sh", "-euc", script)
     assert (kit / "receipts.json").read_text() == "newer"
     assert (kit / "roster.json").read_text() == "a new site"
 
 
 def test_lead_job_resumes_runs_and_does_not_retry_permanent_failures() -> None:
-    job = only(KUBERNETES / "lead/lead.yaml", "Job")
-    pod = pod_of(KUBERNETES / "lead/lead.yaml")
+    job = read_only_document(KUBERNETES / "lead/lead.yaml", "Job")
+    pod = find_pod(KUBERNETES / "lead/lead.yaml")
     (container,) = pod["containers"]
-    told = parsed(*container["args"])
+    told = parse_command(*container["args"])
     assert (told["or_resume"], told["kit"]) == (True, Path("/lead/kit"))
     assert told["words"] == ("name=first", "experiment=/experiment/experiment.yaml", "tracking.output_dir=/lead/runs")
     assert job["metadata"]["name"] == "fedtune-lead-first"
@@ -221,7 +232,7 @@ def test_lead_job_resumes_runs_and_does_not_retry_permanent_failures() -> None:
     assert wrong["action"] == "FailJob"
     assert wrong["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
     assert (drained["action"], drained["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
-    writable = {path for path, mount in mounts_of(container).items() if not mount.get("readOnly")}
+    writable = {path for path, mount in list_mounts(container).items() if not mount.get("readOnly")}
     assert writable == {"/lead", "/tmp"}
 
 
@@ -231,8 +242,8 @@ BACKUPS = {"site": ("--kit=/site/kit", "--site=/site/site.toml"), "server": ("--
 @pytest.mark.parametrize("role", BACKUPS)
 def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, tmp_path: Path) -> None:
     path, process = KUBERNETES / f"{role}-backup/backup.yaml", KUBERNETES / role / f"{role}.yaml"
-    pod, made = pod_of(path), only(process, "StatefulSet")
-    labels = template_of(only(path, "CronJob"))["metadata"]["labels"]
+    pod, made = find_pod(path), read_only_document(process, "StatefulSet")
+    labels = find_pod_template(read_only_document(path, "CronJob"))["metadata"]["labels"]
     assert not made["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it is not taken for the process"
     (near,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert near["topologyKey"] == "kubernetes.io/hostname"
@@ -242,20 +253,20 @@ def test_backup_job_runs_next_to_its_process_and_keeps_recent_files(role: str, t
     assert used == {*claims, "fedtune-backup"}
     (container,) = pod["containers"]
     (beside,) = made["spec"]["template"]["spec"]["containers"]
-    ours, theirs = mounts_of(container), mounts_of(beside)
+    ours, theirs = list_mounts(container), list_mounts(beside)
     for folder in ours.keys() - {"/tmp", "/backup"}:
         assert ours[folder]["name"] == theirs[folder]["name"]
-    assert only(path, "CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
+    assert read_only_document(path, "CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
     # It writes a new file, and only then removes what is too old.
     (keep,) = container["env"]
     command = container["command"][2].splitlines()[0]
-    assert str(parsed(*shlex.split(command)[1:])["file"]).startswith(f"/backup/{role}-")
+    assert str(parse_command(*shlex.split(command)[1:])["file"]).startswith(f"/backup/{role}-")
     assert shlex.split(command)[1:3] == [role, "backup"]
     assert shlex.split(command)[-2:] == list(BACKUPS[role])
 
     (folder := tmp_path / "volume").mkdir()
     (fedtune := tmp_path / "commands" / "fedtune").parent.mkdir()
-    script = script_of(container, backup=folder)
+    script = read_script(container, backup=folder)
     environment = {**os.environ, "PATH": f"{fedtune.parent}:{os.environ['PATH']}", keep["name"]: keep["value"]}
     old, young, other = (folder / name for name in (f"{role}-old.zip", f"{role}-young.zip", "notes.zip"))
     for path, days in ((old, 40), (young, 20), (other, 40)):
@@ -288,22 +299,22 @@ VALUES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("cha
 OF_ROLE = VALUES["of_role"]
 
 
-def rendered(folder: Path, role: str, values: dict[str, Any]) -> Path:
+def render_chart(folder: Path, role: str, values: dict[str, Any]) -> Path:
     """What Helm makes of the chart with these values, after it found no fault with them."""
     if importlib.util.find_spec("helm_python") is None:
         pytest.skip("helm-python-sdk is not installed on this machine")
     namespace = "fedtune" if role == "server" else f"fedtune-{role}"
     made = folder / "rendered.yaml"
-    made.write_text(passed(sys.executable, "-c", ENGINE, CHART, namespace, json.dumps({"role": role, **values})))
+    made.write_text(run_tool(sys.executable, "-c", ENGINE, CHART, namespace, json.dumps({"role": role, **values})))
     return made
 
 
 def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -> None:
-    checker, schema = tool("check-jsonschema"), CHART / "values.schema.json"
-    passed(checker, "--check-metaschema", schema)
+    checker, schema = find_tool("check-jsonschema"), CHART / "values.schema.json"
+    run_tool(checker, "--check-metaschema", schema)
     plain, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
 
-    def changed(*changes: tuple[str, str]) -> int:
+    def change_values(*changes: tuple[str, str]) -> int:
         text = plain
         for old, new in changes:
             assert text.count(old) == 1, old
@@ -313,7 +324,7 @@ def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -
 
     server, lead, named = ("role: site", "role: server"), ("role: site", "role: lead"), ('name: ""', "name: first")
     for right in ((), (server,), (lead, named)):
-        assert changed(*right) == 0, right
+        assert change_values(*right) == 0, right
     for wrong in (
         (("gpus: 0", "gpus: -1"),),
         (('memoryLimit: ""', "memoryLimit: 16G"),),
@@ -329,7 +340,7 @@ def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -
         (lead, named, ("enabled: false", "enabled: true")),
         (lead, named, ("settings: []", "settings: [name=other]")),
     ):
-        assert changed(*wrong) == 1, wrong
+        assert change_values(*wrong) == 1, wrong
     # It has no manifests of its own.
     manifests = CHART / "manifests"
     assert manifests.is_symlink()
@@ -342,25 +353,27 @@ def test_chart_values_match_the_schema_and_the_plain_manifests(tmp_path: Path) -
 
 @pytest.mark.parametrize("role", OF_ROLE)
 def test_default_chart_renders_the_plain_manifests(role: str, put_together: dict[str, Path], tmp_path: Path) -> None:
-    def by_name(*paths: Path) -> dict[tuple[str, str], Any]:
-        return {(one["kind"], one["metadata"]["name"]): one for path in paths for one in documents(path)}
+    def index_documents(*paths: Path) -> dict[tuple[str, str], Any]:
+        return {(one["kind"], one["metadata"]["name"]): one for path in paths for one in read_documents(path)}
 
     plain = [put_together["lead"]] if role == "lead" else [put_together[role], put_together[f"{role}-backup"]]
-    assert by_name(rendered(tmp_path, role, VALUES["plain"][role])) == by_name(*plain)
+    assert index_documents(render_chart(tmp_path, role, VALUES["plain"][role])) == index_documents(*plain)
 
 
-def leaves(values: Any) -> list[str]:
+def list_leaves(values: Any) -> list[str]:
     inner = values.values() if isinstance(values, dict) else values
-    return [leaf for value in inner for leaf in leaves(value)] if isinstance(values, dict | list) else [str(values)]
+    return (
+        [leaf for value in inner for leaf in list_leaves(value)] if isinstance(values, dict | list) else [str(values)]
+    )
 
 
 @pytest.mark.parametrize("role", OF_ROLE)
 def test_every_chart_value_changes_valid_manifests(role: str, tmp_path: Path) -> None:
-    plain = set(rendered(tmp_path, role, VALUES["plain"][role]).read_text().splitlines())
-    made = rendered(tmp_path, role, VALUES["changed"] | OF_ROLE[role])
-    passed(tool("kubernetes-validate"), *VALIDATE, made)
+    plain = set(render_chart(tmp_path, role, VALUES["plain"][role]).read_text().splitlines())
+    made = render_chart(tmp_path, role, VALUES["changed"] | OF_ROLE[role])
+    run_tool(find_tool("kubernetes-validate"), *VALIDATE, made)
     text = made.read_text()
     assert "registry.example.org" not in text, "every container has the other image"
     new = "\n".join(line for line in text.splitlines() if line not in plain)
-    for value in set(leaves(VALUES["changed"] | OF_ROLE[role])) - {"True"}:
+    for value in set(list_leaves(VALUES["changed"] | OF_ROLE[role])) - {"True"}:
         assert re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", new), value

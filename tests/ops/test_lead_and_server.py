@@ -34,10 +34,10 @@ from .conftest import Desk
 # Which sites; those that a lead names: tests/cli/test_run.py.
 
 
-def test_lead_without_active_sites_cannot_start_a_run(joined: Any, federation: Path, now: datetime) -> None:
+def test_lead_without_active_sites_cannot_start_a_run(join_site: Any, federation: Path, now: datetime) -> None:
     for revoked in (False, True):
         if revoked:
-            joined("north")
+            join_site("north")
             provisioning.revoke_site(federation, "north", now=now)
         with pytest.raises(ConfigError, match="add-site"):
             members(Kit.read(federation / "lead", kind="lead"), ())
@@ -56,9 +56,9 @@ def config(tmp_path: Path) -> RunConfig:
     )
 
 
-def test_lead_service_takes_site_keys_from_the_roster(joined: Any, config: RunConfig, federation: Path) -> None:
+def test_lead_service_takes_site_keys_from_the_roster(join_site: Any, config: RunConfig, federation: Path) -> None:
     for site in ("north", "south", "west"):
-        joined(site)
+        join_site(site)
     kit = Kit.read(federation / "lead", kind="lead")
     service = LeadService(kit=kit, federation=config.federation)
     assert [site.site for site in service.sites] == ["west", "north"]

@@ -26,7 +26,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks.registry import get_task
 
-from ..conftest import own_logging
+from ..conftest import restore_logging
 
 PACKAGE = Path(__file__).parents[2] / "fedtune"
 CANARY = "CANARY-7319"
@@ -38,10 +38,10 @@ class Lines(list[dict[str, Any]]):
 
 
 @contextmanager
-def logged(level: Level = "info") -> Iterator[Lines]:
+def capture_log(level: Level = "info") -> Iterator[Lines]:
     """What is logged in the block, in which the canary is not."""
     stream, lines = io.StringIO(), Lines()
-    with own_logging(), redirect_stderr(stream):
+    with restore_logging(), redirect_stderr(stream):
         configure_logs(level)
         yield lines
     lines.text = stream.getvalue()
@@ -49,14 +49,14 @@ def logged(level: Level = "info") -> Iterator[Lines]:
     lines.extend(map(json.loads, lines.text.splitlines()))
 
 
-def failed(fails: Callable[[], None], logger: logging.Logger = own) -> None:
+def log_failure(fails: Callable[[], None], logger: logging.Logger = own) -> None:
     try:
         fails()
     except Exception:
         logger.exception("it failed")
 
 
-def a_number() -> None:
+def raise_number_error() -> None:
     int(CANARY)
 
 
@@ -65,28 +65,28 @@ def raise_with_note(error: Exception) -> None:
     raise error
 
 
-def from_a_number(error: Exception) -> None:
+def raise_from_number(error: Exception) -> None:
     """Raise it because of one that quotes a record."""
     try:
-        a_number()
+        raise_number_error()
     except ValueError as cause:
         raise error from cause
 
 
-def a_chain() -> None:
-    from_a_number(RuntimeError(f"row {CANARY}"))
+def raise_chain() -> None:
+    raise_from_number(RuntimeError(f"row {CANARY}"))
 
 
-def while_another_was_handled() -> None:
+def raise_while_handling() -> None:
     try:
-        a_number()
+        raise_number_error()
     except ValueError:
         {}[CANARY]
 
 
-def a_group() -> None:
+def raise_group() -> None:
     errors: list[Exception] = []
-    for fails in (a_number, a_chain):
+    for fails in (raise_number_error, raise_chain):
         try:
             fails()
         except Exception as error:
@@ -95,23 +95,23 @@ def a_group() -> None:
 
 
 FAILURES: dict[str, Callable[[], object]] = {
-    "a_number": a_number,
+    "a_number": raise_number_error,
     "an_undeclared_label": lambda: raise_with_note(
         DataError("train.csv line 3, column 'label'", CANARY, "must be one of the labels")
     ),
     "a_file": lambda: Path(f"/nowhere/{CANARY}").read_text(),
-    "a_chain": a_chain,
-    "a_hidden_cause": lambda: from_a_number(ConfigError("data.columns", "letter", "must hold numbers")),
-    "while_another_was_handled": while_another_was_handled,
-    "a_group": a_group,
+    "a_chain": raise_chain,
+    "a_hidden_cause": lambda: raise_from_number(ConfigError("data.columns", "letter", "must hold numbers")),
+    "while_another_was_handled": raise_while_handling,
+    "a_group": raise_group,
 }
 
 
 @pytest.mark.parametrize("name", ["fedtune.tests", "flwr", "torch.nn", "asyncio", "root"])
 @pytest.mark.parametrize("fails", FAILURES.values(), ids=FAILURES)
 def test_log_contains_exception_frames_but_no_exception_text(fails: Callable[[], None], name: str) -> None:
-    with logged() as lines:
-        failed(fails, logging.getLogger(name))
+    with capture_log() as lines:
+        log_failure(fails, logging.getLogger(name))
     (line,) = lines
     assert line["level"] == "error"
     assert any(f" {fails.__name__}" in frame for frame in line["error"]["frames"])
@@ -119,20 +119,20 @@ def test_log_contains_exception_frames_but_no_exception_text(fails: Callable[[],
 
 
 def test_log_includes_causes_and_shortens_recursion_and_cycles() -> None:
-    def deeper() -> None:
-        deeper()
+    def recurse() -> None:
+        recurse()
 
     first, second = ValueError(CANARY), KeyError(CANARY)
     first.__cause__, second.__cause__ = second, first
-    with logged() as lines:
-        for fails in (a_chain, while_another_was_handled, a_group, deeper):
-            failed(fails)
+    with capture_log() as lines:
+        for fails in (raise_chain, raise_while_handling, raise_group, recurse):
+            log_failure(fails)
         own.error("a ring", exc_info=first)
     chain, context, group, deep, ring = (line["error"] for line in lines)
     assert len(deep["frames"]) <= 40
     assert "cause" not in ring["cause"]
     assert (chain["type"], chain["cause"]["type"]) == ("RuntimeError", "ValueError")
-    assert any("a_number" in frame for frame in chain["cause"]["frames"])
+    assert any("raise_number_error" in frame for frame in chain["cause"]["frames"])
     assert (context["type"], context["cause"]["type"]) == ("KeyError", "ValueError")
     assert [one["type"] for one in group["among"]] == ["ValueError", "RuntimeError"]
 
@@ -146,7 +146,7 @@ def test_unreadable_data_leaves_no_cell_contents_in_the_log(rows: str, tmp_path:
     columns = {"text": "text", "label": "label"}
     about: Any = {"dataset": "d", "train_file": "f", "columns": columns, "labels": ("a", "b")}
     target = get_task("classification").target(DataSpec(declared_sizes=1, max_length=8, **about))  # type: ignore[attr-defined]
-    with logged() as lines:
+    with capture_log() as lines:
         try:
             _ = [*map(target, iter_records(file, columns))]
         except DataError as error:
@@ -159,7 +159,7 @@ def test_unreadable_data_leaves_no_cell_contents_in_the_log(rows: str, tmp_path:
 def test_configuration_errors_keep_their_text_in_the_log() -> None:
     wrong, ledger = ConfigError("server", "fl.example.org", "must be host:port"), RunError("/srv/ledger.db is damaged")
     for error in (wrong, ledger, Refused(Reason.LEADS, asked="ab" * 32)):
-        with logged() as lines:
+        with capture_log() as lines:
             own.error("cannot start", exc_info=error)
             own.error("cannot start: %s", error)
         assert lines[0]["error"]["text"] == str(error)
@@ -167,7 +167,7 @@ def test_configuration_errors_keep_their_text_in_the_log() -> None:
 
 
 def test_library_messages_about_records_are_withheld() -> None:
-    with logged("debug") as lines:
+    with capture_log("debug") as lines:
         for library in (
             libraries := ("torch", "transformers.tokenization", "tokenizers", "peft", "opacus", "numpy", "x")
         ):
@@ -186,14 +186,14 @@ def test_library_messages_about_records_are_withheld() -> None:
 @pytest.mark.parametrize("library", sorted(logs.CARRIERS))
 def test_transport_library_messages_are_logged_without_exception_texts(library: str) -> None:
     logger = logging.getLogger(library)
-    with own_logging():
+    with restore_logging():
         logger.setLevel(logging.DEBUG)
-        with logged() as lines:
+        with capture_log() as lines:
             logger.info("polled")
             logger.warning("lost %s after %d s: %s", "fl.example.org", 3, ValueError(CANARY))
             logger.warning(KeyError(CANARY))
             logger.warning("row %s", [CANARY])
-        with logged("debug") as more:
+        with capture_log("debug") as more:
             logger.info("polled")
             logger.debug("headers")
     assert [line["event"] for line in lines] == ["lost fl.example.org after 3 s: ValueError", "KeyError", "row <list>"]
@@ -202,14 +202,14 @@ def test_transport_library_messages_are_logged_without_exception_texts(library: 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_log_level_applies_to_own_messages(level: Level) -> None:
-    with logged(level) as lines:
+    with capture_log(level) as lines:
         for name in LEVELS:
             getattr(own, name)(name)
     assert [line["event"] for line in lines] == list(LEVELS[LEVELS.index(level) :])
 
 
 def test_log_line_is_one_json_object_with_standard_and_extra_fields() -> None:
-    with logged() as lines:
+    with capture_log() as lines:
         own.info("answered round %d", 3, extra={"run": "r1", "seconds": 1.5, "rate": float("nan"), "of": object()})
         own.warning("site %s", 'a\n{"level": "info"}\u2028\u0085b')
     line, _ = lines
@@ -221,7 +221,7 @@ def test_log_line_is_one_json_object_with_standard_and_extra_fields() -> None:
 
 
 def test_mismatched_log_arguments_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with logged() as lines:
+    with capture_log() as lines:
         own.warning("%d of %d", CANARY)
         logging.getLogger("torch").warning("%d", CANARY)
         own.warning("after it")
@@ -231,7 +231,7 @@ def test_mismatched_log_arguments_are_not_shown(capsys: pytest.CaptureFixture[st
 
 def test_full_disk_prints_no_log_text_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     full = Mock(write=Mock(side_effect=OSError(28, "No space left on device")))
-    with own_logging(), redirect_stderr(full):
+    with restore_logging(), redirect_stderr(full):
         configure_logs("info")
         own.warning("row %s", CANARY)
     assert capsys.readouterr() == ("", "")
@@ -239,7 +239,7 @@ def test_full_disk_prints_no_log_text_elsewhere(capsys: pytest.CaptureFixture[st
 
 def test_handlers_added_by_libraries_are_bypassed(capsys: pytest.CaptureFixture[str]) -> None:
     logger, elsewhere = logging.getLogger("transformers.test_logs"), io.StringIO()
-    with logged() as lines:
+    with capture_log() as lines:
         # As transformers and flwr do when they are imported.
         logger.addHandler(logging.StreamHandler(elsewhere))
         logger.propagate = False
@@ -252,26 +252,26 @@ def test_handlers_added_by_libraries_are_bypassed(capsys: pytest.CaptureFixture[
 
 
 def test_warnings_thread_failures_and_cleanup_errors_are_logged() -> None:
-    with logged() as lines, warnings.catch_warnings():
+    with capture_log() as lines, warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn(f"cell {CANARY}", RuntimeWarning, stacklevel=1)
-        for target in (a_chain, lambda: sys.exit(1)):
+        for target in (raise_chain, lambda: sys.exit(1)):
             thread = threading.Thread(target=target, name="worker")
             thread.start()
             thread.join()
-        type(CANARY, (), {"__del__": lambda self: a_number()})()
+        type(CANARY, (), {"__del__": lambda self: raise_number_error()})()
         gc.collect()
     warned, ended, cleaned = lines
     assert warned["event"] == f"RuntimeWarning: {logs.WITHHELD}"
     assert warned["where"].startswith("test_logs.py:")
     assert (ended["level"], ended["in_thread"]) == ("critical", "worker")
-    assert any("a_chain" in frame for frame in ended["error"]["frames"])
+    assert any("raise_chain" in frame for frame in ended["error"]["frames"])
     assert cleaned["error"]["type"] == "ValueError"
 
 
 def test_system_and_tls_error_names_are_logged() -> None:
     refused = ConnectionRefusedError(111, f"refused {CANARY}")
-    with logged() as lines:
+    with capture_log() as lines:
         own.warning("no server", exc_info=refused)
         try:
             not_tls = ssl.MemoryBIO()

@@ -24,8 +24,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.spec import KIT_SCHEMA, ConfigError
 
-from ..conftest import fail_where, files_in
-from .conftest import Desk, Killed, killed_at, unchanged, unpack
+from ..conftest import fail_where, read_files
+from .conftest import Desk, Killed, expect_unchanged, kill_at_step, unpack
 
 KIT = ["README.md", "ca.pem", "kit.toml", "site.pem"]
 
@@ -46,26 +46,26 @@ def test_added_site_receives_a_matching_kit_without_secrets(desk: Desk) -> None:
             assert data == (desk.folder / "sites" / "north" / entry.filename).read_bytes()
             assert b"PRIVATE" not in data
             assert entry.external_attr >> 16 == stat.S_IFREG | 0o644
-    assert files_in(desk.folder / "sites").keys() == {"north-kit.zip", *(f"north/{name}" for name in KIT)}
+    assert read_files(desk.folder / "sites").keys() == {"north-kit.zip", *(f"north/{name}" for name in KIT)}
 
 
 def test_renewal_and_revocation_do_not_affect_other_sites(desk: Desk) -> None:
     desk.join("north")
     south = desk.join("south")
-    before, at_south, node_key = files_in(desk.folder), files_in(south), desk.member("north").node_key
+    before, at_south, node_key = read_files(desk.folder), read_files(south), desk.member("north").node_key
     rosters = {"server/roster.json", "lead/roster.json"}
 
-    def changed() -> set[str]:
-        return {name for name, data in files_in(desk.folder).items() if data != before[name]}
+    def list_changed() -> set[str]:
+        return {name for name, data in read_files(desk.folder).items() if data != before[name]}
 
     assert desk.renew("north", later=300).changes == ()
-    assert changed() == rosters | {"sites/north/site.pem", "sites/north/README.md", "sites/north-kit.zip"}
-    assert files_in(south) == at_south
+    assert list_changed() == rosters | {"sites/north/site.pem", "sites/north/README.md", "sites/north-kit.zip"}
+    assert read_files(south) == at_south
     assert desk.member("north").node_key == node_key
     assert desk.member("north").certificate != desk.member("south").certificate
-    before = files_in(desk.folder)
+    before = read_files(desk.folder)
     desk.revoke("north")
-    assert changed() == rosters
+    assert list_changed() == rosters
     assert (desk.member("north").revoked, desk.member("south").revoked) == (desk.now.isoformat(), None)
     with pytest.raises(ConfigError, match=r"site = 'north': was already revoked on 20"):
         desk.revoke("north")
@@ -89,7 +89,7 @@ def test_revoked_connection_key_can_never_be_reused(desk: Desk, monkeypatch: pyt
     first = desk.join("north") / "join_request.json"
     key = read_connection_key(first.with_name("connection_key.pem"))
     desk.revoke("north")
-    with monkeypatch.context() as patch, unchanged(desk.folder):
+    with monkeypatch.context() as patch, expect_unchanged(desk.folder):
         patch.setattr(members, "generate_connection_key", lambda: key)  # under another name
         with pytest.raises(ConfigError, match=r"join_request\.json: connection key = .*was revoked with site north"):
             desk.add(desk.request("south"))
@@ -109,7 +109,7 @@ def test_name_or_key_of_another_site_is_refused(desk: Desk, tmp_path: Path) -> N
     desk.join("north")
     (tmp_path / "west").mkdir()
     shutil.copy(tmp_path / "north" / "site_key.pem", tmp_path / "west")
-    with unchanged(desk.folder):
+    with expect_unchanged(desk.folder):
         for name in ("north", "NORTH"):
             with pytest.raises(ConfigError, match=rf"join_request\.json: site = '{name}': is taken by a site"):
                 desk.add(desk.request(name, kit="again"))
@@ -124,17 +124,17 @@ def test_new_site_key_requires_explicit_agreement(desk: Desk, tmp_path: Path) ->
     (tmp_path / "north" / "site_key.pem").unlink()
     request = desk.request("north", kit="new")
     refused = pytest.raises(ConfigError, match=r"site_key = .*a new ledger: .*budget starts over.*add --new-site-key")
-    with unchanged(desk.folder), refused:
+    with expect_unchanged(desk.folder), refused:
         desk.renew("north", request)
     done = desk.renew("north", request, new_site_key=True)
     assert desk.member("north").site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
     assert "It has a new site key, and so a new ledger: what the old one spent no longer counts." in done.changes
 
 
-def whole(folder: Path) -> dict[str, bytes]:
+def read_whole_folder(folder: Path) -> dict[str, bytes]:
     """What is in a federation's folder, once a command has opened it, which must be of one change."""
     FederationFolder.open(folder)
-    files = {name: data for name, data in files_in(folder).items() if not name.endswith(".partial")}
+    files = {name: data for name, data in read_files(folder).items() if not name.endswith(".partial")}
     roster = FederationFolder.open(folder).roster
     assert CHANGE not in files
     assert files["lead/roster.json"] == files["server/roster.json"] == roster.to_bytes()
@@ -151,7 +151,7 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
     desk.join("north")
     kept, ends = tmp_path / "kept", set()
     shutil.copytree(desk.folder, kept)
-    before = whole(kept)
+    before = read_whole_folder(kept)
     moved, new = desk.request("north", kit="moved"), desk.request("south")
     changes: dict[str, Callable[[], object]] = {
         "renew-site": lambda: desk.renew("north", later=300),
@@ -167,7 +167,7 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
             shutil.rmtree(desk.folder)
             shutil.copytree(kept, desk.folder)
             with pytest.MonkeyPatch.context() as patch:
-                begun = killed_at(step, patch)
+                begun = kill_at_step(step, patch)
                 try:
                     change()
                 except Killed:
@@ -175,7 +175,7 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
                 else:
                     done = True
             shown = {(desk.folder / kind / "roster.json").read_bytes() for kind in ("server", "lead")}
-            after = whole(desk.folder)
+            after = read_whole_folder(desk.folder)
             assert shown <= {before["server/roster.json"], after["server/roster.json"]}, (name, step)
             # What a process that runs from this folder has shown the server is what counts.
             if shown != {before["server/roster.json"]} or done:
@@ -190,12 +190,12 @@ def test_interrupted_membership_change_is_complete_or_absent(desk: Desk, tmp_pat
 
 def test_change_on_a_full_disk_is_undone_or_completed_later(desk: Desk, monkeypatch: Any) -> None:
     request, kit = desk.request("north"), desk.folder / "sites/north-kit.zip"
-    before, full = whole(desk.folder), OSError(28, "No space left on device", str(kit))
+    before, full = read_whole_folder(desk.folder), OSError(28, "No space left on device", str(kit))
     with monkeypatch.context() as patch:
         fail_where(patch, federation_folder, "write_durably", lambda path, data: path.name == CHANGE, full)
         with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
             desk.add(request)
-    assert whole(desk.folder) == before, "without room for it, it is not made"
+    assert read_whole_folder(desk.folder) == before, "without room for it, it is not made"
     with monkeypatch.context() as patch:
         fail_where(patch, federation_folder, "write_durably", lambda path, data: path == kit, full)
         for again in (desk.add, lambda _: desk.revoke("north"), lambda _: FederationFolder.open(desk.folder)):
@@ -205,7 +205,7 @@ def test_change_on_a_full_disk_is_undone_or_completed_later(desk: Desk, monkeypa
                 again(request)
         assert Roster.read(desk.folder / "server" / "roster.json").sites == ()
     assert [one.site for one in FederationFolder.open(desk.folder).roster.sites] == ["north"]
-    whole(desk.folder)
+    read_whole_folder(desk.folder)
     assert sorted(path.name for path in (desk.folder / "sites").iterdir()) == ["north", "north-kit.zip"]
 
 
@@ -218,7 +218,7 @@ def test_concurrently_added_sites_are_all_registered(desk: Desk) -> None:
 
 
 def test_unreadable_pending_change_or_retired_keys_stop_admission(desk: Desk) -> None:
-    request, before = desk.request("north"), whole(desk.folder)
+    request, before = desk.request("north"), read_whole_folder(desk.folder)
     for name, text in (
         (CHANGE, json.dumps({"version": KIT_SCHEMA, "files": {"lead/roster.json": "x"}})),
         *((CHANGE, '{"version": 1, "files": {}}'), (CHANGE, "nothing"), ("retired_keys.json", "nothing")),
@@ -229,7 +229,7 @@ def test_unreadable_pending_change_or_retired_keys_stop_admission(desk: Desk) ->
         with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
             desk.add(request)
         (desk.folder / name).unlink()
-    assert whole(desk.folder) == before
+    assert read_whole_folder(desk.folder) == before
     (desk.folder / "retired_keys.json").mkdir()
     with pytest.raises(ConfigError, match=r"retired_keys\.json': must be a readable file"):
         desk.add(request)
@@ -249,7 +249,7 @@ def test_site_lists_only_the_current_members_of_its_roster(
     site_toml, own = tmp_path / "north/site.toml", ("--kit", str(kit), "--site", str(tmp_path / "north/site.toml"))
     trusted = {"south": keys["north"], "west": keys["west"], "east": keys["south"]}
     write_policy(site_policy("north", trust={"members": trusted}), site_toml)
-    with unchanged(tmp_path / "north"):
+    with expect_unchanged(tmp_path / "north"):
         shown = json.loads(command("site", "members", str(file), *own, "--json").printed)
     assert shown["number"] == FederationFolder.open(desk.folder).roster.number
     assert {one["site"]: one["state"] for one in shown["members"]} == {
@@ -267,11 +267,11 @@ def test_site_lists_only_the_current_members_of_its_roster(
 # What a process that runs takes from its kit.
 
 
-def roster(desk: Desk) -> Roster:
+def read_roster(desk: Desk) -> Roster:
     return FederationFolder.open(desk.folder).roster
 
 
-def lead_key(desk: Desk) -> SigningKey:
+def load_lead_key(desk: Desk) -> SigningKey:
     return SigningKey.load(desk.folder / "lead/lead_key.pem")
 
 
@@ -281,19 +281,19 @@ def kit(desk: Desk) -> Kit:
 
 
 def test_every_membership_change_gives_a_newer_signed_roster(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, kept = roster(desk).number, (desk.folder / "server/roster.json").read_bytes()
-    roster(desk).check_lead_signature(lead_key(desk).public)
+    before, kept = read_roster(desk).number, (desk.folder / "server/roster.json").read_bytes()
+    read_roster(desk).check_lead_signature(load_lead_key(desk).public)
     for change in (desk.join, desk.revoke):
         change("north")
-        newer = roster(desk)
-        newer.check_lead_signature(lead_key(desk).public)
+        newer = read_roster(desk)
+        newer.check_lead_signature(load_lead_key(desk).public)
         assert newer.number > before
         before = newer.number
     # A folder from a backup uses no number again.
     (desk.folder / "server/roster.json").write_bytes(kept)
     monkeypatch.setattr("fedtune.ops.kits.federation_folder.time.time", lambda: before + 60.0)
     desk.join("south")
-    assert roster(desk).number > before
+    assert read_roster(desk).number > before
 
 
 def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: Kit, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: K
     first = served.read_newest()
     desk.join("north")
     assert [one.site for one in served.read_newest().sites] == ["north"]
-    newer = roster(desk)
+    newer = read_roster(desk)
     forged = replace(newer, number=newer.number + 1)
     for wrong, why in (
         (forged, r"roster\.json: roster\.signature = .*is not signed by the federation's lead"),
@@ -309,9 +309,9 @@ def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: K
             forged.sign_roster(SigningKey.load_or_create(tmp_path / "stranger.pem")),
             "is not signed by the federation's lead",
         ),
-        (replace(forged, federation="other").sign_roster(lead_key(desk)), "must be 'cardiology-2026'"),
+        (replace(forged, federation="other").sign_roster(load_lead_key(desk)), "must be 'cardiology-2026'"),
         (first, rf"roster\.number = {first.number}: must be higher than {newer.number}"),
-        (replace(newer, sites=()).sign_roster(lead_key(desk)), "must be higher than"),
+        (replace(newer, sites=()).sign_roster(load_lead_key(desk)), "must be higher than"),
     ):
         kit.roster.write_bytes(wrong.to_bytes())
         for _ in range(2):
@@ -333,8 +333,8 @@ def test_revoked_key_stays_revoked_while_the_server_runs(desk: Desk, kit: Kit) -
     joined = served.read_newest()
     desk.revoke("north")
     revoked = served.read_newest()
-    dropped = replace(joined, sites=(), number=revoked.number + 1).sign_roster(lead_key(desk))
-    returned = replace(joined, number=revoked.number + 2).sign_roster(lead_key(desk))
+    dropped = replace(joined, sites=(), number=revoked.number + 1).sign_roster(load_lead_key(desk))
+    returned = replace(joined, number=revoked.number + 2).sign_roster(load_lead_key(desk))
     for before in (revoked, dropped):
         kit.roster.write_bytes(before.to_bytes())
         assert served.read_newest() == before
@@ -343,7 +343,7 @@ def test_revoked_key_stays_revoked_while_the_server_runs(desk: Desk, kit: Kit) -
             served.read_newest()
     # With a new key the site may come back.
     desk.renew("north", desk.request("north", kit="another"))
-    back = replace(roster(desk), number=revoked.number + 3).sign_roster(lead_key(desk))
+    back = replace(read_roster(desk), number=revoked.number + 3).sign_roster(load_lead_key(desk))
     kit.roster.write_bytes(back.to_bytes())
     assert served.read_newest().sites[0].revoked is None
 

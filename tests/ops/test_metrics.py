@@ -27,13 +27,13 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
 
 from ..processes import wait_for
-from .deployment_files import passed, run, tool
+from .deployment_files import find_tool, run, run_tool
 
 MONITORING = Path(__file__).parents[2] / "deployment/monitoring"
 (GROUP,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
 
 
-def scraped(figures: Callable[[], Values]) -> list[Sample]:
+def scrape_figures(figures: Callable[[], Values]) -> list[Sample]:
     """All samples, read by the client's own parser over a real connection."""
     with (
         serve_metrics("127.0.0.1:0", figures) as address,
@@ -44,7 +44,7 @@ def scraped(figures: Callable[[], Values]) -> list[Sample]:
     return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
-def values(samples: list[Sample], name: str) -> dict[str, float]:
+def list_values(samples: list[Sample], name: str) -> dict[str, float]:
     """Of one metric, by the value of its label."""
     found = {"".join(sample.labels.values()): sample.value for sample in samples if sample.name == name}
     assert found, f"no {name}"
@@ -53,7 +53,7 @@ def values(samples: list[Sample], name: str) -> dict[str, float]:
 
 def test_metrics_server_answers_only_get_on_one_path() -> None:
     answers = [("fedtune_lead_answers", {"x": 2, 'y"\n': 3})]
-    assert values(scraped(lambda: answers), "fedtune_lead_answers_total") == {"x": 2.0, 'y"\n': 3.0}
+    assert list_values(scrape_figures(lambda: answers), "fedtune_lead_answers_total") == {"x": 2.0, 'y"\n': 3.0}
     with serve_metrics("127.0.0.1:0", lambda: answers) as address:
         assert send_probe(address, "/")[0] == 404
         posted = urllib.request.Request(f"http://{address}/metrics", data=b"{}")
@@ -70,7 +70,7 @@ def test_metrics_require_a_loopback_address_and_prometheus_client(monkeypatch: p
         pass
 
 
-def of_site(folder: Path, health: Health | None = None) -> SiteMetrics:
+def make_site_metrics(folder: Path, health: Health | None = None) -> SiteMetrics:
     kit = Kit.read(folder / "kit", kind="site")
     return SiteMetrics(kit=kit, site_toml=folder / "site.toml", health=health or Health())
 
@@ -88,64 +88,75 @@ def test_metrics_file_is_replaced_atomically_and_repeatedly(tmp_path: Path, monk
         pass
 
 
-def test_site_budget_metrics_match_the_ledger(north: Path, run_proposal: Any, command: Any) -> None:
-    metrics = of_site(north)
-    assert values(scraped(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}, "there is none yet"
-    ledger, asked = SiteFiles.from_site_toml(north / "site.toml").open_ledger(), run_proposal()
-    assert values(scraped(metrics.collect_values), "fedtune_site_epsilon_spent") == {
+def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: Any, command: Any) -> None:
+    metrics = make_site_metrics(north_folder)
+    assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}, (
+        "there is none yet"
+    )
+    ledger, asked = SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(), run_proposal()
+    assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_epsilon_spent") == {
         "charged": 0.0,
         "with_set_aside": 0.0,
     }
     assert isinstance(ledger.reserve(asked, round=1, request="1"), Reservation)
-    samples, told = scraped(metrics.collect_values), json.loads(command("ledger", "spent", str(north), "--json").out)
+    samples, told = (
+        scrape_figures(metrics.collect_values),
+        json.loads(command("ledger", "spent", str(north_folder), "--json").out),
+    )
     spent = {"charged": told["epsilon"], "with_set_aside": told["with_set_aside"]}
-    assert values(samples, "fedtune_site_epsilon_spent") == pytest.approx(spent)
+    assert list_values(samples, "fedtune_site_epsilon_spent") == pytest.approx(spent)
     assert 0 < spent["charged"] < spent["with_set_aside"]
-    assert values(samples, "fedtune_site_epsilon_cap") == {"": told["max_epsilon"]}
-    (left,), (runs,) = (values(samples, f"fedtune_site_{name}_left").values() for name in ("epsilon", "runs"))
+    assert list_values(samples, "fedtune_site_epsilon_cap") == {"": told["max_epsilon"]}
+    (left,), (runs,) = (list_values(samples, f"fedtune_site_{name}_left").values() for name in ("epsilon", "runs"))
     assert (left, runs) == (told["left"], told["reference_runs_left"])
     assert 1 <= runs < math.inf
-    assert values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
+    assert list_values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
 
-def test_exhausted_ledger_reports_no_runs_left_and_damaged_one_no_budget(north: Path, run_proposal: Any) -> None:
-    metrics, ledger = of_site(north), SiteFiles.from_site_toml(north / "site.toml").open_ledger()
+def test_exhausted_ledger_reports_no_runs_left_and_damaged_one_no_budget(north_folder: Path, run_proposal: Any) -> None:
+    metrics, ledger = (
+        make_site_metrics(north_folder),
+        SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(),
+    )
     with pytest.raises(Refused) as refused:
         _ = [ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1") for number in range(100)]
     assert refused.value.reason is Reason.MAX_EPSILON
-    samples = scraped(metrics.collect_values)
-    assert values(samples, "fedtune_site_runs_left") == {"": 0.0}
-    assert values(samples, "fedtune_site_epsilon_left")[""] > 0
+    samples = scrape_figures(metrics.collect_values)
+    assert list_values(samples, "fedtune_site_runs_left") == {"": 0.0}
+    assert list_values(samples, "fedtune_site_epsilon_left")[""] > 0
     ledger.freeze("consent withdrawn")
-    assert values(scraped(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}
-    data = bytearray((north / "ledger.db").read_bytes())
+    assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_ledger_usable") == {"": 0.0}
+    data = bytearray((north_folder / "ledger.db").read_bytes())
     where = data.index(b"consent withdrawn")
     data[where : where + 7] = b"CONSENT"
-    (north / "ledger.db").write_bytes(data)
-    samples = scraped(metrics.collect_values)
-    assert values(samples, "fedtune_site_ledger_usable") == {"": 0.0}
+    (north_folder / "ledger.db").write_bytes(data)
+    samples = scrape_figures(metrics.collect_values)
+    assert list_values(samples, "fedtune_site_ledger_usable") == {"": 0.0}
     assert not [sample for sample in samples if "epsilon" in sample.name or "runs" in sample.name]
 
 
-def test_site_metrics_cover_contact_answers_and_certificate(north: Path) -> None:
+def test_site_metrics_cover_contact_answers_and_certificate(north_folder: Path) -> None:
     health = Health()
-    metrics = of_site(north, health)
+    metrics = make_site_metrics(north_folder, health)
     # From 0 on, since what first appears at 1 has not increased.
-    assert values(scraped(metrics.collect_values), "fedtune_site_answers_total") == {"update": 0.0, "site_error": 0.0}
+    assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_answers_total") == {
+        "update": 0.0,
+        "site_error": 0.0,
+    }
     for answer in ("update", "paused", "paused"):
         metrics.record_answer(answer)
-    samples = scraped(metrics.collect_values)
-    assert values(samples, "fedtune_site_answers_total") == {"update": 1.0, "paused": 2.0, "site_error": 0.0}
-    assert 0 <= values(samples, "fedtune_site_contact_age_seconds")[""] < 60
-    assert 360 <= values(samples, "fedtune_certificate_days_left")[""] <= 365
+    samples = scrape_figures(metrics.collect_values)
+    assert list_values(samples, "fedtune_site_answers_total") == {"update": 1.0, "paused": 2.0, "site_error": 0.0}
+    assert 0 <= list_values(samples, "fedtune_site_contact_age_seconds")[""] < 60
+    assert 360 <= list_values(samples, "fedtune_certificate_days_left")[""] <= 365
     health.update(last_contact=datetime(2026, 1, 1, tzinfo=UTC))
     since = (datetime.now(UTC) - datetime(2026, 1, 1, tzinfo=UTC)).total_seconds()
-    assert values(scraped(metrics.collect_values), "fedtune_site_contact_age_seconds")[""] == pytest.approx(
+    assert list_values(scrape_figures(metrics.collect_values), "fedtune_site_contact_age_seconds")[""] == pytest.approx(
         since, abs=60
     )
 
 
-def of_server(federation: Path) -> ServerMetrics:
+def make_server_metrics(federation: Path) -> ServerMetrics:
     """A server that has heard one of two sites; a third was revoked."""
     metrics = ServerMetrics(kit=Kit.read(federation / "server", kind="server"))
     assert [name for name, _ in metrics.collect_values()] == ["fedtune_certificate_days_left"]
@@ -162,40 +173,44 @@ def of_server(federation: Path) -> ServerMetrics:
 
 
 def test_server_metrics_cover_sites_traffic_and_waiting_calls(federation: Path) -> None:
-    samples = scraped(of_server(federation).collect_values)
-    assert values(samples, "fedtune_server_sites") == {"known": 2.0, "connected": 1.0}
-    silent = values(samples, "fedtune_server_site_silent_seconds")
+    samples = scrape_figures(make_server_metrics(federation).collect_values)
+    assert list_values(samples, "fedtune_server_sites") == {"known": 2.0, "connected": 1.0}
+    silent = list_values(samples, "fedtune_server_site_silent_seconds")
     assert silent == {"north": pytest.approx(10, abs=9), "south": pytest.approx(1000, abs=9)}
-    assert values(samples, "fedtune_server_bytes_total") == {"received": 5.0, "sent": 7.0}
-    assert values(samples, "fedtune_server_waiting_calls") == {"": 1.0}
+    assert list_values(samples, "fedtune_server_bytes_total") == {"received": 5.0, "sent": 7.0}
+    assert list_values(samples, "fedtune_server_waiting_calls") == {"": 1.0}
 
 
 # The files in deployment/monitoring.
 
 
-def metrics_in(expression: str) -> set[str]:
+def list_metrics(expression: str) -> set[str]:
     """The metrics that a PromQL expression names; promtool knows whether it is one."""
     return set(re.findall(r"\bfedtune_\w+", expression))
 
 
-def test_alert_rules_and_dashboard_use_existing_metrics(north: Path, federation: Path) -> None:
-    SiteFiles.from_site_toml(north / "site.toml").open_ledger()
+def test_alert_rules_and_dashboard_use_existing_metrics(north_folder: Path, federation: Path) -> None:
+    SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger()
     lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
-    figures = (of_site(north).collect_values, of_server(federation).collect_values, lead.collect_values)
+    figures = (
+        make_site_metrics(north_folder).collect_values,
+        make_server_metrics(federation).collect_values,
+        lead.collect_values,
+    )
     assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they have every figure"
     known, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
     for rule in GROUP["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
-        used |= metrics_in(rule["expr"])
+        used |= list_metrics(rule["expr"])
     assert used < known
     needed = {"runs_left", "contact_age_seconds", "ledger_usable"}
     assert {f"fedtune_site_{name}" for name in needed} < used
     assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
     board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]
-    assert {name for panel in panels for target in panel["targets"] for name in metrics_in(target["expr"])} == known
+    assert {name for panel in panels for target in panel["targets"] for name in list_metrics(target["expr"])} == known
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
@@ -204,10 +219,10 @@ def test_alerts_fire_only_when_expected_and_pass_promtool(tmp_path: Path) -> Non
     told = [one for case in yaml.safe_load(file.read_text())["tests"] for one in case["alert_rule_test"]]
     both = sorted((rule["alert"], fires) for rule in GROUP["rules"] for fires in (False, True))
     assert sorted((one["alertname"], bool(one["exp_alerts"])) for one in told) == both
-    promtool = tool("promtool")
-    passed(promtool, "test", "rules", file)
+    promtool = find_tool("promtool")
+    run_tool(promtool, "test", "rules", file)
     for what, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
-        passed(promtool, "check", what, MONITORING / name)
+        run_tool(promtool, "check", what, MONITORING / name)
     broken = tmp_path / "alerts.yaml"
     broken.write_text((MONITORING / "alerts.yaml").read_text().replace("expr: up", "expr: up{", 1))
     assert run(promtool, "check", "rules", broken).returncode != 0

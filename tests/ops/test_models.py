@@ -15,12 +15,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import ModelSpec
 from fedtune.ops.kits import models
 from fedtune.ops.kits.kit_file import Kit, KitModel
-from fedtune.ops.kits.models import install_model, installed_model, list_license_files, model_store_path, verify_model
+from fedtune.ops.kits.models import (
+    find_installed_model,
+    install_model,
+    list_license_files,
+    model_store_path,
+    verify_model,
+)
 from fedtune.spec import KIT_SCHEMA, ConfigError, RunError
 
 
@@ -62,47 +68,47 @@ CONTENT = {
 WANTED = {"model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "LICENSE", "NOTICE.md"}
 
 
-def names(folder: Path) -> set[str]:
+def list_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def pin(folder: Path) -> str:
+def hash_folder(folder: Path) -> str:
     return build_manifest(folder).sha256
 
 
-def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
+def read_refusal(path: Path, kit: Kit, *, because: str) -> ConfigError:
     with pytest.raises(ConfigError, match=because) as caught:
         install_model(path, kit)
     assert caught.value.key == "--import-model"
-    left = names(kit.folder / "models") if (kit.folder / "models").exists() else set()
+    left = list_names(kit.folder / "models") if (kit.folder / "models").exists() else set()
     assert not left, "nothing is left behind"
     return caught.value
 
 
-def placed(path: Path, kit: Kit) -> Path:
+def install_to_store(path: Path, kit: Kit) -> Path:
     """The folder of a model that is installed from `path`."""
     return model_store_path(kit.folder, install_model(path, kit)[0].sha256)
 
 
 def test_model_folder_is_installed_under_its_digest(folder: Path, kit: Any) -> None:
-    digest = pin(folder)
+    digest = hash_folder(folder)
     site = kit("0" * 64, digest)
     left = site.folder / "models" / f".{digest}.partial"  # by a crash, and cleared away
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half of it")
     model, is_new = install_model(folder, site)
     assert (model.name, is_new) == ("m2", True)
-    installed = installed_model(site.folder, digest)
+    installed = find_installed_model(site.folder, digest)
     assert installed == site.folder / "models" / digest
-    assert names(installed) == WANTED, "what the hash does not cover, and code, stays outside"
-    assert model_sha256(ModelSpec(path=str(installed), sha256=digest)) == digest
+    assert list_names(installed) == WANTED, "what the hash does not cover, and code, stays outside"
+    assert hash_model(ModelSpec(path=str(installed), sha256=digest)) == digest
     assert list_license_files(site.folder, digest) == ["LICENSE"]
     verify_model(site.folder, digest)
-    assert names(site.folder / "models") == {digest}
+    assert list_names(site.folder / "models") == {digest}
 
 
 def test_weight_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
@@ -112,9 +118,9 @@ def test_weight_shards_are_copied_with_their_index(folder: Path, kit: Any) -> No
         save_file({f"w{number}": torch.full((3,), float(number))}, folder / name)
     index = {"weight_map": {f"w{number}": name for number, name in enumerate(shards)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    digest = pin(folder)
-    installed = placed(folder, kit(digest))
-    assert names(installed) == (WANTED - {"model.safetensors"}) | {*shards, "model.safetensors.index.json"}
+    digest = hash_folder(folder)
+    installed = install_to_store(folder, kit(digest))
+    assert list_names(installed) == (WANTED - {"model.safetensors"}) | {*shards, "model.safetensors.index.json"}
     (installed / shards[1]).unlink()
     with pytest.raises(ConfigError, match=f"must have a readable {shards[1]}"):
         verify_model(kit(digest).folder, digest)
@@ -127,14 +133,14 @@ def test_gguf_file_is_installed_with_its_license(tmp_path: Path, kit: Any) -> No
     file.write_bytes(b"GGUF of nothing")
     for name in ("LICENSE.txt", "patients.json", "letters.txt", "old.bin"):
         (downloads / name).write_text("x")
-    site = kit(sha256(file))
-    installed = placed(file, site)
-    assert names(installed) == {"Small-Q4_1.gguf", "LICENSE.txt"}
-    assert model_sha256(ModelSpec(path=str(installed), gguf_file=file.name)) == sha256(file)
-    verify_model(site.folder, sha256(file))
+    site = kit(hash_file(file))
+    installed = install_to_store(file, site)
+    assert list_names(installed) == {"Small-Q4_1.gguf", "LICENSE.txt"}
+    assert hash_model(ModelSpec(path=str(installed), gguf_file=file.name)) == hash_file(file)
+    verify_model(site.folder, hash_file(file))
     (folder := tmp_path / "small").mkdir()
     (folder / "a.gguf").write_bytes(b"GGUF a")
-    assert names(placed(folder, kit(sha256(folder / "a.gguf")))) == {"a.gguf"}
+    assert list_names(install_to_store(folder, kit(hash_file(folder / "a.gguf")))) == {"a.gguf"}
     (folder / "b.gguf").write_bytes(b"GGUF b")
     with pytest.raises(ConfigError, match="exactly one GGUF file; it holds 2"):
         install_model(folder, kit("0" * 64))
@@ -149,10 +155,10 @@ def test_model_in_a_python_package_is_installed_without_importing_it(
     shutil.copytree(folder, package / "model")
     (package / "tiny.gguf").write_bytes(b"GGUF tiny")
     monkeypatch.syspath_prepend(str(package.parent))
-    first, second = pin(folder), sha256(package / "tiny.gguf")
+    first, second = hash_folder(folder), hash_file(package / "tiny.gguf")
     site = kit(first, second)
-    assert names(placed(Path("package:some_weights/model"), site)) == WANTED
-    assert names(placed(Path("package:some_weights/tiny.gguf"), site)) == {"tiny.gguf"}
+    assert list_names(install_to_store(Path("package:some_weights/model"), site)) == WANTED
+    assert list_names(install_to_store(Path("package:some_weights/tiny.gguf"), site)) == {"tiny.gguf"}
     for wrong, because in (
         ("package:not_there/model", "not installed"),
         ("package:some_weights/nothing", "must be a folder"),
@@ -165,85 +171,85 @@ def test_model_in_a_python_package_is_installed_without_importing_it(
 
 
 def test_unlisted_models_pickles_and_outside_links_are_refused(tmp_path: Path, folder: Path, kit: Any) -> None:
-    error = refused(folder, kit("0" * 64), because="has SHA-256")
-    assert pin(folder) in str(error)
+    error = read_refusal(folder, kit("0" * 64), because="has SHA-256")
+    assert hash_folder(folder) in str(error)
     assert f"{'0' * 64} (m1)" in error.bound
-    assert "no model at all" in refused(folder, kit(), because="SHA-256").bound
-    site = kit(pin(folder))
+    assert "no model at all" in read_refusal(folder, kit(), because="SHA-256").bound
+    site = kit(hash_folder(folder))
     for name in ("pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"):
         (folder / name).write_bytes(b"\x80\x04.")
-        assert "can run code" in refused(folder, site, because=f"must not hold {name}").remedy
+        assert "can run code" in read_refusal(folder, site, because=f"must not hold {name}").remedy
         (folder / name).unlink()
     (tmp_path / "patients.json").write_text("secret")
     (folder / "extra.json").symlink_to(tmp_path / "patients.json")
-    refused(folder, site, because="must not hold extra.json, a link out of it")
+    read_refusal(folder, site, because="must not hold extra.json, a link out of it")
 
 
 def test_special_files_in_a_model_folder_are_ignored(folder: Path, kit: Any) -> None:
     os.mkfifo(folder / "pipe.json")  # reading it would wait for ever
-    assert names(placed(folder, kit(pin(folder)))) == WANTED
+    assert list_names(install_to_store(folder, kit(hash_folder(folder)))) == WANTED
 
 
 def test_folder_without_a_complete_model_is_refused(tmp_path: Path, kit: Any) -> None:
     (tmp_path / "empty").mkdir()
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")  # without its folder there is no tokenizer
     for made in ("nothing", "empty", "model.safetensors"):
-        refused(tmp_path / made, kit("0" * 64), because="safetensors")
+        read_refusal(tmp_path / made, kit("0" * 64), because="safetensors")
 
 
 def test_missing_model_error_suggests_the_import_command(kit: Any) -> None:
     with pytest.raises(ConfigError, match="fedtune site doctor --import-model PATH") as caught:
-        installed_model(kit().folder, "ab" * 32)
+        find_installed_model(kit().folder, "ab" * 32)
     assert caught.value.value == "ab" * 32
 
 
 def test_changed_model_is_detected_and_repaired_by_a_new_import(folder: Path, kit: Any) -> None:
-    digest = pin(folder)
+    digest = hash_folder(folder)
     site = kit(digest)
-    weights = placed(folder, site) / "model.safetensors"
+    weights = install_to_store(folder, site) / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    with pytest.raises(ConfigError, match=pin(weights.parent)):
+    with pytest.raises(ConfigError, match=hash_folder(weights.parent)):
         verify_model(site.folder, digest)
     assert install_model(folder, site)[1]
     verify_model(site.folder, digest)
-    assert names(site.folder / "models") == {digest}
+    assert list_names(site.folder / "models") == {digest}
 
 
 def test_weights_changed_during_the_copy_are_refused(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = kit(pin(folder))
+    site = kit(hash_folder(folder))
     copy = models._copy_durably
 
-    def changed_meanwhile(source: Path, target: Path) -> None:
+    def change_while_copying(source: Path, target: Path) -> None:
         if source.name == "model.safetensors":
             source.write_bytes(source.read_bytes()[:-1] + b"?")
         copy(source, target)
 
-    monkeypatch.setattr(models, "_copy_durably", changed_meanwhile)
-    refused(folder, site, because="changed during the copy")
+    monkeypatch.setattr(models, "_copy_durably", change_while_copying)
+    read_refusal(folder, site, because="changed during the copy")
 
 
 def test_full_disk_leaves_no_partial_model(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage, site = namedtuple("usage", "total used free"), kit(pin(folder))
+    usage, site = namedtuple("usage", "total used free"), kit(hash_folder(folder))
 
-    def full(read: Any, written: Any, length: int) -> None:
+    def fail_on_full_disk(read: Any, written: Any, length: int) -> None:
         written.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for name, fake, said in (
         ("disk_usage", lambda _: usage(10**9, 10**9, 10**6), "nothing was installed"),
-        ("copyfileobj", full, "No space left on device"),
+        ("copyfileobj", fail_on_full_disk, "No space left on device"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(shutil, name, fake)
             with pytest.raises(RunError, match=said):
                 install_model(folder, site)
-        assert names(site.folder / "models") == set()
+        assert list_names(site.folder / "models") == set()
     assert install_model(folder, site)[1]
 
 
 def test_concurrent_imports_install_one_model(folder: Path, kit: Any) -> None:
-    site = kit(pin(folder))
+    site = kit(hash_folder(folder))
     with ThreadPoolExecutor(6) as pool:
         assert sorted(pool.map(lambda _: install_model(folder, site)[1], range(6))) == [False] * 5 + [True]

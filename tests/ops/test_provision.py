@@ -16,22 +16,22 @@ from fedtune.ops.kits.kit_file import Kit, read_signing_key
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
-from ..conftest import files_in
-from .conftest import Desk, unchanged
+from ..conftest import read_files
+from .conftest import Desk, expect_unchanged
 
 ANOTHER = f'[[model]]\nname = "minilm"\nsha256 = "{"00" * 32}"\nlicense = "MIT"\n'
 SECRETS = {"authority/ca_key.pem", "server/server_key.pem", "lead/connection_key.pem", "lead/lead_key.pem"}
 
 
 def test_init_creates_all_folders_with_private_secrets(federation: Path, federation_toml: Path) -> None:
-    assert files_in(federation).keys() == SECRETS | {
+    assert read_files(federation).keys() == SECRETS | {
         *("federation.toml", "authority/ca.pem"),
         *(f"server/{name}" for name in ("kit.toml", "ca.pem", "server.pem", "roster.json", "README.md")),
         *(f"lead/{name}" for name in ("kit.toml", "ca.pem", "lead.pem", "roster.json", "README.md")),
     }
     assert (federation / "federation.toml").read_bytes() == federation_toml.read_bytes()
     assert (federation / "sites").is_dir()
-    for name, data in files_in(federation).items():
+    for name, data in read_files(federation).items():
         private = b"PRIVATE" in data
         assert private == (name in SECRETS), name
         assert not private or stat.S_IMODE((federation / name).stat().st_mode) == 0o600
@@ -86,7 +86,7 @@ def test_invalid_federation_file_creates_nothing(federation_toml: Path, now: dat
 
 
 def test_existing_output_folder_is_not_changed(federation: Path, federation_toml: Path, now: datetime) -> None:
-    with unchanged(federation), pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
+    with expect_unchanged(federation), pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
         provisioning.init_federation(federation_toml, out=federation, now=now)
     dangling = federation_toml.parent / "dangling"
     dangling.symlink_to("nowhere")
@@ -106,11 +106,11 @@ def test_failed_init_leaves_no_files(federation_toml: Path, now: Any, monkeypatc
 
 @pytest.mark.parametrize("kind", ["server", "lead"])
 def test_renewal_keeps_keys_and_other_files(federation: Path, kind: Literal["server", "lead"], now: datetime) -> None:
-    before = files_in(federation)
+    before = read_files(federation)
     key = read_certificate(federation / kind / f"{kind}.pem").public_key()
     later = now + timedelta(days=300)
     provisioning.renew_own_certificate(federation, kind, days=None, now=later)
-    changed = {name for name, data in files_in(federation).items() if data != before[name]}
+    changed = {name for name, data in read_files(federation).items() if data != before[name]}
     rosters = {"server/roster.json", "lead/roster.json"}  # which bring it to whoever asked for it
     assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md", *rosters}  # the README names the new date
     assert read_certificate(federation / kind / f"{kind}.pem").public_key() == key
@@ -125,7 +125,7 @@ def test_renewed_server_takes_new_names_but_federation_name_is_fixed(federation:
     settings, site = federation / "federation.toml", desk.request("north")
     settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
     unknown = pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first")
-    with unchanged(federation), unknown:
+    with expect_unchanged(federation), unknown:
         desk.add(site)
     provisioning.renew_own_certificate(federation, "server", days=None, now=now)
     desk.add(site)
@@ -142,7 +142,10 @@ def test_offline_authority_is_required_and_must_match_the_federation(
     desk.join("north")
     (federation / "authority").rename(federation.parent / "offline")
     assert len(FederationFolder.open(federation).roster.sites) == 1
-    with unchanged(federation), pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
+    with (
+        expect_unchanged(federation),
+        pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"),
+    ):
         desk.add(desk.request("south"))
     desk.revoke("north")
     (federation.parent / "offline").rename(federation / "authority")
@@ -157,13 +160,13 @@ def test_offline_authority_is_required_and_must_match_the_federation(
 def test_certificate_days_must_be_within_bounds(federation: Path, now: datetime) -> None:
     for days in (0, -1, 10**9):
         bounds = pytest.raises(ConfigError, match=f"--days = {days}: must be a number of days from 1 to 36500")
-        with unchanged(federation), bounds:
+        with expect_unchanged(federation), bounds:
             provisioning.renew_own_certificate(federation, "server", days=days, now=now)
 
 
 @pytest.mark.parametrize("kind", ["server", "lead", "site"])
-def test_kit_readme_lists_secrets_and_expiry_dates(federation: Path, joined: Any, kind: str, now: datetime) -> None:
-    folder = joined("north") if kind == "site" else federation / kind
+def test_kit_readme_lists_secrets_and_expiry_dates(federation: Path, join_site: Any, kind: str, now: datetime) -> None:
+    folder = join_site("north") if kind == "site" else federation / kind
     text = (folder / "README.md").read_text()
     for path in folder.iterdir():
         if path.name not in ("README.md", "join_request.json"):

@@ -28,7 +28,7 @@ from fedtune.ops.wire.line_errors import Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 
-from ..conftest import files_in, named, run_proposal
+from ..conftest import name_run, read_files, run_proposal
 
 
 class Told(Health):
@@ -46,7 +46,7 @@ class Told(Health):
             self._stop.set()
 
 
-def loop_of(connection: Any, folder: Path, stop: Any, *, ends: datetime | None = None, **given: Any) -> _Loop:
+def make_loop(connection: Any, folder: Path, stop: Any, *, ends: datetime | None = None, **given: Any) -> _Loop:
     """A site's loop, whose parts (`bell`, `app`, `health`) do nothing where they are not given."""
     ends = ends or datetime.now(UTC) + timedelta(days=1)
     quiet = {"bell": SimpleNamespace(rung=threading.Event(), works=False), "app": None, "health": Health()}
@@ -54,29 +54,29 @@ def loop_of(connection: Any, folder: Path, stop: Any, *, ends: datetime | None =
     return _Loop(connection, bell, app, SiteState.in_kit(folder), health, stop, until=lambda: ends)
 
 
-def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
+def run_loop(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
     """Let a site with this connection run until it is in a state."""
     health = Told(stop := threading.Event(), until)
-    loop_of(fleet, folder, stop, health=health, ends=ends).run()
+    make_loop(fleet, folder, stop, health=health, ends=ends).run()
     return health
 
 
 def test_unreachable_server_makes_the_site_disconnected(tmp_path: Path, caplog: Any) -> None:
     """In which ways: tests/flower/test_bounded_http.py."""
     fleet = SimpleNamespace(activate=lambda: None, receive=Mock(side_effect=Unreachable("no connection to the server")))
-    assert looped(fleet, tmp_path, until="disconnected").states == ["connected", "disconnected"]
+    assert run_loop(fleet, tmp_path, until="disconnected").states == ["connected", "disconnected"]
     assert "no contact: no connection to the server" in caplog.text
 
 
 def test_site_with_an_expired_certificate_reports_it(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
     ended = datetime.now(UTC) - timedelta(minutes=1)
-    assert looped(None, tmp_path, until="expired", ends=ended).states == ["expired"]
+    assert run_loop(None, tmp_path, until="expired", ends=ended).states == ["expired"]
     assert f"this site's certificate expired at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
     assert "trying again" not in caplog.text
     caplog.clear()
     # The server is away, and when it comes back it would not take the site: the answer waits for a new certificate.
     health = Told(stop := threading.Event(), "expired")
-    loop = loop_of(None, tmp_path, stop, health=health, ends=ended)
+    loop = make_loop(None, tmp_path, stop, health=health, ends=ended)
     monkeypatch.setattr(Fleet, "is_past_deadline", lambda *_, **__: False)
     loop._send(Mock(), Mock())
     assert health.states == ["expired"]
@@ -105,7 +105,7 @@ def test_started_round_is_finished_and_sent_after_a_stop_signal(
     monkeypatch.setattr(Fleet, "is_past_deadline", lambda *_, **__: False)
     monkeypatch.setattr(site_service, "_FETCHED_S", 0.0)
     calls = {"activate": lambda: done.append("came"), "receive": Mock, "reply": lambda reply: done.append("sent")}
-    loop_of(SimpleNamespace(**calls), tmp_path, stop, app=SimpleNamespace(answer=answer)).run()
+    make_loop(SimpleNamespace(**calls), tmp_path, stop, app=SimpleNamespace(answer=answer)).run()
     assert done == ["came", "answered", "sent"]
 
 
@@ -125,7 +125,7 @@ def test_message_of_unknown_type_does_not_stop_a_site(tmp_path: Path, kind: str,
         return waiting.pop(0)
 
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
-    loop_of(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, app=app).run()
+    make_loop(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, app=app).run()
     assert not waiting, "it went on"
     assert "a message of an unknown kind was dropped" in caplog.text
 
@@ -141,7 +141,7 @@ def test_site_sleeps_until_the_bell_rings(tmp_path: Path) -> None:
             stop.set()
 
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
-    loop_of(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, bell=bell, app=app).run()
+    make_loop(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, bell=bell, app=app).run()
     assert 0.4 < asked[1] - asked[0] < 10, "neither before it rang nor after half a minute"
 
 
@@ -150,9 +150,9 @@ def test_site_sleeps_until_the_bell_rings(tmp_path: Path) -> None:
 SETTINGS = '{"seed": 3}'
 
 
-def proposed(run: str = "r", **changes: Any) -> Proposal:
+def propose_run(run: str = "r", **changes: Any) -> Proposal:
     """What a lead proposes for a run with these settings."""
-    return run_proposal(run=named(run, SETTINGS), **changes)
+    return run_proposal(run=name_run(run, SETTINGS), **changes)
 
 
 @pytest.fixture
@@ -165,23 +165,23 @@ def test_pending_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch
     for day, run, is_new in ((2, "second", True), (1, "first", True), (3, "second", False)):
         now = datetime(2030, 1, day, tzinfo=UTC)
         monkeypatch.setattr(site_state, "datetime", SimpleNamespace(now=lambda zone, now=now: now))
-        assert state.queue_for_approval(proposed(run), SETTINGS) is is_new
+        assert state.queue_for_approval(propose_run(run), SETTINGS) is is_new
     waiting = [(one.proposal.run, one.since[:10]) for one in state.list_pending_runs()]
-    assert waiting == [(named("first", SETTINGS), "2030-01-01"), (named("second", SETTINGS), "2030-01-02")]
+    assert waiting == [(name_run("first", SETTINGS), "2030-01-01"), (name_run("second", SETTINGS), "2030-01-02")]
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "x" * 267, "con: *?"])
 def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, state: SiteState, name: str) -> None:
-    before, asked = files_in(tmp_path), proposed(name, target_modules=("query",), spare_rounds=0)
+    before, asked = read_files(tmp_path), propose_run(name, target_modules=("query",), spare_rounds=0)
     state.queue_for_approval(asked, SETTINGS)
-    (made,) = files_in(tmp_path).keys() - before.keys()
+    (made,) = read_files(tmp_path).keys() - before.keys()
     assert Path(made).parent == Path("kit/state/pending")
-    state.remove_pending(proposed("another"))
+    state.remove_pending(propose_run("another"))
     (pending,) = SiteState.in_kit(state.folder.parent).list_pending_runs()
     assert (pending.proposal, pending.settings) == (asked, SETTINGS)
     for _ in range(2):
         state.remove_pending(asked)
-        assert files_in(tmp_path) == before
+        assert read_files(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -193,30 +193,30 @@ def test_pending_run_with_any_name_is_stored_inside_its_folder(tmp_path: Path, s
     ],
 )
 def test_damaged_pending_file_hides_no_other_run_and_is_rewritten(state: SiteState, damage: Any, caplog: Any) -> None:
-    state.queue_for_approval(proposed(), SETTINGS)
+    state.queue_for_approval(propose_run(), SETTINGS)
     (path,) = (state.folder / "pending").iterdir()
     path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
-    state.queue_for_approval(proposed("other"), SETTINGS)
-    assert [pending.proposal for pending in state.list_pending_runs()] == [proposed("other")]
+    state.queue_for_approval(propose_run("other"), SETTINGS)
+    assert [pending.proposal for pending in state.list_pending_runs()] == [propose_run("other")]
     assert f"{path} is damaged; remove it" in caplog.text
-    assert state.queue_for_approval(proposed(), SETTINGS) is True, "the lead asks again every few seconds"
-    assert {pending.proposal for pending in state.list_pending_runs()} == {proposed(), proposed("other")}
+    assert state.queue_for_approval(propose_run(), SETTINGS) is True, "the lead asks again every few seconds"
+    assert {pending.proposal for pending in state.list_pending_runs()} == {propose_run(), propose_run("other")}
 
 
 def test_pending_run_requires_settings_matching_its_name(state: SiteState) -> None:
     with pytest.raises(ConfigError, match="must match the digest in the run's name"):
-        state.queue_for_approval(proposed(), '{"seed": 4}')
+        state.queue_for_approval(propose_run(), '{"seed": 4}')
     assert state.list_pending_runs() == []
 
 
 def test_number_of_pending_runs_is_limited(state: SiteState) -> None:
     for number in range(MOST_WAITING):
-        state.queue_for_approval(proposed(f"run-{number}"), SETTINGS)
+        state.queue_for_approval(propose_run(f"run-{number}"), SETTINGS)
     with pytest.raises(RunError, match="100 runs already wait for approval"):
-        state.queue_for_approval(proposed("one more"), SETTINGS)
-    assert state.queue_for_approval(proposed("run-0"), SETTINGS) is False, "one of them may ask again"
-    state.remove_pending(proposed("run-7"))
-    assert state.queue_for_approval(proposed("one more"), SETTINGS) is True
+        state.queue_for_approval(propose_run("one more"), SETTINGS)
+    assert state.queue_for_approval(propose_run("run-0"), SETTINGS) is False, "one of them may ask again"
+    state.remove_pending(propose_run("run-7"))
+    assert state.queue_for_approval(propose_run("one more"), SETTINGS) is True
 
 
 # Who serves a ledger.
@@ -299,7 +299,7 @@ def test_site_with_an_unwritable_ledger_is_not_ready(
 ) -> None:
     monkeypatch.setattr(site_service, "_LEDGER_S", 0.0)
     said = iter(["", "ledger.db is full", "ledger.db is full", ""])
-    loop = loop_of(None, tmp_path, threading.Event())
+    loop = make_loop(None, tmp_path, threading.Event())
     loop.trouble = lambda: next(said)
     states = [loop._standing.current_state() for _ in range(4)]
     assert states == ["connected", "failing", "failing", "connected"]

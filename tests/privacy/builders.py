@@ -41,14 +41,14 @@ OTHER |= {"train_head": False, "seeded_noise": True, "lora_scale": 2.0, "head_sc
 """Of each field of a proposal that has several values within the policy, another one."""
 
 
-def changed(whole: Any, **changes: Any) -> Any:
+def change_values(whole: Any, **changes: Any) -> Any:
     """A configuration or policy with other values: of a group or table by a dict, of a key by its value."""
     groups = {key: replace(getattr(whole, key), **one) for key, one in changes.items() if isinstance(one, dict)}
     return replace(whole, **changes | groups)
 
 
 @cache
-def _policy() -> Policy:
+def _make_policy() -> Policy:
     # Not while it is imported: a faulty policy is to fail a test.
     return Policy(
         site="a",
@@ -83,24 +83,24 @@ def plan(**changes: Any) -> Plan:
     return Plan(**(_PLAN | changes))
 
 
-def proposal(**changes: Any) -> Proposal:
+def make_proposal(**changes: Any) -> Proposal:
     """What the policy allows; keywords override, those of a plan in the dict `plan`."""
     return Proposal(**_PROPOSAL | changes | {"plan": plan(**{"num_rounds": 5, **changes.get("plan", {})})})
 
 
-def policy(**changes: Any) -> Policy:
+def make_policy(**changes: Any) -> Policy:
     """A policy that allows `proposal()` twice; keywords override a key, or with a dict some keys of a table.
 
     The lifetime cap has room for ten rounds of `plan()` and not for eleven.
     """
-    return changed(_policy(), **changes)
+    return change_values(_make_policy(), **changes)
 
 
-def of_users(*named: tuple[str, str, str], **changes: Any) -> Policy:
+def make_user_policy(*named: tuple[str, str, str], **changes: Any) -> Policy:
     """A policy whose unit is the user; of each data set id, file, and the column that says whose a record is."""
     columns = {"text": "body", "label": "code"}
     data = (Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named)
-    return policy(population={"unit": "user"}, dataset=tuple(data), **changes)
+    return make_policy(population={"unit": "user"}, dataset=tuple(data), **changes)
 
 
 def reserve(ledger: SiteLedger, proposal: Proposal, round: int = 1, request: str = "") -> Reservation:
@@ -116,7 +116,7 @@ def train(ledger: SiteLedger, proposal: Proposal, *rounds: int, reply: bytes = b
         ledger.commit(reserve(ledger, proposal, round), reply)
 
 
-def far_on(ledger: SiteLedger, refusals: int = 170) -> Head:
+def advance_head(ledger: SiteLedger, refusals: int = 170) -> Head:
     """The ledger's head after so many more events that cost nothing."""
     for number in range(refusals):
         ledger.record_refusal(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
@@ -126,7 +126,7 @@ def far_on(ledger: SiteLedger, refusals: int = 170) -> Head:
 OPENED = [(Kind.NOTE, "opened"), (Kind.NOTE, "policy")]
 
 
-def kinds_of(path: Path) -> list[tuple[Kind, str]]:
+def list_kinds(path: Path) -> list[tuple[Kind, str]]:
     """A ledger's events, in short."""
     return [(event.kind, event.detail.get("what", "")) for event in verify(path).events]
 
@@ -144,7 +144,7 @@ def tamper(path: Path, *statements: str, values: tuple[object, ...] = ()) -> Non
         file.commit()
 
 
-def any_json() -> st.SearchStrategy[Any]:
+def draw_json() -> st.SearchStrategy[Any]:
     """Any small value, numbers that no float holds among them."""
     return st.recursive(
         st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
@@ -153,7 +153,7 @@ def any_json() -> st.SearchStrategy[Any]:
     )
 
 
-def reason_of(work: Callable[..., object], *arguments: object, **rest: object) -> Reason:
+def read_refusal_reason(work: Callable[..., object], *arguments: object, **rest: object) -> Reason:
     """Why a call is refused."""
     with pytest.raises(Refused) as caught:
         work(*arguments, **rest)

@@ -14,7 +14,7 @@ from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Receipt
 
-from .builders import policy, proposal, site_key, train
+from .builders import make_policy, make_proposal, site_key, train
 
 
 @pytest.fixture
@@ -23,11 +23,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def opened(path: Path) -> Callable[..., SiteLedger]:
+def open_ledger(path: Path) -> Callable[..., SiteLedger]:
     """Open the ledger as a fresh process would; keywords change its policy, key, path, anchor or server's time."""
 
     def make(**changes: Any) -> SiteLedger:
-        values = {"path": path, "policy": policy(), "key": site_key, "anchor": None, "server": None} | changes
+        values = {"path": path, "policy": make_policy(), "key": site_key, "anchor": None, "server": None} | changes
         ledger = SiteLedger(values["path"], values["policy"], values["key"], anchor=values["anchor"])
         if values["server"] is not None:
             ledger.set_server_time(values["server"].timestamp())
@@ -85,9 +85,9 @@ class Backups:
 
 
 @pytest.fixture
-def backups(opened: Callable[..., SiteLedger], path: Path) -> Backups:
+def backups(open_ledger: Callable[..., SiteLedger], path: Path) -> Backups:
     """A ledger with one round of run r, which was backed up."""
-    train(opened(), proposal(), 1)
-    backups = Backups(opened, path)
+    train(open_ledger(), make_proposal(), 1)
+    backups = Backups(open_ledger, path)
     backups.back_up()
     return backups

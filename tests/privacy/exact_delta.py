@@ -32,7 +32,7 @@ class TooFewStepsError(ValueError):
     """So few records take part in all steps together that the integral has no end."""
 
 
-def _points(noise: float, tilt: float, *, adding: bool) -> np.ndarray:
+def _noise_points(noise: float, tilt: float, *, adding: bool) -> np.ndarray:
     """Values of the noise that count at this tilt, at even distances."""
     distance = min(noise, noise**2) / 12
     low, high = (-tilt - 14 * noise, 14 * noise) if adding else (-14 * noise, tilt + 2 + 14 * noise)
@@ -41,7 +41,7 @@ def _points(noise: float, tilt: float, *, adding: bool) -> np.ndarray:
 
 def _log_means(rate: float, noise: float, orders: np.ndarray, tilt: float, *, adding: bool) -> np.ndarray:
     """log M at each complex order whose real part is `tilt`."""
-    x = _points(noise, tilt, adding=adding)
+    x = _noise_points(noise, tilt, adding=adding)
     loss = np.log(1 - rate + rate * np.exp((2 * x - 1) / (2 * noise**2)))
     powers = -orders if adding else orders + 1
     normal = -(x**2) / (2 * noise**2) + math.log((x[1] - x[0]) / noise / math.sqrt(2 * math.pi))
@@ -59,28 +59,28 @@ def log_moment(rate: float, noise: float, order: float) -> mpmath.mpf:
         growth = (mpmath.exp((mpmath.mpf(i) ** 2 - i) / (2 * sigma**2)) for i in parts)
         return mpmath.log(mpmath.fsum(w * g for w, g in zip(weights, growth, strict=True)))
 
-    def above_the_chord(x: mpmath.mpf) -> mpmath.mpf:  # 1 + order (ratio - 1), whose mean is 1
+    def distance_from_chord(x: mpmath.mpf) -> mpmath.mpf:  # 1 + order (ratio - 1), whose mean is 1
         ratio = 1 - q + q * mpmath.exp((2 * x * sigma - 1) / (2 * sigma**2))
         return (ratio**a - 1 - a * (ratio - 1)) * mpmath.npdf(x)
 
     bends = {0.0, order / noise, noise * math.log(1 / rate - 1) + 0.5 / noise}
     ends = {-16.0, order / noise + 16}
     near = {bend + step for bend in bends for step in (-16, -8, -4, 0, 4, 8, 16)}
-    return mpmath.log1p(mpmath.quad(above_the_chord, sorted(ends | {x for x in near if min(ends) < x < max(ends)})))
+    return mpmath.log1p(mpmath.quad(distance_from_chord, sorted(ends | {x for x in near if min(ends) < x < max(ends)})))
 
 
-def best_tilt(rate: float, noise: float, steps: int, epsilon: float, *, adding: bool) -> float:
+def find_best_tilt(rate: float, noise: float, steps: int, epsilon: float, *, adding: bool) -> float:
     """Where Chernoff's bound at `epsilon` is least."""
 
-    def bound(log_tilt: float) -> float:
+    def compute_bound(log_tilt: float) -> float:
         tilt = math.exp(log_tilt)
         mean = _log_means(rate, noise, np.array([tilt + 0j]), tilt, adding=adding)[0].real
         return float(steps * mean - tilt * epsilon)
 
-    return math.exp(float(optimize.minimize_scalar(bound, bounds=(-5, 8), method="bounded").x))
+    return math.exp(float(optimize.minimize_scalar(compute_bound, bounds=(-5, 8), method="bounded").x))
 
 
-def _line(rate: float, noise: float, steps: int, tilt: float, *, adding: bool) -> tuple[float, int]:
+def _choose_line(rate: float, noise: float, steps: int, tilt: float, *, adding: bool) -> tuple[float, int]:
     """The distance of the points on the line above the real axis, and how many there are.
 
     Raises:
@@ -97,28 +97,28 @@ def _line(rate: float, noise: float, steps: int, tilt: float, *, adding: bool) -
     raise TooFewStepsError
 
 
-def delta(rate: float, noise: float, steps: int, epsilon: float) -> float:
+def compute_delta(rate: float, noise: float, steps: int, epsilon: float) -> float:
     """Delta at `epsilon`, to eight digits."""
 
-    def of(adding: bool) -> float:
-        tilt = best_tilt(rate, noise, steps, epsilon, adding=adding)
-        distance, count = _line(rate, noise, steps, tilt, adding=adding)
+    def compute_one_order(adding: bool) -> float:
+        tilt = find_best_tilt(rate, noise, steps, epsilon, adding=adding)
+        distance, count = _choose_line(rate, noise, steps, tilt, adding=adding)
         z = tilt + 1j * distance * np.arange(count)
         logs = steps * _log_means(rate, noise, z, tilt, adding=adding) - z * epsilon
         values = (np.exp(logs) / (z * (1 + z))).real
         return float(distance / math.pi * (values[0] / 2 + values[1:].sum()))
 
-    return max(of(False), of(True))
+    return max(compute_one_order(False), compute_one_order(True))
 
 
-def precise_delta(rate: float, noise: float, steps: int, epsilon: float) -> mpmath.mpf:
+def compute_precise_delta(rate: float, noise: float, steps: int, epsilon: float) -> mpmath.mpf:
     """The same sums with 50 digits."""
 
-    def of(adding: bool) -> mpmath.mpf:
-        tilt = best_tilt(rate, noise, steps, epsilon, adding=adding)
-        distance, count = _line(rate, noise, steps, tilt, adding=adding)
+    def compute_one_order(adding: bool) -> mpmath.mpf:
+        tilt = find_best_tilt(rate, noise, steps, epsilon, adding=adding)
+        distance, count = _choose_line(rate, noise, steps, tilt, adding=adding)
         q, sigma = mpmath.mpf(rate), mpmath.mpf(noise)
-        places = _points(noise, tilt, adding=adding)
+        places = _noise_points(noise, tilt, adding=adding)
         apart = mpmath.mpf(float(places[1] - places[0]))
         points = [mpmath.mpf(round(float(place / apart))) * apart for place in places]
         normal = [mpmath.exp(-(x**2) / (2 * sigma**2)) * apart / sigma / mpmath.sqrt(2 * mpmath.pi) for x in points]
@@ -136,18 +136,20 @@ def precise_delta(rate: float, noise: float, steps: int, epsilon: float) -> mpma
         return h / mpmath.pi * total
 
     with mpmath.workdps(50):
-        return max(of(False), of(True))
+        return max(compute_one_order(False), compute_one_order(True))
 
 
 def main() -> None:
     rows = []
     for rate, noise, steps in PLANS:
         for at in DELTAS:
-            off = partial(lambda plan, at, e: math.log(max(delta(*plan, e), 1e-200) / at), (rate, noise, steps), at)
+            off = partial(
+                lambda plan, at, e: math.log(max(compute_delta(*plan, e), 1e-200) / at), (rate, noise, steps), at
+            )
             place = float(f"{optimize.brentq(off, 0.01, 60.0, xtol=1e-10):.8g}")
-            exact = mpmath.nstr(precise_delta(rate, noise, steps, place), 15)
+            exact = mpmath.nstr(compute_precise_delta(rate, noise, steps, place), 15)
             rows.append({"rate": rate, "noise": noise, "steps": steps, "epsilon": place, "delta": float(exact)})
-            print(rows[-1], delta(rate, noise, steps, place) / float(exact) - 1, flush=True)
+            print(rows[-1], compute_delta(rate, noise, steps, place) / float(exact) - 1, flush=True)
     FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ Values = npt.NDArray[np.float64]
 HALF_UP = 0.5
 
 
-def sent_by_one(value: float, deviation: float, *, most: int, shift: float = HALF_UP) -> Values:
+def compute_site_outcomes(value: float, deviation: float, *, most: int, shift: float = HALF_UP) -> Values:
     """Probabilities of floor(value + Z + shift) = -most, ..., most, with Z normal."""
     ends = (np.arange(-most, most + 2) - shift - value) / deviation
     # From the side on which both ends are small, so that tails keep their digits.
@@ -25,12 +25,12 @@ def sent_by_one(value: float, deviation: float, *, most: int, shift: float = HAL
     return probabilities
 
 
-def of_a_sum(values: Sequence[float], deviation: float, *, most: int, shift: float = HALF_UP) -> Values:
+def compute_sum_outcomes(values: Sequence[float], deviation: float, *, most: int, shift: float = HALF_UP) -> Values:
     """Probabilities of a sum, over sites, of what each sends: from -most to most for each site."""
-    return reduce(np.convolve, [sent_by_one(value, deviation, most=most, shift=shift) for value in values])
+    return reduce(np.convolve, [compute_site_outcomes(value, deviation, most=most, shift=shift) for value in values])
 
 
-def of_rounded_total(mean: float, deviation: float, count: int, *, most: int, shift: float = HALF_UP) -> Values:
+def compute_rounded_outcomes(mean: float, deviation: float, count: int, *, most: int, shift: float = HALF_UP) -> Values:
     """Probabilities of floor(Y + count shift - U_1 - ... - U_(count-1)), Y normal with `count` shares' variance.
 
     That is the density at whole numbers of Y plus `count` uniform values, by the inverse of its Fourier transform.
@@ -43,24 +43,24 @@ def of_rounded_total(mean: float, deviation: float, count: int, *, most: int, sh
     return density
 
 
-def sampled(with_unit: Values, without: Values, rate: float) -> Values:
+def sample_outcomes(with_unit: Values, without: Values, rate: float) -> Values:
     """Outcomes where the unit takes part with probability `rate`."""
     return rate * with_unit + (1 - rate) * without
 
 
-def delta(epsilon: float, left: Values, right: Values) -> float:
+def compute_delta(epsilon: float, left: Values, right: Values) -> float:
     """The least delta at `epsilon` for both orders of two distributions: exact, by their hockey-stick divergence."""
     return max(
         float(np.maximum(one - np.exp(epsilon) * other, 0).sum()) for one, other in ((left, right), (right, left))
     )
 
 
-def together(*parts: Values) -> Values:
+def join_outcomes(*parts: Values) -> Values:
     """Joint probabilities of independent parts: tensor values, or releases."""
     return reduce(lambda one, other: np.outer(one, other).ravel(), parts)
 
 
-def total_variation(left: Values, right: Values) -> float:
+def compute_total_variation(left: Values, right: Values) -> float:
     """Half the sum of the absolute differences."""
     return float(np.abs(left - right).sum() / 2)
 
@@ -68,7 +68,7 @@ def total_variation(left: Values, right: Values) -> float:
 def fits(values: npt.NDArray[np.int64], deviation: float) -> bool:
     """Pearson's chi-square at one in a million, by the exact probability of each cell that is expected 20 times."""
     most = math.ceil(20 * deviation)
-    exact = sent_by_one(0.0, deviation, most=most)
+    exact = compute_site_outcomes(0.0, deviation, most=most)
     often = np.flatnonzero(exact * values.size >= 20)
     first, last = often[0], often[-1]
     held = np.clip(values + most, first, last) - first

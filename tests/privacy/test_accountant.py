@@ -10,7 +10,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from fedtune.privacy import accountant, events
-from fedtune.privacy.accountant import COARSE, calibrate_noise, epsilon_if_above, epsilon_pld, epsilon_rdp
+from fedtune.privacy.accountant import COARSE, calibrate_noise, compute_epsilon_if_above, epsilon_pld, epsilon_rdp
 from fedtune.spec import ConfigError
 
 from . import exact_delta
@@ -68,7 +68,7 @@ def test_renyi_divergence_is_a_tight_upper_bound(rate: float) -> None:
         for noise in _NOISES:
             event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
             for order in (2.0, 3.0, 6.0, 17.0, 59.0, 64.0, 128.0, 192.0, 256.0, 512.0):
-                found = mpmath.mpf(accountant.renyi_divergence(event, order)) * (mpmath.mpf(order) - 1)
+                found = mpmath.mpf(accountant.compute_renyi_divergence(event, order)) * (mpmath.mpf(order) - 1)
                 exact = exact_delta.log_moment(rate, noise, order)
                 added = mpmath.mpf(2) ** -48 * order * (1 + exact)
                 assert 3 / 4 * added <= found - exact <= 3 / 2 * added, (noise, order)
@@ -80,7 +80,7 @@ def test_fractional_order_divergence_is_an_upper_bound(rate: float, noise: float
     event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
     with mpmath.workdps(40):
         exact = exact_delta.log_moment(rate, noise, order)
-        assert accountant.renyi_divergence(event, order) >= exact / (mpmath.mpf(order) - 1)
+        assert accountant.compute_renyi_divergence(event, order) >= exact / (mpmath.mpf(order) - 1)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_divergence_is_bounded_when_the_series_does_not_converge(rate: float, no
     assert rdp.rdp[0] == math.inf, "dp-accounting converges here now: name an order at which it does not"
     with mpmath.workdps(40):
         exact = float(exact_delta.log_moment(rate, noise, order) / (mpmath.mpf(order) - 1))
-    found = accountant.renyi_divergence(event, order)
-    assert exact < found < accountant.renyi_divergence(event, math.ceil(order)) * (1 + 1e-9)
+    found = accountant.compute_renyi_divergence(event, order)
+    assert exact < found < accountant.compute_renyi_divergence(event, math.ceil(order)) * (1 + 1e-9)
     assert found < 2.5 * exact
-    assert accountant.renyi_divergence(NonPrivateDpEvent(), order) == math.inf
+    assert accountant.compute_renyi_divergence(NonPrivateDpEvent(), order) == math.inf
 
 
 def test_adjacency_is_add_or_remove_one_record() -> None:
@@ -109,7 +109,7 @@ def test_epsilon_is_infinite_without_noise_and_zero_without_steps() -> None:
     event = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=1)
     private = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=5.0, steps=1)
     assert epsilon_pld([event], 1e-5) == epsilon_rdp([event], 1e-5) == epsilon_pld([private, event], 1e-5) == math.inf
-    assert epsilon_if_above([event], 1e-5, limit=100.0) == math.inf
+    assert compute_epsilon_if_above([event], 1e-5, limit=100.0) == math.inf
     nothing = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=0)
     assert epsilon_pld([], 1e-5) == epsilon_pld([nothing], 1e-5) == 0
 
@@ -118,12 +118,12 @@ def test_epsilon_above_returns_none_within_the_limit() -> None:
     event = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=2.0, steps=20)
     fine, coarse = epsilon_pld([event], 1e-5), epsilon_pld([event], 1e-5, interval=1e-3)
     assert fine < coarse
-    assert epsilon_if_above([event], 1e-5, limit=coarse) is None
-    assert epsilon_if_above([event], 1e-5, limit=(fine + coarse) / 2) is None, (
+    assert compute_epsilon_if_above([event], 1e-5, limit=coarse) is None
+    assert compute_epsilon_if_above([event], 1e-5, limit=(fine + coarse) / 2) is None, (
         "a close call is decided on the fine grid"
     )
-    assert epsilon_if_above([event], 1e-5, limit=0.999 * fine) == fine
-    assert epsilon_if_above([event], 1e-5, limit=0.5 * fine) == coarse
+    assert compute_epsilon_if_above([event], 1e-5, limit=0.999 * fine) == fine
+    assert compute_epsilon_if_above([event], 1e-5, limit=0.5 * fine) == coarse
 
 
 # Of these two digits would be too little.
@@ -135,11 +135,11 @@ def test_calibrated_noise_meets_the_target_epsilon_tightly(
 ) -> None:
     sigma = calibrate_noise(epsilon=epsilon, delta=delta, sampling_rate=rate, steps=steps)
 
-    def spent(noise: float) -> float:
+    def compute_spent(noise: float) -> float:
         return epsilon_pld([events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta)
 
-    assert spent(sigma) <= epsilon
-    assert spent(0.99 * sigma) > epsilon
+    assert compute_spent(sigma) <= epsilon
+    assert compute_spent(0.99 * sigma) > epsilon
 
 
 def test_noise_calibration_terminates_at_extreme_targets() -> None:

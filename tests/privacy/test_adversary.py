@@ -24,7 +24,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Policy
 
-from .builders import policy, proposal, site_key
+from .builders import make_policy, make_proposal, site_key
 from .conftest import Clock
 
 SETTINGS: list[dict[str, Any]] = [
@@ -35,7 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def divergence_of(charged: Counter[DpEvent], order: float) -> float:
+def compute_divergence(charged: Counter[DpEvent], order: float) -> float:
     """By dp-accounting alone, one event at a time."""
     accountant = RdpAccountant(orders=[order])
     for event, count in charged.items():
@@ -105,7 +105,7 @@ class Game:
         self.expires.pop(proposal.run, None)
         self.check()
 
-    def held(self, now: datetime) -> Counter[DpEvent]:
+    def sum_reservations(self, now: datetime) -> Counter[DpEvent]:
         """What open runs may still spend."""
         rounds = Counter(run for _, run, _ in self.charged)
         open_runs = [proposal for proposal in self.started if now < self.expires.get(proposal.run, now)]
@@ -117,10 +117,10 @@ class Game:
         history, budget = self.ledger.history, self.policy.budget
         charged = events.count_mechanisms([event for _, _, event in self.charged])
         assert history.total_charges() == charged
-        assert history.divergence(charged) == pytest.approx(divergence_of(charged, self.order), rel=1e-9)
-        held = self.held(history.now(server=self.server or history.last_time))
+        assert history.divergence(charged) == pytest.approx(compute_divergence(charged, self.order), rel=1e-9)
+        held = self.sum_reservations(history.now(server=self.server or history.last_time))
         surcharge = filter.epsilon_conversion_term(self.order, budget.delta)
-        both = divergence_of(charged + held, self.order) + surcharge
+        both = compute_divergence(charged + held, self.order) + surcharge
         assert both <= budget.max_epsilon + 1e-9, "charged and set aside"
         now = filter.epsilon_filter(charged, order=self.order, delta=budget.delta)
         assert now >= self.spent, "monotone"
@@ -132,7 +132,7 @@ class Game:
                     events.count_mechanisms([event])
                 )
             for each in sums.values():
-                assert divergence_of(each, self.order) + surcharge <= budget.max_epsilon_per_period + 1e-9
+                assert compute_divergence(each, self.order) + surcharge <= budget.max_epsilon_per_period + 1e-9
         rounds = Counter(run.proposal.run for run in history.runs.values() for _ in range(run.charged_rounds))
         assert all(rounds[proposal.run] <= proposal.plan.most_rounds for proposal in self.started)
 
@@ -143,7 +143,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
     action = draw(st.sampled_from(["exact", "exact", "more", "any", "next", "next", "retry", "end", "time", "reopen"]))
     if action in ("exact", "more", "any"):
         plan = draw(st.sampled_from(SETTINGS))
-        wanted = proposal(run=name, plan=plan | {"num_rounds": 20})
+        wanted = make_proposal(run=name, plan=plan | {"num_rounds": 20})
         fits = spending.find_max_rounds(wanted, game.would_accept)
         count = {"exact": fits, "more": fits + 1, "any": draw(st.integers(1, 20))}[action]
         if not 1 <= count <= 20:
@@ -173,7 +173,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
 @given(data=st.data())
 def test_adaptive_requests_never_exceed_a_cap(tmp_path_factory: Any, monthly: bool, data: Any) -> None:
     budget = {"max_epsilon_per_period": 8.5, "period": "month"} if monthly else {}
-    site = policy(budget=budget, releases={"metrics": "noised"})
+    site = make_policy(budget=budget, releases={"metrics": "noised"})
     game = Game(tmp_path_factory.mktemp("game") / "ledger.db", site)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(history, "datetime", game.clock)
@@ -188,9 +188,9 @@ def test_adaptive_requests_never_exceed_a_cap(tmp_path_factory: Any, monthly: bo
 
 def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) -> None:
     """The game above is not won by refusing everything: whoever asks for exactly what fits gets nearly all there is."""
-    game = Game(path, policy(releases={"metrics": "noised"}))
+    game = Game(path, make_policy(releases={"metrics": "noised"}))
     for number, plan in enumerate(SETTINGS * 3):
-        wanted = proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
+        wanted = make_proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
         fits = spending.find_max_rounds(wanted, game.would_accept)
         for rounds, accepted in ((fits + 1, False), (fits, True)):
             if not 1 <= rounds <= 20:
@@ -202,4 +202,4 @@ def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) ->
     assert game.refused > 2
     assert 10.9 < game.spent <= 11.0
     history = game.ledger.history
-    assert 0.95 < spending.spent_fraction_of_cap(history, history.total_charges(), cap=history.cap) <= 1
+    assert 0.95 < spending.compute_spent_fraction(history, history.total_charges(), cap=history.cap) <= 1

@@ -15,27 +15,37 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.trust import Trust
 from fedtune.spec import RunError
 
-from .builders import OPENED, OTHER, kinds_of, make_key, policy, proposal, reason_of, reserve, site_key
+from .builders import (
+    OPENED,
+    OTHER,
+    list_kinds,
+    make_key,
+    make_policy,
+    make_proposal,
+    read_refusal_reason,
+    reserve,
+    site_key,
+)
 
 
 @pytest.fixture
-def manual(opened: Any) -> Any:
+def open_manual(open_ledger: Any) -> Any:
     """Open the ledger of a site that approves each run; keywords change its policy further."""
-    return lambda **changes: opened(policy=policy(approval="manual", trust=Trust(secure=True), **changes))
+    return lambda **changes: open_ledger(policy=make_policy(approval="manual", trust=Trust(secure=True), **changes))
 
 
-def test_unapproved_run_is_not_charged_and_starts_once_approved(manual: Any, path: Path) -> None:
-    ledger = manual()
-    assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
-    assert kinds_of(path) == OPENED, "not even its plan is noted: nothing is set aside for it"
+def test_unapproved_run_is_not_charged_and_starts_once_approved(open_manual: Any, path: Path) -> None:
+    ledger = open_manual()
+    assert read_refusal_reason(reserve, ledger, make_proposal()) is Reason.AWAITING_APPROVAL
+    assert list_kinds(path) == OPENED, "not even its plan is noted: nothing is set aside for it"
     assert ledger.sign_receipt("r").charged_rounds == 0
-    ledger.approve(proposal())
-    reserve(ledger, proposal())
-    assert kinds_of(path) == [*OPENED, (Kind.NOTE, "approved"), (Kind.PLAN, ""), (Kind.RESERVE, "")]
+    ledger.approve(make_proposal())
+    reserve(ledger, make_proposal())
+    assert list_kinds(path) == [*OPENED, (Kind.NOTE, "approved"), (Kind.PLAN, ""), (Kind.RESERVE, "")]
     noted = next(event for event in verify(path).events if event.detail.get("what") == "approved")
-    assert noted.detail["proposal"] == proposal().to_json(), "in full: an auditor sees what was agreed to"
+    assert noted.detail["proposal"] == make_proposal().to_json(), "in full: an auditor sees what was agreed to"
     for round in (2, 3):
-        reserve(ledger, proposal(), round)  # it is approved as a whole
+        reserve(ledger, make_proposal(), round)  # it is approved as a whole
 
 
 SHARED = SharedNoise(num_sites=3, threshold=3, colluders=0, noise_multiplier=4.0, cell_bits=1, bound=9)
@@ -50,17 +60,17 @@ _REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "de
 """Fields of which this policy allows one value alone; of the last two there is one wherever the unit is a record."""
 
 
-def test_changing_any_field_of_a_proposal_invalidates_its_approval(manual: Any) -> None:
+def test_changing_any_field_of_a_proposal_invalidates_its_approval(open_manual: Any) -> None:
     fields = {field.name for type_ in (Proposal, Plan) for field in dataclasses.fields(type_)} - {"plan"}
     assert fields == _CHANGES.keys() | _REFUSED_ANYWAY
-    ledger = manual(allow={"seeded_noise": True}, releases={"metrics": "noised"})
-    ledger.approve(proposal())
-    ledger.require_startable(proposal())
+    ledger = open_manual(allow={"seeded_noise": True}, releases={"metrics": "noised"})
+    ledger.approve(make_proposal())
+    ledger.require_startable(make_proposal())
     for field, changes in _CHANGES.items():
-        changed = proposal(**changes)
-        assert reason_of(ledger.require_startable, changed) is Reason.AWAITING_APPROVAL, field
-        assert reason_of(reserve, ledger, changed) is Reason.AWAITING_APPROVAL, field
-    reserve(ledger, proposal())
+        changed = make_proposal(**changes)
+        assert read_refusal_reason(ledger.require_startable, changed) is Reason.AWAITING_APPROVAL, field
+        assert read_refusal_reason(reserve, ledger, changed) is Reason.AWAITING_APPROVAL, field
+    reserve(ledger, make_proposal())
 
 
 @pytest.mark.parametrize(
@@ -74,94 +84,98 @@ def test_changing_any_field_of_a_proposal_invalidates_its_approval(manual: Any) 
     ],
 )
 def test_proposals_refused_by_policy_or_budget_cannot_be_approved(
-    manual: Any, path: Path, changes: Any, reason: Reason
+    open_manual: Any, path: Path, changes: Any, reason: Reason
 ) -> None:
-    ledger = manual()
-    assert reason_of(ledger.approve, proposal(**changes)) is reason
-    assert kinds_of(path) == OPENED, "a note would say that it was approved"
-    assert reason_of(reserve, ledger, proposal(**changes)) is reason, "the lead is told the rule, not to wait"
+    ledger = open_manual()
+    assert read_refusal_reason(ledger.approve, make_proposal(**changes)) is reason
+    assert list_kinds(path) == OPENED, "a note would say that it was approved"
+    assert read_refusal_reason(reserve, ledger, make_proposal(**changes)) is reason, (
+        "the lead is told the rule, not to wait"
+    )
 
 
-def test_approved_run_is_refused_once_the_budget_is_spent(manual: Any) -> None:
-    ledger, (one, two, late) = manual(), (proposal(run=run) for run in ("one", "two", "late"))
+def test_approved_run_is_refused_once_the_budget_is_spent(open_manual: Any) -> None:
+    ledger, (one, two, late) = open_manual(), (make_proposal(run=run) for run in ("one", "two", "late"))
     for each in (one, two, late):
         ledger.approve(each)
     for each in (one, two):
         reserve(ledger, each)  # the newest approval does not undo the others
-    assert reason_of(reserve, ledger, late) is Reason.MAX_EPSILON
+    assert read_refusal_reason(reserve, ledger, late) is Reason.MAX_EPSILON
 
 
-def test_approval_from_another_process_takes_effect(manual: Any, path: Path) -> None:
-    serving = manual()
-    assert reason_of(reserve, serving, proposal()) is Reason.AWAITING_APPROVAL
-    manual().approve(proposal())
-    manual().require_startable(proposal())
-    assert verify(path, site_key=site_key.public).history.approved.keys() == {proposal().digest()}
-    reserve(serving, proposal())
-    reserve(manual(), proposal(), 2)
+def test_approval_from_another_process_takes_effect(open_manual: Any, path: Path) -> None:
+    serving = open_manual()
+    assert read_refusal_reason(reserve, serving, make_proposal()) is Reason.AWAITING_APPROVAL
+    open_manual().approve(make_proposal())
+    open_manual().require_startable(make_proposal())
+    assert verify(path, site_key=site_key.public).history.approved.keys() == {make_proposal().digest()}
+    reserve(serving, make_proposal())
+    reserve(open_manual(), make_proposal(), 2)
 
 
-def test_approving_a_proposal_twice_has_no_further_effect(manual: Any) -> None:
-    ledger = manual()
-    ledger.approve(proposal())
-    ledger.approve(proposal())
-    reserve(ledger, proposal())
-    ledger.approve(proposal())  # also when it has begun
-    assert ledger.history.approved.keys() == {proposal().digest()}
-    reserve(ledger, proposal(), 2)
+def test_approving_a_proposal_twice_has_no_further_effect(open_manual: Any) -> None:
+    ledger = open_manual()
+    ledger.approve(make_proposal())
+    ledger.approve(make_proposal())
+    reserve(ledger, make_proposal())
+    ledger.approve(make_proposal())  # also when it has begun
+    assert ledger.history.approved.keys() == {make_proposal().digest()}
+    reserve(ledger, make_proposal(), 2)
 
 
-def test_unused_approval_expires_after_thirty_days(manual: Any, clock: Any) -> None:
-    ledger = manual()
-    ledger.approve(proposal())
+def test_unused_approval_expires_after_thirty_days(open_manual: Any, clock: Any) -> None:
+    ledger = open_manual()
+    ledger.approve(make_proposal())
     clock.forward(days=30)
-    ledger.require_startable(proposal())
+    ledger.require_startable(make_proposal())
     clock.forward(seconds=1)
-    assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
-    ledger.approve(proposal())
-    reserve(ledger, proposal())  # approved anew
+    assert read_refusal_reason(reserve, ledger, make_proposal()) is Reason.AWAITING_APPROVAL
+    ledger.approve(make_proposal())
+    reserve(ledger, make_proposal())  # approved anew
     clock.forward(days=29)
-    reserve(ledger, proposal(), 2)  # who has begun needs no other
+    reserve(ledger, make_proposal(), 2)  # who has begun needs no other
 
 
-def test_policy_and_budget_can_be_checked_before_approval(manual: Any) -> None:
-    ledger = manual()
-    ledger.require_startable(proposal(), approved=False)
-    assert reason_of(ledger.require_startable, proposal()) is Reason.AWAITING_APPROVAL
-    assert reason_of(ledger.require_startable, proposal(rank=9), approved=False) is Reason.MAX_RANK
+def test_policy_and_budget_can_be_checked_before_approval(open_manual: Any) -> None:
+    ledger = open_manual()
+    ledger.require_startable(make_proposal(), approved=False)
+    assert read_refusal_reason(ledger.require_startable, make_proposal()) is Reason.AWAITING_APPROVAL
+    assert read_refusal_reason(ledger.require_startable, make_proposal(rank=9), approved=False) is Reason.MAX_RANK
 
 
-def test_approval_survives_a_policy_change(manual: Any) -> None:
-    manual().approve(proposal())
-    reserve(manual(limits={"max_rounds": 19}), proposal())
-    refusing = manual(allow={"max_rank": 1})
-    assert reason_of(reserve, refusing, proposal(), 2) is Reason.MAX_RANK, "no longer than the rule that allowed it"
+def test_approval_survives_a_policy_change(open_manual: Any) -> None:
+    open_manual().approve(make_proposal())
+    reserve(open_manual(limits={"max_rounds": 19}), make_proposal())
+    refusing = open_manual(allow={"max_rank": 1})
+    assert read_refusal_reason(reserve, refusing, make_proposal(), 2) is Reason.MAX_RANK, (
+        "no longer than the rule that allowed it"
+    )
 
 
-def test_switching_to_manual_approval_does_not_stop_an_accepted_run(opened: Any, manual: Any) -> None:
-    reserve(opened(), proposal())
-    ledger = manual()
-    ledger.require_startable(proposal())
-    reserve(ledger, proposal(), 2)
-    assert reason_of(reserve, ledger, proposal(run="s")) is Reason.AWAITING_APPROVAL
-    reserve(opened(), proposal(run="s"))  # and back again
+def test_switching_to_manual_approval_does_not_stop_an_accepted_run(open_ledger: Any, open_manual: Any) -> None:
+    reserve(open_ledger(), make_proposal())
+    ledger = open_manual()
+    ledger.require_startable(make_proposal())
+    reserve(ledger, make_proposal(), 2)
+    assert read_refusal_reason(reserve, ledger, make_proposal(run="s")) is Reason.AWAITING_APPROVAL
+    reserve(open_ledger(), make_proposal(run="s"))  # and back again
 
 
-def test_approving_under_an_outdated_policy_raises_an_error(opened: Any, manual: Any) -> None:
-    ledger = manual()
-    opened()
+def test_approving_under_an_outdated_policy_raises_an_error(open_ledger: Any, open_manual: Any) -> None:
+    ledger = open_manual()
+    open_ledger()
     with pytest.raises(RunError, match=r"policy of ledger .* was changed while it was open"):
-        ledger.approve(proposal())
+        ledger.approve(make_proposal())
 
 
-def test_waiting_runs_are_recorded_once_a_day_per_reason(manual: Any, path: Path) -> None:
+def test_waiting_runs_are_recorded_once_a_day_per_reason(open_manual: Any, path: Path) -> None:
     def refuse(reason: Reason, *runs: str) -> None:
         for run in runs:
-            manual().record_refusal(Refused(reason), run=run, round=1, request=f"digest {run} 1")
+            open_manual().record_refusal(Refused(reason), run=run, round=1, request=f"digest {run} 1")
 
     refuse(Reason.AWAITING_APPROVAL, "r", "r")
     refuse(Reason.PAUSED, "r", "r", "s", "s")
-    manual().approve(proposal())
+    open_manual().approve(make_proposal())
     refuse(Reason.PAUSED, "s")
     told = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
     assert told == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], "once a day for each run and reason"
@@ -172,11 +186,11 @@ def test_only_pending_approval_and_pause_count_as_waiting() -> None:
     assert not any(reason.is_final for reason in Reason if reason.is_waiting), "asking again can help"
 
 
-def test_end_of_a_run_records_the_digest_of_the_first_adapter(opened: Any, path: Path) -> None:
-    reserve(opened(), proposal())
-    opened().end_run("r", adapter_sha256="ab" * 32)
-    opened().end_run("r", adapter_sha256="cd" * 32)
+def test_end_of_a_run_records_the_digest_of_the_first_adapter(open_ledger: Any, path: Path) -> None:
+    reserve(open_ledger(), make_proposal())
+    open_ledger().end_run("r", adapter_sha256="ab" * 32)
+    open_ledger().end_run("r", adapter_sha256="cd" * 32)
     ended = [event.detail for event in verify(path).events if event.detail.get("what") == "run_ended"]
     assert ended == [{"what": "run_ended", "adapter_sha256": "ab" * 32}], "the first word counts"
-    assert opened().history.runs["r"].adapter == "ab" * 32
-    assert not opened().history.runs["r"].is_open(opened().history.now())
+    assert open_ledger().history.runs["r"].adapter == "ab" * 32
+    assert not open_ledger().history.runs["r"].is_open(open_ledger().history.now())

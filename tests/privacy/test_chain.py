@@ -46,39 +46,39 @@ HEAD: dict[str, tuple[Any, Any]] = {
 }
 
 
-def event(**changes: Any) -> Event:
+def make_event(**changes: Any) -> Event:
     return Event(**{name: value for name, (value, _) in EVENT.items()} | changes)
 
 
 def test_event_hash_matches_the_golden_value() -> None:
     # It lies in ledgers: a change of it is a change of format.
-    assert event().hash_after(chain.START) == "2ebf57e37ffcde6b2bda9df1b9f42ca10c63cd8c3aa8446943fe3dd89d2d2f22"
+    assert make_event().hash_after(chain.START) == "2ebf57e37ffcde6b2bda9df1b9f42ca10c63cd8c3aa8446943fe3dd89d2d2f22"
 
 
 def test_event_hash_covers_every_field_except_hash_and_signature() -> None:
     assert set(EVENT) == {field.name for field in fields(Event)} - {"hash", "signature"}
-    hashes = {event(**{name: other}).hash_after(chain.START) for name, (_, other) in EVENT.items()}
-    own = event().hash_after(chain.START)
-    assert len(hashes | {own, event().hash_after("1" * 64)}) == len(EVENT) + 2
-    assert replace(event(), hash="x", signature="y").hash_after(chain.START) == own
+    hashes = {make_event(**{name: other}).hash_after(chain.START) for name, (_, other) in EVENT.items()}
+    own = make_event().hash_after(chain.START)
+    assert len(hashes | {own, make_event().hash_after("1" * 64)}) == len(EVENT) + 2
+    assert replace(make_event(), hash="x", signature="y").hash_after(chain.START) == own
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(run=st.text(max_size=4), request=st.text(max_size=4), dataset=st.text(max_size=4))
 def test_event_hash_separates_adjacent_fields(run: str, request: str, dataset: str) -> None:
-    one = event(run=run, request=request, dataset=dataset)
+    one = make_event(run=run, request=request, dataset=dataset)
     for other in (
-        event(run=run + request, request="", dataset=dataset),
-        event(run=run, request=request + dataset, dataset=""),
-        event(run=request, request=run, dataset=dataset),
+        make_event(run=run + request, request="", dataset=dataset),
+        make_event(run=run, request=request + dataset, dataset=""),
+        make_event(run=request, request=run, dataset=dataset),
     ):
         assert (one.hash_after(chain.START) == other.hash_after(chain.START)) == (one == other)
 
 
 def test_canonical_json_is_unique_and_rejects_infinity() -> None:
-    assert chain.canonical_json({"b": [1, 2.5, None, "ü"], "a": True}) == b'{"a":true,"b":[1,2.5,null,"\\u00fc"]}'
+    assert chain.to_canonical_json({"b": [1, 2.5, None, "ü"], "a": True}) == b'{"a":true,"b":[1,2.5,null,"\\u00fc"]}'
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
-        chain.canonical_json({"epsilon": float("inf")})
+        chain.to_canonical_json({"epsilon": float("inf")})
 
 
 def test_head_round_trips_through_its_file_and_signs_every_field(tmp_path: Path) -> None:

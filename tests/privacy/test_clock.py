@@ -17,7 +17,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Policy
 
-from .builders import policy, proposal, reason_of, site_key, train
+from .builders import make_policy, make_proposal, read_refusal_reason, site_key, train
 from .conftest import Clock
 
 ONE_ROUND = {"num_rounds": 1}
@@ -26,13 +26,13 @@ FEBRUARY, MARCH = JANUARY + timedelta(days=31), JANUARY + timedelta(days=62)
 
 
 @pytest.fixture
-def full(opened: Any, clock: Clock) -> Any:
+def full_ledger(open_ledger: Any, clock: Clock) -> Any:
     """A ledger whose one round of January is spent, opened anew for a request at which the server says its time."""
-    order = opened().history.order
-    cap = filter.epsilon_filter([proposal().plan.event()], order=order, delta=1e-5) + 1e-9
-    monthly = policy(budget={"max_epsilon_per_period": cap, "period": "month"})
-    charge(opened(policy=monthly, server=clock.time), proposal(run="january", plan=ONE_ROUND))
-    return partial(opened, policy=monthly)
+    order = open_ledger().history.order
+    cap = filter.epsilon_filter([make_proposal().plan.event()], order=order, delta=1e-5) + 1e-9
+    monthly = make_policy(budget={"max_epsilon_per_period": cap, "period": "month"})
+    charge(open_ledger(policy=monthly, server=clock.time), make_proposal(run="january", plan=ONE_ROUND))
+    return partial(open_ledger, policy=monthly)
 
 
 def charge(ledger: SiteLedger, proposal: Any) -> Reason | None:
@@ -60,73 +60,77 @@ def charge(ledger: SiteLedger, proposal: Any) -> Reason | None:
     ],
 )
 def test_new_period_starts_only_when_both_clocks_have_reached_it(
-    full: Any, clock: Clock, here: datetime, server: datetime | None, opens: bool
+    full_ledger: Any, clock: Clock, here: datetime, server: datetime | None, opens: bool
 ) -> None:
     clock.time, refused = here, None if opens else Reason.MAX_EPSILON_PER_PERIOD
-    assert charge(full(server=server), proposal(run="next", plan=ONE_ROUND)) is refused
-    assert period_number(full(server=server).history.last_time, "month") - period_number(JANUARY, "month") == int(opens)
+    assert charge(full_ledger(server=server), make_proposal(run="next", plan=ONE_ROUND)) is refused
+    assert period_number(full_ledger(server=server).history.last_time, "month") - period_number(
+        JANUARY, "month"
+    ) == int(opens)
 
 
-def test_server_clock_cannot_open_past_periods_one_by_one(full: Any, clock: Clock) -> None:
+def test_server_clock_cannot_open_past_periods_one_by_one(full_ledger: Any, clock: Clock) -> None:
     """Under a right clock in June, each month's budget since January would have been spent on one day."""
     clock.time = JANUARY + timedelta(days=150)
     for month in range(1, 6):
-        asked = proposal(run=f"month-{month}", plan=ONE_ROUND)
-        assert charge(full(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
+        asked = make_proposal(run=f"month-{month}", plan=ONE_ROUND)
+        assert charge(full_ledger(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_approvals_and_runs_expire_while_a_new_period_is_pending(opened: Any, clock: Clock) -> None:
+def test_approvals_and_runs_expire_while_a_new_period_is_pending(open_ledger: Any, clock: Clock) -> None:
     budget = {"max_epsilon_per_period": 100.0, "period": "month"}
-    manual, begun = policy(budget=budget, approval="manual"), proposal(run="begun")
-    ledger = opened(policy=manual, server=clock.time)
+    manual, begun = make_policy(budget=budget, approval="manual"), make_proposal(run="begun")
+    ledger = open_ledger(policy=manual, server=clock.time)
     ledger.approve(begun)
     assert charge(ledger, begun) is None
-    ledger.approve(proposal(run="approved"))
+    ledger.approve(make_proposal(run="approved"))
     clock.time += timedelta(days=manual.limits.run_expires_after_days + 400)
-    ledger = opened(policy=manual, server=clock.time)
-    assert charge(ledger, proposal(run="approved")) is Reason.AWAITING_APPROVAL
-    assert reason_of(ledger.reserve, begun, round=2, request="another") is Reason.RUN_ENDED
+    ledger = open_ledger(policy=manual, server=clock.time)
+    assert charge(ledger, make_proposal(run="approved")) is Reason.AWAITING_APPROVAL
+    assert read_refusal_reason(ledger.reserve, begun, round=2, request="another") is Reason.RUN_ENDED
 
 
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1e300, 1e18])
-def test_invalid_server_time_opens_no_new_period(full: Any, clock: Clock, nonsense: float) -> None:
-    clock.time, ledger = FEBRUARY, full(server=None)
+def test_invalid_server_time_opens_no_new_period(full_ledger: Any, clock: Clock, nonsense: float) -> None:
+    clock.time, ledger = FEBRUARY, full_ledger(server=None)
     ledger.set_server_time(nonsense)
-    assert charge(ledger, proposal(run="next", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
+    assert charge(ledger, make_proposal(run="next", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_confirming_the_date_opens_the_current_period(full: Any, clock: Clock, path: Path) -> None:
-    clock.time, ledger = MARCH, full(server=JANUARY)
-    asked = proposal(run="next", plan=ONE_ROUND)
+def test_confirming_the_date_opens_the_current_period(full_ledger: Any, clock: Clock, path: Path) -> None:
+    clock.time, ledger = MARCH, full_ledger(server=JANUARY)
+    asked = make_proposal(run="next", plan=ONE_ROUND)
     assert charge(ledger, asked) is Reason.MAX_EPSILON_PER_PERIOD
     for words in ("clock says 2030-03-13", "server's time is 2030-01-10", "month of 2030-01-10", "confirm-date"):
         assert words in ledger.pending_period_reason
-    full(server=None).confirm_date()
-    assert charge(full(server=JANUARY), asked) is None
-    assert full(server=JANUARY).pending_period_reason == ""
+    full_ledger(server=None).confirm_date()
+    assert charge(full_ledger(server=JANUARY), asked) is None
+    assert full_ledger(server=JANUARY).pending_period_reason == ""
     assert verify(path).history.last_time == MARCH
     # Only the period that was confirmed: the clock may go on in it, and no further.
     clock.forward(days=31)
-    assert charge(full(server=MARCH), proposal(run="more", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
+    assert charge(full_ledger(server=MARCH), make_proposal(run="more", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
 
 
-def test_clocks_may_disagree_without_a_cap_per_period(opened: Any, clock: Clock) -> None:
-    opened()
+def test_clocks_may_disagree_without_a_cap_per_period(open_ledger: Any, clock: Clock) -> None:
+    open_ledger()
     clock.time = datetime(2099, 1, 1, tzinfo=UTC)
-    ledger = opened(server=JANUARY)
-    assert charge(ledger, proposal(plan=ONE_ROUND)) is None
+    ledger = open_ledger(server=JANUARY)
+    assert charge(ledger, make_proposal(plan=ONE_ROUND)) is None
     assert (ledger.history.last_time, ledger.pending_period_reason) == (clock.time, "")
 
 
-def test_restored_charges_count_in_the_period_of_the_anchor(full: Any, clock: Clock, path: Path) -> None:
+def test_restored_charges_count_in_the_period_of_the_anchor(full_ledger: Any, clock: Clock, path: Path) -> None:
     backup = path.read_bytes()
     clock.time = FEBRUARY
-    assert charge(full(server=FEBRUARY), proposal(run="february", plan=ONE_ROUND)) is None
-    anchor = full(server=None).head()
+    assert charge(full_ledger(server=FEBRUARY), make_proposal(run="february", plan=ONE_ROUND)) is None
+    anchor = full_ledger(server=None).head()
     path.write_bytes(backup)
-    full(server=None).charge_gap(anchor)  # by a person, whom no server tells the time
-    assert full(server=None).history.last_time == FEBRUARY
-    assert charge(full(server=FEBRUARY), proposal(run="late", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
+    full_ledger(server=None).charge_gap(anchor)  # by a person, whom no server tells the time
+    assert full_ledger(server=None).history.last_time == FEBRUARY
+    assert (
+        charge(full_ledger(server=FEBRUARY), make_proposal(run="late", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD
+    )
 
 
 MOMENTS = st.integers(-100, 1500).map(lambda days: JANUARY + timedelta(days=days))
@@ -140,7 +144,7 @@ MOMENTS = st.integers(-100, 1500).map(lambda days: JANUARY + timedelta(days=days
 def test_no_sequence_of_clock_readings_opens_a_period_by_one_clock(
     tmp_path_factory: Any, period: Any, moves: Any
 ) -> None:
-    site: Policy = policy(budget={"max_epsilon_per_period": 5.0, "period": period})
+    site: Policy = make_policy(budget={"max_epsilon_per_period": 5.0, "period": period})
     clock, path = Clock(JANUARY), tmp_path_factory.mktemp("clocks") / "ledger.db"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(history, "datetime", clock)

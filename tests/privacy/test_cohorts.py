@@ -25,35 +25,37 @@ from fedtune.report.page.translations import load_catalog
 from fedtune.show.budget_text import ArrivalRange, merge_adjacent
 from fedtune.spec import ConfigError, RunError
 
-from .builders import changed, plan, policy, proposal, reason_of, train
+from .builders import change_values, make_policy, make_proposal, plan, read_refusal_reason, train
 from .conftest import Backups
 
 
-def years(first: str | None, last: str) -> Cohorts:
+def make_years(first: str | None, last: str) -> Cohorts:
     return Cohorts(period="year", first=first, last=last)
 
 
 @pytest.fixture
-def arriving() -> Policy:
+def arrivals_policy() -> Policy:
     """A policy of people who arrive by the year, with room for ten rounds of a run for each cohort."""
-    return policy(population={"unit": "user", "arrivals": "year"}, dataset=(Dataset(id="notes", declared_size=2000),))
+    return make_policy(
+        population={"unit": "user", "arrivals": "year"}, dataset=(Dataset(id="notes", declared_size=2000),)
+    )
 
 
 @pytest.fixture
-def ledger(opened: Any, arriving: Policy) -> Any:
-    return lambda **changes: opened(**{"policy": arriving, **changes})
+def ledger(open_ledger: Any, arrivals_policy: Policy) -> Any:
+    return lambda **changes: open_ledger(**{"policy": arrivals_policy, **changes})
 
 
 def ask(run: str, first: str | None, last: str, **about: Any) -> Proposal:
     """A run that admits these years."""
-    return proposal(run=run, plan={"unit": "user", "cohorts": years(first, last), **about})
+    return make_proposal(run=run, plan={"unit": "user", "cohorts": make_years(first, last), **about})
 
 
 ONCE = ask("r", None, "2024").plan.event()
 """What one round costs whom it admits."""
 
 
-def admitted(ledger: SiteLedger, asked: Proposal, own: Mapping[str, int], *, round: int = 1) -> set[str]:
+def charge_round(ledger: SiteLedger, asked: Proposal, own: Mapping[str, int], *, round: int = 1) -> set[str]:
     """Charge a round; whom the sampler may draw."""
     granted = ledger.reserve(asked, round=round, request=f"{asked.run} {round}", arrivals=lambda: own)
     assert isinstance(granted, Reservation)
@@ -76,11 +78,11 @@ def test_cohort_names_match_the_period_and_have_one_spelling(period: Any) -> Non
 
 def test_cohort_ranges_are_ordered_and_round_trip_as_text() -> None:
     with pytest.raises(ConfigError, match="must not be before first = 2026"):
-        years("2026", "2025")
-    for each in (years(None, "2026"), years("2025", "2026"), years("2026", "2026")):
+        make_years("2026", "2025")
+    for each in (make_years(None, "2026"), make_years("2025", "2026"), make_years("2026", "2026")):
         assert Cohorts.from_text(str(each), "year") == each
-    assert 0 in years(None, "2026")
-    assert [year for year in (0, 2024, 2025, 2026, 2027) if year in years("2025", "2026")] == [2025, 2026]
+    assert 0 in make_years(None, "2026")
+    assert [year for year in (0, 2024, 2025, 2026, 2027) if year in make_years("2025", "2026")] == [2025, 2026]
     with pytest.raises(ConfigError):
         Cohorts.from_text("2026", "year")
 
@@ -99,40 +101,42 @@ def test_arrival_groups_have_readable_names() -> None:
 
 
 def test_cohorts_enter_the_plan_digest_only_if_set() -> None:
-    limited = plan(unit="user", cohorts=years(None, "2026"))
+    limited = plan(unit="user", cohorts=make_years(None, "2026"))
     assert Plan.from_json(limited.to_json()) == limited
-    assert limited.digest() != plan(unit="user").digest() != plan(unit="user", cohorts=years("2026", "2026")).digest()
+    assert (
+        limited.digest() != plan(unit="user").digest() != plan(unit="user", cohorts=make_years("2026", "2026")).digest()
+    )
     assert "cohorts" not in plan(unit="user").to_json()
     with pytest.raises(ConfigError, match="is only allowed with arrivals"):
         Plan.from_json(plan(unit="user").to_json() | {"cohorts": None})
     with pytest.raises(ConfigError, match="must be left out for unit 'record'"):
-        plan(cohorts=years(None, "2026"))
+        plan(cohorts=make_years(None, "2026"))
 
 
-def test_arrivals_require_user_level_privacy_and_an_arrival_column(arriving: Policy) -> None:
+def test_arrivals_require_user_level_privacy_and_an_arrival_column(arrivals_policy: Policy) -> None:
     with pytest.raises(ConfigError, match="arrivals are stored by user id"):
         Population(name="patients", arrivals="year")
     dataset = Dataset(id="notes", declared_size=9, columns={"user": "who"})
     with pytest.raises(ConfigError, match="must name the column for role 'arrival', because population"):
-        dataclasses.replace(arriving, dataset=(dataset,))
+        dataclasses.replace(arrivals_policy, dataset=(dataset,))
 
 
-def test_plan_must_use_the_arrival_calendar_of_the_policy(arriving: Policy) -> None:
+def test_plan_must_use_the_arrival_calendar_of_the_policy(arrivals_policy: Policy) -> None:
     asked = ask("r", None, "2026")
-    arriving.check(asked)
+    arrivals_policy.check(asked)
     for other in (Cohorts(period="month", last="2026-01"), None):
         plan = dataclasses.replace(asked.plan, cohorts=other)
-        (refused,) = arriving.broken_rules(dataclasses.replace(asked, plan=plan))
+        (refused,) = arrivals_policy.broken_rules(dataclasses.replace(asked, plan=plan))
         assert (refused.reason, refused.allowed) == (Reason.COHORTS, "year")
-    (refused,) = policy(population={"unit": "user"}, dataset=arriving.dataset).broken_rules(asked)
+    (refused,) = make_policy(population={"unit": "user"}, dataset=arrivals_policy.dataset).broken_rules(asked)
     assert (refused.reason, refused.asked, refused.allowed) == (Reason.COHORTS, "year", "none")
 
 
-def test_arrival_calendar_of_a_ledger_cannot_be_changed(ledger: Any, arriving: Policy) -> None:
+def test_arrival_calendar_of_a_ledger_cannot_be_changed(ledger: Any, arrivals_policy: Policy) -> None:
     ledger()
     for arrivals in ("month", ""):
         with pytest.raises(RunError, match=rf"population\.arrivals = year, the policy says {arrivals or 'none'}"):
-            ledger(policy=changed(arriving, population={"arrivals": arrivals}))
+            ledger(policy=change_values(arrivals_policy, population={"arrivals": arrivals}))
 
 
 # Charges.
@@ -155,32 +159,32 @@ def test_every_cohort_has_the_full_budget_and_spending_is_their_maximum(ledger: 
     assert history.epsilon() == history.epsilon(history.total_charges(2024))
     # Whoever admits 2024 is refused, as nothing is left for its people, whether there are any or not.
     for first, last in ((None, "2026"), ("2024", "2024"), ("2024", "2026")):
-        assert reason_of(train, made, ask("more", first, last), 1) is Reason.MAX_EPSILON
+        assert read_refusal_reason(train, made, ask("more", first, last), 1) is Reason.MAX_EPSILON
     train(made, ask("new", "2025", "2030"), 1, 2, 3, 4, 5)
     train(made, ask("newer", "2026", "2026"), 1, 2, 3, 4, 5)
-    assert reason_of(train, made, ask("newest", "2026", "2026"), 1) is Reason.MAX_EPSILON
+    assert read_refusal_reason(train, made, ask("newest", "2026", "2026"), 1) is Reason.MAX_EPSILON
 
 
 def test_reserved_rounds_of_open_runs_count_for_their_cohorts(ledger: Any) -> None:
     made = ledger()
     train(made, ask("open", "2024", "2025", num_rounds=10), 1)
-    assert reason_of(made.require_acceptable, ask("r", "2025", "2026", num_rounds=1)) is Reason.MAX_EPSILON
+    assert read_refusal_reason(made.require_acceptable, ask("r", "2025", "2026", num_rounds=1)) is Reason.MAX_EPSILON
     made.require_acceptable(ask("r", "2026", "2026", num_rounds=10))
     made.require_acceptable(ask("r", None, "2023", num_rounds=10))
     assert made.make_offer(ask("r", "2025", "2026")).most_rounds == 0
     assert made.make_offer(ask("r", "2026", "2027")).most_rounds == 5
 
 
-def test_period_cap_applies_to_each_cohort_separately(ledger: Any, arriving: Policy) -> None:
-    made = ledger(policy=changed(arriving, budget={"max_epsilon_per_period": 7.0}))
+def test_period_cap_applies_to_each_cohort_separately(ledger: Any, arrivals_policy: Policy) -> None:
+    made = ledger(policy=change_values(arrivals_policy, budget={"max_epsilon_per_period": 7.0}))
     train(made, ask("first", None, "2024", num_rounds=2), 1, 2)
-    assert reason_of(train, made, ask("again", "2024", "2025"), 1) is Reason.MAX_EPSILON_PER_PERIOD
+    assert read_refusal_reason(train, made, ask("again", "2024", "2025"), 1) is Reason.MAX_EPSILON_PER_PERIOD
     train(made, ask("new", "2025", "2025", num_rounds=2), 1, 2)
 
 
-def test_ledger_without_arrivals_keeps_its_file_format(path: Path, opened: Any) -> None:
-    made = opened()
-    train(made, proposal(), 1, 2)
+def test_ledger_without_arrivals_keeps_its_file_format(path: Path, open_ledger: Any) -> None:
+    made = open_ledger()
+    train(made, make_proposal(), 1, 2)
     with sqlite3.connect(path) as file:
         tables = {name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         assert tables == {"events", "replies"}
@@ -190,8 +194,10 @@ def test_ledger_without_arrivals_keeps_its_file_format(path: Path, opened: Any) 
     for word in ("arrivals", "register", "cohorts"):
         assert word not in written + head
     # Of the policy and the plan above, as of the version before cohorts.
-    assert policy(allow={"leads": ()}).digest() == "1b09ada7a45f32b79adf109ce46ee0e3c2b79f93add562c953a8c5d4845292d0"
-    assert proposal(lead="ab" * 32).digest() == "dd21f59459324392713bef1754ca7da963b6c82d1867de7c801051175921c0f3"
+    assert (
+        make_policy(allow={"leads": ()}).digest() == "1b09ada7a45f32b79adf109ce46ee0e3c2b79f93add562c953a8c5d4845292d0"
+    )
+    assert make_proposal(lead="ab" * 32).digest() == "dd21f59459324392713bef1754ca7da963b6c82d1867de7c801051175921c0f3"
     assert made.history.charges() == {(each, ""): n for each, n in made.history.total_charges().items()}
 
 
@@ -201,29 +207,29 @@ def test_ledger_without_arrivals_keeps_its_file_format(path: Path, opened: Any) 
 def test_first_admission_of_a_person_fixes_the_cohort(ledger: Any) -> None:
     made = ledger()
     own = {"ann": 2024, "ben": 2025, "cy": 0}
-    assert admitted(made, ask("one", "2024", "2024"), own) == {"ann"}
+    assert charge_round(made, ask("one", "2024", "2024"), own) == {"ann"}
     # Her date is corrected, later and earlier: what she lost was charged to 2024.
-    assert admitted(made, ask("two", "2025", "2025"), own | {"ann": 2025}) == {"ben"}
-    assert admitted(made, ask("three", None, "2023"), own | {"ann": 2020, "ben": 0}) == {"cy"}
-    assert admitted(ledger(), ask("four", "2024", "2025"), {"ann": 0, "ben": 2031, "cy": 2024}) == {"ann", "ben"}
+    assert charge_round(made, ask("two", "2025", "2025"), own | {"ann": 2025}) == {"ben"}
+    assert charge_round(made, ask("three", None, "2023"), own | {"ann": 2020, "ben": 0}) == {"cy"}
+    assert charge_round(ledger(), ask("four", "2024", "2025"), {"ann": 0, "ben": 2031, "cy": 2024}) == {"ann", "ben"}
     # Nobody is bound before the first admission.
-    assert admitted(made, ask("five", "2026", "2026"), {"dora": 2027}) == set()
-    assert admitted(made, ask("five", "2026", "2026"), {"dora": 2026}, round=2) == {"dora"}
+    assert charge_round(made, ask("five", "2026", "2026"), {"dora": 2027}) == set()
+    assert charge_round(made, ask("five", "2026", "2026"), {"dora": 2026}, round=2) == {"dora"}
 
 
 def test_retries_and_later_rounds_reread_the_arrival_register(ledger: Any) -> None:
     made, asked = ledger(), ask("one", "2024", "2024")
-    assert admitted(made, asked, {"ann": 2024}) == {"ann"}
-    assert admitted(made, asked, {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
-    assert admitted(made, asked, {}, round=2) == set()
-    assert admitted(made, asked, {"ann": 2026}, round=3) == {"ann"}
+    assert charge_round(made, asked, {"ann": 2024}) == {"ann"}
+    assert charge_round(made, asked, {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
+    assert charge_round(made, asked, {}, round=2) == set()
+    assert charge_round(made, asked, {"ann": 2026}, round=3) == {"ann"}
 
 
 def test_number_and_format_of_events_do_not_depend_on_records(ledger: Any, path: Path) -> None:
     made, asked = ledger(), ask("one", "2024", "2024")
     for round, own in ((1, {}), (2, {"ann": 2024}), (3, {"ann": 2024}), (4, {"ben": 2020})):
         before = made.history.length
-        admitted(made, asked, own, round=round)
+        charge_round(made, asked, own, round=round)
         assert made.history.length == before + 1 + (round == 1)
     charges = [event for event in verify(path).events if event.cohort]
     assert [event.cohort for event in charges] == ["2024..2024"] * 4
@@ -234,7 +240,7 @@ def test_number_and_format_of_events_do_not_depend_on_records(ledger: Any, path:
 
 
 def test_ledger_file_contains_no_names_or_plain_name_hashes(ledger: Any, path: Path) -> None:
-    admitted(ledger(), ask("one", "2024", "2024"), {"Ann Example": 2024})
+    charge_round(ledger(), ask("one", "2024", "2024"), {"Ann Example": 2024})
     data = path.read_bytes()
     for guess in (b"Ann Example", hashlib.sha256(b"Ann Example").digest()[:8]):
         assert guess not in data
@@ -244,7 +250,7 @@ def test_refused_and_rolled_back_rounds_register_nobody(ledger: Any, path: Path)
     made = ledger()
     train(made, ask("first", "2024", "2024", num_rounds=10), *range(1, 11))
     again, date = ask("again", "2024", "2024"), Mock(side_effect=ZeroDivisionError)
-    assert reason_of(made.reserve, again, round=1, request="q", arrivals=date) is Reason.MAX_EPSILON
+    assert read_refusal_reason(made.reserve, again, round=1, request="q", arrivals=date) is Reason.MAX_EPSILON
     stored = {"round": 10, "request": "digest first 10", "arrivals": date}
     assert made.reserve(ask("first", "2024", "2024", num_rounds=10), **stored) == b"reply"
     assert not date.called, "neither a refusal nor a stored reply reads a date"
@@ -267,7 +273,7 @@ OTHER_UNIT = "x'000102030405060708090a0b0c0d0e0f'"
     ],
 )
 def test_arrival_register_is_append_only_and_tampering_is_detected(ledger: Any, path: Path, change: str) -> None:
-    admitted(ledger(), ask("one", "2024", "2024"), {"ann": 2024})
+    charge_round(ledger(), ask("one", "2024", "2024"), {"ann": 2024})
     verify(path)
     triggers = [statement for statement in register.SCHEMA if "TRIGGER" in statement]
     with sqlite3.connect(path) as file:
@@ -278,7 +284,7 @@ def test_arrival_register_is_append_only_and_tampering_is_detected(ledger: Any, 
             file.execute(f"DROP TRIGGER arrivals_are_never_{name}")
         for statement in (change, *triggers):
             file.execute(statement)
-    for read in (lambda: verify(path), lambda: admitted(ledger(), ask("two", "2025", "2025"), {"ann": 2025})):
+    for read in (lambda: verify(path), lambda: charge_round(ledger(), ask("two", "2025", "2025"), {"ann": 2025})):
         with pytest.raises(RunError, match="register of arrivals"):
             read()
 
@@ -297,28 +303,28 @@ def backups(ledger: Any, path: Path) -> Backups:
 
 def test_cohorts_survive_a_restore_without_lost_charges(backups: Backups) -> None:
     made = backups.open()
-    admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
+    charge_round(made, ask("one", "2024", "2024"), {"ann": 2024})
     backups.back_up()
     made.end_run("one")
     back = backups.put_back(anchor=made.head())
     assert not back.history.total_charges(0)
-    assert admitted(back, ask("three", "2024", "2024"), {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
+    assert charge_round(back, ask("three", "2024", "2024"), {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
 
 
 @pytest.mark.parametrize("lost", [("2024", "2024"), ("2026", "2026")])
 def test_charges_after_a_restore_do_not_depend_on_records(backups: Backups, lost: tuple[str, str]) -> None:
     """Whether anybody was new in the lost rounds is told by no figure, and decides about nobody else."""
     made = backups.open()
-    admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
+    charge_round(made, ask("one", "2024", "2024"), {"ann": 2024})
     backups.back_up()
     seen = []
     for own in ({"ann": 2024}, {"ann": 2024, "ben": 2026}, {}):
         made = backups.put_back()
-        admitted(made, ask("two", *lost), own)
+        charge_round(made, ask("two", *lost), own)
         anchor = made.head()
         back = backups.put_back(anchor=anchor)
         figures = [back.history.total_charges(cohort) for cohort in (0, 2024, 2026)]
-        later = admitted(back, ask("three", "2024", "2026"), {"ann": 2024, "cy": 2026, **own}) - {"ben"}
+        later = charge_round(back, ask("three", "2024", "2026"), {"ann": 2024, "cy": 2026, **own}) - {"ben"}
         seen.append((figures, later, anchor.arrivals, anchor.charged))
     assert seen[0] == seen[1] == seen[2]
     assert seen[0][1] == {"ann"}
@@ -327,81 +333,83 @@ def test_charges_after_a_restore_do_not_depend_on_records(backups: Backups, lost
 def test_people_trained_on_an_unanchored_branch_are_not_new_arrivals(backups: Backups) -> None:
     """A branch whose rounds another branch's anchor stands for wrote rows that this anchor's branch never had."""
     made = backups.open()
-    admitted(made, ask("run", "2024", "2024"), {})
+    charge_round(made, ask("run", "2024", "2024"), {})
     anchor = made.head()
-    assert admitted(backups.put_back(), ask("run", "2024", "2024"), {"ann": 2024}) == {"ann"}
+    assert charge_round(backups.put_back(), ask("run", "2024", "2024"), {"ann": 2024}) == {"ann"}
     back = backups.put_back(anchor=anchor)
-    assert admitted(back, ask("later", "2026", "2026"), {"ann": 2026}) == set()
+    assert charge_round(back, ask("later", "2026", "2026"), {"ann": 2026}) == set()
 
 
 def test_unknown_people_join_the_oldest_cohort_after_lost_rows(backups: Backups) -> None:
     made = backups.open()
-    admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
+    charge_round(made, ask("one", "2024", "2024"), {"ann": 2024})
     backups.back_up()
-    admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
+    charge_round(made, ask("two", "2025", "2025"), {"ben": 2025})
     back = backups.put_back(anchor=made.head())
     history = back.history
     assert history.total_charges(0) == events.count_mechanisms([ONCE] * 2), "ben may be anybody who is unknown here"
     assert history.total_charges(2024) == history.total_charges(2025) == events.count_mechanisms([ONCE])
     # His date says 2026 now; nor is it known that cy is new.
     own = {"ann": 2026, "ben": 2026, "cy": 2026}
-    assert admitted(back, ask("three", "2024", "2026"), own) == {"ann"}
-    assert admitted(back, ask("four", None, "2023"), own) == {"ben", "cy"}
+    assert charge_round(back, ask("three", "2024", "2026"), own) == {"ann"}
+    assert charge_round(back, ask("four", None, "2023"), own) == {"ben", "cy"}
     assert verify(backups.path).history.cohorts() == [0, 1, 2024, 2025, 2026, 2027]
 
 
 def test_people_registered_on_both_branches_join_the_oldest_cohort(backups: Backups) -> None:
     made = backups.open()
-    admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
+    charge_round(made, ask("two", "2025", "2025"), {"ben": 2025})
     anchor = made.head()
     back = backups.put_back()
-    assert admitted(back, ask("here", "2026", "2026"), {"ben": 2026}) == {"ben"}  # trained on before it was made up for
+    assert charge_round(back, ask("here", "2026", "2026"), {"ben": 2026}) == {
+        "ben"
+    }  # trained on before it was made up for
     back.charge_gap(anchor)
-    assert admitted(back, ask("three", "2025", "2026"), {"ben": 2026}) == set()
-    assert admitted(back, ask("four", None, "2023"), {"ben": 2026}) == {"ben"}
+    assert charge_round(back, ask("three", "2025", "2026"), {"ben": 2026}) == set()
+    assert charge_round(back, ask("four", None, "2023"), {"ben": 2026}) == {"ben"}
     assert back.history.total_charges(0) == events.count_mechanisms([ONCE] * 3)
 
 
 def test_second_restore_remembers_that_rows_were_lost(backups: Backups) -> None:
     made = backups.open()
-    admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
+    charge_round(made, ask("two", "2025", "2025"), {"ben": 2025})
     back = backups.put_back(anchor=made.head())
     again = backups.put_back(anchor=back.head())  # no row was written since the backup
     assert again.history.lost_rows
-    assert admitted(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
+    assert charge_round(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
 
 
-def beside_a_lost_ledger(backups: Backups, *, there: str, here: str) -> tuple[SiteLedger, Head]:
+def restore_beside_lost_ledger(backups: Backups, *, there: str, here: str) -> tuple[SiteLedger, Head]:
     """A ledger and its backup, and the head of one that parted from it; each admitted somebody since."""
     made = backups.open()
-    admitted(made, ask("lost", "2025", "2025"), {there: 2025})
+    charge_round(made, ask("lost", "2025", "2025"), {there: 2025})
     lost = made.head()
     back = backups.put_back()
-    admitted(back, ask("here", "2026", "2026"), {here: 2026})
+    charge_round(back, ask("here", "2026", "2026"), {here: 2026})
     backups.back_up()
     return back, lost
 
 
 def test_doubts_of_a_lost_ledger_survive_a_second_restore(backups: Backups) -> None:
     """Its rows were of no worth behind an event that the newer backup has, too."""
-    back, lost = beside_a_lost_ledger(backups, there="ben", here="ben")
+    back, lost = restore_beside_lost_ledger(backups, there="ben", here="ben")
     back.charge_gap(lost)
     again = backups.put_back(anchor=back.head())
-    assert admitted(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
+    assert charge_round(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
 
 
 def test_local_doubts_cover_charges_of_another_branch(backups: Backups) -> None:
     """A row that is doubted here counts as the oldest cohort, though another branch never doubted it."""
-    back, lost = beside_a_lost_ledger(backups, there="ann", here="ben")
+    back, lost = restore_beside_lost_ledger(backups, there="ann", here="ben")
     doubting = backups.path.with_name("doubting.db")
     back.charge_gap(lost)
     shutil.copy(backups.path, doubting)
     other = backups.put_back()
-    assert admitted(other, ask("there", "2026", "2026"), {"ben": 2026}) == {"ben"}
+    assert charge_round(other, ask("there", "2026", "2026"), {"ben": 2026}) == {"ben"}
     shutil.copy(doubting, backups.path)
     here = backups.open()
     here.charge_gap(other.head())
-    assert admitted(here, ask("last", "2026", "2026"), {"ben": 2026}) == set()
+    assert charge_round(here, ask("last", "2026", "2026"), {"ben": 2026}) == set()
     assert here.history.total_charges(0) == events.count_mechanisms([ONCE] * 3), (
         "both that ben was in, and the lost one"
     )

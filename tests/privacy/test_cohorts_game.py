@@ -21,7 +21,7 @@ from fedtune.privacy.release import Refused
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import RunError
 
-from .builders import policy, proposal, site_key
+from .builders import make_policy, make_proposal, site_key
 
 YEARS = range(2024, 2029)
 PLANS: list[dict[str, Any]] = [{"num_rounds": 2}, {"num_rounds": 3, "noise_multiplier": 0.8, "local_steps": 1}]
@@ -74,7 +74,7 @@ class Site:
         cohorts = Cohorts(period="year", first=self.chance.choice([None, str(first)]), last=str(last))
         self.made += 1
         plan = {**self.chance.choice(PLANS), "cohorts": cohorts, "unit": "user", "records_per_user": 4}
-        self.runs.append((proposal(run=f"run {self.made}", plan=plan), 0))
+        self.runs.append((make_proposal(run=f"run {self.made}", plan=plan), 0))
         self.next()
 
     def next(self, arrivals: Callable[[], dict[str, int]] | None = None) -> None:
@@ -155,7 +155,9 @@ class Site:
 @pytest.mark.parametrize("seeds", [range(60), pytest.param(range(1000, 11_000), marks=pytest.mark.nightly)])
 def test_random_histories_never_exceed_the_charge_of_any_cohort(tmp_path: Path, seeds: range) -> None:
     people = {"unit": "user", "arrivals": "year"}
-    site = policy(population=people, dataset=(Dataset(id="notes", declared_size=2000),), budget={"max_epsilon": 30.0})
+    site = make_policy(
+        population=people, dataset=(Dataset(id="notes", declared_size=2000),), budget={"max_epsilon": 30.0}
+    )
     done = Counter[str]()
     for seed in seeds:
         folder = tmp_path / f"{seed}"

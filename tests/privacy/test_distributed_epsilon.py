@@ -20,7 +20,7 @@ from fedtune.privacy.distributed_noise import (
     add_noise_share,
     combine_noise_shares,
     epsilons_by_adversary,
-    secure_sum_event,
+    secure_aggregation_event,
 )
 from fedtune.privacy.loss_distribution import Composition
 from fedtune.privacy.mechanism import GRID_BITS
@@ -32,17 +32,17 @@ CLIP_NORM = 2**GRID_BITS
 DELTA = 1e-5
 
 
-def shared(noise: float, sites: int, *, threshold: int | None = None, colluders: int = 0) -> SharedNoise:
+def make_shared(noise: float, sites: int, *, threshold: int | None = None, colluders: int = 0) -> SharedNoise:
     return Together(num_sites=sites, threshold=threshold or sites, colluders=colluders).with_share(noise, bound=1000)
 
 
-def claimed_delta(event: DpEvent, epsilon: float, *, times: int = 1) -> float:
+def compute_claimed_delta(event: DpEvent, epsilon: float, *, times: int = 1) -> float:
     """What the accountant says of `event`, `times` times."""
-    return composed(event, times).delta(epsilon)
+    return compose_times(event, times).delta(epsilon)
 
 
 @lru_cache(maxsize=64)
-def composed(event: DpEvent, times: int) -> Composition:
+def compose_times(event: DpEvent, times: int) -> Composition:
     return compose_pld(tuple(events.count_mechanisms({event: times}).items()), FINE)
 
 
@@ -52,22 +52,22 @@ CELLS = 8.0
 """Standard deviation of a share: the widest cells that are allowed."""
 
 
-def one_value(contribution: float, others: list[float]) -> exact_sums.Values:
+def compute_value_outcomes(contribution: float, others: list[float]) -> exact_sums.Values:
     """Probabilities of one value of a sum: of a site with this contribution, and of others with anything."""
-    return exact_sums.of_a_sum([contribution, *others], CELLS, most=110)
+    return exact_sums.compute_sum_outcomes([contribution, *others], CELLS, most=110)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.3, 0.05])
 @pytest.mark.parametrize(("honest", "clip_norm"), [(1, 8.0), (2, 16.0), (4, 16.0), (5, 11.0)])
 def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, honest: int, clip_norm: float) -> None:
-    event = secure_sum_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    event = secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     others = [0.0, 3.0, -7.0, 2.0][: honest - 1]
     # Rounding happens after the noise, so no sum need be a whole number.
-    without, with_unit = (one_value(contribution, others) for contribution in (0.4, 0.4 + clip_norm))
-    taking_part = exact_sums.sampled(with_unit, without, rate)
+    without, with_unit = (compute_value_outcomes(contribution, others) for contribution in (0.4, 0.4 + clip_norm))
+    taking_part = exact_sums.sample_outcomes(with_unit, without, rate)
     for epsilon in (0.0, 0.1, 0.5, 1.0, 2.0):
-        exact = exact_sums.delta(epsilon, taking_part, without)
-        claimed = claimed_delta(event, epsilon)
+        exact = exact_sums.compute_delta(epsilon, taking_part, without)
+        claimed = compute_claimed_delta(event, epsilon)
         assert exact <= claimed + 1e-12
         # Rounding adds 1/768 to each share's variance.
         assert exact >= 0.97 * claimed - 1e-9, "the charge is no more than it must be"
@@ -77,25 +77,27 @@ def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, hones
 @pytest.mark.parametrize("direction", [(1.0, 0.0), (0.6, 0.8), (-math.sqrt(0.5), math.sqrt(0.5))])
 def test_two_values_of_one_unit_cost_their_joint_norm(rate: float, direction: tuple[float, float]) -> None:
     honest, clip_norm = 2, 16.0
-    event = secure_sum_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
-    without = exact_sums.together(*(one_value(0.0, [4.0]) for _ in direction))
-    with_unit = exact_sums.together(*(one_value(clip_norm * part, [4.0]) for part in direction))
-    taking_part = exact_sums.sampled(with_unit, without, rate)
+    event = secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    without = exact_sums.join_outcomes(*(compute_value_outcomes(0.0, [4.0]) for _ in direction))
+    with_unit = exact_sums.join_outcomes(*(compute_value_outcomes(clip_norm * part, [4.0]) for part in direction))
+    taking_part = exact_sums.sample_outcomes(with_unit, without, rate)
     for epsilon in (0.1, 1.0, 2.0):
-        exact, claimed = exact_sums.delta(epsilon, taking_part, without), claimed_delta(event, epsilon)
+        exact, claimed = exact_sums.compute_delta(epsilon, taking_part, without), compute_claimed_delta(event, epsilon)
         assert 0.97 * claimed - 1e-9 <= exact <= claimed + 1e-12
-    too_long = exact_sums.together(*(one_value(1.1 * clip_norm * part, [4.0]) for part in direction))
-    assert exact_sums.delta(1.0, exact_sums.sampled(too_long, without, rate), without) > claimed_delta(event, 1.0)
+    too_long = exact_sums.join_outcomes(*(compute_value_outcomes(1.1 * clip_norm * part, [4.0]) for part in direction))
+    assert exact_sums.compute_delta(
+        1.0, exact_sums.sample_outcomes(too_long, without, rate), without
+    ) > compute_claimed_delta(event, 1.0)
 
 
 def test_two_releases_cost_their_composition() -> None:
     rate, honest, clip_norm = 0.3, 3, 16.0
-    event = secure_sum_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
-    without, with_unit = one_value(0.0, [1.0, 2.0]), one_value(clip_norm, [1.0, 2.0])
-    once = exact_sums.sampled(with_unit, without, rate)
-    twice, never = exact_sums.together(once, once), exact_sums.together(without, without)
+    event = secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    without, with_unit = compute_value_outcomes(0.0, [1.0, 2.0]), compute_value_outcomes(clip_norm, [1.0, 2.0])
+    once = exact_sums.sample_outcomes(with_unit, without, rate)
+    twice, never = exact_sums.join_outcomes(once, once), exact_sums.join_outcomes(without, without)
     for epsilon in (0.1, 0.5, 1.0):
-        exact, claimed = exact_sums.delta(epsilon, twice, never), claimed_delta(event, epsilon, times=2)
+        exact, claimed = exact_sums.compute_delta(epsilon, twice, never), compute_claimed_delta(event, epsilon, times=2)
         assert 0.96 * claimed - 1e-9 <= exact <= claimed + 1e-12
 
 
@@ -104,13 +106,14 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
     for sites, deviation in ((25, 0.2), (100, 0.1)):
         assert deviation * math.sqrt(sites) == pytest.approx(1.0)
         without, with_unit = (
-            exact_sums.of_a_sum([contribution] + [0.0] * (sites - 1), deviation, most=6) for contribution in (0.0, 1.0)
+            exact_sums.compute_sum_outcomes([contribution] + [0.0] * (sites - 1), deviation, most=6)
+            for contribution in (0.0, 1.0)
         )
-        event = secure_sum_event(sampling_rate=1.0, noise_multiplier=deviation, honest=sites)
-        assert exact_sums.delta(1.0, with_unit, without) > 2.5 * claimed_delta(event, 1.0)
+        event = secure_aggregation_event(sampling_rate=1.0, noise_multiplier=deviation, honest=sites)
+        assert exact_sums.compute_delta(1.0, with_unit, without) > 2.5 * compute_claimed_delta(event, 1.0)
         # The server alone, which rounds the whole noise once, would keep the claim.
-        once = [exact_sums.sent_by_one(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
-        assert exact_sums.delta(1.0, *once) <= claimed_delta(event, 1.0)
+        once = [exact_sums.compute_site_outcomes(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
+        assert exact_sums.compute_delta(1.0, *once) <= compute_claimed_delta(event, 1.0)
         with pytest.raises(ValueError, match="rounding removes the noise shares"):
             SharedNoise(
                 num_sites=sites, threshold=sites, colluders=0, noise_multiplier=deviation, cell_bits=0, bound=10
@@ -129,7 +132,7 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
 def test_epsilon_for_honest_sites_matches_reference_values(share: float, by_honest: dict[int, float]) -> None:
     """Rate 0.01, 1000 releases, delta 1e-5."""
     for honest, epsilon in by_honest.items():
-        event = secure_sum_event(sampling_rate=0.01, noise_multiplier=share, honest=honest)
+        event = secure_aggregation_event(sampling_rate=0.01, noise_multiplier=share, honest=honest)
         assert epsilon_pld({event: 1000}, DELTA) == pytest.approx(epsilon, abs=0.011 if epsilon < 10 else 0.06)
 
 
@@ -142,47 +145,47 @@ def test_epsilons_for_four_sites_match_reference_values(
     """Rate 0.3, 50 releases, nobody drops: the server alone, and all others against one."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=0.3, steps=50)
     share = Together(num_sites=4, threshold=4, colluders=0).share_for_total(total)
-    found = epsilons_by_adversary(shared(share, 4), survivors={4: 50}, sampling_rate=0.3, delta=DELTA)
+    found = epsilons_by_adversary(make_shared(share, 4), survivors={4: 50}, sampling_rate=0.3, delta=DELTA)
     assert 0.998 * target < found.server_alone <= target
     assert found.with_colluders == found.server_alone, "with no colluders these are the same"
     assert found.with_all_others == pytest.approx(all_others, abs=0.06)
     # The noise that each bank adds alone today, at each of four.
-    today = secure_sum_event(sampling_rate=0.3, noise_multiplier=total, honest=4)
+    today = secure_aggregation_event(sampling_rate=0.3, noise_multiplier=total, honest=4)
     assert epsilon_pld({today: 50}, DELTA) == pytest.approx(local_noise_costs, abs=0.006)
 
 
 # The three figures, and what a release is charged.
 
 
-def figures(survivors: dict[int, int], also: Sequence[DpEvent] = ()) -> Any:
-    plan = shared(0.7, 6, threshold=4, colluders=1)
+def compute_figures(survivors: dict[int, int], also: Sequence[DpEvent] = ()) -> Any:
+    plan = make_shared(0.7, 6, threshold=4, colluders=1)
     return epsilons_by_adversary(plan, survivors=survivors, sampling_rate=0.2, delta=DELTA, also=also)
 
 
-def epsilon_of(*honest: int) -> float:
+def cache_epsilons(*honest: int) -> float:
     """Of one release for each number of honest shares, worked out anew."""
     each = [PoissonSampledDpEvent(0.2, GaussianDpEvent(math.sqrt(0.7**2 * number))) for number in honest]
     return epsilon_pld(each, DELTA, interval=accountant.COARSE)
 
 
 def test_each_epsilon_counts_only_the_noise_of_honest_sites() -> None:
-    found = figures({6: 2, 5: 1, 4: 3})
-    expected = epsilon_of(6, 6, 5, 4, 4, 4), epsilon_of(5, 5, 4, 3, 3, 3), epsilon_of(1, 1, 1, 1, 1, 1)
+    found = compute_figures({6: 2, 5: 1, 4: 3})
+    expected = cache_epsilons(6, 6, 5, 4, 4, 4), cache_epsilons(5, 5, 4, 3, 3, 3), cache_epsilons(1, 1, 1, 1, 1, 1)
     assert (found.server_alone, found.with_colluders, found.with_all_others) == pytest.approx(expected, rel=1e-6)
     assert found.server_alone < found.with_colluders < found.with_all_others
 
 
 def test_releases_with_fewer_survivors_are_charged_more() -> None:
-    spent = [figures({number: 6}).with_colluders for number in (6, 5, 4, 3, 2, 1)]
+    spent = [compute_figures({number: 6}).with_colluders for number in (6, 5, 4, 3, 2, 1)]
     assert spent[:5] == sorted(set(spent[:5]))
     assert spent[4] == spent[5], "below two, a site's own share is left"
     # The plan's figure is that of the threshold, and holds for any survivors of at least as many.
-    assert figures({6: 1, 5: 3, 4: 2}).with_colluders < figures({4: 6}).with_colluders
+    assert compute_figures({6: 1, 5: 3, 4: 2}).with_colluders < compute_figures({4: 6}).with_colluders
 
 
 def test_local_score_releases_raise_every_epsilon() -> None:
     scores = GaussianDpEvent(3.0)
-    with_scores, without = figures({5: 4}, also=[scores, scores]), figures({5: 4})
+    with_scores, without = compute_figures({5: 4}, also=[scores, scores]), compute_figures({5: 4})
     for field in dataclasses.fields(without):
         assert getattr(with_scores, field.name) > getattr(without, field.name) + 0.1
 
@@ -196,17 +199,17 @@ def attack_of_two_steps(sites: int, trials: int, *, unit: bool, threshold: float
     The unit adds one clip norm to its site's first sum; the site's other records add a hundred to the second, up or
     down, by which side of a half the site's hidden state came to lie on.
     """
-    plan = dataclasses.replace(shared(1 / math.sqrt(sites), sites), cell_bits=GRID_BITS)
+    plan = dataclasses.replace(make_shared(1 / math.sqrt(sites), sites), cell_bits=GRID_BITS)
     randomness = SeededRandomness(3)
 
-    def step(site: int, number: int, sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def take_step(site: int, number: int, sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return add_noise_share({"a": sums}, plan, randomness.stream(site, number, str(unit)))["a"]
 
     nothing = np.zeros(trials, dtype=np.int64)
-    state = step(0, 1, nothing + CLIP_NORM * unit)
-    total = state + step(0, 2, np.where(state > CLIP_NORM / 2, 100, -100) * CLIP_NORM)
+    state = take_step(0, 1, nothing + CLIP_NORM * unit)
+    total = state + take_step(0, 2, np.where(state > CLIP_NORM / 2, 100, -100) * CLIP_NORM)
     for site in range(1, sites):
-        total = total + step(site, 1, nothing) + step(site, 2, nothing)
+        total = total + take_step(site, 1, nothing) + take_step(site, 2, nothing)
     return float((total > threshold * CLIP_NORM).mean())
 
 
@@ -217,21 +220,21 @@ def test_multiple_local_steps_get_no_credit_for_noise_of_other_sites(sites: int,
     assert found == pytest.approx(hit, abs=0.01)
     assert false_alarm == pytest.approx(1 - hit, abs=0.01)
 
-    def refuted(event: DpEvent) -> bool:
+    def is_refuted(event: DpEvent) -> bool:
         return any(
-            found - math.exp(epsilon) * false_alarm > claimed_delta(event, epsilon) + 0.02
+            found - math.exp(epsilon) * false_alarm > compute_claimed_delta(event, epsilon) + 0.02
             for epsilon in np.linspace(0, 3, 13)
         )
 
     share = 1 / math.sqrt(sites)
-    credited = secure_sum_event(sampling_rate=1.0, noise_multiplier=share, honest=sites)
+    credited = secure_aggregation_event(sampling_rate=1.0, noise_multiplier=share, honest=sites)
     two_credited = events.dp_sgd_event(sampling_rate=1.0, noise_multiplier=combine_noise_shares(share, sites), steps=2)
     assert events.count_mechanisms([credited, credited]) == events.count_mechanisms([two_credited])
-    assert refuted(two_credited), "two releases of a step each would be as private, and two local steps are not"
+    assert is_refuted(two_credited), "two releases of a step each would be as private, and two local steps are not"
     # Two Gaussian mechanisms of noise 1 allow this much at the attack's rate of false alarms.
     assert stats.norm.cdf(math.sqrt(2) + stats.norm.ppf(1 - hit)) == pytest.approx(most, abs=0.002)
     own_shares = events.dp_sgd_event(sampling_rate=1.0, noise_multiplier=share, steps=2)
-    assert not refuted(own_shares), "so a plan of secure sums has one step a round"
+    assert not is_refuted(own_shares), "so a plan of secure aggregation has one step a round"
 
 
 def test_clipping_a_whole_site_sum_halves_the_noise_per_record() -> None:
@@ -239,16 +242,16 @@ def test_clipping_a_whole_site_sum_halves_the_noise_per_record() -> None:
     records = np.full((9, 2), [0.02, 0.0])
     joining = np.array([[-1.0, 0.0]])
 
-    def clipped_whole(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    def clip_whole_sum(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         total = 100 * rows.sum(axis=0)  # a site's update, much longer than R
         return np.trunc(total / max(float(np.linalg.norm(total)), 1.0) * CLIP_NORM).astype(np.int64)
 
-    apart = np.linalg.norm(clipped_whole(np.concatenate([records, joining])) - clipped_whole(records)) / CLIP_NORM
+    apart = np.linalg.norm(clip_whole_sum(np.concatenate([records, joining])) - clip_whole_sum(records)) / CLIP_NORM
     assert apart == pytest.approx(2.0, abs=1e-6)
     # An attacker who looks on which side of the middle the sum lies: noise of 1.5 R, four sites.
     noise = 1.5
     found, false_alarm = stats.norm.cdf(apart / 2 / noise), stats.norm.cdf(-apart / 2 / noise)
-    event = secure_sum_event(sampling_rate=1.0, noise_multiplier=noise / 2, honest=4)
-    half = secure_sum_event(sampling_rate=1.0, noise_multiplier=noise / 4, honest=4)
-    assert found - false_alarm > claimed_delta(event, 0.0) + 0.1, "what the noise over R claims does not hold"
-    assert found - false_alarm <= claimed_delta(half, 0.0) + 1e-9, "and half of it does"
+    event = secure_aggregation_event(sampling_rate=1.0, noise_multiplier=noise / 2, honest=4)
+    half = secure_aggregation_event(sampling_rate=1.0, noise_multiplier=noise / 4, honest=4)
+    assert found - false_alarm > compute_claimed_delta(event, 0.0) + 0.1, "what the noise over R claims does not hold"
+    assert found - false_alarm <= compute_claimed_delta(half, 0.0) + 1e-9, "and half of it does"

@@ -19,7 +19,7 @@ from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
 
-from .exact_sums import HALF_UP, fits, of_a_sum, of_rounded_total, total_variation
+from .exact_sums import HALF_UP, compute_rounded_outcomes, compute_sum_outcomes, compute_total_variation, fits
 
 Whole = npt.NDArray[np.int64]
 COUNT = 100_000
@@ -45,18 +45,18 @@ def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: An
     """At deviations so small that there is a gap, and for sums that are no whole numbers."""
     most = 30
     for shift in (HALF_UP, 0.5 + 1 / 16):
-        exact = of_a_sum(values, deviation, most=most, shift=shift)
-        rounded = of_rounded_total(sum(values), deviation, len(values), most=most, shift=shift)
+        exact = compute_sum_outcomes(values, deviation, most=most, shift=shift)
+        rounded = compute_rounded_outcomes(sum(values), deviation, len(values), most=most, shift=shift)
         assert rounded.sum() == pytest.approx(1, abs=1e-9)
-        gap = total_variation(exact, rounded)
+        gap = compute_total_variation(exact, rounded)
         assert gap <= (len(values) - 1) * math.exp(-((math.pi * deviation) ** 2)) + 1e-12
 
 
 def test_gap_is_negligible_at_the_widest_cells() -> None:
     for values in ((0.0, 0.0), (0.3, 0.45, -8.2, 5.5)):
-        exact = of_a_sum(values, LEAST_CELLS, most=100)
-        rounded = of_rounded_total(sum(values), LEAST_CELLS, len(values), most=100)
-        assert total_variation(exact, rounded) < 1e-12
+        exact = compute_sum_outcomes(values, LEAST_CELLS, most=100)
+        rounded = compute_rounded_outcomes(sum(values), LEAST_CELLS, len(values), most=100)
+        assert compute_total_variation(exact, rounded) < 1e-12
     assert Fraction(2) ** 70 * Fraction(math.exp(-((math.pi * LEAST_CELLS) ** 2))) < Fraction(1, 10**250)
 
 

@@ -14,49 +14,49 @@ from fedtune.privacy.release import Reason, Receipt
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import RunError
 
-from .builders import far_on, of_users, policy, proposal, reason_of, train
+from .builders import advance_head, make_policy, make_proposal, make_user_policy, read_refusal_reason, train
 from .conftest import Backups, Clock
 
 
 def require_shown(ledger: SiteLedger, *receipts: Receipt) -> None:
     """Each is genuine, and the ledger lacks it."""
     for receipt in receipts:
-        assert reason_of(ledger.require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+        assert read_refusal_reason(ledger.require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
 def require_in_doubt(ledger: SiteLedger, asked: Any) -> None:
-    assert reason_of(ledger.reserve, asked, round=1, request="q") is Reason.LEDGER_BEHIND_RECEIPT
+    assert read_refusal_reason(ledger.reserve, asked, round=1, request="q") is Reason.LEDGER_BEHIND_RECEIPT
 
 
 def test_restored_ledger_inherits_the_doubts_of_the_replaced_ledger(backups: Backups) -> None:
-    lost, receipt = backups.branch(proposal(), 2, 3, 4)
+    lost, receipt = backups.branch(make_proposal(), 2, 3, 4)
     doubting = backups.put_back()
     require_shown(doubting, receipt)
     again = backups.put_back(anchor=doubting.head())
-    require_in_doubt(again, proposal(run="new"))
+    require_in_doubt(again, make_proposal(run="new"))
     assert again.history.furthest_doubt == (receipt.sequence, receipt.head, "r", 4)
     again.charge_gap(lost)
     assert again.history.charged_rounds("r") == 4
-    train(again, proposal(run="new"), 1)
+    train(again, make_proposal(run="new"), 1)
 
 
 def test_doubt_about_an_event_in_the_backup_is_not_inherited(backups: Backups) -> None:
-    _, receipt = backups.branch(proposal(), 2, 3, 4)
+    _, receipt = backups.branch(make_proposal(), 2, 3, 4)
     newer, doubting = backups.path.read_bytes(), backups.put_back()
     require_shown(doubting, receipt)
     backups.path.write_bytes(newer)
     again = backups.open()
     again.charge_gap(doubting.head())
-    train(again, proposal(run="new"), 1)
+    train(again, make_proposal(run="new"), 1)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_anchor_clears_only_the_doubts_about_events_it_knows(backups: Backups, order: tuple[int, int]) -> None:
     ledger = backups.put_back()
-    train(ledger, proposal(), 2)
-    train(ledger, proposal(run="other"), 1)
+    train(ledger, make_proposal(), 2)
+    train(ledger, make_proposal(run="other"), 1)
     older, receipts = ledger.head(), [ledger.sign_receipt("r")]
-    train(ledger, proposal(run="other"), 2)
+    train(ledger, make_proposal(run="other"), 2)
     newest, receipts = ledger.head(), [*receipts, ledger.sign_receipt("other")]
     behind = backups.put_back()
     for _ in range(3):
@@ -64,54 +64,54 @@ def test_anchor_clears_only_the_doubts_about_events_it_knows(backups: Backups, o
     assert len(behind.history.doubts) == 2, "each is noted once"
     behind.charge_gap(older)
     assert {doubt.run for doubt in behind.history.doubts} == {"other"}
-    require_in_doubt(behind, proposal(run="new"))
+    require_in_doubt(behind, make_proposal(run="new"))
     behind.charge_gap(newest)
-    train(behind, proposal(run="new", plan={"num_rounds": 4}), 1)
+    train(behind, make_proposal(run="new", plan={"num_rounds": 4}), 1)
 
 
 def test_no_doubt_is_cleared_after_the_list_of_doubts_overflowed(backups: Backups, monkeypatch: Any) -> None:
     monkeypatch.setattr(site_ledger, "_MOST_DOUBTS", 2)
     ledger, receipts = backups.put_back(), []
     for round in (2, 3, 4):
-        train(ledger, proposal(plan={"num_rounds": 4}, run="s"), round)
+        train(ledger, make_proposal(plan={"num_rounds": 4}, run="s"), round)
         receipts.append(ledger.sign_receipt("s"))
     behind = backups.put_back()
     require_shown(behind, *receipts)
     assert len(behind.history.doubts) == 2
     behind.charge_gap(ledger.head())
-    require_in_doubt(behind, proposal(run="new"))
+    require_in_doubt(behind, make_proposal(run="new"))
 
 
 @pytest.mark.parametrize("doubted", [True, False], ids=["shown before", "shown afterwards"])
 @pytest.mark.parametrize("rounds", [2, 3])
 def test_rounds_of_an_unanchored_branch_do_not_count_for_another(backups: Backups, rounds: int, doubted: bool) -> None:
     """Two copies of a backup are charged as many rounds of a run; one of them goes on for long, the other is lost."""
-    unseen, receipt = backups.branch(proposal(), *range(2, rounds + 1))
-    train(backups.put_back(), proposal(), *range(2, rounds + 1))
-    lost = far_on(backups.open())
+    unseen, receipt = backups.branch(make_proposal(), *range(2, rounds + 1))
+    train(backups.put_back(), make_proposal(), *range(2, rounds + 1))
+    lost = advance_head(backups.open())
     restored = backups.put_back()
     if doubted:
         require_shown(restored, receipt)
     restored.charge_gap(lost)
     assert restored.history.charged_rounds("r") == rounds, "what the anchor knows, and the first round once"
     require_shown(restored, receipt)
-    require_in_doubt(restored, proposal(run="new"))
+    require_in_doubt(restored, make_proposal(run="new"))
     restored.charge_gap(unseen)
     assert restored.history.charged_rounds("r") == 1 + 2 * (rounds - 1)
     restored.require_receipt(receipt)
-    train(restored, proposal(run="new"), 1)
+    train(restored, make_proposal(run="new"), 1)
 
 
 def test_receipts_of_anchored_events_are_accepted_after_a_restore(backups: Backups) -> None:
     ledger = backups.put_back()
     receipts = [ledger.sign_receipt("r")]
-    train(ledger, proposal(), 2)
+    train(ledger, make_proposal(), 2)
     receipts.append(ledger.sign_receipt("r"))
-    far_on(ledger, 5)
+    advance_head(ledger, 5)
     receipts.append(ledger.sign_receipt("x"))
-    ledger.deny(proposal(run="denied"), "no")
+    ledger.deny(make_proposal(run="denied"), "no")
     receipts.append(ledger.sign_receipt("r"))
-    lost = far_on(ledger)
+    lost = advance_head(ledger)
     assert [receipt.sequence for receipt in receipts] == [4, 6, 6, 13]
     for receipt in receipts[1:]:
         require_shown(backups.put_back(), receipt)
@@ -120,52 +120,52 @@ def test_receipts_of_anchored_events_are_accepted_after_a_restore(backups: Backu
     restored.charge_gap(lost)
     for receipt in receipts:
         restored.require_receipt(receipt)
-    train(restored, proposal(run="new"), 1)
+    train(restored, make_proposal(run="new"), 1)
 
 
 @pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)], ids=["doubting", "doubting then lost", "lost then doubting"])
 def test_doubt_recorded_in_an_anchor_persists(backups: Backups, order: tuple[int, ...]) -> None:
     """It has all of its events, and so knows that it lacks this one."""
-    lost, receipt = backups.branch(proposal(), 2)
+    lost, receipt = backups.branch(make_proposal(), 2)
     doubting = backups.put_back()
-    train(doubting, proposal(), 2)
-    far_on(doubting)
+    train(doubting, make_proposal(), 2)
+    advance_head(doubting)
     require_shown(doubting, receipt)
     anchor = doubting.head()
     again = backups.put_back()
     for number in order:
         again.charge_gap((anchor, lost)[number])
         if number == order[0] == 0:
-            require_in_doubt(again, proposal(run="new"))
+            require_in_doubt(again, make_proposal(run="new"))
             require_shown(again, receipt)
     if 1 in order:
         again.require_receipt(receipt)
-        train(again, proposal(run="new"), 1)
+        train(again, make_proposal(run="new"), 1)
     else:
-        require_in_doubt(backups.open(), proposal(run="new"))
+        require_in_doubt(backups.open(), make_proposal(run="new"))
 
 
 def test_restore_keeps_denials_and_caps(backups: Backups) -> None:
-    denied = proposal(run="denied")
-    low, high = policy(budget={"max_epsilon": 9.0}), policy(budget={"max_epsilon": 12.0})
+    denied = make_proposal(run="denied")
+    low, high = make_policy(budget={"max_epsilon": 9.0}), make_policy(budget={"max_epsilon": 12.0})
     backups.open(policy=high)
     backups.open(policy=low).deny(denied, "no")
     lost = backups.open(policy=low).head()
     assert (lost.policy, lost.caps) == (low.digest(), (11.0, 12.0, 9.0))
     backups.put_back(anchor=lost)
-    assert reason_of(backups.open().reserve, denied, round=1, request="q") is Reason.DENIED
+    assert read_refusal_reason(backups.open().reserve, denied, round=1, request="q") is Reason.DENIED
     assert backups.open().head().denied == lost.denied == (denied.digest(),), "and the next restore does not, either"
     assert [cap for _, cap, _ in backups.open().history.policies] == [11.0, 12.0, 9.0, 11.0]
     assert backups.open().history.cap == 11.0
 
 
-def test_restore_keeps_the_user_columns(opened: Any, path: Path) -> None:
+def test_restore_keeps_the_user_columns(open_ledger: Any, path: Path) -> None:
     first, notes = ("old", "old.csv", "who"), ("notes", "notes.csv", "patient")
     visits = (("notes", "notes.csv", "visit"), ("again", "./notes.csv", "visit"), ("notes", "again.csv", "visit"))
-    opened(policy=of_users(first))
+    open_ledger(policy=make_user_policy(first))
     backup = path.read_bytes()
-    lost = opened(policy=of_users(first, notes))
-    train(lost, proposal(dataset="notes", plan={"unit": "user", "records_per_user": 8}), 1)
+    lost = open_ledger(policy=make_user_policy(first, notes))
+    train(lost, make_proposal(dataset="notes", plan={"unit": "user", "records_per_user": 8}), 1)
     anchor = lost.head()
     assert anchor.users == (
         *(("dataset", "notes", "patient"), ("dataset", "old", "who")),
@@ -174,37 +174,37 @@ def test_restore_keeps_the_user_columns(opened: Any, path: Path) -> None:
     # The policy that is there when the ledger is put back, and one that comes later.
     path.write_bytes(backup)
     with pytest.raises(RunError, match=r"made for dataset notes columns\.user = patient, the policy says visit"):
-        opened(policy=of_users(first, visits[0])).charge_gap(anchor)
+        open_ledger(policy=make_user_policy(first, visits[0])).charge_gap(anchor)
     assert not verify(path).history.restored, "nothing of it was written"
     path.write_bytes(backup)
-    restored = opened(policy=of_users(first))
+    restored = open_ledger(policy=make_user_policy(first))
     restored.charge_gap(anchor)
     for visit in visits:
         with pytest.raises(RunError, match=r"columns\.user = patient, the policy says visit"):
-            opened(policy=of_users(first, visit))
+            open_ledger(policy=make_user_policy(first, visit))
     assert restored.head().users == anchor.users, "and the next restore does not, either"
-    opened(policy=of_users(first, notes))
+    open_ledger(policy=make_user_policy(first, notes))
 
 
-def test_record_level_anchor_has_no_user_columns(opened: Any, path: Path) -> None:
+def test_record_level_anchor_has_no_user_columns(open_ledger: Any, path: Path) -> None:
     named = Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"})
-    assert opened(policy=policy(dataset=(named,))).head().users == ()
+    assert open_ledger(policy=make_policy(dataset=(named,))).head().users == ()
 
 
 # Backups put back more than once, and copies that went their own ways: each branch counts, and nobody is stuck.
 
 
-def rounds_charged(ledger: SiteLedger) -> float:
-    return ledger.history.total_charges().total() / events.count_mechanisms([proposal().plan.event()]).total()
+def count_charged_rounds(ledger: SiteLedger) -> float:
+    return ledger.history.total_charges().total() / events.count_mechanisms([make_proposal().plan.event()]).total()
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_branches_of_one_backup_are_both_charged(backups: Backups, order: tuple[int, int]) -> None:
-    lost = [backups.branch(proposal(run="long"), 1, 2, 3, 4), backups.branch(proposal(run="short"), 1, 2)]
+    lost = [backups.branch(make_proposal(run="long"), 1, 2, 3, 4), backups.branch(make_proposal(run="short"), 1, 2)]
     ledger = backups.put_back()
     for number in order:
         assert ledger.charge_gap(lost[number][0]), "beyond the backup, each has charges of its own"
-    assert rounds_charged(ledger) == 1 + 4 + 2
+    assert count_charged_rounds(ledger) == 1 + 4 + 2
     for head, receipt in lost:
         ledger.require_receipt(receipt)
         assert verify(backups.path, anchor=head).anchor_sequence is not None
@@ -212,26 +212,26 @@ def test_two_branches_of_one_backup_are_both_charged(backups: Backups, order: tu
 
 
 def test_restoring_the_same_backup_twice_charges_all_lost_rounds(backups: Backups) -> None:
-    first, receipt_a = backups.branch(proposal(run="a"), 1, 2)
+    first, receipt_a = backups.branch(make_proposal(run="a"), 1, 2)
     ledger = backups.put_back(anchor=first)
-    train(ledger, proposal(run="c"), 1)
+    train(ledger, make_proposal(run="c"), 1)
     second, receipt_c = ledger.head(), ledger.sign_receipt("c")
     again = backups.put_back(anchor=second)
-    assert rounds_charged(again) == 1 + 2 + 1
+    assert count_charged_rounds(again) == 1 + 2 + 1
     for receipt in (receipt_a, receipt_c):
         again.require_receipt(receipt)
-    train(again, proposal(run="d"), 1)
+    train(again, make_proposal(run="d"), 1)
 
 
 def test_same_request_charged_on_two_branches_counts_twice(clock: Clock, backups: Backups) -> None:
     """A clock that is behind the newest event, as where a machine was put back with its ledger, gives both one time."""
     clock.time -= timedelta(days=1)
-    lost, receipt = backups.branch(proposal(), 2)
+    lost, receipt = backups.branch(make_proposal(), 2)
     ledger = backups.put_back()
-    train(ledger, proposal(), 2)
-    assert reason_of(ledger.require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    train(ledger, make_proposal(), 2)
+    assert read_refusal_reason(ledger.require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
     assert ledger.charge_gap(lost)
-    assert rounds_charged(ledger) == 1 + 1 + 1
+    assert count_charged_rounds(ledger) == 1 + 1 + 1
 
 
 WRONG = [*(("gap", count) for count in (-1, 0, True, 1.0)), *(("shared", count) for count in (-1, True))]
@@ -254,7 +254,7 @@ def test_forged_restore_entries_cannot_lower_the_charges(backups: Backups, key: 
 
 def test_receipts_from_a_process_ahead_raise_no_doubt(backups: Backups) -> None:
     idle, busy = backups.open(), backups.open()
-    train(busy, proposal(), 2)
+    train(busy, make_proposal(), 2)
     idle.require_receipt(busy.sign_receipt("r"))
     assert backups.open().history.furthest_doubt is None
 
@@ -262,7 +262,7 @@ def test_receipts_from_a_process_ahead_raise_no_doubt(backups: Backups) -> None:
 def test_every_receipt_of_a_long_lost_branch_is_accepted_after_restoring(backups: Backups) -> None:
     ledger, receipts = backups.put_back(), []
     for _ in range(140):
-        far_on(ledger, 1)
+        advance_head(ledger, 1)
         receipts.append(ledger.sign_receipt("r"))
     restored = backups.put_back(anchor=ledger.head())
     for receipt in receipts:

@@ -15,7 +15,7 @@ from fedtune.privacy.site_policy import ReferenceRun
 from fedtune.show.budget_text import compute_amount
 from fedtune.spec import ConfigError
 
-from .builders import policy
+from .builders import make_policy
 
 DELTA = 1e-5
 # PITFALLS: what a plan of PLD epsilon 8 costs by Renyi divergence.
@@ -70,21 +70,22 @@ def test_cheapest_finds_the_minimum_over_all_orders() -> None:
         GaussianDpEvent(30.0),
     ):
         costs = (
-            (filter.total_divergence([plan], a) + filter.epsilon_conversion_term(a, DELTA), a) for a in filter.ORDERS
+            (filter.compute_total_divergence([plan], a) + filter.epsilon_conversion_term(a, DELTA), a)
+            for a in filter.ORDERS
         )
         assert filter.smallest_cap(plan, delta=DELTA) == min(costs)
 
 
 @pytest.mark.parametrize(("reference", "cap"), REFERENCES)
 def test_best_order_maximizes_repeats_of_the_reference_run(reference: DpEvent, cap: float) -> None:
-    def repeats(order: float) -> float:
+    def count_repeats(order: float) -> float:
         room = filter.max_divergence(cap, order=order, delta=DELTA)
-        return room / filter.total_divergence([reference], order) if room > 0 else 0.0
+        return room / filter.compute_total_divergence([reference], order) if room > 0 else 0.0
 
     chosen = filter.best_order(reference, epsilon=cap, delta=DELTA)
     assert chosen in filter.ORDERS
-    assert repeats(chosen) == max(map(repeats, filter.ORDERS))
-    assert repeats(chosen) >= 1
+    assert count_repeats(chosen) == max(map(count_repeats, filter.ORDERS))
+    assert count_repeats(chosen) >= 1
 
 
 _CAPS = (0.5, 1.0, 2.0, 5.0, 8.0, 20.0, 50.0, 100.0, 200.0, 500.0, math.inf)
@@ -107,7 +108,7 @@ def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[flo
     rate, noise, steps = reference
     typical = ReferenceRun(sampling_rate=rate, noise_multiplier=noise, steps=steps)
     caps = {"max_epsilon": cap, "max_epsilon_per_period": cap if math.isfinite(cap) else None}
-    site = policy(budget={"reference": typical, **caps})
+    site = make_policy(budget={"reference": typical, **caps})
     history, amount = History.empty(site), compute_amount(site)
     room = filter.max_divergence(cap, order=history.order, delta=history.delta)
     for rate, noise, steps in _PLANS:
@@ -154,7 +155,7 @@ def test_event_divergence_stays_positive_despite_rounding(order: float) -> None:
     for rate in (1e-300, 1e-9, 0.1, 0.9):
         for noise in (1e3, 1e10, 1e150):
             event = events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1)
-            assert filter.total_divergence([event], order) > 0
+            assert filter.compute_total_divergence([event], order) > 0
 
 
 # A few settings and counts, so that slow loss distributions are few.

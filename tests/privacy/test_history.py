@@ -12,33 +12,33 @@ from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import RunError
 
-from .builders import proposal, reserve
+from .builders import make_proposal, reserve
 
 NOW = datetime(2030, 1, 10, tzinfo=UTC)
 
 
 @pytest.fixture
-def told(opened: Any, path: Any, clock: Any) -> list[Event]:
+def told_events(open_ledger: Any, path: Any, clock: Any) -> list[Event]:
     """opened, policy, plan, reserve 1, commit 1, reserve 2; a day between the rounds."""
-    ledger = opened()
-    ledger.commit(reserve(ledger, proposal(), 1, "q1"), b"reply")
+    ledger = open_ledger()
+    ledger.commit(reserve(ledger, make_proposal(), 1, "q1"), b"reply")
     clock.forward(days=1)
-    reserve(ledger, proposal(), 2, "q2")
+    reserve(ledger, make_proposal(), 2, "q2")
     return list(verify(path).events)
 
 
-def followed(told: list[Event]) -> History:
+def follow_events(told: list[Event]) -> History:
     history = History()
     for number, event in enumerate(told, 1):
         history.apply_event(replace(event, sequence=number))
     return history
 
 
-def changed(event: Event, /, **detail: Any) -> Event:
+def change_detail(event: Event, /, **detail: Any) -> Event:
     return replace(event, detail=event.detail | detail)
 
 
-def later(event: Event, **others: Any) -> Event:
+def repeat_later(event: Event, **others: Any) -> Event:
     """An event again, after all others."""
     return replace(event, time="2031-01-01T00:00:00+00:00", **others)
 
@@ -53,42 +53,42 @@ NOTHING = events.to_json(events.dp_sgd_event(sampling_rate=0.25, noise_multiplie
         (lambda t: t[1:], "event 1 must be the note 'opened'"),
         (lambda t: [t[0], *t[2:]], "event 2 must be the note 'policy'"),
         (lambda t: [t[0], t[0]], "event 2 must be the note 'policy'"),
-        (lambda t: [*t, later(t[0])], "the ledger was opened before"),
-        (lambda t: [*t, later(t[2])], "the run was accepted before"),
+        (lambda t: [*t, repeat_later(t[0])], "the ledger was opened before"),
+        (lambda t: [*t, repeat_later(t[2])], "the run was accepted before"),
         (lambda t: [*t[:2], t[3]], r"event 3 \(reserve\) is invalid: 'r'"),
         (lambda t: [*t[:3], t[4]], "it commits a round that was not reserved"),
         (lambda t: [*t[:4], replace(t[4], attempt=2)], "it commits a round that was not reserved"),
         (lambda t: [*t[:4], replace(t[4], request="other")], "it commits a round that was not reserved"),
         (lambda t: [*t[:4], t[3]], "it does not follow from the reservations before it"),
         (lambda t: [*t[:4], replace(t[3], attempt=2, request="x")], "it does not follow from the reservations"),
-        (lambda t: [*t[:3], changed(t[3], event=OTHER_NOISE)], "it does not charge a round of the run's"),
-        (lambda t: [*t[:3], changed(t[3], event=NOTHING)], "it does not charge a round of the run's"),
+        (lambda t: [*t[:3], change_detail(t[3], event=OTHER_NOISE)], "it does not charge a round of the run's"),
+        (lambda t: [*t[:3], change_detail(t[3], event=NOTHING)], "it does not charge a round of the run's"),
         (lambda t: [*t, replace(t[4], time="2029-12-31T00:00:00+00:00")], "it is dated before"),
         (lambda t: [*t, replace(t[4], time="yesterday")], "Invalid isoformat string"),
-        (lambda t: [*t, later(changed(t[1], what="refunded"))], "unknown note 'refunded'"),
-        (lambda t: [*t, later(changed(t[1], what="run_ended"), run="x")], "is invalid: 'x'"),
-        (lambda t: [changed(t[0], order=0.5)], "it does not open a ledger"),
-        (lambda t: [changed(t[0], delta=2.0)], "it does not open a ledger"),
-        (lambda t: [changed(t[0], site_key="0" * 64)], "it does not open a ledger"),
-        (lambda t: [changed(t[0], reference={"kind": "free"})], "must be a privacy event"),
-        (lambda t: [t[0], changed(t[1], policy=t[1].detail["policy"] | {"budget": {}})], "is required"),
+        (lambda t: [*t, repeat_later(change_detail(t[1], what="refunded"))], "unknown note 'refunded'"),
+        (lambda t: [*t, repeat_later(change_detail(t[1], what="run_ended"), run="x")], "is invalid: 'x'"),
+        (lambda t: [change_detail(t[0], order=0.5)], "it does not open a ledger"),
+        (lambda t: [change_detail(t[0], delta=2.0)], "it does not open a ledger"),
+        (lambda t: [change_detail(t[0], site_key="0" * 64)], "it does not open a ledger"),
+        (lambda t: [change_detail(t[0], reference={"kind": "free"})], "must be a privacy event"),
+        (lambda t: [t[0], change_detail(t[1], policy=t[1].detail["policy"] | {"budget": {}})], "is required"),
     ],
 )
-def test_inconsistent_events_raise_a_run_error(told: list[Event], retell: Any, message: str) -> None:
-    followed(told)
+def test_inconsistent_events_raise_a_run_error(told_events: list[Event], retell: Any, message: str) -> None:
+    follow_events(told_events)
     with pytest.raises(RunError, match=message):
-        followed(retell(told))
+        follow_events(retell(told_events))
 
 
-def test_history_adds_up_charges_replies_and_attempts(told: list[Event]) -> None:
-    history = followed(told)
+def test_history_adds_up_charges_replies_and_attempts(told_events: list[Event]) -> None:
+    history = follow_events(told_events)
     assert (history.length, history.last_time) == (6, NOW + timedelta(days=1))
     run = history.runs["r"]
-    assert (run.proposal, run.charged_rounds, dict(run.attempts)) == (proposal(), 2, {1: 1, 2: 1})
+    assert (run.proposal, run.charged_rounds, dict(run.attempts)) == (make_proposal(), 2, {1: 1, 2: 1})
     assert (run.reserved, list(run.replies)) == ({1: "q1", 2: "q2"}, ["q1"])
-    assert history.total_charges() == events.count_mechanisms([proposal().plan.event()] * 2)
+    assert history.total_charges() == events.count_mechanisms([make_proposal().plan.event()] * 2)
     assert history.charges(up_to=4) == {
-        (each, ""): n for each, n in events.count_mechanisms([proposal().plan.event()]).items()
+        (each, ""): n for each, n in events.count_mechanisms([make_proposal().plan.event()]).items()
     }
     assert history.charges(up_to=3) == {}
     assert history.charges_in_period("month", NOW) == history.total_charges()

@@ -47,7 +47,7 @@ def test_invalid_key_files_raise_a_config_error(tmp_path: Path, content: object)
 
 
 @pytest.fixture
-def encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def encrypted_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A key that was made with the passphrase in the file beside it."""
     (tmp_path / "passphrase").write_text("correct horse battery\nnothing\n")
     (tmp_path / "passphrase").chmod(0o600)
@@ -56,12 +56,12 @@ def encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "key.pem"
 
 
-def test_new_key_is_encrypted_with_the_passphrase_from_the_file(encrypted: Path, monkeypatch: Any) -> None:
-    private: Any = serialization.load_pem_private_key(encrypted.read_bytes(), password=b"correct horse battery")
-    assert SigningKey.load(encrypted).public == private.public_key().public_bytes_raw().hex()
+def test_new_key_is_encrypted_with_the_passphrase_from_the_file(encrypted_key: Path, monkeypatch: Any) -> None:
+    private: Any = serialization.load_pem_private_key(encrypted_key.read_bytes(), password=b"correct horse battery")
+    assert SigningKey.load(encrypted_key).public == private.public_key().public_bytes_raw().hex()
     monkeypatch.delenv(keys.PASSPHRASE_FILE)
     with pytest.raises(ConfigError, match="is encrypted: set FEDTUNE_KEY_PASSPHRASE_FILE to a file"):
-        SigningKey.load(encrypted)
+        SigningKey.load(encrypted_key)
 
 
 @pytest.mark.parametrize(
@@ -75,31 +75,31 @@ def test_new_key_is_encrypted_with_the_passphrase_from_the_file(encrypted: Path,
         ("correct horse battery", "only its owner can read"),
     ],
 )
-def test_wrong_passphrase_is_refused_and_never_shown(encrypted: Path, passphrase: Any, bound: str) -> None:
-    encrypted.with_name("passphrase").unlink()
+def test_wrong_passphrase_is_refused_and_never_shown(encrypted_key: Path, passphrase: Any, bound: str) -> None:
+    encrypted_key.with_name("passphrase").unlink()
     if passphrase:
-        encrypted.with_name("passphrase").write_text(passphrase)
-        encrypted.with_name("passphrase").chmod(0o644 if "owner" in bound else 0o600)
+        encrypted_key.with_name("passphrase").write_text(passphrase)
+        encrypted_key.with_name("passphrase").chmod(0o644 if "owner" in bound else 0o600)
     with pytest.raises(ConfigError, match=bound) as caught:
-        SigningKey.load(encrypted)
+        SigningKey.load(encrypted_key)
     assert passphrase is None or passphrase not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.fixture
-def named_in(tmp_path: Path) -> Path:
+def command_file(tmp_path: Path) -> Path:
     """The file that names a command, of mode 600."""
     (tmp_path / "site.toml").touch(mode=0o600)
     return tmp_path / "site.toml"
 
 
-def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, named_in: Path) -> None:
+def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, command_file: Path) -> None:
     kept = tmp_path / "vault" / "key.pem"
     public, command = SigningKey.load_or_create(kept).public, ("/bin/cat", str(kept))
-    assert SigningKey.load_or_create(tmp_path / "key.pem", command=command, named_in=named_in).public == public
+    assert SigningKey.load_or_create(tmp_path / "key.pem", command=command, named_in=command_file).public == public
     kept.unlink()
-    again = SigningKey.load(tmp_path / "key.pem", command=command, named_in=named_in)
+    again = SigningKey.load(tmp_path / "key.pem", command=command, named_in=command_file)
     assert again.public == public, "it runs once in a process"
-    assert {*tmp_path.rglob("*")} == {kept.parent, named_in}
+    assert {*tmp_path.rglob("*")} == {kept.parent, command_file}
 
 
 @pytest.mark.parametrize(
@@ -112,24 +112,24 @@ def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, named_in: P
     ],
 )
 def test_key_command_without_a_valid_key_is_refused(
-    script: str, bound: str, named_in: Path, monkeypatch: pytest.MonkeyPatch
+    script: str, bound: str, command_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "_COMMAND_S", 0.5)
     with pytest.raises(ConfigError, match=f"^key_command = '/bin/sh': .*{bound}"):
-        SigningKey.load(Path("key.pem"), command=("/bin/sh", "-c", script), named_in=named_in)
+        SigningKey.load(Path("key.pem"), command=("/bin/sh", "-c", script), named_in=command_file)
 
 
-def test_key_command_requires_an_absolute_path_and_sole_file_ownership(named_in: Path, monkeypatch: Any) -> None:
+def test_key_command_requires_an_absolute_path_and_sole_file_ownership(command_file: Path, monkeypatch: Any) -> None:
     for command in (("sh",), ("./sh",), ("/bin/sh", "a\0b")):
         with pytest.raises(ConfigError, match="must begin with a program's absolute path and contain no NUL"):
-            SigningKey.load(Path("key.pem"), command=command, named_in=named_in)
-    monkeypatch.setattr(keys.system, "effective_user", lambda: named_in.stat().st_uid + 1)
+            SigningKey.load(Path("key.pem"), command=command, named_in=command_file)
+    monkeypatch.setattr(keys.system, "effective_user", lambda: command_file.stat().st_uid + 1)
     with pytest.raises(ConfigError, match=r"site\.toml: key_command = '/bin/cat': runs only for the owner"):
-        SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
+        SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=command_file)
     monkeypatch.undo()
-    named_in.chmod(0o666)
+    command_file.chmod(0o666)
     with pytest.raises(ConfigError, match="only if nobody else can write that file"):
-        SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
+        SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=command_file)
 
 
 def test_signature_is_valid_only_for_its_key_purpose_and_message() -> None:
@@ -145,13 +145,13 @@ def test_signature_is_valid_only_for_its_key_purpose_and_message() -> None:
 
 def test_signatures_and_public_keys_have_one_spelling() -> None:
     # Or a stored signature could be changed without being found.
-    def others(text: str) -> tuple[str, ...]:
+    def list_other_spellings(text: str) -> tuple[str, ...]:
         return text.upper(), " " + text, text[:2] + " " + text[2:], text[:-2], text + "00", "", "x" * len(text)
 
     key = make_key(1)
     assert is_public_key(key.public)
     signature = key.sign("receipt", b"message")
-    for other, other_signature in zip(others(key.public), others(signature), strict=True):
+    for other, other_signature in zip(list_other_spellings(key.public), list_other_spellings(signature), strict=True):
         assert not is_public_key(other)
         assert not is_signed(key.public, "receipt", b"message", other_signature)
         assert not is_signed(other, "receipt", b"message", signature)

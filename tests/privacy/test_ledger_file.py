@@ -25,9 +25,9 @@ from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, RunError
-from fedtune.spec import full_disk as what_is_full
+from fedtune.spec import describe_full_disk as what_is_full
 
-from .builders import kinds_of, proposal, reason_of, reserve, tamper, train
+from .builders import list_kinds, make_proposal, read_refusal_reason, reserve, tamper, train
 
 
 class PowerCut(Exception):
@@ -44,21 +44,21 @@ def test_rollback_journal_and_full_synchronization_are_enabled(path: Path) -> No
         assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.db", "ledger.db-journal"]
 
 
-def test_ledger_leaves_no_extra_files_and_is_readable_only_by_owner(opened: Any, path: Path) -> None:
+def test_ledger_leaves_no_extra_files_and_is_readable_only_by_owner(open_ledger: Any, path: Path) -> None:
     anchor = path.parent / "anchor.json"
-    train(opened(anchor=anchor), proposal(), 1)
+    train(open_ledger(anchor=anchor), make_proposal(), 1)
     verify(path)
     with contextlib.closing(sqlite3.connect(path)) as file:
         assert file.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",), "a write-ahead log does not stay"
-    train(opened(anchor=anchor), proposal(), 2)
+    train(open_ledger(anchor=anchor), make_proposal(), 2)
     with contextlib.closing(sqlite3.connect(path)) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     assert sorted(p.name for p in path.parent.iterdir()) == ["anchor.json", "ledger.db"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_events_table_rejects_updates_deletes_and_wrong_types(opened: Any, path: Path) -> None:
-    opened()
+def test_events_table_rejects_updates_deletes_and_wrong_types(open_ledger: Any, path: Path) -> None:
+    open_ledger()
     with contextlib.closing(sqlite3.connect(path)) as file:
         for statement in ("UPDATE events SET run = 'x'", "DELETE FROM events WHERE sequence = 1"):
             with pytest.raises(sqlite3.IntegrityError, match="the ledger is append-only"):
@@ -71,40 +71,40 @@ def test_events_table_rejects_updates_deletes_and_wrong_types(opened: Any, path:
 
 
 @pytest.mark.parametrize("struck", ["insert_event", "open_for_writing"])
-def test_crash_within_a_transaction_rolls_it_back(opened: Any, path: Path, monkeypatch: Any, struck: str) -> None:
-    ledger = opened()
-    train(ledger, proposal(), 1, reply=b"reply 1")
-    granted = reserve(ledger, proposal(), 2)
-    before = kinds_of(path)
+def test_crash_within_a_transaction_rolls_it_back(open_ledger: Any, path: Path, monkeypatch: Any, struck: str) -> None:
+    ledger = open_ledger()
+    train(ledger, make_proposal(), 1, reply=b"reply 1")
+    granted = reserve(ledger, make_proposal(), 2)
+    before = list_kinds(path)
 
     insert, whole = store.insert_event, store.open_for_writing
 
-    def inserted(*args: Any) -> None:
+    def insert_and_crash(*args: Any) -> None:
         insert(*args)
         raise PowerCut
 
     @contextlib.contextmanager
-    def written(path: Path) -> Iterator[sqlite3.Connection]:
+    def write_and_crash(path: Path) -> Iterator[sqlite3.Connection]:
         with whole(path) as file:
             yield file
             raise PowerCut
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, struck, inserted if struck == "insert_event" else written)
+        patched.setattr(store, struck, insert_and_crash if struck == "insert_event" else write_and_crash)
         with pytest.raises(PowerCut):
             ledger.commit(granted, b"reply 2")
         with pytest.raises(PowerCut):
-            ledger.reserve(proposal(run="2"), round=1, request="q")
-    assert kinds_of(path) == before
-    for each in (ledger, opened()):
+            ledger.reserve(make_proposal(run="2"), round=1, request="q")
+    assert list_kinds(path) == before
+    for each in (ledger, open_ledger()):
         each.end_run("unknown")
         assert each.sign_receipt("r").charged_rounds == 2, "the interrupted round stays charged"
         assert each.sign_receipt("2").charged_rounds == 0
-    assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply 1"
-    again = reserve(ledger, proposal(), 2)
+    assert ledger.reserve(make_proposal(), round=1, request="digest r 1") == b"reply 1"
+    again = reserve(ledger, make_proposal(), 2)
     assert again.attempt == 2, "the reply that was not committed must not be sent, and its noise not used again"
     ledger.commit(again, b"reply 2, second attempt")
-    assert opened().reserve(proposal(), round=2, request="digest r 2") == b"reply 2, second attempt"
+    assert open_ledger().reserve(make_proposal(), round=2, request="digest r 2") == b"reply 2, second attempt"
     verify(path)
 
 
@@ -121,8 +121,8 @@ with store.open_for_writing(Path(sys.argv[1])) as file:
 
 
 @pytest.mark.parametrize("first", ["verify", "ledger"])
-def test_ledger_is_unchanged_after_its_writer_is_killed(opened: Any, path: Path, first: str) -> None:
-    reserve(ledger := opened(), proposal(), 1)
+def test_ledger_is_unchanged_after_its_writer_is_killed(open_ledger: Any, path: Path, first: str) -> None:
+    reserve(ledger := open_ledger(), make_proposal(), 1)
     before = path.read_bytes()
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -130,48 +130,48 @@ def test_ledger_is_unchanged_after_its_writer_is_killed(opened: Any, path: Path,
     assert path.read_bytes() != before, "the file was being written"
     assert Path(f"{path}-journal").exists()
     if first == "verify":
-        assert [kind for kind, _ in kinds_of(path)][2:] == [Kind.PLAN, Kind.RESERVE]
-    reserve(ledger, proposal(), 2)
+        assert [kind for kind, _ in list_kinds(path)][2:] == [Kind.PLAN, Kind.RESERVE]
+    reserve(ledger, make_proposal(), 2)
     assert not Path(f"{path}-journal").exists()
-    assert [kind for kind, _ in kinds_of(path)] == ["note", "note", "plan", "reserve", "reserve"]
+    assert [kind for kind, _ in list_kinds(path)] == ["note", "note", "plan", "reserve", "reserve"]
 
 
 # What cannot be written, or is no ledger.
 
 
-def test_full_disk_leaves_no_charge_in_memory(opened: Any, path: Path, monkeypatch: Any) -> None:
-    ledger, whole = opened(), store.open_for_writing
-    granted = reserve(ledger, proposal(), 1)
+def test_full_disk_leaves_no_charge_in_memory(open_ledger: Any, path: Path, monkeypatch: Any) -> None:
+    ledger, whole = open_ledger(), store.open_for_writing
+    granted = reserve(ledger, make_proposal(), 1)
 
     @contextlib.contextmanager
-    def full(path: Path) -> Iterator[sqlite3.Connection]:
+    def fill_disk(path: Path) -> Iterator[sqlite3.Connection]:
         with whole(path) as file:
             (pages,) = file.execute("PRAGMA page_count").fetchone()
             file.execute(f"PRAGMA max_page_count = {pages}")
             yield file
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "open_for_writing", full)
+        patched.setattr(store, "open_for_writing", fill_disk)
         with pytest.raises(RunError, match=r"cannot be read or written \(database or disk is full\); nothing is tr"):
             ledger.commit(granted, bytes(100_000))
         with pytest.raises(RunError, match="disk is full"):
-            ledger.reserve(proposal(run="x" * 200), round=1, request="y" * 100_000)
+            ledger.reserve(make_proposal(run="x" * 200), round=1, request="y" * 100_000)
     on_disk = verify(path).history
     assert set(on_disk.runs) == {"r"}
     assert on_disk.runs["r"].replies == {}
-    for each in (ledger, opened()):
+    for each in (ledger, open_ledger()):
         each.end_run("unknown")
         assert (
             each.history.total_charges()
             == on_disk.total_charges()
-            == events.count_mechanisms([proposal().plan.event()])
+            == events.count_mechanisms([make_proposal().plan.event()])
         )
     ledger.commit(granted, bytes(100_000))  # the disk has room again
-    assert opened().reserve(proposal(), round=1, request="digest r 1") == bytes(100_000)
+    assert open_ledger().reserve(make_proposal(), round=1, request="digest r 1") == bytes(100_000)
 
 
 @pytest.mark.parametrize("blocked", ["folder is a file", "file is a folder", "folder cannot be made"])
-def test_ledger_that_cannot_be_created_raises_a_run_error(opened: Any, path: Path, blocked: str) -> None:
+def test_ledger_that_cannot_be_created_raises_a_run_error(open_ledger: Any, path: Path, blocked: str) -> None:
     if blocked == "folder is a file":
         path.parent.write_bytes(b"")
     elif blocked == "file is a folder":
@@ -181,12 +181,12 @@ def test_ledger_that_cannot_be_created_raises_a_run_error(opened: Any, path: Pat
     with pytest.raises(
         RunError, match=rf"ledger {re.escape(str(path))} cannot be (made|opened|read or written) \(.*\); nothing is"
     ):
-        opened(path=path)
+        open_ledger(path=path)
 
 
-def test_transaction_locks_the_ledger_before_reading(opened: Any, path: Path) -> None:
+def test_transaction_locks_the_ledger_before_reading(open_ledger: Any, path: Path) -> None:
     # Or two could both see room, and one of them would fail when it writes.
-    opened()
+    open_ledger()
     with (
         store.open_for_writing(path),
         contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other,
@@ -198,34 +198,34 @@ def test_transaction_locks_the_ledger_before_reading(opened: Any, path: Path) ->
         pass
 
 
-def test_ledger_locked_for_too_long_raises_a_run_error(opened: Any, path: Path, monkeypatch: Any) -> None:
-    ledger = opened()
+def test_ledger_locked_for_too_long_raises_a_run_error(open_ledger: Any, path: Path, monkeypatch: Any) -> None:
+    ledger = open_ledger()
     monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.01)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(RunError, match=r"cannot be read or written \(database is locked\)"):
-            ledger.reserve(proposal(), round=1, request="q")
-    reserve(ledger, proposal(), 1)
+            ledger.reserve(make_proposal(), round=1, request="q")
+    reserve(ledger, make_proposal(), 1)
 
 
 @pytest.mark.parametrize(
     "content",
     [b"no database at all, but longer than the hundred bytes of a header. " * 4, b"SQLite format 3\0" + bytes(84)],
 )
-def test_non_ledger_file_raises_a_run_error_and_stays_unchanged(opened: Any, path: Path, content: bytes) -> None:
+def test_non_ledger_file_raises_a_run_error_and_stays_unchanged(open_ledger: Any, path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(RunError, match=r"nothing is trained without it|does not have the tables of a ledger"):
-        opened()
+        open_ledger()
     assert path.read_bytes() == content
     with pytest.raises(RunError, match=r"cannot be read|does not have the tables of a ledger"):
         verify(path)
 
 
-def test_truncated_ledger_file_raises_a_run_error(opened: Any, path: Path) -> None:
-    train(ledger := opened(), proposal(), 1, reply=bytes(50_000))
+def test_truncated_ledger_file_raises_a_run_error(open_ledger: Any, path: Path) -> None:
+    train(ledger := open_ledger(), make_proposal(), 1, reply=bytes(50_000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    for check in (opened, lambda: verify(path), lambda: ledger.reserve(proposal(), round=2, request="q")):
+    for check in (open_ledger, lambda: verify(path), lambda: ledger.reserve(make_proposal(), round=2, request="q")):
         with pytest.raises(RunError):
             check()
 
@@ -239,23 +239,23 @@ def test_truncated_ledger_file_raises_a_run_error(opened: Any, path: Path) -> No
         *("CREATE TRIGGER more AFTER INSERT ON events BEGIN DELETE FROM replies; END", "PRAGMA application_id = 5"),
     ],
 )
-def test_unexpected_database_schema_raises_a_run_error(opened: Any, path: Path, statement: str) -> None:
-    ledger = opened()
+def test_unexpected_database_schema_raises_a_run_error(open_ledger: Any, path: Path, statement: str) -> None:
+    ledger = open_ledger()
     with contextlib.closing(sqlite3.connect(path)) as file:
         file.execute(statement)
         file.commit()
-    for check in (opened, lambda: verify(path), lambda: ledger.reserve(proposal(), round=1, request="q")):
+    for check in (open_ledger, lambda: verify(path), lambda: ledger.reserve(make_proposal(), round=1, request="q")):
         with pytest.raises(
             RunError, match="does not have the tables of a ledger: it was changed, or it is a different file"
         ):
             check()
 
 
-def test_damaged_ledger_is_not_left_locked(opened: Any, path: Path) -> None:
-    opened()
+def test_damaged_ledger_is_not_left_locked(open_ledger: Any, path: Path) -> None:
+    open_ledger()
     tamper(path, "UPDATE events SET detail = ''")
     with pytest.raises(RunError) as of_opening:
-        opened()
+        open_ledger()
     with pytest.raises(RunError) as of_verifying:
         verify(path)
     with contextlib.closing(sqlite3.connect(path, timeout=0)) as file:
@@ -263,16 +263,16 @@ def test_damaged_ledger_is_not_left_locked(opened: Any, path: Path) -> None:
     del of_opening, of_verifying  # until here they held their frames, and all that these hold
 
 
-def test_one_of_eight_racing_processes_gets_the_last_round(opened: Any, path: Path) -> None:
+def test_one_of_eight_racing_processes_gets_the_last_round(open_ledger: Any, path: Path) -> None:
     """Twice: for the last room under the cap, each with a run of its own; then for the last round of one run."""
     processes, anchor = multiprocessing.get_context("fork"), path.with_name("anchor.json")
     gate, told = processes.Barrier(8), processes.SimpleQueue()
-    shared = proposal(run="shared", plan={"num_rounds": 2})
-    train(opened(anchor=anchor), shared, 1)  # of ten rounds two are held: one plan of five fits
+    shared = make_proposal(run="shared", plan={"num_rounds": 2})
+    train(open_ledger(anchor=anchor), shared, 1)  # of ten rounds two are held: one plan of five fits
 
     def race(number: int) -> None:
-        ledger = opened(anchor=anchor)
-        for asked, round in ((proposal(run=f"own {number}"), 1), (shared, 2)):
+        ledger = open_ledger(anchor=anchor)
+        for asked, round in ((make_proposal(run=f"own {number}"), 1), (shared, 2)):
             gate.wait(60)
             try:
                 reserve(ledger, asked, round)
@@ -294,22 +294,22 @@ def test_one_of_eight_racing_processes_gets_the_last_round(opened: Any, path: Pa
     assert verified.history.total_charges() == events.count_mechanisms([shared.plan.event()] * 3)
 
 
-def test_concurrent_charge_between_transactions_cannot_exceed_the_plan(opened: Any, monkeypatch: Any) -> None:
-    one, other, two_rounds = opened(), opened(), proposal(plan={"num_rounds": 2})
+def test_concurrent_charge_between_transactions_cannot_exceed_the_plan(open_ledger: Any, monkeypatch: Any) -> None:
+    one, other, two_rounds = open_ledger(), open_ledger(), make_proposal(plan={"num_rounds": 2})
     refusals, original = list[Reason](), EventStore.transaction
 
     @contextlib.contextmanager
-    def then_the_other(store: EventStore) -> Iterator[None]:
+    def charge_from_other(store: EventStore) -> Iterator[None]:
         with original(store):
             yield
         if store is one._store and len(refusals) == 0:
-            refusals.append(reason_of(other.reserve, two_rounds, round=3, request="of the other"))
+            refusals.append(read_refusal_reason(other.reserve, two_rounds, round=3, request="of the other"))
 
     reserve(one, two_rounds, 1)
-    monkeypatch.setattr(EventStore, "transaction", then_the_other)
+    monkeypatch.setattr(EventStore, "transaction", charge_from_other)
     reserve(one, two_rounds, 2)
     assert refusals == [Reason.PLAN_EXHAUSTED]
-    assert opened().history.charged_rounds("r") == 2
+    assert open_ledger().history.charged_rounds("r") == 2
 
 
 # Writing a file whole.
@@ -337,12 +337,12 @@ def test_durable_write_syncs_the_file_before_renaming_and_the_folder_after(tmp_p
     def fsync(handle: int) -> None:
         order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "bytes")
 
-    def named(source: Path, target: Path) -> None:
+    def note_rename(source: Path, target: Path) -> None:
         order.append("name")
         replace(source, target)
 
     monkeypatch.setattr(durable.os, "fsync", fsync)
-    monkeypatch.setattr(durable.os, "replace", named)
+    monkeypatch.setattr(durable.os, "replace", note_rename)
     durable.write_durably(tmp_path / "file", b"x")
     assert order == ["bytes", "name", "folder"]
 
@@ -350,21 +350,21 @@ def test_durable_write_syncs_the_file_before_renaming_and_the_folder_after(tmp_p
 def test_concurrent_writers_of_one_file_do_not_mix_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = os.replace
 
-    def other_first(source: Path, target: Path) -> None:
+    def replace_other_first(source: Path, target: Path) -> None:
         with monkeypatch.context() as patched:
             patched.setattr(durable.os, "replace", replace)
             patched.setattr(durable.os, "getpid", lambda: 1)
             durable.write_durably(target, b"of the other process")
         replace(source, target)
 
-    monkeypatch.setattr(durable.os, "replace", other_first)
+    monkeypatch.setattr(durable.os, "replace", replace_other_first)
     durable.write_durably(tmp_path / "file", b"of this one")
     assert (tmp_path / "file").read_bytes() == b"of this one"
 
 
-def test_refused_request_leaves_ledger_and_anchor_unchanged(opened: Any, path: Path) -> None:
+def test_refused_request_leaves_ledger_and_anchor_unchanged(open_ledger: Any, path: Path) -> None:
     anchor = path.with_name("anchor.json")
-    ledger = opened(anchor=anchor)
+    ledger = open_ledger(anchor=anchor)
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in (path, anchor)]
-    assert reason_of(ledger.reserve, proposal(rank=9), round=1, request="q") is Reason.MAX_RANK
+    assert read_refusal_reason(ledger.reserve, make_proposal(rank=9), round=1, request="q") is Reason.MAX_RANK
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in (path, anchor)] == before

@@ -10,8 +10,8 @@ from hypothesis import Phase, assume, given, reject, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events
-from fedtune.privacy.accountant import COARSE, FINE, epsilon_if_above, epsilon_pld
-from fedtune.privacy.loss_distribution import UNIT, Composition, hockey_stick, sampled_gaussian
+from fedtune.privacy.accountant import COARSE, FINE, compute_epsilon_if_above, epsilon_pld
+from fedtune.privacy.loss_distribution import UNIT, Composition, discretize_sampled_gaussian, hockey_stick
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile
 from fedtune.spec import ConfigError
@@ -32,18 +32,18 @@ def test_epsilon_is_a_tight_upper_bound_on_the_exact_value(width: float, row: di
 
 @pytest.mark.parametrize("row", EXACT[::5], ids=lambda row: f"{row['rate']}-{row['delta']}")
 def test_reference_deltas_are_accurate_to_eight_digits(row: dict[str, float]) -> None:
-    assert exact_delta.delta(row["rate"], row["noise"], int(row["steps"]), row["epsilon"]) == pytest.approx(
+    assert exact_delta.compute_delta(row["rate"], row["noise"], int(row["steps"]), row["epsilon"]) == pytest.approx(
         row["delta"], rel=1e-8
     )
 
 
-def no_plan_s_epsilon_is_below_the_exact_one(rate: float, noise: float, steps: int, log_delta: float) -> None:
+def check_epsilon_is_not_below_exact(rate: float, noise: float, steps: int, log_delta: float) -> None:
     delta = 10**log_delta
     event = [events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
     found = epsilon_pld(event, delta, interval=COARSE)
     assume(0.01 < found < 50)
     try:
-        exact = exact_delta.delta(rate, noise, steps, found)
+        exact = exact_delta.compute_delta(rate, noise, steps, found)
     except exact_delta.TooFewStepsError:
         reject()
     assert exact <= delta
@@ -58,14 +58,14 @@ def test_epsilon_of_random_plans_is_never_below_the_exact_value(plans: int, most
         log_delta=st.floats(-15, -3),
     )
     few = settings(max_examples=plans, deadline=None, derandomize=True, phases=[Phase.generate])
-    few(drawn(no_plan_s_epsilon_is_below_the_exact_one))()
+    few(drawn(check_epsilon_is_not_below_exact))()
 
 
 def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
     """Before: 9.32 of 10.83 on one grid, and a cap of 10.75 let it in."""
     event = [events.dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=10_000)]
-    assert epsilon_if_above(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
-    assert epsilon_if_above(event, 1e-13, limit=10.84) is None
+    assert compute_epsilon_if_above(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
+    assert compute_epsilon_if_above(event, 1e-13, limit=10.84) is None
 
 
 @pytest.mark.parametrize("adding", [False, True])
@@ -73,7 +73,7 @@ def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
 def test_rounding_error_of_one_step_stays_within_its_bound(rate: float, noise: float, adding: bool) -> None:
     """Measured: the proof takes it that scipy's tails and numpy's exponents keep to a few units in the last place."""
     width = 1e-3
-    step = sampled_gaussian(rate, noise, width, adding=adding)
+    step = discretize_sampled_gaussian(rate, noise, width, adding=adding)
     epsilons = step.losses(width)[:: max(1, step.log_probabilities.size // 60)]
     with mpmath.workdps(60):
         q, sigma = mpmath.mpf(rate), mpmath.mpf(noise)
@@ -134,5 +134,5 @@ def test_epsilon_is_the_smaller_value_of_both_grids(
     coarse, fine = (Composition([(rate, noise, steps)], width).epsilon(delta) for width in (COARSE, FINE))
     assert (coarse < fine) == coarse_is_less
     assert epsilon_pld(spent, delta) == profile.epsilon_pld(spent, delta, interval=FINE) == min(coarse, fine)
-    assert epsilon_if_above(spent, delta, limit=min(coarse, fine)) is None
-    assert epsilon_if_above(spent, delta, limit=0.99 * min(coarse, fine)) is not None
+    assert compute_epsilon_if_above(spent, delta, limit=min(coarse, fine)) is None
+    assert compute_epsilon_if_above(spent, delta, limit=0.99 * min(coarse, fine)) is not None

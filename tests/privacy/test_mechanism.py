@@ -39,7 +39,7 @@ C_IN_CELLS = 2**24
 """A clip norm, in cells of the grid."""
 
 
-def nothing(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+def make_zero_noise(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
     return np.zeros(shape, dtype=np.int64)
 
 
@@ -48,13 +48,13 @@ def test_noise_has_exactly_the_configured_standard_deviation(
     monkeypatch: pytest.MonkeyPatch, sensitivity: float | None
 ) -> None:
     given = {} if sensitivity is None else {"sensitivity": sensitivity}  # a clip norm unless it is told otherwise
-    zeros, asked = {name: nothing(shape) for name, shape in SHAPES.items()}, list[tuple[int, Fraction]]()
+    zeros, asked = {name: make_zero_noise(shape) for name, shape in SHAPES.items()}, list[tuple[int, Fraction]]()
 
-    def silent(self: RandomStream, count: int, deviation: float) -> npt.NDArray[np.int64]:
+    def note_deviation(self: RandomStream, count: int, deviation: float) -> npt.NDArray[np.int64]:
         asked.append((count, Fraction(deviation)))
-        return nothing((count,))
+        return make_zero_noise((count,))
 
-    monkeypatch.setattr(RandomStream, "rounded_normal", silent)
+    monkeypatch.setattr(RandomStream, "rounded_normal", note_deviation)
     for noise_multiplier in (0.3, 1.0, 1.3, 17.1):
         noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("exactly"), **given)
         assert {name: value.shape for name, value in noisy.items()} == SHAPES
@@ -74,7 +74,7 @@ def test_noise_is_added_without_modifying_the_input_sum() -> None:
     sums = {"a": 2**55 + 1 - np.arange(6).reshape(2, 3) * 2**54}
     kept = sums["a"].copy()
     silent = add_gaussian_noise(sums, noise_multiplier=0.0, stream=stream("sum"))
-    noise = add_gaussian_noise({"a": nothing((2, 3))}, noise_multiplier=2.0, stream=stream("sum"))
+    noise = add_gaussian_noise({"a": make_zero_noise((2, 3))}, noise_multiplier=2.0, stream=stream("sum"))
     noisy = add_gaussian_noise(sums, noise_multiplier=2.0, stream=stream("sum"))
     np.testing.assert_array_equal(silent["a"], sums["a"])
     np.testing.assert_array_equal(noisy["a"], sums["a"] + noise["a"])
@@ -82,16 +82,16 @@ def test_noise_is_added_without_modifying_the_input_sum() -> None:
     np.testing.assert_array_equal(sums["a"], kept)
 
 
-def before_noise(scores: npt.NDArray[np.float64], declared_size: float = 1.0) -> npt.NDArray[np.float64]:
+def release_without_noise(scores: npt.NDArray[np.float64], declared_size: float = 1.0) -> npt.NDArray[np.float64]:
     return np.array(release_scores(scores, declared_size=declared_size, noise_multiplier=0.0, stream=stream("scores")))
 
 
 unit_scores = st.floats(0, 1) | st.floats() | st.sampled_from([np.nan, np.inf, -np.inf])
 
 
-def cells_of(scores: list[float]) -> tuple[int, int]:
+def capture_cells(scores: list[float]) -> tuple[int, int]:
     """The two whole numbers that noise is added to."""
-    pair = before_noise(np.array(scores)) * C_IN_CELLS
+    pair = release_without_noise(np.array(scores)) * C_IN_CELLS
     assert (pair == np.rint(pair)).all()
     return int(pair[0]), int(pair[1])
 
@@ -99,7 +99,7 @@ def cells_of(scores: list[float]) -> tuple[int, int]:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(others=st.lists(unit_scores, max_size=8), one=unit_scores)
 def test_one_unit_changes_score_and_count_by_at_most_root_two(others: list[float], one: float) -> None:
-    fewer, more = cells_of(others), cells_of([*others, one])
+    fewer, more = capture_cells(others), capture_cells([*others, one])
     moved = more[0] - fewer[0], more[1] - fewer[1]
     assert moved[1] == C_IN_CELLS
     assert 0 <= moved[0] <= C_IN_CELLS
@@ -108,7 +108,7 @@ def test_one_unit_changes_score_and_count_by_at_most_root_two(others: list[float
 
 def test_scores_are_rounded_down_to_the_grid() -> None:
     for score in (0.3, 1 - 2**-25, 2**-24, 2**-25, np.nextafter(1.0, 0.0)):
-        assert cells_of([score])[0] == int(Fraction(score) * C_IN_CELLS)
+        assert capture_cells([score])[0] == int(Fraction(score) * C_IN_CELLS)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -128,8 +128,8 @@ def test_score_and_count_receive_independent_noise_of_the_stated_size(noise_mult
 
 def test_scores_are_clamped_and_non_finite_values_count_as_zero() -> None:
     scores = np.array([0.25, 3.0, -2.0, np.nan, np.inf, -np.inf])
-    np.testing.assert_allclose(before_noise(scores), [1.25, 6.0])
-    np.testing.assert_allclose(before_noise(scores, declared_size=8.0), [1.25 / 8, 6.0 / 8])
+    np.testing.assert_allclose(release_without_noise(scores), [1.25, 6.0])
+    np.testing.assert_allclose(release_without_noise(scores, declared_size=8.0), [1.25 / 8, 6.0 / 8])
     assert np.isnan(scores[3]), "the caller's array is left alone"
 
 

@@ -23,13 +23,13 @@ from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
 
-from .builders import plan, policy, proposal, reason_of, reserve
+from .builders import make_policy, make_proposal, plan, read_refusal_reason, reserve
 
 QUERY = {"sampling_rate": 1.0, "local_steps": 1, "max_grad_norm": 1.0}
 
 
 def own(name: str, **changes: Any) -> Any:
-    return propose_release("count", name, policy(), **QUERY | {"noise_multiplier": 20.0} | changes)
+    return propose_release("count", name, make_policy(), **QUERY | {"noise_multiplier": 20.0} | changes)
 
 
 def ask(ledger: SiteLedger, about: Any, *, itself: bool = True) -> Any:
@@ -100,39 +100,45 @@ def test_laplace_divergence_is_an_upper_bound_at_every_order(noise: float) -> No
             a, step = mpmath.mpf(order), 1 / mpmath.mpf(noise)
             moment = a / (2 * a - 1) * mpmath.exp((a - 1) * step) + (a - 1) / (2 * a - 1) * mpmath.exp(-a * step)
             exact = mpmath.log(moment) / (a - 1)
-        found = accountant.renyi_divergence(LaplaceDpEvent(noise), order)
+        found = accountant.compute_renyi_divergence(LaplaceDpEvent(noise), order)
         assert exact <= found <= float(exact) * (1 + 1e-9) + 1e-12 / (order - 1)
 
 
-def test_own_release_is_charged_before_its_answer_and_answered_once(path: Path, opened: Callable[..., Any]) -> None:
-    ledger = opened(anchor=path.with_name("anchor.json"))
+def test_own_release_is_charged_before_its_answer_and_answered_once(
+    path: Path, open_ledger: Callable[..., Any]
+) -> None:
+    ledger = open_ledger(anchor=path.with_name("anchor.json"))
     granted = ask(ledger, own("a"))
     assert isinstance(granted, Reservation)
-    charged = opened(anchor=path.with_name("anchor.json")).history.total_charges()  # as after a crash
+    charged = open_ledger(anchor=path.with_name("anchor.json")).history.total_charges()  # as after a crash
     assert charged == Counter({PoissonSampledDpEvent(1.0, GaussianDpEvent(20.0)): 1})
-    assert reason_of(ask, ledger, own("a")) is Reason.PLAN_EXHAUSTED, "its answer is lost, and no other one is drawn"
+    assert read_refusal_reason(ask, ledger, own("a")) is Reason.PLAN_EXHAUSTED, (
+        "its answer is lost, and no other one is drawn"
+    )
     ledger.commit(granted, b"[1.0]")
     ledger.end_run(granted.run)
-    assert ask(opened(), own("a")) == b"[1.0]"
-    assert reason_of(ask, ledger, own("a", noise_multiplier=19.0)) is Reason.PLAN_CHANGED
+    assert ask(open_ledger(), own("a")) == b"[1.0]"
+    assert read_refusal_reason(ask, ledger, own("a", noise_multiplier=19.0)) is Reason.PLAN_CHANGED
     assert ledger.sign_receipt("count a").charged_rounds == 1
     assert verify(path).history.total_charges() == charged
 
 
-def test_nobody_elsewhere_can_ask_for_an_own_release_or_its_answer(opened: Callable[..., Any]) -> None:
-    ledger = opened()
-    assert reason_of(ask, ledger, own("a"), itself=False) is Reason.LEADS
+def test_nobody_elsewhere_can_ask_for_an_own_release_or_its_answer(open_ledger: Callable[..., Any]) -> None:
+    ledger = open_ledger()
+    assert read_refusal_reason(ask, ledger, own("a"), itself=False) is Reason.LEADS
     ledger.commit(ask(ledger, own("a")), b"[1.0]")
-    assert reason_of(ask, ledger, own("a"), itself=False) is Reason.LEADS
-    assert reason_of(ledger.make_offer, own("b")) is Reason.LEADS
-    assert reason_of(ask, ledger, proposal()) is Reason.LEADS, "nor can a lead's run pass without the limits for leads"
+    assert read_refusal_reason(ask, ledger, own("a"), itself=False) is Reason.LEADS
+    assert read_refusal_reason(ledger.make_offer, own("b")) is Reason.LEADS
+    assert read_refusal_reason(ask, ledger, make_proposal()) is Reason.LEADS, (
+        "nor can a lead's run pass without the limits for leads"
+    )
     with pytest.raises(ConfigError, match=r"plan\.noise = 'laplace': must be gaussian in a lead's run"):
-        proposal(plan={"noise": "laplace", "sampling_rate": 1.0})
+        make_proposal(plan={"noise": "laplace", "sampling_rate": 1.0})
 
 
-def test_own_releases_and_runs_never_exceed_the_caps_together(opened: Callable[..., Any]) -> None:
-    ledger = opened(policy=policy(budget={"max_epsilon_per_run": 8.0}))
-    reserve(ledger, proposal())
+def test_own_releases_and_runs_never_exceed_the_caps_together(open_ledger: Callable[..., Any]) -> None:
+    ledger = open_ledger(policy=make_policy(budget={"max_epsilon_per_run": 8.0}))
+    reserve(ledger, make_proposal())
     draw, charged, refused = np.random.default_rng(5), 0, Counter[Reason]()
     for number in range(60):
         noise = str(draw.choice(["gaussian", "laplace"]))
@@ -154,12 +160,12 @@ def test_own_releases_and_runs_never_exceed_the_caps_together(opened: Callable[.
     assert refused.keys() == {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_RUN}
 
 
-def test_a_population_with_arrivals_makes_no_own_release(opened: Callable[..., Any]) -> None:
+def test_a_population_with_arrivals_makes_no_own_release(open_ledger: Callable[..., Any]) -> None:
     columns = {"text": "body", "user": "who", "arrival": "since"}
-    notes = policy().dataset[0]
-    arriving = policy(
+    notes = make_policy().dataset[0]
+    arriving = make_policy(
         population={"unit": "user", "arrivals": "year"},
         dataset=(type(notes)(id="notes", declared_size=2000, columns=columns),),
     )
     about = propose_release("count", "a", arriving, **QUERY, noise_multiplier=20.0)
-    assert reason_of(ask, opened(policy=arriving), about) is Reason.COHORTS
+    assert read_refusal_reason(ask, open_ledger(policy=arriving), about) is Reason.COHORTS

@@ -21,7 +21,7 @@ from fedtune.privacy.site_policy import Asserted, Dataset, Policy
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError
 
-from .builders import changed, lead_key, policy, proposal, reason_of, reserve, site_key
+from .builders import change_values, lead_key, make_policy, make_proposal, read_refusal_reason, reserve, site_key
 
 MISTAKES = tomllib.loads(Path(__file__).with_name("mistakes.toml").read_text())["mistake"]
 TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"
@@ -29,12 +29,12 @@ TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"
 
 @pytest.fixture
 def site_toml(tmp_path: Path) -> Path:
-    write_policy(policy(), tmp_path / "site.toml")
+    write_policy(make_policy(), tmp_path / "site.toml")
     return tmp_path / "site.toml"
 
 
 @pytest.fixture
-def filled_in(tmp_path: Path) -> Path:
+def filled_template(tmp_path: Path) -> Path:
     """The template after its one question was answered."""
     text, count = re.subn(r"^# (no_person_at_another_site) = \?$", r"\1 = false", TEMPLATE.read_text(), flags=re.M)
     assert count == 1
@@ -42,7 +42,7 @@ def filled_in(tmp_path: Path) -> Path:
     return tmp_path / "filled_in.toml"
 
 
-def error_of(path: Path, *edits: tuple[str, str]) -> str:
+def read_error(path: Path, *edits: tuple[str, str]) -> str:
     """What reading says after each edit replaced its one place in the text."""
     text = path.read_text()
     for old, new in edits:
@@ -57,24 +57,24 @@ def error_of(path: Path, *edits: tuple[str, str]) -> str:
 
 def test_policy_round_trips_through_its_file(tmp_path: Path) -> None:
     for each in (
-        policy(),
-        policy(budget={"max_epsilon": math.inf, "max_epsilon_per_run": 3, "max_epsilon_per_period": 9.5}),
-        policy(allow={"leads": (), "target_modules": ()}, anchor="/elsewhere/anchor.json"),
+        make_policy(),
+        make_policy(budget={"max_epsilon": math.inf, "max_epsilon_per_run": 3, "max_epsilon_per_period": 9.5}),
+        make_policy(allow={"leads": (), "target_modules": ()}, anchor="/elsewhere/anchor.json"),
     ):
         write_policy(each, tmp_path / "site.toml")
         assert read_policy(tmp_path / "site.toml") == each
         assert policy_from_json(json.loads(json.dumps(each.to_json()))) == each
 
 
-def test_omitted_keys_have_the_defaults_of_the_template(site_toml: Path, filled_in: Path) -> None:
+def test_omitted_keys_have_the_defaults_of_the_template(site_toml: Path, filled_template: Path) -> None:
     left_out = {"min_grad_norm": 1e-3, "max_adapter_value": 2.0, "inexact_gradients": False, "reply_after_s": 600.0}
     lines = site_toml.read_text().splitlines(keepends=True)
     site_toml.write_text("".join(line for line in lines if line.partition(" = ")[0] not in left_out))
-    for site in (read_policy(site_toml), read_policy(filled_in)):
+    for site in (read_policy(site_toml), read_policy(filled_template)):
         found = dataclasses.asdict(site.limits) | dataclasses.asdict(site.allow) | dataclasses.asdict(site.releases)
         assert found.items() >= left_out.items()
-    write_policy(policy(), site_toml, others={"machine": {"device": "cpu"}})
-    assert read_site_settings(site_toml).machine == replace(read_site_settings(filled_in).machine, device="cpu")
+    write_policy(make_policy(), site_toml, others={"machine": {"device": "cpu"}})
+    assert read_site_settings(site_toml).machine == replace(read_site_settings(filled_template).machine, device="cpu")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -85,23 +85,23 @@ def test_arbitrary_text_and_numbers_round_trip_through_the_policy_file(
     path = tmp_path_factory.getbasetemp() / "any.toml"
     data = (Dataset(id="d", declared_size=9, path=text, columns={role: text}),)
     limits = {"min_grad_norm": number, "max_grad_norm": number}
-    each = policy(dataset=data, limits=limits, allow={"tasks": (text, text)})
+    each = make_policy(dataset=data, limits=limits, allow={"tasks": (text, text)})
     write_policy(each, path)
     assert read_policy(path) == each
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: str(mistake["new"] or mistake["old"]))
 def test_policy_error_names_the_file_key_value_and_remedy(site_toml: Path, mistake: dict[str, str]) -> None:
-    assert error_of(site_toml, (mistake["old"], mistake["new"])).startswith(mistake["told"])
+    assert read_error(site_toml, (mistake["old"], mistake["new"])).startswith(mistake["told"])
 
 
 def test_misplaced_values_and_tables_are_named_in_the_error(site_toml: Path, tmp_path: Path) -> None:
     text = site_toml.read_text()
     site_toml.write_text("asserted = true\n" + text.replace("[asserted]\nno_person_at_another_site = true\n", ""))
-    assert error_of(site_toml) == "asserted = true: must be a table, as in [asserted]"
-    write_policy(policy(dataset=(Dataset(id="d", declared_size=9),)), tmp_path / "site.toml")
-    assert error_of(tmp_path / "site.toml", ("[[dataset]]", "[dataset]")).endswith("must be a list")
-    assert error_of(tmp_path / "site.toml", ("[dataset]", "dataset = [5]\n[allow2]")).startswith(
+    assert read_error(site_toml) == "asserted = true: must be a table, as in [asserted]"
+    write_policy(make_policy(dataset=(Dataset(id="d", declared_size=9),)), tmp_path / "site.toml")
+    assert read_error(tmp_path / "site.toml", ("[[dataset]]", "[dataset]")).endswith("must be a list")
+    assert read_error(tmp_path / "site.toml", ("[dataset]", "dataset = [5]\n[allow2]")).startswith(
         "allow2: is not a known key"
     )
 
@@ -121,8 +121,8 @@ def test_invalid_toml_raises_a_config_error(tmp_path: Path, content: bytes) -> N
 
 
 def test_a_mistake_beside_the_policy_is_named_by_its_own_reader(site_toml: Path) -> None:
-    write_policy(policy(), site_toml, others={"machine": {"num_threads": -1}, "about": {"curator": "north"}})
-    assert read_policy(site_toml) == policy(), "neither decides on anything"
+    write_policy(make_policy(), site_toml, others={"machine": {"num_threads": -1}, "about": {"curator": "north"}})
+    assert read_policy(site_toml) == make_policy(), "neither decides on anything"
     with pytest.raises(ConfigError, match=r"site.toml: machine.num_threads = -1: must be a finite number of at least"):
         read_site_settings(site_toml)
 
@@ -146,16 +146,16 @@ def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path
         assert str(caught.value) == f"{path}: {said}"
         assert SiteFiles.from_site_toml(path, may_be_unanswered=True).policy == read_policy(path), "it can be looked at"
     # A simulation has nobody to ask.
-    made_up = dataclasses.replace(policy(), simulated=True, asserted=Asserted())
+    made_up = dataclasses.replace(make_policy(), simulated=True, asserted=Asserted())
     write_policy(made_up, site_toml)
     assert read_policy(site_toml) == made_up == policy_from_json(made_up.to_json())
 
 
-def test_template_lists_and_explains_every_key(filled_in: Path) -> None:
-    table = tomllib.loads(filled_in.read_text())
+def test_template_lists_and_explains_every_key(filled_template: Path) -> None:
+    table = tomllib.loads(filled_template.read_text())
     specs = {
         field.name: getattr(read, field.name)
-        for read in (read_policy(filled_in), read_site_settings(filled_in))
+        for read in (read_policy(filled_template), read_site_settings(filled_template))
         for field in dataclasses.fields(read)
     }
     assert set(table) == set(specs)
@@ -170,14 +170,14 @@ def test_template_lists_and_explains_every_key(filled_in: Path) -> None:
         before = line
 
 
-def test_template_policy_accepts_a_typical_run(tmp_path: Path, filled_in: Path) -> None:
-    template = read_policy(filled_in)
-    waits = changed(template, allow={"leads": (lead_key.public,)})
+def test_template_policy_accepts_a_typical_run(tmp_path: Path, filled_template: Path) -> None:
+    template = read_policy(filled_template)
+    waits = change_values(template, allow={"leads": (lead_key.public,)})
     usual, allow = template.budget.reference, template.allow
     plan = {"delta": template.budget.delta, "sampling_rate": usual.sampling_rate, "local_steps": 10}
     plan |= {"noise_multiplier": usual.noise_multiplier, "num_rounds": usual.steps // 10}
     model = {"base_model": allow.base_models[0], "target_modules": allow.target_modules}
-    asked = proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
+    asked = make_proposal(dataset=template.dataset[0].id, task=allow.tasks[0], plan=plan, **model)
     reserve(SiteLedger(tmp_path / "ledger.db", replace(waits, approval="automatic"), site_key), asked)
     for strict, reason in ((template, Reason.LEADS), (waits, Reason.AWAITING_APPROVAL)):
-        assert reason_of(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key), asked) is reason
+        assert read_refusal_reason(reserve, SiteLedger(tmp_path / f"{reason}.db", strict, site_key), asked) is reason

@@ -11,13 +11,13 @@ from fedtune.codec import decode
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError
 
-from .builders import OTHER, any_json, make_key, proposal
+from .builders import OTHER, draw_json, make_key, make_proposal
 
 
 def test_proposal_round_trips_through_json() -> None:
     scored = {"plan": {"metrics_noise_multiplier": 20.0}}
     for changes in ({}, {"start_adapter": "d" * 64}, {"target_modules": ()}, scored):
-        each = proposal(**changes)
+        each = make_proposal(**changes)
         again = decode(Proposal, json.loads(json.dumps(each.to_json())))
         assert again == each
         assert again.digest() == each.digest()
@@ -27,10 +27,10 @@ def test_every_proposal_field_is_in_its_json_and_digest() -> None:
     changes = {**OTHER, "lead": make_key(3).public, "task": "generation", "base_model": "c" * 64, "dtype": "bfloat16"}
     changes |= {"plan": {"spare_rounds": 1}, "adapter": "dora"}
     fields = {field.name for field in dataclasses.fields(Proposal)}
-    assert set(changes) == set(proposal(start_adapter="d" * 64, adapter="dora").to_json()) == fields
-    assert set(proposal().to_json()) == fields - {"start_adapter", "adapter"}  # as before there was another
-    digests = {proposal(**{name: value}).digest() for name, value in changes.items()}
-    assert len(digests | {proposal().digest()}) == len(fields) + 1
+    assert set(changes) == set(make_proposal(start_adapter="d" * 64, adapter="dora").to_json()) == fields
+    assert set(make_proposal().to_json()) == fields - {"start_adapter", "adapter"}  # as before there was another
+    digests = {make_proposal(**{name: value}).digest() for name, value in changes.items()}
+    assert len(digests | {make_proposal().digest()}) == len(fields) + 1
 
 
 @pytest.mark.parametrize("name", ["run", "lead", "dataset", "task", "base_model", "dtype"])
@@ -40,13 +40,13 @@ def test_unprintable_or_overlong_text_is_refused(name: str, value: object) -> No
     if (name, value) == ("lead", ""):  # a release of the site's own, which `SiteLedger.reserve` tells from a lead's run
         return
     with pytest.raises(ConfigError, match=rf"^{name} = .*must be printable text of 1 to 300 characters"):
-        proposal(**{name: value})
+        make_proposal(**{name: value})
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(data=st.data(), value=any_json())
+@given(data=st.data(), value=draw_json())
 def test_changed_json_is_refused_or_read_as_another_proposal(data: st.DataObject, value: object) -> None:
-    whole = proposal().to_json()
+    whole = make_proposal().to_json()
     plan_field = data.draw(st.sampled_from([None, *whole["plan"]]))
     if plan_field is None:
         changed = whole | {data.draw(st.sampled_from(list(whole))): value}

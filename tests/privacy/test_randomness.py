@@ -62,7 +62,7 @@ def test_rounded_normal_has_exact_cell_probabilities_at_small_deviations(deviati
 
 def test_rounded_normal_is_zero_without_deviation() -> None:
     assert not stream("nothing").rounded_normal(1001, 0.0).any()
-    ends = fed(0, 2**64 - 1, 1, 0, 2**64 - 1, 5, *[7] * 100)
+    ends = make_fed_stream(0, 2**64 - 1, 1, 0, 2**64 - 1, 5, *[7] * 100)
     assert not ends.rounded_normal(6, 0.0).any()
 
 
@@ -92,11 +92,11 @@ class Fed(RandomStream):
         return np.array([*some, *more], dtype=np.uint64)
 
 
-def fed(*words: int) -> Fed:
+def make_fed_stream(*words: int) -> Fed:
     return Fed(words, stream("fed"))
 
 
-def standard_pair(radius: Fraction, angle: Fraction, *, precision: int) -> tuple[mpmath.mpf, mpmath.mpf]:
+def transform_pair(radius: Fraction, angle: Fraction, *, precision: int) -> tuple[mpmath.mpf, mpmath.mpf]:
     """The Box-Muller transform of two exact numbers, written down once more."""
     with mpmath.workprec(precision):
         length = mpmath.sqrt(-2 * mpmath.log(mpmath.mpf(radius.numerator) / radius.denominator))
@@ -104,14 +104,14 @@ def standard_pair(radius: Fraction, angle: Fraction, *, precision: int) -> tuple
         return length * mpmath.cos(turn), length * mpmath.sin(turn)
 
 
-def whole_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
+def round_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
     """What a pair rounds to by all the words that were drawn for it: the first two, and two and two of each later."""
     radius, angle = drawn[0], drawn[1]
     for first in range(2, len(drawn), 4):
         radius = radius << 128 | drawn[first] << 64 | drawn[first + 1]
         angle = angle << 128 | drawn[first + 2] << 64 | drawn[first + 3]
     denominator = 2 ** (64 + 128 * ((len(drawn) - 2) // 4) + 1)  # the middle of what is left open
-    pair = standard_pair(Fraction(2 * radius + 1, denominator), Fraction(2 * angle + 1, denominator), precision=1200)
+    pair = transform_pair(Fraction(2 * radius + 1, denominator), Fraction(2 * angle + 1, denominator), precision=1200)
     with mpmath.workprec(1200):
         cosine, sine = (int(mpmath.floor(deviation * one + mpmath.mpf(1) / 2)) for one in pair)
     return cosine, sine
@@ -119,10 +119,10 @@ def whole_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 37.5, 2.0**24, 1.3e9, 1e12])
 def test_rounded_normal_matches_exact_arithmetic_on_the_same_bits(deviation: float) -> None:
-    one = fed()
+    one = make_fed_stream()
     found = one.rounded_normal(400, deviation).reshape(2, 200)
     for place, pair in enumerate(zip(one.drawn[:200], one.drawn[200:400], strict=True)):
-        assert tuple(found[:, place]) == whole_pair([*pair, *one.further.get(pair, [])], deviation)
+        assert tuple(found[:, place]) == round_pair([*pair, *one.further.get(pair, [])], deviation)
     assert len(one.further) < 2 or deviation > 1e9, "more bits are asked for hardly ever"
 
 
@@ -131,12 +131,12 @@ def test_near_ties_in_rounding_are_resolved_by_further_bits() -> None:
     rounded_in_float = 0
     for number, (radius, angle) in enumerate(zip(words[::2], words[1::2], strict=True)):
         # At this deviation the cosine or sine of these words lies at a whole number and a half, but for rounding.
-        pair = standard_pair(Fraction(2 * radius + 1, 2**65), Fraction(2 * angle + 1, 2**65), precision=200)
+        pair = transform_pair(Fraction(2 * radius + 1, 2**65), Fraction(2 * angle + 1, 2**65), precision=200)
         deviation = float(((0, 1, 37, 2**20, 2**27)[number % 5] + 0.5) / abs(pair[number % 2]))
-        one = fed(radius, angle)
+        one = make_fed_stream(radius, angle)
         found = one.rounded_normal(2, deviation).tolist()
         assert len(one.drawn) >= 6, "such a value is in doubt"
-        assert tuple(found) == whole_pair(one.drawn, deviation)
+        assert tuple(found) == round_pair(one.drawn, deviation)
         naive = np.rint(_box_muller(*np.array([[radius], [angle]], dtype=np.uint64), deviation)[0]).ravel()
         rounded_in_float += naive.astype(np.int64).tolist() != found
     assert rounded_in_float > 50, "floats alone are wrong here, so this test sees it"
@@ -161,7 +161,7 @@ def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None
                 assert not error[place] < 0
                 continue
             for radius, angle in itertools.product((one, one + 1), (other, other + 1)):  # corners of what is left open
-                corner = standard_pair(Fraction(radius, 2**64), Fraction(angle, 2**64), precision=200)
+                corner = transform_pair(Fraction(radius, 2**64), Fraction(angle, 2**64), precision=200)
                 for value, exact in zip(values[:, place], corner, strict=True):
                     away = abs(mpmath.mpf(float(value)) - deviation * exact)
                     assert away <= float(error[place]), (one, other)
@@ -172,35 +172,35 @@ def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None
 @pytest.mark.parametrize("radius", [0, 2**64 - 1])
 def test_extreme_uniform_words_are_resolved_by_further_bits(radius: int) -> None:
     for angle in EXTREME:
-        one = fed(radius, angle)
+        one = make_fed_stream(radius, angle)
         found = tuple(one.rounded_normal(2, 2.0**24).tolist())
         assert len(one.drawn) >= 6
-        assert found == whole_pair(one.drawn, 2.0**24)
+        assert found == round_pair(one.drawn, 2.0**24)
 
 
 def test_radius_near_zero_is_not_rounded_to_zero() -> None:
     """Bits that become 1.0 in float64, whose logarithm is zero: their radius is up to 1e-8 for all that."""
     for radius in (2**64 - 1024, 2**64 - 512, 2**64 - 2):
-        one = fed(radius, 0)
+        one = make_fed_stream(radius, 0)
         found = tuple(one.rounded_normal(2, 1e12).tolist())
-        assert found == whole_pair(one.drawn, 1e12)
+        assert found == round_pair(one.drawn, 1e12)
         assert found[0] > 100
 
 
 def test_all_zero_words_request_a_bounded_number_of_further_bits() -> None:
-    one = fed(0, 0, 0, 0, 0, 0, 9)
+    one = make_fed_stream(0, 0, 0, 0, 0, 0, 9)
     assert one.rounded_normal(1, 1.0)[0] > 16
     assert len(one.drawn) == 2 + 2 * 4
     with pytest.raises(AssertionError, match="a thousand further bits"):
-        fed(*[0] * 200).rounded_normal(1, 1.0)
+        make_fed_stream(*[0] * 200).rounded_normal(1, 1.0)
 
 
 def test_rounded_normal_uses_one_word_per_value_and_more_for_ties() -> None:
     for count in (1, 2, 9, 1000):
-        one = fed()
+        one = make_fed_stream()
         one.rounded_normal(count, 2.0**24)
         assert len(one.drawn) == count + count % 2, "none of these is in doubt"
-    in_doubt = fed(0, 7, 1, 8)  # of two pairs the first
+    in_doubt = make_fed_stream(0, 7, 1, 8)  # of two pairs the first
     in_doubt.rounded_normal(4, 1e3)
     assert len(in_doubt.drawn) in (8, 12)
 
@@ -244,7 +244,7 @@ GENERATORS = {
 }
 
 
-def generators_in(source: str) -> set[str]:
+def list_generators(source: str) -> set[str]:
     """Names of generators that a module imports, or reaches as an attribute."""
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -265,7 +265,7 @@ SOURCES = [path for package in PACKAGES for path in sorted(package.rglob("*.py")
 def test_privacy_code_uses_no_torch_or_numpy_generators(path: Path) -> None:
     # One draws the examples that a model is tried with, before any record is read, and the adapter and the weights that
     # it is tried at: none is secret, and nothing of it is released.
-    assert bool(generators_in(path.read_text())) is (path.name == "batch_invariance.py")
+    assert bool(list_generators(path.read_text())) is (path.name == "batch_invariance.py")
 
 
 def test_dummy_example_generators_are_unused_in_private_steps() -> None:
@@ -292,4 +292,4 @@ def test_dummy_example_generators_are_unused_in_private_steps() -> None:
 def test_generator_search_detects_common_random_calls() -> None:
     reached = ("np.random.normal(0, 1, 3)", "torch.randn(3)", "torch.Generator()", "torch.empty(3).normal_()")
     for source in ("import random", "from numpy.random import default_rng", *reached):
-        assert generators_in(source), source
+        assert list_generators(source), source

@@ -35,12 +35,12 @@ updates = st.builds(
 )
 
 
-def small() -> Update:
+def make_small_update() -> Update:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     return Update(site="a", run="r", round=12, tensors={"lora_A.weight": values, "head.weight": values[0]})
 
 
-def encoded(header: object, body: bytes = b"") -> bytes:
+def encode_update(header: object, body: bytes = b"") -> bytes:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return MAGIC + struct.pack("<Q", len(raw)) + raw + body
 
@@ -76,14 +76,14 @@ def test_update_encoding_matches_golden_bytes() -> None:
 
 
 def test_truncated_update_raises_a_config_error() -> None:
-    data = small().to_bytes()
+    data = make_small_update().to_bytes()
     for length in range(len(data)):
         with pytest.raises(ConfigError, match="must be an encoded update"):
             Update.from_bytes(data[:length])
 
 
 def test_flipped_bits_raise_a_config_error_or_give_another_valid_update() -> None:
-    data = small().to_bytes()
+    data = make_small_update().to_bytes()
     header_end = data.index(b"}") + 1
     refused = 0
     for bit in range(8 * header_end):
@@ -95,7 +95,12 @@ def test_flipped_bits_raise_a_config_error_or_give_another_valid_update() -> Non
             refused += 1
         else:  # a letter of a name, or a digit of the round: nothing may be read as what it is not
             assert other.to_bytes() == bytes(flipped)
-            assert (other.site, other.run, other.round, list(other.tensors)) != ("a", "r", 12, list(small().tensors))
+            assert (other.site, other.run, other.round, list(other.tensors)) != (
+                "a",
+                "r",
+                12,
+                list(make_small_update().tensors),
+            )
     assert refused > 8 * header_end / 2
 
 
@@ -106,35 +111,35 @@ FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": [], "scores": None}
     "data",
     [
         b"",
-        small().to_bytes() + b"\0",
+        make_small_update().to_bytes() + b"\0",
         MAGIC + struct.pack("<Q", (1 << 20) + 1) + b" " * ((1 << 20) + 1),  # a long header is not read
-        b"fedtune-update-1\n" + small().to_bytes()[len(MAGIC) :],
+        b"fedtune-update-1\n" + make_small_update().to_bytes()[len(MAGIC) :],
         MAGIC + struct.pack("<Q", 1 << 63) + b"{}",
         MAGIC + struct.pack("<Q", 100) + b"{}",
-        encoded(b"[" * 100_000),  # deeper than Python parses
-        encoded(b"\xff\xfe"),
-        encoded([]),
-        encoded(None),
-        encoded({name: value for name, value in FIELDS.items() if name != "run"}),
-        encoded(FIELDS | {"train_loss": 3.1}),  # a field beside the update
-        encoded(json.dumps(FIELDS).replace(" ", "").encode()),  # spaces carry a message too
-        encoded(json.dumps(FIELDS | {"round": -1}).replace("-1", "1e999").encode()),
-        *(encoded(FIELDS | fields) for fields in ({"round": "1"}, {"round": 1.0}, {"site": 5})),
-        encoded(FIELDS | {"scores": [1, 2]}),  # an exact count
-        *(encoded(FIELDS | {"scores": scores}) for scores in ([], {}, [1.0], [0.5, 2.0, 0.1], [0.5] * 4)),
-        *(encoded(FIELDS | {"scores": [one, 2.0]}) for one in (True, "0.5", float("nan"), float("inf"))),
-        encoded({name: value for name, value in FIELDS.items() if name != "scores"}),
-        *(encoded(FIELDS | {"tensors": tensors}) for tensors in (5, [["x"]], [["x", 5]])),
-        encoded(FIELDS | {"tensors": [["x", ["2"]]]}, bytes(8)),
-        encoded(FIELDS | {"tensors": [["x", [-1]]]}),
-        encoded(FIELDS | {"tensors": [["x", [True]]]}, bytes(4)),
-        encoded(FIELDS | {"tensors": [["x", [2**62, 2**62]]]}),
-        encoded(FIELDS | {"tensors": [["x", [1] * 100]]}, bytes(4)),
-        encoded(FIELDS | {"tensors": [["x", [1]], ["x", [1]]]}, bytes(8)),
-        encoded(FIELDS | {"tensors": {"bfloat16": [["x", [1]]]}}, bytes(4)),
-        encoded(FIELDS | {"tensors": {"float16": [["x", [1]]]}}, bytes(2)),
-        encoded(FIELDS | {"tensors": {"bfloat16": [["x", [1]]], "beside": 1}}, bytes(2)),
-        encoded(FIELDS | {"tensors": {"bfloat16": "masked"}}, bytes(2)),
+        encode_update(b"[" * 100_000),  # deeper than Python parses
+        encode_update(b"\xff\xfe"),
+        encode_update([]),
+        encode_update(None),
+        encode_update({name: value for name, value in FIELDS.items() if name != "run"}),
+        encode_update(FIELDS | {"train_loss": 3.1}),  # a field beside the update
+        encode_update(json.dumps(FIELDS).replace(" ", "").encode()),  # spaces carry a message too
+        encode_update(json.dumps(FIELDS | {"round": -1}).replace("-1", "1e999").encode()),
+        *(encode_update(FIELDS | fields) for fields in ({"round": "1"}, {"round": 1.0}, {"site": 5})),
+        encode_update(FIELDS | {"scores": [1, 2]}),  # an exact count
+        *(encode_update(FIELDS | {"scores": scores}) for scores in ([], {}, [1.0], [0.5, 2.0, 0.1], [0.5] * 4)),
+        *(encode_update(FIELDS | {"scores": [one, 2.0]}) for one in (True, "0.5", float("nan"), float("inf"))),
+        encode_update({name: value for name, value in FIELDS.items() if name != "scores"}),
+        *(encode_update(FIELDS | {"tensors": tensors}) for tensors in (5, [["x"]], [["x", 5]])),
+        encode_update(FIELDS | {"tensors": [["x", ["2"]]]}, bytes(8)),
+        encode_update(FIELDS | {"tensors": [["x", [-1]]]}),
+        encode_update(FIELDS | {"tensors": [["x", [True]]]}, bytes(4)),
+        encode_update(FIELDS | {"tensors": [["x", [2**62, 2**62]]]}),
+        encode_update(FIELDS | {"tensors": [["x", [1] * 100]]}, bytes(4)),
+        encode_update(FIELDS | {"tensors": [["x", [1]], ["x", [1]]]}, bytes(8)),
+        encode_update(FIELDS | {"tensors": {"bfloat16": [["x", [1]]]}}, bytes(4)),
+        encode_update(FIELDS | {"tensors": {"float16": [["x", [1]]]}}, bytes(2)),
+        encode_update(FIELDS | {"tensors": {"bfloat16": [["x", [1]]], "beside": 1}}, bytes(2)),
+        encode_update(FIELDS | {"tensors": {"bfloat16": "masked"}}, bytes(2)),
     ],
 )
 def test_malformed_update_bytes_raise_a_config_error(data: bytes) -> None:
@@ -172,7 +177,7 @@ def test_refusal_carries_reason_and_requested_and_allowed_values() -> None:
     assert release.Refusal.from_json(fields).allowed == long.allowed, "it is cut to what a lead reads"
 
 
-def signed(key: SigningKey, **changes: object) -> Receipt:
+def make_signed_receipt(key: SigningKey, **changes: object) -> Receipt:
     fields: dict[str, Any] = {"site": "a", "run": "r", "charged_rounds": 2, "sequence": 9}
     fields |= {"head": "0" * 64, "site_key": key.public, "ended": False, "plan": "", "seeded_noise": False}
     fields |= {"simulated": False} | changes
@@ -180,22 +185,26 @@ def signed(key: SigningKey, **changes: object) -> Receipt:
 
 
 def test_receipt_signature_covers_every_field() -> None:
-    receipt = signed(site_key)
+    receipt = make_signed_receipt(site_key)
     assert receipt.has_valid_signature()
     changes: dict[str, object] = {"site": "b", "run": "s", "charged_rounds": 1, "sequence": 8}
-    changes |= {"head": "1" * 64, "site_key": make_key(7).public, "signature": signed(make_key(7)).signature}
+    changes |= {
+        "head": "1" * 64,
+        "site_key": make_key(7).public,
+        "signature": make_signed_receipt(make_key(7)).signature,
+    }
     changes |= {"reply": "2" * 64, "ended": True, "plan": "3" * 64, "seeded_noise": True, "simulated": True}
     assert set(changes) == {field.name for field in dataclasses.fields(Receipt)}
     for name, value in changes.items():
         assert not dataclasses.replace(receipt, **{name: value}).has_valid_signature(), name
-    with_a_reply = signed(site_key, reply="2" * 64)
+    with_a_reply = make_signed_receipt(site_key, reply="2" * 64)
     assert with_a_reply.has_valid_signature()
     assert not dataclasses.replace(with_a_reply, reply="").has_valid_signature()
     assert not dataclasses.replace(receipt, signature="").has_valid_signature()
 
 
 def test_receipt_round_trips_through_json_and_rejects_other_values() -> None:
-    receipt = signed(site_key)
+    receipt = make_signed_receipt(site_key)
     whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
     assert Receipt.from_json(whole) == receipt
     wrong = {"charged_rounds": -1, "sequence": 1 << 62, "run": "r" * 1001, "site": "a\nb", "epsilon": 1}

@@ -19,7 +19,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, RunError
 
-from .builders import far_on, make_key, policy, proposal, reason_of, reserve, site_key, train
+from .builders import advance_head, make_key, make_policy, make_proposal, read_refusal_reason, reserve, site_key, train
 from .conftest import Backups
 
 
@@ -29,19 +29,19 @@ def anchor(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def anchored(opened: Any, anchor: Path) -> Any:
+def open_anchored(open_ledger: Any, anchor: Path) -> Any:
     """Open the ledger with its anchor."""
-    return partial(opened, anchor=anchor)
+    return partial(open_ledger, anchor=anchor)
 
 
 # Anchors.
 
 
-def test_anchor_holds_the_newest_head_after_every_transaction(anchored: Any, anchor: Path, path: Path) -> None:
-    ledger = anchored()
+def test_anchor_holds_the_newest_head_after_every_transaction(open_anchored: Any, anchor: Path, path: Path) -> None:
+    ledger = open_anchored()
     steps: list[Callable[[], object]] = [
         lambda: None,
-        lambda: train(ledger, proposal(), 1),
+        lambda: train(ledger, make_proposal(), 1),
         lambda: ledger.record_refusal(Refused(Reason.LEADS), run="x", round=1, request="q"),
         lambda: ledger.end_run("r"),
         lambda: ledger.freeze("why"),
@@ -54,43 +54,43 @@ def test_anchor_holds_the_newest_head_after_every_transaction(anchored: Any, anc
         assert head == ledger.head()
     assert ("frozen", "") in head.marks
     ((mechanism, count),) = head.charged
-    assert {events.from_json(mechanism): count} == events.count_mechanisms([proposal().plan.event()])
+    assert {events.from_json(mechanism): count} == events.count_mechanisms([make_proposal().plan.event()])
 
 
-def test_disk_full_error_elsewhere_is_not_blamed_on_the_anchor(anchored: Any) -> None:
-    ledger, full = anchored(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.json")
+def test_disk_full_error_elsewhere_is_not_blamed_on_the_anchor(open_anchored: Any) -> None:
+    ledger, full = open_anchored(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.json")
     with pytest.raises(OSError, match=r"runs/a\.json"):
-        ledger.reserve(proposal(), round=1, request="a", before_charge=Mock(side_effect=full))
+        ledger.reserve(make_proposal(), round=1, request="a", before_charge=Mock(side_effect=full))
     assert ledger.history.charged_rounds("r") == 0
 
 
 def test_branch_other_than_the_anchored_one_raises_a_run_error(
-    anchored: Any, anchor: Path, opened: Any, path: Path
+    open_anchored: Any, anchor: Path, open_ledger: Any, path: Path
 ) -> None:
-    train(anchored(), proposal(), 1)
+    train(open_anchored(), make_proposal(), 1)
     backup = path.read_bytes()
-    train(anchored(), proposal(), 2)
+    train(open_anchored(), make_proposal(), 2)
     path.write_bytes(backup)
     with pytest.raises(RunError, match=r"is older than its anchor .* \(event 5 of at least 7\)"):
-        anchored()
-    train(opened(), proposal(), 2, 3, 4)  # without the anchor it goes on, and gets longer
+        open_anchored()
+    train(open_ledger(), make_proposal(), 2, 3, 4)  # without the anchor it goes on, and gets longer
     with pytest.raises(RunError, match="or has diverged from it"):
-        anchored()
+        open_anchored()
     with pytest.raises(RunError, match="has diverged"):
         verify(path, anchor=Head.read(anchor))
 
 
-def test_missing_ledger_or_missing_anchor_raises_a_run_error(anchored: Any, path: Path, anchor: Path) -> None:
-    train(anchored(), proposal(), 1)
+def test_missing_ledger_or_missing_anchor_raises_a_run_error(open_anchored: Any, path: Path, anchor: Path) -> None:
+    train(open_anchored(), make_proposal(), 1)
     ledger = path.read_bytes()
     for lose in (path.unlink, lambda: path.write_bytes(b"")):
         lose()
         with pytest.raises(RunError, match=r"is missing: anchor .* has 5 events of it"):
-            anchored()
+            open_anchored()
     path.write_bytes(ledger)
     anchor.unlink()
     with pytest.raises(RunError, match=r"anchor .* is missing, and ledger .* is not new"):
-        anchored()
+        open_anchored()
 
 
 @pytest.mark.parametrize(
@@ -104,59 +104,59 @@ def test_missing_ledger_or_missing_anchor_raises_a_run_error(anchored: Any, path
         lambda data: json.dumps(json.loads(data) | {"site_key": "0" * 64}).encode(),
     ],
 )
-def test_damaged_anchor_raises_a_run_error(anchored: Any, anchor: Path, damage: Callable[[bytes], bytes]) -> None:
-    anchored()
+def test_damaged_anchor_raises_a_run_error(open_anchored: Any, anchor: Path, damage: Callable[[bytes], bytes]) -> None:
+    open_anchored()
     before = anchor.read_bytes()
     anchor.write_bytes(damage(before))
     assert anchor.read_bytes() != before
     with pytest.raises(RunError, match=r"anchor = '.*anchor\.json': must .*; nothing is trained"):
-        anchored()
+        open_anchored()
 
 
-def test_anchor_of_another_version_is_a_config_error(anchored: Any, anchor: Path) -> None:
-    anchored()
+def test_anchor_of_another_version_is_a_config_error(open_anchored: Any, anchor: Path) -> None:
+    open_anchored()
     anchor.write_text(json.dumps(json.loads(anchor.read_text()) | {"schema": 99}))
     with pytest.raises(
         ConfigError, match=r"schema = 99: must be \d+: continue with the version of fedtune that wrote it"
     ):
-        anchored()
+        open_anchored()
 
 
 def test_anchor_of_another_ledger_or_key_raises_a_run_error(
-    anchored: Any, anchor: Path, opened: Any, tmp_path: Path
+    open_anchored: Any, anchor: Path, open_ledger: Any, tmp_path: Path
 ) -> None:
-    head = anchored().head()
+    head = open_anchored().head()
     fields = {name: getattr(head, name) for name in head.__slots__ if name not in ("site_key", "signature")}
     for other in (
-        opened(path=tmp_path / "other.db").head(),
+        open_ledger(path=tmp_path / "other.db").head(),
         Head.create_signed(make_key(9), **(fields | {"sequence": 1})),
     ):
         anchor.write_bytes(other.to_bytes())
         with pytest.raises(RunError, match="the anchor belongs to another ledger"):
-            anchored()
+            open_anchored()
 
 
-def test_ledger_recovers_after_a_crash_before_the_anchor_is_written(anchored: Any, anchor: Path) -> None:
-    ledger = anchored()
+def test_ledger_recovers_after_a_crash_before_the_anchor_is_written(open_anchored: Any, anchor: Path) -> None:
+    ledger = open_anchored()
     behind = anchor.read_bytes()
     with patch.object(store, "write_durably", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        ledger.reserve(proposal(), round=1, request="q")
+        ledger.reserve(make_proposal(), round=1, request="q")
     assert anchor.read_bytes() == behind
     assert ledger.history.charged_rounds("r") == 0, "until it looks again"
-    assert anchored().sign_receipt("r").charged_rounds == 1
-    train(ledger, proposal(), 2)
+    assert open_anchored().sign_receipt("r").charged_rounds == 1
+    train(ledger, make_proposal(), 2)
     assert Head.read(anchor).sequence == ledger.history.length == 6
     assert ledger.sign_receipt("r").charged_rounds == 2
 
 
-def test_unwritable_anchor_raises_a_run_error(anchored: Any, anchor: Path) -> None:
-    ledger = anchored()
+def test_unwritable_anchor_raises_a_run_error(open_anchored: Any, anchor: Path) -> None:
+    ledger = open_anchored()
     behind = anchor.read_bytes()
     anchor.unlink()
     anchor.parent.rmdir()
     anchor.parent.write_bytes(b"a file where the folder was")
     with pytest.raises(RunError, match=r"anchor .* cannot be used \(.*\); nothing is trained"):
-        ledger.reserve(proposal(), round=1, request="q")
+        ledger.reserve(make_proposal(), round=1, request="q")
     anchor.parent.unlink()
     anchor.parent.mkdir()
     anchor.write_bytes(behind)
@@ -165,55 +165,55 @@ def test_unwritable_anchor_raises_a_run_error(anchored: Any, anchor: Path) -> No
     assert ledger.sign_receipt("r").charged_rounds == 1, "charged, although leave to train was not given"
 
 
-def test_anchor_keeps_the_newer_head_of_two_writers(anchored: Any, anchor: Path, monkeypatch: Any) -> None:
+def test_anchor_keeps_the_newer_head_of_two_writers(open_anchored: Any, anchor: Path, monkeypatch: Any) -> None:
     """A second process writes its event and its anchor after the first one's event, before its anchor."""
-    first, second = anchored(), anchored()
+    first, second = open_anchored(), open_anchored()
     write = store.EventStore._write_anchor
 
-    def late(self: store.EventStore, to: Path) -> None:
+    def write_late(self: store.EventStore, to: Path) -> None:
         if self is first._store:
-            train(second, proposal(run="2"), 1)
+            train(second, make_proposal(run="2"), 1)
         write(self, to)
 
-    monkeypatch.setattr(store.EventStore, "_write_anchor", late)
-    first.reserve(proposal(), round=1, request="q")
+    monkeypatch.setattr(store.EventStore, "_write_anchor", write_late)
+    first.reserve(make_proposal(), round=1, request="q")
     assert Head.read(anchor).sequence == 7
-    assert Head.read(anchor) == anchored().head()
+    assert Head.read(anchor) == open_anchored().head()
 
 
-def test_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Path) -> None:
-    ledger = opened()
-    train(ledger, proposal(), 1)
-    receipt, other = ledger.sign_receipt("r"), opened(path=tmp_path / "o.db", key=make_key(9)).sign_receipt("r")
+def test_forged_receipt_is_refused_for_its_signature(open_ledger: Any, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    train(ledger, make_proposal(), 1)
+    receipt, other = ledger.sign_receipt("r"), open_ledger(path=tmp_path / "o.db", key=make_key(9)).sign_receipt("r")
     changes = {"sequence": receipt.sequence + 1, "charged_rounds": 0, "signature": receipt.signature[::-1]}
     unsigned = dataclasses.replace(receipt, signature="")
     for forged in (other, unsigned, *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items())):
-        assert reason_of(ledger.require_receipt, forged) is Reason.WRONG_SIGNATURE
+        assert read_refusal_reason(ledger.require_receipt, forged) is Reason.WRONG_SIGNATURE
 
 
-def test_receipt_of_another_population_raises_no_doubt(opened: Any, tmp_path: Path) -> None:
-    ledger, other = opened(), opened(path=tmp_path / "staff.db", policy=policy(site="north-staff"))
+def test_receipt_of_another_population_raises_no_doubt(open_ledger: Any, tmp_path: Path) -> None:
+    ledger, other = open_ledger(), open_ledger(path=tmp_path / "staff.db", policy=make_policy(site="north-staff"))
     for one in (ledger, other):
-        train(one, proposal(), 1)
-    assert reason_of(ledger.require_receipt, other.sign_receipt("r")) is Reason.WRONG_SIGNATURE
-    train(ledger, proposal(), 2)
+        train(one, make_proposal(), 1)
+    assert read_refusal_reason(ledger.require_receipt, other.sign_receipt("r")) is Reason.WRONG_SIGNATURE
+    train(ledger, make_proposal(), 2)
 
 
 def test_ledger_swapped_while_open_raises_a_run_error(backups: Backups) -> None:
     ledger = backups.open()
-    train(ledger, proposal(), 2)
+    train(ledger, make_proposal(), 2)
     backups.put_back()
     for act in (
-        lambda: ledger.reserve(proposal(), round=3, request="q"),
+        lambda: ledger.reserve(make_proposal(), round=3, request="q"),
         lambda: ledger.end_run("r"),
         lambda: ledger.record_refusal(Refused(Reason.LEADS), run="r", round=1, request="q"),
     ):
         with pytest.raises(RunError, match="was changed or rolled back while it was open; nothing is trained"):
             act()
-    backups.branch(proposal(run="2"), 1)  # no shorter than what it knows
+    backups.branch(make_proposal(run="2"), 1)  # no shorter than what it knows
     assert backups.open().history.length >= ledger.history.length
     with pytest.raises(RunError, match="was changed or rolled back while it was open"):
-        ledger.reserve(proposal(), round=2, request="q")
+        ledger.reserve(make_proposal(), round=2, request="q")
 
 
 # Putting a backup back.
@@ -224,110 +224,114 @@ class Lost:
 
     def __init__(self, backups: Backups) -> None:
         ledger, self.path = backups.open(), backups.path
-        train(ledger, proposal(), 2)
+        train(ledger, make_proposal(), 2)
         self.earlier = ledger.head()
-        train(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}), 1)
+        train(ledger, make_proposal(run="2", plan={"noise_multiplier": 2.0}), 1)
         self.newest, self.sign_receipt = ledger.head(), ledger.sign_receipt("r")
         self.spent = ledger.history.epsilon()
-        self.total_charges = ledger.history.total_charges() - events.count_mechanisms([proposal().plan.event()])
+        self.total_charges = ledger.history.total_charges() - events.count_mechanisms([make_proposal().plan.event()])
         backups.put_back()
 
 
 @pytest.fixture
-def lost(backups: Backups) -> Lost:
+def lost_ledger(backups: Backups) -> Lost:
     return Lost(backups)
 
 
-def test_restore_charges_exactly_the_events_missing_from_the_backup(lost: Lost, opened: Any, path: Path) -> None:
-    ledger = opened()
-    gap = ledger.charge_gap(lost.newest)
-    two, one = proposal().plan.event(), proposal(plan={"noise_multiplier": 2.0}).plan.event()
-    assert gap == lost.total_charges == events.count_mechanisms([two, one])
+def test_restore_charges_exactly_the_events_missing_from_the_backup(
+    lost_ledger: Lost, open_ledger: Any, path: Path
+) -> None:
+    ledger = open_ledger()
+    gap = ledger.charge_gap(lost_ledger.newest)
+    two, one = make_proposal().plan.event(), make_proposal(plan={"noise_multiplier": 2.0}).plan.event()
+    assert gap == lost_ledger.total_charges == events.count_mechanisms([two, one])
     assert ledger.history.total_charges() == events.count_mechanisms([two, two, one])
-    assert opened().history.epsilon() == pytest.approx(lost.spent)
+    assert open_ledger().history.epsilon() == pytest.approx(lost_ledger.spent)
     note = verify(path).events[-1]
     assert (note.kind, note.detail["what"]) == (Kind.NOTE, "restored")
-    assert note.detail["path"][-1] == list(lost.newest.path[-1])
+    assert note.detail["path"][-1] == list(lost_ledger.newest.path[-1])
 
 
-def test_earlier_anchors_and_receipts_pass_after_the_gap_is_charged(lost: Lost, anchor: Path, anchored: Any) -> None:
+def test_earlier_anchors_and_receipts_pass_after_the_gap_is_charged(
+    lost_ledger: Lost, anchor: Path, open_anchored: Any
+) -> None:
     anchor.parent.mkdir(parents=True)
-    anchor.write_bytes(lost.newest.to_bytes())
+    anchor.write_bytes(lost_ledger.newest.to_bytes())
     with pytest.raises(RunError, match="is older than its anchor"):
-        anchored()
-    anchored(anchor=None).charge_gap(lost.newest)
-    ledger = anchored()
-    ledger.require_receipt(lost.sign_receipt)
-    train(ledger, proposal(run="3"), 1)
+        open_anchored()
+    open_anchored(anchor=None).charge_gap(lost_ledger.newest)
+    ledger = open_anchored()
+    ledger.require_receipt(lost_ledger.sign_receipt)
+    train(ledger, make_proposal(run="3"), 1)
     assert Head.read(anchor).sequence == ledger.history.length
-    for head in (lost.newest, lost.earlier, Head.read(anchor)):
-        assert verify(lost.path, anchor=head).anchor_sequence is not None
+    for head in (lost_ledger.newest, lost_ledger.earlier, Head.read(anchor)):
+        assert verify(lost_ledger.path, anchor=head).anchor_sequence is not None
 
 
-def test_run_partly_lost_in_a_restore_cannot_continue(lost: Lost, opened: Any) -> None:
-    ledger = opened()
-    ledger.charge_gap(lost.newest)
+def test_run_partly_lost_in_a_restore_cannot_continue(lost_ledger: Lost, open_ledger: Any) -> None:
+    ledger = open_ledger()
+    ledger.charge_gap(lost_ledger.newest)
     assert (ledger.sign_receipt("r").charged_rounds, ledger.sign_receipt("2").charged_rounds) == (2, 1)
     for run in ("r", "2"):
-        assert reason_of(reserve, opened(), proposal(run=run), 3) is Reason.RUN_ENDED
+        assert read_refusal_reason(reserve, open_ledger(), make_proposal(run=run), 3) is Reason.RUN_ENDED
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 0), (1, 3), (140, 0), (140, 150)])
 def test_long_lost_branch_is_charged_in_full(backups: Backups, before: int, after: int) -> None:
     ledger = backups.open()
-    far_on(ledger, before)
-    train(ledger, proposal(), 2)
+    advance_head(ledger, before)
+    train(ledger, make_proposal(), 2)
     backups.back_up()
-    train(ledger, proposal(), 3)
-    newest, whole = far_on(ledger, after), ledger.history.total_charges()
-    backups.branch(proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
+    train(ledger, make_proposal(), 3)
+    newest, whole = advance_head(ledger, after), ledger.history.total_charges()
+    backups.branch(make_proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
     ledger = backups.open()
     since = ledger.history.total_charges()
     gap = ledger.charge_gap(newest)
-    assert gap == events.count_mechanisms([proposal().plan.event()]), "and nothing again that both know"
+    assert gap == events.count_mechanisms([make_proposal().plan.event()]), "and nothing again that both know"
     assert backups.open().history.total_charges() == since + gap >= whole
     assert verify(backups.path, anchor=newest).anchor_sequence is not None
 
 
 def test_restore_releases_the_reserves_of_ended_runs(backups: Backups) -> None:
     ledger = backups.open()
-    train(ledger, proposal(), 2)
+    train(ledger, make_proposal(), 2)
     ledger.end_run("r")
-    train(ledger, proposal(run="2", plan={"num_rounds": 8}), *range(1, 9))
+    train(ledger, make_proposal(run="2", plan={"num_rounds": 8}), *range(1, 9))
     backups.put_back(anchor=ledger.head())
     for run, reason in (("r", Reason.RUN_ENDED), ("3", Reason.MAX_EPSILON)):
-        assert reason_of(reserve, backups.open(), proposal(run=run), 2) is reason
+        assert read_refusal_reason(reserve, backups.open(), make_proposal(run=run), 2) is reason
 
 
 @pytest.mark.parametrize("newer", [True, False])
 def test_backup_restored_after_a_restore_is_detected(
-    lost: Lost, backups: Backups, anchored: Any, anchor: Path, newer: bool
+    lost_ledger: Lost, backups: Backups, open_anchored: Any, anchor: Path, newer: bool
 ) -> None:
     # The new branch has not yet reached the number of events that the lost one had.
-    ledger = backups.put_back(anchor=lost.newest)
+    ledger = backups.put_back(anchor=lost_ledger.newest)
     if newer:
         backups.back_up()
     anchor.parent.mkdir(parents=True)
     anchor.write_bytes(ledger.head().to_bytes())
-    ledger = anchored()
-    train(ledger, proposal(run="3"), 1)
-    assert ledger.history.length <= lost.newest.sequence
+    ledger = open_anchored()
+    train(ledger, make_proposal(run="3"), 1)
+    assert ledger.history.length <= lost_ledger.newest.sequence
     receipt = ledger.sign_receipt("r")
     backups.put_back()
     with pytest.raises(RunError, match="is older than its anchor"):
-        anchored()
+        open_anchored()
     with pytest.raises(RunError, match="the ledger was rolled back"):
         verify(backups.path, anchor=Head.read(anchor))
-    assert reason_of(backups.open().require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    assert read_refusal_reason(backups.open().require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
-def test_restore_keeps_all_permanent_marks(opened: Any, path: Path) -> None:
-    backups = Backups(partial(opened, policy=policy(budget={"max_epsilon_per_run": 8.0})), path)
-    train(backups.open(), proposal(), 1)
+def test_restore_keeps_all_permanent_marks(open_ledger: Any, path: Path) -> None:
+    backups = Backups(partial(open_ledger, policy=make_policy(budget={"max_epsilon_per_run": 8.0})), path)
+    train(backups.open(), make_proposal(), 1)
     backups.back_up()
-    ledger = opened(policy=policy(allow={"inexact_gradients": True, "seeded_noise": True}))
-    train(ledger, proposal(run="2", seeded_noise=True), 1)
-    lead = proposal().lead
+    ledger = open_ledger(policy=make_policy(allow={"inexact_gradients": True, "seeded_noise": True}))
+    train(ledger, make_proposal(run="2", seeded_noise=True), 1)
+    lead = make_proposal().lead
     ledger.record_refusal(Refused(Reason.PAUSED), run="3", round=1, request="q", lead=lead)
     ledger.end_run("3", lead=lead)
     ledger.freeze("why")
@@ -335,13 +339,13 @@ def test_restore_keeps_all_permanent_marks(opened: Any, path: Path) -> None:
     assert {kind for kind, _ in marks} == {"inexact_gradients", "seeded", "limits_loosened", "never", "frozen"}
     assert ledger.sign_receipt("3", lead=lead).ended
     assert not backups.put_back().history.marks
-    assert reason_of(reserve, backups.put_back(anchor=newest), proposal(run="3"), 1) is Reason.RUN_ENDED
+    assert read_refusal_reason(reserve, backups.put_back(anchor=newest), make_proposal(run="3"), 1) is Reason.RUN_ENDED
     assert verify(path).history.marks == marks
 
 
-def test_anchor_of_another_ledger_charges_nothing(backups: Backups, opened: Any, tmp_path: Path) -> None:
+def test_anchor_of_another_ledger_charges_nothing(backups: Backups, open_ledger: Any, tmp_path: Path) -> None:
     before = backups.path.read_bytes()
-    for other in (opened(path=tmp_path / "a.db"), opened(path=tmp_path / "b.db", key=make_key(9))):
+    for other in (open_ledger(path=tmp_path / "a.db"), open_ledger(path=tmp_path / "b.db", key=make_key(9))):
         with pytest.raises(RunError, match="the anchor belongs to another ledger"):
             backups.open().charge_gap(other.head())
     assert backups.path.read_bytes() == before

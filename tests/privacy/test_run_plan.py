@@ -16,13 +16,13 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
-from .builders import plan, proposal
+from .builders import make_proposal, plan
 
 
 def test_plan_and_proposal_digests_match_golden_values() -> None:
     # They travel in requests and lie in ledgers and refusals: a change of one is a change of format.
     assert plan().digest() == "a261a1fd7452c273457760a02c814571cada399f305eb9012b3eefeebabebd26"
-    assert proposal(lead="1" * 64).digest() == "9fe65ef37203d6d13194fbdf13d39e9ec9a6a5a7bfc720d482e8c9b10ece0fd8"
+    assert make_proposal(lead="1" * 64).digest() == "9fe65ef37203d6d13194fbdf13d39e9ec9a6a5a7bfc720d482e8c9b10ece0fd8"
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,14 @@ def test_every_plan_field_is_in_its_json() -> None:
 
 @pytest.mark.parametrize("metrics", ["none", "noised"])
 def test_planned_runs_compose_to_the_target_epsilon(metrics: Any) -> None:
-    privacy = PrivacySpec(epsilon=4.0, runs=5, sampling_rate=0.1, metrics=metrics, metrics_noise_multiplier=10.0)
+    privacy = PrivacySpec(
+        epsilon=4.0, planned_runs=5, sampling_rate=0.1, metrics=metrics, metrics_noise_multiplier=10.0
+    )
     made = Plan.from_privacy(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
     assert 3.98 < epsilon_pld([made.full_event] * 5, made.delta) <= 4.0 < epsilon_pld([made.full_event] * 6, made.delta)
     assert events.count_mechanisms([made.full_event] * 5) == events.count_mechanisms([made.all_runs_event])
     with pytest.raises(ConfigError, match=r"runs = 121: must be at most 120"):
-        PrivacySpec(runs=121)
+        PrivacySpec(planned_runs=121)
 
 
 def test_user_level_event_equals_the_record_level_event() -> None:

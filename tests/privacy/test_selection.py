@@ -17,22 +17,22 @@ from ..conftest import run_plan
 ORDERS = range(2, 65)
 
 
-def rdp_of_step(order: int, *, rate: float, noise: float) -> float:
+def compute_step_rdp(order: int, *, rate: float, noise: float) -> float:
     """Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), equation 30: a sampled Gaussian at a whole order."""
     k = np.arange(order + 1)
     logs = (order - k) * math.log1p(-rate) + k * math.log(rate) + (k * k - k) / (2 * noise**2)
     return float(special.logsumexp(logs, b=special.comb(order, k))) / (order - 1)
 
 
-def of_plan(plan: Plan) -> dict[int, float]:
+def compute_plan_rdp(plan: Plan) -> dict[int, float]:
     steps = plan.local_steps * plan.most_rounds
-    return {a: steps * rdp_of_step(a, rate=plan.sampling_rate, noise=plan.noise_multiplier) for a in ORDERS}
+    return {a: steps * compute_step_rdp(a, rate=plan.sampling_rate, noise=plan.noise_multiplier) for a in ORDERS}
 
 
 def test_search_trials_cost_the_composition_of_all_steps() -> None:
     other = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
     price = compute_search_price([run_plan(), other, run_plan()])
-    both = {a: 2 * one + of_plan(other)[a] for a, one in of_plan(run_plan()).items()}
+    both = {a: 2 * one + compute_plan_rdp(other)[a] for a, one in compute_plan_rdp(run_plan()).items()}
     # Canonne, Kamath, Steinke 2020, Proposition 12.
     found = min(rho + math.log1p(-1 / a) - math.log(run_plan().delta * a) / (a - 1) for a, rho in both.items())
     assert price.epsilon_rdp == pytest.approx(found, rel=1e-3)

@@ -20,32 +20,34 @@ from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.privacy.trust import Trust
 from fedtune.spec import ConfigError
 
-from .builders import make_key, of_users, policy, proposal, reason_of
+from .builders import make_key, make_policy, make_proposal, make_user_policy, read_refusal_reason
 
 RULES = tomllib.loads(Path(__file__).with_name("rules.toml").read_text())
 """Proposals that break one rule of the shared policy, by the rule."""
 
 
-def broken(policy: Policy, proposal: Any) -> list[tuple[Reason, str | None, str | None]]:
+def list_broken_rules(policy: Policy, proposal: Any) -> list[tuple[Reason, str | None, str | None]]:
     return [(refused.reason, refused.asked, refused.allowed) for refused in policy.broken_rules(proposal)]
 
 
 def test_proposal_within_all_rules_passes() -> None:
     for each in (
-        proposal(),
-        proposal(dataset="letters", target_modules=("v_proj", "q_proj"), rank=8, train_head=False),
-        proposal(plan={"num_rounds": 20, "local_steps": 10, "max_grad_norm": 1.0, "sampling_rate": 0.5}),
-        proposal(plan={"noise_multiplier": 0.6}),
-        proposal(plan={"max_grad_norm": 0.001}),
+        make_proposal(),
+        make_proposal(dataset="letters", target_modules=("v_proj", "q_proj"), rank=8, train_head=False),
+        make_proposal(plan={"num_rounds": 20, "local_steps": 10, "max_grad_norm": 1.0, "sampling_rate": 0.5}),
+        make_proposal(plan={"noise_multiplier": 0.6}),
+        make_proposal(plan={"max_grad_norm": 0.001}),
     ):
-        policy().check(each)
-        assert policy().broken_rules(each) == []
+        make_policy().check(each)
+        assert make_policy().broken_rules(each) == []
 
 
 @pytest.mark.parametrize(("rule", "one"), [(rule, one) for rule, each in RULES.items() for one in each])
 def test_broken_rule_is_the_only_one_reported(rule: str, one: Any) -> None:
-    assert broken(policy(), proposal(**one["by"])) == [(Reason(rule), one["asked"], one["allowed"])]
-    assert reason_of(policy().check, proposal(**one["by"])) is Reason(rule)
+    assert list_broken_rules(make_policy(), make_proposal(**one["by"])) == [
+        (Reason(rule), one["asked"], one["allowed"])
+    ]
+    assert read_refusal_reason(make_policy().check, make_proposal(**one["by"])) is Reason(rule)
 
 
 @pytest.mark.parametrize(
@@ -59,13 +61,13 @@ def test_broken_rule_is_the_only_one_reported(rule: str, one: Any) -> None:
     ],
 )
 def test_policy_switch_permits_its_own_rule(site: Any, change: Any) -> None:
-    assert broken(policy(**site), proposal(**change)) == []
+    assert list_broken_rules(make_policy(**site), make_proposal(**change)) == []
 
 
 def test_released_scores_also_require_the_minimum_noise() -> None:
-    asked = proposal(plan={"metrics_noise_multiplier": 0.5})
-    noised = policy(releases={"metrics": "noised"})
-    assert broken(noised, asked) == [(Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")]
+    asked = make_proposal(plan={"metrics_noise_multiplier": 0.5})
+    noised = make_policy(releases={"metrics": "noised"})
+    assert list_broken_rules(noised, asked) == [(Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")]
 
 
 BY_USER = ("notes", "notes.csv", "patient")
@@ -73,21 +75,21 @@ BY_USER = ("notes", "notes.csv", "patient")
 
 def test_proposal_unit_must_match_the_population() -> None:
     # Neither is turned into the other: of a record's promise no factor makes a person's, and the reverse was not asked.
-    users = proposal(plan={"unit": "user", "records_per_user": 8})
-    assert broken(of_users(BY_USER), users) == []
-    assert broken(of_users(BY_USER), proposal()) == [(Reason.UNIT, "record", "user")]
-    assert broken(policy(), users) == [(Reason.UNIT, "user", "record")]
+    users = make_proposal(plan={"unit": "user", "records_per_user": 8})
+    assert list_broken_rules(make_user_policy(BY_USER), users) == []
+    assert list_broken_rules(make_user_policy(BY_USER), make_proposal()) == [(Reason.UNIT, "record", "user")]
+    assert list_broken_rules(make_policy(), users) == [(Reason.UNIT, "user", "record")]
 
 
 def test_site_limits_the_records_per_user() -> None:
-    strict = of_users(BY_USER, limits={"max_records_per_user": 8})
+    strict = make_user_policy(BY_USER, limits={"max_records_per_user": 8})
     for most, expected in ((8, []), (9, [(Reason.MAX_RECORDS_PER_USER, "9", "at most 8")])):
-        assert broken(strict, proposal(plan={"unit": "user", "records_per_user": most})) == expected
+        assert list_broken_rules(strict, make_proposal(plan={"unit": "user", "records_per_user": most})) == expected
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])
 def test_adapter_bound_keeps_the_scaled_product_independent_of_scale(scale: float) -> None:
-    bound = policy(limits={"max_adapter_value": 50.0}).adapter_bound(scale)
+    bound = make_policy(limits={"max_adapter_value": 50.0}).adapter_bound(scale)
     assert bound <= 50.0, "never above what the site says"
     # What the model sees is scale * B A: the same at most for every scale, and not needlessly less.
     assert scale * bound**2 == pytest.approx(min(1.0, scale) * 50.0**2)
@@ -99,29 +101,29 @@ def test_every_proposal_rule_has_a_test_case() -> None:
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
-    of_secure_sums = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
-    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_sums
+    of_secure_aggregation = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
+    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_aggregation
 
 
 def test_cap_per_run_includes_spare_rounds() -> None:
     whole = {"num_rounds": 3, "spare_rounds": 2}
-    epsilon = epsilon_pld([proposal(plan=whole).plan.event(rounds=5)], 1e-5)
-    policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(proposal(plan=whole))
-    tight = policy(budget={"max_epsilon_per_run": epsilon - 0.01})
-    ((reason, asked, allowed),) = broken(tight, proposal(plan=whole))
+    epsilon = epsilon_pld([make_proposal(plan=whole).plan.event(rounds=5)], 1e-5)
+    make_policy(budget={"max_epsilon_per_run": epsilon + 0.01}).check(make_proposal(plan=whole))
+    tight = make_policy(budget={"max_epsilon_per_run": epsilon - 0.01})
+    ((reason, asked, allowed),) = list_broken_rules(tight, make_proposal(plan=whole))
     assert (reason, allowed) == (Reason.MAX_EPSILON_PER_RUN, f"at most {epsilon - 0.01:g}")
     assert float(asked or 0) == pytest.approx(epsilon, abs=2e-3)
-    tight.check(proposal(plan={"num_rounds": 3, "spare_rounds": 1}))
+    tight.check(make_proposal(plan={"num_rounds": 3, "spare_rounds": 1}))
 
 
 def test_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
     # Its epsilon could take minutes; whoever asks must not have a site compute it.
     monkeypatch.setattr("fedtune.privacy.accountant.epsilon_pld", Mock(side_effect=ZeroDivisionError))
-    asked = proposal(plan={"noise_multiplier": 0.01})
-    capped = policy(budget={"max_epsilon_per_run": 1.2345})  # asked for nowhere else: answers are kept
-    assert [reason for reason, _, _ in broken(capped, asked)] == [Reason.MIN_NOISE_MULTIPLIER]
+    asked = make_proposal(plan={"noise_multiplier": 0.01})
+    capped = make_policy(budget={"max_epsilon_per_run": 1.2345})  # asked for nowhere else: answers are kept
+    assert [reason for reason, _, _ in list_broken_rules(capped, asked)] == [Reason.MIN_NOISE_MULTIPLIER]
     with pytest.raises(ZeroDivisionError):
-        capped.check(proposal())
+        capped.check(make_proposal())
 
 
 def test_periods_follow_the_calendar() -> None:
@@ -134,24 +136,24 @@ def test_periods_follow_the_calendar() -> None:
 def test_policy_needs_distinct_data_sets_and_may_fix_one_clip_norm() -> None:
     twice = (Dataset(id="d", declared_size=1), Dataset(id="d", declared_size=2))
     with pytest.raises(ConfigError, match=r"^dataset = .*must not repeat an id"):
-        policy(dataset=twice)
-    exactly = policy(limits={"min_grad_norm": 0.2, "max_grad_norm": 0.2})
-    assert broken(exactly, proposal(plan={"max_grad_norm": 0.2})) == []
+        make_policy(dataset=twice)
+    exactly = make_policy(limits={"min_grad_norm": 0.2, "max_grad_norm": 0.2})
+    assert list_broken_rules(exactly, make_proposal(plan={"max_grad_norm": 0.2})) == []
 
 
 def test_delta_must_be_below_one_over_the_population_size() -> None:
     two = (Dataset(id="d", declared_size=60_000), Dataset(id="e", declared_size=40_000))
     message = r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, for the declared sizes of all data sets"
     with pytest.raises(ConfigError, match=message):
-        policy(dataset=two)
-    policy(dataset=(two[0], replace(two[1], declared_size=39_999)))
-    policy(dataset=two, budget={"max_epsilon": math.inf})  # promises nothing
+        make_policy(dataset=two)
+    make_policy(dataset=(two[0], replace(two[1], declared_size=39_999)))
+    make_policy(dataset=two, budget={"max_epsilon": math.inf})  # promises nothing
 
 
 def test_infinite_cap_is_null_in_json() -> None:
-    unlimited = policy(budget={"max_epsilon": math.inf})
+    unlimited = make_policy(budget={"max_epsilon": math.inf})
     assert unlimited.to_json()["budget"]["max_epsilon"] is None
-    assert policy().to_json()["budget"]["max_epsilon"] == 11.0
+    assert make_policy().to_json()["budget"]["max_epsilon"] == 11.0
     json.dumps(unlimited.to_json(), allow_nan=False)
 
 
@@ -164,46 +166,48 @@ def test_policy_digest_covers_every_key() -> None:
     changes |= {"dataset": (Dataset(id="notes", declared_size=2000, path="elsewhere.csv"),)}
     changes |= {"trust": Trust(secure=True)}
     assert set(changes) == {field.name for field in fields(Policy)} - {"socket", "key_command"}
-    of_this_machine = policy(socket="site.sock", key_command=("/usr/bin/pass", "show", "site_key"))
-    assert of_this_machine == policy(), "the way that messages take, or where the key is, decides on nothing"
-    assert of_this_machine.to_json() == policy().to_json()
-    digests = {policy(**{key: value}).digest() for key, value in changes.items()}
-    assert len(digests | {policy().digest()}) == len(changes) + 1
+    of_this_machine = make_policy(socket="site.sock", key_command=("/usr/bin/pass", "show", "site_key"))
+    assert of_this_machine == make_policy(), "the way that messages take, or where the key is, decides on nothing"
+    assert of_this_machine.to_json() == make_policy().to_json()
+    digests = {make_policy(**{key: value}).digest() for key, value in changes.items()}
+    assert len(digests | {make_policy().digest()}) == len(changes) + 1
 
 
 SHARED = SharedNoise(num_sites=4, threshold=3, colluders=1, noise_multiplier=4.0, cell_bits=1, bound=1024)
 SUMS: tuple[tuple[dict[str, Any], dict[str, Any], Reason], ...] = (
-    ({"secure": False}, {}, Reason.SECURE_SUMS),
+    ({"secure": False}, {}, Reason.SECURE_AGGREGATION),
     ({"least_sites": 5}, {"num_sites": 4}, Reason.LEAST_SITES),
     ({"least_threshold": 4}, {"threshold": 3}, Reason.LEAST_THRESHOLD),
     ({"colluders": 2}, {"colluders": 1}, Reason.COLLUDERS),
 )
 
 
-def of_sums(**changes: Any) -> Proposal:
-    return proposal(plan={"local_steps": 1, "noise_multiplier": 4.0, "shared": replace(SHARED, **changes)})
+def propose_secure(**changes: Any) -> Proposal:
+    return make_proposal(plan={"local_steps": 1, "noise_multiplier": 4.0, "shared": replace(SHARED, **changes)})
 
 
 @pytest.mark.parametrize(("trust", "shared", "reason"), SUMS)
 def test_secure_aggregation_must_meet_the_trust_limits_of_the_site(trust: Any, shared: Any, reason: Reason) -> None:
     allowed = {"secure": True, "least_sites": 4, "least_threshold": 3, "colluders": 1}
-    policy(trust=Trust(**allowed)).check(of_sums(**shared))
-    assert [found for found, _, _ in broken(policy(trust=Trust(**allowed | trust)), of_sums())] == [reason]
+    make_policy(trust=Trust(**allowed)).check(propose_secure(**shared))
+    assert [
+        found for found, _, _ in list_broken_rules(make_policy(trust=Trust(**allowed | trust)), propose_secure())
+    ] == [reason]
 
 
 def test_epsilon_if_all_others_collude_has_a_separate_cap() -> None:
-    asked = of_sums()
+    asked = propose_secure()
     alone = epsilon_pld([asked.plan.with_own_noise_only.full_event], asked.plan.delta)
     assert alone > epsilon_pld([asked.plan.full_event], asked.plan.delta)
     trust = {"secure": True, "colluders": 1}
-    policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(asked)
-    tight = policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone - 0.01))
-    ((reason, _, _),) = broken(tight, asked)
+    make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(asked)
+    tight = make_policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone - 0.01))
+    ((reason, _, _),) = list_broken_rules(tight, asked)
     assert reason is Reason.MAX_EPSILON_IF_ALL_COLLUDE
 
 
 def test_counted_noise_is_that_of_the_fewest_honest_sites() -> None:
-    plan = of_sums().plan
+    plan = propose_secure().plan
     assert plan.accounted_noise == pytest.approx(4.0 * math.sqrt(3 - 1))
     assert plan.with_noise(1.0).accounted_noise == pytest.approx(math.sqrt(3 - 1))
     assert plan.with_own_noise_only.accounted_noise == 4.0

@@ -13,64 +13,68 @@ from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 
-from .builders import policy, proposal, reason_of, train
+from .builders import make_policy, make_proposal, read_refusal_reason, train
 
 DELTA = 1e-5
 
 
-def test_spent_epsilon_matches_the_charged_events(opened: Any) -> None:
-    ledger = opened()
+def test_spent_epsilon_matches_the_charged_events(open_ledger: Any) -> None:
+    ledger = open_ledger()
     assert ledger.history.epsilon() == 0
-    train(ledger, proposal(), 1, 2)
-    other = proposal(run="2", plan={"noise_multiplier": 2.0, "num_rounds": 3})
+    train(ledger, make_proposal(), 1, 2)
+    other = make_proposal(run="2", plan={"noise_multiplier": 2.0, "num_rounds": 3})
     train(ledger, other, 1)
-    history, charged = ledger.history, [*[proposal().plan.event()] * 2, other.plan.event()]
+    history, charged = ledger.history, [*[make_proposal().plan.event()] * 2, other.plan.event()]
     assert history.epsilon() == filter.epsilon_filter(charged, order=2.7, delta=DELTA)
-    held = [*[proposal().plan.event()] * 3, *[other.plan.event()] * 2]
+    held = [*[make_proposal().plan.event()] * 3, *[other.plan.event()] * 2]
     whole = filter.epsilon_filter([*charged, *held], order=2.7, delta=DELTA)
     assert history.epsilon(history.total_charges() + history.remaining_charges(history.now())) == pytest.approx(whole)
 
 
-def test_share_of_cap_is_a_fraction_of_the_divergence(opened: Any) -> None:
-    ledger = opened()
-    train(ledger, proposal(plan={"num_rounds": 10}), 1)
+def test_share_of_cap_is_a_fraction_of_the_divergence(open_ledger: Any) -> None:
+    ledger = open_ledger()
+    train(ledger, make_proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
     room = filter.max_divergence(11.0, order=history.order, delta=DELTA)
-    one = history.divergence([proposal().plan.event()])
-    assert spending.spent_fraction_of_cap(history, history.total_charges(), cap=11.0) == pytest.approx(one / room)
-    assert spending.spent_fraction_of_cap(history, history.total_charges(), cap=math.inf) is None
+    one = history.divergence([make_proposal().plan.event()])
+    assert spending.compute_spent_fraction(history, history.total_charges(), cap=11.0) == pytest.approx(one / room)
+    assert spending.compute_spent_fraction(history, history.total_charges(), cap=math.inf) is None
     # At a small order turning divergence into epsilon costs more than such a cap is.
     assert filter.max_divergence(3.0, order=history.order, delta=DELTA) < 0
-    assert spending.spent_fraction_of_cap(history, history.total_charges(), cap=3.0) == 1
+    assert spending.compute_spent_fraction(history, history.total_charges(), cap=3.0) == 1
 
 
-def test_nan_divergence_does_not_fit_the_budget(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = opened()
+def test_nan_divergence_does_not_fit_the_budget(open_ledger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = open_ledger()
     monkeypatch.setattr(filter, "divergence", lambda event, order: math.nan)
-    assert reason_of(ledger.require_acceptable, proposal()) is Reason.MAX_EPSILON
+    assert read_refusal_reason(ledger.require_acceptable, make_proposal()) is Reason.MAX_EPSILON
 
 
-def test_remaining_budget_matches_what_would_be_accepted(opened: Any) -> None:
-    ledger = opened()
-    five = proposal().plan.event(rounds=5)
+def test_remaining_budget_matches_what_would_be_accepted(open_ledger: Any) -> None:
+    ledger = open_ledger()
+    five = make_proposal().plan.event(rounds=5)
     now = datetime.now(UTC)
-    assert spending.remaining_runs(ledger.history, policy(), five, now) == 2
-    assert spending.remaining_runs(History.empty(policy()), policy(), five, now) == 2, "also before there is a ledger"
-    train(ledger, proposal(), 1)
-    assert spending.remaining_runs(ledger.history, policy(), five, now) == 1, "the first holds its whole plan"
-    train(ledger, proposal(run="2"), 1)
-    assert spending.remaining_runs(ledger.history, policy(), five, now) == 0
-    left = spending.remaining_divergence(ledger.history, policy(), now)
-    assert 0 < left < ledger.history.divergence([proposal().plan.event()])
-    assert spending.remaining_runs(ledger.history, policy(budget={"max_epsilon": math.inf}), five, now) is None
-    assert spending.remaining_divergence(ledger.history, policy(budget={"max_epsilon": 6.0}), now) == 0
+    assert spending.remaining_runs(ledger.history, make_policy(), five, now) == 2
+    assert spending.remaining_runs(History.empty(make_policy()), make_policy(), five, now) == 2, (
+        "also before there is a ledger"
+    )
+    train(ledger, make_proposal(), 1)
+    assert spending.remaining_runs(ledger.history, make_policy(), five, now) == 1, "the first holds its whole plan"
+    train(ledger, make_proposal(run="2"), 1)
+    assert spending.remaining_runs(ledger.history, make_policy(), five, now) == 0
+    left = spending.compute_remaining_divergence(ledger.history, make_policy(), now)
+    assert 0 < left < ledger.history.divergence([make_proposal().plan.event()])
+    assert spending.remaining_runs(ledger.history, make_policy(budget={"max_epsilon": math.inf}), five, now) is None
+    assert spending.compute_remaining_divergence(ledger.history, make_policy(budget={"max_epsilon": 6.0}), now) == 0
     ledger.freeze("for this test")
-    assert spending.remaining_divergence(ledger.history, policy(budget={"max_epsilon": math.inf}), now) == 0
+    assert (
+        spending.compute_remaining_divergence(ledger.history, make_policy(budget={"max_epsilon": math.inf}), now) == 0
+    )
 
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
 def test_most_rounds_is_the_largest_accepted_number(fits: int) -> None:
-    tried, asked = list[int](), proposal(plan={"num_rounds": 20, "spare_rounds": 2})
+    tried, asked = list[int](), make_proposal(plan={"num_rounds": 20, "spare_rounds": 2})
 
     def accepts(each: Proposal) -> bool:
         rounds = each.plan.num_rounds
@@ -84,14 +88,14 @@ def test_most_rounds_is_the_largest_accepted_number(fits: int) -> None:
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
 def test_least_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
-    found = spending.find_min_noise(proposal(), lambda each: each.plan.noise_multiplier >= bound)
+    found = spending.find_min_noise(make_proposal(), lambda each: each.plan.noise_multiplier >= bound)
     assert found >= max(bound, 1.0), "never less than was asked for"
     assert found <= max(bound, 1.0) * 1.0002 + 1e-4
     assert found == round(found, 4)
 
 
 def test_least_noise_is_none_if_no_noise_is_accepted() -> None:
-    assert spending.find_min_noise(proposal(), lambda each: False) is None
-    silent = proposal(plan={"noise_multiplier": 0.0})
+    assert spending.find_min_noise(make_proposal(), lambda each: False) is None
+    silent = make_proposal(plan={"noise_multiplier": 0.0})
     found = spending.find_min_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
     assert found == pytest.approx(0.5, abs=2e-4)

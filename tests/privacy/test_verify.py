@@ -18,34 +18,34 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
 
-from ..cases import cases_of
-from .builders import make_key, policy, proposal, reserve, site_key, tamper
+from ..cases import read_cases
+from .builders import make_key, make_policy, make_proposal, reserve, site_key, tamper
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(chain.Event))
 LATER = {"limits": {"max_rounds": 19}}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ledger with every kind of event and note that nobody may change; beside it a head of before its last five."""
     path = tmp_path_factory.mktemp("whole") / "ledger.db"
-    ledger = SiteLedger(path, policy(), site_key)
+    ledger = SiteLedger(path, make_policy(), site_key)
 
-    def answered(asked: Any, round: int) -> None:
+    def answer_round(asked: Any, round: int) -> None:
         ledger.commit(reserve(ledger, asked, round), b"reply %d" % round, fingerprint="f")
 
-    answered(proposal(), 1)
+    answer_round(make_proposal(), 1)
     backup = path.read_bytes()
-    answered(proposal(), 2)
+    answer_round(make_proposal(), 2)
     lost = ledger.head()
     path.write_bytes(backup)
-    ledger = SiteLedger(path, policy(**LATER), site_key)
+    ledger = SiteLedger(path, make_policy(**LATER), site_key)
     ledger.charge_gap(lost)
-    two = proposal(run="2", dataset="letters", plan={"num_rounds": 3})
-    answered(two, 1)
+    two = make_proposal(run="2", dataset="letters", plan={"num_rounds": 3})
+    answer_round(two, 1)
     path.with_name("older.json").write_bytes(ledger.head().to_bytes())
     ledger.record_refusal(Refused(Reason.MAX_RANK, asked=9, allowed="at most 8"), run="3", round=1, request="q")
-    ledger.make_offer(proposal(run="4"))
+    ledger.make_offer(make_proposal(run="4"))
     ledger.reserve(two, round=2, request="digest 2 2")
     ledger.end_run("2")
     ledger.freeze("for this test")
@@ -54,28 +54,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def victim(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(whole, tmp_path / "victim.db"))
+def victim_ledger(whole_ledger: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(whole_ledger, tmp_path / "victim.db"))
 
 
 @pytest.fixture
-def newest(whole: Path) -> Head:
-    return Head.read(whole.with_name("newest.json"))
+def newest_head(whole_ledger: Path) -> Head:
+    return Head.read(whole_ledger.with_name("newest.json"))
 
 
-def stored(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     with contextlib.closing(sqlite3.connect(path)) as file:
         file.row_factory = sqlite3.Row
         return [dict(row) for row in file.execute("SELECT * FROM events ORDER BY sequence")]
 
 
-def found(path: Path, **expected: Any) -> str:
+def read_verify_error(path: Path, **expected: Any) -> str:
     with pytest.raises(RunError) as caught:
         verify(path, **expected)
     return str(caught.value)
 
 
-def rehashed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rehash_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a forger without the key can do: sequences and hashes that fit, signatures as they were."""
     before, made = chain.START, []
     for number, row in enumerate(rows, 1):
@@ -94,33 +94,33 @@ def replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         file.commit()
 
 
-def test_untouched_ledger_passes_verification(whole: Path, newest: Head) -> None:
-    verified = verify(whole)
+def test_untouched_ledger_passes_verification(whole_ledger: Path, newest_head: Head) -> None:
+    verified = verify(whole_ledger)
     assert {event.kind for event in verified.events} == set(Kind)
     assert {event.detail["what"] for event in verified.events if event.kind is Kind.NOTE} == {
         *("opened", "policy", "restored", "run_ended", "frozen")
     }
-    assert (verified.site_key, verified.history.hash) == (site_key.public, newest.hash)
+    assert (verified.site_key, verified.history.hash) == (site_key.public, newest_head.hash)
     assert (verified.key_expected, verified.anchor_sequence) == (False, None)
-    expected = verify(whole, site_key=site_key.public)
+    expected = verify(whole_ledger, site_key=site_key.public)
     assert (expected.key_expected, expected.anchor_sequence) == (True, None)
-    anchored = verify(whole, anchor=newest)
+    anchored = verify(whole_ledger, anchor=newest_head)
     assert (anchored.key_expected, anchored.anchor_sequence) == (True, anchored.history.length)
     assert anchored.anchor_sequence == len(anchored.events)
-    older = verify(whole, anchor=Head.read(whole.with_name("older.json")))
+    older = verify(whole_ledger, anchor=Head.read(whole_ledger.with_name("older.json")))
     assert older.anchor_sequence == len(older.events) - 5
 
 
-def test_verification_changes_nothing_and_accepts_rewritten_rows(victim: Path) -> None:
+def test_verification_changes_nothing_and_accepts_rewritten_rows(victim_ledger: Path) -> None:
     # The triggers that the tests below drop and make again are not what is found.
-    replace_rows(victim, stored(victim))
-    before = victim.read_bytes()
-    victim.chmod(0o400)
-    verify(victim)
-    assert victim.read_bytes() == before
+    replace_rows(victim_ledger, read_rows(victim_ledger))
+    before = victim_ledger.read_bytes()
+    victim_ledger.chmod(0o400)
+    verify(victim_ledger)
+    assert victim_ledger.read_bytes() == before
 
 
-def other_values(column: str, value: Any) -> list[Any]:
+def list_other_values(column: str, value: Any) -> list[Any]:
     if isinstance(value, int):
         return [value + 1, -1 if value == 0 else 0, 2**40]
     others = [value + "x", "", "x" + value[1:], value.swapcase(), value.replace("1", "2"), value + " ", " " + value]
@@ -131,61 +131,65 @@ def other_values(column: str, value: Any) -> list[Any]:
     if column == "detail":
         fields = json.loads(value)
         others += [json.dumps(fields), "{}", "[]", "null", value.replace(":", ": ", 1), value.replace("0", "00", 1)]
-        others += [chain.canonical_json({k: v for k, v in fields.items() if k != one}).decode() for one in fields]
+        others += [chain.to_canonical_json({k: v for k, v in fields.items() if k != one}).decode() for one in fields]
     return [other for other in dict.fromkeys(others) if other != value]
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_tampered_value_is_detected_in_every_column_and_event_kind(whole: Any, victim: Path, column: str) -> None:
-    pristine = whole.read_bytes()
+def test_tampered_value_is_detected_in_every_column_and_event_kind(
+    whole_ledger: Any, victim_ledger: Path, column: str
+) -> None:
+    pristine = whole_ledger.read_bytes()
     tried = 0
-    for row in stored(whole):
-        for other in other_values(column, row[column]):
-            victim.write_bytes(pristine)
+    for row in read_rows(whole_ledger):
+        for other in list_other_values(column, row[column]):
+            victim_ledger.write_bytes(pristine)
             try:
-                tamper(victim, f"UPDATE events SET {column} = ? WHERE sequence = {row['sequence']}", values=(other,))
+                tamper(
+                    victim_ledger, f"UPDATE events SET {column} = ? WHERE sequence = {row['sequence']}", values=(other,)
+                )
             except sqlite3.IntegrityError:
                 continue  # a sequence that another row has
             tried += 1
-            found(victim)
-    assert tried >= len(stored(whole))
+            read_verify_error(victim_ledger)
+    assert tried >= len(read_rows(whole_ledger))
 
 
-@pytest.mark.parametrize("sql", cases_of(__file__, "replies"))
-def test_tampered_reply_is_detected(victim: Path, sql: str) -> None:
-    tamper(victim, sql)
-    assert found(victim) == "the stored replies are not the newest committed ones"
+@pytest.mark.parametrize("sql", read_cases(__file__, "replies"))
+def test_tampered_reply_is_detected(victim_ledger: Path, sql: str) -> None:
+    tamper(victim_ledger, sql)
+    assert read_verify_error(victim_ledger) == "the stored replies are not the newest committed ones"
 
 
-def test_deleted_event_is_detected(whole: Path, victim: Path) -> None:
-    pristine = whole.read_bytes()
-    for row in stored(whole)[:-1]:
-        victim.write_bytes(pristine)
-        tamper(victim, f"DELETE FROM events WHERE sequence = {row['sequence']}")
-        assert found(victim).startswith(f"event {row['sequence']} is missing")
+def test_deleted_event_is_detected(whole_ledger: Path, victim_ledger: Path) -> None:
+    pristine = whole_ledger.read_bytes()
+    for row in read_rows(whole_ledger)[:-1]:
+        victim_ledger.write_bytes(pristine)
+        tamper(victim_ledger, f"DELETE FROM events WHERE sequence = {row['sequence']}")
+        assert read_verify_error(victim_ledger).startswith(f"event {row['sequence']} is missing")
 
 
-def test_invalid_sequence_numbers_and_non_text_events_are_detected(whole: Path, victim: Path) -> None:
+def test_invalid_sequence_numbers_and_non_text_events_are_detected(whole_ledger: Path, victim_ledger: Path) -> None:
     for sequence in (0, -1, 10**6):
-        replace_rows(victim, [*stored(whole), stored(whole)[-1] | {"sequence": sequence}])
-        found(victim)
-    tamper(victim, "UPDATE events SET run = CAST(x'ff' AS TEXT) WHERE sequence = 3")
-    assert "Could not decode to UTF-8" in found(victim)
+        replace_rows(victim_ledger, [*read_rows(whole_ledger), read_rows(whole_ledger)[-1] | {"sequence": sequence}])
+        read_verify_error(victim_ledger)
+    tamper(victim_ledger, "UPDATE events SET run = CAST(x'ff' AS TEXT) WHERE sequence = 3")
+    assert "Could not decode to UTF-8" in read_verify_error(victim_ledger)
 
 
 # A forger who recomputes every hash, but has no key.
 
 
-def test_forged_deletion_reordering_or_insertion_is_detected(whole: Path, victim: Path) -> None:
-    rows = stored(whole)
+def test_forged_deletion_reordering_or_insertion_is_detected(whole_ledger: Path, victim_ledger: Path) -> None:
+    rows = read_rows(whole_ledger)
     for forged in (
         [row for row in rows if row["kind"] != "refusal"],  # what looks bad
         [*rows[:-1], rows[-2], rows[-1]],
         [*rows[:-2], rows[-1]],
         [rows[0], rows[1], *rows[2:-2], rows[-1], rows[-2]],
     ):
-        replace_rows(victim, rehashed(forged))
-        message = found(victim)
+        replace_rows(victim_ledger, rehash_rows(forged))
+        message = read_verify_error(victim_ledger)
         assert (
             "is not signed by the site's key" in message
             or "is invalid: it is dated before the previous event" in message
@@ -193,72 +197,82 @@ def test_forged_deletion_reordering_or_insertion_is_detected(whole: Path, victim
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 600 + "1" + "}" * 600, '{"what":1e999}', '{"what":NaN}', "{"])
-def test_invalid_json_in_an_event_raises_a_run_error(victim: Path, text: str) -> None:
-    tamper(victim, "UPDATE events SET detail = ? WHERE sequence = 2", values=(text,))
-    assert found(victim) == "event 2 was changed: it is not in the format of fedtune's events"
+def test_invalid_json_in_an_event_raises_a_run_error(victim_ledger: Path, text: str) -> None:
+    tamper(victim_ledger, "UPDATE events SET detail = ? WHERE sequence = 2", values=(text,))
+    assert read_verify_error(victim_ledger) == "event 2 was changed: it is not in the format of fedtune's events"
 
 
 # A forger with a key of their own.
 
 
-def test_ledger_resigned_by_another_key_is_detected(whole: Path, victim: Path, newest: Head) -> None:
-    forger, (first, *rows, _) = make_key(9), stored(whole)
-    opening = chain.canonical_json(json.loads(first["detail"]) | {"site_key": forger.public}).decode()
-    fitting = rehashed([first | {"detail": opening}, *rows])
-    replace_rows(victim, [row | {"signature": forger.sign(chain.EVENT, row["hash"].encode())} for row in fitting])
-    alone = verify(victim)
+def test_ledger_resigned_by_another_key_is_detected(whole_ledger: Path, victim_ledger: Path, newest_head: Head) -> None:
+    forger, (first, *rows, _) = make_key(9), read_rows(whole_ledger)
+    opening = chain.to_canonical_json(json.loads(first["detail"]) | {"site_key": forger.public}).decode()
+    fitting = rehash_rows([first | {"detail": opening}, *rows])
+    replace_rows(
+        victim_ledger, [row | {"signature": forger.sign(chain.EVENT, row["hash"].encode())} for row in fitting]
+    )
+    alone = verify(victim_ledger)
     assert (alone.site_key, alone.key_expected) == (forger.public, False), "a ledger alone cannot show whose it is"
-    assert found(victim, site_key=site_key.public).endswith(f"names site key {forger.public}, not {site_key.public}")
-    assert found(victim, anchor=newest) == "the anchor belongs to another ledger"
+    assert read_verify_error(victim_ledger, site_key=site_key.public).endswith(
+        f"names site key {forger.public}, not {site_key.public}"
+    )
+    assert read_verify_error(victim_ledger, anchor=newest_head) == "the anchor belongs to another ledger"
     with pytest.raises(RunError, match="is not signed by the site's key"):
-        SiteLedger(victim, policy(**LATER), site_key)
+        SiteLedger(victim_ledger, make_policy(**LATER), site_key)
 
 
-def test_event_signed_by_another_key_is_detected(whole: Path, victim: Path) -> None:
-    rows = stored(whole)
+def test_event_signed_by_another_key_is_detected(whole_ledger: Path, victim_ledger: Path) -> None:
+    rows = read_rows(whole_ledger)
     for number in range(len(rows)):
         changed = [dict(row) for row in rows]
         changed[number]["signature"] = make_key(9).sign(chain.EVENT, rows[number]["hash"].encode())
-        replace_rows(victim, changed)
-        key = group_hex_start(verify(whole).site_key)
-        assert found(victim) == f"event {number + 1} is not signed by the site's key {key}"
+        replace_rows(victim_ledger, changed)
+        key = group_hex_start(verify(whole_ledger).site_key)
+        assert read_verify_error(victim_ledger) == f"event {number + 1} is not signed by the site's key {key}"
 
 
-def test_truncated_ledger_is_detected_only_with_an_anchor(whole: Path, victim: Path, newest: Head) -> None:
-    replace_rows(victim, stored(whole)[:-3])
-    assert verify(victim).anchor_sequence is None
-    length = len(stored(whole))
+def test_truncated_ledger_is_detected_only_with_an_anchor(
+    whole_ledger: Path, victim_ledger: Path, newest_head: Head
+) -> None:
+    replace_rows(victim_ledger, read_rows(whole_ledger)[:-3])
+    assert verify(victim_ledger).anchor_sequence is None
+    length = len(read_rows(whole_ledger))
     told = f"it ends at event {length - 3}, but the anchor covers event {length}"
-    assert found(victim, anchor=newest) == f"the ledger was rolled back to an older copy: {told}"
+    assert (
+        read_verify_error(victim_ledger, anchor=newest_head) == f"the ledger was rolled back to an older copy: {told}"
+    )
 
 
-def test_anchor_without_the_signature_of_its_site_key_is_refused(newest: Head, tmp_path: Path) -> None:
+def test_anchor_without_the_signature_of_its_site_key_is_refused(newest_head: Head, tmp_path: Path) -> None:
     path = tmp_path / "anchor.json"
-    forged = dataclasses.replace(newest, sequence=1, signature=make_key(9).sign(chain.HEAD, newest.signed_bytes()))
+    forged = dataclasses.replace(
+        newest_head, sequence=1, signature=make_key(9).sign(chain.HEAD, newest_head.signed_bytes())
+    )
     path.write_bytes(forged.to_bytes())
     with pytest.raises(ValueError, match="must be signed with the site key that it names"):
         Head.read(path)
 
 
-def test_opening_a_ledger_for_training_detects_tampering(whole: Path, victim: Path) -> None:
-    rows = stored(whole)
-    SiteLedger(victim, policy(**LATER), site_key)
+def test_opening_a_ledger_for_training_detects_tampering(whole_ledger: Path, victim_ledger: Path) -> None:
+    rows = read_rows(whole_ledger)
+    SiteLedger(victim_ledger, make_policy(**LATER), site_key)
     for forged in (
         [rows[0] | {"code": "x"}, *rows[1:]],
-        rehashed([rows[0] | {"code": "x"}, *rows[1:]]),
-        rehashed(rows[:3] + rows[4:]),
+        rehash_rows([rows[0] | {"code": "x"}, *rows[1:]]),
+        rehash_rows(rows[:3] + rows[4:]),
     ):
-        replace_rows(victim, forged)
+        replace_rows(victim_ledger, forged)
         with pytest.raises(RunError, match="nothing is trained on a ledger in doubt"):
-            SiteLedger(victim, policy(**LATER), site_key)
+            SiteLedger(victim_ledger, make_policy(**LATER), site_key)
 
 
-def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> None:
+def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path) -> None:
     """An event of the right key that makes no sense, as a faulty version might write; then the file is put right."""
-    ledger = opened()
-    ledger.reserve(proposal(), round=1, request="q")
+    ledger = open_ledger()
+    ledger.reserve(make_proposal(), round=1, request="q")
     good, before = path.read_bytes(), ledger.history.total_charges()
-    row = stored(path)[-1]
+    row = read_rows(path)[-1]
     wrong = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
     event = chain.Event(**wrong).hash_after(row["hash"])
     signed = dataclasses.replace(chain.Event(**wrong), hash=event, signature=site_key.sign(chain.EVENT, event.encode()))
@@ -275,7 +289,7 @@ def test_invalid_event_leaves_the_history_unchanged(opened: Any, path: Path) -> 
 
 def test_empty_or_missing_ledger_raises_a_run_error(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    assert found(path) == f"ledger {path} does not exist"
+    assert read_verify_error(path) == f"ledger {path} does not exist"
     with store.open_for_writing(path):
         pass
-    assert found(path) == f"ledger {path} is empty"
+    assert read_verify_error(path) == f"ledger {path} is empty"

@@ -12,8 +12,8 @@ from fedtune.report.model import Report
 from fedtune.report.page.translations import LANGUAGES
 
 from ..books import Books
-from ..conftest import run_proposal, simulate, site_policy
-from .shown import on_file
+from ..conftest import make_site_policy, run_proposal, simulate
+from .shown import load_report_on_file
 
 CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser")
 """The first that is there is taken; a page takes the first a third of the work of the second."""
@@ -33,11 +33,14 @@ def browser() -> Iterator[Any]:
 
 
 # `a_report(**changes)`: a run at two sites, one of which was charged a round less; the same without noise at one site;
-# three rounds of secure sums at five sites, of which one may collude; a ledger of two runs, one with noised scores.
-_run = pytest.fixture(scope="session", name="a_report")(lambda: on_file("run"))
-_without = pytest.fixture(scope="session", name="a_report_without_privacy")(lambda: on_file("run_without_privacy"))
-_secure = pytest.fixture(scope="session", name="a_secure_report")(lambda: on_file("secure"))
-_ledger = pytest.fixture(scope="session", name="a_ledger_report")(lambda: on_file("ledger"))
+# three rounds of secure aggregation at five sites, of which one may collude; a ledger of two runs, one with noised
+# scores.
+_run = pytest.fixture(scope="session", name="a_report")(lambda: load_report_on_file("run"))
+_without = pytest.fixture(scope="session", name="a_report_without_privacy")(
+    lambda: load_report_on_file("run_without_privacy")
+)
+_secure = pytest.fixture(scope="session", name="a_secure_report")(lambda: load_report_on_file("secure"))
+_ledger = pytest.fixture(scope="session", name="a_ledger_report")(lambda: load_report_on_file("ledger"))
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +58,7 @@ def folder(run_folder: Path, tmp_path: Path) -> Path:
 def books(tmp_path: Path) -> Callable[..., Books]:
     """`books(**changes)`: those of a new site, whose policy has these changes."""
     wide = {"limits": {"min_noise_multiplier": 1.0, "max_rounds": 50}}
-    return lambda **changes: Books.made(tmp_path / "site", site_policy(**wide | changes))
+    return lambda **changes: Books.made(tmp_path / "site", make_site_policy(**wide | changes))
 
 
 @pytest.fixture(params=LANGUAGES)
@@ -64,14 +67,14 @@ def language(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def of_run(run_folder: Path) -> Report:
+def run_report(run_folder: Path) -> Report:
     return from_run.build_run_report(run_folder)
 
 
 @pytest.fixture(scope="session")
-def of_ledger(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def ledger_report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The report of a site with two open runs."""
-    books = Books.made(tmp_path_factory.mktemp("sites") / "a", site_policy(limits={"max_rounds": 50}))
+    books = Books.made(tmp_path_factory.mktemp("sites") / "a", make_site_policy(limits={"max_rounds": 50}))
     books.charge(run_proposal(), 1, 2)
     books.charge(run_proposal(run="s"), 1)
     return from_ledger.build_ledger_report(books.site_toml)

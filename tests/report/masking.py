@@ -31,22 +31,22 @@ _SHOWN_BY_FIGURES = {"plan", "runs", "charges", "caps", "reference", "settings"}
 _OF_THE_MACHINE = {"libraries", "python", "machine", "hardware", "fedtune_version"}
 
 
-def masked(report: Report) -> Any:
+def mask_report(report: Report) -> Any:
     """Plain JSON without facts that figures show anyway; figures that follow from the settings stay, in six digits."""
     whole = to_json(report)
     facts = {name: fact for name, fact in whole["facts"].items() if name not in _SHOWN_BY_FIGURES}
-    return _masked(whole | {"facts": facts}, "")
+    return _mask_value(whole | {"facts": facts}, "")
 
 
-def _masked(value: Any, key: str) -> Any:
+def _mask_value(value: Any, key: str) -> Any:
     if key in _OF_THE_MACHINE and value:
         return "MACHINE"
     if key in _MEASURED and value is not None:
         return "N"
     if isinstance(value, dict):
-        return {name: _masked(item, name) for name, item in value.items()}
+        return {name: _mask_value(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_masked(item, "") for item in value]
+        return [_mask_value(item, "") for item in value]
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, str):
@@ -55,14 +55,14 @@ def _masked(value: Any, key: str) -> Any:
     return value
 
 
-def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+def _list_parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         names = ["-".join(str(part[key]) for key in _NAMES if part.get(key) is not None) for part in value]
         names = [name if name and names.count(name) == 1 else str(n) for n, name in enumerate(names)]
         value = dict(zip(names, value, strict=True))
     if isinstance(value, dict) and any(isinstance(part, dict | list) for part in value.values()):
         for name, part in value.items():
-            yield from _parts(part, f"{place}/{name}")
+            yield from _list_parts(part, f"{place}/{name}")
     else:
         yield place, value
 
@@ -78,7 +78,7 @@ def read_golden(name: str) -> dict[str, Any]:
 
 def check_golden(name: str, report: Report) -> None:
     """Compare with `golden/<name>.json`; with FEDTUNE_WRITE_GOLDEN set, write it first, for a person to read."""
-    found, base = dict(_parts(masked(report), "")), BASES[report.facts.kind]
+    found, base = dict(_list_parts(mask_report(report), "")), BASES[report.facts.kind]
     if name != base:
         found = {place: part for place, part in found.items() if not place.startswith("/cells/")}
     if os.environ.get("FEDTUNE_WRITE_GOLDEN"):

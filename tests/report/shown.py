@@ -44,65 +44,65 @@ LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medic
 
 
 @cache
-def on_file(name: str) -> Make:
+def load_report_on_file(name: str) -> Make:
     """`on_file(name)(**changes)`: the report of which reports/ has the facts; its sites sign their receipts here."""
     text = (Path(__file__).parent / "reports" / f"{name}.json").read_bytes()
     facts = TypeAdapter(RunFacts | LedgerFacts).validate_json(text, strict=True)
-    return partial(replace, derive_report(signed_by_sites(facts) if isinstance(facts, RunFacts) else facts))
+    return partial(replace, derive_report(sign_by_sites(facts) if isinstance(facts, RunFacts) else facts))
 
 
-def key_of(site: str) -> SigningKey:
+def make_site_key(site: str) -> SigningKey:
     return SigningKey(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(site.encode()).digest()))
 
 
-def signed_by_sites(facts: RunFacts, **changes: Any) -> RunFacts:
+def sign_by_sites(facts: RunFacts, **changes: Any) -> RunFacts:
     """The facts of a run whose sites signed receipts of this run and plan, with the `changes` in each."""
     usual = {"run": facts.run, "plan": facts.plan.digest(), "seeded_noise": facts.seeded_noise} | changes
     sites = (
-        site if site.receipt is None else replace(site, receipt=signed_receipt(site.receipt, site.site, **usual))
+        site if site.receipt is None else replace(site, receipt=sign_receipt(site.receipt, site.site, **usual))
         for site in facts.sites
     )
     return replace(facts, sites=tuple(sites))
 
 
-def signed_receipt(receipt: Receipt, signer: str, **changes: Any) -> Receipt:
+def sign_receipt(receipt: Receipt, signer: str, **changes: Any) -> Receipt:
     """The receipt with changes, signed with the key of a site."""
-    receipt = replace(receipt, site_key=key_of(signer).public, **changes)
-    return replace(receipt, signature=key_of(signer).sign(RECEIPT, receipt.signed_bytes()))
+    receipt = replace(receipt, site_key=make_site_key(signer).public, **changes)
+    return replace(receipt, signature=make_site_key(signer).sign(RECEIPT, receipt.signed_bytes()))
 
 
-def where(report: Report) -> set[str]:
+def list_problem_places(report: Report) -> set[str]:
     """The places at which `report verify` finds something wrong."""
     return {problem.where for problem in problems(report)}
 
 
-def sound(report: Report) -> Report:
+def require_sound(report: Report) -> Report:
     """The report, in which `report verify` finds nothing wrong."""
     assert problems(report) == []
     return report
 
 
-def with_facts(report: Report, **changes: Any) -> Report:
+def change_facts(report: Report, **changes: Any) -> Report:
     """The report with changed facts, and all else as it was."""
     return replace(report, facts=replace(report.facts, **changes))
 
 
-def with_site(report: Report, **changes: Any) -> Report:
+def change_first_site(report: Report, **changes: Any) -> Report:
     """The report with its first site changed."""
     first, *others = report.sites
     return replace(report, sites=(replace(first, **changes), *others))
 
 
-def assumption(report: Report, code: str) -> Assumption:
+def find_assumption(report: Report, code: str) -> Assumption:
     (found,) = [one for one in report.assumptions if one.code == code]
     return found
 
 
-def status(report: Report, code: str) -> str:
-    return assumption(report, code).status
+def read_status(report: Report, code: str) -> str:
+    return find_assumption(report, code).status
 
 
-def filled(report: Report, **changes: Any) -> Report:
+def fill_report(report: Report, **changes: Any) -> Report:
     """The report with every kind of code, field and assumption, as a real one has them."""
     read = json.loads(Path(__file__).with_name("known.json").read_text())
     known = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in read.items()}
@@ -133,49 +133,55 @@ def filled(report: Report, **changes: Any) -> Report:
 
 
 @cache
-def reports() -> dict[str, Report]:
+def build_reports() -> dict[str, Report]:
     """By situation; page 1 is kept as golden text of all but the wide ones."""
-    run, ledger = on_file("run")(), with_facts(on_file("ledger")(), simulated=True)
+    run, ledger = load_report_on_file("run")(), change_facts(load_report_on_file("ledger")(), simulated=True)
     exceeded = BudgetVerdict(state="exceeded", reasons=("above_target",))
     seeded = BudgetVerdict(state="no_guarantee", reasons=("seeded_noise",))
     of_study = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
     silent = BudgetVerdict(state="within", reasons=("site_silent",))
     unheard = (replace(run.facts.sites[0], receipt=None), *run.facts.sites[1:])
     return {
-        "within": filled(run),
-        "exceeded": with_facts(filled(with_site(run, verdict=exceeded), verdict=exceeded), target_epsilon=1.0),
-        "no_guarantee": with_facts(
-            filled(replace(run, randomness="seeded"), verdict=seeded, sites=of_study), seeded_noise=True
+        "within": fill_report(run),
+        "exceeded": change_facts(
+            fill_report(change_first_site(run, verdict=exceeded), verdict=exceeded), target_epsilon=1.0
         ),
-        "unbounded": filled(
-            on_file("run_without_privacy")(verdict=BudgetVerdict(state="no_guarantee", reasons=("no_noise",)))
+        "no_guarantee": change_facts(
+            fill_report(replace(run, randomness="seeded"), verdict=seeded, sites=of_study), seeded_noise=True
         ),
-        "upper_bound": filled(
-            with_facts(with_site(run, verdict=silent, source="not_released"), sites=unheard), verdict=silent
+        "unbounded": fill_report(
+            load_report_on_file("run_without_privacy")(
+                verdict=BudgetVerdict(state="no_guarantee", reasons=("no_noise",))
+            )
         ),
-        "ledger": filled(ledger),
-        "by_user": by_user(run),
-        "used_up": filled(without_room(ledger, left=0.0)),
-        "no_run_fits": filled(without_room(ledger, left=0.3)),
-        "alike": filled(of_sites(run, [1, *[0] * 32], [run.sites[1].site, *(f"clinic-{n}" for n in range(1, 33))])),
-        "arrivals": filled(arrivals(ledger)),
-        "admitting": filled(admitting(run)),
-        "drifting": filled(drifting(run)),
-        "site_reports": filled(telling(run, ledger)),
-        "wide_run": wide_run(),
-        "wide_ledger": wide_ledger(),
-        "secure": on_file("secure")(),
+        "upper_bound": fill_report(
+            change_facts(change_first_site(run, verdict=silent, source="not_released"), sites=unheard), verdict=silent
+        ),
+        "ledger": fill_report(ledger),
+        "by_user": count_by_user(run),
+        "used_up": fill_report(use_up_room(ledger, left=0.0)),
+        "no_run_fits": fill_report(use_up_room(ledger, left=0.3)),
+        "alike": fill_report(
+            change_sites(run, [1, *[0] * 32], [run.sites[1].site, *(f"clinic-{n}" for n in range(1, 33))])
+        ),
+        "arrivals": fill_report(add_arrivals(ledger)),
+        "admitting": fill_report(add_admission(run)),
+        "drifting": fill_report(add_drift(run)),
+        "site_reports": fill_report(add_site_reports(run, ledger)),
+        "wide_run": build_wide_run(),
+        "wide_ledger": build_wide_ledger(),
+        "secure": load_report_on_file("secure")(),
     }
 
 
-def of_sites(run: Report, like: Sequence[int], names: Sequence[str]) -> Report:
+def change_sites(run: Report, like: Sequence[int], names: Sequence[str]) -> Report:
     """The run at sites with these names, each like the one with that number."""
     sites = tuple(replace(run.sites[n], site=name) for n, name in zip(like, names, strict=True))
     facts = tuple(replace(run.facts.sites[n], site=name) for n, name in zip(like, names, strict=True))
-    return with_facts(replace(run, sites=sites), sites=facts)
+    return change_facts(replace(run, sites=sites), sites=facts)
 
 
-def telling(run: Report, ledger: Report) -> Report:
+def add_site_reports(run: Report, ledger: Report) -> Report:
     """The run at nine sites that released reports of their own, all like that of the ledger."""
     (own,) = ledger.sites
     statement = SiteStatement(
@@ -189,11 +195,11 @@ def telling(run: Report, ledger: Report) -> Report:
         releases=(),
         asserted={},
     )
-    made = of_sites(run, [0] * 9, [f"{CLINIC}-{n}" for n in range(1, 10)])
-    return with_facts(made, sites=tuple(replace(site, statement=statement) for site in made.facts.sites))
+    made = change_sites(run, [0] * 9, [f"{CLINIC}-{n}" for n in range(1, 10)])
+    return change_facts(made, sites=tuple(replace(site, statement=statement) for site in made.facts.sites))
 
 
-def arrivals(ledger: Report) -> Report:
+def add_arrivals(ledger: Report) -> Report:
     """A ledger of people who come every year: each run admits those of two years, and the last one is open."""
     facts, last, runs, charges = ledger.facts, 2026, [], []
     for year in range(2022, last + 1):
@@ -207,64 +213,64 @@ def arrivals(ledger: Report) -> Report:
     return derive_report(made)
 
 
-def periods(report: Report) -> list[ArrivalRange]:
+def list_periods(report: Report) -> list[ArrivalRange]:
     """In which people came, of whom a report tells by themselves."""
     lives = [site.lifetime for site in report.sites if site.lifetime]
     found = [one.people for life in lives for one in life.cohorts or ()]
     return [*found, report.admits] if report.admits else found
 
 
-def of_plan(run: Report, **changes: Any) -> Report:
+def change_plan(run: Report, **changes: Any) -> Report:
     """The run with another plan, of which its sites signed receipts."""
-    return derive_report(signed_by_sites(replace(run.facts, plan=replace(run.facts.plan, **changes))))
+    return derive_report(sign_by_sites(replace(run.facts, plan=replace(run.facts.plan, **changes))))
 
 
-def admitting(run: Report) -> Report:
+def add_admission(run: Report) -> Report:
     """A run that admits people of two years alone."""
     cohorts = Cohorts(period="year", first="2025", last="2026")
-    return of_plan(run, unit="user", cohorts=cohorts)
+    return change_plan(run, unit="user", cohorts=cohorts)
 
 
-def drifting(run: Report) -> Report:
+def add_drift(run: Report) -> Report:
     """A run that began in another one's release, and of four runs the one that does worse at the sites."""
     plan = replace(run.facts.plan, metrics_noise_multiplier=20.0)
     means = {"spring": 0.82, "summer": 0.83, "autumn": 0.81, run.facts.name: 0.7}
     line = [HeldOut(run=name, date="2026-03-01", mean=mean, deviation=0.02) for name, mean in means.items()]
-    return derive_report(signed_by_sites(replace(run.facts, plan=plan, held_out=tuple(line))))
+    return derive_report(sign_by_sites(replace(run.facts, plan=plan, held_out=tuple(line))))
 
 
-def without_room(ledger: Report, *, left: float) -> Report:
+def use_up_room(ledger: Report, *, left: float) -> Report:
     """The same ledger after so much that no run like the policy's reference fits what is left."""
     (site,) = ledger.sites
     lifetime = replace(site.lifetime, left=left, reference_runs_left=0, with_set_aside=6.0 - left)
-    return with_site(ledger, lifetime=lifetime)
+    return change_first_site(ledger, lifetime=lifetime)
 
 
-def by_user(run: Report) -> Report:
+def count_by_user(run: Report) -> Report:
     """The same run with people for rows."""
     code, evidence = "every_record_names_its_person", "unit=user; docs/user_level.md"
     people = Assumption(code=code, status="assumed", evidence=evidence)
     rows = [tuple(replace(one, records_per_user=8) for one in site.mechanisms) for site in run.sites]
     sites = tuple(replace(site, mechanisms=row) for site, row in zip(run.sites, rows, strict=True))
     plan = replace(run.facts.plan, unit="user", records_per_user=8)
-    report = filled(with_facts(replace(run, sites=sites), plan=plan))
+    report = fill_report(change_facts(replace(run, sites=sites), plan=plan))
     supposed = (people if one.code == "one_record_is_one_unit" else one for one in report.assumptions)
     return replace(report, assumptions=tuple(supposed))
 
 
-def detail_of(*labels: str) -> Detail:
+def make_detail(*labels: str) -> Detail:
     return Detail(
         classes=tuple(ClassScores(label=one, precision=0.5, recall=0.25, f1=1 / 3, support=8) for one in labels),
         reliability=tuple(ReliabilityBin(confidence=n / 10, right=n / 12, count=30) for n in range(1, 11)),
     )
 
 
-def wide_run() -> Report:
+def build_wide_run() -> Report:
     """Ten sites, some with long or strange names, and sixty rounds."""
-    run = on_file("run")()
+    run = load_report_on_file("run")()
     names = (LONG, HOSTILE, "_underscore", "klinikum-süd", "病院", "f", "g", "h", "i", "j")
     first, last, round_ = run.sites[0], run.sites[0].steps[-1], run.facts.rounds[0]
-    made = of_sites(run, [0] * 10, names)
+    made = change_sites(run, [0] * 10, names)
     sites = tuple(
         replace(
             one,
@@ -279,22 +285,22 @@ def wide_run() -> Report:
         for n in range(1, 61)
     )
     energy = Energy(kwh=0.5, carbon_kg=0.19, seconds=930.0)
-    detail = detail_of(LONG, HOSTILE, "c")
+    detail = make_detail(LONG, HOSTILE, "c")
     utility = replace(run.utility, epsilons=(run.utility.epsilons[0],) * 60)
     exceeded = BudgetVerdict(state="exceeded", reasons=("above_target", "above_run_cap"))
     sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
     purpose = "To sort what patients write by the ward that can answer it, and to tell what is urgent; " * 3
     provenance = replace(run.facts.provenance, purpose=purpose)
-    made = with_facts(made, name=LONG, rounds=rounds, detail=detail, energy=energy, provenance=provenance)
-    return filled(made, sites=sites, utility=utility, verdict=exceeded)
+    made = change_facts(made, name=LONG, rounds=rounds, detail=detail, energy=energy, provenance=provenance)
+    return fill_report(made, sites=sites, utility=utility, verdict=exceeded)
 
 
-def wide_ledger(*, runs: int = 500) -> Report:
+def build_wide_ledger(*, runs: int = 500) -> Report:
     """Many runs in one ledger, with limits that changed."""
-    report = on_file("ledger")()
+    report = load_report_on_file("ledger")()
     (site,) = report.sites
 
-    def many(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    def repeat_items(items: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(replace(items[n % len(items)], run=f"run-{n:04d}-0123456789abcdef") for n in range(runs))
 
     days = [f"{2020 + n // 100}-03-01T08:00:00+00:00" for n in range(runs)]
@@ -304,18 +310,18 @@ def wide_ledger(*, runs: int = 500) -> Report:
     ]
     limits = [(f"{2020 + n}-01-01T08:00:00+00:00", 4.0 + n, n) for n in range(3)]
     caps = tuple(Cap(time=time, max_epsilon=cap, charges_before=charges) for time, cap, charges in limits)
-    lifetime = replace(site.lifetime, runs=many(site.lifetime.runs), caps=caps, with_set_aside=2.5)
+    lifetime = replace(site.lifetime, runs=repeat_items(site.lifetime.runs), caps=caps, with_set_aside=2.5)
     last = "2026-02-01T08:00:00+00:00"
     refusal = Release(kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last=last)
-    of_site = {"lifetime": lifetime, "mechanisms": many(site.mechanisms), "steps": tuple(steps)}
-    releases = (*many(report.facts.releases), refusal)
-    made = with_facts(report, site=HOSTILE, caps=caps, releases=releases)
-    return filled(made, sites=(replace(site, site=HOSTILE, **of_site),))
+    of_site = {"lifetime": lifetime, "mechanisms": repeat_items(site.mechanisms), "steps": tuple(steps)}
+    releases = (*repeat_items(report.facts.releases), refusal)
+    made = change_facts(report, site=HOSTILE, caps=caps, releases=releases)
+    return fill_report(made, sites=(replace(site, site=HOSTILE, **of_site),))
 
 
 @cache
-def page(name: str, language: str) -> str:
-    return render.render(reports()[name], language=language)
+def render_page(name: str, language: str) -> str:
+    return render.render(build_reports()[name], language=language)
 
 
 class Element(ElementTree.Element):
@@ -355,7 +361,7 @@ class _Parser(HTMLParser):
 
 
 @lru_cache(maxsize=2 * len(NAMES))
-def parsed(html: str) -> Element:
+def parse_page(html: str) -> Element:
     """The page's elements; every tag that is opened is closed."""
     parser = _Parser()
     parser.feed(html)
@@ -364,7 +370,7 @@ def parsed(html: str) -> Element:
     return parser.made.close()
 
 
-def numbers(text: str) -> list[str]:
+def list_numbers(text: str) -> list[str]:
     return re.findall(r"\d+(?:[.,]\d+)*", text)
 
 
@@ -374,16 +380,16 @@ def put(data: Any, path: tuple[Any, ...], value: Any) -> None:
     data[path[-1]] = value
 
 
-def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def iter_leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Each value of plain data, and its place."""
     if isinstance(data, dict | list):
         for key in data if isinstance(data, dict) else range(len(data)):
-            yield from leaves(data[key], (*path, key))
+            yield from iter_leaves(data[key], (*path, key))
     else:
         yield path, data
 
 
-def lookup(data: Any, pointer: str) -> Any:
+def look_up(data: Any, pointer: str) -> Any:
     """What a JSON pointer names."""
     for part in pointer.split("/")[1:]:
         data = data[int(part)] if isinstance(data, list) else data[part.replace("~1", "/").replace("~0", "~")]

@@ -17,23 +17,25 @@ from fedtune.report.model import Assumption, Report, SiteReport
 from fedtune.report.verify_report import derive_report
 from fedtune.sites.shared_settings import settings_for_sites
 
-from ..books import resigned
+from ..books import resign_receipt
 from ..conftest import run_proposal
-from .shown import assumption, status
+from .shown import find_assumption, read_status
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def statuses(found: Iterable[Assumption]) -> dict[str, str]:
+def list_statuses(found: Iterable[Assumption]) -> dict[str, str]:
     return {one.code: one.status for one in found}
 
 
-def assumed(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
+def list_assumptions(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     return rules.list_assumptions(from_run.collect_run_facts(folder, record, own={}), sites)
 
 
-def test_assumption_codes_are_unique_and_sorted_and_cite_existing_tests(of_run: Report, of_ledger: Report) -> None:
-    for report in (of_run, of_ledger):
+def test_assumption_codes_are_unique_and_sorted_and_cite_existing_tests(
+    run_report: Report, ledger_report: Report
+) -> None:
+    for report in (run_report, ledger_report):
         codes = [one.code for one in report.assumptions]
         assert len(set(codes)) == len(codes)
         order = [rules._WORST_FIRST.index(one.status) for one in report.assumptions]
@@ -52,17 +54,17 @@ def test_assumption_statuses_have_one_meaning_in_both_reports(run_folder: Path) 
     )
     by_program = {"clipping_exact", "noise_in_every_step", "poisson_sampling", "unpredictable_randomness"}
     for report in (of_lead, own):
-        found = statuses(report.assumptions)
+        found = list_statuses(report.assumptions)
         assert {code for code, how in found.items() if how == "ensured"} == by_program
         for code, how in found.items():
-            said = assumption(report, code).evidence
+            said = find_assumption(report, code).evidence
             if how == "ensured":
                 assert re.match(rf"fedtune {re.escape(fedtune.__version__)}: tests/\S+\.py", said), said
             if how == "verified":
                 assert "tests/" not in said, "a test of the program is no check of this report"
 
 
-def clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
+def read_clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
     """Code and status of what is said about clipping."""
     (one,) = (one for one in found if one.code in ("clipping_exact", "clipping_but_for_rounding"))
     return one.code, one.status
@@ -74,28 +76,28 @@ def test_clipping_is_assumed_when_all_sites_accept_inexact_gradients(folder: Pat
         path.write_text(path.read_text().replace("inexact_gradients = false", "inexact_gradients = true"))
         # One that does not accept them is enough: all train on one machine.
         expected = ("clipping_but_for_rounding", "assumed") if count == len(policies) else ("clipping_exact", "ensured")
-        assert clipping(from_run.build_run_report(folder).assumptions) == expected
+        assert read_clipping(from_run.build_run_report(folder).assumptions) == expected
     policies[0].unlink()
-    assert clipping(from_run.build_run_report(folder).assumptions) == ("clipping_exact", "assumed")
+    assert read_clipping(from_run.build_run_report(folder).assumptions) == ("clipping_exact", "assumed")
 
 
 def test_clipping_is_assumed_for_a_ledger_with_inexact_gradients(books: Any) -> None:
     made = books(allow={"inexact_gradients": True})
     made.charge(run_proposal(), 1)
-    assert clipping(from_ledger.build_ledger_report(made.ledger).assumptions) == (
+    assert read_clipping(from_ledger.build_ledger_report(made.ledger).assumptions) == (
         "clipping_but_for_rounding",
         "assumed",
     )
     made.edit(noted=True, allow={"inexact_gradients": False})
-    assert clipping(from_ledger.build_ledger_report(made.ledger).assumptions) == (
+    assert read_clipping(from_ledger.build_ledger_report(made.ledger).assumptions) == (
         "clipping_but_for_rounding",
         "assumed",
     )
 
 
-def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
+def add_receipts(record: RunRecord, *, run: str) -> RunRecord:
     """The record with its sites' receipts made out, and signed, for a run of another name."""
-    receipts = {site: resigned(receipt, run=run) for site, receipt in record.state.receipts.items()}
+    receipts = {site: resign_receipt(receipt, run=run) for site, receipt in record.state.receipts.items()}
     return replace(record, state=replace(record.state, receipts=receipts))
 
 
@@ -106,15 +108,15 @@ def test_receipts_of_a_run_with_a_longer_name_are_ignored(run_folder: Path, mode
     if not model_known:
         record = replace(record, environments=())
     deployed = replace(record, config=config)
-    other = with_receipts_of(deployed, run=f"{config.name}-weaker-{'a' * 32}")
+    other = add_receipts(deployed, run=f"{config.name}-weaker-{'a' * 32}")
     assert dict(other.receipts) == {}
     sent = settings_for_sites(
         replace(config, privacy=replace(config.privacy, noise_multiplier=record.plan.noise_multiplier))
     )
-    right = with_receipts_of(deployed, run=sent.run_id())
+    right = add_receipts(deployed, run=sent.run_id())
     assert (right.run, set(right.receipts)) == (sent.run_id(), {"site-1", "site-2"})
     # Another digest is told from the right one where what the sites were sent is known.
-    same_form = with_receipts_of(deployed, run=f"{config.name}-{'a' * 32}")
+    same_form = add_receipts(deployed, run=f"{config.name}-{'a' * 32}")
     assert set(same_form.receipts) == (set() if model_known else {"site-1", "site-2"})
 
 
@@ -125,8 +127,8 @@ def test_lead_report_of_real_sites_only_assumes_site_behavior(run_folder: Path) 
         config=replace(record.config, runtime=replace(record.config.runtime, kind="deployment")),
         environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
     )
-    deployed = with_receipts_of(deployed, run=deployed.run)
-    found = statuses(assumed(run_folder, deployed, from_run.build_run_report(run_folder).sites))
+    deployed = add_receipts(deployed, run=deployed.run)
+    found = list_statuses(list_assumptions(run_folder, deployed, from_run.build_run_report(run_folder).sites))
     assert found["sites_run_their_own_software"] == "assumed"
     assert found["unpredictable_randomness"] == "assumed"
     assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
@@ -138,13 +140,16 @@ def test_unsigned_receipts_large_deltas_and_accountant_mismatches_are_reported(r
     forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
     state = replace(record.state, receipts={**record.receipts, **forged})
     report = derive_report(from_run.collect_run_facts(run_folder, replace(record, state=state), own={}))
-    assert (status(report, "receipts_signed"), assumption(report, "receipts_signed").evidence) == ("assumed", "site-1")
+    assert (read_status(report, "receipts_signed"), find_assumption(report, "receipts_signed").evidence) == (
+        "assumed",
+        "site-1",
+    )
     facts = from_run.collect_run_facts(run_folder, record, own={})
     large = replace(facts, sites=tuple(replace(site, declared_size=200_000) for site in facts.sites))
     of_delta = {one.code: one for one in rules.list_assumptions(large, sites)}["delta_below_one_over_size"]
     assert (of_delta.status, of_delta.evidence) == ("violated", "delta=1e-05; declared_size=200000")
     wrong = replace(sites[0], spent=replace(sites[0].spent, epsilon_rdp=0.01))
-    assert statuses(assumed(run_folder, record, [wrong, *sites[1:]]))["accountants_agree"] == "violated"
+    assert list_statuses(list_assumptions(run_folder, record, [wrong, *sites[1:]]))["accountants_agree"] == "violated"
 
 
 def test_simulation_ignores_assertions_about_people_at_other_sites(folder: Path) -> None:
@@ -153,13 +158,13 @@ def test_simulation_ignores_assertions_about_people_at_other_sites(folder: Path)
     for more in ("", "\n[asserted]\nno_person_at_another_site = true\n"):  # as earlier versions wrote it
         policy.write_text(policy.read_text() + more)
         for report in (from_run.build_run_report(folder), from_ledger.build_ledger_report(policy)):
-            assert status(report, "units_at_one_site_only") == "assumed"
+            assert read_status(report, "units_at_one_site_only") == "assumed"
         assert report.facts.asserted == {}, "of the ledger"
 
 
 def test_site_denying_the_single_site_assumption_violates_it(books: Any) -> None:
     report = from_ledger.build_ledger_report(books(asserted={"no_person_at_another_site": False}).ledger)
-    assert status(report, "units_at_one_site_only") == "violated"
+    assert read_status(report, "units_at_one_site_only") == "violated"
     assert report.assumptions[0].code == "units_at_one_site_only"
 
 
@@ -170,15 +175,15 @@ def test_seeded_and_noiseless_runs_violate_their_assumptions(books: Any) -> None
     made.charge(run_proposal(run="study", seeded_noise=True), 1)
     made.charge(run_proposal(run="open", noise_multiplier=0.0), 1)
     report = from_ledger.build_ledger_report(made.ledger)
-    assert status(report, "unpredictable_randomness") == status(report, "noise_in_every_step") == "violated"
-    assert assumption(report, "unpredictable_randomness").evidence == "study"
-    assert assumption(report, "noise_in_every_step").evidence == "open"
+    assert read_status(report, "unpredictable_randomness") == read_status(report, "noise_in_every_step") == "violated"
+    assert find_assumption(report, "unpredictable_randomness").evidence == "study"
+    assert find_assumption(report, "noise_in_every_step").evidence == "open"
 
 
 def test_ledger_in_doubt_violates_the_completeness_assumption(books: Any) -> None:
     made = books()
     made.charge(run_proposal(), 1)
-    backup = made.copied("backup.db")
+    backup = made.copy_ledger("backup.db")
     made.charge(run_proposal(), 2)
     receipt = made.open().sign_receipt("r")
     backup.replace(made.ledger)
@@ -187,5 +192,5 @@ def test_ledger_in_doubt_violates_the_completeness_assumption(books: Any) -> Non
     assert caught.value.reason is Reason.LEDGER_BEHIND_RECEIPT
     report = from_ledger.build_ledger_report(made.ledger)
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("ledger_in_doubt",))
-    assert status(report, "no_event_missing") == "violated"
+    assert read_status(report, "no_event_missing") == "violated"
     assert report.sites[0].meaning is None

@@ -25,13 +25,13 @@ SMALLEST_IN_PRINT = 12  # pixels; 9 pt
 
 
 @pytest.fixture
-def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
+def open_page(browser: Any, tmp_path: Path) -> Iterator[Any]:
     """`opened(name, language, **of_the_context)`: a page, and what it said and asked for."""
     with ExitStack() as contexts:
 
         def make(name: str, language: str, **options: Any) -> SimpleNamespace:
             path = tmp_path / "report.html"
-            path.write_text(shown.page(name, language), encoding="utf-8")
+            path.write_text(shown.render_page(name, language), encoding="utf-8")
             context = browser.new_context(viewport={"width": DESKTOP, "height": 900}, **options)
             contexts.callback(context.close)
             found = SimpleNamespace(tab=context.new_page(), messages=[], requests=[])
@@ -44,7 +44,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
         yield make
 
 
-def resized(tab: Any, width: int) -> Any:
+def resize_tab(tab: Any, width: int) -> Any:
     tab.set_viewport_size({"width": width, "height": 900})
     return tab
 
@@ -71,10 +71,10 @@ SIZES = """
 
 
 @pytest.mark.parametrize("name", shown.NAMES)
-def test_page_renders_completely_without_requests_or_console_messages(name: str, language: str, opened: Any) -> None:
+def test_page_renders_completely_without_requests_or_console_messages(name: str, language: str, open_page: Any) -> None:
     """On the screen at each width, and then on paper; loading a page takes longer than looking at it."""
-    page = opened(name, language)
-    words, report = load_catalog(language), shown.reports()[name]
+    page = open_page(name, language)
+    words, report = load_catalog(language), shown.build_reports()[name]
     assert page.tab.evaluate("document.documentElement.lang") == language
     assert page.tab.title() == words.text("page.title", name=report.facts.name).unescape()
 
@@ -84,10 +84,10 @@ def test_page_renders_completely_without_requests_or_console_messages(name: str,
     seen = page.tab.evaluate(FIGURES)
     assert len(seen) > 30
     for at, kind, text in seen:
-        assert text == words.figure(shown.lookup(data, at), kind)
+        assert text == words.figure(shown.look_up(data, at), kind)
 
     for width in (DESKTOP, 800, PHONE, 320):
-        tab = resized(page.tab, width)
+        tab = resize_tab(page.tab, width)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate(TOO_WIDE) == [] or width == 320  # so narrow, a table may be scrolled
         for drawing in tab.locator("figure.chart svg").all() if width in (DESKTOP, PHONE) else ():
@@ -103,7 +103,7 @@ def test_page_renders_completely_without_requests_or_console_messages(name: str,
             assert len(sizes) > 100
             assert min(sizes)[0] >= 10, min(sizes)
 
-    tab = resized(page.tab, A4)
+    tab = resize_tab(page.tab, A4)
     tab.evaluate(f"[...document.querySelectorAll('details')].slice({open_at_first}).forEach(one => one.open = false)")
     tab.emulate_media(media="print")
     assert tab.evaluate("document.documentElement.scrollWidth") <= A4
@@ -111,7 +111,7 @@ def test_page_renders_completely_without_requests_or_console_messages(name: str,
     assert tab.locator("#page-1").bounding_box()["height"] <= A4_HEIGHT
     sizes = [one for one in tab.evaluate(SIZES) if one[0] < SMALLEST_IN_PRINT - 0.01]
     assert sizes == []
-    margins = re.findall(r"@(?:top|bottom)-[a-z]+ \{[^}]*?([\d.]+)pt", shown.page(name, language))
+    margins = re.findall(r"@(?:top|bottom)-[a-z]+ \{[^}]*?([\d.]+)pt", shown.render_page(name, language))
     assert len(margins) == 3, "the banner, the foot and the number of each page"
     assert min(map(float, margins)) >= 9
     assert not any(one.is_visible() for one in tab.locator(".banner").all()), "each page has it in its margin"
@@ -127,8 +127,8 @@ FONT_SIZE = "one => parseFloat(getComputedStyle(one).fontSize)"
 
 
 @pytest.mark.parametrize("media", ["screen", "print"])
-def test_attack_success_is_the_largest_figure_on_page_one(media: str, opened: Any) -> None:
-    tab = opened("within", "en").tab
+def test_attack_success_is_the_largest_figure_on_page_one(media: str, open_page: Any) -> None:
+    tab = open_page("within", "en").tab
     tab.emulate_media(media=media)
     figure = tab.locator("#strong .focal").evaluate(FONT_SIZE)
     sizes = tab.evaluate(f"[...document.querySelectorAll('#page-1 :not(svg *)')].map({FONT_SIZE})")
@@ -136,12 +136,12 @@ def test_attack_success_is_the_largest_figure_on_page_one(media: str, opened: An
     assert sizes.count(figure) == 2, "the line, and the figure in it"
 
 
-def test_details_are_collapsed_on_phones_and_expanded_in_print(opened: Any) -> None:
+def test_details_are_collapsed_on_phones_and_expanded_in_print(open_page: Any) -> None:
     """On a wide screen, and on paper, all of it is there without opening anything."""
-    page = opened("within", "en")
+    page = open_page("within", "en")
     tables = page.tab.locator("#engineer table").first
     assert tables.is_visible()
-    tab = resized(page.tab, PHONE)
+    tab = resize_tab(page.tab, PHONE)
     assert not tables.is_visible()
     tab.locator(".part > summary").first.click()
     assert tables.is_visible()
@@ -150,11 +150,11 @@ def test_details_are_collapsed_on_phones_and_expanded_in_print(opened: Any) -> N
     assert tables.is_visible()
 
 
-def test_page_works_without_scripts_and_blocks_injected_ones(opened: Any) -> None:
-    page = opened("ledger", "en", java_script_enabled=False)
+def test_page_works_without_scripts_and_blocks_injected_ones(open_page: Any) -> None:
+    page = open_page("ledger", "en", java_script_enabled=False)
     assert page.tab.locator("#verdict").inner_text().startswith("Was the budget kept?")
     assert page.tab.locator("figure svg").count() == 2
-    page = opened("wide_run", "en")
+    page = open_page("wide_run", "en")
     assert page.tab.locator("figure svg").count() == 3
     page.tab.set_content(page.tab.content().replace("<main", "<script>document.title = 'x'</script><main"))
     assert page.tab.title() != "x"
@@ -167,8 +167,8 @@ REACHED = """
 """
 
 
-def test_keyboard_reaches_and_opens_every_control(opened: Any) -> None:
-    tab = opened("within", "en").tab
+def test_keyboard_reaches_and_opens_every_control(open_page: Any) -> None:
+    tab = open_page("within", "en").tab
     tags = tab.evaluate(REACHED)
     assert tags[0] == "A"
     for place in range(len(tags)):  # in order, and to be seen when it has the focus
@@ -215,9 +215,9 @@ FAINT = """
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("name", "language"), [("exceeded", "de"), ("used_up", "en"), ("wide_run", "en")])
 def test_charts_have_sufficient_contrast_in_light_and_dark_mode(
-    name: str, language: str, scheme: str, opened: Any
+    name: str, language: str, scheme: str, open_page: Any
 ) -> None:
-    tab = opened(name, language, color_scheme=scheme).tab
+    tab = open_page(name, language, color_scheme=scheme).tab
     tab.evaluate(OPEN_ALL)
     ground = "getComputedStyle(document.body).backgroundColor"
     assert (tab.evaluate(ground) == "rgb(255, 255, 255)") == (scheme == "light")
@@ -233,18 +233,18 @@ def test_charts_have_sufficient_contrast_in_light_and_dark_mode(
 @pytest.mark.parametrize(
     ("name", "language"), [("within", "en"), ("no_guarantee", "de"), ("ledger", "de"), ("wide_run", "en")]
 )
-def test_axe_reports_no_accessibility_violations(name: str, language: str, scheme: str, opened: Any) -> None:
+def test_axe_reports_no_accessibility_violations(name: str, language: str, scheme: str, open_page: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
-    page = opened(name, language, bypass_csp=True, color_scheme=scheme)
+    page = open_page(name, language, bypass_csp=True, color_scheme=scheme)
     page.tab.evaluate(OPEN_ALL)
     for width in (DESKTOP, PHONE):
-        found = axe.Axe().run(resized(page.tab, width))
+        found = axe.Axe().run(resize_tab(page.tab, width))
         assert found.violations_count == 0, found.generate_report()
 
 
 def test_page_one_answers_span_the_full_width_on_phones(browser: Any, language: str) -> None:
     tab = browser.new_page(viewport={"width": 390, "height": 844})
-    tab.set_content(shown.page("within", language))
+    tab.set_content(shown.render_page("within", language))
     widths = tab.evaluate("[...document.querySelectorAll('.answer > :last-child')].map(e => e.clientWidth)")
     tab.close()
     assert min(widths) > 300, "each answer is below its question"

@@ -15,12 +15,12 @@ from ..conftest import simulate
 LEGAL = {"purpose", "legal_basis", "retention", "claim", "judgment", "determination", "legal_role", "high_risk_class"}
 
 
-@pytest.fixture(params=["of_run", "of_ledger"])
+@pytest.fixture(params=["run_report", "ledger_report"])
 def report(request: pytest.FixtureRequest) -> Report:
     return request.getfixturevalue(request.param)
 
 
-def facts(report: Report, state: str) -> dict[str, dict[str, str]]:
+def list_facts(report: Report, state: str) -> dict[str, dict[str, str]]:
     return {code: dict(states[state]) for code, states in report.cells.items() if state in states}
 
 
@@ -50,18 +50,18 @@ def test_legal_fields_are_never_filled_by_fedtune() -> None:
 
 
 def test_dpia_values_contain_no_prose_or_legal_claims(report: Report) -> None:
-    for values in facts(report, "auto").values():
+    for values in list_facts(report, "auto").values():
         for name, value in ((name, str(value)) for name, value in values.items()):
             assert not re.search("anonym|complian|lawful|gdpr|hipaa|impossible", value, re.IGNORECASE), name
             assert not value.endswith("."), "a sentence"
-    by_design = {name: value for found in facts(report, "design").values() for name, value in found.items()}
+    by_design = {name: value for found in list_facts(report, "design").values() for name, value in found.items()}
     assert by_design == dict(dpia_fields.BY_DESIGN)
     assert by_design["raw_records_leave_site"] == "no"
-    assert not {name for found in facts(report, "auto").values() for name in found} & by_design.keys()
+    assert not {name for found in list_facts(report, "auto").values() for name in found} & by_design.keys()
 
 
 def test_run_without_noise_has_unbounded_dpia_values(tmp_path: Path) -> None:
-    auto = facts(from_run.build_run_report(simulate("privacy=none", into=tmp_path)), "auto")
+    auto = list_facts(from_run.build_run_report(simulate("privacy=none", into=tmp_path)), "auto")
     assert (auto["dpia_risks"]["epsilon"], auto["dpia_risks"]["right_of_100_ceiling"]) == ("unbounded", 100.0)
     assert auto["wp216_tests"]["singling_out_bound"] == 100.0
     assert auto["ico_pets"] == {

@@ -21,10 +21,18 @@ from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.verify_report import derive_report
 
-from ..conftest import REPOSITORY, command, simulate, write_config
-from ..deployment.federation import Federation, settings
+from ..conftest import REPOSITORY, run_command, simulate, write_config
+from ..deployment.federation import Federation, list_settings
 from ..privacy.builders import make_key
-from .shown import admitting, arrivals, drifting, key_of, on_file, signed_by_sites, signed_receipt
+from .shown import (
+    add_admission,
+    add_arrivals,
+    add_drift,
+    load_report_on_file,
+    make_site_key,
+    sign_by_sites,
+    sign_receipt,
+)
 
 SPECIFICATION = importlib.util.spec_from_file_location("verify_report", REPOSITORY / "verifier" / "verify_report.py")
 verify_report: Any = importlib.util.module_from_spec(SPECIFICATION)
@@ -64,7 +72,7 @@ class Deployed:
 
     def holds(self) -> bool:
         """With all that there is to compare it with."""
-        keys = {site: key_of(site).public for site in SITES}
+        keys = {site: make_site_key(site).public for site in SITES}
         return hold(self.checks(key=self.lead.public, site_keys=keys))
 
     def holds_by_the_other_program(self, *more: str) -> bool:
@@ -74,25 +82,25 @@ class Deployed:
 
 def write_roster(path: Path) -> None:
     """As much of a roster as the other program reads."""
-    fields = {"sites": [{"site": site, "site_key": key_of(site).public} for site in SITES]}
+    fields = {"sites": [{"site": site, "site_key": make_site_key(site).public} for site in SITES]}
     message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     path.write_text(json.dumps(fields | {"signature": LEAD.sign("roster", message)}))
 
 
-def deployed_in(into: Path) -> Deployed:
+def deploy_run(into: Path) -> Deployed:
     """A run of server, lead and sites as processes over TLS, with its lead's report; each site has its name's key."""
     for name in SITES:
         (folder := into / "sites" / name).mkdir(parents=True)
-        keys._write_new_key(folder / "site_key.pem", key_of(name)._private)
-    with contextlib.closing(Federation(into, command)) as federation:
+        keys._write_new_key(folder / "site_key.pem", make_site_key(name)._private)
+    with contextlib.closing(Federation(into, run_command)) as federation:
         federation.start()
-        federation.finish("forged", *settings(f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1"))
+        federation.finish("forged", *list_settings(f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1"))
     folder, lead = federation.run_folder("forged"), SigningKey.load(federation.lead_kit / "lead_key.pem")
     shutil.copy(federation.lead_kit / "roster.json", folder.parent)
     return Deployed(folder, signing.sign_report(signing.read_report(str(folder))[1], lead), lead)
 
 
-def simulated_in(into: Path) -> Deployed:
+def simulate_run(into: Path) -> Deployed:
     """A simulation whose sites' receipts, settings and report are those of real sites."""
     rounds = (f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1", "federation.num_sites=3")
     folder = simulate(*rounds, f"federation.site_names=[{','.join(SITES)}]", into=into)
@@ -107,7 +115,7 @@ def simulated_in(into: Path) -> Deployed:
     )
     assert record.state is not None
     receipts = {
-        site: signed_receipt(receipt, site, run=record.run, simulated=False)
+        site: sign_receipt(receipt, site, run=record.run, simulated=False)
         for site, receipt in record.state.receipts.items()
     }
     record = replace(record, state=replace(record.state, receipts=receipts))
@@ -118,10 +126,10 @@ def simulated_in(into: Path) -> Deployed:
 
 
 @pytest.fixture(scope="module", params=["simulated", pytest.param("deployed", marks=pytest.mark.nightly)])
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+def run_to_forge(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     """A run with its report alone, since a page of another report would show any lie."""
     into = tmp_path_factory.mktemp("runs")
-    run = deployed_in(into) if request.param == "deployed" else simulated_in(into)
+    run = deploy_run(into) if request.param == "deployed" else simulate_run(into)
     for name in ("report.html", "adapter/README.md", "adapter/label.svg"):
         (run.folder / name).unlink(missing_ok=True)
     run.write(run.report)
@@ -129,9 +137,9 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
 
 
 @pytest.fixture
-def run(made: Deployed, tmp_path: Path) -> Deployed:
-    shutil.copytree(made.folder.parent, tmp_path / "runs")
-    return replace(made, folder=tmp_path / "runs" / made.folder.name)
+def run(run_to_forge: Deployed, tmp_path: Path) -> Deployed:
+    shutil.copytree(run_to_forge.folder.parent, tmp_path / "runs")
+    return replace(run_to_forge, folder=tmp_path / "runs" / run_to_forge.folder.name)
 
 
 def test_honest_report_passes_both_verifiers(run: Deployed) -> None:
@@ -145,41 +153,41 @@ def test_honest_report_passes_both_verifiers(run: Deployed) -> None:
     assert not run.holds_by_the_other_program("--key", run.lead.public), "whose keys they are was not compared"
 
 
-def of_sites(facts: RunFacts, change: Callable[[SiteFacts], SiteFacts], *names: str) -> RunFacts:
+def change_sites(facts: RunFacts, change: Callable[[SiteFacts], SiteFacts], *names: str) -> RunFacts:
     """The facts with some sites changed; without names, all."""
     return replace(facts, sites=tuple(change(one) if one.site in (names or SITES) else one for one in facts.sites))
 
 
-def receipts(facts: RunFacts, *names: str, key: str = "", **changes: Any) -> RunFacts:
+def resign_receipts(facts: RunFacts, *names: str, key: str = "", **changes: Any) -> RunFacts:
     """The facts with receipts that the sites signed so, or the holder of another key."""
-    return of_sites(
-        facts, lambda one: replace(one, receipt=signed_receipt(one.receipt, key or one.site, **changes)), *names
+    return change_sites(
+        facts, lambda one: replace(one, receipt=sign_receipt(one.receipt, key or one.site, **changes)), *names
     )
 
 
-def edited(facts: RunFacts, *names: str, **changes: Any) -> RunFacts:
+def edit_receipts(facts: RunFacts, *names: str, **changes: Any) -> RunFacts:
     """The facts with receipts that were changed after they were signed."""
-    return of_sites(facts, lambda one: replace(one, receipt=replace(one.receipt, **changes)), *names)
+    return change_sites(facts, lambda one: replace(one, receipt=replace(one.receipt, **changes)), *names)
 
 
-def without(facts: RunFacts, *names: str) -> RunFacts:
-    return of_sites(facts, lambda one: replace(one, receipt=None), *names)
+def remove_receipts(facts: RunFacts, *names: str) -> RunFacts:
+    return change_sites(facts, lambda one: replace(one, receipt=None), *names)
 
 
-def shorter(facts: RunFacts, rounds: int, **changes: Any) -> RunFacts:
+def drop_rounds(facts: RunFacts, rounds: int, **changes: Any) -> RunFacts:
     return replace(facts, rounds=facts.rounds[:rounds], **changes)
 
 
-def of_plan(facts: RunFacts, **changes: Any) -> RunFacts:
+def change_plan(facts: RunFacts, **changes: Any) -> RunFacts:
     return replace(facts, plan=replace(facts.plan, **changes))
 
 
-def made_up(facts: RunFacts, **changes: Any) -> RunFacts:
+def forge_keys(facts: RunFacts, **changes: Any) -> RunFacts:
     """With keys of the lead's own, which signed whatever it takes."""
-    return receipts(facts, key="made up", run=facts.run, plan=facts.plan.digest(), **changes)
+    return resign_receipts(facts, key="made up", run=facts.run, plan=facts.plan.digest(), **changes)
 
 
-def resent(facts: RunFacts, change: Callable[[dict[str, Any]], object]) -> RunFacts:
+def change_settings(facts: RunFacts, change: Callable[[dict[str, Any]], object]) -> RunFacts:
     """With other settings, of which the run's name has the digest."""
     sent = json.loads(facts.sent)
     change(sent)
@@ -187,103 +195,109 @@ def resent(facts: RunFacts, change: Callable[[dict[str, Any]], object]) -> RunFa
     return replace(facts, sent=text, run=f"{facts.name}-{verify_report.hashlib.sha256(text.encode()).hexdigest()[:32]}")
 
 
-def left_out(facts: RunFacts, site: str, why: str) -> RunFacts:
+def exclude_updates(facts: RunFacts, site: str, why: str) -> RunFacts:
     """A site whose updates of all rounds but the first are called something else."""
     first, *others = facts.rounds
     said = [replace(one, sites=tuple(s for s in one.sites if s != site), failed_sites={site: why}) for one in others]
     return replace(facts, rounds=(first, *said))
 
 
-def without_site(facts: RunFacts, site: str) -> RunFacts:
+def remove_site(facts: RunFacts, site: str) -> RunFacts:
     rounds = tuple(replace(one, sites=tuple(s for s in one.sites if s != site)) for one in facts.rounds)
     return replace(facts, rounds=rounds, sites=tuple(one for one in facts.sites if one.site != site))
 
 
-def of_model(facts: RunFacts, sha256: str) -> RunFacts:
+def change_model(facts: RunFacts, sha256: str) -> RunFacts:
     return replace(facts, provenance=replace(facts.provenance, model_sha256=sha256))
 
 
-def swapped(facts: RunFacts) -> RunFacts:
+def swap_receipts(facts: RunFacts) -> RunFacts:
     first, second, *others = facts.sites
     pair = replace(first, receipt=second.receipt), replace(second, receipt=first.receipt)
     return replace(facts, sites=(*pair, *others))
 
 
-def simulated(facts: RunFacts) -> RunFacts:
+def simulate_receipts(facts: RunFacts) -> RunFacts:
     """A simulation's receipts, which its one process can sign."""
-    return receipts(facts, simulated=True)
+    return resign_receipts(facts, simulated=True)
 
 
-def begun(facts: RunFacts, **changes: Any) -> RunFacts:
+def begin_in_adapter(facts: RunFacts, **changes: Any) -> RunFacts:
     """A run that began in an adapter, as its sites were asked and signed; the report changes what it says of that."""
-    facts = resent(facts, lambda sent: sent["model"].update(adapter_sha256=OTHER))
+    facts = change_settings(facts, lambda sent: sent["model"].update(adapter_sha256=OTHER))
     about = dict.fromkeys(("run", "dataset", "unit", "delta", "epsilon"))
     start = StartAdapter(**{"digest": OTHER, **about, **changes})
-    return receipts(replace(facts, provenance=replace(facts.provenance, start_adapter=start)), run=facts.run)
+    return resign_receipts(replace(facts, provenance=replace(facts.provenance, start_adapter=start)), run=facts.run)
 
 
 OTHER = "56" * 32
 LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
     # Fewer rounds.
-    "a receipt edited": lambda facts: edited(facts, charged_rounds=1),
-    "one receipt edited": lambda facts: edited(facts, "south", charged_rounds=1),
-    "an older receipt called the last": lambda facts: edited(
-        receipts(facts, charged_rounds=1, ended=False), ended=True
+    "a receipt edited": lambda facts: edit_receipts(facts, charged_rounds=1),
+    "one receipt edited": lambda facts: edit_receipts(facts, "south", charged_rounds=1),
+    "an older receipt called the last": lambda facts: edit_receipts(
+        resign_receipts(facts, charged_rounds=1, ended=False), ended=True
     ),
-    "an older receipt, others left out": lambda facts: left_out(
-        receipts(facts, "south", charged_rounds=1, ended=False), "south", "left_out"
+    "an older receipt, others left out": lambda facts: exclude_updates(
+        resign_receipts(facts, "south", charged_rounds=1, ended=False), "south", "left_out"
     ),
-    "an older receipt, others refused": lambda facts: left_out(
-        receipts(facts, "south", charged_rounds=0, ended=False, plan=""), "south", "max_epsilon"
+    "an older receipt, others refused": lambda facts: exclude_updates(
+        resign_receipts(facts, "south", charged_rounds=0, ended=False, plan=""), "south", "max_epsilon"
     ),
-    "an older report beside the newer model": lambda facts: shorter(
-        receipts(facts, charged_rounds=1, ended=False), 1, final={}, detail=None
+    "an older report beside the newer model": lambda facts: drop_rounds(
+        resign_receipts(facts, charged_rounds=1, ended=False), 1, final={}, detail=None
     ),
-    "an older report without the model": lambda facts: shorter(
-        receipts(facts, charged_rounds=1, ended=False), 1, final={}, detail=None, files={}
+    "an older report without the model": lambda facts: drop_rounds(
+        resign_receipts(facts, charged_rounds=1, ended=False), 1, final={}, detail=None, files={}
     ),
-    "fewer rounds with the last receipts": lambda facts: shorter(facts, 1, final={}, detail=None, files={}),
-    "fewer rounds planned": lambda facts: of_plan(shorter(facts, 1), num_rounds=1),
-    "no spare rounds": lambda facts: of_plan(facts, spare_rounds=0),
+    "fewer rounds with the last receipts": lambda facts: drop_rounds(facts, 1, final={}, detail=None, files={}),
+    "fewer rounds planned": lambda facts: change_plan(drop_rounds(facts, 1), num_rounds=1),
+    "no spare rounds": lambda facts: change_plan(facts, spare_rounds=0),
     # Receipts of others.
-    "a receipt dropped": lambda facts: without(facts, "south"),
-    "all receipts dropped": without,
-    "a receipt of another run": lambda facts: receipts(facts, "south", run=f"{facts.name}-{'0' * 32}"),
-    "receipts swapped between sites": swapped,
-    "a site's receipt for all": lambda facts: of_sites(facts, lambda one: replace(one, receipt=facts.sites[0].receipt)),
-    "keys of the lead's own": lambda facts: made_up(facts, charged_rounds=1),
-    "keys of the lead's own for one site": lambda facts: receipts(facts, "south", key="made up", charged_rounds=3),
-    "keys of the lead's own, same rounds": made_up,
+    "a receipt dropped": lambda facts: remove_receipts(facts, "south"),
+    "all receipts dropped": remove_receipts,
+    "a receipt of another run": lambda facts: resign_receipts(facts, "south", run=f"{facts.name}-{'0' * 32}"),
+    "receipts swapped between sites": swap_receipts,
+    "a site's receipt for all": lambda facts: change_sites(
+        facts, lambda one: replace(one, receipt=facts.sites[0].receipt)
+    ),
+    "keys of the lead's own": lambda facts: forge_keys(facts, charged_rounds=1),
+    "keys of the lead's own for one site": lambda facts: resign_receipts(
+        facts, "south", key="made up", charged_rounds=3
+    ),
+    "keys of the lead's own, same rounds": forge_keys,
     # Another plan.
-    "more noise": lambda facts: of_plan(facts, noise_multiplier=8.0),
-    "more noise, receipts dropped": lambda facts: of_plan(without(facts), noise_multiplier=8.0),
-    "more noise, keys of the lead's own": lambda facts: made_up(of_plan(facts, noise_multiplier=8.0)),
-    "a lower sampling rate": lambda facts: of_plan(facts, sampling_rate=0.01),
-    "a larger delta": lambda facts: of_plan(facts, delta=1e-3),
-    "fewer steps": lambda facts: of_plan(facts, local_steps=1),
+    "more noise": lambda facts: change_plan(facts, noise_multiplier=8.0),
+    "more noise, receipts dropped": lambda facts: change_plan(remove_receipts(facts), noise_multiplier=8.0),
+    "more noise, keys of the lead's own": lambda facts: forge_keys(change_plan(facts, noise_multiplier=8.0)),
+    "a lower sampling rate": lambda facts: change_plan(facts, sampling_rate=0.01),
+    "a larger delta": lambda facts: change_plan(facts, delta=1e-3),
+    "fewer steps": lambda facts: change_plan(facts, local_steps=1),
     "a higher target": lambda facts: replace(facts, target_epsilon=80.0),
     "no target": lambda facts: replace(facts, target_epsilon=None),
     # Another run.
-    "a site dropped": lambda facts: without_site(facts, "west"),
-    "a site dropped from the settings, too": lambda facts: without_site(
-        resent(facts, lambda sent: sent["federation"].update(site_names=["north", "south"])), "west"
+    "a site dropped": lambda facts: remove_site(facts, "west"),
+    "a site dropped from the settings, too": lambda facts: remove_site(
+        change_settings(facts, lambda sent: sent["federation"].update(site_names=["north", "south"])), "west"
     ),
-    "a declared size changed": lambda facts: of_sites(facts, lambda one: replace(one, declared_size=9)),
-    "another base model": lambda facts: of_model(facts, OTHER),
-    "another base model in the settings, too": lambda facts: of_model(
-        resent(facts, lambda sent: sent["model"].update(sha256=OTHER)), OTHER
+    "a declared size changed": lambda facts: change_sites(facts, lambda one: replace(one, declared_size=9)),
+    "another base model": lambda facts: change_model(facts, OTHER),
+    "another base model in the settings, too": lambda facts: change_model(
+        change_settings(facts, lambda sent: sent["model"].update(sha256=OTHER)), OTHER
     ),
-    "a private start called public": lambda facts: begun(facts, public=True),
-    "another start": lambda facts: begun(facts, digest="78" * 32),
+    "a private start called public": lambda facts: begin_in_adapter(facts, public=True),
+    "another start": lambda facts: begin_in_adapter(facts, digest="78" * 32),
     "another data set": lambda facts: replace(facts, provenance=replace(facts.provenance, dataset="public")),
     "another run's name": lambda facts: replace(facts, run=f"{facts.name}-{'1' * 32}"),
-    "a simulation as real": simulated,
-    "a simulation as real, keys of the lead's own": lambda facts: made_up(facts, simulated=False),
+    "a simulation as real": simulate_receipts,
+    "a simulation as real, keys of the lead's own": lambda facts: forge_keys(facts, simulated=False),
     "real sites as a simulation": lambda facts: replace(
         facts, settings={**facts.settings, "runtime": "simulation"}, sent=""
     ),
-    "a seed hidden": lambda facts: receipts(facts, seeded_noise=True),
-    "a seed hidden in a receipt edited": lambda facts: edited(receipts(facts, seeded_noise=True), seeded_noise=False),
+    "a seed hidden": lambda facts: resign_receipts(facts, seeded_noise=True),
+    "a seed hidden in a receipt edited": lambda facts: edit_receipts(
+        resign_receipts(facts, seeded_noise=True), seeded_noise=False
+    ),
     "another adapter named": lambda facts: replace(facts, files=dict.fromkeys(facts.files, OTHER)),
     "no adapter named": lambda facts: replace(facts, files={}),
 }
@@ -298,7 +312,7 @@ def test_forgeries_signed_by_the_lead_are_rejected(run: Deployed, lie: str) -> N
 
 
 def test_reasons_for_an_early_end_never_lower_the_epsilon(run: Deployed) -> None:
-    facts = receipts(shorter(run.facts, 1, final={}, detail=None), charged_rounds=1)
+    facts = resign_receipts(drop_rounds(run.facts, 1, final={}, detail=None), charged_rounds=1)
     used_up = replace(facts.rounds[0], round=2, sites=(), failed_sites=dict.fromkeys(SITES, "plan_exhausted"))
     report = derive_report(replace(facts, rounds=(*facts.rounds, used_up)))
     assert [site.spent for site in report.sites] == [site.spent for site in derive_report(facts).sites]
@@ -360,22 +374,22 @@ def test_page_drawn_by_another_version_is_not_accepted(run: Deployed) -> None:
 
 HONEST: dict[str, tuple[str, Callable[[Report], Report]]] = {
     **{name: (name, replace) for name in ("run", "run_without_privacy", "secure", "ledger")},
-    "arrivals": ("ledger", arrivals),
-    "admitting": ("run", admitting),
-    "drifting": ("run", drifting),
+    "arrivals": ("ledger", add_arrivals),
+    "admitting": ("run", add_admission),
+    "drifting": ("run", add_drift),
     "exceeded": ("run", lambda report: derive_report(replace(report.facts, target_epsilon=0.5))),
     "seeded": (
         "run",
-        lambda one: derive_report(signed_by_sites(replace(one.facts, seeded_noise=True, randomness="seeded"))),
+        lambda one: derive_report(sign_by_sites(replace(one.facts, seeded_noise=True, randomness="seeded"))),
     ),
-    "silent": ("run", lambda report: derive_report(without(report.facts, "south-hospital"))),
+    "silent": ("run", lambda report: derive_report(remove_receipts(report.facts, "south-hospital"))),
 }
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_independent_verifier_accepts_honest_reports(name: str, tmp_path: Path, capsys: Any) -> None:
     base, change = HONEST[name]
-    facts = change(on_file(base)()).facts
+    facts = change(load_report_on_file(base)()).facts
     report = derive_report(replace(facts, simulated=True) if base == "ledger" else replace(facts, files={}))
     (tmp_path / "report.json").write_text(signing.report_to_json(report))
     assert verify_report.main([str(tmp_path)]) == 0, capsys.readouterr().out

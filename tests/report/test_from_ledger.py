@@ -22,11 +22,11 @@ from fedtune.spec import ConfigError, RunError
 
 from ..books import Books
 from ..conftest import run_proposal
-from .shown import assumption, sound, status
+from .shown import find_assumption, read_status, require_sound
 
 
 @pytest.fixture
-def charged(books: Any) -> Books:
+def charged_ledger(books: Any) -> Books:
     """Two runs: `r` with two rounds, and `s` with more noise and one; nothing is over yet."""
     made = books()
     made.charge(run_proposal(), 1, 2)
@@ -37,7 +37,7 @@ def charged(books: Any) -> Books:
 def test_empty_ledger_reports_no_spending_and_its_declared_sizes(books: Any) -> None:
     both = tuple(Dataset(id=name, declared_size=size) for name, size in (("patients", 100), ("archive", 50)))
     made = books(dataset=both)
-    report = sound(from_ledger.build_ledger_report(made.ledger))
+    report = require_sound(from_ledger.build_ledger_report(made.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons, report.epsilon) == ("within", ("nothing_spent",), 0.0)
     assert (site.steps, report.facts.releases, site.mechanisms, site.curve) == ((), (), (), ())
@@ -47,9 +47,9 @@ def test_empty_ledger_reports_no_spending_and_its_declared_sizes(books: Any) -> 
     assert (facts["declared_total"], facts["dataset"]) == (150, "patients, archive")
 
 
-def test_report_figures_match_the_ledger(charged: Books) -> None:
-    report = sound(from_ledger.build_ledger_report(charged.ledger))
-    history = verify(charged.ledger).history
+def test_report_figures_match_the_ledger(charged_ledger: Books) -> None:
+    report = require_sound(from_ledger.build_ledger_report(charged_ledger.ledger))
+    history = verify(charged_ledger.ledger).history
     (site,) = report.sites
     assert (site.site, site.source, report.facts.kind) == ("a", "own_ledger", "ledger")
     expected = filter.epsilon_filter(history.total_charges(), order=history.order, delta=history.delta)
@@ -69,15 +69,15 @@ def test_approvals_show_person_ticket_and_reason_but_denials_do_not(books: Any) 
     made.open().approve(run_proposal(noise_multiplier=5.0), by="somebody else")
     made.charge(run_proposal(), 1)
     made.open().deny(run_proposal(), "not told", by="Bo Lind")
-    report = sound(from_ledger.build_ledger_report(made.ledger))
+    report = require_sound(from_ledger.build_ledger_report(made.ledger))
     (run,) = report.facts.runs
     said = {"what": "approved", "by": "Anna Weber", "ticket": "DPO-7", "why": "agreed", "day": report.facts.date}
     assert run.approvals == (said,)
     assert "not told" not in json.dumps(to_json(report)), "a denial's reason stays in the ledger"
 
 
-def test_lifetime_figures_account_for_expired_runs_and_the_current_period(charged: Books) -> None:
-    verified = verify(charged.ledger)
+def test_lifetime_figures_account_for_expired_runs_and_the_current_period(charged_ledger: Books) -> None:
+    verified = verify(charged_ledger.ledger)
     life = from_ledger.compute_current_lifetime(verified)
     assert ([run.state for run in life.runs], life.with_set_aside > life.epsilon) == (["open", "open"], True)
     assert life.period_epsilon == life.epsilon
@@ -89,26 +89,26 @@ def test_lifetime_figures_account_for_expired_runs_and_the_current_period(charge
 
 
 def test_steps_list_rounds_and_switch_to_runs_for_long_histories(
-    charged: Books, monkeypatch: pytest.MonkeyPatch
+    charged_ledger: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (site,) = from_ledger.build_ledger_report(charged.ledger).sites
+    (site,) = from_ledger.build_ledger_report(charged_ledger.ledger).sites
     every = site.steps
     assert [(step.run, step.round) for step in every] == [("r", 1), ("r", 2), ("s", 1)]
     epsilons = [step.epsilon for step in every]
     assert epsilons == sorted(epsilons)
     assert epsilons[-1] == site.spent.epsilon
     monkeypatch.setattr(from_ledger, "MOST_STEPS", 2)
-    (site,) = from_ledger.build_ledger_report(charged.ledger).sites
+    (site,) = from_ledger.build_ledger_report(charged_ledger.ledger).sites
     assert [(step.run, step.round) for step in site.steps] == [("r", None), ("s", None)]
     assert [step.epsilon for step in site.steps] == [every[1].epsilon, every[2].epsilon]
 
 
-def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> None:
-    charged.charge(run_proposal(run="s", noise_multiplier=6.0), 2, committed=False)
+def test_releases_and_refusals_are_counted_by_run_and_reason(charged_ledger: Books) -> None:
+    charged_ledger.charge(run_proposal(run="s", noise_multiplier=6.0), 2, committed=False)
     for run in ("r", "r", "never", "seen"):
-        charged.refuse(Reason.MAX_RANK, run=run)
-    charged.open().make_offer(run_proposal(run="t"))
-    report = from_ledger.build_ledger_report(charged.ledger)
+        charged_ledger.refuse(Reason.MAX_RANK, run=run)
+    charged_ledger.open().make_offer(run_proposal(run="t"))
+    report = from_ledger.build_ledger_report(charged_ledger.ledger)
     assert {(one.run, one.kind, one.reason): one.count for one in report.facts.releases} == {
         ("r", "update", None): 2,
         ("s", "update", None): 1,
@@ -119,21 +119,21 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> 
         ("", "offer", None): 1,
     }
     assert report.sites[0].spent.rounds == 4, "a round that was reserved is charged"
-    days = {event.time[:10] for event in verify(charged.ledger).events}
+    days = {event.time[:10] for event in verify(charged_ledger.ledger).events}
     assert all(one.first in days and one.last in days and one.first <= one.last for one in report.facts.releases)
 
 
-def test_report_contains_no_record_data_paths_or_times_of_day(charged: Books) -> None:
-    report = from_ledger.build_ledger_report(charged.site_toml)
+def test_report_contains_no_record_data_paths_or_times_of_day(charged_ledger: Books) -> None:
+    report = from_ledger.build_ledger_report(charged_ledger.site_toml)
     text = signing.report_to_json(report)
-    assert text == signing.report_to_json(from_ledger.build_ledger_report(charged.site_toml)), (
+    assert text == signing.report_to_json(from_ledger.build_ledger_report(charged_ledger.site_toml)), (
         "equal ledgers give equal bytes"
     )
     assert "f1" * 32 not in text, "a fingerprint of records must stay in the ledger"
-    assert str(charged.folder) not in text
+    assert str(charged_ledger.folder) not in text
     for name in ("site_key.pem", "ledger.db", "path", 'columns"'):
         assert name not in text
-    (site,), events = report.sites, verify(charged.ledger).events
+    (site,), events = report.sites, verify(charged_ledger.ledger).events
     told = {report.facts.date, *(step.time for step in site.steps)}
     told |= {time for release in report.facts.releases for time in (release.first, release.last)}
     assert told == {events[-1].time[:10]}
@@ -150,7 +150,7 @@ def test_site_policy_supplies_the_expected_key_and_anchor(books: Any) -> None:
     report = from_ledger.build_ledger_report(made.site_toml)
     found = report.facts.verification
     assert (found.key_expected, found.rollback_excluded, found.anchor_sequence) == (True, True, found.num_events)
-    assert (status(report, "no_event_missing"), status(report, "policy_noted")) == ("verified", "verified")
+    assert (read_status(report, "no_event_missing"), read_status(report, "policy_noted")) == ("verified", "verified")
     by_hand = from_ledger.build_ledger_report(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
     assert by_hand.facts.verification.rollback_excluded
     # Under another key than the site's it is not verified.
@@ -160,38 +160,38 @@ def test_site_policy_supplies_the_expected_key_and_anchor(books: Any) -> None:
     assert from_ledger.build_ledger_report(made.site_toml).verdict.reasons == ("ledger_not_verified",)
 
 
-def test_unrecorded_policy_change_is_reported_as_violated(charged: Books) -> None:
-    charged.edit(budget={"max_epsilon": 4.0})
-    report = sound(from_ledger.build_ledger_report(charged.site_toml))
-    assert status(report, "policy_noted") == "violated"
+def test_unrecorded_policy_change_is_reported_as_violated(charged_ledger: Books) -> None:
+    charged_ledger.edit(budget={"max_epsilon": 4.0})
+    report = require_sound(from_ledger.build_ledger_report(charged_ledger.site_toml))
+    assert read_status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
     assert report.facts.approved.max_epsilon == 4.0
-    assert report.sites[0].lifetime.left < from_ledger.build_ledger_report(charged.ledger).sites[0].lifetime.left
+    assert report.sites[0].lifetime.left < from_ledger.build_ledger_report(charged_ledger.ledger).sites[0].lifetime.left
 
 
 @pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
-def test_spending_above_the_current_policy_is_reported_as_exceeded(charged: Books, key: str) -> None:
-    spent = from_ledger.build_ledger_report(charged.site_toml).epsilon
-    charged.edit(budget={key: round(spent * 0.8, 3)})  # nobody opened the ledger since
-    report = sound(from_ledger.build_ledger_report(charged.site_toml))
+def test_spending_above_the_current_policy_is_reported_as_exceeded(charged_ledger: Books, key: str) -> None:
+    spent = from_ledger.build_ledger_report(charged_ledger.site_toml).epsilon
+    charged_ledger.edit(budget={key: round(spent * 0.8, 3)})  # nobody opened the ledger since
+    report = require_sound(from_ledger.build_ledger_report(charged_ledger.site_toml))
     name = "above_lifetime_cap" if key == "max_epsilon" else "above_period_cap"
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", (name,))
     assert getattr(report.facts.approved, key) == round(spent * 0.8, 3)
-    charged.edit(budget={"max_epsilon": 50.0, "max_epsilon_per_period": 60.0})
-    approved = from_ledger.build_ledger_report(charged.site_toml).facts.approved
+    charged_ledger.edit(budget={"max_epsilon": 50.0, "max_epsilon_per_period": 60.0})
+    approved = from_ledger.build_ledger_report(charged_ledger.site_toml).facts.approved
     assert approved.max_epsilon == 5.0, "a cap that the ledger has not noted raises nothing"
 
 
-def test_policy_with_another_period_is_judged_by_its_own_period(charged: Books) -> None:
-    assert read_policy(charged.site_toml).budget.period == "year"
-    charged.edit(budget={"period": "month", "max_epsilon_per_period": 0.1})
-    report = from_ledger.build_ledger_report(charged.site_toml)
+def test_policy_with_another_period_is_judged_by_its_own_period(charged_ledger: Books) -> None:
+    assert read_policy(charged_ledger.site_toml).budget.period == "year"
+    charged_ledger.edit(budget={"period": "month", "max_epsilon_per_period": 0.1})
+    report = from_ledger.build_ledger_report(charged_ledger.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.facts.approved.period, report.sites[0].lifetime.period) == ("month", "month")
     # And loosens nothing noted.
-    charged.edit(noted=True, budget={"period": "year"})
-    charged.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
-    report = from_ledger.build_ledger_report(charged.site_toml)
+    charged_ledger.edit(noted=True, budget={"period": "year"})
+    charged_ledger.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
+    report = from_ledger.build_ledger_report(charged_ledger.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.facts.approved.period, report.facts.approved.max_epsilon_per_period) == ("year", 0.1)
 
@@ -228,10 +228,10 @@ def test_verdict_follows_the_caps_before_and_after_spending(
     made.charge(run_proposal(), 1, 2)
     made.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
     made.edit(noted=True, budget=after)
-    report = sound(from_ledger.build_ledger_report(made.ledger))
+    report = require_sound(from_ledger.build_ledger_report(made.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons) == verdict
-    assert (status(report, "cap_never_raised") == "violated") == ("cap_raised" in verdict[1])
+    assert (read_status(report, "cap_never_raised") == "violated") == ("cap_raised" in verdict[1])
     assert (site.meaning is None) == (verdict[0] == "no_guarantee")
     noted = {"max_epsilon": 5.0, **opened, **before, **after}
     assert report.facts.approved.max_epsilon_per_run == noted.get("max_epsilon_per_run")
@@ -246,14 +246,16 @@ def test_old_anchor_excludes_rollback_only_up_to_its_event(books: Any, tmp_path:
     made.charge(run_proposal(), 1)
     old = shutil.copy(made.folder / "anchor.json", tmp_path / "old.json")
     made.charge(run_proposal(), 2)
-    backup = made.copied("backup.db")
+    backup = made.copy_ledger("backup.db")
     made.charge(run_proposal(), 3)
     shutil.copy(backup, made.ledger)  # the third round is gone, and the old anchor cannot tell
-    report = sound(from_ledger.build_ledger_report(made.ledger, anchor=Path(old)))
+    report = require_sound(from_ledger.build_ledger_report(made.ledger, anchor=Path(old)))
     found = report.facts.verification
     assert (found.rollback_excluded, found.num_events - found.anchor_sequence) == (False, 2)
-    assert status(report, "no_event_missing") == "assumed"
-    assert assumption(report, "no_event_missing").evidence == f"anchor: {found.anchor_sequence} / {found.num_events}"
+    assert read_status(report, "no_event_missing") == "assumed"
+    assert (
+        find_assumption(report, "no_event_missing").evidence == f"anchor: {found.anchor_sequence} / {found.num_events}"
+    )
     assert report.known["rollback_excluded"] == "up_to_the_anchor"
 
 
@@ -268,7 +270,7 @@ def test_mechanism_curve_is_used_only_for_fully_planned_spending(
     made = books()
     for run in ["r", *more]:
         made.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *rounds)
-    report = sound(from_ledger.build_ledger_report(made.site_toml))
+    report = require_sound(from_ledger.build_ledger_report(made.site_toml))
     (site,) = report.sites
     figures = [site.meaning.right_of_100_mechanism, *(rate.mechanism for rate in site.meaning.hit_rates)]
     assert [figure is not None for figure in figures] == [known] * len(figures)
@@ -286,22 +288,22 @@ def test_mechanism_curve_is_used_only_for_fully_planned_spending(
         ("UPDATE events SET detail = '{}' WHERE sequence = 6", "event 6"),
     ],
 )
-def test_report_of_a_tampered_ledger_gives_no_guarantee(charged: Books, statement: str, says: str) -> None:
-    charged.tamper(statement)
-    for path in (charged.ledger, charged.site_toml):
+def test_report_of_a_tampered_ledger_gives_no_guarantee(charged_ledger: Books, statement: str, says: str) -> None:
+    charged_ledger.tamper(statement)
+    for path in (charged_ledger.ledger, charged_ledger.site_toml):
         report = from_ledger.build_ledger_report(path)
         assert report.verdict.state == "no_guarantee"
         assert "ledger_not_verified" in report.verdict.reasons
-        assert status(report, "ledger_intact") == "violated"
-        said = assumption(report, "ledger_intact").evidence
+        assert read_status(report, "ledger_intact") == "violated"
+        said = find_assumption(report, "ledger_intact").evidence
         assert says in said
-        assert str(charged.folder) not in said
+        assert str(charged_ledger.folder) not in said
         (site,) = report.sites
         assert (report.facts.verification, site.meaning) == (None, None)
         assert {one.status for one in report.assumptions} <= {"violated", "assumed"}, "its own word shows nothing"
 
 
-def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged: Books, tmp_path: Path) -> None:
+def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged_ledger: Books, tmp_path: Path) -> None:
     for content in (b"", b"no database" * 200, b"SQLite format 3\0" + bytes(100)):
         (tmp_path / "ledger.db").write_bytes(content)
         with pytest.raises(RunError, match=r"ledger\.db"):
@@ -310,10 +312,10 @@ def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged: Books, tm
         with pytest.raises(ConfigError, match=said):
             from_ledger.build_ledger_report(tmp_path / name)
     with pytest.raises(ConfigError, match="anchor"):
-        from_ledger.build_ledger_report(charged.ledger, anchor=tmp_path / "none.json")
-    charged.edit(site="b")
+        from_ledger.build_ledger_report(charged_ledger.ledger, anchor=tmp_path / "none.json")
+    charged_ledger.edit(site="b")
     with pytest.raises(ConfigError, match=r"site\.toml: site = 'b': must be 'a'"):
-        from_ledger.build_ledger_report(charged.site_toml)
-    charged.ledger.unlink()
+        from_ledger.build_ledger_report(charged_ledger.site_toml)
+    charged_ledger.ledger.unlink()
     with pytest.raises(ConfigError, match=r"ledger\.db.*there is no such file"):
-        from_ledger.build_ledger_report(charged.site_toml)
+        from_ledger.build_ledger_report(charged_ledger.site_toml)

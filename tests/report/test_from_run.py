@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 from omegaconf import OmegaConf
 
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.evaluation import audit_bound
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
@@ -24,18 +24,18 @@ from fedtune.report.model import Report
 from fedtune.report.verify_report import problems
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
 
-from ..books import resigned
-from .shown import sound, status
+from ..books import resign_receipt
+from .shown import read_status, require_sound
 
 SITES = ("site-1", "site-2")
 
 
-def result_of(folder: Path) -> Any:
+def read_result(folder: Path) -> Any:
     return json.loads((folder / "run.json").read_text())
 
 
 def test_report_figures_match_run_json(run_folder: Path) -> None:
-    report, result = from_run.build_run_report(run_folder), result_of(run_folder)
+    report, result = from_run.build_run_report(run_folder), read_result(run_folder)
     facts = report.facts
     assert (facts.kind, facts.name, facts.provenance.config_sha256) == ("run", "run", result["config_sha256"])
     assert (report.epsilon, report.facts.delta) == (result["privacy"]["epsilon"], result["privacy"]["delta"])
@@ -95,22 +95,22 @@ def test_report_shows_the_recorded_environments_of_the_run(folder: Path) -> None
 
 def test_run_without_a_recorded_environment_is_reported_as_such(folder: Path) -> None:
     (folder / "environment.json").unlink()
-    report = sound(from_run.build_run_report(folder))
+    report = require_sound(from_run.build_run_report(folder))
     provenance = report.facts.provenance
     assert (provenance.python, provenance.machine, provenance.libraries) == (None, None, {})
     assert (report.randomness, report.sites[0].mechanisms[0].sampling_run) == ("not_recorded", "not_recorded")
     assert (report.verdict.state, report.verdict.reasons) == ("within", ("sampling_not_recorded",))
     for code in ("noise_in_every_step", "poisson_sampling", "unpredictable_randomness"):
-        assert status(report, code) == "assumed"
+        assert read_status(report, code) == "assumed"
 
 
 def test_whole_plan_is_counted_without_checkpoints(folder: Path) -> None:
     whole = from_run.build_run_report(folder)
     shutil.rmtree(folder / "checkpoints")
-    report = sound(from_run.build_run_report(folder))
+    report = require_sound(from_run.build_run_report(folder))
     assert report.epsilon == whole.sites[0].spent.planned_epsilon
     assert report.verdict == BudgetVerdict(state="within", reasons=("site_silent",))
-    assert status(report, "receipts_signed") == "assumed"
+    assert read_status(report, "receipts_signed") == "assumed"
     assert [site.source for site in report.sites] == ["not_released"] * 2, "no receipt was read"
     (folder / "run.json").unlink()
     with pytest.raises(ConfigError, match="has begun"):
@@ -126,11 +126,11 @@ def change_receipts(folder: Path, change: Callable[[Receipt], Receipt]) -> None:
     Checkpoints(folder / "checkpoints", record.config_sha256).save(replace(record.state, receipts=receipts))
 
 
-def doubted(folder: Path) -> Report:
+def build_doubted_report(folder: Path) -> Report:
     """The report of a run whose receipts do not show what was charged: each site counts the whole plan."""
-    report, most = sound(from_run.build_run_report(folder)), from_run.read_run(folder).plan.most_rounds
+    report, most = require_sound(from_run.build_run_report(folder)), from_run.read_run(folder).plan.most_rounds
     assert report.verdict == BudgetVerdict(state="within", reasons=("site_silent",))
-    assert status(report, "every_site_answered") == "violated"
+    assert read_status(report, "every_site_answered") == "violated"
     facts = report.facts
     assert [(facts.count_charged_rounds(site), facts.is_upper_bound(site)) for site in facts.sites] == [
         (most, True)
@@ -143,14 +143,14 @@ def doubted(folder: Path) -> Report:
     ("changed", "changes"),
     [
         *((replace, changes) for changes in ({"charged_rounds": 0}, {"site": "site-9"}, {"run": "run-of-others"})),
-        (resigned, {"run": "run-" + "0" * 32, "charged_rounds": 9}),
+        (resign_receipt, {"run": "run-" + "0" * 32, "charged_rounds": 9}),
     ],
 )
 def test_receipts_not_matching_the_site_or_run_are_ignored(folder: Path, changed: Any, changes: Any) -> None:
     change_receipts(folder, lambda receipt: changed(receipt, **changes))
-    report = doubted(folder)
+    report = build_doubted_report(folder)
     assert [site.receipt for site in report.facts.sites] == [None, None]
-    assert {one.run for site in report.sites for one in site.mechanisms} == {saved_config(folder).run_id()}
+    assert {one.run for site in report.sites for one in site.mechanisms} == {read_saved_config(folder).run_id()}
 
 
 def test_receipts_older_than_the_updates_are_ignored(folder: Path) -> None:
@@ -161,7 +161,7 @@ def test_receipts_older_than_the_updates_are_ignored(folder: Path) -> None:
     (folder / "kept").rename(newest)
     assert {site: receipt.charged_rounds for site, receipt in older.items()} == dict.fromkeys(SITES, 1)
     change_receipts(folder, lambda receipt: older[receipt.site])
-    doubted(folder)
+    build_doubted_report(folder)
 
 
 @pytest.mark.parametrize("journal", [True, False])
@@ -171,7 +171,7 @@ def test_checkpoint_before_the_last_round_counts_the_whole_plan(folder: Path, jo
     newest.unlink()
     if not journal:
         (folder / "checkpoints" / "asked.jsonl").unlink()
-    report = doubted(folder)
+    report = build_doubted_report(folder)
     assert report.facts.rounds == whole.facts.rounds, "run.json has all of them"
 
 
@@ -200,7 +200,7 @@ def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Pa
         "membership": [attack],
     }
     (folder / "audit.json").write_text(json.dumps(found))
-    report = sound(from_run.build_run_report(folder))
+    report = require_sound(from_run.build_run_report(folder))
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("refuted_by_audit",))
     assert [site.meaning is None for site in report.sites] == [True, False]
     assert "attack_on_real_records" in report.unprotected_figures
@@ -215,7 +215,7 @@ def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Pa
 def test_run_with_canaries_gives_no_guarantee_without_audit_results(folder: Path) -> None:
     before = from_run.build_run_report(folder)
     RunFolder(folder).audit_mark.write_text("an audit")
-    report = sound(from_run.build_run_report(folder))
+    report = require_sound(from_run.build_run_report(folder))
     assert (before.verdict.state, report.verdict.state) == ("within", "no_guarantee")
     assert [site.verdict.reasons for site in report.sites] == [("holds_canaries",)] * 2
     assert [site.meaning for site in report.sites] == [None, None]
@@ -265,14 +265,14 @@ def test_configuration_changed_after_the_run_voids_the_guarantee(folder: Path) -
     for old, new in (("epsilon: 8.0", "epsilon: 80.0"), ("max_grad_norm: 1.0", "max_grad_norm: 2.0")):
         assert old in text
         (folder / "config.yaml").write_text(text.replace(old, new))
-        report = sound(from_run.build_run_report(folder))
-        assert status(report, "configuration_unchanged") == "violated"
+        report = require_sound(from_run.build_run_report(folder))
+        assert read_status(report, "configuration_unchanged") == "violated"
         assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("configuration_changed",))
-        assert report.facts.provenance.config_sha256 == result_of(folder)["config_sha256"]
+        assert report.facts.provenance.config_sha256 == read_result(folder)["config_sha256"]
 
 
 def test_nan_scores_are_null_in_the_report(folder: Path) -> None:
-    result = result_of(folder)
+    result = read_result(folder)
     result["final"]["metrics"]["loss"] = None
     (folder / "run.json").write_text(json.dumps(result))
     assert from_run.build_run_report(folder).facts.final["loss"] is None

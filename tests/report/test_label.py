@@ -14,9 +14,9 @@ from fedtune.report.model import Report
 from fedtune.report.page.render import FONTS, render_label, render_personalized_label
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words
-from fedtune.show.lines import shortened
+from fedtune.show.lines import shorten_middle
 
-from .shown import HOSTILE, NAMES, numbers, periods, reports, with_facts, with_site
+from .shown import HOSTILE, NAMES, build_reports, change_facts, change_first_site, list_numbers, list_periods
 
 FILES = {"plain": "sans-regular", "bold": "sans-bold", "mono": "mono-regular"}
 SPACE = "{http://www.w3.org/2000/svg}"
@@ -26,13 +26,13 @@ RED, MARGIN = "#8f1d00", 44
 @pytest.fixture(params=[*NAMES, "says_nothing"])
 def report(request: pytest.FixtureRequest) -> Report:
     if request.param in NAMES:
-        return reports()[request.param]
-    ledger = reports()["ledger"]
+        return build_reports()[request.param]
+    ledger = build_reports()["ledger"]
     means = replace(ledger.sites[0].meaning, right_of_100_ceiling=99.98, right_of_100_mechanism=None)
-    return with_site(ledger, meaning=means)
+    return change_first_site(ledger, meaning=means)
 
 
-def lines(svg: str) -> list[str]:
+def list_lines(svg: str) -> list[str]:
     return [one.text or "" for one in Xml.fromstring(svg).iter(f"{SPACE}text")]
 
 
@@ -47,10 +47,10 @@ def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Re
     for means in (site.meaning for site in report.sites if site.meaning):
         figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
     known += [words.catalog.figure(value, kind) for value, kind in figures]
-    known += [one.dates for one in periods(report)]
-    on_it = lines(render_label(report, language=language))
+    known += [one.dates for one in list_periods(report)]
+    on_it = list_lines(render_label(report, language=language))
     shown = [line for line in on_it if not re.fullmatch("[0-9a-f]{64}", line)]
-    assert set(numbers(" ".join(shown))) <= set(numbers(" ".join(known)))
+    assert set(list_numbers(" ".join(shown))) <= set(list_numbers(" ".join(known)))
     # It names what is not covered, and the file to check.
     said = " ".join(on_it)
     assert all(words.code("not_protected", code).unescape() in said for code in report.not_protected)
@@ -63,13 +63,15 @@ def test_label_shows_only_report_figures_and_names_uncovered_releases(report: Re
 
 def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
     """In the label and in a registry's entry: where sites make their noise together."""
-    found = reports()["within"]
+    found = build_reports()["within"]
     together = SharedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
-    shared = with_site(found, mechanisms=tuple(replace(row, shared=together) for row in found.sites[0].mechanisms))
-    said = " ".join(lines(render_label(shared, language=language)))
+    shared = change_first_site(
+        found, mechanisms=tuple(replace(row, shared=together) for row in found.sites[0].mechanisms)
+    )
+    said = " ".join(list_lines(render_label(shared, language=language)))
     assert load_catalog(language).texts["label"]["shared"] in said
     assert load_catalog(language).texts["label"]["shared"] not in " ".join(
-        lines(render_label(found, language=language))
+        list_lines(render_label(found, language=language))
     )
     assert "…" not in said
     model = registry_entry.build_registry_entry(shared, AboutSpec())["privacy"]["model"]
@@ -79,23 +81,23 @@ def test_label_warns_of_reliance_on_other_sites(language: str) -> None:
 def test_label_without_a_guarantee_shows_no_figures(language: str) -> None:
     words = load_catalog(language)
     for name in ("no_guarantee", "unbounded"):
-        found = reports()[name]
-        said = " ".join(lines(render_label(found, language=language)))
+        found = build_reports()[name]
+        said = " ".join(list_lines(render_label(found, language=language)))
         assert words.text("promise.none").unescape() in said
         assert all(words.code("reason", reason).unescape() in said for reason in found.verdict.reasons)
         assert words.texts["word"]["unbounded"] in said
         assert RED in render_label(found, language=language).split("<text")[0], "its head is red"
-        assert "100" not in numbers(said)
+        assert "100" not in list_numbers(said)
 
 
 def test_label_loads_nothing_escapes_names_and_fits_every_line(report: Report, language: str) -> None:
     key = "name" if report.facts.kind == "run" else "site"
-    hostile = with_facts(report, **{key: HOSTILE[:20] + "\x00"})
+    hostile = change_facts(report, **{key: HOSTILE[:20] + "\x00"})
     svg = render_label(hostile, language=language)
     root = Xml.fromstring(svg)
     assert {one.tag.removeprefix(SPACE) for one in root.iter()} == {"svg", "title", "desc", "rect", "text"}
     assert not any(name.startswith("on") or "href" in name for one in root.iter() for name in one.attrib)
-    assert HOSTILE[:20] in " ".join(lines(svg))
+    assert HOSTILE[:20] in " ".join(list_lines(svg))
     assert svg == render_label(hostile, language=language)
     fit(render_label(report, language=language))
 
@@ -103,10 +105,10 @@ def test_label_loads_nothing_escapes_names_and_fits_every_line(report: Report, l
 @pytest.mark.parametrize("name", ["bank-a", "W" * 64, HOSTILE])
 def test_label_of_a_personalized_adapter_promises_nothing(name: str) -> None:
     svg = render_personalized_label(name, name)
-    said, short = " ".join(lines(svg)), shortened(name, 32)
+    said, short = " ".join(list_lines(svg)), shorten_middle(name, 32)
     assert f"Private to {short}: no guarantee" in said
     assert "trained on the site's own records without noise" in said
-    assert numbers(said.replace(short, "")) == [], "no figure, which would look like a promise"
+    assert list_numbers(said.replace(short, "")) == [], "no figure, which would look like a promise"
     assert RED in svg.split("<text")[0], "its head is red"
     fit(svg)
 
@@ -134,6 +136,6 @@ def fit(svg: str) -> None:
 def test_label_names_the_cohorts_covered_by_its_epsilon() -> None:
     used, others = "2022–2024; others used less", "2025–2026; others not used"  # noqa: RUF001
     for name, whose in (("arrivals", used), ("admitting", others)):
-        said = lines(render_label(reports()[name], language="en"))
+        said = list_lines(render_label(build_reports()[name], language="en"))
         assert said[said.index("Who came") + 1] == whose
-    assert "Who came" not in lines(render_label(reports()["ledger"], language="en"))
+    assert "Who came" not in list_lines(render_label(build_reports()["ledger"], language="en"))

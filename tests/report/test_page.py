@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.formatting import spoken
+from fedtune.formatting import group_hex
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.derive import profile
@@ -22,25 +22,36 @@ from fedtune.report.page.render import render_label
 from fedtune.report.page.tables import MOST_ROWS
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words, pointer
-from fedtune.show.lines import shortened
+from fedtune.show.lines import shorten_middle
 
 from . import shown as made
-from .shown import HOSTILE, NAMES, Element, Make, lookup, numbers, page, parsed, reports, with_site
+from .shown import (
+    HOSTILE,
+    NAMES,
+    Element,
+    Make,
+    build_reports,
+    change_first_site,
+    list_numbers,
+    look_up,
+    parse_page,
+    render_page,
+)
 
 GOLDEN = Path(__file__).parent / "golden_pages"
 
 
 @pytest.fixture(params=NAMES)
 def shown(request: pytest.FixtureRequest, language: str) -> tuple[Report, str]:
-    return reports()[request.param], page(request.param, language)
+    return build_reports()[request.param], render_page(request.param, language)
 
 
 def main(html: str) -> Element:
-    (found,) = parsed(html).all("main")
+    (found,) = parse_page(html).all("main")
     return found
 
 
-def words_of(element: Element) -> str:
+def join_words(element: Element) -> str:
     return " ".join(element.said.split())
 
 
@@ -49,14 +60,14 @@ def test_figures_names_and_codes_on_the_page_are_in_the_json(shown: tuple[Report
     data, figures = json.loads(json.dumps(to_json(report))), main(html).all("data")
     assert len(figures) > 40
     for figure in figures:
-        found = lookup(data, figure.attrib["data-at"])
+        found = look_up(data, figure.attrib["data-at"])
         assert json.loads(figure.attrib["value"]) == found
         assert figure.said == load_catalog(language).figure(found, figure.attrib["data-as"])
     words = Words(report, load_catalog(language))
     texts = [one for one in main(html).iter() if "data-at" in one.attrib and one.tag != "data"]
     assert len(texts) > 30
     for element in texts:
-        found, text = lookup(data, element.attrib["data-at"]), element.said
+        found, text = look_up(data, element.attrib["data-at"]), element.said
         sections = words.catalog.texts.values()
         spoken = {section[found] for section in sections if isinstance(found, str) and found in section}
         if isinstance(found, str) and element.attrib.get("data-as") != "fact":
@@ -68,15 +79,15 @@ def test_page_shows_no_numbers_outside_figures_and_fixed_texts(shown: tuple[Repo
     """Outside of figures there are numbers only in fixed texts, names, and how many rows are left out."""
     report, html = shown
 
-    def known(one: Element) -> bool:
+    def is_known(one: Element) -> bool:
         return "data-at" in one.attrib or one.tag in ("code", "svg") or one.attrib.get("class", "").endswith("rows")
 
     fixed = " ".join(text for texts in load_catalog(language).texts.values() for text in texts.values())
     named = " ".join([report.facts.name, *(site.site for site in report.sites), *report.facts.provenance.libraries])
-    named += " ".join(one.dates for one in made.periods(report))
+    named += " ".join(one.dates for one in made.list_periods(report))
     source = "arXiv 2303.00654"
-    left = " ".join(main(html).texts(without=known))
-    assert set(numbers(left)) <= set(numbers(f"{fixed} {named} {source}"))
+    left = " ".join(main(html).texts(without=is_known))
+    assert set(list_numbers(left)) <= set(list_numbers(f"{fixed} {named} {source}"))
 
 
 def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> None:
@@ -95,7 +106,7 @@ def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> No
         if len(report.sites) == 1:
             assert len(shown_rows) == min(len(rows), MOST_ROWS), at
         else:  # what several sites have alike is one line
-            told, all_of_them = ({json.dumps(lookup(data, row)) for row in some} for some in (shown_rows, rows))
+            told, all_of_them = ({json.dumps(look_up(data, row)) for row in some} for some in (shown_rows, rows))
             assert told == all_of_them, at
     assert report.utility is None or html.count("/facts/rounds/") > 3
     # No row mixes the figures of two sites, runs or rounds.
@@ -109,7 +120,7 @@ def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> No
 
 
 def test_sites_are_listed_worst_first(language: str) -> None:
-    html = main(page("wide_run", language))
+    html = main(render_page("wide_run", language))
     budget = next(one for one in html.iter() if one.attrib.get("id") == "budget")
     assert [len(table.all("tr")) for table in budget.all("table")] == [5, 5], "eight sites in two halves"
     first = budget.all("tr")[1]  # the one that exceeded its budget
@@ -121,11 +132,11 @@ def test_sites_are_listed_worst_first(language: str) -> None:
 def test_page_has_no_unfilled_placeholders_or_missing_values(shown: tuple[Report, str]) -> None:
     text = " ".join(main(shown[1]).texts(without=lambda one: one.tag in ("code", "svg")))  # events are JSON
     for name in (shown[0].facts.name, HOSTILE):
-        for said in (name, *(shortened(name, most) for most in range(10, 70))):
+        for said in (name, *(shorten_middle(name, most) for most in range(10, 70))):
             text = text.replace(said, "")
     assert not re.search(r"\{\w*\}|\{\{|\{%|undefined|None\b|\bnull\b", text)
-    first = by_id(main(shown[1]), "page-1")
-    assert not re.search(r"\d (of|von) 100\b", words_of(first)), "no figure of guesses reads as one of people"
+    first = find_by_id(main(shown[1]), "page-1")
+    assert not re.search(r"\d (of|von) 100\b", join_words(first)), "no figure of guesses reads as one of people"
 
 
 def test_page_is_self_contained_and_shows_the_report_digest(shown: tuple[Report, str]) -> None:
@@ -133,7 +144,7 @@ def test_page_is_self_contained_and_shows_the_report_digest(shown: tuple[Report,
     digest = hashlib.sha256(signing.report_to_json(report).encode()).hexdigest()
     # On page 1, for technical documentation, how to check, and at the foot of each page.
     assert html.count(digest) == 4
-    tree = parsed(html)
+    tree = parse_page(html)
     tags = {one.tag for one in tree.iter()}
     assert not tags & {"script", "iframe", "object", "embed", "img", "form", "input", "base", "audio", "video"}
     for element in tree.iter():
@@ -151,7 +162,7 @@ def test_page_is_self_contained_and_shows_the_report_digest(shown: tuple[Report,
 
 def test_hostile_names_are_escaped_on_the_page(language: str) -> None:
     for name in ("wide_run", "wide_ledger"):
-        html = page(name, language)
+        html = render_page(name, language)
         assert "<script" not in html
         assert html.count("</style>") == 1
         assert html.count("<svg") == html.count("</svg>")
@@ -167,7 +178,7 @@ def test_css_strings_cannot_be_escaped_from(text: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("wide")])
 def test_page_one_matches_its_golden_text(name: str, language: str) -> None:
-    check_text(f"{name}-{language}", main(page(name, language)).all("section", id="page-1"))
+    check_text(f"{name}-{language}", main(render_page(name, language)).all("section", id="page-1"))
 
 
 SHORT = ("engineer", "utility", "cost")
@@ -186,19 +197,19 @@ ANNEXES = {
 
 @pytest.mark.parametrize(("name", "language", "parts"), [(*key, parts) for key, parts in ANNEXES.items()])
 def test_annex_matches_its_golden_text(name: str, language: str, parts: Sequence[str]) -> None:
-    html = main(page(name, language))
-    check_text(f"{name}-{language}-annex", [by_id(html, part) for part in parts])
+    html = main(render_page(name, language))
+    check_text(f"{name}-{language}-annex", [find_by_id(html, part) for part in parts])
 
 
 def check_text(name: str, parts: Sequence[Element]) -> None:
-    text = re.sub(r"[0-9a-f]{64}", "HASH", "".join(map(as_lines, parts)))
+    text = re.sub(r"[0-9a-f]{64}", "HASH", "".join(map(list_lines, parts)))
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("FEDTUNE_WRITE_GOLDEN"):
         path.write_text(text)
     assert text == path.read_text(), "\n".join(difflib.unified_diff(path.read_text().splitlines(), text.splitlines()))
 
 
-def as_lines(element: Element) -> str:
+def list_lines(element: Element) -> str:
     """Its text, a line for each block."""
     blocks = {"p", "h1", "h2", "h3", "li", "tr", "div", "section", "header", "ul", "ol", "table", "thead", "tbody"}
 
@@ -216,43 +227,43 @@ def as_lines(element: Element) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def by_id(html: Element, name: str) -> Element:
+def find_by_id(html: Element, name: str) -> Element:
     (found,) = html.all(id=name)
     return found
 
 
 def test_exceeded_budget_takes_precedence_over_a_used_up_one(a_ledger_report: Make) -> None:
-    full = made.without_room(a_ledger_report(), left=0.0)
+    full = made.use_up_room(a_ledger_report(), left=0.0)
     assert explain_missing_room(full) == "used_up"
     assert (
         explain_missing_room(replace(full, verdict=BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))))
         is None
     )
     (site,) = full.sites
-    assert explain_missing_room(with_site(full, lifetime=replace(site.lifetime, frozen=True))) == "closed"
+    assert explain_missing_room(change_first_site(full, lifetime=replace(site.lifetime, frozen=True))) == "closed"
 
 
 def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
     """Neither on page 1 nor on the label: one sentence says where it stands, and why no more is proved."""
-    words, report = load_catalog(language), reports()["ledger"]
+    words, report = load_catalog(language), build_reports()["ledger"]
     (site,) = report.sites
     for ceiling, is_shown in ((98.9, True), (99.98, False)):
         means = replace(site.meaning, right_of_100_ceiling=ceiling, right_of_100_mechanism=None)
-        shown = with_site(report, meaning=means)
+        shown = change_first_site(report, meaning=means)
         html = main(render.render(shown, language=language))
         (first,) = html.all("section", id="page-1")
         ceilings = [one for one in first.all("data") if "right_of_100" in one.attrib["data-at"]]
         assert bool(ceilings) == bool(first.all(id="several")) == is_shown
         section = words.texts["curve"]["heading"]
         said = words.text("meaning.several_runs", section=section).unescape()
-        assert words_of(by_id(first, "ceiling")) == said
+        assert join_words(find_by_id(first, "ceiling")) == said
         assert said.split(",")[0] in render_label(shown, language=language) or is_shown
-        for text in (words_of(first), render_label(shown, language=language)):
+        for text in (join_words(first), render_label(shown, language=language)):
             assert bool(re.search(r"\b99\s%", text)) == is_shown
             assert not re.search(r"\b100\s%", text)
         assert html.all("data", data_at="/sites/0/meaning/right_of_100_ceiling"), "in the annex"
     once = replace(site, mechanisms=site.mechanisms[:1])
-    said = words_of(by_id(main(render.render(replace(report, sites=(once,)), language=language)), "ceiling"))
+    said = join_words(find_by_id(main(render.render(replace(report, sites=(once,)), language=language)), "ceiling"))
     assert said == words.text("meaning.open_end", section=section).unescape(), "of a run that may have ended early"
 
 
@@ -262,10 +273,10 @@ def test_strength_rating_shows_its_epsilon_thresholds(code: str, a_report: Make,
     assert profile.strength_band(math.nextafter(least, math.inf)) == code
     assert math.isinf(most) or profile.strength_band(most) == code != profile.strength_band(math.nextafter(most, 99))
     report = replace(a_report(), epsilon=min(most, 11.0))
-    said = words_of(by_id(main(render.render(report, language=language)), "band"))
+    said = join_words(find_by_id(main(render.render(report, language=language)), "band"))
     assert load_catalog(language).texts["strength"][code] in said
     edges = [f"{edge:g}" for edge in (least, most) if 0 < edge < math.inf]
-    assert numbers(said)[-2:][-len(edges) :] == edges
+    assert list_numbers(said)[-2:][-len(edges) :] == edges
 
 
 def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) -> None:
@@ -276,86 +287,91 @@ def test_purpose_is_quoted_escaped_and_shortened(a_report: Make, language: str) 
         ("x" * 200, "x" * 90 + "…"),
         ("ab " * 50, "ab " * 29 + "ab…"),
     ):
-        report = made.with_facts(a_report(), provenance=replace(a_report().facts.provenance, purpose=purpose))
-        said = by_id(main(render.render(report, language=language)), "purpose")
-        assert words_of(said) == f"{words['purpose']} {shown}"
+        report = made.change_facts(a_report(), provenance=replace(a_report().facts.provenance, purpose=purpose))
+        said = find_by_id(main(render.render(report, language=language)), "purpose")
+        assert join_words(said) == f"{words['purpose']} {shown}"
         assert bool(said.all("span", **{"class": "absent"})) == (purpose is None)
 
 
 def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, language: str) -> None:
     words = load_catalog(language).texts["sign_off"]
 
-    def said(html: str) -> tuple[bool, ...]:
+    def read_parts(html: str) -> tuple[bool, ...]:
         parts = (("to-do", "simulated"), ("sign-off", "limit_first"))
-        return tuple(words[key] in words_of(by_id(main(html), part)) for part, key in parts)
+        return tuple(words[key] in join_words(find_by_id(main(html), part)) for part, key in parts)
 
-    assert said(page("within", language)) == said(page("ledger", language)) == (True, False)
-    assert said(page("used_up", language)) == said(page("no_run_fits", language)) == (True, True)
-    assert said(render.render(a_ledger_report(), language=language)) == (False, False), "of a real site"
+    assert read_parts(render_page("within", language)) == read_parts(render_page("ledger", language)) == (True, False)
+    assert (
+        read_parts(render_page("used_up", language)) == read_parts(render_page("no_run_fits", language)) == (True, True)
+    )
+    assert read_parts(render.render(a_ledger_report(), language=language)) == (False, False), "of a real site"
     above = BudgetVerdict(state="exceeded", reasons=("above_lifetime_cap",))
-    assert said(render.render(a_ledger_report(verdict=above), language=language)) == (False, True)
+    assert read_parts(render.render(a_ledger_report(verdict=above), language=language)) == (False, True)
 
 
 def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, language: str, tmp_path: Path) -> None:
     texts, key = load_catalog(language).texts["check"], SigningKey.load_or_create(tmp_path / "key.pem")
     for report in (a_report(), signing.sign_report(a_report(), key)):
-        html = by_id(main(render.render(report, language=language)), "check-one")
+        html = find_by_id(main(render.render(report, language=language)), "check-one")
         command, digest, verify, *of_key, model, begins = [one.said for one in html.all("code")]
         assert (model, begins) == ("adapter/adapter_model.safetensors", "5656 5656 5656 5656")
         assert (command, len(digest)) == ("sha256sum report.json", 64)
         assert verify == "fedtune report verify report.json --key KEY"
-        assert (texts["unsigned"] in words_of(html)) == (report.signature is None)
+        assert (texts["unsigned"] in join_words(html)) == (report.signature is None)
         if report.signature:
-            assert of_key == [spoken(key.public[:16])], "as kits and `report verify` write it"
+            assert of_key == [group_hex(key.public[:16])], "as kits and `report verify` write it"
 
 
 def test_identical_sites_share_one_line_in_the_annex(language: str) -> None:
-    engineer = by_id(main(page("alike", language)), "engineer")
+    engineer = find_by_id(main(render_page("alike", language)), "engineer")
     for at in ("spent/epsilon_pld", "verdict/state", "mechanisms/0/noise_multiplier", "meaning/hit_rates/0/ceiling"):
         shown = [place for place in range(33) if engineer.all(data_at=f"/sites/{place}/{at}")]
         assert shown in ([1], [0, 1], [1, 0]), f"of 32 equal sites the annex tells {at} once, of the other perhaps, too"
-    table = by_id(by_id(main(page("alike", "en")), "engineer"), "chart-epsilon_spent").all("table")[0]
-    headings = [words_of(one) for one in table.all("thead")[0].all("th")]
+    table = find_by_id(find_by_id(main(render_page("alike", "en")), "engineer"), "chart-epsilon_spent").all("table")[0]
+    headings = [join_words(one) for one in table.all("thead")[0].all("th")]
     assert headings == ["Site", "Round", "From", "Epsilon by then"]
-    sites = {words_of(row.all("th")[0]) for row in table.all("tbody")[0].all("tr")}
+    sites = {join_words(row.all("th")[0]) for row in table.all("tbody")[0].all("tr")}
     assert sites == {*(f"clinic-1 and {others} more, all alike" for others in (31, 32)), "south-hospital"}
     assert {one.attrib["data-label"] for one in table.all("td")} == set(headings[1:])
-    secure = by_id(main(page("secure", "en")), "chart-epsilon_spent").all("tbody")[0]
-    assert all(words_of(row.all("th")[0]).endswith("and 4 more, all alike") for row in secure.all("tr"))
-    assert len(reports()["secure"].sites) == 5
+    secure = find_by_id(main(render_page("secure", "en")), "chart-epsilon_spent").all("tbody")[0]
+    assert all(join_words(row.all("th")[0]).endswith("and 4 more, all alike") for row in secure.all("tr"))
+    assert len(build_reports()["secure"].sites) == 5
 
 
 def test_unknown_values_are_grayed_out_in_the_annex(a_report: Make, language: str) -> None:
     texts = load_catalog(language).texts
     known = a_report().facts.provenance
     unknown = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
-    html = main(render.render(made.with_facts(a_report(), provenance=unknown), language=language))
-    (machine,) = [one for one in html.all("div") if words_of(one).startswith(texts["provenance"]["machine"])]
-    assert words_of(machine.all("span", **{"class": "absent"})[0]) == texts["value"]["not_recorded"]
+    html = main(render.render(made.change_facts(a_report(), provenance=unknown), language=language))
+    (machine,) = [one for one in html.all("div") if join_words(one).startswith(texts["provenance"]["machine"])]
+    assert join_words(machine.all("span", **{"class": "absent"})[0]) == texts["value"]["not_recorded"]
     for section, field in (("fact", "base_model"), ("provenance", "config_sha256"), ("fact", "libraries")):
         name = texts[section][field]
-        found = [one for one in html.all("div") if [words_of(dt) for dt in one.all("dt")] == [name]]
-        assert [words_of(gray) for gray in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
+        found = [one for one in html.all("div") if [join_words(dt) for dt in one.all("dt")] == [name]]
+        assert [join_words(gray) for gray in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
 
 
-def test_every_page_of_a_study_shows_its_banner_first(of_run: Report, of_ledger: Report, language: str) -> None:
+def test_every_page_of_a_study_shows_its_banner_first(run_report: Report, ledger_report: Report, language: str) -> None:
     said = load_catalog(language).texts["banner"]
     for report, banners in (
-        (of_run, ["simulation"]),
-        (made.with_facts(of_run, seeded_noise=True), ["simulation", "seeded"]),
-        (made.with_facts(of_ledger, lost_seed=True), ["seeded"]),
-        (of_ledger, []),
+        (run_report, ["simulation"]),
+        (made.change_facts(run_report, seeded_noise=True), ["simulation", "seeded"]),
+        (made.change_facts(ledger_report, lost_seed=True), ["seeded"]),
+        (ledger_report, []),
     ):
         html = render.render(report, language=language)
-        first = [words_of(one) for one in main(html).iter() if one.tag in ("p", "h1")][: len(banners)]
+        first = [join_words(one) for one in main(html).iter() if one.tag in ("p", "h1")][: len(banners)]
         assert first == [said[code] for code in banners]
         on_paper = [str(render.css_string(" ".join(first)))] if banners else []
         assert re.findall(r"@top-center \{ content: (\".*?\");", html) == on_paper
 
 
 def test_figures_of_a_silent_site_are_marked_as_upper_bounds(language: str) -> None:
-    at_most, cells = {"en": "at most", "de": "höchstens"}[language], main(page("upper_bound", language)).all("td")
-    told = [(one.attrib.get("data-at", ""), words_of(cell)) for cell in cells for one in cell.iter()]
+    at_most, cells = (
+        {"en": "at most", "de": "höchstens"}[language],
+        main(render_page("upper_bound", language)).all("td"),
+    )
+    told = [(one.attrib.get("data-at", ""), join_words(cell)) for cell in cells for one in cell.iter()]
     for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "rounds", "steps"):
         for site in (0, 1):
             bounds = [text.startswith(at_most) for at, text in told if f"/sites/{site}/spent/{key}" in at]
@@ -363,9 +379,9 @@ def test_figures_of_a_silent_site_are_marked_as_upper_bounds(language: str) -> N
 
 
 def test_dpia_fields_in_each_state_look_different(language: str) -> None:
-    html, borders = page("within", language), set()
+    html, borders = render_page("within", language), set()
     (section,) = main(html).all("section", id="cells")
-    words, css = load_catalog(language), "".join(one.said for one in parsed(html).all("style"))
+    words, css = load_catalog(language), "".join(one.said for one in parse_page(html).all("style"))
     for state in ("auto", "design", "site", "missing"):
         found = section.all(**{"class": f"cell {state}"})
         assert found
@@ -373,12 +389,12 @@ def test_dpia_fields_in_each_state_look_different(language: str) -> None:
         borders.add(re.search(rf"\.cell\.{state} \{{ [^}}]*border[^:]*: \d+px (\w+)", css).group(1))
     assert borders == {"solid", "dotted", "dashed", "double"}
     for blank in section.all(**{"class": "cell site"}):
-        assert all(not words_of(value) for value in blank.all("dd"))
+        assert all(not join_words(value) for value in blank.all("dd"))
         assert all(words.text(key) in blank.said for key in ("cells.who", "sign_off.date"))
 
 
 def test_all_violated_assumptions_are_listed_first(language: str) -> None:
-    report = reports()["within"]
+    report = build_reports()["within"]
     turned = tuple(replace(one, status="violated") for one in report.assumptions[:8])
     html = main(render.render(replace(report, assumptions=(*turned, *report.assumptions[8:])), language=language))
     listed = html.all(id="assumptions")[0].all("li")
@@ -386,19 +402,19 @@ def test_all_violated_assumptions_are_listed_first(language: str) -> None:
 
 
 def test_site_results_can_be_subtracted_only_with_few_participants() -> None:
-    def row(report: Report) -> list[str]:
+    def read_row(report: Report) -> list[str]:
         html = main(render.render(report, language="en"))
-        return [words_of(cell) for cell in html.all(id="access")[0].all("tr")[2].all("td")]
+        return [join_words(cell) for cell in html.all(id="access")[0].all("tr")[2].all("td")]
 
-    wide = reports()["wide_run"]
-    assert row(wide) == ["no", "no", "no", "yes", "yes"]
+    wide = build_reports()["wide_run"]
+    assert read_row(wide) == ["no", "no", "no", "yes", "yes"]
     one, *others = wide.facts.rounds
-    few = made.with_facts(wide, rounds=(replace(one, sites=("a", "b")), *others))
-    assert row(few)[2] == "by subtraction"
+    few = made.change_facts(wide, rounds=(replace(one, sites=("a", "b")), *others))
+    assert read_row(few)[2] == "by subtraction"
 
 
 def test_long_ledger_history_is_truncated_to_its_last_rows() -> None:
-    few, many = (render.render(made.wide_ledger(runs=runs), language="en") for runs in (100, 2500))
+    few, many = (render.render(made.build_wide_ledger(runs=runs), language="en") for runs in (100, 2500))
     assert "/sites/0/lifetime/runs/99/" in few
     assert "/sites/0/lifetime/runs/0/" not in few
     assert f"{MOST_ROWS} of 100 rows are shown" in few
@@ -406,4 +422,4 @@ def test_long_ledger_history_is_truncated_to_its_last_rows() -> None:
 
 
 def test_json_pointer_escapes_special_characters() -> None:
-    assert lookup({"a/b~c": [{"": 1}]}, pointer("a/b~c", 0, "")) == 1
+    assert look_up({"a/b~c": [{"": 1}]}, pointer("a/b~c", 0, "")) == 1

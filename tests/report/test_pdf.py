@@ -18,7 +18,7 @@ from fedtune.report.page import render
 from fedtune.report.page.translations import load_catalog
 from fedtune.spec import ConfigError
 
-from .shown import LONG, NAMES, Make, page, reports, with_facts
+from .shown import LONG, NAMES, Make, build_reports, change_facts, render_page
 
 pytestmark = pytest.mark.nightly
 
@@ -29,11 +29,11 @@ except ConfigError as missing:
 needs_weasyprint = pytest.mark.skipif(weasyprint is None, reason=REASON)
 
 
-def pages(html: str) -> list[Any]:
+def render_pages(html: str) -> list[Any]:
     return list(weasyprint.HTML(string=html).render().pages)
 
 
-def beginning(html: str) -> str:
+def cut_after_page_1(html: str) -> str:
     """Page 1 and how the next one begins, which take a tenth of the time."""
     start, rest = html.split('<nav aria-labelledby="contents">')
     heading = rest[rest.index("<details") :].split("<h3>")[0]
@@ -45,9 +45,9 @@ def beginning(html: str) -> str:
 def test_page_one_fits_on_one_sheet_with_spare_margin(name: str, language: str) -> None:
     less = "@media print { @page { margin-bottom: 19mm } }</style>"
     for fillable in (False, True):
-        html = beginning(render.render(reports()[name], language=language, fillable=fillable))
+        html = cut_after_page_1(render.render(build_reports()[name], language=language, fillable=fillable))
         assert "margin: 8mm 12mm 14mm" in html
-        first, second, *more = pages(html.replace("</style>", less))
+        first, second, *more = render_pages(html.replace("</style>", less))
         assert not more, name
         assert {"verdict", "sign-off"} <= set(first.anchors), name
         assert "engineer" in second.anchors, name
@@ -76,11 +76,11 @@ def test_pdf_is_complete_and_identical_without_system_fonts(a_report: Make, tmp_
     assert made.returncode == 0, made.stderr.decode()
     assert made.stderr == b""
     assert made.stdout == render.convert_to_pdf(html)
-    named = set(re.findall(rb"/FontName /\w+\+([\w-]+)", unpacked(made.stdout)))
+    named = set(re.findall(rb"/FontName /\w+\+([\w-]+)", unpack_pdf(made.stdout)))
     assert named == {b"Fedtune-Sans", b"Fedtune-Sans-Bold", b"Fedtune-Mono"}
     assert made.stdout.startswith(b"%PDF-")
     assert made.stdout.rstrip().endswith(b"%%EOF")
-    objects = unpacked(made.stdout)
+    objects = unpack_pdf(made.stdout)
     assert b"/MarkInfo" in objects  # tagged: a screen reader finds headings and tables
     assert not re.search(rb"/(JavaScript|Launch|EmbeddedFile)\b", objects)
 
@@ -103,18 +103,18 @@ def test_pdf_is_reproducible_without_harfbuzz(before: str | None, monkeypatch: p
 def test_form_inputs_become_fillable_pdf_fields(language: str) -> None:
     """On page 1; the page for screens and browsers has none."""
     for name in ("by_user", "wide_run"):
-        whole = render.render(reports()[name], language=language, fillable=True)
-        html = beginning(whole)
+        whole = render.render(build_reports()[name], language=language, fillable=True)
+        html = cut_after_page_1(whole)
         assert whole.count("<input") == html.count("<input")
-        objects = unpacked(render.convert_to_pdf(html))
+        objects = unpack_pdf(render.convert_to_pdf(html))
         asked = html.count('class="asked"')
         assert asked > 0
         assert objects.count(b"/FT /Btn") == 6 + 2 * asked, "three choices for each of two, yes and no"
         assert objects.count(b"/FT /Tx") == 7, "reasons, name and date of both, and when to look again"
-        assert "<input" not in page(name, language)
+        assert "<input" not in render_page(name, language)
 
 
-def unpacked(data: bytes) -> bytes:
+def unpack_pdf(data: bytes) -> bytes:
     """A PDF, and what its streams hold."""
     for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", data, re.DOTALL):
         with contextlib.suppress(zlib.error):
@@ -122,7 +122,7 @@ def unpacked(data: bytes) -> bytes:
     return data
 
 
-def printed(page: Any, *, below: float = 0, above: float = math.inf) -> str:
+def list_printed(page: Any, *, below: float = 0, above: float = math.inf) -> str:
     """What stands between two heights of a page, without its spaces."""
     boxes = [box for box in page._page_box.descendants() if type(box).__name__ == "TextBox"]
     return "".join(str(box.text) for box in boxes if below <= box.position_y < above).replace(" ", "")
@@ -130,10 +130,10 @@ def printed(page: Any, *, below: float = 0, above: float = math.inf) -> str:
 
 @needs_weasyprint
 def test_every_pdf_page_shows_report_name_and_digest(a_report: Make) -> None:
-    html = render.render(with_facts(a_report(), name=LONG), language="en")
+    html = render.render(change_facts(a_report(), name=LONG), language="en")
     digest = re.findall(r"\b[0-9a-f]{64}\b", html)[-1]
-    for one in pages(html):
-        footer = printed(one, below=one.height - 60)
+    for one in render_pages(html):
+        footer = list_printed(one, below=one.height - 60)
         assert digest in footer
         assert "universi" in footer
 
@@ -141,21 +141,21 @@ def test_every_pdf_page_shows_report_name_and_digest(a_report: Make) -> None:
 @needs_weasyprint
 @pytest.mark.parametrize("name", ["within", "no_guarantee"])
 def test_every_pdf_page_of_a_study_shows_its_banner(name: str) -> None:
-    report = reports()[name]
+    report = build_reports()[name]
     assert report.banners
-    for one in pages(page(name, "de")):
+    for one in render_pages(render_page(name, "de")):
         for banner in report.banners:
-            assert load_catalog("de").texts["banner"][banner].replace(" ", "") in printed(one, above=30)
+            assert load_catalog("de").texts["banner"][banner].replace(" ", "") in list_printed(one, above=30)
 
 
 @needs_weasyprint
 def test_page_one_shows_the_banner_when_margins_cannot() -> None:
     """As in a browser that knows none of what `@supports` asks for, which WeasyPrint leaves out."""
-    report = reports()["no_guarantee"]
+    report = build_reports()["no_guarantee"]
     for fillable in (False, True):
-        first, *_ = pages(beginning(render.render(report, language="en", fillable=fillable)))
+        first, *_ = render_pages(cut_after_page_1(render.render(report, language="en", fillable=fillable)))
         for banner in report.banners:
-            said = load_catalog("en").texts["banner"][banner].replace(" ", "") in printed(first, below=30)
+            said = load_catalog("en").texts["banner"][banner].replace(" ", "") in list_printed(first, below=30)
             assert said != fillable
 
 

@@ -20,7 +20,7 @@ from fedtune.report.page.translations import load_catalog
 _SHARES = (0.0001, 0.001, 0.01, 0.1, 0.5, 0.9)
 
 
-def sampled(rate: float, sigma: float, steps: int = 1) -> dict[DpEvent, int]:
+def count_sampled_mechanism(rate: float, sigma: float, steps: int = 1) -> dict[DpEvent, int]:
     return {PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)): steps}
 
 
@@ -32,22 +32,22 @@ def forget() -> None:
 
 _MECHANISMS = {
     "one Gaussian": {GaussianDpEvent(2.0): 1},
-    "one sampled step": sampled(0.1, 1.0),
-    "a run": sampled(0.05, 1.5, 40),
-    "a run with scores": {**sampled(0.05, 1.5, 40), GaussianDpEvent(20.0): 4},
-    "little noise": sampled(0.2, 0.6, 100),
+    "one sampled step": count_sampled_mechanism(0.1, 1.0),
+    "a run": count_sampled_mechanism(0.05, 1.5, 40),
+    "a run with scores": {**count_sampled_mechanism(0.05, 1.5, 40), GaussianDpEvent(20.0): 4},
+    "little noise": count_sampled_mechanism(0.2, 0.6, 100),
 }
 
 
 @pytest.fixture(params=_MECHANISMS)
-def spent(request: pytest.FixtureRequest) -> dict[DpEvent, int]:
+def spent_mechanisms(request: pytest.FixtureRequest) -> dict[DpEvent, int]:
     return dict(_MECHANISMS[request.param])
 
 
 # What the best attack on a Gaussian mechanism does exactly: a reference for the upper bounds.
 
 
-def gaussian_delta(mu: float, epsilon: float) -> float:
+def compute_gaussian_delta(mu: float, epsilon: float) -> float:
     """The least delta at which a mu-Gaussian mechanism has `epsilon` (arXiv 1905.02383, Corollary 2.13)."""
     if mu == 0:
         return 0.0
@@ -55,19 +55,21 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     return max(0.0, float(norm.sf(near) - math.exp(epsilon + norm.logsf(far))))
 
 
-def gaussian_mu(epsilon: float, delta: float) -> float:
+def compute_gaussian_mu(epsilon: float, delta: float) -> float:
     """The mu at which a Gaussian mechanism has exactly (epsilon, delta); of training on sampled records no bound."""
     if math.isinf(epsilon):
         return math.inf
-    return float(brentq(lambda mu: gaussian_delta(mu, epsilon) - delta, 0.0, 2 * epsilon + 50, xtol=1e-14, rtol=1e-13))
+    return float(
+        brentq(lambda mu: compute_gaussian_delta(mu, epsilon) - delta, 0.0, 2 * epsilon + 50, xtol=1e-14, rtol=1e-13)
+    )
 
 
-def gaussian_hit_rate(mu: float, *, false_alarms: float) -> float:
+def compute_gaussian_hit_rate(mu: float, *, false_alarms: float) -> float:
     """The share of used records that the best attack on a mu-Gaussian mechanism finds at a share of false alarms."""
     return float(norm.sf(norm.isf(false_alarms) - mu))
 
 
-def gaussian_right_of_100(mu: float) -> float:
+def compute_gaussian_right_of_100(mu: float) -> float:
     """Of 100 guesses, half of them about used records, so many are right for the best attack on such a mechanism."""
     return 100 * float(norm.cdf(mu / 2))
 
@@ -77,32 +79,35 @@ def test_gaussian_privacy_curve_matches_the_exact_solution(sigma: float) -> None
     spent, mu = [GaussianDpEvent(sigma)], 1 / sigma
     for point in profile.epsilon_curve(spent, 1e-5):
         # At the epsilon that is claimed, the mechanism really has no more than this delta; a bucket less, and it has.
-        assert gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
+        assert compute_gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
         if point.epsilon_pld > 0.01:
-            assert gaussian_delta(mu, point.epsilon_pld - 2e-3) > point.delta
+            assert compute_gaussian_delta(mu, point.epsilon_pld - 2e-3) > point.delta
         assert point.epsilon_rdp >= point.epsilon_pld
     for alarms in _SHARES:
-        rate, exact = profile.bound_hit_rate(spent, false_alarms=alarms), gaussian_hit_rate(mu, false_alarms=alarms)
+        rate, exact = (
+            profile.bound_hit_rate(spent, false_alarms=alarms),
+            compute_gaussian_hit_rate(mu, false_alarms=alarms),
+        )
         assert exact - 1e-12 <= rate <= exact * (1 + 1e-5)
-    right = profile.right_of_100(spent)
-    assert gaussian_right_of_100(mu) - 1e-9 <= right <= gaussian_right_of_100(mu) + 1e-3
+    right = profile.bound_right_of_100(spent)
+    assert compute_gaussian_right_of_100(mu) - 1e-9 <= right <= compute_gaussian_right_of_100(mu) + 1e-3
 
 
-def best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float]:
+def compute_best_attacks(rate: float, sigma: float, alarms: float) -> tuple[float, float]:
     """Exact hit rates of the best tests for, and against, a record in one sampled step."""
 
-    def with_it(share: Any, at: float) -> float:
+    def compute_hit_share(share: Any, at: float) -> float:
         return float((1 - rate) * share(at / sigma) + rate * share((at - 1) / sigma))
 
-    below = brentq(lambda at: with_it(norm.cdf, at) - alarms, -50 * sigma, 50 * sigma, xtol=1e-13 * sigma)
-    return with_it(norm.sf, sigma * norm.isf(alarms)), float(norm.cdf(below / sigma))
+    below = brentq(lambda at: compute_hit_share(norm.cdf, at) - alarms, -50 * sigma, 50 * sigma, xtol=1e-13 * sigma)
+    return compute_hit_share(norm.sf, sigma * norm.isf(alarms)), float(norm.cdf(below / sigma))
 
 
 @pytest.mark.parametrize(("rate", "sigma"), [(0.01, 0.8), (0.1, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize("alarms", _SHARES)
 def test_sampled_step_bounds_the_best_exact_attack(rate: float, sigma: float, alarms: float) -> None:
-    bound = profile.bound_hit_rate(sampled(rate, sigma), false_alarms=alarms)
-    best = max(best_attacks(rate, sigma, alarms))
+    bound = profile.bound_hit_rate(count_sampled_mechanism(rate, sigma), false_alarms=alarms)
+    best = max(compute_best_attacks(rate, sigma, alarms))
     assert best * (1 - 1e-9) <= bound
     # The curve that covers add and remove at once is the convex one above both.
     assert bound <= best * 1.05
@@ -110,14 +115,14 @@ def test_sampled_step_bounds_the_best_exact_attack(rate: float, sigma: float, al
 
 def test_simulated_attack_does_not_exceed_the_bound() -> None:
     rate, sigma, steps, draws = 0.2, 1.0, 10, 200_000
-    spent, random = sampled(rate, sigma, steps), np.random.default_rng(7)
+    spent, random = count_sampled_mechanism(rate, sigma, steps), np.random.default_rng(7)
 
-    def losses(used: bool) -> np.ndarray:
+    def draw_losses(used: bool) -> np.ndarray:
         joined = random.random((draws, steps)) < (rate if used else 0.0)
         seen = joined + sigma * random.standard_normal((draws, steps))
         return np.log1p(rate * np.expm1((2 * seen - 1) / (2 * sigma**2))).sum(axis=1)
 
-    without, with_it = losses(False), losses(True)
+    without, with_it = draw_losses(False), draw_losses(True)
     for alarms in (0.001, 0.01, 0.1):
         bound = profile.bound_hit_rate(spent, false_alarms=alarms)
         for others, sought in ((without, with_it), (-with_it, -without)):
@@ -125,44 +130,46 @@ def test_simulated_attack_does_not_exceed_the_bound() -> None:
             assert rate_found <= bound + 5 * math.sqrt(bound / draws) + 5 * bound * math.sqrt(1 / (alarms * draws))
         # The test for the record is the best there is here: the bound is not far above it.
         assert bound <= 1.25 * (with_it > np.quantile(without, 1 - alarms)).mean()
-    right = profile.right_of_100(spent)
+    right = profile.bound_right_of_100(spent)
     found = 50 * ((with_it > 0).mean() + (without <= 0).mean())
     assert found - 0.5 <= right <= found + 0.5
 
 
-def test_privacy_curve_is_monotone_and_below_each_ceiling(spent: dict[DpEvent, int]) -> None:
-    points = profile.epsilon_curve(spent, 2e-5)
+def test_privacy_curve_is_monotone_and_below_each_ceiling(spent_mechanisms: dict[DpEvent, int]) -> None:
+    points = profile.epsilon_curve(spent_mechanisms, 2e-5)
     assert [point.delta for point in points] == sorted({*profile.DELTAS, 2e-5}, reverse=True)
     for figures in ([point.epsilon_pld for point in points], [point.epsilon_rdp for point in points]):
         assert figures == sorted(figure for figure in figures if figure is not None)
     for point in points:
         for alarms in _SHARES:
-            rate = profile.bound_hit_rate(spent, false_alarms=alarms)
+            rate = profile.bound_hit_rate(spent_mechanisms, false_alarms=alarms)
             ceiling = profile.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
             assert alarms <= rate <= ceiling + 1e-7
-        right = profile.right_of_100(spent)
-        assert 50 <= right <= profile.right_of_100_ceiling(point.epsilon_pld, point.delta) + 1e-6
+        right = profile.bound_right_of_100(spent_mechanisms)
+        assert 50 <= right <= profile.bound_right_of_100_by_epsilon(point.epsilon_pld, point.delta) + 1e-6
 
 
-def test_hit_rate_grows_with_false_alarms_and_steps(spent: dict[DpEvent, int]) -> None:
-    rates = [profile.bound_hit_rate(spent, false_alarms=alarms) for alarms in _SHARES]
+def test_hit_rate_grows_with_false_alarms_and_steps(spent_mechanisms: dict[DpEvent, int]) -> None:
+    rates = [profile.bound_hit_rate(spent_mechanisms, false_alarms=alarms) for alarms in _SHARES]
     assert rates == sorted(rate for rate in rates if rate is not None)
-    twice = {event: 2 * count for event, count in spent.items()}
+    twice = {event: 2 * count for event, count in spent_mechanisms.items()}
     for alarms, rate in zip(_SHARES, rates, strict=True):
         assert rate <= profile.bound_hit_rate(twice, false_alarms=alarms) + 1e-9
-    assert profile.right_of_100(spent) < profile.right_of_100(twice)
+    assert profile.bound_right_of_100(spent_mechanisms) < profile.bound_right_of_100(twice)
 
 
 @pytest.mark.by_day("one sampled step", "a run with scores")
-def test_profile_epsilons_match_the_accountant(spent: dict[DpEvent, int]) -> None:
+def test_profile_epsilons_match_the_accountant(spent_mechanisms: dict[DpEvent, int]) -> None:
     for interval in (accountant.FINE, accountant.COARSE):
-        found = profile.epsilon_pld(spent, 1e-5, interval=interval)
-        assert found == pytest.approx(accountant.epsilon_pld(spent, 1e-5, interval=interval), rel=1e-9)
-    assert profile.epsilon_rdp(spent, 1e-5) == pytest.approx(accountant.epsilon_rdp(spent, 1e-5), rel=1e-12)
+        found = profile.epsilon_pld(spent_mechanisms, 1e-5, interval=interval)
+        assert found == pytest.approx(accountant.epsilon_pld(spent_mechanisms, 1e-5, interval=interval), rel=1e-9)
+    assert profile.epsilon_rdp(spent_mechanisms, 1e-5) == pytest.approx(
+        accountant.epsilon_rdp(spent_mechanisms, 1e-5), rel=1e-12
+    )
 
 
 def test_equal_histories_give_identical_figures() -> None:
-    one = {**sampled(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **sampled(0.1, 2.0, 7)}
+    one = {**count_sampled_mechanism(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **count_sampled_mechanism(0.1, 2.0, 7)}
     other = [event for event, count in reversed(one.items()) for _ in range(count)]
     forget()
     first = profile.compute_meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000), profile.epsilon_curve(one, 1e-5)
@@ -180,7 +187,9 @@ def test_mechanism_bound_never_exceeds_the_ceiling() -> None:
     assert all(one.mechanism == one.ceiling for one in meant.hit_rates)
 
 
-@pytest.mark.parametrize("spent", [[NonPrivateDpEvent()], {**sampled(0.1, 1.0), NonPrivateDpEvent(): 2}])
+@pytest.mark.parametrize(
+    "spent", [[NonPrivateDpEvent()], {**count_sampled_mechanism(0.1, 1.0), NonPrivateDpEvent(): 2}]
+)
 def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
     meant = profile.compute_meaning(spent, epsilon=None, delta=1e-5, declared_size=None)
     assert (meant.right_of_100_ceiling, meant.right_of_100_mechanism) == (100, None)
@@ -192,18 +201,18 @@ def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
 
 def test_near_zero_noise_is_bounded_and_no_spending_helps_no_attacker() -> None:
     assert profile.bound_hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01) == pytest.approx(1.0)
-    assert profile.right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
-    assert (profile.bound_hit_rate([], false_alarms=0.01), profile.right_of_100([])) == (0.01, 50)
+    assert profile.bound_right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
+    assert (profile.bound_hit_rate([], false_alarms=0.01), profile.bound_right_of_100([])) == (0.01, 50)
     assert profile.epsilon_pld([], 1e-5) == profile.epsilon_rdp([], 1e-5) == 0
 
 
-def of_several(spent: dict[DpEvent, int], members: int) -> float:
+def bound_for_several(spent: dict[DpEvent, int], members: int) -> float:
     return profile.bound_right_guesses_for_several(
-        spent, profile.right_of_100(spent), epsilon=8.0, delta=1e-5, members=members
+        spent, profile.bound_right_of_100(spent), epsilon=8.0, delta=1e-5, members=members
     )
 
 
-def mixture(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], np.ndarray]:
+def compute_mixture_density(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], np.ndarray]:
     """Density of one step's noise, moved by as many records of the person as a Poisson sample takes."""
     shares = [math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)]
     return lambda x: sum(
@@ -218,23 +227,23 @@ def mixture(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], n
 def test_group_attack_bound_covers_the_best_attack_on_several_records(rate: float, sigma: float, members: int) -> None:
     """The best one's share is (1 + total variation) / 2: here summed over the outcomes of two steps, without losses."""
     points, width = np.linspace(-12 * sigma, members + 12 * sigma, 4001, retstep=True)
-    without, having = (mixture(rate, sigma, of)(points) * width for of in (0, members))
+    without, having = (compute_mixture_density(rate, sigma, of)(points) * width for of in (0, members))
     variation = np.abs(np.outer(without, without) - np.outer(having, having)).sum() / 2
     best = 50 * (1 + float(variation))
-    assert best - 1e-6 <= of_several(sampled(rate, sigma, 2), members) <= best + 0.2
+    assert best - 1e-6 <= bound_for_several(count_sampled_mechanism(rate, sigma, 2), members) <= best + 0.2
 
 
 def test_two_records_at_epsilon_8_match_the_simulated_attack() -> None:
     """By dividing likelihoods of drawn outcomes: 91.6 of 100 for two records and 99.93 for five, at 76 for one."""
     rate, sigma, steps = 0.1, 1.1297368779778485, 200
-    assert 7.99 < profile.epsilon_pld(sampled(rate, sigma, steps), 1e-5, interval=accountant.FINE) <= 8
+    assert 7.99 < profile.epsilon_pld(count_sampled_mechanism(rate, sigma, steps), 1e-5, interval=accountant.FINE) <= 8
     drawn = np.random.default_rng(7).normal(0, sigma, (20_000, steps))
-    without = np.log(mixture(rate, sigma, 0)(drawn)).sum(axis=1)
+    without = np.log(compute_mixture_density(rate, sigma, 0)(drawn)).sum(axis=1)
     for members, about in ((1, 76.1), (2, 91.6), (5, 99.94)):
-        ratio = np.exp(np.log(mixture(rate, sigma, members)(drawn)).sum(axis=1) - without)
+        ratio = np.exp(np.log(compute_mixture_density(rate, sigma, members)(drawn)).sum(axis=1) - without)
         apart = np.maximum(0, 1 - ratio)
         best, error = 50 * (1 + apart.mean()), 50 * apart.std() / math.sqrt(len(apart))
-        found = of_several(sampled(rate, sigma, steps), members)
+        found = bound_for_several(count_sampled_mechanism(rate, sigma, steps), members)
         assert best - 4 * error <= found <= best + 4 * error + 0.2
         assert found == pytest.approx(about, abs=0.1)
 
@@ -242,13 +251,15 @@ def test_two_records_at_epsilon_8_match_the_simulated_attack() -> None:
 def test_group_bound_is_the_smaller_of_epsilon_and_triangle_bounds() -> None:
     """(1.6, 1e-5) for one record is (3.2, 6e-5) for two: 96 of 100, where the triangle inequality allows 100."""
     for epsilon, members in ((1.6, 2), (1.6, 5), (0.1, 2), (8.0, 2)):
-        right = profile.right_of_100_ceiling(epsilon, 1e-5)
+        right = profile.bound_right_of_100_by_epsilon(epsilon, 1e-5)
         found = profile.bound_right_guesses_for_several(None, right, epsilon=epsilon, delta=1e-5, members=members)
-        for_all = profile.right_of_100_ceiling(*profile.group_privacy(epsilon, 1e-5, members=members))
+        for_all = profile.bound_right_of_100_by_epsilon(*profile.group_privacy(epsilon, 1e-5, members=members))
         assert found == min(100, 50 + members * (right - 50), for_all)
         assert right < found
     many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
-    assert of_several(many, 2) == 50 + 2 * (profile.right_of_100(many) - 50), "of so many plans no curve is computed"
+    assert bound_for_several(many, 2) == 50 + 2 * (profile.bound_right_of_100(many) - 50), (
+        "of so many plans no curve is computed"
+    )
     assert profile._bound_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"
 
 
@@ -282,7 +293,7 @@ _DELTA = 1e-6
 def test_documented_table_cells_match_computed_values(line: str) -> None:
     printed = line.split(" | ")
     epsilon = float(printed[0])
-    mu = gaussian_mu(epsilon, _DELTA)
+    mu = compute_gaussian_mu(epsilon, _DELTA)
     row = [
         epsilon,
         math.exp(epsilon),
@@ -291,8 +302,8 @@ def test_documented_table_cells_match_computed_values(line: str) -> None:
     ]
     for alarms in profile.FALSE_ALARMS:
         row.append(100 * profile.hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms))
-        row.append(100 * gaussian_hit_rate(mu, false_alarms=alarms))
-    row += [profile.right_of_100_ceiling(epsilon, _DELTA), gaussian_right_of_100(mu)]
+        row.append(100 * compute_gaussian_hit_rate(mu, false_alarms=alarms))
+    row += [profile.bound_right_of_100_by_epsilon(epsilon, _DELTA), compute_gaussian_right_of_100(mu)]
     assert len(printed) == len(_TABLE.splitlines()[0].split(" | "))
     for cell, value in zip(printed, row, strict=True):
         assert round(value, len(cell.partition(".")[2])) == float(cell), (cell, value)
@@ -301,7 +312,7 @@ def test_documented_table_cells_match_computed_values(line: str) -> None:
 def test_posterior_failure_probability_can_exceed_delta_many_times() -> None:
     # Of a Gaussian with just this pair, the chance that the loss of an outcome is above epsilon: Phi(mu/2 - eps/mu).
     epsilon = 0.5
-    mu = gaussian_mu(epsilon, _DELTA)
+    mu = compute_gaussian_mu(epsilon, _DELTA)
     assert norm.cdf(mu / 2 - epsilon / mu) > 30 * _DELTA
     for language, words in (("en", "many times delta"), ("de", "ein Vielfaches von Delta")):
         texts = load_catalog(language).texts
@@ -324,10 +335,10 @@ def test_group_privacy_degrades_with_the_number_of_records() -> None:
 def test_ceilings_are_trivial_at_huge_epsilon_and_at_zero() -> None:
     assert profile.bound_posterior(1e5, prior=0.001) == 1
     assert profile.hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
-    assert profile.right_of_100_ceiling(1e5, 1e-5) == 100
+    assert profile.bound_right_of_100_by_epsilon(1e5, 1e-5) == 100
     assert profile.bound_posterior(0, prior=0.1) == pytest.approx(0.1)
     assert profile.hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
-    assert profile.right_of_100_ceiling(0, 0) == 50
+    assert profile.bound_right_of_100_by_epsilon(0, 0) == 50
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), more=st.floats(0, 5))
@@ -336,7 +347,7 @@ def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alar
     assert alarms <= rate <= 1
     assert rate <= profile.hit_rate_ceiling(epsilon + more, delta, false_alarms=alarms) + 1e-12
     assert rate <= profile.hit_rate_ceiling(epsilon, min(1, delta + more), false_alarms=alarms) + 1e-12
-    right = profile.right_of_100_ceiling(epsilon, delta)
+    right = profile.bound_right_of_100_by_epsilon(epsilon, delta)
     assert 50 <= right <= 100
     # An attack with these rates, half of whose records were used, is right no more often than that.
     assert 100 * (rate + 1 - alarms) / 2 <= right + 1e-9
@@ -344,10 +355,10 @@ def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alar
 
 @given(epsilon=st.floats(0.01, 20), delta=st.floats(1e-9, 1e-3), alarms=st.floats(1e-4, 0.5))
 def test_gaussian_attack_never_exceeds_the_ceiling(epsilon: float, delta: float, alarms: float) -> None:
-    mu = gaussian_mu(epsilon, delta)
+    mu = compute_gaussian_mu(epsilon, delta)
     ceiling = profile.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
-    assert gaussian_hit_rate(mu, false_alarms=alarms) <= ceiling + 1e-9
-    assert gaussian_right_of_100(mu) <= profile.right_of_100_ceiling(epsilon, delta) + 1e-9
+    assert compute_gaussian_hit_rate(mu, false_alarms=alarms) <= ceiling + 1e-9
+    assert compute_gaussian_right_of_100(mu) <= profile.bound_right_of_100_by_epsilon(epsilon, delta) + 1e-9
 
 
 def test_strength_band_names_epsilon_ranges() -> None:

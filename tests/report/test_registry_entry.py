@@ -13,7 +13,7 @@ from fedtune.report import signing
 from fedtune.report.model import Report
 from fedtune.report.page.translations import load_catalog
 
-from .shown import NAMES, leaves, reports
+from .shown import NAMES, build_reports, iter_leaves
 
 ASKED = {field.name for field in dataclasses.fields(AboutSpec)}
 TOLD = AboutSpec(**{name: f"the {name} that somebody told" for name in ASKED})
@@ -21,19 +21,19 @@ TOLD = AboutSpec(**{name: f"the {name} that somebody told" for name in ASKED})
 
 @pytest.fixture(params=NAMES)
 def report(request: pytest.FixtureRequest) -> Report:
-    return reports()[request.param]
+    return build_reports()[request.param]
 
 
-def values(part: Any) -> list[Any]:
-    return [value for _, value in leaves(part)]
+def list_values(part: Any) -> list[Any]:
+    return [value for _, value in iter_leaves(part)]
 
 
 def test_unanswered_registry_fields_are_empty_and_listed_as_missing(report: Report) -> None:
     told, entry = registry.build_registry_entry(report, TOLD), registry.build_registry_entry(report, AboutSpec())
     assert told["missing"] == []
-    assert set(dataclasses.asdict(TOLD).values()) <= set(values(told))
+    assert set(dataclasses.asdict(TOLD).values()) <= set(list_values(told))
     assert set(entry["missing"]) == ASKED
-    assert values(entry).count("") - values(told).count("") == len(ASKED)
+    assert list_values(entry).count("") - list_values(told).count("") == len(ASKED)
     assert registry.build_registry_entry(report, AboutSpec(sector=" "))["missing"] == entry["missing"], (
         "a blank says nothing"
     )
@@ -58,6 +58,6 @@ def test_registry_entry_figures_match_the_report(report: Report) -> None:
 
 
 def test_registry_entry_of_a_noiseless_run_names_no_mechanism() -> None:
-    entry = registry.build_registry_entry(reports()["unbounded"], TOLD)
+    entry = registry.build_registry_entry(build_reports()["unbounded"], TOLD)
     assert {one["name"] for one in entry["privacy"]["mechanisms"]} == {"none"}
     assert "adds no noise" in entry["privacy"]["model"]

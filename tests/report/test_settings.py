@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.report import from_run
 from fedtune.report.checks import find_settings_problems
 from fedtune.report.facts import StartAdapter
@@ -18,10 +18,10 @@ from fedtune.version import __version__
 
 @pytest.fixture(scope="module")
 def config(run_folder: Path) -> RunConfig:
-    return saved_config(run_folder)
+    return read_saved_config(run_folder)
 
 
-def forged(folder: Path, **changes: Any) -> Report:
+def forge_report(folder: Path, **changes: Any) -> Report:
     """A report that agrees with itself, of a plan that the run did not have."""
     record = read_run(folder)
     return derive_report(
@@ -29,54 +29,62 @@ def forged(folder: Path, **changes: Any) -> Report:
     )
 
 
-def places(report: Report, config: RunConfig) -> set[str]:
+def list_problem_places(report: Report, config: RunConfig) -> set[str]:
     return {problem.where.rpartition(".")[2] for problem in find_settings_problems(report.facts, config)}
 
 
-def test_report_matches_its_settings_and_detects_others_by_digest(of_run: Report, config: Any) -> None:
-    assert places(of_run, config) == set()
+def test_report_matches_its_settings_and_detects_others_by_digest(run_report: Report, config: Any) -> None:
+    assert list_problem_places(run_report, config) == set()
     other = replace(config, training=replace(config.training, learning_rate=0.123))
-    (problem,) = find_settings_problems(of_run.facts, other)
+    (problem,) = find_settings_problems(run_report.facts, other)
     assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())
 
 
 def test_plan_from_different_settings_is_detected(run_folder: Path, config: RunConfig) -> None:
     others = {"noise_multiplier": 20.0, "sampling_rate": 0.01, "max_grad_norm": 0.5, "delta": 1e-4}
     for key, value in (others | {"local_steps": 1, "num_rounds": 1}).items():
-        report = forged(run_folder, **{key: value})
+        report = forge_report(run_folder, **{key: value})
         assert problems(report) == [] or key == "num_rounds", "it agrees with itself"
         assert [site.receipt for site in report.facts.sites] == [None, None], "no site signed that plan"
-        assert key in places(report, config)
+        assert key in list_problem_places(report, config)
 
 
-def test_reported_settings_are_compared_with_the_configuration(of_run: Report, config: RunConfig) -> None:
+def test_reported_settings_are_compared_with_the_configuration(run_report: Report, config: RunConfig) -> None:
     changes = {"target_epsilon": 80.0, "name": "another", "early_stopping_patience": 1, "checkpoint_selection": "best"}
     for key, value in (changes | {"settings": {"runtime": "deployment"}}).items():
-        assert places(replace(of_run, facts=replace(of_run.facts, **{key: value})), config) - {"run"} == {key}
-    shorter = replace(of_run.facts, rounds=of_run.facts.rounds[:1])
+        assert list_problem_places(replace(run_report, facts=replace(run_report.facts, **{key: value})), config) - {
+            "run"
+        } == {key}
+    shorter = replace(run_report.facts, rounds=run_report.facts.rounds[:1])
     assert derive_report(shorter).verdict.reasons == ("not_finished",), "a shorter run is one that is not finished"
 
 
-def test_start_adapter_is_public_only_with_a_public_stage_in_settings(of_run: Report, config: RunConfig) -> None:
+def test_start_adapter_is_public_only_with_a_public_stage_in_settings(run_report: Report, config: RunConfig) -> None:
     config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32))
     start = StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=1e-5, epsilon=None, public=True)
-    made = replace(of_run.facts.provenance, start_adapter=start, config_sha256=config.digest())
-    assert places(replace(of_run, facts=replace(of_run.facts, provenance=made)), config) == {"public"}
+    made = replace(run_report.facts.provenance, start_adapter=start, config_sha256=config.digest())
+    assert list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=made)), config) == {
+        "public"
+    }
     other = replace(made, start_adapter=replace(start, digest="cd" * 32, public=False))
-    assert places(replace(of_run, facts=replace(of_run.facts, provenance=other)), config) == {"start_adapter"}
+    assert list_problem_places(replace(run_report, facts=replace(run_report.facts, provenance=other)), config) == {
+        "start_adapter"
+    }
 
 
 def test_calibrated_noise_is_recalibrated_for_verification(run_folder: Path, config: RunConfig) -> None:
     searched = replace(config, privacy=replace(config.privacy, noise_multiplier=None))
     noise = searched.plan().noise_multiplier
 
-    def with_noise(value: float, version: str = __version__) -> Report:
-        report = forged(run_folder, noise_multiplier=value)
+    def check_with_noise(value: float, version: str = __version__) -> Report:
+        report = forge_report(run_folder, noise_multiplier=value)
         made = replace(report.facts.provenance, config_sha256=searched.digest(), fedtune_version=version)
         return replace(report, facts=replace(report.facts, provenance=made))
 
-    assert places(with_noise(noise), searched) == set()
-    assert places(with_noise(noise + 1e-4, "0.1.0"), searched) == set(), "another version's last digit"
+    assert list_problem_places(check_with_noise(noise), searched) == set()
+    assert list_problem_places(check_with_noise(noise + 1e-4, "0.1.0"), searched) == set(), (
+        "another version's last digit"
+    )
     for more, version in ((1e-4, __version__), (2e-4, "0.1.0")):
-        assert "noise_multiplier" in places(with_noise(noise + more, version), searched)
-    assert "noise_multiplier" in places(with_noise(0.99 * noise), searched)
+        assert "noise_multiplier" in list_problem_places(check_with_noise(noise + more, version), searched)
+    assert "noise_multiplier" in list_problem_places(check_with_noise(0.99 * noise), searched)

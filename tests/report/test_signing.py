@@ -15,7 +15,7 @@ from fedtune.spec import REPORT_SCHEMA, ConfigError, FedtuneError, RunError
 
 from ..privacy.builders import site_key as key
 from ..privacy.builders import stranger_key as other
-from .shown import Make, leaves, put, with_facts
+from .shown import Make, change_facts, iter_leaves, put
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_report_round_trips_in_its_canonical_form(a_report: Make, a_ledger_repor
     for report in (a_report(), a_ledger_report(), signing.sign_report(a_report(), key)):
         assert signing.parse_report(signing.report_to_json(report).encode()) == report
     # The canonical form is sorted, dense and without the signature.
-    report = with_facts(a_report(), name="Königsberg")
+    report = change_facts(a_report(), name="Königsberg")
     text = signing.canonical_bytes(report).decode()
     assert all(part in text for part in ('"name":"Königsberg"', '"delta":1e-05'))
     assert not any(part in text for part in ("\n", ', "', '": '))
@@ -67,14 +67,14 @@ def test_ledger_report_must_be_signed_by_its_site(a_ledger_report: Make) -> None
     report = a_ledger_report()
     with pytest.raises(RunError, match="ef" * 32):
         signing.verify_report_signature(signing.sign_report(report, key))
-    own = with_facts(report, verification=replace(report.facts.verification, site_key=key.public))
+    own = change_facts(report, verification=replace(report.facts.verification, site_key=key.public))
     assert signing.verify_report_signature(signing.sign_report(own, key)) == key.public
 
 
 def test_signature_covers_every_value(a_ledger_report: Make, a_report: Make) -> None:
     report = signing.sign_report(a_report(sites=(*a_report().sites, *a_ledger_report().sites)), key)
     changed = 0
-    for path, value in leaves(to_json(report)):
+    for path, value in iter_leaves(to_json(report)):
         data, number = to_json(report), isinstance(value, int | float)
         put(data, path, not value if isinstance(value, bool) else value + 1 if number else f"{value}x")
         try:

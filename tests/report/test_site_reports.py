@@ -19,11 +19,11 @@ from fedtune.spec import ConfigError
 
 from ..books import Books
 from ..conftest import simulate
-from .shown import sound, status, where, with_facts
+from .shown import change_facts, list_problem_places, read_status, require_sound
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs at kept sites; `<folder>/first`, `<folder>/second`, and the sites in `<folder>/sites`."""
     folder = tmp_path_factory.mktemp("runs")
     for name in ("first", "second"):
@@ -34,11 +34,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "copy"))
+def folder(kept_runs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(kept_runs, tmp_path / "copy"))
 
 
-def key_of(folder: Path, site: str) -> SigningKey:
+def load_site_key(folder: Path, site: str) -> SigningKey:
     return SigningKey.load(folder / "sites" / site / "site_key.pem")
 
 
@@ -46,36 +46,38 @@ def report_of(folder: Path, site: str = "site-1") -> Report:
     return from_ledger.build_ledger_report(folder / "sites" / site / "site.toml")
 
 
-def signed_report(folder: Path, site: str = "site-1", **changes: Any) -> Report:
+def write_signed_report(folder: Path, site: str = "site-1", **changes: Any) -> Report:
     """What `fedtune report site.toml --sign` writes at the site; `changes` are made before it is signed."""
-    return signing.sign_report(replace(report_of(folder, site), **changes), key_of(folder, site))
+    return signing.sign_report(replace(report_of(folder, site), **changes), load_site_key(folder, site))
 
 
-def signed(folder: Path, of: str = "site-1", **changes: Any) -> Report:
+def sign_changed(folder: Path, of: str = "site-1", **changes: Any) -> Report:
     """The report of a site with changed facts, and all else as it was, signed by the first site."""
-    return signing.sign_report(with_facts(report_of(folder, of), **changes), key_of(folder, "site-1"))
+    return signing.sign_report(change_facts(report_of(folder, of), **changes), load_site_key(folder, "site-1"))
 
 
-def joined_by(folder: Path, *reports: Report) -> Report:
+def join_reports(folder: Path, *reports: Report) -> Report:
     """The report of the second run with what its sites released."""
     return from_run.build_run_report(folder / "second", site_reports=reports)
 
 
-def derived(folder: Path, **changes: Any) -> Report:
+def derive_changed(folder: Path, **changes: Any) -> Report:
     """What the first site would sign that changed facts of its ledger and derived all else from them."""
-    return signing.sign_report(derive_report(replace(report_of(folder).facts, **changes)), key_of(folder, "site-1"))
+    return signing.sign_report(
+        derive_report(replace(report_of(folder).facts, **changes)), load_site_key(folder, "site-1")
+    )
 
 
 def test_released_site_figures_are_merged_into_the_run_report(folder: Path) -> None:
     alone = from_run.build_run_report(folder / "second")
-    own = signed_report(folder)
-    report = sound(joined_by(folder, own))
+    own = write_signed_report(folder)
+    report = require_sound(join_reports(folder, own))
     joined, other = report.sites
     assert (joined.source, other.source) == ("signed_site_report", "charged_by_receipts")
     said, nothing = (site.statement for site in report.facts.sites)
     assert (said.approved, said.lifetime) == (own.facts.approved, own.sites[0].lifetime)
     assert said.approved.max_epsilon == 2.0
-    assert said.verification.site_key == key_of(folder, "site-1").public
+    assert said.verification.site_key == load_site_key(folder, "site-1").public
     assert said.asserted == {}, "nobody can state anything for a made-up site"
     # This run's own figures stay what they were, and all runs' stand beside them.
     assert joined.spent == alone.sites[0].spent
@@ -86,19 +88,19 @@ def test_released_site_figures_are_merged_into_the_run_report(folder: Path) -> N
     assert (joined.releases, nothing) == ((), None)
     assert {release.run for release in other.releases} == {other.mechanisms[0].run}
     assert report.verdict.state == "within"
-    both = joined_by(folder, own, signed_report(folder, "site-2"))
-    assert [status(one, "units_at_one_site_only") for one in (alone, report, both)] == ["assumed"] * 3
-    assert status(both, "site_reports_agree") == "verified"
+    both = join_reports(folder, own, write_signed_report(folder, "site-2"))
+    assert [read_status(one, "units_at_one_site_only") for one in (alone, report, both)] == ["assumed"] * 3
+    assert read_status(both, "site_reports_agree") == "verified"
 
 
 def test_site_reports_are_read_from_the_run_folder(folder: Path) -> None:
-    own = signed_report(folder, "site-2")
+    own = write_signed_report(folder, "site-2")
     (folder / "second" / "site_reports").mkdir()
     (folder / "second" / "site_reports" / "site-2.json").write_text(signing.report_to_json(own))
     report = from_run.build_run_report(folder / "second")
     assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
-    assert joined_by(folder, own) == report, "the same one twice is one"
-    earlier = from_run.build_run_report(folder / "first", site_reports=[signed_report(folder)]).facts
+    assert join_reports(folder, own) == report, "the same one twice is one"
+    earlier = from_run.build_run_report(folder / "first", site_reports=[write_signed_report(folder)]).facts
     assert earlier.sites[0].statement.lifetime.runs[0].run == earlier.run, "and an earlier run's report takes it"
     (folder / "second" / "site_reports" / "site-1.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"site-1\.json"):
@@ -107,19 +109,19 @@ def test_site_reports_are_read_from_the_run_folder(folder: Path) -> None:
 
 def test_site_above_its_own_cap_determines_the_run_verdict(folder: Path) -> None:
     Books(folder / "sites" / "site-1").edit(noted=True, budget={"max_epsilon": 0.36})
-    report = sound(joined_by(folder, signed_report(folder)))
+    report = require_sound(join_reports(folder, write_signed_report(folder)))
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
     assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]
 
 
 def test_site_report_below_its_receipts_gives_no_guarantee(folder: Path) -> None:
     *earlier, newest = report_of(folder).facts.runs
-    less = derived(folder, runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
-    report = sound(joined_by(folder, less))
+    less = derive_changed(folder, runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
+    report = require_sound(join_reports(folder, less))
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
     assert report.sites[1].verdict.state == "within"
     assert report.sites[0].meaning is None
-    assert status(report, "site_reports_agree") == "violated"
+    assert read_status(report, "site_reports_agree") == "violated"
 
 
 def test_self_contradicting_site_report_is_refused(folder: Path) -> None:
@@ -127,29 +129,29 @@ def test_self_contradicting_site_report_is_refused(folder: Path) -> None:
     (*earlier, newest) = site.mechanisms
     figures = ("epsilon", "with_set_aside", "epsilon_pld", "epsilon_rdp")
     for changes in (
-        of_its_runs(site, rounds=0),
-        of_its_runs(site, seeded_noise=True),
+        change_newest_run(site, rounds=0),
+        change_newest_run(site, seeded_noise=True),
         {"mechanisms": (*earlier, replace(newest, noise_multiplier=9.0))},
-        of_all_runs(site, **dict.fromkeys(figures, 0.001), left=1.999),
+        change_lifetime(site, **dict.fromkeys(figures, 0.001), left=1.999),
     ):
-        forged = signed_report(folder, sites=(replace(site, **changes),))
-        assert "is inconsistent" in refused(folder, forged)
-    assert "is inconsistent" in refused(folder, signed(folder, verification=None))
+        forged = write_signed_report(folder, sites=(replace(site, **changes),))
+        assert "is inconsistent" in read_refusal(folder, forged)
+    assert "is inconsistent" in read_refusal(folder, sign_changed(folder, verification=None))
 
 
 def test_site_report_older_than_its_receipts_is_refused(folder: Path) -> None:
     found = report_of(folder).facts.verification
     receipt = from_run.read_run(folder / "second").receipts["site-1"]
     assert found.num_events >= receipt.sequence
-    early = signed(folder, verification=replace(found, num_events=receipt.sequence - 1))
-    assert "must be no older than this run" in refused(folder, early)
+    early = sign_changed(folder, verification=replace(found, num_events=receipt.sequence - 1))
+    assert "must be no older than this run" in read_refusal(folder, early)
     shutil.rmtree(folder / "second" / "checkpoints")
-    assert "gave this run no receipt" in refused(folder, signed_report(folder))
+    assert "gave this run no receipt" in read_refusal(folder, write_signed_report(folder))
 
 
 def test_date_of_a_site_report_is_shown_with_its_figures(folder: Path) -> None:
-    own = signed_report(folder)
-    report = joined_by(folder, own)
+    own = write_signed_report(folder)
+    report = join_reports(folder, own)
     first, second = (site.statement for site in report.facts.sites)
     assert (first.date, second) == (own.facts.date, None)
     (found,) = [one for one in report.assumptions if one.code == "site_reports_are_newest"]
@@ -165,7 +167,7 @@ SPENT = ("epsilon", "with_set_aside", "period_epsilon")
 
 
 def test_impossible_site_statement_is_detected(folder: Path) -> None:
-    facts = joined_by(folder, *(signed_report(folder, site) for site in ("site-1", "site-2"))).facts
+    facts = join_reports(folder, *(write_signed_report(folder, site) for site in ("site-1", "site-2"))).facts
     site, other = facts.sites
     said = site.statement
     for change, place in (
@@ -174,69 +176,69 @@ def test_impossible_site_statement_is_detected(folder: Path) -> None:
         ({"verification": other.statement.verification}, "verification.site_key"),
         ({"releases": said.releases * 2}, "releases"),
         ({"releases": tuple(replace(one, run="r") for one in said.releases)}, "releases"),
-        (of_its_runs(said, run="another"), "lifetime.runs"),
-        (of_its_runs(said, rounds=2), "lifetime.runs"),
-        (of_its_runs(said, epsilon=0.01), "lifetime.runs.epsilon"),
-        (of_its_runs(said, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
-        (of_all_runs(said, **dict.fromkeys(SPENT, 0.001), left=1.999), "lifetime.epsilon"),
-        (of_all_runs(said, caps=()), "caps"),
-        (of_all_runs(said, order=1e300), "lifetime.order"),
-        (of_all_runs(said, order=1.0), "lifetime.order"),
+        (change_newest_run(said, run="another"), "lifetime.runs"),
+        (change_newest_run(said, rounds=2), "lifetime.runs"),
+        (change_newest_run(said, epsilon=0.01), "lifetime.runs.epsilon"),
+        (change_newest_run(said, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
+        (change_lifetime(said, **dict.fromkeys(SPENT, 0.001), left=1.999), "lifetime.epsilon"),
+        (change_lifetime(said, caps=()), "caps"),
+        (change_lifetime(said, order=1e300), "lifetime.order"),
+        (change_lifetime(said, order=1.0), "lifetime.order"),
     ):
         forged = replace(site, statement=replace(said, **change))
         rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "date" else []))
-        assert f"sites.site-1.statement.{place}" in where(
+        assert f"sites.site-1.statement.{place}" in list_problem_places(
             derive_report(replace(facts, rounds=rounds, sites=(forged, other)))
         )
     unsigned = replace(facts, sites=(replace(site, receipt=None), other))
-    assert "sites.site-1.statement.verification.site_key" in where(derive_report(unsigned))
+    assert "sites.site-1.statement.verification.site_key" in list_problem_places(derive_report(unsigned))
     # Of a seeded run it is said of the ledger, too.
     first, *runs = said.lifetime.runs
     for seeded in (False, True):
         life = replace(said.lifetime, runs=(replace(first, seeded_noise=True), *runs), seeded=seeded)
         forged = replace(site, statement=replace(said, lifetime=life))
         report = derive_report(replace(facts, sites=(forged, other)))
-        assert where(report) == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
+        assert list_problem_places(report) == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
         assert (report.verdict.state == "no_guarantee") == seeded
 
 
-def of_all_runs(said: Any, **changes: Any) -> dict[str, Any]:
+def change_lifetime(said: Any, **changes: Any) -> dict[str, Any]:
     return {"lifetime": replace(said.lifetime, **changes)}
 
 
-def of_its_runs(said: Any, **changes: Any) -> dict[str, Any]:
+def change_newest_run(said: Any, **changes: Any) -> dict[str, Any]:
     *earlier, newest = said.lifetime.runs
-    return of_all_runs(said, runs=(*earlier, replace(newest, **changes)))
+    return change_lifetime(said, runs=(*earlier, replace(newest, **changes)))
 
 
 def test_verification_names_figures_taken_from_a_site_report(folder: Path) -> None:
-    joined = joined_by(folder, signed_report(folder))
+    joined = join_reports(folder, write_signed_report(folder))
     path = folder / "second" / "report.json"
 
-    def taken(report: Report) -> Check | None:
+    def find_taken(report: Report) -> Check | None:
         return next((one for one in check_report(path, report, Known()) if one.name == "taken"), None)
 
-    found = taken(joined)
+    found = find_taken(joined)
     assert found.state == "not_checked"
     assert "site-1" in found.text
     assert "all runs" in found.text
-    assert taken(from_run.build_run_report(folder / "second")) is None
+    assert find_taken(from_run.build_run_report(folder / "second")) is None
     # Beside the reports that the sites signed, they are compared.
     (path.parent / "site_reports").mkdir()
     own = path.parent / "site_reports" / "site-1.json"
-    own.write_text(signing.report_to_json(signed_report(folder)))
-    assert taken(joined).state == "right"
+    own.write_text(signing.report_to_json(write_signed_report(folder)))
+    assert find_taken(joined).state == "right"
     first, *others = joined.facts.sites
     cheaper = replace(first.statement, approved=replace(first.statement.approved, max_epsilon_per_run=0.1))
     forged = replace(joined.facts, sites=(replace(first, statement=cheaper), *others))
-    assert taken(derive_report(forged)).state == "wrong"
-    own.write_text(signing.report_to_json(signing.sign_report(report_of(folder), key_of(folder, "site-2"))))
-    assert taken(joined).state == "wrong"
+    assert find_taken(derive_report(forged)).state == "wrong"
+    own.write_text(signing.report_to_json(signing.sign_report(report_of(folder), load_site_key(folder, "site-2"))))
+    assert find_taken(joined).state == "wrong"
 
 
 def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:
     # As if the site had been asked, and its answer had been lost on the way.
-    record, key = from_run.read_run(folder / "second"), key_of(folder, "site-1")
+    record, key = from_run.read_run(folder / "second"), load_site_key(folder, "site-1")
     less = replace(record.receipts["site-1"], charged_rounds=0)
     less = replace(less, signature=key.sign(RECEIPT, less.signed_bytes()))
     rounds = [replace(one, sites=("site-2",), failed_sites={"site-1": "no_reply"}) for one in record.state.rounds]
@@ -246,50 +248,52 @@ def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:
     assert from_run.build_run_report(folder / "second").sites[0].spent.rounds == 0, (
         "its receipt says so, and that the run is over"
     )
-    report = joined_by(folder, signed_report(folder))
+    report = join_reports(folder, write_signed_report(folder))
     assert report.sites[0].spent.rounds == 1
     assert report.sites[0].spent.epsilon == report.sites[1].spent.epsilon
 
 
 def test_damaged_site_ledger_gives_no_guarantee_for_the_run(folder: Path) -> None:
     Books(folder / "sites" / "site-1").tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
-    own = signed_report(folder)
+    own = write_signed_report(folder)
     assert own.facts.verification is None
-    assert joined_by(folder, own).verdict.reasons == ("ledger_not_verified",)
+    assert join_reports(folder, own).verdict.reasons == ("ledger_not_verified",)
 
 
-def refused(folder: Path, report: Report) -> str:
+def read_refusal(folder: Path, report: Report) -> str:
     with pytest.raises(ConfigError) as caught:
-        joined_by(folder, report)
+        join_reports(folder, report)
     assert caught.value.key == "site report"
     return caught.value.bound
 
 
-def posing(folder: Path, of: str, **changes: Any) -> Report:
+def pose_as_site(folder: Path, of: str, **changes: Any) -> Report:
     """A report of the ledger at a site, with changed facts, and signed with the key of the second one."""
-    return signing.sign_report(with_facts(report_of(folder, of), **changes), key_of(folder, "site-2"))
+    return signing.sign_report(change_facts(report_of(folder, of), **changes), load_site_key(folder, "site-2"))
 
 
 def test_reports_not_from_the_site_are_refused(folder: Path) -> None:
-    own = signed_report(folder)
+    own = write_signed_report(folder)
     for released, says in (
         (from_run.build_run_report(folder / "first"), "must be a site's report of its own ledger"),
         (replace(own, signature=None), "it is not signed"),
         (replace(own, epsilon=0.1), "must be signed by its site"),
-        (posing(folder, "site-1"), "must be signed by its site"),
+        (pose_as_site(folder, "site-1"), "must be signed by its site"),
         # Nor does it help to leave out what names the ledger's key.
-        (posing(folder, "site-1", verification=None), "as the receipts of site-1 are"),
-        (posing(folder, "site-2", site="site-1"), "as the receipts of site-1 are"),
-        (posing(folder, "site-2", site="west"), "must be about a site of this run (site-1, site-2), not west"),
+        (pose_as_site(folder, "site-1", verification=None), "as the receipts of site-1 are"),
+        (pose_as_site(folder, "site-2", site="site-1"), "as the receipts of site-1 are"),
+        (pose_as_site(folder, "site-2", site="west"), "must be about a site of this run (site-1, site-2), not west"),
     ):
-        assert says in refused(folder, released)
+        assert says in read_refusal(folder, released)
 
 
 def test_site_ledger_without_this_run_is_refused(folder: Path) -> None:
     facts = report_of(folder).facts
     first, lists = facts.runs[0].run, ("runs", "charges", "releases")
-    report = derived(folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists})
-    assert "must be from a ledger that contains the run second-" in refused(folder, report)
+    report = derive_changed(
+        folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists}
+    )
+    assert "must be from a ledger that contains the run second-" in read_refusal(folder, report)
     assert from_run.build_run_report(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
 
@@ -297,7 +301,7 @@ def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> Non
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
         Books(tmp_path / "sites" / "site-2").edit(budget={"max_epsilon": 2.0})
-    own = signed_report(tmp_path, "site-1")
+    own = write_signed_report(tmp_path, "site-1")
     assert [run.run[:5] for run in own.sites[0].lifetime.runs] == ["first"]
     report = from_run.build_run_report(tmp_path / "second", site_reports=[own])
     site = report.sites[0]
@@ -306,7 +310,7 @@ def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> Non
 
 
 def test_conflicting_reports_of_one_site_are_refused(folder: Path) -> None:
-    one = signed_report(folder)
-    other = derived(folder, provenance=replace(one.facts.provenance, task="regression"))
+    one = write_signed_report(folder)
+    other = derive_changed(folder, provenance=replace(one.facts.provenance, task="regression"))
     with pytest.raises(ConfigError, match="is a second report of site-1"):
-        joined_by(folder, one, other)
+        join_reports(folder, one, other)

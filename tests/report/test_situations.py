@@ -12,7 +12,7 @@ import pytest
 from dp_accounting import GaussianDpEvent
 
 import fedtune.show.run_progress as display
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
@@ -27,9 +27,9 @@ from fedtune.report.verify_report import problems
 from fedtune.sites.virtual_site import Participants
 
 from ..books import Books
-from ..conftest import fail_where, result_of, run_proposal, simulate
+from ..conftest import fail_where, read_result, run_proposal, simulate
 from .masking import check_golden
-from .shown import status, where
+from .shown import list_problem_places, read_status
 
 
 def check(name: str, report: Report) -> Report:
@@ -41,7 +41,7 @@ def check(name: str, report: Report) -> Report:
     assert problems(report) == []
     check_golden(name, report)
     words, verdict = load_catalog("en"), report.verdict
-    text = shown_text(render(report, language="en"))
+    text = read_shown_text(render(report, language="en"))
     heading = report_outcome(report)
     for key in (f"verdict.{heading}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
@@ -51,13 +51,13 @@ def check(name: str, report: Report) -> Report:
     return report
 
 
-def shown_text(page: str) -> str:
+def read_shown_text(page: str) -> str:
     """What a page says outside of drawings, in one line."""
     page = re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
 
 
-def verdict(report: Report) -> tuple[str, tuple[str, ...]]:
+def read_verdict(report: Report) -> tuple[str, tuple[str, ...]]:
     return report.verdict.state, report.verdict.reasons
 
 
@@ -72,7 +72,7 @@ def books(books: Any) -> Books:
 def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> None:
     folder, banner = simulate(into=tmp_path), load_catalog("en").texts["banner"]["simulation"]
     report = check("within", from_run.build_run_report(folder))
-    assert verdict(report) == ("within", ())
+    assert read_verdict(report) == ("within", ())
     assert 0 < report.epsilon < report.facts.target_epsilon
     site = folder / "sites/site-1"
     signed = ["--sign", str(site / "site_key.pem"), "--output", str(tmp_path / "own")]
@@ -103,19 +103,19 @@ def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> Non
     simulate(f"runtime.sites_dir={kept}", into=tmp_path, name="again")
     own = from_ledger.build_ledger_report(kept / "site-1/site.toml")
     assert own.banners == ("simulation",)
-    assert status(own, "policy_noted") == "verified"
+    assert read_status(own, "policy_noted") == "verified"
 
 
 def test_run_without_privacy_gives_no_guarantee(tmp_path: Path) -> None:
     report = check("without_privacy", from_run.build_run_report(simulate("privacy=none", into=tmp_path)))
-    assert verdict(report) == ("no_guarantee", ("no_noise",))
+    assert read_verdict(report) == ("no_guarantee", ("no_noise",))
     assert (report.epsilon, report.facts.target_epsilon, report.randomness) == (None, None, "none")
     assert [site.spent.epsilon for site in report.sites] == [None, None], "unbounded, never 0"
     assert report.assumptions[0].code == "noise_in_every_step"
     assert "unpredictable_randomness" not in {one.code for one in report.assumptions}, "there is none"
     for language in LANGUAGES:
         said = load_catalog(language).texts
-        text = shown_text(render(report, language=language))
+        text = read_shown_text(render(report, language=language))
         assert said["where_no_noise"]["released__updates"] in text
         for section, key in (("released", "updates"), ("assumption", "unpredictable_randomness")):
             assert said[section][key] not in text
@@ -124,23 +124,23 @@ def test_run_without_privacy_gives_no_guarantee(tmp_path: Path) -> None:
     charged = {"rounds": 0, "steps": 0, "epsilon": 0.0, "epsilon_pld": 0.0, "epsilon_rdp": 0.0}
     none = {"mechanisms": (), "curve": (), "steps": (), "releases": (), "meaning": None}
     sites = tuple(replace(site, spent=replace(site.spent, **charged), **none) for site in report.sites)
-    assert not any("unpredictable_randomness" in place for place in where(replace(report, sites=sites)))
+    assert not any("unpredictable_randomness" in place for place in list_problem_places(replace(report, sites=sites)))
 
 
 def test_seeded_study_gives_no_guarantee(tmp_path: Path) -> None:
     folder = simulate("runtime.seeded_noise=true", into=tmp_path)
-    assert result_of(folder)["privacy"]["seeded_noise"] is True
+    assert read_result(folder)["privacy"]["seeded_noise"] is True
     report = check("seeded", from_run.build_run_report(folder))
-    assert verdict(report) == ("no_guarantee", ("seeded_noise",))
+    assert read_verdict(report) == ("no_guarantee", ("seeded_noise",))
     assert [site.meaning for site in report.sites] == [None, None]
     assert (report.facts.seeded_noise, report.randomness) == (True, "seeded")
     for language in LANGUAGES:
         said = load_catalog(language).texts["where_seeded"]["released__updates"]
-        assert said in shown_text(render(report, language=language))
+        assert said in read_shown_text(render(report, language=language))
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Path:
+def kept_site_runs(tmp_path: Path) -> Path:
     """Two runs on the same sites, the first of which wants more noise in the second than that one has."""
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
@@ -149,23 +149,23 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_run_refused_by_one_site_charges_only_the_other(kept: Path) -> None:
-    report = check("refused_site", from_run.build_run_report(kept / "second"))
+def test_run_refused_by_one_site_charges_only_the_other(kept_site_runs: Path) -> None:
+    report = check("refused_site", from_run.build_run_report(kept_site_runs / "second"))
     refusing, training = report.sites
     assert (refusing.verdict.reasons, refusing.spent.epsilon, refusing.spent.rounds) == (("nothing_spent",), 0.0, 0)
     assert [(one.kind, one.reason, one.count) for one in refusing.releases] == [("refusal", "min_noise_multiplier", 2)]
     assert training.spent.epsilon == report.epsilon > 0
-    assert verdict(report) == ("within", ())
+    assert read_verdict(report) == ("within", ())
 
 
-def test_two_runs_on_one_data_set_add_up(kept: Path) -> None:
-    report = check("two_runs", from_ledger.build_ledger_report(kept / "sites/site-2/site.toml"))
+def test_two_runs_on_one_data_set_add_up(kept_site_runs: Path) -> None:
+    report = check("two_runs", from_ledger.build_ledger_report(kept_site_runs / "sites/site-2/site.toml"))
     (site,) = report.sites
     assert [(run.rounds, run.state) for run in site.lifetime.runs] == [(2, "ended")] * 2
     assert site.lifetime.epsilon > max(run.epsilon for run in site.lifetime.runs)
     # The cap went up between the two, and that is said.
-    assert verdict(report) == ("within", ("cap_raised",))
-    check("two_runs_refusing_site", from_ledger.build_ledger_report(kept / "sites/site-1/site.toml"))
+    assert read_verdict(report) == ("within", ("cap_raised",))
+    check("two_runs_refusing_site", from_ledger.build_ledger_report(kept_site_runs / "sites/site-1/site.toml"))
 
 
 def test_crashed_run_reports_an_upper_bound(
@@ -175,22 +175,22 @@ def test_crashed_run_reports_an_upper_bound(
     assert command("simulate", *tiny(into=tmp_path)).code == 1
     folder = tmp_path / "run"
     report = check("crashed", from_run.build_run_report(folder))
-    assert verdict(report) == ("within", ("not_finished", "site_silent"))
+    assert read_verdict(report) == ("within", ("not_finished", "site_silent"))
     assert (report.facts.final, report.facts.files) == ({}, {})
     assert [site.spent.rounds for site in report.sites] == [2, 2], "no site signed that the run is over"
     assert report.epsilon == report.sites[0].spent.planned_epsilon > report.sites[0].steps[0].epsilon > 0
     # The same, as a process leaves it that dies in its second round.
     (folder / "run.json").unlink()
-    Checkpoints(folder / "checkpoints", saved_config(folder).digest()).record_request(2, ["site-1", "site-2"])
+    Checkpoints(folder / "checkpoints", read_saved_config(folder).digest()).record_request(2, ["site-1", "site-2"])
     report = check("killed", from_run.build_run_report(folder))
-    assert verdict(report) == ("within", ("not_finished", "site_silent"))
+    assert read_verdict(report) == ("within", ("not_finished", "site_silent"))
     assert all(map(report.facts.is_upper_bound, report.facts.sites))
 
 
 def test_silent_site_is_reported_with_an_upper_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Participants, "site", lambda self, index: index == 1)
     report = check("silent_site", from_run.build_run_report(simulate(into=tmp_path)))
-    assert verdict(report) == ("within", ("site_silent",))
+    assert read_verdict(report) == ("within", ("site_silent",))
     assert [report.facts.is_upper_bound(site) for site in report.facts.sites] == [False, True]
 
 
@@ -241,18 +241,18 @@ def test_frozen_ledger_reports_no_remaining_budget(books: Books) -> None:
     (site,) = report.sites
     assert (site.lifetime.frozen, site.lifetime.left, site.lifetime.reference_runs_left) == (True, 0.0, 0)
     assert explain_missing_room(report) == "closed"
-    assert verdict(report) == ("within", ())
+    assert read_verdict(report) == ("within", ())
 
 
 def test_restored_ledger_reports_lost_charges(books: Books) -> None:
     books.charge(run_proposal(), 1)
-    backup = books.copied("backup.db")
+    backup = books.copy_ledger("backup.db")
     books.charge(run_proposal(), 2)
     books.charge(run_proposal(run="lost", noise_multiplier=6.0), 1)
     spent = from_ledger.build_ledger_report(books.ledger).epsilon
     head = books.open().head()
     shutil.copy(backup, books.ledger)
-    assert verdict(from_ledger.build_ledger_report(books.site_toml)) == ("no_guarantee", ("ledger_not_verified",))
+    assert read_verdict(from_ledger.build_ledger_report(books.site_toml)) == ("no_guarantee", ("ledger_not_verified",))
     # Its owner takes the anchor away, which keeps it from training, and has it made up for.
     (books.folder / "anchor.json").unlink()
     books.edit(anchor="")
@@ -260,7 +260,7 @@ def test_restored_ledger_reports_lost_charges(books: Books) -> None:
     report = check("restored", from_ledger.build_ledger_report(books.site_toml))
     assert report.epsilon == spent
     (site,) = report.sites
-    assert (site.lifetime.restored, status(report, "lost_events_made_up_for")) == (1, "verified")
+    assert (site.lifetime.restored, read_status(report, "lost_events_made_up_for")) == (1, "verified")
     assert "lost_branches" in report.covers
     # The second round of `r` is one of its rounds; what the unknown run did stands by itself.
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("", 1, 6.0)]

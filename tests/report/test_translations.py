@@ -70,7 +70,7 @@ WRITTEN = {
 """Sections of codes that builders write, and where they stand in a report."""
 
 
-def sources() -> Iterator[str]:
+def list_sources() -> Iterator[str]:
     for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page" / "page.toml", *PACKAGE.glob("page/templates/*.j2")]:
         yield path.read_text()
 
@@ -78,7 +78,7 @@ def sources() -> Iterator[str]:
 ON_FILE = {path.stem: read_golden(path.stem) for path in GOLDEN.glob("*.json")}
 
 
-def found_in(parts: dict[str, Any], place: str) -> Iterator[str]:
+def find_in_parts(parts: dict[str, Any], place: str) -> Iterator[str]:
     of_parts = [
         (f"{at}/{key}", value) for at, part in parts.items() if isinstance(part, dict) for key, value in part.items()
     ]
@@ -91,9 +91,9 @@ def found_in(parts: dict[str, Any], place: str) -> Iterator[str]:
 def test_every_code_in_stored_reports_has_a_translation(language: str) -> None:
     for name, parts in ON_FILE.items():
         for section, place in WRITTEN.items():
-            assert set(found_in(parts, place)) <= TEXTS[language][section].keys(), name
+            assert set(find_in_parts(parts, place)) <= TEXTS[language][section].keys(), name
     assert all(
-        any(list(found_in(parts, place)) for parts in ON_FILE.values())
+        any(list(find_in_parts(parts, place)) for parts in ON_FILE.values())
         for place in WRITTEN.values()
         if "audit" not in place
     )
@@ -113,12 +113,12 @@ SHORTEST = 0.7
 """Of the other language's letters; German needs more of them than English."""
 
 
-def sentences(text: str) -> int:
+def list_sentences(text: str) -> int:
     """Without those dots that end a German abbreviation or a number."""
     return len(re.findall(r"[.!?](?= [A-ZÄÖÜ“„]|$)", re.sub(r"\b(Abs|Art|lit|Nr)\. (?=\w)", "", text)))
 
 
-def items(text: str) -> int:
+def count_items(text: str) -> int:
     _, colon, listed = text.partition(": ")
     return len(re.split(r", | and | und ", listed)) if colon else 0
 
@@ -132,9 +132,9 @@ def test_translations_agree_in_hedges_and_completeness() -> None:
             for what, (en, de) in SAID_IN_BOTH.items()
             if bool(re.search(en, english)) != bool(re.search(de, german))
         ]
-        if sentences(english) != sentences(german):
+        if list_sentences(english) != list_sentences(german):
             found.append("sentences")
-        if (section in LISTS or key == "against") and items(english) != items(german):
+        if (section in LISTS or key == "against") and count_items(english) != count_items(german):
             found.append("items")
         if len(english) > 25 and not len(german) / len(english) > SHORTEST:
             found.append("short")
@@ -149,7 +149,7 @@ def test_every_report_code_has_a_translation(language: str, section: str) -> Non
 
 
 def test_every_translation_key_is_used() -> None:
-    written = "\n".join(sources())
+    written = "\n".join(list_sources())
     whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
     # Keys that are put together: "chart." ~ code, and the like.
     charts = {"epsilon_spent", "profile", "utility", "reliability"}
@@ -189,7 +189,7 @@ def test_every_translation_key_is_used() -> None:
 
 
 def test_every_translation_key_in_use_exists() -> None:
-    for text in sources():
+    for text in list_sources():
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
     for table in page_layout()["table"].values():

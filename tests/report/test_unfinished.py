@@ -13,7 +13,7 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import InterruptTold
 from fedtune.cli.interruptible_run import run_simulation
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
 from fedtune.report.page.render import render
@@ -22,30 +22,30 @@ from fedtune.report.run_page import UnfinishedReport
 from fedtune.runs.run_paths import find_run_folder
 from fedtune.show.run_progress import Display
 
-from ..conftest import tiny
+from ..conftest import list_tiny_overrides
 
 
 @pytest.fixture
 def state(folder: Path) -> LeadState:
     """Of a run after its last round, before its own report."""
     (folder / "report.html").unlink()
-    return Checkpoints(folder / "checkpoints", saved_config(folder).digest()).load()
+    return Checkpoints(folder / "checkpoints", read_saved_config(folder).digest()).load()
 
 
-def shown(folder: Path) -> str:
+def read_page(folder: Path) -> str:
     return (folder / "report.html").read_text()
 
 
-def at_once(folder: Path) -> UnfinishedReport:
-    page = UnfinishedReport(folder, saved_config(folder))
+def write_at_once(folder: Path) -> UnfinishedReport:
+    page = UnfinishedReport(folder, read_saved_config(folder))
     page._due = 0.0
     return page
 
 
 def test_unfinished_page_shows_a_banner_and_reloads(folder: Path, state: LeadState) -> None:
     before = (folder / "report.json").read_bytes()
-    at_once(folder).update(state)
-    html = shown(folder)
+    write_at_once(folder).update(state)
+    html = read_page(folder)
     mark = re.search(r'<p class="banner" id="unfinished">(.*?)</p>', html, re.S)
     assert mark is not None
     assert mark[1].startswith("Unfinished and unsigned: this run goes on. ")
@@ -64,12 +64,12 @@ def test_unfinished_page_shows_a_banner_and_reloads(folder: Path, state: LeadSta
 
 def test_existing_page_is_kept_and_write_errors_are_only_logged(folder: Path, state: Any, caplog: Any) -> None:
     (folder / "report.html").write_text("the one before")
-    UnfinishedReport(folder, saved_config(folder)).stop()
-    assert shown(folder) == "the one before"
-    page = at_once(folder)
+    UnfinishedReport(folder, read_saved_config(folder)).stop()
+    assert read_page(folder) == "the one before"
+    page = write_at_once(folder)
     (folder / "config.yaml").write_text("no: settings\n")
     page.update(state)
-    assert shown(folder) == "the one before"
+    assert read_page(folder) == "the one before"
     assert re.search(r"report\.html was not written after round \d+: ConfigError", caplog.text)
     assert "settings" not in caplog.text
 
@@ -86,7 +86,7 @@ def test_page_writing_takes_a_small_share_of_the_time(
 
     monkeypatch.setattr(run_page.time, "monotonic", lambda: now)
     monkeypatch.setattr(UnfinishedReport, "_write_page", write)
-    page = UnfinishedReport(folder, saved_config(folder))
+    page = UnfinishedReport(folder, read_saved_config(folder))
     for number in range(1, 31):
         now += 5.0
         page.update(replace(state, round=number))
@@ -101,7 +101,7 @@ def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0
 
     def see(self: Display, state: LeadState) -> None:
         finished(self, state)
-        seen.append(shown(folder))
+        seen.append(read_page(folder))
         if len(seen) == interrupt_after:
             raise KeyboardInterrupt
 
@@ -113,14 +113,16 @@ def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0
 
 @pytest.mark.parametrize(("language", "said"), [("en", "of 3 rounds are done"), ("de", "von 3 Runden sind fertig")])
 def test_page_is_written_after_every_round(tmp_path: Path, monkeypatch: Any, language: str, said: str) -> None:
-    words = tiny("federation.num_rounds=3", f"report.language={language}", into=tmp_path)
+    words = list_tiny_overrides("federation.num_rounds=3", f"report.language={language}", into=tmp_path)
     folder, seen = simulate_and_see(words, monkeypatch)
     assert [f"{number} {said}" in page for number, page in enumerate(seen, 1)] == [True, True, True]
-    assert 'id="unfinished"' not in shown(folder)
+    assert 'id="unfinished"' not in read_page(folder)
 
 
 def test_interrupted_run_leaves_a_page_with_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, seen = simulate_and_see(tiny("federation.num_rounds=3", into=tmp_path), monkeypatch, interrupt_after=1)
+    folder, seen = simulate_and_see(
+        list_tiny_overrides("federation.num_rounds=3", into=tmp_path), monkeypatch, interrupt_after=1
+    )
     assert "refresh" in seen[0]
-    assert "Unfinished and unsigned: this run stopped after 1 of 3 rounds." in shown(folder)
-    assert "refresh" not in shown(folder)
+    assert "Unfinished and unsigned: this run stopped after 1 of 3 rounds." in read_page(folder)
+    assert "refresh" not in read_page(folder)

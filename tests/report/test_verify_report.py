@@ -22,16 +22,16 @@ from fedtune.spec import ConfigError
 
 from .shown import (
     Make,
-    admitting,
-    arrivals,
-    drifting,
-    of_plan,
+    add_admission,
+    add_arrivals,
+    add_drift,
+    change_first_site,
+    change_plan,
+    list_problem_places,
     put,
-    signed_by_sites,
-    signed_receipt,
-    status,
-    where,
-    with_site,
+    read_status,
+    sign_by_sites,
+    sign_receipt,
 )
 
 ON_FILE = ("a_report", "a_report_without_privacy", "a_secure_report", "a_ledger_report")
@@ -40,19 +40,19 @@ UNCHECKED = tomllib.loads(Path(__file__).with_name("unchecked_facts.toml").read_
 """Patterns of facts that one of two checks does not find changed, and why."""
 
 
-def places(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def iter_places(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Each value and each list; of a list's parts the first two, which is enough, but of cells all."""
     if path and not isinstance(part, dict):
         yield path, part
     if isinstance(part, dict):
         for key, value in part.items():
-            yield from places(value, (*path, key))
+            yield from iter_places(value, (*path, key))
     elif isinstance(part, list):
         for number, value in enumerate(part if path[:1] == ("cells",) else part[:2]):
-            yield from places(value, (*path, number))
+            yield from iter_places(value, (*path, number))
 
 
-def others(value: Any) -> list[Any]:
+def list_other_values(value: Any) -> list[Any]:
     match value:
         case bool():
             return [not value]
@@ -68,13 +68,13 @@ def others(value: Any) -> list[Any]:
             return [0.0, "2026-01-01"]
 
 
-def changed(report: Report, part: str) -> Iterator[tuple[str, Report]]:
+def change_values(report: Report, part: str) -> Iterator[tuple[str, Report]]:
     """The report with each value of its facts, or of what is derived, changed by itself, where it is one."""
     whole = to_json(report)
     derived = {key: value for key, value in whole.items() if key not in ("schema_version", "facts", "signature")}
-    for path, value in places(whole["facts"] if part == "facts" else derived):
+    for path, value in iter_places(whole["facts"] if part == "facts" else derived):
         name = ".".join("*" if isinstance(key, int) else key for key in path)
-        for other in others(value):
+        for other in list_other_values(value):
             edited = copy.deepcopy(whole)
             put(edited["facts"] if part == "facts" else edited, path, other)
             try:
@@ -85,21 +85,21 @@ def changed(report: Report, part: str) -> Iterator[tuple[str, Report]]:
                 yield f"{name}: {value!r} -> {other!r}", found
 
 
-MADE = pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "of_ledger"], indirect=True)
+MADE = pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "ledger_report"], indirect=True)
 
 
-def listed(name: str, patterns: dict[str, str]) -> bool:
+def is_listed(name: str, patterns: dict[str, str]) -> bool:
     return any(re.fullmatch(pattern, name.partition(":")[0]) for pattern in patterns)
 
 
 CHANGED = {
-    "arriving": (arrivals, "a_ledger_report"),
-    "limited": (admitting, "a_report"),
-    "fell": (drifting, "a_report"),
+    "arriving": (add_arrivals, "a_ledger_report"),
+    "limited": (add_admission, "a_report"),
+    "fell": (add_drift, "a_report"),
 }
 
 
-@pytest.fixture(params=[*ON_FILE, "of_run", "of_ledger"])
+@pytest.fixture(params=[*ON_FILE, "run_report", "ledger_report"])
 def report(request: pytest.FixtureRequest) -> Report:
     change, name = CHANGED.get(request.param, (replace, request.param))
     made = request.getfixturevalue(name)
@@ -110,33 +110,33 @@ def test_untouched_report_has_no_problems(report: Report) -> None:
     assert problems(report) == []
 
 
-@pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "of_ledger", *CHANGED], indirect=True)
+@pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "ledger_report", *CHANGED], indirect=True)
 def test_changed_derived_values_are_detected(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     again = verify_report.derive_figures(report.facts)
     monkeypatch.setattr(verify_report, "derive_figures", lambda _: again)  # the facts stay
     monkeypatch.setattr(verify_report, "_check_amount_of_work", lambda _: ())
-    assert [name for name, other in changed(report, "derived") if not problems(other)] == []
+    assert [name for name, other in change_values(report, "derived") if not problems(other)] == []
 
 
 @MADE
 def test_single_changed_facts_are_detected(report: Report) -> None:
-    found = [name for name, other in changed(report, "facts") if not problems(other)]
-    assert [name for name in found if not listed(name, UNCHECKED["of_no_effect"])] == []
+    found = [name for name, other in change_values(report, "facts") if not problems(other)]
+    assert [name for name in found if not is_listed(name, UNCHECKED["of_no_effect"])] == []
 
 
 @MADE
 def test_consistent_forgeries_change_only_facts_covered_by_signatures(report: Report) -> None:
     passed = []
-    for name, other in changed(report, "facts"):
+    for name, other in change_values(report, "facts"):
         try:
             forged = derive_report(other.facts)
         except (ValueError, ArithmeticError, LookupError):
             continue
         passed += [] if problems(forged) else [name]
-    assert [name for name in passed if not listed(name, UNCHECKED["on_a_signature"])] == []
+    assert [name for name in passed if not is_listed(name, UNCHECKED["on_a_signature"])] == []
 
 
-def with_facts(report: Report, **changes: Any) -> Report:
+def derive_from_facts(report: Report, **changes: Any) -> Report:
     """A report of changed facts, from which all is derived again."""
     return derive_report(replace(report.facts, **changes))
 
@@ -147,36 +147,36 @@ def with_facts(report: Report, **changes: Any) -> Report:
 def test_rederived_epsilon_may_be_slightly_larger_but_never_smaller(a_report: Make, factor: float, fine: bool) -> None:
     report = a_report()
     spent = report.sites[0].spent
-    larger = with_site(report, spent=replace(spent, epsilon_rdp=spent.epsilon_rdp * factor))
+    larger = change_first_site(report, spent=replace(spent, epsilon_rdp=spent.epsilon_rdp * factor))
     assert (problems(larger) == []) == fine
 
 
 def test_changed_epsilon_problem_shows_both_values(a_report: Make) -> None:
     right = a_report().sites[0].spent
-    (problem,) = problems(with_site(a_report(), spent=replace(right, epsilon_pld=1.0)))
+    (problem,) = problems(change_first_site(a_report(), spent=replace(right, epsilon_pld=1.0)))
     assert problem == Problem("sites.north-hospital.spent.epsilon_pld", 1.0, pytest.approx(right.epsilon_pld))
 
 
 def test_tolerances_never_accept_understated_figures(a_report: Make, a_ledger_report: Make) -> None:
-    tiny = of_plan(a_report(), delta=1e-13)
+    tiny = change_plan(a_report(), delta=1e-13)
     site = tiny.sites[0]
     *others, last = site.curve
     for factor, fine in ((1 - 1e-5, True), (0.98, False)):
         less = replace(last, epsilon_pld=last.epsilon_pld * factor)
-        assert (where(with_site(tiny, curve=(*others, less))) == set()) == fine
+        assert (list_problem_places(change_first_site(tiny, curve=(*others, less))) == set()) == fine
     noisier = replace(site.mechanisms[0], noise_multiplier=1.5 * (1 + 5e-7))
-    assert where(with_site(tiny, mechanisms=(noisier,)))
+    assert list_problem_places(change_first_site(tiny, mechanisms=(noisier,)))
     # Nor is more left than the cap leaves.
     report = a_ledger_report()
-    used_up = with_facts(report, **approved(report.facts, max_epsilon=1.0))
-    assert (used_up.sites[0].lifetime.left, where(used_up)) == (0.0, set())
+    used_up = derive_from_facts(report, **change_approved(report.facts, max_epsilon=1.0))
+    assert (used_up.sites[0].lifetime.left, list_problem_places(used_up)) == (0.0, set())
     for of, more, wrong in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
         life = of.sites[0].lifetime
-        found = where(with_site(of, lifetime=replace(life, left=life.left + more)))
+        found = list_problem_places(change_first_site(of, lifetime=replace(life, left=life.left + more)))
         assert found == ({"sites.north-hospital.lifetime.left"} if wrong else set())
 
 
-def of_many_plans(report: Report, count: int) -> LedgerFacts:
+def build_many_plans(report: Report, count: int) -> LedgerFacts:
     """So many runs, each with another plan and with noised scores."""
     run, noises = report.facts.runs[1], {f"r{number}": 1 + number / 1000 for number in range(count)}
     plans = [
@@ -193,11 +193,11 @@ def of_many_plans(report: Report, count: int) -> LedgerFacts:
 
 def test_work_requested_by_a_small_report_is_bounded(a_ledger_report: Any, a_report: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(verify_report.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
-    many = of_many_plans(a_ledger_report(), 1000)
+    many = build_many_plans(a_ledger_report(), 1000)
     (problem,) = verify_report._check_amount_of_work(many)
     assert (problem.where, problem.found) == ("facts", "that would take hours to compute")
     assert problems(a_ledger_report(facts=many)) == [problem]
-    assert list(verify_report._check_amount_of_work(of_many_plans(a_ledger_report(), 200))) == []
+    assert list(verify_report._check_amount_of_work(build_many_plans(a_ledger_report(), 200))) == []
     facts = a_report().facts
     many = replace(facts, rounds=facts.rounds[:1] * 1000, sites=facts.sites[:1] * 501)
     (problem,) = verify_report._check_amount_of_work(many)
@@ -217,7 +217,9 @@ def test_uncomputable_charge_is_reported_without_a_crash(a_ledger_report: Make) 
         {},
     ):
         lost = ChargedRounds(**of_lost, lost=(Charge(event=event, count=1),))
-        assert where(a_ledger_report(facts=replace(facts, charges=(*facts.charges, lost)))) == {"facts"}, event
+        assert list_problem_places(a_ledger_report(facts=replace(facts, charges=(*facts.charges, lost)))) == {
+            "facts"
+        }, event
 
 
 def test_out_of_range_facts_are_refused(a_report: Make) -> None:
@@ -233,14 +235,14 @@ def test_out_of_range_facts_are_refused(a_report: Make) -> None:
 SITES = ("north-hospital", "south-hospital")
 
 
-def spent_nothing(facts: RunFacts, left: tuple[str, ...] = (), *, reasons: dict[str, str]) -> dict[str, Any]:
+def drop_other_sites(facts: RunFacts, left: tuple[str, ...] = (), *, reasons: dict[str, str]) -> dict[str, Any]:
     """A run whose rounds hold the updates of the sites in `left` alone, since of the others the lead has no receipt."""
     rounds = tuple(replace(one, sites=left, failed_sites=reasons) for one in facts.rounds)
     sites = tuple(site if site.site in left else replace(site, receipt=None) for site in facts.sites)
     return {"rounds": rounds, "sites": sites}
 
 
-def in_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
+def add_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
     """What came of the site whose receipt is of three rounds, in a run that is not over."""
     last = replace(facts.rounds[3], failed_sites={SITES[1]: why})
     return {"rounds": (*facts.rounds[:3], last), "final": {}, "files": {}}
@@ -250,14 +252,14 @@ def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
     facts = a_report().facts
     north, south = facts.sites
     real, seeded = (
-        tuple(replace(one, receipt=signed_receipt(one.receipt, one.site, **said)) for one in facts.sites)
+        tuple(replace(one, receipt=sign_receipt(one.receipt, one.site, **said)) for one in facts.sites)
         for said in ({"simulated": False}, {"seeded_noise": True})
     )
     by_itself = {"run": "another", "site": SITES[1], "plan": "12" * 32, "charged_rounds": 5}
-    wrong = [(key, signed_receipt(north.receipt, north.site, **{key: said})) for key, said in by_itself.items()]
-    wrong += [("plan", signed_receipt(north.receipt, north.site, plan=""))]
+    wrong = [(key, sign_receipt(north.receipt, north.site, **{key: said})) for key, said in by_itself.items()]
+    wrong += [("plan", sign_receipt(north.receipt, north.site, plan=""))]
     wrong += [("signature", replace(north.receipt, sequence=8))]
-    wrong += [("charged_rounds", signed_receipt(north.receipt, north.site, charged_rounds=3))]
+    wrong += [("charged_rounds", sign_receipt(north.receipt, north.site, charged_rounds=3))]
     for changes, place in (
         ({"held_out": (HeldOut(run="r", date="", mean=0.5, deviation=0.1),)}, "held_out"),
         ({"sites": ()}, "sites"),
@@ -269,11 +271,11 @@ def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
         ({"rounds": facts.rounds[1:], "final": {}}, "rounds"),
         ({"rounds": facts.rounds[:3], "final": {}}, "files"),
         ({"rounds": facts.rounds[:3]}, "rounds"),  # an adapter was scored at the end
-        (spent_nothing(facts, reasons={}), "rounds.1"),
-        (spent_nothing(facts, reasons=dict.fromkeys(SITES, "max_epsilon")), "rounds.4"),
-        (spent_nothing(facts, SITES[:1], reasons={}), "rounds.2"),
-        (in_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.receipt.charged_rounds"),
-        (in_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.receipt.charged_rounds"),
+        (drop_other_sites(facts, reasons={}), "rounds.1"),
+        (drop_other_sites(facts, reasons=dict.fromkeys(SITES, "max_epsilon")), "rounds.4"),
+        (drop_other_sites(facts, SITES[:1], reasons={}), "rounds.2"),
+        (add_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.receipt.charged_rounds"),
+        (add_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.receipt.charged_rounds"),
         *(({"sites": (replace(north, receipt=one), south)}, f"sites.{SITES[0]}.receipt.{key}") for key, one in wrong),
         ({"settings": {"epsilon": "0.1"}}, "settings"),
         ({"settings": {"labels": "many"}}, "settings.labels"),
@@ -287,7 +289,7 @@ def test_contradictory_run_facts_are_detected(a_report: Make) -> None:
         ({"sent": "{}"}, "sent"),
         ({"run": f"{facts.run}1"}, "run"),
     ):
-        assert place in where(a_report(facts=replace(facts, **changes))), changes
+        assert place in list_problem_places(a_report(facts=replace(facts, **changes))), changes
 
 
 def test_secure_aggregation_plan_must_match_the_participating_sites(a_secure_report: Make) -> None:
@@ -296,11 +298,11 @@ def test_secure_aggregation_plan_must_match_the_participating_sites(a_secure_rep
     rounds = (replace(facts.rounds[0], sites=tuple(sites), failed_sites={last: lost}), *facts.rounds[1:])
     for changes, place in (({"num_sites": 6}, "num_sites"), ({"threshold": 5, "num_sites": 5}, "threshold")):
         plan = replace(facts.plan, shared=replace(facts.plan.shared, **changes))
-        facts = signed_by_sites(replace(facts, plan=plan, rounds=rounds))
-        assert where(a_secure_report(facts=facts)) == {f"plan.shared.{place}"}
+        facts = sign_by_sites(replace(facts, plan=plan, rounds=rounds))
+        assert list_problem_places(a_secure_report(facts=facts)) == {f"plan.shared.{place}"}
 
 
-def approved(facts: LedgerFacts, **changes: Any) -> dict[str, Any]:
+def change_approved(facts: LedgerFacts, **changes: Any) -> dict[str, Any]:
     return {"approved": replace(facts.approved, **changes)}
 
 
@@ -320,12 +322,12 @@ def test_contradictory_ledger_facts_are_detected(a_ledger_report: Make) -> None:
         ({"charges": (replace(first, rounds=3), second)}, "releases"),
         ({"caps": ()}, "caps"),
         ({"caps": (replace(facts.caps[0], charges_before=8),)}, "caps"),
-        (approved(facts, max_epsilon=7.0), "approved.max_epsilon"),
-        (approved(facts, max_epsilon=None), "approved.max_epsilon"),
+        (change_approved(facts, max_epsilon=7.0), "approved.max_epsilon"),
+        (change_approved(facts, max_epsilon=None), "approved.max_epsilon"),
         ({"verification": rolled}, "verification.num_events"),
         ({"verification": replace(facts.verification, num_events=6)}, "verification.num_events"),
     ):
-        assert place in where(a_ledger_report(facts=replace(facts, **changes))), changes
+        assert place in list_problem_places(a_ledger_report(facts=replace(facts, **changes))), changes
 
 
 def test_ledger_verdict_follows_from_its_facts(a_ledger_report: Make) -> None:
@@ -333,51 +335,51 @@ def test_ledger_verdict_follows_from_its_facts(a_ledger_report: Make) -> None:
     for changes, state in (
         ({}, "within"),
         ({"caps": (Cap(time="2025-01-01", max_epsilon=None, charges_before=0),)}, "no_guarantee"),
-        (approved(facts, max_epsilon=1.5), "exceeded"),
-        (approved(facts, max_epsilon_per_period=1.0), "exceeded"),
+        (change_approved(facts, max_epsilon=1.5), "exceeded"),
+        (change_approved(facts, max_epsilon_per_period=1.0), "exceeded"),
         ({"in_doubt": True}, "no_guarantee"),
         ({"lost_seed": True}, "no_guarantee"),
         ({"verification": None}, "no_guarantee"),
     ):
-        assert with_facts(a_ledger_report(), **changes).verdict.state == state, changes
+        assert derive_from_facts(a_ledger_report(), **changes).verdict.state == state, changes
     # A charge between two limits, of which the first was none, is found.
     first, then = (Cap(time="2026-01-01", max_epsilon=cap, charges_before=0) for cap in (None, 6.0))
     later = (first, replace(then, charges_before=4))
-    assert with_facts(a_ledger_report(), caps=later).verdict.reasons == ("no_lifetime_cap",)
-    assert with_facts(a_ledger_report(), caps=(first, then)).verdict.state == "within"
+    assert derive_from_facts(a_ledger_report(), caps=later).verdict.reasons == ("no_lifetime_cap",)
+    assert derive_from_facts(a_ledger_report(), caps=(first, then)).verdict.state == "within"
 
 
 def test_period_epsilon_counts_only_charges_within_the_period(a_ledger_report: Make) -> None:
     charges = a_ledger_report().facts.charges
     for day, period, least in (("2026-02-28", "month", 0.1), ("2026-01-01", "month", 0.0), ("2026-01-01", "year", 1.6)):
         last = replace(charges[1], day=day)
-        of_period = approved(a_ledger_report().facts, period=period)
-        report = with_facts(a_ledger_report(), charges=(charges[0], last), date="2026-02-28", **of_period)
+        of_period = change_approved(a_ledger_report().facts, period=period)
+        report = derive_from_facts(a_ledger_report(), charges=(charges[0], last), date="2026-02-28", **of_period)
         found = report.sites[0].lifetime.period_epsilon
         assert found >= least
         assert (found > 0) == (least > 0)
 
 
-def test_seeded_run_gives_no_guarantee(of_run: Report) -> None:
-    report = with_facts(of_run, seeded_noise=True, randomness="seeded")
-    assert (status(report, "unpredictable_randomness"), report.verdict.state) == ("violated", "no_guarantee")
+def test_seeded_run_gives_no_guarantee(run_report: Report) -> None:
+    report = derive_from_facts(run_report, seeded_noise=True, randomness="seeded")
+    assert (read_status(report, "unpredictable_randomness"), report.verdict.state) == ("violated", "no_guarantee")
 
 
 def test_plan_above_the_target_is_exceeded_despite_lower_charges(a_report: Make) -> None:
     facts = a_report().facts
     planned = replace(facts.plan, num_rounds=12)
-    report = derive_report(signed_by_sites(replace(facts, plan=planned, target_epsilon=1.2)))
+    report = derive_report(sign_by_sites(replace(facts, plan=planned, target_epsilon=1.2)))
     spent = report.sites[0].spent
     assert spent.epsilon_pld < 1.2 < spent.planned_epsilon == report.epsilon
     assert report.verdict.state == "exceeded"
 
 
-def test_simulation_cannot_pose_as_a_run_of_real_sites(of_run: Report) -> None:
-    posing = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"})
-    assert posing.banners == of_run.banners == ("simulation",), "its sites signed that they are simulated"
-    without = tuple(replace(site, receipt=None) for site in of_run.facts.sites)
-    real = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"}, sites=without)
-    for report, simulated in ((of_run, True), (real, False)):
+def test_simulation_cannot_pose_as_a_run_of_real_sites(run_report: Report) -> None:
+    posing = derive_from_facts(run_report, settings={**run_report.facts.settings, "runtime": "deployment"})
+    assert posing.banners == run_report.banners == ("simulation",), "its sites signed that they are simulated"
+    without = tuple(replace(site, receipt=None) for site in run_report.facts.sites)
+    real = derive_from_facts(run_report, settings={**run_report.facts.settings, "runtime": "deployment"}, sites=without)
+    for report, simulated in ((run_report, True), (real, False)):
         assert ("sites_run_their_own_software" in {one.code for one in report.assumptions}) != simulated
         assert ("simulation" in report.banners) == simulated
 

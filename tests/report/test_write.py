@@ -19,8 +19,8 @@ from fedtune.report.page import render
 from fedtune.spec import REPORT_SCHEMA, ConfigError
 
 from ..books import Books
-from ..conftest import run_proposal, site_policy
-from .shown import NAMES, reports
+from ..conftest import make_site_policy, run_proposal
+from .shown import NAMES, build_reports
 
 
 def test_run_ends_with_a_report_page_and_model_card(run_folder: Path) -> None:
@@ -54,7 +54,7 @@ def test_threads_and_order_do_not_change_report_bytes(tmp_path: Path) -> None:
     limits = {"min_noise_multiplier": 0.5, "max_rounds": 50, "max_sampling_rate": 0.5}
     ledgers = []
     for name, noise in (("one", 0.8988), ("two", 1.5)):
-        books = Books.made(tmp_path / name, site_policy(limits=limits, budget={"max_epsilon": 50.0}))
+        books = Books.made(tmp_path / name, make_site_policy(limits=limits, budget={"max_epsilon": 50.0}))
         books.charge(run_proposal(**plan | {"noise_multiplier": noise}), *range(1, 11))
         ledgers.append(str(books.ledger))
     printed = set()
@@ -82,10 +82,10 @@ def test_rounding_hides_last_digit_differences_in_the_report(last: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reports_match_the_published_json_schema(name: str) -> None:
-    schema = json.loads(model.schema_text())
+    schema = json.loads(model.render_schema())
     assert schema["$defs"]["Release"]["properties"]["reason"]["description"] == "of a refusal"
     validator = jsonschema.Draft202012Validator(schema)
-    data = json.loads(signing.report_to_json(reports()[name]))
+    data = json.loads(signing.report_to_json(build_reports()[name]))
     validator.validate(data)
     assert not validator.is_valid({**data, "epsilon": "much"})
     assert not validator.is_valid({**data, "surprise": 1})

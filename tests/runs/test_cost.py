@@ -13,7 +13,7 @@ from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import ConfigError
 
 
-def burnt(spec: CostSpec, seconds: float = 1.2) -> Energy | None:
+def burn_cpu(spec: CostSpec, seconds: float = 1.2) -> Energy | None:
     with Meter(spec) as meter:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -32,11 +32,11 @@ def test_energy_is_measured_without_network_access(monkeypatch: pytest.MonkeyPat
     told = {"EMISSIONS_ENDPOINT": "http://192.0.2.1/told", "OUTPUT_METHODS": "api,csv", "SAVE_TO_API": "true"}
     for key, value in told.items():
         monkeypatch.setenv(f"CODECARBON_{key}", value)
-    found, untold = burnt(CostSpec(energy=True, country="DEU")), burnt(CostSpec(energy=True))
+    found, untold = burn_cpu(CostSpec(energy=True, country="DEU")), burn_cpu(CostSpec(energy=True))
     assert (untold.carbon_kg, untold.kwh > 0, found.kwh > 0) == (None, True, True)
     assert 0.05 < found.carbon_kg / found.kwh < 1.0, "kilograms for a kWh in Germany"
     assert (nobody.called, list(tmp_path.iterdir())) == (False, [])
-    assert burnt(CostSpec(), seconds=0.0) is None, "nothing is measured unasked"
+    assert burn_cpu(CostSpec(), seconds=0.0) is None, "nothing is measured unasked"
 
 
 def test_unknown_country_is_refused_before_the_run() -> None:

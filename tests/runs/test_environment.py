@@ -9,21 +9,23 @@ import torch
 
 import fedtune
 from fedtune.api.compose import compose_run
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.spec import ModelSpec
 from fedtune.runs import environment
 from fedtune.runs.environment import Environment, read_environments, record_environment
 from fedtune.spec import RUN_SCHEMA, RunError
 
-from ..conftest import tiny
+from ..conftest import list_tiny_overrides
 
-MODEL = model_sha256(ModelSpec(path="random:bert"))
+MODEL = hash_model(ModelSpec(path="random:bert"))
 
 
 def note(folder: Path, *overrides: str) -> tuple[Environment, ...]:
     """All that is noted once a run with these settings has begun there."""
     # As much of a loaded model as an environment looks at.
-    shared: Any = SimpleNamespace(config=compose_run(tiny(*overrides, into=folder)), device=torch.device("cpu"))
+    shared: Any = SimpleNamespace(
+        config=compose_run(list_tiny_overrides(*overrides, into=folder)), device=torch.device("cpu")
+    )
     record_environment(folder, shared)
     return read_environments(folder)
 
@@ -42,7 +44,7 @@ def test_recorded_environment_describes_the_current_process(tmp_path: Path) -> N
 
 
 def test_only_new_environments_are_recorded_with_their_randomness(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fedtune.model.base_model.model_sha256", None)  # a pinned model is not hashed again
+    monkeypatch.setattr("fedtune.model.base_model.hash_model", None)  # a pinned model is not hashed again
     pinned = f"model.sha256={MODEL}"
     (noted,) = note(tmp_path, pinned)
     assert (noted.model_sha256, noted.sampling, noted.randomness) == (MODEL, "poisson", "operating_system")

@@ -7,13 +7,13 @@ import pytest
 
 from fedtune.cli.finished_run import load_finished_run
 from fedtune.config import RunConfig
-from fedtune.data.records import NO_VALUE, Record, column_values
+from fedtune.data.records import NO_VALUE, Record, read_column_values
 from fedtune.model.spec import HeadSpec
 from fedtune.runs.model_comparison import compare_runs
 from fedtune.sites.run_records import assign_sites
 from fedtune.spec import ConfigError, DataError
 
-from ..conftest import result_of, simulate
+from ..conftest import read_result, simulate
 
 pytestmark = pytest.mark.nightly
 
@@ -39,7 +39,7 @@ def test_runs_on_one_base_share_its_scores(runs: Runs) -> None:
     most = max(Counter(record.fields["label"] for record in found.records).values())
     assert found.constant == most / 20
     for name in ("four", "two"):
-        final = result_of(runs[name][1].parent)["final"]
+        final = read_result(runs[name][1].parent)["final"]
         assert found.estimate(name, "loss").value == pytest.approx(final["metrics"]["loss"])
         assert found.estimate("base", "loss").value == pytest.approx(final["metrics_before"]["loss"])
 
@@ -47,7 +47,7 @@ def test_runs_on_one_base_share_its_scores(runs: Runs) -> None:
 def test_different_tokenization_gets_a_separate_base(runs: Runs) -> None:
     found = compare_runs({name: runs[name] for name in ("four", "short")})
     assert list(found.measured) == ["base", "base of short", "four", "short"]
-    before = result_of(runs["short"][1].parent)["final"]["metrics_before"]["loss"]
+    before = read_result(runs["short"][1].parent)["final"]["metrics_before"]["loss"]
     assert found.estimate("base of short", "loss").value == pytest.approx(before)
 
 
@@ -83,9 +83,9 @@ def test_group_column_is_read_for_existing_records(tmp_path: Path) -> None:
     path = tmp_path / "file.jsonl"
     path.write_text("\n".join([*map(json.dumps, rows), "no JSON"]) + "\n")
     records = [Record({"a": row["a"]}, str(path), line) for line, row in enumerate(rows, start=1)]
-    assert column_values(records[::-1], "age", key="--by") == [NO_VALUE, NO_VALUE, NO_VALUE, "4", "31"]
+    assert read_column_values(records[::-1], "age", key="--by") == [NO_VALUE, NO_VALUE, NO_VALUE, "4", "31"]
     with pytest.raises(DataError, match=r"--by = 'ward': must be a column of .*, which has 'a', 'age'"):
-        column_values(records, "ward", key="--by")
+        read_column_values(records, "ward", key="--by")
 
 
 def test_too_many_groups_are_refused(runs: Runs) -> None:

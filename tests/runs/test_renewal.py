@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.runs.renewal import renew_config
@@ -16,96 +16,115 @@ from fedtune.sites.virtual_site import VirtualSites
 from fedtune.spec import ConfigError
 
 from ..conftest import write_config
-from ..sites.conftest import letters
+from ..sites.conftest import make_letters
 
 
 @pytest.fixture
-def last(tmp_path: Path) -> Any:
+def make_last_run(tmp_path: Path) -> Any:
     """The folder of a run of three that share a budget, with these settings."""
 
-    def made(**groups: Any) -> Path:
-        write_config(letters(**groups | {"privacy": {"runs": 3} | groups.get("privacy", {})}), tmp_path / "last")
+    def write_last_run(**groups: Any) -> Path:
+        write_config(
+            make_letters(**groups | {"privacy": {"planned_runs": 3} | groups.get("privacy", {})}), tmp_path / "last"
+        )
         (tmp_path / "last" / "adapter").mkdir(exist_ok=True)
         return tmp_path / "last"
 
-    return made
+    return write_last_run
 
 
-def by_cohort(first: str | None, last: str = "2024") -> dict[str, Any]:
+def make_cohort_settings(first: str | None, last: str = "2024") -> dict[str, Any]:
     columns = {"text": "a", "label": "b", "user": "c", "arrival": "d"}
     cohorts = Cohorts(period="year", last=last, first=first)
     return {"data": {"columns": columns}, "privacy": {"unit": "user", "cohorts": cohorts}}
 
 
-def test_renewed_run_keeps_settings_and_starts_from_the_last_adapter(last: Any) -> None:
+def test_renewed_run_keeps_settings_and_starts_from_the_last_adapter(make_last_run: Any) -> None:
     groups = {
-        "privacy": {"runs": 3},
+        "privacy": {"planned_runs": 3},
         "federation": {"early_stopping_patience": 2},
         "data": {"validation_file": "v.csv"},
         "seed": 7,
     }
-    folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"}, public={"train_file": "p.csv"})
-    before = letters(**groups)
+    folder = make_last_run(
+        **groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"}, public={"train_file": "p.csv"}
+    )
+    before = make_letters(**groups)
     model = replace(before.model, adapter=str(folder), adapter_sha256=None)
     expected = replace(before, name="next", model=model, federation=replace(before.federation, renewal=1))
     assert renew_config(folder, {"name": "next"}) == expected
     # A simulation's sites go on with their ledgers.
-    assert renew_config(last(runtime={"kind": "simulation"}), {}).runtime.sites_dir == str(folder / "sites")
-    assert renew_config(last(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
+    assert renew_config(make_last_run(runtime={"kind": "simulation"}), {}).runtime.sites_dir == str(folder / "sites")
+    assert (
+        renew_config(make_last_run(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
+    )
 
 
-def test_unchanged_keys_of_nested_groups_are_kept(last: Any) -> None:
+def test_unchanged_keys_of_nested_groups_are_kept(make_last_run: Any) -> None:
     partition = PartitionSpec(kind="dirichlet", proportions=(3, 1))
-    folder = last(data={"partition": partition}, federation={"num_sites": 2, "site_names": ("a", "b")})
+    folder = make_last_run(data={"partition": partition}, federation={"num_sites": 2, "site_names": ("a", "b")})
     data = renew_config(folder, {"data.partition": {"alpha": 0.5}, "data.columns.user": "person"}).data
     assert (data.partition.alpha, data.partition.proportions) == (0.5, (3, 1))
     assert data.columns["user"] == "person"
 
 
-def test_cohort_window_advances_unless_specified(last: Any) -> None:
-    assert str(renew_config(last(**by_cohort(None)), {}).privacy.cohorts) == "..2025"
-    assert str(renew_config(last(**by_cohort("2023")), {}).privacy.cohorts) == "2024..2025"
+def test_cohort_window_advances_unless_specified(make_last_run: Any) -> None:
+    assert str(renew_config(make_last_run(**make_cohort_settings(None)), {}).privacy.cohorts) == "..2025"
+    assert str(renew_config(make_last_run(**make_cohort_settings("2023")), {}).privacy.cohorts) == "2024..2025"
     assert (
-        str(renew_config(last(**by_cohort("2023")), {"privacy.cohorts.last": "2025"}).privacy.cohorts) == "2023..2025"
+        str(
+            renew_config(
+                make_last_run(**make_cohort_settings("2023")), {"privacy.cohorts.last": "2025"}
+            ).privacy.cohorts
+        )
+        == "2023..2025"
     )
 
 
 @pytest.mark.parametrize(("first", "named"), [(None, ""), ("2025", "privacy.cohorts.first=2026 ")])
 def test_future_cohort_of_real_people_must_be_named_explicitly(
-    last: Any, first: str | None, named: str, monkeypatch: pytest.MonkeyPatch
+    make_last_run: Any, first: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedtune.privacy.cohorts.datetime", Mock(now=lambda _: datetime(2026, 12, 31, 23, tzinfo=UTC)))
     real = {"runtime": {"kind": "deployment"}}
-    assert renew_config(last(**by_cohort(first, "2025" if first else "2024"), **real), {}).privacy.cohorts is not None
-    folder = last(**by_cohort(first, "2026"), **real)
+    assert (
+        renew_config(
+            make_last_run(**make_cohort_settings(first, "2025" if first else "2024"), **real), {}
+        ).privacy.cohorts
+        is not None
+    )
+    folder = make_last_run(**make_cohort_settings(first, "2026"), **real)
     words = f"--renew would charge this year next. To charge it now, set the window: {named}privacy.cohorts.last=2027$"
     with pytest.raises(ConfigError, match=words):
         renew_config(folder, {})
     wanted = {"privacy.cohorts.last": "2027"} | ({"privacy.cohorts.first": "2026"} if first else {})
     assert str(renew_config(folder, wanted).privacy.cohorts) == f"{'2026' if first else ''}..2027"
-    simulated = last(**by_cohort(first, "2026"), runtime={"kind": "simulation"})
+    simulated = make_last_run(**make_cohort_settings(first, "2026"), runtime={"kind": "simulation"})
     assert renew_config(simulated, {}).privacy.cohorts is not None, "its people are made up"
 
 
-@pytest.mark.parametrize("groups", [{}, by_cohort(None)], ids=["everybody", "no beginning"])
-def test_renewal_without_a_window_ends_at_the_planned_runs(last: Any, groups: dict[str, Any]) -> None:
-    assert renew_config(last(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
-    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
-        renew_config(last(**groups, federation={"renewal": 2}), {})
-    for key, value in {"runs": 4, "epsilon": 7.0, "delta": 1e-6}.items():
+@pytest.mark.parametrize("groups", [{}, make_cohort_settings(None)], ids=["everybody", "no beginning"])
+def test_renewal_without_a_window_ends_at_the_planned_runs(make_last_run: Any, groups: dict[str, Any]) -> None:
+    assert renew_config(make_last_run(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
+    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.planned_runs = 3.*Nothing was charged"):
+        renew_config(make_last_run(**groups, federation={"renewal": 2}), {})
+    for key, value in {"planned_runs": 4, "epsilon": 7.0, "delta": 1e-6}.items():
         with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*: must be .*, as in the runs before"):
-            renew_config(last(**groups), {f"privacy.{key}": value})
+            renew_config(make_last_run(**groups), {f"privacy.{key}": value})
     # Of a window that moves on the sites' ledgers know; and without privacy nothing is spent.
     assert (
-        renew_config(last(**by_cohort("2024"), federation={"renewal": 9}), {"privacy.runs": 4}).federation.renewal == 10
+        renew_config(
+            make_last_run(**make_cohort_settings("2024"), federation={"renewal": 9}), {"privacy.planned_runs": 4}
+        ).federation.renewal
+        == 10
     )
-    assert renew_config(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
+    assert renew_config(make_last_run(privacy={"mechanism": "none", "planned_runs": 1}), {}).federation.renewal == 1
 
 
-def test_ledgers_count_runs_across_parallel_renewals(last: Any) -> None:
+def test_ledgers_count_runs_across_parallel_renewals(make_last_run: Any) -> None:
     """Before, the chain of renewals counted: two runs that renewed the same one were one run."""
-    folder = last(runtime={"kind": "simulation"})
-    config = saved_config(folder)
+    folder = make_last_run(runtime={"kind": "simulation"})
+    config = read_saved_config(folder)
     plan = config.plan()
     sites = VirtualSites.of(config, folder, plan)
     ledger, lead = sites.files("north").open_ledger(), sites.lead_key().public
@@ -115,15 +134,15 @@ def test_ledgers_count_runs_across_parallel_renewals(last: Any) -> None:
         ledger.end_run(name)
         if runs < 3:
             assert renew_config(folder, {}).federation.renewal == runs
-    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
+    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.planned_runs = 3.*Nothing was charged"):
         renew_config(folder, {})
 
 
-def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(last: Any, tmp_path: Path) -> None:
+def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(make_last_run: Any, tmp_path: Path) -> None:
     for nothing in (tmp_path, "x" * 5000):
         with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
             renew_config(nothing, {})
-    folder = last()
+    folder = make_last_run()
     # A whole group would bring defaults, such as other sites, and another count would begin the budget anew.
     words = ("experiment", "privacyy.epsilon", "privacy.epsilonn", "privacy.epsilon.x", "federation.renewal", "runtime")
     for key in words:

@@ -12,14 +12,14 @@ from fedtune.runs.results import DIVERGED, GUESS, WORSE, FinalResult, RunResult,
 
 from ..builders import run_result
 from ..conftest import run_plan
-from ..federation.conftest import made_adapter, receipt_of, round_of
+from ..federation.conftest import make_adapter, make_receipt, round_of
 
 
 def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = None, scores: Any = None) -> Any:
-    receipts = {site: receipt_of(site, charged=rounds) for site, rounds in charged.items()}
+    receipts = {site: make_receipt(site, charged=rounds) for site, rounds in charged.items()}
     metrics = {"loss": loss, "accuracy": 0.5}
     result = round_of(1, sites=tuple(charged), metrics=metrics, site_scores=scores or {})
-    state = LeadState(round=1, adapter=made_adapter(), receipts=receipts, rounds=[result])
+    state = LeadState(round=1, adapter=make_adapter(), receipts=receipts, rounds=[result])
     final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
     config: Any = SimpleNamespace(task="classification", digest=lambda: "00")
     config.federation, config.runtime = SimpleNamespace(active=tuple(charged)), SimpleNamespace(seeded_noise=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedtune.show import drawing
 from fedtune.show.drawing import Panel, Series
 
-from ..conftest import python
+from ..conftest import run_python
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -25,7 +25,7 @@ def test_chart_bytes_do_not_depend_on_the_hash_seed() -> None:
         "two = Series(points=[(1, 2)], number=1, kind='limit')\n"
         "print(chart('x', Panel(series=[one, two], y='y'), named=('t', 'd'), number=str))"
     )
-    made = [python("-c", program, env={"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    made = [run_python("-c", program, env={"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
     assert made[0] == made[1]
 
 

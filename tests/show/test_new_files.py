@@ -8,13 +8,13 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.show import new_files as new_files_module
-from fedtune.show.new_files import new_files
+from fedtune.show.new_files import write_new_files
 from fedtune.spec import ConfigError
 
 
 def test_new_files_appear_together_and_complete(tmp_path: Path) -> None:
     first, second = places = [tmp_path / "new" / name for name in ("a", "b")]
-    with new_files(*(("--to", path) for path in places), mode=0o600) as texts:
+    with write_new_files(*(("--to", path) for path in places), mode=0o600) as texts:
         assert not any(path.exists() for path in places)
         texts |= {first: "one", second: "zwölf"}
     assert {path: path.read_text() for path in (tmp_path / "new").iterdir()} == {first: "one", second: "zwölf"}
@@ -29,8 +29,8 @@ def test_failure_leaves_none_of_the_new_files(tmp_path: Path, monkeypatch: pytes
     first, second = tmp_path / "a", tmp_path / "link" / ("a" if fault == "one twice" else "b")
     full = Mock(side_effect=[None, OSError(errno.ENOSPC, "No space left on device")])
 
-    def work() -> None:
-        with new_files(("--to", first), ("--to", second)) as texts:
+    def write_and_fail() -> None:
+        with write_new_files(("--to", first), ("--to", second)) as texts:
             texts |= {first: "text", second: "text"}
             if fault == "a full disk":
                 monkeypatch.setattr(os, "fsync", full)
@@ -45,6 +45,6 @@ def test_failure_leaves_none_of_the_new_files(tmp_path: Path, monkeypatch: pytes
                 raise KeyboardInterrupt
 
     with pytest.raises((ConfigError, KeyboardInterrupt)):
-        work()
+        write_and_fail()
     left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     assert left == ({"b": "another's"} if "another" in fault else {})

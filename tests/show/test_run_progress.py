@@ -28,13 +28,13 @@ from fedtune.sites.session import Session
 
 from ..builders import run_result
 from ..cli import snapshots
-from ..conftest import tiny
-from ..federation.conftest import receipt_of, round_of
+from ..conftest import list_tiny_overrides
+from ..federation.conftest import make_receipt, round_of
 
 
 @pytest.fixture
 def config(tmp_path: Any) -> RunConfig:
-    return compose_run(tiny("federation.num_rounds=10", into=tmp_path))
+    return compose_run(list_tiny_overrides("federation.num_rounds=10", into=tmp_path))
 
 
 def state(round: int, **changes: Any) -> LeadState:
@@ -43,7 +43,7 @@ def state(round: int, **changes: Any) -> LeadState:
     ends = (f"2026-01-01T00:{n // 2:02}:{30 * (n % 2):02}+00:00" for n in range(1, round + 1))
     *earlier, last = (round_of(n, ended=end) for n, end in enumerate(ends, 1))
     rounds = [*earlier, replace(last, **known | changes)]
-    receipts = {site: receipt_of(site, charged=round) for site in sites}
+    receipts = {site: make_receipt(site, charged=round) for site in sites}
     return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=rounds, seconds=30.0 * round)
 
 
@@ -54,7 +54,7 @@ def model(values: int = 0, *, device: str = "cpu", keeps_states: bool = True) ->
     return SimpleNamespace(initial_adapter=adapter, device=device, loaded=loaded, states_mib=1234.5)
 
 
-def shown(config: RunConfig, *states: LeadState, of: Any = None, every_s: float | None = None, **how: Any) -> str:
+def show_rounds(config: RunConfig, *states: LeadState, of: Any = None, every_s: float | None = None, **how: Any) -> str:
     """What is shown of a run's rounds, and with `every_s` of what takes long before them."""
     begun = {key: how.pop(key) for key in ("round", "start_adapter", "data_changed") if key in how}
     out, progress = io.StringIO(), {"shown": how.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
@@ -76,7 +76,7 @@ def shown(config: RunConfig, *states: LeadState, of: Any = None, every_s: float 
     return re.sub("about .* left", "LEFT", out.getvalue()) if every_s else out.getvalue()
 
 
-def result(**changes: Any) -> RunResult:
+def make_result(**changes: Any) -> RunResult:
     plan = {"rounds": 2, "sampling_rate": 0.2, "noise_multiplier": 4.0, "metrics_noise_multiplier": 0.0}
     site = SiteCharge(epsilon=1.00001, epsilon_rdp=1.2, steps=4, upper_bound=False, **plan)
     sites = {"site-1": site, "site-2": replace(site, upper_bound=True)}
@@ -86,48 +86,50 @@ def result(**changes: Any) -> RunResult:
     return run_result(rounds=(), final=final, privacy=replace(privacy, **changes))
 
 
-def table(config: RunConfig, result: RunResult, *, width: int = 250) -> str:
+def render_table(config: RunConfig, result: RunResult, *, width: int = 250) -> str:
     out = io.StringIO()
     show_result(Console(file=out, width=width), config, result, whole_s=99.0)
     return out.getvalue()
 
 
-def runs(config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+def run_comparison(
+    config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPatch
+) -> Iterator[tuple[str, str]]:
     slow = replace(state(5), rounds=[replace(one, seconds=100.0) for one in state(4).rounds] + state(5).rounds[4:])
     three = (state(3), slow, state(10))
-    yield "three rounds: one of ten, a slow one, the last one", shown(config, *three)
+    yield "three rounds: one of ten, a slow one, the last one", show_rounds(config, *three)
     failing = {"sites": ("site-1",), "failed_sites": {"site-2": "plan_exhausted"}, "metrics": {"loss": float("nan")}}
-    yield "a site that fails, and a score that is no number", shown(config, state(1, **failing))
-    yield "without privacy", shown(without_privacy)
+    yield "a site that fails, and a score that is no number", show_rounds(config, state(1, **failing))
+    yield "without privacy", show_rounds(without_privacy)
     patched.setattr("fedtune.model.frozen_linear._HAS_ONEDNN", True)
     for dtype in ("mixed", "bfloat16"):
         other = replace(config, model=replace(config.model, dtype=dtype))
         for has in (False, True):
             for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
                 patched.setattr(torch.cpu, instructions, lambda has=has: has)
-            yield f"{dtype} on a CPU {'with' if has else 'without'} its instructions", shown(other)
-        yield f"{dtype} on a GPU", shown(other, of=model(device="cuda"))
+            yield f"{dtype} on a CPU {'with' if has else 'without'} its instructions", show_rounds(other)
+        yield f"{dtype} on a GPU", show_rounds(other, of=model(device="cuda"))
     about = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record", "delta": 1e-5}
     for spent in ({"epsilon": 3.0}, {"epsilon": None}, {"epsilon": "unknown"}, {"epsilon": None, "public": True}):
-        yield f"a start that spent {spent}", shown(config, start_adapter=about | spent)
-    yield "other records than when it began", shown(config, round=1, data_changed=("site-2",))
-    yield "noise that drowns the records", shown(config, of=model(100_000, keeps_states=False))
-    yield "noise that does not", shown(config, of=model(100))
-    yield "what takes long", shown(config, every_s=1e-9)
-    yield "what is soon done", shown(config, every_s=1e9)
+        yield f"a start that spent {spent}", show_rounds(config, start_adapter=about | spent)
+    yield "other records than when it began", show_rounds(config, round=1, data_changed=("site-2",))
+    yield "noise that drowns the records", show_rounds(config, of=model(100_000, keeps_states=False))
+    yield "noise that does not", show_rounds(config, of=model(100))
+    yield "what takes long", show_rounds(config, every_s=1e-9)
+    yield "what is soon done", show_rounds(config, every_s=1e9)
 
 
-def results() -> Iterator[tuple[str, RunResult]]:
-    yield "no guarantee", result(epsilon=None)
-    yield "seeded noise", result(seeded_noise=True)
+def list_results() -> Iterator[tuple[str, RunResult]]:
+    yield "no guarantee", make_result(epsilon=None)
+    yield "seeded noise", make_result(seeded_noise=True)
     rounds = tuple(round_of(n, site_scores={"site-1": (n / 8, 1.0)}) for n in (1, 2))
-    yield "noised scores", replace(result(), rounds=rounds)
-    yield "a constant answer", replace(result(), final=replace(result().final, constant=0.552))
+    yield "noised scores", replace(make_result(), rounds=rounds)
+    yield "a constant answer", replace(make_result(), final=replace(make_result().final, constant=0.552))
     for code in (DATA_CHANGED, DIVERGED, WORSE, GUESS):
-        yield f"finding {code}", replace(result(), final=replace(result().final, findings=(code,)))
+        yield f"finding {code}", replace(make_result(), final=replace(make_result().final, findings=(code,)))
 
 
-def beside(usual: str, text: str) -> str:
+def compare_lines(usual: str, text: str) -> str:
     """The lines that a text lacks, and those that it has more."""
     old, new = usual.splitlines(), text.splitlines()
     lacking, more = ([line for line in one if line not in other] for one, other in ((old, new), (new, old)))
@@ -135,11 +137,11 @@ def beside(usual: str, text: str) -> str:
 
 
 def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, end = shown(config), table(config, result())
-    without_privacy = compose_run(tiny("federation.num_rounds=10", "privacy=none", into=tmp_path))
-    of_runs = runs(config, without_privacy, monkeypatch)
-    told = [f"# A run\n{run}", *(f"# {name}\n{beside(run, text)}" for name, text in of_runs)]
-    of_results = [f"# {name}\n{beside(end, table(config, other))}" for name, other in results()]
+    run, end = show_rounds(config), render_table(config, make_result())
+    without_privacy = compose_run(list_tiny_overrides("federation.num_rounds=10", "privacy=none", into=tmp_path))
+    of_runs = run_comparison(config, without_privacy, monkeypatch)
+    told = [f"# A run\n{run}", *(f"# {name}\n{compare_lines(run, text)}" for name, text in of_runs)]
+    of_results = [f"# {name}\n{compare_lines(end, render_table(config, other))}" for name, other in list_results()]
     snapshots.check_output("run-progress", "".join([*told, f"# Its end\n{end}", *of_results]))
 
 
@@ -150,13 +152,13 @@ def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
 
 
 def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(config: RunConfig, folder: Path, console: Console, *, session: Session) -> RunResult:
+    def print_progress(config: RunConfig, folder: Path, console: Console, *, session: Session) -> RunResult:
         for line in ("round 1/2 | validation: loss 4.3", "round 2/2 | about 3 s left"):
             console.print(line)
             time.sleep(0.2)  # the terminal is drawn ten times a second
-        return result()
+        return make_result()
 
-    monkeypatch.setattr(interruptible_run, "run_simulation", trained)
+    monkeypatch.setattr(interruptible_run, "run_simulation", print_progress)
     console, trial = (
         Console(file=io.StringIO(), force_terminal=True, width=60),
         SearchTrial(config=config, folder=Path()),
@@ -168,29 +170,32 @@ def test_sweep_progress_shows_the_newest_line_of_a_run(config: RunConfig, monkey
 
 def test_verbose_output_explains_rdp_epsilon(config: RunConfig) -> None:
     verbose = replace(config, tracking=replace(config.tracking, log_level="debug"))
-    assert [ABOUT_RDP.format(counts="epsilon") in table(one, result()) for one in (config, verbose)] == [False, True]
+    assert [ABOUT_RDP.format(counts="epsilon") in render_table(one, make_result()) for one in (config, verbose)] == [
+        False,
+        True,
+    ]
 
 
 def test_displayed_epsilon_is_rounded_up_from_the_planned_one(config: RunConfig) -> None:
     plan = config.plan()
     epsilon = format_epsilon(epsilon_pld([plan.full_event], plan.delta))
     assert float(epsilon) < 4, "and not the target's 8"
-    assert f"epsilon at most {epsilon} at delta 1e-05 for each record" in shown(config)
-    assert "epsilon 1.001 at delta 1e-05 for each record" in table(config, result())
+    assert f"epsilon at most {epsilon} at delta 1e-05 for each record" in show_rounds(config)
+    assert "epsilon 1.001 at delta 1e-05 for each record" in render_table(config, make_result())
 
 
 def test_narrow_terminal_shows_a_round_on_two_lines(config: RunConfig) -> None:
     failing = state(1, failed_sites={"site-2": "plan_exhausted"})
-    text = shown(config, state(3), failing, width=snapshots.COLUMNS)
-    assert snapshots.too_wide(text + table(config, result(), width=snapshots.COLUMNS)) == []
+    text = show_rounds(config, state(3), failing, width=snapshots.COLUMNS)
+    assert snapshots.find_wide_lines(text + render_table(config, make_result(), width=snapshots.COLUMNS)) == []
     assert "\n  2.0 s | about 3 min 30 s left\n" in text
     assert "site-2: plan_exhausted\n" in text
 
 
 def test_terminal_shows_a_progress_bar_unless_quiet(config: RunConfig) -> None:
-    assert "trying the model: 2 of 3" in shown(config, force_terminal=True, every_s=1e9)
-    out = shown(config, state(1), force_terminal=True)
+    assert "trying the model: 2 of 3" in show_rounds(config, force_terminal=True, every_s=1e9)
+    out = show_rounds(config, state(1), force_terminal=True)
     assert "round 1/10, site 2/2" in out or "round 2/10, site 1/2" in out
     for terminal in (False, True):
-        assert "model" not in shown(config, force_terminal=terminal, progress=False, every_s=1e-9)
-    assert shown(config, state(1), progress=False) == ""
+        assert "model" not in show_rounds(config, force_terminal=terminal, progress=False, every_s=1e-9)
+    assert show_rounds(config, state(1), progress=False) == ""

@@ -23,7 +23,7 @@ _BEGIN = "import sys, torch; sys.path.insert(0, {folder!r}); import torch_sim; t
 
 
 @cache
-def folder() -> Path:
+def build_folder() -> Path:
     """For PYTHONPATH: with it on it, a process of Python has the device; tests without a compiler are skipped."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or compiler is None:
@@ -59,7 +59,7 @@ def _build(compiler: str, into: Path) -> None:
 
 def run_on_it(code: str, *, timeout_s: float = 300, **settings: object) -> str:
     """Run `code` in a process that has the device, with these SIM_... settings; returns what it prints."""
-    here = str(folder())
+    here = str(build_folder())
     environment = os.environ | {name: str(value) for name, value in settings.items()}
     environment |= {"PYTHONPATH": os.pathsep.join([here, str(REPOSITORY)]), "OMP_NUM_THREADS": "1"}
     done = run_forked(

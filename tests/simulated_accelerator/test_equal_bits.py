@@ -41,7 +41,7 @@ TASKS = {
 
 
 @pytest.fixture
-def given(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
+def write_task_overrides(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
     """The overrides of a tiny seeded run of a task, on a file that has something for each of them."""
     draws = np.random.default_rng(4)
 
@@ -66,30 +66,34 @@ def given(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
     return make
 
 
-def on_it(*commands: list[str], **settings: object) -> str:
+def run_commands_on_device(*commands: list[str], **settings: object) -> str:
     """Commands of fedtune, one after the other in a process that has the device; what they print."""
     code = f"from fedtune.cli.main import main\nfor words in {list(commands)!r}: assert main(words) == 0, words\n"
     return run_on_it(code, **{"SIM_SDPA": "fused", **settings})
 
 
 @pytest.fixture
-def require_same_bits(given: Any, adapter_of: Any, result_of: Any, tmp_path: Path) -> Callable[..., None]:
+def require_same_bits(
+    write_task_overrides: Any, adapter_of: Any, result_of: Any, tmp_path: Path
+) -> Callable[..., None]:
     """A run of a task on the CPU and one on as many simulated devices end in the same adapter and scores."""
 
     def require(task: str, *overrides: str, devices: int = 1) -> None:
         counted = {"cpu": "runtime.num_devices=1", "auto": f"runtime.num_devices={devices}"}
-        runs = (given(task, *overrides, f"runtime.device={one}", counted[one], name=one) for one in counted)
-        on_it(*(["simulate", *run] for run in runs), SIM_DEVICES=devices)
+        runs = (
+            write_task_overrides(task, *overrides, f"runtime.device={one}", counted[one], name=one) for one in counted
+        )
+        run_commands_on_device(*(["simulate", *run] for run in runs), SIM_DEVICES=devices)
         cpu, sim = tmp_path / "cpu", tmp_path / "auto"
-        assert device_of(sim).startswith("sim, a simulated device 0, deterministic algorithms, no TF32")
-        assert device_of(cpu) == "cpu"
+        assert read_device(sim).startswith("sim, a simulated device 0, deterministic algorithms, no TF32")
+        assert read_device(cpu) == "cpu"
         assert adapter_of(sim) == adapter_of(cpu) != {}
         assert result_of(sim)["final"]["metrics"] == result_of(cpu)["final"]["metrics"]
 
     return require
 
 
-def device_of(folder: Path) -> str:
+def read_device(folder: Path) -> str:
     (environment,) = json.loads((folder / "environment.json").read_text())["environments"]
     return str(environment["device"])
 
@@ -128,19 +132,26 @@ def test_two_devices_give_the_bits_of_one(require_same_bits: Any, task: str, ove
 
 
 @pytest.mark.nightly
-def test_evaluate_and_generate_give_the_same_output(given: Any, tmp_path: Path) -> None:
-    on_it(["simulate", *given("causal_lm", "runtime.device=auto", name="run")])
+def test_evaluate_and_generate_give_the_same_output(write_task_overrides: Any, tmp_path: Path) -> None:
+    run_commands_on_device(["simulate", *write_task_overrides("causal_lm", "runtime.device=auto", name="run")])
     data = ["--data", str(tmp_path / "records.jsonl")]
     for name, *words in (["evaluate", *data], ["generate", "--prompt", "my card", "--max-new-tokens", "9"]):
-        cpu, sim = (on_it([name, str(tmp_path / "run"), *words, "--device", device]) for device in ("cpu", "auto"))
+        cpu, sim = (
+            run_commands_on_device([name, str(tmp_path / "run"), *words, "--device", device])
+            for device in ("cpu", "auto")
+        )
         assert cpu == sim != ""
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["gradient", "records", "sensitivity"])
-def test_audits_run_on_the_device(given: Any, kind: str) -> None:
-    words = [word for word in given("classification", "runtime.device=auto", name="audited") if "seeded" not in word]
-    on_it(["audit", *words, f"audit.kind={kind}", "audit.canaries=20", "audit.tries=3"])
+def test_audits_run_on_the_device(write_task_overrides: Any, kind: str) -> None:
+    words = [
+        word
+        for word in write_task_overrides("classification", "runtime.device=auto", name="audited")
+        if "seeded" not in word
+    ]
+    run_commands_on_device(["audit", *words, f"audit.kind={kind}", "audit.canaries=20", "audit.tries=3"])
 
 
 @pytest.mark.nightly
@@ -158,16 +169,25 @@ def test_gpu_script_runs_on_the_simulated_device(tmp_path: Path) -> None:
 
 @pytest.mark.by_day("1")
 @pytest.mark.parametrize("devices", [1, 2])
-def test_batch_dependent_attention_falls_back_to_products(given: Any, tmp_path: Path, devices: int) -> None:
+def test_batch_dependent_attention_falls_back_to_products(
+    write_task_overrides: Any, tmp_path: Path, devices: int
+) -> None:
     overrides = ("federation.num_rounds=1", "runtime.device=auto", f"runtime.num_devices={devices}")
-    on_it(["simulate", *given("causal_lm", *overrides, name="run")], SIM_SDPA="by_rows", SIM_DEVICES=devices)
-    assert device_of(tmp_path / "run").endswith("no TF32, attention by products")
+    run_commands_on_device(
+        ["simulate", *write_task_overrides("causal_lm", *overrides, name="run")],
+        SIM_SDPA="by_rows",
+        SIM_DEVICES=devices,
+    )
+    assert read_device(tmp_path / "run").endswith("no TF32, attention by products")
 
 
-def test_device_without_float64_falls_back_to_the_cpu(given: Any, tmp_path: Path) -> None:
-    run = ["simulate", *given("classification", "federation.num_rounds=1", "runtime.device=auto", name="run")]
-    on_it(run, SIM_NO_FLOAT64=1)
-    assert device_of(tmp_path / "run") == "cpu"
+def test_device_without_float64_falls_back_to_the_cpu(write_task_overrides: Any, tmp_path: Path) -> None:
+    run = [
+        "simulate",
+        *write_task_overrides("classification", "federation.num_rounds=1", "runtime.device=auto", name="run"),
+    ]
+    run_commands_on_device(run, SIM_NO_FLOAT64=1)
+    assert read_device(tmp_path / "run") == "cpu"
     assert "the device 'sim' is not used, because it has no float64" in (tmp_path / "run" / "log.txt").read_text()
 
 

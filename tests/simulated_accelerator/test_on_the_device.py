@@ -3,38 +3,38 @@
 from .built import run_on_it
 
 
-def said(function: str, **settings: object) -> list[str]:
+def run_tried(function: str, **settings: object) -> list[str]:
     return run_on_it(f"from tests.simulated_accelerator import tried; tried.{function}()", **settings).splitlines()
 
 
 def test_trial_clips_on_the_device_like_a_step() -> None:
-    as_it_is, by_company = map(float, said("clipping_by_company", SIM_SDPA="fused"))
+    as_it_is, by_company = map(float, run_tried("print_clipping_by_batch", SIM_SDPA="fused"))
     assert as_it_is == 0.0
     assert by_company > 1e-4
 
 
 def test_norms_are_batch_invariant_unlike_the_native_reduction() -> None:
-    found = [list(map(int, line.split())) for line in said("norms_as_cuda_has_them")]
+    found = [list(map(int, line.split())) for line in run_tried("print_norm_differences")]
     assert sum(by_cuda for _, by_cuda, _ in found) > 4, "the reduction that stands for CUDA's goes by the rows"
     assert [ours for _, _, ours in found] == [0] * 4
 
 
 def test_micro_batch_without_usable_units_adds_nothing() -> None:
-    assert said("no_usable_unit") == ["0"] * 6
+    assert run_tried("print_unusable_units") == ["0"] * 6
 
 
 def test_users_synchronize_as_rarely_as_records() -> None:
-    ((of_users, of_records),) = (map(int, line.split()) for line in said("waits_for_the_device"))
+    ((of_users, of_records),) = (map(int, line.split()) for line in run_tried("waits_for_the_device"))
     assert of_users == of_records
 
 
 def test_trial_stores_weights_on_the_device_if_memory_allows() -> None:
-    with_room, without = map(int, said("weights_put_aside"))
+    with_room, without = map(int, run_tried("print_weights_moved"))
     assert with_room == 0 < without
 
 
 def test_scoring_without_memory_names_the_setting() -> None:
-    (line,) = said("scoring_without_room", SIM_MEMORY_MIB=64)
+    (line,) = run_tried("print_scoring_error", SIM_MEMORY_MIB=64)
     assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device is out of memory")
 
 

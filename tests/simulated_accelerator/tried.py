@@ -24,7 +24,7 @@ Values = npt.NDArray[np.float64]
 _MOST_THREADS, _WARP = 512, 32  # of a block
 
 
-def norms(rows: Values) -> Values:
+def compute_norms(rows: Values) -> Values:
     """(n,) norms of n rows of 128 to some 100,000 values, a multiple of four, each of which one block adds up."""
     return np.array([np.sqrt(_sum_of_squares(row, len(rows))) for row in rows])
 
@@ -53,44 +53,44 @@ def _sum_of_squares(row: Values, count: int) -> float:
 SIM = torch.device("sim")
 
 
-def model() -> TaskModel:
+def build_model() -> TaskModel:
     lora = LoraSpec(rank=4, alpha=8.0)
     spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype="float32"), task="causal_lm", lora=lora, seed=3)
     return build_task_model(spec, device=resolve_device("auto"))
 
 
-def moved(within: TaskModel) -> float:
+def measure_influence(within: TaskModel) -> float:
     shapes = Shapes.from_limits(max_length=15, max_tokens=64)
     return batch_invariance.max_batch_influence(within, shapes, keeps_states=False, max_grad_norm=1.0)
 
 
-def clipping_by_company() -> None:
+def print_clipping_by_batch() -> None:
     """Print how far the trial sees a contribution move: as it is, and where a norm goes by how many rows there are."""
-    within = model()
-    print(moved(within))
-    own: Any = dp_step._squared_row_norms
+    within = build_model()
+    print(measure_influence(within))
+    own: Any = dp_step._compute_squared_row_norms
 
-    def by_company(values: torch.Tensor) -> torch.Tensor:
+    def scale_by_batch(values: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = own(values)
         return found * (1 + 1e-3 * len(values)) if values.device.type == "sim" else found
 
-    dp_step._squared_row_norms = by_company
-    print(moved(within))
+    dp_step._compute_squared_row_norms = scale_by_batch
+    print(measure_influence(within))
 
 
-def weights_put_aside() -> None:
+def print_weights_moved() -> None:
     """Print the bytes that random weights for a trial bring to the host: where two models have room, and without."""
-    within, memory = model(), batch_invariance.total_memory(SIM)
+    within, memory = build_model(), batch_invariance.total_memory(SIM)
     for free in (memory, 0):
         batch_invariance.total_memory = lambda device, free=free: free  # type: ignore[misc]
         torch.sim.counters()  # type: ignore[attr-defined]
-        with batch_invariance._with_random_weights(within, np.random.default_rng(0)):
+        with batch_invariance._randomize_weights(within, np.random.default_rng(0)):
             print(torch.sim.counters().get("bytes to host", 0))  # type: ignore[attr-defined]
 
 
-def scoring_without_room() -> None:
+def print_scoring_error() -> None:
     """Print what is said where the device has no room for what is scored."""
-    within = model()
+    within = build_model()
     draws = np.random.default_rng(0)
     dataset = sensitivity.random_examples(within, [31] * 64, draws)
     taken = torch.empty(torch.accelerator.get_memory_info(SIM)[0] - 2**18, dtype=torch.uint8, device=SIM)
@@ -101,7 +101,7 @@ def scoring_without_room() -> None:
     del taken
 
 
-def no_usable_unit() -> None:
+def print_unusable_units() -> None:
     """What one to three units add that are all not finite: on the CPU and on the device."""
     for place in ("cpu", SIM):
         for units in (1, 2, 3):
@@ -112,7 +112,7 @@ def no_usable_unit() -> None:
 
 def waits_for_the_device() -> None:
     """Print how often users' means wait for the device, and the gradients of the same records by themselves."""
-    within = model()
+    within = build_model()
     draws = np.random.default_rng(0)
     shapes = Shapes.from_limits(max_length=31, max_tokens=256)
     records = SiteExamples(sensitivity.random_examples(within, [31] * 16, draws), pad_id=0, shapes=shapes, device=SIM)
@@ -127,22 +127,22 @@ def waits_for_the_device() -> None:
     print(of_users, torch.sim.counters()["waits"])  # type: ignore[attr-defined]
 
 
-def norms_as_cuda_has_them() -> None:
+def print_norm_differences() -> None:
     """Print how many of 32 rows' norms differ alone and in company: by CUDA's reduction, and as clipping has them."""
 
-    def as_cuda(values: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
-        found = torch.from_numpy(norms(values.cpu().numpy())).to(values.device)
+    def compute_as_cuda(values: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
+        found = torch.from_numpy(compute_norms(values.cpu().numpy())).to(values.device)
         return found[:, None] if keepdim else found
 
-    torch.linalg.vector_norm = as_cuda
+    torch.linalg.vector_norm = compute_as_cuda
     draws = np.random.default_rng(0)
     for length in (768, 3072, 6144, 65_536):
         rows = torch.from_numpy(draws.standard_normal((32, length)).astype(np.float32)).to(SIM)
-        whole = as_cuda(rows.double(), dim=1), dp_step._joint_norms({"a": rows})
+        whole = compute_as_cuda(rows.double(), dim=1), dp_step._compute_joint_norms({"a": rows})
         moved_rows = [0, 0]
         for first, last in ((0, 2), (2, 6), (6, 14), (14, 15), (15, 32)):
             part = rows[first:last]
-            found = as_cuda(part.double(), dim=1), dp_step._joint_norms({"a": part})
+            found = compute_as_cuda(part.double(), dim=1), dp_step._compute_joint_norms({"a": part})
             for kind in range(2):
                 moved_rows[kind] += int((found[kind] != whole[kind][first:last]).sum())
         assert torch.allclose(whole[1].cpu(), rows.cpu().double().square().sum(dim=1).sqrt(), rtol=1e-14)

@@ -22,7 +22,7 @@ from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.federation.site_round import answer, end_run
 from fedtune.federation.spec import FederationSpec
 from fedtune.model.adapter import Adapter
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import SiteLedger
@@ -41,8 +41,8 @@ from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
 from ..builders import round_request
-from ..conftest import tiny
-from ..privacy.builders import changed
+from ..conftest import list_tiny_overrides
+from ..privacy.builders import change_values
 
 LABELS = ("invoice", "complaint", "praise")
 COLUMNS = {"text": "body", "label": "kind"}
@@ -64,11 +64,11 @@ TABLE: dict[str, Any] = {
 
 
 @cache
-def _letters() -> RunConfig:
+def _make_letters() -> RunConfig:
     return RunConfig(
         name="trial",
         task="classification",
-        model=ModelSpec(path="random:bert", sha256=model_sha256(ModelSpec(path="random:bert"))),
+        model=ModelSpec(path="random:bert", sha256=hash_model(ModelSpec(path="random:bert"))),
         data=DataSpec(
             dataset="letters",
             train_file="unused.csv",
@@ -86,12 +86,12 @@ def _letters() -> RunConfig:
     )
 
 
-def letters(**groups: Any) -> RunConfig:
+def make_letters(**groups: Any) -> RunConfig:
     """A lead's configuration of a run over the sites north and south; keywords change groups of it."""
-    return changed(_letters(), **groups)
+    return change_values(_make_letters(), **groups)
 
 
-def first_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundRequest:
+def make_first_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundRequest:
     """A request for the first round of a run at the site north, of whatever adapter."""
     return round_request(config.proposal(lead=lead.public, plan=config.plan()), **{"site": "north"} | about)
 
@@ -102,14 +102,14 @@ def write_records(path: Path, rows: Iterable[Sequence[str]], *, header: Iterable
         csv.writer(file).writerows([header, *rows])
 
 
-def simulated(config: RunConfig, folder: Path, rows: Iterable[Sequence[str]]) -> Participants:
+def simulate_same_run(config: RunConfig, folder: Path, rows: Iterable[Sequence[str]]) -> Participants:
     """The same run in a simulation, over records of text, label and site."""
     columns, file = {role: role for role in ("text", "label", "site")}, folder / "all.csv"
     write_records(file, rows, header=columns)
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
     data = {"train_file": str(file), "columns": columns, "partition": partition}
     about = {"data": data, "runtime": {"kind": "simulation"}, "training": {"ignore_weak_signal": True}}
-    return Participants(changed(config, **about), folder)
+    return Participants(change_values(config, **about), folder)
 
 
 @dataclass
@@ -153,7 +153,7 @@ class Station:
         policy, there = read_policy(self.site_toml), read_site_settings(self.site_toml).machine
         dataset = replace(policy.dataset[0], **changes.pop("dataset", {}))
         others = {"machine": asdict(replace(there, **machine))}
-        write_policy(changed(policy, **changes, dataset=(dataset,)), self.site_toml, others=others)
+        write_policy(change_values(policy, **changes, dataset=(dataset,)), self.site_toml, others=others)
 
     def ledger(self) -> SiteLedger:
         return SiteFiles.from_site_toml(self.site_toml).open_ledger()
@@ -199,7 +199,7 @@ class Station:
 @pytest.fixture(scope="session")
 def first_adapter() -> Adapter:
     """What every run of the tiny model begins with."""
-    return LoadedModel(letters()).initial_adapter
+    return LoadedModel(make_letters()).initial_adapter
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any
     """A site that allows several runs like its configuration's; keywords change that configuration."""
 
     def make(name: str = "north", **groups: Any) -> Station:
-        config = letters(**groups)
+        config = make_letters(**groups)
         made = Station(tmp_path / name, lead_key, first_adapter, name, config)
         made.folder.mkdir()
         sent = settings_for_sites(config)
@@ -216,7 +216,7 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any
         columns |= {} if config.privacy.cohorts is None else {"user": "who", "arrival": "came"}
         asserted = {"no_person_at_another_site": True}
         others = {"machine": {"device": "cpu", "num_threads": 1}}
-        write_policy(changed(policy, simulated=False, asserted=asserted), made.site_toml, others=others)
+        write_policy(change_values(policy, simulated=False, asserted=asserted), made.site_toml, others=others)
         budget = {"max_epsilon": 10 * policy.budget.max_epsilon}
         made.edit(dataset={"path": made.data.name, "columns": columns}, budget=budget)
         write_records(made.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(40)])
@@ -228,11 +228,11 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any
 @pytest.fixture
 def config(tmp_path: Path) -> Any:
     """The tiny simulation's configuration with overrides."""
-    return lambda *overrides: compose_run(tiny(*overrides, into=tmp_path))
+    return lambda *overrides: compose_run(list_tiny_overrides(*overrides, into=tmp_path))
 
 
 @pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float64]]:
+def exact_scores(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float64]]:
     """The exact scores that each round adds noise to."""
     seen, original = list[npt.NDArray[np.float64]](), work.release_scores
     monkeypatch.setattr(work, "release_scores", lambda scores, **rest: seen.append(scores) or original(scores, **rest))

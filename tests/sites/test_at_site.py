@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.config import RunConfig
 from fedtune.lab.preparation.check_data import check
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy
@@ -23,8 +23,8 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import NoTokenizer
 from fedtune.training.spec import Machine
 
-from ..privacy.builders import reason_of
-from .conftest import COLUMNS, LABELS, TABLE, letters, write_records
+from ..privacy.builders import read_refusal_reason
+from .conftest import COLUMNS, LABELS, TABLE, make_letters, write_records
 
 HASH = "ab" * 32
 FOLDER = Path("/srv/site")
@@ -34,14 +34,14 @@ STORE = Path("/srv/site/kit/models")
 @pytest.fixture
 def policy(lead_key: SigningKey) -> Policy:
     """A policy with places and columns of its own, and a second data set."""
-    sent = settings_for_sites(letters())
+    sent = settings_for_sites(make_letters())
     made = generate_policy(sent, sent.plan(), "north", lead=lead_key.public)
     letters_of_north = Dataset(id="letters", declared_size=40, path="private/mail.csv", columns=COLUMNS)
     other = Dataset(id="notes", declared_size=40, path="/elsewhere/notes.jsonl")
     return replace(made, dataset=(other, letters_of_north))
 
 
-def here(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **about: Any) -> RunConfig:  # noqa: B008
+def settle_here(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **about: Any) -> RunConfig:  # noqa: B008
     """At a site where no model is installed, unless a keyword says so."""
     nothing = Mock(side_effect=ConfigError("base model", "ab", "is not installed"))
     return localize_settings(sent, policy, machine, folder=FOLDER, **{"installed": nothing, **about})
@@ -49,14 +49,14 @@ def here(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **about:
 
 def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -> None:
     # Such settings come from no fedtune: a lead that writes its own may say anything.
-    hostile = letters(
+    hostile = make_letters(
         data={"train_file": "/etc/passwd", "columns": {"text": "password", "label": "name"}},
         runtime=dict.fromkeys(("kept_states_folder", "sites_dir"), "/etc")
         | {"device": "cuda", "num_devices": 9, "num_threads": 99, "micro_batch_tokens": 1 << 40},
     )
     sizes = {"num_devices": 2, "num_threads": 3, "micro_batch_tokens": 77, "kept_states_mib": 5}
     machine = Machine(device="cpu", gradient_checkpointing=True, **sizes)
-    config = here(hostile, policy, machine)
+    config = settle_here(hostile, policy, machine)
     assert config.data.train_file == "/srv/site/private/mail.csv"
     assert config.data.columns == {"text": "body", "label": "kind"}
     runtime = config.runtime
@@ -64,11 +64,11 @@ def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -
     assert runtime.micro_batch_tokens == 77
     assert runtime.kept_states_folder is None
     there = replace(machine, kept_states_folder="fast")
-    assert here(hostile, policy, there).runtime.kept_states_folder == "/srv/site/fast"
+    assert settle_here(hostile, policy, there).runtime.kept_states_folder == "/srv/site/fast"
     assert runtime.onednn
-    assert not here(hostile, policy, replace(machine, onednn=False)).runtime.onednn
+    assert not settle_here(hostile, policy, replace(machine, onednn=False)).runtime.onednn
     assert (runtime.kept_states_mib, runtime.gradient_checkpointing, runtime.sites_dir) == (5, True, None)
-    assert here(letters(), policy).runtime.num_threads is None, "every core"
+    assert settle_here(make_letters(), policy).runtime.num_threads is None, "every core"
     assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
 
 
@@ -78,35 +78,37 @@ def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
 
     def read(*roles: str, **data: object) -> dict[str, str]:
         named = {"columns": {role: role for role in roles}, "labels": (), **data}
-        return dict(here(settings_for_sites(letters(task="causal_lm", data=named)), several).data.columns)
+        return dict(settle_here(settings_for_sites(make_letters(task="causal_lm", data=named)), several).data.columns)
 
     assert read("messages", chat_template="plain") == {"messages": "chat"}
     assert read("text") == {"text": "body"}
     assert read("prompt", "completion") == {"prompt": "question", "completion": "answer"}
-    prompted = letters(task="causal_lm", data={"columns": {"prompt": "p", "completion": "c"}, "labels": ()})
-    assert reason_of(here, settings_for_sites(prompted), policy) is Reason.SETTINGS, (
+    prompted = make_letters(task="causal_lm", data={"columns": {"prompt": "p", "completion": "c"}, "labels": ()})
+    assert read_refusal_reason(settle_here, settings_for_sites(prompted), policy) is Reason.SETTINGS, (
         "a role that the site's data has not got"
     )
 
 
 def test_site_without_the_second_text_column_is_refused(policy: Policy) -> None:
     columns = {"text": "t", "text_pair": "other", "label": "l"}
-    sent = settings_for_sites(letters(data={"columns": columns}))
-    assert reason_of(here, sent, policy) is Reason.SETTINGS, "its single texts would be learned in silence"
+    sent = settings_for_sites(make_letters(data={"columns": columns}))
+    assert read_refusal_reason(settle_here, sent, policy) is Reason.SETTINGS, (
+        "its single texts would be learned in silence"
+    )
     both = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
-    assert dict(here(sent, both).data.columns) == columns
+    assert dict(settle_here(sent, both).data.columns) == columns
 
 
 def test_data_set_named_by_the_run_is_used(policy: Policy) -> None:
     columns = {"columns": {"text": "t", "label": "l"}}
     notes = replace(policy, dataset=(replace(policy.dataset[0], **columns), policy.dataset[1]))
-    assert here(letters(data={"dataset": "notes"}), notes).data.train_file == "/elsewhere/notes.jsonl"
-    assert reason_of(here, letters(data={"dataset": "unheard-of"}), policy) is Reason.DATASET
+    assert settle_here(make_letters(data={"dataset": "notes"}), notes).data.train_file == "/elsewhere/notes.jsonl"
+    assert read_refusal_reason(settle_here, make_letters(data={"dataset": "unheard-of"}), policy) is Reason.DATASET
 
 
 def test_training_settings_are_unchanged_at_the_site(policy: Policy) -> None:
-    sent = settings_for_sites(letters(lora={"rank": 3}, training={"local_steps": 1}))
-    config = here(sent, policy)
+    sent = settings_for_sites(make_letters(lora={"rank": 3}, training={"local_steps": 1}))
+    config = settle_here(sent, policy)
     same = ("name", "task", "lora", "head", "privacy", "training", "federation", "seed")
     assert all(getattr(config, key) == getattr(sent, key) for key in same)
 
@@ -117,34 +119,37 @@ PLACES = ["/", "/etc", "./models/x", "models/x", "../x", "~/x", "org/name", "min
 @pytest.mark.parametrize("path", PLACES)
 def test_local_paths_and_downloads_from_a_lead_are_refused(policy: Policy, path: str) -> None:
     with pytest.raises(Refused) as refused:
-        here(letters(model={"path": path, "sha256": HASH}), policy)
+        settle_here(make_letters(model={"path": path, "sha256": HASH}), policy)
     assert (refused.value.reason, refused.value.asked) == (Reason.BASE_MODEL_MISSING, HASH)
 
 
 def test_start_adapter_folder_from_a_lead_is_never_opened(policy: Policy) -> None:
-    model = here(letters(model={"adapter": "/etc", "adapter_sha256": HASH}), policy).model
+    model = settle_here(make_letters(model={"adapter": "/etc", "adapter_sha256": HASH}), policy).model
     assert (model.adapter, model.adapter_sha256) == (None, HASH)
 
 
 @pytest.mark.parametrize("path", ["random:bert", "package:some_weights/model", "/etc", "org/name"])
 def test_model_without_a_digest_is_refused(policy: Policy, path: str) -> None:
-    assert reason_of(here, letters(model={"path": path, "sha256": None}), policy) is Reason.BASE_MODELS
+    assert (
+        read_refusal_reason(settle_here, make_letters(model={"path": path, "sha256": None}), policy)
+        is Reason.BASE_MODELS
+    )
 
 
 @pytest.mark.parametrize("path", [*PLACES, "package:some_weights/model"])
 def test_installed_model_replaces_the_path_of_the_lead(policy: Policy, path: str) -> None:
     model: dict[str, Any] = {"path": path, "sha256": HASH, "gguf_file": "a.gguf", "revision": "x", "cache_dir": "/etc"}
     model["adapter"] = "/etc"
-    taken = here(letters(model=model), policy, installed=lambda sha256: STORE / sha256).model
+    taken = settle_here(make_letters(model=model), policy, installed=lambda sha256: STORE / sha256).model
     assert (taken.path, taken.sha256, taken.gguf_file) == (str(STORE / HASH), HASH, "a.gguf")
     assert (taken.revision, taken.cache_dir, taken.adapter) == (None, None, None)
 
 
 def test_package_and_random_models_need_no_installation(policy: Policy) -> None:
     packaged: dict[str, Any] = {"path": "package:some_weights/model", "sha256": HASH, "cache_dir": "/etc"}
-    taken = here(letters(model={**packaged, "gguf_file": "a.gguf"}), policy).model
+    taken = settle_here(make_letters(model={**packaged, "gguf_file": "a.gguf"}), policy).model
     assert (taken.path, taken.cache_dir, taken.gguf_file) == ("package:some_weights/model", None, "a.gguf")
-    assert here(letters(), policy).model.path == "random:bert"
+    assert settle_here(make_letters(), policy).model.path == "random:bert"
 
 
 # A table: the site's own names of the columns, its policy, and rows that cannot be used.
@@ -156,7 +161,7 @@ GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in r
 def site(station: Any) -> Any:
     """The site north, whose file calls age otherwise."""
     made = station(**TABLE)
-    made.first = LoadedModel(letters(**TABLE)).initial_adapter
+    made.first = LoadedModel(make_letters(**TABLE)).initial_adapter
     made.edit(dataset={"columns": {"label": "KIND", "feature:age": "AGE_YEARS"}})
     return made
 
@@ -172,7 +177,7 @@ def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
     shapes = {name: one.shape for name, one in update.tensors.items()}
     assert shapes == {"head.weight": (len(LABELS), 5), "head.bias": (len(LABELS),)}
     sent = settings_for_sites(site.config)
-    assert sent.model.sha256 == model_sha256(ModelSpec(path="none"))
+    assert sent.model.sha256 == hash_model(ModelSpec(path="none"))
     # As a policy allows it.
     asked = sent.proposal(lead="x", plan=sent.plan())
     assert (asked.adapter, asked.base_model, asked.target_modules) == ("none", sent.model.sha256, ())

@@ -25,16 +25,16 @@ from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import ConfigError
 from fedtune.training.users import UserExamples
 
-from ..cases import cases_of
-from .conftest import LABELS, letters, write_records
+from ..cases import read_cases
+from .conftest import LABELS, make_letters, write_records
 from .test_work import do
 
 COLUMNS = {"text": "text", "label": "label", "user": "id", "arrival": "since"}
 """Of the lead's files."""
-PEOPLE = cases_of(__file__, "people")
+PEOPLE = read_cases(__file__, "people")
 
 
-def by_cohorts(first: str | None, last: str, **privacy: Any) -> dict[str, Any]:
+def make_cohort_settings(first: str | None, last: str, **privacy: Any) -> dict[str, Any]:
     cohorts = Cohorts(period="year", first=first, last=last)
     about = {"unit": "user", "records_per_user": 5, "cohorts": cohorts}
     heldout = {"heldout_fraction": 0.5} if "metrics" in privacy else {}
@@ -49,25 +49,25 @@ def write(site: Any, people: dict[str, list[str]]) -> None:
 
 @pytest.fixture
 def site(station: Any) -> Any:
-    made = station(**by_cohorts("2024", "2025"))
+    made = station(**make_cohort_settings("2024", "2025"))
     write(made, PEOPLE)
     return made
 
 
 @pytest.fixture
-def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+def sampled_users(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The users whom each round trained on."""
     seen: list[set[str]] = []
     limited = site_work.SiteWork._prepare_round
 
-    def watched(self: Any, *given: Any) -> Any:
+    def watch_round(self: Any, *given: Any) -> Any:
         users = [record.fields["user"] for record in self.records.training]
         made = limited(self, *given)
         assert len(made[0]) == len(set(users))
         seen.append(set(users))
         return made
 
-    monkeypatch.setattr(site_work.SiteWork, "_prepare_round", watched)
+    monkeypatch.setattr(site_work.SiteWork, "_prepare_round", watch_round)
     return seen
 
 
@@ -78,34 +78,41 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         *(("2026", "2030", {"eve"}), ("2030", "2030", set())),
     ],
 )
-def test_round_samples_only_admitted_cohorts(station: Any, sampled: Any, first: Any, last: str, whom: set[str]) -> None:
-    site = station(**by_cohorts(first, last))
+def test_round_samples_only_admitted_cohorts(
+    station: Any, sampled_users: Any, first: Any, last: str, whom: set[str]
+) -> None:
+    site = station(**make_cohort_settings(first, last))
     write(site, PEOPLE)
     site.update()
-    assert sampled == [whom]
+    assert sampled_users == [whom]
     with store.open_for_reading(site.folder / "ledger.db") as file:
         assert len(register.read_rows(file)) == len(whom)
 
 
-def test_corrected_arrival_date_gives_no_new_budget(site: Any, sampled: list[set[str]]) -> None:
+def test_corrected_arrival_date_gives_no_new_budget(site: Any, sampled_users: list[set[str]]) -> None:
     site.update()
     write(site, PEOPLE | {"ann": ["2026-01-01"], "ben": [""], "gus": ["2026-07-01"]})
     site.restart()
     site.update(round=2)
-    later, before = letters(**by_cohorts("2026", "2026")), letters(**by_cohorts(None, "2023"))
+    later, before = (
+        make_letters(**make_cohort_settings("2026", "2026")),
+        make_letters(**make_cohort_settings(None, "2023")),
+    )
     site.update(later)
     site.update(before)
-    assert sampled == [{"ann", "ben"}, {"ann", "ben"}, {"eve", "gus"}, {"cy", "dora", "fay"}]
+    assert sampled_users == [{"ann", "ben"}, {"ann", "ben"}, {"eve", "gus"}, {"cy", "dora", "fay"}]
     verify(site.folder / "ledger.db")
 
 
-def test_held_out_people_are_admitted_and_registered_too(station: Any, sampled: Any, scored: list[Any]) -> None:
-    site = station(**by_cohorts("2024", "2024", metrics="noised"))
+def test_held_out_people_are_admitted_and_registered_too(
+    station: Any, sampled_users: Any, exact_scores: list[Any]
+) -> None:
+    site = station(**make_cohort_settings("2024", "2024", metrics="noised"))
     write(site, {f"person {n}": [("2024-05-01", "2026-01-01")[n % 2]] for n in range(60)})
     site.update()
-    assert all(int(person.split()[1]) % 2 == 0 for person in sampled[0])
-    assert len(sampled[0]) > 5 < len(scored[0])
-    assert len(sampled[0]) + len(scored[0]) == 30
+    assert all(int(person.split()[1]) % 2 == 0 for person in sampled_users[0])
+    assert len(sampled_users[0]) > 5 < len(exact_scores[0])
+    assert len(sampled_users[0]) + len(exact_scores[0]) == 30
     with store.open_for_reading(site.folder / "ledger.db") as file:
         assert len(register.read_rows(file)) == 30
 
@@ -145,10 +152,12 @@ def test_unreadable_file_causes_no_charge(site: Any) -> None:
 def test_cohort_settings_must_match_the_policy(site: Any) -> None:
     sent = settings_for_sites(site.config)
     assert sent.data.columns == {role: role for role in COLUMNS}, "that there is one travels, and not its name"
-    assert "cohorts" not in letters().decisive()["privacy"], "a run of everybody has the name that it had"
+    assert "cohorts" not in make_letters().decisive()["privacy"], "a run of everybody has the name that it had"
     with pytest.raises(ConfigError, match="has no column for role 'arrival', which privacy"):
-        letters(**by_cohorts(None, "2026") | {"data": {"columns": {"text": "t", "label": "l", "user": "u"}}})
-    everybody = letters(data={"columns": COLUMNS}, privacy={"unit": "user", "records_per_user": 5})
+        make_letters(
+            **make_cohort_settings(None, "2026") | {"data": {"columns": {"text": "t", "label": "l", "user": "u"}}}
+        )
+    everybody = make_letters(data={"columns": COLUMNS}, privacy={"unit": "user", "records_per_user": 5})
     assert site.refusal(everybody) is Reason.COHORTS
     changed = dict(sent.to_json())
     changed["privacy"] = changed["privacy"] | {"cohorts": {"period": "year", "first": "2024", "last": "2026"}}
@@ -195,9 +204,9 @@ def test_user_level_site_trains_on_its_users(
 
 
 def test_user_level_site_refuses_record_level_runs_and_excess_records(station: Any) -> None:
-    assert station("south").refusal(letters(**BY_USER)) is Reason.UNIT, "as a site of records does runs by user"
+    assert station("south").refusal(make_letters(**BY_USER)) is Reason.UNIT, "as a site of records does runs by user"
     site = station(**BY_USER)
-    assert site.refusal(letters()) is Reason.UNIT
+    assert site.refusal(make_letters()) is Reason.UNIT
     site.edit(limits={"max_records_per_user": 4})
     assert site.refusal() is Reason.MAX_RECORDS_PER_USER
     assert site.ledger().history.runs == {}
@@ -213,26 +222,26 @@ def test_record_with_several_users_is_skipped(station: Any) -> None:
     site.update(round=2)
 
 
-def records(users: dict[str, int]) -> list[Record]:
+def make_records(users: dict[str, int]) -> list[Record]:
     """So many of each user."""
     each = [(n, user) for user, count in users.items() for n in range(count)]
     return [Record({"text": f"letter {n} of {user}", "label": LABELS[n % 2 * 2], "user": user}) for n, user in each]
 
 
-def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, scored: Any) -> None:
+def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, exact_scores: Any) -> None:
     data = {"heldout_fraction": 0.5, "columns": {"text": "text", "label": "label", "user": "who"}}
-    config = letters(data=data, privacy={"metrics": "noised", "unit": "user"})
+    config = make_letters(data=data, privacy={"metrics": "noised", "unit": "user"})
     shared = RunModel(LoadedModel(config), config)
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
-        own = SiteRecords(training=records({"third": 3}), heldout=records(users))
+        own = SiteRecords(training=make_records({"third": 3}), heldout=make_records(users))
         assert do(shared, lead_key, own).scores is not None
-        assert scored[-1].shape == (len(users),)
-        assert ((scored[-1] >= 0) & (scored[-1] <= 1)).all()
-    assert scored[0][0] == scored[1][0], "nor does one user move another's score"
+        assert exact_scores[-1].shape == (len(users),)
+        assert ((exact_scores[-1] >= 0) & (exact_scores[-1] <= 1)).all()
+    assert exact_scores[0][0] == exact_scores[1][0], "nor does one user move another's score"
 
 
 def test_a_dropped_model_goes_from_the_work_of_a_cohort_and_its_records_stay() -> None:
-    of_site, shared = SiteRecords(training=records({"one": 2, "another": 1}), heldout=[]), Mock()
+    of_site, shared = SiteRecords(training=make_records({"one": 2, "another": 1}), heldout=[]), Mock()
     work = site_work.SiteWork("north", shared, of_site, declared_size=3, max_adapter_value=2.0)
     limited = work._restrict_to(frozenset({"one"}))
     work.drop_model()

@@ -12,55 +12,65 @@ from fedtune.config import RunConfig
 from fedtune.data import Record, TextDataset
 from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
 from fedtune.data.load import Partitioned, SiteRecords
-from fedtune.sites.data_warnings import check_decision_scores, lead_data_warnings, scores_may_decide, site_data_warnings
+from fedtune.sites.data_warnings import (
+    check_decision_scores,
+    list_lead_data_warnings,
+    list_site_data_warnings,
+    scores_may_decide,
+)
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
 
-from ..privacy.builders import changed
-from .conftest import LABELS, letters, write_records
+from ..privacy.builders import change_values
+from .conftest import LABELS, make_letters, write_records
 
 
-def records(*labels: str) -> list[Record]:
+def make_records(*labels: str) -> list[Record]:
     return [Record({"text": f"a {number}", "label": label}) for number, label in enumerate(labels)]
 
 
-def lead(*labels: str, left_out: SkippedRows = NONE_LEFT_OUT) -> LeadData:
-    return LeadData(records(*labels), TextDataset((), np.array([])), left_out=left_out)
+def make_lead_data(*labels: str, left_out: SkippedRows = NONE_LEFT_OUT) -> LeadData:
+    return LeadData(make_records(*labels), TextDataset((), np.array([])), left_out=left_out)
 
 
-def blank(count: int, *, rows: int) -> SkippedRows:
+def make_skipped(count: int, *, rows: int) -> SkippedRows:
     return SkippedRows(rows=rows, reasons={"must not be blank": count})
 
 
-def dealt(*sizes: int, **more: Any) -> Partitioned:
-    sites = tuple(SiteRecords(records(*"a" * size), []) for size in sizes)
+def make_partition(*sizes: int, **more: Any) -> Partitioned:
+    sites = tuple(SiteRecords(make_records(*"a" * size), []) for size in sizes)
     return Partitioned(sites, [], [], **{"left_out": NONE_LEFT_OUT} | more)
 
 
 @pytest.fixture
-def simulated(tmp_path: Path) -> RunConfig:
+def simulated_config(tmp_path: Path) -> RunConfig:
     """A simulation whose two sites declare 40 records each, with a test file of its own."""
     for name in ("train", "test"):
         (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},a\n")
     files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("train", "test")}
-    return letters(runtime={"kind": "simulation"}, data={"declared_sizes": 40, **files})
+    return make_letters(runtime={"kind": "simulation"}, data={"declared_sizes": 40, **files})
 
 
-def test_sound_data_gives_no_warnings(simulated: RunConfig) -> None:
-    assert list(lead_data_warnings(simulated, validation=None, test=lead("a", "b"))) == []
-    assert list(lead_data_warnings(simulated, validation=lead("a"), test=lead("a", "b"))) == []
-    assert list(site_data_warnings(simulated, dealt(27, 59))) == []
-    gone = changed(simulated, data={"test_file": "gone.csv"})
-    assert list(lead_data_warnings(gone, validation=None, test=lead("a", "b"))) == []
+def test_sound_data_gives_no_warnings(simulated_config: RunConfig) -> None:
+    assert list(list_lead_data_warnings(simulated_config, validation=None, test=make_lead_data("a", "b"))) == []
+    assert (
+        list(list_lead_data_warnings(simulated_config, validation=make_lead_data("a"), test=make_lead_data("a", "b")))
+        == []
+    )
+    assert list(list_site_data_warnings(simulated_config, make_partition(27, 59))) == []
+    gone = change_values(simulated_config, data={"test_file": "gone.csv"})
+    assert list(list_lead_data_warnings(gone, validation=None, test=make_lead_data("a", "b"))) == []
 
 
-def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated: RunConfig, tmp_path: Path) -> None:
-    (note,) = lead_data_warnings(simulated, validation=lead("a"), test=None)
+def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated_config: RunConfig, tmp_path: Path) -> None:
+    (note,) = list_lead_data_warnings(simulated_config, validation=make_lead_data("a"), test=None)
     assert note.startswith("there are no test records, so the run has no final score: set data.test_file or")
-    (note,) = lead_data_warnings(simulated, validation=None, test=lead("a", "a"))
+    (note,) = list_lead_data_warnings(simulated_config, validation=None, test=make_lead_data("a", "a"))
     assert note == "all test records have the label 'a': always giving that label scores 1.0"
-    some, many = blank(1, rows=10), blank(1200, rows=9000)
-    notes = lead_data_warnings(simulated, validation=lead("a", left_out=some), test=lead("a", "b", left_out=many))
+    some, many = make_skipped(1, rows=10), make_skipped(1200, rows=9000)
+    notes = list_lead_data_warnings(
+        simulated_config, validation=make_lead_data("a", left_out=some), test=make_lead_data("a", "b", left_out=many)
+    )
     assert list(notes) == [
         "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run skips them",
         "data.test_file: A LARGE PART, 1,200 of 9,000 rows (13.3 %), cannot be used: 1,200 must not be blank; the run "
@@ -69,7 +79,7 @@ def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated: RunConfig,
 
 
 @pytest.mark.parametrize("how", ["the same path", "a link", "the same content", "packed", "a part", "a site's own"])
-def test_file_containing_training_data_is_refused(simulated: RunConfig, tmp_path: Path, how: str) -> None:
+def test_file_containing_training_data_is_refused(simulated_config: RunConfig, tmp_path: Path, how: str) -> None:
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
     test.unlink()
     rows = [f"{word},{LABELS[0]}\n" for word in ("one", "two", "three")]
@@ -87,34 +97,34 @@ def test_file_containing_training_data_is_refused(simulated: RunConfig, tmp_path
     else:
         test.write_text("".join(["text,label\n", *(rows[1:] if how == "a part" else rows)]))
     file = train if how == "the same path" else test
-    kind = replace(simulated.data.partition, kind="file" if "{site}" in given else "iid")
-    config = changed(simulated, data={"train_file": given, "partition": kind, "test_file": str(file)})
-    (note,) = lead_data_warnings(config, validation=None, test=lead("a", "b"))
+    kind = replace(simulated_config.data.partition, kind="file" if "{site}" in given else "iid")
+    config = change_values(simulated_config, data={"train_file": given, "partition": kind, "test_file": str(file)})
+    (note,) = list_lead_data_warnings(config, validation=None, test=make_lead_data("a", "b"))
     assert note == "data.test_file has the same records as data.train_file: the scores say nothing about new records"
     with pytest.raises(ConfigError, match=r"data\.validation_file = .*: has the same records as data\.train_file"):
-        check_decision_scores(changed(config, data={"validation_file": str(file)}))
+        check_decision_scores(change_values(config, data={"validation_file": str(file)}))
 
 
-def test_file_comparison_follows_changes_and_tolerates_chance_overlap(simulated: RunConfig) -> None:
-    config = changed(simulated, data={"validation_file": simulated.data.test_file})
+def test_file_comparison_follows_changes_and_tolerates_chance_overlap(simulated_config: RunConfig) -> None:
+    config = change_values(simulated_config, data={"validation_file": simulated_config.data.test_file})
 
-    def decides(trained_on: list[str], validated_on: list[str]) -> bool:
+    def is_decisive(trained_on: list[str], validated_on: list[str]) -> bool:
         for file, words in ((config.data.train_file, trained_on), (config.data.test_file, validated_on)):
             write_records(Path(str(file)), [(word, LABELS[0]) for word in words], header=("text", "label"))
         return scores_may_decide(config)
 
     words = ["one", "two", "three"]
-    assert decides(words, ["four"])
-    assert not decides(words, ["two"])
-    assert decides(["yes", "no"] * 20, ["yes", "no"] * 2)
+    assert is_decisive(words, ["four"])
+    assert not is_decisive(words, ["two"])
+    assert is_decisive(["yes", "no"] * 20, ["yes", "no"] * 2)
 
 
-def test_simulated_sites_are_warned_of_sizes_and_shared_users(simulated: RunConfig) -> None:
-    (note,) = site_data_warnings(simulated, dealt(26, 60))
+def test_simulated_sites_are_warned_of_sizes_and_shared_users(simulated_config: RunConfig) -> None:
+    (note,) = list_site_data_warnings(simulated_config, make_partition(26, 60))
     assert "north declares 40, but has 26, south declares 40, but has 60." in note
-    (note,) = site_data_warnings(simulated, dealt(40, 40, left_out=blank(2, rows=82)))
+    (note,) = list_site_data_warnings(simulated_config, make_partition(40, 40, left_out=make_skipped(2, rows=82)))
     assert note.startswith("data.train_file: 2 of 82 rows (2.4 %) cannot be used: 2 must not be blank")
-    (note,) = site_data_warnings(simulated, dealt(40, 40, shared_users=3))
+    (note,) = list_site_data_warnings(simulated_config, make_partition(40, 40, shared_users=3))
     assert note.startswith("3 ids of users are in several sites' files")
 
 
@@ -122,5 +132,5 @@ def test_fractions_must_be_zero_with_real_sites() -> None:
     for side in ("validation", "test"):
         share = {f"{side}_fraction": 0.1, f"{side}_file": None}
         with pytest.raises(ConfigError, match=rf"data\.{side}_fraction = 0\.1: must be 0 with real sites.*{side}_file"):
-            letters(data=share)
-        letters(runtime={"kind": "simulation"}, data=share)
+            make_letters(data=share)
+        make_letters(runtime={"kind": "simulation"}, data=share)

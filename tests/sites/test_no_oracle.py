@@ -18,7 +18,7 @@ from fedtune.sites.shared_model import LoadedModel
 from fedtune.sites.shared_settings import settings_for_sites
 from fedtune.spec import ConfigError
 
-from .conftest import letters, write_records
+from .conftest import make_letters, write_records
 
 LABELS = [{"labels": ("invoice", "complaint")}, {"labels": ("never", "declared")}]
 
@@ -76,13 +76,13 @@ def test_no_run_setting_makes_a_held_out_record_fail(station: Any) -> None:
 
 
 def test_records_are_opened_only_for_charged_rounds(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    site, charged_then, read = station(), [], real_site.own_records
+    site, charged_then, read = station(), [], real_site.read_own_records
 
-    def reading(*args: Any, **rest: Any) -> Any:
+    def note_reading(*args: Any, **rest: Any) -> Any:
         charged_then.append(site.ledger().history.total_charges().total())
         return read(*args, **rest)
 
-    monkeypatch.setattr(real_site, "own_records", reading)
+    monkeypatch.setattr(real_site, "read_own_records", note_reading)
     useless = Adapter({"another": next(iter(site.first.tensors.values()))})
     assert site.refusal(adapter=useless) is Reason.ADAPTER_SHAPE
     assert charged_then == []
@@ -140,7 +140,7 @@ def test_marked_text_cannot_end_a_round(case: str, station: Any, tmp_path: Path)
         (folder / name).symlink_to(folder / name) if text is None else (folder / name).write_text(text)
     (alone,) = [name for name in files if name in ("a.conll", "a.pubtator")] or [""]
     site.edit(dataset={"path": f"notes/{alone}", "columns": columns})
-    site.update(adapter=LoadedModel(letters(**run)).initial_adapter)
+    site.update(adapter=LoadedModel(make_letters(**run)).initial_adapter)
 
 
 # A model in a site's store that is not the one the run names, or that a record could break, costs nothing.
@@ -155,7 +155,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def at_site(folder: Path, station: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def site_with_model(folder: Path, station: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A site whose store holds `folder`, for a run that names it by the hash that it has now."""
 
     def make() -> Any:
@@ -167,28 +167,28 @@ def at_site(folder: Path, station: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def changed_json(file: Path, **changes: object) -> None:
+def change_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_changed_model_file_is_refused_before_the_charge(at_site: Any, folder: Path, name: str) -> None:
-    site = at_site()
+def test_changed_model_file_is_refused_before_the_charge(site_with_model: Any, folder: Path, name: str) -> None:
+    site = site_with_model()
     site.update()
     site.edit(ledger="another.db")
     site.restart()
-    changed_json(folder / name, note="changed")
+    change_json(folder / name, note="changed")
     site.refusal()
     assert site.ledger().history.runs == {}
 
 
 @pytest.mark.parametrize("text", ["nothing of it", "a metastasis"])
-def test_token_beyond_the_embedding_reveals_nothing(at_site: Any, folder: Path, text: str) -> None:
+def test_token_beyond_the_embedding_reveals_nothing(site_with_model: Any, folder: Path, text: str) -> None:
     """Before, the site failed where a record held the token, and answered where none did."""
     tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    changed_json(folder / "tokenizer.json", added_tokens=[*tokens, {"id": 400, "content": "metastasis", **flags}])
-    site = at_site()
+    change_json(folder / "tokenizer.json", added_tokens=[*tokens, {"id": 400, "content": "metastasis", **flags}])
+    site = site_with_model()
     site.data.write_text(f"body,kind\n{text},praise\n" * 20)
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
@@ -205,14 +205,14 @@ GROWS = {"type": "Replace", "pattern": {"String": "JANE ROE"}, "content": "X" * 
     ids=["gives up", "grows", "panics always"],
 )
 def test_crashing_tokenizer_reveals_nothing(
-    at_site: Any, folder: Path, part: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+    site_with_model: Any, folder: Path, part: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, the site's process ended where a record held the word, and answered where none did."""
-    changed_json(folder / "tokenizer.json", **part)
+    change_json(folder / "tokenizer.json", **part)
     with monkeypatch.context() as lax:
         # A lead may name such a folder's hash, whatever its own fedtune says of it.
         lax.setattr("fedtune.model.manifest.check_content", lambda *args, **options: None)
-        site = at_site()
+        site = site_with_model()
     site.data.write_text(f"body,kind\n{text},praise\n" * 20)
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
@@ -227,6 +227,6 @@ def test_tokenizer_without_an_end_token_is_refused_at_loading(tmp_path: Path) ->
     del fields["eos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields | {"pad_token": "<s>"}))
     data = {"labels": (), "columns": {"prompt": "p", "completion": "c"}}
-    config = letters(task="causal_lm", model={"path": str(tmp_path), "sha256": None}, data=data)
+    config = make_letters(task="causal_lm", model={"path": str(tmp_path), "sha256": None}, data=data)
     with pytest.raises(ConfigError, match="its tokenizer must have an end-of-text token"):
         LoadedModel(config)

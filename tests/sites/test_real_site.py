@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import fedtune.sites.real_site as real_site
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.partition import split_heldout
 from fedtune.federation.bfloat16 import round_difference
-from fedtune.federation.protocol import Reply, SumRequest, parts_digest_of
+from fedtune.federation.protocol import Reply, SumRequest, hash_parts
 from fedtune.federation.site_round import answer, answer_step
 from fedtune.model.adapter import Adapter
 from fedtune.ops.services.site_state import SiteState
@@ -35,7 +35,7 @@ from fedtune.tasks.registry import TASKS
 from fedtune.tasks.task_model import build_task_model
 
 from ..privacy.builders import stranger_key
-from .conftest import letters
+from .conftest import make_letters
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def site(station: Any) -> Any:
     return station()
 
 
-def sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
+def change_sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
     """The settings that sites are sent, with values changed by somebody on the way."""
     fields = settings_for_sites(config).to_json()
     for group, values in groups.items():
@@ -52,7 +52,7 @@ def sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
     return json.dumps(fields)
 
 
-def charged(reply: Reply) -> int:
+def read_charged_rounds(reply: Reply) -> int:
     assert reply.receipt.has_valid_signature()
     return reply.receipt.charged_rounds
 
@@ -69,12 +69,12 @@ def test_round_is_answered_with_an_update_and_a_receipt(site: Any, first_adapter
     assert (reply.body.site, reply.body.round) == ("north", 1)
     assert Adapter(reply.body.tensors).has_same_shapes(first_adapter)
     assert Adapter(reply.body.tensors).digest() != first_adapter.digest()
-    assert charged(reply) == 1
+    assert read_charged_rounds(reply) == 1
 
 
 def test_bfloat16_update_is_the_rounded_difference(site: Any, first_adapter: Adapter) -> None:
     whole = site.update().tensors
-    reply = site.ask(letters(federation={"update_dtype": "bfloat16"}))
+    reply = site.ask(make_letters(federation={"update_dtype": "bfloat16"}))
     expected = round_difference(whole, first_adapter.tensors)
     assert isinstance(reply.body.tensors, Difference)
     for name, half in expected.halves.items():
@@ -84,14 +84,14 @@ def test_bfloat16_update_is_the_rounded_difference(site: Any, first_adapter: Ada
 
 @pytest.mark.parametrize("length", [1, 160, 200, 201, 266])
 def test_overlong_run_name_is_refused_without_a_charge(station: Any, length: int) -> None:
-    site, plain, named = station(), letters(), "n" * length
+    site, plain, named = station(), make_letters(), "n" * length
     if length <= 200:
-        reply = site.ask(letters(name=named))
+        reply = site.ask(make_letters(name=named))
         assert isinstance(reply.body, Update)
-        assert charged(reply) == 1
+        assert read_charged_rounds(reply) == 1
         return
     with pytest.raises(ConfigError, match="of at most 200 letters"):
-        letters(name=named)
+        make_letters(name=named)
     # A lead that does not look is refused before anything is charged.
     digest = settings_for_sites(plain).digest()[:32]
     text = json.dumps(settings_for_sites(plain).to_json() | {"name": named})
@@ -142,7 +142,7 @@ def test_site_imports_no_package_by_the_settings_that_a_lead_sent(
 
 
 @pytest.fixture
-def summing(station: Any, tmp_path: Path) -> Any:
+def summing_site(station: Any, tmp_path: Path) -> Any:
     """The site north, which may take part in sums with two others."""
     names = ("north", "south", "east")
     secure = {"aggregation": "secure", "num_sites": 3, "site_names": names}
@@ -152,18 +152,18 @@ def summing(station: Any, tmp_path: Path) -> Any:
     return site
 
 
-def test_refused_request_leaves_no_files(summing: Any) -> None:
+def test_refused_request_leaves_no_files(summing_site: Any) -> None:
     """An allowed lead asked for rounds of sums in sessions that never began, each of a run of its own."""
-    site = summing
+    site = summing_site
     for number in range(3):
         config = replace(site.config, seed=1000 + number)
-        assert site.refusal(config, session=f"{number:032x}") is Reason.SECURE_SUM
+        assert site.refusal(config, session=f"{number:032x}") is Reason.SECURE_STEP
     assert not list(site.folder.glob("runs/*"))
     assert site.ledger().history.runs == {}
 
 
 def test_stored_settings_omit_padding(site: Any) -> None:
-    text = sent_text(site.config)
+    text = change_sent_text(site.config)
     site.update(settings=text + " " * (MOST_CHARACTERS - len(text)))
     (kept,) = (site.folder / "runs").glob("*.json")
     assert kept.stat().st_size <= len(text.encode())
@@ -184,14 +184,14 @@ def test_settings_of_uncharged_runs_are_removed(site: Any) -> None:
 
 def test_unsigned_settings_are_refused_as_another_run_or_plan(site: Any) -> None:
     for changes in ({"training": {"learning_rate": 1.0}}, {"data": {"max_length": 13}}, {"model": {"license": "MIT"}}):
-        assert site.refusal(settings=sent_text(site.config, **changes)) is Reason.WRONG_RUN, changes
-    assert site.refusal(settings=sent_text(site.config, privacy={"max_grad_norm": 2.0})) is Reason.PLAN_CHANGED
+        assert site.refusal(settings=change_sent_text(site.config, **changes)) is Reason.WRONG_RUN, changes
+    assert site.refusal(settings=change_sent_text(site.config, privacy={"max_grad_norm": 2.0})) is Reason.PLAN_CHANGED
     assert site.ledger().history.runs == {}
 
 
 def test_settings_without_this_site_or_with_another_size_are_refused(site: Any) -> None:
     for sites in ({"site_names": ("west", "south")}, {"participants": ("south",)}):
-        assert site.refusal(letters(federation=sites)) is Reason.WRONG_SITE
+        assert site.refusal(make_letters(federation=sites)) is Reason.WRONG_SITE
     site.edit(dataset={"declared_size": 41})
     assert site.refusal() is Reason.DECLARED_SIZE
 
@@ -200,10 +200,10 @@ def test_settings_without_this_site_or_with_another_size_are_refused(site: Any) 
 
 
 @pytest.fixture
-def untouchable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def touched_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where a model or a record is reached for, it is noted, and fails."""
     reached: list[str] = []
-    for name in ("LoadedModel", "own_records"):
+    for name in ("LoadedModel", "read_own_records"):
         monkeypatch.setattr(real_site, name, lambda *_, name=name, **__: reached.append(name) or 1 / 0)
     return reached
 
@@ -224,13 +224,13 @@ def untouchable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_refused_request_loads_no_model_or_records(
-    site: Any, untouchable: list[str], edit: Any, about: Any, reason: Reason
+    site: Any, touched_data: list[str], edit: Any, about: Any, reason: Reason
 ) -> None:
     site.edit(**edit)
     if reason is Reason.PAUSED:
         site.paused.touch()
     assert site.refusal(**about) is reason
-    assert untouchable == []
+    assert touched_data == []
     assert not list((site.folder / "runs").glob("*")), "nor are its settings kept"
     assert site.ledger().history.runs == {}
 
@@ -244,7 +244,7 @@ def test_pending_run_is_stored_with_its_settings(site: Any, caplog: pytest.LogCa
     assert put_up.proposal == site.request().proposal
     assert json.loads(put_up.settings) == json.loads(json.dumps(settings_for_sites(site.config).decisive()))
     # What nobody can approve is not put up: a run that is refused, or whose settings are not what was signed.
-    assert site.refusal(settings=sent_text(site.config, training={"learning_rate": 1.0})) is Reason.WRONG_RUN
+    assert site.refusal(settings=change_sent_text(site.config, training={"learning_rate": 1.0})) is Reason.WRONG_RUN
     site.paused.touch()
     assert site.refusal() is Reason.PAUSED
     assert state.list_pending_runs() == [put_up]
@@ -254,24 +254,24 @@ def test_pending_run_is_stored_with_its_settings(site: Any, caplog: pytest.LogCa
     assert "no space left" in caplog.text
 
 
-def test_secure_aggregation_step_cannot_replace_pending_settings(summing: Any) -> None:
-    site, state = summing, SiteState.in_kit(summing.folder)
+def test_secure_aggregation_step_cannot_replace_pending_settings(summing_site: Any) -> None:
+    site, state = summing_site, SiteState.in_kit(summing_site.folder)
     site.waits = state.queue_for_approval
     site.edit(approval="manual")
     session = {"session": "1" * 32}
     assert site.refusal(**session) is Reason.AWAITING_APPROVAL
     shown, proposal = state.list_pending_runs(), site.request(**session).proposal
-    about = {"proposal": proposal, "site": "north", "expires": 1e12, "parts_digest": parts_digest_of([])}
+    about = {"proposal": proposal, "site": "north", "expires": 1e12, "parts_digest": hash_parts([])}
     join = SumRequest(**about, **session, step="join").sign_with(site.lead)
-    other = sent_text(site.config, data={"labels": ["invoice", "complaint", "harmless"]})
+    other = change_sent_text(site.config, data={"labels": ["invoice", "complaint", "harmless"]})
     for text in (other, '{"data": {"note": "everything is fine"}}', ""):
         assert answer_step(site.real.site(text), join, []).reason is Reason.AWAITING_APPROVAL
         assert state.list_pending_runs() == shown
 
 
-def test_allowed_request_loads_the_model(site: Any, untouchable: list[str]) -> None:
+def test_allowed_request_loads_the_model(site: Any, touched_data: list[str]) -> None:
     assert site.refusal() is Reason.SITE_ERROR
-    assert untouchable == ["LoadedModel"]
+    assert touched_data == ["LoadedModel"]
 
 
 @pytest.mark.parametrize("fault", [None, b"a,b\nsecret-17,2\n", b"body,kind,\xff\nsecret-17,praise,\n"])
@@ -285,7 +285,7 @@ def test_unreadable_data_file_gives_an_error_without_details(site: Any, fault: b
     assert reply.body.reason is Reason.SITE_ERROR
     assert (reply.body.asked, reply.body.allowed) == (None, None)
     # No record is opened before its round is charged, or a lead could ask of the file for nothing.
-    assert charged(reply) == (fault is not None)
+    assert read_charged_rounds(reply) == (fault is not None)
     assert "mail.csv" not in repr(reply)
     assert "mail.csv" in caplog.text
     assert "secret-17" not in caplog.text
@@ -295,25 +295,25 @@ def test_unreadable_data_file_gives_an_error_without_details(site: Any, fault: b
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loaded_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model that is loaded, and every data file that is read."""
     seen: list[str] = []
-    load, read = real_site.LoadedModel, real_site.own_records
+    load, read = real_site.LoadedModel, real_site.read_own_records
     monkeypatch.setattr(real_site, "LoadedModel", lambda *of, **rest: seen.append("model") or load(*of, **rest))
-    monkeypatch.setattr(real_site, "own_records", lambda *of, **rest: seen.append("records") or read(*of, **rest))
+    monkeypatch.setattr(real_site, "read_own_records", lambda *of, **rest: seen.append("records") or read(*of, **rest))
     return seen
 
 
-def test_model_and_records_are_cached_between_rounds(site: Any, loaded: list[str]) -> None:
+def test_model_and_records_are_cached_between_rounds(site: Any, loaded_data: list[str]) -> None:
     for round in (1, 2, 2):
         site.update(round=round)
-    assert loaded == ["model", "records"]
-    site.update(letters(name="second"))
+    assert loaded_data == ["model", "records"]
+    site.update(make_letters(name="second"))
     site.update(round=3)
-    assert loaded == ["model", "records", "records", "records"], "the newest run's alone are kept"
-    other = letters(name="third", seed=5)
+    assert loaded_data == ["model", "records", "records", "records"], "the newest run's alone are kept"
+    other = make_letters(name="third", seed=5)
     site.update(other, adapter=LoadedModel(settings_for_sites(other)).initial_adapter)
-    assert loaded[4:] == ["model", "records"]
+    assert loaded_data[4:] == ["model", "records"]
 
 
 def test_uncharged_request_frees_no_cached_records(site: Any) -> None:
@@ -323,7 +323,7 @@ def test_uncharged_request_frees_no_cached_records(site: Any) -> None:
     model, examples = weakref.ref(work.shared.model), weakref.ref(work.examples)
     del work
     shapeless = Adapter({"other": np.zeros(1, np.float32)})  # so that all is made ready for a round that is not charged
-    assert site.refusal(letters(seed=5), adapter=shapeless) is Reason.ADAPTER_SHAPE
+    assert site.refusal(make_letters(seed=5), adapter=shapeless) is Reason.ADAPTER_SHAPE
     gc.collect()
     assert model() is None, "two models would fill the memory"
     assert site.real._warm[1].records.training
@@ -335,11 +335,11 @@ def test_uncharged_request_frees_no_cached_records(site: Any) -> None:
 
 @pytest.mark.by_day("machine0")
 @pytest.mark.parametrize("machine", [{"micro_batch_tokens": 64}, {"kept_states_mib": 0}])
-def test_changed_machine_settings_reload_the_model(site: Any, loaded: list[str], machine: Any) -> None:
+def test_changed_machine_settings_reload_the_model(site: Any, loaded_data: list[str], machine: Any) -> None:
     site.update()
     site.edit(machine=machine)
     site.update(round=2)
-    assert loaded == ["model", "records"] * 2
+    assert loaded_data == ["model", "records"] * 2
 
 
 def test_policy_change_applies_to_the_next_request(site: Any) -> None:
@@ -353,15 +353,15 @@ def test_policy_change_applies_to_the_next_request(site: Any) -> None:
     assert Adapter(site.update(round=3).tensors).digest() != Adapter(other.tensors).digest()
 
 
-def largest(update: Update) -> float:
+def find_largest_value(update: Update) -> float:
     return max(float(np.abs(value).max()) for value in update.tensors.values())
 
 
 def test_tighter_adapter_bound_applies_to_the_next_request(station: Any) -> None:
     site = station(training={"learning_rate": 5.0})
-    assert largest(site.update()) > 0.25
+    assert find_largest_value(site.update()) > 0.25
     site.edit(limits={"max_adapter_value": 0.25})
-    assert largest(site.update(round=2)) <= 0.25
+    assert find_largest_value(site.update(round=2)) <= 0.25
 
 
 @pytest.mark.parametrize("kind", ["dora", "ia3"])
@@ -373,7 +373,7 @@ def test_adapter_kind_follows_the_policy_and_its_value_bound(station: Any, kind:
     site.edit(allow={"adapters": ("lora", kind)})
     assert site.refusal() is Reason.ADAPTER_SHAPE, "LoRA's own tensors"
     update = site.update(adapter=start)
-    assert largest(update) <= 0.25
+    assert find_largest_value(update) <= 0.25
     assert Adapter(update.tensors).has_same_shapes(start)
     (run,) = site.ledger().history.runs.values()
     assert run.proposal.adapter == kind
@@ -383,7 +383,7 @@ def test_start_adapter_is_projected_into_the_value_bound(station: Any) -> None:
     site = station(model={"adapter_sha256": "cd" * 32}, training={"learning_rate": 1e-6})
     tuned = Adapter({name: np.full_like(value, 7.0) for name, value in site.first.tensors.items()})
     site.edit(limits={"max_adapter_value": 0.25})
-    assert 0.17 < largest(site.update(adapter=tuned)) <= 0.25, "or it was not the start that was trained"
+    assert 0.17 < find_largest_value(site.update(adapter=tuned)) <= 0.25, "or it was not the start that was trained"
     (run,) = site.ledger().history.runs.values()
     assert run.proposal.start_adapter == "cd" * 32
 
@@ -393,7 +393,7 @@ def test_start_adapter_is_projected_into_the_value_bound(station: Any) -> None:
 HELD_OUT = {"data": {"heldout_fraction": 0.5}}
 
 
-def held_out(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
+def list_held_out_texts(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
     """Texts of the records that the site keeps from training in a round."""
     site.update(config, round=round, adapter=LoadedModel(settings_for_sites(config)).initial_adapter)
     _, work = site.real._warm
@@ -407,16 +407,18 @@ def held_out(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
 def test_held_out_split_uses_a_secret_key_per_site(station: Any) -> None:
     north, south = station("north", **HELD_OUT), station("south", **HELD_OUT)
     assert north.data.read_bytes() == south.data.read_bytes()
-    by_north, by_south = held_out(north, north.config), held_out(south, south.config)
+    by_north, by_south = list_held_out_texts(north, north.config), list_held_out_texts(south, south.config)
     assert by_north != by_south
     for site, kept in ((north, by_north), (south, by_south)):
         records = site.real._warm[1].records
         key = SigningKey.load(site.folder / "site_key.pem").derive_secret("held-out split")
         by_key = split_heldout([*records.training, *records.heldout], fraction=0.5, key=key)[1]
         assert kept == {record.fields["text"] for record in by_key}, "by the secret of its key file"
-    assert held_out(north, letters(name="second", seed=7, **HELD_OUT)) == by_north, "the lead's seed has no say"
+    assert list_held_out_texts(north, make_letters(name="second", seed=7, **HELD_OUT)) == by_north, (
+        "the lead's seed has no say"
+    )
     north.restart()
-    assert held_out(north, north.config, round=2) == by_north
+    assert list_held_out_texts(north, north.config, round=2) == by_north
 
 
 @pytest.mark.by_day("after a restart")
@@ -427,7 +429,7 @@ def test_final_adapter_is_stored_and_can_be_scored(site: Any, restarted: bool) -
         site.restart()
     assert site.end(final).charged_rounds == 1
     folder = Path(site.adapters / settings_for_sites(site.config).run_id())
-    config = saved_config(folder)
+    config = read_saved_config(folder)
     found = compare_runs({"tuned": (config, folder / "adapter")}, file=str(site.data))
     shared = RunModel(LoadedModel(config), config)
     data = LeadData.of(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Record
-from fedtune.sites.run_records import RunRecords, assign_sites, card_path, record_generated_texts, require_disjoint
+from fedtune.sites.run_records import RunRecords, assign_sites, find_card_path, record_generated_texts, require_disjoint
 from fedtune.spec import ConfigError
 
 PRIVATE = [f"The {n}th Café visit of Straße {n}" for n in range(200)]
@@ -23,7 +23,7 @@ COPIES: dict[str, Any] = {
 }
 
 
-def records(texts: Sequence[str | Record], role: str = "text") -> list[Record]:
+def make_records(texts: Sequence[str | Record], role: str = "text") -> list[Record]:
     return [one if isinstance(one, Record) else Record({role: one, "label": "a"}) for one in texts]
 
 
@@ -38,16 +38,16 @@ class Own(RunRecords):
         return self.folder
 
     def records_by_setting(self) -> dict[str, list[Record]]:
-        return {name: records(texts[:100]) for name, texts in self.texts.items()}
+        return {name: make_records(texts[:100]) for name, texts in self.texts.items()}
 
     def read_whole_files(self) -> Iterator[tuple[str, list[Record]]]:
-        yield from ((name, records(texts)) for name, texts in self.texts.items())
+        yield from ((name, make_records(texts)) for name, texts in self.texts.items())
 
 
 def check(public: Sequence[str], own: Own, *, role: str = "text", may_owe: bool = False) -> None:
     file = own.folder / "public.jsonl"
     file.touch()
-    require_disjoint(records(public, role), own, key="public.train_file", file=str(file), may_owe=may_owe)
+    require_disjoint(make_records(public, role), own, key="public.train_file", file=str(file), may_owe=may_owe)
 
 
 @pytest.mark.parametrize("role", ["text", "prompt"])
@@ -112,7 +112,7 @@ def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Pa
         with pytest.raises(ConfigError, match=r"must hold public records: .*writer wrote some of them"):
             check([*map(str.upper, written[15:25]), *FOREIGN[:90]], own, may_owe=may_owe)
     check([*written[:2], *FOREIGN[:90]], own)
-    card_path(tmp_path / "public.jsonl", ".json").touch()
+    find_card_path(tmp_path / "public.jsonl", ".json").touch()
     check(written, own, may_owe=True)  # whose epsilon is read from it
     with pytest.raises(ConfigError, match=r"public\.jsonl\.card\.json next to it lists the runs"):
         check(written, own)
@@ -134,4 +134,4 @@ def test_records_belong_to_the_site_holding_their_file(tmp_path: Path) -> None:
     tested = RunRecords(config).dealt.test
     assert assign_sites(config, tested) == [record.fields["text"][0] for record in tested]
     assert {*(record.fields["text"][0] for record in tested)} == {"a", "b"}
-    assert assign_sites(config, records(FOREIGN)) is None, "of another file"
+    assert assign_sites(config, make_records(FOREIGN)) is None, "of another file"

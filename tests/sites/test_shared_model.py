@@ -16,7 +16,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.saved import save_task_model
 from fedtune.training import batch_invariance
 
-from .conftest import letters
+from .conftest import make_letters
 
 PROMPTED = {"labels": (), "columns": {"prompt": "p", "completion": "c"}}
 LLAMA = {"path": "random:llama", "sha256": None}
@@ -35,7 +35,7 @@ class Tries(list[Shapes]):
 
 
 @pytest.fixture
-def tries(monkeypatch: pytest.MonkeyPatch) -> Tries:
+def trial_calls(monkeypatch: pytest.MonkeyPatch) -> Tries:
     """Where nothing was tried before."""
     tries = Tries()
     monkeypatch.setattr(shared_model, "max_batch_influence", tries.try_model)
@@ -43,25 +43,25 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> Tries:
     return tries
 
 
-def test_model_is_tried_once_per_clip_norm_for_private_runs(tries: Tries) -> None:
-    assert LoadedModel(letters(privacy={"mechanism": "none", "noise_multiplier": None})).moved == 0
-    assert tries == []
+def test_model_is_tried_once_per_clip_norm_for_private_runs(trial_calls: Tries) -> None:
+    assert LoadedModel(make_letters(privacy={"mechanism": "none", "noise_multiplier": None})).moved == 0
+    assert trial_calls == []
     for _ in range(2):
-        assert LoadedModel(letters()).moved == 0
-    assert len(tries) == 1
+        assert LoadedModel(make_letters()).moved == 0
+    assert len(trial_calls) == 1
     # The clip norm is what a move is measured in, and smaller ones bring other gradients below the bound.
-    LoadedModel(letters(privacy={"max_grad_norm": 0.25}))
-    assert len(tries) == 2
+    LoadedModel(make_letters(privacy={"max_grad_norm": 0.25}))
+    assert len(trial_calls) == 2
 
 
-def test_weak_signal_is_refused_before_the_model_trial(tries: Tries) -> None:
+def test_weak_signal_is_refused_before_the_model_trial(trial_calls: Tries) -> None:
     noise = {"noise_multiplier": 400.0}
-    weak, allowed = (letters(privacy=noise, training={"ignore_weak_signal": on}) for on in (False, True))
+    weak, allowed = (make_letters(privacy=noise, training={"ignore_weak_signal": on}) for on in (False, True))
     with pytest.raises(ConfigError, match=r"training\.ignore_weak_signal"):
         LoadedModel(weak, leads=True)
-    assert tries == []
+    assert trial_calls == []
     LoadedModel(allowed, leads=True)
-    assert len(tries) == 1
+    assert len(trial_calls) == 1
 
 
 @pytest.mark.parametrize("other", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
@@ -69,54 +69,55 @@ def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monke
     """Nothing here answers in its place: where the second setting alone mixes records, it is refused."""
     assert shared_model.max_batch_influence is batch_invariance.max_batch_influence
     assert shared_model.fit_to_memory is batch_invariance.fit_to_memory
-    LoadedModel(letters())
+    LoadedModel(make_letters())
     build = shared_model.build_task_model
 
-    def mixing(spec: Any, *, device: Any) -> Any:
+    def build_mixing(spec: Any, *, device: Any) -> Any:
         model = build(spec, device=device)
         embeddings = model.base.get_base_model().embeddings
         embeddings.register_forward_hook(lambda module, inputs, hidden: hidden + hidden.mean(dim=0, keepdim=True))
         return model
 
-    monkeypatch.setattr(shared_model, "build_task_model", mixing)
+    monkeypatch.setattr(shared_model, "build_task_model", build_mixing)
     with pytest.raises(ConfigError, match="mixes the examples"):
-        LoadedModel(letters(**other))
+        LoadedModel(make_letters(**other))
 
 
-def test_failed_trial_is_repeated_and_refused_each_time(tries: Tries) -> None:
-    tries.moved = ConfigError("model.path", "tiny", "cannot be trained on examples of 24 tokens here")
+def test_failed_trial_is_repeated_and_refused_each_time(trial_calls: Tries) -> None:
+    trial_calls.moved = ConfigError("model.path", "tiny", "cannot be trained on examples of 24 tokens here")
     for number in (1, 2, 3):
         with pytest.raises(ConfigError, match="cannot be trained"):
-            LoadedModel(letters())
-        assert len(tries) == number
-    tries.moved = 0.0
-    LoadedModel(letters())
+            LoadedModel(make_letters())
+        assert len(trial_calls) == number
+    trial_calls.moved = 0.0
+    LoadedModel(make_letters())
 
 
 @pytest.mark.parametrize(("moved", "message"), [(0.3, "mixes the examples"), (1e-7, "a different gradient")])
-def test_repeated_requests_do_not_repeat_the_trial(tries: Tries, moved: float, message: str) -> None:
-    tries.moved = moved
+def test_repeated_requests_do_not_repeat_the_trial(trial_calls: Tries, moved: float, message: str) -> None:
+    trial_calls.moved = moved
     for _ in range(3):
         with pytest.raises(ConfigError, match=message):
-            LoadedModel(letters())
-        assert len(tries) == 2, "once, and once more with plainer shapes"
-        tries.moved = 0.0
+            LoadedModel(make_letters())
+        assert len(trial_calls) == 2, "once, and once more with plainer shapes"
+        trial_calls.moved = 0.0
 
 
-def test_inexact_gradients_are_accepted_only_with_permission(tries: Tries) -> None:
-    tries.moved = 1e-7
+def test_inexact_gradients_are_accepted_only_with_permission(trial_calls: Tries) -> None:
+    trial_calls.moved = 1e-7
     for _ in range(2):
         with pytest.raises(ConfigError, match="a different gradient"):
-            LoadedModel(letters())
-    assert LoadedModel(letters(), inexact_allowed=True).moved == 1e-7
+            LoadedModel(make_letters())
+    assert LoadedModel(make_letters(), inexact_allowed=True).moved == 1e-7
     with pytest.raises(ConfigError, match="a different gradient"):
-        LoadedModel(letters())
-    assert {shapes.row_shares for shapes in tries} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
+        LoadedModel(make_letters())
+    assert {shapes.row_shares for shapes in trial_calls} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
 
 
 def test_changed_chat_template_requires_a_checked_model() -> None:
     plain, chats = (
-        letters(task="causal_lm", model=LLAMA, data={**PROMPTED, "chat_template": kind}) for kind in ("none", "model")
+        make_letters(task="causal_lm", model=LLAMA, data={**PROMPTED, "chat_template": kind})
+        for kind in ("none", "model")
     )
     kept = LoadedModel(plain)
     size = sum(plain.declared_sizes().values())
@@ -126,47 +127,47 @@ def test_changed_chat_template_requires_a_checked_model() -> None:
         LoadedModel(chats)
 
 
-def test_run_starts_only_from_the_adapter_of_its_proposal(tries: Tries, tmp_path: Path) -> None:
-    shared = LoadedModel(letters())
+def test_run_starts_only_from_the_adapter_of_its_proposal(trial_calls: Tries, tmp_path: Path) -> None:
+    shared = LoadedModel(make_letters())
     save_task_model(shared.model, tmp_path)
     digest = shared.initial_adapter.digest()
 
-    def begun(digest: str) -> RunModel:
-        return RunModel(shared, letters(model={"adapter": str(tmp_path), "adapter_sha256": digest}))
+    def begin_run(digest: str) -> RunModel:
+        return RunModel(shared, make_letters(model={"adapter": str(tmp_path), "adapter_sha256": digest}))
 
-    assert begun(digest).first_adapter().digest() == digest
+    assert begin_run(digest).first_adapter().digest() == digest
     with pytest.raises(ConfigError, match=rf"model\.adapter_sha256 = .*must be {digest}, that of the adapter"):
-        begun("ab" * 32).first_adapter()  # of the one that lay in the folder before
+        begin_run("ab" * 32).first_adapter()  # of the one that lay in the folder before
 
 
-def test_runs_of_one_loaded_model_share_neither_settings_nor_records(tries: Tries) -> None:
-    loaded = LoadedModel(letters())
-    one, other = (RunModel(loaded, letters(seed=seed)) for seed in (1, 2))
+def test_runs_of_one_loaded_model_share_neither_settings_nor_records(trial_calls: Tries) -> None:
+    loaded = LoadedModel(make_letters())
+    one, other = (RunModel(loaded, make_letters(seed=seed)) for seed in (1, 2))
     assert (one.config.seed, other.config.seed, one.records is other.records) == (1, 2, False)
 
 
-def test_site_refuses_requests_without_charge_if_the_trial_fails(station: Any, tries: Tries) -> None:
+def test_site_refuses_requests_without_charge_if_the_trial_fails(station: Any, trial_calls: Tries) -> None:
     site = station()  # made with a model that passes
-    tries.moved = ConfigError("model.path", "tiny", "mixes the examples of a batch")
+    trial_calls.moved = ConfigError("model.path", "tiny", "mixes the examples of a batch")
     shared_model._measured.clear()
-    before = len(tries)
+    before = len(trial_calls)
     for number in (1, 2):
         reply = site.ask()
         assert isinstance(reply.body, Refusal)
         assert (reply.body.reason, reply.body.asked, reply.body.allowed) == (Reason.SITE_ERROR, None, None)
         assert reply.receipt.charged_rounds == 0
-        assert len(tries) == before + number
+        assert len(trial_calls) == before + number
     assert site.ledger().history.runs == {}
 
 
-def test_model_is_tried_when_a_private_run_follows_a_plain_one(station: Any, tries: Tries) -> None:
+def test_model_is_tried_when_a_private_run_follows_a_plain_one(station: Any, trial_calls: Tries) -> None:
     site = station(privacy={"mechanism": "none", "noise_multiplier": None})
     shared_model._measured.clear()
-    before = len(tries)
+    before = len(trial_calls)
     site.update()
-    assert len(tries) == before
-    site.update(letters(name="second"))
-    assert len(tries) == before + 1
+    assert len(trial_calls) == before
+    site.update(make_letters(name="second"))
+    assert len(trial_calls) == before + 1
 
 
 def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, caplog: Any) -> None:
@@ -174,10 +175,10 @@ def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, ca
     others.ready_crew.side_effect = ConfigError("runtime.num_devices", 2, "needs devices with bitwise equal gradients")
     monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
     with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):
-        LoadedModel(letters(runtime={"num_devices": 2}))
+        LoadedModel(make_letters(runtime={"num_devices": 2}))
     monkeypatch.setattr(shared_model, "choose_num_processes", lambda *_, **__: 2)
     others.start_trials.reset_mock()
-    assert LoadedModel(letters()).devices is None
+    assert LoadedModel(make_letters()).devices is None
     others.start_trials.assert_called_once()
     assert "the run continues in one process" in caplog.text
 
@@ -193,7 +194,7 @@ def test_only_the_command_line_starts_extra_processes(
     asked: list[float] = []
     monkeypatch.setattr(shared_model, "choose_num_processes", lambda _, *, gradients: asked.append(gradients) or 1)
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=main))
-    config = letters()
+    config = make_letters()
     LoadedModel(config)
     LoadedModel(config, alone=True)
     steps = config.federation.num_rounds * config.training.local_steps
@@ -202,10 +203,14 @@ def test_only_the_command_line_starts_extra_processes(
 
 
 def test_skipping_runs_ignore_unencodable_records() -> None:
-    def within(*, leave_out: bool, lenient: bool = False) -> int | None:
+    def find_highest_id(*, leave_out: bool, lenient: bool = False) -> int | None:
         task = SimpleNamespace(tokenize=lambda records, tokenizer, *, data, lenient_within: lenient_within)
         model, data = SimpleNamespace(task=task, num_ids=7), SimpleNamespace(skips_bad_records=leave_out)
         shared: Any = SimpleNamespace(model=model, tokenizer=None, config=SimpleNamespace(data=data))
         return RunModel.tokenize_records(shared, [], lenient=lenient)  # type: ignore[return-value]
 
-    assert (within(leave_out=False), within(leave_out=True), within(leave_out=False, lenient=True)) == (None, 7, 7)
+    assert (
+        find_highest_id(leave_out=False),
+        find_highest_id(leave_out=True),
+        find_highest_id(leave_out=False, lenient=True),
+    ) == (None, 7, 7)

@@ -11,34 +11,34 @@ import pytest
 import yaml
 
 from fedtune.config import RunConfig, parse
-from fedtune.model.base_model import model_sha256
+from fedtune.model.base_model import hash_model
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, settings_for_sites
 from fedtune.spec import ConfigError
 
-from ..privacy.builders import reason_of
-from .conftest import letters
+from ..privacy.builders import read_refusal_reason
+from .conftest import make_letters
 
 HASH = "ab" * 32
 SETTINGS = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())
 DECISIVE, NEUTRAL, WITH = SETTINGS["decisive"], SETTINGS["neutral"], SETTINGS["with"]
 
 
-def changed(changes: Mapping[str, Any]) -> RunConfig:
-    fields = letters().to_json()
+def change_letters(changes: Mapping[str, Any]) -> RunConfig:
+    fields = make_letters().to_json()
     for key, value in changes.items():
         group, _, name = key.rpartition(".")
         (fields[group] if group else fields)[name] = value
     return parse(fields)
 
 
-def with_change(key: str, value: object) -> RunConfig:
-    return changed({**WITH.get(key, {}), key: value})
+def change_key(key: str, value: object) -> RunConfig:
+    return change_letters({**WITH.get(key, {}), key: value})
 
 
-def text_of(sent: RunConfig, **leaf: object) -> str:
+def change_sent_text(sent: RunConfig, **leaf: object) -> str:
     """What travels, with the values of some settings changed on the way."""
     fields = sent.to_json()
     for path, value in leaf.items():
@@ -47,66 +47,70 @@ def text_of(sent: RunConfig, **leaf: object) -> str:
     return json.dumps(fields)
 
 
-def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def iter_leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in fields.items():
         if isinstance(value, dict) and key not in ("columns", "partition", "about"):
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from iter_leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 
 
 def test_every_setting_is_classified_as_decisive_or_neutral() -> None:
     listed = [*DECISIVE, *NEUTRAL, "federation.num_sites", "name"]  # which is part of the identifier itself
-    assert sorted(listed) == sorted(leaves(letters().to_json()))
+    assert sorted(listed) == sorted(iter_leaves(make_letters().to_json()))
 
 
 @pytest.mark.parametrize("key", DECISIVE)
 def test_decisive_setting_changes_the_run_id(key: str) -> None:
-    without = letters() if key in ("task", "data.input") else changed(WITH.get(key, {}))
-    assert settings_for_sites(with_change(key, DECISIVE[key])).run_id() != settings_for_sites(without).run_id()
+    without = make_letters() if key in ("task", "data.input") else change_letters(WITH.get(key, {}))
+    assert settings_for_sites(change_key(key, DECISIVE[key])).run_id() != settings_for_sites(without).run_id()
 
 
 @pytest.mark.parametrize("key", NEUTRAL)
 def test_neutral_settings_keep_the_run_id_and_are_not_sent(key: str) -> None:
-    sent = settings_for_sites(with_change(key, NEUTRAL[key]))
-    assert sent.run_id() == settings_for_sites(changed(WITH.get(key, {}))).run_id()
+    sent = settings_for_sites(change_key(key, NEUTRAL[key]))
+    assert sent.run_id() == settings_for_sites(change_letters(WITH.get(key, {}))).run_id()
     assert "canary" not in json.dumps(sent.to_json())
 
 
 def test_run_id_combines_name_and_settings() -> None:
-    one, other = settings_for_sites(letters()), settings_for_sites(letters(name="second"))
+    one, other = settings_for_sites(make_letters()), settings_for_sites(make_letters(name="second"))
     assert one.run_id().startswith("trial-")
     assert one.run_id().removeprefix("trial") == other.run_id().removeprefix("second")
-    three = letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
+    three = make_letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
     assert settings_for_sites(three).run_id() != one.run_id()
 
 
 def test_local_model_path_of_the_lead_is_not_sent() -> None:
     places = ("/home/ada/canary/minilm", "canary/minilm", "~/canary", "canary-labs/minilm")
-    (text,) = {text_of(settings_for_sites(letters(model={"path": path, "sha256": HASH}))) for path in places}
+    (text,) = {
+        change_sent_text(settings_for_sites(make_letters(model={"path": path, "sha256": HASH}))) for path in places
+    }
     assert "canary" not in text
     assert HASH in text
-    packaged = letters(model={"path": "package:some_weights/model", "sha256": HASH})
+    packaged = make_letters(model={"path": "package:some_weights/model", "sha256": HASH})
     assert settings_for_sites(packaged).model.path == "package:some_weights/model", "the same on every machine"
 
 
 def test_model_is_sent_with_the_digest_of_its_weights() -> None:
     for path in ("random:bert", "random:llama"):
-        sent = settings_for_sites(letters(model={"path": path, "sha256": None}))
-        assert sent.model.sha256 == model_sha256(ModelSpec(path=path))
-    assert settings_for_sites(letters(model={"sha256": None})) == settings_for_sites(letters())
+        sent = settings_for_sites(make_letters(model={"path": path, "sha256": None}))
+        assert sent.model.sha256 == hash_model(ModelSpec(path=path))
+    assert settings_for_sites(make_letters(model={"sha256": None})) == settings_for_sites(make_letters())
     with pytest.raises(ConfigError, match=r"model\.path"):
-        settings_for_sites(letters(model={"path": "./nowhere", "sha256": None}))
+        settings_for_sites(make_letters(model={"path": "./nowhere", "sha256": None}))
 
 
 def test_noise_is_calibrated_only_by_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = letters(privacy={"noise_multiplier": None, "epsilon": 3.0})
+    config = make_letters(privacy={"noise_multiplier": None, "epsilon": 3.0})
     plan, sent = config.plan(), settings_for_sites(config)
     assert sent.privacy.noise_multiplier == plan.noise_multiplier > 0
     monkeypatch.setattr(accountant, "calibrate_noise", None)
-    assert read_settings(text_of(sent), plan=plan, task=sent.task).plan() == plan
+    assert read_settings(change_sent_text(sent), plan=plan, task=sent.task).plan() == plan
     assert (
-        settings_for_sites(letters(privacy={"mechanism": "none", "noise_multiplier": None})).privacy.noise_multiplier
+        settings_for_sites(
+            make_letters(privacy={"mechanism": "none", "noise_multiplier": None})
+        ).privacy.noise_multiplier
         is None
     )
 
@@ -114,27 +118,27 @@ def test_noise_is_calibrated_only_by_the_lead(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("key", ["seed", *DECISIVE, *NEUTRAL])
 def test_settings_round_trip_to_the_site(key: str) -> None:
     value = DECISIVE[key] if key in DECISIVE else NEUTRAL[key]
-    sent = settings_for_sites(with_change(key, value))
+    sent = settings_for_sites(change_key(key, value))
     assert parse(sent.to_json()) == sent
-    assert read_settings(text_of(sent), plan=sent.plan(), task=sent.task) == sent
-    assert read_settings(text_of(sent), plan=sent.plan(), task=sent.task).run_id() == sent.run_id()
+    assert read_settings(change_sent_text(sent), plan=sent.plan(), task=sent.task) == sent
+    assert read_settings(change_sent_text(sent), plan=sent.plan(), task=sent.task).run_id() == sent.run_id()
 
 
 def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
     voting = {"task": "votes", "head.init": "label_names", "head.scale": 1.0, "privacy.sampling_rate": 1.0}
-    sent = settings_for_sites(changed(WITH["federation.threshold"] | voting))
+    sent = settings_for_sites(change_letters(WITH["federation.threshold"] | voting))
     larger = replace(sent, data=replace(sent.data, declared_sizes=(600, 600, 600)))
     assert larger.plan().secure_noise.bound == 1200
-    assert read_settings(text_of(larger), plan=larger.plan(), task=larger.task) == larger
+    assert read_settings(change_sent_text(larger), plan=larger.plan(), task=larger.task) == larger
 
 
 # What a site reads.
 
 
 @pytest.fixture(scope="module")
-def sent() -> RunConfig:
+def sent_settings() -> RunConfig:
     """What the run's sites are sent."""
-    return settings_for_sites(letters())
+    return settings_for_sites(make_letters())
 
 
 @pytest.mark.parametrize(
@@ -145,8 +149,10 @@ def sent() -> RunConfig:
     ],
     ids=lambda text: f"{text[:12]!r} of {len(text)}",
 )
-def test_malformed_settings_are_refused(sent: RunConfig, text: str) -> None:
-    assert reason_of(read_settings, text, plan=sent.plan(), task=sent.task) is Reason.SETTINGS
+def test_malformed_settings_are_refused(sent_settings: RunConfig, text: str) -> None:
+    assert (
+        read_refusal_reason(read_settings, text, plan=sent_settings.plan(), task=sent_settings.task) is Reason.SETTINGS
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,24 +168,28 @@ def test_malformed_settings_are_refused(sent: RunConfig, text: str) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_unknown_keys_and_invalid_values_are_refused(sent: RunConfig, path: str, value: object) -> None:
-    text = text_of(sent, **{path: value})
-    assert reason_of(read_settings, text, plan=sent.plan(), task=sent.task) is Reason.SETTINGS
+def test_unknown_keys_and_invalid_values_are_refused(sent_settings: RunConfig, path: str, value: object) -> None:
+    text = change_sent_text(sent_settings, **{path: value})
+    assert (
+        read_refusal_reason(read_settings, text, plan=sent_settings.plan(), task=sent_settings.task) is Reason.SETTINGS
+    )
 
 
-def test_settings_refusal_names_the_mismatched_keys(sent: RunConfig) -> None:
-    fields = json.loads(text_of(sent, **{"training.newer_key": 1, "privacy.newer": 2}))
+def test_settings_refusal_names_the_mismatched_keys(sent_settings: RunConfig) -> None:
+    fields = json.loads(change_sent_text(sent_settings, **{"training.newer_key": 1, "privacy.newer": 2}))
     del fields["training"]["optimizer"], fields["seed"]
     with pytest.raises(Refused) as caught:
-        read_settings(json.dumps(fields), plan=sent.plan(), task=sent.task)
+        read_settings(json.dumps(fields), plan=sent_settings.plan(), task=sent_settings.task)
     assert caught.value.asked == "privacy.newer, seed, training.newer_key, training.optimizer"
 
 
-def test_cost_of_an_unsigned_plan_is_never_computed(sent: RunConfig, monkeypatch: Any) -> None:
+def test_cost_of_an_unsigned_plan_is_never_computed(sent_settings: RunConfig, monkeypatch: Any) -> None:
     # Some of these would take all of a machine's memory; so many steps are no plan.
-    plan, steps = sent.plan(), {"training.local_steps": 10**9, "federation.num_rounds": 10**12}
+    plan, steps = sent_settings.plan(), {"training.local_steps": 10**9, "federation.num_rounds": 10**12}
     others = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}
-    monkeypatch.setattr(accountant, "epsilon_if_above", None)
+    monkeypatch.setattr(accountant, "compute_epsilon_if_above", None)
     for path, value in (steps | {f"privacy.{key}": value for key, value in others.items()}).items():
-        reason = reason_of(read_settings, text_of(sent, **{path: value}), plan=plan, task=sent.task)
+        reason = read_refusal_reason(
+            read_settings, change_sent_text(sent_settings, **{path: value}), plan=plan, task=sent_settings.task
+        )
         assert reason is (Reason.SETTINGS if path in steps else Reason.PLAN_CHANGED), path

@@ -22,7 +22,7 @@ from fedtune.federation.secure.party import SumConfirmation
 from fedtune.federation.site_round import Trained
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import epsilon_pld, format_epsilon
-from fedtune.privacy.filter import epsilon_conversion_term, smallest_cap, total_divergence
+from fedtune.privacy.filter import compute_total_divergence, epsilon_conversion_term, smallest_cap
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.mechanism import release_scores
@@ -43,9 +43,9 @@ from fedtune.sites.virtual_site import (
 )
 from fedtune.spec import ConfigError, RefusedError, RunError
 
-from ..conftest import command, files_in, simulate, tiny
-from ..privacy.builders import changed, reason_of, stranger_key
-from .conftest import first_request
+from ..conftest import list_tiny_overrides, read_files, run_command, simulate
+from ..privacy.builders import change_values, read_refusal_reason, stranger_key
+from .conftest import make_first_request
 
 NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
 MUCH_SCORED = (
@@ -58,12 +58,12 @@ MUCH_SCORED = (
 """The scores cost more than the training, so that another order than the training's would suit the whole."""
 
 
-def policy_and_proposal(config: RunConfig) -> tuple[Policy, Proposal]:
+def make_policy_and_proposal(config: RunConfig) -> tuple[Policy, Proposal]:
     plan = config.plan()
     return generate_policy(config, plan, "site-1", lead="ab" * 32), config.proposal(lead="ab" * 32, plan=plan)
 
 
-def planned(proposal: Proposal, **changes: Any) -> Proposal:
+def change_plan(proposal: Proposal, **changes: Any) -> Proposal:
     """The same with other numbers in its plan."""
     return replace(proposal, plan=replace(proposal.plan, **changes))
 
@@ -71,7 +71,7 @@ def planned(proposal: Proposal, **changes: Any) -> Proposal:
 @pytest.mark.parametrize("runs", [1, 12, 120])
 def test_generated_cap_fits_exactly_the_planned_runs(config: Any, runs: int) -> None:
     """Before, the cap was in tenths, and 121 of 120 runs were let in: epsilon 8.039 for 8."""
-    plan = config(f"privacy.runs={runs}", "privacy.epsilon=8").plan()
+    plan = config(f"privacy.planned_runs={runs}", "privacy.epsilon=8").plan()
     budget = budget_covering([plan] * plan.runs)
     room = filter.max_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
     assert filter.max_repeats(plan.full_event, room, order=budget.order()) == runs
@@ -91,7 +91,7 @@ OTHERS = ("privacy=none", "federation.spare_rounds=2", "runtime.seeded_noise=tru
 
 @pytest.mark.parametrize("overrides", [(), NOISED, MUCH_SCORED, BY_USER, *((one,) for one in OTHERS)], ids=str)
 def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, overrides: Any) -> None:
-    policy, proposal = policy_and_proposal(config(*overrides))
+    policy, proposal = make_policy_and_proposal(config(*overrides))
     policy.check(proposal)
     cost, _ = smallest_cap(proposal.plan.full_event, delta=proposal.plan.delta)  # infinite without privacy
     assert cost <= policy.budget.max_epsilon
@@ -100,8 +100,11 @@ def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, ov
     for round in range(1, proposal.plan.most_rounds + 1):
         ledger.reserve(proposal, round=round, request=f"{round}")
         if math.isfinite(cost):  # at the order that the ledger settles on, too
-            assert reason_of(ledger.reserve, replace(proposal, run="s"), round=1, request="s") is Reason.MAX_EPSILON
-    assert reason_of(ledger.reserve, proposal, round=99, request="99") is Reason.PLAN_EXHAUSTED
+            assert (
+                read_refusal_reason(ledger.reserve, replace(proposal, run="s"), round=1, request="s")
+                is Reason.MAX_EPSILON
+            )
+    assert read_refusal_reason(ledger.reserve, proposal, round=99, request="99") is Reason.PLAN_EXHAUSTED
 
 
 # Each number of a plan a little beyond what was planned, and the rule that names it.
@@ -118,7 +121,7 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "records_per_user": (lambda most: most + (most > 1), Reason.MAX_RECORDS_PER_USER),
     "shared": (
         lambda shared: shared,
-        Reason.SECURE_SUMS,
+        Reason.SECURE_AGGREGATION,
     ),  # see test_secure_aggregation_must_meet_the_trust_limits_of_the_site
     "cohorts": (lambda cohorts: cohorts, Reason.COHORTS),  # see tests/privacy/test_cohorts.py
     "runs": (lambda runs: runs, Reason.MAX_EPSILON),  # what a run is charged follows from its noise
@@ -127,30 +130,33 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
 
 @pytest.mark.parametrize("overrides", [(), BY_USER, ("privacy.max_grad_norm=1e-4",)], ids=str)
 def test_generated_policy_bounds_every_plan_value(config: Any, overrides: tuple[str, ...]) -> None:
-    policy, proposal = policy_and_proposal(config(*overrides))
+    policy, proposal = make_policy_and_proposal(config(*overrides))
     assert set(_BEYOND) == {field.name for field in dataclasses.fields(proposal.plan)}
     for name, (change, rule) in _BEYOND.items():
         value = getattr(proposal.plan, name)
         if change(value) == value:
             continue
-        assert reason_of(policy.check, planned(proposal, **{name: change(value)})) is rule, name
+        assert read_refusal_reason(policy.check, change_plan(proposal, **{name: change(value)})) is rule, name
     less = {"sampling_rate": 0.1, "noise_multiplier": 9.0, "local_steps": 1, "num_rounds": 1}
     floor = min(1e-3, proposal.plan.max_grad_norm)
-    policy.check(planned(proposal, **less, max_grad_norm=floor))
-    assert reason_of(policy.check, planned(proposal, max_grad_norm=0.9 * floor)) is Reason.MIN_GRAD_NORM
+    policy.check(change_plan(proposal, **less, max_grad_norm=floor))
+    assert read_refusal_reason(policy.check, change_plan(proposal, max_grad_norm=0.9 * floor)) is Reason.MIN_GRAD_NORM
     assert policy.releases.reply_after_s == 0
     assert Releases().reply_after_s == 600, "a real site that leaves the key out does not answer at once"
 
 
 def test_generated_policy_bounds_the_metrics_noise(config: Any) -> None:
-    policy, proposal = policy_and_proposal(config(*NOISED, "privacy.metrics_noise_multiplier=2.5"))
+    policy, proposal = make_policy_and_proposal(config(*NOISED, "privacy.metrics_noise_multiplier=2.5"))
     assert policy.limits.min_noise_multiplier == 2.5
     assert policy.releases.metrics == "noised"
-    assert reason_of(policy.check, planned(proposal, metrics_noise_multiplier=2.4)) is Reason.MIN_NOISE_MULTIPLIER
+    assert (
+        read_refusal_reason(policy.check, change_plan(proposal, metrics_noise_multiplier=2.4))
+        is Reason.MIN_NOISE_MULTIPLIER
+    )
 
 
 def test_generated_policy_bounds_model_data_and_lead(config: Any) -> None:
-    policy, proposal = policy_and_proposal(config("head.train=false"))
+    policy, proposal = make_policy_and_proposal(config("head.train=false"))
     for key, value, rule in (
         *(("lead", "00" * 32, Reason.LEADS), ("dataset", "letters", Reason.DATASET)),
         *(("task", "causal_lm", Reason.TASKS), ("base_model", "cd" * 32, Reason.BASE_MODELS)),
@@ -158,24 +164,24 @@ def test_generated_policy_bounds_model_data_and_lead(config: Any) -> None:
         *(("adapter", "ia3", Reason.ADAPTERS), ("seeded_noise", True, Reason.SEEDED_NOISE)),
         ("train_head", True, Reason.TRAIN_HEAD),
     ):
-        assert reason_of(policy.check, replace(proposal, **{key: value})) is rule
+        assert read_refusal_reason(policy.check, replace(proposal, **{key: value})) is rule
 
 
 @pytest.fixture
-def kept(config: Any, tmp_path: Path) -> Any:
+def kept_sites_config(config: Any, tmp_path: Path) -> Any:
     """A run of up to four rounds whose sites are kept."""
     return lambda *overrides: config(f"runtime.sites_dir={tmp_path}/kept", "federation.num_rounds=4", *overrides)
 
 
-def sites_of(config: RunConfig, tmp_path: Path) -> VirtualSites:
+def make_virtual_sites(config: RunConfig, tmp_path: Path) -> VirtualSites:
     return VirtualSites.of(config, tmp_path / "run", config.plan())
 
 
-def test_existing_policy_is_kept_unless_it_belongs_to_another_site(kept: Any, tmp_path: Path) -> None:
-    first = sites_of(kept(), tmp_path).files("site-1").policy
-    less = changed(first, limits={"max_rounds": 3})
+def test_existing_policy_is_kept_unless_it_belongs_to_another_site(kept_sites_config: Any, tmp_path: Path) -> None:
+    first = make_virtual_sites(kept_sites_config(), tmp_path).files("site-1").policy
+    less = change_values(first, limits={"max_rounds": 3})
     write_policy(less, tmp_path / "kept" / "site-1" / "site.toml")
-    sites = sites_of(kept("federation.num_rounds=9"), tmp_path)
+    sites = make_virtual_sites(kept_sites_config("federation.num_rounds=9"), tmp_path)
     assert sites.files("site-1").policy == less
     (tmp_path / "kept" / "site-2").mkdir()
     (tmp_path / "kept" / "site-1" / "site.toml").rename(tmp_path / "kept" / "site-2" / "site.toml")
@@ -187,54 +193,56 @@ def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
     """Edit the site's cap so that `count` rounds of the run fit, and hardly more."""
     sites.check_partition()
     policy, file = sites.files(site).policy, sites.folder / site / "site.toml"
-    write_policy(changed(policy, budget={"max_epsilon": 1000.0}), file)
+    write_policy(change_values(policy, budget={"max_epsilon": 1000.0}), file)
     order = sites.ledger(site).history.order
-    divergence = count * total_divergence([sites.plan.event()], order)
+    divergence = count * compute_total_divergence([sites.plan.event()], order)
     cap = divergence + epsilon_conversion_term(order, policy.budget.delta) + 1e-6
-    write_policy(changed(policy, budget={"max_epsilon": cap}), file)
+    write_policy(change_values(policy, budget={"max_epsilon": cap}), file)
 
 
-def test_run_within_budget_is_not_adjusted(kept: Any, tmp_path: Path) -> None:
+def test_run_within_budget_is_not_adjusted(kept_sites_config: Any, tmp_path: Path) -> None:
     for wanted in ("stop", "fewer_rounds", "more_noise"):
-        config = kept(f"federation.if_over_budget={wanted}", "privacy.noise_multiplier=null")
+        config = kept_sites_config(f"federation.if_over_budget={wanted}", "privacy.noise_multiplier=null")
         assert fit_to_budgets(config, tmp_path / "run") == config
 
 
-def test_run_over_budget_is_fitted_to_the_strictest_site(kept: Any, tmp_path: Path) -> None:
-    config = kept("federation.if_over_budget=fewer_rounds")
-    sites = sites_of(config, tmp_path)
+def test_run_over_budget_is_fitted_to_the_strictest_site(kept_sites_config: Any, tmp_path: Path) -> None:
+    config = kept_sites_config("federation.if_over_budget=fewer_rounds")
+    sites = make_virtual_sites(config, tmp_path)
     allow_rounds(sites, "site-1", 3)
     allow_rounds(sites, "site-2", 2)
     found = fit_to_budgets(config, tmp_path / "run")
     assert found.federation.num_rounds == 2
     assert replace(found, federation=replace(found.federation, num_rounds=4)) == config
-    found = fit_to_budgets(kept("federation.if_over_budget=more_noise"), tmp_path / "run")
+    found = fit_to_budgets(kept_sites_config("federation.if_over_budget=more_noise"), tmp_path / "run")
     assert found.federation.num_rounds == 4
     noise = found.privacy.noise_multiplier
     assert 4.0 < noise < 8.0
     proposal = found.proposal(lead=sites.lead_key().public, plan=found.plan())
     for site in ("site-1", "site-2"):
         assert sites.ledger(site).make_offer(proposal).most_rounds == 4
-    less = planned(proposal, noise_multiplier=noise * 0.999)
+    less = change_plan(proposal, noise_multiplier=noise * 0.999)
     assert sites.ledger("site-2").make_offer(less).most_rounds < 4, "the least noise that does"
 
 
-def test_site_without_room_is_excluded_if_enough_others_remain(kept: Any, tmp_path: Path) -> None:
-    config = kept("federation.if_over_budget=fewer_rounds")
-    sites = sites_of(config, tmp_path)
+def test_site_without_room_is_excluded_if_enough_others_remain(kept_sites_config: Any, tmp_path: Path) -> None:
+    config = kept_sites_config("federation.if_over_budget=fewer_rounds")
+    sites = make_virtual_sites(config, tmp_path)
     allow_rounds(sites, "site-1", 0.5)
     allow_rounds(sites, "site-2", 3)
     assert fit_to_budgets(config, tmp_path / "run").federation.num_rounds == 3
     with pytest.raises(RefusedError, match=r"1 of 2 sites.*site-1: max_epsilon, asked "):
-        fit_to_budgets(kept("federation.if_over_budget=fewer_rounds", "federation.min_sites=2"), tmp_path / "run")
+        fit_to_budgets(
+            kept_sites_config("federation.if_over_budget=fewer_rounds", "federation.min_sites=2"), tmp_path / "run"
+        )
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_no_room_at_all_is_refused_with_every_broken_rule(kept: Any, tmp_path: Path, wanted: str) -> None:
-    config = kept(f"federation.if_over_budget={wanted}")
-    sites = sites_of(config, tmp_path)
+def test_no_room_at_all_is_refused_with_every_broken_rule(kept_sites_config: Any, tmp_path: Path, wanted: str) -> None:
+    config = kept_sites_config(f"federation.if_over_budget={wanted}")
+    sites = make_virtual_sites(config, tmp_path)
     for site in ("site-1", "site-2"):
-        strict = changed(sites.files(site).policy, limits={"max_sampling_rate": 0.1})
+        strict = change_values(sites.files(site).policy, limits={"max_sampling_rate": 0.1})
         write_policy(strict, sites.folder / site / "site.toml")
     with pytest.raises(RefusedError) as refused:
         fit_to_budgets(config, tmp_path / "run")
@@ -244,19 +252,21 @@ def test_no_room_at_all_is_refused_with_every_broken_rule(kept: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_damaged_ledger_does_not_stop_other_sites(kept: Any, tmp_path: Path, wanted: str) -> None:
-    config = kept(f"federation.if_over_budget={wanted}")
-    sites = sites_of(config, tmp_path)
+def test_damaged_ledger_does_not_stop_other_sites(kept_sites_config: Any, tmp_path: Path, wanted: str) -> None:
+    config = kept_sites_config(f"federation.if_over_budget={wanted}")
+    sites = make_virtual_sites(config, tmp_path)
     sites.check_partition()
     sites.files("site-1")
     (sites.folder / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
     assert fit_to_budgets(config, tmp_path / "run").federation.num_rounds == 4
     with pytest.raises(RefusedError, match=r"site-1: ledger .* cannot be read or written"):
-        fit_to_budgets(kept(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run")
+        fit_to_budgets(
+            kept_sites_config(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run"
+        )
 
 
 def test_partition_record_is_not_recreated_next_to_a_ledger(config: Any, tmp_path: Path) -> None:
-    sites = sites_of(config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path)
+    sites = make_virtual_sites(config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path)
     sites.check_partition()
     (sites.folder / "north").mkdir()
     (sites.folder / "north" / "ledger.db").touch()
@@ -267,7 +277,9 @@ def test_partition_record_is_not_recreated_next_to_a_ledger(config: Any, tmp_pat
 
 
 def test_concurrent_runs_with_different_partitions_are_refused(config: Any, tmp_path: Path) -> None:
-    sites = [sites_of(config(f"runtime.sites_dir={tmp_path}/kept", f"seed={seed}"), tmp_path) for seed in (0, 1)]
+    sites = [
+        make_virtual_sites(config(f"runtime.sites_dir={tmp_path}/kept", f"seed={seed}"), tmp_path) for seed in (0, 1)
+    ]
     both = threading.Barrier(2)
 
     def deal(one: VirtualSites) -> None:
@@ -282,12 +294,12 @@ def test_concurrent_runs_with_different_partitions_are_refused(config: Any, tmp_
 def test_invalid_or_missing_sites_folder_is_refused(config: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not exist yet"):
-        sites_of(config(f"runtime.sites_dir={tmp_path}/file"), tmp_path)
+        make_virtual_sites(config(f"runtime.sites_dir={tmp_path}/file"), tmp_path)
     for gone in ("null", "moved/sites"):
         with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*must be the ledger folder of the renewed run"):
-            sites_of(config(f"runtime.sites_dir={gone}", "federation.renewal=1"), tmp_path)
-    sites_of(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_partition()
-    assert sites_of(changed(before, federation={"renewal": 1}), tmp_path).folder == tmp_path / "kept"
+            make_virtual_sites(config(f"runtime.sites_dir={gone}", "federation.renewal=1"), tmp_path)
+    make_virtual_sites(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_partition()
+    assert make_virtual_sites(change_values(before, federation={"renewal": 1}), tmp_path).folder == tmp_path / "kept"
 
 
 # What one process shares between virtual sites, and what it keeps apart.
@@ -302,12 +314,12 @@ def test_simulated_sites_share_one_base_model(tmp_path: Path, monkeypatch: pytes
 
 
 def test_partition_assigns_every_record_to_one_site(config: Any, tmp_path: Path) -> None:
-    def sizes(sites: int, *more: str) -> list[tuple[int, int]]:
+    def list_sizes(sites: int, *more: str) -> list[tuple[int, int]]:
         everyone = Participants(config(f"federation.num_sites={sites}", *more), tmp_path)
         return [(len(work.examples), work.examples.num_tokens) for work in everyone.work.values()]
 
-    parts, (whole,) = sizes(4), sizes(1)
-    assert sizes(4, "federation.participants=[site-3]") == parts[2:3], "whoever else takes part"
+    parts, (whole,) = list_sizes(4), list_sizes(1)
+    assert list_sizes(4, "federation.participants=[site-3]") == parts[2:3], "whoever else takes part"
     assert len(parts) == 4
     assert min(parts) > (10, 0)
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
@@ -317,7 +329,7 @@ def test_simulated_site_has_a_separate_policy_key_and_ledger(config: Any, tmp_pa
     everyone = Participants(config(), tmp_path)
     sites = [everyone.site(index) for index in (0, 1)]
     names = [f"{site}/{name}" for site in ("site-1", "site-2") for name in ("ledger.db", "site.toml", "site_key.pem")]
-    assert sorted(files_in(tmp_path / "sites")) == ["lead_key.pem", *names]
+    assert sorted(read_files(tmp_path / "sites")) == ["lead_key.pem", *names]
     receipts = [site.ledger.sign_receipt("r") for site in sites]
     assert len({receipt.site_key for receipt in receipts}) == 2
     assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
@@ -331,7 +343,7 @@ def test_simulated_site_has_a_separate_policy_key_and_ledger(config: Any, tmp_pa
 def test_secure_aggregation_roster_follows_each_site_policy(config: Any, tmp_path: Path) -> None:
     everyone = Participants(config("federation.site_names=[a,b]"), tmp_path)
     own, other = everyone.identities, {"b": stranger_key.public}
-    known = changed(everyone.sites.files("a").policy, trust={"members": other})
+    known = change_values(everyone.sites.files("a").policy, trust={"members": other})
     write_policy(known, tmp_path / "sites" / "a" / POLICY)
     rosters = [site.sums.roster for site in (everyone.site(0), everyone.site(1)) if site.sums is not None]
     assert rosters == [{"a": own["a"], **other}, own]
@@ -350,7 +362,7 @@ def test_ledgers_in_one_folder_keep_separate_confirmations(site_policy: Any, tmp
 def train(everyone: Participants, *, attempt: int = 1) -> Trained:
     """What the first site makes of the initial adapter in round 1."""
     site = everyone.site(0)
-    request = first_request(everyone.config, everyone.sites.lead_key(), site=site.name)
+    request = make_first_request(everyone.config, everyone.sites.lead_key(), site=site.name)
     assert site.prepare(request).proposal == request.proposal
     return site.train(request, everyone.shared.initial_adapter, attempt)
 
@@ -393,7 +405,7 @@ def test_data_is_checked_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     monkeypatch.setattr(shared_model, "prepare_model", None)
-    assert wrong.partition("=")[2] in command("simulate", *tiny(wrong, into=tmp_path)).failed()
+    assert wrong.partition("=")[2] in run_command("simulate", *list_tiny_overrides(wrong, into=tmp_path)).failed()
 
 
 def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,6 +415,6 @@ def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkey
     everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: told.append(what))
     work, adapter = everyone.work["a"], everyone.shared.initial_adapter
     assert list(dict.fromkeys(told)) == ["loading the model", "trying the model"]
-    request = first_request(everyone.config, everyone.sites.lead_key(), site="a")
+    request = make_first_request(everyone.config, everyone.sites.lead_key(), site="a")
     work.run_round(request, adapter, attempt=1, fingerprint_key=bytes(32))
     assert told[-1] == "a: running the frozen layers over its records"

@@ -22,7 +22,7 @@ from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.sites.work import SiteWork, make_randomness
 from fedtune.training.devices import _Device
 
-from .conftest import first_request, letters, simulated, write_records
+from .conftest import make_first_request, make_letters, simulate_same_run, write_records
 
 LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3]) for n in range(40)]
 """The records of a station, in the order of its file."""
@@ -38,9 +38,9 @@ def test_real_and_simulated_sites_train_identically(station: Any, tmp_path: Path
     site = station(**groups)
     site.first = LoadedModel(site.config).initial_adapter
     rows = [*((*letter, "north") for letter in LETTERS), ("elsewhere", "praise", "south")]
-    everyone, found = simulated(site.config, tmp_path, rows), set[str]()
+    everyone, found = simulate_same_run(site.config, tmp_path, rows), set[str]()
     for round in (1, 2):
-        request = first_request(everyone.config, everyone.sites.lead_key(), round=round)
+        request = make_first_request(everyone.config, everyone.sites.lead_key(), round=round)
         trained = everyone.site(0).train(request, everyone.shared.initial_adapter, 1).adapter
         assert Adapter(site.update(round=round).tensors).digest() == trained.digest()
         found.add(trained.digest())
@@ -59,12 +59,12 @@ def test_several_devices_give_the_same_update_as_one(station: Any, tmp_path: Pat
     site.edit(ledger="third.db")
     ask = crew.ask
 
-    def dies(rank: int, what: Callable[..., Any], *about: Any) -> None:
+    def kill_device(rank: int, what: Callable[..., Any], *about: Any) -> None:
         if what is _Device.sum_contributions:
             process.kill()
         ask(rank, what, *about)
 
-    crew.ask = dies
+    crew.ask = kill_device
     assert site.refusal() is Reason.SITE_ERROR, "nothing is released of a round in which a device failed"
     (run,) = site.ledger().history.runs.values()
     assert run.charged_rounds == 1, "it was charged before it was trained"
@@ -77,7 +77,7 @@ def test_several_devices_give_the_same_update_as_one(station: Any, tmp_path: Pat
     assert Adapter(site.update(round=2).tensors).digest() == second
 
 
-def noise_in(update: Update, sent: Adapter, config: RunConfig) -> npt.NDArray[np.float64]:
+def measure_noise(update: Update, sent: Adapter, config: RunConfig) -> npt.NDArray[np.float64]:
     """The sum of a step, in clip norms: of one record it is noise but for a norm of one among thousands of values."""
     steps = [(sent.tensors[name] - value).ravel().astype(np.float64) for name, value in update.tensors.items()]
     return np.concatenate(steps) / config.training.learning_rate * config.privacy.sampling_rate * 40
@@ -91,7 +91,7 @@ def test_real_site_adds_exactly_the_charged_noise(station: Any, has_scale: Any) 
     write_records(north.data, [("a letter", "praise")])
     update, plan = north.update(), north.config.plan()
     assert north.ledger().history.total_charges() == events.count_mechanisms([plan.event()])
-    found = noise_in(update, north.first, north.config) / plan.noise_multiplier
+    found = measure_noise(update, north.first, north.config) / plan.noise_multiplier
     assert [has_scale(found, off) for off in (1 / 1.2, 1.0, 1.2)] == [False, True, False]
 
 
@@ -106,16 +106,16 @@ def test_noise_repeats_only_with_a_seed(station: Any, seeded: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared() -> RunModel:
+def shared_model() -> RunModel:
     """The model of a run with held-out records and noised scores."""
-    config = letters(data={"heldout_fraction": 0.5}, privacy={"metrics": "noised"})
+    config = make_letters(data={"heldout_fraction": 0.5}, privacy={"metrics": "noised"})
     return RunModel(LoadedModel(config), config)
 
 
 def do(shared: RunModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k") -> Trained:
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=2.0)
-    request = first_request(shared.config, lead)
+    request = make_first_request(shared.config, lead)
     return work.run_round(request, shared.initial_adapter, 1, fingerprint_key=key)
 
 
@@ -126,20 +126,20 @@ def read(letters: list[tuple[str, str]]) -> list[Record]:
 RECORDS = SiteRecords(training=read(LETTERS[:20]), heldout=read(LETTERS[20:]))
 
 
-def test_scores_use_held_out_records_and_updates_use_the_others(shared: RunModel, lead_key: SigningKey) -> None:
-    whole = do(shared, lead_key, RECORDS)
-    others_held_out = do(shared, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
+def test_scores_use_held_out_records_and_updates_use_the_others(shared_model: RunModel, lead_key: SigningKey) -> None:
+    whole = do(shared_model, lead_key, RECORDS)
+    others_held_out = do(shared_model, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
     assert others_held_out.adapter.digest() == whole.adapter.digest()
     assert others_held_out.scores != whole.scores
-    fewer_trained = do(shared, lead_key, replace(RECORDS, training=RECORDS.training[:5]))
+    fewer_trained = do(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[:5]))
     assert fewer_trained.scores == whole.scores
     assert fewer_trained.adapter.digest() != whole.adapter.digest()
 
 
-def test_fingerprint_covers_training_records_under_its_key(shared: RunModel, lead_key: Any) -> None:
-    one = do(shared, lead_key, RECORDS).fingerprint
-    without = do(shared, lead_key, replace(RECORDS, heldout=[]))
+def test_fingerprint_covers_training_records_under_its_key(shared_model: RunModel, lead_key: Any) -> None:
+    one = do(shared_model, lead_key, RECORDS).fingerprint
+    without = do(shared_model, lead_key, replace(RECORDS, heldout=[]))
     assert without.fingerprint == one
     assert all(without.scores), "noise is released all the same"
-    assert do(shared, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint != one
-    assert do(shared, lead_key, RECORDS, key=b"another").fingerprint != one
+    assert do(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint != one
+    assert do(shared_model, lead_key, RECORDS, key=b"another").fingerprint != one

@@ -88,7 +88,7 @@ class Unrelated:
         assert left.size == right.size == self.count
         products = np.fft.irfft(np.conj(np.fft.rfft(left)) * np.fft.rfft(right), n=self.count)
         cosine = products / (np.linalg.norm(left) * np.linalg.norm(right))
-        return bool(np.max(np.abs(_student(cosine, self.count))) <= self._most)
+        return bool(np.max(np.abs(_compute_student_t(cosine, self.count))) <= self._most)
 
     def power(self, correlation: float) -> float:
         """At least this, against noise of which so much is shared (at one shift)."""
@@ -99,7 +99,7 @@ class Unrelated:
         return (1 - rare) * float(stats.nct.sf(self._most, self.count - 1, noncentral))
 
 
-def _student(cosine: Values, count: int) -> Values:
+def _compute_student_t(cosine: Values, count: int) -> Values:
     with np.errstate(divide="ignore"):  # of a release with itself
         return cosine * np.sqrt((count - 1) / np.maximum(0.0, 1 - cosine**2))
 

@@ -14,7 +14,7 @@ import pytest
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import Randomness, SystemRandomness
 
-from .conftest import after_a_round, model_of, plan, random_texts, sums_of
+from .conftest import build_model, plan, random_texts, release_step_round, release_sums
 from .decisions import FALSE_ALARM, POWER, Scale, Shape, Unrelated
 
 SIGMA, CLIP, STEPS = 1.3, 0.7, 200
@@ -23,37 +23,37 @@ Values = npt.NDArray[np.float64]
 Arrays = dict[str, Values]
 
 
-def noise_by_tensor() -> Arrays:
+def collect_noise() -> Arrays:
     """Every value that steps on nobody's records add to each tensor."""
-    sums = sums_of(model_of(), random_texts(0), plan(), steps=STEPS)
+    sums = release_sums(build_model(), random_texts(0), plan(), steps=STEPS)
     return {name: np.concatenate([one[name].ravel() for one in sums]) for name in sums[0]}
 
 
 @pytest.fixture(scope="module")
-def right() -> Arrays:
-    return noise_by_tensor()
+def right_noise() -> Arrays:
+    return collect_noise()
 
 
-def test_every_tensor_has_noise_of_the_stated_scale(right: Arrays) -> None:
-    assert len(right) == 25
-    for name, values in right.items():
-        test = Scale(values.size, FALSE_ALARM / len(right))
+def test_every_tensor_has_noise_of_the_stated_scale(right_noise: Arrays) -> None:
+    assert len(right_noise) == 25
+    for name, values in right_noise.items():
+        test = Scale(values.size, FALSE_ALARM / len(right_noise))
         assert min(test.power(0.9), test.power(1.1)) >= POWER, name
         assert test.accepts(values, SCALE), name
 
 
-def test_every_tensor_has_noise_of_the_stated_shape(right: Arrays) -> None:
-    for name, values in right.items():
-        test = Shape(values.size, FALSE_ALARM / len(right))
+def test_every_tensor_has_noise_of_the_stated_shape(right_noise: Arrays) -> None:
+    for name, values in right_noise.items():
+        test = Shape(values.size, FALSE_ALARM / len(right_noise))
         assert test.power(0.05) >= POWER, "of noise that one value in ten has not"
         assert test.accepts(values, SCALE), name
 
 
 def test_noise_on_real_records_has_the_stated_scale() -> None:
     """Everybody joins, most gradients are clipped, and the weights stay: what differs between steps is the noise."""
-    model, everyone = model_of(), random_texts(12)
-    (exact,) = sums_of(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
-    noisy = sums_of(model, everyone, plan(sampling_rate=1.0), steps=8)
+    model, everyone = build_model(), random_texts(12)
+    (exact,) = release_sums(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
+    noisy = release_sums(model, everyone, plan(sampling_rate=1.0), steps=8)
     assert any(total.any() for total in exact.values())
     for part in ("lora_A", "lora_B"):
         noise = np.concatenate([(one[name] - exact[name]).ravel() for one in noisy for name in exact if part in name])
@@ -69,7 +69,7 @@ def test_noise_on_real_records_has_the_stated_scale() -> None:
 RATE = 100.0
 
 
-def unrelated(releases: Mapping[Any, Values]) -> list[tuple[Any, Any]]:
+def find_related_pairs(releases: Mapping[Any, Values]) -> list[tuple[Any, Any]]:
     """The pairs of releases that are not independent."""
     pairs = list(itertools.combinations(releases, 2))
     count = min(values.size for values in releases.values())
@@ -78,33 +78,35 @@ def unrelated(releases: Mapping[Any, Values]) -> list[tuple[Any, Any]]:
     return [(one, other) for one, other in pairs if not test.accepts(releases[one][:count], releases[other][:count])]
 
 
-def flat(tensors: Mapping[str, npt.NDArray[Any]]) -> Values:
+def flatten_tensors(tensors: Mapping[str, npt.NDArray[Any]]) -> Values:
     return np.concatenate([value.ravel() for value in tensors.values()]).astype(np.float64)
 
 
 def test_noise_of_different_steps_is_independent() -> None:
-    steps = sums_of(model_of(), random_texts(0), plan(), steps=8)
-    assert unrelated({number: flat(step) for number, step in enumerate(steps)}) == []
+    steps = release_sums(build_model(), random_texts(0), plan(), steps=8)
+    assert find_related_pairs({number: flatten_tensors(step) for number, step in enumerate(steps)}) == []
 
 
 def test_noise_of_different_tensors_is_independent() -> None:
     # The tensors of layer 0, each with its values of 40 steps.
-    steps = sums_of(model_of(), random_texts(0), plan(), steps=40)
+    steps = release_sums(build_model(), random_texts(0), plan(), steps=40)
     tensors = [name for name in steps[0] if "layer.0" in name]
     assert len(tensors) == 12
-    assert unrelated({name: np.concatenate([step[name].ravel() for step in steps]) for name in tensors}) == []
+    assert find_related_pairs({name: np.concatenate([step[name].ravel() for step in steps]) for name in tensors}) == []
 
 
 @pytest.fixture(scope="module")
-def released() -> Any:
+def released_round() -> Any:
     """What a round of nobody's records moves: the noise of its one step, as it leaves the site."""
-    model = model_of()
+    model = build_model()
     start = Adapter.from_task_model(model)
 
     def make(site: str = "a", round: int = 1, attempt: int = 1, randomness: Randomness | None = None) -> Values:
         source = randomness or SystemRandomness()
-        after = after_a_round(model, start, 0, "sgd", RATE, source=source, site=site, round=round, attempt=attempt)
-        return flat({name: value.astype(np.float64) - start.tensors[name] for name, value in after.tensors.items()})
+        after = release_step_round(model, start, 0, "sgd", RATE, source=source, site=site, round=round, attempt=attempt)
+        return flatten_tensors(
+            {name: value.astype(np.float64) - start.tensors[name] for name, value in after.tensors.items()}
+        )
 
     return make
 
@@ -112,5 +114,5 @@ def released() -> Any:
 PLACES = list(itertools.product(("a", "b", "c"), (1, 2), (1, 2)))
 
 
-def test_noise_of_sites_rounds_and_attempts_is_independent(released: Any) -> None:
-    assert unrelated({place: released(*place) for place in PLACES}) == []
+def test_noise_of_sites_rounds_and_attempts_is_independent(released_round: Any) -> None:
+    assert find_related_pairs({place: released_round(*place) for place in PLACES}) == []

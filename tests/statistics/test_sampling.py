@@ -26,7 +26,7 @@ Joined = npt.NDArray[np.bool_]
 Sampler = Callable[[int, float, RandomStream], npt.NDArray[np.int64]]
 
 
-def joined(*, steps: int = STEPS) -> Joined:
+def record_participants(*, steps: int = STEPS) -> Joined:
     """(steps, units): who took part in each real step."""
     seen = np.zeros((steps, UNITS), dtype=np.bool_)
     step = 0
@@ -45,7 +45,7 @@ def joined(*, steps: int = STEPS) -> Joined:
     return seen
 
 
-def drawn(sampler: Sampler) -> Joined:
+def draw_participants(sampler: Sampler) -> Joined:
     """(steps, units): whom a sampler by itself lets join."""
     stream, seen = SystemRandomness().stream(), np.zeros((STEPS, UNITS), dtype=np.bool_)
     for row in seen:
@@ -57,37 +57,37 @@ ALARM = FALSE_ALARM / 5
 """Of each of the five questions below."""
 
 
-def at_the_rate(seen: Joined) -> bool:
+def joins_at_rate(seen: Joined) -> bool:
     """All units and steps together."""
     return Rate(seen.size, RATE, ALARM).accepts(int(seen.sum()))
 
 
-def every_unit_at_the_rate(seen: Joined) -> bool:
+def each_joins_at_rate(seen: Joined) -> bool:
     test = Rate(len(seen), RATE, ALARM / seen.shape[1])
     return all(test.accepts(int(count)) for count in seen.sum(axis=0))
 
 
-def size_varies(seen: Joined) -> bool:
+def has_binomial_sizes(seen: Joined) -> bool:
     """As a binomial: how often a batch's size is more than 1.3 standard deviations off."""
-    return Rate(len(seen), outside(), ALARM).accepts(int(np.sum(is_outside(seen.sum(axis=1)))))
+    return Rate(len(seen), compute_outside_probability(), ALARM).accepts(int(np.sum(is_outside(seen.sum(axis=1)))))
 
 
 def is_outside(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     return np.abs(sizes - UNITS * RATE) > 1.3 * np.sqrt(UNITS * RATE * (1 - RATE))
 
 
-def outside() -> float:
+def compute_outside_probability() -> float:
     sizes = np.arange(UNITS + 1)
     return float(stats.binom.pmf(sizes, UNITS, RATE)[is_outside(sizes)].sum())
 
 
-def units_apart(seen: Joined) -> bool:
+def has_independent_neighbors(seen: Joined) -> bool:
     """Whether neighbors join together at the square of the rate; each unit is in one pair."""
     together = seen[:, 0::2] & seen[:, 1::2]
     return Rate(together.size, RATE**2, ALARM).accepts(int(together.sum()))
 
 
-def steps_apart(seen: Joined) -> bool:
+def has_independent_steps(seen: Joined) -> bool:
     """Whether a unit's joining says anything about its joining some steps later; each step is in one pair."""
     for lag in LAGS:
         rows = np.arange(len(seen) // (2 * lag) * (2 * lag)).reshape(-1, 2, lag)
@@ -97,20 +97,20 @@ def steps_apart(seen: Joined) -> bool:
     return True
 
 
-QUESTIONS = (at_the_rate, every_unit_at_the_rate, size_varies, units_apart, steps_apart)
+QUESTIONS = (joins_at_rate, each_joins_at_rate, has_binomial_sizes, has_independent_neighbors, has_independent_steps)
 
 
-def failed(seen: Joined) -> set[str]:
+def list_failed(seen: Joined) -> set[str]:
     return {question.__name__ for question in QUESTIONS if not question(seen)}
 
 
 @pytest.fixture(scope="module")
-def real() -> Joined:
-    return joined()
+def real_participants() -> Joined:
+    return record_participants()
 
 
-def test_sampled_units_form_a_poisson_sample(real: Joined) -> None:
-    assert failed(real) == set()
+def test_sampled_units_form_a_poisson_sample(real_participants: Joined) -> None:
+    assert list_failed(real_participants) == set()
 
 
 def test_ten_percent_deviations_would_be_detected() -> None:
@@ -126,10 +126,10 @@ def test_ten_percent_deviations_would_be_detected() -> None:
     # How often the size is off where ten units come in a fixed number and the others by Poisson sampling.
     sizes = np.arange(UNITS + 1)
     off = float(stats.binom.pmf(sizes - round(10 * RATE), UNITS - 10, RATE)[is_outside(sizes)].sum())
-    assert Rate(STEPS, outside(), ALARM).power(off) >= POWER
+    assert Rate(STEPS, compute_outside_probability(), ALARM).power(off) >= POWER
 
 
-def copying(apart: int) -> Sampler:
+def copy_participants(apart: int) -> Sampler:
     """A tenth of the units do what the unit in front of them did: in this step, or some steps ago."""
     generator = np.random.default_rng(6)
     before: list[npt.NDArray[np.bool_]] = []
@@ -147,20 +147,20 @@ def copying(apart: int) -> Sampler:
 
 
 WRONG: dict[str, tuple[Sampler, set[str]]] = {
-    "neighbors a tenth alike": (copying(0), {"units_apart"}),
-    "steps a tenth alike": (copying(1), {"steps_apart"}),
-    "steps a tenth alike, three apart": (copying(3), {"steps_apart"}),
+    "neighbors a tenth alike": (copy_participants(0), {"has_independent_neighbors"}),
+    "steps a tenth alike": (copy_participants(1), {"has_independent_steps"}),
+    "steps a tenth alike, three apart": (copy_participants(3), {"has_independent_steps"}),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_sampler_is_rejected(wrong: str) -> None:
     sampler, questions = WRONG[wrong]
-    assert failed(drawn(sampler)) >= questions
+    assert list_failed(draw_participants(sampler)) >= questions
 
 
 @pytest.fixture(scope="module")
-def long() -> Joined:
+def long_participants() -> Joined:
     """The sampler by itself, long enough to judge each unit and each pair of units alone."""
     stream = SystemRandomness().stream()
     seen = np.zeros((30_000, 20), dtype=np.bool_)
@@ -169,26 +169,26 @@ def long() -> Joined:
     return seen
 
 
-def test_each_unit_is_sampled_at_the_stated_rate(long: Joined) -> None:
-    steps, units = long.shape
+def test_each_unit_is_sampled_at_the_stated_rate(long_participants: Joined) -> None:
+    steps, units = long_participants.shape
     test = Rate(steps, RATE, FALSE_ALARM / units)
     assert min(test.power(factor * RATE) for factor in (0.9, 1.1)) >= POWER
-    assert all(test.accepts(int(count)) for count in long.sum(axis=0))
-    one_off = long.copy()
+    assert all(test.accepts(int(count)) for count in long_participants.sum(axis=0))
+    one_off = long_participants.copy()
     one_off[:, 7] &= np.arange(steps) % 10 != 0
     assert [test.accepts(int(count)) for count in one_off.sum(axis=0)].count(False) == 1
 
 
-def test_each_pair_of_units_is_sampled_independently(long: Joined) -> None:
-    steps, units = long.shape
+def test_each_pair_of_units_is_sampled_independently(long_participants: Joined) -> None:
+    steps, units = long_participants.shape
     test = Rate(steps, RATE**2, FALSE_ALARM / (units * (units - 1) / 2))
     assert test.power(RATE**2 + 0.1 * RATE * (1 - RATE)) >= POWER, "a correlation of a tenth"
 
-    def related(seen: Joined) -> list[tuple[int, int]]:
+    def list_related_pairs(seen: Joined) -> list[tuple[int, int]]:
         together = seen.astype(np.int64).T @ seen
         return [(i, j) for i in range(units) for j in range(i) if not test.accepts(int(together[i, j]))]
 
-    assert related(long) == []
-    a_tenth = long.copy()
-    a_tenth[::10, 4] = long[::10, 9]
-    assert related(a_tenth) == [(9, 4)]
+    assert list_related_pairs(long_participants) == []
+    a_tenth = long_participants.copy()
+    a_tenth[::10, 4] = long_participants[::10, 9]
+    assert list_related_pairs(a_tenth) == [(9, 4)]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
@@ -27,9 +27,9 @@ from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.tasks.saved import load_task_model
 
 from ..privacy.builders import lead_key
-from ..sites.conftest import letters
+from ..sites.conftest import make_letters
 from ..sites.test_work import RECORDS, do
-from .conftest import after_a_round, model_of
+from .conftest import build_model, release_step_round
 from .decisions import FALSE_ALARM, POWER, Unrelated
 
 SIGNS = 64
@@ -57,46 +57,46 @@ class Release:
     @property
     def signs(self) -> bytes:
         """Of the noise: a step goes against the gradient."""
-        return signs_of(-self.moved[0].ravel())
+        return pack_signs(-self.moved[0].ravel())
 
 
-def signs_of(values: npt.NDArray[Any]) -> bytes:
+def pack_signs(values: npt.NDArray[Any]) -> bytes:
     return np.packbits(values[:SIGNS] > 0).tobytes()
 
 
 @cache
-def guesses() -> dict[bytes, str]:
+def guess_signs() -> dict[bytes, str]:
     """The signs of the first values that each seed of torch and of numpy means."""
     generator, found, now = torch.Generator(), dict[bytes, str](), int(time.time())
     # The table is made once: releases of later tests fall into the seconds to come.
     seeds = (*range(OF_TORCH), *range(now - OF_TORCH, now + 600))
     for seed, dtype in itertools.product(seeds, FLOATS):
         values = torch.randn(SIGNS, generator=generator.manual_seed(seed), dtype=dtype).numpy()
-        found[signs_of(values)] = f"torch {seed}"
+        found[pack_signs(values)] = f"torch {seed}"
     for seed in range(OF_NUMPY):
-        found[signs_of(np.random.Generator(np.random.PCG64(seed)).standard_normal(SIGNS))] = f"numpy {seed}"
+        found[pack_signs(np.random.Generator(np.random.PCG64(seed)).standard_normal(SIGNS))] = f"numpy {seed}"
     return found
 
 
 @cache
-def guesses_of_a_study(site: str, size: int) -> dict[bytes, str]:
+def guess_study_signs(site: str, size: int) -> dict[bytes, str]:
     """The same of fedtune's own streams, which depend on the site and on how many values are drawn."""
     streams = ((seed, SeededRandomness(seed).stream(site, 1, 1, "noise")) for seed in range(OF_A_STUDY))
-    return {signs_of(stream.rounded_normal(size, 2.0**GRID_BITS)): f"fedtune {seed}" for seed, stream in streams}
+    return {pack_signs(stream.rounded_normal(size, 2.0**GRID_BITS)): f"fedtune {seed}" for seed, stream in streams}
 
 
 def recover(release: Release) -> str | None:
     """The generator and seed that the noise came from; None if no guess fits."""
-    of_a_study = guesses_of_a_study(release.site, release.moved[0].size)
-    return guesses().get(release.signs) or of_a_study.get(release.signs)
+    of_a_study = guess_study_signs(release.site, release.moved[0].size)
+    return guess_signs().get(release.signs) or of_a_study.get(release.signs)
 
 
-def of_torch(seed: int) -> Callable[[int], Values]:
+def draw_like_torch(seed: int) -> Callable[[int], Values]:
     """As Opacus draws by default."""
     return partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def of_numpy(seed: int) -> Callable[[int], Values]:
+def draw_like_numpy(seed: int) -> Callable[[int], Values]:
     return np.random.default_rng(seed).standard_normal
 
 
@@ -124,11 +124,11 @@ class Seeded:
 @pytest.fixture(scope="module")
 def first_round() -> Any:
     """A first round on twelve records, as the server sees it."""
-    model = model_of(rank=4)
+    model = build_model(rank=4)
     start = Adapter.from_task_model(model)
 
     def make(source: Randomness, *, optimizer: str = "sgd") -> Release:
-        return Release("a", start, after_a_round(model, start, 12, optimizer, 0.1, source=source, site="a"))
+        return Release("a", start, release_step_round(model, start, 12, optimizer, 0.1, source=source, site="a"))
 
     return make
 
@@ -136,9 +136,9 @@ def first_round() -> Any:
 @pytest.mark.parametrize(
     ("source", "optimizer", "found"),
     [
-        *((Seeded(of_torch, 7_234), optimizer, "torch 7234") for optimizer in ("sgd", "adamw")),
-        (Seeded(of_torch, 2**40 + 77), "sgd", "torch 77"),  # of more than 32 bits, and no better
-        (Seeded(of_numpy, 12_345), "sgd", "numpy 12345"),
+        *((Seeded(draw_like_torch, 7_234), optimizer, "torch 7234") for optimizer in ("sgd", "adamw")),
+        (Seeded(draw_like_torch, 2**40 + 77), "sgd", "torch 77"),  # of more than 32 bits, and no better
+        (Seeded(draw_like_numpy, 12_345), "sgd", "numpy 12345"),
         (SeededRandomness(1000), "sgd", "fedtune 1000"),  # why a marked study has no guarantee
         (SystemRandomness(), "sgd", None),
     ],
@@ -151,7 +151,7 @@ def test_seed_is_recovered_from_a_seeded_release(
 
 def test_timestamp_seed_is_recovered(first_round: Any) -> None:
     noon = int(time.time()) - 3600
-    assert recover(first_round(Seeded(of_torch, noon))) == f"torch {noon}"
+    assert recover(first_round(Seeded(draw_like_torch, noon))) == f"torch {noon}"
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
         sites = ("federation.num_sites=1", "federation.min_sites=1", "federation.num_rounds=1", "lora.rank=32")
         training = ("training.local_steps=1", "training.optimizer=sgd", "training.learning_rate=0.1")
         folder = simulate(*sites, *training, into=tmp_path_factory.mktemp("runs"))
-        config = saved_config(folder)
+        config = read_saved_config(folder)
         released = Adapter.from_task_model(load_task_model(folder / "adapter", model=config.model))
         return Release(config.federation.names[0], LoadedModel(config).initial_adapter, released)
 
@@ -182,35 +182,35 @@ def test_two_runs_with_one_configuration_share_no_noise(runs: tuple[Release, Rel
 
 
 @pytest.fixture
-def worked() -> Callable[[], Release]:
+def finished_round() -> Callable[[], Release]:
     """One round of a site's work, with nothing about its noise chosen here."""
-    config = letters(training={"local_steps": 1}, runtime={"seeded_noise": False})
+    config = make_letters(training={"local_steps": 1}, runtime={"seeded_noise": False})
     shared = RunModel(LoadedModel(config), config)
     return lambda: Release("north", shared.initial_adapter, do(shared, lead_key, RECORDS).adapter)
 
 
-def generator_states() -> tuple[Any, ...]:
+def read_generator_states() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[union-attr]
 
 
-def test_round_does_not_use_seeded_generators(worked: Callable[[], Release]) -> None:
+def test_round_does_not_use_seeded_generators(finished_round: Callable[[], Release]) -> None:
     """Seeding every generator alike before a round changes nothing, and the round leaves each where it was."""
     releases = []
     for _ in range(2):
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
-        states = generator_states()
-        releases.append(worked())
-        assert generator_states() == states
+        states = read_generator_states()
+        releases.append(finished_round())
+        assert read_generator_states() == states
     assert releases[0].signs != releases[1].signs, "64 signs agree by chance once in 2**64"
 
 
-def test_every_stream_has_a_256_bit_system_key(worked: Any, monkeypatch: Any) -> None:
+def test_every_stream_has_a_256_bit_system_key(finished_round: Any, monkeypatch: Any) -> None:
     keys, made = list[bytes](), RandomStream.__init__
     monkeypatch.setattr(RandomStream, "__init__", lambda self, key: keys.append(key) or made(self, key))
-    worked()
-    worked()
+    finished_round()
+    finished_round()
     assert len(keys) == 6, "sampling, noise and choice of records of two rounds"
     assert len(set(keys)) == 6
     assert all(len(key) == 32 for key in keys)

@@ -14,36 +14,52 @@ from fedtune.model.base_model import build_tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
 
-from ..data.conftest import CARD, CLS, IS, LOST, MY, SEP, THERE, WHERE, data_spec, in_json, make_tokenizer, rows
-from ..data.conftest import chat as turns_of
+from ..data.conftest import (
+    CARD,
+    CLS,
+    IS,
+    LOST,
+    MY,
+    SEP,
+    THERE,
+    WHERE,
+    encode_turns,
+    list_rows,
+    make_data_spec,
+    make_tokenizer,
+)
+from ..data.conftest import build_chat as turns_of
 
 LM = get_task("causal_lm")
 HIDDEN = UNSUPERVISED
 
 
-def settings(*roles: str, max_length: int = 9, **given: Any) -> DataSpec:
-    return data_spec(*(roles or LM.roles), max_length=max_length, **given)
+def make_settings(*roles: str, max_length: int = 9, **given: Any) -> DataSpec:
+    return make_data_spec(*(roles or LM.roles), max_length=max_length, **given)
 
 
-def prompted(prompt: str, completion: str, **fields: str) -> Record:
+def make_prompt_record(prompt: str, completion: str, **fields: str) -> Record:
     return Record({"prompt": prompt, "completion": completion, **fields}, file="a.jsonl", line=3)
 
 
-def chat(*contents: str) -> dict[str, str]:
-    return {"messages": in_json(turns_of(*contents))}
+def make_chat(*contents: str) -> dict[str, str]:
+    return {"messages": encode_turns(turns_of(*contents))}
 
 
-def one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[int], list[int]]:
-    (found,) = rows(LM.tokenize([Record(fields)], tokenizer, data=data))
+def tokenize_one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[int], list[int]]:
+    (found,) = list_rows(LM.tokenize([Record(fields)], tokenizer, data=data))
     return found
 
 
 def test_plain_text_is_learned_completely_with_its_end_token(decoder_tokenizer: Any, leading_tokenizer: Any) -> None:
-    data, fields = settings("text"), {"text": "where is my card"}
-    assert one(fields, leading_tokenizer, data) == ([CLS, WHERE, IS, MY, CARD, SEP], [HIDDEN, WHERE, IS, MY, CARD, SEP])
-    ids, targets = one(fields, decoder_tokenizer, data)
+    data, fields = make_settings("text"), {"text": "where is my card"}
+    assert tokenize_one(fields, leading_tokenizer, data) == (
+        [CLS, WHERE, IS, MY, CARD, SEP],
+        [HIDDEN, WHERE, IS, MY, CARD, SEP],
+    )
+    ids, targets = tokenize_one(fields, decoder_tokenizer, data)
     assert (ids, targets) == ([WHERE, IS, MY, CARD, SEP], [HIDDEN, IS, MY, CARD, SEP]), "nothing predicts the first"
-    cut = one(fields, leading_tokenizer, settings("text", max_length=4))
+    cut = tokenize_one(fields, leading_tokenizer, make_settings("text", max_length=4))
     assert cut == ([CLS, WHERE, IS, MY], [HIDDEN, WHERE, IS, MY]), "what is cut at its end has not ended"
 
 
@@ -58,54 +74,58 @@ def test_long_prompt_is_truncated_in_the_middle(
     leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int, expected: list[int]
 ) -> None:
     record = {"prompt": "where is my card", "completion": "lost"}
-    ids, targets = one(record, leading_tokenizer, settings(max_length=max_length))
+    ids, targets = tokenize_one(record, leading_tokenizer, make_settings(max_length=max_length))
     assert ids == expected
     assert targets == [HIDDEN] * (len(expected) - 2) + [LOST, SEP]
     # One token of a prompt stays where no other leads.
     record = {"prompt": "where is my card", "completion": "lost there"}
-    assert one(record, decoder_tokenizer, settings(max_length=4))[0] == [CARD, LOST, THERE, SEP]
-    found = one(record, decoder_tokenizer, settings(max_length=3))
+    assert tokenize_one(record, decoder_tokenizer, make_settings(max_length=4))[0] == [CARD, LOST, THERE, SEP]
+    found = tokenize_one(record, decoder_tokenizer, make_settings(max_length=3))
     assert found == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "an answer alone too long has not ended"
 
 
 def test_long_chat_is_truncated_before_its_last_answer(leading_tokenizer: Any) -> None:
-    data = settings("messages", chat_template="plain", max_length=100)
-    fields = chat("where", "lost", "is", "there", "and this is never answered")
-    whole, targets = one(fields, leading_tokenizer, data)
+    data = make_settings("messages", chat_template="plain", max_length=100)
+    fields = make_chat("where", "lost", "is", "there", "and this is never answered")
+    whole, targets = tokenize_one(fields, leading_tokenizer, data)
     # "User:" and "Assistant:" are unknown words of this tokenizer.
     unknown = 1
     assert whole == [CLS, unknown, WHERE, unknown, LOST, SEP, unknown, IS, unknown, THERE, SEP]
     assert [target for target in targets if target != HIDDEN] == [LOST, SEP, THERE, SEP]
     for length in range(3, len(whole)):
-        cut, learned = one(fields, leading_tokenizer, settings("messages", chat_template="plain", max_length=length))
+        cut, learned = tokenize_one(
+            fields, leading_tokenizer, make_settings("messages", chat_template="plain", max_length=length)
+        )
         assert cut == [CLS, *whole[len(whole) - length + 1 :]]
         assert learned == [HIDDEN, *targets[len(whole) - length + 1 :]], "what is kept of an earlier answer is learned"
 
 
 @pytest.mark.parametrize("contents", [(), ("where",)])
 def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tuple[str, ...]) -> None:
-    data = settings("messages", chat_template="plain")
-    silent = Record(chat(*contents), file="a.jsonl", line=3)
+    data = make_settings("messages", chat_template="plain")
+    silent = Record(make_chat(*contents), file="a.jsonl", line=3)
     assert LM.record_validator(data)(silent) is not None
-    assert LM.record_validator(data)(Record(chat("where", "lost"))) is None
+    assert LM.record_validator(data)(Record(make_chat("where", "lost"))) is None
     with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no assistant turn to learn'"):
         LM.tokenize([silent], leading_tokenizer, data=data)
 
 
 def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: Any) -> None:
     """Such marks are `weight: 0` and `train: false` of other programs; what stands behind the last answer is left."""
-    data = settings("messages", chat_template="plain")
+    data = make_settings("messages", chat_template="plain")
     turns = turns_of("where", "lost", "is", "there")
 
-    def marked(*places: int) -> list[int]:
+    def mark_turns(*places: int) -> list[int]:
         some = [turn | ({"train": False} if place in places else {}) for place, turn in enumerate(turns)]
-        return one({"messages": json.dumps(some)}, leading_tokenizer, data)[1]
+        return tokenize_one({"messages": json.dumps(some)}, leading_tokenizer, data)[1]
 
-    ids, whole = one({"messages": json.dumps(turns)}, leading_tokenizer, data)
-    later = one(chat("where", "lost"), leading_tokenizer, data)
-    assert [number for number in marked(1) if number != HIDDEN] == [number for number in whole if number != HIDDEN][-2:]
-    assert len(marked(1)) == len(ids)
-    assert marked(3) == later[1], "nothing is learned behind the last answer that is"
+    ids, whole = tokenize_one({"messages": json.dumps(turns)}, leading_tokenizer, data)
+    later = tokenize_one(make_chat("where", "lost"), leading_tokenizer, data)
+    assert [number for number in mark_turns(1) if number != HIDDEN] == [number for number in whole if number != HIDDEN][
+        -2:
+    ]
+    assert len(mark_turns(1)) == len(ids)
+    assert mark_turns(3) == later[1], "nothing is learned behind the last answer that is"
     assert (
         LM.record_validator(data)(Record({"messages": json.dumps([turn | {"train": False} for turn in turns])}))
         is not None
@@ -113,22 +133,24 @@ def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: A
 
 
 def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
-    data = settings("messages", "system", chat_template="plain")
+    data = make_settings("messages", "system", chat_template="plain")
     assert LM.required_roles(data) == ("messages", "system")
     turns = turns_of("where", "lost")
     led = [{"role": "system", "content": "is"}, *turns]
-    expected = one({"messages": json.dumps(led)}, leading_tokenizer, data)
-    assert one({"messages": json.dumps(turns), "system": "is"}, leading_tokenizer, data) == expected
-    assert one({"messages": json.dumps(led), "system": "my"}, leading_tokenizer, data) == expected, "its own counts"
-    without = one({"messages": json.dumps(turns)}, leading_tokenizer, data)
-    assert one({"messages": json.dumps(turns), "system": " "}, leading_tokenizer, data) == without
+    expected = tokenize_one({"messages": json.dumps(led)}, leading_tokenizer, data)
+    assert tokenize_one({"messages": json.dumps(turns), "system": "is"}, leading_tokenizer, data) == expected
+    assert tokenize_one({"messages": json.dumps(led), "system": "my"}, leading_tokenizer, data) == expected, (
+        "its own counts"
+    )
+    without = tokenize_one({"messages": json.dumps(turns)}, leading_tokenizer, data)
+    assert tokenize_one({"messages": json.dumps(turns), "system": " "}, leading_tokenizer, data) == without
 
 
-@pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, chat("P", "A"), {"text": "A"}])
+@pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, make_chat("P", "A"), {"text": "A"}])
 def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     given, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
     short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
-    found = [one(short, tokenizer, settings(*fields, max_length=most, **given)) for most in (20, 500)]
+    found = [tokenize_one(short, tokenizer, make_settings(*fields, max_length=most, **given)) for most in (20, 500)]
     assert found[0] == found[1], "an example that fits is the same whatever the longest is"
     encoded = Mock(wraps=tokenization._encode_each)
     monkeypatch.setattr(tokenization, "_encode_each", encoded)
@@ -136,7 +158,7 @@ def test_record_text_is_bounded_before_encoding(fields: dict[str, str], monkeypa
         role: text.replace("name", "my " * 100_000 + "name").replace("lost", "lost " * 100_000)
         for role, text in short.items()
     }
-    (ids, targets) = one(long, tokenizer, settings(*fields, max_length=5, **given))
+    (ids, targets) = tokenize_one(long, tokenizer, make_settings(*fields, max_length=5, **given))
     assert sum(len(text) for call in encoded.call_args_list for text in call.args[0]) <= 3 * 64 * 5
     assert len(ids) == 5
     assert targets[-1] == LOST
@@ -148,21 +170,21 @@ def test_longest_prompt_field_is_truncated_and_the_question_kept(template: str, 
     text = f"It began. {'On it went. ' * 99}Here."
     record = {"prompt": "Where did it end?", "input": text, "completion": "There"}
     tokenizer = build_tiny_tokenizer("random:llama")
-    data = settings(max_length=90, prompt_template=template, chat_template=turns)
-    said = tokenizer.decode(one(record, tokenizer, data)[0])
+    data = make_settings(max_length=90, prompt_template=template, chat_template=turns)
+    said = tokenizer.decode(tokenize_one(record, tokenizer, data)[0])
     assert all(kept in said for kept in ("Where did it end?", "It began.", "Here.", "There</s>"))
 
 
 def test_truncated_long_chats_and_prompts_keep_their_end(leading_tokenizer: Any) -> None:
-    turns = chat(*["a"] * 40_000, *["my", "lost"])
+    turns = make_chat(*["a"] * 40_000, *["my", "lost"])
     tokenizer = build_tiny_tokenizer("random:llama")
-    ids, targets = one(turns, tokenizer, settings("messages", chat_template="plain", max_length=30))
+    ids, targets = tokenize_one(turns, tokenizer, make_settings("messages", chat_template="plain", max_length=30))
     assert len(ids) == 30
     assert tokenizer.decode(ids).endswith("User: my\n\nAssistant: lost</s>")
     assert tokenizer.decode([target for target in targets if target >= 0]).endswith(" lost</s>")
     record = {"prompt": "my " * 1000 + "name", "completion": "lost"}
-    data = settings(max_length=5, prompt_template="where {prompt} there")
-    assert one(record, leading_tokenizer, data)[0] == [CLS, WHERE, THERE, LOST, SEP]
+    data = make_settings(max_length=5, prompt_template="where {prompt} there")
+    assert tokenize_one(record, leading_tokenizer, data)[0] == [CLS, WHERE, THERE, LOST, SEP]
 
 
 ALPACA = "Task:\n{prompt}\n\nInput:\n{input} {context}\n\nAnswer:\n"
@@ -180,9 +202,9 @@ ALPACA = "Task:\n{prompt}\n\nInput:\n{input} {context}\n\nAnswer:\n"
 )
 def test_paragraph_with_an_empty_field_is_omitted(fields: dict[str, str], expected: str) -> None:
     tokenizer = build_tiny_tokenizer("random:llama")
-    data = settings("prompt", "completion", "input", "context", prompt_template=ALPACA, max_length=400)
+    data = make_settings("prompt", "completion", "input", "context", prompt_template=ALPACA, max_length=400)
     assert tokenizer.decode(LM.prompt_ids(fields, tokenizer, data=data)) == expected
-    ids, targets = one({**fields, "completion": "done"}, tokenizer, data)
+    ids, targets = tokenize_one({**fields, "completion": "done"}, tokenizer, data)
     assert tokenizer.decode(ids) == f"{expected}done</s>"
     assert tokenizer.decode([target for target in targets if target >= 0]) == "done</s>"
 
@@ -208,15 +230,15 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_invalid_messages_add_nothing_and_do_not_affect_other_records(leading_tokenizer: Any, text: str) -> None:
-    data = settings("messages", chat_template="plain")
-    others = [Record(chat("where", "lost")), Record(chat("is", "there"))]
+    data = make_settings("messages", chat_template="plain")
+    others = [Record(make_chat("where", "lost")), Record(make_chat("is", "there"))]
     with_it = LM.tokenize(
         [others[0], Record({"messages": text}), others[1]], leading_tokenizer, data=data, lenient_within=99
     )
     alone = LM.tokenize(others, leading_tokenizer, data=data, lenient_within=99)
-    assert [rows(with_it)[place] for place in (0, 2)] == rows(alone)
+    assert [list_rows(with_it)[place] for place in (0, 2)] == list_rows(alone)
     if text != HOSTILE["half a pair"]:  # this tokenizer has no such word, whatever it is
-        assert rows(with_it)[1] == ([SEP], [HIDDEN])
+        assert list_rows(with_it)[1] == ([SEP], [HIDDEN])
         with pytest.raises(DataError, match=r"^a\.jsonl:3, messages = .*must alternate user and assistant") as error:
             LM.tokenize([Record({"messages": text}, file="a.jsonl", line=3)], leading_tokenizer, data=data)
         assert "content" not in str(error.value), "no text of a record"
@@ -228,9 +250,9 @@ def test_invalid_messages_add_nothing_and_do_not_affect_other_records(leading_to
 )
 def test_hostile_content_gives_at_most_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
     tokenizer = build_tiny_tokenizer("random:llama")
-    fields = chat(text, text) if roles == ("messages",) else dict.fromkeys(roles, text)
+    fields = make_chat(text, text) if roles == ("messages",) else dict.fromkeys(roles, text)
     given = {"chat_template": "plain"} if roles == ("messages",) else {}
-    data = settings(*roles, max_length=40, **given)
+    data = make_settings(*roles, max_length=40, **given)
     dataset = LM.tokenize([Record(fields)], tokenizer, data=data, lenient_within=258)
     assert len(dataset) == 1
     assert 1 <= dataset.lengths[0] <= 40
@@ -240,31 +262,35 @@ def test_hostile_content_gives_at_most_one_bounded_example(roles: tuple[str, ...
 
 
 def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any, decoder_tokenizer: Any) -> None:
-    data = settings("messages", chat_template="plain", max_length=6)
+    data = make_settings("messages", chat_template="plain", max_length=6)
     asked = LM.prompts_and_references(
-        [Record(chat("where", "lost", "is", "there", "so"))], leading_tokenizer, data=data
+        [Record(make_chat("where", "lost", "is", "there", "so"))], leading_tokenizer, data=data
     )
     assert asked is not None
     prompts, answers = asked
     assert answers == ["there"]
     assert prompts[0].tolist() == [CLS, LOST, SEP, 1, IS, 1], "as many tokens as an example has, whatever the answer"
-    assert LM.prompts_and_references([Record({"text": "lost"})], leading_tokenizer, data=settings("text")) is None
-    asked = LM.prompts_and_references([prompted("where is", "lost")], leading_tokenizer, data=settings(max_length=3))
+    assert LM.prompts_and_references([Record({"text": "lost"})], leading_tokenizer, data=make_settings("text")) is None
+    asked = LM.prompts_and_references(
+        [make_prompt_record("where is", "lost")], leading_tokenizer, data=make_settings(max_length=3)
+    )
     assert asked is not None
     assert ([ids.tolist() for ids in asked[0]], asked[1]) == ([[CLS, WHERE, IS]], ["lost"])
     with pytest.raises(DataError, match=r"^a\.jsonl:3, prompt = .* must have at least one token"):
-        LM.prompts_and_references([prompted("", "lost")], decoder_tokenizer, data=settings())
+        LM.prompts_and_references([make_prompt_record("", "lost")], decoder_tokenizer, data=make_settings())
 
 
 def test_generation_prompts_end_before_the_answer(leading_tokenizer: Any) -> None:
-    def ids(fields: dict[str, str], *roles: str, **given: Any) -> list[int]:
-        return LM.prompt_ids(fields, leading_tokenizer, data=settings(*roles, **given)).tolist()
+    def tokenize_prompt(fields: dict[str, str], *roles: str, **given: Any) -> list[int]:
+        return LM.prompt_ids(fields, leading_tokenizer, data=make_settings(*roles, **given)).tolist()
 
-    assert ids({"prompt": "where is my card is my card is my card"})[-2:] == [MY, CARD], "none are cut off"
-    assert ids({"text": "where is"}, "text") == [CLS, WHERE, IS]
-    assert ids({"prompt": "where"}, prompt_template="my {prompt}") == [CLS, MY, WHERE]
-    assert ids(chat("where"), chat_template="plain") == ids({"prompt": "where"}, chat_template="plain")
+    assert tokenize_prompt({"prompt": "where is my card is my card is my card"})[-2:] == [MY, CARD], "none are cut off"
+    assert tokenize_prompt({"text": "where is"}, "text") == [CLS, WHERE, IS]
+    assert tokenize_prompt({"prompt": "where"}, prompt_template="my {prompt}") == [CLS, MY, WHERE]
+    assert tokenize_prompt(make_chat("where"), chat_template="plain") == tokenize_prompt(
+        {"prompt": "where"}, chat_template="plain"
+    )
     with pytest.raises(DataError, match=r"^messages = .* end with a user turn"):
-        ids(chat("where", "lost"), "messages", chat_template="plain")
+        tokenize_prompt(make_chat("where", "lost"), "messages", chat_template="plain")
     with pytest.raises(ConfigError, match=r"^data\.chat_template = 'none'"):
-        ids(chat("where"))
+        tokenize_prompt(make_chat("where"))

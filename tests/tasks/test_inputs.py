@@ -12,7 +12,7 @@ from fedtune.data.records import parse_record
 from fedtune.report.loading_code import input_loading_code
 from fedtune.spec import DataError
 
-from ..data.conftest import data_spec
+from ..data.conftest import make_data_spec
 
 FEATURES = (
     FeatureSpec(columns=("age",), range=(0.0, 100.0)),
@@ -22,7 +22,7 @@ FEATURES = (
     FeatureSpec(columns=("states",), range=(-5.0, 5.0), size=2),
     FeatureSpec(columns=("levels",), range=(-5.0, 5.0), size=2, missing="indicator"),
 )
-DATA = data_spec("label", labels=("a", "b"), input="features", features=FEATURES, max_length=1)
+DATA = make_data_spec("label", labels=("a", "b"), input="features", features=FEATURES, max_length=1)
 GOOD = {"age": 5, "crp": 5, "ward": "surgery", "grade": "surgery", "states": [1, 2], "levels": [1, 2]}
 VALUES: tuple[Any, ...] = (
     *(None, math.nan, math.inf, "", "  ", "NA", "nan", "none", "?", "x", " surgery ", "Surgery"),
@@ -34,7 +34,7 @@ VALUES: tuple[Any, ...] = (
 
 
 @pytest.fixture(scope="module")
-def exported() -> Callable[[dict[str, Any]], Any]:
+def exported_code() -> Callable[[dict[str, Any]], Any]:
     lines = input_loading_code(DATA, base="", folder="folder")
     assert lines is not None
     reading, _, rest = lines.partition("row = ")
@@ -42,24 +42,24 @@ def exported() -> Callable[[dict[str, Any]], Any]:
     space: dict[str, Any] = {}
     exec(reading, space)
 
-    def vector(row: dict[str, Any]) -> Any:
+    def compute_vector(row: dict[str, Any]) -> Any:
         exec(scaling, space | {"row": row}, found := dict[str, Any]())
         return np.array(found["vector"]) / np.sqrt(found["count"])
 
-    return vector
+    return compute_vector
 
 
 @pytest.mark.parametrize("column", GOOD)
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_exported_preprocessing_matches_training(exported: Any, column: str, value: Any) -> None:
+def test_exported_preprocessing_matches_training(exported_code: Any, column: str, value: Any) -> None:
     row = GOOD | {column: value}
     try:
         record = parse_record(row, DATA.required_columns(()), file="", line=0)
         expected = encode_features(record, FEATURES)
     except DataError:
         with pytest.raises((ValueError, TypeError)):
-            exported(row)
+            exported_code(row)
     else:
-        np.testing.assert_allclose(exported(row), expected, rtol=1e-6)
+        np.testing.assert_allclose(exported_code(row), expected, rtol=1e-6)
     of_numpy = GOOD | {"age": np.float32(5), "grade": np.int64(1), "states": np.array([1.0, 2.0])}
-    np.testing.assert_array_equal(exported(of_numpy), exported(GOOD | {"grade": 1}))
+    np.testing.assert_array_equal(exported_code(of_numpy), exported_code(GOOD | {"grade": 1}))

@@ -19,7 +19,7 @@ def reference() -> Any:
     return pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
 
 
-def drawn(seed: int, *, rows: int = 60, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def draw_answers(seed: int, *, rows: int = 60, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(rows, LABELS) probabilities that tell something, and marks; each label is somewhere and not everywhere."""
     draws = np.random.default_rng(seed)
     marks = draws.random((rows, LABELS)) < 0.3
@@ -30,7 +30,7 @@ def drawn(seed: int, *, rows: int = 60, ties: bool = False) -> tuple[np.ndarray,
 
 def test_auroc_matches_scikit_learn(reference: Any) -> None:
     for ties in (False, True):
-        chances, marks = drawn(1, ties=ties)
+        chances, marks = draw_answers(1, ties=ties)
         expected = reference.roc_auc_score(marks, chances, average="macro")
         assert measures.auroc(chances, marks) == pytest.approx(expected, abs=1e-12)
         assert 0.5 < expected < 1
@@ -45,7 +45,7 @@ def test_auroc_matches_scikit_learn(reference: Any) -> None:
 def test_quadratic_kappa_matches_scikit_learn(some: list[tuple[int, int]]) -> None:
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
     truth, predicted = np.array(some).T
-    found = measures.quadratic_kappa(truth, predicted, num_labels=LABELS)
+    found = measures.compute_quadratic_kappa(truth, predicted, num_labels=LABELS)
     if len({*truth, *predicted}) == 1:
         assert found == 0  # where scikit-learn divides zero by zero
         return
@@ -55,7 +55,7 @@ def test_quadratic_kappa_matches_scikit_learn(some: list[tuple[int, int]]) -> No
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
-    chances, marks = drawn(4)
+    chances, marks = draw_answers(4)
     marks[:, 3] = False
     said = chances > 0.5
     said[:, 2] = False
@@ -77,7 +77,7 @@ def test_calibration_error_matches_a_manual_calculation() -> None:
     assert [one.count for one in bins] == [2] * 10
     # Each bin of two is compared with its own share: 2 of the first 10 and 5 of the others are right.
     apart = [abs(0.2 - share) for share in (1, 0, 0, 0, 0)] + [abs(0.9 - share) for share in (1, 1, 0.5, 0, 0)]
-    assert measures.calibration_error(bins) == pytest.approx(np.mean(apart))
+    assert measures.compute_calibration_error(bins) == pytest.approx(np.mean(apart))
 
 
 def test_reliability_bins_have_equal_counts_and_are_never_empty() -> None:
@@ -87,8 +87,8 @@ def test_reliability_bins_have_equal_counts_and_are_never_empty() -> None:
     assert {one.count for one in bins} == {100, 101}
     assert sum(one.count for one in bins) == 1003
     assert [one.confidence for one in bins] == sorted(one.confidence for one in bins)
-    assert measures.calibration_error(bins) < 0.05, "who is right as often as sure"
-    assert measures.calibration_error(measures.reliability(confidence, np.ones(1003, dtype=bool))) > 0.5
+    assert measures.compute_calibration_error(bins) < 0.05, "who is right as often as sure"
+    assert measures.compute_calibration_error(measures.reliability(confidence, np.ones(1003, dtype=bool))) > 0.5
     assert len(measures.reliability(confidence[:3], np.ones(3, dtype=bool))) == 3
     unknown = measures.reliability(np.array([0.5, np.nan]), np.array([True, False]))
     assert not measures.Detail(classes=(), reliability=unknown).is_finite

@@ -21,7 +21,7 @@ from fedtune.tasks import register
 from fedtune.tasks.classification import Classification
 from fedtune.tasks.registry import TASKS, find_task, get_task, tokenize_separately
 
-from ..data.conftest import data_spec
+from ..data.conftest import make_data_spec
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_task.md").read_text()
 CLASS, SIMULATION = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -147,7 +147,7 @@ class Shared(Classification):
 
 
 def test_own_task_tokenizes_one_record_at_a_time_into_one_example(encoder_tokenizer: Any) -> None:
-    data = data_spec(labels=("a", "b"), max_length=16)
+    data = make_data_spec(labels=("a", "b"), max_length=16)
     tokenize = partial(tokenize_separately, tokenizer=encoder_tokenizer, data=data)
     short = [Record({"text": text, "label": "a"}) for text in ("my", "my card", "where")]
     assert tokenize(Shared(), short).targets.tolist() == [1, 1, 1]

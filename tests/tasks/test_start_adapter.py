@@ -16,21 +16,21 @@ from fedtune.spec import RUN_SCHEMA, ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import TaskModel, build_task_model
 
-from ..model.conftest import spec_of
+from ..model.conftest import make_spec
 
 TABLE: dict[str, Any] = {"model": ModelSpec(path="none"), "lora": LoraSpec(kind="none"), "input": "features"}
 TABLE |= {"head": HeadSpec(scale=1.0, hidden=(2,)), "values": ("age",)}
 
 
-def lora(**changes: Any) -> LoraSpec:
+def make_lora(**changes: Any) -> LoraSpec:
     return replace(LoraSpec(rank=2, layers=(0, 1)), **changes)
 
 
-SPEC = spec_of(lora=lora(), head=HeadSpec(center=True, init="label_names"), labels=("billing", "sales"), seed=0)
+SPEC = make_spec(lora=make_lora(), head=HeadSpec(center=True, init="label_names"), labels=("billing", "sales"), seed=0)
 OTHER_LABELS = ("billing", "technical", "sales")
 
 
-def moved(spec: TaskModelSpec) -> TaskModel:
+def build_moved(spec: TaskModelSpec) -> TaskModel:
     """A model whose trained tensors are all 0.5 away from where they start."""
     model = build_task_model(spec)
     Adapter({name: value + 0.5 for name, value in Adapter.from_task_model(model).tensors.items()}).load_into(model)
@@ -38,50 +38,52 @@ def moved(spec: TaskModelSpec) -> TaskModel:
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("earlier") / "run" / "adapter"
-    save_task_model(moved(SPEC), folder)
+    save_task_model(build_moved(SPEC), folder)
     return folder
 
 
-def begun(folder: Path, spec: TaskModelSpec = SPEC) -> Adapter:
+def begin_adapter(folder: Path, spec: TaskModelSpec = SPEC) -> Adapter:
     return SavedAdapter.read_initial(str(folder)).initial_adapter_for(build_task_model(spec))
 
 
-def test_run_starts_from_the_saved_adapter(tuned: Path) -> None:
-    expected = Adapter.from_task_model(moved(SPEC)).digest()
-    assert begun(tuned).digest() == begun(tuned.parent).digest() == expected
-    assert SavedAdapter.read_initial(str(tuned)).digest == expected
-    SavedAdapter.read_initial(str(tuned)).require_compatible(replace(SPEC, lora=lora(layers=(1, 0))))  # in any order
+def test_run_starts_from_the_saved_adapter(tuned_adapter: Path) -> None:
+    expected = Adapter.from_task_model(build_moved(SPEC)).digest()
+    assert begin_adapter(tuned_adapter).digest() == begin_adapter(tuned_adapter.parent).digest() == expected
+    assert SavedAdapter.read_initial(str(tuned_adapter)).digest == expected
+    SavedAdapter.read_initial(str(tuned_adapter)).require_compatible(
+        replace(SPEC, lora=make_lora(layers=(1, 0)))
+    )  # in any order
 
 
 @pytest.mark.parametrize(
     "spec",
     [
         *(replace(SPEC, lora=replace(SPEC.lora, kind=kind)) for kind in ("dora", "ia3")),
-        spec_of("random:llama", "causal_lm"),
+        make_spec("random:llama", "causal_lm"),
     ],
     ids=["dora", "ia3", "a language model"],
 )
 def test_run_starts_only_from_an_adapter_of_the_same_kind(tmp_path: Path, spec: TaskModelSpec) -> None:
-    model = moved(spec)
+    model = build_moved(spec)
     save_task_model(model, tmp_path)
-    assert begun(tmp_path, spec).digest() == Adapter.from_task_model(model).digest()
+    assert begin_adapter(tmp_path, spec).digest() == Adapter.from_task_model(model).digest()
     if spec.task == "causal_lm":
         assert not SavedAdapter.read_initial(str(tmp_path)).can_reuse_head(spec), "a language model has none"
         return
     with pytest.raises(ConfigError, match=rf"its lora\.kind is '{spec.lora.kind}', not 'lora'"):
-        begun(tmp_path)
+        begin_adapter(tmp_path)
 
 
-def test_head_is_reinitialized_for_other_labels(tuned: Path) -> None:
+def test_head_is_reinitialized_for_other_labels(tuned_adapter: Path) -> None:
     other = replace(SPEC, labels=("billing", "technical", "praise"))  # one is gone
-    before, taken = Adapter.from_task_model(build_task_model(other)), begun(tuned, other)
+    before, taken = Adapter.from_task_model(build_task_model(other)), begin_adapter(tuned_adapter, other)
     assert taken.has_same_shapes(before)
     for name, value in taken.tensors.items():
         expected = before.tensors[name] + (0.0 if name.startswith("head.") else 0.5)
         assert np.array_equal(value, expected), name
-    assert not SavedAdapter.read_initial(str(tuned)).can_reuse_head(other)
+    assert not SavedAdapter.read_initial(str(tuned_adapter)).can_reuse_head(other)
 
 
 @pytest.mark.parametrize("labels", [OTHER_LABELS, SPEC.labels[::-1]])
@@ -90,11 +92,11 @@ def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
     tmp_path: Path, changes: dict[str, Any], labels: tuple[str, ...]
 ) -> None:
     was, now = replace(SPEC, **changes), replace(SPEC, **changes, labels=labels)
-    save_task_model(moved(was), tmp_path)
+    save_task_model(build_moved(was), tmp_path)
     fresh, taken, saved = (
         Adapter.from_task_model(build_task_model(now)).tensors,
-        begun(tmp_path, now).tensors,
-        moved(was),
+        begin_adapter(tmp_path, now).tensors,
+        build_moved(was),
     )
     outputs, before = (saved.task.output_labels(one.labels) for one in (now, was))
     *layers, last = [name for name in saved.adapter_parameters() if name.startswith("head.") and "weight" in name]
@@ -109,31 +111,33 @@ def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
 @pytest.mark.parametrize(
     ("differing", "message"),
     [
-        ({"lora": lora(rank=4)}, r"its lora\.rank is 2, not 4"),
-        ({"lora": lora(kind="dora")}, r"its lora\.kind is 'lora', not 'dora'"),
-        ({"lora": lora(kind="ia3")}, r"its lora\.kind is 'lora', not 'ia3'"),
-        ({"lora": lora(layers=(1,))}, r"its lora\.layers is \[0, 1\], not \[1\]"),
-        ({"lora": lora(alpha=2.0)}, r"its lora\.scale is 8\.0, not 1\.0"),
-        ({"lora": lora(target_modules=("query",))}, r"its lora\.target_modules is 'all-linear', not \['query'\]"),
+        ({"lora": make_lora(rank=4)}, r"its lora\.rank is 2, not 4"),
+        ({"lora": make_lora(kind="dora")}, r"its lora\.kind is 'lora', not 'dora'"),
+        ({"lora": make_lora(kind="ia3")}, r"its lora\.kind is 'lora', not 'ia3'"),
+        ({"lora": make_lora(layers=(1,))}, r"its lora\.layers is \[0, 1\], not \[1\]"),
+        ({"lora": make_lora(alpha=2.0)}, r"its lora\.scale is 8\.0, not 1\.0"),
+        ({"lora": make_lora(target_modules=("query",))}, r"its lora\.target_modules is 'all-linear', not \['query'\]"),
         ({"head": HeadSpec(scale=5.0, center=True)}, r"its head\.scale is 20\.0, not 5\.0"),
         ({"head": HeadSpec()}, r"its head\.center is true, not false"),
         (
-            {"lora": lora(rank=4), "head": HeadSpec()},
+            {"lora": make_lora(rank=4), "head": HeadSpec()},
             r"its lora\.rank .*; its lora\.scale .*; its head\.center is true",
         ),
         ({"task": "causal_lm", "labels": ()}, r"its task is 'classification', not 'causal_lm'"),
     ],
 )
-def test_all_differences_from_the_start_adapter_are_named(tuned: Path, differing: dict[str, Any], message: str) -> None:
+def test_all_differences_from_the_start_adapter_are_named(
+    tuned_adapter: Path, differing: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{message}"):
-        SavedAdapter.read_initial(str(tuned)).require_compatible(replace(SPEC, **differing))
+        SavedAdapter.read_initial(str(tuned_adapter)).require_compatible(replace(SPEC, **differing))
 
 
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (1.0, "by digest")])
 def test_damaged_or_non_finite_start_adapter_is_refused(
-    tuned: Path, tmp_path: Path, value: float, message: str
+    tuned_adapter: Path, tmp_path: Path, value: float, message: str
 ) -> None:
-    copied = shutil.copytree(tuned, tmp_path / "changed")
+    copied = shutil.copytree(tuned_adapter, tmp_path / "changed")
     tensors = {name: array.copy() for name, array in load_file(copied / "adapter_model.safetensors").items()}
     next(iter(tensors.values()))[0, 0] = value
     save_file(tensors, copied / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -142,26 +146,26 @@ def test_damaged_or_non_finite_start_adapter_is_refused(
         trained = tensors | {"head.weight": load_file(copied / "head.safetensors")["weight"]}
         (copied / "fedtune.json").write_text(json.dumps(settings | {"adapter_digest": Adapter(trained).digest()}))
     with pytest.raises(ConfigError, match=rf"model\.adapter = .*{message}"):
-        begun(copied)
-    settings = json.loads((tuned / "fedtune.json").read_text())  # nor is another base taken, by its hash
+        begin_adapter(copied)
+    settings = json.loads((tuned_adapter / "fedtune.json").read_text())  # nor is another base taken, by its hash
     other_base = settings | {"model": settings["model"] | {"sha256": "ab" * 32}}
     (copied / "fedtune.json").write_text(json.dumps(other_base))
     with pytest.raises(ConfigError, match=r"model\.adapter.*was tuned for base model abab.*, but the run's is"):
-        begun(copied)
+        begin_adapter(copied)
 
 
-def test_frozen_lora_a_must_match_the_start_adapter(tuned: Path, tmp_path: Path) -> None:
+def test_frozen_lora_a_must_match_the_start_adapter(tuned_adapter: Path, tmp_path: Path) -> None:
     frozen = replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False))
-    save_task_model(moved(frozen), tmp_path / "frozen")
-    assert begun(tmp_path / "frozen", frozen).digest() == Adapter.from_task_model(moved(frozen)).digest()
+    save_task_model(build_moved(frozen), tmp_path / "frozen")
+    assert begin_adapter(tmp_path / "frozen", frozen).digest() == Adapter.from_task_model(build_moved(frozen)).digest()
     with pytest.raises(ConfigError, match=r"does not train .*lora_A.*saved with seed 0"):
-        begun(tmp_path / "frozen", replace(frozen, seed=1))
+        begin_adapter(tmp_path / "frozen", replace(frozen, seed=1))
     # A run that trains A, too, sends it, and so may begin in any.
-    both = begun(tmp_path / "frozen", replace(SPEC, seed=1))
-    expected = moved(frozen).adapter_parameters()
+    both = begin_adapter(tmp_path / "frozen", replace(SPEC, seed=1))
+    expected = build_moved(frozen).adapter_parameters()
     assert all(np.array_equal(value, expected[name].detach().numpy()) for name, value in both.tensors.items())
     with pytest.raises(ConfigError, match=r"does not train .*lora_A"):  # it was trained, and the run freezes it
-        begun(tuned, frozen)
+        begin_adapter(tuned_adapter, frozen)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", {}, {"model": 5}])

@@ -13,13 +13,13 @@ from fedtune.data.records import Record
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
-from fedtune.tasks.survival import concordance, integrated_brier, observed_intervals
+from fedtune.tasks.survival import concordance, count_observed_intervals, integrated_brier
 
-from ..conftest import command, result_of, tiny
-from ..data.conftest import data_spec
+from ..conftest import list_tiny_overrides, read_result, run_command
+from ..data.conftest import make_data_spec
 
 SURVIVAL = get_task("survival", {"intervals": [1.0, 2.0, 4.0]})
-DATA = data_spec("text", "time", "event")
+DATA = make_data_spec("text", "time", "event")
 SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="survival")
 
 
@@ -42,13 +42,13 @@ def test_survival_targets_follow_from_time_and_event(time: str, event: str, know
 
 @pytest.mark.parametrize("values", [("1", "2"), ("alive", "dead"), ("0:LIVING", "1:DECEASED")])
 def test_event_column_accepts_declared_values(values: tuple[str, str]) -> None:
-    data = data_spec("text", "time", "event", event_values=values)
+    data = make_data_spec("text", "time", "event", event_values=values)
     lost, came = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
     assert [SURVIVAL.target(data)(one).tolist() for one in (lost, came)] == [[0, -100, -100], [0, 1, -100]]  # type: ignore[attr-defined]
     assert SURVIVAL.record_validator(data)(Record({**lost.fields, "event": "0"})) is not None
     assert SURVIVAL.dummy_field("event", data, draw=lambda _: 1) == values[1]
     with pytest.raises(ConfigError, match=r"event_values = \['1'\]: must be two different values, or none"):
-        data_spec(event_values=("1",))
+        make_data_spec(event_values=("1",))
 
 
 def test_survival_loss_uses_only_known_intervals() -> None:
@@ -58,7 +58,9 @@ def test_survival_loss_uses_only_known_intervals() -> None:
     found = SURVIVAL.loss(logits, targets, spec=SPEC)  # type: ignore[attr-defined]
     torch.testing.assert_close(found, torch.stack([by_hand, torch.tensor(0.0)]))
     # Targets tell how long each was followed.
-    followed, event = observed_intervals(np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float))
+    followed, event = count_observed_intervals(
+        np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float)
+    )
     assert (followed.tolist(), event.tolist()) == ([0, 1, 1, 2, 0], [True, True, False, False, False])
 
 
@@ -124,7 +126,7 @@ def test_survival_run_on_a_table_learns_scores_and_generates(tmp_path: Path) -> 
             time, lost = draws.exponential(200 / (age - 10) ** 0.9 * 3), draws.exponential(30)
             table.writerow([f"{age:.1f}", f"{min(time, lost):.2f}", int(time <= lost)])
     given = [
-        *tiny("experiment=own_features", into=tmp_path, name="followed"),
+        *list_tiny_overrides("experiment=own_features", into=tmp_path, name="followed"),
         *("task=survival", f"data.train_file='{file}'", "data.columns={time: months, event: died}", "data.labels=[]"),
         *("data.features=[{columns: [age], range: [0, 110]}]", "task_settings.intervals=[5,10,20,40]"),
         *("data.max_length=1", "data.train_fraction=1", "data.test_fraction=0.4", "data.declared_sizes=75"),
@@ -132,13 +134,13 @@ def test_survival_run_on_a_table_learns_scores_and_generates(tmp_path: Path) -> 
         *("privacy=none", "privacy.noise_multiplier=null", "training=adamw", "training.learning_rate=0.1"),
         *("federation.num_rounds=3", "training.local_steps=10", "runtime.seeded_noise=true"),
     ]
-    assert command("simulate", *given).printed
-    final = result_of(tmp_path / "followed")["final"]
+    assert run_command("simulate", *given).printed
+    final = read_result(tmp_path / "followed")["final"]
     assert list(final["metrics"]) == ["concordance", "integrated_brier", "loss"]
     assert final["metrics"]["concordance"] > 0.6 > 0.5 == final["metrics_before"]["concordance"]
     assert final["metrics"]["integrated_brier"] < final["metrics_before"]["integrated_brier"]
     (tmp_path / "asked.csv").write_text("age\n25\n85\n")
-    told = command("generate", str(tmp_path / "followed"), "--file", str(tmp_path / "asked.csv"), "--json").printed
+    told = run_command("generate", str(tmp_path / "followed"), "--file", str(tmp_path / "asked.csv"), "--json").printed
     young, old = (next(iter(json.loads(line)["answers"].values())) for line in told.splitlines())
     assert [one["until"] for one in old] == [5, 10, 20, 40]
     assert all(one["survival"] > other["survival"] for one, other in zip(young, old, strict=True))

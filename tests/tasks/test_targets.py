@@ -9,36 +9,36 @@ import torch
 from torch.nn import functional
 
 from fedtune.data import Record, TextDataset
-from fedtune.data.records import error_of
+from fedtune.data.records import make_validator
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.pooled import binary_losses
+from fedtune.tasks.pooled import compute_binary_losses
 from fedtune.tasks.registry import TASKS, get_task
 
-from ..cases import cases_of
-from ..data.conftest import data_spec
+from ..cases import read_cases
+from ..data.conftest import make_data_spec
 
 LABELS = ("low", "mid", "high")
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [-3.0, -0.2, -0.1], [0.3, 0.2, 4.0]])
 
 
-def data(task: str, **given: Any) -> DataSpec:
+def make_data(task: str, **given: Any) -> DataSpec:
     roles = {"multi_label": "labels", "ordinal": "label", "regression": "target"}
     columns = {"text": "t", roles[task]: "a"}
     answers = {"target_range": (1.0, 5.0)} if task == "regression" else {"labels": LABELS}
-    return data_spec(**({"columns": columns} | answers | given))
+    return make_data_spec(**({"columns": columns} | answers | given))
 
 
-def spec_of(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
+def make_spec(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
     bounds = (1.0, 5.0) if task == "regression" else None
     answers: Any = {"labels": () if task == "regression" else labels, "target_range": bounds}
     return TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **answers)
 
 
-def tokenized(task: str, answers: list[str], tokenizer: Any, **given: Any) -> TextDataset:
-    settings = data(task, **given)
+def tokenize_answers(task: str, answers: list[str], tokenizer: Any, **given: Any) -> TextDataset:
+    settings = make_data(task, **given)
     role = next(iter(get_task(task).answers))
     records = [Record({"text": "where is my card", role: one}, "a.csv", line) for line, one in enumerate(answers, 2)]
     return get_task(task).tokenize(records, tokenizer, data=settings)
@@ -46,14 +46,17 @@ def tokenized(task: str, answers: list[str], tokenizer: Any, **given: Any) -> Te
 
 def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenizer: Any) -> None:
     answers = ["mid;high", '["high","low"]', "[]", " low ;; low "]
-    targets = tokenized("multi_label", answers, encoder_tokenizer).targets
+    targets = tokenize_answers("multi_label", answers, encoder_tokenizer).targets
     assert np.asarray(targets).tolist() == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 0, 0]]
-    assert np.asarray(tokenized("multi_label", ["mid|low"], encoder_tokenizer, label_separator="|").targets).sum() == 2
+    assert (
+        np.asarray(tokenize_answers("multi_label", ["mid|low"], encoder_tokenizer, label_separator="|").targets).sum()
+        == 2
+    )
     most = tuple(f"label {number}" for number in range(1_000))
-    dataset = tokenized("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
+    dataset = tokenize_answers("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
     assert np.asarray(dataset.targets).nbytes == 2 * 1_000, "a byte for each"
     with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
-        get_task("multi_label").check_data(data("multi_label", labels=(*most, "one more")))
+        get_task("multi_label").check_data(make_data("multi_label", labels=(*most, "one more")))
 
 
 @pytest.mark.parametrize(
@@ -68,26 +71,26 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
     encoder_tokenizer: Any, task: str, answer: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        tokenized(task, [answer, answer], encoder_tokenizer)
+        tokenize_answers(task, [answer, answer], encoder_tokenizer)
     assert "secret" not in str(caught.value)
-    fault = get_task(task).record_validator(data(task))
+    fault = get_task(task).record_validator(make_data(task))
     role = next(iter(get_task(task).answers))
     assert fault(Record({"text": "a", role: answer})) is not None
     assert fault(Record({"text": "a", role: "2.5" if task == "regression" else "mid"})) is None
     # Were a mistake of ours to end the answer of a site, the answer would tell of the record.
-    error = error_of(lambda record: record.fields["nothing"])(Record({"text": "secret"}, "a.csv", 3))
+    error = make_validator(lambda record: record.fields["nothing"])(Record({"text": "secret"}, "a.csv", 3))
     assert str(error) == "a.csv:3, record = 'KeyError': must be a record that can be read"
 
 
 @pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
 def test_empty_data_and_token_free_texts_give_zero_loss(encoder_tokenizer: Any, task: str) -> None:
-    assert len(tokenized(task, [], encoder_tokenizer)) == 0
-    settings, role = data(task), next(iter(get_task(task).answers))
+    assert len(tokenize_answers(task, [], encoder_tokenizer)) == 0
+    settings, role = make_data(task), next(iter(get_task(task).answers))
     record = Record({"text": "where", role: "2.5" if task == "regression" else "mid"})
     lenient = get_task(task).tokenize([record], encoder_tokenizer, data=settings, lenient_within=1)
     assert (np.asarray(lenient.targets) == UNSUPERVISED).all()
-    logits = LOGITS[:1, : get_task(task).num_outputs(spec_of(task))].clone().requires_grad_()  # type: ignore[attr-defined]
-    loss = get_task(task).loss(logits, torch.from_numpy(np.asarray(lenient.targets)), spec=spec_of(task))  # type: ignore[attr-defined]
+    logits = LOGITS[:1, : get_task(task).num_outputs(make_spec(task))].clone().requires_grad_()  # type: ignore[attr-defined]
+    loss = get_task(task).loss(logits, torch.from_numpy(np.asarray(lenient.targets)), spec=make_spec(task))  # type: ignore[attr-defined]
     loss.sum().backward()
     assert loss.tolist() == [0]
     assert not logits.grad.any()
@@ -96,8 +99,8 @@ def test_empty_data_and_token_free_texts_give_zero_loss(encoder_tokenizer: Any, 
 def test_multi_label_and_ordinal_losses_match_their_definitions() -> None:
     targets = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 1]])
     expected = functional.binary_cross_entropy_with_logits(LOGITS, targets, reduction="none").mean(dim=1)
-    torch.testing.assert_close(TASKS["multi_label"].loss(LOGITS, targets, spec=spec_of("multi_label")), expected)  # type: ignore[attr-defined]
-    spec = spec_of("ordinal", labels=("a", "b", "c", "d"))
+    torch.testing.assert_close(TASKS["multi_label"].loss(LOGITS, targets, spec=make_spec("multi_label")), expected)  # type: ignore[attr-defined]
+    spec = make_spec("ordinal", labels=("a", "b", "c", "d"))
     logits = torch.tensor([[4.0, -4.0, -4.0]] * 4)  # says b
     losses = TASKS["ordinal"].loss(logits, torch.arange(4), spec=spec)  # type: ignore[attr-defined]
     above = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
@@ -109,7 +112,7 @@ def test_multi_label_and_ordinal_losses_match_their_definitions() -> None:
 
 def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
     logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(3)) * 3  # in no order at all
-    said = TASKS["ordinal"].said(logits, spec=spec_of("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
+    said = TASKS["ordinal"].said(logits, spec=make_spec("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
     chances, predicted = said["probabilities"], said["predicted"]
     assert (chances >= 0).all()
     torch.testing.assert_close(chances.sum(dim=1), torch.ones(200))
@@ -125,8 +128,8 @@ def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
 
 
 def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) -> None:
-    task, spec = TASKS["regression"], spec_of("regression")
-    targets = torch.from_numpy(np.asarray(tokenized("regression", ["1", "3.0", "5"], encoder_tokenizer).targets))
+    task, spec = TASKS["regression"], make_spec("regression")
+    targets = torch.from_numpy(np.asarray(tokenize_answers("regression", ["1", "3.0", "5"], encoder_tokenizer).targets))
     assert targets.tolist() == [-1, 0, 1]
     logits = torch.tensor([[0.0], [0.5], [7.0]])
     assert task.loss(logits, targets, spec=spec).tolist() == [1, 0.25, 36]  # type: ignore[attr-defined]
@@ -146,16 +149,16 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
     ],
 )
 def test_logits_are_converted_to_labeled_answers(task: str, logits: list[float], text: str, told: list[str]) -> None:
-    found, objects = TASKS[task].answer(torch.tensor(logits), spec=spec_of(task))
+    found, objects = TASKS[task].answer(torch.tensor(logits), spec=make_spec(task))
     assert found == text
     assert [one["label"] for one in objects] == told  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("task", "logits", "target", "score"), cases_of(__file__, "scores_of_a_unit"))
+@pytest.mark.parametrize(("task", "logits", "target", "score"), read_cases(__file__, "scores_of_a_unit"))
 def test_unit_score_matches_expected_values_between_0_and_1(
     task: str, logits: list[float], target: Any, score: float
 ) -> None:
-    model: Any = SimpleNamespace(spec=spec_of(task), logits=lambda batch: torch.tensor([logits]))
+    model: Any = SimpleNamespace(spec=make_spec(task), logits=lambda batch: torch.tensor([logits]))
     batch: Any = SimpleNamespace(targets=torch.tensor([target]))
     assert TASKS[task].unit_score(model, batch) == pytest.approx(score)
 
@@ -167,7 +170,7 @@ def test_majority_baseline_is_the_best_constant_prediction() -> None:
     sets = [np.array([place >> k & 1 for k in range(3)], dtype=bool) for place in range(1, 8)]
     task = TASKS["multi_label"]
     figures = [{"loss": np.zeros(40), "truth": marks, "probabilities": np.tile(one, (40, 1)) * 1.0} for one in sets]
-    best = max(task.scores(one, spec=spec_of("multi_label"))["micro_f1"] for one in figures)
+    best = max(task.scores(one, spec=make_spec("multi_label"))["micro_f1"] for one in figures)
     assert task.majority_baseline(TextDataset(ids, marks)) == pytest.approx(best)
 
     numbers = draws.uniform(-1, 1, size=40).astype(np.float32)
@@ -178,11 +181,11 @@ def test_majority_baseline_is_the_best_constant_prediction() -> None:
 
 def test_final_scores_and_details_match_manual_calculations() -> None:
     of_number = {"truth": np.array([1.0, 2, 5]), "predicted": np.array([1.0, 4, 5]), "loss": np.array([0.0, 1, 0])}
-    scores = TASKS["regression"].final_scores(of_number, spec=spec_of("regression"))
+    scores = TASKS["regression"].final_scores(of_number, spec=make_spec("regression"))
     expected = {"mae": 2 / 3, "rmse": np.sqrt(4 / 3), "spearman": 1.0}
     assert {name: scores[name] for name in expected} == pytest.approx(expected), "in its own unit"
-    assert TASKS["regression"].detail(of_number, spec=spec_of("regression")) is None
-    task, spec = TASKS["ordinal"], spec_of("ordinal")
+    assert TASKS["regression"].detail(of_number, spec=make_spec("regression")) is None
+    task, spec = TASKS["ordinal"], make_spec("ordinal")
     said = task.said(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
     figures = {name: one.numpy().astype(np.float64) for name, one in said.items()}
     figures |= {"truth": np.array([1.0, 0, 1]), "loss": np.array([0.1, 0.2, 0.3])}
@@ -212,7 +215,9 @@ def test_binary_losses_are_bitwise_equal_across_rows() -> None:
     for row in range(9):
         alone = logits[row : row + 1].clone().requires_grad_()
         beside = logits.clone().requires_grad_()
-        binary_losses(alone, marks[row : row + 1]).sum().backward()
-        binary_losses(beside, marks).sum().backward()
+        compute_binary_losses(alone, marks[row : row + 1]).sum().backward()
+        compute_binary_losses(beside, marks).sum().backward()
         assert torch.equal(alone.grad[0], beside.grad[row])  # type: ignore[index]
-        assert torch.equal(binary_losses(alone, marks[row : row + 1])[0], binary_losses(beside, marks)[row])
+        assert torch.equal(
+            compute_binary_losses(alone, marks[row : row + 1])[0], compute_binary_losses(beside, marks)[row]
+        )

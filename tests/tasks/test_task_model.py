@@ -18,8 +18,8 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.classification import Classification
 from fedtune.tasks.task_model import TaskModel, build_task_model
 
-from ..builders import gradients_of
-from ..model.conftest import batch_of, one_of, spec_of, trained
+from ..builders import record_example_gradients
+from ..model.conftest import cut_example, make_batch, make_spec, make_trained
 
 EMBED = Classification().embed
 KINDS = [
@@ -33,9 +33,9 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 @pytest.mark.parametrize("task", ["classification", "multi_label", "regression", "ordinal", "token_classification"])
 def test_head_pads_small_batches_to_full_row_blocks(task: str) -> None:
     """Where few rows take another kernel, it rounds otherwise; this machine's may be the same, so rows are counted."""
-    model, batch, seen = trained("random:bert", task), batch_of(task), set()
+    model, batch, seen = make_trained("random:bert", task), make_batch(task), set()
     hook = model.head.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[0]))
-    for some in (batch, *(one_of(batch, place) for place in range(len(batch)))):
+    for some in (batch, *(cut_example(batch, place) for place in range(len(batch)))):
         model.losses(some)
     hook.remove()
     assert seen
@@ -52,12 +52,12 @@ def test_head_pads_small_batches_to_full_row_blocks(task: str) -> None:
     ],
 )
 def test_gradient_checkpointing_changes_no_loss_or_gradient(path: str, task: str, lora: LoraSpec) -> None:
-    model, batch = trained(path, task, lora=lora), batch_of(task)
-    losses, gradients = model.losses(batch), gradients_of(model, batch)
+    model, batch = make_trained(path, task, lora=lora), make_batch(task)
+    losses, gradients = model.losses(batch), record_example_gradients(model, batch)
     model.enable_gradient_checkpointing()
     model = copy.deepcopy(model)
     torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
-    again = gradients_of(model, batch)
+    again = record_example_gradients(model, batch)
     assert list(again) == list(gradients)
     first, second = (torch.cat([rows.flatten(1) for rows in each.values()], dim=1) for each in (again, gradients))
     assert ((first - second).norm(dim=1) <= 1e-5 * second.norm(dim=1)).all(), "each example's, of its norm"
@@ -66,21 +66,21 @@ def test_gradient_checkpointing_changes_no_loss_or_gradient(path: str, task: str
 
 
 def test_gradient_checkpointing_stores_fewer_values() -> None:
-    def stored(model: TaskModel) -> int:
+    def count_stored(model: TaskModel) -> int:
         pack = Mock(side_effect=lambda tensor: tensor)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.losses(batch_of("classification"))
+            model.losses(make_batch("classification"))
         return sum(call.args[0].numel() for call in pack.call_args_list)
 
-    model = trained("random:llama", "classification")
-    plain = stored(model)
+    model = make_trained("random:llama", "classification")
+    plain = count_stored(model)
     model.enable_gradient_checkpointing()
-    assert stored(model) < plain / 3
+    assert count_stored(model) < plain / 3
 
 
 @kinds
 def test_only_trainable_modules_enter_training_mode(path: str, task: str) -> None:
-    model = build_task_model(spec_of(path, task))
+    model = build_task_model(make_spec(path, task))
     for _ in range(2):
         training = {module for module in model.modules() if module.training}
         assert training == {m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
@@ -91,13 +91,13 @@ def test_only_trainable_modules_enter_training_mode(path: str, task: str) -> Non
 
 @kinds
 def test_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task: str) -> None:
-    model = trained(path, task, model=ModelSpec(path=path, dtype="bfloat16"))
-    batch = batch_of(task)
+    model = make_trained(path, task, model=ModelSpec(path=path, dtype="bfloat16"))
+    batch = make_batch(task)
     assert {parameter.dtype for parameter in model.adapter_parameters().values()} == {torch.float32}
     assert next(model.base.get_base_model().parameters()).dtype == torch.bfloat16
     assert model.losses(batch).dtype == model.logits(batch).dtype == torch.float32
-    assert {gradient.dtype for gradient in gradients_of(model, batch).values()} == {torch.float32}
-    torch.testing.assert_close(model.losses(batch), trained(path, task).losses(batch), rtol=0.1, atol=0.1)
+    assert {gradient.dtype for gradient in record_example_gradients(model, batch).values()} == {torch.float32}
+    torch.testing.assert_close(model.losses(batch), make_trained(path, task).losses(batch), rtol=0.1, atol=0.1)
     empty = type(batch)(*(tensor[:0] for tensor in (batch.input_ids, batch.attention_mask, batch.targets)))
     losses = model.losses(empty)
     losses.sum().backward()
@@ -105,7 +105,7 @@ def test_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task:
 
 
 def test_padding_is_masked_by_position_and_tied_embeddings_stay_frozen() -> None:
-    model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
+    model, batch = make_trained("random:llama", "causal_lm"), make_batch("causal_lm")
     other = type(batch)(torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets)
     torch.testing.assert_close(model.losses(batch), model.losses(other), rtol=1e-6, atol=1e-6)
     ended = batch.input_ids.clone()
@@ -118,8 +118,8 @@ def test_padding_is_masked_by_position_and_tied_embeddings_stay_frozen() -> None
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
 def test_head_starts_at_zero_or_from_label_names(path: str) -> None:
-    assert not build_task_model(spec_of(path)).logits(batch_of("classification")).any()
-    model = build_task_model(spec_of(path, head=HeadSpec(init="label_names", scale=5.0, train=False)))
+    assert not build_task_model(make_spec(path)).logits(make_batch("classification")).any()
+    model = build_task_model(make_spec(path, head=HeadSpec(init="label_names", scale=5.0, train=False)))
     assert "head.weight" in model.adapter_parameters().keys() - model.trainable().keys(), "a frozen head does not train"
     tokenizer = load_tokenizer(model.spec.model)
     token_ids = torch.tensor([tokenizer("exchange rate")["input_ids"]])
@@ -127,7 +127,7 @@ def test_head_starts_at_zero_or_from_label_names(path: str) -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(EMBED(model, token_ids, torch.ones_like(token_ids))[0], rows[1])
     head = HeadSpec(init="label_names", label_texts=("a", "exchange rate", "c"))
-    described = build_task_model(spec_of(path, head=head))
+    described = build_task_model(make_spec(path, head=head))
     torch.testing.assert_close(described.head.weight[1], rows[1])
     assert not torch.allclose(described.head.weight[0], rows[0])
 
@@ -163,8 +163,8 @@ def test_modules_mixing_examples_or_never_used_are_refused() -> None:
 
 
 def test_head_center_is_the_mean_label_embedding_and_stays_frozen() -> None:
-    plain = build_task_model(spec_of(head=HeadSpec(init="label_names")))
-    model = build_task_model(spec_of(head=HeadSpec(init="label_names", center=True)))
+    plain = build_task_model(make_spec(head=HeadSpec(init="label_names")))
+    model = build_task_model(make_spec(head=HeadSpec(init="label_names", center=True)))
     torch.testing.assert_close(model.center, plain.head.weight.mean(dim=0))
     rows = torch.nn.functional.normalize(plain.head.weight - model.center, dim=-1)
     torch.testing.assert_close(model.head.weight, rows)

@@ -17,8 +17,8 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import Task
 from fedtune.tasks.registry import TASKS, get_task
 
-from ..cases import cases_of
-from ..data.conftest import data_spec
+from ..cases import read_cases
+from ..data.conftest import make_data_spec
 
 LABELED, PROMPT, TURNS = ("text", "label"), ("prompt", "completion"), {"chat_template": "plain"}
 SCORED, PAIR = ("text", "other", "target"), ("anchor", "positive")
@@ -27,18 +27,18 @@ TWO: dict[str, Any] = {"labels": ("a", "b")}
 IN_RANGE: dict[str, Any] = {"target_range": (0.0, 5.0)}
 
 
-def negatives(*texts: str) -> dict[str, Any]:
+def make_negatives(*texts: str) -> dict[str, Any]:
     return {"own": {"negatives": texts}}
 
 
-def checked(task: str, roles: tuple[str, ...], *, own: Any = None, **given: Any) -> tuple[Task, DataSpec]:
-    learner, data = get_task(task, own), data_spec(*roles, **given)
+def check_task(task: str, roles: tuple[str, ...], *, own: Any = None, **given: Any) -> tuple[Task, DataSpec]:
+    learner, data = get_task(task, own), make_data_spec(*roles, **given)
     learner.check_own(data)
     learner.check_data(data)
     return learner, data
 
 
-WRONG = cases_of(__file__, "settings_that_do_not_fit")
+WRONG = read_cases(__file__, "settings_that_do_not_fit")
 CASES = [(task, *case) for task, cases in WRONG.items() for case in cases]
 
 
@@ -47,7 +47,7 @@ def test_incompatible_data_settings_are_refused(
     task: str, roles: tuple[str, ...], given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        checked(task, roles, **given)
+        check_task(task, roles, **given)
     assert str(error.value).startswith(message)
 
 
@@ -60,11 +60,11 @@ FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     *(("causal_lm", PROMPT, {}), ("causal_lm", ("messages",), {"chat_template": "model"})),
     *(("causal_lm", ("text", "user"), {}), ("causal_lm", ("messages",), TURNS)),
     *(("preference", ("prompt", *WHOLE), {}), ("preference", WHOLE, TURNS)),
-    *(("embedding", SCORED, IN_RANGE), ("embedding", PAIR, negatives("a text"))),
+    *(("embedding", SCORED, IN_RANGE), ("embedding", PAIR, make_negatives("a text"))),
 ]
 
 
-def made_up(draws: random.Random) -> object:
+def draw_value(draws: random.Random) -> object:
     """A value of any kind, in which nearly every number and name is another one each time."""
     number, name = draws.randrange(-5, 10_000), f"{draws.choice('abx')}{draws.randrange(10_000)}"
     turn = {"role": draws.choice(["user", "assistant", "system", name]), "content": draws.choice([name, "", number])}
@@ -76,12 +76,12 @@ def made_up(draws: random.Random) -> object:
     return draws.choice([*spans, *texts, number, number / 7, 1, 0, True, None, names, [turn, turn], turn, {name: 1}])
 
 
-def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
-    learner, settings = checked(task, roles, **given)
+def list_faults(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
+    learner, settings = check_task(task, roles, **given)
     columns = learner.columns(settings, unit="user" if "user" in roles else "record")
     fault, draws, found = learner.record_validator(settings), random.Random(seed), set()
     for _ in range(4000):
-        row = {column: made_up(draws) for column in columns.values()}
+        row = {column: draw_value(draws) for column in columns.values()}
         error = catch_row_error("", parse_record, row, columns, file="a.jsonl", line=1)
         error = error if isinstance(error, DataError) else fault(error)
         found |= {(error.value, error.bound.partition("; ")[0])} if error else set()
@@ -90,7 +90,7 @@ def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed:
 
 @pytest.mark.parametrize(("task", "roles", "given"), FAULTY, ids=lambda value: str(value)[:30])
 def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], given: dict[str, Any]) -> None:
-    first, second = (faults_of(task, roles, given, seed=seed) for seed in (0, 1))
+    first, second = (list_faults(task, roles, given, seed=seed) for seed in (0, 1))
     assert first
     assert second - first == set()
     assert {task for task, *_ in FAULTY} == set(TASKS), "every task's"
@@ -99,15 +99,15 @@ def test_fault_messages_quote_no_record_text(task: str, roles: tuple[str, ...], 
 def test_language_model_columns_follow_from_the_layout() -> None:
     task = get_task("causal_lm")
 
-    def roles(*named: str, **given: Any) -> set[str]:
-        return set(task.columns(data_spec(*named, **given)))
+    def list_roles(*named: str, **given: Any) -> set[str]:
+        return set(task.columns(make_data_spec(*named, **given)))
 
-    assert roles("messages", "label", chat_template="plain") == {"messages"}
-    assert roles("text", "label") == {"text"}
-    assert roles("prompt", "completion", "input", "system") == {"prompt", "completion"}
+    assert list_roles("messages", "label", chat_template="plain") == {"messages"}
+    assert list_roles("text", "label") == {"text"}
+    assert list_roles("prompt", "completion", "input", "system") == {"prompt", "completion"}
     templated = {"prompt_template": "{prompt}\n\n{input}"}
-    assert roles("prompt", "completion", "input", "system", **templated) == {"prompt", "completion", "input"}
-    assert "system" in roles("prompt", "completion", "system", chat_template="plain")
+    assert list_roles("prompt", "completion", "input", "system", **templated) == {"prompt", "completion", "input"}
+    assert "system" in list_roles("prompt", "completion", "system", chat_template="plain")
 
 
 def check_labels(task: str, *labels: str, texts: tuple[str, ...] = ()) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fedtune import tasks
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.sites.shared_settings import read_settings, serialize_for_sites, settings_for_sites
 from fedtune.tasks.registry import TASKS
 
-from ..conftest import command, result_of, simulate, tiny
+from ..conftest import list_tiny_overrides, read_result, run_command, simulate
 
 HEADS = ("length", "room")
 
@@ -75,14 +75,14 @@ class TextLength(tasks.Task):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def listed() -> Iterator[None]:
+def listed_task() -> Iterator[None]:
     tasks.register(TextLength)
     yield
     del TASKS[TextLength.name]
 
 
 @pytest.fixture(scope="module")
-def folder(listed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(listed_task: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(
         f"task={TextLength.name}",
         *(
@@ -97,19 +97,19 @@ def folder(listed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_third_party_task_is_simulated_and_reported(folder: Path) -> None:
-    result = result_of(folder)
+    result = read_result(folder)
     assert result["task"] == "text_length"
     assert set(result["final"]["metrics"]) == {"loss", "worst"}
     assert 0 < result["privacy"]["epsilon"] < 8
     assert {path.name for path in (folder / "adapter").iterdir()} >= {"head.safetensors", "fedtune.json"}
-    assert command("report", str(folder)).printed
+    assert run_command("report", str(folder)).printed
     assert json.loads((folder / "report.json").read_text())["facts"]["provenance"]["task"] == "text_length"
-    assert command("report", "verify", str(folder / "report.json")).code == 0
+    assert run_command("report", "verify", str(folder / "report.json")).code == 0
     assert "text_length" in (folder / "report.html").read_text()
 
 
 def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(folder: Path) -> None:
-    sent = settings_for_sites(saved_config(folder))
+    sent = settings_for_sites(read_saved_config(folder))
     assert read_settings(serialize_for_sites(sent), plan=sent.plan(), task=sent.task).bound_task.own == LengthSettings(
         longest=20
     )
@@ -122,7 +122,7 @@ def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(fo
     ):
         recipe.write_text(f"task: {TextLength.name}\ntask_settings: {{{given}}}\ndata: {{labels: []}}\n")
         typed = (f"task={TextLength.name}", f"task_settings.{given.replace(': ', '=')}", "data.labels=[]")
-        told = [command("plan", *words) for words in (typed, (f"experiment={recipe}",))]
+        told = [run_command("plan", *words) for words in (typed, (f"experiment={recipe}",))]
         assert [one.code for one in told] == [2, 2]
         assert [one.message for one in told] == [f"task_settings.{message}", f"{recipe}: task_settings.{message}"]
 
@@ -130,11 +130,11 @@ def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(fo
 def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "texts.csv"
     data.write_text("text\nwhere is my card\nlost\n")
-    assert "worst" in command("evaluate", str(folder), "--data", str(data)).printed
-    assert command("plan", *tiny(f"task={TextLength.name}", "data.labels=[]", into=tmp_path)).printed
-    assert command("export", str(folder), "--to", str(tmp_path / "adapter")).printed
+    assert "worst" in run_command("evaluate", str(folder), "--data", str(data)).printed
+    assert run_command("plan", *list_tiny_overrides(f"task={TextLength.name}", "data.labels=[]", into=tmp_path)).printed
+    assert run_command("export", str(folder), "--to", str(tmp_path / "adapter")).printed
     assert (tmp_path / "adapter" / "head.safetensors").is_file()
-    refused = command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
+    refused = run_command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
     assert refused == "--merge: is not available for task text_length, which has only adapters"
-    refused = command("simulate", *tiny("task=riddles", into=tmp_path)).failed()
+    refused = run_command("simulate", *list_tiny_overrides("task=riddles", into=tmp_path)).failed()
     assert refused.startswith(f"task = 'riddles': must be one of {', '.join(TASKS)}, or a task of your own")

@@ -19,10 +19,10 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.measures import entity_counts, recall_precision_f1
 from fedtune.tasks.registry import get_task
-from fedtune.tasks.token_classification import decode_entities, marks
+from fedtune.tasks.token_classification import decode_entities, make_marks_reader
 
-from ..data.conftest import data_spec
-from ..model.conftest import trained
+from ..data.conftest import make_data_spec
+from ..model.conftest import make_trained
 
 TASK = get_task("token_classification")
 LABELS = ("drug", "dose")
@@ -31,7 +31,7 @@ TOKENS = ["my", "card", "is", "lost", "there"]
 
 
 def data(columns: dict[str, str] = TAGGED, **given: Any) -> DataSpec:
-    return data_spec(**({"labels": LABELS, "columns": columns} | given))
+    return make_data_spec(**({"labels": LABELS, "columns": columns} | given))
 
 
 def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> Record:
@@ -51,20 +51,22 @@ def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> R
 )
 def test_tag_schemes_decode_to_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
     words = [f"w{place}" for place in range(len(tags))]
-    _, marked = marks(data())(record(words, [*tags]))
+    _, marked = make_marks_reader(data())(record(words, [*tags]))
     assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == found
     # A declared type may begin as a tag of a scheme.
     labels = ("S-protein", "M_protein", "U-boot", "drug")
-    _, read = marks(data(labels=labels))(record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"]))
+    _, read = make_marks_reader(data(labels=labels))(
+        record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"])
+    )
     assert [labels[label] for *_, label in read] == ["S-protein", "M_protein", "drug", "U-boot"]
 
 
 def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
-    assert marks(data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"])) == ("a b cd ", [(0, 6, 0)])
+    assert make_marks_reader(data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"])) == ("a b cd ", [(0, 6, 0)])
     spans = [{"start": 4, "end": 6, "label": "dose"}, {"start": 0, "end": 3, "label": "drug"}]
     given = data(SPANNED)
-    assert marks(given)(record("a b cd ", spans, SPANNED))[1] == [(0, 3, 0), (4, 6, 1)]
-    assert marks(given)(record("a b", "[]", SPANNED))[1] == []
+    assert make_marks_reader(given)(record("a b cd ", spans, SPANNED))[1] == [(0, 3, 0), (4, 6, 1)]
+    assert make_marks_reader(given)(record("a b", "[]", SPANNED))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_unusable_record_is_reported_without_its_text(
     words: object, answer: object, columns: dict[str, str], message: str
 ) -> None:
     with pytest.raises(DataError) as caught:
-        marks(data(columns))(record(words, answer, columns))
+        make_marks_reader(data(columns))(record(words, answer, columns))
     assert str(caught.value).startswith(message)
     assert not any(text in str(caught.value) for text in ("secret", "card", "drug I"))
 
@@ -164,7 +166,7 @@ def test_unencodable_text_adds_no_targets_at_a_real_site(encoder_tokenizer: Any)
 
 
 def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> None:
-    model = trained("random:bert", TASK.name, texts=2)
+    model = make_trained("random:bert", TASK.name, texts=2)
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
     tags = [f"B-{model.spec.labels[0]}", *["O"] * 8]
     records = [record([f"w{place}" for place in range(9)], tags), record(["w1"], tags[:1])]
@@ -219,7 +221,7 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
     spans = [{"start": 3 * place, "end": 3 * place + 3, "labels": ["drug"]} for place in range(0, 400_000, 100)]
     of_units = record("a\U0001f600" * 400_000, spans, SPANNED)
     began = time.process_time()
-    assert marks(data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
+    assert make_marks_reader(data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
     assert time.process_time() - began < 3, "offsets in units, too"
 
 
@@ -245,7 +247,7 @@ def test_entity_scores_match_their_counts() -> None:
 def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) -> None:
     """A model that always says B-drug: each word is an entity of its own, also where a window ends."""
     assert decode_entities([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
-    model = trained("random:bert", TASK.name, texts=2)
+    model = make_trained("random:bert", TASK.name, texts=2)
     labels = model.spec.labels
     with torch.no_grad():
         model.get_parameter("head.weight").zero_()
@@ -262,7 +264,7 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) ->
 
 @pytest.mark.parametrize("windows", [1, 2])
 def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tokenizer: Any, windows: int) -> None:
-    model = trained("random:bert", TASK.name, texts=windows)
+    model = make_trained("random:bert", TASK.name, texts=windows)
     first, second, *_ = labels = model.spec.labels
     given = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
     text, spans = "w1 w2 w3 w4 w5 w6 w7", [[3, 4, second], [4, 5, first], [6, 7, first], [7, 11, second]]
@@ -282,7 +284,7 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
 
 def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
-    text, model = "unbelievably sore aspirin", trained("random:bert", TASK.name)
+    text, model = "unbelievably sore aspirin", make_trained("random:bert", TASK.name)
     for max_length in range(4, 12):
         given = data(SPANNED, max_length=max_length, labels=model.spec.labels)
         asked = TASK.without_answer(Record({"text": text}), given)
@@ -306,5 +308,5 @@ def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: An
         roles = TASK.required_roles(given)
         made = {role: TASK.dummy_field(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
         assert TASK.record_validator(given)(Record(made)) is None
-        assert len(marks(given)(Record(made))[1]) == 1
+        assert len(make_marks_reader(given)(Record(made))[1]) == 1
     assert json.loads(made["spans"]) == [[0, 1, "dose"]]

@@ -15,7 +15,7 @@ from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
 
-from ..data.conftest import CARD, CLS, IS, LOST, MY, SEP, WHERE, data_spec, make_tokenizer
+from ..data.conftest import CARD, CLS, IS, LOST, MY, SEP, WHERE, make_data_spec, make_tokenizer
 
 PROMPTED = [Record({"prompt": "name", "completion": "there is"}), Record({"prompt": "my card", "completion": "lost"})]
 
@@ -23,7 +23,7 @@ PROMPTED = [Record({"prompt": "name", "completion": "there is"}), Record({"promp
 def tokenize(
     task: str, records: list[Record], tokenizer: Any, *, labels: Any = (), within: int | None = None, **data: Any
 ) -> TextDataset:
-    settings = data_spec(labels=tuple(labels), **data)
+    settings = make_data_spec(labels=tuple(labels), **data)
     return get_task(task).tokenize(records, tokenizer, data=settings, lenient_within=within)
 
 
@@ -68,7 +68,7 @@ def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> 
     records = [Record({"text": "my card", "input": title, "label": "b"}) for title in ("lost", "")]
     found = tokenize_classification(records, encoder_tokenizer, within=99, **joined)
     assert [one.tolist() for one in found.input_ids] == [[CLS, LOST, IS, MY, CARD, SEP], [CLS, MY, CARD, SEP]]
-    task, settings = get_task("classification"), data_spec(**joined)
+    task, settings = get_task("classification"), make_data_spec(**joined)
     task.check_data(settings)
     assert task.required_roles(settings) == ("text", "label", "input")
     for template in ("{input}", "{text} {label}"):
@@ -81,7 +81,7 @@ def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> 
 @pytest.mark.parametrize("task", ["classification", "ordinal", "multi_label", "regression", "survival"])
 def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_tokenizer: Any, task: str) -> None:
     columns = {role: role for role in ("text_pair", *get_task(task).roles)}
-    settings, one = data_spec(columns=columns), data_spec(*get_task(task).roles)
+    settings, one = make_data_spec(columns=columns), make_data_spec(*get_task(task).roles)
     assert get_task(task).required_roles(settings) == ("text", "text_pair", *get_task(task).roles[1:])
     get_task(task).check_tokenizer(encoder_tokenizer, data=settings)
     get_task(task).check_tokenizer(leading_tokenizer, data=one)

@@ -8,15 +8,15 @@ import torch
 from safetensors.numpy import load_file
 
 from fedtune.api.compose import compose_run
-from fedtune.config import saved_config
+from fedtune.config import read_saved_config
 from fedtune.privacy import events
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import verify
 from fedtune.training.per_example import record_gradients
 
-from ..builders import built
+from ..builders import build_copy
 from ..conftest import simulate
-from ..model.conftest import batch_of, spec_of
+from ..model.conftest import make_batch, make_spec
 
 CODES = {"card": 6, "fee": 3, "rate": 1}
 
@@ -29,11 +29,11 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def verified_sites(folder: Path) -> list[History]:
+def verify_sites(folder: Path) -> list[History]:
     return [verify(path).history for path in sorted(folder.glob("sites/*/ledger.db"))]
 
 
-def overrides(shares: Path) -> tuple[str, ...]:
+def list_overrides(shares: Path) -> tuple[str, ...]:
     return (
         *("experiment=votes", "model=random_bert", "data.columns={text: code}", f"data.train_file='{shares}'"),
         *(f"data.labels=[{', '.join(CODES)}]", "data.train_fraction=1.0", "data.test_rows=null", "data.max_length=8"),
@@ -43,7 +43,7 @@ def overrides(shares: Path) -> tuple[str, ...]:
 
 
 def test_vote_gradient_selects_the_nearest_candidate() -> None:
-    model, batch = built(spec_of(task="votes")), batch_of("votes")
+    model, batch = build_copy(make_spec(task="votes")), make_batch("votes")
     batch.targets[1] = -100  # a record that could not be encoded
     assert list(model.trainable()) == ["head.weight"], "a base that moved would move what is nearest"
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_vote_gradient_selects_the_nearest_candidate() -> None:
 
 @pytest.mark.parametrize("aggregation", ["plain", "secure"])
 def test_histogram_counts_votes_from_its_column(shares: Path, tmp_path: Path, aggregation: str) -> None:
-    folder = simulate(*overrides(shares), f"federation.aggregation={aggregation}", into=tmp_path)
+    folder = simulate(*list_overrides(shares), f"federation.aggregation={aggregation}", into=tmp_path)
     weights = load_file(folder / "adapter" / "head.safetensors")["weight"][0]
     # Noise of 1 at each of two sites, over 400 votes.
     assert weights / weights.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
@@ -78,16 +78,16 @@ def test_repeated_votes_give_shares_and_are_charged_per_round(
     shares: Path, tmp_path: Path, changes: tuple[str, ...]
 ) -> None:
     """Before, weights were cut at the bound on an adapter's values: 0.50, 0.38 and 0.12 after three rounds."""
-    folder = simulate(*overrides(shares), "privacy.epsilon=20", *changes, into=tmp_path)
+    folder = simulate(*list_overrides(shares), "privacy.epsilon=20", *changes, into=tmp_path)
     weights = load_file(folder / "adapter" / "head.safetensors")["weight"][0]
     assert weights / weights.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
-    plan = saved_config(folder).plan()
-    for site in verified_sites(folder):
+    plan = read_saved_config(folder).plan()
+    for site in verify_sites(folder):
         assert site.total_charges() == events.count_mechanisms([plan.full_event])
 
 
 def test_vote_sum_bound_covers_all_records_of_a_site(shares: Path) -> None:
-    many = [*overrides(shares), "data.declared_sizes=70000", "federation.aggregation=secure"]
+    many = [*list_overrides(shares), "data.declared_sizes=70000", "federation.aggregation=secure"]
     plan = compose_run(many).plan()
     assert plan.secure_noise.bound == plan.with_noise(9.0).secure_noise.bound >= 70_000
     assert compose_run(["federation.aggregation=secure"]).plan().secure_noise.bound < 70_000

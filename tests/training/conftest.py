@@ -21,8 +21,8 @@ from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 
-from ..builders import DEVICE, built, with_random_values
-from ..model.conftest import LABELS, TEXTS, spec_of
+from ..builders import DEVICE, build_copy, set_random_values
+from ..model.conftest import LABELS, TEXTS, make_spec
 
 KINDS = [
     ("random:bert", "classification"),
@@ -45,17 +45,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def fresh(
+def build_fresh(
     path: str = "random:bert", task: Any = "classification", *, dtype: Any = "float32", **changes: Any
 ) -> TaskModel:
     changes |= {"texts": 2} if task == "preference" else {}
-    model = built(spec_of(path, task, model=ModelSpec(path=path, dtype=dtype), **changes))
+    model = build_copy(make_spec(path, task, model=ModelSpec(path=path, dtype=dtype), **changes))
     switch_to_onednn(model.base)  # as a run does
     return model
 
 
-def trained(*given: Any, size: float = 0.2, **changes: Any) -> TaskModel:
-    return with_random_values(fresh(*given, **changes), size)
+def build_trained(*given: Any, size: float = 0.2, **changes: Any) -> TaskModel:
+    return set_random_values(build_fresh(*given, **changes), size)
 
 
 class Table:
@@ -71,7 +71,7 @@ class Table:
         return found
 
 
-def made_up(task: str, count: int = 9, *, seed: int = 5) -> TextDataset:
+def make_dummy_examples(task: str, count: int = 9, *, seed: int = 5) -> TextDataset:
     """`count` random examples of texts of 2 to 12 tokens; the last has no target, but where that is a class."""
     generator, texts = np.random.default_rng(seed), 2 if task == "preference" else TEXTS.get(task, 1)
     input_ids = tuple(
@@ -93,7 +93,7 @@ BAD = 199
 """A token of a record that a model is made to fail on."""
 
 
-def with_bad(dataset: TextDataset, *texts: int) -> TextDataset:
+def insert_token(dataset: TextDataset, *texts: int) -> TextDataset:
     """The same with this token at the end of these texts, and nowhere else."""
     ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
     for text in texts:
@@ -107,7 +107,7 @@ def plan_of(**changes: object) -> Plan:
     return Plan(**(values | changes))  # type: ignore[arg-type]
 
 
-def examples_of(
+def make_examples(
     dataset: TextDataset,
     shapes: Shapes | None = None,
     *,
@@ -129,12 +129,12 @@ def examples_of(
     return examples
 
 
-def records_of(dataset: TextDataset, *, declared_size: int = 20, max_tokens: int = 40) -> Records:
-    examples = examples_of(dataset, max_tokens=max_tokens)
+def make_records(dataset: TextDataset, *, declared_size: int = 20, max_tokens: int = 40) -> Records:
+    examples = make_examples(dataset, max_tokens=max_tokens)
     return Records(count=len(dataset), declared_size=declared_size, cut=examples.cut)
 
 
-def work_of(**changes: Any) -> RoundOfTraining:
+def make_work(**changes: Any) -> RoundOfTraining:
     values = {
         "site": "bank_a",
         "round": 1,
@@ -147,7 +147,7 @@ def work_of(**changes: Any) -> RoundOfTraining:
     return RoundOfTraining(**(values | changes))
 
 
-def released(
+def release_round(
     model: TaskModel,
     units: Any,
     work: RoundOfTraining,
@@ -156,13 +156,13 @@ def released(
     adapter: Adapter | None = None,
 ) -> Adapter:
     """What a round over a dataset, or over records or users as training reads them, releases."""
-    units = examples_of(units) if isinstance(units, TextDataset) else units
+    units = make_examples(units) if isinstance(units, TextDataset) else units
     return train_round(
         model, adapter or Adapter.from_task_model(model), units, work, randomness=randomness or SeededRandomness(5)
     )
 
 
-def summed(model: TaskModel, examples: SiteExamples, clip: float, chosen: Any = None) -> dict[str, torch.Tensor]:
+def sum_examples(model: TaskModel, examples: SiteExamples, clip: float, chosen: Any = None) -> dict[str, torch.Tensor]:
     """The clipped sum of the chosen examples, or of all, in cells."""
     sums = zero_sums(model.trainable())
     with record_gradients(model) as gradients:
@@ -171,7 +171,7 @@ def summed(model: TaskModel, examples: SiteExamples, clip: float, chosen: Any = 
     return sums
 
 
-def stepped(
+def take_private_steps(
     model: TaskModel,
     records: Records,
     plan: Plan,

@@ -15,19 +15,19 @@ from fedtune.training.batch_invariance import max_batch_influence
 from fedtune.training.dp_step import sum_by_halves
 from fedtune.training.per_example import record_gradients
 
-from ..builders import as_tried
-from .conftest import KINDS, examples_of, fresh, made_up, trained
-from .test_dp_step import loop_gradient
+from ..builders import leave_as_after_trial
+from .conftest import KINDS, build_fresh, build_trained, make_dummy_examples, make_examples
+from .test_dp_step import compute_loop_gradient
 
 pytestmark = pytest.mark.nightly
 
 tasks = pytest.mark.parametrize(("path", "task"), KINDS)
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
-SHAPES = as_tried(Shapes.from_limits(max_length=15, max_tokens=40))
+SHAPES = leave_as_after_trial(Shapes.from_limits(max_length=15, max_tokens=40))
 
 
-def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
+def make_lora(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
     return LoraSpec(kind=kind, rank=2, alpha=4.0, layers=(-1,) if keeps else None, **changes)
 
 
@@ -35,9 +35,9 @@ def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
 @kinds
 @tasks
 def test_per_example_gradients_match_a_loop(path: str, task: str, kind: str, keeps: bool) -> None:
-    model, dataset = trained(path, task, lora=of_kind(kind, keeps=keeps)), made_up(task)
-    looped = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
-    site = examples_of(dataset, SHAPES, kept_by=model if keeps else None)
+    model, dataset = build_trained(path, task, lora=make_lora(kind, keeps=keeps)), make_dummy_examples(task)
+    looped = [compute_loop_gradient(model, dataset, place) for place in range(len(dataset))]
+    site = make_examples(dataset, SHAPES, kept_by=model if keeps else None)
     with record_gradients(model) as gradients:
         for batch in site.cut(np.arange(len(dataset))):
             found = gradients.of_all(batch)
@@ -56,8 +56,8 @@ def test_per_example_gradients_match_a_loop(path: str, task: str, kind: str, kee
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
 def test_dora_gradients_match_peft(path: str) -> None:
     # PEFT's forward pass as it stands, on parameters that mean the same.
-    model, dataset = trained(path, lora=of_kind("dora")), made_up("classification")
-    ours = [loop_gradient(model, dataset, place) for place in range(3)]
+    model, dataset = build_trained(path, lora=make_lora("dora")), make_dummy_examples("classification")
+    ours = [compute_loop_gradient(model, dataset, place) for place in range(3)]
     layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "scales")]
     for _, layer in layers:
         magnitude = layer.lora_magnitude_vector["default"]
@@ -83,7 +83,7 @@ def test_dora_gradients_match_peft(path: str) -> None:
 @kinds
 @pytest.mark.parametrize("keeps", [False, True])
 def test_dora_and_ia3_pass_the_batch_invariance_trial(kind: str, keeps: bool) -> None:
-    model = fresh("random:llama", "causal_lm", lora=of_kind(kind, keeps=keeps))
+    model = build_fresh("random:llama", "causal_lm", lora=make_lora(kind, keeps=keeps))
     before = {name: one.clone() for name, one in model.state_dict().items()}
     assert max_batch_influence(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "all is put back"
@@ -92,12 +92,12 @@ def test_dora_and_ia3_pass_the_batch_invariance_trial(kind: str, keeps: bool) ->
 def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ia3_and_dora._ia3_forward
 
-    def flat(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    def run_flattened(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
         return plain(layer, inputs.flatten(0, 1)).view(*inputs.shape[:2], -1)
 
-    monkeypatch.setattr(ia3_and_dora, "_ia3_forward", flat)
+    monkeypatch.setattr(ia3_and_dora, "_ia3_forward", run_flattened)
     with pytest.raises(ConfigError, match=r"lora\.target_modules = .*scales': mixes tokens of several examples"):
-        fresh(lora=of_kind("ia3"), seed=97)  # a model that no test has built yet, and so one that is tried
+        build_fresh(lora=make_lora("ia3"), seed=97)  # a model that no test has built yet, and so one that is tried
 
 
 def test_token_summation_order_depends_only_on_length() -> None:

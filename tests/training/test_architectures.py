@@ -16,7 +16,7 @@ from fedtune.model.unsupported_models import ARCHITECTURES
 from fedtune.tasks.task_model import build_task_model
 from fedtune.training.batch_invariance import max_batch_influence
 
-from ..model.conftest import spec_of
+from ..model.conftest import make_spec
 
 pytestmark = pytest.mark.nightly
 
@@ -53,7 +53,7 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     build_tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
     lora = LoraSpec(rank=2, target_modules=TARGETS.get(name, ("query", "value") if encoder else ("q_proj",)))
     task = "classification" if encoder else "causal_lm"
-    model = build_task_model(spec_of(task=task, model=ModelSpec(path=str(tmp_path), dtype=dtype), lora=lora))
+    model = build_task_model(make_spec(task=task, model=ModelSpec(path=str(tmp_path), dtype=dtype), lora=lora))
     base = model.base.get_base_model()
     in_four_bits = [module for module in base.modules() if isinstance(module, FourBit)]
     assert bool(in_four_bits) == (dtype == "nf4")

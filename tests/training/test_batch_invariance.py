@@ -20,7 +20,7 @@ from fedtune.training.machine import prepare_model
 from fedtune.training.per_example import PerExampleGradients
 from fedtune.training.spec import RuntimeSpec
 
-from .conftest import KINDS, LAST, fresh
+from .conftest import KINDS, LAST, build_fresh
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 SHAPES = Shapes.from_limits(max_length=20, max_tokens=80)
@@ -42,18 +42,18 @@ def require_refused(model: TaskModel, said: str, **settings: Any) -> None:
     assert Adapter.from_task_model(model).digest() == before, "values are put back also then"
 
 
-def layers_of(model: TaskModel) -> Any:
+def list_layers(model: TaskModel) -> Any:
     base = model.base.get_base_model()
     return base.encoder.layer if hasattr(base, "encoder") else base.model.layers
 
 
-def with_layer(model: TaskModel, change: Change, *, number: int = 0) -> TaskModel:
-    layers_of(model)[number].register_forward_hook(lambda _, inputs, hidden: change(hidden))
+def change_layer(model: TaskModel, change: Change, *, number: int = 0) -> TaskModel:
+    list_layers(model)[number].register_forward_hook(lambda _, inputs, hidden: change(hidden))
     return model
 
 
-def last_layer(path: str = "random:bert", task: str = "classification") -> TaskModel:
-    return fresh(path, task, lora=LAST)
+def build_last_layer(path: str = "random:bert", task: str = "classification") -> TaskModel:
+    return build_fresh(path, task, lora=LAST)
 
 
 class Products(TorchDispatchMode):
@@ -73,17 +73,17 @@ class Products(TorchDispatchMode):
 def test_training_uses_only_matrix_shapes_covered_by_the_trial(onednn: bool) -> None:
     """Also in rounds in which A or B rests: its product is not left to other kernels then."""
     lora = LoraSpec(rank=4, alpha=8.0, alternate=True)
-    model = prepare_model(lambda: fresh(lora=lora), RuntimeSpec(onednn=onednn), max_length=12)
+    model = prepare_model(lambda: build_fresh(lora=lora), RuntimeSpec(onednn=onednn), max_length=12)
 
-    def products() -> set[Any]:
+    def record_products() -> set[Any]:
         with Products() as products:
             check(model, seed=1, shapes=Shapes.from_limits(max_length=12, max_tokens=40))
         return products.seen
 
-    tried = products()
+    tried = record_products()
     for round in (1, 2):
         with model.freeze_for_round(round):
-            assert (seen := products()) <= tried
+            assert (seen := record_products()) <= tried
         assert seen
 
 
@@ -99,13 +99,13 @@ def test_training_uses_only_matrix_shapes_covered_by_the_trial(onednn: bool) -> 
 def test_ordinary_models_pass_the_batch_invariance_trial(
     path: str, task: str, checkpointing: bool, keeps: bool
 ) -> None:
-    model = last_layer(path, task)
+    model = build_last_layer(path, task)
     before = Adapter.from_task_model(model).digest()
     if checkpointing:
         model.enable_gradient_checkpointing()
     assert check(model, keeps=keeps) == 0.0
     assert Adapter.from_task_model(model).digest() == before, "the adapter's values are put back"
-    expected = last_layer(path, task).state_dict()
+    expected = build_last_layer(path, task).state_dict()
     assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "and the model's weights"
 
 
@@ -125,33 +125,33 @@ OTHERS = {
 @pytest.mark.parametrize("shapes", OTHERS.values(), ids=OTHERS)
 @kinds
 def test_ordinary_models_pass_the_trial_in_other_shapes(path: str, task: str, shapes: Shapes) -> None:
-    assert check(fresh(path, task), shapes=shapes) == 0.0
+    assert check(build_fresh(path, task), shapes=shapes) == 0.0
 
 
-def mean_of_batch(hidden: torch.Tensor) -> torch.Tensor:
+def add_batch_mean(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + hidden.mean(dim=0, keepdim=True)  # as batch normalization does
 
 
-def only_from_six_rows(hidden: torch.Tensor) -> torch.Tensor:
-    return mean_of_batch(hidden) if len(hidden) >= 6 else hidden
+def mix_from_six_rows(hidden: torch.Tensor) -> torch.Tensor:
+    return add_batch_mean(hidden) if len(hidden) >= 6 else hidden
 
 
-def only_of_a_single_record(hidden: torch.Tensor) -> torch.Tensor:
+def change_single_record(hidden: torch.Tensor) -> torch.Tensor:
     # No multiple of it, which the normalization behind the last layer would take out.
     return hidden + hidden.roll(1, dims=-1) if len(hidden) <= 2 else hidden  # of a pair, two rows
 
 
-def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
+def mix_previous_row(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + 0.5 * hidden.roll(1, dims=0)
 
 
 @pytest.mark.by_day(
-    *("trained-mean_of_batch", "trained-only_from_six_rows", "trained-only_of_a_single_record"),
-    *("trained-of_the_row_before", "frozen-mean_of_batch", "llama-only_from_six_rows", "pairs-only_of_a_single_record"),
+    *("trained-add_batch_mean", "trained-mix_from_six_rows", "trained-change_single_record"),
+    *("trained-mix_previous_row", "frozen-add_batch_mean", "llama-mix_from_six_rows", "pairs-change_single_record"),
 )
 @pytest.mark.parametrize(
     "change",
-    [mean_of_batch, only_from_six_rows, only_of_a_single_record, of_the_row_before],
+    [add_batch_mean, mix_from_six_rows, change_single_record, mix_previous_row],
     ids=lambda change: change.__name__,
 )
 @pytest.mark.parametrize(
@@ -160,21 +160,21 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
     ids=["frozen", "trained", "llama", "pairs"],
 )
 def test_layer_mixing_examples_is_refused(path: str, task: str, change: Change, number: int) -> None:
-    model = with_layer(last_layer(path, task), change, number=number)
+    model = change_layer(build_last_layer(path, task), change, number=number)
     require_refused(model, r"model\.path .*mixes the examples", inexact_allowed=True)  # also where rounding is accepted
 
 
 def test_layer_depending_on_the_longest_row_is_refused() -> None:
-    model, longest = last_layer(), [0]
+    model, longest = build_last_layer(), [0]
     model.base.get_base_model().register_forward_pre_hook(
         lambda _, __, given: longest.__setitem__(0, int(given["attention_mask"].sum(dim=1).max())), with_kwargs=True
     )
-    with_layer(model, lambda hidden: hidden * (1.0 + 0.1 * longest[0]))
+    change_layer(model, lambda hidden: hidden * (1.0 + 0.1 * longest[0]))
     require_refused(model, r"model\.path .*mixes the examples")
 
 
 def test_last_bit_dependence_is_refused_or_measured() -> None:
-    def last_bit(hidden: torch.Tensor) -> torch.Tensor:
+    def change_last_bit(hidden: torch.Tensor) -> torch.Tensor:
         # Of every value of the first row, and only beside many others.
         if len(hidden) < 6:
             return hidden
@@ -182,7 +182,7 @@ def test_last_bit_dependence_is_refused_or_measured() -> None:
         other[0] = torch.nextafter(hidden[0].detach(), torch.tensor(torch.inf)) + (hidden[0] - hidden[0].detach())
         return other
 
-    model = with_layer(last_layer(), last_bit, number=-1)
+    model = change_layer(build_last_layer(), change_last_bit, number=-1)
     require_refused(model, r"a different gradient .*inexact_gradients = true")
     before = Adapter.from_task_model(model).digest()
     assert 2.0**-24 <= check(model, inexact_allowed=True) < 1e-4
@@ -194,37 +194,37 @@ def test_last_bit_dependence_is_refused_or_measured() -> None:
 def test_rounding_dependence_is_detected_for_every_task(task: str, accepted: bool) -> None:
     """A vote's gradient shows the nearest candidate alone, which so little changes for next to no made-up record."""
 
-    def rounds_by_company(hidden: torch.Tensor) -> torch.Tensor:
+    def round_by_batch(hidden: torch.Tensor) -> torch.Tensor:
         return hidden * (1 + 2.0**-22) if len(hidden) >= 6 else hidden
 
     for _ in range(9):
-        model = with_layer(fresh("random:bert", task), rounds_by_company, number=0)
+        model = change_layer(build_fresh("random:bert", task), round_by_batch, number=0)
         if task == "votes":
             require_refused(model, r"model\.path .*mixes the examples", inexact_allowed=accepted)
         elif not accepted:
             require_refused(model, r"model\.path .*a different gradient")
-    assert check(fresh("random:bert", task)) == 0.0
+    assert check(build_fresh("random:bert", task)) == 0.0
 
 
 @pytest.mark.parametrize("candidate", [0, 1, 2])
 def test_last_bit_change_in_a_vote_score_is_detected(monkeypatch: pytest.MonkeyPatch, candidate: int) -> None:
     original = PerExampleGradients.of_all
 
-    def nudged(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
+    def nudge_score(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
         found = original(self, batch)
         if len(batch.input_ids) == SHAPES.rows(batch.input_ids.shape[1])[0]:
             value = self._model.decided_by[-1 - batch.empty_rows - (-len(batch.input_ids) % 32), candidate]
             value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
         return found
 
-    monkeypatch.setattr(PerExampleGradients, "of_all", nudged)
-    require_refused(fresh("random:bert", "votes"), "mixes the examples", inexact_allowed=True)
+    monkeypatch.setattr(PerExampleGradients, "of_all", nudge_score)
+    require_refused(build_fresh("random:bert", "votes"), "mixes the examples", inexact_allowed=True)
 
 
 def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     original = PerExampleGradients.of_all
 
-    def nudged(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
+    def nudge_gradient(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
         found = original(self, batch)
         if len(batch.input_ids) == SHAPES.rows(batch.input_ids.shape[1])[0]:
             # The smallest value: clipping rounds it to no cell of the grid, so that the bit alone can tell.
@@ -233,29 +233,29 @@ def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.M
             value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
         return found
 
-    monkeypatch.setattr(PerExampleGradients, "of_all", nudged)
-    require_refused(last_layer(), "a different gradient")
-    assert check(last_layer(), inexact_allowed=True) >= 2.0**-24
+    monkeypatch.setattr(PerExampleGradients, "of_all", nudge_gradient)
+    require_refused(build_last_layer(), "a different gradient")
+    assert check(build_last_layer(), inexact_allowed=True) >= 2.0**-24
 
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_frozen_layers_with_kept_states_are_checked_in_varied_batches(keeps: bool) -> None:
-    model = last_layer()
+    model = build_last_layer()
     embeddings = model.base.get_base_model().embeddings
-    embeddings.register_forward_hook(lambda module, inputs, hidden: mean_of_batch(hidden))
+    embeddings.register_forward_hook(lambda module, inputs, hidden: add_batch_mean(hidden))
     require_refused(model, r"mixes the examples|a different gradient", keeps=keeps)
 
 
 @pytest.mark.parametrize("how", ["mixed", "rounded"])
 def test_preference_reference_is_checked_in_varied_batches(monkeypatch: Any, how: str) -> None:
-    model, plain = last_layer("random:llama", "preference"), TaskModel.reference
+    model, plain = build_last_layer("random:llama", "preference"), TaskModel.reference
 
-    def changed(self: TaskModel, batch: Any) -> torch.Tensor | None:
+    def change_reference(self: TaskModel, batch: Any) -> torch.Tensor | None:
         found = plain(self, batch)
         return found + found.mean() if how == "mixed" else found * (1 + 1e-6 * len(found))
 
     assert check(model, max_grad_norm=10.0) == 0.0
-    monkeypatch.setattr(TaskModel, "reference", changed)
+    monkeypatch.setattr(TaskModel, "reference", change_reference)
     require_refused(model, r"mixes the examples|a different gradient", max_grad_norm=10.0)
 
 
@@ -266,12 +266,12 @@ def test_preference_reference_is_checked_in_varied_batches(monkeypatch: Any, how
     + [(length, SHAPES.rows(length)[-1]) for length in SHAPES.lengths[:-1]],
 )
 def test_frozen_layers_are_checked_at_every_row_count(length: int, rows: int) -> None:
-    model = last_layer()
+    model = build_last_layer()
 
-    def rounds_otherwise(_: nn.Module, __: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def round_differently(_: nn.Module, __: Any, hidden: torch.Tensor) -> torch.Tensor:
         return hidden * (1 + 2e-6) if hidden.shape[:2] == (rows, length) else hidden
 
-    model.base.get_base_model().embeddings.register_forward_hook(rounds_otherwise)
+    model.base.get_base_model().embeddings.register_forward_hook(round_differently)
     require_refused(model, "a different gradient", keeps=True)
 
 
@@ -279,15 +279,15 @@ def test_frozen_layers_are_checked_at_every_row_count(length: int, rows: int) ->
 @pytest.mark.parametrize("error", [IndexError, MemoryError])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_record_dependent_failure_is_a_configuration_error(error: type[Exception], keeps: bool) -> None:
-    model = last_layer()
+    model = build_last_layer()
     last = model.num_ids - 1
     embedding = model.base.get_base_model().get_input_embeddings()
 
-    def fails(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    def fail_on_last(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if (inputs[0] == last).any():
             raise error("no such id")
 
-    handle = embedding.register_forward_pre_hook(fails)
+    handle = embedding.register_forward_pre_hook(fail_on_last)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
     said = r"model\.path .*cannot be trained on examples of 24 tokens here: .*no such id"
     require_refused(model, said, keeps=keeps)
@@ -299,17 +299,17 @@ def test_record_dependent_failure_is_a_configuration_error(error: type[Exception
 def test_frozen_layers_failing_on_an_example_are_refused() -> None:
     """At a site such an example counts as zero; in the try it would make every other one look exact."""
 
-    def fails(_: Any, inputs: Any, hidden: tuple[torch.Tensor, ...]) -> None:
+    def fail_on_example(_: Any, inputs: Any, hidden: tuple[torch.Tensor, ...]) -> None:
         if not torch.equal(hidden[0][0, 0], hidden[0][-1, 0]):  # rows of no example are all alike
             raise RuntimeError("not this one")
 
-    model = last_layer()
-    model.base.get_base_model().encoder.layer[0].attention.register_forward_hook(fails)
+    model = build_last_layer()
+    model.base.get_base_model().encoder.layer[0].attention.register_forward_hook(fail_on_example)
     require_refused(model, r"model\.path .*cannot be trained on .* here: not this one", keeps=True)
 
 
 def test_length_without_positions_is_refused_before_training() -> None:
-    model = fresh()
+    model = build_fresh()
     too_long = model.base.config.max_position_embeddings + 8
     said, shapes = (
         r"model\.path .*cannot be trained on examples of \d+ tokens here",
@@ -317,21 +317,21 @@ def test_length_without_positions_is_refused_before_training() -> None:
     )
     require_refused(model, said, shapes=shapes)
     # Nor are gradients that are not finite taken for exact.
-    require_refused(with_layer(last_layer(), lambda hidden: hidden * torch.nan, number=-1), r"model\.path")
+    require_refused(change_layer(build_last_layer(), lambda hidden: hidden * torch.nan, number=-1), r"model\.path")
 
 
 def test_model_weights_cannot_hide_kernel_rounding() -> None:
     """An outside review's model subtracted what most tokens lead to, and enlarged the last bit of what was left."""
 
-    def enlarged(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def enlarge_row(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
         # As the last numbers of a tensor, which the last row holds, are rounded otherwise.
         place = torch.arange(len(hidden), device=hidden.device) == len(hidden) - 1
         return hidden + 1e-6 * place[:, None, None] * module.scale
 
-    model = last_layer()
-    layer = layers_of(model)[-1]
+    model = build_last_layer()
+    layer = list_layers(model)[-1]
     layer.scale = nn.Parameter(torch.zeros(32), requires_grad=False)  # so that made-up examples see nothing
-    layer.register_forward_hook(enlarged)
+    layer.register_forward_hook(enlarge_row)
     require_refused(model, r"model\.path .*a different gradient")
     assert not layer.scale.any(), "its own weights are put back"
 
@@ -339,9 +339,9 @@ def test_model_weights_cannot_hide_kernel_rounding() -> None:
 @kinds
 def test_trial_covers_every_token_position_in_every_row(path: str, task: str) -> None:
     """Where most of a trial is padding, a kernel that rounds the last numbers of a thread's share could pass it."""
-    model = last_layer(path, task)
+    model = build_last_layer(path, task)
 
-    def rounds_one_token(row: int, token: int, _: Any, inputs: Any) -> Any:
+    def round_one_token(row: int, token: int, _: Any, inputs: Any) -> Any:
         changed = inputs[0].clone()
         if len(changed) > row and changed.shape[1] > token:
             changed[row, token] *= 1 + 2.0**-20
@@ -351,7 +351,7 @@ def test_trial_covers_every_token_position_in_every_row(path: str, task: str) ->
     length = SHAPES.lengths[-1]
     rows = SHAPES.rows(length)[0]
     for row, token in ((rows - 1, length - 3), (rows // 2, length - 3), (0, 0)):
-        handle = layers_of(model)[0].register_forward_pre_hook(partial(rounds_one_token, row, token))
+        handle = list_layers(model)[0].register_forward_pre_hook(partial(round_one_token, row, token))
         assert trial().max_influence_of_row(0.1) > 0, (row, token)
         handle.remove()
     assert trial().max_influence_of_row(0.1) == 0
@@ -359,7 +359,7 @@ def test_trial_covers_every_token_position_in_every_row(path: str, task: str) ->
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_trial_examples_are_redrawn_and_progress_is_reported(chosen: bool) -> None:
-    model, seen, told = last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
+    model, seen, told = build_last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
     embeddings = model.base.get_base_model().get_input_embeddings()
     embeddings.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
     total = (3 if chosen else 2) * len(SHAPES.lengths)

@@ -19,9 +19,9 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import record_gradients
 from fedtune.training.users import UserExamples, UserGradients
 
-from ..builders import as_tried, length_of, with_random_values
-from ..model.conftest import spec_of
-from .conftest import LAST, examples_of, trained
+from ..builders import leave_as_after_trial, pad_length, set_random_values
+from ..model.conftest import make_spec
+from .conftest import LAST, build_trained, make_examples
 
 pytestmark = pytest.mark.nightly
 
@@ -47,22 +47,22 @@ def threads(one_thread: None) -> None:
     torch.set_num_threads(2)
 
 
-def records(model: TaskModel, lengths: npt.NDArray[np.integer], *, seed: int = 0) -> TextDataset:
+def make_records(model: TaskModel, lengths: npt.NDArray[np.integer], *, seed: int = 0) -> TextDataset:
     """Random examples of these lengths, the vocabulary's ends among their tokens; of several texts the longest's."""
     draws, texts = np.random.default_rng(seed), model.spec.texts
     ids = model.made_up(draw_text_lengths(lengths.tolist(), texts, draws), draws)
     return TextDataset(ids, model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=draws.integers), texts)
 
 
-def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:
+def list_lengths(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:
     """So many numbers of tokens that are padded to `length`, the least and the most among them."""
-    fitting = [tokens for tokens in range(1, length + (length == shapes.full)) if length_of(shapes, tokens) == length]
+    fitting = [tokens for tokens in range(1, length + (length == shapes.full)) if pad_length(shapes, tokens) == length]
     drawn = np.random.default_rng(seed).choice(fitting, size=count)
     drawn[0], drawn[-1] = fitting[0], fitting[-1]
     return drawn
 
 
-def each_one(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.int64]) -> dict[int, Gradients]:
+def compute_each(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.int64]) -> dict[int, Gradients]:
     """The gradients of the chosen records by their places, as a step computes them together."""
     found = {}
     with record_gradients(model) as gradients:
@@ -74,7 +74,7 @@ def each_one(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.in
     return found
 
 
-def same(left: Gradients, right: Gradients) -> bool:
+def are_same_bits(left: Gradients, right: Gradients) -> bool:
     """To the bit, also where a value is no number."""
     exactly = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
     return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], **exactly) for name in left)
@@ -84,14 +84,14 @@ def require_batch_invariance(model: TaskModel, examples: SiteExamples, *, compan
     """Every record's bits in random companies, of one up to all, are those in the company of all."""
     draws = np.random.default_rng(seed)
     count = len(examples)
-    expected = each_one(model, examples, np.arange(count, dtype=np.int64))
+    expected = compute_each(model, examples, np.arange(count, dtype=np.int64))
     assert len(expected) == count
     assert any(one.any() for gradient in expected.values() for one in gradient.values())
     sizes = [1, 2, count - 1, *draws.integers(1, count, size=max(0, companies - 3), endpoint=True)]
     for size in sizes[:companies]:
         company = draws.permutation(count)[:size]
-        for place, gradient in each_one(model, examples, company).items():
-            assert same(gradient, expected[place]), (place, sorted(company.tolist()))
+        for place, gradient in compute_each(model, examples, company).items():
+            assert are_same_bits(gradient, expected[place]), (place, sorted(company.tolist()))
 
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
@@ -99,26 +99,29 @@ def require_batch_invariance(model: TaskModel, examples: SiteExamples, *, compan
 def test_record_gradient_is_bitwise_equal_in_any_batch(
     path: str, task: str, keeps: bool, dtype: str, threads: None
 ) -> None:
-    model = trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
-    shapes = as_tried(Shapes.from_limits(max_length=24, max_tokens=192))
+    model = build_trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
+    shapes = leave_as_after_trial(Shapes.from_limits(max_length=24, max_tokens=192))
     for length in shapes.lengths:
-        lengths = of_bucket(shapes, length, 16, seed=length)
-        dataset = records(model, lengths, seed=length)
-        examples = examples_of(dataset, shapes, kept_by=model if keeps else None)
+        lengths = list_lengths(shapes, length, 16, seed=length)
+        dataset = make_records(model, lengths, seed=length)
+        examples = make_examples(dataset, shapes, kept_by=model if keeps else None)
         require_batch_invariance(model, examples, companies=3, seed=length)
 
 
 @kinds
 def test_kept_states_do_not_depend_on_other_records(path: str, task: str, threads: None) -> None:
-    model, shapes = trained(path, task, lora=LAST), as_tried(Shapes.from_limits(max_length=30, max_tokens=256))
+    model, shapes = (
+        build_trained(path, task, lora=LAST),
+        leave_as_after_trial(Shapes.from_limits(max_length=30, max_tokens=256)),
+    )
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
-    dataset = records(model, lengths)
-    everyone = examples_of(dataset, shapes, kept_by=model)
-    expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
+    dataset = make_records(model, lengths)
+    everyone = make_examples(dataset, shapes, kept_by=model)
+    expected = compute_each(model, everyone, np.arange(40, dtype=np.int64))
     some = np.random.default_rng(5).permutation(40)[:11]
-    alone = examples_of(dataset.select_examples(some.tolist()), shapes, kept_by=model)
-    for row, gradient in each_one(model, alone, np.arange(11, dtype=np.int64)).items():
-        assert same(gradient, expected[int(some[row])])
+    alone = make_examples(dataset.select_examples(some.tolist()), shapes, kept_by=model)
+    for row, gradient in compute_each(model, alone, np.arange(11, dtype=np.int64)).items():
+        assert are_same_bits(gradient, expected[int(some[row])])
 
 
 OTHER_ADAPTERS = [replace(LAST, kind=kind, layers=layers) for kind in ("dora", "ia3") for layers in (None, (-1,))]
@@ -137,23 +140,23 @@ def test_records_of_mixed_lengths_are_batch_invariant(
     path: str, task: str, positions: Any, lora: LoraSpec, threads: None
 ) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
-    shapes = as_tried(Shapes.from_limits(max_length=30, max_tokens=200, positions=positions))
-    model = trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
+    shapes = leave_as_after_trial(Shapes.from_limits(max_length=30, max_tokens=200, positions=positions))
+    model = build_trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
-    dataset = records(model, lengths)
-    require_batch_invariance(model, examples_of(dataset, shapes, kept_by=model if lora.layers else None), companies=6)
+    dataset = make_records(model, lengths)
+    require_batch_invariance(model, make_examples(dataset, shapes, kept_by=model if lora.layers else None), companies=6)
 
 
 @kinds
 def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: None) -> None:
-    model, shapes = trained(path, task), as_tried(Shapes.from_limits(max_length=30, max_tokens=200))
+    model, shapes = build_trained(path, task), leave_as_after_trial(Shapes.from_limits(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)
     sizes = np.array([1, 4, 2, 6, 1, 3, 2])
-    dataset = records(model, draws.integers(1, 31, size=sizes.sum()))
+    dataset = make_records(model, draws.integers(1, 31, size=sizes.sum()))
     users = np.split(draws.permutation(sizes.sum()), np.cumsum(sizes)[:-1])
 
-    def means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
-        by_user = UserExamples(examples_of(dataset, shapes), users, most_records=8, most_users=most_users)
+    def compute_means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
+        by_user = UserExamples(make_examples(dataset, shapes), users, most_records=8, most_users=most_users)
         found: list[Gradients] = []
         with record_gradients(model) as gradients:
             for batch in by_user.cut_drawn([users[user] for user in chosen]):
@@ -161,44 +164,44 @@ def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: 
                 found += [{name: one[user].clone() for name, one in each.items()} for user in range(len(batch))]
         return dict(zip(chosen, found, strict=True))
 
-    expected = means(list(range(7)), 64)
+    expected = compute_means(list(range(7)), 64)
     for chosen, most_users in (([3], 64), ([6, 1], 1), ([2, 3, 4, 5], 2), ([6, 5, 4, 3, 2, 1, 0], 64)):
-        for user, mean in means(chosen, most_users).items():
-            assert same(mean, expected[user]), (user, chosen, most_users)
+        for user, mean in compute_means(chosen, most_users).items():
+            assert are_same_bits(mean, expected[user]), (user, chosen, most_users)
             alone, beside = (
                 clipped_contributions({name: value[None] for name, value in one.items()}, 0.1)
                 for one in (mean, expected[user])
             )
-            assert same(alone, beside)
+            assert are_same_bits(alone, beside)
 
 
-def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
+def build_packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
     if find_spec(path.removeprefix("package:").partition("/")[0]) is None:
         pytest.skip(f"{path} is not installed")
     file = "SmolLM2-135M-Instruct.Q4_1.gguf" if path == SMOLLM2 else None
     lora = LoraSpec(rank=2, alpha=4.0, layers=(-2, -1))
-    spec = spec_of(task=task, model=ModelSpec(path=path, gguf_file=file, dtype=dtype), lora=lora)
+    spec = make_spec(task=task, model=ModelSpec(path=path, gguf_file=file, dtype=dtype), lora=lora)
     model = build_task_model(spec)
     switch_to_onednn(model.base)
-    return with_random_values(model, 0.2)
+    return set_random_values(model, 0.2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
-    shapes = as_tried(Shapes.from_limits(max_length=40, max_tokens=480, positions=512))
-    model = packaged(MINILM, "classification", dtype=dtype)
+    shapes = leave_as_after_trial(Shapes.from_limits(max_length=40, max_tokens=480, positions=512))
+    model = build_packaged(MINILM, "classification", dtype=dtype)
     if dtype != "float32" and torch.cpu._is_amx_tile_supported():
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
     for length in (12, 20, 48):
-        dataset = records(model, of_bucket(shapes, length, 12))
-        require_batch_invariance(model, examples_of(dataset, shapes, kept_by=model), companies=3)
+        dataset = make_records(model, list_lengths(shapes, length, 12))
+        require_batch_invariance(model, make_examples(dataset, shapes, kept_by=model), companies=3)
 
 
 def test_smollm2_is_batch_invariant() -> None:
     model, shapes = (
-        packaged(SMOLLM2, "causal_lm"),
-        as_tried(Shapes.from_limits(max_length=24, max_tokens=96, positions=8192)),
+        build_packaged(SMOLLM2, "causal_lm"),
+        leave_as_after_trial(Shapes.from_limits(max_length=24, max_tokens=96, positions=8192)),
     )
     for length in shapes.lengths[:2]:
-        dataset = records(model, of_bucket(shapes, length, 5))
-        require_batch_invariance(model, examples_of(dataset, shapes, kept_by=model), companies=2)
+        dataset = make_records(model, list_lengths(shapes, length, 5))
+        require_batch_invariance(model, make_examples(dataset, shapes, kept_by=model), companies=2)

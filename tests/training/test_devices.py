@@ -34,15 +34,15 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
 from ..forked import Forked
-from ..model.conftest import spec_of
-from .conftest import LAST, made_up, released, work_of
+from ..model.conftest import make_spec
+from .conftest import LAST, make_dummy_examples, make_work, release_round
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = Shapes.from_limits(max_length=15, max_tokens=40)
 MAX_GRAD_NORM = 0.5
 KINDS = {
-    "kept states": spec_of(lora=replace(LAST, alternate=True)),
-    "a reference": spec_of("random:llama", "preference", texts=2),
+    "kept states": make_spec(lora=replace(LAST, alternate=True)),
+    "a reference": make_spec("random:llama", "preference", texts=2),
 }
 
 
@@ -56,7 +56,7 @@ class Room:
         return [int(process.pid or 0) for process, _ in self.devices.ready_crew()._members]
 
 
-def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
+def start_devices(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
     runtime = RuntimeSpec(device="cpu", num_devices=count, num_threads=1)
     model = prepare_model(lambda: build_task_model(spec), runtime, max_length=15)
     trial = DeviceTrial(
@@ -69,7 +69,7 @@ def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = Non
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_import() -> Iterator[None]:
+def fork_from_one_import() -> Iterator[None]:
     """The devices' processes are forked from one that has imported torch, in place of importing it each anew.
 
     They are begun as ever where the process that asks them is killed, below, and in tests/sites/test_work.py.
@@ -84,7 +84,7 @@ def one_import() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def rooms() -> Iterator[dict[str, Room]]:
     """Two or three devices, shared by the tests, which find them at work."""
-    made = {kind: begun(KINDS[kind], count) for kind, count in (("kept states", 3), ("a reference", 2))}
+    made = {kind: start_devices(KINDS[kind], count) for kind, count in (("kept states", 3), ("a reference", 2))}
     yield made
     for room in made.values():
         room.devices._crew.end()
@@ -96,12 +96,12 @@ def room(rooms: dict[str, Room], request: pytest.FixtureRequest) -> Room:
 
 
 @pytest.fixture
-def three(rooms: dict[str, Room]) -> Room:
+def three_devices(rooms: dict[str, Room]) -> Room:
     return rooms["kept states"]
 
 
-def units_of(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: int = 8) -> Any:
-    examples = SiteExamples(made_up(spec.task, count), pad_id=0, shapes=SHAPES, device="cpu")
+def make_units(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: int = 8) -> Any:
+    examples = SiteExamples(make_dummy_examples(spec.task, count), pad_id=0, shapes=SHAPES, device="cpu")
     if unit == "record":
         return examples
     owners = np.random.default_rng(seed).integers(0, max(1, count // 3), size=count)
@@ -109,23 +109,23 @@ def units_of(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: int
     return UserExamples(examples, users, most_records=2, most_users=4)
 
 
-def a_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = None) -> Adapter:
-    planned = replace(work_of().plan, unit=units.unit, local_steps=3)
+def run_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = None) -> Adapter:
+    planned = replace(make_work().plan, unit=units.unit, local_steps=3)
     if room.model.has_frozen_prefix:
         units.keep_frozen_states(room.model)
     units.keep_reference(room.model)
-    asked = work_of(round=number, plan=planned, declared_size=30)
-    return released(room.model, units, asked, adapter=start or FIRST[room.model.spec])
+    asked = make_work(round=number, plan=planned, declared_size=30)
+    return release_round(room.model, units, asked, adapter=start or FIRST[room.model.spec])
 
 
 FIRST = {spec: Adapter.from_task_model(build_task_model(spec)) for spec in KINDS.values()}
 
 
-def divided(room: Room, count: int = 41, unit: str = "record") -> DividedUnits:
-    return room.devices.divide_units(units_of(room.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
+def divide_units(room: Room, count: int = 41, unit: str = "record") -> DividedUnits:
+    return room.devices.divide_units(make_units(room.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
 
 
-def gone(pid: int, *, within_s: float = 20.0) -> bool:
+def has_ended(pid: int, *, within_s: float = 20.0) -> bool:
     """Whether a process ends, or has ended and is only yet to be noted by its parent."""
     until = time.monotonic() + within_s
     while time.monotonic() < until:
@@ -142,26 +142,26 @@ def gone(pid: int, *, within_s: float = 20.0) -> bool:
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
 def test_several_devices_release_the_same_result_as_one(room: Room, unit: str, count: int) -> None:
-    here, there = units_of(room.model.spec, count, unit), divided(room, count, unit)
-    first = a_round(room, here)
-    assert a_round(room, there).digest() == first.digest()
-    second = a_round(room, here, number=2, start=first)
-    assert a_round(room, there, number=2, start=first).digest() == second.digest()
+    here, there = make_units(room.model.spec, count, unit), divide_units(room, count, unit)
+    first = run_round(room, here)
+    assert run_round(room, there).digest() == first.digest()
+    second = run_round(room, here, number=2, start=first)
+    assert run_round(room, there, number=2, start=first).digest() == second.digest()
     assert count == 0 or second.digest() != first.digest()
 
 
-def test_every_device_contributes_to_the_sum(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = divided(three)
+def test_every_device_contributes_to_the_sum(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = divide_units(three_devices)
     counted: list[int] = []
-    answers = three.devices._crew.collect_answers
+    answers = three_devices.devices._crew.collect_answers
 
-    def seen() -> list[Any]:
+    def note_answers() -> list[Any]:
         found = answers()
         counted.extend(one[0] for one in found if isinstance(one, tuple))
         return found
 
-    monkeypatch.setattr(three.devices._crew, "collect_answers", seen)
-    a_round(three, there)
+    monkeypatch.setattr(three_devices.devices._crew, "collect_answers", note_answers)
+    run_round(three_devices, there)
     assert len(counted) == 3 * 2, "three steps, two other devices"
     assert min(counted) > 0
     assert len(there._own) == 14
@@ -170,7 +170,7 @@ def test_every_device_contributes_to_the_sum(three: Room, monkeypatch: pytest.Mo
 @given(count=st.integers(0, 60), ranks=st.integers(1, 7), seed=st.integers(0, 99))
 def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, seed: int) -> None:
     spec = KINDS["kept states"]
-    examples, by_user = (units_of(spec, count, unit, seed=seed) for unit in ("record", "user"))
+    examples, by_user = (make_units(spec, count, unit, seed=seed) for unit in ("record", "user"))
     for units in (examples, by_user):
         shares = [units.share(rank, ranks, "cpu") for rank in range(ranks)]
         assert sum(len(own) for own, _ in shares) == len(units)
@@ -184,15 +184,15 @@ def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, see
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
 
-def test_missing_unit_is_detected(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = divided(three)
+def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = divide_units(three_devices)
     by_rank = there._split_by_rank
     monkeypatch.setattr(there, "_split_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
     with pytest.raises(AssertionError, match="each sampled unit counts exactly once"):
-        a_round(three, there)
+        run_round(three_devices, there)
     monkeypatch.setattr(there, "_split_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
     with pytest.raises((AssertionError, RunError)):
-        a_round(three, there)
+        run_round(three_devices, there)
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_missing_unit_is_detected(three: Room, monkeypatch: pytest.MonkeyPatch) 
     ids=["dies", "hangs"],
 )
 def test_failed_or_hung_device_ends_only_the_current_round(
-    three: Room, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+    three_devices: Room, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:
-    there = divided(three)
-    expected = a_round(three, units_of(three.model.spec, 41))
-    pids, steps, own_cut = three.pids, [], there._own.cut_drawn
+    there = divide_units(three_devices)
+    expected = run_round(three_devices, make_units(three_devices.model.spec, 41))
+    pids, steps, own_cut = three_devices.pids, [], there._own.cut_drawn
 
-    def fails_in_the_second_step(drawn: Any) -> Any:
+    def fail_in_second_step(drawn: Any) -> Any:
         steps.append(len(drawn))
         if len(steps) == 2:
             monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0 if number == signal.SIGKILL else 1.0)
@@ -219,25 +219,25 @@ def test_failed_or_hung_device_ends_only_the_current_round(
 
     began = time.monotonic()
     with monkeypatch.context() as patched:
-        patched.setattr(there._own, "cut_drawn", fails_in_the_second_step)
+        patched.setattr(there._own, "cut_drawn", fail_in_second_step)
         with pytest.raises(RunError, match=said):
-            a_round(three, there)
+            run_round(three_devices, there)
     assert time.monotonic() - began < 30
     assert len(steps) == 2, "no step follows"
-    assert all(gone(pid) for pid in pids)
+    assert all(has_ended(pid) for pid in pids)
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
-    assert a_round(three, there).digest() == expected.digest()
-    assert not set(pids) & set(three.pids)
+    assert run_round(three_devices, there).digest() == expected.digest()
+    assert not set(pids) & set(three_devices.pids)
 
 
-def test_long_computation_is_not_taken_for_a_hang(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_computation_is_not_taken_for_a_hang(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where long records lie decides how long it takes, and no record may decide whether a round succeeds."""
-    crew = three.devices.ready_crew()
+    crew = three_devices.devices.ready_crew()
     process, pipe = crew._members[0]
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 0.5)
     ours, theirs = multiprocessing.Pipe()
 
-    def works() -> None:
+    def work_slowly() -> None:
         for _ in range(4):
             time.sleep(0.2)
             theirs.send((devices_module._AT_WORK, None))
@@ -245,12 +245,12 @@ def test_long_computation_is_not_taken_for_a_hang(three: Room, monkeypatch: pyte
 
     with monkeypatch.context() as patched:
         patched.setattr(crew, "_members", [(process, ours), *crew._members[1:]])
-        threading.Thread(target=works).start()
+        threading.Thread(target=work_slowly).start()
         assert crew._answer(1) == "done"
     assert crew._members[0] == (process, pipe)
     # A device gives a sign after each micro-batch.
-    units, signs = units_of(three.model.spec, 41), Mock()
-    device = _Device(three.model, signs)
+    units, signs = make_units(three_devices.model.spec, 41), Mock()
+    device = _Device(three_devices.model, signs)
     assert list(device._report_progress("abc")) == ["a", "b", "c"]
     assert signs.call_count == 3
     device.hold_units(0, units)
@@ -258,17 +258,19 @@ def test_long_computation_is_not_taken_for_a_hang(three: Room, monkeypatch: pyte
     assert signs.call_count > 3, "and while it runs the frozen layers"
 
 
-def test_failure_on_the_first_device_discards_the_whole_step(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = divided(three)
-    expected = a_round(three, units_of(three.model.spec, 41))
+def test_failure_on_the_first_device_discards_the_whole_step(
+    three_devices: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = divide_units(three_devices)
+    expected = run_round(three_devices, make_units(three_devices.model.spec, 41))
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
 
     with monkeypatch.context() as patched:
         patched.setattr(there._own, "cut_drawn", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
-            a_round(three, there)
-    assert three.devices._crew.is_broken, "the others' sums of this step are for no other"
-    assert a_round(three, there).digest() == expected.digest()
+            run_round(three_devices, there)
+    assert three_devices.devices._crew.is_broken, "the others' sums of this step are for no other"
+    assert run_round(three_devices, there).digest() == expected.digest()
 
 
 def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,25 +280,25 @@ def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patched:
         patched.setattr(DeviceTrial, "run_trial", lambda *args: outcome(*args)._replace(bits="00" * 32))
         with pytest.raises(ConfigError, match="devices with bitwise equal gradients"):
-            begun(spec, 2)
+            start_devices(spec, 2)
     for _ in range(2):  # where this draw's bits are the same
         with pytest.raises(ConfigError, match="devices with bitwise equal gradients"):
-            begun(spec, 2)
-    begun(replace(spec, seed=4), 2).devices._crew.end()
+            start_devices(spec, 2)
+    start_devices(replace(spec, seed=4), 2).devices._crew.end()
 
 
 def test_device_with_different_gradients_is_refused() -> None:
     spec = KINDS["kept states"]
     others = replace(spec, model=replace(spec.model, dtype="bfloat16"))
     with pytest.raises(ConfigError, match=r"runtime\.num_devices = 2: needs devices with bitwise equal gradients"):
-        begun(spec, 2, others=others)
+        start_devices(spec, 2, others=others)
 
 
 def test_device_processes_end_with_their_parent() -> None:
     code = (
         "import os, sys\n"
-        "from tests.training.test_devices import KINDS, begun\n"
-        "room = begun(KINDS['kept states'], 2)\n"
+        "from tests.training.test_devices import KINDS, start_devices\n"
+        "room = start_devices(KINDS['kept states'], 2)\n"
         "print(*room.pids, flush=True)\n"
         "sys.stdin.read()\n"
     )
@@ -306,16 +308,16 @@ def test_device_processes_end_with_their_parent() -> None:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert pids
         process.kill()
-    assert all(gone(pid) for pid in pids)
+    assert all(has_ended(pid) for pid in pids)
 
 
-def test_unused_units_are_freed_and_device_errors_are_reported(three: Room) -> None:
-    first = divided(three, 9)
-    a_round(three, first)
+def test_unused_units_are_freed_and_device_errors_are_reported(three_devices: Room) -> None:
+    first = divide_units(three_devices, 9)
+    run_round(three_devices, first)
     number = first._number
     del first
-    a_round(three, divided(three, 9))
-    crew = three.devices.ready_crew()
+    run_round(three_devices, divide_units(three_devices, 9))
+    crew = three_devices.devices.ready_crew()
     crew.ask_all(_Device.keep_reference, number)
     with pytest.raises(RunError, match=f"device 1: KeyError: {number}"):
         crew.collect_answers()

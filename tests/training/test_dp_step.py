@@ -17,14 +17,24 @@ from fedtune.training.optimizer import make_optimizer
 from fedtune.training.spec import TrainingSpec
 
 from . import conftest
-from .conftest import CELLS, KINDS, examples_of, made_up, plan_of, records_of, stepped, summed, trained
+from .conftest import (
+    CELLS,
+    KINDS,
+    build_trained,
+    make_dummy_examples,
+    make_examples,
+    make_records,
+    plan_of,
+    sum_examples,
+    take_private_steps,
+)
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0, "preference": 5.0}
 """Longer than these models' gradients, which are then rounded to a grid of 8e-6 to 2e-7."""
 
 
-def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
+def compute_plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
     """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
     if model.task.name not in ("classification", "causal_lm", "preference"):
         return model.losses(collate(dataset, [index], pad_id=0)).sum()  # tests/tasks compare these with a textbook's
@@ -57,21 +67,21 @@ def log_probability(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> tor
     )
 
 
-def loop_gradient(model: TaskModel, dataset: TextDataset, index: int) -> dict[str, np.ndarray]:
+def compute_loop_gradient(model: TaskModel, dataset: TextDataset, index: int) -> dict[str, np.ndarray]:
     parameters = model.trainable()
-    gradients = torch.autograd.grad(plain_loss(model, dataset, index), list(parameters.values()))
+    gradients = torch.autograd.grad(compute_plain_loss(model, dataset, index), list(parameters.values()))
     return {name: gradient.double().numpy() for name, gradient in zip(parameters, gradients, strict=True)}
 
 
 def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -> None:
     """Of all examples, of which some are clipped and some are not, however they are cut into micro-batches."""
-    alone = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
+    alone = [compute_loop_gradient(model, dataset, place) for place in range(len(dataset))]
     norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
     clip = float(np.median([norm for norm in norms if norm]))
     assert SMALLEST_NORM < clip < max(norms), "or no gradient is scaled by its own norm"
     factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
     for max_tokens in (1, 40, 10_000):
-        found = summed(model, examples_of(dataset, max_tokens=max_tokens, **cut), clip)
+        found = sum_examples(model, make_examples(dataset, max_tokens=max_tokens, **cut), clip)
         for name, total in found.items():
             looped = sum(factor * each[name] for factor, each in zip(factors, alone, strict=True)) / clip * CELLS
             assert np.abs(total.numpy() - looped).max() <= 1e-5 * CELLS * len(dataset), (name, max_tokens)
@@ -79,7 +89,7 @@ def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -
 
 @kinds
 def test_clipped_sum_matches_a_loop_for_any_micro_batching(path: str, task: str) -> None:
-    require_sums_of_a_loop(trained(path, task), made_up(task))
+    require_sums_of_a_loop(build_trained(path, task), make_dummy_examples(task))
 
 
 @pytest.mark.by_day("random:bert-classification-sgd", "random:bert-classification-adamw", "random:llama-causal_lm-sgd")
@@ -87,15 +97,15 @@ def test_clipped_sum_matches_a_loop_for_any_micro_batching(path: str, task: str)
 @kinds
 def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: str, optimizer: str) -> None:
     clip = UNCLIPPED[task]
-    dataset, half = made_up(task), plan_of(sampling_rate=0.5, max_grad_norm=clip)
+    dataset, half = make_dummy_examples(task), plan_of(sampling_rate=0.5, max_grad_norm=clip)
     # Larger steps make gradients of cosines longer than the clip norm, or next to nothing.
     rate = 0.01 if dataset.texts > 1 else 0.05
     settings = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.01}
-    private = trained(path, task)
+    private = build_trained(path, task)
     before = {name: p.detach().clone() for name, p in private.trainable().items()}
-    after = stepped(private, records_of(dataset, declared_size=14), half, steps=4, **settings)
+    after = take_private_steps(private, make_records(dataset, declared_size=14), half, steps=4, **settings)
 
-    model = trained(path, task)
+    model = build_trained(path, task)
     parameters = list(model.trainable().values())
     plain = {
         "sgd": lambda: torch.optim.SGD(parameters, lr=rate, weight_decay=0.01),
@@ -107,7 +117,7 @@ def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: s
         plain.zero_grad()
         chosen = poisson_sample(len(dataset), 0.5, sampling)
         assert len(chosen)
-        (sum(plain_loss(model, dataset, int(index)) for index in chosen) / (0.5 * 14)).backward()
+        (sum(compute_plain_loss(model, dataset, int(index)) for index in chosen) / (0.5 * 14)).backward()
         for name, parameter in model.trainable().items():
             smallest[name] = torch.minimum(smallest[name], parameter.grad.abs())
         plain.step()
@@ -123,7 +133,7 @@ def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: s
 
 def test_optimizer_clipping_and_sum_use_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a step checks it before it touches records."""
-    parameters = trained().trainable()
+    parameters = build_trained().trainable()
     assert_same_tensors(parameters, make_optimizer(parameters, TrainingSpec()))
     without_head = {name: p for name, p in parameters.items() if name != "head.weight"}
     more = parameters | {"buffer": torch.nn.Parameter(torch.zeros(1))}
@@ -133,6 +143,6 @@ def test_optimizer_clipping_and_sum_use_the_same_tensors(monkeypatch: pytest.Mon
     cut = Mock(side_effect=AssertionError("records were read"))
     monkeypatch.setattr(conftest, "make_optimizer", lambda _, spec: make_optimizer(without_head, spec))
     with pytest.raises(AssertionError, match="stepped tensors"):
-        stepped(trained(), Records(count=3, declared_size=3, cut=cut), plan_of())
+        take_private_steps(build_trained(), Records(count=3, declared_size=3, cut=cut), plan_of())
     with pytest.raises(AssertionError, match="clipped tensors and summed tensors differ"):
         add_clipped({"a": torch.zeros(1, dtype=torch.int64)}, {"b": torch.zeros(1, 1)}, 1.0)

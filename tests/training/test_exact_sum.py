@@ -27,13 +27,13 @@ RELATIVE, OF_USERS = st.sampled_from([1e-3, 1.0, 1e6]), st.lists(st.integers(1, 
 Cells = dict[str, torch.Tensor]
 
 
-def squares(cells: Cells) -> list[int]:
+def compute_squares(cells: Cells) -> list[int]:
     rows = torch.cat([one.flatten(1).double() for one in cells.values()], dim=1).tolist()
     assert all(value == int(value) for row in rows for value in row), "whole numbers"
     return [sum(int(value) ** 2 for value in row) for row in rows]
 
 
-def made_up(draws: np.random.Generator, kind: str, size: float, units: int) -> npt.NDArray[np.float32]:
+def make_dummy_gradients(draws: np.random.Generator, kind: str, size: float, units: int) -> npt.NDArray[np.float32]:
     """Gradients of a kind, (units, values); some values are not finite in the last kind but one."""
     count = sum(SIZES.values())
     values = draws.standard_normal((units, count)) * size
@@ -56,7 +56,7 @@ def made_up(draws: np.random.Generator, kind: str, size: float, units: int) -> n
         return values.astype(np.float32)
 
 
-def tensors(values: npt.NDArray[np.float32]) -> dict[str, torch.Tensor]:
+def split_tensors(values: npt.NDArray[np.float32]) -> dict[str, torch.Tensor]:
     parts = torch.split(torch.from_numpy(values), list(SIZES.values()), dim=1)
     return {name: part.reshape(-1, *SHAPES[name]) for name, part in zip(SHAPES, parts, strict=True)}
 
@@ -65,13 +65,13 @@ def empty() -> Cells:
     return {name: torch.zeros(shape, dtype=torch.int64) for name, shape in SHAPES.items()}
 
 
-def summed(gradients: dict[str, torch.Tensor], clip: float) -> Cells:
+def sum_gradients(gradients: dict[str, torch.Tensor], clip: float) -> Cells:
     sums = empty()
     add_clipped(sums, gradients, clip)
     return sums
 
 
-def equal(left: Cells, right: Cells) -> bool:
+def are_equal(left: Cells, right: Cells) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -81,8 +81,8 @@ def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -
     draws = np.random.default_rng(1)
     longest = 0
     for relative in (1e-9, 1e-3, 1.0, 1 + 1e-6, 1 + 1e-7, 1e3, 1e9):
-        each = clipped_contributions(tensors(made_up(draws, kind, clip * relative, 64)), clip)
-        found = squares(each)
+        each = clipped_contributions(split_tensors(make_dummy_gradients(draws, kind, clip * relative, 64)), clip)
+        found = compute_squares(each)
         assert max(found) <= CELLS**2
         longest = max(longest, *found)
     # So that the bound was tested: where gradients can reach it, they do.
@@ -97,8 +97,8 @@ def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -
     clip=st.one_of(MADE["clip"], st.floats(1e-18, 1e6)),
 )
 def test_any_float32_gradient_contributes_at_most_the_clip_norm(values: list[float], clip: float) -> None:
-    gradients = tensors(np.array([values], dtype=np.float32))
-    (square,) = squares(clipped_contributions(gradients, clip))
+    gradients = split_tensors(np.array([values], dtype=np.float32))
+    (square,) = compute_squares(clipped_contributions(gradients, clip))
     assert square <= CELLS**2
     if not np.isfinite(values).all():
         assert square == 0
@@ -112,18 +112,18 @@ def test_removing_a_unit_changes_the_sum_by_exactly_its_contribution(
     kind: str, clip: float, relative: float, units: int, cuts: list[int], seed: int
 ) -> None:
     draws = np.random.default_rng(seed)
-    values = made_up(draws, kind, clip * relative, units)
+    values = make_dummy_gradients(draws, kind, clip * relative, units)
     gone = int(draws.integers(units))
-    with_it, without = (summed(tensors(each), clip) for each in (values, np.delete(values, gone, axis=0)))
-    own = clipped_contributions(tensors(values[gone : gone + 1]), clip)
+    with_it, without = (sum_gradients(split_tensors(each), clip) for each in (values, np.delete(values, gone, axis=0)))
+    own = clipped_contributions(split_tensors(values[gone : gone + 1]), clip)
     moved = {name: with_it[name] - without[name] for name in with_it}
-    assert equal(moved, {name: own[name].to(torch.int64).reshape(SHAPES[name]) for name in own})
-    assert squares({name: one[None] for name, one in moved.items()})[0] <= CELLS**2
+    assert are_equal(moved, {name: own[name].to(torch.int64).reshape(SHAPES[name]) for name in own})
+    assert compute_squares({name: one[None] for name, one in moved.items()})[0] <= CELLS**2
     sums = empty()
     for part in np.split(draws.permutation(units), sorted(cut for cut in cuts if cut < units)):
         if len(part):
-            add_clipped(sums, tensors(values[part]), clip)
-    assert equal(sums, with_it), "order and cutting change no cell"
+            add_clipped(sums, split_tensors(values[part]), clip)
+    assert are_equal(sums, with_it), "order and cutting change no cell"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -135,20 +135,22 @@ def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values
     gradient = torch.randn((13, values), generator=generator)
     many = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
     of_each = {"a": gradient, "b": gradient[:, :7] * 3}
-    each, norms = clipped_contributions(of_each, 0.5), dp_step._joint_norms(many)
+    each, norms = clipped_contributions(of_each, 0.5), dp_step._compute_joint_norms(many)
     for rows in (1, 2, 3, 4, 7, 12):
         for start in {0, 1, 13 - rows}:
             part = slice(start, start + rows)
             fewer = clipped_contributions({name: one[part] for name, one in of_each.items()}, 0.5)
             assert all(torch.equal(fewer[name], one[part]) for name, one in each.items())
-            assert torch.equal(dp_step._joint_norms({name: one[part] for name, one in many.items()}), norms[part])
+            assert torch.equal(
+                dp_step._compute_joint_norms({name: one[part] for name, one in many.items()}), norms[part]
+            )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_contribution_does_not_depend_on_memory_layout(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm's last bit does, unless rows are laid out alike; float32 weights hide it but once in millions.
-    checked = Mock(side_effect=dp_step._squared_row_norms)
-    monkeypatch.setattr(dp_step, "_squared_row_norms", checked)
+    checked = Mock(side_effect=dp_step._compute_squared_row_norms)
+    monkeypatch.setattr(dp_step, "_compute_squared_row_norms", checked)
     gradient = torch.randn((5, 40_000), generator=torch.Generator().manual_seed(3))
     expected = clipped_contributions({"a": gradient}, 0.5)["a"]
     by_column = gradient[:rows].t().contiguous().t()
@@ -166,50 +168,50 @@ def test_user_changes_the_sum_by_only_its_contribution(
 ) -> None:
     draws = np.random.default_rng(seed)
     count = sum(sizes)
-    values = made_up(draws, kind, clip * relative, count)
-    table = Table(tensors(values))
+    values = make_dummy_gradients(draws, kind, clip * relative, count)
+    table = Table(split_tensors(values))
     ids = tuple(np.array([number, *[1] * draws.integers(0, 19)], dtype=np.int32) for number in range(count))
     dataset = TextDataset(ids, np.zeros(count, dtype=np.int64))
     records = SiteExamples(dataset, pad_id=0, shapes=Shapes.from_limits(max_length=20, max_tokens=60), device="cpu")
     users = np.split(draws.permutation(count), np.cumsum(sizes)[:-1])
     by_user = UserExamples(records, users, most_records=9, most_users=most_users)
 
-    def total(chosen: list[int]) -> Cells:
+    def sum_users(chosen: list[int]) -> Cells:
         sums = empty()
         for batch in by_user.cut_drawn([users[user] for user in chosen]):
             add_clipped(sums, UserGradients(table).of(batch), clip)
         return sums
 
     everyone = list(range(len(sizes)))
-    whole, gone = total(everyone), int(draws.integers(len(sizes)))
-    assert equal(whole, total(everyone[::-1]))
-    rest, own = total([user for user in everyone if user != gone]), total([gone])
-    assert equal(own, {name: whole[name] - rest[name] for name in whole})
+    whole, gone = sum_users(everyone), int(draws.integers(len(sizes)))
+    assert are_equal(whole, sum_users(everyone[::-1]))
+    rest, own = sum_users([user for user in everyone if user != gone]), sum_users([gone])
+    assert are_equal(own, {name: whole[name] - rest[name] for name in whole})
     assert np.isfinite(values[users[gone]]).all() or not any(one.any() for one in own.values()), "counts as zero"
-    assert squares({name: one[None] for name, one in own.items()})[0] <= CELLS**2
+    assert compute_squares({name: one[None] for name, one in own.items()})[0] <= CELLS**2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_sum_equals_its_contributions_despite_non_finite_gradients(bad: float) -> None:
     """A sum goes over one tensor after the other, and drops units only when it has seen all of them."""
-    gradients = tensors(np.random.default_rng(6).normal(size=(9, sum(SIZES.values()))).astype(np.float32))
+    gradients = split_tensors(np.random.default_rng(6).normal(size=(9, sum(SIZES.values()))).astype(np.float32))
     gradients["base.lora_B.weight"][2, 3] = gradients["base.lora_A.weight"][7, 0, 0] = bad
     for clip in (0.5, 1e-9, 100.0):
-        sums = summed(gradients, clip)
+        sums = sum_gradients(gradients, clip)
         for name, each in clipped_contributions(gradients, clip).items():
             assert torch.equal(sums[name].ravel(), each.sum(dim=0).to(torch.int64)), name
 
 
 def test_overlong_contribution_is_dropped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = {"a": torch.randn(6, 50, generator=torch.Generator().manual_seed(2))}
-    right = dp_step._joint_norms
+    right = dp_step._compute_joint_norms
 
-    def short_of_one(some: Any) -> torch.Tensor:
+    def shorten_one(some: Any) -> torch.Tensor:
         found = right(some)
         return torch.where(torch.arange(len(found)) == 3, 0.5 * found, found) if len(found) == 6 else found
 
     expected = clipped_contributions(gradients, 0.1)["a"]
-    monkeypatch.setattr(dp_step, "_joint_norms", short_of_one)
+    monkeypatch.setattr(dp_step, "_compute_joint_norms", shorten_one)
     sums = {"a": torch.zeros(50, dtype=torch.int64)}
     add_clipped(sums, gradients, 0.1)
     assert torch.equal(sums["a"], (expected.sum(dim=0) - expected[3]).to(torch.int64))

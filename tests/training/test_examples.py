@@ -15,7 +15,18 @@ from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.examples import SiteExamples
 
-from .conftest import BAD, CELLS, KINDS, LAST, examples_of, fresh, made_up, summed, trained, with_bad
+from .conftest import (
+    BAD,
+    CELLS,
+    KINDS,
+    LAST,
+    build_fresh,
+    build_trained,
+    insert_token,
+    make_dummy_examples,
+    make_examples,
+    sum_examples,
+)
 
 CLIP = 0.5
 CHOSEN = [5, 1, 7, 2]
@@ -23,8 +34,8 @@ CHOSEN = [5, 1, 7, 2]
 
 def require_same_sum(model: TaskModel, plain: SiteExamples, keeping: SiteExamples, *, within: float) -> None:
     """Clipped sums of chosen records, to so much of a clip norm for each."""
-    expected = summed(model, plain, CLIP, CHOSEN)
-    for name, total in summed(model, keeping, CLIP, CHOSEN).items():
+    expected = sum_examples(model, plain, CLIP, CHOSEN)
+    for name, total in sum_examples(model, keeping, CLIP, CHOSEN).items():
         assert int((total - expected[name]).abs().max()) <= within * CELLS * len(CHOSEN)
     assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
 
@@ -32,11 +43,11 @@ def require_same_sum(model: TaskModel, plain: SiteExamples, keeping: SiteExample
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("path", "task"), KINDS)
 def test_kept_states_give_the_same_clipped_sum(path: str, task: str, checkpointing: bool) -> None:
-    model = trained(path, task, lora=LAST)
+    model = build_trained(path, task, lora=LAST)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    dataset = made_up(task)
-    plain, keeping = examples_of(dataset), examples_of(dataset)
+    dataset = make_dummy_examples(task)
+    plain, keeping = make_examples(dataset), make_examples(dataset)
     keeping.keep_frozen_states(model)
     assert all(batch.prefix is not None for batch in keeping.cut(np.array(CHOSEN)))
     assert all(batch.prefix is None for batch in plain.cut(np.array(CHOSEN)))
@@ -45,8 +56,8 @@ def test_kept_states_give_the_same_clipped_sum(path: str, task: str, checkpointi
 
 
 def test_states_kept_on_disk_match_memory_in_an_unnamed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, dataset = trained(lora=LAST), made_up("classification")
-    in_memory, on_disk, without_room = (examples_of(dataset) for _ in range(3))
+    model, dataset = build_trained(lora=LAST), make_dummy_examples("classification")
+    in_memory, on_disk, without_room = (make_examples(dataset) for _ in range(3))
     in_memory.keep_frozen_states(model)
     on_disk.keep_frozen_states(model, folder=tmp_path)
     assert on_disk._states.equal(in_memory._states)
@@ -63,13 +74,13 @@ def test_states_kept_on_disk_match_memory_in_an_unnamed_file(tmp_path: Path, mon
 
 
 def test_padding_contains_no_states_and_progress_is_reported() -> None:
-    model, dataset = fresh(lora=LAST), made_up("classification")
+    model, dataset = build_fresh(lora=LAST), make_dummy_examples("classification")
     told: list[tuple[int, int]] = []
-    examples_of(dataset).keep_frozen_states(model, told=lambda *so_far: told.append(so_far))
+    make_examples(dataset).keep_frozen_states(model, told=lambda *so_far: told.append(so_far))
     assert len(told) > 1
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     assert {total for _, total in told} == {len(dataset)} == {told[-1][0]}
-    keeping = examples_of(dataset, max_tokens=10_000)
+    keeping = make_examples(dataset, max_tokens=10_000)
     keeping.keep_frozen_states(model)
     for batch in keeping.cut(np.arange(len(dataset))):
         assert (batch.attention_mask == 0).any()
@@ -77,23 +88,23 @@ def test_padding_contains_no_states_and_progress_is_reported() -> None:
         assert not batch.prefix[len(batch) :].any(), "an empty row has none at all"
 
 
-def bad_examples(task: str) -> tuple[TextDataset, int]:
+def make_bad_examples(task: str) -> tuple[TextDataset, int]:
     """Records of which one has the token in its last text, and its place."""
-    dataset, place = made_up(task), 3
+    dataset, place = make_dummy_examples(task), 3
     here, next_to_it = (dataset.text_indices([one]) for one in (place, place + 1))
     ids = list(dataset.input_ids)
     for text, other in zip(here, next_to_it, strict=True):
         ids[text] = ids[other]  # as long as another, beside which it comes to stand
-    return with_bad(TextDataset(tuple(ids), dataset.targets, dataset.texts), here[-1]), place
+    return insert_token(TextDataset(tuple(ids), dataset.targets, dataset.texts), here[-1]), place
 
 
 def require_nothing_of(place: int, model: TaskModel, keeping: SiteExamples, mended: dict[str, torch.Tensor]) -> None:
     """This record adds nothing, and the others what they add, all together, beside a mended one."""
     others = [index for index in range(len(keeping)) if index != place]
-    assert not any(total.any() for total in summed(model, keeping, CLIP, [place]).values())
+    assert not any(total.any() for total in sum_examples(model, keeping, CLIP, [place]).values())
     assert any(total.any() for total in mended.values())
     for chosen in (others, [place, *others]):
-        found = summed(model, keeping, CLIP, chosen)
+        found = sum_examples(model, keeping, CLIP, chosen)
         assert all(torch.equal(found[name], mended[name]) for name in mended)
 
 
@@ -120,36 +131,38 @@ def spoil(model: TaskModel, how: str) -> None:
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 @pytest.mark.parametrize("task", ["classification", "pairs", "triplets"])
 def test_record_with_failed_states_adds_nothing_and_affects_no_other(task: str, how: str, max_tokens: int) -> None:
-    dataset, place = bad_examples(task)
-    model = trained(task=task, lora=LAST)
+    dataset, place = make_bad_examples(task)
+    model = build_trained(task=task, lora=LAST)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # so that even states of zero would have a gradient
             torch.nn.init.uniform_(parameter.detach())
     others = [index for index in range(len(dataset)) if index != place]
-    plain = examples_of(dataset, max_tokens=max_tokens)
-    keeping = examples_of(dataset, max_tokens=max_tokens)
-    mended = examples_of(with_bad(dataset), max_tokens=max_tokens)
+    plain = make_examples(dataset, max_tokens=max_tokens)
+    keeping = make_examples(dataset, max_tokens=max_tokens)
+    mended = make_examples(insert_token(dataset), max_tokens=max_tokens)
     mended.keep_frozen_states(model)
     spoil(model, how)
     keeping.keep_frozen_states(model)
     (alone,) = keeping.cut(np.array([place]))
     assert not alone.prefix[dataset.texts - 1].any()
-    assert not any(total.any() for total in summed(model, plain, CLIP, [place]).values()), "nor without kept states"
-    require_nothing_of(place, model, keeping, summed(model, mended, CLIP, others))
+    assert not any(total.any() for total in sum_examples(model, plain, CLIP, [place]).values()), (
+        "nor without kept states"
+    )
+    require_nothing_of(place, model, keeping, sum_examples(model, mended, CLIP, others))
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 def test_machine_failure_discards_all_kept_states(error: type[Exception]) -> None:
-    model = fresh(lora=LAST)
+    model = build_fresh(lora=LAST)
     fails = Mock(side_effect=error("out of memory"))
     handle = model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(fails)
-    keeping = examples_of(made_up("classification"))
+    keeping = make_examples(make_dummy_examples("classification"))
     with pytest.raises(error, match="out of memory"):
         keeping.keep_frozen_states(model)
     assert all(batch.prefix is None for batch in keeping.cut(np.array([0, 1])))
     handle.remove()
-    keeping.keep_frozen_states(fresh())
-    keeping.keep_reference(fresh())
+    keeping.keep_frozen_states(build_fresh())
+    keeping.keep_reference(build_fresh())
     assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1]))), (
         "the first layer trains"
     )
@@ -161,8 +174,8 @@ def test_machine_failure_discards_all_kept_states(error: type[Exception]) -> Non
 def test_kept_reference_gives_the_same_clipped_sum(
     layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
-    plain, keeping = (examples_of(made_up("preference")) for _ in range(2))
+    model = build_trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
+    plain, keeping = (make_examples(make_dummy_examples("preference")) for _ in range(2))
     if layers is not None:
         keeping.keep_frozen_states(model)
     keeping.keep_reference(model)
@@ -174,20 +187,21 @@ def test_kept_reference_gives_the_same_clipped_sum(
         require_same_sum(model, plain, keeping, within=1e-4)
     monkeypatch.setattr(TaskModel, "reference", lambda *_: pytest.fail("the base is asked again"))
     keeping.keep_reference(model)
-    assert any(total.any() for total in summed(model, keeping, CLIP, [1, 2, 3]).values())
+    assert any(total.any() for total in sum_examples(model, keeping, CLIP, [1, 2, 3]).values())
 
 
 @pytest.mark.by_day("an error-40", "not finite-40", "a panic-40")
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 def test_record_with_a_failed_reference_adds_nothing(how: str, max_tokens: int) -> None:
-    model, dataset, place = trained("random:llama", "preference"), made_up("preference"), 3
+    model, dataset, place = build_trained("random:llama", "preference"), make_dummy_examples("preference"), 3
     others = [index for index in range(len(dataset)) if index != place]
     mended, keeping = (
-        examples_of(one, max_tokens=max_tokens) for one in (with_bad(dataset), with_bad(dataset, 2 * place + 1))
+        make_examples(one, max_tokens=max_tokens)
+        for one in (insert_token(dataset), insert_token(dataset, 2 * place + 1))
     )
     mended.keep_reference(model)
-    expected = summed(model, mended, CLIP, others)
+    expected = sum_examples(model, mended, CLIP, others)
     spoil(model, how)
     keeping.keep_reference(model)
     (alone,) = keeping.cut(np.array([place]))

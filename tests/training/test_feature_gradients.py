@@ -24,11 +24,11 @@ from fedtune.training.batch_invariance import max_batch_influence
 from fedtune.training.machine import micro_batch_shapes, prepare_model
 from fedtune.training.spec import RuntimeSpec
 
-from ..builders import DEVICE, gradients_of, with_random_values
-from ..data.test_feature_vectors import data
-from ..pictures import MODELS, encoded, picture, vision_folder
-from .conftest import examples_of
-from .test_companies import each_one, require_batch_invariance, same
+from ..builders import DEVICE, record_example_gradients, set_random_values
+from ..data.test_feature_vectors import make_data
+from ..pictures import MODELS, encode_image, make_picture, write_vision_folder
+from .conftest import make_examples
+from .test_companies import are_same_bits, compute_each, require_batch_invariance
 
 FEATURES = (
     FeatureSpec(columns=tuple("abcdefg"), range=(-1.0, 3.0), missing="indicator"),
@@ -43,7 +43,7 @@ tasks = pytest.mark.parametrize("task", TASKS)
 layers = pytest.mark.parametrize("hidden", [(), (16,), (9, 5)])
 
 
-def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: int = 0) -> TaskModelSpec:
+def make_spec(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: int = 0) -> TaskModelSpec:
     return TaskModelSpec(
         model=ModelSpec(path="none"),
         lora=LoraSpec(kind="none"),
@@ -58,13 +58,13 @@ def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: in
     )
 
 
-def trained(spec: TaskModelSpec, *, max_length: int = 1) -> TaskModel:
+def build_trained(spec: TaskModelSpec, *, max_length: int = 1) -> TaskModel:
     """As after some training, so that every tensor has a gradient."""
     model = prepare_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=max_length)
-    return with_random_values(model, 0.3)
+    return set_random_values(model, 0.3)
 
 
-def records(model: TaskModel, count: int) -> TextDataset:
+def make_records(model: TaskModel, count: int) -> TextDataset:
     draws = np.random.default_rng(5)
     rows = model.made_up([1] * count, draws)
     targets = model.task.dummy_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)
@@ -74,7 +74,7 @@ def records(model: TaskModel, count: int) -> TextDataset:
 def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol: float, atol: float) -> Gradients:
     """Of all the examples at once, none of them zero throughout, found to be those of each alone."""
     count = len(dataset)
-    found = gradients_of(model, collate(dataset, range(count), pad_id=0).to(DEVICE))
+    found = record_example_gradients(model, collate(dataset, range(count), pad_id=0).to(DEVICE))
     assert list(found) == list(model.trainable())
     assert all(one.any() for one in found.values())
     for place in range(count):
@@ -89,8 +89,8 @@ def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol:
 @tasks
 @layers
 def test_feature_model_gradients_match_a_loop_and_pass_the_trial(task: str, hidden: tuple[int, ...]) -> None:
-    model = trained(spec_of(task, hidden))
-    dataset = records(model, 7)
+    model = build_trained(make_spec(task, hidden))
+    dataset = make_records(model, 7)
     found = require_gradients_of_a_loop(model, dataset, rtol=1e-5, atol=1e-6)
     assert len(found) == 2 * (len(hidden) + 1), "each layer has a weight and a bias"
     # And the trial before a run finds that no record moves another.
@@ -101,10 +101,10 @@ def test_feature_model_gradients_match_a_loop_and_pass_the_trial(task: str, hidd
 @pytest.mark.parametrize("wider", [0, 400])
 @layers
 def test_feature_record_is_bitwise_equal_in_any_batch(hidden: tuple[int, ...], wider: int) -> None:
-    model = trained(spec_of("classification", hidden, wider=wider))
-    dataset, shapes = records(model, 90), Shapes.from_limits(max_length=1, max_tokens=24, positions=1)
+    model = build_trained(make_spec("classification", hidden, wider=wider))
+    dataset, shapes = make_records(model, 90), Shapes.from_limits(max_length=1, max_tokens=24, positions=1)
     assert (shapes.lengths, shapes.rows(1)) == ((1,), (24, 12, 6, 3))
-    require_batch_invariance(model, examples_of(dataset, shapes), companies=9)
+    require_batch_invariance(model, make_examples(dataset, shapes), companies=9)
 
 
 def require_nothing_moved(model: TaskModel, shapes: Shapes, **settings: bool) -> None:
@@ -114,30 +114,30 @@ def require_nothing_moved(model: TaskModel, shapes: Shapes, **settings: bool) ->
 
 
 def test_trial_detects_a_head_that_mixes_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained(spec_of("classification", (16,)))
+    model = build_trained(make_spec("classification", (16,)))
     shapes = Shapes.from_limits(max_length=1, max_tokens=64, positions=1)
     rows = type(model.base).forward
 
-    def mixed(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    def mix_batch(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         return rows(base, input_ids + input_ids.sum(dim=0) * 1e-3, attention_mask)
 
-    monkeypatch.setattr(type(model.base), "forward", mixed)
+    monkeypatch.setattr(type(model.base), "forward", mix_batch)
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) > 0
 
 
 def test_new_feature_model_predicts_nothing_and_follows_its_seed() -> None:
-    model, again, other = (build_task_model(spec_of("ordinal", (8,), seed=seed)) for seed in (1, 1, 2))
+    model, again, other = (build_task_model(make_spec("ordinal", (8,), seed=seed)) for seed in (1, 1, 2))
     assert (
         Adapter.from_task_model(model).digest()
         == Adapter.from_task_model(again).digest()
         != Adapter.from_task_model(other).digest()
     )
-    assert not model.logits(collate(records(model, 4), range(4), pad_id=0)).any()
+    assert not model.logits(collate(make_records(model, 4), range(4), pad_id=0)).any()
 
 
 def test_bad_feature_record_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained(spec_of("classification"))
-    spec, reader = data(*FEATURES, labels=("one", "two", "three")), NoTokenizer()
+    model = build_trained(make_spec("classification"))
+    spec, reader = make_data(*FEATURES, labels=("one", "two", "three")), NoTokenizer()
     draws = np.random.default_rng(1)
     rows = [
         Record({f"feature:{name}": one.made_up(draws.integers) for one in FEATURES for name in one.columns})
@@ -159,7 +159,7 @@ def require_nothing_added(
         patched.setattr(type(task), "record_validator", lambda self, data: lambda record: None)
         mixed = task.tokenize([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
     read = (mixed, task.tokenize(good, reader, data=spec))
-    found, without = (gradients_of(model, collate(each, range(4), pad_id=0).to(DEVICE)) for each in read)
+    found, without = (record_example_gradients(model, collate(each, range(4), pad_id=0).to(DEVICE)) for each in read)
     for name, one in found.items():
         assert not one[1].any(), name
         for place in (0, 2, 3):
@@ -172,21 +172,21 @@ kinds = pytest.mark.parametrize("kind", MODELS)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    return {kind: vision_folder(tmp_path_factory.mktemp(kind), kind) for kind in MODELS}
+    return {kind: write_vision_folder(tmp_path_factory.mktemp(kind), kind) for kind in MODELS}
 
 
-def of_images(folder: Path, task: str = "classification", *, layers: Layers = None) -> TaskModel:
+def make_image_spec(folder: Path, task: str = "classification", *, layers: Layers = None) -> TaskModel:
     settings = {"model": ModelSpec(path=str(folder)), "lora": LoraSpec(rank=2, layers=layers), "input": "image"}
-    spec = replace(spec_of(task), **settings, values=())  # type: ignore[arg-type]
-    return trained(spec, max_length=4)
+    spec = replace(make_spec(task), **settings, values=())  # type: ignore[arg-type]
+    return build_trained(spec, max_length=4)
 
 
 @pytest.mark.parametrize(
     ("kind", "task"), [*((kind, "classification") for kind in MODELS), *(("vit", task) for task in TASKS[1:])]
 )
 def test_image_gradients_match_a_loop(folders: Folders, kind: str, task: str) -> None:
-    model = of_images(folders[kind], task)
-    dataset = records(model, 4)
+    model = make_image_spec(folders[kind], task)
+    dataset = make_records(model, 4)
     assert dataset.lengths.tolist() == [MODELS[kind][2]] * 4
     found = require_gradients_of_a_loop(model, dataset, rtol=1e-3, atol=1e-5)
     assert len(found) == 1 + 2 * 2 * 6, "A and B of six linear layers in each of two, and the head"
@@ -195,29 +195,30 @@ def test_image_gradients_match_a_loop(folders: Folders, kind: str, task: str) ->
 @kinds
 @pytest.mark.parametrize("layers", [None, (-1,)])
 def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers: Layers) -> None:
-    model = of_images(folders[kind], layers=layers)
+    model = make_image_spec(folders[kind], layers=layers)
     places = MODELS[kind][2]
     shapes = micro_batch_shapes(model, RUNTIME, max_length=places)
     most = 60 // places
     assert (shapes.lengths, shapes.rows(places)[0], shapes.capacity(places, most)) == ((places,), most, most)
-    dataset = records(model, 31)
-    everyone = each_one(model, examples_of(dataset, shapes), np.arange(31))
-    examples = examples_of(dataset, shapes, kept_by=model if layers else None)
+    dataset = make_records(model, 31)
+    everyone = compute_each(model, make_examples(dataset, shapes), np.arange(31))
+    examples = make_examples(dataset, shapes, kept_by=model if layers else None)
     require_batch_invariance(model, examples, companies=5)
-    again = each_one(model, examples, np.arange(31))  # perhaps from the states that the frozen layers made of it
-    assert all(same(one, everyone[place]) for place, one in again.items())
+    again = compute_each(model, examples, np.arange(31))  # perhaps from the states that the frozen layers made of it
+    assert all(are_same_bits(one, everyone[place]) for place, one in again.items())
     if (kind, layers) in (("dinov2", None), ("vit", (-1,))):  # the trial finds it, too
         require_nothing_moved(model, shapes, keeps_states=bool(layers))
 
 
 def test_broken_image_adds_nothing_and_affects_no_other(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = of_images(folders["vit"])
-    spec = data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
+    model = make_image_spec(folders["vit"])
+    spec = make_data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(*load_processor(model.spec.model))
     good = [
-        Record({"image": read_image_field(encoded(picture(seed=place)), "image"), "label": "two"}) for place in range(4)
+        Record({"image": read_image_field(encode_image(make_picture(seed=place)), "image"), "label": "two"})
+        for place in range(4)
     ]
-    bad = Record({**good[1].fields, "image": read_image_field(encoded(picture(seed=1))[:-40], "image")})
+    bad = Record({**good[1].fields, "image": read_image_field(encode_image(make_picture(seed=1))[:-40], "image")})
     fault = model.task.record_validator(spec)(bad)
     assert "not a decodable image" in str(fault)
     require_nothing_added(model, bad, good, reader, spec, monkeypatch)

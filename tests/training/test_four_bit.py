@@ -16,13 +16,13 @@ from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.batch_invariance import max_batch_influence
 
-from ..builders import as_tried, gradients_of
-from .conftest import KINDS, LAST, examples_of, made_up, trained
+from ..builders import leave_as_after_trial, record_example_gradients
+from .conftest import KINDS, LAST, build_trained, make_dummy_examples, make_examples
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
 
 
-def dequantized(model: TaskModel, coarse: TaskModel) -> TaskModel:
+def dequantize_model(model: TaskModel, coarse: TaskModel) -> TaskModel:
     """The bfloat16 model `coarse` with the weights that `model` stands for, and torch's own gradient of products."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -35,17 +35,17 @@ def dequantized(model: TaskModel, coarse: TaskModel) -> TaskModel:
     return coarse
 
 
-def by_torch(model: TaskModel) -> TaskModel:
+def disable_onednn(model: TaskModel) -> TaskModel:
     """The same without oneDNN, by which a watched model would multiply and another one would not."""
     for module in (one for one in model.modules() if isinstance(one, FrozenLinear)):
         module.__class__ = nn.Linear
     return model
 
 
-def micro_batch(dataset: TextDataset) -> Batch:
+def make_micro_batch(dataset: TextDataset) -> Batch:
     """In the shape that a step gives a data set, for shapes decide how sums are rounded."""
-    shapes = as_tried(Shapes.from_limits(max_length=15, max_tokens=16 * len(dataset)))
-    examples = examples_of(dataset, shapes)
+    shapes = leave_as_after_trial(Shapes.from_limits(max_length=15, max_tokens=16 * len(dataset)))
+    examples = make_examples(dataset, shapes)
     length = shapes.lengths[-1]
     return examples.batch(Part(np.arange(len(dataset)), shapes.rows(length)[0], length))
 
@@ -65,12 +65,12 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     lora = LoraSpec(kind=kind, rank=2, alpha=4.0)
     formats = ("nf4", "bfloat16", "float32")
-    model, coarse, exact = (by_torch(trained(path, task, dtype=dtype, lora=lora)) for dtype in formats)
-    batch = micro_batch(made_up(task, 8))
-    found, rounded = gradients_of(model, batch), gradients_of(exact, batch)
+    model, coarse, exact = (disable_onednn(build_trained(path, task, dtype=dtype, lora=lora)) for dtype in formats)
+    batch = make_micro_batch(make_dummy_examples(task, 8))
+    found, rounded = record_example_gradients(model, batch), record_example_gradients(exact, batch)
     assert any(not torch.allclose(found[name], rounded[name], rtol=0.01) for name in found), "four bits are not many"
     # A loop alone would prove nothing: layers that give their input no gradient agree with themselves.
-    same = gradients_of(dequantized(model, coarse), batch)
+    same = record_example_gradients(dequantize_model(model, coarse), batch)
     assert all(torch.equal(found[name], same[name]) for name in found)
     for one in (model, coarse):
         parameters = one.trainable()
@@ -84,32 +84,32 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
 
 @kinds
 def test_nf4_checkpointing_and_kept_states_change_nothing(path: str, task: str) -> None:
-    batch = micro_batch(made_up(task, 8))
-    plain, recomputed = (trained(path, task, dtype="nf4", lora=LAST) for _ in range(2))
+    batch = make_micro_batch(make_dummy_examples(task, 8))
+    plain, recomputed = (build_trained(path, task, dtype="nf4", lora=LAST) for _ in range(2))
     recomputed.enable_gradient_checkpointing()
-    first, second = gradients_of(plain, batch), gradients_of(recomputed, batch)
+    first, second = record_example_gradients(plain, batch), record_example_gradients(recomputed, batch)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert plain.frozen_states(batch).dtype == torch.bfloat16
 
 
 @kinds
 def test_trial_replaces_and_restores_nf4_codes(path: str, task: str) -> None:
-    model = trained(path, task, dtype="nf4")
+    model = build_trained(path, task, dtype="nf4")
     layers = [module for module in model.modules() if isinstance(module, FourBit)]
 
-    def kept() -> Iterator[torch.Tensor]:
+    def copy_codes() -> Iterator[torch.Tensor]:
         return (one.clone() for layer in layers for one in (layer.codes, layer.scales))
 
-    own, changed = list(kept()), []
+    own, changed = list(copy_codes()), []
 
     def see(_: Any) -> None:
-        changed.append([not torch.equal(one, before) for one, before in zip(kept(), own, strict=True)])
+        changed.append([not torch.equal(one, before) for one, before in zip(copy_codes(), own, strict=True)])
 
-    shapes = as_tried(Shapes.from_limits(max_length=12, max_tokens=48))
+    shapes = leave_as_after_trial(Shapes.from_limits(max_length=12, max_tokens=48))
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1, see=see) == 0.0
     assert not any(changed[0]), "first with its own"
     assert all(changed[-1]), "then with random ones, in every layer"
-    assert all(map(torch.equal, kept(), own))
+    assert all(map(torch.equal, copy_codes(), own))
     layers[0].register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
     mixed = max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1)
     assert mixed > 0.01, "and finds layers that mix records"

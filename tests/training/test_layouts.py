@@ -14,9 +14,9 @@ from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel
 
-from ..data.conftest import chat as turns_of
-from ..data.conftest import in_json, make_tokenizer
-from .conftest import LAST, examples_of, trained
+from ..data.conftest import build_chat as turns_of
+from ..data.conftest import encode_turns, make_tokenizer
+from .conftest import LAST, build_trained, make_examples
 from .test_companies import require_batch_invariance
 from .test_dp_step import require_sums_of_a_loop
 
@@ -46,28 +46,28 @@ layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 
 
-def as_read(role: str, value: Any) -> str:
+def parse_role(role: str, value: Any) -> str:
     turns = partial(turns_of, first="user" if role == "messages" else "assistant")
-    return in_json(turns(*value)) if isinstance(value, list) else str(value)
+    return encode_turns(turns(*value)) if isinstance(value, list) else str(value)
 
 
-def dataset_of(layout: str) -> TextDataset:
+def make_dataset(layout: str) -> TextDataset:
     data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
-    records = [Record({role: as_read(role, value) for role, value in one.items()}) for one in RECORDS[layout]]
+    records = [Record({role: parse_role(role, value) for role, value in one.items()}) for one in RECORDS[layout]]
     task = get_task(TASK_OF.get(layout, "causal_lm"), OWN.get(layout))
     return task.tokenize(records, make_tokenizer(post="[CLS] $A"), data=data, lenient_within=258)
 
 
-def made(layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
+def make_layout(layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
     task, settings = TASK_OF.get(layout, "causal_lm"), SETTINGS.get(layout, {}) | ({"lora": LAST} if keeps else {})
     learner = get_task(task, OWN.get(layout))
     base = "random:bert" if learner.has_head else "random:llama"
-    return trained(base, task, size=size, task_settings=learner.own, **settings)
+    return build_trained(base, task, size=size, task_settings=learner.own, **settings)
 
 
 @layouts
 def test_layout_fixtures_cover_truncation_and_several_answers(layout: str) -> None:
-    dataset = dataset_of(layout)
+    dataset = make_dataset(layout)
     texts = SETTINGS.get(layout, {}).get("texts", 1)
     assert (dataset.texts, len(dataset)) == (texts, len(RECORDS[layout]))
     assert dataset.lengths.max() == LONGEST, "some are cut"
@@ -87,8 +87,8 @@ def test_layout_fixtures_cover_truncation_and_several_answers(layout: str) -> No
 @keeping
 @layouts
 def test_clipped_sum_matches_a_loop_and_is_batch_invariant(layout: str, keeps: bool) -> None:
-    model, dataset = made(layout, keeps=keeps), dataset_of(layout)
+    model, dataset = make_layout(layout, keeps=keeps), make_dataset(layout)
     require_sums_of_a_loop(model, dataset, max_length=LONGEST, kept_by=model if keeps else None)
-    large = made(layout, keeps=keeps, size=5.0)
-    examples = examples_of(dataset, max_length=LONGEST, kept_by=large if keeps else None)
+    large = make_layout(layout, keeps=keeps, size=5.0)
+    examples = make_examples(dataset, max_length=LONGEST, kept_by=large if keeps else None)
     require_batch_invariance(large, examples, companies=5)

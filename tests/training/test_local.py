@@ -20,12 +20,12 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.local import compute_round_share
 from fedtune.training.spec import TrainingSpec
 
-from .conftest import KINDS, examples_of, fresh, made_up, plan_of, released, work_of
+from .conftest import KINDS, build_fresh, make_dummy_examples, make_examples, make_work, plan_of, release_round
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
 
 
-def cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[int]]]:
+def watch_cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[int]]]:
     """Gives the places that were cut into micro-batches, call by call."""
     cut = create_autospec(what.cut, side_effect=what.cut)
     monkeypatch.setattr(what, "cut", cut)
@@ -35,14 +35,14 @@ def cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[i
 @kinds
 def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
     # opacus#820: with the wrong order the loss falls and epsilon grows, and the adapters never change.
-    model = fresh(path, task)
+    model = build_fresh(path, task)
     start = Adapter.from_task_model(model)
     others = {
         name: tensor.clone()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if not tensor.requires_grad
     }
-    after = released(model, made_up(task), work_of())
+    after = release_round(model, make_dummy_examples(task), make_work())
     assert list(after.tensors) == list(start.tensors) == list(model.trainable())
     for name, tensor in after.tensors.items():
         assert (tensor != start.tensors[name]).any(), name
@@ -52,9 +52,9 @@ def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
 
 
 def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
-    """Of a secure sum, over so many records."""
-    model, units = fresh(), examples_of(made_up("classification", records))
-    asked = work_of(plan=plan, **changes)
+    """Of secure aggregation, over so many records."""
+    model, units = build_fresh(), make_examples(make_dummy_examples("classification", records))
+    asked = make_work(plan=plan, **changes)
     return compute_round_share(model, Adapter.from_task_model(model), units, asked, randomness=SeededRandomness(5))
 
 
@@ -64,7 +64,7 @@ TOGETHER = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
 @pytest.mark.parametrize("change", [{"site": "bank_b"}, {"round": 2}, {"attempt": 2}])
 def test_secure_aggregation_share_repeats_from_its_seed(change: dict[str, Any]) -> None:
     """Draw other noise; which streams a round draws from is below."""
-    plan = dataclasses.replace(work_of().plan, local_steps=1, shared=TOGETHER)
+    plan = dataclasses.replace(make_work().plan, local_steps=1, shared=TOGETHER)
     one, again, other = share(0, plan), share(0, plan), share(0, plan, **change)
     for name in one:
         np.testing.assert_array_equal(one[name], again[name])
@@ -74,9 +74,9 @@ def test_secure_aggregation_share_repeats_from_its_seed(change: dict[str, Any]) 
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
 def test_each_step_draws_a_new_poisson_sample(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
     # One sample for all local steps would be accounted as four independent ones.
-    drawn = cuts(SiteExamples, monkeypatch)
+    drawn = watch_cuts(SiteExamples, monkeypatch)
     planned = plan_of(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
-    released(fresh(), made_up("classification", 30), work_of(plan=planned))
+    release_round(build_fresh(), make_dummy_examples("classification", 30), make_work(plan=planned))
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
     assert drawn() == [poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
     assert len({tuple(sample) for sample in drawn()}) == 4
@@ -84,17 +84,19 @@ def test_each_step_draws_a_new_poisson_sample(monkeypatch: pytest.MonkeyPatch, n
 
 def test_sampling_and_noise_use_separate_streams() -> None:
     recording = Mock(wraps=SeededRandomness(5), seeded=True)
-    released(fresh(), made_up("classification"), work_of(round=3, attempt=2), randomness=recording)
+    release_round(
+        build_fresh(), make_dummy_examples("classification"), make_work(round=3, attempt=2), randomness=recording
+    )
     assert sorted(call.args for call in recording.stream.call_args_list) == [
         ("bank_a", 3, 2, purpose) for purpose in ("noise", "records", "sampling")
     ]
 
 
 def test_added_record_changes_no_noise_or_other_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = cuts(Shapes, monkeypatch)
-    one_step = work_of(plan=dataclasses.replace(work_of().plan, local_steps=1))
+    drawn = watch_cuts(Shapes, monkeypatch)
+    one_step = make_work(plan=dataclasses.replace(make_work().plan, local_steps=1))
     for count in (12, 13):
-        released(fresh(), made_up("classification", count), one_step)
+        release_round(build_fresh(), make_dummy_examples("classification", count), one_step)
     assert [index for index in drawn()[1] if index < 12] == drawn()[0]
 
 
@@ -106,16 +108,16 @@ def test_learning_rate_schedule_continues_across_rounds(
     monkeypatch.setattr(local, "learning_rate_factor", factor)
     # The plan that was charged decides, not the training settings beside it.
     planned = plan_of(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
-    released(fresh(), made_up("classification"), work_of(plan=planned, round=2))
+    release_round(build_fresh(), make_dummy_examples("classification"), make_work(plan=planned, round=2))
     asked = [call.kwargs for call in factor.call_args_list]
     assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
 
 def test_round_keeps_no_state_from_the_previous_one() -> None:
     """Neither an optimizer's state nor what the model held: a fresh process gives the same bytes."""
-    model, dataset = fresh(), made_up("classification")
-    first = released(model, dataset, work_of())
-    second, anew = (released(one, dataset, work_of(round=2), adapter=first) for one in (model, fresh()))
+    model, dataset = build_fresh(), make_dummy_examples("classification")
+    first = release_round(model, dataset, make_work())
+    second, anew = (release_round(one, dataset, make_work(round=2), adapter=first) for one in (model, build_fresh()))
     assert second.digest() == anew.digest() != first.digest()
 
 
@@ -125,10 +127,10 @@ TURNS = LoraSpec(rank=2, alpha=4.0, alternate=True)
 @pytest.mark.parametrize("noise", [0.5, 0.0])
 def test_alternating_rounds_train_a_and_b_in_turn(noise: float) -> None:
     planned = plan_of(sampling_rate=0.6, noise_multiplier=noise, local_steps=2, num_rounds=3)
-    model, dataset = fresh(lora=TURNS), made_up("classification")
+    model, dataset = build_fresh(lora=TURNS), make_dummy_examples("classification")
     before = Adapter.from_task_model(model)
     for round, rests in ((1, ".lora_A."), (2, ".lora_B."), (3, ".lora_A.")):
-        after = released(model, dataset, work_of(plan=planned, round=round), adapter=before)
+        after = release_round(model, dataset, make_work(plan=planned, round=round), adapter=before)
         same = {name for name, value in after.tensors.items() if np.array_equal(value, before.tensors[name])}
         assert same == {name for name in after.tensors if rests in name}
         before = after
@@ -136,9 +138,11 @@ def test_alternating_rounds_train_a_and_b_in_turn(noise: float) -> None:
 
 def test_b_round_matches_training_with_frozen_a() -> None:
     # Clip norm and noise are of what is trained alone.  Up to rounding: a frozen weight has other kernels.
-    sgd = work_of(training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1))
+    sgd = make_work(training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1))
     frozen_a = dataclasses.replace(TURNS, alternate=False, train_a=False)
-    turns, frozen = (released(fresh(lora=lora), made_up("classification"), sgd) for lora in (TURNS, frozen_a))
+    turns, frozen = (
+        release_round(build_fresh(lora=lora), make_dummy_examples("classification"), sgd) for lora in (TURNS, frozen_a)
+    )
     assert any(".lora_B." in name for name in frozen.tensors)
     for name, value in frozen.tensors.items():
         np.testing.assert_allclose(turns.tensors[name], value, rtol=1e-5, atol=1e-6)
@@ -147,11 +151,13 @@ def test_b_round_matches_training_with_frozen_a() -> None:
 def test_a_round_clips_only_lora_a_and_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **_: sums)
     one_record = plan_of(noise_multiplier=0.5, max_grad_norm=1e-3, local_steps=1, num_rounds=2)
-    dataset = made_up("classification", 1)
-    model = fresh(lora=TURNS)
-    before = released(model, dataset, work_of(round=1))  # else no A has a gradient
+    dataset = make_dummy_examples("classification", 1)
+    model = build_fresh(lora=TURNS)
+    before = release_round(model, dataset, make_work(round=1))  # else no A has a gradient
     sgd = TrainingSpec(local_steps=1, optimizer="sgd", learning_rate=1e3)
-    after = released(model, dataset, work_of(round=2, plan=one_record, training=sgd, declared_size=1), adapter=before)
+    after = release_round(
+        model, dataset, make_work(round=2, plan=one_record, training=sgd, declared_size=1), adapter=before
+    )
     moved = [np.linalg.norm(after.tensors[name] - before.tensors[name]) for name in after.tensors]
     assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4)
 
@@ -159,9 +165,9 @@ def test_a_round_clips_only_lora_a_and_the_head(monkeypatch: pytest.MonkeyPatch)
 def test_noiseless_round_matches_plain_training() -> None:
     silent = plan_of(sampling_rate=0.5, max_grad_norm=1e-9)  # which a private step would clip to nothing
     sgd = TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1)
-    dataset = made_up("classification")
-    after = released(fresh(), dataset, work_of(plan=silent, training=sgd))
-    model = fresh()
+    dataset = make_dummy_examples("classification")
+    after = release_round(build_fresh(), dataset, make_work(plan=silent, training=sgd))
+    model = build_fresh()
     parameters = model.trainable()
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
     for _ in range(2):
@@ -173,4 +179,4 @@ def test_noiseless_round_matches_plain_training() -> None:
                 parameter -= 0.1 * gradient
     for name, tensor in after.tensors.items():
         np.testing.assert_allclose(tensor, parameters[name].detach().numpy(), rtol=1e-4, atol=1e-6)
-        assert np.abs(tensor - Adapter.from_task_model(fresh()).tensors[name]).max() > 1e-3 or "lora_A" in name
+        assert np.abs(tensor - Adapter.from_task_model(build_fresh()).tensors[name]).max() > 1e-3 or "lora_A" in name

@@ -17,7 +17,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import machine
-from fedtune.training.machine import micro_batch_shapes, prepare_model, resolve_device, usable_cores
+from fedtune.training.machine import count_usable_cores, micro_batch_shapes, prepare_model, resolve_device
 from fedtune.training.spec import RuntimeSpec
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
@@ -25,7 +25,7 @@ SKIPS = replace(TINY, lora=LoraSpec(layers=(-1,)))
 """Its first layer is frozen, so that its output can be kept."""
 
 
-def ready(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: Any) -> TaskModel:
+def prepare_spec(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: Any) -> TaskModel:
     return prepare_model(lambda: build_task_model(spec), RuntimeSpec(num_threads=1, **runtime), max_length=max_length)
 
 
@@ -34,11 +34,11 @@ def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaModel(RobertaConfig(vocab_size=32, max_position_embeddings=514, **shape)).save_pretrained(tmp_path)
     spec = replace(TINY, model=ModelSpec(path=str(tmp_path)))
-    most = ready().base.config.max_position_embeddings
+    most = prepare_spec().base.config.max_position_embeddings
     for each, length, last in ((TINY, most + 1, most), (spec, 513, 512), (spec, 514, 512)):
         with pytest.raises(ConfigError, match=rf"data\.max_length = {length}: must be at most the model's {last}"):
-            ready(each, max_length=length)
-    shapes = micro_batch_shapes(ready(spec, max_length=512), RuntimeSpec(), max_length=512)
+            prepare_spec(each, max_length=length)
+    shapes = micro_batch_shapes(prepare_spec(spec, max_length=512), RuntimeSpec(), max_length=512)
     assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
 
 
@@ -52,7 +52,7 @@ def test_default_micro_batch_grows_with_threads() -> None:
 
 
 def test_texts_per_record_divide_the_micro_batch() -> None:
-    model = ready(replace(TINY, task="embedding", labels=(), texts=3), max_length=30)
+    model = prepare_spec(replace(TINY, task="embedding", labels=(), texts=3), max_length=30)
     shapes = micro_batch_shapes(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
     assert max(rows * 3 * length for length in shapes.lengths for rows in shapes.rows(length)) <= 1200
     assert shapes.rows(24)[0] == 1200 // 3 // 24
@@ -61,43 +61,45 @@ def test_texts_per_record_divide_the_micro_batch() -> None:
 @pytest.mark.parametrize("onednn", [True, False])
 def test_onednn_can_be_disabled(onednn: bool) -> None:
     has_onednn = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64")
-    assert uses_onednn(ready(onednn=onednn)) == (onednn and has_onednn)
+    assert uses_onednn(prepare_spec(onednn=onednn)) == (onednn and has_onednn)
 
 
 def test_frozen_states_are_kept_while_they_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, trains = ready(SKIPS), ready()
+    model, trains = prepare_spec(SKIPS), prepare_spec()
     a_mib = 2**20 // (4 * model.base.config.hidden_size)
 
-    def most(runtime: RuntimeSpec, num_tokens: int) -> bool:
+    def find_most_states(runtime: RuntimeSpec, num_tokens: int) -> bool:
         fits, more = (
-            machine.frozen_states_fit(model, runtime, num_tokens=count) for count in (num_tokens, num_tokens + 1)
+            machine.do_frozen_states_fit(model, runtime, num_tokens=count) for count in (num_tokens, num_tokens + 1)
         )
         return fits and not more
 
-    assert most(RuntimeSpec(kept_states_mib=1), a_mib)
-    assert not machine.frozen_states_fit(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
-    assert machine.frozen_states_mib(trains, num_tokens=10**9) == 0, "its first layer trains"
-    assert machine.frozen_states_fit(trains, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
+    assert find_most_states(RuntimeSpec(kept_states_mib=1), a_mib)
+    assert not machine.do_frozen_states_fit(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
+    assert machine.measure_frozen_states_mib(trains, num_tokens=10**9) == 0, "its first layer trains"
+    assert machine.do_frozen_states_fit(trains, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
     # By default a quarter of the available memory is set aside.
     for text, mib in (("MemTotal: 9 kB\nMemAvailable:   40960 kB\n", 10), ("nothing of the kind\n", 1024)):
         monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
-        assert most(RuntimeSpec(), mib * a_mib)
+        assert find_most_states(RuntimeSpec(), mib * a_mib)
 
 
 def test_states_exceeding_memory_go_to_a_folder_with_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ready(SKIPS)
+    model = prepare_spec(SKIPS)
     a_mib = 2**20 // (4 * model.base.config.hidden_size)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=20 * 2**20))
     there = RuntimeSpec(kept_states_mib=0, kept_states_folder=str(tmp_path))
-    assert machine.frozen_states_folder(model, there, num_tokens=10 * a_mib) == tmp_path
-    assert machine.frozen_states_folder(model, there, num_tokens=10 * a_mib + a_mib) is None, "half of what is free"
-    assert machine.frozen_states_folder(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
+    assert machine.find_frozen_states_folder(model, there, num_tokens=10 * a_mib) == tmp_path
+    assert machine.find_frozen_states_folder(model, there, num_tokens=10 * a_mib + a_mib) is None, (
+        "half of what is free"
+    )
+    assert machine.find_frozen_states_folder(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
     missing = replace(there, kept_states_folder=str(tmp_path / "none"))
     with pytest.raises(
         ConfigError, match=r"runtime\.kept_states_folder = .*: must be a folder that this process can write to"
     ):
-        machine.frozen_states_folder(model, missing, num_tokens=1)
+        machine.find_frozen_states_folder(model, missing, num_tokens=1)
 
 
 def test_states_on_disk_are_private_and_unnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +129,7 @@ def test_process_on_one_core_uses_one_thread() -> None:
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
-        assert usable_cores() == 1
+        assert count_usable_cores() == 1
         prepare_model(lambda: build_task_model(TINY), RuntimeSpec(), max_length=8)
         assert torch.get_num_threads() == 1
     finally:
@@ -138,7 +140,7 @@ def test_process_on_one_core_uses_one_thread() -> None:
 def test_omp_num_threads_can_lower_the_core_count(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int) -> None:
     monkeypatch.setattr("fedtune.system.cpu_affinity", lambda _: {0, 1, 2, 3})
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert usable_cores() == cores
+    assert count_usable_cores() == cores
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_omp_num_threads_can_lower_the_core_count(monkeypatch: pytest.MonkeyPatc
 def test_long_cpu_simulation_uses_one_process_per_core(
     monkeypatch: pytest.MonkeyPatch, runtime: dict[str, object], gradients: float, gib: int, processes: int
 ) -> None:
-    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
-    monkeypatch.setattr(machine, "_memory_bytes", lambda: gib * 2**30)
+    monkeypatch.setattr(machine, "count_usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "_measure_memory_bytes", lambda: gib * 2**30)
     spec = RuntimeSpec(**({"device": "cpu"} | runtime))  # type: ignore[arg-type]
     assert machine.choose_num_processes(spec, gradients=gradients) == processes

@@ -15,12 +15,24 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.per_example import record_gradients
 
-from ..builders import gradients_of
-from .conftest import BAD, CELLS, KINDS, examples_of, made_up, plan_of, records_of, stepped, summed, trained, with_bad
-from .test_dp_step import loop_gradient
+from ..builders import record_example_gradients
+from .conftest import (
+    BAD,
+    CELLS,
+    KINDS,
+    build_trained,
+    insert_token,
+    make_dummy_examples,
+    make_examples,
+    make_records,
+    plan_of,
+    sum_examples,
+    take_private_steps,
+)
+from .test_dp_step import compute_loop_gradient
 
 
-def watched_in(model: TaskModel) -> int:
+def count_watched(model: TaskModel) -> int:
     """How many of its modules run another forward pass than their own, or have a hook."""
     return sum(
         ("forward" in vars(module)) + len(module._forward_hooks) + len(module._backward_hooks)
@@ -28,7 +40,7 @@ def watched_in(model: TaskModel) -> int:
     )
 
 
-def leftovers(model: TaskModel) -> list[str]:
+def list_leftovers(model: TaskModel) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
@@ -36,7 +48,7 @@ def leftovers(model: TaskModel) -> list[str]:
     ]
 
 
-def hook(model: TaskModel, within: str) -> Any:
+def add_hook(model: TaskModel, within: str) -> Any:
     if within == "between them":
         return model.head.register_forward_hook
     query = next(module for name, module in model.named_modules() if name.endswith("layer.1.attention.self.query"))
@@ -45,15 +57,15 @@ def hook(model: TaskModel, within: str) -> Any:
 
 @pytest.mark.parametrize(("path", "task"), [*KINDS, ("random:llama", "classification")])
 def test_batches_are_independent_and_hooks_are_removed(path: str, task: str) -> None:
-    model, dataset = trained(path, task), made_up(task)
-    before = watched_in(model)
+    model, dataset = build_trained(path, task), make_dummy_examples(task)
+    before = count_watched(model)
     with record_gradients(model) as gradients:
-        assert watched_in(model) > before
+        assert count_watched(model) > before
         first = gradients.of(collate(dataset, [0, 1], pad_id=0))
         gradients.of(collate(dataset, [2, 3, 4], pad_id=0))
         again = gradients.of(collate(dataset, [0, 1], pad_id=0))
-        assert leftovers(model) == []
-    assert watched_in(model) == before
+        assert list_leftovers(model) == []
+    assert count_watched(model) == before
     assert all(torch.equal(gradient, again[name]) for name, gradient in first.items())
 
 
@@ -67,32 +79,34 @@ def test_batches_are_independent_and_hooks_are_removed(path: str, task: str) -> 
 def test_failed_pass_raises_and_leaves_no_hooks(within: str, error: type[Exception]) -> None:
     # A zero in the place of every record would be noise that nobody asked for.  One base serves every site of a
     # simulation: a site that runs out of memory must not end the others' rounds, nor leave its records' activations.
-    model, dataset = trained(), made_up("classification")
+    model, dataset = build_trained(), make_dummy_examples("classification")
     small, large = collate(dataset, [0, 1], pad_id=0), collate(dataset, [2, 3, 4], pad_id=0)
-    expected, before = gradients_of(model, small), watched_in(model)
+    expected, before = record_example_gradients(model, small), count_watched(model)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
 
-    handle = hook(model, within)(Mock(side_effect=error("out of memory")))
+    handle = add_hook(model, within)(Mock(side_effect=error("out of memory")))
     with pytest.raises(error, match="out of memory"):
-        gradients_of(model, large)
+        record_example_gradients(model, large)
     handle.remove()
 
-    assert watched_in(model) == before
-    assert leftovers(model) == []
+    assert count_watched(model) == before
+    assert list_leftovers(model) == []
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
-    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients_of(model, small).items())
+    assert all(
+        torch.equal(gradient, expected[name]) for name, gradient in record_example_gradients(model, small).items()
+    )
 
 
 def test_frozen_tensors_have_no_gradient_and_unused_ones_are_refused() -> None:
-    batch = collate(made_up("classification"), [0, 1], pad_id=0)
+    batch = collate(make_dummy_examples("classification"), [0, 1], pad_id=0)
     frozen_a = (LoraSpec(kind=kind, rank=2, layers=(-1,), train_a=False) for kind in ("lora", "dora", "ia3"))
     for changes in (*({"lora": one} for one in frozen_a), {"head": HeadSpec(train=False)}):
-        model = trained(**changes)
-        assert list(gradients_of(model, batch)) == list(model.trainable())
-    model = trained()
+        model = build_trained(**changes)
+        assert list(record_example_gradients(model, batch)) == list(model.trainable())
+    model = build_trained()
     model.head.spare = torch.nn.Linear(2, 2, bias=False)
     with pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable, but"):
-        gradients_of(model, batch)
+        record_example_gradients(model, batch)
 
 
 # A record that cannot be computed counts as zero; the answer must not depend on whether there is one.
@@ -105,12 +119,12 @@ def fail_on(model: TaskModel, within: str) -> Any:
         if seen[0] and within == "the embedding":
             raise IndexError("no such token")
 
-    def fails(*_: Any) -> None:
+    def fail_once_seen(*_: Any) -> None:
         if seen[0]:
             raise RuntimeError("no such state")
 
     handles = [model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(look)]
-    return handles if within == "the embedding" else [*handles, hook(model, within)(fails)]
+    return handles if within == "the embedding" else [*handles, add_hook(model, within)(fail_once_seen)]
 
 
 PASSES = ("the embedding", "forward pass", "backward pass", "between them")
@@ -128,16 +142,16 @@ BAD_TEXTS = ((0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4))
 )
 def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: str, bad: tuple[int, ...]) -> None:
     """Also where one of its texts cannot."""
-    model, dataset = trained(task=task), made_up(task, 6)
+    model, dataset = build_trained(task=task), make_dummy_examples(task, 6)
     shape, without = (8, 16), {text // dataset.texts for text in bad}
-    before = watched_in(model)
+    before = count_watched(model)
     # Before anything, as a backward hook changes in which order gradients are added up.
     handles = fail_on(model, within)
-    expected = gradients_of(model, collate(with_bad(dataset), range(5), pad_id=0, shape=shape))
+    expected = record_example_gradients(model, collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
     embedding, shapes = model.base.get_base_model().get_input_embeddings(), set()
     handles.append(embedding.register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape)))
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    batch = collate(with_bad(dataset, *bad), range(5), pad_id=0, shape=shape)
+    batch = collate(insert_token(dataset, *bad), range(5), pad_id=0, shape=shape)
     with record_gradients(model) as gradients:
         with pytest.raises((IndexError, RuntimeError), match="no such"):
             gradients.of_all(batch)
@@ -150,22 +164,22 @@ def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: s
                     zero = row in without or row >= 5
                     wanted = torch.zeros_like(gradient[row]) if zero else expected[name][row]
                     assert torch.equal(gradient[row], wanted), (name, row)
-        after = gradients.of(collate(with_bad(dataset), range(5), pad_id=0, shape=shape))
+        after = gradients.of(collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
         assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert shapes == {batch.input_ids.shape}, "also where one is tried by itself, so its kernels are the same"
-    assert leftovers(model) == []
+    assert list_leftovers(model) == []
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     for handle in handles:
         handle.remove()
-    assert watched_in(model) == before
+    assert count_watched(model) == before
 
 
 def test_shared_module_sums_both_gradients() -> None:
-    model, dataset = trained(), made_up("classification")
+    model, dataset = build_trained(), make_dummy_examples("classification")
     layers = find_layer_stack(model.base.get_base_model())[1]
     layers[1] = layers[0]
-    looped = [loop_gradient(model, dataset, place) for place in range(3)]
-    found = gradients_of(model, collate(dataset, [0, 1, 2], pad_id=0))
+    looped = [compute_loop_gradient(model, dataset, place) for place in range(3)]
+    found = record_example_gradients(model, collate(dataset, [0, 1, 2], pad_id=0))
     for place, each in enumerate(looped):
         for name, expected in each.items():
             np.testing.assert_allclose(found[name][place].numpy(), expected, rtol=1e-4, atol=2e-5)
@@ -173,7 +187,7 @@ def test_shared_module_sums_both_gradients() -> None:
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_gradients_after_a_step_use_the_new_adapter(elsewhere: bool) -> None:
-    model, dataset = trained(), made_up("classification")
+    model, dataset = build_trained(), make_dummy_examples("classification")
     with record_gradients(model) as gradients:
         gradients.of(collate(dataset, [0], pad_id=0))
         with torch.no_grad():
@@ -182,7 +196,7 @@ def test_gradients_after_a_step_use_the_new_adapter(elsewhere: bool) -> None:
                     parameter.data = parameter.data.clone()
                 parameter.mul_(-2.0)  # in place, as optimizers step
         found = gradients.of(collate(dataset, [0], pad_id=0))
-    for name, expected in loop_gradient(model, dataset, 0).items():
+    for name, expected in compute_loop_gradient(model, dataset, 0).items():
         np.testing.assert_allclose(found[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)
 
 
@@ -194,14 +208,16 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "nf4"])
 @kinds
 def test_adapters_and_sums_stay_float32_in_low_precision_bases(path: str, task: str, dtype: str, kind: str) -> None:
-    model = trained(path, task, dtype=dtype, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
+    model = build_trained(path, task, dtype=dtype, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
     formats = {torch.bfloat16, torch.float32} if dtype == "mixed" else {torch.bfloat16}
     assert kind != "lora" or {p.dtype for p in model.parameters() if not p.requires_grad} == formats
     assert {p.dtype for p in model.trainable().values()} == {torch.float32}
-    found = gradients_of(model, collate(made_up(task), [0, 1, 2], pad_id=0))
+    found = record_example_gradients(model, collate(make_dummy_examples(task), [0, 1, 2], pad_id=0))
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert {total.dtype for total in summed(model, examples_of(made_up(task)), 1.0).values()} == {torch.int64}
-    after = stepped(model, records_of(made_up(task)), plan_of(noise_multiplier=1.0))
+    assert {total.dtype for total in sum_examples(model, make_examples(make_dummy_examples(task)), 1.0).values()} == {
+        torch.int64
+    }
+    after = take_private_steps(model, make_records(make_dummy_examples(task)), plan_of(noise_multiplier=1.0))
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert {tensor.dtype for tensor in Adapter.from_task_model(model).tensors.values()} == {np.dtype(np.float32)}
     for name, tensor in after.items():  # not rounded to bfloat16 on the way
@@ -215,10 +231,10 @@ BOUND = 0.01
 
 @kinds
 def test_low_precision_changes_gradients_only_by_rounding(path: str, task: str) -> None:
-    batch = collate(made_up(task), range(8), pad_id=0)
+    batch = collate(make_dummy_examples(task), range(8), pad_id=0)
     found = {}
     for dtype in ("float32", "mixed", "bfloat16"):
-        each = gradients_of(trained(path, task, dtype=dtype), batch)
+        each = record_example_gradients(build_trained(path, task, dtype=dtype), batch)
         found[dtype] = torch.cat([one.flatten() for one in each.values()])
     whole = found["float32"].norm()
     mixed, coarse = ((found[dtype] - found["float32"]).norm() / whole for dtype in ("mixed", "bfloat16"))
@@ -231,9 +247,9 @@ def test_low_precision_changes_gradients_only_by_rounding(path: str, task: str) 
 def test_micro_batching_changes_the_sum_within_its_bound(path: str, task: str) -> None:
     clip, worst = 0.1, 0.0
     for seed in range(2):
-        dataset = made_up(task, 16, seed=seed)
+        dataset = make_dummy_examples(task, 16, seed=seed)
         alone, *others = (
-            summed(trained(path, task, dtype="bfloat16"), examples_of(dataset, max_tokens=tokens), clip)
+            sum_examples(build_trained(path, task, dtype="bfloat16"), make_examples(dataset, max_tokens=tokens), clip)
             for tokens in (1, 40, 10_000)
         )
         for other in others:

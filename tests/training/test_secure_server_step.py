@@ -1,4 +1,4 @@
-"""The step that a lead takes with a secure sum."""
+"""The step that a lead takes with secure aggregation."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_optimizer_state_continues_after_a_checkpoint(optimizer: str, tmp_path: 
         np.testing.assert_allclose(value, parameters[name].detach().numpy(), rtol=1e-6)
 
 
-def of_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
+def sum_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
     """A total of three sites whose sampled units' gradients agree to this share."""
     draws, units = np.random.default_rng(seed), PLAN.sampling_rate * SIZE
     signal = np.zeros(values)
@@ -60,14 +60,14 @@ def of_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("values", [1, 50, 100_000])
 @pytest.mark.parametrize("agreeing", [0.0, 1.0])
-def test_honest_secure_sum_is_not_limited(values: int, agreeing: float) -> None:
+def test_honest_aggregate_is_not_limited(values: int, agreeing: float) -> None:
     for seed in range(50 if values < 1000 else 3):
-        total = of_honest_sites(values=values, agreeing=agreeing, seed=seed)
+        total = sum_honest_sites(values=values, agreeing=agreeing, seed=seed)
         assert limit_sum_length(total, PLAN, sites=3, declared_size=SIZE) is total
 
 
-def test_excessive_secure_sum_is_scaled_to_the_bound() -> None:
-    total = of_honest_sites(values=1000, agreeing=0.5, seed=1)
+def test_excessive_aggregate_is_scaled_to_the_bound() -> None:
+    total = sum_honest_sites(values=1000, agreeing=0.5, seed=1)
     total[7] += round(1e6 / CELL)  # a million clip norms that no unit has
     held = limit_sum_length(total, PLAN, sites=3, declared_size=SIZE)
     length = float(np.sqrt(np.square(held, dtype=np.float64).sum())) * CELL

@@ -22,16 +22,16 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 
-from ..builders import length_of
+from ..builders import pad_length
 from ..conftest import has_scale
 from . import conftest
-from .conftest import CELLS, Table, released, trained, work_of
+from .conftest import CELLS, Table, build_trained, make_work, release_round
 
 Gradients = dict[str, torch.Tensor]
 Places = npt.NDArray[np.int64]
 
 
-def random_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients:
+def draw_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients:
     """Of two tensors, every unit ten times as large as the one before, about `size` in the middle."""
     generator = torch.Generator().manual_seed(seed)
     sizes = size * 10.0 ** (torch.arange(count) - count // 2)
@@ -63,7 +63,7 @@ def test_many_equal_values_stay_within_the_clip_norm(size: int, count: int) -> N
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_gradient_counts_as_zero_and_affects_no_other(bad: float) -> None:
-    gradients = random_gradients(5)
+    gradients = draw_gradients(5)
     right = {name: one.clone() for name, one in clipped_contributions(gradients, 1.0).items()}
     gradients["head.weight"][2, 1, 1] = bad
     for name, one in clipped_contributions(gradients, 1.0).items():
@@ -97,7 +97,7 @@ class MadeUp:
         return Records(count=len(next(iter(self.gradients.values()))), declared_size=declared_size, cut=cut)
 
 
-def moved(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> npt.NDArray[np.float64]:
+def measure_moves(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> npt.NDArray[np.float64]:
     """How far steps of plain descent at rate one go against every coordinate of the joint vector."""
     parameters = {
         name: nn.Parameter(torch.zeros(each.shape[1:], dtype=torch.float64)) for name, each in units.gradients.items()
@@ -111,11 +111,11 @@ def moved(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> n
 
 
 def test_step_is_the_sampled_sum_over_the_declared_size() -> None:
-    units = MadeUp({name: each.repeat(4, *[1] * (each.dim() - 1)) for name, each in random_gradients(7).items()})
+    units = MadeUp({name: each.repeat(4, *[1] * (each.dim() - 1)) for name, each in draw_gradients(7).items()})
     rows = [np.asarray(one, dtype=np.float64).reshape(len(one), -1) for one in units.gradients.values()]
     exact = np.concatenate(rows, axis=1)  # (n, all values of a unit)
     clipped = exact * np.minimum(1, 0.7 / np.linalg.norm(exact, axis=1))[:, None]
-    found = moved(units, plan_of(), declared_size=40)
+    found = measure_moves(units, plan_of(), declared_size=40)
     drawn = poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
     assert units.drawn == [drawn.tolist()]
     assert len(drawn) not in (0, 20, 28)
@@ -125,7 +125,9 @@ def test_step_is_the_sampled_sum_over_the_declared_size() -> None:
 @pytest.mark.parametrize("count", [0, 30])
 def test_step_adds_noise_once_for_any_sample(count: int) -> None:
     silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
-    found, of_two = (moved(silent, plan_of(noise_multiplier=1.3), declared_size=40, steps=steps) for steps in (1, 2))
+    found, of_two = (
+        measure_moves(silent, plan_of(noise_multiplier=1.3), declared_size=40, steps=steps) for steps in (1, 2)
+    )
     assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
     scale = 1.3 * 0.7 / (0.5 * 40)
     for values in (found[:6000], found[6000:]):
@@ -135,32 +137,32 @@ def test_step_adds_noise_once_for_any_sample(count: int) -> None:
     assert (of_two - found != found).all(), "every step adds noise of its own"
 
 
-def numbered(*lengths: int) -> TextDataset:
+def make_numbered_records(*lengths: int) -> TextDataset:
     """Records of these lengths whose first token is their place."""
     ids = tuple(np.array([number, *[1] * (length - 1)], dtype=np.int32) for number, length in enumerate(lengths))
     return TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
 
 
-def examples_of(dataset: TextDataset) -> SiteExamples:
+def make_examples(dataset: TextDataset) -> SiteExamples:
     shapes = Shapes.from_limits(max_length=int(dataset.lengths.max(initial=1)), max_tokens=64)
-    return conftest.examples_of(dataset, shapes)
+    return conftest.make_examples(dataset, shapes)
 
 
 def test_adapter_values_never_exceed_the_site_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = trained(), examples_of(conftest.made_up("classification", 6))
+    model, examples = build_trained(), make_examples(conftest.make_dummy_examples("classification", 6))
     bound = 0.05
     start = Adapter.from_task_model(model)
     assert max(float(np.abs(value).max()) for value in start.tensors.values()) > 5 * bound
     before: list[float] = []
 
-    def noted(*arguments: Any, parameters: Any, **settings: Any) -> None:
+    def note_largest(*arguments: Any, parameters: Any, **settings: Any) -> None:
         before.append(max(float(one.detach().abs().max()) for one in parameters.values()))
         dp_sgd_step(*arguments, parameters=parameters, **settings)
 
-    monkeypatch.setattr(local, "dp_sgd_step", noted)
+    monkeypatch.setattr(local, "dp_sgd_step", note_largest)
     sgd = TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0)
     plan = plan_of(noise_multiplier=1.0, local_steps=6)
-    after = released(model, examples, work_of(max_adapter_value=bound, plan=plan, training=sgd))
+    after = release_round(model, examples, make_work(max_adapter_value=bound, plan=plan, training=sgd))
     most = float(np.float32(bound))
     assert before[0] <= most, "what came is brought within it before a record meets it"
     assert max(before[1:]) <= most, "and what every step made"
@@ -177,12 +179,12 @@ def test_projection_changes_only_values_outside_the_bound(most: float) -> None:
 
 
 def test_micro_batch_shape_is_independent_of_its_contents() -> None:
-    examples = examples_of(numbered(9, 10, 11, 17, 9, 3))
+    examples = make_examples(make_numbered_records(9, 10, 11, 17, 9, 3))
     for chosen in ([0, 1, 2, 3, 4, 5], [0, 4], [5], [3], [2, 1, 0]):
         for part in examples.parts(np.array(chosen)):
             batch = examples.batch(part)
             assert tuple(batch.input_ids.shape) == tuple(batch.attention_mask.shape) == (part.rows, part.length)
-            assert part.length == length_of(examples._shapes, int(examples._dataset.lengths[part.places[0]]))
+            assert part.length == pad_length(examples._shapes, int(examples._dataset.lengths[part.places[0]]))
             assert part.rows in examples._shapes.rows(part.length)
 
 
@@ -192,12 +194,14 @@ def test_user_mean_is_bitwise_equal_regardless_of_batch_company(beside: list[int
     rows = torch.tensor([-1e8, 1e8, 1.0, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
     lengths = [5, 13, 9, 30, *[13] * 8, *[30] * 5, *[5] * 3]
     places = ([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20))
-    users = UserExamples(examples_of(numbered(*lengths)), [np.array(each) for each in places], most_records=100)
+    users = UserExamples(
+        make_examples(make_numbered_records(*lengths)), [np.array(each) for each in places], most_records=100
+    )
 
-    def last_mean(*chosen: int) -> torch.Tensor:
+    def compute_last_mean(*chosen: int) -> torch.Tensor:
         (batch,) = users.make_cutter(SeededRandomness(1).stream("records"))(np.array(chosen))
         return UserGradients(Table({"a": rows})).of(batch)["a"][-1]  # type: ignore[arg-type]
 
-    assert torch.equal(last_mean(*beside, 0), last_mean(0))
+    assert torch.equal(compute_last_mean(*beside, 0), compute_last_mean(0))
     sums = {float(np.cumsum(rows[order, 0].double().numpy() / 4)[-1]) for order in ([0, 2, 1, 3], [0, 2, 3, 1])}
     assert len(sums) > 1, "the order matters here"

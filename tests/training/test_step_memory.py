@@ -18,12 +18,12 @@ from fedtune.training.batch_invariance import fit_to_memory
 from fedtune.training.dp_step import add_clipped, zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import train_round
-from fedtune.training.machine import measure_peak_bytes, step_bytes
+from fedtune.training.machine import find_step_bytes, measure_peak_bytes
 from fedtune.training.per_example import PerExampleGradients, record_gradients
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 from fedtune.training.users import UserExamples
 
-from .conftest import fresh, made_up, plan_of, trained, work_of
+from .conftest import build_fresh, build_trained, make_dummy_examples, make_work, plan_of
 
 pytestmark = pytest.mark.nightly
 
@@ -34,37 +34,37 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 MIB = 2**20
 
 
-def within(model: TaskModel, num_bytes: float) -> Shapes:
+def fit_within(model: TaskModel, num_bytes: float) -> Shapes:
     return fit_to_memory(model, SHAPES, most_bytes=int(num_bytes), keeps_states=model.has_frozen_prefix)
 
 
-def rows_of(shapes: Shapes) -> list[int]:
+def list_rows(shapes: Shapes) -> list[int]:
     return [shapes.rows(length)[0] for length in shapes.lengths]
 
 
-def of_length(model: TaskModel, length: int, count: int) -> TextDataset:
+def make_dataset(model: TaskModel, length: int, count: int) -> TextDataset:
     draws = np.random.default_rng(3)
     ids = model.made_up([length - 1] * (count * model.spec.texts), draws)
     targets = model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=lambda length: 0)
     return TextDataset(ids, targets, model.spec.texts)
 
 
-def a_step_on(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part) -> int:
+def measure_step(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part) -> int:
     """The bytes that a micro-batch of a step takes, from the first frozen layer to the sum."""
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
 
-    def work() -> None:
+    def take_step() -> None:
         if model.has_frozen_prefix:
             examples.keep_frozen_states(model, parts=[part])
         examples.keep_reference(model, parts=[part])
         with record_gradients(model) as gradients:
             add_clipped(zero_sums(model.trainable()), gradients.of(examples.batch(part)), 1.0)
 
-    return measure_peak_bytes(work, CPU)
+    return measure_peak_bytes(take_step, CPU)
 
 
 def test_peak_memory_counts_live_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work() -> None:
+    def allocate_tensors() -> None:
         for _ in range(5):
             torch.zeros(MIB // 4)
         kept = torch.zeros(MIB // 2)  # 2 MiB
@@ -74,7 +74,11 @@ def test_peak_memory_counts_live_tensors(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.zeros(MIB // 4)
 
     before = torch.zeros(MIB)
-    assert measure_peak_bytes(work, CPU) == measure_peak_bytes(lambda: [work() for _ in range(3)], CPU) == 3 * MIB
+    assert (
+        measure_peak_bytes(allocate_tensors, CPU)
+        == measure_peak_bytes(lambda: [allocate_tensors() for _ in range(3)], CPU)
+        == 3 * MIB
+    )
     assert measure_peak_bytes(lambda: before.add_(1.0), CPU) == 0, "what was there before is nobody's of these"
     # A GPU's allocator says it itself.
     of_gpu = {
@@ -92,57 +96,61 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
     files = {"/proc/meminfo": "MemTotal:       16 kB\nMemFree: 3 kB\n", "/sys/fs/cgroup/memory.max": "9000\n"}
     with monkeypatch.context() as patched:
         patched.setattr(machine.Path, "read_text", lambda path: files[str(path)])
-        assert machine._memory_bytes() == 9000, "a container's bound counts"
+        assert machine._measure_memory_bytes() == 9000, "a container's bound counts"
         files["/sys/fs/cgroup/memory.max"] = "max\n"
-        assert machine._memory_bytes() == 16 * 1024
-    model = fresh()
+        assert machine._measure_memory_bytes() == 16 * 1024
+    model = build_fresh()
     of_model = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
-    monkeypatch.setattr(machine, "_memory_bytes", lambda: 8 * 2**30)
-    assert step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
-    assert step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
-    assert step_bytes(model, RuntimeSpec(step_mib=77)) == 77 * MIB
+    monkeypatch.setattr(machine, "_measure_memory_bytes", lambda: 8 * 2**30)
+    assert find_step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
+    assert find_step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
+    assert find_step_bytes(model, RuntimeSpec(step_mib=77)) == 77 * MIB
     monkeypatch.setattr(machine, "total_memory", lambda device: 24 * 2**30)
     monkeypatch.setattr(TaskModel, "device", torch.device("cuda"))
-    assert step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
+    assert find_step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
     shared = RuntimeSpec(kind="ray", sites_per_gpu=3)
-    assert step_bytes(model, shared) == int(0.8 * (8 * 2**30 - of_model)), "sites that share a GPU share its memory"
+    assert find_step_bytes(model, shared) == int(0.8 * (8 * 2**30 - of_model)), (
+        "sites that share a GPU share its memory"
+    )
 
 
 @kinds
 def test_every_micro_batch_stays_within_step_memory(path: str, task: str) -> None:
-    model = fresh(path, task)
-    whole = within(model, 1e12)
-    assert rows_of(whole) == rows_of(SHAPES), "with room for all, tokens decide"
-    most = max(a_step_on(model, SHAPES, *full_of(model, SHAPES, length)) for length in SHAPES.lengths)
+    model = build_fresh(path, task)
+    whole = fit_within(model, 1e12)
+    assert list_rows(whole) == list_rows(SHAPES), "with room for all, tokens decide"
+    most = max(measure_step(model, SHAPES, *make_full_part(model, SHAPES, length)) for length in SHAPES.lengths)
     for share in (2, 5):
-        less = within(model, most / share)
-        assert sum(rows_of(less)) < sum(rows_of(whole))
+        less = fit_within(model, most / share)
+        assert sum(list_rows(less)) < sum(list_rows(whole))
         for length in less.lengths:
-            dataset, part = full_of(model, less, length)
-            assert a_step_on(model, less, dataset, part) <= most / share, (share, length)
+            dataset, part = make_full_part(model, less, length)
+            assert measure_step(model, less, dataset, part) <= most / share, (share, length)
 
 
-def full_of(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset, Part]:
+def make_full_part(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset, Part]:
     rows = shapes.rows(length)[0]
-    return of_length(model, length, rows), Part(np.arange(rows), rows, length)
+    return make_dataset(model, length, rows), Part(np.arange(rows), rows, length)
 
 
 @kinds
 def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: Any) -> None:
-    model = fresh(path, task)
+    model = build_fresh(path, task)
     # The least room in which the largest micro-batch is said to fit.
     length = SHAPES.lengths[-1]
     one_length = replace(SHAPES, lengths=(length,))
     too_few, needed = MIB // 2, 10 * MIB
     while needed > 1.01 * too_few:
         middle = (needed + too_few) // 2
-        fits = rows_of(fit_to_memory(model, one_length, most_bytes=middle, keeps_states=False)) == rows_of(one_length)
+        fits = list_rows(fit_to_memory(model, one_length, most_bytes=middle, keeps_states=False)) == list_rows(
+            one_length
+        )
         too_few, needed = (too_few, middle) if fits else (middle, needed)
-    dataset, part = full_of(model, SHAPES, length)
-    ordinary = a_step_on(model, SHAPES, dataset, part)
+    dataset, part = make_full_part(model, SHAPES, length)
+    ordinary = measure_step(model, SHAPES, dataset, part)
     of_all, calls = PerExampleGradients.of_all, []
 
-    def fails_first(self: PerExampleGradients, batch: Any) -> Any:
+    def fail_first(self: PerExampleGradients, batch: Any) -> Any:
         calls.append(len(batch))
         if len(calls) == 1:
             raise RuntimeError("a record that nobody can compute")
@@ -151,46 +159,46 @@ def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: 
             next(iter(found.values()))[0] = torch.nan
         return found
 
-    monkeypatch.setattr(PerExampleGradients, "of_all", fails_first)
+    monkeypatch.setattr(PerExampleGradients, "of_all", fail_first)
     # What pytest keeps of a log keeps the frames of the exception, and all tensors in them.
     monkeypatch.setattr(per_example.log, "exception", lambda *_: None)
-    with_failure = a_step_on(model, SHAPES, dataset, part)
+    with_failure = measure_step(model, SHAPES, dataset, part)
     assert len(calls) > 3
     assert ordinary < with_failure <= needed
 
 
 def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fresh()
+    model = build_fresh()
     with pytest.raises(ConfigError, match=r"step_mib = 0: must be at least \d+: a micro-batch of 1 x 12 tokens"):
-        within(model, 1000)
-    least = within(model, 1.5 * a_step_on(model, SHAPES, of_length(model, 24, 1), Part(np.arange(1), 1, 24)))
-    assert min(rows_of(least)) >= 1
+        fit_within(model, 1000)
+    least = fit_within(model, 1.5 * measure_step(model, SHAPES, make_dataset(model, 24, 1), Part(np.arange(1), 1, 24)))
+    assert min(list_rows(least)) >= 1
     full = replace(SHAPES, full=SHAPES.lengths[-1])  # a length without padding keeps its empty row
-    with_room = fit_to_memory(fresh(), full, most_bytes=MIB // 2, keeps_states=False)
+    with_room = fit_to_memory(build_fresh(), full, most_bytes=MIB // 2, keeps_states=False)
     assert with_room.rows(full.full)[-1] == 2
     assert with_room.capacity(full.full, 2) == 1
     for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
         monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
         with pytest.raises(ConfigError, match=said):
-            within(model, 1e9)
+            fit_within(model, 1e9)
 
 
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize(("path", "task"), KINDS[:2])
 def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit: str) -> None:
-    model, dataset = trained(path, task), made_up(task, 40)
+    model, dataset = build_trained(path, task), make_dummy_examples(task, 40)
     start = Adapter.from_task_model(model)
     planned = plan_of(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
-    asked = work_of(plan=planned, training=TrainingSpec(), declared_size=30)
+    asked = make_work(plan=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()
     for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):
-        shapes = within(model, num_bytes)
+        shapes = fit_within(model, num_bytes)
         units: Any = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
         if unit == "user":
             units = UserExamples(
                 units, [np.arange(u, 40, 11) for u in range(11)], most_records=2, most_users=most_users
             )
-        rows.add(tuple(rows_of(shapes)))
+        rows.add(tuple(list_rows(shapes)))
         released.add(train_round(model, start, units, asked, randomness=SeededRandomness(5)).digest())
     assert len(rows) == 3
     assert len(released) == 1

@@ -13,7 +13,7 @@ from fedtune.model.spec import LoraSpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
-from fedtune.training.update_bound import UpdateBound, bound_update
+from fedtune.training.update_bound import UpdateBound, bound_round_update
 
 PLAN = Plan(
     unit="record", delta=1e-5, sampling_rate=0.1, noise_multiplier=1.0, max_grad_norm=1.0, local_steps=5, num_rounds=4
@@ -30,13 +30,13 @@ SPECS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def sent() -> Adapter:
+def sent_adapter() -> Adapter:
     draws, shapes = np.random.default_rng(0), {"a.lora_A": (4, 30), "head.weight": (3, 8)}
     made = {name: draws.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     return Adapter(made | {"a.lora_B": np.zeros((30, 4), np.float32)})
 
 
-def trained(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) -> dict[str, np.ndarray]:
+def train_optimizer(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) -> dict[str, np.ndarray]:
     """What the real optimizer makes of these gradients, a function of step, name and shape."""
     parameters = {n: torch.nn.Parameter(torch.from_numpy(np.array(v))) for n, v in sent.tensors.items()}
     optimizer = make_optimizer(parameters, spec)
@@ -51,54 +51,60 @@ def trained(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) ->
 
 @pytest.mark.parametrize("settings", SPECS, ids=str)
 @pytest.mark.parametrize("round", [1, 3])
-def test_honest_training_stays_within_the_update_bound(settings: dict[str, Any], sent: Adapter, round: int) -> None:
+def test_honest_training_stays_within_the_update_bound(
+    settings: dict[str, Any], sent_adapter: Adapter, round: int
+) -> None:
     spec = TrainingSpec(**settings)
-    bound = bound_update(spec, PLAN, round=round, declared_size=SIZE, sent=sent)
+    bound = bound_round_update(spec, PLAN, round=round, declared_size=SIZE, sent=sent_adapter)
     denominator = PLAN.sampling_rate * SIZE
     draws = np.random.default_rng(round)
-    direction = {name: draws.normal(size=value.shape) for name, value in sent.tensors.items()}
+    direction = {name: draws.normal(size=value.shape) for name, value in sent_adapter.tensors.items()}
     length = math.sqrt(sum(float(np.square(value).sum()) for value in direction.values()))
 
-    def honest(step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def make_honest_gradient(step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         # Three times the units that were declared, all of one opinion, and the plan's noise.
         return 3 * direction[name] / length + draws.normal(size=shape) / denominator
 
-    def growing(step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def make_growing_gradient(step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.full(shape, 10.0 ** (step - 5))  # Adam goes furthest where gradients grow
 
-    for gradients in (honest, growing):
-        assert bound.allows(trained(spec, sent, gradients, round=round), sent=sent), gradients.__name__
-    for name in sent.tensors if settings in SPECS[:5] else ():
+    for gradients in (make_honest_gradient, make_growing_gradient):
+        assert bound.allows(train_optimizer(spec, sent_adapter, gradients, round=round), sent=sent_adapter), (
+            gradients.__name__
+        )
+    for name in sent_adapter.tensors if settings in SPECS[:5] else ():
         for value in (1e30, -1e30, 1e4):
-            update = {key: np.array(tensor) for key, tensor in sent.tensors.items()}
+            update = {key: np.array(tensor) for key, tensor in sent_adapter.tensors.items()}
             update[name].flat[3] = value
-            assert not bound.allows(update, sent=sent), f"what is far beyond training is not: {name}"
+            assert not bound.allows(update, sent=sent_adapter), f"what is far beyond training is not: {name}"
 
 
-def test_norm_bound_limits_many_small_changes(sent: Adapter) -> None:
-    bound = bound_update(TrainingSpec(optimizer="sgd", learning_rate=1.0), PLAN, round=1, declared_size=SIZE, sent=sent)
+def test_norm_bound_limits_many_small_changes(sent_adapter: Adapter) -> None:
+    bound = bound_round_update(
+        TrainingSpec(optimizer="sgd", learning_rate=1.0), PLAN, round=1, declared_size=SIZE, sent=sent_adapter
+    )
     size = bound.value["a.lora_A"] * 0.99
-    one = {name: np.array(value) for name, value in sent.tensors.items()}
+    one = {name: np.array(value) for name, value in sent_adapter.tensors.items()}
     one["a.lora_B"].flat[0] = size
-    assert bound.allows(one, sent=sent)
-    everything = {name: value + np.copysign(np.float32(size), value) for name, value in sent.tensors.items()}
-    assert not bound.allows(everything, sent=sent)
+    assert bound.allows(one, sent=sent_adapter)
+    everything = {name: value + np.copysign(np.float32(size), value) for name, value in sent_adapter.tensors.items()}
+    assert not bound.allows(everything, sent=sent_adapter)
 
 
-def test_changes_toward_zero_are_always_allowed(sent: Adapter) -> None:
-    nowhere = UpdateBound(value=dict.fromkeys(sent.tensors, 0.0), norm=0.0)
+def test_changes_toward_zero_are_always_allowed(sent_adapter: Adapter) -> None:
+    nowhere = UpdateBound(value=dict.fromkeys(sent_adapter.tensors, 0.0), norm=0.0)
     for factor in (1.0, 0.5, 0.0):
-        smaller = {name: (factor * value).astype(np.float32) for name, value in sent.tensors.items()}
-        assert nowhere.allows(smaller, sent=sent)
-    other_sign = {name: (-0.01 * value).astype(np.float32) for name, value in sent.tensors.items()}
-    assert not nowhere.allows(other_sign, sent=sent)
+        smaller = {name: (factor * value).astype(np.float32) for name, value in sent_adapter.tensors.items()}
+        assert nowhere.allows(smaller, sent=sent_adapter)
+    other_sign = {name: (-0.01 * value).astype(np.float32) for name, value in sent_adapter.tensors.items()}
+    assert not nowhere.allows(other_sign, sent=sent_adapter)
 
 
-def test_unclipped_or_fast_forgetting_training_has_no_bound(sent: Adapter) -> None:
+def test_unclipped_or_fast_forgetting_training_has_no_bound(sent_adapter: Adapter) -> None:
     plain, long = replace(PLAN, noise_multiplier=0.0), replace(PLAN, local_steps=400)
     forgets = TrainingSpec(betas=(0.9, 0.1), local_steps=400)
     norms = [
-        bound_update(spec, plan, round=1, declared_size=SIZE, sent=sent).norm
+        bound_round_update(spec, plan, round=1, declared_size=SIZE, sent=sent_adapter).norm
         for spec, plan in ((TrainingSpec(optimizer="sgd"), plain), (forgets, long), (TrainingSpec(), plain))
     ]
     assert norms[:2] == [math.inf, math.inf]
@@ -109,18 +115,22 @@ SGD = TrainingSpec(optimizer="sgd", learning_rate=1.0)
 
 
 @pytest.mark.parametrize("settings", [SGD, TrainingSpec(weight_decay=0.1)], ids=["sgd", "adamw"])
-def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent: Adapter) -> None:
+def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent_adapter: Adapter) -> None:
     """With lora.alternate A rests in round 1, and in no round has it a part of what the others may move."""
     rests = LoraSpec(alternate=True).frozen_name_part(1)
-    sent = Adapter({name.replace("lora_A", "lora_A.weight"): value for name, value in sent.tensors.items()})
+    sent_adapter = Adapter(
+        {name.replace("lora_A", "lora_A.weight"): value for name, value in sent_adapter.tensors.items()}
+    )
     resting = "a.lora_A.weight"
-    bound = bound_update(settings, PLAN, round=1, declared_size=SIZE, sent=sent, rests=rests)
+    bound = bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=sent_adapter, rests=rests)
     for move in (0.01, -0.01):
-        moved = sent.tensors[resting] + np.copysign(np.float32(move), move * sent.tensors[resting])
-        assert not bound.allows({**sent.tensors, resting: moved}, sent=sent)
-    assert bound.allows({**sent.tensors, resting: sent.tensors[resting] / 2}, sent=sent), "into a site's own bound"
-    others = Adapter({name: value for name, value in sent.tensors.items() if name != resting})
-    assert bound.norm == bound_update(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm
+        moved = sent_adapter.tensors[resting] + np.copysign(np.float32(move), move * sent_adapter.tensors[resting])
+        assert not bound.allows({**sent_adapter.tensors, resting: moved}, sent=sent_adapter)
+    assert bound.allows({**sent_adapter.tensors, resting: sent_adapter.tensors[resting] / 2}, sent=sent_adapter), (
+        "into a site's own bound"
+    )
+    others = Adapter({name: value for name, value in sent_adapter.tensors.items() if name != resting})
+    assert bound.norm == bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm
     plain = replace(PLAN, noise_multiplier=0.0)
-    still = bound_update(settings, plain, round=1, declared_size=SIZE, sent=sent, rests=rests)
-    assert not still.allows({**sent.tensors, resting: sent.tensors[resting] * 1.01}, sent=sent)
+    still = bound_round_update(settings, plain, round=1, declared_size=SIZE, sent=sent_adapter, rests=rests)
+    assert not still.allows({**sent_adapter.tensors, resting: sent_adapter.tensors[resting] * 1.01}, sent=sent_adapter)

@@ -17,31 +17,40 @@ from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 
-from .conftest import KINDS, examples_of, made_up, plan_of, released, stepped, trained, work_of
-from .test_dp_step import loop_gradient
-from .test_step_faults import numbered
+from .conftest import (
+    KINDS,
+    build_trained,
+    make_dummy_examples,
+    make_examples,
+    make_work,
+    plan_of,
+    release_round,
+    take_private_steps,
+)
+from .test_dp_step import compute_loop_gradient
+from .test_step_faults import make_numbered_records
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
 Gradients = dict[str, npt.NDArray[np.float64]]
 
 
-def users_of_sizes(*sizes: int) -> list[npt.NDArray[np.int64]]:
+def make_users(*sizes: int) -> list[npt.NDArray[np.int64]]:
     """The places of each user's records, dealt out in turns so that no user's lie side by side."""
     owners = [user for turn in range(max(sizes, default=0)) for user, size in enumerate(sizes) if turn < size]
     return [np.flatnonzero(np.array(owners) == user) for user in range(len(sizes))]
 
 
-def norm(gradient: Gradients) -> float:
+def compute_norm(gradient: Gradients) -> float:
     return float(np.sqrt(sum(np.sum(np.square(value)) for value in gradient.values())))
 
 
 # The definition once more, in numpy: for each user that joins, the mean over its records that take part, clipped.
-def defined(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: float) -> Gradients:
+def define_sum(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: float) -> Gradients:
     """The sum before noise, from the gradient of every record and the records that each joining user brings."""
     total = {name: np.zeros_like(value) for name, value in each[0].items()}
     for records in users:
         mean = {name: sum(each[record][name] for record in records) / len(records) for name in total}
-        factor = min(1.0, clip / norm(mean)) if norm(mean) else 1.0
+        factor = min(1.0, clip / compute_norm(mean)) if compute_norm(mean) else 1.0
         for name in total:
             total[name] += factor * mean[name]
     return total
@@ -51,31 +60,34 @@ def defined(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: 
 @pytest.mark.parametrize("most", [1, 3, 100])
 @kinds
 def test_user_level_sum_matches_its_definition(path: str, task: str, most: int) -> None:
-    model, dataset, users = trained(path, task), made_up(task, 14), users_of_sizes(5, 1, 3, 1, 4)
-    each = [loop_gradient(model, dataset, record) for record in range(14)]
+    model, dataset, users = build_trained(path, task), make_dummy_examples(task, 14), make_users(5, 1, 3, 1, 4)
+    each = [compute_loop_gradient(model, dataset, record) for record in range(14)]
     chosen = [0, 2, 3, 4]
     taking_part = [users[user][:most].tolist() for user in chosen]
-    sizes = [norm(defined(each, [records], clip=1e9)) for records in taking_part]
+    sizes = [compute_norm(define_sum(each, [records], clip=1e9)) for records in taking_part]
     clip = float(np.median(sizes))
     assert min(sizes) < clip < max(sizes), "some are clipped and some are not"
-    expected = defined(each, taking_part, clip=clip)
+    expected = define_sum(each, taking_part, clip=clip)
     for max_tokens in (1, 13, 40, 10_000):
-        by_user = UserExamples(examples_of(dataset, max_tokens=max_tokens), users, most_records=most)
+        by_user = UserExamples(make_examples(dataset, max_tokens=max_tokens), users, most_records=most)
         sums = dp_step.zero_sums(model.trainable())
         with record_gradients(model) as of_each:
             for batch in by_user.cut_drawn([users[user][:most] for user in chosen]):
                 add_clipped(sums, UserGradients(of_each).of(batch), clip)
         found = {name: total.numpy() * cell_width(clip) for name, total in sums.items()}
-        assert norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
-    assert norm(expected) > 1e-2 * clip
+        assert compute_norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
+    assert compute_norm(expected) > 1e-2 * clip
 
 
 def test_micro_batches_keep_users_whole_within_the_limit() -> None:
     sizes = (30, 1, 2, 7, 1, 4)
-    users, lengths = users_of_sizes(*sizes), [3 + number % 9 for number in range(sum(sizes))]
+    users, lengths = make_users(*sizes), [3 + number % 9 for number in range(sum(sizes))]
     for most_users in (1, 4, 64):
         by_user = UserExamples(
-            examples_of(numbered(*lengths), max_tokens=60), users, most_records=100, most_users=most_users
+            make_examples(make_numbered_records(*lengths), max_tokens=60),
+            users,
+            most_records=100,
+            most_users=most_users,
         )
         seen: list[int] = []
         batches = list(by_user.cut_drawn(users))
@@ -101,8 +113,8 @@ def test_group_sampling_matches_its_definition() -> None:
     # A user joins where its 64 bits are below the rate; of a user with more than `most` records those with the
     # smallest of their own fresh draws take part.
     sizes, most, rate = (5, 1, 3, 2, 4, 1, 6), 3, 0.6
-    dataset, users = made_up("classification", sum(sizes)), users_of_sizes(*sizes)
-    by_user = UserExamples(examples_of(dataset), users, most_records=most)
+    dataset, users = make_dummy_examples("classification", sum(sizes)), make_users(*sizes)
+    by_user = UserExamples(make_examples(dataset), users, most_records=most)
     taken: list[list[tuple[int, ...]]] = []
 
     def cut(chosen: npt.NDArray[np.int64]) -> Any:
@@ -113,7 +125,7 @@ def test_group_sampling_matches_its_definition() -> None:
     choosing, record_bits = stream("choosing"), stream("choosing")
     records = dp_step.Records(count=len(by_user), declared_size=10, cut=cut)
     plan, users_bits = plan_of(sampling_rate=rate, unit="user", records_per_user=most), stream("sampling")
-    stepped(trained(), records, plan, steps=5, units=UserGradients, sampling=stream("sampling"))
+    take_private_steps(build_trained(), records, plan, steps=5, units=UserGradients, sampling=stream("sampling"))
 
     for step in taken:
         expected = []
@@ -136,7 +148,7 @@ def test_group_sampling_matches_its_definition() -> None:
 def round_of(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
     values = {"sampling_rate": 0.6, "noise_multiplier": 0.5, "max_grad_norm": 0.5} | changes
     planned = plan_of(unit=unit, records_per_user=most if unit == "user" else 1, **values)
-    return work_of(plan=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
+    return make_work(plan=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
 
 
 @pytest.mark.by_day(
@@ -145,37 +157,37 @@ def round_of(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTra
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
 @kinds
 def test_users_with_one_record_train_like_records(path: str, task: str, noise: float) -> None:
-    dataset = made_up(task, 9)
-    alone = UserExamples(examples_of(dataset), users_of_sizes(*[1] * 9), most_records=3)
+    dataset = make_dummy_examples(task, 9)
+    alone = UserExamples(make_examples(dataset), make_users(*[1] * 9), most_records=3)
     changes = {"noise_multiplier": noise}
-    by_user = released(trained(path, task), alone, round_of(**changes))
-    by_record = released(trained(path, task), examples_of(dataset), round_of(unit="record", **changes))
+    by_user = release_round(build_trained(path, task), alone, round_of(**changes))
+    by_record = release_round(build_trained(path, task), make_examples(dataset), round_of(unit="record", **changes))
     assert by_user.digest() == by_record.digest(), "the same bits, sums, noise and steps"
-    assert by_user.digest() != Adapter.from_task_model(trained(path, task)).digest()
+    assert by_user.digest() != Adapter.from_task_model(build_trained(path, task)).digest()
 
 
 def test_plain_training_also_averages_per_user() -> None:
-    dataset, users = made_up("causal_lm", 9), users_of_sizes(5, 3, 1)
+    dataset, users = make_dummy_examples("causal_lm", 9), make_users(5, 3, 1)
     quiet = {"noise_multiplier": 0.0, "sampling_rate": 1.0, "local_steps": 1}
-    model = trained("random:llama", "causal_lm")
-    each = [loop_gradient(model, dataset, record) for record in range(9)]
-    expected = defined(each, [records.tolist() for records in users], clip=1e9)
+    model = build_trained("random:llama", "causal_lm")
+    each = [compute_loop_gradient(model, dataset, record) for record in range(9)]
+    expected = define_sum(each, [records.tolist() for records in users], clip=1e9)
     for max_tokens in (1, 10_000):
-        model = trained("random:llama", "causal_lm")
+        model = build_trained("random:llama", "causal_lm")
         before = Adapter.from_task_model(model)
-        by_user = UserExamples(examples_of(dataset, max_tokens=max_tokens), users, most_records=9)
-        after = released(model, by_user, round_of(most=9, **quiet))
+        by_user = UserExamples(make_examples(dataset, max_tokens=max_tokens), users, most_records=9)
+        after = release_round(model, by_user, round_of(most=9, **quiet))
         for name, total in expected.items():
             moved = after.tensors[name].astype(np.float64) - before.tensors[name]
             np.testing.assert_allclose(moved, -0.5 * total / 10, rtol=2e-3, atol=1e-6)
 
 
 def test_mismatched_units_and_shared_records_are_rejected() -> None:
-    dataset = made_up("classification", 4)
-    by_user = UserExamples(examples_of(dataset), users_of_sizes(3, 1), most_records=2)
-    for wrong, unit in ((by_user, "record"), (examples_of(dataset), "user")):
+    dataset = make_dummy_examples("classification", 4)
+    by_user = UserExamples(make_examples(dataset), make_users(3, 1), most_records=2)
+    for wrong, unit in ((by_user, "record"), (make_examples(dataset), "user")):
         with pytest.raises(AssertionError, match="what is sampled and what the plan counts differ"):
-            released(trained(), wrong, round_of(unit=unit))
+            release_round(build_trained(), wrong, round_of(unit=unit))
     for users in ([np.arange(3)], [np.arange(4), np.array([], dtype=np.int64)]):
         with pytest.raises(AssertionError):
-            UserExamples(examples_of(dataset), users, most_records=2)
+            UserExamples(make_examples(dataset), users, most_records=2)

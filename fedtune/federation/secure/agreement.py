@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from fedtune.federation.secure.masks import is_mask_key
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
-from fedtune.privacy.ledger.chain import canonical_json
+from fedtune.privacy.ledger.chain import to_canonical_json
 from fedtune.privacy.threshold import least_threshold as safe_threshold
 from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_whole
 
@@ -23,7 +23,7 @@ MOST_SITES_OF_SUM = 20
 """Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
 MOST_BITS = 64
 MOST_LENGTH = 1 << 28  # values of a vector
-KEY, CONFIRMATION, SHARES = "secure sum key", "secure sum survivors", "secure sum shares"
+KEY, CONFIRMATION, SHARES = "secure aggregation key", "secure aggregation survivors", "secure aggregation shares"
 """Purposes of a site's signatures."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -63,7 +63,7 @@ class Rejected(RefusedError):
 
     def __init__(self, wrong: Wrong, *, site: str = "") -> None:
         self.wrong, self.site = wrong, site
-        super().__init__(f"secure sum: {wrong}")
+        super().__init__(f"secure aggregation: {wrong}")
 
 
 def bits_needed(num_sites: int, largest: int) -> int:
@@ -131,7 +131,7 @@ class Terms:
         """Return the SHA-256 of the terms and the protocol version, in hex."""
         # The number of the wire format is in it, since masks of two versions would not cancel.
         fields = {**asdict(self), "members": dict(self.members), "protocol": WIRE_SCHEMA}
-        return hashlib.sha256(canonical_json(fields)).hexdigest()
+        return hashlib.sha256(to_canonical_json(fields)).hexdigest()
 
     def check_survivors(self, survivors: Sequence[str]) -> None:
         """Check a list of survivors: members only, at least `threshold` of them, each once and in sorted order.
@@ -198,7 +198,7 @@ class Announcement:
 
     def to_bytes(self) -> bytes:
         """Encode the announcement as it is sent; with an empty signature, these are the bytes to sign."""
-        return canonical_json(asdict(self))
+        return to_canonical_json(asdict(self))
 
     def require_genuine(self, terms: Terms) -> None:
         """Check that the announcement is signed by a member and refers to these terms.
@@ -241,5 +241,5 @@ class KeyAgreement:
             raise Rejected(Wrong.REPEATED)
         if set(keys) != set(terms.members):
             raise Rejected(Wrong.KEY_MISSING)
-        digest = hashlib.sha256(canonical_json({"terms": terms.digest(), "keys": keys})).hexdigest()
+        digest = hashlib.sha256(to_canonical_json({"terms": terms.digest(), "keys": keys})).hexdigest()
         return cls(terms=terms, keys=keys, digest=digest)

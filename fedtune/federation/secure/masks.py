@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedtune.privacy.ledger.chain import canonical_json
+from fedtune.privacy.ledger.chain import to_canonical_json
 
 SEED_BYTES = 32
 TAG_BYTES = 16
@@ -42,7 +42,7 @@ class MaskKey:
             session: the digest of the session.
             keys: site -> its public key, each accepted by `is_mask_key`.
         """
-        return PairSecrets(session, {site: self._private.exchange(_public(key)) for site, key in keys.items()})
+        return PairSecrets(session, {site: self._private.exchange(_load_public_key(key)) for site, key in keys.items()})
 
 
 def is_mask_key(text: str) -> bool:
@@ -51,13 +51,13 @@ def is_mask_key(text: str) -> bool:
     With a point of small order, every shared secret would be zero, and therefore known to everybody.
     """
     try:
-        X25519PrivateKey.generate().exchange(_public(text))
+        X25519PrivateKey.generate().exchange(_load_public_key(text))
     except ValueError:
         return False
     return text == bytes.fromhex(text).hex()
 
 
-def _public(key: str) -> X25519PublicKey:
+def _load_public_key(key: str) -> X25519PublicKey:
     return X25519PublicKey.from_public_bytes(bytes.fromhex(key))
 
 
@@ -88,7 +88,7 @@ class PairSecrets:
         return ChaCha20Poly1305(self._derive_key(other, "shares", release, sender, receiver))
 
     def _derive_key(self, other: str, *about: str | int) -> bytes:
-        salt, info = bytes.fromhex(self._session), b"fedtune secure sum\0" + canonical_json(about)
+        salt, info = bytes.fromhex(self._session), b"fedtune secure aggregation\0" + to_canonical_json(about)
         return HKDF(algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=info).derive(self._agreed[other])
 
 

@@ -20,10 +20,10 @@ from typing import Any, Self
 
 from fedtune.federation.secure.agreement import CONFIRMATION, SHARES, Announcement, KeyAgreement, Rejected, Terms, Wrong
 from fedtune.federation.secure.masks import TAG_BYTES
-from fedtune.federation.secure.packing import packed_size
+from fedtune.federation.secure.packing import compute_packed_size
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.keys import SigningKey, is_signed
-from fedtune.privacy.ledger.chain import canonical_json
+from fedtune.privacy.ledger.chain import to_canonical_json
 
 MOST_JSON_BYTES = 1 << 17  # of a message but an upload; the largest that 20 sites need is far smaller
 MOST_RELEASES = 1 << 31
@@ -53,7 +53,7 @@ class ConfirmRequest:
         """Encode the message as it is sent; for a `ConfirmRequest`, these are also the bytes that a site signs to
         confirm.
         """
-        return canonical_json(asdict(self))
+        return to_canonical_json(asdict(self))
 
     @classmethod
     def from_bytes(cls, data: bytes, session: KeyAgreement) -> Self:
@@ -220,7 +220,7 @@ class Upload:
             raise Rejected(Wrong.MALFORMED)
         num_sites, start = len(terms.sites), len(_UPLOAD) + _HEAD.size
         digests, start = _split_pieces(data, start, num_sites * (num_sites + 1), _DIGEST_BYTES)
-        sealed, start = _split_pieces(data, start, num_sites, sealed_size(num_sites))
+        sealed, start = _split_pieces(data, start, num_sites, compute_sealed_size(num_sites))
         rows = tuple(digests[row : row + num_sites + 1] for row in range(0, len(digests), num_sites + 1))
         site, vector = terms.sites[index], data[start:]
         return cls(session=session.digest, release=release, site=site, digests=rows, sealed=sealed, vector=vector)
@@ -228,11 +228,11 @@ class Upload:
 
 def upload_size(num_sites: int, *, length: int, bits: int) -> int:
     """Return the size in bytes of an upload of `length` values; all uploads of a run have the same size."""
-    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + sealed_size(num_sites))
-    return len(_UPLOAD) + _HEAD.size + shares + packed_size(length, bits)
+    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + compute_sealed_size(num_sites))
+    return len(_UPLOAD) + _HEAD.size + shares + compute_packed_size(length, bits)
 
 
-def sealed_size(num_sites: int) -> int:
+def compute_sealed_size(num_sites: int) -> int:
     """Return the size in bytes of the ciphertext from one site to another: a share of each of the sender's seeds."""
     return num_sites * SHARE_BYTES + TAG_BYTES
 
@@ -251,7 +251,7 @@ def _decode_fields(data: bytes, message: Any) -> dict[str, Any]:
         raise Rejected(Wrong.MALFORMED)
     try:
         found = json.loads(data)
-        if type(found) is not dict or canonical_json(found) != data:
+        if type(found) is not dict or to_canonical_json(found) != data:
             raise ValueError("not canonical")
     except (ValueError, RecursionError):
         raise Rejected(Wrong.MALFORMED) from None

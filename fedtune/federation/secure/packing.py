@@ -20,7 +20,7 @@ def to_signed_integers(numbers: Residues, bits: int) -> npt.NDArray[np.int64]:
     return (numbers << unused).view(np.int64) >> unused.astype(np.int64)
 
 
-def packed_size(count: int, bits: int) -> int:
+def compute_packed_size(count: int, bits: int) -> int:
     """Return how many bytes `count` packed residues take."""
     return -(-count * bits // 8)
 
@@ -42,13 +42,13 @@ def unpack_residues(data: bytes | memoryview, count: int, bits: int) -> Residues
     Raises:
         ValueError: the bytes are not a valid packing.
     """
-    if len(data) != packed_size(count, bits):
+    if len(data) != compute_packed_size(count, bits):
         raise ValueError("length")
     numbers = np.zeros((count, 8), np.uint8)
     octets, stored = -(-bits // 8), np.frombuffer(data, np.uint8)
     for start in range(0, count, _AT_ONCE):
         rows = min(_AT_ONCE, count - start)
-        piece = stored[start * bits // 8 : start * bits // 8 + packed_size(rows, bits)]
+        piece = stored[start * bits // 8 : start * bits // 8 + compute_packed_size(rows, bits)]
         rows_of_bits = np.unpackbits(piece, bitorder="little")
         if rows_of_bits[rows * bits :].any():
             raise ValueError("bits beyond the last value")

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping
 from functools import lru_cache
 
-from fedtune.privacy.ledger.chain import canonical_json
+from fedtune.privacy.ledger.chain import to_canonical_json
 
 PRIME = 2**256 + 297  # the smallest prime above 2**256, so that every 32 bytes are a secret
 SHARE_BYTES = 33
@@ -29,7 +29,7 @@ def split_secret(secret: bytes, *, threshold: int, num_shares: int) -> list[int]
     assert len(secret) == 32
     assert 1 <= threshold <= num_shares
     coefficients = [int.from_bytes(secret), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
-    return [_value_at(place, coefficients) for place in range(num_shares + 1)]
+    return [_evaluate_polynomial(place, coefficients) for place in range(num_shares + 1)]
 
 
 def combine_shares(shares: Mapping[int, int]) -> int:
@@ -44,10 +44,10 @@ def share_digest(share: int, *about: str | int) -> bytes:
     A site publishes the digest of every share that it deals, so that wrong shares can be detected.  Secrets and shares
     have 256 random bits, so that a digest does not allow guessing them.
     """
-    return hashlib.sha256(b"fedtune share\0" + canonical_json(about) + share.to_bytes(SHARE_BYTES)).digest()
+    return hashlib.sha256(b"fedtune share\0" + to_canonical_json(about) + share.to_bytes(SHARE_BYTES)).digest()
 
 
-def _value_at(place: int, coefficients: list[int]) -> int:
+def _evaluate_polynomial(place: int, coefficients: list[int]) -> int:
     value = 0
     for coefficient in reversed(coefficients):
         value = (value * place + coefficient) % PRIME

@@ -17,7 +17,7 @@ from fedtune.evaluation.audit_bound import epsilon_lower_bound, max_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.simulation import simulate
-from fedtune.formatting import unbounded
+from fedtune.formatting import infinite_if_none
 from fedtune.lab.audit.gradient_attack import GradientAttack
 from fedtune.lab.audit.guesses import Place
 from fedtune.lab.audit.record_attack import RecordAttack
@@ -25,7 +25,7 @@ from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy_file import write_policy
-from fedtune.report.derive.verdicts import read_audit, refuted_bounds
+from fedtune.report.derive.verdicts import list_refuted_bounds, read_audit
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.runs.federation_run import Followed, Listener
 from fedtune.runs.results import RunResult
@@ -136,7 +136,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     counts = attack.count_guesses(adapters)
     membership = attack.membership_baselines() if isinstance(attack, RecordAttack) else ()
     # What the run charged each audited site; of the average, which is made of all, the most that any of them did.
-    claims: dict[Place, float] = {site: unbounded(run.privacy.sites[site].epsilon) for site in sites}
+    claims: dict[Place, float] = {site: infinite_if_none(run.privacy.sites[site].epsilon) for site in sites}
     claims[None] = max(claims.values())
     known = {"delta": config.privacy.delta, "confidence": spec.confidence}
     bounds = tuple(
@@ -160,6 +160,6 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         membership=membership,
         exceeded=False,
     )
-    fields = {**asdict(replace(found, exceeded=bool(refuted_bounds(found)))), "schema_version": RUN_SCHEMA}
+    fields = {**asdict(replace(found, exceeded=bool(list_refuted_bounds(found)))), "schema_version": RUN_SCHEMA}
     write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
     return run

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import format_epsilon
-from fedtune.report.derive.verdicts import refuted_bounds
+from fedtune.report.derive.verdicts import list_refuted_bounds
 from fedtune.report.facts import Audit, AuditHitRate
 from fedtune.show.terminal_tables import Section, say, show
 from fedtune.spec import RunError
@@ -27,7 +27,7 @@ def require_not_refuted(result: Audit) -> None:
         RunError: a bound does; the message names its site, bound and claim.
     """
     sure, wrong = f"with {result.confidence:.0%} confidence, above the claimed", []
-    for bound in refuted_bounds(result):
+    for bound in list_refuted_bounds(result):
         shown = f"{site_label(bound.site)}: epsilon is at least {bound.lower_bound:.3f}"
         wrong.append(f"{shown} {sure} {format_epsilon(bound.claimed_epsilon)}")
     if wrong:
@@ -36,15 +36,15 @@ def require_not_refuted(result: Audit) -> None:
 
 def show_findings(console: Console, result: Audit, folder: Path) -> None:
     """Print lower bounds next to the claims, the membership baselines, and an explanation in plain words."""
-    show([_bounds_section(result), _membership_section(result)], console=console)
+    show([_build_bounds_section(result), _build_membership_section(result)], console=console)
     say(_explain_result(result), style="red" if result.exceeded else "", console=console)
     canaries = "The adapter in this folder was trained on canaries: use it for nothing else (see AUDIT.txt)."
     say(canaries, style="yellow", console=console)
     say(f"audit:      {RunFolder(folder).audit}", console=console)
 
 
-def _bounds_section(result: Audit) -> Section:
-    wrong, rows = refuted_bounds(result), []
+def _build_bounds_section(result: Audit) -> Section:
+    wrong, rows = list_refuted_bounds(result), []
     for bound in result.bounds:
         figures = (format_epsilon(bound.claimed_epsilon), f"{bound.lower_bound:.3f}", f"{bound.best_possible:.3f}")
         guesses = f"{bound.right:,} of {bound.guesses:,}"
@@ -59,7 +59,7 @@ def _bounds_section(result: Audit) -> Section:
 def _explain_result(result: Audit) -> str:
     attacker = f"The attacker is one {_ATTACKER[result.method]}."
     if result.exceeded:
-        worst = max(refuted_bounds(result), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
+        worst = max(list_refuted_bounds(result), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
         shown = (
             f"{attacker} At {site_label(worst.site)} the attack shows an epsilon of at least {worst.lower_bound:.3f}"
         )
@@ -82,7 +82,7 @@ def site_label(site: str | None) -> str:
     return "aggregated" if site is None else site
 
 
-def _membership_section(result: Audit) -> Section:
+def _build_membership_section(result: Audit) -> Section:
     if not result.membership:
         return Section()
     rates = [f"{rate.false_alarms:.1%}" for rate in result.membership[0].hit_rates]

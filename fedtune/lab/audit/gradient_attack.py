@@ -106,12 +106,12 @@ class Observer:
     def observe_steps(self) -> Iterator[None]:
         """Observe optimizer steps within the block."""
 
-        def before_step(*_: object) -> None:
+        def observe_step(*_: object) -> None:
             if self.training is not None:  # a site without canaries is not watched
                 self.training.finish_step(self.parameters)
                 self.training = None
 
-        handle = register_optimizer_step_pre_hook(before_step)
+        handle = register_optimizer_step_pre_hook(observe_step)
         try:
             yield
         finally:
@@ -275,10 +275,10 @@ class GradientAttack:
         tally = Tally(max_grad_norm=plan.max_grad_norm, denominator=denominator, total=np.zeros(size))
         canaries = Canaries(coordinates, inserted, self._observer, tally)
 
-        def planted(units: TrainingUnits) -> TrainingUnits:
+        def add_canaries(units: TrainingUnits) -> TrainingUnits:
             return (CanaryUsers if isinstance(units, UserExamples) else CanaryExamples)(units, canaries)
 
-        everyone.work[site] = replace(work, around=planted)
+        everyone.work[site] = replace(work, around=add_canaries)
         return canaries
 
     def observe_steps(self) -> AbstractContextManager[None]:

@@ -85,15 +85,17 @@ class RecordAttack:
         config, data = self._everyone.config, self._everyone.config.data
         task = config.bound_task
 
-        def one_of(count: int) -> int:
+        def draw_below(count: int) -> int:
             (draw,) = stream.uniform64(1)
             return int(draw % np.uint64(count))
 
         def text(role: str) -> str:
-            chosen = task.dummy_field(role, data, draw=one_of) or get_input_for(data).made_up_field(
-                role, data, draw=one_of
+            chosen = task.dummy_field(role, data, draw=draw_below) or get_input_for(data).made_up_field(
+                role, data, draw=draw_below
             )
-            return " ".join(self._words[one_of(len(self._words))] for _ in range(_WORDS)) if chosen is None else chosen
+            return (
+                " ".join(self._words[draw_below(len(self._words))] for _ in range(_WORDS)) if chosen is None else chosen
+            )
 
         return Record({role: text(role) for role in task.columns(data)})
 
@@ -191,7 +193,9 @@ def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float,
     of_members = (np.searchsorted(both[0], members, "left") + np.searchsorted(both[0], members, "right")) / 2
     of_others = (np.searchsorted(both[1], others, "left") + np.searchsorted(both[1], others, "right")) / 2
     area = float(of_members.mean() / len(others))
-    variance = _placement_variance(of_members / len(others)) + _placement_variance(of_others / len(members))
+    variance = _compute_placement_variance(of_members / len(others)) + _compute_placement_variance(
+        of_others / len(members)
+    )
     reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
     return area, max(0.0, area - reach), min(1.0, area + reach)
 
@@ -216,5 +220,5 @@ def hit_rate(
     return found / len(members), float(interval.low), float(interval.high)
 
 
-def _placement_variance(placements: Values) -> float:
+def _compute_placement_variance(placements: Values) -> float:
     return float(placements.var(ddof=1) / len(placements)) if len(placements) > 1 else 0.25

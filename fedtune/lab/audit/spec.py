@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.api.compose import override_key, override_value
-from fedtune.config import first_error
+from fedtune.config import convert_first_error
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
@@ -58,7 +58,7 @@ class AuditSpec:
         try:
             return TypeAdapter(cls).validate_python(dict(given))
         except ValidationError as error:
-            raise first_error(error).under("audit") from None
+            raise convert_first_error(error).under("audit") from None
 
     def __post_init__(self) -> None:
         check_at_least("tries", self.tries, 1)

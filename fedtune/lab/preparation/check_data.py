@@ -19,14 +19,14 @@ import numpy.typing as npt
 
 from fedtune.config import RunConfig
 from fedtune.data.bad_rows import Faults
-from fedtune.data.formats import detect_format, raw_rows
+from fedtune.data.formats import detect_format, iter_raw_rows
 from fedtune.data.load import assign_to_lead, split_key
 from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunk_records, resolve_file, validate_rows
 from fedtune.data.span_formats import count_entity_types, entities_from_tags
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.tokenization import UNSUPERVISED, TextDataset, Tokenizer
-from fedtune.data.values import misplaced, split_labels
+from fedtune.data.values import find_misplaced_spans, split_labels
 from fedtune.extras import install_command, is_installed
 from fedtune.lab.preparation import duplicates
 from fedtune.lab.preparation.duplicates import Earlier, Likeness, Twin, normalize_spelling
@@ -164,7 +164,7 @@ class _Look:
                 error = DataError(record.at("site"), "another site", "must be one of data.partition.sites")
             return error
 
-        def usable() -> Iterator[Record]:
+        def iter_usable() -> Iterator[Record]:
             """Yield the records that a run can use; count the others as errors, without quoting them."""
             nonlocal rows
             for line, one in validate_rows(
@@ -178,7 +178,7 @@ class _Look:
                 if len(errors) < SHOWN:
                     errors.append((f"row {rows} ({one.key})" if by_row else one.key, str(one.value), one.bound))
 
-        for some in chunk_records(usable()):
+        for some in chunk_records(iter_usable()):
             lengths += self._check_lengths(some)
             for record in some:
                 its_use = self._classify_use(record, site) if use == "train" else use
@@ -187,7 +187,7 @@ class _Look:
                     labels[label] += 1
                 self._check_record(record, its_use)
         # What the rows say beside what a run reads of them.
-        for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
+        for number, (line, row) in enumerate(iter_raw_rows(path, lenient=True), 1):
             for what, column in find_odd_texts(row, form) if not isinstance(row, DataError) else ():
                 self._add_finding(number if by_row else line, "damage", what, column)
         if shared := self._found.get(("shared", "", "")):
@@ -272,7 +272,7 @@ class _Look:
                 self._add_finding(line, kind, twin.use if likes is elsewhere else "", like=twin.line)
         if entities_from_tags(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
             self._add_finding(line, "scheme")
-        for way in misplaced(record.fields):
+        for way in find_misplaced_spans(record.fields):
             self._add_finding(line, "torn", way)
         if self.task.texts_per_record(data) > data.windows:
             self._check_shared_texts(record)

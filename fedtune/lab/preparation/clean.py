@@ -16,14 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from fedtune.data.formats import raw_rows
+from fedtune.data.formats import iter_raw_rows
 from fedtune.data.records import Fault, Record, parse_record
 from fedtune.data.text_rows import Row
-from fedtune.data.tokenization import whole_texts
+from fedtune.data.tokenization import tokenize_whole_texts
 from fedtune.data.values import OPTIONAL_ROLES, is_free_text
 from fedtune.formatting import jsonable
 from fedtune.lab.preparation.duplicates import Earlier, split_words
-from fedtune.lab.preparation.patterns import find_damage, find_identifiers, masked
+from fedtune.lab.preparation.patterns import find_damage, find_identifiers, mask_identifiers
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -89,13 +89,13 @@ class Cleaning:
     def transform_row(self, row: Row, kinds: Counter[str]) -> Row:
         """Mask the identifiers in a row's texts; answers, features, sites and users stay unchanged."""
 
-        def text_of(value: str) -> str:
-            text, found = masked(value)
+        def mask_text(value: str) -> str:
+            text, found = mask_identifiers(value)
             kinds.update(found)
             return text
 
-        def number_of(digits: str) -> int | str:
-            text = text_of(digits)
+        def mask_number(digits: str) -> int | str:
+            text = mask_text(digits)
             return int(digits) if text == digits else text
 
         def inner(value: Any) -> Any:
@@ -109,9 +109,9 @@ class Cleaning:
                     with suppress(ValueError, RecursionError):
                         json.loads(value)  # whole: what is no JSON is counted as a text
                         before = kinds.total()
-                        inside = inner(json.loads(value, parse_int=number_of))
+                        inside = inner(json.loads(value, parse_int=mask_number))
                         return json.dumps(inside, ensure_ascii=False) if kinds.total() > before else value
-            return text_of(value) if isinstance(value, str) else value
+            return mask_text(value) if isinstance(value, str) else value
 
         return {column: value if column in self._as_it_is else inner(value) for column, value in row.items()}
 
@@ -154,7 +154,7 @@ class Coding(Cleaning):
         record, places = parse_record(row, self._columns, file="", line=0), dict[str, int]()
         if "topic" in self.codes:
             said, within = [(Record({"text": record.full_text}), ("text",))], self._model.num_ids
-            (ids,), _ = whole_texts(said, self._tokenizer, max_length=self._most, lenient_within=within)
+            (ids,), _ = tokenize_whole_texts(said, self._tokenizer, max_length=self._most, lenient_within=within)
             alone = torch.from_numpy(ids)[None]
             with torch.no_grad():
                 embedding = self._model.task.embed(self._model, alone, torch.ones_like(alone))
@@ -186,7 +186,7 @@ def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
         DataError: the file cannot be read, or no row is kept.
     """
     done = Cleaned()
-    for line, row in raw_rows(path):
+    for line, row in iter_raw_rows(path):
         reasons = cleaning.drop_reasons(row, file=str(path), line=line)
         rule = next((one for one in reasons if one in (UNREADABLE, *cleaning.drop)), None)
         if rule is not None or isinstance(row, DataError):

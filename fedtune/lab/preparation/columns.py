@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 
 from fedtune.data import values as read
-from fedtune.data.formats import OF_RECORDS, image_files
+from fedtune.data.formats import OF_RECORDS, list_image_files
 from fedtune.data.images import SUFFIXES
 from fedtune.data.json_lists import parse_list
 from fedtune.data.span_formats import count_entity_types, read_spans, read_words, split_tag
 from fedtune.data.text_rows import json_type
-from fedtune.spec import DataError, shown
+from fedtune.spec import DataError, format_value
 
 NEARLY = 0.95  # of a column's values: what so many are, it is; the others are odd, and a run leaves their rows out
 _MOST_VALUES = 300  # different values of a column that are counted; a column with more is no label
@@ -162,10 +162,10 @@ class DataColumn:
                 kind = "number as text" if text else kind
         self.types[kind] += 1
         if len(self._first[kind]) < _ODD_SHOWN:
-            self._first[kind].append((row, shown(value)))
+            self._first[kind].append((row, format_value(value)))
         self.reads["other number"] += kind == "number" and self.reads["target"] == before  # Infinity
         self.reads["image"] += isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
-        for what in _text_kinds(text) if text else ():
+        for what in _classify_text(text) if text else ():
             self.reads[what] += 1
         if text.startswith(_LISTS) or isinstance(value, list | dict):
             self._count_objects(value)
@@ -209,7 +209,7 @@ class DataColumn:
         self.reads["vector"] += len(listed) > 1 and all(one in (0, 1, "0", "1") for one in listed)
         first = listed[0] if listed else ()
         self.keys.update([*first] if isinstance(first, dict) else ())
-        places = sorted(_whole_numbers(first))[1:2]
+        places = sorted(_list_whole_numbers(first))[1:2]
         self.reads["places"] += bool(places) or not listed
         self.furthest = max(self.furthest, *places, 0)
         if not isinstance(first, str) or first[:1] in _BEGIN_NUMBERS:
@@ -340,7 +340,7 @@ class DataColumn:
         self.is_prose = is_words and (self.is_mostly("prose") or (is_named and self.is_mostly("word")))
         self.is_short = is_words and self.is_mostly("words") and not (self.is_label or self.is_prose)
         # Whether the first row may have named it, as one of its values, where a header is missing.
-        read_name = {*_text_kinds(self.name)} if self.key not in NAMES["texts"] else set()
+        read_name = {*_classify_text(self.name)} if self.key not in NAMES["texts"] else set()
         is_long = (3 if "prose" in read_name else 2) * len(self.name) >= self.mean_characters
         self.could_name_text = is_words and is_long and "phrase" in read_name
         # What a row is for, as whoever wrote the file marked it: for the test, rejected, or to count more than others.
@@ -450,11 +450,11 @@ def group_numbered(every: Iterable[DataColumn]) -> Iterator[list[DataColumn]]:
             yield some
 
 
-def no_records_error(path: Path) -> DataError:
+def build_no_records_error(path: Path) -> DataError:
     """Build the error about a file or folder without records; it lists the data files below it."""
     tables = defaultdict[Path, list[Path]](list)  # parts of one, such as train-00000-of-00002, together
     for one in sorted(path.rglob("*")):
-        if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one)):
+        if one.suffix in OF_RECORDS or (one.is_dir() and list_image_files(one)):
             tables[one.parent / one.name.partition("-0")[0]].append(one)
     below = []
     for one, parts in tables.items():
@@ -473,7 +473,7 @@ def no_records_error(path: Path) -> DataError:
 
 def refusal(path: Path, what: str, columns: Sequence[DataColumn], other: object = "") -> DataError:
     """The error about some columns of a file, in the words of names.toml; `other` is a part of them."""
-    names = listed(one.name for one in columns)
+    names = join_columns(one.name for one in columns)
     said = {"names": names, "other": other, "event": WORDS["bounds"]["is_event"]}
     value, bound = (text.format(columns[0], **said) for text in WORDS["refused"][what].split(" = "))
     return DataError(f"{path}, column{'s' * (len(columns) > 1)} {names}", value, bound)
@@ -485,7 +485,7 @@ def count_unsupported_images(folder: Path) -> str:
     return ", ".join(f"{count:,} {end}" for end, count in Counter(endings).items() if end)
 
 
-def listed(columns: Iterable[str]) -> str:
+def join_columns(columns: Iterable[str]) -> str:
     """Join column names for a message, shortened: a file may have thousands, and without a header they are texts."""
     names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}\u2026" for name in columns]
     return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
@@ -496,14 +496,14 @@ def _split_words(name: str) -> list[str]:
     return re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
-def _whole_numbers(value: object, *, within: int = 3) -> list[int]:
+def _list_whole_numbers(value: object, *, within: int = 3) -> list[int]:
     """The whole numbers of an object or a list, or else of the first within it that has some."""
     parts = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    inner = (_whole_numbers(one, within=within - 1) for one in parts if within)
+    inner = (_list_whole_numbers(one, within=within - 1) for one in parts if within)
     return [one for one in parts if type(one) is int] or next(filter(None, inner), [])
 
 
-def _text_kinds(text: str) -> Iterator[str]:
+def _classify_text(text: str) -> Iterator[str]:
     """Yield what a text looks like: its number of words, a code, a date, a number in another notation, or a path."""
     words = len(_WORD.findall(text[:_HEAD]))
     words = 0 if words and len(_NUMBERED.findall(text[:_HEAD])) > words else words

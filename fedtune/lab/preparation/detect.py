@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from fedtune.data.formats import detect_format, raw_rows
+from fedtune.data.formats import detect_format, iter_raw_rows
 from fedtune.data.text_rows import Row
 from fedtune.lab.preparation.columns import (
     NAMES,
     SHARD,
     WORDS,
     DataColumn,
+    build_no_records_error,
     count_unsupported_images,
     group_numbered,
-    listed,
-    no_records_error,
+    join_columns,
     refusal,
 )
 from fedtune.lab.preparation.misread_tables import require_endings, require_header
@@ -162,7 +162,7 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
     columns, first, faults = dict[str, DataColumn](), list[Row](), list[DataError]()
     kind_of_file, rows, num_faults = detect_format(path), 0, 0
     odd = defaultdict[tuple[str, str], list[int]](list)  # lines by what is odd, and column
-    for number, (line, row) in enumerate(raw_rows(path), 1):
+    for number, (line, row) in enumerate(iter_raw_rows(path), 1):
         if isinstance(row, DataError):
             num_faults += 1
             faults += [row] if num_faults <= SHOWN_ROWS else []
@@ -176,7 +176,7 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
                 columns[name] = DataColumn(name)
             columns[name].add_value(value, number)
     if not rows:
-        raise faults[0] if faults else no_records_error(path)
+        raise faults[0] if faults else build_no_records_error(path)
     for column in columns.values():
         column.classify(rows)
     for some in group_numbered(columns.values()):  # as one of them is, so are the others
@@ -188,7 +188,7 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
         require_endings(columns, first, path)
     for option, name in chosen.items():
         if name not in columns:
-            raise ConfigError(f"--{option}", name, f"is not one of the columns {listed(columns)}")
+            raise ConfigError(f"--{option}", name, f"is not one of the columns {join_columns(columns)}")
     if len(set(chosen.values())) < len(chosen):
         raise ConfigError(f"--{option}", name, "is already named by another option")
     roles = {OPTIONS[option]: columns[name] for option, name in chosen.items()}
@@ -330,7 +330,7 @@ class _Guess:
         if text is None and self.form != "table":
             text = self._find_text("is_text" if self.form else "is_short", but=but)
             if text and features and self.form is None:
-                raise refusal(self.path, "few_words", [text[0]], listed(one.name for one in features))
+                raise refusal(self.path, "few_words", [text[0]], join_columns(one.name for one in features))
         if text is None:
             return ("table", roles) if features and self.form != "texts" else None
         if text[0] in pair:
@@ -361,7 +361,7 @@ class _Guess:
                 return None
             is_one = len(times) == len(events) == 1 and not self._named_answers()
             if not (is_one and times[0].is_called_time and events[0].is_event):
-                raise refusal(self.path, "event", events, listed(one.name for one in times))
+                raise refusal(self.path, "event", events, join_columns(one.name for one in times))
         named = zip(_FOLLOWED, (times, events), strict=True)
         return self._match_layout([part._replace(names=[one.key for one in some]) for part, some in named])
 
@@ -542,7 +542,7 @@ class _Guess:
             others = others or "the other columns: an answer belongs to a text, an image or a table"
             bound = f"requires {needs}, but there is no such column" if needs else f"cannot be combined with {others}"
             return ConfigError(f"--{_OPTION_OF[role]}", one.name, bound)
-        named = listed(f"{one.name} ({one.holds})" for one in self.every)
+        named = join_columns(f"{one.name} ({one.holds})" for one in self.every)
         bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:
             bound += f"; {one.name}: {one.explain('unread')}" if one.filled and not one.is_feature else ""

@@ -19,10 +19,10 @@ import yaml
 
 from fedtune.config import RunConfig
 from fedtune.data.bad_rows import Faults, SkippedRows
-from fedtune.data.features import FeatureSpec, feature_columns
+from fedtune.data.features import FeatureSpec, map_feature_columns
 from fedtune.data.records import chunk_records, iter_usable_records
 from fedtune.data.tokenization import Tokenizer
-from fedtune.data.values import NO_NAME, misplaced, normalize_category
+from fedtune.data.values import NO_NAME, find_misplaced_spans, normalize_category
 from fedtune.formatting import pluralize
 from fedtune.lab.preparation.check_data import count_labels
 from fedtune.lab.preparation.columns import DataColumn
@@ -119,7 +119,7 @@ def plan_experiment(
     own: dict[str, Any] = {"labels": tuple(shared if len(shared) > 1 else found.labels), "max_length": _LONGEST_TOLD}
     if found.features:  # by the file's own values: to look at its rows with, and for nothing that is written
         own |= {
-            "features": tuple(_feature_from_values(found.columns[name]) for name in found.features),
+            "features": tuple(_build_feature_from_values(found.columns[name]) for name in found.features),
             "max_length": 1,
         }
     own |= {"prompt_template": _prompt_template(found) or config.data.prompt_template}
@@ -127,7 +127,7 @@ def plan_experiment(
     own |= {"target_range": _ANY_NUMBER} if own.get("target_range") == OPEN else {}
     data = replace(config.data, **own)
     reader: Any = NoTokenizer() if found.features else tokenizer  # the base leaves the columns open
-    roles = {**found.roles, **feature_columns(data.features, {})}
+    roles = {**found.roles, **map_feature_columns(data.features, {})}
     if found.kind in _TURNS:
         try:  # the model's own template, if it has one that can be taken
             data = replace(data, chat_template="model")
@@ -145,7 +145,7 @@ def plan_experiment(
             users.add(record.fields.get("user", ""))
             at[record.fields.get("site", "")][record.fields.get("user", "")] += 1
             num_of.update(count_labels(record, data))
-            cut_words.update(misplaced(record.fields))
+            cut_words.update(find_misplaced_spans(record.fields))
         if len(counts) < _MEASURED_ROWS:
             read = task.tokenize(chunk, reader, data=data, lenient_within=within)
             counts, num_tokens = counts + read.lengths.tolist(), num_tokens + read.num_tokens
@@ -190,7 +190,7 @@ def plan_experiment(
     )
 
 
-def _feature_from_values(column: DataColumn) -> FeatureSpec:
+def _build_feature_from_values(column: DataColumn) -> FeatureSpec:
     names = (*map(normalize_category, column.labels), "x")[:1]
     declared: Any = {"categories": names} if column.is_category else {"range": (-1.0, 1.0)}
     return FeatureSpec(columns=(column.name,), size=column.size, missing="indicator", **declared)
@@ -273,10 +273,10 @@ def render_experiment(found: Found, plan: ExperimentPlan, *, file: Path) -> str:
             ("head", zero, "a time has no label text to start from"),
             within="",
         ),
-        *_own(found),
+        *_list_task_settings(found),
         "data:",
-        *_setting_lines(*_data_settings(found, plan, file)),
-        *_all_texts_lines(found),
+        *_setting_lines(*_list_data_settings(found, plan, file)),
+        *_iter_all_texts_lines(found),
         *_public_list_lines(found, plan),
         "federation:",
         *_setting_lines(
@@ -293,7 +293,7 @@ def render_experiment(found: Found, plan: ExperimentPlan, *, file: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def _own(found: Found) -> Iterator[str]:
+def _list_task_settings(found: Found) -> Iterator[str]:
     """The settings of the task alone."""
     if "time" in found.roles:
         yield "task_settings:"
@@ -307,7 +307,7 @@ def _setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:
             yield within + f"{key}: {_to_yaml(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
 
 
-def _data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[_Setting]:
+def _list_data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[_Setting]:
     """Return the settings of `data`, except lists."""
     test, validation = plan.shares
     # From this page's folder where it lies there or below.  Links stay: what one leads to may have another name,
@@ -335,7 +335,7 @@ def _data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[_Sett
         ("label_separator", found.settings.get("label_separator"), "separates the labels of a record"),
         ("prompt_template", _prompt_template(found), "the prompt; a part with blank columns is left out"),
         ("chat_template", plan.turns, turns),
-        ("unusable", "leave_out" if plan.left_out.count else None, lacking),
+        ("on_bad_record", "skip" if plan.left_out.count else None, lacking),
         ("max_length", None if found.features else plan.max_length, most),
         ("windows", plan.windows if plan.windows > 1 else None, of_a_record),
         ("stride", stride, "tokens shared by two windows"),
@@ -351,7 +351,7 @@ def _data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[_Sett
     ]
 
 
-def _all_texts_lines(found: Found) -> Iterator[str]:
+def _iter_all_texts_lines(found: Found) -> Iterator[str]:
     """Yield commented-out lines that make the model read all text columns; the user decides whether to enable them."""
     others = [one for one in found.columns.values() if one.is_prose and one.name not in found.roles.values()]
     if found.kind not in _ANSWERED or "text_pair" in found.roles or not others:
@@ -414,7 +414,7 @@ def list_notes(found: Found, plan: ExperimentPlan) -> Iterator[str]:
         units = pluralize(plan.units, "person" if plan.by_user else "record")
         yield f"{units}: that is little, so with noise the run will likely learn little."
     if plan.left_out.count:
-        yield f"{plan.left_out}. A run skips such rows (unusable: leave_out)."
+        yield f"{plan.left_out}. A run skips such rows (on_bad_record: skip)."
     if plan.unknown > _MOST_UNKNOWN:
         told = f"{plan.unknown:.0%} of the tokens are unknown to this model"
         yield f"{told}: choose one that knows the texts' language (--model)."

@@ -29,7 +29,7 @@ def find_identifiers(text: str) -> list[tuple[str, int, int]]:
     return sorted(found, key=itemgetter(1))
 
 
-def masked(text: str) -> tuple[str, list[str]]:
+def mask_identifiers(text: str) -> tuple[str, list[str]]:
     """Replace each identifier by its kind in brackets; return the text and the kind of each replacement."""
     found = find_identifiers(text)
     ends = [0, *(end for _, _, end in found)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedtune.api.compose import compose_run
 from fedtune.api.public import Callback, stages
 from fedtune.config import RunConfig
-from fedtune.data.records import Record, column_values
+from fedtune.data.records import Record, read_column_values
 from fedtune.evaluation.bootstrap import (
     FEWEST_UNITS,
     NO_DIFFERENCE,
@@ -22,7 +22,7 @@ from fedtune.evaluation.bootstrap import (
     describe_against_constant,
 )
 from fedtune.evaluation.groups import OTHERS, GroupScores
-from fedtune.formatting import jsonable, pluralize, score_words, size
+from fedtune.formatting import format_score_name, format_size, jsonable, pluralize
 from fedtune.lab.studies.trials import SearchTrial
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.show.lines import duration
@@ -94,15 +94,15 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
             named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": into}
             if kind != "federated":  # which alone decides whether anything is likely to be learned
                 named["training.ignore_weak_signal"] = True
-            if kind != "federated" or changes:  # a secure sum needs several sites, and noise
+            if kind != "federated" or changes:  # secure aggregation needs several sites, and noise
                 named |= {"federation.aggregation": "plain", "federation.threshold": None, "federation.colluders": 0}
-            config = compose_run(words, changed={**_participant_settings(asked, kind, site), **changes, **named})
+            config = compose_run(words, changed={**_list_participant_settings(asked, kind, site), **changes, **named})
             name = (f"{site} alone" if site else kind) + ("" if config.privacy.private else NO_PRIVACY)
             lines.append(Line(name=name, kind=kind, site=site, run=SearchTrial.from_config(config)))
     return lines
 
 
-def _participant_settings(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
+def _list_participant_settings(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
     alone = {"federation.min_sites": 1, "federation.enough_sites": None}
     if kind == "alone":
         return {**alone, "federation.participants": [site]}
@@ -141,7 +141,7 @@ class Compared:
 
     @property
     def _score(self) -> str:
-        return score_words(self.sides.primary_metric)
+        return format_score_name(self.sides.primary_metric)
 
     def sections(self) -> list[Section]:
         return [
@@ -279,7 +279,7 @@ class Compared:
         rows = [
             (model, *(_format_estimate(self.sides.estimate(model, name)) for name in names)) for model in self.models
         ]
-        headings = ("model", *map(score_words, names))
+        headings = ("model", *map(format_score_name, names))
         return Section(title="Other scores, with 95 % intervals", headings=headings, rows=rows if names else [])
 
     def _group_section(self, title: str, found: GroupScores) -> Section:
@@ -311,7 +311,7 @@ class Compared:
         for line, result in ((line, line.run.result) for line in self.lines):
             if result is not None:
                 took = "-" if result.final.seconds is None else duration(result.final.seconds)
-                moved = size(line.bytes_moved) if line.bytes_moved else "none"
+                moved = format_size(line.bytes_moved) if line.bytes_moved else "none"
                 rows.append((line.name, format_epsilon(result.privacy.epsilon), took, moved))
         notes = ["Time: the whole run on this machine, which simulates all sites in turn."]
         if any(line.kind == "pooled" for line in self.lines):
@@ -337,7 +337,7 @@ class Compared:
             about = {"name": name, "mean_of": list(self.means.get(name, ())) or None, "scores": scores}
             models.append(about | (_run_json(lines[name]) if name in lines else {}))
         pairs = [
-            {"base": one, "tuned": other, "score": score, **_pair_json(sides.compare_models(one, other, score))}
+            {"base": one, "tuned": other, "score": score, **_pair_to_json(sides.compare_models(one, other, score))}
             for one, other in combinations(self.models, 2)
             for score in sides.scores
         ]
@@ -355,7 +355,7 @@ class Compared:
                 "verdict": self.verdict(),
                 "models": models,
                 "pairs": pairs,
-                "groups": {title: _groups_json(found) for title, found in self.groups.items()},
+                "groups": {title: _groups_to_json(found) for title, found in self.groups.items()},
             }
         )
         return told
@@ -371,15 +371,15 @@ def _run_json(line: Line) -> dict[str, Any]:
     return about | {"bytes": line.bytes_moved, "energy": final.energy}
 
 
-def _pair_json(found: Comparison) -> dict[str, Any]:
+def _pair_to_json(found: Comparison) -> dict[str, Any]:
     return {"difference": found.difference, "verdict": found.verdict}
 
 
-def _groups_json(found: GroupScores) -> dict[str, Any]:
+def _groups_to_json(found: GroupScores) -> dict[str, Any]:
     groups, each = found.groups, list[dict[str, Any]]()
     for name, count in zip(groups.names, groups.sizes, strict=True):
         pairs = found.changes[name].items()
-        changes = [{"base": base, "tuned": tuned, **_pair_json(one)} for (base, tuned), one in pairs]
+        changes = [{"base": base, "tuned": tuned, **_pair_to_json(one)} for (base, tuned), one in pairs]
         scores = {"scores": found.scores[name], "gaps": found.gaps[name], "changes": changes}
         each.append({"name": name, "units": count, **scores})
     return {"merged": groups.merged, "smallest": groups.smallest, "groups": each}
@@ -414,7 +414,7 @@ def score_side_by_side(
     pairs = [(name, main) for name in sides.measured if name != main]
     pairs += [(beside, own.name) for beside, own in _personalized_pairs(lines, base=base)]
     is_federated = any(line.kind == "federated" for line in lines)
-    values = {f"by {by}": column_values(sides.records, by, key="--by")} if by else {}
+    values = {f"by {by}": read_column_values(sides.records, by, key="--by")} if by else {}
     if is_federated and (at_sites := assign_sites(first, sides.records)) is not None:
         values = {AT_SITES: at_sites, **values}
     groups = {}

@@ -12,8 +12,8 @@ from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, q
 from fedtune.api.experiment_file import is_path
 from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, make_own_settings, round_down, write_private_files
 from fedtune.api.public import Callback, Run
-from fedtune.config import RunConfig, saved_config
-from fedtune.data.partition import users_of
+from fedtune.config import RunConfig, read_saved_config
+from fedtune.data.partition import group_by_user
 from fedtune.formatting import flatten
 from fedtune.lab.preparation.detect import KINDS, OPTIONS, detect_columns
 from fedtune.lab.preparation.experiment_writer import placeholder_overrides, plan_experiment, render_experiment
@@ -107,12 +107,12 @@ def _measure_sites(config: RunConfig) -> list[int]:
     """Return the number of records, or of users, that each site trains on, rounded down."""
     by_user = config.privacy.unit == "user"
     sites = partition_run_records(config).sites
-    return [round_down(len(users_of(one.training)) if by_user else len(one.training)) for one in sites]
+    return [round_down(len(group_by_user(one.training)) if by_user else len(one.training)) for one in sites]
 
 
 def _require_same_sites(folder: Path, sites: list[str]) -> None:
     """Require that a run to resume or renew was made on records in memory, at these sites."""
-    known = saved_config(folder)
+    known = read_saved_config(folder)
     if known.data.train_file != TRAIN_FILE:
         bound = f"must be left out: the run reads data.train_file = {known.data.train_file}"
         raise ConfigError("sites", sites, bound)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.api.public import Callback, Run, stages
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE
-from fedtune.formatting import pluralize, score_words
+from fedtune.formatting import format_score_name, pluralize
 from fedtune.lab.studies.comparison import format_with_interval
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, check_one_of
@@ -135,7 +135,7 @@ def sections(made: Mapping[str, Personalized]) -> list[Section]:
     if any(one.seen for one in made.values()):
         notes.append("The run held nothing out, so the shared adapter was trained on the records scored here.")
     notes.append("Private to the site, without a guarantee: do not send a folder to anyone.")
-    title = f"{score_words(first.primary_metric).capitalize()} on the site's own held-out records"
+    title = f"{format_score_name(first.primary_metric).capitalize()} on the site's own held-out records"
     folders = Section(headings=("site", "written"), rows=[(site, str(one.folder)) for site, one in made.items()])
     return [Section(title=title, headings=headings, rows=rows, words={0}, notes=notes), folders]
 

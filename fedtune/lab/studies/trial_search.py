@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import Searched, compose_run, split_searched
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
@@ -84,7 +84,7 @@ class Search:
         search = cls(fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials)
         search._check_name()
         if method == "tpe" and trials is not None:
-            tried = extreme_values(searched)
+            tried = combine_extreme_values(searched)
             shapes = tuple(search.trial("shape", values) for values in tried)
             search._check_compatible(shapes)
             return replace(search, shapes=shapes, plans=(_common_plan(tried, shapes),) * trials)
@@ -131,7 +131,7 @@ class Search:
         for name in self.names:
             begun = RunFolder(self.folder / name).config.is_file()
             shape = known.get(name) or replace(self.shapes[0], name=name)
-            config = saved_config(self.folder / name) if begun else shape
+            config = read_saved_config(self.folder / name) if begun else shape
             runs.append(config.proposal(lead=lead, plan=config.plan()))
         others = [one.proposal(lead=lead, plan=one.plan()) for one in self.shapes]
         sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
@@ -276,7 +276,7 @@ def _common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
     return plan
 
 
-def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
+def build_price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
     """Build the table of the price, shown before the first trial."""
     if not price.private:
         return Section(title="Price of the search", notes=[_NOT_PRIVATE])
@@ -330,7 +330,7 @@ class Tpe:
         self._study.tell(self._trial, score, state=self._failed if score is None else None)
 
 
-def extreme_values(searched: Sequence[Searched]) -> list[Values]:
+def combine_extreme_values(searched: Sequence[Searched]) -> list[Values]:
     """Combine all listed values and interval ends, or vary one setting at a time if the combinations are too many."""
     values = {one.key: one.choices or (_format_number(one, one.low), _format_number(one, one.high)) for one in searched}
     if math.prod(map(len, values.values())) <= _MOST_ENDS:

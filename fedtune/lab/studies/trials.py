@@ -21,7 +21,7 @@ from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.lead import Scores
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import pluralize, unbounded
+from fedtune.formatting import infinite_if_none, pluralize
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
@@ -155,7 +155,7 @@ def run_quietly(trial: SearchTrial) -> RunResult:
 def comparability_key(config: RunConfig) -> tuple[Any, ...]:
     """Return everything that runs must share for their validation scores to be comparable."""
     data = config.data
-    read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
+    read = (tuple(sorted(data.columns.items())), data.on_bad_record, data.labels)
     # The records of a share follow from these.
     share = (data.validation_fraction, data.test_fraction, data.train_file, config.privacy.unit, config.seed)
     # A loss is one of tokens: model, template and length decide which these are.
@@ -287,7 +287,7 @@ class Trials:
             cells = dict(zip(_FIRST_COLUMNS, first, strict=True)) | dict(trial.values)
             if trial.result is not None:
                 privacy = trial.result.privacy
-                cells |= {"epsilon_spent": unbounded(privacy.epsilon), "delta": privacy.delta}
+                cells |= {"epsilon_spent": infinite_if_none(privacy.epsilon), "delta": privacy.delta}
             if trial.together is not None:
                 cells["epsilon_so_far"] = trial.together
             for kind, scores in (("validation", trial.validation), ("test", trial.test)):
@@ -347,7 +347,7 @@ class Trials:
         headings += (*(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent")
         headings += (*(["epsilon\nso far"] if shared else []), "state")
         title, words = "Trials" if shared else "Sweep", {0, *range(2, 2 + len(keys)), len(headings) - 1}
-        notes = list(_trial_notes(trials, best))
+        notes = list(_list_trial_notes(trials, best))
         return Section(title=title, headings=headings, rows=rows, words=words, styles=styles, notes=notes)
 
 
@@ -356,7 +356,7 @@ def _format_figure(scores: Scores, name: str) -> str:
     return f"{value:.3f}" if value is not None else "not finite" if name in scores else "-"
 
 
-def _trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -> Iterator[str]:
+def _list_trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for number, trial in enumerate(trials, start=1):
         if trial.reason:

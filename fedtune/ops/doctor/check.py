@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from fedtune import system
-from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, shown
+from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, format_value
 
 SETTINGS, REFUSED, SERVER = 2, 3, 1
 """Exit codes, most important first: something at the site is wrong; a run would be refused; the server is out of
@@ -44,7 +44,7 @@ class DoctorCheck:
         return {"name": self.name, "status": self.status.value, "found": self.found, "fix": self.fix}
 
 
-def ok(name: str, found: str) -> DoctorCheck:
+def build_passed_check(name: str, found: str) -> DoctorCheck:
     """Return a check that passed."""
     return DoctorCheck(name=name, status=Status.OK, found=found)
 
@@ -63,7 +63,7 @@ def from_error(name: str, error: FedtuneError, *, fix: str) -> DoctorCheck:
     """A failed check in the words of an error; its own remedy, where it has one, is the fix."""
     if not isinstance(error, ConfigError):
         return failed(name, str(error), fix=fix)
-    value = error.value if isinstance(error.value, str) else shown(error.value)
+    value = error.value if isinstance(error.value, str) else format_value(error.value)
     given = "" if error.value is NOT_GIVEN else f" = {value}:"
     remedy = error.remedy
     if remedy.startswith(("chmod ", "pip ")):
@@ -72,7 +72,7 @@ def from_error(name: str, error: FedtuneError, *, fix: str) -> DoctorCheck:
     return failed(name, f"{error.key}{given} {error.bound}", fix=said)
 
 
-def skipped(name: str, because: str) -> DoctorCheck:
+def build_skipped_check(name: str, because: str) -> DoctorCheck:
     """Return a check that does not apply here, or cannot be made now."""
     return DoctorCheck(name=name, status=Status.SKIPPED, found=f"skipped: {because}")
 

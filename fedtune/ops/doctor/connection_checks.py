@@ -18,10 +18,18 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-from fedtune.ops.doctor.check import SERVER, DoctorCheck, Status, failed, ok, skipped, warning
+from fedtune.ops.doctor.check import (
+    SERVER,
+    DoctorCheck,
+    Status,
+    build_passed_check,
+    build_skipped_check,
+    failed,
+    warning,
+)
 from fedtune.ops.kits.certificates import SOON_DAYS, parse_ip_address
 from fedtune.ops.kits.kit_file import Address, Kit
-from fedtune.spec import ConfigError, causes_of
+from fedtune.spec import ConfigError, iter_causes
 
 DNS, TCP, TLS, AUTHENTICATION = "name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication"
 STEPS = (DNS, TCP, TLS, AUTHENTICATION)
@@ -66,17 +74,17 @@ class Connection:
     def run_checks(self) -> Iterator[DoctorCheck]:
         """Yield one check per step of the connection; the steps after a failed step are skipped."""
         from fedtune.ops.wire.bounded_http import bound_client
-        from fedtune.ops.wire.fleet import HELLO, signed_headers  # Flower takes a second to import
+        from fedtune.ops.wire.fleet import HELLO, sign_headers  # Flower takes a second to import
 
         tls = self._kit.tls()
         try:
-            context, headers = tls.client_context(), signed_headers(tls)
+            context, headers = tls.client_context(), sign_headers(tls)
         except (OSError, ConfigError):
             why, fix = (
                 "the kit's key and certificates cannot be used",
                 "Fix what the certificate line reports.",
             )
-            yield from (failed(TLS, why, fix=fix) if name == TLS else skipped(name, why) for name in STEPS)
+            yield from (failed(TLS, why, fix=fix) if name == TLS else build_skipped_check(name, why) for name in STEPS)
             return
         try:
             client = httpx.Client(verify=context, timeout=self._timeout_s)
@@ -108,18 +116,18 @@ class Connection:
         via = f" through the proxy {self._proxy}, as HTTPS_PROXY says" if self._proxy else ""
         resolved = f"{self._host} is an address" if parse_ip_address(self._host) else f"{self._host} resolves"
         before = {
-            DNS: ok(DNS, f"{self._host} is resolved by the proxy" if self._proxy else resolved),
-            TCP: ok(TCP, f"{self._server} accepts connections{via}"),
+            DNS: build_passed_check(DNS, f"{self._host} is resolved by the proxy" if self._proxy else resolved),
+            TCP: build_passed_check(TCP, f"{self._server} accepts connections{via}"),
         }
         number = STEPS.index(check.name)
         yield from (before[name] for name in STEPS[:number])
         yield check
         if check.status is Status.FAILED:
-            yield from (skipped(name, f"{check.name} failed") for name in STEPS[number + 1 :])
+            yield from (build_skipped_check(name, f"{check.name} failed") for name in STEPS[number + 1 :])
 
     def _find_failed_step(self, error: httpx.HTTPError) -> DoctorCheck:
         """Return the failed check of the step at which the client stopped."""
-        causes = list(causes_of(error))
+        causes = list(iter_causes(error))
         goal = f"the proxy {self._proxy}" if self._proxy else self._server
         if unresolved := next((cause for cause in causes if isinstance(cause, socket.gaierror)), None):
             name = goal if self._proxy else self._host
@@ -171,7 +179,7 @@ class Connection:
         found = f"{self._encrypted.version()}; the federation's own server, with a certificate until {ends:%Y-%m-%d}"
         if (ends - datetime.now(UTC)).days < SOON_DAYS:
             return warning(TLS, found, fix="Tell the lead to run `fedtune provision renew-server` before that day.")
-        return ok(TLS, found)
+        return build_passed_check(TLS, found)
 
     def _compare_clocks(self, answer: httpx.Response) -> None:
         asked, answered = self._begun["send_request_headers.started"], self._begun["receive_response_headers.complete"]
@@ -202,7 +210,7 @@ class Connection:
         if known != site:
             fix = "Ask the lead to provision this site again: names and keys do not match."
             return _failed(AUTHENTICATION, f"the server knows this key as {known}, but the kit is for {site}", fix=fix)
-        return ok(AUTHENTICATION, f"the server knows this key as {site}")
+        return build_passed_check(AUTHENTICATION, f"the server knows this key as {site}")
 
 
 _CONTROL = "Flower's control"
@@ -218,7 +226,9 @@ def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
         fix = "Ask the server's operators whether it runs: this site's SuperNode needs it, its own process does not."
         return _failed(_CONTROL, f"{server} cannot be reached ({type(error).__name__})", fix=fix)
     if answer.status_code in _CLOSED:
-        return ok(_CONTROL, f"{server} does not accept outside calls to its Control API ({answer.status_code})")
+        return build_passed_check(
+            _CONTROL, f"{server} does not accept outside calls to its Control API ({answer.status_code})"
+        )
     found = (
         f"{server} answers calls to its Control API ({answer.status_code}): ANYONE WHO CAN REACH IT CAN RUN CODE AT "
         "EVERY SITE'S SUPERNODE, and remove or add sites"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.ops.doctor import machine_checks, site_checks
-from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, from_error, ok, skipped
+from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, build_passed_check, build_skipped_check, from_error
 from fedtune.ops.doctor.connection_checks import STEPS, Connection, check_control_api
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.ledger.history import History
@@ -57,7 +57,7 @@ class Examination:
         """Make the checks one after another, and yield their lines."""
         for names, needs, look in self._list_checks():
             if missing := [need for need in needs if need not in self._read]:
-                yield from (skipped(name, f"{missing[0]} cannot be used") for name in names)
+                yield from (build_skipped_check(name, f"{missing[0]} cannot be used") for name in names)
                 continue
             try:
                 yield from look()
@@ -104,7 +104,7 @@ class Examination:
         yield (("budget",), (_POLICY, _LEDGER), lambda: [site_checks.check_budget(self.history, self.policy)])
         yield (("serving",), (), lambda: [site_checks.check_serving(self.kit_folder / "state")])
         if (run := self.run) is None:
-            yield (("run",), (), lambda: [skipped("run", "no experiment was given")])
+            yield (("run",), (), lambda: [build_skipped_check("run", "no experiment was given")])
         else:
             of_site = partial(site_checks.preview_run, site_toml=self.site_toml)
             yield (
@@ -130,7 +130,9 @@ class Examination:
             yield from_error("policy", error, fix=fix)
             return
         self._read.add(_POLICY)
-        yield ok("policy", f"valid, for site {self.policy.site} and population {self.policy.population.name}")
+        yield build_passed_check(
+            "policy", f"valid, for site {self.policy.site} and population {self.policy.population.name}"
+        )
 
     def _read_kit(self) -> Iterator[DoctorCheck]:
         try:
@@ -139,7 +141,9 @@ class Examination:
             yield from_error("kit", error, fix="Unzip the complete kit from the lead into this folder.")
             return
         self._read.add(_KIT)
-        yield ok("kit", f"complete, for federation {self.kit.federation} at {self.kit.server}; its key is private")
+        yield build_passed_check(
+            "kit", f"complete, for federation {self.kit.federation} at {self.kit.server}; its key is private"
+        )
 
     def _check_connection(self) -> Iterator[DoctorCheck]:
         connection = Connection(self.kit, timeout_s=self.timeout_s)
@@ -162,7 +166,7 @@ class Examination:
 
     def _check_memory(self) -> Iterator[DoctorCheck]:
         both = {_KIT, _POLICY} <= self._read
-        model_bytes = site_checks.largest_model_bytes(self.kit, self.policy) if both else None
+        model_bytes = site_checks.measure_largest_model_bytes(self.kit, self.policy) if both else None
         in_four_bits = both and self.policy.allow.dtypes == ("nf4",)
         yield machine_checks.check_memory(model_bytes, in_four_bits=in_four_bits)
 

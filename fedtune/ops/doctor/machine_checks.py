@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from fedtune.ops.doctor.check import SERVER, DoctorCheck, failed, ok, skipped, warning
+from fedtune.ops.doctor.check import SERVER, DoctorCheck, build_passed_check, build_skipped_check, failed, warning
 from fedtune.ops.files import account_name, primary_group
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.system import effective_group, effective_user, grp
@@ -36,7 +36,7 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
     """
     name, fix = "clock", "Turn on time synchronisation, for instance with `timedatectl set-ntp true`."
     if ahead_s is None:
-        return skipped(name, "the server's clock could not be read")
+        return build_skipped_check(name, "the server's clock could not be read")
     ahead, unsure = ahead_s
     off = max(0.0, abs(ahead) - unsure)
     if kept and off > MOST_AHEAD_S:
@@ -49,7 +49,7 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
     if off > MOST_AHEAD_S:
         more = f"; the server refuses signatures more than {MOST_AHEAD_S:g} s ahead" if ahead > 0 else ""
         return warning(name, shown + more, fix=fix)
-    return ok(name, f"within {MOST_AHEAD_S:g} s of the server's")
+    return build_passed_check(name, f"within {MOST_AHEAD_S:g} s of the server's")
 
 
 def check_disks(
@@ -70,7 +70,7 @@ def check_disks(
         elif free < LITTLE_DISK_BYTES:
             yield warning(name, found, fix=f"Free at least {LITTLE_DISK_BYTES // _GIB} GiB on that disk.")
         else:
-            yield ok(name, found)
+            yield build_passed_check(name, found)
 
 
 def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
@@ -88,7 +88,7 @@ def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
     if kind in NETWORK_FILES:
         found = f"{kind}, over a network: SQLite's locks and syncs are unreliable there"
         return warning(name, found, fix="Stop the site, and move the ledger to a local disk.")
-    return ok(name, f"{kind}, on this machine")
+    return build_passed_check(name, f"{kind}, on this machine")
 
 
 def check_socket(place: Path) -> DoctorCheck:
@@ -98,7 +98,7 @@ def check_socket(place: Path) -> DoctorCheck:
         fix = "Create it for the site's user and the SuperNode's group; systemd's RuntimeDirectory= does at each start."
         return warning(name, "its folder is missing", fix=fix)
     if not os.path.lexists(place):
-        return ok(name, "created when the site starts")
+        return build_passed_check(name, "created when the site starts")
     found = place.lstat()
     if not stat.S_ISSOCK(found.st_mode):
         return failed(name, "another file has this path", fix="Set `socket` in site.toml to another path.")
@@ -108,7 +108,7 @@ def check_socket(place: Path) -> DoctorCheck:
     number = found.st_gid
     named = grp and next((one.gr_name for one in grp.getgrall() if one.gr_gid == number), None)
     group = named or str(number)
-    return ok(name, f"for the site's user and members of the group {group}")
+    return build_passed_check(name, f"for the site's user and members of the group {group}")
 
 
 def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
@@ -122,7 +122,7 @@ def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
     if nearest_existing(anchor).stat().st_dev == nearest_existing(ledger).stat().st_dev:
         found = "on the ledger's own disk: both can be rolled back together"
         return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk, and move the file there.")
-    return ok(name, "on another disk than the ledger")
+    return build_passed_check(name, "on another disk than the ledger")
 
 
 def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path = Path("/")) -> DoctorCheck:
@@ -140,18 +140,18 @@ def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system:
     name, machine, cgroup = "memory", system / "proc/meminfo", system / "sys/fs/cgroup"
     figures = dict(re.findall(r"^(\w+): +(\d+) kB$", _read_text(machine), re.MULTILINE))
     if not {"MemTotal", "MemAvailable"} <= set(figures):
-        return skipped(name, f"{machine} does not report this machine's memory")
+        return build_skipped_check(name, f"{machine} does not report this machine's memory")
     total, available = (1024 * int(figures[one]) for one in ("MemTotal", "MemAvailable"))
     if (limit := _read_number(cgroup / "memory.max")) is not None and limit < total:
         total, available = limit, min(available, limit - (_read_number(cgroup / "memory.current") or 0))
     found = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
     if model_bytes is None:
-        return ok(name, f"{found}; the required memory is known once a base model is installed")
+        return build_passed_check(name, f"{found}; the required memory is known once a base model is installed")
     needed = (1 if in_four_bits else _MODEL_COPIES) * model_bytes + _BESIDE_MODEL_BYTES
     found += f", about {needed / _GIB:.1f} GiB needed"
     if available < needed:
         return warning(name, found, fix="End other processes, or run the site on a machine with more memory.")
-    return ok(name, found)
+    return build_passed_check(name, found)
 
 
 def _read_text(file: Path) -> str:
@@ -181,15 +181,15 @@ def check_gpu(
     """
     name, fix = "GPU", "Install matching versions of driver and torch: compare `nvidia-smi` and torch.version.cuda."
     if device == "cpu":
-        return ok(name, "not used: the policy sets the CPU as this site's device")
+        return build_passed_check(name, "not used: the policy sets the CPU as this site's device")
     if found := ask():
-        return ok(name, found)
+        return build_passed_check(name, found)
     if device == "cuda":
         fix += ' Or set `device = "auto"` under [machine] in site.toml.'
         return failed(name, "torch cannot use a GPU, but the policy requires one", fix=fix)
     if driver.exists():
         return warning(name, "a driver is installed, but torch cannot use a GPU; this site trains on the CPU", fix=fix)
-    return ok(name, "none: this site trains on the CPU")
+    return build_passed_check(name, "none: this site trains on the CPU")
 
 
 def probe_gpu() -> str:
@@ -236,7 +236,9 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
         fix = f"Run the doctor as {account_name(account)}, for instance with `sudo -u {account_name(account)}`."
         yield failed(f"{_NAME}: account", found, fix=fix)
     elif not wrong:
-        yield ok(_NAME, f"those of account {account_name(account)} belong to it, and only it and root can change them")
+        yield build_passed_check(
+            _NAME, f"those of account {account_name(account)} belong to it, and only it and root can change them"
+        )
 
 
 def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:

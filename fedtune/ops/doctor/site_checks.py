@@ -18,12 +18,12 @@ from fedtune.data.values import SEVERAL_USERS
 from fedtune.federation import policy_dry_run
 from fedtune.federation.policy_dry_run import DryRun
 from fedtune.formatting import group_hex_start
-from fedtune.ops.doctor.check import REFUSED, DoctorCheck, PrivateLog, failed, from_error, ok, warning
+from fedtune.ops.doctor.check import REFUSED, DoctorCheck, PrivateLog, build_passed_check, failed, from_error, warning
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
-from fedtune.ops.kits.kit_file import Kit, model_store_path, require_model_reader
+from fedtune.ops.kits.kit_file import Kit, find_model_store_path, require_model_reader
 from fedtune.ops.kits.models import (
+    find_installed_model,
     install_model,
-    installed_model,
     is_built_in_model,
     list_license_files,
     verify_model,
@@ -60,13 +60,13 @@ def check_site_certificate(kit: Kit, now: datetime) -> DoctorCheck:
     if found.days_left(now) < SOON_DAYS:
         fix = f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here."
         return warning(name, said, fix=fix)
-    return ok(name, f"belongs to this site's key; {said}")
+    return build_passed_check(name, f"belongs to this site's key; {said}")
 
 
 def check_matching_names(kit: Kit, policy: Policy) -> DoctorCheck:
     """Check that the kit and the policy name the same site."""
     if kit.site == policy.site:
-        return ok("site's name", f"{policy.site}, in kit and policy")
+        return build_passed_check("site's name", f"{policy.site}, in kit and policy")
     found = f"the kit is for {kit.site}, but the policy for {policy.site}"
     return failed("site's name", found, fix="Use the kit for this policy's site.")
 
@@ -75,7 +75,7 @@ def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
     """Check that the policy allows runs of the federation's lead."""
     name = "lead"
     if kit.lead in policy.allow.leads:
-        return ok(name, f"the kit's lead {group_hex_start(kit.lead)} is one of the policy's leads")
+        return build_passed_check(name, f"the kit's lead {group_hex_start(kit.lead)} is one of the policy's leads")
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
     found = f"the policy does not allow the kit's lead {group_hex_start(kit.lead)}: all of its requests are refused"
     return failed(name, found, fix=f"If this is the lead's key, add under [allow]: leads = [{line}]")
@@ -89,7 +89,7 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
         if sha256 == UNVERIFIED:
             found = "the policy accepts runs that do not name their model"
             yield warning(name, found, fix='Remove "unverified" from allow.base_models, except in a test federation.')
-        elif sha256 not in known and not model_store_path(kit.folder, sha256).is_dir():
+        elif sha256 not in known and not find_model_store_path(kit.folder, sha256).is_dir():
             found = "the policy allows it, but no run of this federation may use it"
             yield warning(name, found, fix="Remove it from allow.base_models, or ask the lead for it.")
         else:
@@ -97,7 +97,7 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
     for model in kit.model:
         if model.sha256 not in policy.allow.base_models:
             found = f"runs may use it, but the policy does not allow it (SHA-256 {model.sha256})"
-            yield ok(f"base model {model.name}", found)
+            yield build_passed_check(f"base model {model.name}", found)
     if not policy.allow.base_models:
         found = "the policy allows none: every request is refused"
         fix = "Add the SHA-256 of each model that you accept to allow.base_models in site.toml."
@@ -105,10 +105,10 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
 
 
 def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> DoctorCheck:
-    place = model_store_path(kit.folder, sha256)
+    place = find_model_store_path(kit.folder, sha256)
     if not place.is_dir():
         if is_built_in_model(sha256):
-            return ok(name, "a tiny made-up model for tests; nothing needs to be installed")
+            return build_passed_check(name, "a tiny made-up model for tests; nothing needs to be installed")
         fix = "Get its files and run `fedtune site doctor ... --import-model PATH`, PATH being the folder or GGUF file."
         return failed(name, f"is not installed (SHA-256 {sha256})", fix=fix)
     try:
@@ -125,22 +125,24 @@ def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> Docto
     if not license:
         fix = "Remove it from allow.base_models, or ask the lead to add it to the federation."
         return warning(name, "installed and unchanged, but no run of this federation may use it", fix=fix)
-    return ok(name, f"installed and unchanged; license {license} ({papers})")
+    return build_passed_check(name, f"installed and unchanged; license {license} ({papers})")
 
 
 def import_base_model(model: Path, kit: Kit) -> DoctorCheck:
     """Install a base model with `install_model` before the other checks, and report the result."""
     installed, is_new = install_model(model, kit)
     state = "is installed now" if is_new else "was already installed, and is unchanged"
-    return ok("import", f"{installed.name} {state}, in {model_store_path(kit.folder, installed.sha256)}")
+    return build_passed_check(
+        "import", f"{installed.name} {state}, in {find_model_store_path(kit.folder, installed.sha256)}"
+    )
 
 
-def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
+def measure_largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
     """Return the size of the largest installed base model; None if no model is installed."""
     sizes = []
     for sha256 in policy.allow.base_models:
         try:
-            sizes.append(sum(file.stat().st_size for file in installed_model(kit.folder, sha256).iterdir()))
+            sizes.append(sum(file.stat().st_size for file in find_installed_model(kit.folder, sha256).iterdir()))
         except (ConfigError, OSError):
             continue
     return max(sizes, default=None)
@@ -231,7 +233,7 @@ def _compare_declared_size(name: str, share: float, *, units: str, lacking: str,
     if lacking:
         fix = f"Add the roles to `columns` in {block}, or take the task out of allow.tasks."
         return warning(name, f"{found}; its columns do not have the roles of task {lacking}", fix=fix)
-    return ok(name, found)
+    return build_passed_check(name, found)
 
 
 def report_unexpected_error(name: str, error: Exception, log: PrivateLog) -> DoctorCheck:
@@ -264,12 +266,12 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
         fix = f"Train nothing, and restore it as {_PAGE} says; a new ledger would spend the budget twice."
         return failed(name, str(error), fix=fix), None
     if verified is None:
-        return ok(name, "none yet; it is created when the site starts"), History.empty(files.policy)
+        return build_passed_check(name, "none yet; it is created when the site starts"), History.empty(files.policy)
     history = verified.history
     if wrong := next(_find_ledger_problems(files, history), None):
         return wrong, None
     rollback = "up to its anchor" if verified.anchor_sequence else "but without an anchor"
-    return ok(name, f"whole and signed, {rollback}"), history
+    return build_passed_check(name, f"whole and signed, {rollback}"), history
 
 
 def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[DoctorCheck]:
@@ -295,7 +297,7 @@ def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
     name, path, command = "site key", files.site_key, files.policy.key_command
     if not (command or path.is_file()):
         if not files.ledger.is_file():
-            return ok(name, "none yet; it is created with the ledger")
+            return build_passed_check(name, "none yet; it is created with the ledger")
         fix = "Restore it from its backup: the ledger needs its original key."
         return failed(name, f"{path} is missing", fix=fix)
     try:
@@ -307,7 +309,9 @@ def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
     if history is not None and history.length and history.opening.site_key != public:
         fix = "Restore the ledger's original key from its backup."
         return failed(name, f"{command[0] if command else path} is not the ledger's original key", fix=fix)
-    return ok(name, f"{group_hex_start(public)}, {'from its command' if command else 'readable only by its owner'}")
+    return build_passed_check(
+        name, f"{group_hex_start(public)}, {'from its command' if command else 'readable only by its owner'}"
+    )
 
 
 def check_serving(state: Path) -> DoctorCheck:
@@ -318,7 +322,7 @@ def check_serving(state: Path) -> DoctorCheck:
         return warning(name, "this site has left the federation, and will not start", fix=fix)
     if (state / "paused").exists():
         return warning(name, "this site is paused: it trains nothing", fix="Run `fedtune site resume --kit DIR`.")
-    return ok(name, "the site is not paused and has not left")
+    return build_passed_check(name, "the site is not paused and has not left")
 
 
 def check_budget(history: History, policy: Policy) -> DoctorCheck:
@@ -343,7 +347,7 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     if not runs:
         fix = "Plan without this site, or for smaller runs; raising the cap weakens its promise."
         return warning(name, found, fix=fix)
-    return ok(name, found)
+    return build_passed_check(name, found)
 
 
 def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, history: History) -> DoctorCheck:
@@ -353,10 +357,10 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
         ConfigError: no noise level satisfies the run's plan.
     """
     if config.model.sha256 is None and config.model.is_built_in:
-        from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+        from fedtune.model.base_model import hash_model  # transformers takes seconds to import
 
         # The lead adds the hash before it asks; of such a model it is known without the lead.
-        model = dataclasses.replace(config.model, sha256=model_sha256(config.model))
+        model = dataclasses.replace(config.model, sha256=hash_model(config.model))
         config = dataclasses.replace(config, model=model)
     plan, sizes = config.plan(), config.declared_sizes()
     proposal = config.proposal(lead=kit.lead, plan=plan)
@@ -376,7 +380,7 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
     if policy.site not in sizes:
         fix = f"Ask the lead for the run's real settings: federation.site_names must include {policy.site}."
         return warning(name, f"{found}, but it does not name site {policy.site}", fix=fix)
-    return ok(name, found)
+    return build_passed_check(name, found)
 
 
 def _suggest_alternative(said: DryRun, plan: Plan) -> str:
@@ -414,6 +418,6 @@ def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = N
     if also is not None:
         asked = events.count_mechanisms([also.full_event])
         taken += [history.charges_and_reservations(now, cohort) + asked for cohort in history.cohorts(also.cohorts)]
-    share = spending.spent_fraction_of_cap(history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon)
+    share = spending.compute_spent_fraction(history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon)
     assert share is not None, "a finite cap"
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.federation.run_folder import lock_folder
-from fedtune.formatting import spoken
+from fedtune.formatting import group_hex
 from fedtune.ops.files import translate_write_errors
 from fedtune.ops.kits.certificates import (
     Authority,
@@ -299,10 +299,10 @@ def _render_readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Cert
             port=Address.parse_address(kit.server).port,
             hosts=", ".join(certificate_host_names(certificate)),
             site=kit.site,
-            fingerprint=spoken(own.fingerprint),
+            fingerprint=group_hex(own.fingerprint),
             ends=f"{own.not_after:%Y-%m-%d}",
             lead_key=kit.lead,
-            lead=spoken(kit.lead),
-            authority=spoken(Certificate.from_x509(ca).fingerprint),
+            lead=group_hex(kit.lead),
+            authority=group_hex(Certificate.from_x509(ca).fingerprint),
         )
     )

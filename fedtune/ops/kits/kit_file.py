@@ -25,7 +25,7 @@ from fedtune.ops.kits.certificates import (
 )
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import KIT_SCHEMA, NOT_GIVEN, ConfigError, check_name, check_schema, errors_in, spec
+from fedtune.spec import KIT_SCHEMA, NOT_GIVEN, ConfigError, check_name, check_schema, name_file_in_errors, spec
 
 if TYPE_CHECKING:
     from fedtune.ops.wire.identity import Tls
@@ -93,7 +93,7 @@ def read_spec(cls: type[T], path: Path) -> T:
         ConfigError: names the file, the key, its value and the accepted values.
     """
     table = read_toml(path, key="file")
-    with errors_in(path):
+    with name_file_in_errors(path):
         return _check_kit_version(cls, table)
 
 
@@ -307,7 +307,7 @@ def read_signing_key(path: Path) -> SigningKey:
     return SiteFiles.from_site_toml(path).load_key() if path.suffix == ".toml" else SigningKey.load(path)
 
 
-def model_store_path(kit_folder: Path, sha256: str) -> Path:
+def find_model_store_path(kit_folder: Path, sha256: str) -> Path:
     """Return the folder of an installed base model, which may be missing."""
     return kit_folder / "models" / sha256
 
@@ -316,7 +316,7 @@ def require_model_reader(kit_folder: Path, sha256: str) -> None:
     """Check that the extra `gguf` is installed if an installed model needs it; a missing model or safetensors need
     no extra.
     """
-    if any(model_store_path(kit_folder, sha256).glob("*.gguf")):
+    if any(find_model_store_path(kit_folder, sha256).glob("*.gguf")):
         require_extra("base model", sha256, "gguf")
 
 

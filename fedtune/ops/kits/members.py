@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedtune.formatting import spoken
-from fedtune.ops.files import new_folder, translate_write_errors, write_secret
+from fedtune.formatting import group_hex
+from fedtune.ops.files import create_folder, translate_write_errors, write_secret
 from fedtune.ops.kits.certificates import (
     UNREADABLE,
     check_common_name,
@@ -37,7 +37,7 @@ from fedtune.ops.kits.kit_file import KitFile, read_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, errors_in, spec
+from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, name_file_in_errors, spec
 
 PURPOSE, ROSTER = "join request", "roster"  # of the site's signature, and of the lead's
 REQUEST = "join_request.json"
@@ -138,7 +138,7 @@ class Roster:
     def read_signed(cls, path: Path, *, kit: KitFile) -> Roster:
         """Read a roster, and check that it belongs to the federation of `kit` and is signed by its lead."""
         roster = cls.read(path)
-        with errors_in(path):
+        with name_file_in_errors(path):
             roster.check_lead_signature(kit.lead)
             if roster.federation != kit.federation:
                 raise ConfigError("roster.federation", roster.federation, f"must be {kit.federation!r}")
@@ -166,7 +166,7 @@ def _parse_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = 
             data = file.read(most)
     except OSError as error:
         raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
-    with errors_in(path):
+    with name_file_in_errors(path):
         return of(data)
 
 
@@ -269,10 +269,10 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
         ConfigError: the policy is invalid, the folder exists or cannot be written, or a key cannot be used.
     """
     files = SiteFiles.from_site_toml(site_toml)
-    with errors_in(site_toml):
+    with name_file_in_errors(site_toml):
         check_site_name(files.policy.site)
     folder = out or site_toml.parent / "kit"
-    with new_folder(folder, key="folder") as building:
+    with create_folder(folder, key="folder") as building:
         connection = generate_connection_key()
         write_durably(
             building / REQUEST, json.dumps(_build_request_fields(files, connection), indent=1).encode() + b"\n"
@@ -293,8 +293,8 @@ Site {request.site}: data sets {declared}.
      {folder / REQUEST}
 2. When the lead calls you, or you the lead, read these aloud, so that no other request passes for yours. Write down the
    fingerprints of lead and authority that the lead reads out:
-     connection key  {spoken(key_fingerprint(request.node_key))}
-     site key        {spoken(request.site_key)}
+     connection key  {group_hex(key_fingerprint(request.node_key))}
+     site key        {group_hex(request.site_key)}
 3. Unzip the kit that the lead sends back into the same folder, and follow its README.md. It starts with comparing what
    you wrote down:
      unzip {request.site}-kit.zip -d {folder}

@@ -14,7 +14,7 @@ from fedtune.federation.run_folder import lock_folder
 from fedtune.model.manifest import Manifest, build_manifest
 from fedtune.model.source import find_model_folder, find_single_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec
-from fedtune.ops.kits.kit_file import Kit, KitModel, model_store_path
+from fedtune.ops.kits.kit_file import Kit, KitModel, find_model_store_path
 from fedtune.spec import ConfigError, RunError
 from fedtune.system import fsync_folder
 
@@ -25,7 +25,7 @@ _PAPER = re.compile(r"(LICEN[SC]E|NOTICE)([-_][\w-]*)?(\.(txt|md))?", re.IGNOREC
 _MOST_PAPER_BYTES = 1 << 20
 
 
-def installed_model(kit_folder: Path, sha256: str) -> Path:
+def find_installed_model(kit_folder: Path, sha256: str) -> Path:
     """Return the folder of an installed model, in which the files have their original names.
 
     The hash is not computed here; it is checked when the model is loaded (`fedtune.model.base_model`).
@@ -33,7 +33,7 @@ def installed_model(kit_folder: Path, sha256: str) -> Path:
     Raises:
         ConfigError: the model is not installed.
     """
-    folder = model_store_path(kit_folder, sha256)
+    folder = find_model_store_path(kit_folder, sha256)
     if not folder.is_dir():
         remedy = "run `fedtune site doctor --import-model PATH` with the model's folder or file"
         raise ConfigError("base model", sha256, "is not installed here", remedy=remedy)
@@ -46,7 +46,7 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
     Raises:
         ConfigError: the model is not installed, or its files were changed or are incomplete.
     """
-    folder = installed_model(kit_folder, sha256)
+    folder = find_installed_model(kit_folder, sha256)
     manifest = _build_model_manifest(folder, key="base model")
     if manifest.sha256 != sha256:
         raise ConfigError("base model", sha256, f"does not match the installed files: SHA-256 {manifest.sha256}")
@@ -56,14 +56,14 @@ def is_built_in_model(sha256: str) -> bool:
     """Whether the base model is one of the tiny untrained models that fedtune generates for tests, which need no
     installation.
     """
-    from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+    from fedtune.model.base_model import hash_model  # transformers takes seconds to import
 
-    return any(model_sha256(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
+    return any(hash_model(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
 
 
 def list_license_files(kit_folder: Path, sha256: str) -> list[str]:
     """Return the names of the license files that were installed with a model."""
-    names = (path.name for path in installed_model(kit_folder, sha256).iterdir())
+    names = (path.name for path in find_installed_model(kit_folder, sha256).iterdir())
     return sorted(name for name in names if name.upper().startswith("LICEN"))
 
 
@@ -98,7 +98,7 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
     if model is None:
         allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.model) or "no model at all"
         raise ConfigError(_OPTION, str(path), f"has SHA-256 {manifest.sha256}, but kit.toml names {allowed}")
-    target = model_store_path(kit.folder, manifest.sha256)
+    target = find_model_store_path(kit.folder, manifest.sha256)
     try:
         target.parent.mkdir(exist_ok=True)
         with lock_folder(target.parent):

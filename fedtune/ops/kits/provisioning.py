@@ -16,7 +16,7 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.ops.files import make_zip, new_folder, write_secret
+from fedtune.ops.files import create_folder, make_zip, write_secret
 from fedtune.ops.kits.certificates import (
     Authority,
     Certificate,
@@ -32,7 +32,7 @@ from fedtune.ops.kits.kit_file import read_spec
 from fedtune.ops.kits.members import JoinRequest, Member
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import ConfigError, errors_in
+from fedtune.spec import ConfigError, name_file_in_errors
 
 OwnKind = Literal["server", "lead"]
 
@@ -45,7 +45,7 @@ def init_federation(file: Path, *, out: Path | None, now: datetime) -> Federatio
     """
     settings = read_spec(FederationFile, file)
     target = out or Path(settings.name)
-    with new_folder(target, key="--out") as building:
+    with create_folder(target, key="--out") as building:
         authority = Authority.create_authority(settings.name, days=settings.certificates.authority_days, now=now)
         server, lead = generate_connection_key(), generate_connection_key()
         for name in ("authority", "server", "lead", "sites"):
@@ -112,7 +112,7 @@ def check_join_request(folder: Path, *, request: Path, days: int | None, now: da
     """
 
     def replaces(federation: FederationFolder, asked: JoinRequest) -> None:
-        with errors_in(request):
+        with name_file_in_errors(request):
             for member in federation.roster.sites:
                 if member.site.casefold() == asked.site.casefold():  # a file system may take North for north
                     again = f"`renew-site {member.site} REQUEST`"
@@ -145,7 +145,7 @@ def check_renewal_request(
 
     def replaces(federation: FederationFolder, asked: JoinRequest) -> Member:
         old = _find_member(name, federation.roster.sites)
-        with errors_in(request):
+        with name_file_in_errors(request):
             if asked.site != old.site:
                 raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
             if asked.node_key == old.node_key:
@@ -178,7 +178,7 @@ def _check_request(
     """
     asked = JoinRequest.read(request)
 
-    def checked(federation: FederationFolder) -> tuple[Member | None, Member]:
+    def check_member(federation: FederationFolder) -> tuple[Member | None, Member]:
         old = replaces(federation, asked)
         return old, Member(
             site=asked.site,
@@ -190,9 +190,9 @@ def _check_request(
 
     def let_in() -> Admitted:
         with FederationFolder.open_locked(folder) as federation:
-            return _admit(federation, *checked(federation))
+            return _admit(federation, *check_member(federation))
 
-    checked(FederationFolder.open(folder))
+    check_member(FederationFolder.open(folder))
     return asked, let_in
 
 

@@ -57,7 +57,7 @@ def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
     return tuple(known[name] for name in names or current)
 
 
-def federation_of_all_sites(kit: Kit) -> FederationSpec:
+def list_federation_settings(kit: Kit) -> FederationSpec:
     """Return the settings of a federation of all sites in the roster that are not revoked."""
     names = tuple(member.site for member in members(kit, ()))
     return FederationSpec(num_sites=len(names), site_names=names)
@@ -221,13 +221,13 @@ class ServerService:
         )
         self.metrics.traffic = settings.traffic
 
-        def ready() -> None:
+        def mark_ready() -> None:
             self.health.update(state="connected", last_contact=datetime.now(UTC))
             until = certificate.certificate.not_after.isoformat()
             about = {"federation": self.kit.federation, "port": settings.port, "certificate_until": until}
             log.info("the server is listening", extra=about)
 
-        serve(settings, ready=ready, works=self._update_health, has_new_certificate=certificate.is_new)
+        serve(settings, ready=mark_ready, works=self._update_health, has_new_certificate=certificate.is_new)
         self.health.update(state="stopping")
         log.info("the server has stopped")
 

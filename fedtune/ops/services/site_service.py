@@ -106,14 +106,14 @@ class SiteService:
         log.info("the site is up", extra={"site": self.kit.site, "server": self.kit.server})
         bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
 
-        def until() -> datetime:
+        def should_reconnect() -> datetime:
             if certificate.is_new():
                 fleet.reload_certificate()
                 bell.reload_certificate()
             return certificate.certificate.not_after
 
         try:
-            about: dict[str, Any] = {"until": until, "answered": self.answered, "trouble": trouble}
+            about: dict[str, Any] = {"until": should_reconnect, "answered": self.answered, "trouble": trouble}
             _Loop(fleet, bell, app, state, self.health, stop, **about).run()
         finally:
             self.health.update(state="stopping")
@@ -126,12 +126,12 @@ class SiteService:
         The caller delays this until the first message, because the libraries take seconds to import and most of the
         memory.
         """
-        from fedtune.ops.kits.models import installed_model
+        from fedtune.ops.kits.models import find_installed_model
         from fedtune.sites.real_site import SiteProcess
 
         return SiteProcess(
             site_toml=self.site_toml,
-            installed=lambda sha256: installed_model(self.kit.folder, sha256),
+            installed=lambda sha256: find_installed_model(self.kit.folder, sha256),
             paused=lambda: state.paused_file.exists() or state.left_file.exists(),
             runs=state.run_settings_folder,
             adapters=self.kit.folder / "adapters",

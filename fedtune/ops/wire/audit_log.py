@@ -55,7 +55,7 @@ _MOST_LENGTH = 200
 _Kind = tuple[tuple[str, str], ...]
 
 
-def _quota_keys(kind: _Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _list_quota_keys(kind: _Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the quotas that a line counts against: one per event, and one per event and member (or address, if
     unknown).
     """
@@ -87,7 +87,7 @@ class AuditLog:
         # Flower's paths, our reasons and a certificate's name: bounded, should one of them be long.
         fields = {name: value[:_MOST_LENGTH] for name, value in about.items() if value}
         kind = (("event", event), *sorted(fields.items()))
-        of_event, of_one = _quota_keys(kind)
+        of_event, of_one = _list_quota_keys(kind)
         with self._lock:
             self._flush(self._clock())
             has_room = self._kinds[of_event] < _MOST_KINDS and self._kinds[of_one] < _MOST_OF_ONE
@@ -115,7 +115,7 @@ class AuditLog:
             if moment - since < _REPEAT_S:
                 break
             del self._counts[kind]
-            self._kinds -= Counter(_quota_keys(kind))
+            self._kinds -= Counter(_list_quota_keys(kind))
             if count:
                 self._write({**dict(kind), "again": count})
         if self._left_out and moment - self._told >= _REPEAT_S:

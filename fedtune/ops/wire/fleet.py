@@ -229,7 +229,7 @@ def hello(server: str, tls: Tls) -> str:
         Foreign: the answer does not come from a fedtune server.
         Unreachable: there is no connection.
     """
-    headers = signed_headers(tls)
+    headers = sign_headers(tls)
     with translate_line_errors(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
         bound_client(client)
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
@@ -263,7 +263,7 @@ def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
         raise Foreign(f"what answers at {server} is not a fedtune server ({answer.status_code})") from error
 
 
-def signed_headers(tls: Tls) -> dict[str, str]:
+def sign_headers(tls: Tls) -> dict[str, str]:
     """Return the headers that authenticate a site in fedtune's own calls, in the format of Flower's."""
     private, timestamp = read_connection_key(tls.key), now().isoformat()
     return {

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 from fedtune.flower.internals import PROTOBUF_MEDIA_TYPE, asymmetric, constant, core, now
 from fedtune.ops.wire.audit_log import AuditLog, Event
 from fedtune.ops.wire.fleet import HELLO
-from fedtune.ops.wire.identity import NotAllowed, SeenCalls, verified_body_hash
+from fedtune.ops.wire.identity import NotAllowed, SeenCalls, verify_body_hash
 from fedtune.ops.wire.waiting import WAIT, Questions
 
 if TYPE_CHECKING:  # SQLAlchemy takes time to import
@@ -103,16 +103,16 @@ class Traffic:
     def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """Wrap `receive` and `send` so that the bytes of all bodies are counted."""
 
-        async def counted_receive() -> MutableMapping[str, Any]:
+        async def receive_counted() -> MutableMapping[str, Any]:
             message = await receive()
             self.received += len(message.get("body", b""))
             return message
 
-        async def counted_send(message: MutableMapping[str, Any]) -> None:
+        async def send_counted(message: MutableMapping[str, Any]) -> None:
             self.sent += len(message.get("body", b""))
             await send(message)
 
-        return counted_receive, counted_send
+        return receive_counted, send_counted
 
 
 Roster = Callable[[], Sequence["Member"]]  # the sites as they stand when it is called
@@ -156,7 +156,7 @@ class Gate:
             elif path == WAIT:
                 await self._handle_wait_call(scope, send)
             elif path == HELLO:
-                site = self._authenticate_member(headers_by_name(scope), _peer_of_scope(scope)).site
+                site = self._authenticate_member(headers_by_name(scope), _read_peer(scope)).site
                 await send_json(send, 200, {"site": site, "time": time.time()})
             else:
                 raise NotAllowed(404, "no such call")
@@ -166,7 +166,7 @@ class Gate:
 
     async def _handle_wait_call(self, scope: Scope, send: Send) -> None:
         """Hold a site's call until the lead has a question for it; see `fedtune.ops.wire.waiting`."""
-        member = self._authenticate_member(headers_by_name(scope), _peer_of_scope(scope))
+        member = self._authenticate_member(headers_by_name(scope), _read_peer(scope))
         try:
             ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
             number = int(heard[:_MOST_DIGITS])
@@ -194,7 +194,7 @@ class Gate:
         """
         headers, path = headers_by_name(scope), scope["path"]
         try:
-            member = self._authenticate_member(headers, _peer_of_scope(scope))
+            member = self._authenticate_member(headers, _read_peer(scope))
         except NotAllowed as refusal:
             raise NotAllowed(401, refusal.reason) from None
         check_call_format(scope, headers)
@@ -203,7 +203,7 @@ class Gate:
         await self._app(normalize_scope(scope, headers), replay_body(body, receive), send)
 
     async def _handle_lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, path, peer = headers_by_name(scope), scope["path"], _peer_of_scope(scope)
+        headers, path, peer = headers_by_name(scope), scope["path"], _read_peer(scope)
         body = await self._read_signed_body(scope, receive)
         check_call_format(scope, headers)
         if path in _OF_RUNS:
@@ -224,8 +224,8 @@ class Gate:
             over a
                 site's connection.
         """
-        headers, path, peer = headers_by_name(scope), scope["path"], _peer_of_scope(scope)
-        signed = verified_body_hash(headers, path=path, lead=self._lead, now=time.time())
+        headers, path, peer = headers_by_name(scope), scope["path"], _read_peer(scope)
+        signed = verify_body_hash(headers, path=path, lead=self._lead, now=time.time())
         if signed is None:
             raise NotAllowed(401, _UNSIGNED)
         if peer is not None and self._member_by_key(peer.key):
@@ -275,7 +275,7 @@ class Gate:
         return member.site if member else ""
 
     def _log_refusal(self, scope: Scope, refusal: NotAllowed) -> None:
-        path, peer = scope.get("path", ""), _peer_of_scope(scope)
+        path, peer = scope.get("path", ""), _read_peer(scope)
         event: Event = "call refused"
         if path in _LEAD_CALLS:
             event = "lead's call refused"
@@ -294,7 +294,7 @@ class Gate:
         return {"address": peer.address, "certificate": peer.certificate, "member": self.member_name(peer.key)}
 
 
-def _peer_of_scope(scope: Scope) -> Peer | None:
+def _read_peer(scope: Scope) -> Peer | None:
     peer = scope.get("state", {}).get(PEER)
     return peer if isinstance(peer, Peer) else None
 

@@ -24,7 +24,7 @@ from fedtune.flower.asking_grid import CLOCKS_S
 from fedtune.flower.internals import add_headers, http_client, rpc
 from fedtune.ops.wire.bounded_http import HungUp, bound_client
 from fedtune.privacy.keys import SigningKey, is_signed
-from fedtune.spec import causes_of
+from fedtune.spec import iter_causes
 
 _Client = TypeVar("_Client", bound=rpc.ProtobufClient)
 
@@ -74,7 +74,7 @@ def explain_tls_refusal(error: BaseException) -> str | None:
     """Return which end rejects the other's certificate, and why; None if certificates are not the cause of the
     error.
     """
-    for cause in causes_of(error):
+    for cause in iter_causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted here: {cause.verify_message}"
         if isinstance(cause, ssl.SSLError) and "_ALERT_" in (cause.reason or ""):
@@ -148,12 +148,12 @@ class LeadSignature:
     def intercept(self, context: rpc.ProtobufRequestContext, call_next: rpc.ProtobufCall) -> httpx.Response:
         request = context.request
         moment, digest = repr(time.time()), hashlib.sha256(request.read()).hexdigest()
-        signature = self._key.sign(CALL, _signed_message(request.url.path, moment, digest))
+        signature = self._key.sign(CALL, _build_signed_message(request.url.path, moment, digest))
         add_headers(request, {TIME: moment, BODY: digest, SIGNATURE: signature})
         return call_next(context)
 
 
-def verified_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
+def verify_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
     """Return the SHA-256, in hex, of the body that the lead signed for this call; None without a valid signature.
 
     Only the headers are needed, so that the bodies of other callers need not be read.
@@ -165,7 +165,9 @@ def verified_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now:
         return None
     if not (math.isfinite(age) and abs(age) <= TOLERANCE_S):
         return None
-    return body if is_signed(lead, CALL, _signed_message(path, moment, body), headers.get(SIGNATURE, "")) else None
+    return (
+        body if is_signed(lead, CALL, _build_signed_message(path, moment, body), headers.get(SIGNATURE, "")) else None
+    )
 
 
 def describe_clock_difference(answer: httpx.Response, *, most_s: float) -> str:
@@ -193,5 +195,5 @@ def is_clock_synchronized() -> bool:
     return adjtimex is not None and adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) not in (-1, _TIME_ERROR)
 
 
-def _signed_message(path: str, moment: str, body: str) -> bytes:
+def _build_signed_message(path: str, moment: str, body: str) -> bytes:
     return f"{path}\n{moment}\n{body}".encode()

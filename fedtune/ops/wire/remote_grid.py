@@ -14,7 +14,7 @@ import httpx
 
 from fedtune.flower import asking_grid
 from fedtune.flower.asking_grid import AskingGrid, Pulled, Questions
-from fedtune.flower.flower_records import num_bytes
+from fedtune.flower.flower_records import count_payload_bytes
 from fedtune.flower.internals import Message, inflating
 from fedtune.ops.wire.identity import Tls, explain_tls_refusal
 from fedtune.ops.wire.lead_session import LeadSession, explain_clock_error, start_error
@@ -82,7 +82,7 @@ class RemoteGrid(AskingGrid):
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
         self._said = ""
         # An answer holds what its question holds, with other numbers: an adapter, or words.
-        asked_bytes = max(num_bytes(question.question.content) for question in questions.values())
+        asked_bytes = max(count_payload_bytes(question.question.content) for question in questions.values())
         return self._open_session.fetch_answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
 
     def _recover(self, trouble: Exception, questions: Questions) -> None:

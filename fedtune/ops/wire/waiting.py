@@ -16,7 +16,7 @@ from contextlib import suppress
 import httpx
 
 from fedtune.ops.wire.bounded_http import bound_client, replace_ssl_context
-from fedtune.ops.wire.fleet import signed_headers
+from fedtune.ops.wire.fleet import sign_headers
 from fedtune.ops.wire.identity import Tls
 
 WAIT = "/v1/fedtune/wait"
@@ -86,7 +86,7 @@ class Bell:
             while not self._stop.is_set():
                 began = time.monotonic()
                 try:
-                    answer = client.get(self._address, params={"heard": heard}, headers=signed_headers(self._tls))
+                    answer = client.get(self._address, params={"heard": heard}, headers=sign_headers(self._tls))
                     count = int(answer.raise_for_status().json()["questions"])
                 except Exception:  # the thread that asks Flower meets the same error, and reports it
                     self.works = False

@@ -77,10 +77,12 @@ class Event:
         """Return the SHA-256, in hex, of this event appended after the event whose hash is `before`."""
         fields = asdict(self)
         del fields["hash"], fields["signature"]
-        return hashlib.sha256(b"fedtune ledger event\n" + before.encode() + b"\n" + canonical_json(fields)).hexdigest()
+        return hashlib.sha256(
+            b"fedtune ledger event\n" + before.encode() + b"\n" + to_canonical_json(fields)
+        ).hexdigest()
 
 
-def canonical_json(data: object) -> bytes:
+def to_canonical_json(data: object) -> bytes:
     """Serialize `data` as canonical JSON: sorted keys, no spaces, ASCII, no infinity or NaN."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
@@ -185,7 +187,7 @@ class Head:
         """Return the bytes that are signed."""
         said = self._fields()
         del said["signature"]
-        return canonical_json(said)
+        return to_canonical_json(said)
 
     def _fields(self) -> dict[str, Any]:
         said = {name: getattr(self, name) for name in self.__slots__}  # `asdict` would copy each of thousands of hashes

@@ -85,7 +85,7 @@ class AcceptedRun:
         return Counter({event: count * left for event, count in once.items()})
 
 
-def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
+def _list_user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
     """Yield ("dataset", id, user column) and ("file", path, user column) for each data set of a population of users."""
     for dataset in policy.dataset if policy.population.unit == "user" else ():
         if column := dataset.columns.get("user"):
@@ -235,7 +235,7 @@ class History:
                 before, self.policy = self.policy, policy_from_json(event.detail["policy"])
                 loosens = before.budget if before and self._charges else None
                 self.marks.update(permanent_marks(self.policy, before=loosens, time=event.time))
-                self.users.update(_user_columns(self.policy))
+                self.users.update(_list_user_columns(self.policy))
                 self.policies.append(
                     (event.time, self.policy.budget.max_epsilon, len(self._rounds) + len(self.restored))
                 )
@@ -336,7 +336,7 @@ class History:
 
     def changed_user_columns(self, policy: Policy) -> list[tuple[str, str, str]]:
         """Return (key, earlier user column, user column in `policy`) wherever the two columns differ."""
-        named = list(_user_columns(policy))  # two of its own data sets may differ over one file
+        named = list(_list_user_columns(policy))  # two of its own data sets may differ over one file
         return [
             (f"{kind} {name} columns.user", was, now)
             for kind, name, now in named
@@ -417,14 +417,14 @@ class History:
     def remaining_charges(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
         """Count the mechanisms that open runs may still spend."""
 
-        def of_cohort(number: int) -> Counter[DpEvent]:
+        def count_for_cohort(number: int) -> Counter[DpEvent]:
             total: Counter[DpEvent] = Counter()
             for run in self.runs.values():
                 if run.plan.cohorts is None or number in run.plan.cohorts:
                     total.update(run.remaining_charges(now))
             return dp_events.count_mechanisms(total)
 
-        return self._highest_spending(cohort, of_cohort)
+        return self._highest_spending(cohort, count_for_cohort)
 
     def _sum_charges(self, cohort: int, chosen: Callable[[datetime], bool]) -> Counter[DpEvent]:
         owes_all_up_to = max((at for _, at in self.lost_rows if cohort == OLDEST), default=0)
@@ -525,4 +525,4 @@ class History:
 
     def divergence(self, spent: dp_events.Spent) -> float:
         """Return the Renyi divergence of `spent` at the ledger's order."""
-        return filter.total_divergence(spent, self.order)
+        return filter.compute_total_divergence(spent, self.order)

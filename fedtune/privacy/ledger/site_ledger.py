@@ -344,7 +344,7 @@ class SiteLedger:
                 runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
                 denied=frozenset(anchor.denied),
                 marks=frozenset(anchor.marks),
-                caps=_after_common_prefix(self.history.caps, anchor.caps),
+                caps=_drop_common_prefix(self.history.caps, anchor.caps),
                 users=frozenset(anchor.users),
                 doubts=frozenset(anchor.doubts),
                 arrivals=self._lost_arrivals(anchor, [said for *_, said in lost], shared=shared),
@@ -513,7 +513,7 @@ class SiteLedger:
                 )
 
 
-def _after_common_prefix(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
+def _drop_common_prefix(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
     """Return the items of `there` after the common prefix of both sequences."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))
     return tuple(there[sum(1 for _ in same) :])

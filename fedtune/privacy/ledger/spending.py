@@ -21,7 +21,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 
 
-def spent_fraction_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
+def compute_spent_fraction(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
     """Return the fraction of a lifetime cap's divergence that is spent; None for an infinite cap."""
     if math.isinf(cap):
         return None
@@ -68,7 +68,9 @@ def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetim
     require_budget_room(history, policy, plan.cohorts, asked=asked, held=held, now=now)
 
 
-def remaining_divergence(history: History, policy: Policy, now: datetime, *, admitted: Cohorts | None = None) -> float:
+def compute_remaining_divergence(
+    history: History, policy: Policy, now: datetime, *, admitted: Cohorts | None = None
+) -> float:
     """Return the Renyi divergence that the lifetime cap leaves for new runs, at the ledger's order.
 
     The result is the smallest over the cohorts in `admitted` (None: everybody).
@@ -90,7 +92,7 @@ def remaining_runs(
     history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
 ) -> int | None:
     """Return how many more runs at the cost of `plan` the lifetime cap allows; None if any number."""
-    left = remaining_divergence(history, policy, now, admitted=admitted)
+    left = compute_remaining_divergence(history, policy, now, admitted=admitted)
     return filter.max_repeats(plan, left, order=history.order)
 
 
@@ -132,10 +134,10 @@ def require_budget_room(
 def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
     """Return the largest accepted `num_rounds`, up to the proposal's own; 0 if none is accepted."""
 
-    def refused(rounds: int) -> bool:
+    def is_refused(rounds: int) -> bool:
         return not accepts(dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=rounds)))
 
-    return bisect(range(1, proposal.plan.num_rounds + 1), False, key=refused)
+    return bisect(range(1, proposal.plan.num_rounds + 1), False, key=is_refused)
 
 
 def find_min_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:

@@ -28,10 +28,10 @@ from fedtune.privacy.ledger.chain import (
     Head,
     Kind,
     Restored,
-    canonical_json,
     check_chain,
     check_ledger_schema,
     check_signature,
+    to_canonical_json,
 )
 from fedtune.privacy.ledger.history import History
 from fedtune.spec import LEDGER_SCHEMA, ConfigError, RunError
@@ -125,7 +125,7 @@ def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
 def insert_event(file: sqlite3.Connection, event: Event) -> None:
     """Append one event as a row."""
     values = [getattr(event, name) for name in _COLUMNS]
-    values[_COLUMNS.index("detail")] = canonical_json(event.detail).decode()
+    values[_COLUMNS.index("detail")] = to_canonical_json(event.detail).decode()
     values[_COLUMNS.index("kind")] = event.kind.value
     marks = ", ".join("?" * len(_COLUMNS))
     file.execute(f"INSERT INTO events ({', '.join(_COLUMNS)}) VALUES ({marks})", values)
@@ -151,7 +151,7 @@ def _parse_event(row: dict[str, object]) -> Event:
     try:
         detail = parse_json(str(row["detail"]), key="detail", bound="must be JSON")
         # One event has one spelling, or a change of spelling would go unseen.
-        if canonical_json(detail).decode() != row["detail"]:
+        if to_canonical_json(detail).decode() != row["detail"]:
             raise ValueError("detail")
         return Event(**{**row, "kind": Kind(row["kind"]), "detail": detail})  # type: ignore[arg-type]
     except ValueError as error:
@@ -248,7 +248,7 @@ class EventStore:
             "kind": kind,
             "time": max(now, not_before or now).isoformat(),
             "code": __version__,
-            "detail": json.loads(canonical_json(detail)),
+            "detail": json.loads(to_canonical_json(detail)),
             **about,
         }
         hash = Event(**unsigned).hash_after(self.history.hash)

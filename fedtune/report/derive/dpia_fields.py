@@ -118,10 +118,10 @@ def build_report_cells(report: Report) -> Cells:
     return build_cells(known)
 
 
-def facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
+def derive_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Return the fields of `RunFacts` that follow from a run's settings and plan."""
     federation, epsilon = config.federation, config.privacy.epsilon if plan.private else None
-    known = {"name": config.name, "target_epsilon": epsilon, "settings": cell_facts_from_settings(config, plan)}
+    known = {"name": config.name, "target_epsilon": epsilon, "settings": derive_cell_facts(config, plan)}
     judged = {
         "primary_metric": config.primary_metric,
         "checkpoint_selection": federation.checkpoint_selection,
@@ -130,14 +130,14 @@ def facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     return known | judged
 
 
-def provenance_from_settings(config: RunConfig) -> dict[str, str | None]:
+def derive_provenance(config: RunConfig) -> dict[str, str | None]:
     """Return the fields of `Provenance` that follow from a run's settings alone."""
     model, data, purpose = config.model, config.data, config.report.about.purpose
     base = {"model": model.public_path, "model_license": model.license}
     return {**base, "dataset": data.dataset, "task": config.task, "purpose": purpose}
 
 
-def cell_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Value]:
+def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
     """Return the facts in cells that follow from a run's settings."""
     data = config.data
     known: dict[str, Value] = {

@@ -13,7 +13,7 @@ from datetime import datetime
 
 from dp_accounting import DpEvent
 
-from fedtune.formatting import finite, unbounded
+from fedtune.formatting import finite_or_none, infinite_if_none
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, cohort_group_starts, period_number
 from fedtune.privacy.own_release import CHARGED_ONLY
@@ -40,7 +40,10 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
     found = verdicts.ledger_reasons(life, facts.approved, charges=charges, verified=verified, limits_loosened=loosened)
     reasons, capped = list(found), ((run.plan, run.max_epsilon) for run in facts.runs if run.max_epsilon is not None)
     # As it was decided when the run was accepted.
-    if any(accountant.epsilon_if_above([plan.full_event], plan.delta, limit=cap) is not None for plan, cap in capped):
+    if any(
+        accountant.compute_epsilon_if_above([plan.full_event], plan.delta, limit=cap) is not None
+        for plan, cap in capped
+    ):
         reasons.append("above_run_cap")
     verdict = verdicts.judge_site(reasons, spent, source="own_ledger")
     trust = profile.epsilons_by_observer(
@@ -88,28 +91,28 @@ def largest_charges(facts: LedgerFacts, *, period: str | None = None) -> Counter
     """Return all charges of the cohort with the largest divergence; with a `period`, only those of the newest
     entry's period.
     """
-    return _with_largest_divergence(
+    return _pick_largest_divergence(
         facts, [charges_to_cohort(facts, cohort, period=period) for cohort in _cohort_groups(facts)]
     )
 
 
-def _with_largest_divergence(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[DpEvent]:
-    return max(found, key=lambda each: filter.total_divergence(each, facts.order) if len(found) > 1 else 0.0)
+def _pick_largest_divergence(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[DpEvent]:
+    return max(found, key=lambda each: filter.compute_total_divergence(each, facts.order) if len(found) > 1 else 0.0)
 
 
 def charges_to_cohort(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
     """Return all charges of a cohort; None: the charges of all cohorts together."""
-    plans, total, owed = plans_by_run(facts), Counter[DpEvent](), _last_charge_with_lost_rows(facts)
+    plans, total, owed = plans_by_run(facts), Counter[DpEvent](), _find_last_charge_with_lost_rows(facts)
     now = None if period is None else period_number(datetime.fromisoformat(facts.date), period)
     for number, entry in enumerate(facts.charges):
         if period is None or period_number(datetime.fromisoformat(entry.day), period) == now:
-            for charged, admitted in _charges_of_entry(entry, plans, facts.arrivals):
+            for charged, admitted in _iter_entry_charges(entry, plans, facts.arrivals):
                 if cohort is None or admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
                     total.update(charged)
     return events.count_mechanisms(total)
 
 
-def _last_charge_with_lost_rows(facts: LedgerFacts) -> int:
+def _find_last_charge_with_lost_rows(facts: LedgerFacts) -> int:
     """Return the index of the last charge after which arrival rows were lost; -1 if none were.
 
     The oldest cohort is also charged for this entry and all entries before it.
@@ -122,11 +125,11 @@ def _cohort_groups(facts: LedgerFacts) -> list[int]:
     said = {one for entry in facts.charges for one in entry.lost_cohorts or () if one}
     lost = [Cohorts.from_text(one, facts.arrivals) for one in said if facts.arrivals]
     return cohort_group_starts(
-        [*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_last_charge_with_lost_rows(facts) >= 0
+        [*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_find_last_charge_with_lost_rows(facts) >= 0
     )
 
 
-def _charges_of_entry(
+def _iter_entry_charges(
     entry: ChargedRounds, plans: Mapping[str, Plan], arrivals: Calendar | None
 ) -> Iterator[tuple[Counter[DpEvent], Cohorts | None]]:
     """Yield the charges of an entry, each with the cohorts that they apply to (None: everybody)."""
@@ -140,7 +143,7 @@ def _charges_of_entry(
 
 
 def _epsilon_by_filter(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
-    return finite(filter.epsilon_filter(charged, order=facts.order, delta=facts.delta))
+    return finite_or_none(filter.epsilon_filter(charged, order=facts.order, delta=facts.delta))
 
 
 def rounds_by_run(facts: LedgerFacts) -> Mapping[str, int]:
@@ -188,8 +191,8 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
         one + events.count_mechanisms([event for admitted, event in held if admitted is None or cohort in admitted])
         for cohort, one in zip(begins, spent, strict=True)
     ]
-    charged, most = _with_largest_divergence(facts, spent), _with_largest_divergence(facts, taken)
-    left, each = _divergence_left(facts, most), filter.total_divergence([facts.reference.event], facts.order)
+    charged, most = _pick_largest_divergence(facts, spent), _pick_largest_divergence(facts, taken)
+    left, each = _divergence_left(facts, most), filter.compute_total_divergence([facts.reference.event], facts.order)
     return Lifetime(
         order=facts.order,
         epsilon=_epsilon_by_filter(facts, charged),
@@ -240,7 +243,7 @@ def _divergence_left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | Non
     if facts.approved.max_epsilon is None:
         return None
     room = filter.max_divergence(facts.approved.max_epsilon, order=facts.order, delta=facts.delta)
-    return max(0.0, room - filter.total_divergence(taken, facts.order))
+    return max(0.0, room - filter.compute_total_divergence(taken, facts.order))
 
 
 def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]:
@@ -254,23 +257,25 @@ def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]
     totals, plans, owed = (
         dict.fromkeys(_cohort_groups(facts), 0.0),
         plans_by_run(facts),
-        _last_charge_with_lost_rows(facts),
+        _find_last_charge_with_lost_rows(facts),
     )
     last = {entry.run: number for number, entry in enumerate(charges)}
     of_cohorts = [one.epsilon for one in life.cohorts or ()]
     each, made = (
-        {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()},
+        {run: filter.compute_total_divergence([plan.event()], order) for run, plan in plans.items()},
         list[EpsilonStep](),
     )
 
     def figure(total: float, at_last: float | None) -> float | None:
         if number == len(charges) - 1 or not total:
             return at_last if total else 0.0
-        return finite(min(unbounded(at_last), max(0.0, total + filter.epsilon_conversion_term(order, delta))))
+        return finite_or_none(
+            min(infinite_if_none(at_last), max(0.0, total + filter.epsilon_conversion_term(order, delta)))
+        )
 
     for number, entry in enumerate(charges):
-        for charged, admitted in _charges_of_entry(entry, plans, facts.arrivals):
-            cost = each[entry.run] * entry.rounds if entry.run else filter.total_divergence(charged, order)
+        for charged, admitted in _iter_entry_charges(entry, plans, facts.arrivals):
+            cost = each[entry.run] * entry.rounds if entry.run else filter.compute_total_divergence(charged, order)
             for cohort in totals:
                 if admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
                     totals[cohort] += cost

@@ -27,7 +27,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism,
 from scipy.optimize import minimize_scalar
 
 from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
-from fedtune.formatting import finite, unbounded
+from fedtune.formatting import finite_or_none, infinite_if_none
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
 from fedtune.privacy.distributed_noise import Epsilons
@@ -187,7 +187,7 @@ def hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> fl
     return max(false_alarms, min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta, other_way, 1.0))
 
 
-def right_of_100_ceiling(epsilon: float, delta: float) -> float:
+def bound_right_of_100_by_epsilon(epsilon: float, delta: float) -> float:
     """Bound how many of 100 guesses about membership are right if half of the records were used; 50 is coin-tossing."""
     factor = _inverse_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
     return 100 * (1 + delta * factor) / (1 + factor)
@@ -214,8 +214,11 @@ def bound_right_guesses_for_several(
         delta: the report's delta.
         members: number of the person's records.
     """
-    found = [50 + members * (right - 50), right_of_100_ceiling(*group_privacy(epsilon, delta, members=members))]
-    by_mixture = None if spent is None else _bound_by_mixture(_sorted_mechanisms(spent), members)
+    found = [
+        50 + members * (right - 50),
+        bound_right_of_100_by_epsilon(*group_privacy(epsilon, delta, members=members)),
+    ]
+    by_mixture = None if spent is None else _bound_by_mixture(_sort_mechanisms(spent), members)
     return min(100.0, *found, *([] if by_mixture is None else [by_mixture]))
 
 
@@ -277,17 +280,17 @@ def pld_interval(source: Source) -> float:
 
 def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COARSE) -> float | None:
     """Compute epsilon at `delta` with PLD accounting, from cached compositions; None: unbounded."""
-    return _epsilon_pld(_sorted_mechanisms(spent), delta, interval)
+    return _epsilon_pld(_sort_mechanisms(spent), delta, interval)
 
 
 @lru_cache(maxsize=1024)  # most sites of a run were charged alike
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | None:
-    return finite(accountant.epsilon_pld(dict(counted), delta, interval=interval))
+    return finite_or_none(accountant.epsilon_pld(dict(counted), delta, interval=interval))
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
     """Compute epsilon at `delta` with RDP accounting; None: unbounded."""
-    return finite(accountant.compose_rdp(_sorted_mechanisms(spent))(delta))
+    return finite_or_none(accountant.compose_rdp(_sort_mechanisms(spent))(delta))
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
@@ -320,7 +323,7 @@ def bound_hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
     and
     Su 2019, arXiv 1905.02383, Section 2.3).
     """
-    return _bound_hit_rate_cached(_sorted_mechanisms(spent), false_alarms)
+    return _bound_hit_rate_cached(_sort_mechanisms(spent), false_alarms)
 
 
 @lru_cache(maxsize=256)
@@ -333,12 +336,12 @@ def _bound_hit_rate_cached(counted: Counted, false_alarms: float) -> float | Non
     return max(false_alarms, min(1.0, more_alarms, fewer_misses))
 
 
-def right_of_100(spent: Spent) -> float | None:
+def bound_right_of_100(spent: Spent) -> float | None:
     """Bound how many of 100 guesses about membership are right if half of the records were used; None: unbounded.
 
     The best attack is right with probability (1 + delta) / 2, where delta is the mechanism's own at epsilon 0.
     """
-    own = _pld(_sorted_mechanisms(spent), accountant.COARSE)
+    own = _pld(_sort_mechanisms(spent), accountant.COARSE)
     return None if math.isinf(own.epsilon(0.5)) else 50 * (1 + own.delta(0.0))
 
 
@@ -356,7 +359,7 @@ def compute_meaning(
     The mechanism's curve only bounds attacks if all charges were `fixed` beforehand.  `others` is the result of
     `charges_if_others_collude`.
     """
-    stated, known = unbounded(epsilon), spent if fixed else None
+    stated, known = infinite_if_none(epsilon), spent if fixed else None
     right, by_mechanism = _bound_right_guesses(known, stated, delta)
     best = right if by_mechanism is None else by_mechanism
     for_several = partial(bound_right_guesses_for_several, known, best, epsilon=stated, delta=delta)
@@ -368,7 +371,7 @@ def compute_meaning(
         rates.append(Ceiling(given=alarms, ceiling=ceiling, mechanism=found))
     if others is not None:
         told, of_told = others
-        bounds = _bound_right_guesses(told if fixed and of_told is not None else None, unbounded(of_told), delta)
+        bounds = _bound_right_guesses(told if fixed and of_told is not None else None, infinite_if_none(of_told), delta)
         with_all_others = min(bound for bound in bounds if bound is not None)
     return Meaning(
         right_of_100_ceiling=right,
@@ -386,7 +389,7 @@ def _bound_right_guesses(spent: Spent | None, epsilon: float, delta: float) -> t
     """Bound the right guesses of 100 from (epsilon, delta), and by the mechanism's curve (None: charges were not
     fixed).
     """
-    ceiling, found = right_of_100_ceiling(epsilon, delta), None if spent is None else right_of_100(spent)
+    ceiling, found = bound_right_of_100_by_epsilon(epsilon, delta), None if spent is None else bound_right_of_100(spent)
     # Both bound the same attack; the coarse grid may say a little more than a ceiling from a finer one.
     return ceiling, None if found is None else min(found, ceiling)
 
@@ -408,7 +411,7 @@ def _minimize_bound(bound: Callable[[float], float]) -> float:
     return min(float(found.fun), bound(0.0))
 
 
-def _sorted_mechanisms(spent: Spent) -> Counted:
+def _sort_mechanisms(spent: Spent) -> Counted:
     """Sort the mechanisms, so that equal histories give equal figures to the last digit."""
     pairs = events.count_mechanisms(spent).items()
     return tuple(sorted(pairs, key=lambda pair: json.dumps(events.to_json(pair[0]), sort_keys=True)))

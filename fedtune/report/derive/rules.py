@@ -28,7 +28,10 @@ _Found = tuple[str, Status, str]
 _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_batch_invariance.py; allow.inexact_gradients=false; docs/guarantee.md"
-_UPDATES = {False: "updates", True: "masked_updates"}  # code of a site's updates, by whether a secure sum masks them
+_UPDATES = {
+    False: "updates",
+    True: "masked_updates",
+}  # code of a site's updates, by whether secure aggregation masks them
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
@@ -107,7 +110,7 @@ def add_meaning(
 
 def list_assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     """Return the assumptions on which the guarantee depends, violated ones first."""
-    found = _run_assumptions(facts, sites) if isinstance(facts, RunFacts) else _ledger_assumptions(facts, sites[0])
+    found = _run_assumptions(facts, sites) if isinstance(facts, RunFacts) else _list_ledger_assumptions(facts, sites[0])
     # An inconsistent ledger is evidence of nothing, not even of its site's assertions.
     shows = isinstance(facts, RunFacts) or facts.verification is not None
     made = [
@@ -120,8 +123,8 @@ def list_assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumpt
 def _run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     """Yield the assumptions of a run, as its lead knows them: code, status, evidence."""
     said = {site.site: site.statement for site in facts.sites if site.statement}
-    yield from _mechanism_assumptions(facts, sites, said=[*said])
-    yield from _figure_assumptions(facts, sites, asserted={site: one.asserted for site, one in said.items()})
+    yield from _list_mechanism_assumptions(facts, sites, said=[*said])
+    yield from _list_figure_assumptions(facts, sites, asserted={site: one.asserted for site, one in said.items()})
     # Whether the lead holds a signed receipt from every site that was charged.
     if unsigned := [one.site for one in sites if one.source == "not_released" and one.spent.rounds]:
         yield "receipts_signed", "assumed", ", ".join(unsigned)
@@ -152,7 +155,9 @@ def _run_assumptions(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_
         yield "sites_run_their_own_software", "assumed", "tests/deployment"
 
 
-def _mechanism_assumptions(facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequence[str]) -> Iterator[_Found]:
+def _list_mechanism_assumptions(
+    facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequence[str]
+) -> Iterator[_Found]:
     """Yield the assumptions on the mechanism, as recorded by a simulation's process or stated in real sites' signed
     reports.
     """
@@ -191,7 +196,7 @@ def _mechanism_assumptions(facts: RunFacts, sites: Sequence[SiteReport], *, said
         yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
 
 
-def _figure_assumptions(
+def _list_figure_assumptions(
     facts: Facts, sites: Sequence[SiteReport], *, asserted: Mapping[str, Mapping[str, bool]]
 ) -> Iterator[_Found]:
     """Yield the assumptions that follow from the sites' figures and from what some sites have `asserted`."""
@@ -215,7 +220,7 @@ def _figure_assumptions(
     yield "units_at_one_site_only", status, ", ".join(denied or silent or said)
 
 
-def _ledger_assumptions(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
+def _list_ledger_assumptions(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
     program, life = f"fedtune {', '.join(facts.provenance.fedtune_version.split(' / '))}", site.lifetime
     assert life is not None, "a ledger's report has its figures"
     without = [row.run for row in site.mechanisms if row.noise_multiplier == 0]
@@ -237,7 +242,7 @@ def _ledger_assumptions(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found
         yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients: true; docs/guarantee.md"
     else:
         yield "clipping_exact", *ensured(_EXACT)
-    yield from _figure_assumptions(facts, [site], asserted={facts.site: facts.asserted})
+    yield from _list_figure_assumptions(facts, [site], asserted={facts.site: facts.asserted})
     if (found := facts.verification) is None:
         yield "ledger_intact", "violated", facts.problem
     else:

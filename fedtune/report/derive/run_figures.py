@@ -11,7 +11,7 @@ from dp_accounting import GaussianDpEvent
 
 from fedtune.federation.drift import detect_score_drop
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
-from fedtune.formatting import finite, unbounded
+from fedtune.formatting import finite_or_none, infinite_if_none
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
@@ -134,7 +134,7 @@ def _derive_steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iter
         shown = min(most, math.ceil(max(0, most - later) / every) * every)
         if shown not in epsilons:
             found = profile.epsilon_pld(profile.count_charged_events(plan, shown), plan.delta)
-            epsilons[shown] = finite(min(unbounded(final), unbounded(found)))
+            epsilons[shown] = finite_or_none(min(infinite_if_none(final), infinite_if_none(found)))
         yield EpsilonStep(run=facts.run, round=result.round, time=result.ended or None, epsilon=epsilons[shown])
 
 

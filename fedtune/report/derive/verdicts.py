@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import unbounded
+from fedtune.formatting import infinite_if_none
 from fedtune.report.derive import profile
 from fedtune.report.facts import (
     Approved,
@@ -97,7 +97,7 @@ def run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str
 
     The plan was fixed, so the epsilon of the whole plan is a proof regardless of what ended the run.
     """
-    of_spending = _true_codes(
+    of_spending = _iter_true_codes(
         no_noise=spent.epsilon is None,
         seeded_noise=facts.seeded_noise,
         above_target=exceeds_cap(spent.epsilon, facts.target_epsilon),
@@ -107,7 +107,7 @@ def run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str
         sampling_not_recorded=sampling is None,
     )
     yield from of_spending if spent.rounds > 0 else ["nothing_spent"]
-    yield from _true_codes(
+    yield from _iter_true_codes(
         began_in_an_adapter=facts.provenance.start_adapter is not None,
         configuration_changed=not facts.unchanged,
     )
@@ -121,7 +121,7 @@ def ledger_reasons(
     `charges` is the number of charges in the ledger, counted as in `Cap.charges_before`.
     """
     something = life.epsilon != 0
-    yield from _true_codes(
+    yield from _iter_true_codes(
         ledger_not_verified=not verified,
         ledger_in_doubt=life.in_doubt,
         seeded_noise=life.seeded,
@@ -136,13 +136,13 @@ def ledger_reasons(
     )
 
 
-def _true_codes(**known: bool) -> Iterator[str]:
+def _iter_true_codes(**known: bool) -> Iterator[str]:
     yield from (code for code, is_so in known.items() if is_so)
 
 
 def exceeds_cap(epsilon: float | None, cap: float | None) -> bool:
     """Whether an epsilon exceeds a cap by more than rounding errors; None means an unbounded epsilon, or no cap."""
-    return cap is not None and unbounded(epsilon) > cap * (1 + _LAST_DIGITS)
+    return cap is not None and infinite_if_none(epsilon) > cap * (1 + _LAST_DIGITS)
 
 
 def read_audit(folder: Path) -> Audit | None:
@@ -169,7 +169,7 @@ def apply_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: boo
     """
     if audit is None:
         return tuple(_remove_guarantee(site, "holds_canaries") if marked else site for site in sites)
-    places = {bound.site for bound in refuted_bounds(audit, sites)}
+    places = {bound.site for bound in list_refuted_bounds(audit, sites)}
     # A bound over all sites together denies each site's claim.
     everywhere = None in places or (audit.exceeded and not places)
     made: list[SiteReport] = []
@@ -183,7 +183,7 @@ def apply_audit(sites: Sequence[SiteReport], audit: Audit | None, *, marked: boo
     return tuple(made)
 
 
-def refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
+def list_refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
     """Return the bounds whose counts refute the claimed epsilon; if a site's report claims less, that claim is tested.
 
     All bounds are tested at once, so each needs more confidence than it would alone.
@@ -237,5 +237,5 @@ def find_audit_problems(report: Report) -> Iterator[Problem]:
             found = audit_bound.epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
             if not abs(getattr(bound, key) - found) <= _AUDIT_DIGITS * max(1.0, found):
                 yield Problem(f"{where}.{key}", getattr(bound, key), found)
-    if not audit.exceeded and refuted_bounds(audit, report.sites):
+    if not audit.exceeded and list_refuted_bounds(audit, report.sites):
         yield Problem("audit.exceeded", False, True)

@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedtune.extras import require_extra
-from fedtune.formatting import score_words, spoken
+from fedtune.formatting import format_score_name, group_hex
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
 from fedtune.report.derive.dpia_fields import KINDS
@@ -32,7 +32,7 @@ from fedtune.report.model import Report
 from fedtune.report.page.tables import Charts, TableColumn
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words, page_layout, pointer
-from fedtune.show.lines import shortened
+from fedtune.show.lines import shorten_middle
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 FONTS = Path(__file__).parent / "fonts"
@@ -63,23 +63,23 @@ def render(
         template_environment()
         .get_template("report.html.j2")
         .render(
-            _template_values(words),
+            _collect_template_values(words),
             fillable=fillable,
             notice=notice,
             again_s=again_s,
             figure=words.figure,
             code=words.code,
             # By the beginning that two people compare.
-            key_begins=spoken(report.signature.key[:16]) if report.signature else "",
-            model=model and (model[0], spoken(model[1][:16])),
-            fields_of=partial(fields_of, words),
-            short=lambda name, most=28: shortened(name, most),
+            key_begins=group_hex(report.signature.key[:16]) if report.signature else "",
+            model=model and (model[0], group_hex(model[1][:16])),
+            fields_of=partial(list_fields, words),
+            short=lambda name, most=28: shorten_middle(name, most),
             banner=Markup(" ").join(words.code("banner", code) for code in report.banners),
         )
     )
 
 
-def _template_values(words: Words) -> dict[str, Any]:
+def _collect_template_values(words: Words) -> dict[str, Any]:
     """Return the values that the templates of the page and of the label share."""
     report, language = words.report, words.catalog.language
     of_report = {"report": report, "facts": report.facts, "digest": signing.report_digest(report)}
@@ -100,8 +100,8 @@ def template_environment() -> Environment:
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
     made.globals |= {"css_string": css_string, "pointer": pointer, "parts": page_layout(), "tiers_source": TIERS_SOURCE}
     made.globals |= {
-        "spoken": score_words,
-        "plain": _printable_text,
+        "format_score_name": format_score_name,
+        "plain": _to_printable_text,
         "short": _shorten_name,
         "wrapped": _wrap_label_text,
         "said_in": _extract_label_text,
@@ -168,7 +168,7 @@ def _weasyprint() -> Any:
         raise ConfigError("--pdf", NOT_GIVEN, bound) from None
 
 
-def fields_of(words: Charts, group: str) -> list[Mapping[str, Any]]:
+def list_fields(words: Charts, group: str) -> list[Mapping[str, Any]]:
     """List the fields of a group in the report's order: name, `known` cells, and cells that are `open` for the site.
 
     A cell has a state and a list of facts, each with its label and its text.
@@ -201,7 +201,7 @@ def render_label(report: Report, *, language: str) -> str:
         template_environment()
         .get_template("label.svg.j2")
         .render(
-            _template_values(words),
+            _collect_template_values(words),
             figure=words.catalog.figure,
             reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
             data=report.known.get("dataset"),
@@ -217,7 +217,7 @@ def render_personalized_label(site: str, run: str) -> str:
 
 def _shorten_name(name: str, most: int = 32) -> str:
     """Shorten a name so that it fits into a line of the label."""
-    return shortened(name, most)
+    return shorten_middle(name, most)
 
 
 def _extract_label_text(marks: str) -> Markup:
@@ -229,7 +229,7 @@ def _wrap_label_text(text: str, size: float, width: float, *, font: str = "plain
     """Break a text into lines of a given width; text beyond `most` lines is replaced by an ellipsis."""
     lines: list[str] = []
     size *= 1.12 if font == "bold" else 1.0
-    for word in _printable_text(text).split(" "):
+    for word in _to_printable_text(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word
         each = (0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in longer)
         if lines and sum(each) * size <= width:  # about, and rather too wide
@@ -239,7 +239,7 @@ def _wrap_label_text(text: str, size: float, width: float, *, font: str = "plain
     return [*lines[: most - 1], f"{lines[most - 1]} …"] if len(lines) > most else lines
 
 
-def _printable_text(text: str) -> str:
+def _to_printable_text(text: str) -> str:
     """Turn a text or a name into printable characters on one line."""
     unescaped = text.unescape() if isinstance(text, Markup) else text
     return "".join(letter if letter.isprintable() else " " for letter in unescaped).replace("\N{SOFT HYPHEN}", "")

@@ -11,13 +11,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedtune.formatting import score_words
+from fedtune.formatting import format_score_name
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts
 from fedtune.report.page.translations import Catalog
 from fedtune.report.page.view import Words, count_of_rows, group_by_key, page_layout, pointer, pointer_name
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
-from fedtune.show.lines import shortened
+from fedtune.show.lines import shorten_middle
 
 MOST_ROWS = 40  # rows of a table on the page; report.json holds the others
 PAGE_ONE_SITES = 8  # sites on page 1, the least favorable first; later tables list each
@@ -30,7 +30,7 @@ _SITE = "@sites/site"
 _PLAIN, _CODE, _COMMA = Markup("{}").format, Markup("<code>{}</code>").format, Markup(", ")
 _TEXTS: Mapping[str, Callable[[Catalog, str, Any], Markup]] = {
     "text": lambda words, of, value: _PLAIN(", ".join(value) if isinstance(value, list) else value),
-    "name": lambda words, of, value: _PLAIN(shortened(value, _LONGEST_NAME)),
+    "name": lambda words, of, value: _PLAIN(shorten_middle(value, _LONGEST_NAME)),
     "hash": lambda words, of, value: _CODE(value),
     "key": lambda words, of, value: Markup('<code title="{}">{}</code>').format(value, value[:_KEY_DIGITS] + "…"),
     "json": lambda words, of, value: _CODE(json.dumps(value, separators=(",", ":"))),
@@ -41,7 +41,7 @@ _TEXTS: Mapping[str, Callable[[Catalog, str, Any], Markup]] = {
         f"{name}: {words.figure(one, 'count')}" for name, one in value.items()
     ),
     "scores": lambda words, of, value: _COMMA.join(
-        f"{score_words(name)} {words.figure(one, 'score')}" for name, one in value.items()
+        f"{format_score_name(name)} {words.figure(one, 'score')}" for name, one in value.items()
     ),
     "code": lambda words, of, value: words.listed(of, value) if isinstance(value, list) else words.code(of, value),
     "yes_no": lambda words, of, value: words.text("word.yes" if value else "word.no"),
@@ -106,7 +106,7 @@ class Charts(Words):
         elif column.at.startswith("/"):
             pointer = column.at.replace("*", row.rpartition("/")[2])
         if column.at == "#":
-            return Markup("{}").format(score_words(pointer_name(row)))
+            return Markup("{}").format(format_score_name(pointer_name(row)))
         kind, of = column.kind.removesuffix("?"), self.at(column.at.removesuffix("/*")) if "*" in column.at else ()
         is_there = not isinstance(of, dict) or pointer_name(row) in of
         found = self.at(pointer, absent=_ABSENT) if is_there else _ABSENT
@@ -206,7 +206,7 @@ class Charts(Words):
         """Build the table of scores by round, with the epsilon spent up to each round."""
         names, spent = self.score_names(), TableColumn("utility.epsilon", "/utility/epsilons/*", "epsilon")
         scores = [
-            TableColumn(score_words(name), pointer("metrics", name)[1:], "score", is_named=True) for name in names
+            TableColumn(format_score_name(name), pointer("metrics", name)[1:], "score", is_named=True) for name in names
         ]
         columns = [TableColumn("page.round", "round", "count"), *scores, spent]
         return self.table(self.text("utility.caption"), columns, self.rows(_ROUNDS))
@@ -272,17 +272,19 @@ class Charts(Words):
         levels = [] if before is None else [(before, self.text("utility.before").unescape(), BEFORE)]
         round_, ends = self.text("page.round").unescape(), dict.fromkeys((found[0], found[-1])) if found else ()
         panel = Panel(
-            series=[Series(points=[one[:2] for one in found], number=0, label=score_words(name))] if found else [],
+            series=[Series(points=[one[:2] for one in found], number=0, label=format_score_name(name))]
+            if found
+            else [],
             levels=levels,
             notes=[(x, y, f"{round_} {number}") for x, y, number in ends],
             x=self._chart_text("axis_epsilon"),
-            y=shortened(score_words(name), 30),
+            y=shorten_middle(format_score_name(name), 30),
             from_zero=False,
         )
         scored, seen = [row + score for row in rows if self.at(row + score) is not None], None
         if found and len(scored) > 1:
             first, last = (self.figure(place, "score") for place in (scored[0], scored[-1]))
-            seen = self.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
+            seen = self.text("chart.moved", name=shorten_middle(format_score_name(name), 30), first=first, last=last)
         return self._add_chart("utility", self.by_round(), panel, seen=seen)
 
     def reliability(self) -> Table:

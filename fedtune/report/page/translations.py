@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from fedtune.privacy.accountant import format_epsilon, format_factor
 from fedtune.show.budget_text import ArrivalRange
-from fedtune.show.lines import power_of_ten
+from fedtune.show.lines import format_power_of_ten
 from fedtune.spec import check_one_of
 
 LANGUAGES = ("en", "de")
@@ -125,7 +125,10 @@ class Catalog:
         """Format a number without an exponent, or as 1.5 × 10⁻⁹ if it is tiny."""
         if value and abs(value) < _SMALLEST_PLAIN:
             power = value.adjusted()
-            return self._localize_marks(f"{value.scaleb(-power).normalize():f}") + f" {_TIMES} {power_of_ten(power)}"
+            return (
+                self._localize_marks(f"{value.scaleb(-power).normalize():f}")
+                + f" {_TIMES} {format_power_of_ten(power)}"
+            )
         whole = value.to_integral_value()
         return self._localize_marks(f"{whole:,f}" if whole == value else f"{value.normalize():,f}")
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 
 from fedtune.federation.drift import FELL
-from fedtune.formatting import unbounded
+from fedtune.formatting import infinite_if_none
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
 from fedtune.report.derive.dpia_fields import format_rank
@@ -23,7 +23,7 @@ from fedtune.report.model import Assumption, Report
 from fedtune.report.page.translations import MOST_RIGHT, Catalog
 from fedtune.show.budget_text import ArrivalRange, merge_adjacent
 from fedtune.show.drawing import MOST_LINES
-from fedtune.show.lines import shortened
+from fedtune.show.lines import shorten_middle
 
 One = TypeVar("One")
 _LONGEST_IN_CHART = 18
@@ -46,7 +46,7 @@ class Words:
         self.room, self.result = explain_missing_room(report), report_outcome(report)
         self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
         self.band = strength_band(report.epsilon if self.promises else None)
-        # A secure sum is part of it, whose noise several sites made together.
+        # Secure aggregation is part of it, whose noise several sites made together.
         self.shared = any(one.shared for site in report.sites for one in site.mechanisms)
         # The figures of a ledger's people by when they came; none where one figure is everybody's.
         life = report.sites[0].lifetime
@@ -55,7 +55,9 @@ class Words:
         self.audit = None if isinstance(facts, LedgerFacts) else facts.audit
         at_most = [] if isinstance(facts, LedgerFacts) else [facts.is_upper_bound(site) for site in facts.sites]
         self.silent = {f"/sites/{n}" for n, is_so in enumerate(at_most) if is_so}
-        figures = ((unbounded(one.spent.epsilon), unbounded(one.spent.epsilon_pld)) for one in report.sites)
+        figures = (
+            (infinite_if_none(one.spent.epsilon), infinite_if_none(one.spent.epsilon_pld)) for one in report.sites
+        )
         losses = {f"/sites/{n}": both for n, both in enumerate(figures)}
         # The site that the headline's epsilon is of; of several, the first that signed for it.
         self.worst = max(losses, key=lambda site: (losses[site], site not in self.silent))
@@ -115,7 +117,7 @@ class Words:
         """Label a chart's line that several sites share, since their values are equal; `of` is the number of all
         sites.
         """
-        name = shortened(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
+        name = shorten_middle(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
         if len(sites) == 1:
             return Markup("{}").format(name)
         if len(sites) == of:
@@ -231,7 +233,7 @@ class Words:
 
     def of_whom(self) -> Markup | None:
         """Describe when the people joined who have the largest figure; None if everybody has the same."""
-        epsilons = {place: unbounded(one.epsilon) for place, one in enumerate(self.cohorts)}
+        epsilons = {place: infinite_if_none(one.epsilon) for place, one in enumerate(self.cohorts)}
         if admitted := self.report.admits:
             return self.text("label.others_none", dates=admitted.dates)
         if len(set(epsilons.values())) < 2:

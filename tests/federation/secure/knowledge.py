@@ -77,17 +77,17 @@ class Knowledge:
                     found.add(seed.to_bytes(32))
         return found
 
-    def readable(self) -> list[dict[int, int]]:
+    def find_readable_sums(self) -> list[dict[int, int]]:
         """A basis, in reduced form, of the combinations of uploads whose masks are all known: coefficient by upload."""
         known, rows = self.seeds(), list[dict[str | int, int]]()
         for number, one in enumerate(self.sent):
             unknown = {
-                seed.hex(): _coefficient(one.site, other, seed)
+                seed.hex(): _mask_sign(one.site, other, seed)
                 for other, seed in one.seeds.items()
                 if seed not in known and other not in self.colluders
             }
             rows.append({**{mask: sign for mask, sign in unknown.items() if sign}, number: 1})
-        return _kernel(rows)
+        return _find_kernel(rows)
 
     def read(self, combination: Mapping[int, int]) -> npt.NDArray[np.int64]:
         """What the adversary learns of a readable combination: the bytes without the masks that it knows.
@@ -104,7 +104,7 @@ class Knowledge:
         return to_signed_integers(reduce_residues(total, self.bits), self.bits)
 
 
-def _coefficient(site: str, other: str, seed: bytes) -> int:
+def _mask_sign(site: str, other: str, seed: bytes) -> int:
     """+1, -1 or 0: how a mask enters the upload of a site."""
     alone, stream = sum_masks(site, {other: seed}, length=4), sum_masks("a", {"a": seed}, length=4)
     if not alone.any():
@@ -112,7 +112,7 @@ def _coefficient(site: str, other: str, seed: bytes) -> int:
     return 1 if np.array_equal(alone, stream) else -1
 
 
-def _kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
+def _find_kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
     """Combinations of rows in which no text is left, in reduced form, with coefficients next to zero.
 
     By Gauss over a prime field, where texts come before numbers.
@@ -120,10 +120,10 @@ def _kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
     done: list[tuple[str | int, dict[str | int, int]]] = []
     for row in rows:
         for pivot, other in done:
-            row = _minus(row, other, row.get(pivot, 0))
+            row = _subtract_row(row, other, row.get(pivot, 0))
         pivot = next((name for name in row if isinstance(name, str)), None) or min(row)  # type: ignore[type-var]
-        row = _minus({}, row, -pow(row[pivot], -1, PRIME))
-        done = [(at, _minus(other, row, other.get(pivot, 0))) for at, other in done]
+        row = _subtract_row({}, row, -pow(row[pivot], -1, PRIME))
+        done = [(at, _subtract_row(other, row, other.get(pivot, 0))) for at, other in done]
         done.append((pivot, row))
     return [
         {at: (value + PRIME // 2) % PRIME - PRIME // 2 for at, value in row.items() if isinstance(at, int)}
@@ -132,20 +132,20 @@ def _kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
     ]
 
 
-def _minus(row: dict[Any, int], other: dict[Any, int], factor: int) -> dict[Any, int]:
+def _subtract_row(row: dict[Any, int], other: dict[Any, int], factor: int) -> dict[Any, int]:
     keys = {**row, **other}
     values = {key: (row.get(key, 0) - factor * other.get(key, 0)) % PRIME for key in keys}
     return {key: value for key, value in values.items() if value}
 
 
 @contextmanager
-def watched() -> Iterator[list[dict[str, bytes]]]:
+def watch_seeds() -> Iterator[list[dict[str, bytes]]]:
     """The seeds of every mask that a site adds while this lasts."""
     seen: list[dict[str, bytes]] = []
 
-    def watching(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
+    def record_seeds(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
         seen.append(dict(seeds))
         return sum_masks(site, seeds, length=length)
 
-    with patch.object(party, "sum_masks", watching):
+    with patch.object(party, "sum_masks", record_seeds):
         yield seen

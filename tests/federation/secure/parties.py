@@ -1,4 +1,4 @@
-"""A run's sites and lead in one process, for tests that take any step of a secure sum in any order."""
+"""A run's sites and lead in one process, for tests that take any step of secure aggregation in any order."""
 
 import hashlib
 import json
@@ -18,18 +18,18 @@ from fedtune.federation.secure.messages import CONFIRMATION, ConfirmRequest, Unm
 from fedtune.federation.secure.party import Party, SumConfirmation
 from fedtune.federation.secure.summation import Summation, build_session
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.chain import canonical_json
+from fedtune.privacy.ledger.chain import to_canonical_json
 
 LARGEST, LENGTH = 1 << 20, 4
 ANY = partial(require_terms, least_sites=2, least_threshold=2)
 
 
-def identity(site: str) -> SigningKey:
+def make_identity(site: str) -> SigningKey:
     return SigningKey(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(site.encode()).digest()))
 
 
-def terms_of(num_sites: int, threshold: int, **changes: Any) -> Terms:
-    members = {site: identity(site).public for site in "abcdefghijklmnopqrst"[:num_sites]}
+def make_terms(num_sites: int, threshold: int, **changes: Any) -> Terms:
+    members = {site: make_identity(site).public for site in "abcdefghijklmnopqrst"[:num_sites]}
     fields = {"run": "r", "proposal": "0" * 64, "members": members, "threshold": threshold, "length": LENGTH}
     return Terms(**{**fields, "largest": LARGEST, **changes})
 
@@ -53,7 +53,7 @@ class Federation:
         """A site's new process: nothing of the old one's memory is left."""
         kept = self.kept.setdefault(site, [])
         about = {"terms": self.terms, "roster": self.terms.members, "demand": self.demand}
-        self.parties[site] = Party(site, identity=identity(site), keep=kept.append, **about)
+        self.parties[site] = Party(site, identity=make_identity(site), keep=kept.append, **about)
         return self.parties[site]
 
     def set_up(self) -> None:
@@ -67,7 +67,7 @@ class Federation:
         """A power of two for each site, so that a sum tells whose vectors are in it."""
         return np.full(self.terms.length, 1 << self.terms.sites.index(site))
 
-    def uploaded(self, release: int, sites: Collection[str]) -> Summation:
+    def start_release(self, release: int, sites: Collection[str]) -> Summation:
         """A release to which these sites have uploaded."""
         summation = Summation(self.session, release=release)
         for site in sites:
@@ -94,25 +94,25 @@ class Federation:
     def asked(self, release: int, survivors: Sequence[str]) -> ConfirmRequest:
         return ConfirmRequest(session=self.session.digest, release=release, survivors=list(survivors))
 
-    def forged(self, asked: ConfirmRequest, signers: Collection[str], sealed: dict[str, str]) -> bytes:
+    def forge_question(self, asked: ConfirmRequest, signers: Collection[str], sealed: dict[str, str]) -> bytes:
         """A question for shares with signatures of these sites, whoever made them."""
-        signatures = {site: identity(site).sign(CONFIRMATION, asked.to_bytes()) for site in signers}
+        signatures = {site: make_identity(site).sign(CONFIRMATION, asked.to_bytes()) for site in signers}
         about = {"session": asked.session, "release": asked.release, "survivors": asked.survivors}
         return UnmaskRequest(**about, confirmations=signatures, sealed=sealed).to_bytes()
 
 
-def changed(message: bytes, **fields: Any) -> bytes:
-    return canonical_json({**json.loads(message), **fields})
+def change_message(message: bytes, **fields: Any) -> bytes:
+    return to_canonical_json({**json.loads(message), **fields})
 
 
-def resigned(answer: bytes, **fields: Any) -> bytes:
+def resign_answer(answer: bytes, **fields: Any) -> bytes:
     """A site's shares with other fields, as the site itself would say them."""
-    unsigned = changed(answer, **fields, signature="")
-    return changed(unsigned, signature=identity(json.loads(answer)["site"]).sign(SHARES, unsigned))
+    unsigned = change_message(answer, **fields, signature="")
+    return change_message(unsigned, signature=make_identity(json.loads(answer)["site"]).sign(SHARES, unsigned))
 
 
 @contextmanager
-def rejected(reason: Wrong) -> Iterator[Any]:
+def expect_rejection(reason: Wrong) -> Iterator[Any]:
     with pytest.raises(Rejected) as error:
         yield error
     assert error.value.wrong is reason

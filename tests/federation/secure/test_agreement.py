@@ -17,7 +17,7 @@ from fedtune.federation.secure.summation import build_session
 from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError
 
-from .parties import ANY, Federation, changed, identity, rejected, terms_of
+from .parties import ANY, Federation, change_message, expect_rejection, make_identity, make_terms
 
 
 @given(st.integers(2, 20), st.data())
@@ -39,30 +39,30 @@ def test_least_threshold_requires_an_honest_site() -> None:
 def test_modulus_uses_the_fewest_bits_that_hold_every_sum(num_sites: int, largest: int) -> None:
     bits = bits_needed(num_sites, largest)
     assert 2 ** (bits - 2) <= num_sites * largest < 2 ** (bits - 1)
-    assert terms_of(num_sites, num_sites, largest=largest).bits == bits
+    assert make_terms(num_sites, num_sites, largest=largest).bits == bits
     with pytest.raises(ConfigError, match="must be from 1 to 64"):
-        terms_of(num_sites, num_sites, largest=2**62)
+        make_terms(num_sites, num_sites, largest=2**62)
 
 
 @pytest.mark.parametrize(
     ("key", "members", "threshold"),
     [
-        ("site", {"a": identity("a").public, "b c": identity("b").public}, 2),
-        ("members.b", {"a": identity("a").public, "b": "0" * 64}, 2),
-        ("members", {"a": identity("a").public}, 1),
-        ("members", dict.fromkeys("abc", identity("a").public), 2),
-        ("members", {f"s{n}": identity(f"s{n}").public for n in range(21)}, 11),
+        ("site", {"a": make_identity("a").public, "b c": make_identity("b").public}, 2),
+        ("members.b", {"a": make_identity("a").public, "b": "0" * 64}, 2),
+        ("members", {"a": make_identity("a").public}, 1),
+        ("members", dict.fromkeys("abc", make_identity("a").public), 2),
+        ("members", {f"s{n}": make_identity(f"s{n}").public for n in range(21)}, 11),
     ],
 )
 def test_invalid_members_and_thresholds_are_refused(key: str, members: dict[str, str], threshold: int) -> None:
     with pytest.raises(ConfigError) as error:
-        replace(terms_of(3, 2), members=members, threshold=threshold)
+        replace(make_terms(3, 2), members=members, threshold=threshold)
     assert error.value.key == key
 
 
-def joining(terms: Terms, *, demand: Demand = ANY, roster: dict[str, str] | None = None, site: str = "a") -> Party:
+def make_party(terms: Terms, *, demand: Demand = ANY, roster: dict[str, str] | None = None, site: str = "a") -> Party:
     pinned = dict(terms.members) if roster is None else roster
-    return Party(site, identity=identity(site), terms=terms, roster=pinned, demand=demand, keep=lambda _: None)
+    return Party(site, identity=make_identity(site), terms=terms, roster=pinned, demand=demand, keep=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -79,30 +79,30 @@ def joining(terms: Terms, *, demand: Demand = ANY, roster: dict[str, str] | None
 )
 def test_site_joins_only_terms_within_its_limits(num_sites: int, threshold: int, demand: Demand, reason: Any) -> None:
     if reason is None:
-        joining(terms_of(num_sites, threshold), demand=demand)
+        make_party(make_terms(num_sites, threshold), demand=demand)
         return
-    with rejected(reason):
-        joining(terms_of(num_sites, threshold), demand=demand)
+    with expect_rejection(reason):
+        make_party(make_terms(num_sites, threshold), demand=demand)
 
 
 def test_members_must_match_the_roster_of_the_joining_site() -> None:
-    terms = terms_of(3, 3)
-    with rejected(Wrong.NOT_A_MEMBER):
-        joining(terms, site="d")
-    others = {**terms.members, "d": identity("d").public}
-    joining(terms, roster=others)
-    for roster in ({**others, "b": identity("x").public}, {site: others[site] for site in "acd"}, {}):
-        with rejected(Wrong.ROSTER_DIFFERS):
-            joining(terms, roster=roster)
+    terms = make_terms(3, 3)
+    with expect_rejection(Wrong.NOT_A_MEMBER):
+        make_party(terms, site="d")
+    others = {**terms.members, "d": make_identity("d").public}
+    make_party(terms, roster=others)
+    for roster in ({**others, "b": make_identity("x").public}, {site: others[site] for site in "acd"}, {}):
+        with expect_rejection(Wrong.ROSTER_DIFFERS):
+            make_party(terms, roster=roster)
 
 
-def announced(terms: Terms) -> dict[str, bytes]:
-    return {site: joining(terms, site=site).announce() for site in terms.sites}
+def announce_all(terms: Terms) -> dict[str, bytes]:
+    return {site: make_party(terms, site=site).announce() for site in terms.sites}
 
 
 def test_equal_announced_keys_give_the_same_session() -> None:
-    terms = terms_of(3, 3, run=f"x-seed=1,lora.rank=4-{'0' * 32}")  # of a sweep
-    first, second = announced(terms), announced(terms)
+    terms = make_terms(3, 3, run=f"x-seed=1,lora.rank=4-{'0' * 32}")  # of a sweep
+    first, second = announce_all(terms), announce_all(terms)
     session = build_session(terms, first)
     assert session == build_session(terms, dict(reversed(first.items())))
     assert session.digest != build_session(terms, {**first, "c": second["c"]}).digest
@@ -114,12 +114,12 @@ def test_equal_announced_keys_give_the_same_session() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_announced_key_is_bound_to_run_proposal_terms_and_protocol(other: dict[str, Any], monkeypatch: Any) -> None:
-    terms = terms_of(3, 3)
-    with rejected(Wrong.WRONG_TERMS):
-        build_session(terms, announced(replace(terms, **other)))
-    messages = announced(terms)
+    terms = make_terms(3, 3)
+    with expect_rejection(Wrong.WRONG_TERMS):
+        build_session(terms, announce_all(replace(terms, **other)))
+    messages = announce_all(terms)
     monkeypatch.setattr(agreement, "WIRE_SCHEMA", 1)
-    with rejected(Wrong.WRONG_TERMS):
+    with expect_rejection(Wrong.WRONG_TERMS):
         build_session(terms, messages)
 
 
@@ -138,30 +138,30 @@ def test_announced_key_is_bound_to_run_proposal_terms_and_protocol(other: dict[s
     ],
 )
 def test_tampered_announcement_is_rejected_and_attributed(change: dict[str, Any], reason: Wrong) -> None:
-    messages = announced(terms := terms_of(3, 3))
-    shown = {**messages, "b": changed(messages["b"], **change)}
-    with rejected(reason):
-        joining(terms).join(list(shown.values()))
-    with rejected(reason) as error:
+    messages = announce_all(terms := make_terms(3, 3))
+    shown = {**messages, "b": change_message(messages["b"], **change)}
+    with expect_rejection(reason):
+        make_party(terms).join(list(shown.values()))
+    with expect_rejection(reason) as error:
         build_session(terms, shown)
     assert error.value.site == "b", "the lead is told whose it is"
 
 
 def test_announcement_is_bound_to_its_site_and_signature_purpose() -> None:
-    messages = announced(terms := terms_of(3, 3))
-    with rejected(Wrong.WRONG_KEY) as error:
+    messages = announce_all(terms := make_terms(3, 3))
+    with expect_rejection(Wrong.WRONG_KEY) as error:
         build_session(terms, {**messages, "a": messages["b"], "b": messages["a"]})
     assert error.value.site == "a"
     one = read_announcement(messages["b"])
-    for purpose in ("receipt", "secure sum survivors"):
-        other = replace(one, signature=identity("b").sign(purpose, replace(one, signature="").to_bytes()))
-        with rejected(Wrong.WRONG_SIGNATURE):
+    for purpose in ("receipt", "secure aggregation survivors"):
+        other = replace(one, signature=make_identity("b").sign(purpose, replace(one, signature="").to_bytes()))
+        with expect_rejection(Wrong.WRONG_SIGNATURE):
             KeyAgreement.from_announcements(terms, [other])
 
 
 def test_site_joins_once_with_exactly_one_key_per_member() -> None:
-    terms = terms_of(3, 3)
-    a, messages, others = joining(terms), announced(terms), announced(terms)
+    terms = make_terms(3, 3)
+    a, messages, others = make_party(terms), announce_all(terms), announce_all(terms)
     own = {**messages, "a": a.announce()}
     cases = [
         (list(messages.values()), Wrong.WRONG_KEY),  # of its former life
@@ -170,17 +170,17 @@ def test_site_joins_once_with_exactly_one_key_per_member() -> None:
         ([own["a"], own["b"], own["c"], others["c"]], Wrong.REPEATED),
     ]
     for given_keys, reason in cases:
-        with rejected(reason):
+        with expect_rejection(reason):
             a.join(given_keys)
     assert a.join(list(own.values())) == a.join(list(own.values()))
-    with rejected(Wrong.SESSION_DIFFERS):
+    with expect_rejection(Wrong.SESSION_DIFFERS):
         a.join([own["a"], own["b"], others["c"]])
 
 
 def test_site_that_has_not_joined_rejects_every_request() -> None:
-    federation = Federation(terms_of(3, 2))
-    summation = federation.uploaded(1, "abc")
+    federation = Federation(make_terms(3, 2))
+    summation = federation.start_release(1, "abc")
     party = federation.restart("a")
     for ask in (lambda: party.upload(2, federation.vector("a")), lambda: party.confirm(summation.confirm_request())):
-        with rejected(Wrong.SESSION_DIFFERS):
+        with expect_rejection(Wrong.SESSION_DIFFERS):
             ask()

@@ -12,23 +12,23 @@ from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.summation import Summation
 
-from ...privacy.builders import any_json
-from .knowledge import Knowledge, Sent, watched
-from .parties import Federation, changed, identity, rejected, terms_of
+from ...privacy.builders import draw_json
+from .knowledge import Knowledge, Sent, watch_seeds
+from .parties import Federation, change_message, expect_rejection, make_identity, make_terms
 
 
 class Adversary:
     """A federation whose server keeps all that it sees, and a test that watches the masks."""
 
     def __init__(self, num_sites: int, threshold: int, *, colluders: Collection[str] = ()) -> None:
-        self.federation = Federation(terms_of(num_sites, threshold))
+        self.federation = Federation(make_terms(num_sites, threshold))
         terms = self.federation.terms
         self.knowledge = Knowledge(threshold, frozenset(colluders), terms.sites, terms.bits)
         self.uploads: dict[tuple[int, str], bytes] = {}
 
     def upload(self, release: int, sites: Collection[str]) -> None:
         for site in sites:
-            with watched() as seeds:
+            with watch_seeds() as seeds:
                 data = self.federation.parties[site].upload(release, self.federation.vector(site))
             self.uploads[release, site] = data
             upload = Upload.from_bytes(data, self.federation.session)
@@ -50,7 +50,7 @@ class Adversary:
         for survivor in survivors:
             summation.add_upload(survivor, self.uploads[release, survivor])
         summation._confirmed = dict.fromkeys(self.federation.terms.sites, "")
-        return changed(summation.unmask_request(site), confirmations=signatures)
+        return change_message(summation.unmask_request(site), confirmations=signatures)
 
     def unmask(self, release: int, survivors: Collection[str], signatures: dict[str, str], by: Collection[str]) -> None:
         for site in by:
@@ -68,7 +68,7 @@ def test_late_upload_of_a_dropped_site_stays_masked() -> None:
     server.upload(1, "abcd")  # d's upload comes late
     signatures = server.confirm(1, "abc", by="abcd")
     server.unmask(1, "abc", signatures, by="abcd")
-    assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1}]
+    assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1, 2: 1}]
     d = server.knowledge.sent[3]
     known = server.knowledge.seeds()
     # All of d's masks but its own are known now: without its own, the vector would be readable.
@@ -82,10 +82,10 @@ def test_site_confirms_only_one_survivor_set_per_release() -> None:
     signatures = server.confirm(1, "abcd", by="abcd")
     server.unmask(1, "abcd", signatures, by="abcd")
     for site in "abcd":
-        with rejected(Wrong.SURVIVORS_CHANGED):
+        with expect_rejection(Wrong.SURVIVORS_CHANGED):
             server.federation.parties[site].confirm(server.federation.asked(1, "abc").to_bytes())
     assert server.confirm(1, "abcd", by="abcd") == signatures  # the same again is the same
-    assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
+    assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1, 2: 1, 3: 1}]
 
 
 def test_conflicting_survivor_sets_never_reach_the_threshold() -> None:
@@ -100,7 +100,7 @@ def test_conflicting_survivor_sets_never_reach_the_threshold() -> None:
     assert server.refused(1, "abcd", halves[0], "a") is Wrong.NOT_CONFIRMED
     assert server.refused(1, "abcd", halves[0] | halves[1], "a") is Wrong.WRONG_SIGNATURE
     assert server.refused(1, "abc", halves[1], "c") is Wrong.NOT_CONFIRMED
-    assert server.knowledge.readable() == []
+    assert server.knowledge.find_readable_sums() == []
 
 
 def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
@@ -116,12 +116,14 @@ def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
         together = server.confirm(1, survivors, by="abcde")
         assert len(together) < 3
         assert server.refused(1, survivors, genuine[site], site) is Wrong.NOT_CONFIRMED
-    assert server.knowledge.readable() == []
+    assert server.knowledge.find_readable_sums() == []
     for site, survivors in told.items():  # as if enough others had confirmed the set of each
         asked = server.federation.asked(1, survivors)
-        forged = {other: identity(other).sign("secure sum survivors", asked.to_bytes()) for other in "abcde"}
+        forged = {
+            other: make_identity(other).sign("secure aggregation survivors", asked.to_bytes()) for other in "abcde"
+        }
         server.unmask(1, survivors, forged, by=site)
-    assert server.knowledge.readable() == [{0: 1, 1: 1}]
+    assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1}]
 
 
 @pytest.mark.parametrize("threshold", [2, 3])
@@ -146,14 +148,16 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
     server.confirm(2, "abc", by="a")
     assert server.refused(2, "abc", old, "a") is Wrong.WRONG_SIGNATURE
     assert server.refused(1, "abc", old, "a") is Wrong.NOT_PROMISED  # release 1 is over
-    with rejected(Wrong.RELEASE_OVER):
+    with expect_rejection(Wrong.RELEASE_OVER):
         server.federation.parties["a"].confirm(server.federation.asked(1, "abc").to_bytes())
     for site in "abc":
         server.federation.restart(site)
     server.federation.set_up()
-    with rejected(Wrong.SESSION_DIFFERS):
+    with expect_rejection(Wrong.SESSION_DIFFERS):
         server.federation.parties["a"].confirm(
-            changed(server.federation.asked(1, "abc").to_bytes(), session=server.knowledge.sent[0].upload.session)
+            change_message(
+                server.federation.asked(1, "abc").to_bytes(), session=server.knowledge.sent[0].upload.session
+            )
         )
     server.upload(1, "abc")
     server.confirm(1, "abc", by="abc")
@@ -171,9 +175,9 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
     ],
 )
 def test_invalid_survivor_sets_are_rejected(change: dict[str, Any], reason: Wrong) -> None:
-    federation = Federation(terms_of(4, 3))
-    with rejected(reason):
-        federation.parties["a"].confirm(changed(federation.asked(1, "abc").to_bytes(), **change))
+    federation = Federation(make_terms(4, 3))
+    with expect_rejection(reason):
+        federation.parties["a"].confirm(change_message(federation.asked(1, "abc").to_bytes(), **change))
 
 
 def test_only_one_kind_of_share_is_revealed_per_site() -> None:
@@ -187,7 +191,7 @@ def test_only_one_kind_of_share_is_revealed_per_site() -> None:
     assert given_shares == {"a": {"a", "e"}, "b": {"b", "e"}, "c": {"c", "e"}, "d": {"d", "e"}}
     # Nor in a survivor's place: what e sealed for a, given out as if d had sealed it.
     of_e = json.loads(server.request(1, "abcde", signatures, "a"))["sealed"]["e"]
-    swapped = changed(request, sealed={**json.loads(request)["sealed"], "d": of_e})
+    swapped = change_message(request, sealed={**json.loads(request)["sealed"], "d": of_e})
     assert json.loads(server.federation.parties["a"].unmask(swapped))["shares"]["d"] == {}
 
 
@@ -200,32 +204,32 @@ def test_shares_of_an_earlier_release_are_not_revealed_later() -> None:
     signatures = server.confirm(2, "abcd", by="abcd")
     for site in "abcd":
         old = server.request(1, "abcd", signatures, site)
-        request = changed(server.request(2, "abcd", signatures, site), sealed=json.loads(old)["sealed"])
+        request = change_message(server.request(2, "abcd", signatures, site), sealed=json.loads(old)["sealed"])
         answer = server.federation.parties[site].unmask(request)
         assert all(given == {} for given in json.loads(answer)["shares"].values())
-    assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1}]
+    assert server.knowledge.find_readable_sums() == [{0: 1, 1: 1, 2: 1}]
 
 
 def test_site_uploads_once_per_release_and_retries_as_a_new_release() -> None:
     server = Adversary(4, 3)
     server.upload(2, "abcd")
     for release in (2, 1, 0, -1, 1 << 31, 1 << 40):
-        with rejected(Wrong.RELEASE_OVER):
+        with expect_rejection(Wrong.RELEASE_OVER):
             server.federation.parties["a"].upload(release, server.federation.vector("a"))
     server.upload(3, "abcd")
     first, retry = server.knowledge.sent[0], server.knowledge.sent[4]
     assert not set(first.seeds.values()) & set(retry.seeds.values())
     # Nor does who promised a release's set without an upload upload to it afterwards.
     server.confirm(4, "abc", by="d")
-    with rejected(Wrong.RELEASE_OVER):
+    with expect_rejection(Wrong.RELEASE_OVER):
         server.federation.parties["d"].upload(4, server.federation.vector("d"))
 
 
 # Whatever comes over the wire.
 
 
-def messages(federation: Federation) -> dict[str, bytes]:
-    summation = federation.confirmed(federation.uploaded(1, "ab"), by="ab")
+def list_messages(federation: Federation) -> dict[str, bytes]:
+    summation = federation.confirmed(federation.start_release(1, "ab"), by="ab")
     return {
         "join": federation.parties["b"].announce(),
         "confirm": summation.confirm_request(),
@@ -236,8 +240,8 @@ def messages(federation: Federation) -> dict[str, bytes]:
     }
 
 
-def deliver(federation: Federation, what: str, data: bytes) -> None:
-    summation = federation.uploaded(2, "ab")
+def deliver_message(federation: Federation, what: str, data: bytes) -> None:
+    summation = federation.start_release(2, "ab")
     federation.confirmed(summation, by="a")
     if what == "join":
         federation.restart("a").join([data])
@@ -250,8 +254,8 @@ def deliver(federation: Federation, what: str, data: bytes) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(["join", "confirm", "unmask", "add_upload", "add_confirmation", "add_revealed"]), st.data())
 def test_arbitrary_messages_are_accepted_or_rejected_with_a_known_reason(what: str, data: st.DataObject) -> None:
-    federation = Federation(terms_of(3, 2))
-    genuine = messages(federation)[what]
+    federation = Federation(make_terms(3, 2))
+    genuine = list_messages(federation)[what]
     kind = data.draw(st.sampled_from(["bytes", "cut", "flipped", "field", "large"]))
     if kind == "bytes":
         message = data.draw(st.binary(max_size=200))
@@ -263,21 +267,21 @@ def test_arbitrary_messages_are_accepted_or_rejected_with_a_known_reason(what: s
     elif kind == "field" and what != "add_upload":
         fields = json.loads(genuine)
         name = data.draw(st.sampled_from(sorted(fields)))
-        fields[name] = data.draw(any_json())
+        fields[name] = data.draw(draw_json())
         message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     else:
         message = genuine + b" " * (1 << 20)
     found = None
     try:
-        deliver(federation, what, message)
+        deliver_message(federation, what, message)
     except Rejected as error:
         found = error
-    assert found is None or str(found) == f"secure sum: {Wrong(found.wrong)}"
+    assert found is None or str(found) == f"secure aggregation: {Wrong(found.wrong)}"
     assert found is not None or kind not in ("cut", "large")
 
 
 @pytest.mark.parametrize("what", ["join", "confirm", "unmask", "add_confirmation", "add_revealed"])
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe{}", b'{"a":1,"a":1}', b"NaN", b"null", b""])
 def test_undecodable_messages_are_rejected_as_malformed(what: str, data: bytes) -> None:
-    with rejected(Wrong.MALFORMED):
-        deliver(Federation(terms_of(3, 2)), what, data)
+    with expect_rejection(Wrong.MALFORMED):
+        deliver_message(Federation(make_terms(3, 2)), what, data)

@@ -17,32 +17,32 @@ from scipy import stats
 from fedtune.federation.secure import shares
 from fedtune.federation.secure.masks import MaskKey, PairSecrets, is_mask_key, sum_masks
 from fedtune.federation.secure.packing import (
+    compute_packed_size,
     pack_residues,
-    packed_size,
     reduce_residues,
     to_signed_integers,
     unpack_residues,
 )
 from fedtune.federation.secure.shares import PRIME, combine_shares, share_digest, split_secret
 
-from .parties import Federation, terms_of
+from .parties import Federation, make_terms
 
 SESSION = "ab" * 32
 
 
-def pair(session: str = SESSION, other_session: str = SESSION) -> tuple[PairSecrets, PairSecrets]:
+def make_pair(session: str = SESSION, other_session: str = SESSION) -> tuple[PairSecrets, PairSecrets]:
     a, b = MaskKey(), MaskKey()
     keys = {"a": a.public, "b": b.public}
     return a.derive_secrets(session, keys), b.derive_secrets(other_session, keys)
 
 
 def test_two_sites_derive_the_same_seed_per_release() -> None:
-    at_a, at_b = pair()
+    at_a, at_b = make_pair()
     seeds = [at_a.mask_seed("a", "b", release=release) for release in (1, 2, 3)]
     assert seeds == [at_b.mask_seed("b", "a", release=release) for release in (1, 2, 3)]
     assert len(set(seeds)) == 3
     assert all(len(seed) == 32 for seed in seeds)
-    at_a, at_b = pair(other_session="cd" * 32)
+    at_a, at_b = make_pair(other_session="cd" * 32)
     assert at_a.mask_seed("a", "b", release=1) != at_b.mask_seed("b", "a", release=1)
 
 
@@ -56,11 +56,11 @@ def test_mask_seed_matches_plain_hkdf() -> None:
         "b", "b", release=7
     )
     extracted = hmac.digest(bytes.fromhex(SESSION), other.exchange(private.public_key()), "sha256")
-    assert seed == hmac.digest(extracted, b'fedtune secure sum\0["mask",7,"b","b"]\x01', "sha256")
+    assert seed == hmac.digest(extracted, b'fedtune secure aggregation\0["mask",7,"b","b"]\x01', "sha256")
 
 
 def test_sealed_text_opens_only_for_its_receiver_release_and_session() -> None:
-    at_a, at_b = pair()
+    at_a, at_b = make_pair()
     sealed = at_a.seal(b"text", sender="a", receiver="b", release=1)
     assert at_b.unseal(sealed, sender="a", receiver="b", release=1) == b"text"
     assert at_b.unseal(sealed, sender="a", receiver="b", release=2) is None
@@ -68,7 +68,7 @@ def test_sealed_text_opens_only_for_its_receiver_release_and_session() -> None:
     assert at_b.unseal(sealed[:-1] + bytes([sealed[-1] ^ 1]), sender="a", receiver="b", release=1) is None
     assert at_b.unseal(b"", sender="a", receiver="b", release=1) is None
     assert sealed not in (at_a.seal(b"text", sender="a", receiver="b", release=2), b"text")
-    assert pair()[1].unseal(sealed, sender="a", receiver="b", release=1) is None
+    assert make_pair()[1].unseal(sealed, sender="a", receiver="b", release=1) is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_mask_is_the_chacha20_keystream_and_pairs_cancel() -> None:
     assert np.any(second != 0)
 
 
-def masked(federation: Federation, release: int, site: str = "a") -> np.ndarray:
+def mask_vector(federation: Federation, release: int, site: str = "a") -> np.ndarray:
     data = federation.parties[site].upload(release, federation.vector(site))
     terms = federation.terms
     return unpack_residues(data[-terms.length * terms.bits // 8 :], terms.length, terms.bits)
@@ -102,9 +102,9 @@ def masked(federation: Federation, release: int, site: str = "a") -> np.ndarray:
 
 def test_masked_uploads_and_their_differences_are_uniform() -> None:
     """By chi-square over 2^8 cells of the lowest and of the highest bits; a false alarm once in 10^7 each."""
-    federation = Federation(terms_of(3, 2, length=1 << 16, largest=10_000))
+    federation = Federation(make_terms(3, 2, length=1 << 16, largest=10_000))
     assert federation.terms.bits == 16
-    one, two, other = masked(federation, 1), masked(federation, 2), masked(federation, 2, "b")
+    one, two, other = mask_vector(federation, 1), mask_vector(federation, 2), mask_vector(federation, 2, "b")
     bits = federation.terms.bits
     for numbers in (
         one,
@@ -127,7 +127,7 @@ BITS = st.integers(1, 64)
 def test_packed_values_round_trip_in_the_fewest_bytes(bits: int, values: list[int]) -> None:
     numbers = reduce_residues(np.array(values, np.uint64), bits)
     data = pack_residues(numbers, bits)
-    assert len(data) == packed_size(len(values), bits) == (len(values) * bits + 7) // 8
+    assert len(data) == compute_packed_size(len(values), bits) == (len(values) * bits + 7) // 8
     assert unpack_residues(data, len(values), bits).tolist() == [value % 2**bits for value in values]
     as_one = sum(int(number) << place * bits for place, number in enumerate(numbers))
     assert int.from_bytes(data, "little") == as_one, "bits lie one behind the other"

@@ -16,8 +16,8 @@ from fedtune.federation.secure.messages import ConfirmRequest, Upload, read_anno
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.threshold import least_threshold
 
-from .knowledge import Knowledge, Sent, watched
-from .parties import ANY, Federation, changed, identity, terms_of
+from .knowledge import Knowledge, Sent, watch_seeds
+from .parties import ANY, Federation, change_message, make_identity, make_terms
 
 pytestmark = pytest.mark.nightly
 
@@ -31,7 +31,7 @@ class Transcript(RuleBasedStateMachine):
     @initialize(num_sites=st.integers(3, 5), colluders=st.integers(0, 1))
     def begin(self, num_sites: int, colluders: int) -> None:
         threshold = least_threshold(num_sites, colluders=colluders)
-        terms = terms_of(num_sites, threshold, length=2)
+        terms = make_terms(num_sites, threshold, length=2)
         self.federation = Federation(terms, demand=ANY)
         self.colluders = frozenset(terms.sites[num_sites - colluders :])
         self.honest = [site for site in terms.sites if site not in self.colluders]
@@ -60,7 +60,7 @@ class Transcript(RuleBasedStateMachine):
     def equivocate(self) -> None:
         for site in self.colluders:
             key = self.second.setdefault(site, MaskKey())
-            other = Announcement.create_signed(site, self.federation.terms, key.public, identity=identity(site))
+            other = Announcement.create_signed(site, self.federation.terms, key.public, identity=make_identity(site))
             self.keys[site].append(other.to_bytes())
 
     @rule(chance=CHANCE)
@@ -128,7 +128,7 @@ class Transcript(RuleBasedStateMachine):
         for site in sites:
             vector = np.array([1 << self.federation.terms.sites.index(site), chance.randint(-50, 50)])
             try:
-                with watched() as seeds:
+                with watch_seeds() as seeds:
                     sent = self.federation.parties[site].upload(release, vector)
             except Rejected:
                 continue
@@ -165,9 +165,11 @@ class Transcript(RuleBasedStateMachine):
                 there = self.uploads.get((asked.session, asked.release, survivor), [])
                 place = self.federation.terms.sites.index(site)
                 sealed[survivor] = base64.b64encode(there[-1].sealed[place]).decode() if there else ""
-            request = self.federation.forged(asked, self.colluders, sealed)
+            request = self.federation.forge_question(asked, self.colluders, sealed)
             self._ask(
-                site, "unmask", changed(request, confirmations={**signed, **json.loads(request)["confirmations"]})
+                site,
+                "unmask",
+                change_message(request, confirmations={**signed, **json.loads(request)["confirmations"]}),
             )
 
     def _ask(self, site: str, what: str, request: bytes) -> None:
@@ -203,7 +205,7 @@ class Transcript(RuleBasedStateMachine):
         if not hasattr(self, "knowledge"):
             return
         seen: set[int] = set()
-        for combination in self.knowledge.readable():
+        for combination in self.knowledge.find_readable_sums():
             uploads = [self.knowledge.sent[number] for number in combination]
             assert set(combination.values()) == {1}, "a sum, and no other combination"
             assert len({(one.upload.session, one.upload.release) for one in uploads}) == 1

@@ -13,18 +13,18 @@ from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import Audit
 from fedtune.training import dp_step, users
 
-from ...conftest import Outcome, command, tiny
+from ...conftest import Outcome, list_tiny_overrides, run_command
 
 Break = Callable[[str], None]
 """Puts a named fault into the private step of this process."""
 BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
 
 
-def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def remove_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **_: dict(sums))
 
 
-def without_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+def remove_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def add(sums: Any, gradients: Any, max_grad_norm: float) -> None:
         for name, gradient in gradients.items():
             sums[name] += (gradient.double() / cell_width(max_grad_norm)).round().to(torch.int64).sum(dim=0)
@@ -32,7 +32,7 @@ def without_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_step, "add_clipped", add)
 
 
-def clipping_by_record(monkeypatch: pytest.MonkeyPatch) -> None:
+def clip_by_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Users are sampled, and their records are clipped and added up one by one."""
 
     def of(self: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -42,7 +42,7 @@ def clipping_by_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(users.UserGradients, "of", of)
 
 
-FAULTS = {"no noise": without_noise, "no clipping": without_clipping, "clipping by record": clipping_by_record}
+FAULTS = {"no noise": remove_noise, "no clipping": remove_clipping, "clipping by record": clip_by_record}
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def break_it(monkeypatch: pytest.MonkeyPatch) -> Break:
 
 def audit(*overrides: str, into: Path) -> tuple[Outcome, Audit, Path]:
     """Outcome of `fedtune audit` on a run of seconds, what it found, and its folder."""
-    outcome = command("audit", *tiny("tracking=quiet", *overrides, into=into, name="audited"))
+    outcome = run_command("audit", *list_tiny_overrides("tracking=quiet", *overrides, into=into, name="audited"))
     found = read_audit(into / "audited")
     assert found is not None
     return outcome, found, into / "audited"
 
 
 @pytest.fixture
-def audited(tmp_path: Path) -> Any:
+def run_audit(tmp_path: Path) -> Any:
     return partial(audit, into=tmp_path)

@@ -19,13 +19,13 @@ EVERY_TIME = ("privacy.sampling_rate=1.0", "audit.canaries=120")
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Audit, Path]:
+def sound_audit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Audit, Path]:
     """Outcome, findings and folder of one audit of fedtune as it is."""
     return audit(*EVERY_TIME, into=tmp_path_factory.mktemp("runs"))
 
 
-def test_audit_of_a_sound_run_passes(sound: Any) -> None:
-    outcome, found, folder = sound
+def test_audit_of_a_sound_run_passes(sound_audit: Any) -> None:
+    outcome, found, folder = sound_audit
     assert outcome.code == 0, outcome.err
     assert not found.exceeded
     claimed = json.loads((folder / "run.json").read_text())["privacy"]
@@ -40,8 +40,8 @@ def test_audit_of_a_sound_run_passes(sound: Any) -> None:
     assert "canaries: use it for nothing else" in outcome.out
 
 
-def test_audit_of_a_sound_user_level_run_passes(audited: Any) -> None:
-    outcome, found, _ = audited(*EVERY_TIME, *BY_USER, "--json")
+def test_audit_of_a_sound_user_level_run_passes(run_audit: Any) -> None:
+    outcome, found, _ = run_audit(*EVERY_TIME, *BY_USER, "--json")
     assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(found.bounds)
     for bound in found.bounds:
         assert bound.lower_bound < bound.claimed_epsilon
@@ -57,9 +57,9 @@ def test_audit_of_a_sound_user_level_run_passes(audited: Any) -> None:
         ("clipping by record", (*BY_USER, "privacy.records_per_user=30")),
     ],
 )
-def test_audit_detects_a_broken_run(fault: str, overrides: tuple[str, ...], audited: Any, break_it: Break) -> None:
+def test_audit_detects_a_broken_run(fault: str, overrides: tuple[str, ...], run_audit: Any, break_it: Break) -> None:
     break_it(fault)
-    outcome, found, folder = audited(*EVERY_TIME, *overrides)
+    outcome, found, folder = run_audit(*EVERY_TIME, *overrides)
     message = outcome.failed(1)
     assert "the implementation or the claim is wrong" in message
     assert "site-1: epsilon is at least 3." in message
@@ -73,11 +73,11 @@ def test_audit_detects_a_broken_run(fault: str, overrides: tuple[str, ...], audi
 
 
 @pytest.mark.nightly
-def test_audit_detects_a_broken_run_from_averages_alone(audited: Any, break_it: Break) -> None:
+def test_audit_detects_a_broken_run_from_averages_alone(run_audit: Any, break_it: Break) -> None:
     """Whoever is only sent each round's average, with plain steps; guesses and confidence are as asked."""
     break_it("no noise")
     asked = ("audit.sites=[site-2]", "audit.guesses=60", "audit.confidence=0.9", "privacy.noise_multiplier=8.0")
-    _, found, _ = audited(*EVERY_TIME, "training=sgd", *asked)
+    _, found, _ = run_audit(*EVERY_TIME, "training=sgd", *asked)
     assert found.confidence == 0.9
     counts = [(bound.site, bound.canaries, bound.guesses) for bound in found.bounds]
     assert counts == [("site-2", 120, 60), (None, 120, 60)]
@@ -85,8 +85,8 @@ def test_audit_detects_a_broken_run_from_averages_alone(audited: Any, break_it: 
     assert found.bounds[1].lower_bound > found.bounds[1].claimed_epsilon
 
 
-def test_record_canary_audit_reports_membership_scores(audited: Any) -> None:
-    outcome, found, folder = audited("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1")
+def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
+    outcome, found, folder = run_audit("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1")
     assert outcome.code == 0, outcome.err
     assert found.method == "record_canaries"
     kinds = [(site, score) for site in ("site-1", "site-2", None) for score in ("loss", "reference_ratio")]
@@ -103,9 +103,9 @@ def test_record_canary_audit_reports_membership_scores(audited: Any) -> None:
 
 
 @pytest.mark.nightly
-def test_audit_detects_a_memorizing_model(audited: Any, break_it: Break) -> None:
+def test_audit_detects_a_memorizing_model(run_audit: Any, break_it: Break) -> None:
     break_it("no noise")
-    _, found, _ = audited(
+    _, found, _ = run_audit(
         *("audit.kind=records", "audit.canaries=60", "privacy.sampling_rate=1.0", "privacy.noise_multiplier=20.0"),
         *("training.local_steps=25", "training.learning_rate=0.02", "model=random_bert"),
     )
@@ -115,8 +115,8 @@ def test_audit_detects_a_memorizing_model(audited: Any, break_it: Break) -> None
     assert all(one.auroc_low > 0.5 for one in found.membership if one.site is None)
 
 
-def test_audit_findings_appear_in_the_report(sound: Any) -> None:
-    _, found, folder = sound
+def test_audit_findings_appear_in_the_report(sound_audit: Any) -> None:
+    _, found, folder = sound_audit
     written = json.loads((folder / "audit.json").read_text())
     assert written["schema_version"] == RUN_SCHEMA
     assert (written["confidence"], written["delta"], written["seeded"]) == (0.95, 1e-5, False)
@@ -128,8 +128,8 @@ def test_audit_findings_appear_in_the_report(sound: Any) -> None:
     assert 'data-at="/facts/audit/bounds/2/lower_bound"' in page
 
 
-def test_audited_run_is_marked_and_cannot_continue(sound: Any, command: Any) -> None:
-    folder = sound[2]
+def test_audited_run_is_marked_and_cannot_continue(sound_audit: Any, command: Any) -> None:
+    folder = sound_audit[2]
     # Sites of an audit take any adapter, so that a broken clip shows as a bound and not as a refusal.
     assert SiteFiles.from_site_toml(folder / "sites" / "site-1" / "site.toml").policy.limits.max_adapter_value == 1e6
     assert "about 60 made-up gradients at each of site-1, site-2" in (folder / "AUDIT.txt").read_text()

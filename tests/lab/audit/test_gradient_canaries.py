@@ -27,7 +27,7 @@ from .conftest import BY_USER, Break
 
 
 @pytest.fixture(scope="module")
-def everyone(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def make_participants(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The participants of a tiny run, which no test changes; keywords as for `tiny`."""
 
     @cache
@@ -45,7 +45,7 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
     return everyone.work[site].run_round(request, start, 1, fingerprint_key=b"k" * 32).adapter
 
 
-def watched(run: Participants, canaries: int) -> Any:
+def watch_canaries(run: Participants, canaries: int) -> Any:
     """What became of so many canaries of the first site in its round."""
     attack = GradientAttack(run, AuditSpec(canaries=canaries), ["site-1"])
     with attack.observe_steps():
@@ -55,10 +55,12 @@ def watched(run: Participants, canaries: int) -> Any:
 
 @pytest.mark.by_day("user")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
-def test_each_canary_draw_adds_exactly_the_clip_norm(everyone: Any, break_it: Break, by_unit: tuple[str, ...]) -> None:
+def test_each_canary_draw_adds_exactly_the_clip_norm(
+    make_participants: Any, break_it: Break, by_unit: tuple[str, ...]
+) -> None:
     break_it("no noise")
-    run = everyone(*by_unit, "privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
-    planted = watched(run, 200)
+    run = make_participants(*by_unit, "privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
+    planted = watch_canaries(run, 200)
     steps = run.plan.local_steps
     assert planted.tally.steps == steps
     assert 60 < planted.inserted.sum() < 140
@@ -68,7 +70,7 @@ def test_each_canary_draw_adds_exactly_the_clip_norm(everyone: Any, break_it: Br
     assert planted.tally.total == pytest.approx(wanted, abs=1e-4)
     if by_unit:  # three records of a user that are clipped one by one show
         break_it("clipping by record")
-        planted = watched(run, 50)
+        planted = watch_canaries(run, 50)
         assert planted.tally.total[planted.coordinates[planted.inserted]] == pytest.approx(3.0 * steps, abs=1e-4)
 
 
@@ -78,19 +80,19 @@ def test_canary_records_are_batched_like_user_records() -> None:
     assert all(users.tolist() == [0, 1] and shares.tolist() == [1 / 3] * 2 for _, users, shares in parts)
 
 
-def test_noise_matches_the_plan_in_every_direction(everyone: Any) -> None:
-    run = everyone()
-    planted = watched(run, 200)
+def test_noise_matches_the_plan_in_every_direction(make_participants: Any) -> None:
+    run = make_participants()
+    planted = watch_canaries(run, 200)
     noise = np.delete(planted.tally.total, planted.coordinates)
     expected = run.plan.noise_multiplier * np.sqrt(run.plan.local_steps)
     # Five standard errors of a standard deviation.
     assert noise.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * len(noise)))
 
 
-def test_canaries_are_sampled_like_records(everyone: Any, break_it: Break) -> None:
+def test_canaries_are_sampled_like_records(make_participants: Any, break_it: Break) -> None:
     break_it("no noise")
-    run = everyone("privacy.sampling_rate=0.3", "training.local_steps=10", "privacy.noise_multiplier=8.0")
-    planted = watched(run, 2000)
+    run = make_participants("privacy.sampling_rate=0.3", "training.local_steps=10", "privacy.noise_multiplier=8.0")
+    planted = watch_canaries(run, 2000)
     drawn = planted.tally.total[planted.coordinates[planted.inserted]].round()
     expected, count = 10 * 0.3, int(planted.inserted.sum())
     assert drawn.mean() == pytest.approx(expected, abs=5 * np.sqrt(10 * 0.3 * 0.7 / count))
@@ -99,9 +101,11 @@ def test_canaries_are_sampled_like_records(everyone: Any, break_it: Break) -> No
 
 @pytest.mark.by_day("record")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
-def test_audit_without_inserted_canaries_does_not_change_training(everyone: Any, by_unit: tuple[str, ...]) -> None:
+def test_audit_without_inserted_canaries_does_not_change_training(
+    make_participants: Any, by_unit: tuple[str, ...]
+) -> None:
     coins = (SeededRandomness(seed).stream("site-1", "audit", "coins").bernoulli(2, 0.5) for seed in range(50))
-    run = everyone(*by_unit, f"seed={next(seed for seed, both in enumerate(coins) if not both.any())}")
+    run = make_participants(*by_unit, f"seed={next(seed for seed, both in enumerate(coins) if not both.any())}")
     attack = GradientAttack(run, AuditSpec(canaries=2), ["site-1"])
     assert not attack.planted["site-1"].inserted.any()
     with attack.observe_steps():
@@ -109,17 +113,17 @@ def test_audit_without_inserted_canaries_does_not_change_training(everyone: Any,
     assert audited.digest() == train(run).digest()
 
 
-def test_canary_coins_are_fresh_unless_seeded(everyone: Any) -> None:
-    def coins(*overrides: str) -> list[bool]:
-        attack = GradientAttack(everyone(*overrides), AuditSpec(canaries=64), ["site-1"])
+def test_canary_coins_are_fresh_unless_seeded(make_participants: Any) -> None:
+    def draw_coins(*overrides: str) -> list[bool]:
+        attack = GradientAttack(make_participants(*overrides), AuditSpec(canaries=64), ["site-1"])
         return attack.planted["site-1"].inserted.tolist()
 
-    assert coins() == coins()
-    assert coins("runtime.seeded_noise=false") != coins("runtime.seeded_noise=false")
+    assert draw_coins() == draw_coins()
+    assert draw_coins("runtime.seeded_noise=false") != draw_coins("runtime.seeded_noise=false")
 
 
-def test_watching_ends_after_the_audit(everyone: Any) -> None:
-    run = everyone()
+def test_watching_ends_after_the_audit(make_participants: Any) -> None:
+    run = make_participants()
     attack = GradientAttack(run, AuditSpec(canaries=10), ["site-1"])
     with attack.observe_steps():
         train(run)

@@ -17,7 +17,7 @@ TRIES = 6
 
 
 @pytest.fixture
-def searched(command: Any, tiny: Any, tmp_path: Path) -> Any:
+def run_search(command: Any, tiny: Any, tmp_path: Path) -> Any:
     def run(*overrides: str) -> tuple[Any, dict[str, Any]]:
         settings = ("tracking=quiet", "audit.kind=sensitivity", f"audit.tries={TRIES}", *overrides)
         outcome = command("audit", *tiny(*settings, into=tmp_path, name="searched"), "--json")
@@ -45,26 +45,26 @@ BY_USER = ("privacy.unit=user", "+data.columns.user=label")
 @pytest.mark.parametrize(
     "settings", [(), BY_USER, TRIPLETS, PAIRS], ids=["record", "user", "three texts", "a pair of answers"]
 )
-def test_sensitivity_search_finds_at_most_one_clip_norm(searched: Any, settings: tuple[str, ...]) -> None:
-    outcome, found = searched(*settings)
+def test_sensitivity_search_finds_at_most_one_clip_norm(run_search: Any, settings: tuple[str, ...]) -> None:
+    outcome, found = run_search(*settings)
     assert outcome.code == 0, outcome.err
     assert found["unit"] == ("user" if settings == BY_USER else "record")
     assert (found["tries"], found["exceeded"], found["others_moved"]) == (TRIES, 0, 0)
     assert 0.9 < found["moved"] <= 1.0, "a search that comes nowhere near the bound shows nothing"
 
 
-def each_text_clipped(add_clipped: Any, sums: Any, gradients: Any, max_grad_norm: float) -> None:
+def clip_each_text(add_clipped: Any, sums: Any, gradients: Any, max_grad_norm: float) -> None:
     for _ in range(3):
         add_clipped(sums, gradients, max_grad_norm)
 
 
-def scaled_by_company(add_clipped: Any, sums: Any, gradients: Any, max_grad_norm: float) -> None:
+def scale_by_company(add_clipped: Any, sums: Any, gradients: Any, max_grad_norm: float) -> None:
     """A sum that is scaled by how many take part: no single contribution is too long."""
     rows = next(iter(gradients.values())).shape[0]
     add_clipped(sums, {name: gradient / rows for name, gradient in gradients.items()}, max_grad_norm)
 
 
-def padded_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
+def pad_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
     """Records by length, padded to the longest of the micro-batch; a longer one moves the others' bits."""
     ordered = places[np.argsort(num_tokens[places], kind="stable")]
     for first in range(0, len(ordered), 5):
@@ -77,21 +77,21 @@ def padded_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
     [
         ("no clipping", (), "exceeded"),
         ("clipping by record", BY_USER, "exceeded"),
-        (each_text_clipped, TRIPLETS, "exceeded"),
-        (scaled_by_company, (), "others_moved"),
-        (padded_by_company, (), "others_moved"),
+        (clip_each_text, TRIPLETS, "exceeded"),
+        (scale_by_company, (), "others_moved"),
+        (pad_by_company, (), "others_moved"),
     ],
 )
 def test_sensitivity_search_detects_each_fault(
-    searched: Any, break_it: Break, monkeypatch: Any, fault: Any, settings: tuple[str, ...], shown: str
+    run_search: Any, break_it: Break, monkeypatch: Any, fault: Any, settings: tuple[str, ...], shown: str
 ) -> None:
     if isinstance(fault, str):
         break_it(fault)
-    elif fault is padded_by_company:
+    elif fault is pad_by_company:
         monkeypatch.setattr("fedtune.data.shapes.Shapes.cut", fault)
     else:
         monkeypatch.setattr(dp_step, "add_clipped", partial(fault, dp_step.add_clipped))
-    outcome, found = searched(*settings)
+    outcome, found = run_search(*settings)
     assert found[shown] > 0
     assert outcome.code == 1
     assert "no epsilon holds" in outcome.message

@@ -17,35 +17,35 @@ ASK, SAY = {"role": "user", "content": "where?"}, {"role": "assistant", "content
 TURNS = [ASK, SAY]
 
 
-def own(number: int) -> str:
+def make_own_text(number: int) -> str:
     """A text that no other row has."""
     return f"a text of its own, with number {number} in it"
 
 
-def few(count: int, prefix: str = "p") -> Callable[[int], str]:
+def repeat_texts(count: int, prefix: str = "p") -> Callable[[int], str]:
     """So many texts in turn, such as ids of persons."""
     return lambda number: f"{prefix}{number % count}"
 
 
-def rows(columns: Mapping[str, Any], count: int = 60) -> list[dict[str, Any]]:
+def make_rows(columns: Mapping[str, Any], count: int = 60) -> list[dict[str, Any]]:
     """Rows by what each column holds: a function of the row's number, a tuple to take in turn, or one value for all."""
 
-    def value(given: Any, number: int) -> Any:
+    def pick_value(given: Any, number: int) -> Any:
         if callable(given):
             return given(number)
         return given[number % len(given)] if isinstance(given, tuple) else given
 
-    return [{name: value(given, number) for name, given in columns.items()} for number in range(count)]
+    return [{name: pick_value(given, number) for name, given in columns.items()} for number in range(count)]
 
 
-def seen(folder: Path, columns: Mapping[str, Any] | list[dict[str, Any]], **chosen: str) -> Found:
+def detect_in_file(folder: Path, columns: Mapping[str, Any] | list[dict[str, Any]], **chosen: str) -> Found:
     """What `data init` makes of a file with such columns, or of such rows."""
-    given = columns if isinstance(columns, list) else rows(columns)
+    given = columns if isinstance(columns, list) else make_rows(columns)
     (folder / "rows.json").write_text(json.dumps(given))
     return detect_columns(folder / "rows.json", chosen)
 
 
-def summary(found: Found) -> str:
+def summarize_found(found: Found) -> str:
     """The kind, the roles with their columns where these are called otherwise, and the columns that no run reads."""
     roles = " ".join(role if role == column else f"{role}={column}" for role, column in found.roles.items())
     unread = " ".join(column for column, why in found.unread if why)

@@ -20,18 +20,18 @@ from fedtune.sites.shared_settings import settings_for_own_site
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
 
-from ...data.conftest import chat
+from ...data.conftest import build_chat
 
 Tickets = Callable[..., RunConfig]
 LONG = "Dear all the printer on the third floor has been broken since Monday and nobody came to mend it"
 
 
-def checked(config: RunConfig, **options: Any) -> Checked:
+def check_config(config: RunConfig, **options: Any) -> Checked:
     tokenizer = load_tokenizer(config.model)
     return check(config, tokenizer, **({"within": len(tokenizer)} | options))
 
 
-def summary(some: Checked, file: int = 0) -> list[str]:
+def summarize_findings(some: Checked, file: int = 0) -> list[str]:
     """Of each finding its kind, what, column, and lines, with those of the earlier records that they are like."""
     found = []
     for one in some.files[file].findings:
@@ -40,7 +40,7 @@ def summary(some: Checked, file: int = 0) -> list[str]:
     return found
 
 
-def over(folder: Path, rows: Sequence[Mapping[str, Any]], *overrides: str) -> RunConfig:
+def compose_over_rows(folder: Path, rows: Sequence[Mapping[str, Any]], *overrides: str) -> RunConfig:
     """An experiment over these rows."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return compose_run([f"data.train_file='{folder / 'rows.jsonl'}'", "data.declared_sizes=10", "name=x", *overrides])
@@ -48,7 +48,7 @@ def over(folder: Path, rows: Sequence[Mapping[str, Any]], *overrides: str) -> Ru
 
 def test_all_errors_are_counted_and_the_first_are_named(tickets: Tickets) -> None:
     rows = ["fine,sales", ",sales", "a,b,c", "text,strange", *[" ,billing"] * 30]
-    (file,) = checked(tickets(*rows)).files
+    (file,) = check_config(tickets(*rows)).files
     assert (file.rows, sum(file.uses.values()), len(file.errors)) == (34, 1, check_data.SHOWN)
     assert [(key.rpartition(":")[2], what) for key, what, _ in file.errors[:3]] == [
         ("3, column 'body'", "blank"),
@@ -62,8 +62,8 @@ def test_rows_sharing_a_line_are_numbered_separately(tickets: Tickets, tmp_path:
     rows = [{"body": text, "team": "sales"} for text in ("a", " ", "b", "a")]
     (tmp_path / "one_line.json").write_text(json.dumps(rows))
     config = tickets("a,sales")
-    some = checked(replace(config, data=replace(config.data, train_file=str(tmp_path / "one_line.json"))))
-    assert (some.files[0].places, summary(some)) == ("rows", ["same 4=1"])
+    some = check_config(replace(config, data=replace(config.data, train_file=str(tmp_path / "one_line.json"))))
+    assert (some.files[0].places, summarize_findings(some)) == ("rows", ["same 4=1"])
     assert some.files[0].errors[0][0].startswith("row 2 (")
 
 
@@ -79,7 +79,7 @@ def test_span_offsets_are_checked_against_word_boundaries(
 ) -> None:
     rows = [{"text": f"naïve 😀 cards are lost {number}", "spans": [[first, end, "x"]]} for number in range(3)]
     columns = ("experiment=own_entities", "data.labels=[x]", "data.columns={text: text, spans: spans}")
-    found = summary(checked(over(tmp_path, rows, *columns, "model=random_bert")))
+    found = summarize_findings(check_config(compose_over_rows(tmp_path, rows, *columns, "model=random_bert")))
     expected = [] if way is None else [f"torn {way} 1 2 3".replace("  ", " ")]
     assert [line for line in found if "torn" in line] == expected
 
@@ -87,7 +87,7 @@ def test_span_offsets_are_checked_against_word_boundaries(
 def test_whole_file_error_gives_one_message(tickets: Tickets) -> None:
     config = tickets("a,sales")
     with pytest.raises(DataError, match=r"data.train_file = .*no such file"):
-        checked(replace(config, data=replace(config.data, train_file="gone.csv")))
+        check_config(replace(config, data=replace(config.data, train_file="gone.csv")))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_whole_file_error_gives_one_message(tickets: Tickets) -> None:
 def test_duplicates_contradictions_and_near_duplicates_are_reported(
     tickets: Tickets, rows: tuple[str, ...], expected: list[str]
 ) -> None:
-    assert summary(checked(tickets(*rows, overrides=("data.max_length=110",)))) == expected
+    assert summarize_findings(check_config(tickets(*rows, overrides=("data.max_length=110",)))) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,18 +124,24 @@ def test_truncated_unlearnable_and_sensitive_chats_are_reported(
     tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]
 ) -> None:
     writes = ("experiment=own_text", "model=random_llama", "data.chat_template=plain", "data.max_length=60")
-    config = over(tmp_path, [{"messages": chat("hi", answer)}], *writes, "data.columns={messages: messages}")
-    assert summary(checked(config, **options)) == expected
+    config = compose_over_rows(
+        tmp_path, [{"messages": build_chat("hi", answer)}], *writes, "data.columns={messages: messages}"
+    )
+    assert summarize_findings(check_config(config, **options)) == expected
 
 
 def test_records_in_the_training_data_are_reported(tickets: Tickets, tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text(f"body,team\n{LONG} now,sales\nother,sales\nknown,billing\n")
-    some = checked(tickets(f"{LONG},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",)))
-    assert summary(some, file=1) == ["overlap train 4=3", "near_overlap train 2=2"]
+    some = check_config(
+        tickets(f"{LONG},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",))
+    )
+    assert summarize_findings(some, file=1) == ["overlap train 4=3", "near_overlap train 2=2"]
 
 
 def test_lengths_are_measured_before_truncation(tickets: Tickets) -> None:
-    (file,) = checked(tickets(*["word,sales"] * 9, f"{'word ' * 40},sales", overrides=("data.max_length=8",))).files
+    (file,) = check_config(
+        tickets(*["word,sales"] * 9, f"{'word ' * 40},sales", overrides=("data.max_length=8",))
+    ).files
     assert file.lengths is not None
     assert file.lengths.longest > 40
     assert [count for *_, count in file.lengths.bins if count] == [9, 1]
@@ -147,13 +153,13 @@ def test_duplicate_and_contradictory_pairs_are_reported(tmp_path: Path) -> None:
     rows = [{"a": one, "b": other, "s": int(score)} for one, other, score in (pair.split(", ") for pair in pairs)]
     scored = ("experiment=own_pairs", "model=random_bert", "data.target_range=[0,5]", "federation.num_sites=2")
     scored += ("data.columns={text: a, other: b, target: s}",)
-    some = checked(over(tmp_path, rows, *scored))
+    some = check_config(compose_over_rows(tmp_path, rows, *scored))
     ((key, what, bound),) = some.files[0].errors
     assert (key.endswith(":3, target"), what) == (True, "outside the range")
     assert bound == "must be in data.target_range: 0 to 5"
-    assert summary(some) == ["shared (one is in 2) 5=1"]
-    again = checked(over(tmp_path, [*rows, rows[0], rows[3] | {"s": 5}], *scored))
-    assert {"same 6=1", "contradiction 7=4"} < set(summary(again)), "the same texts with another score"
+    assert summarize_findings(some) == ["shared (one is in 2) 5=1"]
+    again = check_config(compose_over_rows(tmp_path, [*rows, rows[0], rows[3] | {"s": 5}], *scored))
+    assert {"same 6=1", "contradiction 7=4"} < set(summarize_findings(again)), "the same texts with another score"
 
 
 def test_invalid_spans_are_counted_without_quoting_text(tmp_path: Path) -> None:
@@ -166,9 +172,9 @@ def test_invalid_spans_are_counted_without_quoting_text(tmp_path: Path) -> None:
     }
     rows = [{"text": text, "spans": spans} for text, spans in texts.items()]
     marked = ("experiment=own_entities", "data.columns={text: text, spans: spans}", "data.labels=[card,place]")
-    checks = checked(over(tmp_path, rows, *marked, "model=random_bert"))
+    checks = check_config(compose_over_rows(tmp_path, rows, *marked, "model=random_bert"))
     (found,) = checks.files
-    assert "hidden 5" in summary(checks), "of two parts in one word one is learned"
+    assert "hidden 5" in summarize_findings(checks), "of two parts in one word one is learned"
     assert [one[1] for one in found.errors] == ["spans that overlap", "a span outside the text", "not declared"]
     assert sum(found.num_errors.values()) == 3
     assert "secret" not in repr(found)
@@ -187,12 +193,12 @@ def test_inconsistent_tags_and_truncated_words_are_reported(tmp_path: Path) -> N
         "data.stride=4",
     )
 
-    def found(windows: int) -> list[str]:
-        config = over(tmp_path, rows, *tagged, f"data.windows={windows}")
-        return [one for one in summary(checked(config)) if one.startswith(("scheme", "cut", "lost"))]
+    def list_found(windows: int) -> list[str]:
+        config = compose_over_rows(tmp_path, rows, *tagged, f"data.windows={windows}")
+        return [one for one in summarize_findings(check_config(config)) if one.startswith(("scheme", "cut", "lost"))]
 
-    assert found(1) == ["cut 7", "lost 7", "scheme 2 3 4"]
-    assert found(3) == ["scheme 2 3 4"], "windows have room for all"
+    assert list_found(1) == ["cut 7", "lost 7", "scheme 2 3 4"]
+    assert list_found(3) == ["scheme 2 3 4"], "windows have room for all"
 
 
 def test_reported_sizes_match_the_simulation(tickets: Tickets) -> None:
@@ -201,7 +207,7 @@ def test_reported_sizes_match_the_simulation(tickets: Tickets) -> None:
     config = tickets(*rows, overrides=(*shares, "federation.num_sites=3"))
     columns = get_task(config.task).columns(config.data, partition=True)
     dealt = partition_training_files(config.data, columns, config.federation.names, seed=config.seed)
-    some = checked(config)
+    some = check_config(config)
     assert [one["true"] for one in some.sizes.values()] == [len(site.training) for site in dealt.sites]
     sites = {"train": sum(len(site.training) for site in dealt.sites)}
     sites |= {"held out": sum(len(site.heldout) for site in dealt.sites), "test": len(dealt.test)}
@@ -213,20 +219,20 @@ def test_reported_sizes_match_the_simulation(tickets: Tickets) -> None:
 def test_reported_sizes_count_users_at_user_level(tmp_path: Path) -> None:
     rows = [{"body": f"post {place}", "who": f"u{place % 7}"} for place in range(50)]
     of_users = ("privacy.unit=user", "data.columns={text: body, user: who}", "federation.num_sites=2")
-    config = over(tmp_path, rows, "experiment=own_text", "model=random_llama", *of_users)
-    assert sum(one["true"] for one in checked(config).sizes.values()) == 7
+    config = compose_over_rows(tmp_path, rows, "experiment=own_text", "model=random_llama", *of_users)
+    assert sum(one["true"] for one in check_config(config).sizes.values()) == 7
 
 
 def test_findings_contain_no_record_text(tickets: Tickets) -> None:
     rows = ["Xyzzy,sales", "Xyzzy a@xyzzy.org,sales", "Xyzzy,Xyzzy", "Xyzzy,b,c"]
     rows += ["Xyzzy\u200b,billing", '"Xyzzy"x,sales']
-    assert "xyzzy" not in json.dumps(asdict(checked(tickets(*rows)))).lower()
+    assert "xyzzy" not in json.dumps(asdict(check_config(tickets(*rows)))).lower()
 
 
 def test_undeclared_site_is_an_error_without_quotation(tickets: Tickets) -> None:
     overrides = ("data.columns={text: body, label: team, site: body}", "data.partition.kind=column")
     overrides += ("data.partition.sites={north: 0, south: 1}",)
-    some = checked(tickets("north,sales", "south,sales", "Xyzzy,sales", overrides=overrides))
+    some = check_config(tickets("north,sales", "south,sales", "Xyzzy,sales", overrides=overrides))
     assert [what for _, what, _ in some.files[0].errors] == ["another site"]
     assert [one["true"] for one in some.sizes.values()] == [1, 1]
 
@@ -237,7 +243,7 @@ def test_real_site_file_is_checked_with_policy_settings(tickets: Tickets, tmp_pa
     columns = {"text": "words", "label": "kind", "user": "who"}
     dataset = Dataset(id="letters", declared_size=500, path="own.csv", columns=columns)
     policy: Policy = replace(site_policy("north"), dataset=(dataset,), population=Population(name="letters"))
-    some = checked(settings_for_own_site(config, policy, folder=tmp_path))
+    some = check_config(settings_for_own_site(config, policy, folder=tmp_path))
     assert some.sizes == {"north": {"declared": 500, "true": 2}}
     assert [file.uses for file in some.files] == [{"train": 2}]
     strange = replace(config, data=replace(config.data, dataset="others"))
@@ -249,7 +255,7 @@ def test_fault_reasons_are_counted_and_label_variants_detected(tickets: Tickets)
     rows = [f"text {number},billing" for number in range(60)]
     shares = ("data.test_fraction=0.3", "data.validation_fraction=0.3")
     config = tickets(*rows, "a,Billing", "b,SALES", "c,sales ", "d,other", ",sales", overrides=shares)
-    (file,) = checked(config).files
+    (file,) = check_config(config).files
     assert list(file.uses) == ["train", "validation", "test"]
     assert file.spelt_otherwise == {"billing": 1, "sales": 1}
     left_out = SkippedRows(rows=file.rows, reasons=file.num_errors)

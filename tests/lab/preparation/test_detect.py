@@ -9,15 +9,26 @@ import pytest
 from fedtune.lab.preparation.detect import detect_columns
 from fedtune.spec import ConfigError, DataError
 
-from ...cases import cases_of
-from .conftest import AB, ASK, SAY, TURNS, YES_NO, few, own, rows, seen, summary
+from ...cases import read_cases
+from .conftest import (
+    AB,
+    ASK,
+    SAY,
+    TURNS,
+    YES_NO,
+    detect_in_file,
+    make_own_text,
+    make_rows,
+    repeat_texts,
+    summarize_found,
+)
 
 SHARED = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
 IN_JSON, LINK = json.dumps(TURNS), "https://example.org/a/long/path/{:050}".format
-ALPACA = {"instruction": own, "input": "", "output": "done"}
-BOTH, LABELED = {"chosen": own, "rejected": "no"}, {"text": own, "label": AB}
+ALPACA = {"instruction": make_own_text, "input": "", "output": "done"}
+BOTH, LABELED = {"chosen": make_own_text, "rejected": "no"}, {"text": make_own_text, "label": AB}
 TIMED: dict[str, Any] = {"months": lambda n: n / 7, "died": (0, 1)}
-PAIR, SCORE = {"sentence1": own, "sentence2": own}, lambda n: n % 11 / 2
+PAIR, SCORE = {"sentence1": make_own_text, "sentence2": make_own_text}, lambda n: n % 11 / 2
 PNG, SPAN = "{}.png".format, {"start": 0, "end": 1}
 TASK = {"data": {"text": "a b"}, "annotations": [{"result": [{"value": SPAN | {"labels": ["x"]}}]}]}
 
@@ -26,55 +37,76 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"conversations": SHARED, "id": int}, "chat: messages=conversations; not id"),
     ({"Messages": IN_JSON}, "chat: messages=Messages"),
     (ALPACA | {"system": "x"}, "instructions: prompt=instruction input system completion=output"),
-    ({"system": "x", "question": own} | BOTH, "preferences: prompt=question system chosen rejected"),
+    ({"system": "x", "question": make_own_text} | BOTH, "preferences: prompt=question system chosen rejected"),
     ({"prompt": [ASK], "chosen": [SAY], "rejected": [SAY]}, "preferences: messages=prompt chosen rejected"),
-    ({"prompt": own, "chosen": IN_JSON, "rejected": IN_JSON}, "preferences: chosen rejected; not prompt"),
+    ({"prompt": make_own_text, "chosen": IN_JSON, "rejected": IN_JSON}, "preferences: chosen rejected; not prompt"),
     ({"messages": TURNS, "chosen": TURNS, "rejected": TURNS}, "preferences: chosen rejected; not messages"),
     ({"chat": SHARED[:1], "chosen": SHARED[1], "rejected": SHARED[1]}, "preferences: messages=chat chosen rejected"),
     (ALPACA | BOTH, "preferences: prompt=instruction input chosen rejected; not output"),
-    ({"prompt": own, "chosen": f" {IN_JSON}", "rejected": f"\n{IN_JSON}"}, "preferences: chosen rejected; not prompt"),
-    ({"body": own, "chosen": (0, 1), "rejected": "no"}, "labeled: text=body label=chosen; not rejected"),
-    ({"prompt": own, "chosen": own}, "pairs: prompt completion=chosen"),
-    ({"question": own, "answer": own}, "pairs: prompt=question completion=answer"),
+    (
+        {"prompt": make_own_text, "chosen": f" {IN_JSON}", "rejected": f"\n{IN_JSON}"},
+        "preferences: chosen rejected; not prompt",
+    ),
+    ({"body": make_own_text, "chosen": (0, 1), "rejected": "no"}, "labeled: text=body label=chosen; not rejected"),
+    ({"prompt": make_own_text, "chosen": make_own_text}, "pairs: prompt completion=chosen"),
+    ({"question": make_own_text, "answer": make_own_text}, "pairs: prompt=question completion=answer"),
     (PAIR | {"score": SCORE, "split": "train"}, "scored: text=sentence1 other=sentence2 target=score; not split"),
-    ({"Query": own, "positive": own, "negative": own}, "triplets: anchor=Query positive negative"),
-    ({"body": own, "stars": lambda n: n % 5}, "labeled: text=body label=stars"),
-    ({"id": lambda n: f"{n} {own(n)} {n}", "body": own}, "text: text=body; not id"),
-    ({"patient": few(7), "body": own, "desk": few(30)}, "text: text=body user=patient; not desk"),
-    ({"bank_id": ("x", "y"), "text": own, "team": ("a", "b", "c")}, "labeled: text label=team; not bank_id"),
-    ({"bank_id": ("x", "y"), "text": own}, "labeled: text label=bank_id"),
+    (
+        {"Query": make_own_text, "positive": make_own_text, "negative": make_own_text},
+        "triplets: anchor=Query positive negative",
+    ),
+    ({"body": make_own_text, "stars": lambda n: n % 5}, "labeled: text=body label=stars"),
+    ({"id": lambda n: f"{n} {make_own_text(n)} {n}", "body": make_own_text}, "text: text=body; not id"),
+    (
+        {"patient": repeat_texts(7), "body": make_own_text, "desk": repeat_texts(30)},
+        "text: text=body user=patient; not desk",
+    ),
+    ({"bank_id": ("x", "y"), "text": make_own_text, "team": ("a", "b", "c")}, "labeled: text label=team; not bank_id"),
+    ({"bank_id": ("x", "y"), "text": make_own_text}, "labeled: text label=bank_id"),
     ({"tokens": ["a", "b"], "tags": ["B-x", "O"]}, "entities: tokens tags"),
     ({"words": ["a", "b"], "ner_tags": ["O", "U-x"], "id": int}, "entities: tokens=words tags=ner_tags; not id"),
     ({"tokens": '["a", "b"]', "labels": "['O', 'B-x']"}, "entities: tokens tags=labels"),
-    ({"text": own, "spans": [SPAN | {"label": "x"}], "tokens": [{"id": 0}]}, "entities: text spans; not tokens"),
-    ({"text": own, "label": ([[0, 1, "x"]], [])}, "entities: text spans=label"),
+    (
+        {"text": make_own_text, "spans": [SPAN | {"label": "x"}], "tokens": [{"id": 0}]},
+        "entities: text spans; not tokens",
+    ),
+    ({"text": make_own_text, "label": ([[0, 1, "x"]], [])}, "entities: text spans=label"),
     (TASK, "entities: text=data spans=annotations"),
-    ({"text": own, "labels": (["a"], ["b"])}, "tagged: text labels"),
+    ({"text": make_own_text, "labels": (["a"], ["b"])}, "tagged: text labels"),
     ({"file": "x/{}.JPG".format, "site": AB, "diagnosis": AB}, "images: image=file label=diagnosis; not site"),
     ({"image": PNG, "tags": (["a"], ["a", "b"])}, "images: image labels=tags"),
     ({"image": PNG, "value": lambda n: n / 7}, "images: image target=value"),
     ({"image": PNG} | TIMED, "images: image time=months event=died"),
-    ({"text": own} | TIMED, "followed: text time=months event=died"),
+    ({"text": make_own_text} | TIMED, "followed: text time=months event=died"),
     ({"age": lambda n: n / 3} | TIMED | {"label": AB}, "table: label"),
-    ({"text": own} | TIMED | {"label": AB}, "labeled: text label; not months died"),
+    ({"text": make_own_text} | TIMED | {"label": AB}, "labeled: text label; not months died"),
     # As others publish them.
     (
-        {"instruction": own, "context": own, "response": own, "category": AB},
+        {"instruction": make_own_text, "context": make_own_text, "response": make_own_text, "category": AB},
         "instructions: prompt=instruction input=context completion=response; not category",
     ),
-    ({"question": own, "context": own, "answer": YES_NO}, "pairs: prompt=question input=context completion=answer"),
-    ({"question": own, "answer": YES_NO}, "labeled: text=question label=answer"),
-    ({"system": "x", "user": own, "assistant": own}, "pairs: prompt=user system completion=assistant"),
+    (
+        {"question": make_own_text, "context": make_own_text, "answer": YES_NO},
+        "pairs: prompt=question input=context completion=answer",
+    ),
+    ({"question": make_own_text, "answer": YES_NO}, "labeled: text=question label=answer"),
+    (
+        {"system": "x", "user": make_own_text, "assistant": make_own_text},
+        "pairs: prompt=user system completion=assistant",
+    ),
     ({"conversations": SHARED, "system": "x", "tools": "[]"}, "chat: messages=conversations system; not tools"),
     (ALPACA | {"history": [["a", "b"]]}, "instructions: prompt=instruction input completion=output; not history"),
     (PAIR | {"label": SCORE, "idx": int}, "scored: text=sentence1 other=sentence2 target=label; not idx"),
-    ({"premise": own, "hypothesis": own, "label": (0, 1, 2)}, "labeled: text=premise text_pair=hypothesis label"),
+    (
+        {"premise": make_own_text, "hypothesis": make_own_text, "label": (0, 1, 2)},
+        "labeled: text=premise text_pair=hypothesis label",
+    ),
     ({"text": "fine {}".format, "url": LINK, "sentiment": AB}, "labeled: text label=sentiment; not url"),
     (LABELED | {"label": (0, 1), "label_text": AB}, "labeled: text label=label_text; not label"),
     (LABELED | {"sources": (["web"], ["web", "app"])}, "labeled: text label; not sources"),
-    ({"text": own, "tags": ("[]", "['late']", "['late', 'lost']")}, "tagged: text labels=tags"),
+    ({"text": make_own_text, "tags": ("[]", "['late']", "['late', 'lost']")}, "tagged: text labels=tags"),
     (
-        {"prompt": own, "chosen_response": own, "rejected_response": "no"},
+        {"prompt": make_own_text, "chosen_response": make_own_text, "rejected_response": "no"},
         "preferences: prompt chosen=chosen_response rejected=rejected_response",
     ),
     ({"subject": "about your order {}, again".format} | LABELED, "labeled: text label; not subject"),
@@ -93,8 +125,8 @@ KINDS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("columns", "expected"), KINDS, ids=range(len(KINDS)))
 def test_file_kind_and_unread_columns_are_detected(tmp_path: Path, columns: dict[str, Any], expected: str) -> None:
-    found = seen(tmp_path, columns)
-    assert summary(found) == expected
+    found = detect_in_file(tmp_path, columns)
+    assert summarize_found(found) == expected
     assert [role for role, *_ in found.options] == list(found.roles)
 
 
@@ -106,24 +138,37 @@ def test_file_kind_and_unread_columns_are_detected(tmp_path: Path, columns: dict
     ],
 )
 def test_scores_get_the_smallest_common_scale(tmp_path: Path, scores: Any, scale: object) -> None:
-    given = rows({"text1": own, "text2": own, "similarity": scores}, 9)
-    found = seen(tmp_path, given)
+    given = make_rows({"text1": make_own_text, "text2": make_own_text, "similarity": scores}, 9)
+    found = detect_in_file(tmp_path, given)
     assert (found.kind, found.settings) == ("scored", {"target_range": scale})
     with pytest.raises(DataError, match="columns text1, text2 = 'several texts or images'"):
-        seen(tmp_path, [row | {"similarity": 3} for row in given])  # what never changes is no score
+        detect_in_file(tmp_path, [row | {"similarity": 3} for row in given])  # what never changes is no score
     with pytest.raises(DataError, match=r"column similarity = '.*text': must have 2 to 200 different texts"):
-        seen(tmp_path, [*given, given[0] | {"similarity": "very"}])
+        detect_in_file(tmp_path, [*given, given[0] | {"similarity": "very"}])
 
 
 def test_single_outlier_does_not_change_the_scale(tmp_path: Path) -> None:
-    given = rows({"text": own, "rating": lambda n: 1 + n % 17 / 2})
+    given = make_rows({"text": make_own_text, "rating": lambda n: 1 + n % 17 / 2})
     given[7]["rating"] = 87.31
-    assert seen(tmp_path, given).settings == {"target_range": (0.0, 10.0)}
+    assert detect_in_file(tmp_path, given).settings == {"target_range": (0.0, 10.0)}
 
 
-TWO_TEXTS = {"body": own, "note": own, "team": ("t0", "t1", "t2"), "area": AB, "rate": lambda n: n / 9}
-DONE = {"prompt": own, "completion": own}
-SEVERAL = {"question": own, "answer": own, "doc": own, "tone": own, "n": lambda n: n / 7, "who": lambda n: n % 9}
+TWO_TEXTS = {
+    "body": make_own_text,
+    "note": make_own_text,
+    "team": ("t0", "t1", "t2"),
+    "area": AB,
+    "rate": lambda n: n / 9,
+}
+DONE = {"prompt": make_own_text, "completion": make_own_text}
+SEVERAL = {
+    "question": make_own_text,
+    "answer": make_own_text,
+    "doc": make_own_text,
+    "tone": make_own_text,
+    "n": lambda n: n / 7,
+    "who": lambda n: n % 9,
+}
 
 
 @pytest.mark.parametrize(
@@ -149,13 +194,13 @@ def test_column_roles_can_be_chosen_explicitly(
     tmp_path: Path, columns: dict[str, Any], chosen: str, expected: str
 ) -> None:
     options = dict(one.split("=") for one in chosen.split())
-    assert summary(seen(tmp_path, columns, **options)).partition(";")[0] == expected
+    assert summarize_found(detect_in_file(tmp_path, columns, **options)).partition(";")[0] == expected
 
 
-@pytest.mark.parametrize(("chosen", "message"), cases_of(__file__, "choices_that_do_not_fit"))
+@pytest.mark.parametrize(("chosen", "message"), read_cases(__file__, "choices_that_do_not_fit"))
 def test_unsuitable_column_choice_is_refused(tmp_path: Path, chosen: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        seen(tmp_path, rows({"body": own, "n": int}, 400), **chosen)
+        detect_in_file(tmp_path, make_rows({"body": make_own_text, "n": int}, 400), **chosen)
     assert str(caught.value) == message
 
 
@@ -170,18 +215,21 @@ def test_unreadable_rows_are_counted_and_the_first_kept(tmp_path: Path) -> None:
     [
         *((LABELED, odd) for odd in ({"text": 17}, {"label": True}, {"label": 3})),
         *((LABELED | {"label": (0, 1)}, {"label": "n/a"}), (LABELED | {"label": (0.0, 1.0)}, {"label": None})),
-        ({"text": own, "price": lambda n: n / 7}, {"price": "n/a"}),
-        *(({"text": own, "tags": ([], ["a"], ["a", "b"])}, {"tags": odd}) for odd in (None, {"a": 1})),
-        *(({"question": own, "answer": own}, {"answer": 4}), ({"messages": TURNS}, {"messages": []})),
-        ({"anchor": own, "positive": own, "negative": own}, {"positive": 0}),
+        ({"text": make_own_text, "price": lambda n: n / 7}, {"price": "n/a"}),
+        *(({"text": make_own_text, "tags": ([], ["a"], ["a", "b"])}, {"tags": odd}) for odd in (None, {"a": 1})),
+        *(
+            ({"question": make_own_text, "answer": make_own_text}, {"answer": 4}),
+            ({"messages": TURNS}, {"messages": []}),
+        ),
+        ({"anchor": make_own_text, "positive": make_own_text, "negative": make_own_text}, {"positive": 0}),
     ],
 )
 def test_single_odd_value_does_not_change_detection(
     tmp_path: Path, columns: dict[str, Any], odd: dict[str, Any]
 ) -> None:
-    given = rows(columns)
-    before, after = seen(tmp_path, given), seen(tmp_path, [given[0] | odd, *given[1:]])
-    assert (summary(after), set(after.labels)) == (summary(before), set(before.labels))
+    given = make_rows(columns)
+    before, after = detect_in_file(tmp_path, given), detect_in_file(tmp_path, [given[0] | odd, *given[1:]])
+    assert (summarize_found(after), set(after.labels)) == (summarize_found(before), set(before.labels))
     ((column, value),) = odd.items()
     assert value in (None, [], 0) or [count for _, count, _ in after.columns[column].strange] == [1], "it is shown"
 
@@ -201,24 +249,24 @@ PERSONS = (
     ("name", "odd"), [*((name, None) for name in PERSONS), *(("user_id", odd) for odd in ("", "NA", 1.5, ["a"]))]
 )
 def test_person_column_defines_the_privacy_unit_despite_odd_rows(tmp_path: Path, name: str, odd: object) -> None:
-    given = rows(LABELED | {name: few(9)})
+    given = make_rows(LABELED | {name: repeat_texts(9)})
     given[3][name] = odd
-    assert summary(seen(tmp_path, given)) == f"labeled: text label user={name}"
+    assert summarize_found(detect_in_file(tmp_path, given)) == f"labeled: text label user={name}"
 
 
 def test_decimal_ids_are_recognized_as_persons(tmp_path: Path) -> None:
-    assert seen(tmp_path, LABELED | {"user_id": lambda n: float(n % 9)}).roles["user"] == "user_id"
+    assert detect_in_file(tmp_path, LABELED | {"user_id": lambda n: float(n % 9)}).roles["user"] == "user_id"
     by_record = detect_columns(tmp_path / "rows.json", {}, by_person=False)
     assert "user" not in by_record.roles
     assert "--user user_id" in dict(by_record.unread)["user_id"]
 
 
 def test_second_person_column_is_suggested(tmp_path: Path) -> None:
-    columns = LABELED | {"author": few(3), "patient": few(9)}
-    found = seen(tmp_path, columns)
+    columns = LABELED | {"author": repeat_texts(3), "patient": repeat_texts(9)}
+    found = detect_in_file(tmp_path, columns)
     assert found.roles["user"] == "patient"
     assert "--user author" in dict(found.unread)["author"]
-    assert seen(tmp_path, columns, user="author").roles["user"] == "author"
+    assert detect_in_file(tmp_path, columns, user="author").roles["user"] == "author"
 
 
 # What is said, and what is refused.
@@ -226,10 +274,10 @@ def test_second_person_column_is_suggested(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", ["{},5", "${}", "{} %", "1.{},00", "({}.5)", "\u2212{}"])
 def test_foreign_number_formats_are_refused_with_a_hint(tmp_path: Path, number: str) -> None:
-    columns = {"text": own, "cost": lambda n: number.format(100 + n)}
-    assert "write 3.5" in dict(seen(tmp_path, columns).unread)["cost"]
+    columns = {"text": make_own_text, "cost": lambda n: number.format(100 + n)}
+    assert "write 3.5" in dict(detect_in_file(tmp_path, columns).unread)["cost"]
     with pytest.raises(ConfigError, match=r"--score = 'cost': must be a label or a number; .* write 3\.5"):
-        seen(tmp_path, columns, score="cost", text="text")
+        detect_in_file(tmp_path, columns, score="cost", text="text")
 
 
 @pytest.mark.parametrize("names", ["says,spam", "text,spam"])
@@ -248,11 +296,11 @@ def test_class_may_have_the_name_of_its_column(tmp_path: Path, names: str) -> No
     ],
 )
 def test_tag_scheme_is_decided_for_the_whole_column(tmp_path: Path, tags: Any, labels: dict[str, int]) -> None:
-    assert seen(tmp_path, rows({"tokens": ["a", "b"], "tags": tags}, 2)).labels == labels
+    assert detect_in_file(tmp_path, make_rows({"tokens": ["a", "b"], "tags": tags}, 2)).labels == labels
 
 
 def test_possible_event_label_is_pointed_out(tmp_path: Path) -> None:
-    found = seen(tmp_path, {"run_hours": lambda n: n / 7, "censored": (0, 1)}, label="censored")
+    found = detect_in_file(tmp_path, {"run_hours": lambda n: n / 7, "censored": (0, 1)}, label="censored")
     assert "censored may be an event: --time run_hours --event censored." in found.notes
 
 

@@ -12,7 +12,7 @@ from fedtune.lab.preparation import duplicates
 from fedtune.lab.preparation.duplicates import Earlier, Likeness, Near, Words, compare_records, find_longest_runs
 from fedtune.tasks.registry import TASKS
 
-from ...cases import cases_of
+from ...cases import read_cases
 
 TURNS = '[{"role":"user","content":"b"}]'
 
@@ -29,17 +29,17 @@ class Reader:
         return {kind: [twin.line for twin in twins] for kind, twins in self.earlier.find_twins(record, use).items()}
 
 
-def sentence(seed: int) -> str:
+def make_sentence(seed: int) -> str:
     draws = random.Random(seed)
     return " ".join("".join(draws.choices("abcdefghijklmnop", k=6)) for _ in range(20))
 
 
 def test_whitespace_variants_are_equal_and_extensions_are_similar() -> None:
-    read, text = Reader(), sentence(1)
+    read, text = Reader(), make_sentence(1)
     assert read(text) == {"same": [], "alike": []}
     assert read(f"  {text.replace(' ', '  ')}\n") == {"same": [1], "alike": [1]}
     assert read(f"{text} Indeed") == {"same": [], "alike": [1]}
-    assert read(sentence(2)) == {"same": [], "alike": []}
+    assert read(make_sentence(2)) == {"same": [], "alike": []}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -57,7 +57,7 @@ def test_records_differing_in_a_feature_are_distinct() -> None:
 
 
 def test_first_occurrence_is_tracked_per_use_and_label() -> None:
-    read, text = Reader(), sentence(1)
+    read, text = Reader(), make_sentence(1)
     read(text)
     assert read(text, "b")["same"] == [1]
     assert read(text, use="test")["same"] == [1, 2]
@@ -67,7 +67,7 @@ def test_first_occurrence_is_tracked_per_use_and_label() -> None:
 def test_texts_sharing_nine_tenths_are_nearly_always_found() -> None:
     read, found = Reader(), 0
     for seed in range(100):
-        words = sentence(seed).split()
+        words = make_sentence(seed).split()
         read(" ".join(words))
         found += bool(read(" ".join([*words[:-1], "changed"]))["alike"])
     assert found >= 95
@@ -79,13 +79,13 @@ def test_duplicate_search_uses_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
     read = Reader()
     for seed in range(5):
         assert read.earlier.is_full == (seed >= 2)
-        read(sentence(seed))
-    assert read(sentence(1)) == {"same": [2], "alike": [2]}
-    assert read(sentence(4)) == {"same": [], "alike": []}
+        read(make_sentence(seed))
+    assert read(make_sentence(1)) == {"same": [2], "alike": [2]}
+    assert read(make_sentence(4)) == {"same": [], "alike": []}
 
 
 def test_skipped_record_is_not_an_earlier_duplicate() -> None:
-    earlier, one = Earlier(alike=True), Record({"text": sentence(1)}, "file", 1)
+    earlier, one = Earlier(alike=True), Record({"text": make_sentence(1)}, "file", 1)
     for _ in range(2):
         assert earlier.find_twins(one, keep=False) == {"same": (), "alike": ()}
 
@@ -96,11 +96,11 @@ PARTS = st.lists(st.lists(st.sampled_from("abc"), max_size=8), max_size=3)
 """Texts of a record, whose words come again soon."""
 
 
-def of_parts(parts: list[list[str]]) -> Words:
+def join_parts(parts: list[list[str]]) -> Words:
     return [word for part in parts for word in (*part, None)]
 
 
-def runs_in(words: Words) -> set[tuple[str | None, ...]]:
+def list_word_runs(words: Words) -> set[tuple[str | None, ...]]:
     """Every run of words within one of the texts."""
     parts = [tuple(part) for ends, part in groupby(words, key=lambda word: word is None) if not ends]
     return {part[a:b] for part in parts for a in range(len(part)) for b in range(a + 1, len(part) + 1)}
@@ -110,22 +110,22 @@ def runs_in(words: Words) -> set[tuple[str | None, ...]]:
 @example([[list("ab")], [list("b")]], [[list("ab")]])
 @example([[list("aabab")]], [[list("abaab")], [list("bab")]])
 def test_longest_common_run_matches_brute_force(texts: list[list[list[str]]], others: list[list[list[str]]]) -> None:
-    own = {str(number): of_parts(parts) for number, parts in enumerate(others)}
-    every = [of_parts(parts) or [None] for parts in texts]
+    own = {str(number): join_parts(parts) for number, parts in enumerate(others)}
+    every = [join_parts(parts) or [None] for parts in texts]
     found = list(find_longest_runs(every, own.items()))
     assert len(found) == len(every)
     for text, (words, end, place) in zip(every, found, strict=True):
-        shared = runs_in(text) & {run for other in own.values() for run in runs_in(other)}
+        shared = list_word_runs(text) & {run for other in own.values() for run in list_word_runs(other)}
         assert words == max(map(len, shared), default=0)
         if words:
-            assert tuple(text[end - words : end]) in shared & runs_in(own[place])
+            assert tuple(text[end - words : end]) in shared & list_word_runs(own[place])
 
 
 def record(text: str, line: int = 1, *, file: str = "own", **more: str) -> Record:
     return Record({"text": text, **more}, file, line)
 
 
-def near(text: str, *others: str) -> Near:
+def find_near(text: str, *others: str) -> Near:
     """A text beside others, which are in the lines from 1 on."""
     (found,) = compare_records(
         [record(text, 7, file="made")], [record(other, line) for line, other in enumerate(others, 1)]
@@ -144,7 +144,7 @@ def near(text: str, *others: str) -> Near:
     ],
 )
 def test_word_comparison_ignores_case_punctuation_and_unicode_form(text: str, other: str, run: str) -> None:
-    found = near(text, "nothing of it", other)
+    found = find_near(text, "nothing of it", other)
     assert (found.run, found.words) == (run, len(run.split()))
     assert (found.place, found.of) == ("made:7", "own:2" if run else "")
 
@@ -163,14 +163,14 @@ def test_exact_copies_rank_above_similar_texts() -> None:
     found = compare_records(made, [record(f"{text} Indeed.", 4), record(f" {text}\n", 5), record(f"{text} Yes.", 6)])
     assert [(one.likeness, one.twin) for one in found] == [("same", "own:5"), ("same", "own:5"), ("", "")]
     assert (found[2].words, found[2].of) == (0, "")
-    assert near(text, f"{text} Indeed.").likeness == "alike"
+    assert find_near(text, f"{text} Indeed.").likeness == "alike"
 
 
-@pytest.mark.parametrize(("text", "others", "details"), cases_of(__file__, "details"))
+@pytest.mark.parametrize(("text", "others", "details"), read_cases(__file__, "details"))
 def test_copied_details_are_found_despite_whitespace(text: str, others: list[str], details: list[list[object]]) -> None:
-    assert [list(one) for one in near(text, *others).details] == details
+    assert [list(one) for one in find_near(text, *others).details] == details
 
 
 def test_empty_inputs_match_nothing() -> None:
     assert compare_records([], [record("a text")]) == []
-    assert near("a text") == Near("made:7", 0, 0.0, "", "", "", "", [])
+    assert find_near("a text") == Near("made:7", 0, 0.0, "", "", "", "", [])

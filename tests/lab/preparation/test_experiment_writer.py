@@ -19,7 +19,7 @@ from fedtune.model.base_model import load_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
 
-from ...data.conftest import chat as turns
+from ...data.conftest import build_chat as turns
 
 
 @dataclass
@@ -35,14 +35,14 @@ class Made:
     def settings(self) -> Any:
         return yaml.safe_load(self.text)
 
-    def composed(self, text: str | None = None) -> RunConfig:
+    def compose(self, text: str | None = None) -> RunConfig:
         (self.path.parent / "own.yaml").write_text(text or self.text, encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.path.parent)
             return compose_run(["experiment=./own.yaml"])
 
 
-def made_for(path: Path, *, model: str = "random_bert", **chosen: str) -> Made:
+def write_experiment(path: Path, *, model: str = "random_bert", **chosen: str) -> Made:
     found = detect_columns(path, chosen)
     base = KINDS[found.kind][1]
     left_open = ["data.train_file=x", "data.declared_sizes=2", *experiment_writer.placeholder_overrides(base)]
@@ -53,36 +53,36 @@ def made_for(path: Path, *, model: str = "random_bert", **chosen: str) -> Made:
     return Made(path, plan, text, "\n".join(experiment_writer.list_notes(found, plan)))
 
 
-def table(folder: Path, rows: int, *, labels: tuple[str, ...] = ("yes", "no"), more: str = "") -> Path:
+def write_table(folder: Path, rows: int, *, labels: tuple[str, ...] = ("yes", "no"), more: str = "") -> Path:
     path = folder / "rows.csv"
     lines = [f"text number {number} of the file,{labels[number % len(labels)]}" for number in range(rows)]
     path.write_text("\n".join(["body,kind", *lines]) + f"\n{more}", encoding="utf-8")
     return path
 
 
-def lines(folder: Path, *rows: dict[str, Any]) -> Path:
+def write_lines(folder: Path, *rows: dict[str, Any]) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_labels_resembling_yaml_values_stay_strings(tmp_path: Path) -> None:
-    made = made_for(table(tmp_path, 60, labels=("yes", "1", "null", "a: b", "# c", "ä")))
-    assert made.composed().data.labels == ("1", "# c", "a: b", "null", "yes", "ä")
+    made = write_experiment(write_table(tmp_path, 60, labels=("yes", "1", "null", "a: b", "# c", "ä")))
+    assert made.compose().data.labels == ("1", "# c", "a: b", "null", "yes", "ä")
 
 
 @pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
 def test_number_of_sites_follows_the_number_of_rows(tmp_path: Path, rows: int, sites: int) -> None:
-    assert made_for(table(tmp_path, rows)).plan.num_sites == sites
+    assert write_experiment(write_table(tmp_path, rows)).plan.num_sites == sites
 
 
 def test_prompt_template_suggestion_composes(tmp_path: Path) -> None:
     columns = ("title", "summary", "text")
     given = [{name: f"{name} of {n} in some words" * 2**at for at, name in enumerate(columns)} for n in range(40)]
-    made = made_for(lines(tmp_path, *({**row, "label": "ab"[n % 2]} for n, row in enumerate(given))))
-    assert made.composed().data.prompt_template == "{prompt}"
+    made = write_experiment(write_lines(tmp_path, *({**row, "label": "ab"[n % 2]} for n, row in enumerate(given))))
+    assert made.compose().data.prompt_template == "{prompt}"
     page = made.text.replace("  columns:", "  # was:").replace("  # columns:", "  columns:")
-    data = made.composed(page.replace("  # prompt_template", "  prompt_template")).data
+    data = made.compose(page.replace("  # prompt_template", "  prompt_template")).data
     assert data.columns == {"text": "text", "label": "label", "input": "title", "part_2": "summary"}
     assert data.prompt_template == "{input}\n\n{part_2}\n\n{text}"
 
@@ -90,8 +90,8 @@ def test_prompt_template_suggestion_composes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("words", "length", "windows"), [(9, 32, 1), (200, 256, 2), (5000, 256, 4)])
 def test_span_data_gets_windows_and_one_type_suffices(tmp_path: Path, words: int, length: int, windows: int) -> None:
     text = " ".join(["a"] * words)
-    path = lines(tmp_path, *[{"text": f"{text} {number}", "spans": [[0, 1, "card"]]} for number in range(40)])
-    config = made_for(path).composed()
+    path = write_lines(tmp_path, *[{"text": f"{text} {number}", "spans": [[0, 1, "card"]]} for number in range(40)])
+    config = write_experiment(path).compose()
     data = config.data
     assert (config.task, data.labels, data.columns["spans"]) == ("token_classification", ("card",), "spans")
     assert (data.max_length, data.windows) == (length, windows)
@@ -100,9 +100,9 @@ def test_span_data_gets_windows_and_one_type_suffices(tmp_path: Path, words: int
 
 def test_scored_pairs_get_their_scale_and_compose(tmp_path: Path) -> None:
     rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
-    made = made_for(lines(tmp_path, *rows))
+    made = write_experiment(write_lines(tmp_path, *rows))
     assert (made.plan.base, made.plan.usable, len(made.plan.lengths)) == ("own_pairs", 60, 60)
-    data = made.composed().data
+    data = made.compose().data
     assert data.target_range == (0.0, 5.0)
     assert data.columns == {"text": "sentence1", "other": "sentence2", "target": "score"}
 
@@ -110,15 +110,15 @@ def test_scored_pairs_get_their_scale_and_compose(tmp_path: Path) -> None:
 def test_preference_data_gets_turns_and_skips_invalid_pairs(tmp_path: Path) -> None:
     rows = [{"chosen": turns(f"where {n}", "there"), "rejected": turns(f"where {n}", "no")} for n in range(60)]
     rows[7]["rejected"] = turns("what else", "no")
-    made = made_for(lines(tmp_path, *rows), model="random_llama")
-    plan, data = made.plan, made.composed().data
+    made = write_experiment(write_lines(tmp_path, *rows), model="random_llama")
+    plan, data = made.plan, made.compose().data
     assert (plan.usable, plan.left_out.count, plan.turns) == (59, 1, "plain")
-    assert (data.columns, data.unusable) == ({"chosen": "chosen", "rejected": "rejected"}, "leave_out")
+    assert (data.columns, data.on_bad_record) == ({"chosen": "chosen", "rejected": "rejected"}, "skip")
 
 
 @pytest.mark.parametrize(("rows", "delta"), [(400, 1e-5), (600_000, 1e-7)])
 def test_delta_and_declared_size_follow_the_site_share(tmp_path: Path, rows: int, delta: float) -> None:
-    made = made_for(table(tmp_path, 400))
+    made = write_experiment(write_table(tmp_path, 400))
     large = replace(made.plan, usable=rows, units=rows)
     settings = yaml.safe_load(
         experiment_writer.render_experiment(detect_columns(made.path, {}), large, file=tmp_path / "own.yaml")
@@ -132,22 +132,24 @@ def test_delta_and_declared_size_follow_the_site_share(tmp_path: Path, rows: int
 
 
 def test_every_written_setting_has_a_comment(tmp_path: Path) -> None:
-    text = made_for(table(tmp_path, 60)).text
+    text = write_experiment(write_table(tmp_path, 60)).text
     settings = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith("#")]
     assert [line for line in settings if " # " not in line] == []
 
 
 def test_long_records_are_counted_and_truncated(tmp_path: Path) -> None:
-    made = made_for(lines(tmp_path, *({"body": "word " * size} for size in (5, 50, 5000))), model="random_llama")
+    made = write_experiment(
+        write_lines(tmp_path, *({"body": "word " * size} for size in (5, 50, 5000))), model="random_llama"
+    )
     assert made.plan.max_length == 256
     assert f"{1 + int(made.plan.lengths[1] > 256)} of 3 records are longer and are truncated" in made.text
 
 
 def test_unusable_rows_are_reported_and_skipped(tmp_path: Path) -> None:
-    made = made_for(table(tmp_path, 60, more=" ,yes\na,b,c\n"))
+    made = write_experiment(write_table(tmp_path, 60, more=" ,yes\na,b,c\n"))
     left_out = {"must not be blank (role text)": 1, "must have 2 cells, like the header": 1}
     assert (made.plan.usable, made.plan.left_out) == (60, SkippedRows(rows=62, reasons=left_out))
-    assert made.settings["data"]["unusable"] == "leave_out"
+    assert made.settings["data"]["on_bad_record"] == "skip"
 
 
 def test_run_name_and_next_command_follow_the_file_name() -> None:
@@ -159,8 +161,8 @@ def test_run_name_and_next_command_follow_the_file_name() -> None:
 
 
 def test_estimated_lengths_match_the_training_examples(tmp_path: Path) -> None:
-    path = lines(tmp_path, *[{"messages": turns("who is there?", "nobody at all")}] * 30)
-    made = made_for(path, model="random_llama")
+    path = write_lines(tmp_path, *[{"messages": turns("who is there?", "nobody at all")}] * 30)
+    made = write_experiment(path, model="random_llama")
     assert (made.plan.turns, made.settings["data"]["chat_template"]) == ("plain", "plain"), "it has no template"
     overrides = ["experiment=own_text", "model=random_llama", "data.train_file=x", "data.declared_sizes=2"]
     overrides += ["lora.layers=null", "lora.target_modules=all-linear", "data.columns={messages: messages}"]
@@ -180,17 +182,17 @@ def test_estimated_lengths_match_the_training_examples(tmp_path: Path) -> None:
     ],
 )
 def test_generated_notes_warn_of_data_problems(tmp_path: Path, labels: tuple[str, ...], more: str, note: str) -> None:
-    assert note in made_for(table(tmp_path, 60, labels=labels, more=more)).notes
+    assert note in write_experiment(write_table(tmp_path, 60, labels=labels, more=more)).notes
 
 
 def test_tokens_unknown_to_the_model_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.unk_token_id", 225, raising=False)  # a space
-    assert "% of the tokens are unknown to this model" in made_for(table(tmp_path, 60)).notes
+    assert "% of the tokens are unknown to this model" in write_experiment(write_table(tmp_path, 60)).notes
 
 
 def test_numeric_labels_are_sorted_and_unused_ones_omitted(tmp_path: Path) -> None:
     numbers = tuple(map(str, range(1, 11)))
-    made = made_for(table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
+    made = write_experiment(write_table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
     assert made.settings["data"]["labels"] == list(numbers)
     assert "Not a class, because at most one usable row has it: 1 label." in made.notes
     assert experiment_writer.sort_labels(["10 stars", "-1", "2 stars", "b", "1.5"]) == [
@@ -205,7 +207,7 @@ def test_numeric_labels_are_sorted_and_unused_ones_omitted(tmp_path: Path) -> No
 @pytest.mark.parametrize("separator", ["", ";b"])
 def test_label_of_a_single_row_is_not_published(tmp_path: Path, separator: str) -> None:
     labels = (f"yes{separator}", f"no{separator}", "yes")
-    made = made_for(table(tmp_path, 60, labels=labels, more=f"a text,a rare case{separator}\n"))
+    made = write_experiment(write_table(tmp_path, 60, labels=labels, more=f"a text,a rare case{separator}\n"))
     assert made.settings["data"]["labels"] == sorted({"no", "yes", *separator.removeprefix(";")})
     assert "at most one usable row has it: 1 label." in made.notes
 
@@ -213,7 +215,7 @@ def test_label_of_a_single_row_is_not_published(tmp_path: Path, separator: str) 
 @pytest.mark.parametrize("words", [120, 5000])
 def test_max_length_covers_most_texts_and_losses_are_stated(tmp_path: Path, words: int) -> None:
     rows = [{"body": "ab " * (words if number % 20 else 3 * words), "kind": "ab"[number % 2]} for number in range(200)]
-    made = made_for(lines(tmp_path, *rows))
+    made = write_experiment(write_lines(tmp_path, *rows))
     usual = int(made.plan.lengths[1])
     assert usual > 256, "which a record of such a file has at most otherwise"
     assert made.plan.max_length == min(512, -(-usual // 16) * 16)
@@ -226,13 +228,13 @@ def test_note_warns_that_long_contexts_lose_their_middle(tmp_path: Path) -> None
         {"question": f"what of {n}?", "context": "a " * (3000 if n % 5 else 3), "answer": f"it is {n}, and so"}
         for n in range(60)
     ]
-    made = made_for(lines(tmp_path, *rows), model="random_llama")
+    made = write_experiment(write_lines(tmp_path, *rows), model="random_llama")
     assert "and lose the middle of their longest text" in made.notes
 
 
 def test_single_long_record_does_not_change_max_length(tmp_path: Path) -> None:
-    before = made_for(table(tmp_path, 120)).plan.max_length
-    made = made_for(table(tmp_path, 120, more=f"{'word ' * 200},yes\n"))
+    before = write_experiment(write_table(tmp_path, 120)).plan.max_length
+    made = write_experiment(write_table(tmp_path, 120, more=f"{'word ' * 200},yes\n"))
     assert made.plan.max_length == before
     assert "; 1 of 121 records are longer and are truncated" in made.text
 
@@ -240,13 +242,13 @@ def test_single_long_record_does_not_change_max_length(tmp_path: Path) -> None:
 # Sites by a column, and persons.
 
 
-def visits(folder: Path, person: Callable[[int], str], *, blank: int = 0, **chosen: str) -> Made:
+def write_visits(folder: Path, person: Callable[[int], str], *, blank: int = 0, **chosen: str) -> Made:
     rows = [
         f"text {number},{'ab'[number % 2]},{'' if number < blank else 'NS'[number // 100]},{person(number)}"
         for number in range(200)
     ]
     (folder / "visits.csv").write_text("\n".join(["body,team,org,PatientID", *rows]) + "\n")
-    return made_for(folder / "visits.csv", **chosen)
+    return write_experiment(folder / "visits.csv", **chosen)
 
 
 def test_site_column_partitions_the_file_by_name_and_size(tmp_path: Path) -> None:
@@ -254,38 +256,38 @@ def test_site_column_partitions_the_file_by_name_and_size(tmp_path: Path) -> Non
     rows = [f"text {number},{'ab'[number % 2]},{sites[number % 3]}" for number in range(120)]
     (tmp_path / "visits.csv").write_text("\n".join(["body,desk,carrier", *rows]) + "\n")
     with pytest.raises(DataError, match="columns desk, carrier = 'answers that there may be'"):
-        made_for(tmp_path / "visits.csv")
-    config = made_for(tmp_path / "visits.csv", site="carrier").composed()
+        write_experiment(tmp_path / "visits.csv")
+    config = write_experiment(tmp_path / "visits.csv", site="carrier").compose()
     assert dict(config.data.partition.sites) == {"N Coast": 0, "South": 1}
     assert (config.data.columns["site"], config.federation.names) == ("carrier", ("N-Coast", "South"))
     assert (config.data.declared_sizes, config.data.dataset) == ((28, 56), "visits")
     text = (tmp_path / "visits.csv").read_text().replace("N Coast", "Köln").replace("South", "K?ln")
     (tmp_path / "visits.csv").write_text(text)
-    config = made_for(tmp_path / "visits.csv", site="carrier").composed()
+    config = write_experiment(tmp_path / "visits.csv", site="carrier").compose()
     assert (config.federation.names, len(config.data.partition.sites)) == (("site-1", "site-2"), 2), "alike as names"
 
 
 def test_site_column_must_keep_persons_together_with_enough_records(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--site = 'org': must be the same in all records of a person"):
-        visits(tmp_path, lambda number: f"p{number % 60}", site="org")
+        write_visits(tmp_path, lambda number: f"p{number % 60}", site="org")
     with pytest.raises(
         ConfigError, match=r"--site = 'org': must have at least 20 records or people at each site; N has 10"
     ):
-        visits(tmp_path, lambda number: f"p{number // 10}", site="org")
+        write_visits(tmp_path, lambda number: f"p{number // 10}", site="org")
 
 
 def test_sites_count_persons_and_skip_rows_without_an_id(tmp_path: Path) -> None:
-    made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
+    made = write_visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
     assert (made.plan.places, made.plan.units, made.plan.left_out.count) == ({"N": 25, "S": 25}, 50, 2)
-    assert (made.settings["data"]["declared_sizes"], made.settings["data"]["unusable"]) == ([17, 17], "leave_out")
-    made = visits(tmp_path, lambda number: f"p{number}" if number else "")
+    assert (made.settings["data"]["declared_sizes"], made.settings["data"]["on_bad_record"]) == ([17, 17], "skip")
+    made = write_visits(tmp_path, lambda number: f"p{number}" if number else "")
     assert (made.plan.units, made.plan.usable, made.plan.left_out.count) == (199, 199, 1)
-    assert (made.settings["privacy"]["unit"], made.settings["data"]["unusable"]) == ("user", "leave_out"), (
+    assert (made.settings["privacy"]["unit"], made.settings["data"]["on_bad_record"]) == ("user", "skip"), (
         "one has no id"
     )
 
 
 def test_ids_differing_only_in_case_are_counted(tmp_path: Path) -> None:
-    made = visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
+    made = write_visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
     assert (made.plan.units, made.plan.alike) == (100, 50)
     assert "50 ids of persons are like another" in made.notes

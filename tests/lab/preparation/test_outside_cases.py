@@ -10,15 +10,18 @@ from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.detect import detect_columns
 from fedtune.spec import ConfigError, DataError
 
-from .conftest import AB, ASK, SAY, own, seen
+from .conftest import AB, ASK, SAY, detect_in_file, make_own_text
 
-PAIR, QUESTION = {"prompt": own, "completion": own}, {"question": own, "answer": own}
+PAIR, QUESTION = (
+    {"prompt": make_own_text, "completion": make_own_text},
+    {"question": make_own_text, "answer": make_own_text},
+)
 YES = (True, False)
-LABELED = {"text": own, "label": AB}
+LABELED = {"text": make_own_text, "label": AB}
 NO_PROMPT = "columns chosen, rejected = 'texts that belong together': must have beside them a column prompt"
 
 
-def table(folder: Path, *lines: str) -> Path:
+def write_table(folder: Path, *lines: str) -> Path:
     (folder / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "rows.csv"
 
@@ -30,22 +33,25 @@ def table(folder: Path, *lines: str) -> Path:
         (PAIR | {"score": (0, 1)}, "column score = '1 or 0': may say"),
         (QUESTION | {"label": ("good", "bad")}, "rows answer is not"),
         (QUESTION | {"accepted": YES}, "rows answer is not"),
-        ({"instruction": own, "input": "", "output": own, "kto_tag": YES}, "rows output is"),
+        ({"instruction": make_own_text, "input": "", "output": make_own_text, "kto_tag": YES}, "rows output is"),
         ({"conversations": [ASK, SAY], "kto_tag": YES}, "rows conversations is not wanted"),
-        ({"role": ("prompter", "assistant"), "text": own}, "column role = \"a word's tag, or who speaks"),
+        ({"role": ("prompter", "assistant"), "text": make_own_text}, "column role = \"a word's tag, or who speaks"),
         ({"chosen": "Human: where Assistant: there", "rejected": "Human: where Assistant: no"}, NO_PROMPT),
         ({"prompt": "where", "chosen": [SAY], "rejected": [SAY]}, NO_PROMPT),
         ({"prompt": [ASK], "chosen": "there", "rejected": "no"}, NO_PROMPT),
         ({"prompt": [ASK], "completion": [SAY]}, "all turns of a record as one list in a column messages"),
-        ({"prompt": own, "response": [SAY]}, "column response = 'list': must be a text: write all turns"),
-        *(({"text": own, name: {"a": ["b"]}}, f"column {name} = 'object': must be a") for name in ("answers", "label")),
-        ({"text": own, "score": lambda n: f"{n % 9},5"}, r"column score = 'text': .* write 3\.5"),
+        ({"prompt": make_own_text, "response": [SAY]}, "column response = 'list': must be a text: write all turns"),
+        *(
+            ({"text": make_own_text, name: {"a": ["b"]}}, f"column {name} = 'object': must be a")
+            for name in ("answers", "label")
+        ),
+        ({"text": make_own_text, "score": lambda n: f"{n % 9},5"}, r"column score = 'text': .* write 3\.5"),
         ({"n": 1.5}, "a column of text"),
     ],
 )
 def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        seen(tmp_path, columns)
+        detect_in_file(tmp_path, columns)
 
 
 @pytest.mark.parametrize(
@@ -53,15 +59,19 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
     [
         ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "runs ignore it"),
         ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "runs ignore it"),
-        ({"text": own, "state": "one"}, "state", "always the same"),
+        ({"text": make_own_text, "state": "one"}, "state", "always the same"),
         (LABELED | {"age": lambda n: str(n % 40)}, "age", "--score age"),
-        ({"text": own, "parent_id": own}, "parent_id", "ids of the records"),
-        ({"text": own, "user_ids": ["a", "b"]}, "user_ids", "a record is of one person"),
-        ({"query": own, "response": own, "rejected_response": own}, "rejected_response", "not"),
+        ({"text": make_own_text, "parent_id": make_own_text}, "parent_id", "ids of the records"),
+        ({"text": make_own_text, "user_ids": ["a", "b"]}, "user_ids", "a record is of one person"),
+        (
+            {"query": make_own_text, "response": make_own_text, "rejected_response": make_own_text},
+            "rejected_response",
+            "not",
+        ),
     ],
 )
 def test_unread_columns_are_named_with_a_reason(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
-    assert why in dict(seen(tmp_path, columns).unread)[name]
+    assert why in dict(detect_in_file(tmp_path, columns).unread)[name]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +88,7 @@ def test_label_spelling_variants_are_named(labels: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("end", ['d "e",ok', 'd",ok,ok'])
 def test_row_with_an_open_quote_states_the_swallowed_lines(tmp_path: Path, end: str) -> None:
-    path = table(tmp_path, "text,label", '"begins a quote,ok', "b,ok", "c,ok", end, "f,ok")
+    path = write_table(tmp_path, "text,label", '"begins a quote,ok', "b,ok", "c,ok", end, "f,ok")
     (fault, last) = [found for _, found in read_table(path, None, comma=",")]
     assert isinstance(fault, DataError)
     assert str(fault.value).endswith(", over 4 lines")
@@ -88,7 +98,10 @@ def test_row_with_an_open_quote_states_the_swallowed_lines(tmp_path: Path, end: 
 
 def test_unnamed_columns_are_listed_and_title_rows_refused(tmp_path: Path) -> None:
     lines = [f"a text with number {n},{'ab'[n % 2]},,{n}" for n in range(60)]
-    assert set(dict(detect_columns(table(tmp_path, "text,label,,", *lines), {}).unread)) == {"(column 3)", "(column 4)"}
-    title = table(tmp_path, "Report of 2024,,,", "text,label,a,b", *lines)
+    assert set(dict(detect_columns(write_table(tmp_path, "text,label,,", *lines), {}).unread)) == {
+        "(column 3)",
+        "(column 4)",
+    }
+    title = write_table(tmp_path, "Report of 2024,,,", "text,label,a,b", *lines)
     with pytest.raises(ConfigError, match=r"a name twice or none.*must be a header with one name for each"):
         detect_columns(title, {})

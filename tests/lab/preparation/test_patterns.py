@@ -2,9 +2,9 @@
 
 import pytest
 
-from fedtune.lab.preparation.patterns import find_damage, find_identifiers, masked
+from fedtune.lab.preparation.patterns import find_damage, find_identifiers, mask_identifiers
 
-from ...cases import cases_of
+from ...cases import read_cases
 
 
 @pytest.mark.parametrize(
@@ -25,17 +25,17 @@ from ...cases import cases_of
 )
 def test_identifier_is_found_whole_and_once(text: str, kind: str, whole: str) -> None:
     assert [(found, text[start:end]) for found, start, end in find_identifiers(text)] == [(kind, whole)]
-    assert masked(text) == (text.replace(whole, f"[{kind}]"), [kind])
+    assert mask_identifiers(text) == (text.replace(whole, f"[{kind}]"), [kind])
 
 
-@pytest.mark.parametrize("text", cases_of(__file__, "no_identifiers"))
+@pytest.mark.parametrize("text", read_cases(__file__, "no_identifiers"))
 def test_harmless_text_is_not_masked(text: str) -> None:
-    assert masked(text) == (text, [])
+    assert mask_identifiers(text) == (text, [])
 
 
 def test_several_identifiers_in_one_text_are_masked() -> None:
     text = "a@b.de or 0171/1234567 or c@d.de"
-    assert masked(text) == ("[e-mail] or [phone number] or [e-mail]", ["e-mail", "phone number", "e-mail"])
+    assert mask_identifiers(text) == ("[e-mail] or [phone number] or [e-mail]", ["e-mail", "phone number", "e-mail"])
 
 
 @pytest.mark.parametrize("evil", ["1 ", "+1", "a.a@", "A1 ", "1:", "DE12A", "(", "1.1.1.", "a@b.de "])
@@ -43,7 +43,7 @@ def test_pattern_search_takes_linear_time(evil: str) -> None:
     find_identifiers(evil * 50_000)  # what looks back over the whole text would take hours
 
 
-@pytest.mark.parametrize(("text", "kind"), cases_of(__file__, "damaged"))
+@pytest.mark.parametrize(("text", "kind"), read_cases(__file__, "damaged"))
 def test_encoding_damage_is_detected(text: str, kind: str) -> None:
     assert list(find_damage(text)) == [kind]
 

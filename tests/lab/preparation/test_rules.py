@@ -17,15 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.data.formats import raw_rows
+from fedtune.data.formats import iter_raw_rows
 from fedtune.lab.preparation.detect import detect_columns
 from fedtune.spec import DataError
 
-from .conftest import AB, ASK, SAY, few, own, rows, seen, summary
-from .test_experiment_writer import made_for
+from .conftest import AB, ASK, SAY, detect_in_file, make_own_text, make_rows, repeat_texts, summarize_found
+from .test_experiment_writer import write_experiment
 
 AGE: Callable[[int], float] = lambda n: 20 + n * 0.75  # noqa: E731
-BELONG: dict[str, Any] = {"anchor": own, "positive": own}
+BELONG: dict[str, Any] = {"anchor": make_own_text, "positive": make_own_text}
 SURVIVED: dict[str, Any] = {"os_months": AGE, "os_status": (0, 1)}
 FREE = ("0:DiseaseFree", "1:Recurred/Progressed")
 WARD, SHAPE, YES = ("north", "south"), ("x", "y", "z"), (True, False)
@@ -38,11 +38,11 @@ ENDLESS: Callable[[int], float] = lambda n: n / 4 if n % 9 else math.inf  # noqa
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
 
 
-def spans(keys: str) -> list[dict[str, Any]]:
+def make_spans(keys: str) -> list[dict[str, Any]]:
     return [dict(zip(keys.split(), (0, 1, "x"), strict=True))]
 
 
-def chosen_by(*names: str) -> list[dict[str, Any]]:
+def make_choices(*names: str) -> list[dict[str, Any]]:
     return [{"result": [{"type": "choices", "value": {"choices": [*names]}}]}]
 
 
@@ -61,34 +61,61 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "codes of several words": (TABLE | {"sigma": METAR}, "table: label=dx; not sigma"),
     "names": (MIXED | {"sigma": "Anna Lind {}".format}, "'a few words': may be texts, or names in a table of age"),
     "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=dx; not full_name"),
-    "remarks of a few": (TABLE | {"sigma": lambda n: own(n) if n % 3 == 0 else ""}, "table: label=dx; not sigma"),
-    "texts": (TABLE | {"sigma": own}, "labeled: text=sigma label=dx; not age"),
+    "remarks of a few": (
+        TABLE | {"sigma": lambda n: make_own_text(n) if n % 3 == 0 else ""},
+        "table: label=dx; not sigma",
+    ),
+    "texts": (TABLE | {"sigma": make_own_text}, "labeled: text=sigma label=dx; not age"),
     "codes alone": ({"sigma": "I10.{}".format, "kappa": WARD}, "links, or marks without a space"),
     # Of two answers without a usual name a person is asked.
     "two answers": (MIXED | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
     "one among numbers": (MIXED, "or --score COLUMN"),
     "an answer by a time": (MIXED | {"churned_in_30d": AB}, "table: label=churned_in_30d"),
     "a topic of a table": (MIXED | {"category": SHAPE}, "must be one: choose with --label COLUMN"),
-    "a topic of texts": ({"text": own, "kappa": WARD, "category": SHAPE}, "labeled: text label=category; not kappa"),
-    "a last word": ({"text": own, "kappa": WARD, "mu_sentiment": AB}, "labeled: text label=mu_sentiment; not kappa"),
+    "a topic of texts": (
+        {"text": make_own_text, "kappa": WARD, "category": SHAPE},
+        "labeled: text label=category; not kappa",
+    ),
+    "a last word": (
+        {"text": make_own_text, "kappa": WARD, "mu_sentiment": AB},
+        "labeled: text label=mu_sentiment; not kappa",
+    ),
     "a general name": ({"age": AGE, "class": SHAPE, "kappa": AB}, "columns class, kappa, age = 'answers that"),
     "a general name alone": ({"age": AGE, "class": WARD}, "table: label=class"),
-    "a general name of texts": ({"text": own, "class": WARD, "kappa": AB}, "labeled: text label=class; not kappa"),
-    "labels behind marks": ({"text": own, "sigma": SEVERAL}, "tagged: text labels=sigma"),
-    "scores": ({"text": own, "sigma_score": AGE}, "rated: text target=sigma_score"),
-    "scores without an end": ({"text": own, "sigma_score": ENDLESS}, "7 of 60 values hold numbers in another form"),
-    "two texts alone": ({"sigma": own, "rho": lambda n: own(n) * 2}, "one (--text), or a prompt and what is written"),
-    "two texts with an answer": ({"sigma": own, "rho": own, "kappa": WARD}, "(--text, --text-pair, --label)"),
-    "a usual name of two": ({"text": own, "rho": own, "kappa": WARD}, "labeled: text label=kappa; not rho"),
-    "captions": ({"sigma": own, "rho": PNG}, "several texts or images"),
-    "lists of texts": ({"query": own, "pos": [own(1)], "neg": [own(2)]}, "must be a label, a number, or a list"),
-    "lists of numbers": ({"text": own, "label": [0.25, 0.75]}, "vectors of numbers name none"),
+    "a general name of texts": (
+        {"text": make_own_text, "class": WARD, "kappa": AB},
+        "labeled: text label=class; not kappa",
+    ),
+    "labels behind marks": ({"text": make_own_text, "sigma": SEVERAL}, "tagged: text labels=sigma"),
+    "scores": ({"text": make_own_text, "sigma_score": AGE}, "rated: text target=sigma_score"),
+    "scores without an end": (
+        {"text": make_own_text, "sigma_score": ENDLESS},
+        "7 of 60 values hold numbers in another form",
+    ),
+    "two texts alone": (
+        {"sigma": make_own_text, "rho": lambda n: make_own_text(n) * 2},
+        "one (--text), or a prompt and what is written",
+    ),
+    "two texts with an answer": (
+        {"sigma": make_own_text, "rho": make_own_text, "kappa": WARD},
+        "(--text, --text-pair, --label)",
+    ),
+    "a usual name of two": (
+        {"text": make_own_text, "rho": make_own_text, "kappa": WARD},
+        "labeled: text label=kappa; not rho",
+    ),
+    "captions": ({"sigma": make_own_text, "rho": PNG}, "several texts or images"),
+    "lists of texts": (
+        {"query": make_own_text, "pos": [make_own_text(1)], "neg": [make_own_text(2)]},
+        "must be a label, a number, or a list",
+    ),
+    "lists of numbers": ({"text": make_own_text, "label": [0.25, 0.75]}, "vectors of numbers name none"),
     "a usual name": (MIXED | {"lambda_": SHAPE, "species": AB}, "table: label=species"),
-    "marks of labels": ({"sigma": own, "kappa": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
-    "and a usual one": ({"sigma": own, "spam": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
-    "a lone answer": ({"text": own, "label": "one"}, "label = 'text': must have two values or more"),
-    "a lone last word": ({"text": own, "final_decision": "one"}, "must have two values or more"),
-    "an empty answer": ({"text": own, "sentiment": ""}, "must have two values or more"),
+    "marks of labels": ({"sigma": make_own_text, "kappa": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
+    "and a usual one": ({"sigma": make_own_text, "spam": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
+    "a lone answer": ({"text": make_own_text, "label": "one"}, "label = 'text': must have two values or more"),
+    "a lone last word": ({"text": make_own_text, "final_decision": "one"}, "must have two values or more"),
+    "an empty answer": ({"text": make_own_text, "sentiment": ""}, "must have two values or more"),
     # A time beside its event, in usual codes.
     "alive or dead": (MIXED | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
     "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
@@ -106,9 +133,15 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=dx; not sigma"),
     "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=dx; not in_train"),
     "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a"),
-    "thumbs": ({"prompt": own, "response": own, "thumbs_up": (0, 1)}, "in which rows response is not wanted"),
+    "thumbs": (
+        {"prompt": make_own_text, "response": make_own_text, "thumbs_up": (0, 1)},
+        "in which rows response is not wanted",
+    ),
     "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=dx; not fold"),
-    "reviews": ({"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")}, "in which rows a"),
+    "reviews": (
+        {"text": make_own_text, "spans": make_spans("start end label"), "sigma": ("accept", "reject")},
+        "in which rows a",
+    ),
     "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a"),
     "checks": (TABLE | {"sample_quality": ("pass", "fail", "pass")}, "in which rows a record is not wanted"),
     "what is valid": (TABLE | {"valid_sample": (0, 1)}, "in which rows a record is not wanted"),
@@ -117,67 +150,127 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "a split abroad": (TABLE | {"sigma": ("treino", "Validierung", "teste")}, "table: label=dx; not sigma"),
     "weights of rows": (TABLE | {"survey_wt": AGE, "birth_weight": AGE}, "table: label=dx; not survey_wt"),
     # Answers in forms of other programs, and with a usual name in a form that is not read.
-    "types": ({"text": own, "sigma": spans("start end type")}, "entities: text spans=sigma"),
-    "groups": ({"text": own, "ents": spans("start_char end_char entity_group")}, "entities: text spans=ents"),
-    "numbers of types": ({"text": own, "ents": [{"start": 0, "end": 1, "label": 4}]}, "entities: text spans=ents"),
-    "cats": ({"text": own, "cats": ({"a": 1, "b": 0}, {"a": 0.0, "b": 1.0})}, "tagged: text labels=cats"),
-    "choices": (TASK | {"annotations": (chosen_by("a"), chosen_by("b"))}, "tagged: text=data labels=annotations"),
-    "ids of doccano": ({"text": own, "annotations": ([{"label": 1}], [{"label": 2}])}, "labels=annotations"),
-    "another name": ({"sigma": own, "rho": spans("startOffset endOffset displayName")}, "text=sigma spans=rho"),
-    "other keys": ({"text": own, "sigma": spans("von bis typ"), "kappa": WARD}, "must have start and end, whole"),
-    "lengths": ({"text": own, "sigma": [{"of": {"at": 0, "length": 1}}]}, "must have start and end, whole numbers"),
-    "beyond the text": ({"text": own, "sigma": [{"width": 640, "height": 480}]}, "text: text; not sigma"),
+    "types": ({"text": make_own_text, "sigma": make_spans("start end type")}, "entities: text spans=sigma"),
+    "groups": (
+        {"text": make_own_text, "ents": make_spans("start_char end_char entity_group")},
+        "entities: text spans=ents",
+    ),
+    "numbers of types": (
+        {"text": make_own_text, "ents": [{"start": 0, "end": 1, "label": 4}]},
+        "entities: text spans=ents",
+    ),
+    "cats": ({"text": make_own_text, "cats": ({"a": 1, "b": 0}, {"a": 0.0, "b": 1.0})}, "tagged: text labels=cats"),
+    "choices": (TASK | {"annotations": (make_choices("a"), make_choices("b"))}, "tagged: text=data labels=annotations"),
+    "ids of doccano": ({"text": make_own_text, "annotations": ([{"label": 1}], [{"label": 2}])}, "labels=annotations"),
+    "another name": (
+        {"sigma": make_own_text, "rho": make_spans("startOffset endOffset displayName")},
+        "text=sigma spans=rho",
+    ),
+    "other keys": (
+        {"text": make_own_text, "sigma": make_spans("von bis typ"), "kappa": WARD},
+        "must have start and end, whole",
+    ),
+    "lengths": (
+        {"text": make_own_text, "sigma": [{"of": {"at": 0, "length": 1}}]},
+        "must have start and end, whole numbers",
+    ),
+    "beyond the text": ({"text": make_own_text, "sigma": [{"width": 640, "height": 480}]}, "text: text; not sigma"),
     "tags of any name": ({"sigma": [*"abc"], "kappa": ["B-x", "O", "O"]}, "entities: tokens=sigma tags=kappa"),
     "two of tags": ({"sigma": [*"abc"], "kappa": ["B-x", "O", "O"], "rho": ["B-y", "O", "O"]}, "must be a label, a"),
-    "no type": ({"text": own, "entities": [{"start": 0, "stop": 1}]}, "must have start and end, whole numbers"),
+    "no type": (
+        {"text": make_own_text, "entities": [{"start": 0, "stop": 1}]},
+        "must have start and end, whole numbers",
+    ),
     "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be names of tags, such as B-PER"),
     "tags without types": ({"tokens": [*"abc"], "ner_tags": ["B", "O", "O"]}, "must be a letter and"),
-    "a tag a row": ({"sigma": few(20), "kappa": ("B-x", "I-x", "O")}, "is of a part of a record"),
-    "many labels": ({"text": own, "intent": few(50)}, "column intent = 'text': must have 2 to 200 different texts"),
-    "marks as text": ({"text": own, "labels": ("[1, 0]", "[0, 1]")}, "vectors of numbers name none"),
+    "a tag a row": ({"sigma": repeat_texts(20), "kappa": ("B-x", "I-x", "O")}, "is of a part of a record"),
+    "many labels": (
+        {"text": make_own_text, "intent": repeat_texts(50)},
+        "column intent = 'text': must have 2 to 200 different texts",
+    ),
+    "marks as text": ({"text": make_own_text, "labels": ("[1, 0]", "[0, 1]")}, "vectors of numbers name none"),
     # Columns that a number tells apart, and roles in turn names.
-    "two texts": ({"clause_a": own, "clause_b": own, "kappa": WARD}, "text=clause_a text_pair=clause_b label=ka"),
-    "with a score": ({"clause 1": own, "clause 2": own, "score": AGE}, "text=clause 1 other=clause 2 target=score"),
-    "one of few texts": ({"clause1": own, "clause2": FEW, "dx": WARD}, "text=clause1 text_pair=clause2 label=dx"),
+    "two texts": (
+        {"clause_a": make_own_text, "clause_b": make_own_text, "kappa": WARD},
+        "text=clause_a text_pair=clause_b label=ka",
+    ),
+    "with a score": (
+        {"clause 1": make_own_text, "clause 2": make_own_text, "score": AGE},
+        "text=clause 1 other=clause 2 target=score",
+    ),
+    "one of few texts": (
+        {"clause1": make_own_text, "clause2": FEW, "dx": WARD},
+        "text=clause1 text_pair=clause2 label=dx",
+    ),
     "few texts of two": ({"clause1": FEW, "clause2": FEW, "judge": AB}, "must be one answer, chosen"),
-    "without an answer": ({"clause1": own, "clause2": own}, "several texts or images"),
-    "three texts": ({"clause1": own, "clause2": own, "clause3": own}, "several texts"),
-    "questions": ({"question": own, "sentence": own, "label": (0, 1)}, "text=question text_pair=sentence label"),
-    "answers": ({"prompt": own, "answer_0": own, "answer_1": own, "better_id": (0, 1)}, "must be one answer, chosen"),
-    "answers by marks": ({"clause_a": own, "clause_b": own, "kappa": ("B", "A", "tie")}, "must be one answer, chosen"),
-    "a tournament": ({"prompt": own, "reply_1": own, "reply_2": own, "reply_3": own}, "several texts"),
-    "negatives": (BELONG | {"negative_1": own, "negative_2": own}, "positive negative=negative_1; not negative_2"),
+    "without an answer": ({"clause1": make_own_text, "clause2": make_own_text}, "several texts or images"),
+    "three texts": ({"clause1": make_own_text, "clause2": make_own_text, "clause3": make_own_text}, "several texts"),
+    "questions": (
+        {"question": make_own_text, "sentence": make_own_text, "label": (0, 1)},
+        "text=question text_pair=sentence label",
+    ),
+    "answers": (
+        {"prompt": make_own_text, "answer_0": make_own_text, "answer_1": make_own_text, "better_id": (0, 1)},
+        "must be one answer, chosen",
+    ),
+    "answers by marks": (
+        {"clause_a": make_own_text, "clause_b": make_own_text, "kappa": ("B", "A", "tie")},
+        "must be one answer, chosen",
+    ),
+    "a tournament": (
+        {"prompt": make_own_text, "reply_1": make_own_text, "reply_2": make_own_text, "reply_3": make_own_text},
+        "several texts",
+    ),
+    "negatives": (
+        BELONG | {"negative_1": make_own_text, "negative_2": make_own_text},
+        "positive negative=negative_1; not negative_2",
+    ),
     "no negative": (BELONG, "must have beside them a column negative"),
-    "turns": ({"user": own, "response": own}, "pairs: prompt=user completion=response"),
-    "turns in columns": ({"user_1": own, "bot_1": own, "user_2": own, "bot_2": own}, "several texts"),
+    "turns": ({"user": make_own_text, "response": make_own_text}, "pairs: prompt=user completion=response"),
+    "turns in columns": (
+        {"user_1": make_own_text, "bot_1": make_own_text, "user_2": make_own_text, "bot_2": make_own_text},
+        "several texts",
+    ),
     "of OpenAI": (
         {"input": {"messages": [ASK], "tools": []}, "preferred_output": [SAY], "non_preferred_output": [SAY]},
         "preferences: messages=input chosen=preferred_output rejected=non_preferred_output",
     ),
     # Images are known by what they end in; rows by numbers that each have once.
     "paths": ({"sigma": PNG, "kappa": WARD}, "images: image=sigma label=kappa"),
-    "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labeled: text label=kappa; not sigma"),
+    "paths beside texts": (
+        {"sigma": PNG, "text": make_own_text, "kappa": WARD},
+        "labeled: text label=kappa; not sigma",
+    ),
     "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of 60 .nii.gz files': must be"),
     "several endings": ({"sigma": lambda n: f"{n}.{'jp2' if n % 3 else 'png'}", "dx": AB}, "paths of 40 .jp2 f"),
     "an ending alone": ({"sigma": "s{}.jp2".format}, "sigma = 'paths of 60 .jp2 files'"),
     "links": ({"sigma": "https://a.org/{}.jpg?w=9".format, "kappa": WARD}, "sigma = 'paths of 60 linked files'"),
     "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=dx; not sigma"),
     "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=dx; not order_nr"),
-    "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labeled: text label=kappa; not uid"),
-    "ids of persons": ({"text": own, "uid": few(30), "kappa": WARD}, "labeled: text label=kappa user=uid"),
-    "few persons": ({"text": own, "author": few(4), "kappa": WARD}, "columns kappa, author = 'answers"),
+    "ids of rows": ({"text": make_own_text, "uid": "r{}".format, "kappa": WARD}, "labeled: text label=kappa; not uid"),
+    "ids of persons": (
+        {"text": make_own_text, "uid": repeat_texts(30), "kappa": WARD},
+        "labeled: text label=kappa user=uid",
+    ),
+    "few persons": (
+        {"text": make_own_text, "author": repeat_texts(4), "kappa": WARD},
+        "columns kappa, author = 'answers",
+    ),
     "ids of one length": (TABLE | {"sigma": lambda n: 4_000_000 + n * n * 999}, "table: label=dx; not sigma"),
     "numbers of another": (TABLE | {"sigma": lambda n: 400_000 + n * n * 999}, "table: label=dx"),
     "codes of goods": (TABLE | {"ean": lambda n: 400 + n * n}, "table: label=dx; not ean"),
-    "names that are one": ({"Text": own, "text": own, "kappa": WARD}, "must differ by more than case and marks"),
+    "names that are one": (
+        {"Text": make_own_text, "text": make_own_text, "kappa": WARD},
+        "must differ by more than case and marks",
+    ),
 }
 RENAMED = {"sigma": "tau", "kappa": "omega", "rho": "mu", "lambda_": "eta", "clause": "thesis"}
 """Names that mean nothing, and others; the order of the alphabet is another one."""
 
 
-def decided(folder: Path, given: list[dict[str, Any]]) -> str:
+def summarize_decision(folder: Path, given: list[dict[str, Any]]) -> str:
     try:
-        return summary(seen(folder, given))
+        return summarize_found(detect_in_file(folder, given))
     except DataError as error:
         return str(error).removeprefix(str(folder))
 
@@ -185,21 +278,21 @@ def decided(folder: Path, given: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("name", RULES)
 def test_detection_does_not_depend_on_order_or_arbitrary_names(tmp_path: Path, name: str) -> None:
     columns, expected = RULES[name]
-    rows_of, draws = rows(columns, 60), random.Random(name)
-    before = decided(tmp_path, rows_of)
+    rows_of, draws = make_rows(columns, 60), random.Random(name)
+    before = summarize_decision(tmp_path, rows_of)
     assert expected in before
     order = draws.sample(sorted(columns), len(columns))
     mixed = [{name: row[name] for name in order} for row in draws.sample(rows_of, len(rows_of))]
 
-    def sorted_parts(said: str) -> list[str]:
+    def sort_parts(said: str) -> list[str]:
         return sorted(said.replace(",", " ").replace(";", " ").split())
 
-    after = decided(tmp_path, mixed)
-    assert sorted_parts(after) == sorted_parts(before), "the order of columns and rows"
+    after = summarize_decision(tmp_path, mixed)
+    assert sort_parts(after) == sort_parts(before), "the order of columns and rows"
     text = json.dumps(mixed)
     for old, new in RENAMED.items():
         text, before = text.replace(f'"{old}', f'"{new}'), before.replace(old, new)
-    assert sorted_parts(decided(tmp_path, json.loads(text))) == sorted_parts(before), "names that mean nothing"
+    assert sort_parts(summarize_decision(tmp_path, json.loads(text))) == sort_parts(before), "names that mean nothing"
 
 
 @pytest.mark.parametrize(
@@ -207,32 +300,32 @@ def test_detection_does_not_depend_on_order_or_arbitrary_names(tmp_path: Path, n
     [
         (MIXED, "or --score COLUMN"),
         (MIXED | {"run_hours": AGE, "rho": ("yes", "no")}, "came by it: --time run_hours --event COLUMN"),
-        ({"text": own, "kappa": WARD, "rho": AB}, "or --text alone for plain texts"),
+        ({"text": make_own_text, "kappa": WARD, "rho": AB}, "or --text alone for plain texts"),
     ],
 )
 def test_question_for_the_answer_offers_only_options_that_fit(tmp_path: Path, columns: Any, end: str) -> None:
     with pytest.raises(DataError, match=f"answers that there may be': must be one: .*{re.escape(end)}$"):
-        seen(tmp_path, columns)
+        detect_in_file(tmp_path, columns)
 
 
 @pytest.mark.parametrize("end", [".png", ".tif"])
 @pytest.mark.parametrize("name", ["scans/s{}", "{}"])
 def test_paths_without_their_ending_are_refused_by_the_files_beside_them(tmp_path: Path, name: str, end: str) -> None:
-    given = random.Random(1).sample(rows({"sigma": name.format, "kappa": WARD}), 60)
+    given = random.Random(1).sample(make_rows({"sigma": name.format, "kappa": WARD}), 60)
     (tmp_path / "scans").mkdir()
-    assert "without their ending" not in decided(tmp_path, given)
+    assert "without their ending" not in summarize_decision(tmp_path, given)
     for row in given:
         (tmp_path / f"{row['sigma']}{end}").touch()
     with pytest.raises(DataError, match=f"sigma = 'paths of {end} files without their ending': .* write {end} behind"):
-        seen(tmp_path, given)
+        detect_in_file(tmp_path, given)
 
 
 HEADERS: dict[str, tuple[dict[str, Any], bool]] = {
     "a value of a flag": ({"line": ("QX", "RY"), "km": AGE, "late": ("late", "in time")}, True),
-    "beside a text": ({"what was told": own, "urgent": ("urgent", "calm")}, True),
+    "beside a text": ({"what was told": make_own_text, "urgent": ("urgent", "calm")}, True),
     "pixels": ({str(n): (0, n, 9) for n in range(9)}, True),
-    "texts": ({"text": own, "label": AB}, False),
-    "texts with numbers": ({"text": own, "label": AB, "number": AGE}, False),
+    "texts": ({"text": make_own_text, "label": AB}, False),
+    "texts with numbers": ({"text": make_own_text, "label": AB, "number": AGE}, False),
     "a table": ({"age": AGE, "stay": lambda n: n % 7, "dx": WARD}, False),
 }
 
@@ -241,7 +334,10 @@ HEADERS: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize("order", range(3))
 def test_header_is_missed_only_where_most_names_are_values(tmp_path: Path, name: str, order: int) -> None:
     columns, is_written = HEADERS[name]
-    given, names = random.Random(order).sample(rows(columns), 60), random.Random(order).sample([*columns], len(columns))
+    given, names = (
+        random.Random(order).sample(make_rows(columns), 60),
+        random.Random(order).sample([*columns], len(columns)),
+    )
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         lines = csv.DictWriter(file, sorted(names, key=int) if name == "pixels" else names)
         if is_written:
@@ -266,7 +362,7 @@ def test_torn_and_damaged_rows_are_counted_in_any_order(tmp_path: Path, kinds: A
     lost, texts = "cards are lost", {"damaged": "f\u00c3\u00bcr are lost", "marked_up": "cards are<br/>lost &amp; gone"}
     made = [[f"{texts.get(kind, lost)} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in made))
-    told = made_for(tmp_path / "rows.jsonl").notes
+    told = write_experiment(tmp_path / "rows.jsonl").notes
     for kind, said in NOTED.items():
         counted = [line for line in told.splitlines() if said in line]
         assert bool(counted) == (kind in kinds)
@@ -283,6 +379,6 @@ def test_counters_ids_and_offsets_are_no_tokens(tmp_path_factory: Any, order: An
     rows = [f"{before}{first + n}\t{last.format(n)}w{n}\t{tags.replace('B-x', 'B-x' if n else 'O')}" for n in range(3)]
     path = tmp_path_factory.mktemp("marked") / "train.conll"
     path.write_text("\n\n".join(["\n".join(rows)] * 5) + "\n")
-    ((_, row), *_) = raw_rows(path)
+    ((_, row), *_) = iter_raw_rows(path)
     assert row["tokens"] == ["w0", "w1", "w2"]
     assert row["tags"] == ["O", "B-x", "B-x"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import own, rows
+from .conftest import make_own_text, make_rows
 
 SICK = ("sick", "well")
 TABLE: dict[str, Any] = {
@@ -21,24 +21,24 @@ TABLE: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def labs(tmp_path: Path) -> Path:
+def labs_file(tmp_path: Path) -> Path:
     random.seed(3)
-    given = rows(TABLE, 120)
+    given = make_rows(TABLE, 120)
     random.shuffle(given)
     (tmp_path / "labs.json").write_text(json.dumps(given))
     return tmp_path / "labs.yaml"
 
 
-def test_observed_values_are_shown_only_on_the_terminal(labs: Path, command: Any) -> None:
+def test_observed_values_are_shown_only_on_the_terminal(labs_file: Path, command: Any) -> None:
     told = command("data", "init", "labs.json", "--label", "diagnosis").printed
     for shown in ("20.5 to 79.5", "901.25 to 1018.25", "zqf", "zqm", "a list of 3 numbers", "become PUBLIC"):
         assert shown in told
-    page = labs.read_text()
+    page = labs_file.read_text()
     assert '{columns: ["age"], range: "???", missing: indicator}' in page
     assert '{columns: ["crp"], range: "???", missing: indicator}' in page
     assert '{columns: ["sex"], categories: "???", missing: indicator}' in page
@@ -47,37 +47,39 @@ def test_observed_values_are_shown_only_on_the_terminal(labs: Path, command: Any
         assert own_value not in page, "the experiment file travels"
 
 
-def test_one_row_with_missing_values_does_not_change_the_experiment(tmp_path: Path, labs: Path, command: Any) -> None:
+def test_one_row_with_missing_values_does_not_change_the_experiment(
+    tmp_path: Path, labs_file: Path, command: Any
+) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
     given = json.loads((tmp_path / "labs.json").read_text())
     given[5] |= {"age": None, "sex": "", "states": None}
     (tmp_path / "labs.json").write_text(json.dumps(given))
     assert command("data", "init", "labs.json", "--label", "diagnosis", "--out", "more.yaml").code == 0
-    assert (tmp_path / "more.yaml").read_text().replace("more", "labs") == labs.read_text()
+    assert (tmp_path / "more.yaml").read_text().replace("more", "labs") == labs_file.read_text()
 
 
-def test_ranges_are_declared_globally_or_per_column(tmp_path: Path, labs: Path, command: Any) -> None:
+def test_ranges_are_declared_globally_or_per_column(tmp_path: Path, labs_file: Path, command: Any) -> None:
     asked = ("data", "init", "labs.json", "--label", "diagnosis", "--force")
     assert command(*asked, "--ranges=-5,5").code == 0
-    assert labs.read_text().count("range: [-5.0, 5.0], ") == 3
-    assert labs.read_text().count("???") == 2, "categories, and what the comment says of them"
+    assert labs_file.read_text().count("range: [-5.0, 5.0], ") == 3
+    assert labs_file.read_text().count("???") == 2, "categories, and what the comment says of them"
     (tmp_path / "units.csv").write_text("column,low,high,unit\nage,0,110,years\nsex,0,1,\ncrp,0,500,mg/l\n")
     assert command(*asked, "--ranges", "units.csv").code == 0
     for line in ('["age"], range: [0.0, 110.0], ', '["crp"], range: [0.0, 500.0], ', '["states"], range: "???", '):
-        assert line in labs.read_text()
+        assert line in labs_file.read_text()
     for wrong in ("none.csv", "a,b", "5,-5", "1,2,3"):
         assert command(*asked, f"--ranges={wrong}").failed().startswith("--ranges = ")
 
 
-def test_undeclared_ranges_are_requested_before_the_run(labs: Path, command: Any) -> None:
+def test_undeclared_ranges_are_requested_before_the_run(labs_file: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
     others = ", ".join(f"data.features[{one}" for one in ("crp].range", "sex].categories", "states].range"))
     said = f"data.features[age].range = '': is required, and so are {others}: write it where the file has ???"
     assert command("simulate", "experiment=./labs.yaml").failed().startswith(said)
-    page = labs.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
+    page = labs_file.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
     page = page.replace('"crp"], range: "???"', '"crp"], range: [0, 2000]')
     page = page.replace('categories: "???"', "categories: [zqf]").replace('range: "???"', "range: [-20, 20]")
-    labs.write_text(page)
+    labs_file.write_text(page)
     told = command("data", "check", "labs.yaml", "--json").printed
     (file,) = json.loads(told)["checked"]["files"]
     assert file["lengths"] is None
@@ -91,7 +93,7 @@ def test_undeclared_ranges_are_requested_before_the_run(labs: Path, command: Any
 @pytest.mark.parametrize("events", [("1", "0"), ("1.0", "0.0"), ("True", "False"), (True, False), (1, 0)])
 def test_time_and_event_columns_become_a_survival_task(tmp_path: Path, command: Any, events: tuple[Any, ...]) -> None:
     table = {"age": TABLE["age"], "os_months": lambda number: number % 50 + 0.25, "died": events}
-    (tmp_path / "trial.json").write_text(json.dumps(rows(table, 60)))
+    (tmp_path / "trial.json").write_text(json.dumps(make_rows(table, 60)))
     told = command("data", "init", "trial.json").printed
     assert "0.25 to 49.25" in told, "on the terminal alone"
     page = (tmp_path / "trial.yaml").read_text()
@@ -117,8 +119,8 @@ def test_spreadsheet_booleans_are_categories(tmp_path: Path, command: Any) -> No
 
 
 def test_texts_with_time_and_event_become_a_survival_task(tmp_path: Path, command: Any) -> None:
-    given = {"text": own, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
-    (tmp_path / "notes.json").write_text(json.dumps(rows(given, 60)))
+    given = {"text": make_own_text, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
+    (tmp_path / "notes.json").write_text(json.dumps(make_rows(given, 60)))
     assert command("data", "init", "notes.json", "--model", "random_bert").printed
     page = (tmp_path / "notes.yaml").read_text().replace('intervals: "???"', "intervals: [12, 24]")
     (tmp_path / "notes.yaml").write_text(page)

@@ -16,7 +16,7 @@ from fedtune.show.run_progress import Display
 from fedtune.sites import work as site_work
 
 from ...cli import snapshots
-from ...conftest import REPOSITORY, command, fail_where, result_of, tiny
+from ...conftest import REPOSITORY, fail_where, list_tiny_overrides, read_result, run_command
 
 pytestmark = pytest.mark.nightly
 
@@ -31,12 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(folder: Path) -> list[str]:
-    return tiny(*SHORT, *SITES, into=folder, name="both")
+    return list_tiny_overrides(*SHORT, *SITES, into=folder, name="both")
 
 
 @pytest.fixture(scope="module")
-def told(words: list[str]) -> Any:
-    return json.loads(command("compare", *words, "--without-privacy", "--smallest", "10", "--json").printed)
+def comparison_json(words: list[str]) -> Any:
+    return json.loads(run_command("compare", *words, "--without-privacy", "--smallest", "10", "--json").printed)
 
 
 MODELS = ["base", "federated", "site-1 alone", "site-2 alone", "pooled"]
@@ -44,21 +44,21 @@ PLAIN = [f"{name}, no privacy" for name in MODELS[1:]]
 MEANS = ["alone, mean of 2", "alone, mean of 2, no privacy"]
 
 
-def test_compare_trains_all_variants_with_and_without_privacy(told: Any, folder: Path) -> None:
-    models = {model["name"]: model for model in told["models"]}
+def test_compare_trains_all_variants_with_and_without_privacy(comparison_json: Any, folder: Path) -> None:
+    models = {model["name"]: model for model in comparison_json["models"]}
     assert list(models) == [*MODELS, *PLAIN, *MEANS]
     assert {name for name, model in models.items() if model.get("epsilon") is not None} == set(MODELS[1:])
     assert all(set(model["scores"]) == {"accuracy", "macro_f1", "loss"} for model in models.values())
     assert {path.name for path in (folder / "both").iterdir() if path.is_dir()} == {
         f"both-{who}{how}" for who in ("federated", "alone-site-1", "alone-site-2", "pooled") for how in ("", "-plain")
     }
-    assert json.loads((folder / "both" / "compare.json").read_text()) == told
+    assert json.loads((folder / "both" / "compare.json").read_text()) == comparison_json
 
 
-def test_compared_scores_match_the_runs(told: Any) -> None:
-    models = {model["name"]: model for model in told["models"]}
+def test_compared_scores_match_the_runs(comparison_json: Any) -> None:
+    models = {model["name"]: model for model in comparison_json["models"]}
     for name in (*MODELS[1:], *PLAIN):
-        run = result_of(Path(models[name]["folder"]))
+        run = read_result(Path(models[name]["folder"]))
         assert models[name]["scores"]["loss"]["value"] == pytest.approx(run["final"]["metrics"]["loss"])
         assert models["base"]["scores"]["loss"]["value"] == pytest.approx(run["final"]["metrics_before"]["loss"])
         assert models[name]["seconds"] == run["final"]["seconds"]
@@ -67,22 +67,22 @@ def test_compared_scores_match_the_runs(told: Any) -> None:
     alone = [models[f"site-{number} alone"]["scores"]["loss"]["value"] for number in (1, 2)]
     assert models[MEANS[0]]["scores"]["loss"]["value"] == pytest.approx(sum(alone) / 2)
     # Sites are groups of the records that they would have.
-    groups = told["groups"]["by site"]["groups"]
+    groups = comparison_json["groups"]["by site"]["groups"]
     assert {group["name"] for group in groups} == {"site-1", "site-2"}
-    assert sum(group["units"] for group in groups) == told["records"] == 60
+    assert sum(group["units"] for group in groups) == comparison_json["records"] == 60
     pairs = {(one["base"], one["tuned"]) for one in groups[0]["changes"]}
     assert pairs == {(name, "federated") for name in ("base", *MODELS[2:], *PLAIN)}
 
 
-def test_pairwise_differences_are_complete_and_explained(told: Any) -> None:
-    pairs = {(pair["base"], pair["tuned"]): pair for pair in told["pairs"] if pair["score"] == "loss"}
+def test_pairwise_differences_are_complete_and_explained(comparison_json: Any) -> None:
+    pairs = {(pair["base"], pair["tuned"]): pair for pair in comparison_json["pairs"] if pair["score"] == "loss"}
     assert len(pairs) == 11 * 10 / 2
-    models = {model["name"]: model["scores"]["loss"]["value"] for model in told["models"]}
+    models = {model["name"]: model["scores"]["loss"]["value"] for model in comparison_json["models"]}
     for (base, tuned), pair in pairs.items():
         assert pair["difference"]["value"] == pytest.approx(models[tuned] - models[base], abs=1e-12)
         apart = pair["difference"]["low"] > 0 or pair["difference"]["high"] < 0
         assert (pair["verdict"] != "cannot be told apart") == apart
-    first, *others = told["verdict"]
+    first, *others = comparison_json["verdict"]
     assert first.startswith("Federated ")
     assert others[0].startswith("Compared with each site alone, on each site's own test records, federated is ")
     assert others[0].count("site-1") == others[0].count("site-2") == 1
@@ -105,17 +105,19 @@ def test_compared_runs_differ_only_in_their_participants(words: list[str]) -> No
     assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
 
 
-def test_repeated_compare_reruns_nothing_and_resumes(told: Any, words: list[str], folder: Path, tmp_path: Path) -> None:
+def test_repeated_compare_reruns_nothing_and_resumes(
+    comparison_json: Any, words: list[str], folder: Path, tmp_path: Path
+) -> None:
     made = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
-    again = command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
-    assert json.loads(again.out) == told
+    again = run_command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
+    assert json.loads(again.out) == comparison_json
     assert "of 8, " not in again.err
     assert (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns == made
     shutil.copytree(folder / "both", tmp_path / "both")
     shutil.rmtree(tmp_path / "both" / "both-pooled")
     (tmp_path / "both" / "both-federated" / "run.json").unlink()
     here = [f"tracking.output_dir='{tmp_path}'" if word.startswith("tracking.output_dir") else word for word in words]
-    again = command("compare", *here, "--leave-out", "alone", "--json")
+    again = run_command("compare", *here, "--leave-out", "alone", "--json")
     assert again.code == 0, again.err
     assert [model["name"] for model in json.loads(again.out)["models"]] == ["base", "federated", "pooled"]
     about, spends, *lines = again.err.splitlines()
@@ -125,49 +127,49 @@ def test_repeated_compare_reruns_nothing_and_resumes(told: Any, words: list[str]
 
 
 def test_interrupted_compare_can_be_resumed(tmp_path: Path) -> None:
-    words = ("compare", *tiny(*SHORT, *SITES, into=tmp_path, name="both"), "--leave-out", "alone")
+    words = ("compare", *list_tiny_overrides(*SHORT, *SITES, into=tmp_path, name="both"), "--leave-out", "alone")
     with pytest.MonkeyPatch.context() as patched:
         fail_where(patched, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
-        stopped = command(*words)
+        stopped = run_command(*words)
     assert (stopped.code, "Continue with: fedtune compare" in " ".join(stopped.out.split())) == (1, True)
     assert not (tmp_path / "both" / "both-pooled").exists()
-    told = json.loads(command(*words, "--json").printed)
+    told = json.loads(run_command(*words, "--json").printed)
     assert [model["name"] for model in told["models"]] == ["base", "federated", "pooled"]
-    assert [one["round"] for one in result_of(tmp_path / "both" / "both-federated")["rounds"]] == [1]
+    assert [one["round"] for one in read_result(tmp_path / "both" / "both-federated")["rounds"]] == [1]
 
 
 def test_interrupted_single_site_run_keeps_its_completed_rounds(tmp_path: Path) -> None:
     """Its plan is used up one round early: that ends it, is said in words, and blocks no other run."""
-    words = ("compare", *tiny("federation.num_rounds=2", *SHORT[1:], *SITES, into=tmp_path, name="both"))
+    words = ("compare", *list_tiny_overrides("federation.num_rounds=2", *SHORT[1:], *SITES, into=tmp_path, name="both"))
     alone = tmp_path / "both" / "both-alone-site-1"
 
-    def in_its_second_round(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
+    def is_in_second_round(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
         return bool((work.site, work.round, alone.exists()) == ("site-1", 2, True))
 
     with pytest.MonkeyPatch.context() as patched:
-        fail_where(patched, site_work, "train_round", in_its_second_round, KeyboardInterrupt())
-        assert command(*words).code == 1
-    again = command(*words, "--json")
+        fail_where(patched, site_work, "train_round", is_in_second_round, KeyboardInterrupt())
+        assert run_command(*words).code == 1
+    again = run_command(*words, "--json")
     assert again.code == 0, again.err
     said = " ".join(again.err.split())
     assert "site-1 alone: Round 2 of 2 is missing, and the run ended without it: an earlier round was" in said
     assert "federation.spare_rounds=1 would have avoided this" in said
     assert [one["name"] for one in json.loads(again.out)["models"]][:5] == MODELS
-    run = result_of(alone)
+    run = read_result(alone)
     assert [(one["round"], one["sites"]) for one in run["rounds"]] == [(1, ["site-1"]), (2, [])]
     assert run["privacy"]["sites"]["site-1"]["rounds"] == 2, "what was interrupted stays charged"
-    told = command(*words, "--json")
+    told = run_command(*words, "--json")
     assert (told.code, "of 4, " in told.err, json.loads(told.out)) == (0, False, json.loads(again.out))
-    assert command("report", "verify", str(alone)).code == 0
+    assert run_command("report", "verify", str(alone)).code == 0
 
 
 def test_single_site_run_without_rounds_is_omitted(tmp_path: Path) -> None:
-    words = ("compare", *tiny(*SHORT, *SITES, into=tmp_path, name="both"))
+    words = ("compare", *list_tiny_overrides(*SHORT, *SITES, into=tmp_path, name="both"))
     alone = tmp_path / "both" / "both-alone-site-1"
     with pytest.MonkeyPatch.context() as patched:
         fail_where(patched, site_work, "train_round", lambda *_, **__: alone.exists(), KeyboardInterrupt())
-        assert command(*words).code == 1
-    again = command(*words, "--json")
+        assert run_command(*words).code == 1
+    again = run_command(*words, "--json")
     assert again.code == 0, again.err
     said = " ".join(again.err.split())
     assert "site-1 alone is left out: round 1: refused by a policy or budget" in said
@@ -184,14 +186,14 @@ def test_rounded_zero_difference_has_no_minus_sign() -> None:
 def test_compare_without_an_experiment_states_its_cost_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.cli.compare._run_unfinished", lambda *_, **__: pytest.fail("nobody agreed"))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    outcome = command("compare")
+    outcome = run_command("compare")
     assert (outcome.code, outcome.message) == (1, "nothing is trained; choose other records with experiment=NAME")
     assert "Each spends epsilon 7.9" in outcome.out or "Each spends epsilon 8.000" in outcome.out
     assert "Train them now? [y/N]" in outcome.out
 
 
 def test_existing_runs_are_scored_on_one_file(
-    told: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    comparison_json: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(snapshots.COLUMNS))
     one, other = folder / "both" / "both-federated", folder / "both" / "both-pooled"
@@ -200,31 +202,37 @@ def test_existing_runs_are_scored_on_one_file(
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps(row | {"where": number % 3 // 2}) + "\n" for number, row in enumerate(rows)))
     asked = (str(one), str(other), "--data", str(mine), "--by", "where")
-    found = command("compare", *asked)
+    found = run_command("compare", *asked)
     assert found.code == 0, found.err
-    assert snapshots.too_wide(found.out) == []
+    assert snapshots.find_wide_lines(found.out) == []
     said = " ".join(found.out.split())
     assert "No scores by where: fewer than two groups have 20 records." in said
     assert "Both-federated minus each other" in said
-    told = json.loads(command("compare", *asked, "--smallest", "10", "--json").out)
-    assert [model["name"] for model in told["models"]] == ["base", "both-federated", "both-pooled"]
-    assert command("compare", str(one), "--personal").failed().split(":")[0] == "--personal", "with an experiment alone"
-    groups = told["groups"]["by where"]["groups"]
+    comparison_json = json.loads(run_command("compare", *asked, "--smallest", "10", "--json").out)
+    assert [model["name"] for model in comparison_json["models"]] == ["base", "both-federated", "both-pooled"]
+    assert run_command("compare", str(one), "--personal").failed().split(":")[0] == "--personal", (
+        "with an experiment alone"
+    )
+    groups = comparison_json["groups"]["by where"]["groups"]
     assert [(group["name"], group["units"]) for group in groups] == [("0", 27), ("1", 13)]
 
 
-@snapshots.mistakes("mistakes-compare")
+@snapshots.parametrize_mistakes("mistakes-compare")
 def test_invalid_compare_command_is_refused(typed: str, tmp_path: Path) -> None:
-    message = command("compare", *tiny(into=tmp_path, name="x"), *shlex.split(typed)).failed()
+    message = run_command("compare", *list_tiny_overrides(into=tmp_path, name="x"), *shlex.split(typed)).failed()
     snapshots.check_message("mistakes-compare", typed, message)
     assert not list(tmp_path.iterdir())
 
 
 def test_personalized_adapters_are_compared_with_alternatives(tmp_path: Path) -> None:
     larger = ("data.train_fraction=0.04", "data.declared_sizes=180")
-    asked = [*tiny(*SHORT, *SITES, *larger, into=tmp_path, name="own"), "--personal", "--leave-out=pooled"]
+    asked = [
+        *list_tiny_overrides(*SHORT, *SITES, *larger, into=tmp_path, name="own"),
+        "--personal",
+        "--leave-out=pooled",
+    ]
     asked += ["--smallest", "10"]
-    outcome = command("compare", *asked, "--json")
+    outcome = run_command("compare", *asked, "--json")
     assert outcome.code == 0, outcome.err
     told = json.loads(outcome.out)
     models = {model["name"]: model for model in told["models"] if not model["mean_of"]}
@@ -247,14 +255,14 @@ def test_personalized_adapters_are_compared_with_alternatives(tmp_path: Path) ->
     assert last.startswith("No guarantee covers the scores of site-1 own and site-2 own")
     shutil.rmtree(run / "private_to_site-2")
     kept = (run / "private_to_site-1").stat().st_mtime_ns
-    again = command("compare", *asked)
+    again = run_command("compare", *asked)
     assert again.code == 0, again.err
     assert "Own adapter minus each other, on the records that the site would have" in again.out
     assert (run / "private_to_site-1").stat().st_mtime_ns == kept, "what is there is not made again"
     assert json.loads((tmp_path / "own" / "compare.json").read_text()) == told, "the same records give the same adapter"
 
 
-def test_runs_without_privacy_release_no_scores_or_secure_sums() -> None:
+def test_runs_without_privacy_release_no_scores_or_aggregates() -> None:
     noised = ["experiment=debug", "data.heldout_fraction=0.4", "privacy.metrics=noised"]
     runs = plan_runs(noised, without_privacy=True, leave_out=())
     assert {(line.private, line.run.config.privacy.metrics) for line in runs} == {(True, "noised"), (False, "none")}

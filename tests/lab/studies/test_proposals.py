@@ -7,7 +7,7 @@ import pytest
 
 from fedtune.api.compose import Searched
 from fedtune.lab.studies import trial_search
-from fedtune.lab.studies.trial_search import Tpe, draw_random_trials, extreme_values
+from fedtune.lab.studies.trial_search import Tpe, combine_extreme_values, draw_random_trials
 from fedtune.lab.studies.trials import list_combinations
 from fedtune.spec import ConfigError
 
@@ -45,7 +45,7 @@ def test_each_random_trial_has_a_separate_seed() -> None:
     assert draw_random_trials([RATE, RANK], seed="2", number=2) != few
 
 
-def told(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float]:
+def propose_rates(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float]:
     """What is tried where the best rate is `peak`; every fifth trial has no score."""
     tpe, tried = Tpe([RATE, HEAD], seed=seed, number=number), []
     for place in range(number):
@@ -56,16 +56,16 @@ def told(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float
 
 
 def test_tpe_concentrates_on_good_scores_reproducibly() -> None:
-    tried = told()
-    assert tried == told()
-    assert tried[:8] == told(peak=0.09)[:8], "a third is drawn before any score counts"
+    tried = propose_rates()
+    assert tried == propose_rates()
+    assert tried[:8] == propose_rates(peak=0.09)[:8], "a third is drawn before any score counts"
     distances = [abs(math.log(rate / 0.01)) for rate in tried]
     assert sum(distances[8:]) / 16 < 0.7 * sum(distances[:8]) / 8
-    assert tried[8:] != told(peak=0.09)[8:]
+    assert tried[8:] != propose_rates(peak=0.09)[8:]
 
 
 def test_search_space_ends_are_enumerated(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [{"lora.rank": rank, "lora": lora} for rank in ("2", "9") for lora in ("attention", "all_linear")]
-    assert extreme_values([RANK, HEAD]) == both
+    assert combine_extreme_values([RANK, HEAD]) == both
     monkeypatch.setattr(trial_search, "_MOST_ENDS", 3)
-    assert extreme_values([RANK, HEAD]) == [both[0], both[2], both[1]], "one setting after the other"
+    assert combine_extreme_values([RANK, HEAD]) == [both[0], both[2], both[1]], "one setting after the other"

@@ -30,7 +30,7 @@ from fedtune.sites.virtual_site import VirtualSites, budget_covering
 from fedtune.spec import RefusedError
 
 from ...cli import snapshots
-from ...conftest import REPOSITORY, command, fail_where, files_in, tiny
+from ...conftest import REPOSITORY, fail_where, list_tiny_overrides, read_files, run_command
 
 pytestmark = pytest.mark.nightly
 
@@ -38,7 +38,7 @@ SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 SPACE = ("training.learning_rate=log(0.001,0.1)", "lora.rank=4,8")
 
 
-def charged(sites: Path) -> list[Counter[Any]]:
+def list_charges(sites: Path) -> list[Counter[Any]]:
     """What each site's ledger was charged."""
     ledgers = sorted(sites.glob("*/ledger.db"))
     assert len(ledgers) == 2
@@ -52,20 +52,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(folder: Path) -> list[str]:
-    return tiny(*SPACE, *SHORT, into=folder, name="s")
+    return list_tiny_overrides(*SPACE, *SHORT, into=folder, name="s")
 
 
 @pytest.fixture(scope="module")
 def outcome(words: list[str]) -> Any:
     with pytest.MonkeyPatch.context() as here:
         here.setenv("COLUMNS", str(snapshots.COLUMNS))
-        return command("search", *words, "--trials", "3")
+        return run_command("search", *words, "--trials", "3")
 
 
 def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[str], folder: Path) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     plan = compose_run([*words[: -len(SHORT) - len(SPACE)], *SHORT]).plan()
-    for spent in charged(folder / "s/sites"):
+    for spent in list_charges(folder / "s/sites"):
         assert spent == events.count_mechanisms([plan.full_event] * 3)
     price = json.loads((folder / "s/search.json").read_text())["price"]
     assert price["epsilon"] == accountant.epsilon_pld({plan.full_event: 3}, plan.delta)
@@ -84,7 +84,7 @@ def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[st
     assert "Price of the search trials 3" in told
     assert told.index("Price of the search") < told.index("trial 1 of 3: training.learning_rate=")
     assert f"picked: {best['folder']}" in told
-    assert snapshots.too_wide(outcome.out) == []
+    assert snapshots.find_wide_lines(outcome.out) == []
     assert "out of 3 trials; its report says so. All trials together: epsilon at most" in told
 
 
@@ -101,7 +101,7 @@ def test_selected_run_states_its_search_and_verifies(outcome: Any, folder: Path)
     assert "out of" in (picked / "report.html").read_text().split("The run was picked by accuracy")[1][:100]
     card = (picked / "adapter/README.md").read_text()
     assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in card
-    assert command("report", "verify", str(picked)).code == 0
+    assert run_command("report", "verify", str(picked)).code == 0
     for other in {*(folder / "s").glob("s-trial-*")} - {picked}:  # whoever uses one has seen all of them
         assert describe_run(told := from_json((other / "report.json").read_text()), "")["epsilon"] == selection.epsilon
         assert isinstance(told.facts, RunFacts)
@@ -109,51 +109,51 @@ def test_selected_run_states_its_search_and_verifies(outcome: Any, folder: Path)
         card = (other / "adapter/README.md").read_text()
         assert "3 trials of a search on the same records, which picked another" in card
         assert "search s (random), which picked another or none" in (other / "report.html").read_text()
-        assert command("report", "verify", str(other)).code == 0
+        assert run_command("report", "verify", str(other)).code == 0
 
 
 def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, tmp_path: Path) -> None:
     picked = folder / "s" / json.loads((folder / "s/search.json").read_text())["picked"]
     told = json.loads((picked / "report.json").read_text())
 
-    def problem(**changes: Any) -> str:
+    def find_problem(**changes: Any) -> str:
         changed = json.loads(json.dumps(told))
         changed["facts"]["selection"] |= changes
         (tmp_path / "report.json").write_text(json.dumps(changed))
-        checked = command("report", "verify", str(tmp_path))
+        checked = run_command("report", "verify", str(tmp_path))
         assert checked.code != 0
         return " ".join((checked.out + checked.err).split())
 
-    assert "selection.epsilon" in problem(epsilon=told["facts"]["selection"]["epsilon"] / 2)
-    assert "selection.trials" in problem(trials=4)
-    assert "selection.delta" in problem(delta=1e-3)
+    assert "selection.epsilon" in find_problem(epsilon=told["facts"]["selection"]["epsilon"] / 2)
+    assert "selection.trials" in find_problem(trials=4)
+    assert "selection.delta" in find_problem(delta=1e-3)
     (charge,) = told["facts"]["selection"]["charges"]
-    assert "selection.charges" in problem(charges=[], epsilon=0.0)
-    assert "selection.epsilon" in problem(charges=[charge | {"count": 4}])
+    assert "selection.charges" in find_problem(charges=[], epsilon=0.0)
+    assert "selection.epsilon" in find_problem(charges=[charge | {"count": 4}])
     for trials in (0, 1000, None):
-        assert "selection.trials" in problem(trials=trials)
-    assert "selection.method" in problem(method="by hand")
+        assert "selection.trials" in find_problem(trials=trials)
+    assert "selection.method" in find_problem(method="by hand")
 
 
 def test_repeated_search_charges_nothing_and_changed_ones_are_refused(
     outcome: Any, words: list[str], folder: Path
 ) -> None:
     """How many trials there are is fixed before the first one."""
-    whole, taken = files_in(folder), f"is taken: {folder / 's/search.json'} belongs to a search with other settings"
-    assert command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}; choose another"
-    assert command("search", *words, "--trials", "3", "--method", "tpe").code == 2
-    assert command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
+    whole, taken = read_files(folder), f"is taken: {folder / 's/search.json'} belongs to a search with other settings"
+    assert run_command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}; choose another"
+    assert run_command("search", *words, "--trials", "3", "--method", "tpe").code == 2
+    assert run_command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
     (folder / "mine").mkdir()
     (folder / "mine/notes.txt").write_text("mine")
-    assert "holds no search" in command("search", *words, "name=mine", "--trials", "3").message
+    assert "holds no search" in run_command("search", *words, "name=mine", "--trials", "3").message
     shutil.rmtree(folder / "mine")
-    assert files_in(folder) == whole
+    assert read_files(folder) == whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")}
-    spent = charged(folder / "s/sites")
-    again = command("search", *words, "--trials", "3", "--json")
+    spent = list_charges(folder / "s/sites")
+    again = run_command("search", *words, "--trials", "3", "--json")
     assert (again.code, len([path for path in before if path.name == "run.json"])) == (0, 3)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")} == before, "a signature is kept, too"
-    assert charged(folder / "s/sites") == spent
+    assert list_charges(folder / "s/sites") == spent
     told = json.loads(again.out)
     assert [run["state"] for run in told["runs"]] == ["finished"] * 3
     assert told["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
@@ -168,7 +168,7 @@ def test_interrupted_selection_is_completed(outcome: Any, words: Any, folder: Pa
     shutil.copy(picked / "selection.json", other)
     (picked / "selection.json").unlink()
     file.write_text(json.dumps(noted | {"picked": other.name}))
-    assert command("search", *words, "--trials", "3").code == 0
+    assert run_command("search", *words, "--trials", "3").code == 0
     assert file.read_text() == right
     for trial, score in ((picked, noted["score"]), (other, None)):
         told = json.loads((trial / "report.json").read_text())["facts"]["selection"]
@@ -177,27 +177,27 @@ def test_interrupted_selection_is_completed(outcome: Any, words: Any, folder: Pa
 
 def test_interrupted_trial_is_not_charged_twice(tmp_path: Path) -> None:
     two_rounds = (SPACE[0], "federation.num_rounds=2", "training.local_steps=1", "tracking=quiet")
-    words = tiny(*two_rounds, into=tmp_path, name="stopped")
+    words = list_tiny_overrides(*two_rounds, into=tmp_path, name="stopped")
     with pytest.MonkeyPatch.context() as patched:
         rounds = count(1)
         fail_where(patched, Display, "round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
-        stopped = command("search", *words, "--trials", "2")  # in the first round of the second trial
+        stopped = run_command("search", *words, "--trials", "2")  # in the first round of the second trial
     assert stopped.code == 1
     assert "Continue the search with: fedtune search" in " ".join(stopped.out.split())
     told = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/selection.json")]
     assert [(one["trials"], one["score"]) for one in told] == [(2, None)] * 2, "owed, and not picked yet"
     by_hand = tmp_path / "stopped" / "stopped-trial-2"
-    assert command("simulate", f"resume={by_hand}").code == 0
+    assert run_command("simulate", f"resume={by_hand}").code == 0
     price = json.loads((tmp_path / "stopped/search.json").read_text())["price"]
     assert describe_run(from_json((by_hand / "report.json").read_text()), "")["epsilon"] == price["epsilon"]
-    again = command("search", *words, "--trials", "2")
+    again = run_command("search", *words, "--trials", "2")
     assert (again.code, again.err) == (0, "")
     plan = compose_run([word for word in words if word != SPACE[0]]).plan()
-    for spent in charged(tmp_path / "stopped/sites"):
+    for spent in list_charges(tmp_path / "stopped/sites"):
         assert spent == events.count_mechanisms([plan.full_event] * 2)
 
 
-def with_room_for(runs: int, words: list[str], sites: Path) -> list[str]:
+def write_roomy_policies(runs: int, words: list[str], sites: Path) -> list[str]:
     """The words for a search at sites that have room for so many runs, and these sites."""
     words = [*words, "privacy.noise_multiplier=1.5"]  # dear enough that one more trial is seen in a cap's tenths
     config = compose_run([*words, f"runtime.sites_dir='{sites}'"])
@@ -206,16 +206,16 @@ def with_room_for(runs: int, words: list[str], sites: Path) -> list[str]:
 
 
 def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> None:
-    words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
-    before = files_in(tmp_path)
+    words = write_roomy_policies(8, list_tiny_overrides(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    before = read_files(tmp_path)
     asked = [*words, SPACE[0]]
     for method in ("random", "tpe"):
-        said = command("search", *asked, "--trials", "12", "--method", method).failed(3)
+        said = run_command("search", *asked, "--trials", "12", "--method", method).failed(3)
         begun = "--trials = 12: site site-1 has room for 8 of these trials; nothing was begun (max_epsilon: asked "
         assert said.startswith(begun)
     learned = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
-    assert command("search", *words, learned, "--method", "grid").code == 3
-    assert files_in(tmp_path) == before
+    assert run_command("search", *words, learned, "--method", "grid").code == 3
+    assert read_files(tmp_path) == before
     for method in ("random", "tpe"):
         Search.from_overrides(asked, method, trials=8).check_room()
         with pytest.raises(RefusedError):
@@ -223,39 +223,39 @@ def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> No
 
 
 def test_policy_limits_and_prior_spending_count_before_the_first_trial(tmp_path: Path) -> None:
-    words = with_room_for(2, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
-    refused = command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
+    words = write_roomy_policies(2, list_tiny_overrides(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    refused = run_command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
     said = "refuses such a trial; nothing was begun (max_rank: asked 64, allowed at most 4)"
     assert refused.failed(3) == f"--trials = 2: site site-1 {said}"
-    missing = command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
+    missing = run_command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
     assert "runtime.sites_dir" in missing.failed()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sites"]
-    assert command("simulate", *words, "name=other").code == 0
-    assert "has room for 1 of these trials" in command("search", *words, SPACE[0], "--trials", "2").failed(3)
-    assert command("search", *words, SPACE[0], "--trials", "1").code == 0
-    assert command("search", *words, SPACE[0], "--trials", "1").code == 0, "it is paid for"
-    assert "has room for 0 of" in command("search", *words, "name=t", SPACE[0], "--trials", "1").message
+    assert run_command("simulate", *words, "name=other").code == 0
+    assert "has room for 1 of these trials" in run_command("search", *words, SPACE[0], "--trials", "2").failed(3)
+    assert run_command("search", *words, SPACE[0], "--trials", "1").code == 0
+    assert run_command("search", *words, SPACE[0], "--trials", "1").code == 0, "it is paid for"
+    assert "has room for 0 of" in run_command("search", *words, "name=t", SPACE[0], "--trials", "1").message
 
 
 def test_search_on_public_data_costs_no_epsilon(tmp_path: Path) -> None:
-    public = [word for word in tiny(*SHORT, into=tmp_path, name="g") if "noise_multiplier" not in word]
-    outcome = command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
+    public = [word for word in list_tiny_overrides(*SHORT, into=tmp_path, name="g") if "noise_multiplier" not in word]
+    outcome = run_command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
     assert (outcome.code, outcome.err) == (0, "")
     told = " ".join(outcome.out.split())
     assert "Nothing is promised: trials without noise are only for public records." in told
     noted = json.loads((tmp_path / "g/search.json").read_text())
     assert noted["price"]["epsilon"] is None
-    assert command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
+    assert run_command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
 
 
 def test_failed_trial_is_not_selected(tmp_path: Path) -> None:
-    words = tiny("lora.target_modules=[nonesuch],[key]", *SHORT, into=tmp_path, name="f")
-    out = command("search", *words, "--method", "grid").printed
+    words = list_tiny_overrides("lora.target_modules=[nonesuch],[key]", *SHORT, into=tmp_path, name="f")
+    out = run_command("search", *words, "--method", "grid").printed
     assert "run 1 failed: lora.target_modules" in " ".join(out.split())
     assert json.loads((tmp_path / "f/search.json").read_text())["picked"] == "f-trial-2"
     shutil.rmtree(tmp_path / "f")
-    words = tiny("lora.target_modules=[nonesuch],[other]", *SHORT, into=tmp_path, name="f")
-    outcome = command("search", *words, "--method", "grid")
+    words = list_tiny_overrides("lora.target_modules=[nonesuch],[other]", *SHORT, into=tmp_path, name="f")
+    outcome = run_command("search", *words, "--method", "grid")
     assert outcome.code == 2
     assert "Nothing was picked: no trial has a score." in outcome.out
 
@@ -266,12 +266,12 @@ def test_refused_trial_costs_only_its_charged_rounds(tiny: Any, tmp_path: Path, 
     )
     rounds = iter([0, 1, 0])
 
-    def result_in(folder: Path, *, finished: bool = False) -> Any:
+    def read_result(folder: Path, *, finished: bool = False) -> Any:
         if finished:
             return None
         return SimpleNamespace(privacy=SimpleNamespace(sites={"site-1": SimpleNamespace(rounds=next(rounds))}))
 
-    monkeypatch.setattr("fedtune.lab.studies.trials.read_result", result_in)
+    monkeypatch.setattr("fedtune.lab.studies.trials.read_result", read_result)
     search.run(tried := Trials(tmp_path / "s.csv"), Mock(side_effect=RefusedError("no")))
     once = accountant.epsilon_pld([search.plans[0].full_event], search.plans[0].delta)
     assert [trial.together for trial in tried.rows.values()] == [0.0, once, once]
@@ -285,28 +285,28 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^fedtune (?=plan|search)(
 def test_documented_search_commands_are_valid(words: list[str], monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     if words[0] == "plan":
-        planned = command(*words)
+        planned = run_command(*words)
         assert (planned.code, planned.err) == (0, "")
         assert "Price of the search" in planned.out
         return
     asked: list[Any] = []
     monkeypatch.setattr(Command, "invoke", lambda self, ctx: asked.append(ctx.params))
-    command(*words)
+    run_command(*words)
     (told,) = asked
     search = Search.from_overrides(told["overrides"], told["method"], trials=told["trials"])
     assert {one.key for one in search.searched} <= {"training.learning_rate", "lora.rank"}
 
 
-@snapshots.mistakes("mistakes-search")
+@snapshots.parametrize_mistakes("mistakes-search")
 def test_invalid_search_command_is_refused(typed: str, tmp_path: Path) -> None:
-    found = command("search", *tiny(*SHORT, into=tmp_path / "runs"), *shlex.split(typed))
+    found = run_command("search", *list_tiny_overrides(*SHORT, into=tmp_path / "runs"), *shlex.split(typed))
     snapshots.check_message("mistakes-search", typed, found.failed())
     assert found.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
 def test_search_on_training_records_is_refused(tmp_path: Path) -> None:
-    words = tiny(*SHORT, into=tmp_path, name="s")
+    words = list_tiny_overrides(*SHORT, into=tmp_path, name="s")
     train = compose_run(words).data.train_file
-    refused = command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")
+    refused = run_command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")
     assert "has the same records as data.train_file: its scores decide" in refused.failed()

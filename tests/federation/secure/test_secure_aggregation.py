@@ -19,16 +19,16 @@ from fedtune.federation.secure.party import Party, SumConfirmation
 from fedtune.federation.secure.shares import PRIME
 from fedtune.federation.secure.summation import Summation, Unreadable
 
-from .parties import LARGEST, Federation, changed, identity, rejected, resigned, terms_of
+from .parties import LARGEST, Federation, change_message, expect_rejection, make_identity, make_terms, resign_answer
 
 
 @pytest.mark.parametrize(("num_sites", "threshold"), [(2, 2), (3, 2), (3, 3), (4, 3)])
 def test_masks_cancel_for_all_survivor_and_helper_sets(num_sites: int, threshold: int) -> None:
-    federation = Federation(terms_of(num_sites, threshold))
+    federation = Federation(make_terms(num_sites, threshold))
     sites = federation.terms.sites
     sets = [chosen for size in range(threshold, num_sites + 1) for chosen in itertools.combinations(sites, size)]
     for release, (survivors, helpers) in enumerate(itertools.product(sets, sets), start=1):
-        summation = federation.confirmed(federation.uploaded(release, survivors), by=helpers)
+        summation = federation.confirmed(federation.start_release(release, survivors), by=helpers)
         total = federation.revealed(summation, by=helpers).total()
         assert total.tolist() == federation.sum_of(survivors).tolist()
         assert not summation.wrong_shares
@@ -36,8 +36,8 @@ def test_masks_cancel_for_all_survivor_and_helper_sets(num_sites: int, threshold
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 4), st.integers(1, 2**40), st.data())
-def test_secure_sum_is_exact_up_to_the_largest_value(num_sites: int, largest: int, data: st.DataObject) -> None:
-    federation = Federation(terms_of(num_sites, num_sites, length=3, largest=largest))
+def test_secure_aggregation_is_exact_up_to_the_largest_value(num_sites: int, largest: int, data: st.DataObject) -> None:
+    federation = Federation(make_terms(num_sites, num_sites, length=3, largest=largest))
     value = st.one_of(st.sampled_from([-largest, largest]), st.integers(-largest, largest))
     vectors = [np.array(data.draw(st.lists(value, min_size=3, max_size=3))) for _ in federation.terms.sites]
     summation = Summation(federation.session, release=1)
@@ -50,14 +50,14 @@ def test_secure_sum_is_exact_up_to_the_largest_value(num_sites: int, largest: in
 
 def test_messages_fit_twenty_sites_with_the_longest_names() -> None:
     names = [f"{'x' * 98}{number:02}" for number in range(20)]
-    federation = Federation(terms_of(20, 14, members={name: identity(name).public for name in names}))
-    summation = federation.confirmed(federation.uploaded(1, names[:14]), by=names)
+    federation = Federation(make_terms(20, 14, members={name: make_identity(name).public for name in names}))
+    summation = federation.confirmed(federation.start_release(1, names[:14]), by=names)
     request = summation.unmask_request(names[0])
     assert len(request) < MOST_JSON_BYTES / 2
     assert len(federation.parties[names[0]].unmask(request)) < MOST_JSON_BYTES / 2
     assert federation.revealed(summation, by=names).total().tolist() == [2**14 - 1] * 4
     # An upload takes the bytes that its terms say, few of them beside the vector.
-    terms = terms_of(4, 3, length=1001)
+    terms = make_terms(4, 3, length=1001)
     sites = Federation(terms)
     size = len(sites.parties["a"].upload(1, sites.vector("a")))
     assert size == upload_size(len(terms.members), length=terms.length, bits=terms.bits)
@@ -66,7 +66,7 @@ def test_messages_fit_twenty_sites_with_the_longest_names() -> None:
 
 def test_out_of_range_values_are_not_clipped_before_summation() -> None:
     """A sum of values that were cut off one by one is no function of the sum, which is all that noise protects."""
-    federation = Federation(terms_of(2, 2, length=2))
+    federation = Federation(make_terms(2, 2, length=2))
     summation = Summation(federation.session, release=1)
     summation.add_upload("a", federation.parties["a"].upload(1, np.array([2**62, 3 * LARGEST])))
     summation.add_upload("b", federation.parties["b"].upload(1, np.array([5 - 2**62, -2 * LARGEST])))
@@ -79,22 +79,22 @@ def test_out_of_range_values_are_not_clipped_before_summation() -> None:
 
 def test_too_few_messages_end_only_the_current_release() -> None:
     with pytest.raises(Unreadable, match=r"release 1 .* 2 sites uploaded, and 3 must"):
-        Federation(terms_of(4, 3)).uploaded(1, "ab").confirm_request()
-    federation = Federation(terms_of(4, 3))
-    few = federation.confirmed(federation.uploaded(1, "abcd"), by="ab")
+        Federation(make_terms(4, 3)).start_release(1, "ab").confirm_request()
+    federation = Federation(make_terms(4, 3))
+    few = federation.confirmed(federation.start_release(1, "abcd"), by="ab")
     with pytest.raises(Unreadable, match="2 sites confirmed the survivors, and 3 must"):
         few.unmask_request("a")
-    summation = federation.revealed(federation.confirmed(federation.uploaded(2, "abcd"), by="abc"), by="ab")
+    summation = federation.revealed(federation.confirmed(federation.start_release(2, "abcd"), by="abc"), by="ab")
     with pytest.raises(Unreadable, match="2 sites gave shares, and 3 must") as error:
         summation.total()
     assert error.value.site is None
-    summation = federation.confirmed(federation.uploaded(3, "abc"), by="abd")  # d helps, though it did not upload
+    summation = federation.confirmed(federation.start_release(3, "abc"), by="abd")  # d helps, though it did not upload
     assert federation.revealed(summation, by="abd").total().tolist() == federation.sum_of("abc").tolist()
 
 
 def test_restarted_site_is_excluded_until_a_new_session() -> None:
-    federation = Federation(terms_of(3, 2))
-    summation = federation.uploaded(1, "abc")
+    federation = Federation(make_terms(3, 2))
+    summation = federation.start_release(1, "abc")
     party = federation.restart("c")
     with pytest.raises(Rejected):
         party.confirm(summation.confirm_request())
@@ -105,7 +105,7 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
         federation.restart(site)
     federation.set_up()
     assert federation.session.digest != old
-    summation = federation.confirmed(federation.uploaded(2, "abc"), by="abc")
+    summation = federation.confirmed(federation.start_release(2, "abc"), by="abc")
     assert federation.revealed(summation, by="abc").total().tolist() == federation.sum_of("abc").tolist()
 
 
@@ -113,36 +113,38 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
 
 
 def test_wrong_shares_are_detected_attributed_and_ignored() -> None:
-    federation = Federation(terms_of(5, 3))
-    summation = federation.confirmed(federation.uploaded(1, "abcd"), by="abcde")
+    federation = Federation(make_terms(5, 3))
+    summation = federation.confirmed(federation.start_release(1, "abcd"), by="abcde")
     federation.revealed(summation, by="abc")
     for liar in "de":
         answer = federation.parties[liar].unmask(summation.unmask_request(liar))
         given_shares = json.loads(answer)["shares"]
         given_shares["a"]["e"] = f"{(int(given_shares['a']['e'], 16) + 1) % PRIME:066x}"
         given_shares["b"]["b"] = f"{PRIME - 1:066x}"
-        summation.add_revealed(liar, resigned(answer, shares=given_shares))
+        summation.add_revealed(liar, resign_answer(answer, shares=given_shares))
     assert summation.total().tolist() == federation.sum_of("abcd").tolist()
     assert summation.wrong_shares == {("d", "a"), ("d", "b"), ("e", "a"), ("e", "b")}
 
 
 def test_too_many_wrong_shares_end_the_release() -> None:
-    federation = Federation(terms_of(3, 2))
-    summation = federation.confirmed(federation.uploaded(1, "abc"), by="abc")
+    federation = Federation(make_terms(3, 2))
+    summation = federation.confirmed(federation.start_release(1, "abc"), by="abc")
     federation.revealed(summation, by="a")
     for liar in "bc":
         answer = federation.parties[liar].unmask(summation.unmask_request(liar))
-        summation.add_revealed(liar, resigned(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}}))
+        summation.add_revealed(
+            liar, resign_answer(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}})
+        )
     with pytest.raises(Unreadable, match="1 sites gave correct unmasking shares for c, and 2 must") as error:
         summation.total()
     assert error.value.site is None, "it may be c's doing, or that of the two"
     assert summation.wrong_shares == {("b", "c"), ("c", "c")}
 
 
-def with_a_flipped_bit(number: int) -> tuple[Federation, Summation]:
+def flip_upload_bit(number: int) -> tuple[Federation, Summation]:
     """A release of a, b and c that is revealed; in c's upload the 32 bytes of this number behind its head differ."""
-    federation = Federation(terms_of(3, 2))
-    summation = federation.uploaded(1, "ab")
+    federation = Federation(make_terms(3, 2))
+    summation = federation.start_release(1, "ab")
     data = bytearray(federation.parties["c"].upload(1, federation.vector("c")))
     data[len(b"fedtune-secure-upload-1\n") + 37 + number * 32] ^= 1
     summation.add_upload("c", bytes(data))
@@ -150,20 +152,20 @@ def with_a_flipped_bit(number: int) -> tuple[Federation, Summation]:
 
 
 def test_dealer_of_inconsistent_shares_is_named() -> None:
-    _, summation = with_a_flipped_bit(2 * 4)  # the digest of its own mask's seed
+    _, summation = flip_upload_bit(2 * 4)  # the digest of its own mask's seed
     with pytest.raises(Unreadable, match="c dealt inconsistent shares") as error:
         summation.total()
     assert error.value.site == "c"
-    federation, summation = with_a_flipped_bit(3 * 4)  # what it sealed for a
+    federation, summation = flip_upload_bit(3 * 4)  # what it sealed for a
     assert summation.total().tolist() == federation.sum_of("abc").tolist()
     assert summation.wrong_shares == {("a", "c")}
 
 
 def test_lead_accepts_each_message_once_from_its_own_site() -> None:
-    federation = Federation(terms_of(4, 3))
+    federation = Federation(make_terms(4, 3))
     late = federation.parties["d"].upload(1, federation.vector("d"))
     first = federation.parties["a"].upload(1, federation.vector("a"))
-    summation = federation.uploaded(1, "bc")
+    summation = federation.start_release(1, "bc")
     summation.add_upload("a", first)
     upload = federation.parties["a"].upload(2, federation.vector("a"))
     for site, data, reason in [
@@ -174,30 +176,30 @@ def test_lead_accepts_each_message_once_from_its_own_site() -> None:
         ("a", b"", Wrong.MALFORMED),
         ("a", bytes(len(upload)), Wrong.MALFORMED),
     ]:
-        with rejected(reason):
+        with expect_rejection(reason):
             summation.add_upload(site, data)
     other = Federation(federation.terms)
-    with rejected(Wrong.SESSION_DIFFERS):
+    with expect_rejection(Wrong.SESSION_DIFFERS):
         summation.add_upload("a", other.parties["a"].upload(1, other.vector("a")))
     federation.confirmed(summation, by="bc")
-    with rejected(Wrong.RELEASE_OVER):
+    with expect_rejection(Wrong.RELEASE_OVER):
         summation.add_upload("d", late)
     own = federation.parties["d"].confirm(summation.confirm_request())
-    with rejected(Wrong.NOT_A_MEMBER):
+    with expect_rejection(Wrong.NOT_A_MEMBER):
         summation.add_confirmation("a", own)
     summation.add_confirmation("d", own)
     answer = federation.parties["d"].unmask(summation.unmask_request("d"))
-    with rejected(Wrong.NOT_A_MEMBER):
+    with expect_rejection(Wrong.NOT_A_MEMBER):
         summation.add_revealed("b", answer)
     for change in ({"shares": {"a": []}}, {"shares": {"a": {"a": "xx"}}}, {"shares": {"a": {"a": 1}}}):
-        with rejected(Wrong.MALFORMED):
-            summation.add_revealed("d", changed(answer, **change))
+        with expect_rejection(Wrong.MALFORMED):
+            summation.add_revealed("d", change_message(answer, **change))
 
 
 def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
     """Whoever carries an answer could else make wrong shares of right ones, which are held against the site."""
-    federation = Federation(terms_of(4, 3))
-    summation = federation.confirmed(federation.uploaded(1, "abcd"), by="abcd")
+    federation = Federation(make_terms(4, 3))
+    summation = federation.confirmed(federation.start_release(1, "abcd"), by="abcd")
     federation.revealed(summation, by="abc")
     answer = federation.parties["d"].unmask(summation.unmask_request("d"))
     shares, signature = json.loads(answer)["shares"], json.loads(answer)["signature"]
@@ -210,12 +212,12 @@ def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
         *({"signature": made} for made in ("", signature.upper(), "0" * 128, other_s, confirmation)),
     ]
     for change in changes:
-        with rejected(Wrong.WRONG_SIGNATURE):
-            summation.add_revealed("d", changed(answer, **change))
+        with expect_rejection(Wrong.WRONG_SIGNATURE):
+            summation.add_revealed("d", change_message(answer, **change))
     assert summation.total().tolist() == federation.sum_of("abcd").tolist()
     assert not summation.wrong_shares
-    with rejected(Wrong.WRONG_SIGNATURE):  # of another release
-        summation.add_revealed("d", changed(answer, release=2))
+    with expect_rejection(Wrong.WRONG_SIGNATURE):  # of another release
+        summation.add_revealed("d", change_message(answer, release=2))
 
 
 class Faulty:
@@ -223,7 +225,7 @@ class Faulty:
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.federation = Federation(terms_of(5, 3))
+        self.federation = Federation(make_terms(5, 3))
         self.sites = list(self.federation.terms.sites)
         self.faulty = self.chance.sample(self.sites, self.chance.randint(0, 3))
         self.summation = Summation(self.federation.session, release=1)
@@ -283,8 +285,8 @@ def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) ->
 
 
 def test_confirmations_are_stored_before_they_are_sent() -> None:
-    federation = Federation(terms_of(3, 2))
-    summation = federation.confirmed(federation.uploaded(1, "abc"), by="ab")
+    federation = Federation(make_terms(3, 2))
+    summation = federation.confirmed(federation.start_release(1, "abc"), by="ab")
     session, survivors = federation.session.digest, ("a", "b", "c")
     promised = SumConfirmation(session=session, release=1, survivors=survivors, confirmed=False)
     assert federation.kept == {"a": [promised], "b": [promised], "c": []}
@@ -294,8 +296,8 @@ def test_confirmations_are_stored_before_they_are_sent() -> None:
 
 
 def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
-    federation = Federation(terms_of(4, 3))
-    summation = federation.confirmed(federation.uploaded(1, "abcd"), by="bcd")
+    federation = Federation(make_terms(4, 3))
+    summation = federation.confirmed(federation.start_release(1, "abcd"), by="bcd")
     full = federation.kept["a"]
 
     def fail(_: SumConfirmation) -> None:
@@ -305,7 +307,7 @@ def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     with pytest.raises(OSError, match="disk full"):
         federation.parties["a"].confirm(summation.confirm_request())
     federation.parties["a"]._keep = full.append
-    with rejected(Wrong.SURVIVORS_CHANGED):
+    with expect_rejection(Wrong.SURVIVORS_CHANGED):
         federation.parties["a"].confirm(federation.asked(1, "abc").to_bytes())
     federation.confirmed(summation, by="a")
     assert len(full) == 1

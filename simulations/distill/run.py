@@ -1,7 +1,7 @@
 """What is lost by a student of half the layers, by how many texts its teacher answers for it?  Banking77, MiniLM.
 
-    python simulations/distil/run.py --runs RUNS                         every line, into results.json and README.md
-    python simulations/distil/run.py --texts FILE --title "WORDS"        one more line, of other texts
+    python simulations/distill/run.py --runs RUNS                         every line, into results.json and README.md
+    python simulations/distill/run.py --texts FILE --title "WORDS"        one more line, of other texts
 
 There are no public texts of this kind, so that 3,000 questions of the train file stand in for them, without their
 labels: those of the smallest hash, which no site gets.  The teacher is a run of the recipe `banks_intents` on the rest.
@@ -21,8 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from fedtune.api.compose import compose_recipe
-from fedtune.config import saved_config
-from fedtune.lab.distillation import distil
+from fedtune.config import read_saved_config
+from fedtune.lab.distillation import distill
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -54,8 +54,8 @@ def taught(runs: Path, *, texts: str) -> study.Found:
     began = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         to = Path(scratch) / "student"
-        found = distil(
-            saved_config(folder), folder / "adapter", to, student=STUDENT, texts=str(runs / texts), passes=PASSES
+        found = distill(
+            read_saved_config(folder), folder / "adapter", to, student=STUDENT, texts=str(runs / texts), passes=PASSES
         )
     whole, small = found.served
     return {
