@@ -13,8 +13,8 @@ from fedtune import process as process  # first: torch reads once what it sets
 from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fedtune.api.ledger import Ledger
     from fedtune.api.public import Progress, Run, compare, evaluate, load, plan, verify
+    from fedtune.api.public_ledger import Ledger
     from fedtune.config import RunConfig
     from fedtune.lab.studies.in_memory import simulate
     from fedtune.lab.studies.personalized import personalize
@@ -44,7 +44,7 @@ __all__ = [
     "verify",
 ]
 _ELSEWHERE = {
-    "Ledger": "fedtune.api.ledger",
+    "Ledger": "fedtune.api.public_ledger",
     "RunConfig": "fedtune.config",
     "Policy": "fedtune.privacy.site_policy",
     "personalize": "fedtune.lab.studies.personalized",

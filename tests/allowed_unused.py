@@ -25,7 +25,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "prompts_sha256",
         "distinct_pairs",
     },
-    "people call them from Python": {"to_frame", "plot", "predict_proba"},
+    "people call them from Python": {"to_frame", "plot", "predict_proba", "histogram"},
     "notebooks call them to show an object": {"_repr_html_", "_repr_svg_"},
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept"},

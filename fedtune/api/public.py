@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
-from fedtune.api.ledger import to_data_frame
 from fedtune.api.memory import Data, split_inputs, write_data_file
+from fedtune.api.public_ledger import to_data_frame
 from fedtune.config import RunConfig, config_yaml, read_saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder

@@ -34,7 +34,8 @@ from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.check_data import check as examine
 from fedtune.lab.preparation.clean import RULES, Cleaning, Coding
 from fedtune.lab.preparation.clean import clean as write_clean
-from fedtune.lab.preparation.detect import KINDS, OPTIONS, Form, Found, detect_columns
+from fedtune.lab.preparation.detect import Form, detect_columns
+from fedtune.lab.preparation.detected_file import KINDS, OPTIONS, DetectedFile
 from fedtune.lab.preparation.duplicates import compare_records
 from fedtune.lab.preparation.readers import count_token_ids, load_reader
 from fedtune.model.source import resolve_model
@@ -127,7 +128,7 @@ def init(
     say(f"  {experiment_writer.next_command(target)}", style="bold")
 
 
-def _parse_ranges(given: str, found: Found) -> dict[str, tuple[float, float]]:
+def _parse_ranges(given: str, found: DetectedFile) -> dict[str, tuple[float, float]]:
     """Return the declared range of each numeric column: one range for all columns, or one per line of a file."""
     numbers = [name for name in found.features if not found.columns[name].is_category]
     bound = "must be LOW,HIGH, or a file with the columns column, low and high, for a table's numbers"

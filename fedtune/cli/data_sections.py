@@ -18,7 +18,7 @@ from fedtune.formatting import pluralize
 from fedtune.lab.preparation import experiment_writer
 from fedtune.lab.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.lab.preparation.clean import RULES, UNREADABLE, Cleaned
-from fedtune.lab.preparation.detect import KINDS, Found
+from fedtune.lab.preparation.detected_file import KINDS, DetectedFile
 from fedtune.lab.preparation.duplicates import Near
 from fedtune.show.terminal_tables import Section, build_key_value_section
 from fedtune.spec import format_value
@@ -35,7 +35,7 @@ _MOST_LINES = 6
 _BAR = 40
 
 
-def build_file_sections(found: Found, plan: experiment_writer.ExperimentPlan) -> Iterator[Section]:
+def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentPlan) -> Iterator[Section]:
     """Yield tables of a file's kind, columns, first rows and labels."""
     unread = f", and {pluralize(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
     yield build_key_value_section(
@@ -83,7 +83,7 @@ def _build_truncated_section(
     return Section(title, headings, rows[:_MOST_COLUMNS], words=words, notes=[f"and {more:,} more"] if more > 0 else ())
 
 
-def build_input_section(found: Found, plan: experiment_writer.ExperimentPlan, model: str) -> Section:
+def build_input_section(found: DetectedFile, plan: experiment_writer.ExperimentPlan, model: str) -> Section:
     """Build the table of a file's features, shown only on the terminal, or of its records' token counts."""
     if found.features:
         rows = []

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from os.path import isfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from fedtune.data.formats import detect_format, iter_raw_rows
+from fedtune.data.images import SUFFIXES
 from fedtune.data.text_rows import Row
 from fedtune.lab.preparation.columns import (
     NAMES,
@@ -21,15 +25,12 @@ from fedtune.lab.preparation.columns import (
     join_columns,
     refusal,
 )
-from fedtune.lab.preparation.misread_tables import require_endings, require_header
+from fedtune.lab.preparation.detected_file import OPTION_OF, OPTIONS, DetectedFile, Kind
 from fedtune.lab.preparation.patterns import ODD_TEXTS, find_odd_texts
 from fedtune.spec import ConfigError, DataError
 
-Kind: TypeAlias = str  # one of `KINDS`
-KINDS: Mapping[Kind, Sequence[str]] = {kind: said.split(" = ") for kind, said in WORDS["kind"].items()}
-"""In words, and the experiment of conf/ that such records begin in."""
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 SHOWN_ROWS = 5
-OPEN = "???"  # in place of a setting that a person must give
 Form: TypeAlias = Literal["table", "texts"]
 Roles: TypeAlias = dict[str, tuple[DataColumn, str]]  # by role the column that has it, and why
 
@@ -86,70 +87,9 @@ def _iter_layouts(pair: Sequence[DataColumn]) -> Iterator[tuple[Kind, tuple[_Par
     yield "pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits="is_completion"))
 
 
-_ROLES = """text label prompt completion system messages chosen rejected tokens tags spans time event image anchor
-positive negative other user site"""
-_OTHERWISE = {"context": "input", "score": "target", "text-pair": "text_pair"}
-OPTIONS: Mapping[str, str] = {role: role for role in _ROLES.split()} | _OTHERWISE
-"""Role of a column: on the command line, and in settings."""
-_OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "label"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """The detected kind of a file and the roles of its columns."""
-
-    path: Path
-    rows: int  # that can be read
-    faults: Sequence[DataError]  # what is wrong with the first of the others
-    num_faults: int  # all of them
-    columns: Mapping[str, DataColumn]
-    first: Sequence[Row]
-    kind: Kind
-    roles: Mapping[str, str]  # role to column; `user` where a column says whose each record is
-    why: Mapping[str, str]  # by role, why this column has it
-    notes: tuple[str, ...]  # what else the person should know of the columns
-    features: tuple[str, ...] = ()  # columns of a table that are a record's vector
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Counts of labels, or of entities by type, most frequent first; empty for kinds without labels."""
-        column_of = {role: self.columns[name] for role, name in self.roles.items()}
-        if marked := column_of.get("tags") or column_of.get("spans"):
-            return dict(marked.entities.most_common())
-        if several := column_of.get("labels"):
-            return dict(several.parts[several.separator or "["].most_common())
-        return dict(column_of["label"].labels.most_common()) if "label" in column_of else {}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings of `data` that describe the answers, apart from the labels."""
-        if "target" in self.roles:
-            return {"target_range": self.columns[self.roles["target"]].scale or OPEN}
-        if "event" in self.roles:
-            values = self.columns[self.roles["event"]].event_values
-            return {} if values in (("0", "1"), ("false", "true")) else {"event_values": values}
-        separator = self.columns[self.roles["labels"]].separator if "labels" in self.roles else None
-        return {"label_separator": separator} if separator not in (None, "[") else {}
-
-    @property
-    def options(self) -> Iterator[tuple[str, str, str, str]]:
-        """(role, column, reason, option that selects another column) for each role."""
-        for role, one in ((role, self.columns[name]) for role, name in self.roles.items()):
-            more = f"; it holds numbers from {one.least:g} to {one.most:g}" if role in ("time", "target") else ""
-            yield role, one.name, self.why[role] + more, f"--{_OPTION_OF[role]} COLUMN"
-
-    @property
-    def unread(self) -> Iterator[tuple[str, str]]:
-        """(column, reason) for each column that no run reads."""
-        for one in self.columns.values():
-            if one.name not in (*self.roles.values(), *self.features):
-                why, teaches = one.explain("unread"), {"prompt", "messages"} & set(self.roles)
-                yield one.name, why.replace("--text-pair", "--context") if teaches else why
-            elif one.is_chat:
-                yield from ((f"{one.name}: {key}", "runs ignore it in a turn") for key in one.beside)
-
-
-def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None) -> Found:
+def detect_columns(
+    path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None
+) -> DetectedFile:
     """Read a file once and detect its kind and the roles of its columns.
 
     `chosen` maps options to columns, and `form` is the kind of input of a file with answers, both as given by the user.
@@ -183,9 +123,9 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
         for column in some:
             column.classify(rows, may_be_label=False)
     if not chosen and kind_of_file in (".csv", ".tsv"):
-        require_header(columns, path)
+        _require_header(columns, path)
     if not chosen and form is None:
-        require_endings(columns, first, path)
+        _require_endings(columns, first, path)
     for option, name in chosen.items():
         if name not in columns:
             raise ConfigError(f"--{option}", name, f"is not one of the columns {join_columns(columns)}")
@@ -208,7 +148,7 @@ def detect_columns(path: Path, chosen: Mapping[str, str], *, by_person: bool = T
     )
     images = count_unsupported_images(path) if kind_of_file == "classes" else ""
     skipped = [f"{images} other images are not read: convert them to PNG, JPEG or WebP."] if images else []
-    return Found(
+    return DetectedFile(
         path=path,
         rows=rows,
         faults=faults,
@@ -229,7 +169,35 @@ def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, DataColumn]) -> No
         one = chosen.get(part.role)
         if one is not None and not getattr(one, part.fits):
             bound = one.fault if part.role in ("tags", "spans") and one.fault else part.requirement
-            raise ConfigError(f"--{_OPTION_OF[part.role]}", one.name, bound)
+            raise ConfigError(f"--{OPTION_OF[part.role]}", one.name, bound)
+
+
+def _require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
+    """Refuse a table whose first row looks like a record or a comment, because its texts would become column names."""
+    filled = [one for one in columns.values() if one.filled]
+    unnamed = [one for one in filled if one.name.startswith("(column ")]
+    odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
+    if odd or len(unnamed) > 1:
+        raise refusal(path, "header", odd or unnamed)
+    # Without a header most names are values: one of the column's own, a number, or as long a text as the others. A
+    # flag alone may be called as one of its values is, and pixels are counted.
+    numbers = {one.name: float(one.name) for one in filled if one.is_number and _NUMBER.fullmatch(one.name)}
+    steps = {round(after - before, 6) for before, after in pairwise(numbers.values())}
+    own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
+    values = {one.name for one in filled if one in own or one.could_name_text}
+    is_counted = len(numbers) > 2 and len(steps) == 1
+    values = values - {*numbers} if is_counted else values | {*numbers}
+    if own and 2 * len(values) > len(filled):
+        raise refusal(path, "no_header", own[:1])
+
+
+def _require_endings(columns: Mapping[str, DataColumn], first: Sequence[Row], path: Path) -> None:
+    """Refuse a table of images that names them without their ending, because they would be taken for codes."""
+    for one in (one for one in columns.values() if one.is_text and not one.is_prose):
+        names = [str(row[one.name]) for row in first if row.get(one.name)]
+        for end in (*SUFFIXES, *NAMES["endings"]) if names else ():
+            if all(isfile(path.parent / f"{name}{end}") for name in names):
+                raise refusal(path, "stems", [one], end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -537,11 +505,11 @@ class _Guess:
             beside = [[part.role for part in parts if not part.optional] for _, parts in layouts]
             gaps = ([role for role in roles if role not in self.chosen] for roles in beside)
             missing = min(gaps, key=len, default=[])
-            needs = " and ".join(f"--{_OPTION_OF[other]}" for other in missing)
-            others = ", ".join(f"--{_OPTION_OF[other]}" for other in self.chosen if other != role)
+            needs = " and ".join(f"--{OPTION_OF[other]}" for other in missing)
+            others = ", ".join(f"--{OPTION_OF[other]}" for other in self.chosen if other != role)
             others = others or "the other columns: an answer belongs to a text, an image or a table"
             bound = f"requires {needs}, but there is no such column" if needs else f"cannot be combined with {others}"
-            return ConfigError(f"--{_OPTION_OF[role]}", one.name, bound)
+            return ConfigError(f"--{OPTION_OF[role]}", one.name, bound)
         named = join_columns(f"{one.name} ({one.holds})" for one in self.every)
         bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:

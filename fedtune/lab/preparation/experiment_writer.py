@@ -26,7 +26,7 @@ from fedtune.data.values import NO_NAME, find_misplaced_spans, normalize_categor
 from fedtune.formatting import pluralize
 from fedtune.lab.preparation.check_data import count_labels
 from fedtune.lab.preparation.columns import DataColumn
-from fedtune.lab.preparation.detect import KINDS, OPEN, Found
+from fedtune.lab.preparation.detected_file import KINDS, OPEN, DetectedFile
 from fedtune.lab.preparation.duplicates import normalize_spelling
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import NoTokenizer
@@ -95,7 +95,7 @@ def placeholder_overrides(base: str) -> Sequence[str]:
     return placeholders.get(base, ["data.labels=[a,b]"])
 
 
-def fill_overrides(found: Found) -> list[str]:
+def fill_overrides(found: DetectedFile) -> list[str]:
     """Return placeholder overrides for the settings that a file's experiment leaves to its owner."""
     features = ["data.features=[{columns: [x], range: [0, 1]}]"] if found.features else []
     by_role = {"time": "task_settings.intervals=[1]", "target": "data.target_range=[0, 1]"}
@@ -103,7 +103,7 @@ def fill_overrides(found: Found) -> list[str]:
 
 
 def plan_experiment(
-    found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None
+    found: DetectedFile, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None
 ) -> ExperimentPlan:
     """Read the file again, as a run with the settings of `config` would, and plan its experiment.
 
@@ -196,7 +196,7 @@ def _build_feature_from_values(column: DataColumn) -> FeatureSpec:
     return FeatureSpec(columns=(column.name,), size=column.size, missing="indicator", **declared)
 
 
-def _find_task(found: Found) -> str | None:
+def _find_task(found: DetectedFile) -> str | None:
     """Return the first task for these roles; None: keep the task of the experiment in conf/."""
     roles = tuple(role for role in found.roles if role not in ("user", "site"))
     return next((name for name, task in TASKS.items() if roles in task.layouts), None)
@@ -212,7 +212,7 @@ def sort_labels(labels: Iterable[str]) -> list[str]:
     return sorted(labels, key=lambda label: (parts(label), label))
 
 
-def _prompt_template(found: Found) -> str | None:
+def _prompt_template(found: DetectedFile) -> str | None:
     """Return the prompt template if the base's own does not fit; otherwise None."""
     asked = "{prompt}" if found.kind == "instructions" else None
     return "{prompt}\n\n{input}" if "input" in found.roles else asked
@@ -242,7 +242,7 @@ def _count_truncated(plan: ExperimentPlan) -> int:
     return int((plan.lengths > read).sum())
 
 
-def render_experiment(found: Found, plan: ExperimentPlan, *, file: Path) -> str:
+def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) -> str:
     """Return the YAML of an experiment to be saved as `file`; its relative paths start at that file's folder."""
     # A name may hold the end of a line, and what follows would be a setting.
     about = f"# An experiment for {found.path.name}.  Run it with: {next_command(file)}"
@@ -293,7 +293,7 @@ def render_experiment(found: Found, plan: ExperimentPlan, *, file: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def _list_task_settings(found: Found) -> Iterator[str]:
+def _list_task_settings(found: DetectedFile) -> Iterator[str]:
     """The settings of the task alone."""
     if "time" in found.roles:
         yield "task_settings:"
@@ -307,7 +307,7 @@ def _setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:
             yield within + f"{key}: {_to_yaml(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
 
 
-def _list_data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[_Setting]:
+def _list_data_settings(found: DetectedFile, plan: ExperimentPlan, file: Path) -> list[_Setting]:
     """Return the settings of `data`, except lists."""
     test, validation = plan.shares
     # From this page's folder where it lies there or below.  Links stay: what one leads to may have another name,
@@ -351,7 +351,7 @@ def _list_data_settings(found: Found, plan: ExperimentPlan, file: Path) -> list[
     ]
 
 
-def _iter_all_texts_lines(found: Found) -> Iterator[str]:
+def _iter_all_texts_lines(found: DetectedFile) -> Iterator[str]:
     """Yield commented-out lines that make the model read all text columns; the user decides whether to enable them."""
     others = [one for one in found.columns.values() if one.is_prose and one.name not in found.roles.values()]
     if found.kind not in _ANSWERED or "text_pair" in found.roles or not others:
@@ -364,7 +364,7 @@ def _iter_all_texts_lines(found: Found) -> Iterator[str]:
     yield f"  # prompt_template: {_to_yaml(template)}"
 
 
-def _public_list_lines(found: Found, plan: ExperimentPlan) -> Iterator[str]:
+def _public_list_lines(found: DetectedFile, plan: ExperimentPlan) -> Iterator[str]:
     """The features and labels of `data`."""
     # A range or a list of categories that was taken from the records would publish something of them: the largest value
     # is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
@@ -397,7 +397,7 @@ def describe_spellings(labels: Iterable[str]) -> list[str]:
     return [f"The labels {some} look alike, and are learned as different ones: {what_to_do} alone." for some in alike]
 
 
-def list_notes(found: Found, plan: ExperimentPlan) -> Iterator[str]:
+def list_notes(found: DetectedFile, plan: ExperimentPlan) -> Iterator[str]:
     """Yield notes for the user before the first run."""
     public = "Sizes are public; at a real site, the site chooses its own in its site.toml."
     sizes = ", ".join(f"{one:,}" for one in _declared_sizes(plan))

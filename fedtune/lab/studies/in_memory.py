@@ -15,7 +15,8 @@ from fedtune.api.public import Callback, Run
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.partition import group_by_user
 from fedtune.formatting import flatten
-from fedtune.lab.preparation.detect import KINDS, OPTIONS, detect_columns
+from fedtune.lab.preparation.detect import detect_columns
+from fedtune.lab.preparation.detected_file import KINDS, OPTIONS
 from fedtune.lab.preparation.experiment_writer import placeholder_overrides, plan_experiment, render_experiment
 from fedtune.lab.preparation.readers import count_token_ids, load_reader
 from fedtune.runs.run_paths import default_run_name

@@ -9,7 +9,8 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.lab.preparation.detect import Found, detect_columns
+from fedtune.lab.preparation.detect import detect_columns
+from fedtune.lab.preparation.detected_file import DetectedFile
 
 TEAMS = ("billing", "sales")
 AB, YES_NO = ("a", "b"), ("yes", "no", "maybe")
@@ -38,14 +39,14 @@ def make_rows(columns: Mapping[str, Any], count: int = 60) -> list[dict[str, Any
     return [{name: pick_value(given, number) for name, given in columns.items()} for number in range(count)]
 
 
-def detect_in_file(folder: Path, columns: Mapping[str, Any] | list[dict[str, Any]], **chosen: str) -> Found:
+def detect_in_file(folder: Path, columns: Mapping[str, Any] | list[dict[str, Any]], **chosen: str) -> DetectedFile:
     """What `data init` makes of a file with such columns, or of such rows."""
     given = columns if isinstance(columns, list) else make_rows(columns)
     (folder / "rows.json").write_text(json.dumps(given))
     return detect_columns(folder / "rows.json", chosen)
 
 
-def summarize_found(found: Found) -> str:
+def summarize_found(found: DetectedFile) -> str:
     """The kind, the roles with their columns where these are called otherwise, and the columns that no run reads."""
     roles = " ".join(role if role == column else f"{role}={column}" for role, column in found.roles.items())
     unread = " ".join(column for column, why in found.unread if why)
