@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.api.compose import compose_run
-from fedtune.federation.calendar import moved
+from fedtune.federation.calendar import shift_window
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.durable import write_durably
@@ -61,7 +61,7 @@ def people() -> list[dict[str, Any]]:
         digest = hashlib.sha256(row["text"].encode()).hexdigest()
         month = int(digest, 16) % (MONTHS + WINDOW - 1)
         if row["label"] != NEW_LABEL or month >= NEW_IN + WINDOW - 2:
-            cohort = moved(FIRST, by=month).first
+            cohort = shift_window(FIRST, by=month).first
             found.append({**row, "user": digest[:16], "came": f"{cohort}-15", "month": month})
     return found
 

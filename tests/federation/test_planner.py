@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.federation import planner
-from fedtune.federation.calendar import describe_calendar, describe_shared_epsilon, list_calendar_runs, moved
+from fedtune.federation.calendar import describe_calendar, describe_shared_epsilon, list_calendar_runs, shift_window
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.mechanism import PrivacySpec
@@ -210,9 +210,9 @@ def list_spent(plan: Plan, *runs: int) -> list[float]:
 
 
 def test_cohort_window_moves_and_keeps_its_length() -> None:
-    assert str(moved(Cohorts(period="year", first="2025", last="2027"))) == "2026..2028"
-    assert str(moved(Cohorts(period="month", last="2025-12"), by=2)) == "..2026-02"
-    assert str(moved(Cohorts(period="month", first="2026-12", last="9999-12"))) == "2027-01..9999-12"
+    assert str(shift_window(Cohorts(period="year", first="2025", last="2027"))) == "2026..2028"
+    assert str(shift_window(Cohorts(period="month", last="2025-12"), by=2)) == "..2026-02"
+    assert str(shift_window(Cohorts(period="month", first="2026-12", last="9999-12"))) == "2027-01..9999-12"
 
 
 def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:

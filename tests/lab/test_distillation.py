@@ -26,7 +26,7 @@ from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report.from_run import sum_start_losses
-from fedtune.report.synthetic_card import card_path, compose_losses, describe_run
+from fedtune.report.synthetic_card import compose_losses, describe_run, find_card_path
 from fedtune.runs.environment import start_lineage
 from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
@@ -141,7 +141,7 @@ def write_card(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str 
     told = {"schema_version": RUN_SCHEMA, "file": file.name, "sha256": sha256, "figures": {}}
     told |= {"runs": runs, "together": dict(zip(("epsilon", "delta"), compose_losses(runs), strict=True))}
     told["made"] = {"rows": len(TEXTS), "codes": 1, "missing": 0, "left_out": {}, "shares": "declared"}
-    card_path(file, ".json").write_text(json.dumps(told))
+    find_card_path(file, ".json").write_text(json.dumps(told))
     file.write_text(file.read_text() + text)
     return file
 

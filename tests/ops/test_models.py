@@ -22,9 +22,9 @@ from fedtune.ops.kits import models
 from fedtune.ops.kits.kit_file import Kit, KitModel
 from fedtune.ops.kits.models import (
     find_installed_model,
+    find_model_store_path,
     install_model,
     list_license_files,
-    model_store_path,
     verify_model,
 )
 from fedtune.spec import KIT_SCHEMA, ConfigError, RunError
@@ -91,7 +91,7 @@ def read_refusal(path: Path, kit: Kit, *, because: str) -> ConfigError:
 
 def install_to_store(path: Path, kit: Kit) -> Path:
     """The folder of a model that is installed from `path`."""
-    return model_store_path(kit.folder, install_model(path, kit)[0].sha256)
+    return find_model_store_path(kit.folder, install_model(path, kit)[0].sha256)
 
 
 def test_model_folder_is_installed_under_its_digest(folder: Path, kit: Any) -> None:
