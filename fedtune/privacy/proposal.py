@@ -14,7 +14,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.spec import spec
 
 _MOST_TEXT = 300
-_TEXT = f"must be a printable text of 1 to {_MOST_TEXT} characters"
+_TEXT = f"must be printable text of 1 to {_MOST_TEXT} characters"
 
 UNVERIFIED = "unverified"  # stands for the base model's SHA-256 where a run names none
 

@@ -14,8 +14,13 @@ from fedtune.config import RunConfig
 from fedtune.data.spec import DataSpec
 from fedtune.data.values import NO_NAME, NUMBER
 from fedtune.tasks.base import Task
+from fedtune.tasks.classification import Classification
 from fedtune.tasks.embedding import Embedding
+from fedtune.tasks.multi_label import MultiLabel
+from fedtune.tasks.ordinal import Ordinal
 from fedtune.tasks.pooled import PooledTask
+from fedtune.tasks.regression import Regression
+from fedtune.tasks.survival import Survival
 from fedtune.tasks.token_classification import TokenClassification
 
 _LOADING = """\
@@ -39,8 +44,8 @@ with torch.no_grad():
 _POOLED_LINES = """\
     hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
 pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-centerd = torch.nn.functional.normalize(pooled - head["center"], dim=-1)
-labels, scores = settings["labels"], settings["head"]["scale"] * (centerd @ head["weight"].T)[0]
+centered = torch.nn.functional.normalize(pooled - head["center"], dim=-1)
+labels, scores = settings["labels"], settings["head"]["scale"] * (centered @ head["weight"].T)[0]
 """
 """From a text to the head's scores; a center of zeros changes nothing."""
 _TOKEN_LINES = """\
@@ -159,14 +164,15 @@ _FROM_TEXT: Mapping[type, str] = {
     Embedding: _EMBEDDING_LINES,
 }
 """By a task's class or a base of it: from a text to what the loaded model makes of it."""
-_ANSWERS: Mapping[str, str] = {
-    "classification": "labels[scores.argmax()]",
-    "multi_label": "[label for label, score in zip(labels, scores) if score > 0]",
-    "ordinal": "labels[int((scores > 0).sum())]",
-    "regression": "float(scores[0])",
-    "survival": "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]",
+_ANSWERS: Mapping[type, str] = {
+    Classification: "labels[scores.argmax()]",
+    MultiLabel: "[label for label, score in zip(labels, scores) if score > 0]",
+    Ordinal: "labels[int((scores > 0).sum())]",
+    Regression: "float(scores[0])",
+    Survival: "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]",
+    PooledTask: "scores",
 }
-"""By a task's name: the expression that makes its answer of `scores`, a vector, and `labels`."""
+"""By a task's class or a base of it: the expression that makes its answer of `scores`, a vector, and `labels`."""
 _IN_ITS_RANGE = """\
 low, high = settings["target_range"]
 scores = (low + high) / 2 + (high - low) / 2 * scores
@@ -187,13 +193,13 @@ def adapter_loading_code(config: RunConfig, *, base: str, folder: str) -> str:
         auto = task.auto_class if task.predicts_tokens else "AutoModel"
         from_text = next((lines for cls, lines in _FROM_TEXT.items() if isinstance(task, cls)), "")
         lines = _LOADING.format(auto=auto, base=base, folder=folder) + from_text.replace("FOLDER", folder)
-    in_its_range = _IN_ITS_RANGE if task.name == "regression" else ""
+    in_its_range = _IN_ITS_RANGE if isinstance(task, Regression) else ""
     return f"{lines}{in_its_range}print({answer})\n" if (answer := answer_code(task)) else lines
 
 
 def answer_code(task: Task) -> str:
     """Return the expression for a task's answer from `scores` and `labels`; empty if its lines lead to no scores."""
-    return _ANSWERS.get(task.name, "scores" if isinstance(task, PooledTask) else "")
+    return next((answer for cls, answer in _ANSWERS.items() if isinstance(task, cls)), "")
 
 
 def input_loading_code(data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:

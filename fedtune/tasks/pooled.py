@@ -175,8 +175,8 @@ class PooledTask(Task):
         norm 1.
         """
         pooled = get_input_for(model.spec).embed_rows(model.base, input_ids, attention_mask)
-        centerd = model.spec.head.center
-        return torch.nn.functional.normalize(pooled - model.get_buffer("center"), dim=-1) if centerd else pooled
+        centered = model.spec.head.center
+        return torch.nn.functional.normalize(pooled - model.get_buffer("center"), dim=-1) if centered else pooled
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """Compute logits, (rows, outputs)."""

@@ -37,7 +37,11 @@ def test_equal_numbers_have_one_digest_regardless_of_notation(name: str, written
 
 def test_every_plan_field_is_in_its_json() -> None:
     by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0)
-    assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - {"shared", "cohorts", "runs"}
+    only_with = {"shared", "cohorts", "runs", "noise"}  # each has its own case
+    assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - only_with
+    laplace = plan(sampling_rate=1.0, noise="laplace")
+    assert laplace.to_json()["noise"] == "laplace"
+    assert Plan.from_json(laplace.to_json()) == laplace
     shared = SharedNoise(num_sites=4, threshold=3, colluders=0, noise_multiplier=1.0, cell_bits=3, bound=9)
     of_sums = plan(local_steps=1, noise_multiplier=1.0, shared=shared)
     assert of_sums.to_json()["shared"] == dataclasses.asdict(shared)

@@ -170,8 +170,8 @@ def test_head_center_is_the_mean_label_embedding_and_stays_frozen() -> None:
     torch.testing.assert_close(model.head.weight, rows)
     assert "center" not in model.trainable()
     ids = torch.tensor([[2, 7, 8, 3]])
-    embedded, uncenterd = (EMBED(one, ids, torch.ones_like(ids)) for one in (model, plain))
-    torch.testing.assert_close(embedded, torch.nn.functional.normalize(uncenterd - model.center, dim=-1))
+    embedded, uncentered = (EMBED(one, ids, torch.ones_like(ids)) for one in (model, plain))
+    torch.testing.assert_close(embedded, torch.nn.functional.normalize(uncentered - model.center, dim=-1))
 
 
 @pytest.mark.parametrize("kind", [RobertaForCausalLM, BertLMHeadModel])

@@ -179,15 +179,18 @@ def _require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
     odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
     if odd or len(unnamed) > 1:
         raise refusal(path, "header", odd or unnamed)
-    # Without a header most names are values: one of the column's own, a number, or as long a text as the others. A
-    # flag alone may be called as one of its values is, and pixels are counted.
+    # Without a header most names are values: one of the column's own, a number, or as long a text as the others; half
+    # of them suffice where the longest texts are no longer than their name.  A flag alone may be called as one of its
+    # values is, and pixels are counted.
     numbers = {one.name: float(one.name) for one in filled if one.is_number and _NUMBER.fullmatch(one.name)}
     steps = {round(after - before, 6) for before, after in pairwise(numbers.values())}
     own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
     values = {one.name for one in filled if one in own or one.could_name_text}
     is_counted = len(numbers) > 2 and len(steps) == 1
     values = values - {*numbers} if is_counted else values | {*numbers}
-    if own and 2 * len(values) > len(filled):
+    longest = max(filled, key=lambda one: one.mean_characters, default=None)
+    is_long = longest and longest.key not in NAMES["texts"] and 3 * len(longest.name) >= longest.mean_characters
+    if own and 2 * len(values) >= len(filled) + (not is_long):
         raise refusal(path, "no_header", own[:1])
 
 
