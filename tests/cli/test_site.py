@@ -28,6 +28,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.show.budget_text import compute_amount
+from fedtune.sites.site_settings import read_site_settings
 
 from ..conftest import edit_config, name_run, read_files, run_command, run_proposal, stranger_key
 from ..privacy.builders import read_refusal_reason, reserve
@@ -321,7 +322,8 @@ def test_policy_template_is_commented_and_incomplete_until_filled_in(tmp_path: P
     assert warnings.keys() == {"allow.leads", "allow.base_models"}
     assert warnings["allow.leads"] == "empty: every request is refused"
     # It sets and explains every key.
-    assert list_keys(tomllib.loads(answered)) == list_keys(asdict(read_policy(file)))
+    known = asdict(read_policy(file)) | asdict(read_site_settings(file))
+    assert list_keys(tomllib.loads(answered)) == list_keys(known)
     for before, line in pairwise(out.splitlines()):
         explained = re.match(r"#|(max_local_steps|path|max_epsilon_per_period|max_lora_scale) = ", before)
         assert explained or not re.match(r"\w+ = ", line), line

@@ -183,7 +183,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     for options, said in (
         (("--rows", "5"), "--rows = 5: must be at most the 4 candidates of the voting experiment"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
-        (("--rows", "2", "--to", str(best)), "must be a new file"),
+        (("--rows", "2", "--to", str(best)), "already exists; choose a new file"),
         (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates; 4 are none"),
         (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
         (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize wrote it"),
@@ -192,7 +192,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         assert not (tmp_path / "no.jsonl").exists()
     to.write_text(to.read_text().replace("seed 7", "private text"))
     message = run_command(*refused, "--rows", "2").failed()
-    assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card next to it" in message
+    assert "must be as fedtune synthesize wrote it with this RUN, with its card next to it" in message
     assert "private text" not in message
 
 
@@ -231,7 +231,7 @@ def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Pa
     assert card["together"]["epsilon"] == pytest.approx(sum(run.privacy.epsilon or 0.0 for run in behind))
     text = (tmp_path / "1-texts.jsonl.card.md").read_text()
     assert f"0-best.jsonl, SHA-256 {card['made']['prompts_sha256']}; each text begins with a quarter to" in text
-    assert "- liked-0 (votes), by the beginnings' card: epsilon 0.927 at delta" in text
+    assert "- liked-0 (votes), by the varied records' card: epsilon 0.927 at delta" in text
     assert "% of them, each fifth of them by what the rest taught, their prompt. The prompt that is most" in text
     again = synthesize(behind[0], variations_of=[red], rows=1, spec=WRITING)  # one code has none to be set apart from
     assert (again.wanted, again.rows) == ({("a red one",): 1}, (second[0],))
@@ -306,7 +306,7 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
 
     def select_and_fail() -> str:
         message: str = run_command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()
-        assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card next to it" in message
+        assert "must be as fedtune synthesize wrote it with this RUN, with its card next to it" in message
         return message
 
     for changes, said in (
@@ -397,7 +397,7 @@ def test_votes_with_another_privacy_unit_are_refused(
 
     monkeypatch.setattr(api, "load", load_by_user)  # which only --votes calls by this name
     named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
-    message = run_command(words[0], str(runs / "writer"), *words[1:], *named).failed()
+    message = run_command("synthesize", words[0], str(runs / "writer"), *words[1:], *named).failed()
     assert "must be of privacy.unit=record, like RUN" in message
 
 
