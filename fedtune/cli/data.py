@@ -287,7 +287,7 @@ def copies(
     """
     roles, own_roles = parse_column_roles(columns), parse_column_roles(own_columns or columns)
     if not roles or roles.keys() != own_roles.keys() or not all(map(is_free_text, roles)):
-        raise ConfigError("--columns", columns, "must name the same roles of texts as --own-columns")
+        raise ConfigError("--columns", columns, "must name the same text roles as --own-columns")
     files = [(resolve_file(name, shipped_folders(), key="OWN"), own_roles) for name in own]
     if site is not None:
         sets = (one for one in read_policy(site).dataset if roles.keys() <= one.columns.keys())

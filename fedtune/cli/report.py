@@ -216,7 +216,7 @@ def _keys_from_roster(report: Report, path: Path, key: str | None) -> tuple[str,
     try:
         roster.check_lead_signature(signer)
     except ConfigError:
-        raise RunError(f"the report is not signed by the lead, who signed {path}") from None
+        raise RunError(f"the report is not signed with the key of the lead that signed {path}") from None
     return signer, keys, Check(name="roster", state="right", text=f"The key that signed the report also signed {path}.")
 
 

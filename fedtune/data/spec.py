@@ -280,7 +280,9 @@ def list_template_roles(template: str) -> tuple[str, ...]:
     if not plain or not all(role.isidentifier() for role in roles):
         raise ConfigError("prompt_template", template, "must contain only role names in braces")
     if len(set(roles)) < len(roles):
-        raise ConfigError("prompt_template", template, "must name each role at most once: a long text would multiply")
+        raise ConfigError(
+            "prompt_template", template, "must name each role at most once: repeated texts lengthen prompts"
+        )
     return tuple(roles)
 
 

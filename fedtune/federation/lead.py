@@ -108,7 +108,7 @@ class LeadState:
         between = median((later - end).total_seconds() for end, later in pairwise(ends))
         return max(between, median(one.seconds for one in self.rounds[1:]))  # ends are in whole seconds
 
-    def asked(self, sites: Sequence[str]) -> LeadState:
+    def with_requests_to(self, sites: Sequence[str]) -> LeadState:
         """Return the state after a round was requested from `sites`: each of them may be charged until it answers."""
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
         return replace(self, unanswered=counts)
@@ -329,7 +329,7 @@ class Checkpoints:
         if other:
             raise ConfigError("resume", str(self._folder.parent), "has a different configuration")
         for _, sites in self.asked(after=state.round):
-            state = state.asked(sites)
+            state = state.with_requests_to(sites)
         return state
 
     def _complete_lines(self) -> list[bytes]:

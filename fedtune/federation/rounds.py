@@ -74,7 +74,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     round, started = state.round + 1, time.monotonic()
     sites = list(aggregation.prepare())
     lead.checkpoints.record_request(round, sites)
-    state = state.asked(sites)
+    state = state.with_requests_to(sites)
     questions = _build_requests(lead, state, session=aggregation.session, sites=sites)
     rests, sent = lead.lora.frozen_name_part(round), state.adapter
     reaches = {

@@ -126,7 +126,7 @@ class LeadService:
         with grid as opened, (transport := self._transport(opened)).explain_protocol_mismatch():
             found = invite(transport, self._propose_run(config), less=True)
             found.require_enough(config.federation, takes_part=config.can_use)
-        return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
+        return config.fit_to_offers([offer for offer in found.offers.values() if config.can_use(offer)])
 
     def announce_end(self, run: str, *, timeout_s: float) -> list[str]:
         """Tell the sites that a run has ended for good, without a final adapter; return the sites that confirmed it.

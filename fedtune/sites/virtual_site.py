@@ -215,7 +215,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
             without[site] = str(error)
     if len(offers) < config.federation.min_sites:
         raise RefusedError(config.federation.too_few_message(len(offers), "have room for a run", others=without))
-    return config.fitted_to(offers)
+    return config.fit_to_offers(offers)
 
 
 def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:

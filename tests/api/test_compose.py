@@ -93,7 +93,7 @@ def test_sweep_runs_never_share_a_folder() -> None:
             compose_sweep(["experiment=debug", "+privacy.epsilon=1,2", again])
     options = compose_sweep(["experiment=debug", "privacy=none,dp_sgd", "privacy={epsilon: 3}"])
     assert [(run.privacy.mechanism, run.privacy.epsilon) for run in options] == [("none", 3.0), ("dp_sgd", 3.0)]
-    with pytest.raises(ConfigError, match="name = 'a': names two runs of the sweep"):
+    with pytest.raises(ConfigError, match="name = 'a': is used by two runs of the sweep"):
         compose_sweep(["experiment=debug", "name=a,b", "privacy.epsilon=1,3"])
 
 

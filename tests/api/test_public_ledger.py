@@ -105,7 +105,7 @@ def test_release_beyond_the_cap_or_charged_before_is_refused_and_costs_nothing(t
     with pytest.raises(fedtune.RefusedError, match=total) as caught:
         ledger.charge("again", noise_multiplier=0.2)
     assert type(caught.value) is fedtune.RefusedError
-    with pytest.raises(ConfigError, match="was charged before: a release that is made again needs a name of its own"):
+    with pytest.raises(ConfigError, match="was charged before: give a repeated release a new name"):
         ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     with pytest.raises(ConfigError, match=r"name = 'training': was charged with other settings: choose another name$"):
         ledger.charge("training", noise_multiplier=1.6, sampling_rate=0.01, steps=100)

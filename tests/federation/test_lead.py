@@ -46,7 +46,7 @@ def read_charged_steps(state: LeadState, site: str = "a") -> tuple[int, bool]:
 def test_site_charge_follows_its_receipt_and_is_zero_if_never_asked(state: LeadState) -> None:
     charge = compute_site_charge(state, "a", run_plan())
     assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
-    state = add_answers(state.asked(["a"]), answer(make_receipt(charged=2)))
+    state = add_answers(state.with_requests_to(["a"]), answer(make_receipt(charged=2)))
     charge = compute_site_charge(state, "a", run_plan())
     assert read_charged_steps(state) == (4, False)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -57,16 +57,16 @@ def test_site_charge_follows_its_receipt_and_is_zero_if_never_asked(state: LeadS
 
 
 def test_silent_site_is_charged_for_every_requested_round(state: LeadState) -> None:
-    state = add_answers(state.asked(["a", "b"]), answer(make_receipt(charged=1)))
-    state = state.asked(["a", "b"])
+    state = add_answers(state.with_requests_to(["a", "b"]), answer(make_receipt(charged=1)))
+    state = state.with_requests_to(["a", "b"])
     assert read_charged_steps(state, "a") == read_charged_steps(state, "b") == (4, True)
     assert (
         compute_site_charge(state, "a", run_plan()).epsilon == compute_site_charge(state, "b", run_plan()).epsilon > 0
     )
     # It never counts for more than the plan lets a ledger charge.
-    state = add_answers(state.asked(["a"]), answer(make_receipt(charged=3)))
+    state = add_answers(state.with_requests_to(["a"]), answer(make_receipt(charged=3)))
     for _ in range(5):
-        state = state.asked(["a"])
+        state = state.with_requests_to(["a"])
     assert read_charged_steps(state) == (2 * run_plan().most_rounds, True)
 
 
@@ -74,13 +74,13 @@ def test_silent_site_is_charged_for_every_requested_round(state: LeadState) -> N
 def test_receipt_of_another_site_or_run_counts_as_silence(state: LeadState, wrong: Any) -> None:
     unsigned = wrong == "unsigned"
     made = replace(make_receipt(charged=1), charged_rounds=0) if unsigned else make_receipt(**{"charged": 0, **wrong})
-    state = add_answers(state.asked(["a"]), answer(made))
+    state = add_answers(state.with_requests_to(["a"]), answer(made))
     assert (state.receipts, read_charged_steps(state)) == ({}, (2, True))
 
 
 def test_receipt_under_a_changed_site_key_is_ignored(state: LeadState) -> None:
-    state = add_answers(state.asked(["a"]), answer(make_receipt(charged=1)))
-    state = add_answers(state.asked(["a"]), answer(make_receipt(charged=2, key=make_site_key("b"))))
+    state = add_answers(state.with_requests_to(["a"]), answer(make_receipt(charged=1)))
+    state = add_answers(state.with_requests_to(["a"]), answer(make_receipt(charged=2, key=make_site_key("b"))))
     assert (state.receipts["a"], read_charged_steps(state)) == (make_receipt(charged=1), (4, True))
 
 
@@ -88,12 +88,14 @@ def test_receipt_under_a_changed_site_key_is_ignored(state: LeadState) -> None:
 def test_receipt_counting_fewer_rounds_than_updates_is_rejected(state: LeadState, came: Any) -> None:
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
     old = make_receipt(charged=1)
-    state = add_answers(state.asked(["a"]), {"a": Reply(body=update_of(), receipt=old)})
+    state = add_answers(state.with_requests_to(["a"]), {"a": Reply(body=update_of(), receipt=old)})
     state = replace(state, rounds=(round_of(1, **came),))
     assert compute_site_charge(state, "a", run_plan()).upper_bound is False
-    replayed = add_answers(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=old)})
+    replayed = add_answers(state.with_requests_to(["a"]), {"a": Reply(body=update_of(round=2), receipt=old)})
     assert read_charged_steps(replayed) == (4, True)
-    honest = add_answers(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=make_receipt(charged=2))})
+    honest = add_answers(
+        state.with_requests_to(["a"]), {"a": Reply(body=update_of(round=2), receipt=make_receipt(charged=2))}
+    )
     assert read_charged_steps(honest) == (4, False)
     assert honest.with_receipt("a", old, **RUN) is None
 
@@ -102,7 +104,7 @@ def test_receipt_counting_more_rounds_than_the_plan_is_rejected(state: LeadState
     # Signed or not: to compose so many events would take hours and all of the memory.
     for charged in (5, 10**18):
         replies = answer(make_receipt(charged=charged))
-        after = add_answers(state.asked(["a"]), replies)
+        after = add_answers(state.with_requests_to(["a"]), replies)
         assert (after.receipts, after.unanswered) == ({}, {"a": 1})
 
 

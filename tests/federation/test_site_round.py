@@ -78,7 +78,7 @@ def test_unstored_update_is_not_sent_but_stays_charged(
     assert site.kinds() == [Kind.PLAN, Kind.RESERVE]
     # A receipt of nothing charged would be a lie: without one the lead counts the round.
     assert reply.receipt is None
-    state = LeadState(round=0, adapter=adapter).asked(["a"])
+    state = LeadState(round=0, adapter=adapter).with_requests_to(["a"])
     assert state.with_receipt("a", reply.receipt, run="r", plan=run_plan()) is None
     assert compute_site_charge(state, "a", run_plan()).steps == run_plan().local_steps
     assert "database is locked" in caplog.text

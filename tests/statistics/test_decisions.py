@@ -10,7 +10,7 @@ REPEATS = 2000
 ONCE_IN_A_MILLION = 1e-6
 
 
-def happens_at(rate: float, times: int) -> bool:
+def is_consistent_with_rate(rate: float, times: int) -> bool:
     return bool(stats.binomtest(times, REPEATS, rate).pvalue > ONCE_IN_A_MILLION)
 
 
@@ -21,16 +21,16 @@ def draws() -> np.random.Generator:
 
 def test_scale_test_has_its_stated_error_and_power(draws: np.random.Generator) -> None:
     test = Scale(200, 0.1)
-    assert happens_at(0.1, sum(not test.accepts(draws.normal(0, 3, 200), 3.0) for _ in range(REPEATS)))
+    assert is_consistent_with_rate(0.1, sum(not test.accepts(draws.normal(0, 3, 200), 3.0) for _ in range(REPEATS)))
     for factor in (0.9, 1.1):
         rejected = sum(not test.accepts(draws.normal(0, 3 * factor, 200), 3.0) for _ in range(REPEATS))
-        assert happens_at(test.power(factor), rejected)
+        assert is_consistent_with_rate(test.power(factor), rejected)
         assert 0.3 < test.power(factor) < 0.9, "neither rate is counted in vain"
 
 
 def test_shape_test_has_its_stated_error_and_power(draws: np.random.Generator) -> None:
     test = Shape(300, 0.1)
-    assert happens_at(0.1, sum(not test.accepts(draws.normal(0, 3, 300), 3.0) for _ in range(REPEATS)))
+    assert is_consistent_with_rate(0.1, sum(not test.accepts(draws.normal(0, 3, 300), 3.0) for _ in range(REPEATS)))
     # Massart's bound is on the safe side.
     shifted = 2 * stats.norm.cdf(0.2) - 1  # the distance of N(0.4, 1)
     rejected = sum(not test.accepts(3 * draws.normal(0.4, 1, 300), 3.0) for _ in range(REPEATS))
@@ -55,8 +55,8 @@ def test_rate_test_has_its_stated_error_and_power(draws: np.random.Generator) ->
     test = Rate(400, 0.3, 0.1)
     size = test.power(0.3)
     assert 0.05 < size <= 0.1, "a binomial count is discrete, so its false alarms are at most those stated"
-    assert happens_at(size, sum(not test.accepts(int(draws.binomial(400, 0.3))) for _ in range(REPEATS)))
+    assert is_consistent_with_rate(size, sum(not test.accepts(int(draws.binomial(400, 0.3))) for _ in range(REPEATS)))
     for rate in (0.27, 0.33):
-        assert happens_at(
+        assert is_consistent_with_rate(
             test.power(rate), sum(not test.accepts(int(draws.binomial(400, rate))) for _ in range(REPEATS))
         )

