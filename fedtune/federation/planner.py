@@ -147,9 +147,9 @@ def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) 
     ratio = signal_to_noise(plan, declared_sizes, values=values)
     if ratio < LEAST_SIGNAL:
         bound = (
-            "must be true to train: at this size and epsilon the run will likely learn nothing, since noise moves the "
-            f"adapter {1 / ratio:.3g} times as far as all records together can (docs/planning.md, Signal). Nothing was "
-            "charged. More or larger sites, a larger epsilon or secure aggregation help"
+            "at this size and epsilon the run will likely learn nothing, since noise moves the adapter "
+            f"{1 / ratio:.3g} times as far as all records together can (docs/planning.md, Signal). Nothing was "
+            "charged. More or larger sites, a larger epsilon or secure aggregation help; true trains anyway"
         )
         raise ConfigError("training.ignore_weak_signal", False, bound)
 
