@@ -18,7 +18,7 @@ from fedtune.api.config_groups import find_config_folder
 from fedtune.codec import require
 from fedtune.extras import require_extra
 from fedtune.formatting import html_table
-from fedtune.privacy.accountant import format_epsilon
+from fedtune.privacy.accountant import check_noise, format_epsilon
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.mechanism import Noise, Unit
@@ -29,7 +29,7 @@ from fedtune.privacy.randomness import SystemRandomness
 from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Budget, Dataset, ReferenceRun
-from fedtune.spec import NOT_GIVEN, ConfigError, check_name, check_positive
+from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least, check_name, check_positive, check_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
     from fedtune.report.facts import Lifetime
 
 _QUERIES = ReferenceRun(sampling_rate=1.0, noise_multiplier=10.0, steps=1)  # the same order is best for any noise
+_LOST = "was charged, but its answer was lost in a crash: choose another name"
+_NAME_IS_USED = {
+    Reason.PLAN_CHANGED: "was charged with other settings: choose another name",
+    Reason.PLAN_EXHAUSTED: _LOST,
+    Reason.RUN_ENDED: _LOST,
+}
+_ABOUT_TOTALS = (Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD)
+"""Caps on a total: such a refusal asks for what would be spent in all, not for the release alone."""
 
 
 class Ledger:
@@ -130,16 +138,18 @@ class Ledger:
 
         Args:
             name: of the release.  It can be charged once: a release that is made again is another one.
-            noise_multiplier: as above; Opacus and jax_privacy call it so, too.
+            noise_multiplier: as above, and above 0; Opacus and jax_privacy call it so, too.
             noise: "gaussian" or "laplace".
             sampling_rate: probability with which each unit joins a step; below 1 only for "gaussian".
             steps: number of steps.
 
         Raises:
             ValueError: a value is out of range, or the name was charged before.
-            Refused: the charge does not fit the policy, which the message names; nothing is charged.
+            RefusedError: the charge does not fit the policy, which the message names; nothing is charged.
             RunError: the ledger cannot be trusted or written.
         """
+        check_whole("steps", steps)
+        check_at_least("steps", steps, 1)
         kind = "dp_sgd" if sampling_rate < 1 or steps > 1 else noise
         how = {"sampling_rate": sampling_rate, "local_steps": steps, "max_grad_norm": 1.0}
         proposal, granted = self._reserve(kind, name, noise_multiplier=noise_multiplier, noise=noise, **how)
@@ -148,26 +158,52 @@ class Ledger:
         self._commit(granted, b"[]")
         return self.receipt(proposal.run)
 
-    def count(self, name: str, values: Iterable[object], **options: Any) -> float:
-        """Release how many units have a true value, with noise; `options` as for `sum`, without the bound."""
-        rows = [(float(bool(value)),) for value in self._one_per_unit(values, options.pop("users", None))]
-        return self._release_sum("count", name, rows, options, width=1, bound=1.0)[0]
+    def count(
+        self,
+        name: str,
+        values: Iterable[object],
+        *,
+        noise_multiplier: float,
+        noise: Noise = "gaussian",
+        users: Iterable[Hashable] | None = None,
+    ) -> float:
+        """Release how many units have a true value, with noise; arguments as for `sum`, with a bound of 1."""
+        rows = [(float(bool(value)),) for value in self._one_per_unit(values, users)]
+        planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
+        return self._release_sum("count", name, rows, width=1, **planned)[0]
 
     def histogram(
-        self, name: str, values: Iterable[Hashable], bins: Sequence[Hashable], **options: Any
+        self,
+        name: str,
+        values: Iterable[Hashable],
+        bins: Sequence[Hashable],
+        *,
+        noise_multiplier: float,
+        noise: Noise = "gaussian",
+        users: Iterable[Hashable] | None = None,
     ) -> dict[Hashable, float]:
-        """Release how many units have each value of `bins`, with noise; `options` as for `sum`, without the bound.
+        """Release how many units have each value of `bins`, with noise; arguments as for `sum`, with a bound of 1.
 
         A unit is in one bin, or in none, so that its sensitivity is 1.  The bins must be known without the records; a
         bin without a unit gets its noise, too.
         """
         require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must be distinct values, and at least one")
         rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
-        found = [rows.get(value, none) for value in self._one_per_unit(values, options.pop("users", None))]
-        sums = self._release_sum("histogram", name, found, options, width=len(bins), bound=1.0)
+        found = [rows.get(value, none) for value in self._one_per_unit(values, users)]
+        planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
+        sums = self._release_sum("histogram", name, found, width=len(bins), **planned)
         return dict(zip(bins, sums, strict=True))
 
-    def sum(self, name: str, values: Iterable[Any], *, bound: float, **options: Any) -> list[float]:
+    def sum(
+        self,
+        name: str,
+        values: Iterable[Any],
+        *,
+        bound: float,
+        noise_multiplier: float,
+        noise: Noise = "gaussian",
+        users: Iterable[Hashable] | None = None,
+    ) -> list[float]:
         """Release the sum of one number or row of numbers per unit, with noise: a value for each column.
 
         Guarantee: one mechanism of the noise multiplier on all units, charged before its noise is drawn.  A row beyond
@@ -180,24 +216,38 @@ class Ledger:
             name: of the release.
             values: a number or a row of numbers for each record.
             bound: the most that one unit may add: L2 norm for "gaussian" noise, L1 norm for "laplace".
-            **options: `noise_multiplier`: standard deviation (gaussian) or scale (laplace) of the noise over the bound;
-                `noise`: "gaussian" (default) or "laplace"; `users`: of a ledger with the unit "user", whose each
-                record is: the last record of each user counts.
+            noise_multiplier: standard deviation (gaussian) or scale (laplace) of the noise over the bound; above 0.
+            noise: "gaussian" or "laplace".
+            users: of a ledger with the unit "user", whose each record is: the last record of each user counts.
 
         Raises:
             ValueError: a value is out of range, or the records are no numbers; nothing is charged.
-            Refused: the charge does not fit the policy, which the message names; nothing is charged.
+            RefusedError: the charge does not fit the policy, which the message names; nothing is charged.
             RunError: the ledger cannot be trusted or written.
         """
         check_positive("bound", bound)
-        table = np.asarray(self._one_per_unit(values, options.pop("users", None)), dtype=np.float64)
+        table = np.asarray(self._one_per_unit(values, users), dtype=np.float64)
         width = table.shape[1] if table.ndim == 2 else 1
         rows = list(map(tuple, table.reshape(len(table), width).tolist()))
-        return self._release_sum("sum", name, rows, options, width=width, bound=bound)
+        planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": bound}
+        return self._release_sum("sum", name, rows, width=width, **planned)
 
-    def receipt(self, run: str) -> Receipt:
-        """Sign a receipt for what was charged to a release or run, by its name in `spending.runs`."""
-        return self._site.sign_receipt(run)
+    def receipt(self, name: str) -> Receipt:
+        """Sign a receipt for what was charged to a release or run.
+
+        Args:
+            name: of the release, as it was given, or of the release or run in `spending.runs`, where a release's kind
+                stands before its name ("count over-65").
+
+        Raises:
+            ValueError: nothing has this name, or releases of several kinds have it.
+        """
+        runs = self._site.history.runs
+        found = [name] if name in runs else [run for run in runs if run.partition(" ")[2] == name]
+        known = f": {', '.join(runs)}" if runs else "; nothing was charged yet"
+        require("name", name, bool(found), f"must be the name of a release or run of this ledger{known}")
+        require("name", name, len(found) == 1, f"is the name of several releases: choose one of {', '.join(found)}")
+        return self._site.sign_receipt(found[0])
 
     @property
     def spending(self) -> Lifetime:
@@ -232,19 +282,10 @@ class Ledger:
         return list(each) if users is None else list(dict(zip(users, each, strict=True)).values())
 
     def _release_sum(
-        self,
-        kind: str,
-        name: str,
-        rows: Sequence[tuple[float, ...]],
-        options: dict[str, Any],
-        *,
-        width: int,
-        bound: float,
+        self, kind: str, name: str, rows: Sequence[tuple[float, ...]], *, width: int, **planned: Any
     ) -> list[float]:
         """Charge the release of a sum, then add its noise and store the answer; or return the stored answer."""
-        bound_of = "must be noise_multiplier, noise or users"
-        require("options", list(options), options.keys() <= {"noise_multiplier", "noise"}, bound_of)
-        proposal, reply = self._reserve(kind, name, **options, sampling_rate=1.0, local_steps=1, max_grad_norm=bound)
+        proposal, reply = self._reserve(kind, name, **planned, sampling_rate=1.0, local_steps=1)
         if isinstance(reply, Reservation):
             answer = release_sum(rows, proposal.plan, width=width, stream=SystemRandomness().stream())
             reply = self._commit(reply, json.dumps(answer).encode())
@@ -252,14 +293,17 @@ class Ledger:
 
     def _reserve(self, kind: str, name: str, **planned: Any) -> tuple[Proposal, Reservation | bytes]:
         check_name("name", name)
+        check_noise("noise_multiplier", planned["noise_multiplier"])
         proposal = propose_release(kind, name, self._site.policy, **planned)
         try:
             return proposal, self._site.reserve(proposal, round=1, request=proposal.digest(), own=True)
         except Refused as refused:
-            if refused.reason not in (Reason.PLAN_CHANGED, Reason.PLAN_EXHAUSTED, Reason.RUN_ENDED):
-                raise
-            bound = "was charged with other settings, or its answer was lost in a crash: choose another name"
-            raise ConfigError("name", proposal.run, bound) from refused
+            if (bound := _NAME_IS_USED.get(refused.reason)) is not None:
+                raise ConfigError("name", name, bound) from refused
+            said = str(refused)
+            if refused.reason in _ABOUT_TOTALS:
+                said = f"{refused.reason}: epsilon would be {refused.asked} in total, {refused.allowed}"
+            raise RefusedError(f"the release {proposal.run!r} does not fit: {said}; nothing was charged") from refused
 
     def _commit(self, granted: Reservation, reply: bytes) -> bytes:
         self._site.commit(granted, reply)

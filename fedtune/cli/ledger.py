@@ -241,11 +241,13 @@ def print_identity(path: Path, verified: Verified) -> None:
 
 def build_events_section(verified: Verified, chosen: Sequence[Event]) -> Section:
     """Build the table of the chosen events, one per row."""
-    unit = verified.history.opening.unit
+    unit, runs = verified.history.opening.unit, verified.history.runs.items()
+    own = {name: run.proposal.task for name, run in runs if not run.proposal.lead}
     rows = []
     for event in chosen:
         when = (str(event.sequence), event.time[:16].replace("T", " "), event.kind.value)
-        rows.append((*when, to_printable(event.run), str(event.round or ""), describe_event(event)))
+        what = describe_event(event, own=own.get(event.run, ""))
+        rows.append((*when, to_printable(event.run), str(event.round or ""), what))
     title = f"{len(chosen)} of {pluralize(len(verified.events), 'event')}"
     headings = ("no.", "time (UTC)", "kind", "run", "round", "what")
     noise = f"noise: in units of the most that one {unit} can move a step's sum"

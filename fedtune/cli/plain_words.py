@@ -15,6 +15,7 @@ from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.verify import Verified
+from fedtune.privacy.own_release import CHARGED_ONLY
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
@@ -42,8 +43,8 @@ def explain_guarantee(unit: str, *, epsilon: float, delta: float) -> str:
     return texts.text(f"promise.{unit}", factor=factor, delta=addition).unescape()
 
 
-def describe_event(event: Event) -> str:
-    """Describe a ledger event in words."""
+def describe_event(event: Event, *, own: str = "") -> str:
+    """Describe a ledger event in words; `own` is the kind of the release, for one of the site's own."""
     detail = event.detail
     match event.kind:
         case Kind.PLAN:
@@ -62,6 +63,8 @@ def describe_event(event: Event) -> str:
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
             return f"charged{again}: {_describe_mechanisms(detail['event'])}"
+        case Kind.COMMIT if own:
+            return "charge complete: other software makes it" if own in CHARGED_ONLY else "answer stored, for the site"
         case Kind.COMMIT:
             return "reply stored, ready to send"
         case Kind.RELEASE if detail.get("what") != "offer":

@@ -1,10 +1,12 @@
 """A ledger that charges any release, as `import fedtune` offers it, and the page that shows it."""
 
+import inspect
 import json
 import re
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,6 @@ import pytest
 
 import fedtune
 from fedtune.privacy.ledger.site_ledger import SiteLedger
-from fedtune.privacy.release import Reason, Refused
 from fedtune.report.from_ledger import build_ledger_report
 from fedtune.report.verify_report import problems
 from fedtune.spec import ConfigError
@@ -94,24 +95,54 @@ def test_release_beyond_the_cap_or_charged_before_is_refused_and_costs_nothing(t
     ledger = made(tmp_path)
     ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     before = ledger.spending.epsilon
-    with pytest.raises(Refused, match=r"max_epsilon: asked \d+\.\d+, allowed at most 3, of which \d") as caught:
+    total = r"release 'gaussian again' .*max_epsilon: epsilon would be \d+\.\d+ in total, at most 3, of which \d.*spent"
+    with pytest.raises(fedtune.RefusedError, match=total) as caught:
         ledger.charge("again", noise_multiplier=0.2)
-    assert caught.value.reason is Reason.MAX_EPSILON
+    assert type(caught.value) is fedtune.RefusedError
     with pytest.raises(ConfigError, match="was charged before: a release that is made again needs a name of its own"):
         ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
-    with pytest.raises(ConfigError, match="was charged with other settings"):
+    with pytest.raises(ConfigError, match=r"name = 'training': was charged with other settings: choose another name$"):
         ledger.charge("training", noise_multiplier=1.6, sampling_rate=0.01, steps=100)
     for options in (
         {"sampling_rate": 0.01},
         {"metrics_noise_multiplier": 1.0},
     ):  # a sum is of all units, whatever is said
-        with pytest.raises(ConfigError, match=r"options = .*must be noise_multiplier, noise or users"):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
             ledger.count("a", [1], noise_multiplier=20, **options)
     with pytest.raises(ConfigError, match="noise = 'laplace': must be gaussian if units are sampled"):
         ledger.charge("a", noise_multiplier=20, noise="laplace", sampling_rate=0.5)
     with pytest.raises(ConfigError, match="is read only"):
         fedtune.Ledger(tmp_path / "ledger.db").count("a", [1], noise_multiplier=20)
     assert fedtune.Ledger(tmp_path / "ledger.db").spending.epsilon == before
+
+
+def test_wrong_noise_or_steps_are_named_as_the_caller_wrote_them(tmp_path: Path) -> None:
+    ledger = made(tmp_path)
+    for ask in (partial(ledger.charge, "a"), partial(ledger.count, "a", [1])):
+        with pytest.raises(ConfigError, match=r"noise_multiplier = 0: must be in \[0\.01"):
+            ask(noise_multiplier=0)
+        with pytest.raises(TypeError, match="noise_multiplier"):
+            ask()
+    for steps in (1.5, 0):
+        with pytest.raises(ConfigError, match=rf"^steps = {steps}: must be"):
+            ledger.charge("a", noise_multiplier=1, steps=steps)
+    for release in (ledger.count, ledger.histogram, ledger.sum):
+        assert {"noise_multiplier", "noise", "users"} <= inspect.signature(release).parameters.keys()
+    assert ledger.spending.runs == ()
+
+
+def test_receipt_is_found_by_the_name_given_and_never_signed_for_another(tmp_path: Path) -> None:
+    ledger = made(tmp_path)
+    with pytest.raises(ConfigError, match=r"name = 'over-65': must be the name of .*; nothing was charged yet"):
+        ledger.receipt("over-65")
+    ledger.count("over-65", [1], noise_multiplier=20)
+    assert ledger.receipt("over-65").run == ledger.receipt("count over-65").run == "count over-65"
+    with pytest.raises(ConfigError, match=r"name = 'count': must be the name of .* of this ledger: count over-65"):
+        ledger.receipt("count")
+    ledger.sum("over-65", [1], bound=1, noise_multiplier=20)
+    with pytest.raises(ConfigError, match="several releases: choose one of count over-65, sum over-65"):
+        ledger.receipt("over-65")
+    assert ledger.receipt("sum over-65").charged_rounds == 1
 
 
 def test_crash_before_the_answer_is_stored_stays_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +165,14 @@ def test_commands_and_report_show_own_releases(tmp_path: Path) -> None:
     ledger.charge("opacus", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     for words, text in (
         ("show", "histogram on population, 1 noised sum"),
+        ("show", "answer stored, for the site"),
+        ("show", "charge complete: other software makes it"),
         ("spent", "dp_sgd opacus"),
         ("verify", "Checked"),
     ):
-        assert text in " ".join(run_command("ledger", words, str(tmp_path / "ledger.db")).out.split())
+        said = " ".join(run_command("ledger", words, str(tmp_path / "ledger.db")).out.split())
+        assert text in said
+        assert "ready to send" not in said
     report = build_ledger_report(tmp_path / "site.toml")
     assert not problems(report)
     told = {one.code: (one.status, one.evidence) for one in report.assumptions}
