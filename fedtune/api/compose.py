@@ -44,7 +44,7 @@ from fedtune.tasks.registry import TASKS
 Recipe = str | Path | RunConfig | DictConfig
 """A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
 Settings = Mapping[str, Any]
-"""Values by dotted key, `{"privacy.epsilon": 3}`, and options of groups, `{"privacy": "none"}`."""
+"""Values by dotted key, `{"privacy.epsilon": 3}`, and options of groups, `{"privacy": "none", "model": "minilm"}`."""
 _QUOTES = ("'", '"')
 _IN_WORDS = r"""[^,\[\]{}:=()'"]"""
 _WORD = re.compile(rf"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?=\S)(?={_IN_WORDS}*[^\x00-\x7f])({_IN_WORDS}+)(?<=\S)""")
@@ -98,6 +98,10 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
     A DictConfig is taken as a whole configuration, composed by a Hydra application from fedtune's groups.
     """
     said = {str(key): value for key, value in (settings or {}).items()}
+    if isinstance(recipe, Mapping) and not isinstance(recipe, DictConfig):
+        meant = "settings" if any("." in str(key) for key in recipe) else "sites"
+        bound = f"must be the name of a recipe, an experiment file or a configuration; did you mean {meant}=...?"
+        raise ConfigError("recipe", "a dict", bound)
     if isinstance(recipe, RunConfig):
         config = _override_config(recipe, list(itertools.starmap(_make_override, said.items())))
         return config if config.resume else add_start_adapter(config)
@@ -109,6 +113,16 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
     words = [_parse_override(f"{group}={quote_word(str(option))}") for group, option in options.items()]
     others = [_make_override(key, value) for key, value in said.items() if key not in options]
     return _compose(words, others, {})
+
+
+def require_known_settings(settings: Settings) -> None:
+    """Refuse a setting, or an option of a group, that fedtune does not have; values are not checked."""
+    options = {key: value for key, value in settings.items() if list_options(key) and not isinstance(value, Mapping)}
+    for group, option in options.items():
+        if option not in list_options(group):
+            raise build_unknown_option_error(group, option)
+    others = [_make_override(key, value) for key, value in settings.items() if key not in options]
+    _apply_overrides(compose_default_settings(), others)
 
 
 def _compose(

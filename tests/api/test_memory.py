@@ -259,6 +259,31 @@ def test_bad_records_are_reported_by_site_and_leave_no_file(settings: dict[str, 
     assert memory_folder.get() is None
 
 
+def test_ambiguous_records_are_explained_with_settings_and_typos_come_first(settings: dict[str, Any]) -> None:
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+    texts = [[" ".join(words[(n * k + i * i) % 10] for i in range(12)) + f" {n}" for k in (3, 7)] for n in range(40)]
+    rows = [{"first": first, "second": second, "team": TEAMS[n % 2]} for n, (first, second) in enumerate(texts)]
+    with pytest.raises(DataError) as caught:
+        fedtune.simulate(settings=settings, sites={"north": rows})
+    assert str(caught.value).startswith("sites, columns first, second = 'several texts or images': must be one (data.")
+    assert str(caught.value).endswith('as in settings={"data.columns": {"text": COLUMN}}')
+    assert "--" not in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"^data\.columns\.text = 'no': is not one of the columns first, second, team$"
+    ):
+        fedtune.simulate(settings=settings | {"data.columns.text": "no"}, sites={"north": rows})
+    with pytest.raises(ConfigError, match=r"privacy\.epsilom = '3': .*did you mean privacy\.epsilon"):
+        fedtune.simulate(settings=settings | {"privacy.epsilom": 3}, sites={"north": rows})
+    with pytest.raises(ConfigError, match=r"model = 'minilmm': must be one of .*minilm"):
+        fedtune.simulate(settings=settings | {"model": "minilmm"}, sites={"north": rows})
+
+
+@pytest.mark.parametrize(("first", "meant"), [({"north": tickets(3)}, "sites"), ({"privacy.epsilon": 3}, "settings")])
+def test_dict_in_place_of_a_recipe_is_refused_with_what_was_meant(first: Any, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"recipe = 'a dict': .*did you mean {meant}=\.\.\.\?"):
+        fedtune.simulate(first)
+
+
 def test_optional_libraries_are_not_imported_for_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pandas", "pyarrow", "polars", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it would raise

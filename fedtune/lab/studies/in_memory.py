@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api import public
-from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, quote_word
+from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, quote_word, require_known_settings
 from fedtune.api.experiment_file import is_path
 from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, make_own_settings, round_down, write_private_files
 from fedtune.api.public import Callback, Run
@@ -57,12 +59,13 @@ def simulate(
 
     Args:
         recipe: the experiment to run; None: detected from `sites`, or else the default, four banks on Banking77.
-        settings: overrides of the recipe's settings, by dotted key.
+        settings: overrides of the recipe's settings, by dotted key; and options of groups by the group's name, as in
+            `{"model": "smollm2_135m"}`.
         sites: the records of each site, by its name; None: the files that the recipe names.
         validation: the lead's own records, scored after each round; only with `sites`.
         test: the lead's own records, scored before and after the run; only with `sites`.
         progress: called during the run, in this thread; an exception that it raises ends the run like an interrupt.
-            True: print the command line's output and progress bar to standard error.
+            True: print the command line's output and progress bar to standard error.  `print`: print each `Progress`.
         session: keeps the loaded model and its precomputed states for the next run with this session; None: keep
             nothing.
 
@@ -94,6 +97,7 @@ def _complete_settings(
     own = make_own_settings(said, of_recipe=is_shipped, **given)
     is_detected = named is None
     if is_detected:
+        require_known_settings(said)
         named, said = suggest_experiment(folder, said, num_sites=len(sites))
     said = {"name": default_run_name(), **said, **own}
     said |= {"federation.num_sites": len(sites), "federation.site_names": sites}
@@ -121,6 +125,25 @@ def _require_same_sites(folder: Path, sites: list[str]) -> None:
         raise ConfigError("sites", sites, f"must name the sites of the run: {', '.join(known.federation.names)}")
 
 
+@contextmanager
+def _explain_for_python() -> Iterator[None]:
+    """Replace the options of `fedtune data init` in errors by the settings that choose the same."""
+    named = list[str]()
+
+    def name_setting(option: re.Match[str]) -> str:
+        if option[1] not in OPTIONS:  # --table, without a column
+            return "a recipe for tables, as in fedtune.simulate('own_features', ...)"
+        named.append(OPTIONS[option[1]])
+        return _COLUMNS + named[-1]
+
+    try:
+        yield
+    except ConfigError as error:
+        key, bound = (re.sub(r"--([a-z][a-z-]*)( COLUMN\b)?", name_setting, said) for said in (error.key, error.bound))
+        example = f'as in settings={{"data.columns": {{"{named[0]}": COLUMN}}}}' if named and key == error.key else ""
+        raise type(error)(key, error.value, bound, remedy=error.remedy or example) from None
+
+
 def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> tuple[str, dict[str, Any]]:
     """Write an experiment for records in memory, as `fedtune data init` does for a file.
 
@@ -142,7 +165,8 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     said, options = dict(flatten(settings)), {role: option for option, role in OPTIONS.items()} | {"labels": "label"}
     chosen = {key.removeprefix(_COLUMNS): str(column) for key, column in said.items() if key.startswith(_COLUMNS)}
     known = {options[role]: column for role, column in chosen.items() if role in options}
-    found = detect_columns(records, known, by_person=said.get("privacy.unit") != "record")
+    with _explain_for_python():
+        found = detect_columns(records, known, by_person=said.get("privacy.unit") != "record")
     base, model = KINDS[found.kind][1], settings.get("model")
     words = ["data.train_file=x", "data.declared_sizes=2", *placeholder_overrides(base)]
     words += [f"model={quote_word(model)}"] if isinstance(model, str) else []
