@@ -33,8 +33,14 @@ def test_documented_count_and_opacus_loop_run_and_share_one_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    counted, trained = BLOCKS
+    counted, opened, trained = BLOCKS
     exec(counted, {})
+    for _ in range(2):
+        exec(opened, names := {})
+    assert names["ledger"].receipt("over-65").charged_rounds == 1
+    first = names["ledger"].spending
+    assert first.epsilon > 1.345
+    assert 0.18 < first.runs[0].epsilon < 0.19
     exec(trained, {})
     runs = fedtune.Ledger("registry/ledger.db").spending.runs
     assert [run.run for run in runs] == ["count over-65", "histogram decades", "dp_sgd opacus-1"]
