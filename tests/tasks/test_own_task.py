@@ -49,7 +49,9 @@ def small(work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     rows = [f"case {n} of ward {n % 7},{n % 60},{('north', 'south')[n % 2]}" for n in range(120)]
     (work / "cases.csv").write_text("\n".join(["report,days,clinic", *rows]))
     added, simulate = dict[str, Any](), fedtune.simulate
-    monkeypatch.setattr(fedtune, "simulate", lambda recipe, settings: simulate(recipe, settings | TINY | added))
+    monkeypatch.setattr(
+        fedtune, "simulate", lambda recipe, settings, **told: simulate(recipe, settings | TINY | added, **told)
+    )
     return added
 
 
@@ -88,7 +90,7 @@ def test_task_whose_loss_mixes_records_is_refused_before_the_run(work: Path, sma
 def test_script_becomes_two_sites_in_at_most_15_changed_lines(script: str, work: Path, small: dict[str, Any]) -> None:
     assert all(sum(line.startswith(mark) for line in script.splitlines()) <= 15 for mark in "+-")
     turns = '[{"role": "user", "content": "lost card %d"}, {"role": "assistant", "content": "we send one"}]'
-    (work / "chats.jsonl").write_text("\n".join('{"messages": ' + turns % n + "}" for n in range(250)))
+    (work / "chats.jsonl").write_text("\n".join('{"messages": ' + turns % n + "}" for n in range(1000)))
     rows = [f"ticket {n} about {team},{team}" for n in range(30) for team in ("billing", "sales", "technical")]
     (work / "tickets.csv").write_text("\n".join(["body,team", *rows]))
     own = {"model": "random_llama", "data.chat_template": "plain", "evaluation.generate": False}
