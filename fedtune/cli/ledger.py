@@ -115,7 +115,7 @@ def export(
 ) -> None:
     """Write a ledger's events, figures and verification as one JSON file."""
     if output is not None and output.exists():  # it might be the ledger, or the key
-        raise ConfigError("--output", str(output), "exists already; choose a new file")
+        raise ConfigError("--output", str(output), "already exists; choose a new file")
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
     proved = {"head": verified.events[-1], "verification": budget_text.verification_to_json(verified)}
     told = {"spending": spending_to_json(verified), "events": verified.events}

@@ -63,7 +63,7 @@ def test_ledger_export_writes_one_file_and_overwrites_none(site_with_history: An
         message = run_command(
             "ledger", "export", str(site_with_history.ledger), "--output", str(site_with_history.folder / name)
         ).failed()
-        assert "exists already" in message
+        assert "already exists" in message
         assert (site_with_history.folder / name).read_bytes() == before
 
 

@@ -225,7 +225,7 @@ def test_restore_on_a_new_machine_requires_the_site_key(north_site: Here, file: 
 
 
 def test_existing_backup_is_not_overwritten_and_a_changed_one_is_refused(north_site: Here, file: Path) -> None:
-    assert "exists already" in north_site.does("backup", file).failed()
+    assert "already exists" in north_site.does("backup", file).failed()
     north_site.ledger.unlink()
     with zipfile.ZipFile(file) as archive:
         held = {name: archive.read(name) for name in archive.namelist()}
@@ -258,7 +258,7 @@ def test_server_database_is_backed_up_during_writes(federation: Path, tmp_path: 
     assert run_command("server", "restore", *backup, str(new)).code == 0
     with closing(sqlite3.connect(new / "server.db")) as file:
         assert file.execute("SELECT number FROM messages").fetchall() == [(1,)]
-    assert "exists already" in run_command("server", "restore", *backup, str(new)).failed()
+    assert "already exists" in run_command("server", "restore", *backup, str(new)).failed()
 
 
 def list_modes(folder: Path) -> dict[str, int]:
@@ -275,4 +275,4 @@ def test_federation_folder_round_trips_through_a_backup(federation: Path, north_
     assert list_modes(new) == list_modes(federation), "a server's account reads what it read, and nobody a key"
     Kit.read(new / "lead", kind="lead")
     assert run_command("provision", "renew-site", "north", "--federation", str(new)).code == 0
-    assert "exists already" in run_command("provision", "restore", str(file), "--out", str(new)).failed()
+    assert "already exists" in run_command("provision", "restore", str(file), "--out", str(new)).failed()

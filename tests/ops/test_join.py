@@ -51,10 +51,10 @@ def test_private_keys_are_readable_only_by_their_owner(tmp_path: Path, now: date
     assert f"{connection.private_numbers().private_value:x}" not in data.decode()
 
 
-@pytest.mark.parametrize("name", ["n" * 65, "Server"])
-def test_invalid_site_name_creates_no_files(name: str, tmp_path: Path, site_policy: Any) -> None:
+@pytest.mark.parametrize(("name", "said"), [("n" * 65, "must"), ("Server", "is a reserved name")])
+def test_invalid_site_name_creates_no_files(name: str, said: str, tmp_path: Path, site_policy: Any) -> None:
     write_policy(site_policy(name), tmp_path / "site.toml")
-    with pytest.raises(ConfigError, match=rf"site\.toml: site = '{name}': must"):
+    with pytest.raises(ConfigError, match=rf"site\.toml: site = '{name}': {said}"):
         site_init(tmp_path / "site.toml", out=None)
     assert [path.name for path in tmp_path.iterdir()] == ["site.toml"]
 

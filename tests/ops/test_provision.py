@@ -86,11 +86,11 @@ def test_invalid_federation_file_creates_nothing(federation_toml: Path, now: dat
 
 
 def test_existing_output_folder_is_not_changed(federation: Path, federation_toml: Path, now: datetime) -> None:
-    with expect_unchanged(federation), pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
+    with expect_unchanged(federation), pytest.raises(ConfigError, match=f"--out = '{federation}': already exists"):
         provisioning.init_federation(federation_toml, out=federation, now=now)
     dangling = federation_toml.parent / "dangling"
     dangling.symlink_to("nowhere")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         provisioning.init_federation(federation_toml, out=dangling, now=now)
     with pytest.raises(ConfigError, match=r"--out = '.*/made': cannot be written: .*toml"):
         provisioning.init_federation(federation_toml, out=federation_toml / "made", now=now)

@@ -113,7 +113,7 @@ def test_whole_plan_is_counted_without_checkpoints(folder: Path) -> None:
     assert read_status(report, "receipts_signed") == "assumed"
     assert [site.source for site in report.sites] == ["not_released"] * 2, "no receipt was read"
     (folder / "run.json").unlink()
-    with pytest.raises(ConfigError, match="has begun"):
+    with pytest.raises(ConfigError, match="has no checkpoint: the run has not started"):
         from_run.build_run_report(folder)
     with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
         from_run.build_run_report(folder.parent)

@@ -127,7 +127,7 @@ def test_model_card_names_the_start_adapter_and_its_spending(record: RunRecord, 
     for spent, said in (
         ({"delta": 1e-5, "epsilon": 2.5}, ", of run intents on public; its training spent epsilon 2.500 at delta "),
         ({"delta": 1e-5, "epsilon": None}, ", of run intents on public; its training bounds nothing |"),
-        ({"run": None, "delta": None, "epsilon": None}, "; its training cost is unknown |"),
+        ({"run": None, "delta": None, "epsilon": None}, "; what its training spent is not known |"),
         ({"epsilon": None, "delta": 1e-5, "public": True}, ", of run intents on public; it was trained without p"),
     ):
         start = StartAdapter(**{"digest": "ab" * 32, "run": "intents", "dataset": "public", "unit": "record"} | spent)
