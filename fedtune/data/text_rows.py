@@ -425,7 +425,7 @@ def _parse_element(path: Path, line: int, raw: bytes | None, *, between: tuple[b
         raise DataError(at, "the end of the file", f"{bound}; it is truncated, and lacks {missing}] at its end")
     if raw == b"":
         raise DataError(at, "a comma without an object", f"{bound}, separated by commas")
-    return _json_object(decode_text(raw, at=at), path, line, bound="must be one whole JSON object")
+    return _json_object(decode_text(raw, at=at), path, line, bound="must be one complete JSON object")
 
 
 def _read_blocks(path: Path) -> Iterator[bytes]:

@@ -275,7 +275,7 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     role = speaker_role(speaker)
     calls = [name for name in _CALLS if turn.get(name)]
     if calls:
-        raise DataError(f"{at}, {calls[0]}", "a call", "must be without tool calls, which are not supported")
+        raise DataError(f"{at}, {calls[0]}", "a call", "must be absent: tool turns are not supported")
     if role not in _SPEAKERS.values():
         known = ", ".join(_SPEAKERS)
         raise DataError(f"{at}, {who}", "another speaker", f"must be one of {known}: tool turns are not supported")

@@ -102,7 +102,7 @@ def test_no_module_scores_with_gradients_or_in_training_mode(classifier: TaskMod
 def test_cached_frozen_layers_run_once_with_equal_scores(request: pytest.FixtureRequest, task: str) -> None:
     last = LoraSpec(rank=2, layers=(-1,))
     model = bert_classifier(lora=last) if task == "classification" else build_llama(last)
-    data = request.getfixturevalue("labeled" if task == "classification" else "completions")
+    data = request.getfixturevalue("labeled_texts" if task == "classification" else "completion_texts")
     frozen, *_ = find_layer_stack(model.base.get_base_model())[1]
     attention = next(module for name, module in frozen.named_children() if "attention" in name or "attn" in name)
     calls: list[None] = []
@@ -192,7 +192,7 @@ def test_diverged_model_has_infinite_perplexity(
     assert score_model(language_model, completion_texts, pad_id=2, max_tokens=100)["perplexity"] == float("inf")
 
 
-@pytest.mark.parametrize("names", [("classifier", "labeled"), ("language_model", "completions")])
+@pytest.mark.parametrize("names", [("classifier", "labeled_texts"), ("language_model", "completion_texts")])
 def test_unit_scores_are_bounded_and_batch_invariant(names: tuple[str, str], request: pytest.FixtureRequest) -> None:
     model, dataset = (request.getfixturevalue(name) for name in names)
     score = partial(unit_scores, model, pad_id=END)

@@ -103,7 +103,7 @@ def test_missing_or_mismatched_checkpoint_is_refused(checkpoints: Checkpoints, f
     with pytest.raises(ConfigError, match="must be a run folder with a checkpoint"):
         checkpoints.load()
     checkpoints.save(state(1))
-    with pytest.raises(ConfigError, match="another configuration"):
+    with pytest.raises(ConfigError, match="has a different configuration"):
         Checkpoints(folder, "other").load()
     (folder / "round-0002.safetensors.partial").write_bytes(b"half")
     assert checkpoints.load().round == 1, "a half-written one does not count"

@@ -85,7 +85,7 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
     assert should_stop([*make_rounds(0.5, 0.5), last], federation, primary_metric="accuracy")
     said = explain_used_up([*make_rounds(0.5, 0.5), last], federation)
     assert "Round 3 of 4 is missing" in said
-    assert "the plan of a is used up" in said
+    assert "which used up the plan of a." in said
     assert "federation.spare_rounds=2 would have avoided this" in said
     for others in (
         make_rounds(0.5, 0.5),

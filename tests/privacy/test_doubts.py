@@ -173,14 +173,14 @@ def test_restore_keeps_the_user_columns(open_ledger: Any, path: Path) -> None:
     )
     # The policy that is there when the ledger is put back, and one that comes later.
     path.write_bytes(backup)
-    with pytest.raises(RunError, match=r"made for dataset notes columns\.user = patient, the policy says visit"):
+    with pytest.raises(RunError, match=r"created for dataset notes columns\.user = patient, but the policy says visit"):
         open_ledger(policy=make_user_policy(first, visits[0])).charge_gap(anchor)
     assert not verify(path).history.restored, "nothing of it was written"
     path.write_bytes(backup)
     restored = open_ledger(policy=make_user_policy(first))
     restored.charge_gap(anchor)
     for visit in visits:
-        with pytest.raises(RunError, match=r"columns\.user = patient, the policy says visit"):
+        with pytest.raises(RunError, match=r"columns\.user = patient, but the policy says visit"):
             open_ledger(policy=make_user_policy(first, visit))
     assert restored.head().users == anchor.users, "and the next restore does not, either"
     open_ledger(policy=make_user_policy(first, notes))

@@ -14,7 +14,8 @@ from fedtune.config import RunConfig
 from fedtune.data.bad_rows import SkippedRows
 from fedtune.data.records import iter_records
 from fedtune.lab.preparation import experiment_writer
-from fedtune.lab.preparation.detect import KINDS, detect_columns
+from fedtune.lab.preparation.detect import detect_columns
+from fedtune.lab.preparation.detected_file import KINDS
 from fedtune.model.base_model import load_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
