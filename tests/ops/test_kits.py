@@ -112,7 +112,10 @@ def test_invalid_roster_is_refused(federation: Path, join_site: Any) -> None:
     path = federation / "server" / "roster.json"
     right = path.read_text()
     for change, message in (
-        (lambda fields: fields["sites"].append(fields["sites"][0]), "site = 'north': has the name or connection key of another site"),
+        (
+            lambda fields: fields["sites"].append(fields["sites"][0]),
+            "site = 'north': has the name or connection key of another site",
+        ),
         (_swap("site", "../north"), "site = '../north': must be made of"),
         (_swap("site", "south"), "certificate = 'south': must be the site's own"),
         (_swap("certificate", "none"), "certificate = 'north': must be one in PEM form"),
