@@ -145,7 +145,7 @@ def test_run_on_a_base_with_a_damaged_mark_reports_it(merged_base: Path, tmp_pat
     edit_json(other / "config.json", **{OWED: {"epsilon": "none"}})
     run = simulate(*WRITER, f"model.path='{other}'", "tracking.progress=true", into=tmp_path, name="later")
     assert read_result(run)["provenance"]["start_adapter"] == UNKNOWN
-    assert "its training cost is unknown" in (run / "adapter" / "README.md").read_text()
+    assert "what its training spent is not known" in (run / "adapter" / "README.md").read_text()
     assert run_command("report", "verify", str(run)).code == 0
 
 
