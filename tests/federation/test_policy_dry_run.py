@@ -158,7 +158,7 @@ def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, open_ledger: A
 
 @pytest.mark.parametrize(
     ("changes", "why"),
-    [({"site": "b"}, "made for site = a"), ({"budget": {"delta": 1e-6}}, "made for budget.delta = 1e-05")],
+    [({"site": "b"}, "created for site = a"), ({"budget": {"delta": 1e-6}}, "created for budget.delta = 1e-05")],
 )
 def test_ledger_with_a_mismatched_policy_is_in_doubt(
     changes: dict[str, Any], why: str, ask: Ask, open_ledger: Any, tmp_path: Path

@@ -237,7 +237,7 @@ def test_user_column_of_a_data_set_cannot_change(open_ledger: Any, path: Path) -
         ([FIRST, ("notes2", "./notes.csv", "visit")], r"file notes\.csv"),
         ([("new", "new.csv", "who"), ("new2", "new.csv", "visit")], r"file new\.csv"),
     ):
-        with pytest.raises(RunError, match=rf"made for {by} columns\.user = "):
+        with pytest.raises(RunError, match=rf"created for {by} columns\.user = "):
             open_ledger(policy=make_user_policy(*refused))
     open_ledger(policy=make_user_policy(FIRST, ("notes2", "notes.csv", "who"), ("others", "others.csv", "visit")))
     (data,) = make_user_policy(FIRST).dataset
