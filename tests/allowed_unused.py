@@ -14,7 +14,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
             "list_sites",
             "pause",
         ),
-        *("shell_complete", "source_template", "_Bash", "_Zsh"),
+        *("_Bash", "_Zsh"),
         *("flower_app", "model_hash", "renew_lead", "renew_server", "show_events", "write_anchor"),
     },
     "cards and pages show them": {

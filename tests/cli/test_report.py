@@ -255,7 +255,7 @@ def test_report_is_verified_with_the_roster_key(join_site: Any, signed_run: Path
     assert outcome.code == 1
     assert re.search("signature +WRONG", outcome.out)
     message = run_command("report", "verify", str(signed_run), *by_roster).failed(1)
-    assert "not signed by the lead, who signed" in message
+    assert "not signed with the key of the lead that signed" in message
     roster.write_bytes(Roster.read(roster).sign_roster(SigningKey.load(key_file)).to_bytes())
     outcome = run_command("report", "verify", str(signed_run), *by_roster)
     assert re.search("signature +right", outcome.out)

@@ -59,7 +59,7 @@ def test_foreign_or_misused_signature_is_detected(a_report: Make) -> None:
         Signature(key="", signature=""),
         Signature(key=key.public, signature=key.sign("receipt", signing.canonical_bytes(report))),
     ):
-        with pytest.raises(RunError, match="does not fit"):
+        with pytest.raises(RunError, match="does not match the report"):
             signing.verify_report_signature(replace(report, signature=signature))
 
 
@@ -108,7 +108,7 @@ def test_report_accepts_only_its_canonical_spelling(a_report: Make) -> None:
     for edited in (json.dumps(whole), json.dumps(whole, indent=1, sort_keys=True), f"{text} "):
         with pytest.raises(ConfigError, match="must be as written by fedtune"):
             signing.parse_report(edited.encode())
-    with pytest.raises(ConfigError, match=r"line \d+.*1\.0e-05.*as fedtune writes it: \"delta\": 1e-05"):
+    with pytest.raises(ConfigError, match=r"line \d+.*1\.0e-05.*as written by fedtune: \"delta\": 1e-05"):
         signing.parse_report(text.replace('"delta": 1e-05', '"delta": 1.0e-05', 1).encode())
 
 
