@@ -66,7 +66,7 @@ def _answer_request(data: bytes) -> None:
 
 
 def _read_settings(data: bytes) -> object:
-    return read_settings.__wrapped__(_decode_text(data), plan=seeds.plan())
+    return read_settings.__wrapped__(_decode_text(data), plan=seeds.plan(), task=seeds.make_config().task)
 
 
 def _read_adapter(data: bytes) -> object:
