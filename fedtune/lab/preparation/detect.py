@@ -189,7 +189,7 @@ def _require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
     is_counted = len(numbers) > 2 and len(steps) == 1
     values = values - {*numbers} if is_counted else values | {*numbers}
     longest = max(filled, key=lambda one: one.mean_characters, default=None)
-    is_long = longest and longest.key not in NAMES["texts"] and 3 * len(longest.name) >= longest.mean_characters
+    is_long = longest and longest.key not in NAMES["texts"] and 1.5 * len(longest.name) >= longest.mean_characters
     if own and 2 * len(values) >= len(filled) + (not is_long):
         raise refusal(path, "no_header", own[:1])
 
