@@ -66,7 +66,7 @@ REFUSED |= {
     ),
     "a letter for nineteen digits": (
         XLM_R | {"normalizer": make_precompiled(b"7" * 19)},
-        "turn one character into up to 19",
+        "turns one character into 19, more than 18",
     ),
     "a letter for eighteen, twice": (
         make_word_tokenizer(normalizer=make_sequence(*2 * [make_replace("a", "\ufdfa"), {"type": "NFKC"}])),

@@ -102,7 +102,7 @@ def test_existing_sweep_name_is_refused_before_any_run(outcome: Any, sweep_words
     fixed = [word for word in sweep_words if not word.startswith("lora.target_modules")]
     others = read_refusal("lora.target_modules=[value],[dense]", words=fixed)
     assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
-    assert "names two runs" in read_refusal("name=a,a")
+    assert "is used by two runs" in read_refusal("name=a,a")
     (folder / "mine.csv").write_text("text,label\na,b\n")
     assert "is not a sweep's table" in read_refusal("name=mine")
     assert (folder / "mine.csv").read_text() == "text,label\na,b\n"
