@@ -140,7 +140,7 @@ def write_card(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str 
     runs = [run | {"task": None, "verdict": "within", "adapter_digest": ""}, *others]
     told = {"schema_version": RUN_SCHEMA, "file": file.name, "sha256": sha256, "figures": {}}
     told |= {"runs": runs, "together": dict(zip(("epsilon", "delta"), compose_losses(runs), strict=True))}
-    told["made"] = {"rows": len(TEXTS), "codes": 1, "missing": 0, "left_out": {}, "shares": "declared"}
+    told["made"] = {"rows": len(TEXTS), "prompts": 1, "missing": 0, "left_out": {}, "shares": "declared"}
     find_card_path(file, ".json").write_text(json.dumps(told))
     file.write_text(file.read_text() + text)
     return file

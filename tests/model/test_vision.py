@@ -101,7 +101,7 @@ def test_vision_model_must_match_its_processor_and_mix_no_images(folder: Path, t
         build_task_model(make_task_spec(ModelSpec(path=str(folder))))
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text("{}")
-    assert "must hold preprocessor_config.json" in read_refusal(folder)
+    assert "must have preprocessor_config.json" in read_refusal(folder)
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path / "mixes")
     assert "has model_type resnet, which has BatchNorm and so mixes the examples of a batch" in read_refusal(
         tmp_path / "mixes"
