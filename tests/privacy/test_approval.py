@@ -56,8 +56,12 @@ _CHANGES: dict[str, dict[str, Any]] = {
     **{name: {"plan": {name: value}} for name, value in _PLAN.items()},
     "shared": {"plan": {"local_steps": 1, "noise_multiplier": 4.0, "shared": SHARED}},
 }
-_REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "records_per_user", "cohorts"}
-"""Fields of which this policy allows one value alone; of the last two there is one wherever the unit is a record."""
+_REFUSED_ANYWAY = {
+    *("lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "noise"),
+    *("records_per_user", "cohorts"),
+}
+"""Fields of which this policy allows one value alone; of the last two there is one wherever the unit is a record, and
+no lead's run has other noise than Gaussian."""
 
 
 def test_changing_any_field_of_a_proposal_invalidates_its_approval(open_manual: Any) -> None:

@@ -49,8 +49,8 @@ def test_every_plan_field_is_in_its_json() -> None:
     for wrong in (None, {}, {**dataclasses.asdict(shared), "threshold": True}):
         with pytest.raises(ConfigError):
             Plan.from_json({**of_sums.to_json(), "shared": wrong})
-    for changes in ({"local_steps": 2}, {"noise_multiplier": 2.0}):
-        with pytest.raises(ConfigError, match="must be"):
+    for changes, bound in (({"local_steps": 2}, "must be 1"), ({"noise_multiplier": 2.0}, "must equal")):
+        with pytest.raises(ConfigError, match=bound):
             plan(**{"local_steps": 1, "noise_multiplier": 1.0, "shared": shared} | changes)
     assert Plan.from_json(json.loads(json.dumps(by_user.to_json()))) == by_user
     for each in (plan(), by_user):
