@@ -20,7 +20,7 @@ from fedtune.extras import require_extra
 from fedtune.formatting import html_table
 from fedtune.privacy.accountant import check_noise, format_epsilon
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
-from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.mechanism import Noise, Unit
 from fedtune.privacy.own_release import propose_release, release_sum
 from fedtune.privacy.policy_file import read_policy, write_policy
@@ -67,7 +67,8 @@ class Ledger:
         self.path = Path(path)
         if not self.path.is_file():
             raise ConfigError("ledger", str(path), "must be a ledger.db")
-        self.verified = verify(self.path, site_key=site_key)
+        self._verified: Verified | None = verify(self.path, site_key=site_key)
+        self._site_key = self._verified.site_key
         self._opened: SiteLedger | None = None
 
     @classmethod
@@ -250,6 +251,17 @@ class Ledger:
         return self._site.sign_receipt(found[0])
 
     @property
+    def verified(self) -> Verified:
+        """The verified ledger; after a charge it is verified again when it is next read.
+
+        Raises:
+            RunError: the verification failed.
+        """
+        if self._verified is None:
+            self._verified = verify(self.path, site_key=self._site_key)
+        return self._verified
+
+    @property
     def spending(self) -> Lifetime:
         """Epsilon spent over the ledger's lifetime, in the current period and by each run, derived from its events."""
         from fedtune.report.from_ledger import compute_current_lifetime
@@ -308,7 +320,7 @@ class Ledger:
     def _commit(self, granted: Reservation, reply: bytes) -> bytes:
         self._site.commit(granted, reply)
         self._site.end_run(granted.run)
-        self.verified = verify(self.path, site_key=self.verified.site_key)
+        self._verified = None
         return reply
 
 
