@@ -27,6 +27,7 @@ from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
 from fedtune.formatting import html_table
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.process import torch_came_first
@@ -461,11 +462,11 @@ class Run:
             RunError: the written model does not compute what the run's model computes.
         """
         from fedtune.export.export_formats import export
-        from fedtune.export.loaded_model import choose_format
+        from fedtune.export.format_choice import choose_format
 
         chosen, target = choose_format(self.config, format, key="format"), Path(to)
-        if int8 and chosen != "onnx":
-            raise ConfigError("int8", True, 'requires format="onnx"')
+        if int8 and (chosen != "onnx" or self.config.lora.kind == NO_ADAPTER):
+            raise ConfigError("int8", True, 'requires format="onnx" and a base model, whose matrices it quantizes')
         if target.absolute().resolve().is_relative_to(self.adapter.resolve()):
             raise ConfigError("to", str(to), "must be outside the run's adapter folder")
         return export(self.adapter, self.config, target, format=chosen, int8=int8)

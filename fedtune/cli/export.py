@@ -19,11 +19,11 @@ from fedtune.cli.finished_run import (
     name_columns_option,
     parse_column_roles,
 )
+from fedtune.export.format_choice import choose_format
 from fedtune.formatting import format_size, pluralize
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_confirmation, show
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
-from fedtune.tasks.inputs import get_input_for
 
 
 def export(
@@ -68,12 +68,7 @@ def export(
     config, adapter = load_finished_run(run)
     if merge and format is not None:
         raise ConfigError("--merge", format, "and --format exclude each other: --merge is a format of its own")
-    formats = get_input_for(config.data).supported_formats(config.bound_task.formats)
-    if merge and len(formats) == 1:
-        raise ConfigError("--merge", NOT_GIVEN, f"is not available for task {config.task}, which has only adapters")
-    chosen = format or formats[int(merge)]
-    if chosen not in formats:
-        raise ConfigError("--format", format, f"must be one of {', '.join(formats)} for task {config.task}")
+    chosen = choose_format(config, format, merge=merge)
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
         bound = "requires --format onnx and a base model, whose matrices it quantizes"
         raise ConfigError("--int8", NOT_GIVEN, bound)

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from fedtune.config import RunConfig
 from fedtune.export.export_formats import export
+from fedtune.export.format_choice import choose_format
 from fedtune.extras import require_extra
 from fedtune.model.base_model import load_base
 from fedtune.model.hf_logging import silence_transformers
@@ -28,19 +29,6 @@ class ModelWithTokenizer(NamedTuple):
 
     model: Any  # `peft.PeftModel`, a model of transformers, or `sentence_transformers.SentenceTransformer`
     tokenizer: Any  # `transformers.PreTrainedTokenizerBase`; an image processor for images
-
-
-def choose_format(config: RunConfig, format: str | None, *, merge: bool = False, key: str = "--format") -> str:
-    """Return the export format of a run's model: the given one, or the task's own (with `merge`, of the whole model).
-
-    Raises:
-        ConfigError: for `key`: the task has no such format.
-    """
-    formats = get_input_for(config.data).supported_formats(config.bound_task.formats)
-    chosen = format or formats[int(merge)]
-    if chosen not in formats:
-        raise ConfigError(key, format, f"must be one of {', '.join(formats)} for task {config.task}")
-    return chosen
 
 
 def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWithTokenizer:
