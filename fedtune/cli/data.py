@@ -338,7 +338,7 @@ def _iter_usable_records(
 
 
 def _compose_experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
-    """Compose the experiment, named with or without `experiment=`; `site` replaces its files by a real site's own."""
+    """Compose the experiment that `settings` name; with `site`, that real site's files replace the experiment's."""
     if not settings:
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
     names = [word for word in settings if "=" not in word or Path(word).is_file()]

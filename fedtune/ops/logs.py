@@ -146,7 +146,7 @@ def _log_unraisable(found: Any) -> None:
 def _log_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
-    """Replacement for `warnings.showwarning`, with the same parameters."""
+    """Log a warning without its text; replaces `warnings.showwarning`, and takes its parameters."""
     where = f"{_shorten_source_path(filename)}:{lineno}"
     _log.warning("%s: %s", category.__name__, WITHHELD, extra={"where": where})
 

@@ -41,7 +41,7 @@ def device_rank(unit: int, num_devices: int) -> int:
 
 
 def units_on_device(rank: int, num_devices: int, count: int) -> Places:
-    """Return the indices of those of `count` units that are on device `rank`."""
+    """Return the indices of the units on device `rank`, if `count` units are spread over all devices."""
     return np.array([unit for unit in range(count) if device_rank(unit, num_devices) == rank], dtype=np.int64)
 
 

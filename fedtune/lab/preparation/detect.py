@@ -410,7 +410,9 @@ class _Guess:
         return self.form != "table" and (others or bool(self._text_candidates("is_prose")))
 
     def _require_readable_answer(self, names: Sequence[str], *, others: Iterable[DataColumn] = ()) -> None:
-        """Refuse a column that is called an answer, or is one of `others`, and is none: others would be learned."""
+        """Refuse a column that is named like an answer, or is one of `others`, but has no values that can be read
+        as answers: a run would learn another column instead.
+        """
         named = [one for name in names for one in self.every if name in (one.key, one.key.removesuffix("s"))]
         unread = [one for one in named if one.is_unread_answer or one.is_lone_answer]
         for one in (one for one in (*unread, *others) if one not in self.chosen.values()):
