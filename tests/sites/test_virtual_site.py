@@ -124,6 +124,10 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
         Reason.SECURE_AGGREGATION,
     ),  # see test_secure_aggregation_must_meet_the_trust_limits_of_the_site
     "cohorts": (lambda cohorts: cohorts, Reason.COHORTS),  # see tests/privacy/test_cohorts.py
+    "noise": (
+        lambda noise: noise,
+        Reason.LEADS,
+    ),  # no proposal of a lead has another: see tests/privacy/test_own_release.py
     "runs": (lambda runs: runs, Reason.MAX_EPSILON),  # what a run is charged follows from its noise
 }
 
