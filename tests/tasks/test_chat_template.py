@@ -43,17 +43,29 @@ REFUSED = {
     "thoughts in the last answer": (says("('<t></t>' if loop.last else '') + message['content']"), OTHER),
     "capital letters": (says("message['content'] | upper"), "exactly once"),
     "escaped contents": (says("message['content'] | e"), OTHER),
-    "contents cut off": (says("message['content'][:9]"), "one after another"),
+    "contents cut off": (
+        says("message['content'][:9]"),
+        "does not render turns independently: a turn depends on its position or content",
+    ),
     "contents twice": (says("message['content'] * 2"), "exactly once"),
     "no empty content": (
         CHATML.replace("{{'<|im", "{% if message['content'] %}{{'<|im").replace("'\\n'}}", "'\\n'}}{% endif %}"),
-        "one after another",
+        "does not render turns independently: a turn depends on its position or content",
     ),
     "no prompt for an answer": (CHATML[: CHATML.index("{% if add_gen")], OTHER),
     "the clock": (DATED.replace("strftime_now is defined", "true"), "refuses turns of user, assistant"),
-    "thoughts cut off": (says("message['content'].split('</' ~ 'think>')[-1]"), "one after another"),
-    "words of its own cut off": (says("message['content'].replace('[TOOL]', '')"), "one after another"),
-    "long contents cut off": (says("message['content'][:4000]"), "one after another"),
+    "thoughts cut off": (
+        says("message['content'].split('</' ~ 'think>')[-1]"),
+        "does not render turns independently: a turn depends on its position or content",
+    ),
+    "words of its own cut off": (
+        says("message['content'].replace('[TOOL]', '')"),
+        "does not render turns independently: a turn depends on its position or content",
+    ),
+    "long contents cut off": (
+        says("message['content'][:4000]"),
+        "does not render turns independently: a turn depends on its position or content",
+    ),
     **{
         name: (start + CHATML, r"takes more than \d+ steps for a short conversation")
         for name, start in {

@@ -133,7 +133,10 @@ def test_all_differences_from_the_start_adapter_are_named(
         SavedAdapter.read_initial(str(tuned_adapter)).require_compatible(replace(SPEC, **differing))
 
 
-@pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (1.0, "by digest")])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "not finite"), (np.inf, "not finite"), (1.0, "must hold the tensors with the digest")],
+)
 def test_damaged_or_non_finite_start_adapter_is_refused(
     tuned_adapter: Path, tmp_path: Path, value: float, message: str
 ) -> None:

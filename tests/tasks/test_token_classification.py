@@ -75,7 +75,7 @@ def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
         (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = 'another number of tags': must have one tag per token"),
         (["my"], ["B-secret"], TAGGED, "a.jsonl:3, tags = 'not declared': must be one of the 2 in data.labels"),
         (["my"], [" "], TAGGED, "a.jsonl:3, tags = 'a blank tag': must be O, or a type name"),
-        (["my"], "B-drug I-drug", TAGGED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of texts"),
+        (["my"], "B-drug I-drug", TAGGED, "a.jsonl:3, column 't' = 'text that is not a list': must be a list of texts"),
         ([], [], TAGGED, "a.jsonl:3, column 'w' = 'an empty list': must be a list of texts (role tokens)"),
         (["my", None], ["O", "O"], TAGGED, "a.jsonl:3, column 'w' = 'array': must be a list of texts (role tokens)"),
         (
@@ -89,7 +89,7 @@ def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
         ("my card", [[0, 2, "secret"]], SPANNED, "a.jsonl:3, spans = 'not declared': must be one of the 2"),
         ("my card", [{"start": 0, "end": 2}], SPANNED, "a.jsonl:3, column 't', span 1 = 'object': must have start and"),
         ("my card", [[0, True, "drug"]], SPANNED, "a.jsonl:3, column 't', span 1 = 'array': must have start and end"),
-        ("my card", "drug", SPANNED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of spans"),
+        ("my card", "drug", SPANNED, "a.jsonl:3, column 't' = 'text that is not a list': must be a list of spans"),
     ],
 )
 def test_unusable_record_is_reported_without_its_text(
