@@ -13,7 +13,7 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.spec import ConfigError
-from fedtune.training.spec import RuntimeSpec, TrainingSpec
+from fedtune.training.spec import Machine, RuntimeSpec, TrainingSpec
 
 from .federation.secure.parties import make_terms
 from .privacy.builders import make_policy, make_proposal, plan
@@ -34,6 +34,7 @@ WITH: dict[str, Callable[..., object]] = {
     "head": HeadSpec,
     "training": TrainingSpec,
     "runtime": RuntimeSpec,
+    "machine": Machine,
     "sum_terms": lambda **value: replace(make_terms(3, 2), **value),
     "held_out": lambda **value: HeldOut(**{"run": "r", "date": "", "mean": 0.5, "deviation": 0.1, **value}),
 }

@@ -70,11 +70,11 @@ from fedtune.ops.services.lead_and_server import find_running_process
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import ConfigError
-from tests.privacy.builders import make_key, policy, proposal, train
+from tests.privacy.builders import make_key, make_policy, make_proposal, train
 
 assert main(["--help"]) == 0
 assert main(["simulate", "experiment=debug", "--cfg", "job"]) == 0
-train(SiteLedger(Path("ledger.db"), policy(), make_key(1)), proposal(), 1, 2)
+train(SiteLedger(Path("ledger.db"), make_policy(), make_key(1)), make_proposal(), 1, 2)
 assert len(verify(Path("ledger.db")).history.total_charges()) == 1
 folder = RunFolder(Path.cwd())
 with folder.hold_lock():
