@@ -208,7 +208,9 @@ def test_uncomputable_charge_is_reported_without_a_crash(a_ledger_report: Make) 
     facts, gaussian = a_ledger_report().facts, {"kind": "gaussian", "noise_multiplier": 1}
     of_lost = {"run": "", "rounds": 0, "round": None, "day": "2026-02-02", "entry": 9}
     for event in (
-        {"kind": "laplace", "noise_multiplier": 1.0},
+        {"kind": "exponential", "noise_multiplier": 1.0},
+        {"kind": "laplace", "noise_multiplier": 0},
+        {"kind": "poisson_sampled", "sampling_probability": 0.1, "event": {"kind": "laplace", "noise_multiplier": 1.0}},
         *({"kind": "gaussian", "noise_multiplier": noise} for noise in (0, 1e-9, 1e12)),
         *({"kind": "poisson_sampled", "sampling_probability": rate, "event": gaussian} for rate in (1e-300, 2)),
         {"kind": "poisson_sampled", "sampling_probability": 0.1, "event": {"kind": "non_private"}},
