@@ -6,6 +6,7 @@ caps, in the same signed events.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
     from fedtune.report.facts import Lifetime
 
 _QUERIES = ReferenceRun(sampling_rate=1.0, noise_multiplier=10.0, steps=1)  # the same order is best for any noise
+_OTHER_SETTINGS = "was charged with other settings: choose another name"
 _LOST = "was charged, but its answer was lost in a crash: choose another name"
 _NAME_IS_USED = {
-    Reason.PLAN_CHANGED: "was charged with other settings: choose another name",
+    Reason.PLAN_CHANGED: _OTHER_SETTINGS,
+    Reason.ROUND_REQUESTED_DIFFERENTLY: _OTHER_SETTINGS,
     Reason.PLAN_EXHAUSTED: _LOST,
     Reason.RUN_ENDED: _LOST,
 }
@@ -153,7 +156,7 @@ class Ledger:
         check_at_least("steps", steps, 1)
         kind = "dp_sgd" if sampling_rate < 1 or steps > 1 else noise
         how = {"sampling_rate": sampling_rate, "local_steps": steps, "max_grad_norm": 1.0}
-        proposal, granted = self._reserve(kind, name, noise_multiplier=noise_multiplier, noise=noise, **how)
+        proposal, granted = self._reserve(kind, name, [], noise_multiplier=noise_multiplier, noise=noise, **how)
         if not isinstance(granted, Reservation):
             raise ConfigError("name", name, "was charged before: give a repeated release a new name")
         self._commit(granted, b"[]")
@@ -171,7 +174,7 @@ class Ledger:
         """Release how many units have a true value, with noise; arguments as for `sum`, with a bound of 1."""
         rows = [(float(bool(value)),) for value in self._one_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
-        return self._release_sum("count", name, rows, width=1, **planned)[0]
+        return self._release_sum("count", name, rows, ["count"], **planned)[0]
 
     def histogram(
         self,
@@ -192,7 +195,7 @@ class Ledger:
         rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
         found = [rows.get(value, none) for value in self._one_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
-        sums = self._release_sum("histogram", name, found, width=len(bins), **planned)
+        sums = self._release_sum("histogram", name, found, bins, **planned)
         return dict(zip(bins, sums, strict=True))
 
     def sum(
@@ -231,7 +234,7 @@ class Ledger:
         width = table.shape[1] if table.ndim == 2 else 1
         rows = list(map(tuple, table.reshape(len(table), width).tolist()))
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": bound}
-        return self._release_sum("sum", name, rows, width=width, **planned)
+        return self._release_sum("sum", name, rows, range(width), **planned)
 
     def receipt(self, name: str) -> Receipt:
         """Sign a receipt for what was charged to a release or run.
@@ -294,21 +297,25 @@ class Ledger:
         return list(each) if users is None else list(dict(zip(users, each, strict=True)).values())
 
     def _release_sum(
-        self, kind: str, name: str, rows: Sequence[tuple[float, ...]], *, width: int, **planned: Any
+        self, kind: str, name: str, rows: Sequence[tuple[float, ...]], columns: Sequence[Hashable], **planned: Any
     ) -> list[float]:
         """Charge the release of a sum, then add its noise and store the answer; or return the stored answer."""
-        proposal, reply = self._reserve(kind, name, **planned, sampling_rate=1.0, local_steps=1)
+        proposal, reply = self._reserve(kind, name, columns, **planned, sampling_rate=1.0, local_steps=1)
         if isinstance(reply, Reservation):
-            answer = release_sum(rows, proposal.plan, width=width, stream=SystemRandomness().stream())
+            answer = release_sum(rows, proposal.plan, width=len(columns), stream=SystemRandomness().stream())
             reply = self._commit(reply, json.dumps(answer).encode())
         return [float(value) for value in json.loads(reply)]
 
-    def _reserve(self, kind: str, name: str, **planned: Any) -> tuple[Proposal, Reservation | bytes]:
+    def _reserve(
+        self, kind: str, name: str, columns: Sequence[Hashable], **planned: Any
+    ) -> tuple[Proposal, Reservation | bytes]:
         check_name("name", name)
         check_noise("noise_multiplier", planned["noise_multiplier"])
         proposal = propose_release(kind, name, self._site.policy, **planned)
+        # The stored answer is one to these columns alone: asked for others, it would carry their names.
+        request = hashlib.sha256(repr((proposal.digest(), list(columns))).encode()).hexdigest()
         try:
-            return proposal, self._site.reserve(proposal, round=1, request=proposal.digest(), own=True)
+            return proposal, self._site.reserve(proposal, round=1, request=request, own=True)
         except Refused as refused:
             if (bound := _NAME_IS_USED.get(refused.reason)) is not None:
                 raise ConfigError("name", name, bound) from refused

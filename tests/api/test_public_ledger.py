@@ -79,6 +79,9 @@ def test_answers_are_near_the_truth_and_stay_the_same_under_their_name(tmp_path:
     assert fedtune.Ledger.open(tmp_path / "site.toml").count("many", [], noise_multiplier=5) == count
     found = ledger.histogram("kinds", values % 3, bins=[0, 1, 2, 3], noise_multiplier=5, noise="laplace")
     assert [abs(found[kind] - true) < 100 for kind, true in enumerate((1667, 1667, 1666, 0))] == [True] * 4
+    assert ledger.histogram("kinds", [], bins=[0, 1, 2, 3], noise_multiplier=5, noise="laplace") == found
+    with pytest.raises(ConfigError, match="'kinds': was charged with other settings"):
+        ledger.histogram("kinds", values % 3, bins=[0, 1, 3, 2], noise_multiplier=5, noise="laplace")
     total = ledger.sum("sum", [[3.0, 0.0], [0.0, -1.0], [np.nan, 1e300]] * 1000, bound=2.0, noise_multiplier=5)
     assert np.abs(np.array(total) - [2000.0, 1000.0]).max() < 100, "3 is scaled to 2, and 1e300 beside no number, too"
     assert len(ledger.spending.runs) == 3
