@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import threading
 import time
 import unittest.mock
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from fedtune.api import compose, experiment_file
 from fedtune.cli.main import fedtune, main
@@ -88,6 +90,40 @@ def _cache_judged_records(
         yield line, (fault(found) or found) if isinstance(found, Record) else found
 
 
+# Composing the same words again takes Hydra a third of a second.
+_compose_settings = compose.compose_settings
+_OF_A_TEST = re.compile(r"[^'\"=\[,]*/pytest-of-[^/]+/pytest-\d+/[^/'\",\]]+")
+_BYPASSED = re.compile(r"^[+~]*(experiment=.*[/.]|.*hydra)|--|pkg:")
+_composed: dict[object, Any] = {}
+
+
+def _cache_composed_settings(words: Sequence[str] = (), **options: Any) -> DictConfig:
+    """Compose each list of words once in this process; a test's own folder is put in afterwards.
+
+    Composed anew are those that read a file of the test's own, or say something about Hydra itself.
+    """
+    if any(_BYPASSED.search(word) for word in words):
+        return _compose_settings(words, **options)
+    folders = sorted({found for word in words for found in _OF_A_TEST.findall(word)}, key=len, reverse=True)
+    marks = {folder: f"/folder-{number}-of-a-test" for number, folder in enumerate(folders)}
+    key = tuple(_replace_texts(word, marks) for word in words), *sorted(options.items())
+    if key not in _composed:
+        _composed[key] = OmegaConf.to_container(_compose_settings(key[0], **options))
+    back = {mark: folder for folder, mark in marks.items()}
+    return OmegaConf.create(_replace_texts(_composed[key], back))
+
+
+def _replace_texts(value: Any, pairs: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        for old, new in pairs.items():
+            value = value.replace(old, new)
+        return value
+    if isinstance(value, dict):
+        return {key: _replace_texts(one, pairs) for key, one in value.items()}
+    return [_replace_texts(one, pairs) for one in value] if isinstance(value, list) else value
+
+
+compose.compose_settings = experiment_file.compose_settings = _cache_composed_settings  # type: ignore[assignment]
 experiment_file.read_plain_yaml = _cache_plain_yaml  # type: ignore[attr-defined]
 compose._parse_override = lru_cache(maxsize=2048)(compose._parse_override)  # type: ignore[assignment]
 records.validate_rows = _cache_judged_records

@@ -98,6 +98,23 @@ def test_options_of_a_group_set_the_same_keys(group: str) -> None:
     assert all(keys == next(iter(sets.values())) for keys in sets.values()), sets
 
 
+@pytest.mark.by_day(
+    "experiment-debug",
+    "experiment-banks_intents",
+    "experiment-own_data",
+    "experiment-own_entities",
+    "experiment-own_images",
+    "experiment-smollm2_e2e",
+    "experiment-votes",
+    "privacy-none",
+    "runtime-ray",
+    "federation-secure",
+    "lora-none",
+    "model-smollm2_135m",
+    "training-adamw",
+    "data-own_text",
+    "tracking-quiet",
+)
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(option) for option in OPTIONS])
 def test_every_option_composes_and_round_trips(group: str, option: str, tmp_path: Path) -> None:
     overrides = [*list_beside(group, option), f"{group}={option}", "name=x"]

@@ -81,6 +81,7 @@ def test_python_page_runs_from_first_to_last_block(tmp_path: Path, monkeypatch: 
     assert Path("tickets-adapter/adapter_config.json").is_file()
 
 
+@pytest.mark.nightly
 def test_entity_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"drug": ("aspirin", "insulin"), "disease": ("asthma", "gout")}
     rows, small = [], [*TINY, *SMALL, "data.max_length=32"]
@@ -105,6 +106,7 @@ def test_entity_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch:
     assert "- disease" in settings
 
 
+@pytest.mark.nightly
 def test_table_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ages = [20 + 31 * number % 70 for number in range(120)]
     rows = [f"{age},{age}.5,{('surgery', 'medicine')[age % 2]},{('sepsis', 'none')[age > 55]}" for age in ages]
@@ -125,6 +127,7 @@ def test_table_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: 
     assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row has an answer"
 
 
+@pytest.mark.nightly
 def test_image_tutorial_commands_run_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_vision_folder(tmp_path / "vit")

@@ -90,6 +90,7 @@ def test_tracker_receives_no_local_folder_names() -> None:
     assert settings["public.train_file"] == "public.csv"
 
 
+@pytest.mark.nightly
 def test_mlflow_receives_settings_metrics_and_report(tracked_run: Callable[[str], Path]) -> None:
     folder = tracked_run("mlflow")
     client, run = load_mlflow_run(folder)
@@ -172,6 +173,7 @@ def test_wandb_receives_settings_metrics_and_report(tracked_run: Callable[[str],
     assert not list(path.parent.glob("files/*requirements*")) + list(path.parent.glob("files/*metadata*"))
 
 
+@pytest.mark.nightly
 def test_failing_tracker_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=OSError("the disk is full"))
     failing = Mock(return_value=SimpleNamespace(begin=lambda settings: 0, round=full))

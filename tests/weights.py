@@ -78,6 +78,7 @@ def _list_files(folder: str, *suffixes: str) -> list[Path]:
     return [p for p in _list_tracked() if root in p.parents and (not suffixes or p.suffix in suffixes)]
 
 
+@cache
 def code_lines(path: Path) -> int:
     source = path.read_text()
     docstrings: set[int] = set()

@@ -9,7 +9,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
@@ -51,7 +51,7 @@ from fedtune.training.machine import (
     prepare_model,
     resolve_device,
 )
-from fedtune.training.spec import RuntimeSpec
+from fedtune.training.spec import Machine, RuntimeSpec
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class LoadedModel:
         """All that decides what a run's model is, and what comes of trying it."""
         return (
             config.task_model(),
-            config.runtime,
+            *(getattr(config.runtime, one.name) for one in fields(Machine)),
             config.data.max_length,
             config.data.chat_template,
             config.privacy.private,

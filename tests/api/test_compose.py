@@ -77,6 +77,7 @@ def test_sweep_combines_all_values_and_names_its_runs() -> None:
     assert run.name.endswith("-run"), "one value each makes one run"
 
 
+@pytest.mark.nightly
 def test_sweep_runs_never_share_a_folder() -> None:
     sweeps = [
         ["privacy.epsilon=1,3"],

@@ -90,6 +90,7 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
         found.compare_models("base", "tuned", "precision")
 
 
+@pytest.mark.nightly
 def test_personalize_creates_an_adapter_for_one_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"data.declared_sizes": 180, "data.train_fraction": 0.04, "federation.num_rounds": 1}
     run, told = fedtune.simulate("debug", make_tiny_settings(tmp_path, **settings)), list[fedtune.Progress]()

@@ -184,6 +184,7 @@ def test_adapter_with_different_shapes_is_refused(runs: Path, tmp_path: Path) ->
     )
 
 
+@pytest.mark.nightly
 def test_keyboard_interrupt_ends_a_streamed_answer_cleanly(runs: Path) -> None:
     words = ("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", "--max-new-tokens", "100000")
     started = [sys.executable, "-m", "fedtune", *words, "--temperature", "9"]

@@ -187,6 +187,7 @@ def test_imported_library_objects_are_frozen_for_garbage_collection(
     assert bool(frozen_at) is frozen
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("ascii")
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_unencodable_characters_are_printed_as_question_marks(encoding: str) -> None:

@@ -140,6 +140,7 @@ def test_run_without_a_server_can_be_resumed(kit: Kit, tmp_path: Path) -> None:
     assert "has a different configuration (training.local_steps was 2, is 9)" in message
 
 
+@pytest.mark.nightly
 def test_sweep_over_real_sites_states_its_privacy_cost_first(kit: Kit, tmp_path: Path) -> None:
     swept = ["experiment=debug", "name=s", "sites=[north]", "seed=1,2", f"tracking.output_dir='{tmp_path}'"]
     small = ("data.validation_rows=2", "data.test_rows=2", "federation.round_timeout_s=1")

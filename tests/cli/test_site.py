@@ -438,6 +438,7 @@ def test_score_without_adapter_or_held_out_records_is_refused(site_here: Any) ->
     assert run_command("site", "score", "first", *site_here.words, "--smallest", "3").code == 2
 
 
+@pytest.mark.nightly
 def test_personalized_adapter_is_created_at_the_site(site_here: Any) -> None:
     before = read_files(site_here.folder)
     out = run_command("site", "personalize", "first", *site_here.words, "--json").printed

@@ -141,6 +141,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     assert "writer wrote some of them. Put their card next to the file" in message
 
 
+@pytest.mark.nightly
 def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> None:
     voting, to, best = tmp_path / "vote.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
     voted = ("--votes", str(runs / "shares"))
@@ -196,6 +197,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     assert "private text" not in message
 
 
+@pytest.mark.nightly
 def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Path) -> None:
     behind, options, rounds = [api.load(runs / "writer")], ("--prompts", str(runs / "codes.jsonl")), []
     for number in range(2):
@@ -270,6 +272,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
         assert said in outcome.err
 
 
+@pytest.mark.nightly
 def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> None:
     write_records(runs, tmp_path / "0.jsonl", "--rows", "6")
     with gzip.open(REPOSITORY / "simulations/data/banking77/train.jsonl.gz", "rt") as lines:

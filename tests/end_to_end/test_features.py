@@ -188,6 +188,7 @@ def test_invalid_feature_settings_give_one_line(settings: Any, typed: str) -> No
     assert not find_run_folder(given).exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("task", "hidden", "format"), [("classification", "[8]", "safetensors"), ("regression", "[]", "onnx")]
 )

@@ -74,6 +74,7 @@ def test_invalid_image_settings_give_one_line(settings: Any, typed: str) -> None
     assert not find_run_folder(given).exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("format", ["peft", "safetensors"])
 def test_exported_image_model_works_without_fedtune(run: Any, tmp_path: Path, format: str) -> None:
     folder = run(*PLAIN)

@@ -158,6 +158,7 @@ def make_site_absent(monkeypatch: pytest.MonkeyPatch, name: str, site: str, numb
     fail_where(monkeypatch, SumsAtSite, name, is_away, error)
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("it does not come back")
 @pytest.mark.parametrize("away", ["site-4", "site-2"], ids=["another is away", "it does not come back"])
 def test_run_continues_without_a_site_that_lost_its_keys(
@@ -170,6 +171,7 @@ def test_run_continues_without_a_site_that_lost_its_keys(
     assert list_charged_steps(result) == [3, 1, 3, 3]
 
 
+@pytest.mark.nightly
 def test_site_that_never_joins_does_not_disrupt_the_session(tmp_path: Path, monkeypatch: Any) -> None:
     """It has lost its keys each time that it is asked to join, and announces new ones."""
     make_site_absent(monkeypatch, "join", "site-2", 3, Rejected(Wrong.SESSION_DIFFERS))
@@ -206,6 +208,7 @@ def test_site_dealing_wrong_shares_is_excluded(tmp_path: Path) -> None:
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("make_site_2_deal_wrong_shares", "keep_site_memory")
 def test_site_dealing_wrong_shares_stays_excluded_after_lead_restart(
     kill_lead_in_round_two: Any, tmp_path: Path
@@ -268,6 +271,7 @@ def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monke
         assert verify(ledger).events[-1].detail["what"] == "run_ended", "its budget is free again"
 
 
+@pytest.mark.nightly
 def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every second round, so that no two in a row have no sum; which of the two is at fault nobody can tell."""
     real = Party._open_shares
@@ -369,6 +373,7 @@ def test_restarted_lead_continues_its_session_without_all_sites(
     assert list_charged_steps(result) == [4, 4, 4, 2]
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("None", "forgotten")
 @pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None, "forgotten"])
 def test_restarted_lead_without_a_valid_session_starts_a_new_one(

@@ -118,6 +118,7 @@ def test_diverged_model_is_worse_and_unscorable_resamples_are_skipped() -> None:
     assert compare_by_scores(rare, rare, scores=score_or_fail)["accuracy"].base.low == pytest.approx(1 / 12)
 
 
+@pytest.mark.nightly
 def test_confidence_intervals_have_their_nominal_coverage() -> None:
     """Of two models that are right on 60 % and 70 % of all records, not independently; 95 % within 4 deviations."""
     draws, number, held = np.random.default_rng(5), 400, 0

@@ -140,6 +140,7 @@ def test_damaged_lineage_mark_counts_as_unknown_spending(second_run: Any, tmp_pa
     assert read_base_lineage(ModelSpec(path=str(folder))) == []
 
 
+@pytest.mark.nightly
 def test_run_on_a_base_with_a_damaged_mark_reports_it(merged_base: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(merged_base, tmp_path / "base"))
     edit_json(other / "config.json", **{OWED: {"epsilon": "none"}})

@@ -116,6 +116,7 @@ LEAD = "import fedtune.cli.flower_lead, fedtune.cli.real_run, fedtune.ops.deploy
 SITE = "import fedtune.cli.site, fedtune.ops.services.site_service, fedtune.sites.real_site, fedtune.ops.kits.models"
 
 
+@pytest.mark.by_day("app", "lead")
 @pytest.mark.parametrize("code", ["import fedtune.flower.site_app", LEAD, SITE], ids=["app", "lead", "site"])
 def test_only_public_flower_names_are_imported(code: str) -> None:
     found = list_imports(code)
@@ -123,6 +124,7 @@ def test_only_public_flower_names_are_imported(code: str) -> None:
     assert [one for one in found if not one[3]] == []
 
 
+@pytest.mark.nightly
 def test_import_recorder_detects_private_names() -> None:
     assert not all(public for *_, public in list_imports("import fedtune.ops.wire.fleet"))
 

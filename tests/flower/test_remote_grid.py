@@ -84,6 +84,7 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
     assert network.rows("SELECT DISTINCT clientapp_runtime FROM run") == [(0.0,)]
 
 
+@pytest.mark.nightly
 def test_run_continues_with_a_renewed_lead_certificate(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_http, "MOST_AGE_S", 0.0)  # each call makes a connection
     network.site("a")
@@ -147,6 +148,7 @@ def test_lead_and_sites_connect_only_to_the_server(network: Loopback, monkeypatc
     assert not (network.folder / "outbound.log").exists(), "the server calls nobody at all"
 
 
+@pytest.mark.nightly
 def test_duplicate_answer_is_harmless(network: Loopback) -> None:
     site = network.site("a", replies=2)
     with network.grid(["a"]) as grid:
@@ -191,6 +193,7 @@ def test_interrupted_site_calls_lose_no_answers(network: Loopback) -> None:
     assert site.code is None
 
 
+@pytest.mark.nightly
 def test_questions_are_resent_after_the_server_lost_its_database(network: Loopback, ask_in_thread: Any) -> None:
     site = network.site("a", works_s=1.0)
     online_until = "SELECT online_until FROM node WHERE name = 'a'"
@@ -213,6 +216,7 @@ def test_run_without_a_server_raises_a_run_error(network: Loopback, monkeypatch:
         pass
 
 
+@pytest.mark.nightly
 def test_lead_started_before_the_server_waits(network: Loopback, caplog: Any) -> None:
     network.stop_sites()
     network.stop()

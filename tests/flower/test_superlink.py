@@ -115,6 +115,7 @@ def test_server_creates_its_database_and_logs_connections(own_network: Loopback)
     assert noted[-1] == {"event": "server stopped"}
 
 
+@pytest.mark.nightly
 def test_flower_telemetry_is_disabled() -> None:
     # Flower reads the variable when it is imported, and would call home at every start.
     code = "import fedtune.ops.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"

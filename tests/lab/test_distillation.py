@@ -95,6 +95,7 @@ def measure_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).square().mean() / wanted.var(dim=0).mean())
 
 
+@pytest.mark.nightly
 def test_exported_student_agrees_with_its_teacher(taught_student: Taught, teach: Any, finished: Path) -> None:
     folder, told = taught_student
     asked = {"format": "sentence-transformers", "texts": TEXTS}
@@ -180,6 +181,7 @@ def test_run_on_a_student_inherits_the_spending_of_its_teacher(
     assert f"of run {finished.name} on" in (later / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.nightly
 def test_distillation_prints_scores_and_is_reproducible_by_seed(finished: Path, texts: Path, tmp_path: Path) -> None:
     words = ("distill", str(finished), "--texts", str(texts), "--passes", "1", "--to")
     told = run_command(*words, str(tmp_path / "out"))

@@ -52,6 +52,7 @@ def test_table_has_one_row_for_each_mutant_and_escapes_bars() -> None:
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
+@pytest.mark.nightly
 def test_harmless_change_survives_and_broken_import_is_no_kill() -> None:
     assert hunt_mutant(HARMLESS)[0] is None
     with pytest.raises(NoResult, match=r"^harmless: "):
@@ -90,6 +91,7 @@ def test_inconclusive_test_run_gives_no_result(change: dict[str, object]) -> Non
         find_killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree"))  # type: ignore[arg-type]
 
 
+@pytest.mark.nightly
 def test_tests_failing_without_a_fault_kill_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "test_red.py"
     broken.write_text("def test_red() -> None:\n    assert False\n")

@@ -72,6 +72,7 @@ def test_start_adapter_is_public_only_with_a_public_stage_in_settings(run_report
     }
 
 
+@pytest.mark.nightly
 def test_calibrated_noise_is_recalibrated_for_verification(run_folder: Path, config: RunConfig) -> None:
     searched = replace(config, privacy=replace(config.privacy, noise_multiplier=None))
     noise = searched.plan().noise_multiplier

@@ -297,6 +297,7 @@ def test_site_ledger_without_this_run_is_refused(folder: Path) -> None:
     assert from_run.build_run_report(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
 
+@pytest.mark.nightly
 def test_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> None:
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)

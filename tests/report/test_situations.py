@@ -194,6 +194,7 @@ def test_silent_site_is_reported_with_an_upper_bound(tmp_path: Path, monkeypatch
     assert [report.facts.is_upper_bound(site) for site in report.facts.sites] == [False, True]
 
 
+@pytest.mark.nightly
 def test_run_with_noised_metrics_reports_the_released_scores(tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=5", "data.heldout_fraction=0.4")
     folder = simulate(*noised, into=tmp_path)
@@ -205,6 +206,7 @@ def test_run_with_noised_metrics_reports_the_released_scores(tmp_path: Path) -> 
     assert "noised_scores" in of_site.released
 
 
+@pytest.mark.nightly
 def test_chained_runs_report_a_line_of_held_out_scores(tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=2", "data.heldout_fraction=0.4")
     folders = [simulate(*noised, into=tmp_path, name="first")]

@@ -110,6 +110,7 @@ def test_untouched_report_has_no_problems(report: Report) -> None:
     assert problems(report) == []
 
 
+@pytest.mark.by_day("a_report", "a_ledger_report")
 @pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "ledger_report", *CHANGED], indirect=True)
 def test_changed_derived_values_are_detected(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     again = verify_report.derive_figures(report.facts)

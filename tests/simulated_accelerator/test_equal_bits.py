@@ -98,6 +98,7 @@ def read_device(folder: Path) -> str:
     return str(environment["device"])
 
 
+@pytest.mark.by_day("classification")
 @pytest.mark.by_day("classification", "causal_lm")
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_gives_cpu_bits_on_the_device(require_same_bits: Any, task: str) -> None:
@@ -167,6 +168,7 @@ def test_gpu_script_runs_on_the_simulated_device(tmp_path: Path) -> None:
     assert steps["speed-8b"]["4 rows"]["private_peak_bytes"] > 0
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("1")
 @pytest.mark.parametrize("devices", [1, 2])
 def test_batch_dependent_attention_falls_back_to_products(
@@ -181,6 +183,7 @@ def test_batch_dependent_attention_falls_back_to_products(
     assert read_device(tmp_path / "run").endswith("no TF32, attention by products")
 
 
+@pytest.mark.nightly
 def test_device_without_float64_falls_back_to_the_cpu(write_task_overrides: Any, tmp_path: Path) -> None:
     run = [
         "simulate",

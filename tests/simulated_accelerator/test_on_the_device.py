@@ -1,5 +1,7 @@
 """What is computed on the device, as a step and a scoring do: its clipping, its waits and its memory."""
 
+import pytest
+
 from .built import run_on_it
 
 
@@ -49,6 +51,7 @@ def test_accelerator_is_configured_for_deterministic_computation() -> None:
     assert run_on_it(code).split() == ["True", ":4096:8", *["False"] * 5]
 
 
+@pytest.mark.nightly
 def test_repeatability_check_detects_a_nondeterministic_device() -> None:
     code = (
         "sys.path.insert(0, 'simulations/gpu'); import run\n"

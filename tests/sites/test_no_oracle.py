@@ -68,6 +68,7 @@ def test_unread_column_contents_cannot_end_a_round(unread: str, station: Any) ->
     site.update()
 
 
+@pytest.mark.nightly
 def test_no_run_setting_makes_a_held_out_record_fail(station: Any) -> None:
     noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
     site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)

@@ -404,6 +404,7 @@ def list_held_out_texts(site: Any, config: RunConfig, *, round: int = 1) -> set[
     return texts
 
 
+@pytest.mark.nightly
 def test_held_out_split_uses_a_secret_key_per_site(station: Any) -> None:
     north, south = station("north", **HELD_OUT), station("south", **HELD_OUT)
     assert north.data.read_bytes() == south.data.read_bytes()

@@ -59,6 +59,7 @@ def simulate_runs(into: Path, *variants: tuple[str, ...], session: Session | Non
     return [simulate(*more, into=into, name=f"run-{n}", session=session) for n, more in enumerate(variants)]
 
 
+@pytest.mark.nightly
 def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, work_counts: dict[str, int]) -> None:
     variants = (
         *((), ("training.learning_rate=0.5",), ("federation.participants=[site-2]",)),
@@ -114,6 +115,7 @@ def list_kept_examples(session: Session) -> list[Any]:
     return [kept for about, kept in session._states.items() if about.startswith("examples")]
 
 
+@pytest.mark.nightly
 def test_session_cache_is_limited_by_memory(tmp_path: Path, work_counts: dict[str, int]) -> None:
     """Sites declare 90 records of 16 tokens and 32 numbers: 0.35 MiB for both.  Twice as many do not fit 0.4."""
     room = "runtime.kept_states_mib=1"
@@ -126,6 +128,7 @@ def test_session_cache_is_limited_by_memory(tmp_path: Path, work_counts: dict[st
     assert work_counts["states"] == 4
 
 
+@pytest.mark.nightly
 def test_states_cached_on_disk_give_the_same_run(tmp_path: Path, work_counts: dict[str, int]) -> None:
     (tmp_path / "fast").mkdir()
     folder = f"runtime.kept_states_folder='{tmp_path / 'fast'}'"
@@ -135,6 +138,7 @@ def test_states_cached_on_disk_give_the_same_run(tmp_path: Path, work_counts: di
     assert list((tmp_path / "fast").iterdir()) == []
 
 
+@pytest.mark.nightly
 def test_session_releases_everything_at_its_end(tmp_path: Path) -> None:
     with Session() as session:
         simulate_runs(tmp_path, (), session=session)

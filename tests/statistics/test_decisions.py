@@ -28,6 +28,7 @@ def test_scale_test_has_its_stated_error_and_power(draws: np.random.Generator) -
         assert 0.3 < test.power(factor) < 0.9, "neither rate is counted in vain"
 
 
+@pytest.mark.nightly
 def test_shape_test_has_its_stated_error_and_power(draws: np.random.Generator) -> None:
     test = Shape(300, 0.1)
     assert is_consistent_with_rate(0.1, sum(not test.accepts(draws.normal(0, 3, 300), 3.0) for _ in range(REPEATS)))

@@ -199,6 +199,7 @@ def simulate_pairs(folder: Path, layout: str, *overrides: str) -> list[str]:
     ]
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("listed-more3")
 @pytest.mark.parametrize(
     ("layout", "more"),

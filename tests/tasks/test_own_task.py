@@ -85,6 +85,7 @@ def test_task_whose_loss_mixes_records_is_refused_before_the_run(work: Path, sma
     assert not (work / "runs" / "days").exists(), "nothing was trained or charged"
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("torch")
 @pytest.mark.parametrize("script", SCRIPTS, ids=["TRL", "torch"])
 def test_script_becomes_two_sites_in_at_most_15_changed_lines(script: str, work: Path, small: dict[str, Any]) -> None:

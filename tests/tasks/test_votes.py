@@ -64,6 +64,7 @@ def test_histogram_counts_votes_from_its_column(shares: Path, tmp_path: Path, ag
     assert weights / weights.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "changes",
     [

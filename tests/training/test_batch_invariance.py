@@ -189,6 +189,7 @@ def test_last_bit_dependence_is_refused_or_measured() -> None:
     assert Adapter.from_task_model(model).digest() == before
 
 
+@pytest.mark.by_day("classification-inexact gradients are accepted", "votes-")
 @pytest.mark.parametrize("accepted", [False, True], ids=["", "inexact gradients are accepted"])
 @pytest.mark.parametrize("task", ["classification", "votes"])
 def test_rounding_dependence_is_detected_for_every_task(task: str, accepted: bool) -> None:

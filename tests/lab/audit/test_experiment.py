@@ -40,6 +40,7 @@ def test_audit_of_a_sound_run_passes(sound_audit: Any) -> None:
     assert "canaries: use it for nothing else" in outcome.out
 
 
+@pytest.mark.nightly
 def test_audit_of_a_sound_user_level_run_passes(run_audit: Any) -> None:
     outcome, found, _ = run_audit(*EVERY_TIME, *BY_USER, "--json")
     assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(found.bounds)
@@ -85,6 +86,7 @@ def test_audit_detects_a_broken_run_from_averages_alone(run_audit: Any, break_it
     assert found.bounds[1].lower_bound > found.bounds[1].claimed_epsilon
 
 
+@pytest.mark.nightly
 def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
     outcome, found, folder = run_audit("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1")
     assert outcome.code == 0, outcome.err

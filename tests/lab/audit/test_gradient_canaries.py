@@ -99,6 +99,7 @@ def test_canaries_are_sampled_like_records(make_participants: Any, break_it: Bre
     assert drawn.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.3)
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("record")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
 def test_audit_without_inserted_canaries_does_not_change_training(

@@ -41,6 +41,7 @@ PAIRS = (
 BY_USER = ("privacy.unit=user", "+data.columns.user=label")
 
 
+@pytest.mark.nightly
 @pytest.mark.by_day("record", "user")
 @pytest.mark.parametrize(
     "settings", [(), BY_USER, TRIPLETS, PAIRS], ids=["record", "user", "three texts", "a pair of answers"]
@@ -72,6 +73,7 @@ def pad_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
         yield Part(some, len(some), int(num_tokens[some].max()))
 
 
+@pytest.mark.by_day("no clipping-settings0-exceeded", "scale_by_company-settings3-others_moved")
 @pytest.mark.parametrize(
     ("fault", "settings", "shown"),
     [

@@ -355,6 +355,7 @@ NOTED |= {"marked_up": "of its values have HTML"}
 KINDS = st.lists(st.sampled_from(["whole", *NOTED]), min_size=12, max_size=20)
 
 
+@pytest.mark.nightly
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kinds=KINDS, names=st.sampled_from([("text", "spans"), ("content", "entities")]))
 def test_torn_and_damaged_rows_are_counted_in_any_order(tmp_path: Path, kinds: Any, names: Any) -> None:

@@ -58,6 +58,7 @@ def test_one_row_with_missing_values_does_not_change_the_experiment(
     assert (tmp_path / "more.yaml").read_text().replace("more", "labs") == labs_file.read_text()
 
 
+@pytest.mark.nightly
 def test_ranges_are_declared_globally_or_per_column(tmp_path: Path, labs_file: Path, command: Any) -> None:
     asked = ("data", "init", "labs.json", "--label", "diagnosis", "--force")
     assert command(*asked, "--ranges=-5,5").code == 0
@@ -90,6 +91,7 @@ def test_undeclared_ranges_are_requested_before_the_run(labs_file: Path, command
     assert command("plan", "experiment=./labs.yaml", "--json").printed
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("events", [("1", "0"), ("1.0", "0.0"), ("True", "False"), (True, False), (1, 0)])
 def test_time_and_event_columns_become_a_survival_task(tmp_path: Path, command: Any, events: tuple[Any, ...]) -> None:
     table = {"age": TABLE["age"], "os_months": lambda number: number % 50 + 0.25, "died": events}

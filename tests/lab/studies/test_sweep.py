@@ -109,6 +109,7 @@ def test_existing_sweep_name_is_refused_before_any_run(outcome: Any, sweep_words
     assert len(read_csv_lines(folder / "three.csv")) == 3
 
 
+@pytest.mark.nightly
 def test_interrupted_sweep_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
     words = list_tiny_overrides(
         "seed=1,2,3", "federation.num_rounds=2", "training.local_steps=1", into=tmp_path, name="stopped"
@@ -134,6 +135,7 @@ def test_interrupted_sweep_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
     assert len({line["epsilon_spent"] for line in lines}) == 1
 
 
+@pytest.mark.nightly
 def test_sweep_is_available_in_python_and_resumable_without_a_name(tmp_path: Path) -> None:
     words = [word for word in list_tiny_overrides("seed=1,2", *SHORT, into=tmp_path) if not word.startswith("name=")]
     trials = Trials.from_sweep(words)
@@ -144,6 +146,7 @@ def test_sweep_is_available_in_python_and_resumable_without_a_name(tmp_path: Pat
     assert trials.best in trials.rows.values()
 
 
+@pytest.mark.nightly
 def test_sweep_over_budget_names_the_refused_run(tmp_path: Path) -> None:
     assert run_command("simulate", "-m", *list_tiny_overrides("lora.layers=[7],[8]", *SHORT, into=tmp_path)).code == 2
     assert list(tmp_path.iterdir()) == [], "where every run fails at once"
@@ -191,6 +194,7 @@ def test_best_run_is_selected_by_validation_score(make_row: Any) -> None:
     assert pick_best(losses) is losses[1], "the smallest"
 
 
+@pytest.mark.nightly
 def test_failed_runs_and_training_scores_give_no_best_run(make_row: Any) -> None:
     rows = [
         make_row(0.4),
