@@ -265,7 +265,7 @@ def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]
             raise _build_unknown_setting_error(override_key(word), word.partition("=")[2]) from None
         of_file = file is not None and told.startswith("Multiple values")
         key, value = (f"{file}: defaults", NOT_GIVEN) if of_file else ("override", word)
-        raise ConfigError(key, value, f"cannot be composed by Hydra: {told}") from None
+        raise ConfigError(key, value, f"was rejected by Hydra: {told}") from None
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class Ledger:
         A unit is in one bin, or in none, so that its sensitivity is 1.  The bins must be known without the records; a
         bin without a unit gets its noise, too.
         """
-        require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must be distinct values, and at least one")
+        require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must have at least one value, and no value twice")
         rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
         found = [rows.get(value, none) for value in self._one_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
@@ -291,7 +291,7 @@ class Ledger:
     def _one_per_unit(self, values: Any, users: Iterable[Hashable] | None) -> list[Any]:
         """Return one value per unit: all of them or, for unit "user", the last one of each user."""
         by_user = self._site.policy.population.unit == "user"
-        bound = "must say whose each record is for a ledger with unit = user, and be left out for others"
+        bound = "must name the user of each record if the ledger has unit = user, and must be left out otherwise"
         require("users", NOT_GIVEN, by_user is (users is not None), bound)
         each = values.to_numpy() if hasattr(values, "to_numpy") else values  # a DataFrame's rows, not its columns
         return list(each) if users is None else list(dict(zip(users, each, strict=True)).values())

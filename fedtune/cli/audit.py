@@ -89,7 +89,9 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     folder = find_run_folder(config)
     RunFolder(folder).create(config_yaml(config))
     found = sensitivity.search_violations(config, spec, folder, seed=config.seed)
-    title = f"{found.tries} cases, one more {found.unit} each: the sum moved by at most {found.moved:.6f} clip norms"
+    title = (
+        f"{found.tries} cases with one more {found.unit} each: the sum moved by at most {found.moved:.6f} clip norms"
+    )
     moved = {"above one clip norm": f"{found.exceeded}", f"other {found.unit}s, by a cell": f"{found.others_moved}"}
     told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
     print_answer(

@@ -86,7 +86,7 @@ def compare(
             say(text, console=console)
         if not words:
             require_confirmation(
-                "Train them now?", otherwise="nothing is trained; choose other records with experiment=NAME"
+                "Train them now?", otherwise="nothing was trained; to use other records, set experiment=NAME"
             )
         lines = _run_unfinished(lines, console, again=again, personal=personal)
     with show_progress() as progress:
@@ -152,7 +152,7 @@ def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, pers
                 name = f"{number} of {len(lines)}, {line.name}"
                 ran = line.run.run(partial(run_with_summary, console=console, name=name, session=session))
                 if isinstance(ran.error, RefusedError) and done:  # it blocks none of the others
-                    say(f"{name} is left out: {ran.error}", console=console)
+                    say(f"{name} was skipped: {ran.error}", console=console)
                     continue
                 if ran.error is not None:
                     raise ran.error

@@ -51,7 +51,7 @@ from fedtune.version import shipped_folders
 app = group(__doc__)
 Experiment = Annotated[
     tuple[str, ...],
-    Argument("EXPERIMENT [KEY=VALUE]", help="a file as `data init` writes it, or a name; settings to change"),
+    Argument("EXPERIMENT [KEY=VALUE]", help="an experiment's file or name, and settings to change"),
 ]
 
 
@@ -61,7 +61,9 @@ def init(
         Path, Argument("FILE", help=".csv .tsv .jsonl .json .parquet .conll .pubtator .bioc, or a folder of a data set")
     ],
     out: Annotated[Path | None, Option(metavar="FILE.yaml", help="output file (default: FILE's name, here)")] = None,
-    sites: Annotated[int | None, Option(metavar="N", help="simulated sites (default: 2 to 4, by size)")] = None,
+    sites: Annotated[
+        int | None, Option(metavar="N", help="number of simulated sites (default: 2 to 4, by the number of records)")
+    ] = None,
     model: Annotated[str | None, Option("a name from conf/model, or a folder with a model")] = None,
     force: Annotated[bool, Option("overwrite an existing experiment")] = False,
     unit: Annotated[Literal["user", "record"], Option("what is protected if a column identifies people")] = "user",
@@ -100,10 +102,10 @@ def init(
         raise ConfigError("--out", str(target), "must be a name without control characters")
     _require_new_file(target, ".yaml", ".yml", force=force)
     if sites is not None and (sites < 1 or "site" in chosen):
-        raise ConfigError("--sites", sites, "must be at least 1, and not given with --site, which sets the number")
+        raise ConfigError("--sites", sites, "must be at least 1; leave it out with --site, which sets the number")
     base = KINDS[found.kind][1]
     if base == "own_images" and model is None:
-        raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
+        raise ConfigError("--model", "", "must be a folder with a vision transformer (see docs/images.md)")
     config, spec = _compose_with_model(base, model)
     reader = load_reader(config.data, spec, key="--model", other="--model")
     plan = experiment_writer.plan_experiment(found, reader, config, within=count_token_ids(reader), sites=sites)
@@ -176,8 +178,8 @@ def check(
 def clean(
     settings: Experiment,
     out: Annotated[Path, Option(metavar="FILE.jsonl", help="output file; must not exist yet")],
-    drop: Annotated[str, Option(metavar="RULE,...", help=f"of {', '.join(RULES)}")] = "empty,unusable",
-    mask: Annotated[Literal["nothing", "personal"], Option("what to mask with the name of its kind")] = "nothing",
+    drop: Annotated[str, Option(metavar="RULE,...", help=f"which rows to drop: {', '.join(RULES)}")] = "empty,unusable",
+    mask: Annotated[Literal["nothing", "personal"], Option("what to replace by the name of its kind")] = "nothing",
     of: Annotated[Literal["train", "validation", "test"], Option("which of the experiment's files")] = "train",
 ) -> None:
     """Write the rows of an experiment's file that you want to keep to a new file, with the same column names.
@@ -221,8 +223,10 @@ def codes(
     out: Annotated[Path, Option(metavar="FILE.jsonl", help="output file; must not exist yet")],
     topics: Annotated[str | None, Option("public texts, one per row, in the column topic", metavar="FILE")] = None,
     model: Annotated[str, Option("public embedding model: a name from conf/model, or a model folder")] = "minilm",
-    lengths: Annotated[str | None, Option("the maximum words of each class but the last", metavar="WORDS,...")] = None,
-    columns: Annotated[str, Option("the texts' roles and their columns", metavar="ROLES")] = "{text: text}",
+    lengths: Annotated[
+        str | None, Option("the maximum number of words of each class, except the last", metavar="WORDS,...")
+    ] = None,
+    columns: Annotated[str, Option("roles of the texts, each with its column", metavar="ROLES")] = "{text: text}",
 ) -> None:
     """Copy a site's file and add a topic column, a length column or both, as prompts for tuning a language model.
 
@@ -235,12 +239,12 @@ def codes(
     source, roles = resolve_file(file, shipped_folders(), key="FILE"), parse_column_roles(columns)
     require_no_card(file, key="FILE", kind="a site's own")
     if not roles or not all(map(is_free_text, roles)):
-        raise ConfigError("--columns", columns, "must name only roles of texts")
+        raise ConfigError("--columns", columns, "must name only text roles")
     if topics is None and lengths is None:
         raise ConfigError("--topics", None, "is missing: give --topics or --lengths")
     bounds = [int(one[:99]) if one.isdecimal() else 0 for one in lengths.split(",")] if lengths is not None else []
     if bounds != sorted({*bounds} - {0}):
-        raise ConfigError("--lengths", lengths, "must be increasing numbers of words, at least 1, as in 15,60")
+        raise ConfigError("--lengths", lengths, "must be numbers of words, at least 1 and increasing, such as 15,60")
     _require_new_file(out, ".jsonl")
     next(_iter_usable_records([(source, roles)], {}))
     same, votes, reader = dict[str, str](), None, None
@@ -249,7 +253,7 @@ def codes(
         path = resolve_file(topics, shipped_folders(), key="--topics")
         each = tuple(dict.fromkeys(one.fields["text"] for one in iter_records(path, {"text": "topic"})))
         if len(each) < 2:
-            raise ConfigError("--topics", topics, "must have at least two different texts in its column topic")
+            raise ConfigError("--topics", topics, "must have at least two different texts in the column topic")
         from fedtune.model.base_model import hash_model  # transformers takes seconds to import
 
         config, spec = _compose_with_model(next(name for name, task in TASKS.items() if task.counts_units), model)
@@ -271,9 +275,11 @@ def copies(
     synthetic: Annotated[str, Argument("SYNTHETIC", help="a file of synthetic records")],
     own: Annotated[tuple[str, ...], Argument("OWN", help="files of the site's own records")] = (),
     site: Annotated[Path | None, Option(metavar="site.toml", help="also the data sets in this site's policy")] = None,
-    columns: Annotated[str, Option("the texts' roles and their columns", metavar="ROLES")] = "{text: text}",
+    columns: Annotated[str, Option("roles of the texts, each with its column", metavar="ROLES")] = "{text: text}",
     own_columns: Annotated[str | None, Option("in OWN, if the columns have other names there", metavar="ROLES")] = None,
-    out: Annotated[Path | None, Option("all details, in a new file only you can read", metavar="FILE.json")] = None,
+    out: Annotated[
+        Path | None, Option("write all details to a new file that only you can read", metavar="FILE.json")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search synthetic records for words, near-duplicates and personal details from a site's own records.
@@ -343,10 +349,10 @@ def _compose_experiment(settings: tuple[str, ...], site: Path | None) -> RunConf
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
     names = [word for word in settings if "=" not in word or Path(word).is_file()]
     for word in names[1:]:
-        raise ConfigError("experiment", word, f"is a second experiment: {names[0]} is given, too")
+        raise ConfigError("experiment", word, f"is a second experiment, after {names[0]}: give only one")
     for word in names:
         if Path(word).is_file() and Path(word).suffix not in (".yaml", ".yml"):
-            bound = "must be settings in a file *.yaml: `fedtune data init` writes one for a file of records"
+            bound = "must be an experiment file (*.yaml): `fedtune data init` writes one for a file of records"
             raise ConfigError("experiment", word, bound)
     config = compose_run([f"experiment={word}" if word in names else word for word in settings])
     if site is None:
@@ -380,7 +386,10 @@ def _require_new_file(target: Path, *suffixes: str, force: bool = False) -> None
     for is_wrong, bound in (
         (suffixes and target.suffix not in suffixes, f"must end in {' or '.join(suffixes)}"),
         (not os.path.isdir(target.parent), "must be in an existing folder"),
-        (is_there and not (force and target.is_file()), f"exists; choose another with --out, or move it away{option}"),
+        (
+            is_there and not (force and target.is_file()),
+            f"already exists; choose another name with --out, or move the file away{option}",
+        ),
     ):
         if is_wrong:
             raise ConfigError("--out", str(target), bound)

@@ -42,7 +42,7 @@ def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentP
         {"file": f"{found.path}, {pluralize(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]}
     )
     headings: tuple[str, ...] = ("role", "column", "why", "another by")
-    yield Section("What was chosen", headings, tuple(found.options), words=range(4), notes=found.notes)
+    yield Section("Chosen columns", headings, tuple(found.options), words=range(4), notes=found.notes)
     yield _build_truncated_section("Columns that runs ignore", ("column", "why"), tuple(found.unread))
     counts = {name: f"{one.num_values:,}" if one.num_values else "many" for name, one in found.columns.items()}
     every = found.columns.values()
@@ -210,9 +210,9 @@ def build_copies_sections(
             warned[len(rows)] = "bold yellow"
         of_text = f"{np.median(some):.0%}" if some else ""
         rows.append((what, f"{len(some):,}", f"{share:.1%}", f"{expected:.1%}", of_text))
-    notes = [f"Ordinary: the same for {len(usual):,} own records against the other own ones. Run / text: the median."]
+    notes = [f"Ordinary: the share among {len(usual):,} own records, compared with the others. Run / text: the median."]
     if warned:
-        notes.append(f"WARNING, at least twice what is ordinary: {', '.join(rows[at][0] for at in warned)}.")
+        notes.append(f"WARNING: at least twice the ordinary share: {', '.join(rows[at][0] for at in warned)}.")
     yield build_key_value_section(
         {at.rpartition("/")[2]: f"{n.rows - n.count:,} of {pluralize(n.rows, 'row')}" for at, n in read.items()}
     )

@@ -54,7 +54,7 @@ def evaluate(
         figures |= {"detail": detail}
     notes = list(_score_notes(found, scores, num_prompts=num_prompts))
     if is_training_file(config, data):
-        notes.append("The run trained on records of this file: these scores say nothing about new ones.")
+        notes.append("The run trained on records of this file: these scores say nothing about new records.")
     title = f"{run} on {data}, {pluralize(len(found.records), 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
     scores_first = Section(title, headings, list_comparison_rows(scores), words={0, 5}, notes=notes)

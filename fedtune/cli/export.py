@@ -34,12 +34,14 @@ def export(
         Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
         Option("(default: peft; safetensors for features)"),
     ] = None,
-    int8: Annotated[bool, Option("with --format onnx: also an int8 graph; both are scored and timed")] = False,
-    private: Annotated[bool, Option("also a personalized adapter, which has no privacy guarantee")] = False,
+    int8: Annotated[bool, Option("with --format onnx: also write an int8 graph; both are scored and timed")] = False,
+    private: Annotated[bool, Option("allow a personalized adapter, which has no privacy guarantee")] = False,
     push: Annotated[str | None, Option("upload to a new private repository of the hub", metavar="OWNER/NAME")] = None,
     public: Annotated[bool, Option("with --push: a repository that anybody may read")] = False,
-    without_guarantee: Annotated[bool, Option("with --push: also a model without a guarantee, in private")] = False,
-    yes: Annotated[bool, Option("with --push: do not ask")] = False,
+    without_guarantee: Annotated[
+        bool, Option("with --push: allow a model without a guarantee, in a private repository")
+    ] = False,
+    yes: Annotated[bool, Option("with --push: do not ask for confirmation")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a finished run's model for others to load, with its model card and tokenizer.
@@ -61,13 +63,13 @@ def export(
             raise ConfigError(option, NOT_GIVEN, "requires --push OWNER/NAME")
     if push is not None and private:
         raise ConfigError(
-            "--private", NOT_GIVEN, "and --push exclude each other: a personalized adapter stays at its site"
+            "--private", NOT_GIVEN, "cannot be combined with --push: a personalized adapter stays at its site"
         )
     if push is not None and as_json and not yes:
-        raise ConfigError("--json", NOT_GIVEN, "with --push requires --yes, because nobody can be asked")
+        raise ConfigError("--json", NOT_GIVEN, "requires --yes with --push, because it cannot ask for confirmation")
     config, adapter = load_finished_run(run)
     if merge and format is not None:
-        raise ConfigError("--merge", format, "and --format exclude each other: --merge is a format of its own")
+        raise ConfigError("--merge", format, "cannot be combined with --format: --merge is a format of its own")
     chosen = choose_format(config, format, merge=merge)
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
         bound = "requires --format onnx and a base model, whose matrices it quantizes"
@@ -119,7 +121,7 @@ def distill(
     to: Annotated[Path, Option(metavar="FOLDER", help="a new folder to write")],
     student: Annotated[str, Option("half, a number of layers, or another base", metavar="MODEL")] = "half",
     format: Annotated[Literal["sentence-transformers", "onnx"], Option()] = "sentence-transformers",
-    int8: Annotated[bool, Option("with --format onnx: also an int8 graph")] = False,
+    int8: Annotated[bool, Option("with --format onnx: also write an int8 graph")] = False,
     passes: Annotated[int, Option("passes over the texts")] = 10,
     seed: Annotated[int, Option("seed for the order of the texts")] = 0,
     columns: Columns = None,
@@ -159,7 +161,7 @@ def distill(
     judged = config.bound_task.primary_metric if found.scores else ""
     rows = [_cost(one, [judged] if judged else []) for one in found.served]
     headings = ("model", "size", "ms per text", *([judged] if judged else []))
-    notes = [f"Taught on {pluralize(found.texts, 'text')}. Times are of one thread."]
+    notes = [f"Taught on {pluralize(found.texts, 'text')}. Times are for one thread."]
     sections = [Section(title=f"A student of {run}, in {to}", headings=headings, rows=rows, words={0}, notes=notes)]
     if judged:
         told = ("metric", "teacher", "student", "difference", "95 % interval", "student is")

@@ -89,7 +89,7 @@ def name_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path
         return dict(sorted(named.items(), key=lambda item: not item[1].samefile(own)))
     name = own.absolute().parent.name or "tuned"
     if name in named or name == "base":
-        raise ConfigError("--adapter", f"{name}=...", f"the name {name} is taken: it is that of {run}")
+        raise ConfigError("--adapter", f"{name}=...", f"the name {name} is already used for {run}")
     return {name: own, **named}
 
 

@@ -52,7 +52,7 @@ def generate(
     if prompt is None and file is None:
         raise ConfigError("--prompt", "", "is missing: give --prompt or --file")
     if columns is not None and file is None:
-        raise ConfigError("--columns", columns, "requires --file: they are the file's columns")
+        raise ConfigError("--columns", columns, "requires --file, whose columns it names")
     runs.warn_about_fixed_prompt(config)
     if prompt is None:
         from fedtune.sites.run_records import read_prompts  # torch takes seconds to import

@@ -55,7 +55,7 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
             result = run_in_folder(config, folder, display, work=run_with_display)
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
-        hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
+        hint = f"Continue with: {again}" if begun else "Nothing has been trained yet."
         if isinstance(error, KeyboardInterrupt):
             say(f"\nInterrupted. {hint}", console=console)
             raise InterruptTold from error

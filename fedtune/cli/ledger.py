@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # it takes a while to import
 
 app = group(__doc__)
 
-_UNITS = {"record": "one record", "user": "one person with all records of theirs"}
+_UNITS = {"record": "one record", "user": "one person with all of their records"}
 LedgerPath = Annotated[str, Argument("PATH", help="a ledger.db, or a folder that holds one")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
 AnchorFile = Annotated[Path | None, Option(metavar="FILE", help="an anchor file, kept outside the ledger")]
@@ -189,10 +189,10 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     site = _open_own_site(policy)
     history = verify(site.ledger).history
     clock = f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC"
-    say(f"{clock}; the ledger's newest event is of {history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be taken back.")
+    say(f"{clock}; the ledger's newest event is from {history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be undone.")
     if not yes:
         require_confirmation(
-            "Is the date of this machine right?", otherwise="nothing was changed: the date is not confirmed"
+            "Is this machine's date correct?", otherwise="nothing was changed: the date was not confirmed"
         )
     site.open_ledger().confirm_date()
     say("Recorded in the ledger.")
@@ -283,8 +283,8 @@ def print_spending(history: History, figures: Lifetime) -> None:
         ]
     )
     if history.restored:
-        lacked = "What they lacked is in the figures for all events, but in no run's own."
-        say(f"Backups put back so far: {len(history.restored)}. {lacked}")
+        lacked = "The figures for all events include the missing charges; the figures of single runs do not."
+        say(f"Backups restored so far: {len(history.restored)}. {lacked}")
     caps = [cap for _, cap, _ in history.policies]
     if len(set(caps)) > 1:
         changes = ", then ".join(f"{format_cap(cap)} ({time[:10]})" for time, cap, _ in history.policies)
@@ -298,7 +298,7 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     charged = history.total_charges()
     share = compute_spent_fraction(history, charged, cap=history.cap)
     set_aside = compute_spent_fraction(history, history.charges_and_reservations(history.now()), cap=history.cap)
-    with_set_aside = "the same, with everything that open runs have reserved"
+    with_set_aside = "charged, plus the reserves of open runs"
     period = f"charged this {figures.period} ({format_cap(history.policy.budget.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
     fixed = format_epsilon(filter.epsilon_conversion_term(history.order, history.delta))
@@ -369,7 +369,7 @@ def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path
         say(f"{path} has every event that {' and '.join(map(str, anchors))} cover. Nothing was charged.")
         return
     parts = [format_mechanism(event, count) for event, count in events.count_mechanisms(made_up.gap).items()]
-    say(f"{path} lacked events up to number {made_up.last} of the lost ledger. Charged now, as one sum:")
+    say(f"{path} lacked the events up to number {made_up.last} of the lost ledger. Charged now, as one sum:")
     for part in parts or ["nothing: no round was charged in the lost part"]:
         say(f"  {part}")
     now = made_up.ledger.history

@@ -93,7 +93,7 @@ class _Fedtune(click.Group):
 fedtune = _Fedtune(
     name="fedtune",
     help="Federated, differentially private fine-tuning with LoRA adapters.",
-    epilog="fedtune COMMAND --help says more. Exit codes: 0 done, 2 wrong input, 3 refused, 1 anything else.",
+    epilog="fedtune COMMAND --help describes a command. Exit codes: 0 done, 2 wrong input, 3 refused, 1 anything else.",
     context_settings=SETTINGS,
     no_args_is_help=False,
 )
@@ -230,7 +230,7 @@ def _run_command(words: list[str]) -> int:
         return ended.exit_code
     except click.UsageError as error:
         asked = error.ctx.command_path if error.ctx else "fedtune"
-        _print_message(f"{error.format_message().rstrip('.')} ({asked} --help says more)")
+        _print_message(f"{error.format_message().rstrip('.')} (see {asked} --help)")
         return error.exit_code
     except FedtuneError as error:
         if isinstance(error, ConfigError) and describe_full_disk(error):  # no value of a setting is wrong

@@ -197,15 +197,15 @@ def _list_site_notes(outlook: Outlook) -> Iterator[str]:
     if len(price.sites) == 1:
         yield f"There is one site: {bound}."
     elif len(price.largest) == len(price.sites):
-        yield f"None dominates: all declare {size:,}, so {bound}."
+        yield f"No site dominates: all declare {size:,}, so {bound}."
     else:
         who = ", ".join(price.largest)
         verb = "dominates" if len(price.largest) == 1 else "dominate"
-        yield f"{who} {verb}: most weight in the average, most expected failures, and {bound}."
+        yield f"{who} {verb}: the largest weight in the average, the most expected failures, and {bound}."
         noisiest = min(price.sites, key=lambda name: price.sites[name].declared_size)
         ratio = price.sites[noisiest].step_noise / price.sites[largest].step_noise
         yield f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}."
-    given_away = f"the expected number of {plan.unit}s, at most, that give away something only they could have caused"
+    given_away = f"a bound on the expected number of {plan.unit}s for whom the guarantee fails"
     yield f"delta x size: {given_away}; keep it far below 1."
 
 
@@ -243,7 +243,7 @@ def _build_calendar_section(outlook: Outlook) -> Section:
     if not (runs := outlook.price.calendar):
         return Section()
     title, *notes = describe_calendar(outlook.plan)
-    headings = ("run", "admits", "epsilon of\nit alone", "oldest\nafter it", "newest\nafter it")
+    headings = ("run", "admits", "epsilon of\nthe run", "oldest\nafter it", "newest\nafter it")
     return Section(title, headings, tuple(list_calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
 
 

@@ -58,13 +58,17 @@ def describe_event(event: Event, *, own: str = "") -> str:
             each = f"{pluralize(plan.num_rounds, 'round')}{spare}, each {mechanisms}"
             kept = f"the cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
             if not proposal.lead:
-                return f"release of the site's own accepted: {what}, {mechanisms}"
+                return f"release for the site's own use accepted: {what}, {mechanisms}"
             return f"run accepted from lead {group_hex_start(proposal.lead)}: {what}, {each}; {kept}"
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
             return f"charged{again}: {_describe_mechanisms(detail['event'])}"
         case Kind.COMMIT if own:
-            return "charge complete: other software makes it" if own in CHARGED_ONLY else "answer stored, for the site"
+            return (
+                "charge complete: other software computes the release"
+                if own in CHARGED_ONLY
+                else "answer stored at the site"
+            )
         case Kind.COMMIT:
             return "reply stored, ready to send"
         case Kind.RELEASE if detail.get("what") != "offer":
@@ -93,7 +97,7 @@ def _describe_note(detail: dict[str, Any]) -> str:
         case "opened":
             whose = f"population {to_printable(detail['population'])} of site {to_printable(detail['site'])}"
             promise = f"protects each {detail['unit']}, delta {detail['delta']:g}, filter order {detail['order']:g}"
-            return f"ledger made for {whose}: {promise}"
+            return f"ledger created for {whose}: {promise}"
         case "policy":
             budget = detail["policy"]["budget"]
             most = budget["max_epsilon"]
@@ -107,10 +111,10 @@ def _describe_note(detail: dict[str, Any]) -> str:
             return "a person at the site confirmed the date, so that a new period of the budget may begin"
         case "restored":
             gap = [format_mechanism(dp_events.from_json(data), count) for data, count in detail["gap"]]
-            charged = f"charged what it lacked up to event {detail['end']} of the lost ledger"
-            return f"a backup was put back; {charged}: {' and '.join(gap) or 'nothing'}"
+            charged = f"charged for the missing events up to event {detail['end']} of the lost ledger"
+            return f"a backup was restored; {charged}: {' and '.join(gap) or 'nothing'}"
         case "in_doubt":
-            lacking = f"a receipt of this site's own knows event {detail['sequence']}, which is missing"
+            lacking = f"a receipt of this site refers to event {detail['sequence']}, which is missing"
             return f"IN DOUBT: {lacking}; nothing is trained until the ledger is restored"
         case "approved" | "denied" as decided:
             who, ticket = to_printable(detail["by"]) or "a person at the site", to_printable(detail["ticket"])

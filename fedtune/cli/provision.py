@@ -35,7 +35,7 @@ _MOST_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]
 Days = Annotated[int | None, Option(metavar="N", help="validity of the certificate (default: as federation.toml says)")]
-Compared = Annotated[bool, Option("do not ask: the keys are already compared (for scripts)")]
+Compared = Annotated[bool, Option("do not ask whether the keys have been compared (for scripts)")]
 SiteName = Annotated[str, Argument("NAME", help="the site")]
 
 
@@ -155,7 +155,7 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
         datasets = "\n".join(f"{name} ({size:,})" for name, size in member.datasets.items())
         state = f"revoked {member.revoked[:10]}" if member.revoked else "active"
         rows.append((member.site, state, _format_expiry(Certificate.from_x509(member.x509_certificate), now), datasets))
-    headings, none = ("site", "state", "certificate until", "data sets (declared size)"), ["None has joined yet."]
+    headings, none = ("site", "state", "certificate until", "data sets (declared size)"), ["No site has joined yet."]
     sites = Section(pluralize(len(rows), "site"), headings, rows, words=range(4), notes=[] if rows else none)
     own = [(name, _format_expiry(certificate, now)) for name, certificate in made.certificates.items()]
     sections = [sites, Section("The federation's own certificates", ("of", "until"), own, words={0, 1})]
@@ -178,14 +178,14 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], federatio
 
 @command(app, "restore a backup")
 def restore(
-    file: Annotated[Path, Argument("FILE", help="what `fedtune provision backup` wrote")],
+    file: Annotated[Path, Argument("FILE", help="the file that `fedtune provision backup` wrote")],
     out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
 ) -> None:
     """Restore the federation's folder from a backup."""
     from fedtune.ops.backup import restore_federation
 
     restore_federation(file, out=out)
-    again = "Revoke again the sites that you revoked since the backup, and add again those that joined since."
+    again = "Revoke the sites again that you revoked since the backup, and add the sites again that joined since then."
     say(f"The federation's folder is {out}. {again}")
 
 
@@ -205,7 +205,7 @@ def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool)
     made = FederationFolder.open(folder)
     for name, declared_size in request.datasets.items():
         say(f"Data set {name}: declared size {declared_size:,}.")
-    call = "Telephone, at a number that you know from elsewhere, and let the site read out these."
+    call = "Call the site at a number that you know from elsewhere, and have it read out these keys."
     keys = {"connection key": key_fingerprint(request.node_key), "site key": request.site_key}
     _print_fingerprints(f"{call} If one differs, somebody else made the request.", keys)
     _print_fingerprints(
@@ -215,7 +215,8 @@ def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool)
     say("")
     if not already:
         otherwise = (
-            f"nothing is changed: {request.site} comes in once its keys are compared. If one differed, the request is "
+            f"nothing is changed: {request.site} joins once you have compared its keys. If one differed, "
+            "the request is "
             "somebody else's: have the site send its own again, through another channel"
         )
         require_confirmation("Did the site read out the same keys?", otherwise=otherwise)
@@ -224,7 +225,7 @@ def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool)
 def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
     say(f"Its certificate is valid until {Certificate.from_x509(done.member.x509_certificate).not_after:%Y-%m-%d}.")
     roster = [_roster_instruction(folder)] if new_to_server else []
-    _print_steps(f"Send {done.archive} to the site; nothing in it is secret.", *roster)
+    _print_steps(f"Send {done.archive} to the site; it contains no secret.", *roster)
 
 
 def _renew_certificate(of: Literal["server", "lead"], folder: Path, days: int | None) -> None:

@@ -52,11 +52,11 @@ _MOST_PROBLEMS = 12
 _VERIFIER = "verify_report.py"
 
 
-@command(app, "write a report (the word may be omitted)")
+@command(app, "write a report (`build` may be omitted)")
 def build(
     path: Annotated[Path, Argument("PATH", help="a run folder, a ledger.db or its site.toml")],
     output: Annotated[
-        Path | None, Option(metavar="DIR", help="where to write (default: the run folder, or <ledger>.report)")
+        Path | None, Option(metavar="DIR", help="output folder (default: the run folder, or <ledger>.report)")
     ] = None,
     language: Annotated[Language | None, Option("language of the page (default: the run's setting, else en)")] = None,
     pdf: Annotated[bool, Option("also write report.pdf; needs the extra pdf")] = False,
@@ -180,7 +180,7 @@ def verify(
     heading = f"{path}: report of {report.facts.kind} {to_printable(report.facts.name)}"
     figures = {"verdict": report.verdict.state, "epsilon": report.epsilon}
     print_answer({"file": str(path), **figures, "checks": found}, [section], as_json=as_json, heading=heading)
-    for state, said in (("wrong", "does not hold"), ("missing", "is not shown to hold; not compared")):
+    for state, said in (("wrong", "does not hold"), ("missing", "could not be checked completely; not compared")):
         if names := [check.name for check in found if check.state == state]:
             raise RunError(f"{path} {said}: {', '.join(names)}")
 
@@ -210,7 +210,7 @@ def _keys_from_roster(report: Report, path: Path, key: str | None) -> tuple[str,
             raise ConfigError("--roster", str(path), f"does not list the site {to_printable(site)}")
         text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked."
         if member.revoked:
-            text += f" {site} was revoked at {member.revoked}; a later report is not of this federation."
+            text += f" {site} was revoked at {member.revoked}; a later report does not belong to this federation."
         return key or member.site_key, keys, Check(name="roster", state="not_checked", text=to_printable(text))
     signer = key or (report.signature.key if report.signature else "")
     try:

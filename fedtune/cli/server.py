@@ -15,7 +15,7 @@ Data = Annotated[Path | None, Option("folder for the database and the audit log 
 app = group(__doc__)
 
 
-@command(app, "serve, until stopped")
+@command(app, "run the server until it is stopped")
 def start(
     kit: KitFolder,
     host: Annotated[str, Option("address to listen on; 0.0.0.0: all")] = "0.0.0.0",
@@ -64,7 +64,7 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitF
 
 @command(app, "restore a backup")
 def restore(
-    file: Annotated[Path, Argument("FILE", help="what `fedtune server backup` wrote")],
+    file: Annotated[Path, Argument("FILE", help="the file that `fedtune server backup` wrote")],
     kit: KitFolder,
     data: Data = None,
 ) -> None:

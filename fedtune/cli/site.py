@@ -41,7 +41,7 @@ _IMPORT = (
 KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
 By = Annotated[str | None, Option("who decides, for ledger and report (default: your account)", metavar="NAME")]
-Ticket = Annotated[str | None, Option("its number in your own records, for ledger and report", metavar="TEXT")]
+Ticket = Annotated[str | None, Option("its ticket number at your site, for ledger and report", metavar="TEXT")]
 KeptRun = Annotated[str, Argument("RUN", help="a run whose final adapter is stored here, or its folder")]
 
 
@@ -68,7 +68,9 @@ def template() -> None:
 @command(app, "create the site's keys, and a request to join")
 def init(
     site: PolicyFile,
-    out: Annotated[Path | None, Option(metavar="DIR", help="folder to make (default: kit, beside site.toml)")] = None,
+    out: Annotated[
+        Path | None, Option(metavar="DIR", help="folder to create (default: kit, next to site.toml)")
+    ] = None,
 ) -> None:
     """Create the site's keys and a request to join. The keys are created here and never leave the site."""
     folder = (out or site).absolute().parent
@@ -106,7 +108,7 @@ def doctor(
     examine_site(kit=kit, site_toml=site, model=model, run=overrides, as_json=as_json)
 
 
-@command(app, "take part, until stopped")
+@command(app, "take part in runs until stopped")
 def start(
     kit: KitFolder,
     site: PolicyFile,
@@ -273,7 +275,7 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitF
 
 @command(app, "restore a backup")
 def restore(
-    file: Annotated[Path, Argument("FILE", help="what `fedtune site backup` wrote")],
+    file: Annotated[Path, Argument("FILE", help="the file that `fedtune site backup` wrote")],
     kit: KitFolder,
     site: PolicyFile,
     anchor: Annotated[Path | None, Option("the newest anchor (default: the policy's own)", metavar="FILE")] = None,

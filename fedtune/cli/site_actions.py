@@ -75,7 +75,7 @@ class AtSite:
             told.append({**about_run, "lead": asked.lead, **spent})
             about = (to_printable(asked.run), since[:10], to_printable(asked.dataset))
             rows.append((*about, _format_price(epsilon), group_hex_start(asked.lead)))
-        headings = ("run", "since", "data set", "epsilon", "asked by lead")
+        headings = ("run", "since", "data set", "epsilon", "requested by lead")
         section = Section(headings=headings, rows=rows, words=range(5), whole={0, 1})
         print_answer({"schema_version": SCHEMA_VERSION, "waiting": told}, [section], as_json=as_json)
         if not (rows or as_json):
@@ -101,7 +101,7 @@ class AtSite:
             rules = "; ".join(
                 explain_refusal(reason) + (f" ({numbers})" if numbers else "") for reason, numbers in known
             )
-            raise RefusedError(f"policy or budget refuse this run: {rules}")
+            raise RefusedError(f"the policy or the budget refuses this run: {rules}")
         if not yes:
             require_confirmation("Approve this run?", otherwise="not approved: the run still waits")
         self.files.open_ledger().approve(pending.proposal, **said)

@@ -84,7 +84,9 @@ class SyntheticFile:
         self.columns = tuple(synthetic.map_synthetic_columns(self.writer).values())
         for option, other in others.items():
             if other.config.privacy.unit != config.privacy.unit:
-                bound = f"must be of privacy.unit={config.privacy.unit}, like RUN: other epsilons do not add up"
+                bound = (
+                    f"must have privacy.unit={config.privacy.unit}, like RUN: epsilons of different units do not add up"
+                )
                 raise ConfigError(option, str(other.folder), bound)
         self.card = {suffix: find_card_path(to, suffix) for suffix in (".json", ".md")}
         from fedtune.report.synthetic_card import describe_run  # it imports torch, which takes seconds
@@ -165,11 +167,11 @@ class SyntheticFile:
         return card, [build_key_value_section(facts, title=str(self.to)), examples]
 
 
-@command(app, "generate records (the word may be omitted)")
+@command(app, "generate records (`generate` may be omitted)")
 def generate(
     run: Run,
     to: To,
-    rows: Annotated[int, Option("how many records")] = 1000,
+    rows: Annotated[int, Option("number of records")] = 1000,
     prompts: Annotated[Path | None, Option("public prompts to write records for, one per row", metavar="FILE")] = None,
     votes: Annotated[Path | None, Option("a run of task votes, which sets the prompts' shares", metavar="RUN")] = None,
     variations_of: Annotated[Path | None, Option("records of RUN with their card, to vary", metavar="FILE")] = None,
@@ -220,7 +222,7 @@ def select(
     candidates: Annotated[Path, Option("records of fedtune synthesize with RUN, and their card", metavar="FILE")],
     to: To,
     votes: Annotated[Path | None, Option("a run of task votes on these records; with --rows", metavar="RUN")] = None,
-    rows: Annotated[int | None, Option("how many records to keep, by --votes")] = None,
+    rows: Annotated[int | None, Option("number of records to keep, by --votes")] = None,
     labels: Annotated[Path | None, Option("a classifier of the sites, to label kept records", metavar="RUN")] = None,
     beside: Beside = None,
     as_json: AsJson = False,
@@ -237,7 +239,7 @@ def select(
     if votes is None and labels is None:
         raise ConfigError("--votes", None, "is missing: give --votes to select records, or --labels to label them")
     if (votes is None) != (rows is None):
-        raise ConfigError("--rows", rows, "must be given with --votes, and only then")
+        raise ConfigError("--rows", rows, "is required with --votes, and not allowed without it")
     by = {"--votes": votes, "--labels": labels}
     others = {option: public.load(folder) for option, folder in by.items() if folder is not None}
     file = SyntheticFile(to, run, others, rows=rows, beside=beside)

@@ -189,7 +189,7 @@ def _resolve_inside(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise ConfigError("model.path", str(folder), f"must have a readable {name}") from error
     if not file.is_relative_to(inside):
-        bound = f"must not hold {name}, a link out of it"
+        bound = f"must not contain {name}, a link to a file outside the folder"
         raise ConfigError("model.path", str(folder), bound, remedy="give a real copy of the folder (cp -rL)")
     if not file.is_file():
         raise ConfigError("model.path", str(folder), f"must have {name} as a regular file")

@@ -281,7 +281,7 @@ def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | N
             else:
                 hashes, last = there.history.hashes, inside.history.length
                 if hashes[last - 1 : last] != [inside.history.hash]:
-                    bound = "is a different ledger, or older than the backup's: move it away"
+                    bound = "is a different ledger, or older than the ledger in the backup: move it away"
                     raise ConfigError("ledger", str(files.ledger), bound)
                 return None
         made_up = charge_missing_events(copy, files, find_anchors(files, anchor))

@@ -273,7 +273,9 @@ def explain_signal(ratio: float, task: str) -> str:
     if not (studied := get_task(task).studied):
         return f"{furthest}; there is no study of how much task {task} learns at this ratio"
     nearest = min(studied, key=lambda one: abs(math.log(one / ratio)))
-    return f"{furthest}; a study at {nearest:g} kept {studied[nearest]} of the gain without privacy"
+    return (
+        f"{furthest}; in a study, runs at {nearest:g} kept {studied[nearest]} of the gain of training without privacy"
+    )
 
 
 def describe_contribution(plan: Plan) -> str:

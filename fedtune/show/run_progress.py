@@ -113,7 +113,7 @@ class Display:
         if self._shown:
             show([_build_settings_section(self._config, shared, proposal.plan)], console=self._console)
         if state.start_adapter:
-            self._print_text(f"begins in {_describe_start(state.start_adapter)}")
+            self._print_text(f"starts from {_describe_start(state.start_adapter)}")
         if state.metrics_before:
             self._print_text(f"before training: {_format_scores(state.metrics_before)} (test records)")
         if state.round:
@@ -238,7 +238,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         say_here(f"{missing}.", style="yellow")
     for code in final.findings:
         say_here(_describe_finding(code, config), style="yellow")
-    took = f"rounds and scores {_format_minutes(final.seconds or 0.0)}, with loading {_format_minutes(whole_s)}"
+    took = f"rounds and scores took {_format_minutes(final.seconds or 0.0)}; with loading, {_format_minutes(whole_s)}"
     memory = f", peak memory {final.peak_memory_bytes / 2**30:.1f} GiB" if final.peak_memory_bytes else ""
     say_here(took + memory)
 
@@ -290,7 +290,9 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
         if plan.unit == "user":
             rows["privacy"] += f", at most {pluralize(plan.records_per_user, 'record')} of a user in a step"
         if (people := plan.cohorts) is not None:
-            came = f"from {people.first} to {people.last}" if people.first else f"up to {people.last} or without a date"
+            came = (
+                f"from {people.first} to {people.last}" if people.first else f"up to {people.last}, or without a date"
+            )
             rows["people"] = f"only those who arrived {came} are charged"
         if config.runtime.seeded_noise:
             rows["privacy"] += "; seeded noise: a study without a guarantee"
@@ -307,7 +309,7 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
         slower = f"model.dtype={dtype} makes this run slower: this CPU has no bfloat16 instructions"
         rows["format"] = f"{slower}; use model.dtype=float32 here"
     if not shared.loaded.keeps_states:
-        small = "runtime.kept_states_mib is too small to keep what the frozen layers make of the records"
+        small = "runtime.kept_states_mib is too small to keep the outputs of the frozen layers for all records"
         slower = f"which takes {math.ceil(shared.states_mib):,} MiB: training takes several times as long"
         rows["memory"] = f"{small}, {slower}. runtime.kept_states_folder, a folder on a fast disk, can store them too"
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
@@ -320,14 +322,17 @@ def _describe_start(about: Mapping[str, Any]) -> str:
     if about.get("public"):
         spent = "it was trained without privacy on records declared public"
     elif about["epsilon"] == UNKNOWN:
-        spent = f"its training cost is unknown{': no run.json lies beside it' if 'head' in about else ''}"
+        spent = f"its training cost is unknown{': it has no run.json next to it' if 'head' in about else ''}"
     elif about["epsilon"] is None:
         spent = f"its training{on} gives no privacy guarantee for its records"
     else:
         epsilon = f"epsilon {format_epsilon(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
         spent = f"its training{on} spent {epsilon}"
-    head: dict[object, str] = {True: "its head is taken, too", False: "its head has other labels: it starts fresh"}
-    what = "the adapter" if "head" in about else "what owes to the adapter"
+    head: dict[object, str] = {
+        True: "its head is reused",
+        False: "its head has other labels, so the run starts with a new head",
+    }
+    what = "the adapter" if "head" in about else "the model derived from the adapter"
     known = [f"{what} {about['digest'][:12]} of {about['from']}", spent, head.get(about.get("head"))]
     return "; ".join(filter(None, known))
 

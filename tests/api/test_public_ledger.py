@@ -174,8 +174,8 @@ def test_commands_and_report_show_own_releases(tmp_path: Path) -> None:
     ledger.charge("opacus", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     for words, text in (
         ("show", "histogram on population, 1 noised sum"),
-        ("show", "answer stored, for the site"),
-        ("show", "charge complete: other software makes it"),
+        ("show", "answer stored at the site"),
+        ("show", "charge complete: other software computes the release"),
         ("spent", "dp_sgd opacus"),
         ("verify", "Checked"),
     ):

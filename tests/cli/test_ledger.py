@@ -189,7 +189,7 @@ def test_restore_charges_missing_events_and_training_continues(put_back: Any) ->
     verified = verify(put_back.ledger, anchor=Head.read(put_back.anchor))
     assert verified.history.head(put_back.key).charged == lost.charged
     put_back.charge(put_back.proposal("fourth"), 1)
-    assert "Backups put back so far: 1" in run_command("ledger", "spent", str(put_back.ledger)).out
+    assert "Backups restored so far: 1" in run_command("ledger", "spent", str(put_back.ledger)).out
     shown = run_command("ledger", "show", str(put_back.ledger)).out
     assert "a backup was put back; charged what it lacked" in shown
 

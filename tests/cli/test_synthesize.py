@@ -260,7 +260,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
     for options, said in (
         ((), "--votes = null: is missing: give --votes to select records, or --labels"),
         (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
-        (("--labels", str(folder), "--rows", "2"), "--rows = 2: must be given with --votes, and only then"),
+        (("--labels", str(folder), "--rows", "2"), "--rows = 2: is required with --votes, and not allowed without it"),
         (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
         (
             ("--labels", str(make_adapter_private(folder, tmp_path / "own"))),

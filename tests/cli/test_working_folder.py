@@ -149,7 +149,7 @@ def test_failed_start_leaves_no_folder_and_started_run_can_resume(
     before = read_process_state()
     said = end_with_error(config, folder, error)
     assert not folder.parent.exists()
-    assert ("Nothing had been trained yet." in said) is hint
+    assert ("Nothing has been trained yet." in said) is hint
     assert ("Interrupted." in said) is isinstance(error, KeyboardInterrupt)
     said = end_with_error(config, folder, error, begun=True)
     assert read_process_state() == before
@@ -215,7 +215,7 @@ def test_run_stopped_while_loading_leaves_no_folder(tmp_path: Path, number: sign
         process.send_signal(number)
         said, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (1, "")
-    assert "Interrupted. Nothing had been trained yet." in said
+    assert "Interrupted. Nothing has been trained yet." in said
     assert list(tmp_path.iterdir()) == []
 
 

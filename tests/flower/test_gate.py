@@ -138,7 +138,10 @@ def test_site_signature_is_valid_only_on_its_own_connection(network: Loopback, c
     # It is over the time alone: seen once, it would do for any call within a minute.
     stolen = sign_headers(network.tls["a"])
     answer = call_gate(network.tls["b"]).get(HELLO, headers=stolen)
-    assert (answer.status_code, answer.json()["reason"]) == (401, "signed by another than the connection's certificate")
+    assert (answer.status_code, answer.json()["reason"]) == (
+        401,
+        "signed with a key other than that of the connection's certificate",
+    )
     assert call_gate(network.tls["a"]).get(HELLO, headers=stolen).status_code == 200
 
 
@@ -353,7 +356,7 @@ def test_body_of_a_refused_call_is_not_read(network: Loopback, call_gate: Any) -
         (
             "/v1/fleet/push-object",
             sign_headers(network.tls["b"]),
-        ),  # signed by another than the connection's certificate
+        ),  # signed with a key other than that of the connection's certificate
     ):
         sent = 0
         with contextlib.suppress(httpx.TransportError):  # it is cut, or answered first

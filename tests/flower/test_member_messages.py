@@ -96,16 +96,16 @@ def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback,
     ((a,),) = network.rows("SELECT node_id FROM node WHERE name = 'a'")
     other = (a % (1 << 64)) if a < 0 else a
     for status, reason, changed in (
-        (403, "in another sender's name", {"reply_to_message_id": "", **to_lead}),
-        (403, "in another sender's name", {"reply_to_message_id": "", **to_lead, "dst_node_id": other}),
-        (403, "in another sender's name", {"src_node_id": other}),
+        (403, "in the name of another sender", {"reply_to_message_id": "", **to_lead}),
+        (403, "in the name of another sender", {"reply_to_message_id": "", **to_lead, "dst_node_id": other}),
+        (403, "in the name of another sender", {"src_node_id": other}),
         (403, "not to the lead", {"dst_node_id": other}),
         (403, "not to the lead", {"dst_node_id": member.node_id}),
-        (403, "answers no question", {"reply_to_message_id": ""}),
+        (403, "not an answer to a question", {"reply_to_message_id": ""}),
         (409, "the question is not open", {"reply_to_message_id": "ab" * 32}),
         (403, "another run's question", {"run_id": 7}),
-        (403, "of another kind than the question", {"message_type": "query"}),
-        (403, "of another kind than the question", {"group_id": "other"}),
+        (403, "of a different type than the question", {"message_type": "query"}),
+        (403, "of a different type than the question", {"group_id": "other"}),
         (403, "too many objects, or objects without a name", {"message_id": "x"}),
     ):
         request = member.answer_to(question, **changed)
@@ -116,7 +116,7 @@ def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback,
     assert not sent & set(stored)
     assert round_.ends() == {1: "a"}
     noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
-    assert ("message refused", "in another sender's name", "b") in noted
+    assert ("message refused", "in the name of another sender", "b") in noted
     assert ("run started", None, None) in noted
 
 

@@ -263,7 +263,7 @@ def test_noisy_member_does_not_hide_events_of_others(path: Path, audit: AuditLog
         audit.log_event("call refused", member="south", path=f"/{number}", reason="no such call")
         audit.log_event("handshake refused", address=f"127.0.{number // 250}.{number % 250}", reason="hung up")
     assert audit.log_event("call refused", member="north", path="/v1/fleet/push-messages", reason="wrong signature")
-    assert audit.log_event("message refused", member="south", reason="answers no question")
+    assert audit.log_event("message refused", member="south", reason="not an answer to a question")
     assert audit.log_event("run started", certificate="lead")
     assert audit.log_event("member revoked", member="south")
     assert sum(line.get("member") == "south" for line in read_lines(path)) <= 103

@@ -143,7 +143,7 @@ def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, 
             p384_public_key(damaged, key="certificate")
         fields["sites"][0]["certificate"] = certificate_pem(damaged).decode()
         path.write_text(json.dumps(fields))
-        with pytest.raises(ConfigError, match="must be one in PEM form"):
+        with pytest.raises(ConfigError, match="must be a certificate in PEM format"):
             Roster.read(path)
 
 

@@ -201,7 +201,7 @@ class Connection:
                 if "revoked" in reason:
                     fix = "Ask the lead why this site was revoked, and for a new kit if it should rejoin."
                 elif "clock" in reason:
-                    fix = "Turn on time synchronisation on this machine, for instance with `timedatectl set-ntp true`."
+                    fix = "Turn on time synchronization on this machine, for instance with `timedatectl set-ntp true`."
                 return _failed(AUTHENTICATION, f"the server refused this site: {reason}", fix=fix)
             known = parse_answer_field(answer, "site", self._server)
         except Foreign as error:

@@ -34,13 +34,16 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
             server cannot be reached.
         kept: whether time synchronization runs on this machine, so that a difference is the server's fault.
     """
-    name, fix = "clock", "Turn on time synchronisation, for instance with `timedatectl set-ntp true`."
+    name, fix = "clock", "Turn on time synchronization, for instance with `timedatectl set-ntp true`."
     if ahead_s is None:
         return build_skipped_check(name, "the server's clock could not be read")
     ahead, unsure = ahead_s
     off = max(0.0, abs(ahead) - unsure)
     if kept and off > MOST_AHEAD_S:
-        found = f"the server's is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead'}, and this one is synchronized"
+        found = (
+            f"the server's clock is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead'}, "
+            "and this one is synchronized"
+        )
         fix = "Ask the server's operators to turn on time synchronization."
         return failed(name, found, fix=fix, exit_code=SERVER) if off > WRONG_S else warning(name, found, fix=fix)
     shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
@@ -112,7 +115,7 @@ def check_socket(place: Path) -> DoctorCheck:
 
 
 def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
-    """Check that the anchor is on another disk than the ledger, so that it detects when the ledger's disk was
+    """Check that the anchor is on a different disk than the ledger, so that it detects when the ledger's disk was
     restored.
     """
     name = "anchor's place"
@@ -122,7 +125,7 @@ def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
     if nearest_existing(anchor).stat().st_dev == nearest_existing(ledger).stat().st_dev:
         found = "on the ledger's own disk: both can be rolled back together"
         return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk, and move the file there.")
-    return build_passed_check(name, "on another disk than the ledger")
+    return build_passed_check(name, "on a different disk than the ledger")
 
 
 def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path = Path("/")) -> DoctorCheck:
@@ -237,7 +240,7 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
         yield failed(f"{_NAME}: account", found, fix=fix)
     elif not wrong:
         yield build_passed_check(
-            _NAME, f"those of account {account_name(account)} belong to it, and only it and root can change them"
+            _NAME, f"the files of account {account_name(account)} belong to it, and only it and root can change them"
         )
 
 

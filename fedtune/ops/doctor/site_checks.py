@@ -271,21 +271,24 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
     if wrong := next(_find_ledger_problems(files, history), None):
         return wrong, None
     rollback = "up to its anchor" if verified.anchor_sequence else "but without an anchor"
-    return build_passed_check(name, f"whole and signed, {rollback}"), history
+    return build_passed_check(name, f"complete and signed, {rollback}"), history
 
 
 def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[DoctorCheck]:
     """Yield the reasons why an intact ledger would still prevent training."""
     name = "ledger"
     for key, made_for, says in history.opening.differences(files.policy):
-        fix = f"Set {key} in site.toml back: it is fixed for the ledger's lifetime."
+        fix = f"Restore the old value of {key} in site.toml: it is fixed for the ledger's lifetime."
         yield failed(name, f"was created for {key} = {made_for}, but the policy says {says}", fix=fix)
     if files.anchor is not None and not files.anchor.is_file() and history.total_charges():
         fix = f"Restore the anchor, or create a new one with `fedtune ledger anchor` ({_PAGE})."
         yield failed(name, "its anchor is missing, and something was charged: nothing is trained", fix=fix)
     if history.furthest_doubt is not None:
         fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
-        found = f"in doubt: a receipt knows event {history.furthest_doubt.sequence}, which it lacks; nothing is trained"
+        found = (
+            f"in doubt: a receipt refers to event {history.furthest_doubt.sequence}, which the "
+            "ledger lacks; nothing is trained"
+        )
         yield failed(name, found, fix=fix)
     if history.is_frozen:
         fix = "This is permanent by design; ask the lead to revoke this site if it has no other population."

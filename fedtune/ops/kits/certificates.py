@@ -135,9 +135,12 @@ def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, re
     """Check that `certificate` is valid at `now` (with a time zone); `renewal` tells people what to do if it is not."""
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
-        raise ConfigError(key, f"{ends:%Y-%m-%d %H:%M} UTC", "is when the certificate expired", remedy=renewal)
+        raise ConfigError(key, f"{ends:%Y-%m-%d %H:%M} UTC", "is past: the certificate expired then", remedy=renewal)
     if now < begins:
-        bound = f"is when the certificate begins, and this machine's clock says {now:%Y-%m-%d %H:%M}"
+        bound = (
+            "is in the future, but the certificate is valid only from then on: this machine's "
+            f"clock says {now:%Y-%m-%d %H:%M}"
+        )
         raise ConfigError(key, f"{begins:%Y-%m-%d %H:%M} UTC", bound, remedy="set the clock")
 
 
@@ -222,7 +225,7 @@ class Authority:
         """
         path = folder / "ca_key.pem"
         if not os.path.isfile(path):
-            remedy = "bring the authority's folder back from where you keep it, for as long as you need it"
+            remedy = "restore the authority's folder from offline storage, and remove it again afterwards"
             raise ConfigError(str(path), NOT_GIVEN, "is missing", remedy=remedy)
         check_private(path)
         key, certificate = read_connection_key(path), read_certificate(folder / "ca.pem")

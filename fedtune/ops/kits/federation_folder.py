@@ -219,7 +219,7 @@ class FederationFolder:
         command, file = self.settings.key_command, self.folder / SETTINGS
         own = SigningKey.load(self.folder / "lead" / "lead_key.pem", command=command, named_in=file)
         if own.public != self.lead_key:  # the server would take no roster that it signs
-            raise ConfigError("lead key", own.public, f"must be the federation's, {self.lead_key}")
+            raise ConfigError("lead key", own.public, f"must be the federation's lead key, {self.lead_key}")
         return own
 
     def read_retired_keys(self) -> frozenset[str]:

@@ -103,7 +103,7 @@ def read_json(cls: type[T], data: bytes, *, key: str) -> T:
     Raises:
         ConfigError: names the key, its value and the accepted values; the argument `key` names the file.
     """
-    return _check_kit_version(cls, parse_json(data, key=key, bound="must be JSON: one object, whole"))
+    return _check_kit_version(cls, parse_json(data, key=key, bound="must be one complete JSON object"))
 
 
 def _check_kit_version(cls: type[T], table: dict[str, Any]) -> T:
@@ -203,7 +203,9 @@ class Kit(KitFile):
             raise ConfigError("kit", str(folder), f"must be the folder of a {kind}'s kit; it has no kit.toml")
         read = read_spec(KitFile, file)
         if read.kind != kind:
-            raise ConfigError("kind", read.kind, f"must be {kind!r} here").in_file(file)
+            raise ConfigError(
+                "kind", read.kind, f"must be {kind!r}, because this command needs a {kind}'s kit"
+            ).in_file(file)
         kit = cls(folder=folder, **{field.name: getattr(read, field.name) for field in fields(read)})
         secrets = [kit.key, *([kit.lead_key] if kind == "lead" and not kit.key_command else [])]
         for path in (kit.ca, kit.certificate, *secrets, *([] if kind == "site" else [kit.roster])):

@@ -70,14 +70,16 @@ class Member:
             try:
                 datetime.fromisoformat(self.revoked)
             except ValueError:
-                raise ConfigError("revoked", self.revoked, "must be a time in ISO form, or null") from None
+                raise ConfigError("revoked", self.revoked, "must be a time in ISO 8601 format, or null") from None
         try:
             issued = self.x509_certificate
             named, connection_key = common_name(issued.subject), issued.public_key()  # parsed only now
         except UNREADABLE:
-            raise ConfigError("certificate", self.site, "must be one in PEM form") from None
+            raise ConfigError("certificate", self.site, "must be a certificate in PEM format") from None
         if named != self.site or not is_p384(connection_key):
-            raise ConfigError("certificate", self.site, "must be the site's own, for an EC P-384 key")
+            raise ConfigError(
+                "certificate", self.site, "must be a certificate for this site's name and an EC P-384 key"
+            )
         _check_datasets(self.datasets)
 
     @property
@@ -176,7 +178,7 @@ def _check_datasets(datasets: Mapping[str, int]) -> None:
     for name, declared_size in datasets.items():
         check_name("datasets", name)
         if not 1 <= declared_size < _MOST_UNITS:
-            raise ConfigError(f"datasets.{name}", declared_size, "must be from 1 to fewer than 2^53")
+            raise ConfigError(f"datasets.{name}", declared_size, "must be at least 1 and below 2^53")
 
 
 @spec
@@ -203,7 +205,7 @@ class JoinRequest:
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
         if not is_signed(self.site_key, PURPOSE, bytes_to_sign(dataclasses.asdict(self)), self.signature):
-            bound = "is not the site's: the request was changed after signing; ask the site for it again"
+            bound = "does not match the request, which was changed after signing; ask the site to send it again"
             raise ConfigError("signature", self.signature, bound)
         _check_csr(self.csr, site=self.site)
         _check_datasets(self.datasets)

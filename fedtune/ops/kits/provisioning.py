@@ -116,7 +116,7 @@ def check_join_request(folder: Path, *, request: Path, days: int | None, now: da
             for member in federation.roster.sites:
                 if member.site.casefold() == asked.site.casefold():  # a file system may take North for north
                     again = f"`renew-site {member.site} REQUEST`"
-                    bound = f"is taken by a site; for a new request of the same site, use {again}"
+                    bound = f"is the name of another site; for a new request from the same site, use {again}"
                     if member.revoked:
                         bound = f"was revoked on {member.revoked}: add it again with {again}"
                     raise ConfigError("site", asked.site, bound)
@@ -262,7 +262,7 @@ def _check_new_keys(federation: FederationFolder, asked: JoinRequest, others: Co
         raise ConfigError("connection key", fingerprint, f"was replaced and can never be used again: {again}")
     for member in others:
         if member.node_key == asked.node_key:
-            state = "was revoked with" if member.revoked else "belongs to"
+            state = "was the key of the revoked" if member.revoked else "belongs to"
             raise ConfigError("connection key", fingerprint, f"{state} site {member.site}: {again}")
         if member.site_key == asked.site_key:
             bound = f"belongs to site {member.site}: every site has its own ledger and site key"

@@ -171,7 +171,7 @@ class KitRoster:
         keys = {one.site: key_fingerprint(one.node_key) for one in roster.sites}
         revoked = {one.site for one in roster.sites if one.revoked is not None}
         if back := [site for site, key in keys.items() if site not in revoked and key in self._revoked]:
-            bound = "must stay revoked: revoke them again, after the federation's folder was put back from a backup"
+            bound = "must stay revoked: the federation's folder was restored from a backup, so revoke these sites again"
             raise ConfigError("roster.sites", back, bound)
         self._revoked |= {keys[site] for site in revoked}
         return roster

@@ -160,7 +160,7 @@ def lock_ledger(ledger: Path) -> Iterator[None]:
         except OSError:
             said = os.read(descriptor, 32).strip()
             holder = said.decode() if said.isdigit() else "another"
-            bound = f"is already used by process {holder}; stop that process first"
+            bound = f"is already in use by process {holder}; stop that process first"
             raise ConfigError("ledger", str(ledger), bound) from None
         os.truncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -247,7 +247,7 @@ def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
     """
     reason = parse_answer_field(answer, "reason", server)
     if not reason.isprintable() or len(reason) > _MOST_REASON:  # words that are not for people
-        raise Foreign(f"what answers at {server} is not a fedtune server ({answer.status_code})")
+        raise Foreign(f"the service at {server} is not a fedtune server ({answer.status_code})")
     return reason
 
 
@@ -260,7 +260,7 @@ def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
     try:
         return str(answer.json()[field])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise Foreign(f"what answers at {server} is not a fedtune server ({answer.status_code})") from error
+        raise Foreign(f"the service at {server} is not a fedtune server ({answer.status_code})") from error
 
 
 def sign_headers(tls: Tls) -> dict[str, str]:

@@ -261,7 +261,7 @@ class Gate:
             raise NotAllowed(403, "revoked")
         if peer is None or peer.key != key:
             # A site signs the time alone: who has seen that must not use it.
-            raise NotAllowed(401, "signed by another than the connection's certificate")
+            raise NotAllowed(401, "signed with a key other than that of the connection's certificate")
         self._traffic.heard[known.site] = time.time()
         return known
 
@@ -308,7 +308,7 @@ def check_call_format(scope: Scope, headers: dict[str, str]) -> None:
     if scope.get("method") != "POST":
         raise NotAllowed(405, "not a POST")
     if headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF_MEDIA_TYPE:
-        raise NotAllowed(415, "not a message of Flower's")
+        raise NotAllowed(415, "not a Flower message")
     if headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise NotAllowed(415, "a compressed body")
 

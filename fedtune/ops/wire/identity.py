@@ -84,7 +84,10 @@ def explain_tls_refusal(error: BaseException) -> str | None:
                 return f"it does not accept this site's certificate: {said}"
             return f"it ended the encryption: {said}"
         if isinstance(cause, HungUp):  # as asyncio's servers do, which send no alert
-            return "it hung up right after the handshake; if this continues, it does not accept this site's certificate"
+            return (
+                "it closed the connection right after the handshake; if this continues, it does not "
+                "accept this site's certificate"
+            )
     return None
 
 
@@ -135,7 +138,7 @@ class SeenCalls:
         if len(self._until) >= self._most:
             self._until = {one: until for one, until in self._until.items() if until >= now}
         if len(self._until) >= self._most:
-            raise NotAllowed(503, "too many calls of the lead's within two minutes")
+            raise NotAllowed(503, "too many calls from the lead within two minutes")
         self._until[signature] = float(headers[TIME]) + TOLERANCE_S
 
 

@@ -167,7 +167,7 @@ class SiteCalls:
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
             raise NotAllowed(403, "not exactly one message")
         if any(request.clientapp_runtime_list):
-            raise NotAllowed(403, "a time that training took")
+            raise NotAllowed(403, "a training time")
         (message,), (tree,) = request.messages_list, request.message_object_trees
         if message.HasField("error") or message.content.ByteSize():
             raise NotAllowed(403, "content beside the objects")
@@ -205,12 +205,12 @@ class SiteCalls:
             NotAllowed: the message does not answer such a question.
         """
         if about.src_node_id != node:
-            raise NotAllowed(403, "in another sender's name")
+            raise NotAllowed(403, "in the name of another sender")
         if about.dst_node_id != constant.SUPERLINK_NODE_ID:
             raise NotAllowed(403, "not to the lead")
         found = list(self._run_query(_QUESTION, id=about.reply_to_message_id))
         if not about.reply_to_message_id:
-            raise NotAllowed(403, "answers no question")
+            raise NotAllowed(403, "not an answer to a question")
         if not found or found[0].until <= time.time():
             raise NotAllowed(409, "the question is not open")
         (question,) = found
@@ -219,7 +219,7 @@ class SiteCalls:
         if question.run_id != uint64_to_int64(about.run_id):
             raise NotAllowed(403, "another run's question")
         if (about.message_type, about.group_id) != (question.message_type, question.group_id):
-            raise NotAllowed(403, "of another kind than the question")
+            raise NotAllowed(403, "of a different type than the question")
         if question.answer not in (None, about.message_id):
             raise NotAllowed(409, "the question is answered")
         return float(question.until)

@@ -187,7 +187,7 @@ def test_compare_without_an_experiment_states_its_cost_and_asks(monkeypatch: pyt
     monkeypatch.setattr("fedtune.cli.compare._run_unfinished", lambda *_, **__: pytest.fail("nobody agreed"))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     outcome = run_command("compare")
-    assert (outcome.code, outcome.message) == (1, "nothing is trained; choose other records with experiment=NAME")
+    assert (outcome.code, outcome.message) == (1, "nothing was trained; to use other records, set experiment=NAME")
     assert "Each spends epsilon 7.9" in outcome.out or "Each spends epsilon 8.000" in outcome.out
     assert "Train them now? [y/N]" in outcome.out
 
