@@ -408,7 +408,7 @@ def read_saved_settings(folder: Path) -> dict[str, Any]:
     """
     path = RunFolder(folder).config
     if not os.path.isfile(path):  # False for a name that is too long, too
-        raise ConfigError("run folder", str(folder), f"must hold a config.yaml{suggest_run_folders(folder)}")
+        raise ConfigError("run folder", str(folder), f"must contain a config.yaml{suggest_run_folders(folder)}")
     settings = read_plain_yaml(path, key="run folder")
     check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="run folder")
     return settings
@@ -444,7 +444,7 @@ def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         why = next((words for kind, words in _NO_YAML.items() if isinstance(error, kind)), "no keys with values")
-        raise ConfigError(key, where, f"must hold a configuration as YAML ({why})") from None
+        raise ConfigError(key, where, f"must contain a configuration as YAML ({why})") from None
     return {str(name): value for name, value in settings.items()}
 
 

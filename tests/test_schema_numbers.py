@@ -23,7 +23,7 @@ from fedtune.tasks.saved import load_task_model
 
 from .conftest import make_site_policy, write_config
 
-GO_ON = "continue with the version of fedtune that wrote it; everything that it charged stays charged"
+GO_ON = "use the version of fedtune that wrote the ledger; its charges stay in force"
 A_REPORT = Path(__file__).parent / "report" / "reports" / "run.json"
 
 

@@ -322,7 +322,9 @@ class Ledger:
             said = str(refused)
             if refused.reason in _ABOUT_TOTALS:
                 said = f"{refused.reason}: epsilon would be {refused.asked} in total, {refused.allowed}"
-            raise RefusedError(f"the release {proposal.run!r} does not fit: {said}; nothing was charged") from refused
+            raise RefusedError(
+                f"the release {proposal.run!r} exceeds the budget: {said}; nothing was charged"
+            ) from refused
 
     def _commit(self, granted: Reservation, reply: bytes) -> bytes:
         self._site.commit(granted, reply)

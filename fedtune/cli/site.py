@@ -253,7 +253,7 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
         ledger.end_run(name)
     sys.stdout.write(
         f"{own.site} has left {own.federation}; {pluralize(len(open_runs), 'open run')} ended, and what they had set "
-        "aside is free.\nA running `fedtune site start` stops by itself. Ask the lead to shut the site out:\n"
+        "aside is released.\nA running `fedtune site start` stops by itself. Ask the lead to shut the site out:\n"
         f"  fedtune provision revoke-site {own.site}\n"
         f"Keep {files.ledger} and {files.site_key}: they show what was spent. To come back, remove {state.left_file}.\n"
     )

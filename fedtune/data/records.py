@@ -129,7 +129,7 @@ def read_column_values(records: Sequence[Record], column: str, *, key: str, role
 def empty_file_error(path: Path) -> DataError:
     """Return the error for a file without records."""
     found = "an empty file" if path.is_file() and not path.stat().st_size else "no records"
-    return DataError(str(path), found, "must hold at least one record")
+    return DataError(str(path), found, "must contain at least one record")
 
 
 def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:

@@ -133,7 +133,7 @@ class DataSpec:
             fraction = getattr(self, f"{name}_fraction")
             check_fraction(f"{name}_fraction", fraction, zero=True)
             if fraction and getattr(self, f"{name}_file") is not None:
-                raise ConfigError(f"{name}_fraction", fraction, f"must be 0 where data.{name}_file is given")
+                raise ConfigError(f"{name}_fraction", fraction, f"must be 0 if data.{name}_file is set")
         if self.validation_fraction + self.test_fraction >= 1:
             raise ConfigError("test_fraction", self.test_fraction, "must leave sites some records of data.train_file")
         check_names("labels", self.labels)

@@ -51,7 +51,7 @@ def format_location(file: Path | str, line: int) -> str:
 def build_missing_column_error(present: Iterable[str], column: str, *, role: str, at: str) -> DataError:
     """Return the error for a column that is not among the columns `present`."""
     names = ", ".join(repr(name) for name in islice(present, 10)) or "none"
-    bound = f"must be there (role {role}); set data.columns.{role} to one of {names}"
+    bound = f"is missing (role {role}); set data.columns.{role} to one of {names}"
     return DataError(f"{at}, column {column!r}", "absent", bound)
 
 
@@ -205,7 +205,7 @@ def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
     for mark in (mark for mark in named if mark != comma and len(header) == 1 and mark in header[0]):
         other = {"\t": ".tsv", "|": ""}.get(mark, ".csv")
         remedy = f"give the file the ending {other}" if other else "save it so"
-        bound = f"must have {named[comma]} between the columns; {remedy}"
+        bound = f"must have {named[comma]} between the columns: {remedy}"
         raise DataError(at, f"a header that looks separated by {named[mark]}", bound)
 
 
@@ -440,7 +440,9 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
                 line += block.count(b"\n")
                 block = stream.read1(_BLOCK_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        found = "an early end" if isinstance(error, EOFError) else "no gzip, or damaged"  # its own words quote the file
+        found = (
+            "an early end" if isinstance(error, EOFError) else "not a gzip file, or a damaged one"
+        )  # its own words quote the file
         raise DataError(format_location(path, line), found, "must be a whole gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a file that can be read") from None

@@ -152,7 +152,9 @@ def tokenize_whole_texts(
     input_ids, found = [], []
     for (record, roles), ids in zip(fields, encoded, strict=True):
         if not ids and lenient_within is None:
-            raise DataError(record.at(roles[0]), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
+            raise DataError(
+                record.at(roles[0]), "no tokens", f"must contain a token of the tokenizer {tokenizer.name_or_path!r}"
+            )
         # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
         input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
         found.append(bool(ids))

@@ -104,7 +104,9 @@ def _choose_token(
     text.
     """
     if not logits.max().isfinite():
-        raise ConfigError("adapter", float(logits.max()), "must give numbers for the next token: its training diverged")
+        raise ConfigError(
+            "adapter", float(logits.max()), "must give finite scores for the next token: its training diverged"
+        )
     if spec.temperature == 0:
         return int(logits.argmax())
     # In float64, and nothing above zero is divided: the smallest temperature overflows nothing.
@@ -146,7 +148,7 @@ def group_by_prompt(
         groups.setdefault(tuple(prompt.tolist()), []).append(reference)
     kept = list(groups)[:rows]
     if not kept:
-        raise DataError("evaluation data", 0, "must hold at least one prompt to generate from")
+        raise DataError("evaluation data", 0, "must contain at least one prompt to generate from")
     return [np.array(prompt, dtype=np.int32) for prompt in kept], [groups[prompt] for prompt in kept]
 
 

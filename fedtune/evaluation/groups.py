@@ -112,7 +112,7 @@ def score_groups(
         for number in range(len(groups.names)):
             parts = codes == number, codes != number
             if not all(part.any() for part in parts):
-                raise DataError("evaluation data", "no record", "must hold a record of each group")
+                raise DataError("evaluation data", "no record", "must contain a record of each group")
             inside, outside = (scores({name: values[part] for name, values in own.items()})[score] for part in parts)
             found |= {f"in {number}": inside, f"gap {number}": inside - outside}
         return found

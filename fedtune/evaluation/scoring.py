@@ -126,7 +126,7 @@ def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> 
         DataError: there is nothing to score.
     """
     if len(dataset) == 0:
-        raise DataError("evaluation data", 0, "must hold at least one example")
+        raise DataError("evaluation data", 0, "must contain at least one example")
     for indices in cut_micro_batches(np.arange(len(dataset)), dataset.lengths * dataset.texts, max_tokens=max_tokens):
         yield indices, collate(dataset, indices, pad_id=pad_id)
 

@@ -164,7 +164,7 @@ def read_receipts(path: Path) -> dict[str, Receipt]:
     if not path.exists():
         return {}
     try:
-        known = parse_json(path.read_bytes(), key=str(path), bound="must be receipts by site")
+        known = parse_json(path.read_bytes(), key=str(path), bound="must map sites to their receipts")
         return dict(decode_value("receipts", known, Mapping[str, Receipt]))
     except ConfigError as error:
         raise RunError(f"{path} is damaged; the sites' last receipts are unknown") from error

@@ -44,7 +44,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
     """
     there = transport.wait_for_sites(lead.declared_sizes, timeout_s=lead.asked.federation.round_timeout_s)
     if missing := sorted(set(lead.declared_sizes) - set(there)):
-        raise RunError(f"sites that did not introduce themselves: {', '.join(missing)}")
+        raise RunError(f"no answer from these sites, so the run did not start: {', '.join(missing)}")
     if state.round == 0:
         # Invite first, so that no site is charged for a run that other sites' policies would end.
         answers, rounds = invite(transport, lead.asked), lead.plan.num_rounds
@@ -149,7 +149,7 @@ def _roll_back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: S
         StuckError: the round before diverged as well.
     """
     shown = ", ".join(f"{name} {score:g}" for name, score in scores.items())
-    text = f"round {state.round + 1} diverged ({shown or 'the average is not finite'})"
+    text = f"round {state.round + 1} diverged ({shown or 'the average has values that are not finite'})"
     if state.rounds and state.rounds[-1].diverged:
         rates = lead.training.suggest_lower_rates(clipped=lead.plan.private)
         lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())

@@ -164,8 +164,10 @@ class SecureSums:
             left_out = dict.fromkeys(self.left_out, "sends wrong shares")
             why = {**_describe_missing(missing), **failed, **left_out}
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
-            all_of = f"{len(ready)} of {len(self._terms.members)} sites are in the secure aggregation session"
-            raise RunError(f"{all_of}, and {self._terms.threshold} must ({others}); nothing was charged for this round")
+            all_of = f"{len(ready)} of {len(self._terms.members)} sites joined the secure aggregation session"
+            raise RunError(
+                f"{all_of}, but {self._terms.threshold} are required ({others}); nothing was charged for this round"
+            )
         return ready
 
     def _rejoin(self) -> tuple[list[str], dict[str, Refusal | None]]:
@@ -218,7 +220,7 @@ class SecureSums:
         release = Summation(self._begun, release=round)
         _add_messages(uploads, release.add_upload)
         if (uploaded := len(release.survivors)) < (least := self._lead.asked.federation.least_sites):
-            raise Unreadable(round, f"{uploaded} sites uploaded, and {least} must")
+            raise Unreadable(round, f"{uploaded} sites uploaded, but {least} are required")
         request = release.confirm_request()
         # Sites that did not upload may help, too.
         confirmed, _ = self._request_step(CONFIRM, self.session, dict.fromkeys(self._ready, (request,)))

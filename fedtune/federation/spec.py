@@ -103,14 +103,14 @@ class FederationSpec:
                 raise ConfigError("site_names", name, "must not contain a '.'")
             check_name("site_names", name)
         if len({name.lower() for name in self.site_names}) != len(self.site_names):  # one folder each on every disk
-            raise ConfigError("site_names", list(self.site_names), "must not repeat a name, in capitals or not")
+            raise ConfigError("site_names", list(self.site_names), "must not repeat a name, ignoring case")
         names = set(self.names)
         for name in self.participants:
             if name not in names:
                 check_one_of("participants", name, self.names)
         if self.min_sites > len(self.active):
             raise ConfigError(
-                "min_sites", self.min_sites, f"must be at most the {len(self.active)} sites that take part"
+                "min_sites", self.min_sites, f"must be at most {len(self.active)}, the number of sites that take part"
             )
         if self.early_stopping_patience is not None:
             check_at_least("early_stopping_patience", self.early_stopping_patience, 1)

@@ -71,7 +71,7 @@ def from_adapter(adapter: Adapter) -> ArrayRecord:
 
 def to_adapter(content: RecordDict) -> Adapter:
     """Decode the adapter in a message."""
-    with _convert_to_config_error(content, "message", "must hold an adapter"):
+    with _convert_to_config_error(content, "message", "must contain an adapter"):
         return Adapter.from_bytes(bytes_from_record(content.array_records[ADAPTER]))
 
 
@@ -92,7 +92,7 @@ def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict
 
 def to_signed(content: RecordDict) -> Signed:
     """Decode the lead's signed question in a message."""
-    with _convert_to_config_error(content, "message", "must hold a signed request"):
+    with _convert_to_config_error(content, "message", "must contain a signed request"):
         record = content.config_records[REQUEST]
         return Signed(text=str(record["json"]), signature=str(record["signature"]))
 
@@ -101,14 +101,14 @@ def to_settings(content: RecordDict) -> str:
     """Return the JSON text of the run's configuration in a message; empty if there is none."""
     if SETTINGS not in content:
         return ""
-    with _convert_to_config_error(content, "message", "must hold settings as text"):
+    with _convert_to_config_error(content, "message", "must contain settings as text"):
         return str(content.config_records[SETTINGS]["json"])
 
 
 def to_parts(content: RecordDict) -> list[bytes]:
     """Decode the protocol messages attached to a request for a step of secure aggregation."""
     parts: list[bytes] = []
-    with _convert_to_config_error(content, "message", "must hold messages of secure aggregation"):
+    with _convert_to_config_error(content, "message", "must contain messages of secure aggregation"):
         for _, part in sorted(content.config_records[PARTS].items()):
             if type(part) is not bytes:
                 raise TypeError("bytes")
@@ -131,7 +131,7 @@ def to_step(content: RecordDict) -> bytes | Refusal:
             return body
     parts = to_parts(content)
     if len(parts) != 1:
-        raise ConfigError("message", len(parts), "must hold one message of secure aggregation")
+        raise ConfigError("message", len(parts), "must contain one message of secure aggregation")
     return parts[0]
 
 

@@ -186,7 +186,7 @@ def _load_pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, im
     model.config.name_or_path = spec.path
     # Transformers fills what a checkpoint lacks with random numbers. We pool ourselves, so a missing pooler is fine.
     if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name):
-        raise ConfigError("model.path", spec.path, f"must hold all weights for its task; it lacks {missing[0]}")
+        raise ConfigError("model.path", spec.path, f"must contain all weights for its task; it lacks {missing[0]}")
     if model.config.is_encoder_decoder:
         raise ConfigError("model.path", spec.path, "must be an encoder or a decoder, not both")
     return model

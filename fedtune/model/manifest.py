@@ -140,15 +140,15 @@ def _list_settings_files(folder: Path) -> list[str]:
         raise ConfigError("model.path", str(folder), "must be a readable folder") from error
     known = SETTINGS_FILES | {WEIGHTS, SHARD_INDEX}
     if "adapter_config.json" in listed:
-        bound = "must not hold adapter_config.json, which points the loader at other weights"
+        bound = "must not contain adapter_config.json, which points the loader at other weights"
         raise ConfigError("model.path", str(folder), bound, remedy="give the base model alone")
     for name in listed:
         if name not in known and (meant := name.casefold()) in known:
-            bound = f"must not hold {name}, whose name differs from {meant} only in case: some machines confuse them"
+            bound = f"must not contain {name}, whose name differs from {meant} only in case: some machines confuse them"
             raise ConfigError("model.path", str(folder), bound)
     names = [name for name in listed if name in SETTINGS_FILES]
     if "config.json" not in names:
-        raise ConfigError("model.path", str(folder), "must hold config.json")
+        raise ConfigError("model.path", str(folder), "must contain config.json")
     # Of a model with both, the single file is the one that is loaded.
     return names if WEIGHTS in listed else [*names, SHARD_INDEX]
 
@@ -162,9 +162,9 @@ def _list_weights_files(folder: Path, place: Path) -> tuple[str, ...]:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         names = tuple(sorted({str(name) for name in named}))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError("model.path", str(folder), f"must hold a readable {SHARD_INDEX}") from error
+        raise ConfigError("model.path", str(folder), f"must contain a readable {SHARD_INDEX}") from error
     if not names or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII) for name in names):
-        bound = f"must hold a {SHARD_INDEX} that names safetensors files next to it"
+        bound = f"must contain a {SHARD_INDEX} that names safetensors files next to it"
         raise ConfigError("model.path", str(folder), bound)
     return names
 

@@ -76,7 +76,7 @@ def find_single_gguf(folder: Path) -> str | None:
         return None
     found = sorted(file.name for file in folder.glob("*.gguf"))
     if len(found) != 1:
-        bound = f"must hold safetensors weights, or exactly one GGUF file; it holds {len(found)}"
+        bound = f"must contain safetensors weights, or exactly one GGUF file; it holds {len(found)}"
         raise ConfigError("model.path", str(folder), bound)
     return found[0]
 

@@ -158,7 +158,7 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
 def explain_config_refusal(fields: dict[str, Any]) -> str | None:
     """Return the reason for refusing a config, as the end of a sentence, or None if the config is acceptable."""
     if (site := fields.get(PRIVATE_TO)) is not None:
-        return f"is of a model that is private to {quote(site)}, without a guarantee: no run begins in it"
+        return f"belongs to a model that is private to {quote(site)}, without a guarantee: no run may start from it"
     layers = 0
     for key, value in _iter_entries(fields):
         if key in _REDIRECTING and value is not None:

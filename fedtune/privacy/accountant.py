@@ -204,7 +204,11 @@ def calibrate_noise(
         return compute_epsilon(sigma) <= epsilon
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
-        raise ConfigError("privacy.epsilon", epsilon, "is used up by the released metrics alone; give them more noise")
+        raise ConfigError(
+            "privacy.epsilon",
+            epsilon,
+            "is used up by the released metrics alone; set a higher privacy.metrics_noise_multiplier",
+        )
     find_boundary(compute_epsilon, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
     # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
     low, high = 0.0, 1.0

@@ -71,7 +71,9 @@ class Together:
         _check_range("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
         least = least_threshold(self.num_sites, colluders=self.colluders)
-        bound = f"must be from {least} to the {self.num_sites} sites of the run, or a server could unmask two sums"
+        bound = (
+            f"must be from {least} to {self.num_sites}, the number of sites: otherwise a server could unmask two sums"
+        )
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
     def share_for_total(self, total: float) -> float:

@@ -164,14 +164,16 @@ def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
     if facts.simulated:
         return Check(name, _unchecked_state(facts, keys), "One machine held all keys: they show nothing of real sites.")
     if keys is None:
-        return Check(name, "missing", "Nobody compared the keys that signed the receipts: give --roster.")
+        return Check(
+            name, "missing", "The keys that signed the receipts were not compared with any roster: give --roster."
+        )
     found = [
         Problem(f"sites.{site.site}", held.get(site.site, "no receipt"), keys.get(site.site, "no such site"))
         for site in facts.sites
         if site.site not in keys or held.get(site.site, keys[site.site]) != keys[site.site]
     ]
     if found:
-        return Check(name, "wrong", "The receipts are signed by others than the roster names:", tuple(found))
+        return Check(name, "wrong", "Some receipts are signed with keys that the roster does not name:", tuple(found))
     if silent := [site.site for site in facts.sites if not site.final]:
         text = f"{', '.join(silent)} did not sign that the run is over, so that the whole plan counts there."
         return Check(name, "missing", text)
@@ -184,7 +186,7 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
     """
     if not (folder := model or own).is_dir():
         if facts.files:
-            text = f"Nobody compared the model with the {pluralize(len(facts.files), 'file')} that the report names."
+            text = f"The model was not compared with the {pluralize(len(facts.files), 'file')} that the report names."
             yield Check("files", _unchecked_state(facts, model), text)
         return
     try:
@@ -202,7 +204,7 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
         (name, named.get(name, "no such file"), there.get(name, "no such file")) for name in sorted({*named, *there})
     )
     if found := [Problem(f"{folder.name}/{name}", said, is_so) for name, said, is_so in both if said != is_so]:
-        yield Check("files", "wrong", f"{folder} is not the model that the report is about:", tuple(found))
+        yield Check("files", "wrong", f"The model in {folder} differs from the report's model:", tuple(found))
     else:
         yield Check("files", "right", f"The {pluralize(len(there), 'file')} in {folder} are those that it names.")
 
@@ -306,5 +308,5 @@ def _check_configuration(facts: RunFacts, sha256: str | None, config: RunConfig 
         text = "The run's config.yaml gives the same noise, sampling rate, clip norm, steps, rounds and epsilon."
         return Check(name, "right", text)
     first = "The" if sha256 is None else f"It is of the configuration {sha256}, whose settings are not at hand: the"
-    text = "run's config.yaml does not lie beside the report: nobody compared noise, sampling rate and steps with it."
+    text = "run's config.yaml does not lie beside the report: noise, sampling rate and steps were not compared with it."
     return Check(name, _unchecked_state(facts, sha256), f"{first} {text}")

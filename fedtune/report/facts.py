@@ -230,7 +230,7 @@ class AuditBound:
         check_at_least("claimed_epsilon", self.claimed_epsilon, 0)
         if not 0 <= self.right <= self.guesses <= self.canaries <= _MOST_CANARIES:
             said = f"{self.right} of {self.guesses} of {self.canaries}"
-            raise ConfigError("right", said, "must be no more than guessed, and guesses no more than canaries")
+            raise ConfigError("right", said, "must be at most the guesses, which must be at most the canaries")
 
 
 @spec
@@ -258,7 +258,7 @@ class AuditMembership:
 
     def __post_init__(self) -> None:
         if not self.hit_rates:
-            raise ConfigError("hit_rates", [], "must have at least one, as every attack by membership has")
+            raise ConfigError("hit_rates", [], "must have at least one rate: every membership attack has one")
 
 
 @spec
@@ -434,7 +434,9 @@ class RunInLedger:
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)
         if any({*one} != {"what", "day", "by", "ticket", "why"} for one in self.approvals):
-            raise ConfigError("approvals", list(self.approvals), "must each have what, day, by, ticket and why")
+            raise ConfigError(
+                "approvals", list(self.approvals), "must each have the keys what, day, by, ticket and why"
+            )
 
 
 @spec

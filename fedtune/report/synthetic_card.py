@@ -71,7 +71,7 @@ class SyntheticRecords(WritingSpec):
         }.items():
             check_at_least(key, count, 0)
         if any(one.keys() != {"column", "by"} for one in self.labels):
-            raise ConfigError("labels", list(self.labels), "must each have a column and by whom")
+            raise ConfigError("labels", list(self.labels), "must each have the keys column and by")
 
 
 @spec
@@ -99,7 +99,7 @@ class Card:
     def __post_init__(self) -> None:
         epsilon, delta = compose_losses([asdict(run) for run in self.runs]) if self.runs else (None, None)
         if not self.runs or self.together != {"epsilon": epsilon, "delta": delta}:
-            raise ConfigError("together", self.together, "must be what the runs come to")
+            raise ConfigError("together", self.together, "must be the sum over the runs")
 
 
 def compose_losses(runs: Sequence[Told]) -> tuple[float | None, float]:

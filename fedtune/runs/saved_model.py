@@ -97,7 +97,7 @@ class SavedModel:
         """
         ids = self.model.task.prompt_ids(fields, self.tokenizer, data=self.config.data)
         if not len(ids):
-            raise DataError(at, "no tokens", "must have at least one token")
+            raise DataError(at, "no tokens", "must contain at least one token")
         if self.positions is not None and len(ids) >= self.positions:
             bound = f"must have at most {self.positions - 1}: the model takes {self.positions} tokens in all"
             raise DataError(at, f"{len(ids)} tokens", bound)

@@ -266,10 +266,9 @@ def _describe_finding(code: str, config: RunConfig) -> str:
     texts = {
         DATA_CHANGED: "A training file changed between two starts of this run.",
         DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower} {page}.",
-        WORSE: "The model is worse than before training. Noise, or too high a learning rate, did more than the records "
+        WORSE: "The model is worse than before training. Noise or too high a learning rate outweighed what the records "
         f"taught; try {lower}, or more records {page}.",
-        GUESS: "The model is no better than always giving one and the same answer. "
-        f"The records may be too few for this noise {page}.",
+        GUESS: f"The model is no better than a constant answer. There may be too few records for this noise {page}.",
     }
     return texts[code]
 
@@ -332,7 +331,7 @@ def _describe_start(about: Mapping[str, Any]) -> str:
         True: "its head is reused",
         False: "its head has other labels, so the run starts with a new head",
     }
-    what = "the adapter" if "head" in about else "the model derived from the adapter"
+    what = "the adapter" if "head" in about else "a base model derived from the adapter"
     known = [f"{what} {about['digest'][:12]} of {about['from']}", spent, head.get(about.get("head"))]
     return "; ".join(filter(None, known))
 

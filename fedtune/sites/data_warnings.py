@@ -54,7 +54,10 @@ def check_decision_scores(config: RunConfig) -> None:
         raise error.under("data") from None
     file = config.data.validation_file
     if file is not None and is_training_file(config, file):
-        bound = "has the same records as data.train_file: its scores decide, and no noise protects the sites' records"
+        bound = (
+            "has the same records as data.train_file: its scores select the result, and no noise "
+            "protects the sites' records"
+        )
         raise ConfigError("data.validation_file", file, bound)
 
 

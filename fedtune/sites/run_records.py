@@ -257,7 +257,9 @@ def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
     """
     if has_card(file, key=key):
         card = find_card_path(Path(file), ".json").name
-        raise ConfigError(key, file, f"must hold {kind} records: {card} next to it lists the runs that they come from")
+        raise ConfigError(
+            key, file, f"must contain {kind} records: {card} next to it lists the runs that they come from"
+        )
 
 
 def record_generated_texts(run: Path, texts: Iterable[str]) -> None:
@@ -284,7 +286,7 @@ def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, 
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
         written = set(place.read_text().split())
         if any(len(said & written) > MOST_SHARED * len(said) for said in found.values()):
-            bound = f"must hold public records: {place.parent} wrote some of them. Put their card next to the file"
+            bound = f"must contain public records: {place.parent} wrote some of them. Put their card next to the file"
             raise ConfigError(key, file, bound)
 
 
@@ -323,7 +325,7 @@ def read_prompts(config: RunConfig, name: str, *, key: str, columns: Mapping[str
         named = {role: (columns or {}).get(role, own) for role, own in task.input_columns(config.data).items()}
         records = [_strip_answers(record) for record in iter_records(path, named)]
     if not records:
-        raise DataError(key, name, "must hold at least one prompt")
+        raise DataError(key, name, "must contain at least one prompt")
     return records
 
 

@@ -192,7 +192,7 @@ class LoadedModel:
         """
         outcome: Outcome | None = None
         if self._facts not in _measured:
-            progress("trying the model", 0, 0)
+            progress("checking the model on this machine", 0, 0)
             shapes = self._choose_shapes(plain)
             moved, outcome = self._measure_influence(shapes, progress)
             if moved > 0 and self.device.type != "cpu" and not uses_unfused_attention():
@@ -225,7 +225,7 @@ class LoadedModel:
         return min(_MEANS_BYTES, find_step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
     def _measure_influence(self, shapes: Shapes, progress: Progress) -> tuple[float, Outcome | None]:
-        trial, told = self._make_trial(shapes), partial(progress, "trying the model")
+        trial, told = self._make_trial(shapes), partial(progress, "checking the model on this machine")
         if self._devices is None:
             return max_batch_influence(self.model, **trial.trial_arguments, told=told), None
         outcome = trial.run_trial(self.model, secrets.randbits(63), told)
@@ -290,7 +290,7 @@ class RunModel:
             return self.initial_adapter
         start = SavedAdapter.read_initial(named.adapter or "")
         if start.digest != named.adapter_sha256:
-            bound = f"must be {start.digest}, that of the adapter"
+            bound = f"must be {start.digest}, the digest of model.adapter"
             raise ConfigError("model.adapter_sha256", named.adapter_sha256, bound)
         return start.initial_adapter_for(self.model)
 

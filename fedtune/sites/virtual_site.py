@@ -152,7 +152,7 @@ class VirtualSites:
         for site in self.config.federation.active:
             path = self.folder / site / POLICY
             if not path.is_file():
-                bound = f"must hold the run's sites ({path} is missing); null creates new ones"
+                bound = f"must contain the run's sites ({path} is missing); null creates new ones"
                 raise ConfigError("runtime.sites_dir", str(self.folder), bound)
 
     def check_room(self, runs: Sequence[Proposal], *, asked: str, shapes: Sequence[Proposal] = ()) -> None:

@@ -132,7 +132,7 @@ class Task(ABC):
         require("task_settings", table, isinstance(table, Mapping), "must be keys and values, as in {text: body}")
         known = [one.name for one in fields(self.settings)] if self.settings else []
         for key in table:
-            bound = f"is no setting of task {self.name}, which has {', '.join(known) or 'none of its own'}"
+            bound = f"is not a setting of task {self.name}; its own settings: {', '.join(known) or 'none'}"
             require(f"task_settings.{key}", table[key], key in known, bound)
         return type(self)(decode_value("task_settings", dict(table), self.settings) if self.settings else None)
 

@@ -80,12 +80,16 @@ class CausalLM(Task):
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
         if named == ["text"] and data.chat_template != "none":
-            raise ConfigError("chat_template", data.chat_template, "must be none for a text, which has no turns")
+            raise ConfigError(
+                "chat_template", data.chat_template, "must be none for data.columns with a text, which has no turns"
+            )
         if named not in (["text"], ["prompt"]) and data.chat_template == "none":
-            bound = "must be model or plain for conversations: no column prompt is named"
+            bound = "must be model or plain for conversations, because data.columns names no prompt"
             raise ConfigError("chat_template", "none", bound)
         if named != ["prompt"] and data.prompt_template != "{prompt}":
-            raise ConfigError("prompt_template", data.prompt_template, "must stay {prompt}: no column prompt is named")
+            raise ConfigError(
+                "prompt_template", data.prompt_template, "must stay {prompt}, because data.columns names no prompt"
+            )
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         """Return a function that rejects chats without an answer."""
@@ -160,7 +164,7 @@ class CausalLM(Task):
         for record, tokens in zip(records, layout.encode_examples(asked, tokenizer), strict=True):
             prompt = replace(tokens, numbers=tokens.numbers[: tokens.context]).truncate(data.max_length).numbers
             if not prompt:
-                raise DataError(record.at("prompt"), "no tokens", "must have at least one token to generate from")
+                raise DataError(record.at("prompt"), "no tokens", "must contain at least one token to generate from")
             prompts.append(np.array(prompt, dtype=np.int32))
         return tuple(prompts), [example.reference for example in examples]
 
@@ -188,7 +192,7 @@ class CausalLM(Task):
         """
         losses, num_tokens = figures["loss"], figures["tokens"]
         if not num_tokens.any():
-            raise DataError("evaluation data", "no token to predict", "needs an answer within data.max_length")
+            raise DataError("evaluation data", "no token to predict", "must have an answer within data.max_length")
         of_token = float(losses @ num_tokens / num_tokens.sum())
         return {
             "loss": float(np.mean(losses)),

@@ -137,7 +137,7 @@ def split_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     """
     places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT and turn.train]
     if not places:
-        raise NoConversation("no assistant turn to learn")
+        raise NoConversation("no assistant turn to learn from")
     return turns[: places[-1]], turns[places[-1]].content
 
 

@@ -58,7 +58,7 @@ class PairSettings:
         if not isinstance(self.negatives, str):
             check_names("negatives", self.negatives)
             if not self.negatives:
-                raise ConfigError("negatives", self.negatives, "must hold at least one text, or be record")
+                raise ConfigError("negatives", self.negatives, "must contain at least one text, or be record")
         check_positive("margin", self.margin)
         if self.margin > 2:
             raise ConfigError("margin", self.margin, "must be at most 2, the largest difference of two cosines")

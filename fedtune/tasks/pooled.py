@@ -301,6 +301,6 @@ def place_of(label: str, places: Mapping[str, int], record: Record, *, role: str
     """
     if label not in places:
         declared = ", ".join([*places][:5]) + (", ..." if len(places) > 5 else "")
-        bound = f"must be one of the {len(places)} in data.labels: {declared}"
+        bound = f"must be one of the {len(places)} labels in data.labels: {declared}"
         raise DataError(record.at(role), "not declared", bound)
     return places[label]

@@ -245,7 +245,7 @@ def _to_conversation(record: Record, role: str) -> Record:
     """Return a conversation that ends with the answer in `role`."""
     said = parse_continuation(record.fields[role])
     if said is None:
-        raise DataError(record.at(role), "text", "must be a list of turns: no column prompt is named")
+        raise DataError(record.at(role), "text", "must be a list of turns, because data.columns names no prompt")
     turns = [turn._asdict() for turn in parse_turns(record.fields.get("messages", "[]"))] + said
     if turns[-1]["role"] != ASSISTANT:
         raise DataError(record.at(role), turns[-1]["role"], "must end with an assistant turn")

@@ -167,9 +167,9 @@ class SavedAdapter:
         try:
             digest = Adapter(trained).digest()
         except AdapterError as error:
-            raise self._invalid_adapter(f"must hold an adapter's tensors: {error}") from None
+            raise self._invalid_adapter(f"must contain an adapter's tensors: {error}") from None
         if digest != self.digest:
-            raise self._invalid_adapter(f"must hold the tensors with the digest in its {_SETTINGS}")
+            raise self._invalid_adapter(f"must contain the tensors with the digest in its {_SETTINGS}")
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:

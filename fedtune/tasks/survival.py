@@ -67,7 +67,9 @@ class Survival(PooledTask):
 
     def check_own(self, data: DataSpec) -> None:
         if not self.own.intervals:
-            raise ConfigError("task_settings.intervals", [], "must hold each interval's end, in the unit of role time")
+            raise ConfigError(
+                "task_settings.intervals", [], "must contain each interval's end, in the unit of role time"
+            )
 
     def target(self, data: DataSpec) -> TargetOf:
         ends = np.array(self.own.intervals)

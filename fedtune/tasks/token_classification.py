@@ -122,7 +122,7 @@ class TokenClassification(Task):
         encoded = encode_words(texts, tokenizer, max_length=most, within=lenient_within)
         for record, (_, entities), (ids, words) in zip(records, read, encoded, strict=True):
             if not ids and lenient_within is None:
-                bound = f"must have a token of {tokenizer.name_or_path!r}"
+                bound = f"must contain a token of the tokenizer {tokenizer.name_or_path!r}"
                 raise DataError(record.at(self.required_roles(data)[0]), "no tokens", bound)
             tags = _assign_tags(words, entities, num_tags=1 + 2 * len(data.labels))
             for window in range(data.windows):

@@ -166,7 +166,10 @@ def _max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Callable[[in
     if (twice := needed(2 * fewest, length)) * rows <= most_bytes * 2 * fewest:
         return rows  # more than enough, since what does not grow with the rows is counted several times
     if (least := needed(fewest, length)) > most_bytes:
-        bound = f"must be at least {-(-least // 2**20)}: a micro-batch of {fewest} x {length} tokens needs it here"
+        bound = (
+            f"must be at least {-(-least // 2**20)}: a micro-batch of {fewest} x {length} tokens needs "
+            "that much memory on this machine"
+        )
         raise ConfigError("runtime.step_mib", most_bytes // 2**20, bound)
     # By a straight line first, since a GPU may have no room to measure the whole.
     rows = min(rows, fewest + fewest * (most_bytes - least) // max(1, twice - least))
@@ -208,7 +211,7 @@ def require_batch_invariance(moved: float, *, path: str, inexact_allowed: bool) 
         ConfigError: for `model.path`.
     """
     if moved > _LARGEST_ROUNDING:
-        bound = "mixes the examples of a batch, or depends on their rounding, so that none can be clipped separately"
+        bound = "mixes the examples of a batch or depends on their rounding, so examples cannot be clipped separately"
         raise ConfigError("model.path", path, bound)
     if moved > 0 and not inexact_allowed:
         bound = (

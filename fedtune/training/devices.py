@@ -158,7 +158,7 @@ class Devices:
         if expected is not None and (self._facts in _differ or set(self._crew.collect_answers()) != {expected}):
             _differ.add(self._facts)
             self._crew.end()
-            bound = "needs devices with bitwise equal gradients; this machine's devices differ: use 1"
+            bound = "must be 1 on this machine, because its devices do not compute bitwise equal gradients"
             raise ConfigError("runtime.num_devices", len(self), bound)
         return self._crew
 

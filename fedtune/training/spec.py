@@ -81,7 +81,7 @@ class TrainingSpec:
             ConfigError: the learning rate is "auto" and has not been chosen yet.
         """
         if self.learning_rate == "auto":
-            raise ConfigError("training.learning_rate", "auto", "must be a number by now: see RunConfig.with_rates")
+            raise ConfigError("training.learning_rate", "auto", "must be a number: call RunConfig.with_rates first")
         lora, head = self.learning_rate, self.head_learning_rate
         if not clipped:
             lora, head = self.unclipped_learning_rate or lora, self.unclipped_head_learning_rate or head

@@ -72,7 +72,7 @@ def test_classifier_predicts_labels_and_refuses_to_generate(run: fedtune.Run) ->
 
 def test_run_is_loaded_from_its_folder_or_adapter(run: fedtune.Run) -> None:
     assert fedtune.load(run.folder) == fedtune.load(str(run.adapter)) == run
-    with pytest.raises(ValueError, match=r"must hold a config\.yaml"):
+    with pytest.raises(ValueError, match=r"must contain a config\.yaml"):
         fedtune.load(run.folder / "sites")
 
 

@@ -167,7 +167,7 @@ def test_damaged_audited_or_unfinished_run_cannot_generate(runs: Path, tmp_path:
     whole = tensors.read_bytes()
     for damaged, told in (
         (whole[:-1], "a damaged file of"),
-        (whole[:-4] + b"\0\0\0@", "must hold the tensors with the digest"),
+        (whole[:-4] + b"\0\0\0@", "must contain the tensors with the digest"),
     ):
         tensors.write_bytes(damaged)
         assert told in run_command(*asked).failed()

@@ -310,11 +310,12 @@ def test_folder_without_a_run_is_refused_regardless_of_its_name(kit: Kit, tmp_pa
     folder.mkdir(parents=True)  # with no run beside it, which would be named
     for action in ("status", "stop"):
         assert (
-            run_command("run", action, str(folder)).failed() == f"run folder = {str(folder)!r}: must hold a config.yaml"
+            run_command("run", action, str(folder)).failed()
+            == f"run folder = {str(folder)!r}: must contain a config.yaml"
         )
     for words in (("simulate",), ("run", "--kit", str(kit.folder))):
         message = run_command(*words, "--renew", "it's {gone}").failed()
-        assert message == 'run folder = "it\'s {gone}": must hold a config.yaml'
+        assert message == 'run folder = "it\'s {gone}": must contain a config.yaml'
 
 
 def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

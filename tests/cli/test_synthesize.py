@@ -137,7 +137,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     copy = shutil.copy(to, tmp_path / "copy.jsonl")  # without its card
     asked = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
     message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *asked).failed()
-    assert "must hold public records" in message
+    assert "must contain public records" in message
     assert "writer wrote some of them. Put their card next to the file" in message
 
 
@@ -313,12 +313,12 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
         return message
 
     for changes, said in (
-        ({"runs": [writer]}, "must be what the runs come to"),
-        ({"runs": [writer, shares | {"epsilon": 0.1}]}, "must be what the runs come to"),
+        ({"runs": [writer]}, "must be the sum over the runs"),
+        ({"runs": [writer, shares | {"epsilon": 0.1}]}, "must be the sum over the runs"),
         ({"runs": [writer, shares | {"epsilon": -1.0}], "together": {"epsilon": 0.0, "delta": 2e-5}}, "at least 0"),
         ({"runs": [writer, shares | {"epsilon": "0.1"}]}, "must be a number"),
         ({"runs": [writer, {"run": "shares"}]}, "is required"),
-        ({"runs": []}, "must be what the runs come to"),
+        ({"runs": []}, "must be the sum over the runs"),
         ({"made": whole["made"] | {"labels": [{"column": "ref"}]}}, "must each have a column"),
         ({"made": None}, "must be a table"),
         ({"runs": [writer | {"run": "twin"}, shares]}, "with its card next to it (texts.jsonl.card.json)"),
@@ -383,7 +383,7 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
     assert vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
     head = other / "adapter" / "head.safetensors"
     save_file({"weight": np.array([[1.0, 3.0]], dtype=np.float32)}, head)
-    with pytest.raises(ConfigError, match=r"must hold the tensors with the digest in its fedtune\.json"):
+    with pytest.raises(ConfigError, match=r"must contain the tensors with the digest in its fedtune\.json"):
         vote_shares(api.load(other))
 
 

@@ -99,7 +99,7 @@ def test_site_files_keep_equal_ids_as_separate_users(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train_file = .*south\.jsonl': no such file"):
         partition_spec(given)
     (tmp_path / "south.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"south\.jsonl = 'an empty file': must hold at least one record"):
+    with pytest.raises(DataError, match=r"south\.jsonl = 'an empty file': must contain at least one record"):
         partition_spec(given)
 
 

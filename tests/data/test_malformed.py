@@ -32,8 +32,8 @@ OTHERS = "set data.columns.text to one of 'body', 'intent'"
 # By the file's name its content, the place that the message points to, and what it says.
 FILES: dict[str, list[tuple[bytes, str, str]]] = {
     "a.jsonl": [
-        (b"", "", "'an empty file': must hold at least one record"),
-        (b"\n\n", "", "'no records': must hold at least one record"),
+        (b"", "", "'an empty file': must contain at least one record"),
+        (b"\n\n", "", "'no records': must contain at least one record"),
         (b'{\n"question": "a"}', ":1", "must be one complete JSON object per line (2 rows"),
         (b'{"question": "a"}', ":1, column 'intent'", "set data.columns.label to"),
         (
@@ -75,7 +75,7 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"question;intent\na;b\n", ":1", "give the file the ending .csv"),
         (HEAD, ":1", "tabs between the columns; give the file"),
     ],
-    "b.jsonl.gz": [(GOOD, ":1", "'no gzip, or damaged': must be a whole gzip")],
+    "b.jsonl.gz": [(GOOD, ":1", "'not a gzip file, or a damaged one': must be a whole gzip")],
     "b.json.gz": [(gzip.compress(b"[" + GOOD)[:-9], ":1", "'an early end'")],
     "a.parquet": [
         (WHOLE[:-20], "", "'damaged': must be a whole Parquet file"),

@@ -181,7 +181,7 @@ def test_repeated_prompt_is_generated_once_with_all_references() -> None:
     assert references == [["first", "second"], ["other"]]
     assert [ids.tolist() for ids in prompts] == [[5, 6], [5]]
     assert group_by_prompt(asked, texts, rows=1)[1] == [["first", "second"]]
-    with pytest.raises(DataError, match="must hold at least one prompt"):
+    with pytest.raises(DataError, match="must contain at least one prompt"):
         group_by_prompt([], [])
 
 

@@ -173,7 +173,7 @@ def test_run_on_synthetic_records_inherits_their_spending(first_run: Path, tmp_p
     assert run_command("report", "verify", str(run)).code == 0
     config = read_saved_config(run)
     public = replace(config, public=replace(config.public, train_file=str(texts)))
-    with pytest.raises(ConfigError, match=r"data.train_file = .* must hold a run's own records"):
+    with pytest.raises(ConfigError, match=r"data.train_file = .* must contain a run's own records"):
         build_public_stage_config(public)
     for damaged in ({"sha256": "0" * 64}, {"runs": []}, {"runs": [{}]}, {"runs": 5}):
         find_card_path(texts, ".json").write_text(json.dumps(told | damaged))

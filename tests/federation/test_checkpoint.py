@@ -158,7 +158,7 @@ def test_similar_run_folders_are_suggested(runs_folder: Path, name: str, hint: s
     assert suggest_run_folders(Path(name)) == hint
     with pytest.raises(ConfigError) as caught:
         read_saved_settings(Path(name))
-    assert str(caught.value) == f"run folder = {name!r}: must hold a config.yaml{hint}"
+    assert str(caught.value) == f"run folder = {name!r}: must contain a config.yaml{hint}"
 
 
 def test_number_of_suggested_run_folders_is_limited(tmp_path: Path) -> None:

@@ -449,7 +449,7 @@ def test_doctor_imports_a_model_once_and_refuses_pickles(home: Home) -> None:
     assert "was already installed" in home.examined(model=home.model)["import"].found
     (home.model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     checks = home.examined(model=home.model)
-    assert list_failures(checks) == {"import": f"--import-model = {home.model}: must not hold pytorch_model.bin"}
+    assert list_failures(checks) == {"import": f"--import-model = {home.model}: must not contain pytorch_model.bin"}
     assert compute_exit_code(checks) == 2
     assert checks["budget"].status is Status.OK
 

@@ -124,7 +124,7 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
         call.site_answered("north", "update", num_bytes=30, charged_rounds=1),
         call.note("about the data"),
         call.site_replied(2),
-        call.preparing("trying the model", 1, 2),
+        call.preparing("checking the model on this machine", 1, 2),
         call.round_finished(state),
         call.prepared(state, state, state),
     ]

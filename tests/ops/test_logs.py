@@ -101,7 +101,7 @@ FAILURES: dict[str, Callable[[], object]] = {
     ),
     "a_file": lambda: Path(f"/nowhere/{CANARY}").read_text(),
     "a_chain": raise_chain,
-    "a_hidden_cause": lambda: raise_from_number(ConfigError("data.columns", "letter", "must hold numbers")),
+    "a_hidden_cause": lambda: raise_from_number(ConfigError("data.columns", "letter", "must contain numbers")),
     "while_another_was_handled": raise_while_handling,
     "a_group": raise_group,
 }

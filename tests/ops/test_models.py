@@ -178,11 +178,11 @@ def test_unlisted_models_pickles_and_outside_links_are_refused(tmp_path: Path, f
     site = kit(hash_folder(folder))
     for name in ("pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"):
         (folder / name).write_bytes(b"\x80\x04.")
-        assert "can run code" in read_refusal(folder, site, because=f"must not hold {name}").remedy
+        assert "can run code" in read_refusal(folder, site, because=f"must not contain {name}").remedy
         (folder / name).unlink()
     (tmp_path / "patients.json").write_text("secret")
     (folder / "extra.json").symlink_to(tmp_path / "patients.json")
-    read_refusal(folder, site, because="must not hold extra.json, a link out of it")
+    read_refusal(folder, site, because="must not contain extra.json, a link out of it")
 
 
 def test_special_files_in_a_model_folder_are_ignored(folder: Path, kit: Any) -> None:

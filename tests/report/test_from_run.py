@@ -115,7 +115,7 @@ def test_whole_plan_is_counted_without_checkpoints(folder: Path) -> None:
     (folder / "run.json").unlink()
     with pytest.raises(ConfigError, match="has no checkpoint: the run has not started"):
         from_run.build_run_report(folder)
-    with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
+    with pytest.raises(ConfigError, match=r"must contain a config\.yaml"):
         from_run.build_run_report(folder.parent)
 
 
@@ -229,8 +229,8 @@ def test_run_with_canaries_gives_no_guarantee_without_audit_results(folder: Path
 
 def test_damaged_run_files_are_named_in_the_error(folder: Path) -> None:
     for name, damage, error, match in (
-        ("config.yaml", lambda data: b"[1", ConfigError, "must hold a configuration"),
-        ("config.yaml", lambda data: b"- 1", ConfigError, "must hold a configuration"),
+        ("config.yaml", lambda data: b"[1", ConfigError, "must contain a configuration"),
+        ("config.yaml", lambda data: b"- 1", ConfigError, "must contain a configuration"),
         ("config.yaml", lambda data: data.replace(b"rank: 4", b"rank: 0"), ConfigError, r"config\.yaml: lora\.rank"),
         ("run.json", lambda data: data[:-20], RunError, r"run\.json is damaged"),
         ("run.json", lambda data: b"{}", RunError, r"run\.json is damaged"),

@@ -140,7 +140,7 @@ def test_ledgers_count_runs_across_parallel_renewals(make_last_run: Any) -> None
 
 def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(make_last_run: Any, tmp_path: Path) -> None:
     for nothing in (tmp_path, "x" * 5000):
-        with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
+        with pytest.raises(ConfigError, match=r"must contain a config\.yaml"):
             renew_config(nothing, {})
     folder = make_last_run()
     # A whole group would bring defaults, such as other sites, and another count would begin the budget anew.

@@ -63,7 +63,7 @@ def show_rounds(config: RunConfig, *states: LeadState, of: Any = None, every_s: 
         if every_s:
             display.preparing("loading the model", 0, 0)
             for done in range(4):
-                display.preparing("trying the model", done, 3)
+                display.preparing("checking the model on this machine", done, 3)
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
         first: Any = {"round": 0, "adapter": Adapter({})} | begun
         display.prepared(of or model(), proposal, LeadState(**first))

@@ -109,7 +109,7 @@ def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Pa
     record_generated_texts(tmp_path / "writer", written[:20])
     record_generated_texts(tmp_path / "writer", written[20:])
     for may_owe in (False, True):
-        with pytest.raises(ConfigError, match=r"must hold public records: .*writer wrote some of them"):
+        with pytest.raises(ConfigError, match=r"must contain public records: .*writer wrote some of them"):
             check([*map(str.upper, written[15:25]), *FOREIGN[:90]], own, may_owe=may_owe)
     check([*written[:2], *FOREIGN[:90]], own)
     find_card_path(tmp_path / "public.jsonl", ".json").touch()

@@ -418,7 +418,7 @@ def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkey
     settings = config("lora=last_layer", "federation.site_names=[a,b]")
     everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: told.append(what))
     work, adapter = everyone.work["a"], everyone.shared.initial_adapter
-    assert list(dict.fromkeys(told)) == ["loading the model", "trying the model"]
+    assert list(dict.fromkeys(told)) == ["loading the model", "checking the model on this machine"]
     request = make_first_request(everyone.config, everyone.sites.lead_key(), site="a")
     work.run_round(request, adapter, attempt=1, fingerprint_key=bytes(32))
     assert told[-1] == "a: running the frozen layers over its records"

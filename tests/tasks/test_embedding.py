@@ -37,7 +37,7 @@ def make_settings(columns: dict[str, str], *, bounds: tuple[float, float] | None
     ("pairs", "message"),
     [
         ({"negatives": "batch"}, "negatives = 'batch': couples records: a record's gradient would depend on those"),
-        ({"negatives": ()}, "negatives = []: must hold at least one text"),
+        ({"negatives": ()}, "negatives = []: must contain at least one text"),
         ({"negatives": ("a", "a")}, "negatives = 'a': is declared twice"),
         ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),
         ({"margin": 2.5}, "margin = 2.5: must be at most 2"),

@@ -161,7 +161,7 @@ def test_unencodable_text_adds_no_targets_at_a_real_site(encoder_tokenizer: Any)
     given = {"columns": SPANNED, "windows": 2}
     dataset = tokenized(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **given)
     assert [int((one != UNSUPERVISED).sum()) for one in dataset.targets] == [0, 0, 2, 0, 0, 0]
-    with pytest.raises(DataError, match="must have a token of"):
+    with pytest.raises(DataError, match="must contain a token of the tokenizer"):
         tokenized(blank, tokenizer=encoder_tokenizer, **given)
 
 

@@ -108,7 +108,7 @@ class Terms:
         if not 2 <= len(self.members) <= MOST_SITES_OF_SUM:
             raise ConfigError("members", len(self.members), f"must be from 2 to {MOST_SITES_OF_SUM} sites")
         if len(set(self.members.values())) < len(self.members):
-            raise ConfigError("members", list(self.members), "must have distinct keys; two are the same")
+            raise ConfigError("members", list(self.members), "must have distinct keys; two sites have the same key")
         check_whole("largest", self.largest)
         check_at_least("largest", self.largest, 1)
         for name, most in (("threshold", len(self.members)), ("length", MOST_LENGTH), ("bits", MOST_BITS)):

@@ -161,7 +161,7 @@ class Summation:
             Unreadable: too few sites helped, or too few shares of a survivor's seed are correct.
         """
         if len(self._revealed) < self._terms.threshold:
-            raise Unreadable(self._release, f"{len(self._revealed)} sites gave shares{self._threshold_clause}")
+            raise Unreadable(self._release, f"{len(self._revealed)} sites sent shares{self._threshold_clause}")
         # All of them first, so that every wrong share is known before the first one ends it.
         right = {
             survivor: {
@@ -198,11 +198,11 @@ class Summation:
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
         about = (self._session.digest, self._release, survivor, other)
         if len(right) < self._terms.threshold:
-            what = f"{len(right)} sites gave correct unmasking shares for {survivor}{self._threshold_clause}"
+            what = f"{len(right)} sites sent correct unmasking shares for {survivor}{self._threshold_clause}"
             raise Unreadable(self._release, what)
         seed = shares.combine_shares(dict(list(right.items())[: self._terms.threshold]))
         if shares.share_digest(seed, *about, 0) != digests[0] or seed >> 8 * SEED_BYTES:
-            raise Unreadable(self._release, f"{survivor} dealt inconsistent shares", site=survivor)
+            raise Unreadable(self._release, f"{survivor} sent inconsistent shares of its secret", site=survivor)
         return seed.to_bytes(SEED_BYTES)
 
     @property
@@ -217,4 +217,4 @@ class Summation:
 
     @property
     def _threshold_clause(self) -> str:
-        return f", and {self._terms.threshold} must"
+        return f", but {self._terms.threshold} are required"

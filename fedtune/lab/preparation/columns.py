@@ -468,7 +468,7 @@ def build_no_records_error(path: Path) -> DataError:
         return DataError(str(path), found, f"{bound}: name {', '.join(below[:10])}")
     if images := count_unsupported_images(path):
         return DataError(str(path), f"{images} images", "must be PNG, JPEG or WebP images: convert them")
-    return DataError(str(path), "no rows", "must hold at least one record")
+    return DataError(str(path), "no rows", "must contain at least one record")
 
 
 def refusal(path: Path, what: str, columns: Sequence[DataColumn], other: object = "") -> DataError:

@@ -46,7 +46,7 @@ class _Part(NamedTuple):
     @property
     def requirement(self) -> str:
         """The requirement on the column's values, as the end of a message."""
-        return f"must hold {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
+        return f"must contain {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
 
 
 def _make_parts(names: Mapping[str, str], fits: str = "is_text") -> tuple[_Part, ...]:
@@ -516,7 +516,7 @@ class _Guess:
             bound = f"requires {needs}, but there is no such column" if needs else f"cannot be combined with {others}"
             return ConfigError(f"--{OPTION_OF[role]}", one.name, bound)
         named = join_columns(f"{one.name} ({one.holds})" for one in self.every)
-        bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
+        bound = "must contain a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:
             bound += f"; {one.name}: {one.explain('unread')}" if one.filled and not one.is_feature else ""
         if chat := self._find_named(NAMES["chats"], "filled") or next((one for one in self.every if one.keys), None):

@@ -82,7 +82,7 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
         kinds += [("alone", site) for site in asked.federation.names]
         kinds += [("pooled", None)] if asked.data.partition.kind != "file" else []
     if not (kinds := [(kind, site) for kind, site in kinds if kind not in leave_out]):
-        raise ConfigError("--leave-out", ", ".join(leave_out), "must leave something to run")
+        raise ConfigError("--leave-out", ", ".join(leave_out), "must leave at least one run")
     plain: list[dict[str, Any]] = [{}]
     if without_privacy and asked.privacy.private:
         plain.append({"privacy.mechanism": "none", "privacy.noise_multiplier": None, "privacy.metrics": "none"})

@@ -254,7 +254,9 @@ def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> 
     if keep > len(rows):
         raise ConfigError("--rows", keep, f"must be at most the {len(rows)} candidates of the voting experiment")
     if missing := sum(row[column] not in weights for row in rows):
-        raise ConfigError("--votes", str(votes.folder), f"must have all texts as candidates; {missing} are none")
+        raise ConfigError(
+            "--votes", str(votes.folder), f"must have all texts as candidates; {missing} of them are missing there"
+        )
     order = sorted(range(len(rows)), key=lambda place: -weights[rows[place][column]])
     return replace(found, rows=tuple(rows[place] for place in sorted(order[:keep])))
 

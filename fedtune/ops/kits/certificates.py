@@ -135,10 +135,12 @@ def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, re
     """Check that `certificate` is valid at `now` (with a time zone); `renewal` tells people what to do if it is not."""
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
-        raise ConfigError(key, f"{ends:%Y-%m-%d %H:%M} UTC", "is past: the certificate expired then", remedy=renewal)
+        raise ConfigError(
+            key, f"{ends:%Y-%m-%d %H:%M} UTC", "must be in the future: the certificate has expired", remedy=renewal
+        )
     if now < begins:
         bound = (
-            "is in the future, but the certificate is valid only from then on: this machine's "
+            "must be in the past: the certificate is not valid yet, because this machine's "
             f"clock says {now:%Y-%m-%d %H:%M}"
         )
         raise ConfigError(key, f"{begins:%Y-%m-%d %H:%M} UTC", bound, remedy="set the clock")

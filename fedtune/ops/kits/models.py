@@ -129,7 +129,7 @@ def _check_folder(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in _PICKLES:
             remedy = "reading such a file can run code; give a folder without it"
-            raise ConfigError(_OPTION, str(folder), f"must not hold {file.name}", remedy=remedy)
+            raise ConfigError(_OPTION, str(folder), f"must not contain {file.name}", remedy=remedy)
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
             bound = f"must not contain {file.name}, a link to a file outside the folder"
             raise ConfigError(_OPTION, str(folder), bound, remedy="give a real copy of the folder (cp -rL)")

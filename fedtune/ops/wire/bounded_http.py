@@ -72,7 +72,7 @@ class _Bounded(httpx.BaseTransport):
                 raise OutOfBounds("it is compressed, which was not requested")
             said = response.headers.get("content-length", "0")
             if said.isdigit() and int(said) > most_bytes:
-                raise OutOfBounds(f"it has {said} bytes, but may have {most_bytes}")
+                raise OutOfBounds(f"it has {said} bytes, but at most {most_bytes} are allowed")
         except OutOfBounds:
             response.close()
             raise

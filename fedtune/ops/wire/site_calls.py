@@ -108,7 +108,7 @@ class SiteCalls:
         else:
             own = node is not None and (request.node_id if call == "deactivate-node" else request.node.node_id) == node
         if not own:
-            raise NotAllowed(401, "another node's call")
+            raise NotAllowed(401, "a call in another node's name")
         if call == "push-messages":
             self._check_answer(request, node or 0)
         elif call == "push-object":
@@ -207,7 +207,7 @@ class SiteCalls:
         if about.src_node_id != node:
             raise NotAllowed(403, "in the name of another sender")
         if about.dst_node_id != constant.SUPERLINK_NODE_ID:
-            raise NotAllowed(403, "not to the lead")
+            raise NotAllowed(403, "not addressed to the lead")
         found = list(self._run_query(_QUESTION, id=about.reply_to_message_id))
         if not about.reply_to_message_id:
             raise NotAllowed(403, "not an answer to a question")

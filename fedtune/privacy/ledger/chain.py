@@ -113,7 +113,7 @@ def check_ledger_schema(path: Path, found: object) -> None:
         ConfigError: the schema differs.  Not a RunError, which stands for a damaged ledger that a backup may replace.
     """
     if type(found) is not int or found != LEDGER_SCHEMA:
-        go_on = "continue with the version of fedtune that wrote it; everything that it charged stays charged"
+        go_on = "use the version of fedtune that wrote the ledger; its charges stay in force"
         value = found if type(found) is int else NOT_GIVEN
         raise ConfigError(f"{path}: schema", value, f"must be {LEDGER_SCHEMA}", remedy=go_on)
 

@@ -474,7 +474,7 @@ class History:
             return ""
         told = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
         return (
-            f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{told}, and the ledger's newest event is of "
+            f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{told}, and the ledger's newest event is from "
             f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. If the clock is right, "
             "confirm it with `fedtune ledger confirm-date --policy site.toml`"
         )

@@ -199,7 +199,9 @@ class EventStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"ledger {path} cannot be made ({error.strerror}); nothing is trained without it") from error
+            raise RunError(
+                f"ledger {path} cannot be created ({error.strerror}); nothing is trained without it"
+            ) from error
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ def test_too_few_messages_end_only_the_current_release() -> None:
     with pytest.raises(Unreadable, match="2 sites confirmed the survivors, and 3 must"):
         few.unmask_request("a")
     summation = federation.revealed(federation.confirmed(federation.start_release(2, "abcd"), by="abc"), by="ab")
-    with pytest.raises(Unreadable, match="2 sites gave shares, and 3 must") as error:
+    with pytest.raises(Unreadable, match="2 sites sent shares, and 3 must") as error:
         summation.total()
     assert error.value.site is None
     summation = federation.confirmed(federation.start_release(3, "abc"), by="abd")  # d helps, though it did not upload
@@ -135,7 +135,7 @@ def test_too_many_wrong_shares_end_the_release() -> None:
         summation.add_revealed(
             liar, resign_answer(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}})
         )
-    with pytest.raises(Unreadable, match="1 sites gave correct unmasking shares for c, and 2 must") as error:
+    with pytest.raises(Unreadable, match="1 sites sent correct unmasking shares for c, and 2 must") as error:
         summation.total()
     assert error.value.site is None, "it may be c's doing, or that of the two"
     assert summation.wrong_shares == {("b", "c"), ("c", "c")}
