@@ -235,7 +235,9 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
     is_array = is_listed or (hasattr(inputs, "ndim") and not hasattr(inputs, "itertuples"))
     rows = list(_iter_feature_rows(inputs, at=at) if is_array else iter_rows(inputs, at=at))
     if len(rows) != len(values):
-        raise DataError(f"{at}, y", f"{len(values)} values", f"must have one for each of the {len(rows)} rows of X")
+        raise DataError(
+            f"{at}, y", f"{len(values)} values", f"must have one value for each of the {len(rows)} rows of X"
+        )
     for row, value in zip(rows, values, strict=True):
         yield {**row, column: value}
 

@@ -83,7 +83,7 @@ def name_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path
             raise ConfigError("--adapter", word, "must be NAME=RUN")
         check_name("--adapter", name)
         if name in named or name == "base":
-            raise ConfigError("--adapter", word, f"the name {name} is taken")
+            raise ConfigError("--adapter", word, f"the name {name} is already used")
         named[name] = load_finished_run(Path(folder))[1]
     if any(folder.samefile(own) for folder in named.values()):
         return dict(sorted(named.items(), key=lambda item: not item[1].samefile(own)))

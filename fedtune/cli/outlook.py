@@ -407,7 +407,7 @@ def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | Non
     config = compose([*overrides, "privacy.noise_multiplier=null"])
     epsilon = config.privacy.epsilon
     if not config.privacy.private:
-        raise ConfigError("--target", target, "needs a run with privacy")
+        raise ConfigError("--target", target, "requires a run with privacy")
     if target == "noise":
         return config, config.plan()
     # The noise is what is given here, so it is read beside an epsilon that every noise satisfies.  The same epsilon is

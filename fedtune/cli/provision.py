@@ -108,7 +108,7 @@ def renew_site(
     now = datetime.now(UTC)
     if request is None:
         if new_site_key:
-            raise ConfigError("--new-site-key", NOT_GIVEN, "needs the REQUEST that names the new site key")
+            raise ConfigError("--new-site-key", NOT_GIVEN, "requires REQUEST, the file that names the new site key")
         done = provisioning.renew_site(federation, name, days=days, now=now)
     else:
         asked, let_in = provisioning.check_renewal_request(

@@ -59,7 +59,7 @@ def begin_run(
     # A service starts with the same words each time.  The run's own settings and sites count from its beginning on.
     if or_resume:
         if not any(word.startswith("name=") for word in words):
-            raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
+            raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: give the run the same name each time")
         # Its folder alone: what depends on the number of sites is theirs.
         of_sites = ("sites=", "federation.", "data.declared_sizes=")
         asked = compose_run([*(one for one in words if not one.startswith(of_sites)), "data.declared_sizes=2"])

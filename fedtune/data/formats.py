@@ -278,7 +278,7 @@ def _convert_damage(path: Path, kind: str) -> Iterator[None]:
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError):
-        raise DataError(str(path), "damaged", f"must be a whole {kind} file") from None
+        raise DataError(str(path), "damaged", f"must be a complete {kind} file") from None
 
 
 def _view_as_bytes(array: Any) -> Any:

@@ -26,7 +26,7 @@ MOST_TIMES = 20  # that one side may be as long as the other: a processor brings
 _MOST_SCANS = 100  # of a JPEG, each of which costs a pass over all pixels: a progressive one has about ten
 WITHIN = "data:;base64,"
 """Begins the field of an image that its record holds, as an address does that holds what it names (RFC 2397)."""
-_BOUND = f"must be a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"
+_BOUND = f"must be a complete {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"
 
 
 def read_image_field(value: object, at: str) -> str:

@@ -37,7 +37,7 @@ def read_words(value: object, at: str, role: str = "tokens") -> str:
     """Read the tokens of a record, or their tags, from a list or its text form (as in `read_labels`); one per line."""
     listed = parse_list(value)
     if role == "tags" and listed and any(type(one) is int for one in listed):
-        raise DataError(at, "numbers", "must be names of tags, such as B-PER and O, not numbers (role tags)")
+        raise DataError(at, "numbers", "must be tag names, such as B-PER and O, not numbers (role tags)")
     if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
         found = "text that is not a list" if listed is None else json_type(value) if listed else "an empty list"
         raise DataError(at, found, f"must be a list of texts (role {role})")
@@ -224,7 +224,11 @@ def document(path: Path, line: int, raw: bytes | None) -> Row:
         elif len(cells) >= 5 and cells[1].isdecimal() and cells[2].isdecimal():
             spans.append((int(cells[1]), int(cells[2]), cells[4], cells[3]))
         elif len(cells) < 4:  # else a relation between two spans
-            raise DataError(at, "a line of another kind", "must be id|t|, id|a|, or a span in tabs (PubTator)")
+            raise DataError(
+                at,
+                "a line of another kind",
+                "must begin with id|t| or id|a|, or be a span with tabs between its fields (PubTator)",
+            )
     if "t" not in parts:
         raise DataError(at, "no title", "must have a line id|t| (PubTator)")
     return _spans_row(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
@@ -285,7 +289,9 @@ def read_brat(_: int, marks: Path) -> Row:
 def _spans_row(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
     """Build a row with spans, after checking that each span's text matches its position."""
     if any(text[start:end] != said for start, end, _, said in spans):
-        raise DataError(at, "a span that does not match its text", "must count characters, and quote its text")
+        raise DataError(
+            at, "a span that does not match its text", "must give its offsets in characters, and its exact text"
+        )
     return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
 
 

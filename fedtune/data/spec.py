@@ -270,7 +270,9 @@ def list_template_roles(template: str) -> tuple[str, ...]:
         ConfigError: for `prompt_template`.
     """
     if len(template) > _MOST_TEMPLATE:
-        raise ConfigError("prompt_template", f"{len(template)} characters", f"must have at most {_MOST_TEMPLATE}")
+        raise ConfigError(
+            "prompt_template", f"{len(template)} characters", f"must have at most {_MOST_TEMPLATE} characters"
+        )
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:

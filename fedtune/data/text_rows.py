@@ -443,6 +443,6 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
         found = (
             "an early end" if isinstance(error, EOFError) else "not a gzip file, or a damaged one"
         )  # its own words quote the file
-        raise DataError(format_location(path, line), found, "must be a whole gzip file") from None
+        raise DataError(format_location(path, line), found, "must be a complete gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a file that can be read") from None

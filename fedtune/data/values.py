@@ -84,7 +84,7 @@ def read_value(value: object, role: str, *, at: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which no tokenizer takes
-        raise DataError(at, "half a surrogate pair", f"must be valid Unicode (role {role})") from None
+        raise DataError(at, "an unpaired surrogate", f"must be valid Unicode (role {role})") from None
     return text
 
 
@@ -289,7 +289,7 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     # Whether an answer is to be learned, by the marks of other programs.
     for mark in _PARTS_TRAINED:
         if turn.get(mark):
-            raise DataError(f"{at}, {mark}", "marks of parts", "is not supported: an answer is learned as a whole")
+            raise DataError(f"{at}, {mark}", "marked parts", "is not supported: the model learns whole answers")
     given = [(mark, turn[mark]) for mark in _TRAINED if not is_null(turn.get(mark))]
     for mark, value in given:
         if not isinstance(value, int | float) or value not in (0, 1):

@@ -253,7 +253,7 @@ class EndOfRun(_Word):
 
 def _require(key: str, right: object) -> None:
     if not right:
-        raise ConfigError(key, "something else", "must have the right type and be in range")
+        raise ConfigError(key, "a value of another type or range", "must have the declared type and be in range")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

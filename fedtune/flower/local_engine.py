@@ -250,7 +250,10 @@ def _load_participants(run_file: str) -> Participants:
         asked = json.loads(Path(run_file).read_bytes())
         os.chdir(asked["started_in"])  # an actor begins elsewhere, and settings may hold relative paths
     except OSError as error:
-        raise RunError(f"{platform.node()} does not see {error.filename} ({error.strerror})") from None
+        raise RunError(f"{platform.node()} cannot read {error.filename} ({error.strerror})") from None
     if asked["fedtune"] != __version__:
-        raise RunError(f"{platform.node()} has fedtune {__version__}, and the lead {asked['fedtune']}")
+        raise RunError(
+            f"{platform.node()} has fedtune {__version__}, but the lead has "
+            f"{asked['fedtune']}: install the same version"
+        )
     return Participants(parse(asked["config"]), Path(asked["folder"]))

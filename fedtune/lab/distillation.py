@@ -113,7 +113,9 @@ def distill(
     if (base := None if student == HALF or student.isdecimal() else ModelSpec(path=student)) is None:
         own = _keep_lower_layers(student, teacher)
     elif read_base_lineage(base):
-        raise ConfigError("--student", student, "must not be a base that comes from a run (see its config.json)")
+        raise ConfigError(
+            "--student", student, "must not be a base model that was exported from a run (see its config.json)"
+        )
     else:  # with a head as a run of it would begin with, and made-up tokens for it
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
@@ -157,7 +159,7 @@ def _describe_inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequen
     runs = read_card(texts, option="--texts")["runs"]
     own = describe_run(from_run.build_run_report(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
     if compose_losses(runs)[0] is None or runs[0]["unit"] != own["unit"]:
-        bound = f"must have a card with an epsilon for each {own['unit']} behind them; else nothing bounds the student"
+        bound = f"must have a card with an epsilon for each {own['unit']}, or nothing bounds the student's privacy loss"
         raise ConfigError("--texts", str(texts), bound)
     names, both = (
         ", ".join(one["run"] for one in runs),

@@ -119,7 +119,7 @@ def stage_files(
         yield place, Manifest(files=tuple(sorted(hashes.items())))
         for file, before in weights.items():
             if _stat_fingerprint(file) != before:
-                raise ConfigError("model.path", str(folder), f"must not change while it is loaded: {file.name} did")
+                raise ConfigError("model.path", str(folder), f"must not change while it is loaded: {file.name} changed")
 
 
 def build_manifest(folder: Path, *, gguf_file: str | None = None) -> Manifest:

@@ -37,7 +37,7 @@ def find_model_folder(spec: ModelSpec) -> Path:
         raise ConfigError("model.path", spec.path, "is neither a local folder nor a hub id")
     if not _has_weights(folder, spec):
         missing = spec.gguf_file or f"{WEIGHTS} or {SHARD_INDEX}"
-        raise ConfigError("model.path", spec.path, f"must be a folder that holds {missing}")
+        raise ConfigError("model.path", spec.path, f"must be a folder that contains {missing}")
     return folder
 
 

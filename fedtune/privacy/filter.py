@@ -87,7 +87,7 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
     room = {order: max_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
     usable = {order: left for order, left in room.items() if left > 0}
     if not usable:
-        raise ConfigError("max_epsilon", epsilon, f"leaves no room for anything at delta {delta:g}")
+        raise ConfigError("max_epsilon", epsilon, f"is too small for any mechanism at delta {delta:g}")
     return _minimize_over_orders(reference, usable, lambda order, divergence: divergence / usable[order])[1]
 
 

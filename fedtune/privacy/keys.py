@@ -69,7 +69,7 @@ class SigningKey:
                 neither the key nor the passphrase.
         """
         key, value = ("key_command", command[0]) if command else ("key", str(path))
-        bound, passphrase = "must give an Ed25519 private key in PEM form", None
+        bound, passphrase = "must give an Ed25519 private key in PEM format", None
         try:
             if command:
                 _check_command(command, named_in)

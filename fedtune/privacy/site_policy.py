@@ -287,7 +287,7 @@ class Policy:
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: no anchor.
         simulated: the site is simulated, on the machine of the person who runs the simulation; its ledger and reports
             say so.
-        key_command: command that prints the private key in PEM form, instead of `site_key`; empty: none.  Part of no
+        key_command: command that prints the private key in PEM format, instead of `site_key`; empty: none.  Part of no
             digest and no ledger.
         socket: the Unix socket at which the app of a stock SuperNode reaches this site; empty: none.  Part of no digest
             and no ledger.

@@ -58,7 +58,7 @@ def parse_report(data: bytes) -> Report:
         raise
     except (ValueError, RecursionError) as error:
         where = f"text that is not JSON from line {error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
-        raise ConfigError("report", where or "not JSON in UTF-8", "must be a whole report.json") from None
+        raise ConfigError("report", where or "not JSON in UTF-8", "must be a complete report.json") from None
     for number, (one, other) in enumerate(zip_longest(said, right, fillvalue=""), start=1):
         if one != other:
             bound = f"must be as written by fedtune: {other.strip()}"
@@ -106,7 +106,7 @@ def verify_report_signature(report: Report, *, expected_key: str | None = None) 
     """
     if (signature := report.signature) is None:
         if expected_key is not None:
-            raise RunError(f"the report is not signed, by {expected_key} or anybody")
+            raise RunError(f"the report is not signed, but must be signed by {expected_key}")
         return None
     if not is_signed(signature.key, PURPOSE, canonical_bytes(report), signature.signature):
         raise RunError(f"the signature by {signature.key} does not match the report: one of them was changed")

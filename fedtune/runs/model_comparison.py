@@ -101,7 +101,7 @@ class SideBySide:
         """
         groups: Groups = merge_values(values, smallest=smallest, units=self.users)
         if len(groups.names) > _MOST_GROUPS:
-            bound = f"leaves {len(groups.names)} groups, more than {_MOST_GROUPS}"
+            bound = f"leaves {len(groups.names)} groups; raise it until at most {_MOST_GROUPS} are left"
             raise ConfigError("--smallest", smallest, bound)
         if len(groups.names) < 2:
             return None
@@ -211,5 +211,5 @@ def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
         first.model.path,
         _list_input_settings(first),
     ):
-        bound = "must have the first run's model.path, columns, template and data.max_length: a loss is a mean over"
-        raise ConfigError("run", name, f"{bound} tokens, and theirs are others")
+        bound = "must have the first run's model.path, columns, template and data.max_length"
+        raise ConfigError("run", name, f"{bound}: their losses are means over other tokens")

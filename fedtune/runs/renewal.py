@@ -33,7 +33,9 @@ def add_start_adapter(config: RunConfig) -> RunConfig:
     start = SavedAdapter.read_initial(name)
     RunFolder(start.folder.parent).require_own_adapter(start.digest, key="model.adapter", value=name)
     if expected not in (None, start.digest):
-        raise ConfigError("model.adapter_sha256", expected, f"is not the digest of the adapter, {start.digest}")
+        raise ConfigError(
+            "model.adapter_sha256", expected, f"does not match the adapter, whose digest is {start.digest}"
+        )
     start.require_compatible(config.task_model())
     return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 

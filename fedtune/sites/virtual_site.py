@@ -207,7 +207,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
             offer = ledger.make_offer(proposal)
             if not config.can_use(offer):
                 ledger.require_acceptable(proposal)  # names the rule that the whole proposal breaks
-                raise RunError("its budget has changed meanwhile; start again")
+                raise RunError("the budget of a site has changed meanwhile; start again")
             offers.append(offer)
         except Refused as refused:
             without[site] = f"{refused.reason}, asked {refused.asked}, allowed {refused.allowed}"

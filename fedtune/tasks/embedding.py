@@ -61,7 +61,7 @@ class PairSettings:
                 raise ConfigError("negatives", self.negatives, "must contain at least one text, or be record")
         check_positive("margin", self.margin)
         if self.margin > 2:
-            raise ConfigError("margin", self.margin, "must be at most 2, the largest difference of two cosines")
+            raise ConfigError("margin", self.margin, "must be at most 2, the largest difference between two cosines")
 
 
 class Embedding(Task):

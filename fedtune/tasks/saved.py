@@ -158,7 +158,7 @@ class SavedAdapter:
         tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
         tensors |= read["offsets"]
         if lora.effective_rank not in {1, *(length for array in tensors.values() for length in array.shape)}:
-            raise ConfigError("lora.rank", lora.rank, "must match the saved matrices")
+            raise ConfigError("lora.rank", lora.rank, "must match the rank of the saved matrices")
         # Without an A that FFA-LoRA froze, all that votes leave as it is, and a head that was left so.
         moves = {name for name in tensors if not task.counts_units and (lora.train_a or ".lora_A." not in name)}
         trained = {name: tensors[name] for name in moves}

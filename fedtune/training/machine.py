@@ -76,7 +76,7 @@ def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_l
         model.enable_gradient_checkpointing()
     positions = max_positions(model.base.get_base_model())
     if positions is not None and max_length > positions:
-        raise ConfigError("data.max_length", max_length, f"must be at most the model's {positions}")
+        raise ConfigError("data.max_length", max_length, f"must be at most {positions}, the maximum of the model")
     return model
 
 

@@ -293,8 +293,8 @@ def test_malformed_report_files_are_refused(run_folder: Path, tmp_path: Path) ->
         (None, "must be a report.json, or a folder with one"),
         ("{}", f"schema_version = 'absent': must be as in a report of schema version {REPORT_SCHEMA}"),
         ("[1]", f"report = 'another value': must be as in a report of schema version {REPORT_SCHEMA}"),
-        ('{\n"a', "report = 'text that is not JSON from line 2 on': must be a whole report.json"),
-        ("[" * 100_000, "report = 'not JSON in UTF-8': must be a whole report.json"),
+        ('{\n"a', "report = 'text that is not JSON from line 2 on': must be a complete report.json"),
+        ("[" * 100_000, "report = 'not JSON in UTF-8': must be a complete report.json"),
         (whole.replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1), "at most 19 digits"),
         ("sparse", "at most 64 MiB"),
     ):

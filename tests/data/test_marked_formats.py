@@ -291,7 +291,7 @@ def test_invalid_brat_folder_is_refused(tmp_path: Path) -> None:
     for marked, bound in (
         ("T1\tdrug 0 3;5 7\tmy rd\n", "must be one contiguous part of the text"),
         ("T1 drug 0 2 my\n", "must be one contiguous part of the text"),
-        ("T1\tdrug 3 7\tcord\n", "must count characters, and quote its text"),
+        ("T1\tdrug 3 7\tcord\n", "must give its offsets in characters, and its exact text"),
     ):
         assert bound in read_refusal(write_brat(folder, "my card", marked), SPANNED)
     (folder / "a.txt").unlink()

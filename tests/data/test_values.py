@@ -136,7 +136,7 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
             (build_answer("here", **mark), "must be 0 or 1, false or true")
             for mark in ({"weight": 0.5}, {"train": "false"})
         ),
-        (build_answer("here", train_detail=[{"begin_offset": 0}]), "turn 2, train_detail = 'marks of parts'"),
+        (build_answer("here", train_detail=[{"begin_offset": 0}]), "turn 2, train_detail = 'marked parts'"),
         (DEEP, "text that is not JSON"),
     ],
     "chosen": [

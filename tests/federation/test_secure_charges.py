@@ -154,7 +154,7 @@ class Charges(RuleBasedStateMachine):
     def _some(self, chance: random.Random) -> tuple[str, ...]:
         return NAMES if chance.random() < 0.5 else tuple(site for site in NAMES if chance.random() < 0.7)
 
-    # What must contain, always.
+    # What must hold, always.
 
     @invariant()
     def check_all_is_charged(self) -> None:

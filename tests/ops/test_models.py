@@ -182,7 +182,7 @@ def test_unlisted_models_pickles_and_outside_links_are_refused(tmp_path: Path, f
         (folder / name).unlink()
     (tmp_path / "patients.json").write_text("secret")
     (folder / "extra.json").symlink_to(tmp_path / "patients.json")
-    read_refusal(folder, site, because="must not contain extra.json, a link out of it")
+    read_refusal(folder, site, because="must not contain extra.json, a link to a file outside the folder")
 
 
 def test_special_files_in_a_model_folder_are_ignored(folder: Path, kit: Any) -> None:

@@ -108,7 +108,7 @@ def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, command_fil
         ("echo locked >&2; echo more >&2; exit 3", "must exit with 0, not with 3: 'locked'$"),
         ("sleep 600", "must finish within 0.5 seconds, with every process that it starts$"),
         ("echo key; setsid sleep 5 &", "must finish within 0.5 seconds, with every process that it starts$"),
-        ("echo rubbish", "must give an Ed25519 private key in PEM form$"),
+        ("echo rubbish", "must give an Ed25519 private key in PEM format$"),
     ],
 )
 def test_key_command_without_a_valid_key_is_refused(

@@ -91,7 +91,7 @@ def test_group_column_is_read_for_existing_records(tmp_path: Path) -> None:
 def test_too_many_groups_are_refused(runs: Runs) -> None:
     found = replace(compare_runs({"four": runs["four"]}), records=[Record({})] * 2000)
     many = [str(number // 10) for number in range(2000)]
-    with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups, more than 100"):
+    with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups; raise it until at most 100 are left"):
         found.score_by_group(many, smallest=10, pairs=[])
 
 

@@ -39,7 +39,7 @@ WELL_FORMED = {
     "one of 17 MiB": "x" * (17 << 20),
     "quotes and line ends": '"he said\r\n""hi",\n',
     "a NUL": "a\0b",
-    "half a surrogate pair": "a\ud800",
+    "an unpaired surrogate": "a\ud800",
 }
 
 

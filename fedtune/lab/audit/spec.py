@@ -80,5 +80,5 @@ def parse_audit_spec(overrides: Sequence[str]) -> AuditSpec:
     given = {override_key(override): override_value(override) for override in overrides}
     for key, value in given.items():
         if isinstance(value, bool):
-            raise ConfigError(key, str(value), "must be one plain value")
+            raise ConfigError(key, str(value), "must be a single value, not a list or a mapping")
     return AuditSpec.from_mapping({key.removeprefix(PREFIX): value for key, value in given.items()})

@@ -95,7 +95,11 @@ def synthesize(
         shares = voted
     if variations_of:
         if shares:
-            raise ConfigError("--variations-of", "records", "conflicts with --prompts and --votes: they have prompts")
+            raise ConfigError(
+                "--variations-of",
+                "records",
+                "conflicts with --prompts and --votes: these records have their own prompts",
+            )
         shares = dict(load_synthetic(variations_of, tuple(columns.values())).wanted)
     if not shares:
         raise ConfigError("--prompts", None, "is missing: give --prompts, --votes or --variations-of")
@@ -252,7 +256,9 @@ def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> 
     weights = vote_shares(votes)
     rows = [row for row in found.rows if row[column] != OPEN]  # as in the voting experiment
     if keep > len(rows):
-        raise ConfigError("--rows", keep, f"must be at most the {len(rows)} candidates of the voting experiment")
+        raise ConfigError(
+            "--rows", keep, f"must be at most {len(rows)}, the number of candidates of the voting experiment"
+        )
     if missing := sum(row[column] not in weights for row in rows):
         raise ConfigError(
             "--votes", str(votes.folder), f"must have all texts as candidates; {missing} of them are missing there"

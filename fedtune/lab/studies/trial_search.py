@@ -174,7 +174,9 @@ class Search:
         try:
             same = json.loads(path.read_bytes())["search"] == self._identity()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            raise ConfigError("name", name, f"is taken: {self.folder} holds no search; choose another") from None
+            raise ConfigError(
+                "name", name, f"is taken: {self.folder} exists and is not a search; choose another"
+            ) from None
         if not same:
             raise ConfigError("name", name, f"is taken: {path} belongs to a search with other settings; choose another")
 

@@ -188,7 +188,7 @@ def list_combinations(searched: Sequence[Searched]) -> list[Values]:
             raise ConfigError(one.key, f"{one.low:g} to {one.high:g}", bound)
     keys = [one.key for one in searched]
     if math.prod(len(one.choices) for one in searched) > MOST_RUNS:
-        raise ConfigError(", ".join(keys), "...", f"must give at most {MOST_RUNS} runs together")
+        raise ConfigError(", ".join(keys), "...", f"must produce at most {MOST_RUNS} runs in all")
     return [dict(zip(keys, values, strict=True)) for values in product(*(one.choices for one in searched))]
 
 

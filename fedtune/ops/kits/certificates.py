@@ -70,7 +70,7 @@ def read_certificate(path: Path) -> x509.Certificate:
     except OSError as error:
         raise ConfigError("certificate", str(path), f"must be a readable file ({error.strerror})") from None
     except UNREADABLE:
-        raise ConfigError("certificate", str(path), "must be a certificate in PEM form") from None
+        raise ConfigError("certificate", str(path), "must be a certificate in PEM format") from None
 
 
 def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -86,7 +86,7 @@ def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
     except UNREADABLE:
         key = None
     if not is_p384(key):
-        raise ConfigError("key", str(path), "must be an EC P-384 private key in PEM form, without a password")
+        raise ConfigError("key", str(path), "must be an EC P-384 private key in PEM format, without a password")
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     return key
 

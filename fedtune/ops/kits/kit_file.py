@@ -286,12 +286,12 @@ class Kit(KitFile):
         check_issued(certificate, ca=ca, key=key)
         expected = self.site if self.kind == "site" else self.kind
         if found.name != expected:
-            raise ConfigError(key, found.name, f"must be the certificate of {expected}")
+            raise ConfigError(key, found.name, f"must be a certificate for {expected}")
         if self.kind == "server" and (host := Address.parse_address(self.server).host) not in certificate_host_names(
             certificate
         ):
             raise ConfigError(
-                key, host, f"must be in the certificate, which names {certificate_host_names(certificate)}"
+                key, host, f"must be one of the names in the certificate: {certificate_host_names(certificate)}"
             )
         check_validity(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_validity(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])

@@ -250,7 +250,7 @@ def _check_csr(text: str, *, site: str) -> None:
         csr = x509.load_pem_x509_csr(text.encode())
         signed, name = csr.is_signature_valid, common_name(csr.subject)
     except UNREADABLE:
-        raise ConfigError("csr", "unreadable", "must be a certificate signing request in PEM form") from None
+        raise ConfigError("csr", "unreadable", "must be a certificate signing request in PEM format") from None
     p384_public_key(csr, key="csr")
     if not signed:
         raise ConfigError("csr", name, "must be signed with the key that it names")

@@ -79,7 +79,7 @@ class LeadSession:
                     runtime_pb2.AcquireTaskRequest(supported_task_types=[core.TaskType.SERVER_APP])
                 ).token
             if not token:
-                raise RunError(f"{server} started a run, but did not deliver it")
+                raise RunError(f"{server} started a run, but did not return it")
             self._client, self._tls = client(RuntimeTokenHttpInterceptor(token)), tls
             given = self._client.PullTaskInput(runtime_pb2.PullTaskInputRequest())
         set_sender_ids(run_id=given.run.run_id, node_id=given.context.node_id, task_id=given.task_id)
@@ -189,7 +189,7 @@ def start_error(server: str, error: httpx.HTTPError) -> RunError:
     if apart := explain_clock_error(error):
         return RunError(f"{server}: {apart}")
     if error.response.status_code == httpx.codes.UNAUTHORIZED:
-        return RunError(f"{server} does not accept this lead's signature: wrong kit, or a wrong clock")
+        return RunError(f"{server} does not accept this lead's signature: the kit or the clock is wrong")
     if error.response.is_redirect:
         return RunError(f"{server} redirects ({error.response.status_code}), which is never followed")
     return RunError(f"{server} cannot start a run ({error.response.status_code})")

@@ -345,7 +345,9 @@ class EventStore:
                 raise
             raise RunError(f"{error}; nothing is trained") from error
         if not self.history.length:
-            raise RunError(f"ledger {self.path} is missing: anchor {self._anchor} has {anchor.sequence} events of it")
+            raise RunError(
+                f"ledger {self.path} is missing, but anchor {self._anchor} covers {anchor.sequence} of its events"
+            )
         self.require_same_ledger(anchor)
         if not self.history.covers_head(anchor):
             raise RunError(

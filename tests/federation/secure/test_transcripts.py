@@ -198,7 +198,7 @@ class Transcript(RuleBasedStateMachine):
         survivors = [site for site in sites if site not in left_out]
         return ConfirmRequest(session=session, release=release, survivors=survivors)
 
-    # What must contain, always.
+    # What must hold, always.
 
     @invariant()
     def each_release_has_one_sum_and_each_site_is_in_one(self) -> None:
