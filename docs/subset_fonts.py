@@ -57,9 +57,9 @@ def main(folder: Path) -> None:
 def _raise(font: Any, code: int, raised: int) -> None:
     """Draw the superscript `code` from the sign `raised`, as large, high and wide as the superscript 4."""
     glyphs, known = font.getGlyphSet(), font.getBestCmap()
-    small, large = (_bounds(glyphs, known[one]) for one in (0x2074, ord("4")))
+    small, large = (_compute_share_bounds(glyphs, known[one]) for one in (0x2074, ord("4")))
     scale = (small[3] - small[1]) / (large[3] - large[1])
-    width, (left, _, right, _) = font["hmtx"][known[0x2074]][0], _bounds(glyphs, known[raised])
+    width, (left, _, right, _) = font["hmtx"][known[0x2074]][0], _compute_share_bounds(glyphs, known[raised])
     across = (width - scale * (left + right)) / 2
     pen = TTGlyphPen(None)
     glyphs[known[raised]].draw(TransformPen(pen, (scale, 0, 0, scale, across, small[1] - large[1] * scale)))
@@ -71,7 +71,7 @@ def _raise(font: Any, code: int, raised: int) -> None:
             table.cmap[code] = name
 
 
-def _bounds(glyphs: Any, name: str) -> tuple[float, float, float, float]:
+def _compute_share_bounds(glyphs: Any, name: str) -> tuple[float, float, float, float]:
     pen = BoundsPen(glyphs)
     glyphs[name].draw(pen)
     return pen.bounds

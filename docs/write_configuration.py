@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from fedtune import config
 from fedtune.api.compose import compose_run
-from fedtune.api.config_groups import config_groups, list_options
+from fedtune.api.config_groups import list_config_groups, list_options
 from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import PartitionSpec
 from fedtune.tasks.registry import TASKS
@@ -55,7 +55,9 @@ sites; it refuses the last three, as it does `runtime`.
 
 def page() -> str:
     """The whole page."""
-    with patch.object(config, "fastest_dtype", lambda device: "auto"):  # as it stands in the recipe, on each machine
+    with patch.object(
+        config, "choose_fastest_dtype", lambda device: "auto"
+    ):  # as it stands in the recipe, on each machine
         default = compose_run(["name=example"])
     parts = [HEAD, "## Groups\n", _options(), "## The run\n", _table("", config.RunConfig, default, skip=GROUPS)]
     parts += ["## task_settings\n", "A task has the settings of its table here, and the others have none.\n"]
@@ -75,7 +77,7 @@ def page() -> str:
 
 def _options() -> str:
     rows = ["| group | options |", "| --- | --- |"]
-    for group in config_groups():
+    for group in list_config_groups():
         rows.append(f"| `{group}` | {', '.join(f'`{option}`' for option in list_options(group))} |")
     return "\n".join(rows) + "\n"
 

@@ -104,9 +104,9 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
         require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
         return _decode_under(key, hint, value, default if isinstance(default, hint) else None)
     if origin in (tuple, frozenset) or hasattr(hint, "_fields"):
-        return _sequence(key, value, hint)
+        return _decode_sequence(key, value, hint)
     if isinstance(hint, type) and issubclass(hint, tuple):  # a named tuple, which is written as a list
-        return hint(*_sequence(key, value, tuple[tuple(_hints(hint).values())]))  # type: ignore[misc]
+        return hint(*_decode_sequence(key, value, tuple[tuple(_hints(hint).values())]))  # type: ignore[misc]
     if origin is Literal:
         require(key, value, value in arguments, f"must be one of {', '.join(map(str, arguments))}")
         return value
@@ -129,11 +129,11 @@ def list_items(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _sequence(key: str, value: Any, hint: Any) -> Any:
+def _decode_sequence(key: str, value: Any, hint: Any) -> Any:
     """Decode a list into a homogeneous tuple or set, or into a tuple of fixed length."""
     require(key, value, isinstance(value, list | tuple), "must be a list")
     if hasattr(hint, "_fields"):  # a NamedTuple
-        return hint(*_sequence(key, value, types.GenericAlias(tuple, (*_hints(hint).values(),))))
+        return hint(*_decode_sequence(key, value, types.GenericAlias(tuple, (*_hints(hint).values(),))))
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple and arguments[-1] is not Ellipsis:
         require(key, value, len(value) == len(arguments), f"must be a list of {len(arguments)}")
@@ -162,21 +162,21 @@ def require(key: str, value: object, right: bool, bound: str) -> None:
 
 def to_toml(table: Mapping[str, Any]) -> str:
     """Serialize a table as TOML: plain values first, then nested tables; None is left out."""
-    return "\n".join(_toml_lines(table)).lstrip("\n") + "\n"
+    return "\n".join(_iter_toml_lines(table)).lstrip("\n") + "\n"
 
 
-def _toml_lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
+def _iter_toml_lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
     plain = {key: value for key, value in table.items() if value is not None and not _holds_tables(value)}
     for key, value in plain.items():
         yield f"{key if _BARE_KEY.fullmatch(key) else _toml(key)} = {_toml(value)}"
     for key, value in table.items():
         inner = f"{name}.{key}" if name else key
         if isinstance(value, Mapping):
-            lines = list(_toml_lines(value, inner))
+            lines = list(_iter_toml_lines(value, inner))
             yield from ("", f"[{inner}]", *lines) if lines else ()
         elif _holds_tables(value):
             for item in value:
-                yield from ("", f"[[{inner}]]", *_toml_lines(item, inner))
+                yield from ("", f"[[{inner}]]", *_iter_toml_lines(item, inner))
 
 
 def _holds_tables(value: object) -> bool:

@@ -21,7 +21,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.federation.spec import FederationSpec, PublicSpec
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, fastest_dtype
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, choose_fastest_dtype
 from fedtune.privacy import accountant
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
@@ -185,7 +185,7 @@ class RunConfig:
                 self.data.require_lead_files()
             task.check_data(self.data)
             self.data.check_unit(self.privacy.unit, arrivals=self.privacy.cohorts is not None)
-            sizes = self.data.site_sizes(self.federation.num_sites)
+            sizes = self.data.list_site_sizes(self.federation.num_sites)
             if self.federation.uses_validation_scores:
                 self.data.require_decisive_validation()
         except ConfigError as error:
@@ -217,7 +217,7 @@ class RunConfig:
             seed=self.seed,
             texts=self.bound_task.texts_per_record(self.data),
             input=self.data.input,
-            values=tuple(value for one in self.data.features for value in one.value_names()),
+            values=tuple(value for one in self.data.features for value in one.iter_value_names()),
             task_settings=self.task_settings,
         )
 
@@ -229,7 +229,7 @@ class RunConfig:
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
             together=self.federation.together,
-            bound=self.bound_task.max_aggregated_value(self.data.site_sizes(self.federation.num_sites)),
+            bound=self.bound_task.max_aggregated_value(self.data.list_site_sizes(self.federation.num_sites)),
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
@@ -288,7 +288,7 @@ class RunConfig:
 
     def declared_sizes(self) -> dict[str, int]:
         """Return the declared size of each participating site."""
-        sizes = dict(zip(self.federation.names, self.data.site_sizes(self.federation.num_sites), strict=True))
+        sizes = dict(zip(self.federation.names, self.data.list_site_sizes(self.federation.num_sites), strict=True))
         return {site: sizes[site] for site in self.federation.active}
 
     def to_json(self) -> dict[str, Any]:
@@ -393,7 +393,7 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
         return super().construct_mapping(node, deep)
 
 
-def config_yaml(config: RunConfig) -> bytes:
+def format_config_yaml(config: RunConfig) -> bytes:
     """Serialize the configuration as a run folder's `config.yaml`, which `read_saved_settings` reads."""
     settings = {"schema_version": RUN_SCHEMA, **config.to_json()}
     as_it_is = "\x85" not in json.dumps(settings, ensure_ascii=False)  # which YAML would read back as a space
@@ -464,7 +464,9 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
     _check_switches(settings, config.to_json())
     if config.model.dtype == "auto":
         here = not for_real_sites and config.runtime.kind == "simulation"  # real sites have machines of their own
-        model = dataclasses.replace(config.model, dtype=fastest_dtype(config.runtime.device) if here else "float32")
+        model = dataclasses.replace(
+            config.model, dtype=choose_fastest_dtype(config.runtime.device) if here else "float32"
+        )
         config = dataclasses.replace(config, model=model)
     return config.with_rates()
 

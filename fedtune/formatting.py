@@ -13,12 +13,12 @@ from typing import Any
 _ABBREVIATED = frozenset({"f1", "auroc", "ece", "mae", "rmse"})
 
 
-def finite_or_none(value: float | None) -> float | None:
+def convert_infinite_to_none(value: float | None) -> float | None:
     """Convert a number for JSON, which has no infinity: None stands for an infinite or undefined value."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def infinite_if_none(value: float | None) -> float:
+def convert_none_to_infinite(value: float | None) -> float:
     """Undo `finite`: convert None back to infinity."""
     return math.inf if value is None else value
 
@@ -90,10 +90,10 @@ def format_size(num_bytes: float) -> str:
     return f"{num_bytes / 1024:.1f} GiB"
 
 
-def html_table(title: str, rows: Iterable[Sequence[object]]) -> str:
+def format_html_table(title: str, rows: Iterable[Sequence[object]]) -> str:
     """Format a few rows of facts as an HTML table for a notebook; every text is escaped.
 
-    >>> html_table("a <b>", [("epsilon", 3)])
+    >>> format_html_table("a <b>", [("epsilon", 3)])
     '<table><caption>a &lt;b&gt;</caption><tr><td>epsilon</td><td>3</td></tr></table>'
     """
     cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)

@@ -96,7 +96,7 @@ def name_file_in_errors(path: object) -> Iterator[None]:
 
 
 @contextmanager
-def panics_as_errors() -> Iterator[None]:
+def translate_panics() -> Iterator[None]:
     """Convert a library's `BaseException`s into `LibraryPanic`; also usable as a decorator.
 
     A panic in a Rust library is a `BaseException`, which `except Exception` does not catch: a record that causes one
@@ -144,7 +144,7 @@ def spec(cls: type[T]) -> type[T]:
     own = getattr(cls, "__post_init__", None)  # a parent's, too, where it has none
 
     def check(self: Any) -> None:
-        for name, allowed in _literals(type(self)):  # type: ignore[arg-type]
+        for name, allowed in _list_literals(type(self)):  # type: ignore[arg-type]
             check_one_of(name, getattr(self, name), allowed)
         if own is not None:
             own(self)
@@ -156,7 +156,7 @@ def spec(cls: type[T]) -> type[T]:
 
 
 @cache
-def _literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
+def _list_literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
     """Return each `Literal` field with its allowed values.
 
     Cached at the first instance, because only then can all names be resolved.

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 from fedtune.config import PATHS, RunConfig
 from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute_site_charge
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import finite_or_none, flatten
+from fedtune.formatting import convert_infinite_to_none, flatten
 from fedtune.runs.results import RunResult
 from fedtune.spec import RunError
 
@@ -227,7 +227,7 @@ class Tracked:
         """Log the result, with the report in the run's folder."""
         files = (folder / "report.html", folder / "report.json", RunFolder(folder).result)
         card = RunFolder(folder).adapter / "README.md"
-        self._try(lambda tracker: tracker.result(dict(final_figures(result)), (*files, card)))
+        self._try(lambda tracker: tracker.result(dict(iter_final_figures(result)), (*files, card)))
 
     def _try(self, tell: Callable[[Tracker], None]) -> None:
         if self._tracker is None:
@@ -277,10 +277,10 @@ def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[
         "system/bytes_up": result.bytes_up,
         "system/sites": len(result.sites),
     }
-    return ((name, score) for name, value in figures.items() if (score := finite_or_none(value)) is not None)
+    return ((name, score) for name, value in figures.items() if (score := convert_infinite_to_none(value)) is not None)
 
 
-def final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
+def iter_final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
     """Yield the finite figures of the whole run in run.json."""
     final = result.final
     figures: dict[str, float | None] = {f"test/{name}": score for name, score in final.metrics.items()}
@@ -293,4 +293,4 @@ def final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
         "system/kwh": final.energy.kwh if final.energy else None,
         "kept_round": final.kept.round if final.kept else None,
     }
-    return ((name, score) for name, value in figures.items() if (score := finite_or_none(value)) is not None)
+    return ((name, score) for name, value in figures.items() if (score := convert_infinite_to_none(value)) is not None)

@@ -19,6 +19,6 @@ def build() -> str:
     return f"{__version__}+{digest.hexdigest()[:12]}"
 
 
-def shipped_folders() -> tuple[Path, ...]:
+def find_shipped_folders() -> tuple[Path, ...]:
     """Return the folders that have `conf/` and `simulations/`: in a wheel, else beside the package in a checkout."""
     return tuple(folder for folder in (_PACKAGE / "share", _PACKAGE.parent) if folder.is_dir())

@@ -33,7 +33,11 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
     if file is not None and file.exists():
         known, scored = torch.load(file, weights_only=False)  # this study's own file
     before, made_up = len(known) + len(scored), False
-    states_of, keep_states, measured_of = TaskModel.frozen_states, SiteExamples.keep_frozen_states, Evaluation.of
+    states_of, keep_states, measured_of = (
+        TaskModel.compute_frozen_states,
+        SiteExamples.keep_frozen_states,
+        Evaluation.of,
+    )
 
     def states(self: TaskModel, batch: Batch) -> torch.Tensor | None:
         if made_up:
@@ -70,7 +74,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
         return scored[digest.hexdigest()]
 
     with (
-        patch.object(TaskModel, "frozen_states", states),
+        patch.object(TaskModel, "compute_frozen_states", states),
         patch.object(SiteExamples, "keep_frozen_states", keep),
         patch.object(Evaluation, "of", measured),
     ):

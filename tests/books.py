@@ -22,7 +22,7 @@ def resign_receipt(receipt: Receipt, **changes: Any) -> Receipt:
     """The receipt with changes, and signed again with a key of its own."""
     key = builders.make_key(9)
     other = replace(receipt, site_key=key.public, **changes)
-    return replace(other, signature=key.sign(RECEIPT, other.signed_bytes()))
+    return replace(other, signature=key.sign(RECEIPT, other.encode_signed_bytes()))
 
 
 @dataclass

@@ -93,7 +93,7 @@ def leave_as_after_trial(shapes: Shapes) -> Shapes:
 
 def pad_length(shapes: Shapes, num_tokens: int) -> int:
     """What a record is padded to, said a second time: the package cuts many records at once."""
-    return next(length for length in shapes.lengths if num_tokens <= shapes.longest_record(length))
+    return next(length for length in shapes.lengths if num_tokens <= shapes.compute_longest_record(length))
 
 
 def build_copy(spec: TaskModelSpec) -> TaskModel:

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedtune.api import compose, experiment_file
 from fedtune.cli.main import fedtune, main
-from fedtune.config import RunConfig, config_yaml, read_saved_config
+from fedtune.config import RunConfig, format_config_yaml, read_saved_config
 from fedtune.data import partition, records
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
@@ -320,18 +320,18 @@ def simulate(*overrides: str, into: Path, name: str = "run") -> Path:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """The config.yaml of a run folder, which is made where there is none."""
-    write_durably(RunFolder(folder).config, config_yaml(config))
+    write_durably(RunFolder(folder).config, format_config_yaml(config))
 
 
 def check_planned_bytes(folder: Path) -> None:
     """Check that the rounds of a simulation moved what `fedtune plan` says; its sites have their settings already."""
     from fedtune.ops.round_bytes import estimate_round_bytes
-    from fedtune.sites.shared_settings import serialize_for_sites, settings_for_sites
+    from fedtune.sites.shared_settings import select_settings_for_sites, serialize_for_sites
     from fedtune.tasks.task_model import build_task_model
 
     config, rounds = read_saved_config(folder), read_result(folder)["rounds"]
     down, up = estimate_round_bytes(config, config.plan(), build_task_model(config.task_model()))
-    down -= len(serialize_for_sites(settings_for_sites(config)).encode())
+    down -= len(serialize_for_sites(select_settings_for_sites(config)).encode())
     for entry in rounds[1:]:  # in the first one a session of secure aggregation begins
         sites = len(entry["sites"])
         assert (entry["bytes_down"], entry["bytes_up"]) == pytest.approx((sites * down, sites * up), rel=0.02)

@@ -124,10 +124,10 @@ def _let_in(door: socket.socket, begun: list[Forked]) -> None:
     with contextlib.suppress(OSError):
         while True:
             channel, _ = door.accept()
-            threading.Thread(target=_stand_for, args=(channel, begun), daemon=True).start()
+            threading.Thread(target=_impersonate_account, args=(channel, begun), daemon=True).start()
 
 
-def _stand_for(channel: socket.socket, begun: list[Forked]) -> None:
+def _impersonate_account(channel: socket.socket, begun: list[Forked]) -> None:
     """Start what one command stands for, and tell it the pid and then the exit code."""
     with channel:
         message, streams, _, _ = socket.recv_fds(channel, _MOST_BYTES, 3)

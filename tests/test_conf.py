@@ -12,7 +12,7 @@ from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import find_config_folder
 from fedtune.api.experiment_file import read_option
 from fedtune.config import RunConfig, read_saved_config
-from fedtune.lab.preparation.experiment_writer import placeholder_overrides
+from fedtune.lab.preparation.experiment_writer import build_placeholder_overrides
 
 from .conftest import write_config
 
@@ -42,7 +42,7 @@ def list_beside(group: str, option: str) -> list[str]:
         return [f"experiment={experiment}"] if experiment != option else []
     within = [f"experiment={experiment}"] if group != "experiment" and option != "own" else []
     own = ("data.train_file=mine.csv", "data.declared_sizes=500")
-    return [*within, *own, *placeholder_overrides(experiment.replace("votes", "own_labels"))]
+    return [*within, *own, *build_placeholder_overrides(experiment.replace("votes", "own_labels"))]
 
 
 def list_spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:

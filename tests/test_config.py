@@ -138,7 +138,7 @@ def test_held_out_scores_are_planned_only_on_request() -> None:
     noise = {"privacy__noise_multiplier": 4.0}
     plain = parse(change_base(**noise)).plan()
     assert not plain.releases_metrics
-    assert plain.event(rounds=2) == events.dp_sgd_event(sampling_rate=0.2, noise_multiplier=4.0, steps=4)
+    assert plain.event(rounds=2) == events.build_dp_sgd_event(sampling_rate=0.2, noise_multiplier=4.0, steps=4)
     assert parse(change_base(**noise, privacy__metrics_noise_multiplier=5.0)).plan().digest() == plain.digest()
     measured = parse(change_base(**noise, **NOISED, privacy__metrics_noise_multiplier=5.0)).plan()
     assert measured.metrics_noise_multiplier == 5.0
@@ -192,7 +192,9 @@ def test_first_invalid_setting_is_named_with_key_and_value(typed: str) -> None:
 
 
 def test_automatic_dtype_is_resolved_on_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.config.fastest_dtype", lambda device: "mixed" if device == "auto" else "bfloat16")
+    monkeypatch.setattr(
+        "fedtune.config.choose_fastest_dtype", lambda device: "mixed" if device == "auto" else "bfloat16"
+    )
     base = ["experiment=debug", "model.dtype=auto"]
     assert compose_run(base).model.dtype == "mixed"
     assert compose_run([*base, "runtime.device=cpu"]).model.dtype == "bfloat16"

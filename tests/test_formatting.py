@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from fedtune.formatting import finite_or_none, format_score_name, format_size, infinite_if_none, jsonable, pluralize
+from fedtune.formatting import (
+    convert_infinite_to_none,
+    convert_none_to_infinite,
+    format_score_name,
+    format_size,
+    jsonable,
+    pluralize,
+)
 from fedtune.show.lines import duration
 
 
@@ -28,8 +35,12 @@ from fedtune.show.lines import duration
 )
 def test_numbers_are_formatted_consistently(found: str, text: str) -> None:
     assert found == text
-    assert [finite_or_none(value) for value in (1.5, 0, None, math.inf, -math.inf, math.nan)] == [1.5, 0.0, *[None] * 4]
-    assert [infinite_if_none(value) for value in (1.5, None)] == [1.5, math.inf], (
+    assert [convert_infinite_to_none(value) for value in (1.5, 0, None, math.inf, -math.inf, math.nan)] == [
+        1.5,
+        0.0,
+        *[None] * 4,
+    ]
+    assert [convert_none_to_infinite(value) for value in (1.5, None)] == [1.5, math.inf], (
         "what nothing bounds is infinity again"
     )
     assert jsonable({"a": [math.inf, (1, "x", None)]}) == {"a": [None, [1, "x", None]]}

@@ -17,8 +17,8 @@ from fedtune.spec import (
     check_fraction,
     check_one_of,
     check_positive,
-    panics_as_errors,
     spec,
+    translate_panics,
 )
 
 
@@ -110,9 +110,9 @@ def test_bound_checks_accept_inside_and_refuse_outside_values(
 
 def test_library_panic_becomes_an_error_and_others_pass_through() -> None:
     panic = type("Panic", (BaseException,), {})  # as a library written in Rust raises it
-    with pytest.raises(LibraryPanic, match=r"^Panic$") as found, panics_as_errors():
+    with pytest.raises(LibraryPanic, match=r"^Panic$") as found, translate_panics():
         raise panic("the text of a record")
     assert isinstance(found.value.__cause__, panic)
     for error in (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, ValueError):
-        with pytest.raises(error), panics_as_errors():
+        with pytest.raises(error), translate_panics():
             raise error

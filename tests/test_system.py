@@ -65,7 +65,7 @@ def test_commands_start_and_a_ledger_is_written_without_modules_of_linux(tmp_pat
 from pathlib import Path
 from fedtune.cli.main import main
 from fedtune.federation.run_folder import RunFolder, lock_folder
-from fedtune.ops.files import account_name
+from fedtune.ops.files import get_account_name
 from fedtune.ops.services.lead_and_server import find_running_process
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
@@ -75,7 +75,7 @@ from tests.privacy.builders import make_key, make_policy, make_proposal, train
 assert main(["--help"]) == 0
 assert main(["simulate", "experiment=debug", "--cfg", "job"]) == 0
 train(SiteLedger(Path("ledger.db"), make_policy(), make_key(1)), make_proposal(), 1, 2)
-assert len(verify(Path("ledger.db")).history.total_charges()) == 1
+assert len(verify(Path("ledger.db")).history.count_total_charges()) == 1
 folder = RunFolder(Path.cwd())
 with folder.hold_lock():
     assert folder.is_running
@@ -89,7 +89,7 @@ with lock_folder(Path.cwd()):
     assert Path(".lock").exists()
 Path("running.json").write_text('{{"pid": 1}}')
 assert find_running_process(Path.cwd()) is None
-print(account_name(7))
+print(get_account_name(7))
 """
     printed = run_python("-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert "Usage: fedtune" in printed

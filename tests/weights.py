@@ -36,12 +36,12 @@ def compute_weights() -> list[Weight]:
     for path in _list_files("fedtune", ".py"):
         parts = path.relative_to(REPOSITORY / "fedtune").parts
         room = parts[0] if len(parts) > 1 else "root"
-        rooms[room] = rooms.get(room, 0) + code_lines(path)
+        rooms[room] = rooms.get(room, 0) + count_code_lines(path)
     sums = {
         "shell": sum(rooms.get(room, 0) for room in BUDGETS["shell"]),
         "all": sum(rooms.values()),
-        "tests": sum(map(code_lines, _list_files("tests", ".py"))),
-        "simulations": sum(map(code_lines, _list_files("simulations", ".py"))),
+        "tests": sum(map(count_code_lines, _list_files("tests", ".py"))),
+        "simulations": sum(map(count_code_lines, _list_files("simulations", ".py"))),
         "records": sum(map(_record_classes, _list_files("fedtune", ".py"))),
         "other_text": sum(map(_lines, [p for p in _list_files("fedtune") if p.suffix not in {".py", *BINARY}])),
         "golden": sum(map(_lines, [p for p in _list_files("tests", *GOLDEN) if "mutant" not in str(p)])),
@@ -79,7 +79,7 @@ def _list_files(folder: str, *suffixes: str) -> list[Path]:
 
 
 @cache
-def code_lines(path: Path) -> int:
+def count_code_lines(path: Path) -> int:
     source = path.read_text()
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):

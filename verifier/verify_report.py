@@ -126,7 +126,7 @@ def loss_distribution(event: Event, width: float, *, removed: bool) -> tuple[np.
     first, last = math.floor(max(least, -BOUND / width)) - 1, math.ceil(min(most, BOUND / width)) + 1
     grid = np.arange(first, last + 1) * width
     # Where on the line each loss of the grid is; the loss rises with x if removed, else it falls.
-    x = place_of(grid if removed else -grid, rate, sigma)
+    x = find_label_index(grid if removed else -grid, rate, sigma)
     low, high = (x[:-1], x[1:]) if removed else (x[1:], x[:-1])
     none = between(low / sigma, high / sigma)
     mixed = (1 - rate) * none + rate * between((low - 1) / sigma, (high - 1) / sigma)
@@ -164,7 +164,7 @@ def loss_at(x: np.ndarray, rate: float, sigma: float) -> np.ndarray:
     return shifted if rate == 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + shifted)
 
 
-def place_of(losses: np.ndarray, rate: float, sigma: float) -> np.ndarray:
+def find_label_index(losses: np.ndarray, rate: float, sigma: float) -> np.ndarray:
     """Where on the line a loss is reached; -inf below all of them."""
     if rate == 1:
         return losses * sigma**2 + 0.5

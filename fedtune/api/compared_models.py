@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from fedtune.evaluation.bootstrap import Estimate
-from fedtune.formatting import format_score_name, html_table
+from fedtune.formatting import format_html_table, format_score_name
 from fedtune.runs.model_comparison import SideBySide
 from fedtune.runs.saved_model import BASE
 from fedtune.show.drawing import MOST_LINES, Panel, Series, chart
@@ -57,4 +57,6 @@ class ComparedModels(SideBySide):
         for model in self.measured:
             verdict = "" if model == BASE or BASE not in self.measured else self.compare_models(BASE, model).verdict
             rows.append((model, self._estimate_text(model, score), verdict))
-        return html_table(f"{format_score_name(score)} on {len(self.records):,} records, with 95 % intervals", rows)
+        return format_html_table(
+            f"{format_score_name(score)} on {len(self.records):,} records, with 95 % intervals", rows
+        )

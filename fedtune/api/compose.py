@@ -37,7 +37,7 @@ from fedtune.formatting import flatten
 from fedtune.runs.overrides import FREE_MAPS, set_by_key
 from fedtune.runs.public_stage import add_public_stage, needs_public_stage
 from fedtune.runs.renewal import add_start_adapter, renew_config
-from fedtune.runs.run_paths import default_run_name
+from fedtune.runs.run_paths import make_default_run_name
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.registry import TASKS
 
@@ -132,15 +132,15 @@ def _compose(
     given = [*typed, *others]
     options = {one.key_or_group: one for one in typed if _is_option(one)}
     for group, one in options.items():
-        if not isinstance(_single_value(one), str):
-            raise build_unknown_option_error(group, _single_value(one))
+        if not isinstance(_parse_single_value(one), str):
+            raise build_unknown_option_error(group, _parse_single_value(one))
         if one.is_add():
             raise ConfigError("override", str(one.input_line), "needs no +: the group already has an option")
     for key in ("experiment", "resume"):
         named = [one.value() for one in given if one.key_or_group == key]
         if len(named) > 1:  # the last would be all that counts
             raise ConfigError(key, named[1], f"conflicts with {key}={named[0]}: give only one of them")
-    values = {one.key_or_group: _single_value(one) for one in given if one not in options.values()}
+    values = {one.key_or_group: _parse_single_value(one) for one in given if one not in options.values()}
     if ours := [key for key in values if re.match("hydra[./]", key) and key != "hydra.searchpath"]:
         bound = "has no effect here; fedtune.simulate(cfg) in your own Hydra application supports all of them"
         raise ConfigError(ours[0], values[ours[0]], bound)
@@ -159,34 +159,36 @@ def _compose(
     if "renew" in values:
         named_options = {group: one.value() for group, one in options.items()}
         said = named_options | {key: value for key, value in values.items() if key != "renew"}
-        return add_start_adapter(renew_config(str(values["renew"]), {"name": default_run_name(), **said, **changed}))
+        return add_start_adapter(
+            renew_config(str(values["renew"]), {"name": make_default_run_name(), **said, **changed})
+        )
     chosen = options["experiment"].value() if "experiment" in options else None
     file = Path(expand_home(str(chosen), key="experiment")) if is_path(chosen) else None
     of_file = {key for key, _ in flatten(read_experiment_file(file)) if key != "defaults"} if file else set[str]()
     later = [one for one in typed if _is_applied_later(one)]
     by_person = {key for key, _ in flatten(values)}
     try:
-        settings = _apply_overrides(_compose_by_hydra(_hydra_words(typed), file), [*later, *others])
+        settings = _apply_overrides(_compose_by_hydra(_select_hydra_words(typed), file), [*later, *others])
         return _complete_config(settings, changed, values=by_person, of_file=of_file, for_real_sites=for_real_sites)
     except ConfigError as error:
         raise error.in_file(file) if _overlaps_any(error.key, of_file - set(values)) else error from None
 
 
-def hydra_overrides(overrides: Sequence[str]) -> list[str]:
+def select_hydra_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that Hydra itself composes, in its grammar.
 
     The remaining overrides are applied to Hydra's result.
     """
-    return _hydra_words([_parse_override(override) for override in overrides])
+    return _select_hydra_words([_parse_override(override) for override in overrides])
 
 
-def _hydra_words(typed: Sequence[Override]) -> list[str]:
+def _select_hydra_words(typed: Sequence[Override]) -> list[str]:
     return [str(one.input_line) for one in typed if not _is_applied_later(one)]
 
 
 def restore_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Return a run's settings, with each interpolation unresolved if its resolved value is the value that runs."""
-    settings, composed_of = config.to_json(), compose_settings(hydra_overrides(overrides))
+    settings, composed_of = config.to_json(), compose_settings(select_hydra_overrides(overrides))
     raw: Any = OmegaConf.to_container(composed_of)
     written, found = dict(flatten(raw)), dict(flatten(to_plain_settings(composed_of)))
     for key, value in flatten(settings):
@@ -236,7 +238,7 @@ def _complete_config(
     if ("federation.aggregation", "secure") in flatten(settings):
         settings = use_secure_aggregation(settings, keep=list_keys_said_beside("federation.aggregation"))
     if settings.get("name") is None:
-        settings["name"] = default_run_name()
+        settings["name"] = make_default_run_name()
     settings = _apply_overrides(settings, [_make_override(key, value) for key, value in (changed or {}).items()])
     try:
         require_all_given(settings)
@@ -309,7 +311,7 @@ def _apply_overrides(settings: Mapping[str, Any], given: Sequence[Override]) -> 
     """Return a copy of the settings with the overrides applied in order."""
     changed = deepcopy(dict(settings))
     for one in given:
-        if not set_by_key(changed, one.key_or_group, _single_value(one)):
+        if not set_by_key(changed, one.key_or_group, _parse_single_value(one)):
             raise _build_unknown_setting_error(one.key_or_group, str(one.input_line).partition("=")[2])
     return changed
 
@@ -398,7 +400,7 @@ def _to_json_value(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else os.fspath(value)  # numpy's; or else a path, or a TypeError
 
 
-def _single_value(override: Override) -> Any:
+def _parse_single_value(override: Override) -> Any:
     if override.is_sweep_override():
         raise ConfigError(override.key_or_group, override.get_value_string(), _SEVERAL)
     return override.value()
@@ -430,7 +432,7 @@ def override_key(override: str) -> str:
 
 def override_value(override: str) -> Any:
     """Return the single value of an override."""
-    return _single_value(_parse_override(override))
+    return _parse_single_value(_parse_override(override))
 
 
 def _build_unknown_setting_error(key: str, value: object) -> ConfigError:

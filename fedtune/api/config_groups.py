@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 
 def find_config_folder() -> Path:
     """Return the folder `conf/`, in a checkout or inside the installed package."""
-    return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
+    return next(folder / "conf" for folder in find_shipped_folders() if (folder / "conf" / "config.yaml").is_file())
 
 
-def config_groups() -> list[str]:
+def list_config_groups() -> list[str]:
     """Return the names of the groups of settings."""
     return sorted(one.name for one in find_config_folder().iterdir() if list_options(one.name))
 

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
-from fedtune.api.config_groups import config_groups, find_config_folder, list_options, suggest_experiment
+from fedtune.api.config_groups import find_config_folder, list_config_groups, list_options, suggest_experiment
 from fedtune.config import read_plain_yaml
 from fedtune.runs.overrides import FREE_MAPS
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
@@ -68,7 +68,7 @@ class _Settings(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if results_filter is ObjectType.CONFIG:
             return list_options(config_path)
-        return [] if config_path else config_groups()
+        return [] if config_path else list_config_groups()
 
 
 class _OurPath(SearchPathPlugin):
@@ -86,7 +86,7 @@ for _plugin in (_Settings, _OurPath):
 
 
 @contextmanager
-def fedtune_hydra() -> Iterator[None]:
+def initialize_hydra() -> Iterator[None]:
     """Initialize Hydra over conf/ and users' files, and restore another application's Hydra state on exit."""
     other, base = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
     GlobalHydra.instance().clear()
@@ -109,7 +109,7 @@ def compose_settings(words: Sequence[str] = (), *, name: str = "config") -> Dict
         HydraException: an override or a file is invalid.
         OmegaConfBaseException: an interpolation is invalid.
     """
-    with fedtune_hydra():
+    with initialize_hydra():
         config = compose(name, overrides=[*words])
     OmegaConf.set_struct(config, False)
     for key in FREE_MAPS:
@@ -121,14 +121,14 @@ def compose_settings(words: Sequence[str] = (), *, name: str = "config") -> Dict
 
 def read_hydra_settings(words: Sequence[str]) -> dict[str, Any]:
     """Return Hydra's own configuration for these overrides; values that only a Hydra job has stay missing."""
-    with fedtune_hydra():
+    with initialize_hydra():
         node = compose("config", overrides=[*words], return_hydra_config=True).hydra
     return OmegaConf.to_container(node)  # type: ignore[return-value]
 
 
 def list_composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
     """List the files that Hydra composes, in order: (file, package, parent that includes it)."""
-    with fedtune_hydra():
+    with initialize_hydra():
         files = GlobalHydra.instance().config_loader().compute_defaults_list("config", [*words], RunMode.RUN).defaults
     ours = [one for one in files if not str(one.package).startswith("hydra") and one.parent != "<root>"]
     return [(str(one.config_path), one.package or "_global_", str(one.parent)) for one in ours]

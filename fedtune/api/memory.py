@@ -56,7 +56,7 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
     tables = {TRAIN_FILE.replace(SITE, str(site)): (str(site), data) for site, data in sites.items()}
     others = {"validation": validation, "test": test}
     tables |= {_LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
-    with make_private_folder() as folder, _name_places(_names_for_people(folder, tables)):
+    with make_private_folder() as folder, _name_places(_choose_readable_names(folder, tables)):
         (folder / IN_MEMORY / "sites").mkdir(parents=True, mode=0o700)
         for file, (name, data) in tables.items():
             write_rows(folder / file, data, at=name)
@@ -67,7 +67,7 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
             memory_folder.reset(token)
 
 
-def _names_for_people(folder: Path, tables: Mapping[str, tuple[str, Data]]) -> dict[str, str]:
+def _choose_readable_names(folder: Path, tables: Mapping[str, tuple[str, Data]]) -> dict[str, str]:
     detected = {str(folder / DETECTED[0]): "sites", str(folder / DETECTED[1]): "detected settings"}
     return {str(folder / file): name for file, (name, _) in tables.items()} | detected
 

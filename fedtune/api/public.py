@@ -22,11 +22,11 @@ import numpy as np
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.api.memory import Data, split_inputs, write_data_file
 from fedtune.api.public_ledger import to_data_frame
-from fedtune.config import RunConfig, config_yaml, read_saved_config
+from fedtune.config import RunConfig, format_config_yaml, read_saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
-from fedtune.formatting import html_table
+from fedtune.formatting import format_html_table
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
@@ -262,7 +262,7 @@ class Checks(tuple["Check", ...]):
         return "\n".join(f"{one.name:<{width}}  {one.state:<11}  {one.text}" for one in self)
 
     def _repr_html_(self) -> str:
-        return html_table("Checks of the report", [(one.name, one.state, one.text) for one in self])
+        return format_html_table("Checks of the report", [(one.name, one.state, one.text) for one in self])
 
 
 def verify(file: str | Path, *, key: str | None = None) -> Checks:
@@ -302,7 +302,7 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
     try:
         with Tracked(config, note=listener.note) as tracked:
             if config.resume is None:
-                made = files.create(config_yaml(config))
+                made = files.create(format_config_yaml(config))
             with files.hold_lock(), files.log_to_file(config.tracking.log_level):
                 tracked.begin()
                 result = work(config, folder, Followed(listener, tracked.update, page.update))
@@ -381,7 +381,7 @@ class Run:
         Raises:
             ValueError: the run is not finished or is an audit, or the adapter does not match run.json.
         """
-        return RunFolder(self.folder).finished_adapter()
+        return RunFolder(self.folder).find_finished_adapter()
 
     def predict(self, data: Data) -> list[object]:
         """Predict for one input or several: the most likely labels with their probabilities, or a number, per input.
@@ -423,7 +423,7 @@ class Run:
 
         inputs, is_table = split_inputs(data)
         if not is_table:
-            return [Record(self._model.fields_from_text(one, at="text")) for one in inputs]
+            return [Record(self._model.parse_text_fields(one, at="text")) for one in inputs]
         with write_data_file(inputs) as file:
             return read_prompts(self.config, file, key="data")
 
@@ -498,13 +498,13 @@ class Run:
     def _repr_html_(self) -> str:
         rows = {"folder": self.folder, "task": self.config.task, "sites": ", ".join(self.config.federation.names)}
         if not RunFolder(self.folder).result.is_file():
-            return html_table(f"Run {self.config.name}", (rows | {"state": "not finished"}).items())
+            return format_html_table(f"Run {self.config.name}", (rows | {"state": "not finished"}).items())
         scores = {name: f"{value:.4f}" for name, value in self.metrics.items() if value is not None}
         said = {
             "rounds": len(self.rounds),
             "epsilon": f"{format_epsilon(self.privacy.epsilon)} at delta {self.privacy.delta:g}",
         }
-        return html_table(f"Run {self.config.name}", (rows | said | scores).items())
+        return format_html_table(f"Run {self.config.name}", (rows | said | scores).items())
 
     def generate(
         self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
@@ -519,7 +519,7 @@ class Run:
         spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         if not self._model.model.task.predicts_tokens:
             raise ConfigError("task", self.config.task, "does not generate text: use predict")
-        ids = self._model.prompt_ids(self._model.fields_from_text(prompt, at="prompt"), at="prompt")
+        ids = self._model.prompt_ids(self._model.parse_text_fields(prompt, at="prompt"), at="prompt")
         return "".join(self._model.generate_answer(ids, spec))
 
     def distill(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:

@@ -18,7 +18,7 @@ import numpy as np
 from fedtune.api.config_groups import find_config_folder
 from fedtune.codec import require
 from fedtune.extras import require_extra
-from fedtune.formatting import html_table
+from fedtune.formatting import format_html_table
 from fedtune.privacy.accountant import check_noise, format_epsilon
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import Verified, verify
@@ -172,7 +172,7 @@ class Ledger:
         users: Iterable[Hashable] | None = None,
     ) -> float:
         """Release how many units have a true value, with noise; arguments as for `sum`, with a bound of 1."""
-        rows = [(float(bool(value)),) for value in self._one_per_unit(values, users)]
+        rows = [(float(bool(value)),) for value in self._keep_one_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
         return self._release_sum("count", name, rows, ["count"], **planned)[0]
 
@@ -193,7 +193,7 @@ class Ledger:
         """
         require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must have at least one value, and no value twice")
         rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
-        found = [rows.get(value, none) for value in self._one_per_unit(values, users)]
+        found = [rows.get(value, none) for value in self._keep_one_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
         sums = self._release_sum("histogram", name, found, bins, **planned)
         return dict(zip(bins, sums, strict=True))
@@ -230,7 +230,7 @@ class Ledger:
             RunError: the ledger cannot be trusted or written.
         """
         check_positive("bound", bound)
-        table = np.asarray(self._one_per_unit(values, users), dtype=np.float64)
+        table = np.asarray(self._keep_one_per_unit(values, users), dtype=np.float64)
         width = table.shape[1] if table.ndim == 2 else 1
         rows = list(map(tuple, table.reshape(len(table), width).tolist()))
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": bound}
@@ -275,7 +275,7 @@ class Ledger:
         spent, left = self.spending, self.spending.left
         rows = {"epsilon over its lifetime": format_epsilon(spent.epsilon), "runs": len(spent.runs)}
         rows |= {"left": "no limit" if left is None else f"{left:.3f}", "events": len(self.verified.events)}
-        return html_table(f"Ledger {self.path}", rows.items())
+        return format_html_table(f"Ledger {self.path}", rows.items())
 
     def to_frame(self) -> pandas.DataFrame:
         """Return one row per event: time, kind, run and round."""
@@ -288,7 +288,7 @@ class Ledger:
             raise ConfigError("ledger", str(self.path), "is read only: fedtune.Ledger.open(site.toml) charges releases")
         return self._opened
 
-    def _one_per_unit(self, values: Any, users: Iterable[Hashable] | None) -> list[Any]:
+    def _keep_one_per_unit(self, values: Any, users: Iterable[Hashable] | None) -> list[Any]:
         """Return one value per unit: all of them or, for unit "user", the last one of each user."""
         by_user = self._site.policy.population.unit == "user"
         bound = "must name the user of each record if the ledger has unit = user, and must be left out otherwise"

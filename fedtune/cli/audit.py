@@ -78,7 +78,7 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
         RunError: a violation was found.
         ConfigError: the run has no privacy to audit.
     """
-    from fedtune.config import config_yaml
+    from fedtune.config import format_config_yaml
     from fedtune.federation.run_folder import RunFolder
     from fedtune.lab.audit import sensitivity
     from fedtune.runs.run_paths import find_run_folder
@@ -87,7 +87,7 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     if not config.privacy.private:
         raise ConfigError("privacy", config.privacy.mechanism, "makes no privacy claim that could be audited")
     folder = find_run_folder(config)
-    RunFolder(folder).create(config_yaml(config))
+    RunFolder(folder).create(format_config_yaml(config))
     found = sensitivity.search_violations(config, spec, folder, seed=config.seed)
     title = (
         f"{found.tries} cases with one more {found.unit} each: the sum moved by at most {found.moved:.6f} clip norms"

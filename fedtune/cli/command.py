@@ -217,10 +217,10 @@ class _ComposedCommand(Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
-        from fedtune.api.config_groups import config_groups, list_options
+        from fedtune.api.config_groups import list_config_groups, list_options
 
         with formatter.section("Groups (key=option)"):
-            formatter.write_dl([(group, ", ".join(list_options(group))) for group in config_groups()])
+            formatter.write_dl([(group, ", ".join(list_options(group))) for group in list_config_groups()])
 
 
 def _expand_short_forms(words: Iterable[str], epsilon: str | None) -> tuple[str, ...]:
@@ -288,7 +288,7 @@ def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[F
 
 def make_command(function: Callable[..., None], *, name: str | None = None, summary: str = "") -> Command:
     """Turn a function into a click command."""
-    params = list(_click_parameters(function))
+    params = list(_build_click_parameters(function))
     is_composed = any(isinstance(one, _Argument) and isinstance(one.about, SettingsArgument) for one in params)
     return (_ComposedCommand if is_composed else Command)(
         name=name or function.__name__,
@@ -300,7 +300,7 @@ def make_command(function: Callable[..., None], *, name: str | None = None, summ
     )
 
 
-def _click_parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
+def _build_click_parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         hint, about = get_args(parameter.annotation)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # options that are alike, by their names
@@ -308,7 +308,7 @@ def _click_parameters(function: Callable[..., None]) -> Iterator[click.Parameter
             continue
         required = parameter.default is inspect.Parameter.empty
         several = get_origin(hint) is tuple
-        kind = _click_type(hint)
+        kind = _choose_click_type(hint)
         given = {} if required or several else {"default": parameter.default}  # None would stand for a default
         if isinstance(about, Argument):
             nargs = -1 if several else 1
@@ -329,7 +329,7 @@ def _click_parameters(function: Callable[..., None]) -> Iterator[click.Parameter
         )
 
 
-def _click_type(hint: Any) -> Any:
+def _choose_click_type(hint: Any) -> Any:
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (one for one in get_args(hint) if one is not NoneType)
     if get_origin(hint) is tuple:

@@ -29,7 +29,7 @@ from fedtune.lab.studies.trials import SearchTrial, describe_price, read_result
 from fedtune.show.terminal_tables import require_confirmation, say, to_json_text, write_file
 from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 
 def compare(
@@ -134,7 +134,7 @@ def _check_scored_data(config: RunConfig, file: str | None, by: str | None) -> N
     name = file or data.test_file or data.train_file
     if SITE in name:
         return
-    path = resolve_file(name, shipped_folders(), key="--data" if file else "data.test_file")
+    path = resolve_file(name, find_shipped_folders(), key="--data" if file else "data.test_file")
     if by is not None:
         read_column_values([Record({}, file=str(path))], by, key="--by")
 

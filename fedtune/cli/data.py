@@ -26,7 +26,7 @@ from fedtune.config import RunConfig
 from fedtune.data.bad_rows import Faults, SkippedRows
 from fedtune.data.features import check_range
 from fedtune.data.formats import detect_format
-from fedtune.data.records import Record, empty_file_error, iter_records, iter_usable_records, resolve_file
+from fedtune.data.records import Record, build_empty_file_error, iter_records, iter_usable_records, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.values import is_free_text
 from fedtune.extras import require_extra
@@ -46,7 +46,7 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say, show, to_
 from fedtune.sites.run_records import hash_file, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of, expand_home
 from fedtune.tasks.registry import TASKS
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 app = group(__doc__)
 Experiment = Annotated[
@@ -199,7 +199,7 @@ def clean(
     if SITE in name:
         bound = f"must be one file: replace {SITE} with a site's name, and set data.partition.kind=iid"
         raise ConfigError(key, name, bound)
-    source = resolve_file(name, shipped_folders(), key=key)
+    source = resolve_file(name, find_shipped_folders(), key=key)
     require_no_card(name, key=key, kind="a site's own")
     _require_new_file(out, ".jsonl")
     rules = [rule.strip() for rule in drop.split(",") if rule.strip()]
@@ -236,7 +236,7 @@ def codes(
     A record's codes depend only on its own texts: no other record can change them. All sites of a run need the same
     list, model and bounds, so compare the hashes that are shown. See docs/synthetic_texts.md.
     """
-    source, roles = resolve_file(file, shipped_folders(), key="FILE"), parse_column_roles(columns)
+    source, roles = resolve_file(file, find_shipped_folders(), key="FILE"), parse_column_roles(columns)
     require_no_card(file, key="FILE", kind="a site's own")
     if not roles or not all(map(is_free_text, roles)):
         raise ConfigError("--columns", columns, "must name only text roles")
@@ -250,7 +250,7 @@ def codes(
     same, votes, reader = dict[str, str](), None, None
     if topics is not None:
         require_no_card(topics, key="--topics")
-        path = resolve_file(topics, shipped_folders(), key="--topics")
+        path = resolve_file(topics, find_shipped_folders(), key="--topics")
         each = tuple(dict.fromkeys(one.fields["text"] for one in iter_records(path, {"text": "topic"})))
         if len(each) < 2:
             raise ConfigError("--topics", topics, "must have at least two different texts in the column topic")
@@ -294,7 +294,7 @@ def copies(
     roles, own_roles = parse_column_roles(columns), parse_column_roles(own_columns or columns)
     if not roles or roles.keys() != own_roles.keys() or not all(map(is_free_text, roles)):
         raise ConfigError("--columns", columns, "must name the same text roles as --own-columns")
-    files = [(resolve_file(name, shipped_folders(), key="OWN"), own_roles) for name in own]
+    files = [(resolve_file(name, find_shipped_folders(), key="OWN"), own_roles) for name in own]
     if site is not None:
         sets = (one for one in read_policy(site).dataset if roles.keys() <= one.columns.keys())
         files += [(site.parent / one.path, {role: one.columns[role] for role in roles}) for one in sets]
@@ -305,7 +305,7 @@ def copies(
 
     left_out: dict[str, SkippedRows] = {}
     records = list(
-        _iter_usable_records([(resolve_file(synthetic, shipped_folders(), key="SYNTHETIC"), roles)], left_out)
+        _iter_usable_records([(resolve_file(synthetic, find_shipped_folders(), key="SYNTHETIC"), roles)], left_out)
     )
     every = max(
         2, sum(1 for _ in _iter_usable_records(files, left_out)) // max(len(records), 1_000)
@@ -339,7 +339,7 @@ def _iter_usable_records(
                 yield replace(record, file=path.name, line=row)
             if not number:
                 faults.raise_if_any()
-                raise empty_file_error(path)
+                raise build_empty_file_error(path)
             left_out[str(path)] = faults.summarize(used=number)
 
 
@@ -357,9 +357,9 @@ def _compose_experiment(settings: tuple[str, ...], site: Path | None) -> RunConf
     config = compose_run([f"experiment={word}" if word in names else word for word in settings])
     if site is None:
         return config
-    from fedtune.sites.shared_settings import settings_for_own_site  # transformers takes seconds to import
+    from fedtune.sites.shared_settings import derive_settings_for_own_site  # transformers takes seconds to import
 
-    return settings_for_own_site(config, read_policy(site), folder=site.parent)
+    return derive_settings_for_own_site(config, read_policy(site), folder=site.parent)
 
 
 def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
@@ -373,7 +373,7 @@ def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelS
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
         bound = f"must be one of {', '.join(names)}, or a folder with a model, or a hub id (owner/name)"
         raise ConfigError("--model", model, bound)
-    left_open = ["data.train_file=x", "data.declared_sizes=2", *experiment_writer.placeholder_overrides(base)]
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *experiment_writer.build_placeholder_overrides(base)]
     config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
     return config, config.model if known else resolve_model(str(model))
 

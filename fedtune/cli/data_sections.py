@@ -130,7 +130,7 @@ def _build_file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     why = [in_all, *(f"{count:,} {why}" for why, count in file.num_errors.items())] if file.errors else ()
     yield Section("Errors", ("where", "what is there", "what a run needs"), file.errors, words={0, 1, 2}, notes=why)
     headings = ("what", "column", "records", "share", file.places)
-    rows = [_finding_row(one, usable) for one in file.findings] or [("nothing", "", "", "", "")]
+    rows = [_format_finding_row(one, usable) for one in file.findings] or [("nothing", "", "", "", "")]
     meanings = [*dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)]
     yield Section("Findings", headings, rows, words={0, 1, 4}, notes=meanings)
     yield _build_labels_section(file.labels, usable)
@@ -142,7 +142,7 @@ def _build_file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
         yield _build_lengths_section(file.lengths, max_length)
 
 
-def _finding_row(one: Finding, usable: int) -> tuple[str, ...]:
+def _format_finding_row(one: Finding, usable: int) -> tuple[str, ...]:
     lines = [f"{line}" if like is None else f"{line} (as {like})" for line, like in one.lines[:_MOST_LINES]]
     more = ["..."] if one.count > len(lines) else []
     name = f"{_FOUND[one.kind][0]} {one.what}".strip()

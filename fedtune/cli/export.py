@@ -96,7 +96,7 @@ def export(
         sections = [Section(title=f"{run} as {chosen}, in {to or push}", headings=("file", "size"), rows=rows)]
         if graphs:
             headings = ("graph", "size", "ms per text", *graphs[0].scores)
-            costs = [_cost(one, graphs[0].scores) for one in graphs]
+            costs = [_build_cost_section(one, graphs[0].scores) for one in graphs]
             sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
         if push is not None:
             if not as_json:
@@ -110,7 +110,7 @@ def export(
     print_answer(figures, sections, as_json=as_json)
 
 
-def _cost(one: Any, scores: Iterable[str]) -> tuple[str, ...]:
+def _build_cost_section(one: Any, scores: Iterable[str]) -> tuple[str, ...]:
     """What a served model costs, and its scores of these names."""
     return one.file, format_size(one.bytes), f"{one.milliseconds:.1f}", *(f"{one.scores[name]:.4f}" for name in scores)
 
@@ -159,7 +159,7 @@ def distill(
             progress=lambda what, done, total: status.update(f"{what}: step {done} of {total}"),
         )
     judged = config.bound_task.primary_metric if found.scores else ""
-    rows = [_cost(one, [judged] if judged else []) for one in found.served]
+    rows = [_build_cost_section(one, [judged] if judged else []) for one in found.served]
     headings = ("model", "size", "ms per text", *([judged] if judged else []))
     notes = [f"Taught on {pluralize(found.texts, 'text')}. Times are for one thread."]
     sections = [Section(title=f"A student of {run}, in {to}", headings=headings, rows=rows, words={0}, notes=notes)]

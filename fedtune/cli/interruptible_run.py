@@ -133,7 +133,9 @@ def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session
 
 
 @contextmanager
-def several_runs(trials: Trials, console: Console, *, again: Sequence[str], as_json: bool = False) -> Iterator[None]:
+def show_several_runs(
+    trials: Trials, console: Console, *, again: Sequence[str], as_json: bool = False
+) -> Iterator[None]:
     """Say what several runs spend before the first begins, and show them all in the end, however that comes."""
     for text in describe_price({folder.name: trial for folder, trial in trials.rows.items()}):
         say(text, console=console)

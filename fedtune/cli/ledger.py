@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import describe_event, explain_guarantee, render_page, spending_to_json
+from fedtune.cli.plain_words import convert_spending_to_json, describe_event, explain_guarantee, render_page
 from fedtune.federation.run_folder import suggest_run_folders
-from fedtune.formatting import infinite_if_none, pluralize
+from fedtune.formatting import convert_none_to_infinite, pluralize
 from fedtune.ops.backup import MadeUp, charge_missing_events, find_anchors
 from fedtune.ops.files import act_as_owner
 from fedtune.ops.kits.kit_file import read_signing_key
@@ -66,7 +66,7 @@ def show_events(
     file, verified = _verify_ledger(path)
     chosen = verified.events[-last:] if last else verified.events
     if as_json:
-        print_json({**budget_text.identity_to_json(file, verified), "events": chosen})
+        print_json({**budget_text.convert_identity_to_json(file, verified), "events": chosen})
         return
     print_identity(file, verified)
     show([build_events_section(verified, chosen)])
@@ -83,7 +83,7 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
 
     file, verified = _verify_ledger(path)
     if as_json:
-        print_json({**budget_text.identity_to_json(file, verified), **spending_to_json(verified)})
+        print_json({**budget_text.convert_identity_to_json(file, verified), **convert_spending_to_json(verified)})
         return
     print_identity(file, verified)
     print_spending(verified.history, compute_current_lifetime(verified))
@@ -98,7 +98,12 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     """
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
     if as_json:
-        print_json({**budget_text.identity_to_json(file, verified), **budget_text.verification_to_json(verified)})
+        print_json(
+            {
+                **budget_text.convert_identity_to_json(file, verified),
+                **budget_text.convert_verification_to_json(verified),
+            }
+        )
         return
     print_identity(file, verified)
     show(build_verification_sections(verified))
@@ -117,9 +122,9 @@ def export(
     if output is not None and output.exists():  # it might be the ledger, or the key
         raise ConfigError("--output", str(output), "already exists; choose a new file")
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
-    proved = {"head": verified.events[-1], "verification": budget_text.verification_to_json(verified)}
-    told = {"spending": spending_to_json(verified), "events": verified.events}
-    whole = {**budget_text.identity_to_json(file, verified), **proved, **told}
+    proved = {"head": verified.events[-1], "verification": budget_text.convert_verification_to_json(verified)}
+    told = {"spending": convert_spending_to_json(verified), "events": verified.events}
+    whole = {**budget_text.convert_identity_to_json(file, verified), **proved, **told}
     if output is None:
         print_json(whole)
         return
@@ -289,19 +294,19 @@ def print_spending(history: History, figures: Lifetime) -> None:
     if len(set(caps)) > 1:
         changes = ", then ".join(f"{format_cap(cap)} ({time[:10]})" for time, cap, _ in history.policies)
         say(f"The lifetime cap was changed: {changes}. A cap that never changes promises the most.")
-    if why := history.pending_period_reason():
+    if why := history.explain_pending_period():
         say(f"{why[0].upper()}{why[1:]}.")
 
 
 def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     assert history.policy is not None
-    charged = history.total_charges()
+    charged = history.count_total_charges()
     share = compute_spent_fraction(history, charged, cap=history.cap)
-    set_aside = compute_spent_fraction(history, history.charges_and_reservations(history.now()), cap=history.cap)
+    set_aside = compute_spent_fraction(history, history.count_charges_and_reservations(history.now()), cap=history.cap)
     with_set_aside = "charged, plus the reserves of open runs"
     period = f"charged this {figures.period} ({format_cap(history.policy.budget.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
-    fixed = format_epsilon(filter.epsilon_conversion_term(history.order, history.delta))
+    fixed = format_epsilon(filter.compute_epsilon_conversion_term(history.order, history.delta))
     note = f"A fixed part of {fixed} is charged once, with the first noisy step; shares are of the rest of the cap."
     left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
     runs = figures.reference_runs_left
@@ -311,7 +316,7 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
         ("charged so far", format_epsilon(figures.epsilon), _format_share(share)),
         (with_set_aside, format_epsilon(figures.with_set_aside), _format_share(set_aside)),
         ("cap", cap, "100 %" if share is not None else ""),
-        (f"left for new runs{fits}", format_rounded_down(infinite_if_none(figures.left)), left),
+        (f"left for new runs{fits}", format_rounded_down(convert_none_to_infinite(figures.left)), left),
         (period, format_epsilon(figures.period_epsilon), ""),
     )
     title, headings = f"Lifetime budget of each {history.opening.unit}, by the filter", ("", "epsilon", "share of cap")
@@ -325,7 +330,7 @@ def _build_arrivals_section(figures: Lifetime) -> Section:
         spent = (
             format_epsilon(one.epsilon),
             format_epsilon(one.with_set_aside),
-            format_rounded_down(infinite_if_none(one.left)),
+            format_rounded_down(convert_none_to_infinite(one.left)),
         )
         rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent))
     headings = ("who", "charged", "with what open\nruns have reserved", "left for new runs")
@@ -350,7 +355,7 @@ def _build_runs_section(runs: Sequence[LifetimeRun], history: History) -> Sectio
         rounds, noise, rate = f"{run.rounds}/{run.most_rounds}", f"{plan.accounted_noise:g}", f"{plan.sampling_rate:g}"
         epsilons = map(format_epsilon, (run.epsilon, run.planned_epsilon))
         rows.append((to_printable(run.run), _describe_state(run, history), rounds, noise, rate, *epsilons))
-        if run.rounds and (by_trust := plan.epsilons_by_trust(run.rounds)):
+        if run.rounds and (by_trust := plan.compute_epsilons_by_trust(run.rounds)):
             notes.append(f"{to_printable(run.run)}: {describe_trust(by_trust)}.")
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "planned")
     return Section(title=title, headings=headings, rows=rows, words={0, 1}, notes=notes)

@@ -161,7 +161,7 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
 
 def _list_fact_rows(outlook: Outlook) -> dict[str, str]:
     plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
-    rate, head_rate = outlook.config.training.peak_rates(clipped=plan.private)
+    rate, head_rate = outlook.config.training.compute_peak_rates(clipped=plan.private)
     return render_page(
         "plan",
         outlook=outlook,

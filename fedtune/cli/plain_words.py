@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode
-from fedtune.formatting import group_hex, group_hex_start, infinite_if_none, pluralize
+from fedtune.formatting import convert_none_to_infinite, group_hex, group_hex_start, pluralize
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import format_epsilon
@@ -149,8 +149,8 @@ def check_policy(file: Path, *, as_json: bool) -> None:
         ledger: dict[str, Any] | None = None
         if verified is not None:
             different = [{"key": key, "ledger": made, "policy": asked} for key, made, asked in differences]
-            ledger = {**budget_text.identity_to_json(files.ledger, verified), "fits": not differences}
-            ledger |= {"differences": different, "spending": spending_to_json(verified)}
+            ledger = {**budget_text.convert_identity_to_json(files.ledger, verified), "fits": not differences}
+            ledger |= {"differences": different, "spending": convert_spending_to_json(verified)}
         figures = {"schema_version": SCHEMA_VERSION, "path": str(file), "sha256": policy.digest()}
         warned = [{"key": key, "text": text} for key, text in cautions]
         figures |= {"policy": policy.to_json(), "machine": machine, "amount": amount}
@@ -222,7 +222,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
     figures, cap = compute_current_lifetime(verified), verified.history.cap
     runs = figures.reference_runs_left
     fits = "" if runs is None else f", enough for {pluralize(runs, 'run')} like the reference"
-    left = f"left for new runs {format_rounded_down(infinite_if_none(figures.left))}{fits}"
+    left = f"left for new runs {format_rounded_down(convert_none_to_infinite(figures.left))}{fits}"
     say(f"Ledger {ledger}: spent epsilon {format_epsilon(figures.epsilon)} of {format_cap(cap)}, {left}.")
     if figures.frozen:
         say("It is FROZEN: all training on this population has ended permanently.")
@@ -234,7 +234,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
             say(f"  {key}: created for {to_printable(made_for)}, the policy says {to_printable(asked)}")
 
 
-def spending_to_json(verified: Verified) -> dict[str, Any]:
+def convert_spending_to_json(verified: Verified) -> dict[str, Any]:
     """Return a ledger's spending under stable JSON keys, with each run's noise and trust assumptions."""
     from fedtune.report.from_ledger import compute_current_lifetime  # what other commands can do without
 
@@ -242,7 +242,7 @@ def spending_to_json(verified: Verified) -> dict[str, Any]:
     rows = []
     for run in life.runs:
         plan = runs[run.run].plan
-        by_trust = plan.epsilons_by_trust(run.rounds) if run.rounds else None
+        by_trust = plan.compute_epsilons_by_trust(run.rounds) if run.rounds else None
         of_plan = {"noise_multiplier": plan.accounted_noise, "sampling_rate": plan.sampling_rate, "by_trust": by_trust}
         rows.append(asdict(run) | of_plan)
     more = {"max_epsilon": verified.history.cap, "guarantee": life.has_guarantee, "runs": rows}

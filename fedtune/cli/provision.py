@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from fedtune.cli.command import Argument, AsJson, Option, command, group, print_answer
 from fedtune.formatting import group_hex, pluralize
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, key_fingerprint
+from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, compute_key_fingerprint
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.members import JoinRequest, Member
 from fedtune.ops.kits.provisioning import Admitted
@@ -130,7 +130,7 @@ def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
     """
     member = provisioning.revoke_site(federation, name, now=datetime.now(UTC))
     say(f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
-    _print_steps(_roster_instruction(federation))
+    _print_steps(_format_roster_instruction(federation))
     say(f"To add it again, with a new key: fedtune provision renew-site {member.site} REQUEST")
 
 
@@ -189,7 +189,7 @@ def restore(
     say(f"The federation's folder is {out}. {again}")
 
 
-def _roster_instruction(folder: Path) -> str:
+def _format_roster_instruction(folder: Path) -> str:
     until_then = "Until then nothing changes there; no restart is needed."
     other = f"A lead's kit on another machine needs {folder}/lead/roster.json."
     return f"Copy {folder}/server/roster.json into the server's kit. {until_then} {other}"
@@ -206,7 +206,7 @@ def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool)
     for name, declared_size in request.datasets.items():
         say(f"Data set {name}: declared size {declared_size:,}.")
     call = "Call the site at a number that you know from elsewhere, and have it read out these keys."
-    keys = {"connection key": key_fingerprint(request.node_key), "site key": request.site_key}
+    keys = {"connection key": compute_key_fingerprint(request.node_key), "site key": request.site_key}
     _print_fingerprints(f"{call} If one differs, somebody else made the request.", keys)
     _print_fingerprints(
         "Read these aloud. The site writes them down and compares them with README.md in its kit.",
@@ -224,7 +224,7 @@ def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool)
 
 def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
     say(f"Its certificate is valid until {Certificate.from_x509(done.member.x509_certificate).not_after:%Y-%m-%d}.")
-    roster = [_roster_instruction(folder)] if new_to_server else []
+    roster = [_format_roster_instruction(folder)] if new_to_server else []
     _print_steps(f"Send {done.archive} to the site; it contains no secret.", *roster)
 
 
@@ -257,7 +257,7 @@ def _format_expiry(certificate: Certificate, now: datetime) -> str:
 
 
 def _format_days_left(certificate: Certificate, now: datetime) -> str:
-    return "expired" if now > certificate.not_after else f"{pluralize(certificate.days_left(now), 'day')} left"
+    return "expired" if now > certificate.not_after else f"{pluralize(certificate.count_days_left(now), 'day')} left"
 
 
 def _list_expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
@@ -269,10 +269,10 @@ def _list_expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str
     own = made.certificates
     found += [(f"the {kind}", own[kind], f"renew-{kind}") for kind in ("server", "lead")]
     for name, certificate, renewal in found:
-        if certificate.days_left(now) < SOON_DAYS:
+        if certificate.count_days_left(now) < SOON_DAYS:
             left = _format_days_left(certificate, now)
             yield f"The certificate of {name}: {left}. Renew it: fedtune provision {renewal}"
-    if own["authority"].days_left(now) < SOON_DAYS:
+    if own["authority"].count_days_left(now) < SOON_DAYS:
         yield f"The authority: {_format_days_left(own['authority'], now)}. Provision the federation again."
 
 
@@ -283,20 +283,20 @@ def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
         "server": made.settings.server,
         "lead": made.lead_key,
         "certificates": {
-            name: _certificate_to_json(certificate, now) for name, certificate in made.certificates.items()
+            name: _convert_certificate_to_json(certificate, now) for name, certificate in made.certificates.items()
         },
-        "sites": [_member_to_json(member, now) for member in made.roster.sites],
+        "sites": [_convert_member_to_json(member, now) for member in made.roster.sites],
         "warnings": [*_list_expiry_warnings(made, now)],
     }
 
 
-def _member_to_json(member: Member, now: datetime) -> dict[str, Any]:
-    certificate = _certificate_to_json(Certificate.from_x509(member.x509_certificate), now)
-    keys = {"connection_key_sha256": key_fingerprint(member.node_key), "site_key": member.site_key}
+def _convert_member_to_json(member: Member, now: datetime) -> dict[str, Any]:
+    certificate = _convert_certificate_to_json(Certificate.from_x509(member.x509_certificate), now)
+    keys = {"connection_key_sha256": compute_key_fingerprint(member.node_key), "site_key": member.site_key}
     datasets = [{"id": name, "declared_size": size} for name, size in member.datasets.items()]
     return {"site": member.site, "revoked": member.revoked, "certificate": certificate, **keys, "datasets": datasets}
 
 
-def _certificate_to_json(certificate: Certificate, now: datetime) -> dict[str, Any]:
+def _convert_certificate_to_json(certificate: Certificate, now: datetime) -> dict[str, Any]:
     valid = {"not_before": certificate.not_before.isoformat(), "not_after": certificate.not_after.isoformat()}
-    return {**valid, "days_left": certificate.days_left(now), "public_key_sha256": certificate.fingerprint}
+    return {**valid, "days_left": certificate.count_days_left(now), "public_key_sha256": certificate.fingerprint}

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run, quote_word
 from fedtune.cli.command import print_answer
-from fedtune.cli.interruptible_run import report_fitted_plan, run_shown_public_stage, several_runs, show_run
+from fedtune.cli.interruptible_run import report_fitted_plan, run_shown_public_stage, show_run, show_several_runs
 from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.early_stopping import should_stop
@@ -106,7 +106,7 @@ def _start_sweep(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None
     """Print the total price of a sweep, then start or resume its runs one after the other."""
     trials = Trials.from_sweep(words, partial(compose_for_sites, kit=kit))
     again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
-    with several_runs(trials, Console(), again=again):
+    with show_several_runs(trials, Console(), again=again):
         trials.run(lambda trial: _start_or_resume(trial.config, again, kit=kit, metrics=metrics))
 
 
@@ -167,9 +167,9 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
     else:
         say(f"{folder} is not running.")
     if lead is not None:
-        from fedtune.sites.shared_settings import settings_for_sites  # torch takes seconds to import
+        from fedtune.sites.shared_settings import select_settings_for_sites  # torch takes seconds to import
 
-        _end_at_sites(settings_for_sites(config).run_id(), config.federation, kit=lead)
+        _end_at_sites(select_settings_for_sites(config).run_id(), config.federation, kit=lead)
 
 
 def _end_at_sites(run: str, federation: FederationSpec, *, kit: Kit) -> None:

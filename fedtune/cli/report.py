@@ -101,15 +101,15 @@ def build(
         signing.verify_report_signature(report)  # a ledger's report is signed by the key that its events are signed by
     from fedtune.data.records import resolve_file
     from fedtune.report.page.render import render_label, write_files
-    from fedtune.report.registry_entry import REGISTRY, build_registry_entry, registry_to_json
-    from fedtune.version import shipped_folders
+    from fedtune.report.registry_entry import REGISTRY, build_registry_entry, convert_registry_to_json
+    from fedtune.version import find_shipped_folders
 
     spoken = language or own_language
     beside = {LABEL: render_label(report, language=spoken).encode()} if label else {}
     if registry:
-        beside[REGISTRY] = registry_to_json(report, about).encode()
+        beside[REGISTRY] = convert_registry_to_json(report, about).encode()
     if verifier:
-        beside[_VERIFIER] = resolve_file(f"verifier/{_VERIFIER}", shipped_folders(), key="--verifier").read_bytes()
+        beside[_VERIFIER] = resolve_file(f"verifier/{_VERIFIER}", find_shipped_folders(), key="--verifier").read_bytes()
     if output is None and (RunFolder(folder).adapter / CARD).is_file() and not isinstance(report.facts, LedgerFacts):
         from fedtune.report.model_card import render_adapter_card
 
@@ -162,7 +162,7 @@ def verify(
     path, report = signing.read_report(file)
     if model is not None and not model.is_dir():
         raise ConfigError("--model", str(model), "must be a folder")
-    key, site_keys, *of_roster = _keys_from_roster(report, roster, key) if roster else (key, None)
+    key, site_keys, *of_roster = _find_keys_in_roster(report, roster, key) if roster else (key, None)
     known = Known(key=key, site_keys=site_keys, config_sha256=config, model=model)
     found = (*check_report(path, report, known), *of_roster)
     rows, styles = list[tuple[str, ...]](), dict[int, str]()
@@ -191,7 +191,7 @@ def schema() -> None:
     sys.stdout.write(render_schema())
 
 
-def _keys_from_roster(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
+def _find_keys_in_roster(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
     """Return the key that must have signed the report, the sites' keys, and the check of the roster.
 
     A ledger's report is signed by its site; a run's report by the lead, who also signed the roster.

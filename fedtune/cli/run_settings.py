@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fedtune.api.compose import compose_run, hydra_overrides, restore_interpolations
+from fedtune.api.compose import compose_run, restore_interpolations, select_hydra_overrides
 from fedtune.api.experiment_file import list_composed_files, read_hydra_settings
 from fedtune.config import RunConfig
 from fedtune.data.partition import PartitionSpec
@@ -58,10 +58,10 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
         if wanted
         else config.federation.active
         if begun
-        else _experiment_participants(others, kit)
+        else _read_experiment_participants(others, kit)
     )
     chosen = members(kit, named)
-    given = [*others, *_site_overrides([member.site for member in chosen]), "federation.participants=[]"]
+    given = [*others, *_build_site_overrides([member.site for member in chosen]), "federation.participants=[]"]
     if "data.declared_sizes" in typed:
         return compose_run(given)
     # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
@@ -74,17 +74,17 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
 
 
-def _site_overrides(names: Sequence[str]) -> list[str]:
+def _build_site_overrides(names: Sequence[str]) -> list[str]:
     listed = ",".join(f"'{name}'" for name in names)
     return [f"federation.num_sites={len(names)}", f"federation.site_names=[{listed}]"]
 
 
-def _experiment_participants(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
+def _read_experiment_participants(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
     """Return the sites that an experiment file names in `federation.participants`; empty: the whole roster takes
     part.
     """
     others = [word for word in words if not word.startswith("data.declared_sizes=")]
-    known = _site_overrides([member.site for member in members(kit, ())])
+    known = _build_site_overrides([member.site for member in members(kit, ())])
     return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
 
 
@@ -104,7 +104,7 @@ def print_config(
     words = [word for word in words if not word.lstrip("+").startswith("audit.")]
     config = compose_run(words) if kit is None else compose_for_sites(words, kit=Kit.read(kit, kind="lead"))
     ours = [word for word in words if not (kit and word.startswith("sites="))]
-    hydras = hydra_overrides(ours)
+    hydras = select_hydra_overrides(ours)
     if info is not None:
         node = read_hydra_settings(hydras)
         path = [(one["provider"], f"{one['schema']}://{one['path']}") for one in node["runtime"]["config_sources"]]

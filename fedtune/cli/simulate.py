@@ -32,7 +32,12 @@ def simulate(
     from rich.console import Console
 
     from fedtune.api.compose import compose_run, quote_word
-    from fedtune.cli.interruptible_run import run_shown_public_stage, run_simulation, run_with_summary, several_runs
+    from fedtune.cli.interruptible_run import (
+        run_shown_public_stage,
+        run_simulation,
+        run_with_summary,
+        show_several_runs,
+    )
     from fedtune.lab.studies.trials import Trials
     from fedtune.runs.run_paths import find_run_folder
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
@@ -48,7 +53,7 @@ def simulate(
         raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if trials and len(runs) > 1:
         again = ["simulate", "-m", *trials.again]
-        with several_runs(trials, console, again=again, as_json=as_json), Session() as session:
+        with show_several_runs(trials, console, again=again, as_json=as_json), Session() as session:
             trials.run(lambda trial: run_with_summary(trial, console=console, name=trial.folder.name, session=session))
         return
     config = run_shown_public_stage(runs[0], console, again=["simulate", *overrides])

@@ -75,10 +75,10 @@ def init(
     """Create the site's keys and a request to join. The keys are created here and never leave the site."""
     folder = (out or site).absolute().parent
     _switch_to_owner(folder, *folder.parents)  # before there is a kit, the owner of its folder to be
-    from fedtune.ops.kits.members import next_steps, site_init
+    from fedtune.ops.kits.members import describe_next_steps, initialize_site
     from fedtune.show.terminal_tables import say
 
-    say(next_steps(site_init(site, out=out)).rstrip())
+    say(describe_next_steps(initialize_site(site, out=out)).rstrip())
 
 
 @command(app, "check what is still missing")
@@ -245,7 +245,7 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
     The ledger keeps its spending.
     """
     own, state = _read_own_kit(kit), _load_site_state(kit)
-    files = own.site_files(site)
+    files = own.find_site_files(site)
     ledger = files.open_ledger()
     state.left_file.touch()  # first, so that no run begins meanwhile
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]

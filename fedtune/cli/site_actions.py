@@ -23,9 +23,9 @@ from fedtune.lab.studies.comparison import Line, score_side_by_side
 from fedtune.lab.studies.personalized import make_personalized
 from fedtune.lab.studies.trials import SearchTrial
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.ops.doctor.check import REFUSED, SETTINGS, DoctorCheck, overall_exit_code
+from fedtune.ops.doctor.check import REFUSED, SETTINGS, DoctorCheck, choose_exit_code
 from fedtune.ops.doctor.examination import Examination
-from fedtune.ops.files import current_account
+from fedtune.ops.files import get_current_account
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.services.site_state import SiteState
@@ -59,7 +59,7 @@ class AtSite:
     """Actions of a site's staff on runs that were requested, with the site's kit and policy."""
 
     def __init__(self, kit: Kit, site_toml: Path) -> None:
-        self.kit, self.site_toml, self.files = kit, site_toml, kit.site_files(site_toml)
+        self.kit, self.site_toml, self.files = kit, site_toml, kit.find_site_files(site_toml)
 
     @property
     def state(self) -> SiteState:
@@ -70,7 +70,7 @@ class AtSite:
         told, rows = [], []
         for pending in self.state.list_pending_runs():
             asked, since = pending.proposal, pending.since
-            spent = {"epsilon": (epsilon := _total_epsilon(asked)), "delta": asked.plan.delta}
+            spent = {"epsilon": (epsilon := _compute_total_epsilon(asked)), "delta": asked.plan.delta}
             about_run = {"run": asked.run, "digest": asked.digest(), "since": since, "dataset": asked.dataset}
             told.append({**about_run, "lead": asked.lead, **spent})
             about = (to_printable(asked.run), since[:10], to_printable(asked.dataset))
@@ -201,7 +201,7 @@ def _check_decision(by: str | None, ticket: str | None, reason: str | None) -> d
     Raises:
         ConfigError: a detail is not one short printable line.
     """
-    by = by or current_account()
+    by = by or get_current_account()
     for option, given in (("--by", by), ("--ticket", ticket), ("--reason", reason)):
         if given is not None and not (given.strip() and given.isprintable() and len(given) <= _MOST_REASON):
             raise ConfigError(option, given, f"must be one line of at most {_MOST_REASON} characters")
@@ -223,7 +223,7 @@ def _find_proposal(proposals: list[Proposal], run: str, state: str) -> Proposal:
     return found[0]
 
 
-def _total_epsilon(asked: Proposal) -> float | None:
+def _compute_total_epsilon(asked: Proposal) -> float | None:
     """Return the epsilon of the whole run by PLD; None if the run has no guarantee."""
     if asked.seeded_noise or not asked.plan.private:
         return None
@@ -236,13 +236,13 @@ def _format_price(epsilon: float | None) -> str:
 
 def _build_proposal_section(asked: Proposal, verdict: DryRun) -> Section:
     plan = asked.plan
-    by_trust = plan.epsilons_by_trust(plan.most_rounds)
+    by_trust = plan.compute_epsilons_by_trust(plan.most_rounds)
     said = render_page(
         "proposal",
         asked=asked,
         plan=plan,
         verdict=verdict,
-        price=_format_price(_total_epsilon(asked)),
+        price=_format_price(_compute_total_epsilon(asked)),
         noise=describe_noise(plan),
         trust=describe_trust(by_trust) if by_trust else "",
         contribution=describe_contribution(plan) if plan.unit == "user" else "",
@@ -276,7 +276,7 @@ def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[Doctor
         if not as_json:
             _print_line(console, check)
     if as_json:
-        print_json({"checks": [check.to_json() for check in made], "ok": overall_exit_code(made) == 0})
+        print_json({"checks": [check.to_json() for check in made], "ok": choose_exit_code(made) == 0})
         return made
     counts = {mark: sum(check.status == mark for check in made) for mark in _MARKS}
     console.print("\n" + ", ".join(f"{count} {mark}" for mark, count in counts.items() if count))
@@ -286,7 +286,7 @@ def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[Doctor
 def raise_failures(checks: Sequence[DoctorCheck]) -> None:
     """Raise the error that corresponds to the failed checks, if any."""
     names = [check.name for check in checks if check.status == "failed"]
-    if code := overall_exit_code(checks):
+    if code := choose_exit_code(checks):
         message = f"{pluralize(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
         raise {SETTINGS: SomethingFailed, REFUSED: RefusedError}.get(code, RunError)(message)
 

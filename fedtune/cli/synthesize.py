@@ -45,7 +45,7 @@ from fedtune.sites.run_records import (
     require_disjoint,
 )
 from fedtune.spec import ConfigError, check_at_least, check_at_most
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
 Beside = Annotated[Path | None, Option("public records for the card to compare with", metavar="FILE")]
@@ -111,7 +111,7 @@ class SyntheticFile:
         """
         from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
 
-        place = resolve_file(str(file), shipped_folders(), key=option)
+        place = resolve_file(str(file), find_shipped_folders(), key=option)
         known = read_card(place, self.behind[0], option=option)
         self.behind += known["runs"][1:]
         labels = [one["column"] for one in known["made"].get("labels", ())]
@@ -144,7 +144,7 @@ class SyntheticFile:
         missing = 0 if self.rows is None else self.rows - len(written)
         counts = {"rows": len(written), "prompts": len(found.wanted), "missing": missing}
         told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
-        told["classified"] = synthetic.classifier_accuracy(written, self._public)
+        told["classified"] = synthetic.measure_classifier_accuracy(written, self._public)
         figures = {"these records": measure_text_variety(said)}
         if self.beside is not None:
             figures[self.beside.name] = measure_text_variety(theirs)
@@ -206,7 +206,7 @@ def generate(
     begun, known = file.read(variations_of, option="--variations-of") if variations_of is not None else ([], {})
     named, sha256 = variations_of or prompts, known.get("sha256")
     if prompts is not None:  # before hours in which it may change
-        sha256 = hash_file(resolve_file(str(prompts), shipped_folders(), key="--prompts"), key="--prompts")
+        sha256 = hash_file(resolve_file(str(prompts), find_shipped_folders(), key="--prompts"), key="--prompts")
     shares = "varied" if begun else "voted" if others else "declared"
     made = {"prompts_file": named.name if named else None, "prompts_sha256": sha256, "shares": shares, **asdict(spec)}
     with file.open_files() as texts, show_progress() as progress:

@@ -36,13 +36,13 @@ def schema(cls: type = RunConfig) -> type:
     """
     hints = typing.get_type_hints(cls)
     fields = [
-        (one.name, _omegaconf_type(hints[one.name]), dataclasses.field(default=MISSING))
+        (one.name, _convert_to_omegaconf_type(hints[one.name]), dataclasses.field(default=MISSING))
         for one in dataclasses.fields(cls)
     ]
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
-def _omegaconf_type(hint: Any) -> Any:
+def _convert_to_omegaconf_type(hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return schema(typing.cast(type, hint))
     plain = [one for one in typing.get_args(hint) or (hint,) if one is not type(None)]

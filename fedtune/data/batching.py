@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedtune.data.tokenization import UNSUPERVISED, TextDataset
 from fedtune.process import torch
-from fedtune.spec import panics_as_errors
+from fedtune.spec import translate_panics
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def collate(
         one = rows[0] if rows else np.zeros(1, dtype=np.int64)
         kind = np.float32 if one.dtype == np.float32 else np.int64
         out = np.full((*attended.shape, *one.shape[1:]), fill, dtype=kind)
-        for row, text in enumerate(dataset.text_indices(chosen)):
+        for row, text in enumerate(dataset.find_text_indices(chosen)):
             out[row, : lengths[row]] = rows[text]
         return torch.from_numpy(out)
 
@@ -127,7 +127,7 @@ def compute_each_alone(
 
 def _try_compute(compute: Callable[[Batch], Computed], batch: Batch) -> Computed | None:
     try:
-        with panics_as_errors():
+        with translate_panics():
             return compute(batch)
     except Exception:
         log.exception("an example failed and counts as zero")

@@ -79,7 +79,7 @@ class FeatureSpec:
         of_each = len(self.categories) + 1 if self.categories else self.size or 1
         return len(self.columns) * (of_each + (self.missing == "indicator"))
 
-    def value_names(self) -> Iterator[str]:
+    def iter_value_names(self) -> Iterator[str]:
         """Yield a name for each value of the vector."""
         low, high = self.range or (0.0, 0.0)
         for column in self.columns:

@@ -97,7 +97,7 @@ def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenie
             documents = read_json_array(path, lenient=lenient, opens=span_formats.DOCUMENTS)
             return parse_pieces(path, documents, partial(span_formats.parse_bioc, path))
         case suffix if suffix == _CLASSES:
-            return parse_pieces(path, enumerate(list_image_files(path), 1), partial(_image_row, path))
+            return parse_pieces(path, enumerate(list_image_files(path), 1), partial(_build_image_row, path))
         case suffix if suffix == _BRAT:
             return parse_pieces(path, enumerate(sorted(path.glob("*.ann")), 1), span_formats.read_brat)
         case suffix:
@@ -199,7 +199,7 @@ def list_image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in images.SUFFIXES)
 
 
-def _image_row(folder: Path, _: int, file: Path) -> Row:
+def _build_image_row(folder: Path, _: int, file: Path) -> Row:
     """Return the row of an image: its folder's name as the label, and a path relative to the parent of `folder`."""
     return {"image": str(file.relative_to(folder.parent)), "label": file.parent.name}
 
@@ -320,11 +320,11 @@ def _iter_arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
         for place in range(batch.num_rows):
             number += 1
             at = format_location(path, number)
-            yield number, catch_row_error(at, _arrow_row, batch, place, names, at=at)
+            yield number, catch_row_error(at, _build_arrow_row, batch, place, names, at=at)
 
 
 @lru_cache(maxsize=4)
-def _standalone_types(schema: Any) -> list[Any]:
+def _list_standalone_types(schema: Any) -> list[Any]:
     """Return each column's type without dictionaries and views, so that a row's values do not share memory with other
     rows.
     """
@@ -334,13 +334,13 @@ def _standalone_types(schema: Any) -> list[Any]:
     return [_replace_types(kind, views, decode=True) for kind in schema.types]
 
 
-def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
+def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
     one = batch.slice(place, 1)
     try:
         # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
         columns = [
             column if column.type == kind else column.cast(kind)
-            for column, kind in zip(one.columns, _standalone_types(batch.schema), strict=True)
+            for column, kind in zip(one.columns, _list_standalone_types(batch.schema), strict=True)
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {

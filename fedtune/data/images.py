@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.data.text_rows import MOST_BYTES, json_type
+from fedtune.data.text_rows import MOST_BYTES, name_json_type
 from fedtune.extras import require_extra
 from fedtune.spec import DataError
 
@@ -40,7 +40,7 @@ def read_image_field(value: object, at: str) -> str:
     if isinstance(value, bytes):
         return WITHIN + base64.b64encode(value).decode()
     if not isinstance(value, str) or not value.strip():
-        found = "blank" if isinstance(value, str) else json_type(value)
+        found = "blank" if isinstance(value, str) else name_json_type(value)
         raise DataError(at, found, "must be the path of an image, or its bytes (role image)")
     return value
 
@@ -125,7 +125,7 @@ def _explain_missing(path: Path, field: str) -> str:
     return f"must be the path of an image, relative to the folder of the record's file{case}"
 
 
-def random_image_field(draw: Callable[[int], int]) -> str:
+def generate_image_field(draw: Callable[[int], int]) -> str:
     """Generate the field of a random image; `draw(n)` returns a random integer below n."""
     from PIL import Image
 

@@ -48,7 +48,7 @@ def parse_json_list(text: str) -> list[Any] | None:
     return found
 
 
-def columns_to_rows(value: object) -> object:
+def convert_columns_to_rows(value: object) -> object:
     """Convert an object with a list under each name, Hugging Face's form of a list of objects, to that list of objects.
 
     OpenAI's object of messages is converted to the messages, unless it also has tools.  Other values are returned

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.data.bad_rows import NONE_LEFT_OUT, Faults, SkippedRows
-from fedtune.data.partition import is_selected, partition_records, split_heldout, unit_hash
-from fedtune.data.records import Fault, Record, empty_file_error, iter_usable_records, resolve_file
+from fedtune.data.partition import hash_unit, is_selected, partition_records, split_heldout
+from fedtune.data.records import Fault, Record, build_empty_file_error, iter_usable_records, resolve_file
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 _ROWS_KEY = b"fedtune rows"  # one for all runs, so that a score on some rows of a file is about the same rows in each
 
@@ -83,7 +83,7 @@ def partition_training_files(
     of_files, left_out, by_file = list[list[Record]](), NONE_LEFT_OUT, spec.partition.kind == "file"
     for site in names if by_file else names[:1]:
         name, skips = spec.train_file.replace(SITE, site), spec.skips_bad_records
-        records, of_file = lead_records(name, columns=columns, key="data.train_file", fault=fault, leave_out=skips)
+        records, of_file = read_lead_records(name, columns=columns, key="data.train_file", fault=fault, leave_out=skips)
         left_out = left_out.merge_counts(of_file)
         of_files.append([])
         for record in records:
@@ -119,11 +119,11 @@ def assign_to_lead(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) ->
     """Return "validation" or "test" if a record of a simulation's training file belongs to the lead, or None for a
     site.
     """
-    if spec.test_fraction and unit_hash(record, purpose="test", key=key, unit=unit) < spec.test_fraction:
+    if spec.test_fraction and hash_unit(record, purpose="test", key=key, unit=unit) < spec.test_fraction:
         return "test"
     # Of what the test leaves, so that the shares are those of the whole file.
     share = spec.validation_fraction / (1 - spec.test_fraction)
-    if share and unit_hash(record, purpose="validation", key=key, unit=unit) < share:
+    if share and hash_unit(record, purpose="validation", key=key, unit=unit) < share:
         return "validation"
     return None
 
@@ -144,7 +144,7 @@ def read_own_records(
     return SiteRecords(training, heldout, faults.summarize(used=len(training) + len(heldout)))
 
 
-def lead_records(
+def read_lead_records(
     name: str, *, columns: Mapping[str, str], key: str, fault: Fault = lambda record: None, leave_out: bool = False
 ) -> tuple[list[Record], SkippedRows]:
     """Read the lead's own records from the file `name`, which the setting `key` names, and count the skipped rows.
@@ -152,12 +152,12 @@ def lead_records(
     Raises:
         DataError: no record is usable; or, without `leave_out`, some record is not.
     """
-    path, faults = resolve_file(name, shipped_folders(), key=key), Faults()
+    path, faults = resolve_file(name, find_shipped_folders(), key=key), Faults()
     records = list(iter_usable_records(path, columns, fault=fault, faults=faults, lenient=False))
     if not records or not leave_out:
         faults.raise_if_any()
     if not records:
-        raise empty_file_error(path)
+        raise build_empty_file_error(path)
     return records, faults.summarize(used=len(records))
 
 
@@ -165,5 +165,5 @@ def sample_rows(records: Sequence[Record], rows: int | None) -> list[Record]:
     """Select the `rows` records with the smallest hashes, in their order, or all records if `rows` is None."""
     if rows is None or rows >= len(records):
         return list(records)
-    hashes = [unit_hash(record, purpose="rows", key=_ROWS_KEY) for record in records]
+    hashes = [hash_unit(record, purpose="rows", key=_ROWS_KEY) for record in records]
     return [records[place] for place in sorted(heapq.nsmallest(rows, range(len(records)), key=hashes.__getitem__))]

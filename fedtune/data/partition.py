@@ -65,7 +65,7 @@ class PartitionSpec:
             raise ConfigError("sites", dict(self.sites), bound)
 
 
-def unit_hash(record: Record, *, purpose: str, key: bytes, unit: Unit = "record") -> float:
+def hash_unit(record: Record, *, purpose: str, key: bytes, unit: Unit = "record") -> float:
     """Hash a record, or its user, to a number in [0, 1): the top 53 bits of HMAC-SHA256 of purpose and unit.
 
     Different purposes give independent numbers, so that one decision reveals nothing about another.
@@ -77,12 +77,12 @@ def unit_hash(record: Record, *, purpose: str, key: bytes, unit: Unit = "record"
 
 def is_heldout(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
     """Whether the record's unit belongs to the `fraction` (in expectation) that is held out from training."""
-    return unit_hash(record, purpose="heldout", key=key, unit=unit) < fraction
+    return hash_unit(record, purpose="heldout", key=key, unit=unit) < fraction
 
 
 def is_selected(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
     """Whether the record's unit belongs to the `fraction` (in expectation) that a smaller run uses."""
-    return unit_hash(record, purpose="selected", key=key, unit=unit) < fraction
+    return hash_unit(record, purpose="selected", key=key, unit=unit) < fraction
 
 
 def split_heldout(
@@ -143,14 +143,16 @@ def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: byt
         return spec.sites[value]
     proportions = spec.proportions or (1.0,) * num_sites
     if spec.kind == "dirichlet":
-        bounds = _dirichlet_bounds(record.fields["label"], alpha=spec.alpha, proportions=proportions, key=key)
+        bounds = _draw_dirichlet_bounds(record.fields["label"], alpha=spec.alpha, proportions=proportions, key=key)
     else:
-        bounds = _bounds(proportions)
-    return bisect_right(bounds, unit_hash(record, purpose="site", key=key, unit=unit))
+        bounds = _compute_share_bounds(proportions)
+    return bisect_right(bounds, hash_unit(record, purpose="site", key=key, unit=unit))
 
 
 @lru_cache(maxsize=4096)
-def _dirichlet_bounds(label: str, *, alpha: float, proportions: tuple[float, ...], key: bytes) -> tuple[float, ...]:
+def _draw_dirichlet_bounds(
+    label: str, *, alpha: float, proportions: tuple[float, ...], key: bytes
+) -> tuple[float, ...]:
     """Return the upper bounds of the sites' shares of one label, drawn from Dirichlet(alpha x sites x proportions).
 
     The generator is seeded from key and label, never from the data: the shares are fixed before any record is read.
@@ -160,11 +162,11 @@ def _dirichlet_bounds(label: str, *, alpha: float, proportions: tuple[float, ...
     seed = hmac.digest(key, b"dirichlet\0" + label.encode(), "sha256")
     prior = np.array(proportions) / sum(proportions)
     shares = np.random.default_rng(int.from_bytes(seed, "big")).dirichlet(alpha * len(prior) * prior)
-    return _bounds(tuple(shares.tolist()))
+    return _compute_share_bounds(tuple(shares.tolist()))
 
 
 @lru_cache(maxsize=64)
-def _bounds(shares: tuple[float, ...]) -> tuple[float, ...]:
+def _compute_share_bounds(shares: tuple[float, ...]) -> tuple[float, ...]:
     """Return the upper bounds of the sites' parts of [0, 1), without the last bound, so that rounding cannot exclude a
     hash.
     """

@@ -126,7 +126,7 @@ def read_column_values(records: Sequence[Record], column: str, *, key: str, role
     return [values.get((record.file, record.line), NO_VALUE) for record in records]
 
 
-def empty_file_error(path: Path) -> DataError:
+def build_empty_file_error(path: Path) -> DataError:
     """Return the error for a file without records."""
     found = "an empty file" if path.is_file() and not path.stat().st_size else "no records"
     return DataError(str(path), found, "must contain at least one record")

@@ -67,26 +67,26 @@ class Shapes:
         shorter = tuple(step for step in steps if _SHORTEST <= step < 0.8 * roomy and step % 4 == 0)
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
-    def longest_record(self, length: int) -> int:
+    def compute_longest_record(self, length: int) -> int:
         """Return the number of tokens of the longest record that is padded to `length`."""
         return length - (length != self.full)
 
     def rows(self, length: int) -> tuple[int, ...]:
         """Return the allowed numbers of rows of a micro-batch of this length, descending."""
-        fewest, most = self.min_rows(length), self.max_tokens // length
+        fewest, most = self.compute_min_rows(length), self.max_tokens // length
         if self.most_rows:
             most = min(most, self.most_rows[self.lengths.index(length)])
         return tuple(sorted({max(fewest, most // share) for share in self.row_shares}, reverse=True))
 
-    def min_rows(self, length: int) -> int:
+    def compute_min_rows(self, length: int) -> int:
         """Return the number of rows of the smallest micro-batch of this length."""
-        return 1 + self._num_padding_rows(length)
+        return 1 + self._count_padding_rows(length)
 
     def capacity(self, length: int, rows: int) -> int:
         """Return the number of records that fit a micro-batch of this shape."""
-        return rows - self._num_padding_rows(length)
+        return rows - self._count_padding_rows(length)
 
-    def _num_padding_rows(self, length: int) -> int:
+    def _count_padding_rows(self, length: int) -> int:
         """Return the number of rows that stay empty to provide padding."""
         return int(length == self.full and not self.fixed)
 
@@ -97,7 +97,7 @@ class Shapes:
             places: indices of records in the data set.
             num_tokens: the number of tokens of the longest text of each record in the data set.
         """
-        bucket = np.searchsorted([self.longest_record(length) for length in self.lengths], num_tokens[places])
+        bucket = np.searchsorted([self.compute_longest_record(length) for length in self.lengths], num_tokens[places])
         assert (bucket < len(self.lengths)).all(), "a record is longer than tokenizing may leave it"
         for number, length in enumerate(self.lengths):
             yield from self._cut(places[bucket == number], length)

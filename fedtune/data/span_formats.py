@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedtune.data.json_lists import columns_to_rows, parse_list, to_compact_json
-from fedtune.data.text_rows import MOST_BYTES, Cut, Row, cut_rows, decode_text, format_location, json_type
+from fedtune.data.json_lists import convert_columns_to_rows, parse_list, to_compact_json
+from fedtune.data.text_rows import MOST_BYTES, Cut, Row, cut_rows, decode_text, format_location, name_json_type
 from fedtune.spec import DataError
 
 _TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)  # a token's tag in a scheme: its letter, and the type
@@ -39,7 +39,7 @@ def read_words(value: object, at: str, role: str = "tokens") -> str:
     if role == "tags" and listed and any(type(one) is int for one in listed):
         raise DataError(at, "numbers", "must be tag names, such as B-PER and O, not numbers (role tags)")
     if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
-        found = "text that is not a list" if listed is None else json_type(value) if listed else "an empty list"
+        found = "text that is not a list" if listed is None else name_json_type(value) if listed else "an empty list"
         raise DataError(at, found, f"must be a list of texts (role {role})")
     return "\n".join(" ".join(str(one).split()) for one in listed)
 
@@ -54,10 +54,10 @@ def read_spans(value: object, at: str) -> str:
     Raises:
         DataError: the value has another form.
     """
-    listed = parse_list(columns_to_rows(value))
+    listed = parse_list(convert_columns_to_rows(value))
     if listed is None:
         raise DataError(at, "text that is not a list", "must be a list of spans with start, end and label (role spans)")
-    annotated = _first_annotation(listed, at, "spans")
+    annotated = _find_first_annotation(listed, at, "spans")
     listed = listed if annotated is None else [one for one in annotated if "labels" in one]  # others are choices
     found = []
     for number, one in enumerate(listed, 1):
@@ -68,7 +68,7 @@ def read_spans(value: object, at: str) -> str:
         kinds = [type(part) for part in given] if isinstance(given, list) else []
         if kinds not in ([int, int, str], [int, int, int]):
             bound = "must have start and end, whole numbers, and label, a text (role spans)"
-            raise DataError(f"{at}, span {number}", json_type(one), bound)
+            raise DataError(f"{at}, span {number}", name_json_type(one), bound)
         unit = ["utf-16"] if isinstance(one, dict) and "labels" in one else []
         found.append([*given[:2], str(given[2]), *unit])
     return to_compact_json(found)
@@ -85,14 +85,14 @@ def convert_labels(value: object, at: str) -> object:
         return [name for name, one in value.items() if one] if of_cats else value.get("choices", value)
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
         return value
-    annotated = _first_annotation(value, at, "labels")
+    annotated = _find_first_annotation(value, at, "labels")
     if annotated is not None:
         return [name for one in annotated for name in one.get("choices", ())]
     is_span = any(key in one for one in value for keys in _PARTS[:2] for key in keys)
     return value if is_span else [one.get("label") for one in value]
 
 
-def _first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
+def _find_first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
     """Return the values of Label Studio's first annotation that was not skipped, or None if there are no annotations.
 
     Raises:
@@ -121,7 +121,7 @@ def split_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", tag)
 
 
-def entities_from_tags(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
+def decode_tags(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
     """Decode tags into entities (first token, end, type); the second value is True if a tag continues no open
     entity.
     """
@@ -142,7 +142,7 @@ def entities_from_tags(tags: Sequence[str], types: Collection[str] = ()) -> tupl
 def count_entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict[str, int]:
     """Count a record's entities by type, in the order of their first appearance, from its tags or spans."""
     if "tags" in fields:
-        return dict(Counter(name for *_, name in entities_from_tags(fields["tags"].split("\n"), types)[0]))
+        return dict(Counter(name for *_, name in decode_tags(fields["tags"].split("\n"), types)[0]))
     return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
 
 
@@ -175,16 +175,16 @@ def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None
 def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     """The tokens and tags of a sentence's lines: tags are in the last column that holds a scheme's, or else the last.
 
-    Tokens are in the first other column behind those that name or count them (`_first_token`).  CoNLL-U's lines 3-4 and
-    3.1 are of no token of their own.  Nothing but the sentence's own lines decides: how a record is read must not
-    depend on others.
+    Tokens are in the first other column behind those that name or count them (`_find_token_column`).  CoNLL-U's lines
+    3-4 and 3.1 are of no token of their own.  Nothing but the sentence's own lines decides: how a record is read must
+    not depend on others.
     """
     lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])] or cells
     columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
     tagged = [place for place, column in enumerate(columns) if all(map(_LIKE_TAG.fullmatch, column))]
     tag = tagged[-1] if tagged else len(columns) - 1
     others = [place for place in range(len(columns)) if place != tag]
-    first = _first_token([columns[place] for place in others])
+    first = _find_token_column([columns[place] for place in others])
     if first and not tagged:
         bound = "must have tags such as B-PER and O, or only a token and its tag on each line"
         raise DataError(at, "no column of tags", bound)
@@ -192,7 +192,7 @@ def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     return {"tokens": [one[others[first]] for one in kept], "tags": [one[tag].strip() for one in kept]}
 
 
-def _first_token(columns: Sequence[Sequence[str]]) -> int:
+def _find_token_column(columns: Sequence[Sequence[str]]) -> int:
     """The place of the first column that holds tokens, behind counters, offsets, and names that all lines share."""
     whole = [all(map(str.isdecimal, column)) for column in columns]
     counts = [_counts(column, of=len(columns)) for column in columns]
@@ -231,7 +231,7 @@ def document(path: Path, line: int, raw: bytes | None) -> Row:
             )
     if "t" not in parts:
         raise DataError(at, "no title", "must have a line id|t| (PubTator)")
-    return _spans_row(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
+    return _build_spans_row(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
 
 
 def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
@@ -258,7 +258,7 @@ def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
     except (AttributeError, KeyError, TypeError, ValueError):
         bound = "must have passages with offset and text, and contiguous annotations with infons.type (BioC)"
         raise DataError(at, "a document in another format", bound) from None
-    return _spans_row(text, spans, at=at)
+    return _build_spans_row(text, spans, at=at)
 
 
 def list_brat_files(folder: Path) -> list[Path]:
@@ -283,10 +283,13 @@ def read_brat(_: int, marks: Path) -> Row:
         raise DataError(at, "a span in several parts, or in another format", "must be one contiguous part of the text")
     # What a span names has spaces where the text has ends of lines.
     flat = re.sub(r"[\r\n]", " ", texts[0])
-    return {**_spans_row(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at), "text": texts[0]}
+    return {
+        **_build_spans_row(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at),
+        "text": texts[0],
+    }
 
 
-def _spans_row(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
+def _build_spans_row(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
     """Build a row with spans, after checking that each span's text matches its position."""
     if any(text[start:end] != said for start, end, _, said in spans):
         raise DataError(

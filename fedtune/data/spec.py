@@ -213,7 +213,7 @@ class DataSpec:
                 bound = f"must be 0 with real sites: the lead cannot read their files; set data.{key[:-9]}_file"
                 raise ConfigError(key, getattr(self, key), bound)
 
-    def required_columns(
+    def map_required_columns(
         self, roles: Collection[str], *, partition: bool = False, unit: Unit = "record"
     ) -> dict[str, str]:
         """Map each required role to its column: `roles`, the privacy unit, the role for the partition, and all
@@ -230,7 +230,7 @@ class DataSpec:
         unsaid: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_THE_LEAD}
         return replace(self, **unsaid, train_file=AT_SITE, columns={role: role for role in roles})
 
-    def for_site_dataset(self, dataset: Dataset, *, folder: Path) -> DataSpec:
+    def apply_to_site_dataset(self, dataset: Dataset, *, folder: Path) -> DataSpec:
         """Apply the settings to a site's own file, whose path in the policy is relative to `folder`.
 
         Raises:
@@ -243,7 +243,7 @@ class DataSpec:
                 raise ConfigError("columns", dict(dataset.columns), f"has no column for role {role!r}")
         return replace(self, train_file=str(folder / dataset.path), columns=columns)
 
-    def site_sizes(self, num_sites: int) -> tuple[int, ...]:
+    def list_site_sizes(self, num_sites: int) -> tuple[int, ...]:
         """Return the declared size of each site.
 
         Raises:

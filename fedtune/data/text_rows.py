@@ -105,7 +105,7 @@ def read_json_lines(path: Path) -> RawRows:
         )
         if text[:1] == "[":
             bound += "; a file that is an array of objects ends in .json"
-        return _json_object(text, path, line, bound=bound) if text else None
+        return _parse_json_object(text, path, line, bound=bound) if text else None
 
     return parse_pieces(path, cut_rows(path), parse)
 
@@ -119,7 +119,7 @@ def _build_unique_object(pairs: list[tuple[str, object]]) -> Row:
     return row
 
 
-def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
+def _parse_json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
     try:
         row = json.loads(text, object_pairs_hook=_build_unique_object)
     except KeyError:
@@ -132,11 +132,11 @@ def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
     except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
         raise DataError(format_location(path, line), "a value that is too large", bound) from None
     if not isinstance(row, dict):
-        raise DataError(format_location(path, line), json_type(row), bound)
+        raise DataError(format_location(path, line), name_json_type(row), bound)
     return row
 
 
-def json_type(value: object) -> str:
+def name_json_type(value: object) -> str:
     """Return the JSON name of a value's type."""
     names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
     return (names | {bytes: "bytes", datetime: "date", date: "date"}).get(type(value), "object")
@@ -419,13 +419,13 @@ def _parse_element(path: Path, line: int, raw: bytes | None, *, between: tuple[b
     if before == b"]":
         raise DataError(at, "more text after the end of the array", bound)
     if not behind:
-        whole = catch_row_error(at, lambda: _json_object(decode_text(raw, at=""), path, line, bound=""))
+        whole = catch_row_error(at, lambda: _parse_json_object(decode_text(raw, at=""), path, line, bound=""))
         rest = "the rest of this record, and " if isinstance(whole, DataError) else ""
         missing = "a record after the last comma, and " if raw == b"" else rest
         raise DataError(at, "the end of the file", f"{bound}; it is truncated, and lacks {missing}] at its end")
     if raw == b"":
         raise DataError(at, "a comma without an object", f"{bound}, separated by commas")
-    return _json_object(decode_text(raw, at=at), path, line, bound="must be one complete JSON object")
+    return _parse_json_object(decode_text(raw, at=at), path, line, bound="must be one complete JSON object")
 
 
 def _read_blocks(path: Path) -> Iterator[bytes]:

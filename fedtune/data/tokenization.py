@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedtune.data.records import Record
 from fedtune.data.text_rows import catch_row_error
-from fedtune.spec import DataError, panics_as_errors
+from fedtune.spec import DataError, translate_panics
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -84,19 +84,19 @@ class TextDataset:
     def num_tokens(self) -> int:
         return int(self.text_lengths.sum())
 
-    def text_indices(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+    def find_text_indices(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the indices of these examples' texts among the texts of the data set."""
         of_each = np.asarray(places, dtype=np.int64)[:, None] * self.texts + np.arange(self.texts)
         return of_each.ravel()
 
     def select_examples(self, places: Sequence[int] | NDArray[np.integer]) -> TextDataset:
         """Return the examples at these indices, in this order; an index may be repeated."""
-        targets, texts = self.targets, self.text_indices(places)
+        targets, texts = self.targets, self.find_text_indices(places)
         taken = tuple(targets[i] for i in texts) if isinstance(targets, tuple) else targets[np.array(places, dtype=int)]
         return TextDataset(tuple(self.input_ids[text] for text in texts), taken, self.texts)
 
 
-def max_characters(max_length: int) -> int:
+def compute_max_characters(max_length: int) -> int:
     """Return the maximum number of characters of a text that are encoded for an example of `max_length` tokens."""
     return _CHARACTERS_A_TOKEN * max_length
 
@@ -145,7 +145,7 @@ def tokenize_whole_texts(
     Texts of two roles are encoded as a pair.  And whether each could be encoded: with `lenient_within`, as
     `Task.tokenize` has it, what cannot is one token, 0; otherwise it is a DataError.
     """
-    most = max_characters(max_length)
+    most = compute_max_characters(max_length)
     cuts = [tuple(record.fields[role][:most] for role in roles) for record, roles in fields]
     texts = [one if len(one) > 1 else one[0] for one in cuts]
     encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
@@ -252,7 +252,7 @@ class MarkedTokenizer:
 def _encode_each(
     texts: Sequence[Any], encoded: Callable[[Sequence[Any]], list[Encoded]], backend: Any, within: int | None
 ) -> Iterator[Encoded]:
-    encoded, normalizer = panics_as_errors()(encoded), getattr(backend, "normalizer", None)
+    encoded, normalizer = translate_panics()(encoded), getattr(backend, "normalizer", None)
     for some in _chunk_texts(texts):
         if within is None:
             yield from encoded(some)
@@ -274,7 +274,7 @@ def _has_bounded_length(text: str, normalizer: Any) -> bool:
     """
     if normalizer is None:
         return True
-    made = catch_row_error("", panics_as_errors()(normalizer.normalize_str), text)
+    made = catch_row_error("", translate_panics()(normalizer.normalize_str), text)
     return not isinstance(made, DataError) and len(made) <= _MOST_LONGER * len(text) + _ROOM
 
 

@@ -16,9 +16,9 @@ from datetime import date, datetime
 from typing import Any, TypeGuard, cast
 
 from fedtune.data.images import read_image_field
-from fedtune.data.json_lists import columns_to_rows, parse_json_list, parse_list, to_compact_json
+from fedtune.data.json_lists import convert_columns_to_rows, parse_json_list, parse_list, to_compact_json
 from fedtune.data.span_formats import convert_labels, read_spans, read_words
-from fedtune.data.text_rows import json_type
+from fedtune.data.text_rows import name_json_type
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
@@ -132,7 +132,7 @@ def _read_text_value(value: object, role: str, *, accepted: str, at: str) -> str
     if role == "text" and isinstance(value, dict) and isinstance(value.get("text"), str):
         value = value["text"]  # as Label Studio has it
     if not isinstance(value, str):
-        raise DataError(at, json_type(value), f"must be {accepted} (role {role})")
+        raise DataError(at, name_json_type(value), f"must be {accepted} (role {role})")
     if not value.strip():
         raise DataError(at, "blank", f"must not be blank (role {role})")
     return value
@@ -180,9 +180,9 @@ def read_messages(value: object, *, at: str) -> str:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise DataError(at, "text that is not JSON", f"{_JSON_TURNS} (role messages)") from None
-    value = columns_to_rows(value)
+    value = convert_columns_to_rows(value)
     if not isinstance(value, list):
-        raise DataError(at, json_type(value), "must be a list of turns (role messages)")
+        raise DataError(at, name_json_type(value), "must be a list of turns (role messages)")
     turns = _read_turns(value, at=at)
     roles = [turn["role"] for turn in turns]
     first = int(roles[:1] == ["system"])
@@ -198,13 +198,13 @@ def read_continuation(value: object, at: str) -> str:
     """Read the continuation of a prompt or a conversation: a text unchanged, or turns (also a single one) as canonical
     JSON.
     """
-    value = columns_to_rows(value)
+    value = convert_columns_to_rows(value)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list) and value:
         return to_compact_json(_read_turns(value, at=at))
     if not isinstance(value, str):
-        raise DataError(at, json_type(value), "must be text, or a list of at least one turn")
+        raise DataError(at, name_json_type(value), "must be text, or a list of at least one turn")
     if not value.strip():
         raise DataError(at, "blank", "must not be blank: the model learns to write it, or to avoid it")
     try:
@@ -236,13 +236,13 @@ def guess_turns(value: object) -> list[dict[str, Any]]:
     if isinstance(value, str) and _LIKE_TURNS.match(value):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
-    value = columns_to_rows(value)
+    value = convert_columns_to_rows(value)
     listed = value if isinstance(value, list) else [value]
     turns = [turn for turn in listed if isinstance(turn, dict) and {"role", "from"} & set(turn)]
     return turns if len(turns) == len(listed) else []
 
 
-def speaker_role(name: object) -> str:
+def parse_speaker_role(name: object) -> str:
     """Map a file's name for a speaker to its role: `system`, `user`, `assistant`, or the name itself if it is
     unknown.
     """
@@ -264,7 +264,7 @@ def _read_turns(values: Sequence[object], *, at: str) -> list[dict[str, Any]]:
 
 def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise DataError(at, json_type(turn), "must be an object with role and content, or from and value")
+        raise DataError(at, name_json_type(turn), "must be an object with role and content, or from and value")
     # A table has one set of columns: beside a turn of the other form, a turn has nulls under that form's names.
     who, what = ("from", "value") if turn.get("role") is None and "from" in turn else ("role", "content")
     if who not in turn or what not in turn:
@@ -272,7 +272,7 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     speaker, content = turn[who], turn[what]
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
         content = content[0].get("text", content)  # a list of one part, which is a text
-    role = speaker_role(speaker)
+    role = parse_speaker_role(speaker)
     calls = [name for name in _CALLS if turn.get(name)]
     if calls:
         raise DataError(f"{at}, {calls[0]}", "a call", "must be absent: tool turns are not supported")
@@ -281,7 +281,7 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
         raise DataError(f"{at}, {who}", "another speaker", f"must be one of {known}: tool turns are not supported")
     if not isinstance(content, str):
         bound = "must be text, or a list with one text part: images and other parts are not supported"
-        raise DataError(f"{at}, {what}", json_type(content), bound)
+        raise DataError(f"{at}, {what}", name_json_type(content), bound)
     if role != "assistant":
         return {"role": role, "content": content}
     if not content.strip():
@@ -313,7 +313,7 @@ def read_labels(value: object, at: str) -> str:
     if listed is None:
         return str(value).strip()
     if not all(type(one) is int or is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
-        raise DataError(at, json_type(value), "must be text or a list of texts or whole numbers (role labels)")
+        raise DataError(at, name_json_type(value), "must be text or a list of texts or whole numbers (role labels)")
     labels = [one.strip() if isinstance(one, str) else str(int(one)) for one in listed]
     if len(set(labels)) < len(labels):
         bound = "must list each label once (role labels); for a vector of 0 and 1, write the labels' names instead"
@@ -340,12 +340,12 @@ def read_number(value: object, at: str, *, role: str = "target") -> str:
         with suppress(OverflowError):
             number = float(cast(float | str, value))
     if not math.isfinite(number):
-        kind = "text that is not a number" if isinstance(value, str) else json_type(value)
+        kind = "text that is not a number" if isinstance(value, str) else name_json_type(value)
         raise DataError(at, kind, f"must be a finite number, with a decimal point (role {role})")
     return repr(number)
 
 
-def arrival_month(value: object, at: str) -> str:
+def parse_arrival_month(value: object, at: str) -> str:
     """Return the month of an ISO date, such as "2026-03", or "" for any other value.
 
     Nothing is raised: when dates are read, the round is already charged, so no record may stop it.
@@ -412,7 +412,7 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "target": read_number,
     "time": lambda value, at: read_number(value, at, role="time"),
     "image": read_image_field,
-    "arrival": arrival_month,
+    "arrival": parse_arrival_month,
     "tokens": read_words,
     "tags": lambda value, at: read_words(value, at, "tags"),
     "spans": read_spans,

@@ -24,7 +24,7 @@ _PRECISION = 1e-6
 _SHARE_OF_SITES = 0.9
 
 
-def p_value(canaries: int, guesses: int, right: int, *, epsilon: float, delta: float) -> float:
+def compute_p_value(canaries: int, guesses: int, right: int, *, epsilon: float, delta: float) -> float:
     """Bound the probability of `right` or more correct guesses if training is (epsilon, delta)-DP.
 
     Theorem 5.2 of the paper, in the form with abstentions (Corollary 5.4).  Let W be Binomial(r, q) with q = e^epsilon
@@ -47,25 +47,25 @@ def p_value(canaries: int, guesses: int, right: int, *, epsilon: float, delta: f
         delta: the delta under test.
     """
     assert 0 <= right <= guesses <= canaries
-    chances = binomial_probabilities(guesses, log_odds=epsilon)
+    chances = compute_binomial_probabilities(guesses, log_odds=epsilon)
     beta = float(chances[right:].sum())
     below = np.cumsum(chances[:right][::-1])  # P[v > W >= v - i] for i = 1, 2, ... v
     alpha = float((below / np.arange(1, right + 1)).max(initial=0.0))
     return min(1.0, beta + 2 * canaries * delta * alpha)
 
 
-def epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
+def compute_epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
     """Return the largest epsilon that this number of correct guesses rejects, or 0.
 
     Guarantee: if training is (epsilon, delta)-DP, the bound exceeds epsilon with probability at most 1 - confidence.
 
-    >>> round(epsilon_lower_bound(1000, 100, 75, delta=1e-4, confidence=0.95), 3)  # Appendix D of the paper
+    >>> round(compute_epsilon_lower_bound(1000, 100, 75, delta=1e-4, confidence=0.95), 3)  # Appendix D of the paper
     0.673
     """
     error = 1 - confidence
 
     def is_refuted(epsilon: float) -> bool:
-        return p_value(canaries, guesses, right, epsilon=epsilon, delta=delta) < error
+        return compute_p_value(canaries, guesses, right, epsilon=epsilon, delta=delta) < error
 
     if not is_refuted(0.0):
         return 0.0
@@ -93,17 +93,17 @@ def split_error_probability(confidence: float, sites: Sequence[str | None]) -> l
     return [of_average / (len(sites) - num_sites) if site is None else of_sites / num_sites for site in sites]
 
 
-def max_lower_bound(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
+def compute_max_lower_bound(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
     """Return the bound for an attacker whose guesses are all correct: the most that an audit with `canaries` can show.
 
     >>> [round(best_possible(m, delta=1e-5, confidence=0.95), 2) for m in (1000, 5000, 15000)]
     [5.78, 7.28, 8.08]
     """
     guesses = canaries if guesses is None else guesses
-    return epsilon_lower_bound(canaries, guesses, guesses, delta=delta, confidence=confidence)
+    return compute_epsilon_lower_bound(canaries, guesses, guesses, delta=delta, confidence=confidence)
 
 
-def binomial_probabilities(count: int, *, log_odds: float) -> npt.NDArray[np.float64]:
+def compute_binomial_probabilities(count: int, *, log_odds: float) -> npt.NDArray[np.float64]:
     """Return the binomial probabilities of 0 to `count` hits, shape (count + 1,).
 
     They are computed through logarithms; the success probability is 1 / (1 + e^-log_odds).

@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.data.batching import cut_micro_batches
-from fedtune.evaluation.scoring import evaluation_mode, report_out_of_memory
+from fedtune.evaluation.scoring import enter_evaluation_mode, report_out_of_memory
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.model.compatibility import max_positions
+from fedtune.model.compatibility import get_max_positions
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.task_model import TaskModel
 
@@ -54,13 +54,13 @@ def stream_tokens(
     Raises:
         ConfigError: for `adapter`: the logits are not finite, so its training diverged.
     """
-    positions = max_positions(task_model.base.get_base_model())
+    positions = get_max_positions(task_model.base.get_base_model())
     room = spec.max_new_tokens if positions is None else min(spec.max_new_tokens, positions - len(prompt))
     draws = torch.Generator().manual_seed(spec.seed)
     token_ids, cache = torch.as_tensor(prompt, dtype=torch.int64, device=task_model.device)[None], None
     for _ in range(room):
         # Entered for each token: between two of them the caller's own code runs, which may want gradients.
-        with evaluation_mode(task_model):
+        with enter_evaluation_mode(task_model):
             output = task_model.base(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         chosen = _choose_token(output.logits[0, -1].float().cpu(), spec, draws)
@@ -277,7 +277,7 @@ def generate_batches(
         prompts, against = ([*map(np.concatenate, them)] for them in pairs)
     both = zip(prompts, against or prompts, strict=True)
     lengths = np.array([max(map(len, pair)) for pair in both], dtype=np.int32) + max_new_tokens
-    longest, most = int(lengths.max(initial=0)), max_positions(task_model.base.get_base_model())
+    longest, most = int(lengths.max(initial=0)), get_max_positions(task_model.base.get_base_model())
     if most is not None and longest > most:
         bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
         raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
@@ -287,7 +287,7 @@ def generate_batches(
         def choose_in_batch(logits: torch.Tensor, rows: Places, indices: Places = indices) -> torch.Tensor:
             return choose(logits, indices[rows])
 
-        with evaluation_mode(task_model), report_out_of_memory(max_tokens):
+        with enter_evaluation_mode(task_model), report_out_of_memory(max_tokens):
             written = generate_batch(
                 task_model.base,
                 [prompts[index] for index in indices],

@@ -13,8 +13,8 @@ from torch import nn
 
 from fedtune.data.batching import Batch, collate, cut_micro_batches
 from fedtune.data.tokenization import TextDataset
-from fedtune.model.hf_logging import first_line
-from fedtune.spec import ConfigError, DataError, panics_as_errors
+from fedtune.model.hf_logging import get_first_line
+from fedtune.spec import ConfigError, DataError, translate_panics
 from fedtune.tasks.task_model import TaskModel
 
 _MOST_ON_CPU = 2048
@@ -44,8 +44,8 @@ def evaluate_examples(
         ConfigError: for `evaluation.max_tokens`: a batch does not fit into the device's memory.
     """
     figures: dict[str, npt.NDArray[np.float64]] = {}
-    with evaluation_mode(task_model), report_out_of_memory(max_tokens):
-        batches = batches_with_cache(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
+    with enter_evaluation_mode(task_model), report_out_of_memory(max_tokens):
+        batches = iter_batches_with_cache(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
         for indices, batch in batches:
             for name, of_batch in task_model.figures(batch).items():
                 if name not in figures:
@@ -54,7 +54,7 @@ def evaluate_examples(
     return dict(task_model.task.postprocess_dataset(figures))
 
 
-def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:
+def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:
     """Score each record in [0, 1], shape (records,); see `Task.unit_score`.
 
     Each record is passed through the model alone.  In a shared batch, the length of one record would change the others'
@@ -64,16 +64,18 @@ def unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> 
     The scores themselves are exact and must not leave the site.
     """
     scores = np.zeros(len(dataset))
-    with evaluation_mode(task_model):
+    with enter_evaluation_mode(task_model):
         for index in range(len(dataset)):
             batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
             # Of a record that cannot be computed: 0, and the others as they are.
-            with suppress(Exception), panics_as_errors():
+            with suppress(Exception), translate_panics():
                 scores[index] = task_model.task.unit_score(task_model, batch)
     return scores
 
 
-def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
+def compute_user_scores(
+    scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.int64]]
+) -> npt.NDArray[np.float64]:
     """Score each user in [0, 1] by the mean over all of the user's records, shape (users,); scores that are not finite
     are 0.
 
@@ -88,7 +90,7 @@ def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def enter_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of `model` into evaluation mode without gradients, and restore each module's flag on exit.
 
     The flags are set and restored one by one, and not by `eval()` and `train()`: the trainable leaves of a task model
@@ -114,11 +116,11 @@ def report_out_of_memory(max_tokens: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        bound = f"must be smaller: the device is out of memory for one batch ({first_line(error)})"
+        bound = f"must be smaller: the device is out of memory for one batch ({get_first_line(error)})"
         raise ConfigError("evaluation.max_tokens", max_tokens, bound) from None
 
 
-def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
+def iter_batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield (indices, batch) over all of `dataset`, sorted by length, with at most `max_tokens` padded tokens per
     batch.
 
@@ -131,10 +133,11 @@ def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> 
         yield indices, collate(dataset, indices, pad_id=pad_id)
 
 
-def batches_with_cache(
+def iter_batches_with_cache(
     model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yield (indices, batch) like `batches_by_length`, on the model's device, with cached outputs of the frozen base.
+    """Yield (indices, batch) like `iter_batches_by_length`, on the model's device, with cached outputs of the frozen
+    base.
 
     Args:
         model: the model; a cache belongs to one model.
@@ -144,13 +147,13 @@ def batches_with_cache(
         kept: the cache, filled in the first pass; None: no cache.
     """
     most = min(max_tokens, _MOST_ON_CPU) if model.device.type == "cpu" else max_tokens
-    for indices, plain in batches_by_length(dataset, pad_id=pad_id, max_tokens=most):
+    for indices, plain in iter_batches_by_length(dataset, pad_id=pad_id, max_tokens=most):
         batch = plain.to(model.device)
         if kept is None:
             yield indices, batch
             continue
         first = int(indices[0])
         if first not in kept:
-            batch = replace(batch, prefix=model.frozen_states(batch))
+            batch = replace(batch, prefix=model.compute_frozen_states(batch))
             kept[first] = replace(batch, reference=model.reference(batch)).to("cpu")
         yield indices, kept[first].to(model.device)

@@ -38,7 +38,7 @@ from fedtune.model.hf_logging import silence_transformers
 from fedtune.model.ia3_and_dora import merge_adapter
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
-from fedtune.report.loading_code import adapter_loading_code, answer_code, input_loading_code
+from fedtune.report.loading_code import answer_code, build_adapter_loading_code, build_input_loading_code
 from fedtune.report.model_card import Form, render_card_files
 from fedtune.runs.environment import mark_lineage
 from fedtune.spec import ConfigError, RunError
@@ -198,7 +198,7 @@ def export(
     """
     run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
     if private_to is None:
-        card = render_card_files(from_run.read_run(run), from_run.build_run_report(run), card_form(format, config))
+        card = render_card_files(from_run.read_run(run), from_run.build_run_report(run), get_card_form(format, config))
     elif missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
         raise ConfigError("adapter", str(adapter), f"has no {missing[0]} that names its owner")
     else:
@@ -346,7 +346,7 @@ class RawScores(nn.Module):
         return self.read_out(logits, spec=self.spec)
 
 
-def _random_field(one: FeatureSpec, draw: Callable[[int], int]) -> str:
+def _generate_random_field(one: FeatureSpec, draw: Callable[[int], int]) -> str:
     """Generate a random field; occasionally it is missing or outside the declared values."""
     match int(draw(8)):
         case 0 if one.missing == "indicator":
@@ -368,7 +368,9 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]
-    records = [Record({role: _random_field(one, draws.integers) for one, role in columns}) for _ in range(_ROWS)]
+    records = [
+        Record({role: _generate_random_field(one, draws.integers) for one, role in columns}) for _ in range(_ROWS)
+    ]
     vectors = torch.from_numpy(np.stack([encode_features(record, features) for record in records]))
     batch = Batch(vectors[:, None], torch.ones(_ROWS, 1, dtype=torch.int64), torch.zeros(_ROWS))
     raw = torch.tensor(
@@ -454,14 +456,14 @@ print(model.similarity(embeddings, embeddings))
 """Of a sentence-transformers folder without a head."""
 
 
-def card_form(format: str, config: RunConfig) -> Form:
+def get_card_form(format: str, config: RunConfig) -> Form:
     """Return the wording of a run's model card for a format."""
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
-        loading = adapter_loading_code(config, base="folder", folder="folder")
+        loading = build_adapter_loading_code(config, base="folder", folder="folder")
         return Form(what=_WHOLE, library="transformers", relation="finetune", loading=loading)
     if format in ("peft", "safetensors"):
         return Form.for_adapter(config, folder="folder")
-    if lines := input_loading_code(config.data, base="", folder="folder", graph=True):
+    if lines := build_input_loading_code(config.data, base="", folder="folder", graph=True):
         lines += f"print({answer_code(config.bound_task)})\n"
         return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from fedtune.model.hf_logging import first_line
+from fedtune.model.hf_logging import get_first_line
 from fedtune.report.from_run import build_run_report, read_run
 from fedtune.report.page.translations import load_catalog
 from fedtune.runs.lineage import UNKNOWN, walk_lineage
@@ -92,4 +92,4 @@ def _explain_errors(hub: HfApi, repository: str) -> Iterator[None]:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         if status in _REFUSALS:
             raise ConfigError(_PUSH, repository, _REFUSALS[status]) from error
-        raise RunError(f"nothing was uploaded to {repository} at {hub.endpoint} ({first_line(error)})") from error
+        raise RunError(f"nothing was uploaded to {repository} at {hub.endpoint} ({get_first_line(error)})") from error

@@ -30,7 +30,7 @@ class CalendarRun:
     newest: float
 
 
-def max_runs_per_person(plan: Plan) -> int | None:
+def compute_max_runs_per_person(plan: Plan) -> int | None:
     """Return the largest number of runs that a person can take part in if the cohort window moves by one period per
     run.
 
@@ -59,7 +59,7 @@ def list_calendar_runs(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...
     """
     if not plan.private or plan.runs == 1:
         return ()
-    window, cohorts, found = max_runs_per_person(plan), plan.cohorts, []
+    window, cohorts, found = compute_max_runs_per_person(plan), plan.cohorts, []
     for step in range(min(_MOST_SHOWN, plan.runs if window else plan.runs - before)):
         number = before + step + 1
         oldest = compute_epsilon_over_runs(plan, runs=number if window is None else min(number, window))
@@ -95,14 +95,14 @@ def describe_shared_epsilon(plan: Plan) -> str:
 
 def describe_calendar(plan: Plan) -> Iterator[str]:
     """Yield sentences that describe the calendar of a plan with several runs; the first sentence is a summary."""
-    window = max_runs_per_person(plan)
+    window = compute_max_runs_per_person(plan)
     most = plan.runs if window is None else min(window, plan.runs)
     often = _OFTEN[plan.cohorts.period] if plan.cohorts else pluralize(plan.runs, "run")
     who = "a person is in at most" if plan.cohorts else "everyone is in at most"
     alone, whole = (format_epsilon(compute_epsilon_over_runs(plan, runs=runs)) for runs in (1, most))
     yield f"{often} at epsilon {alone} each: {who} {pluralize(most, 'run')}, epsilon {whole} in all."
     many = plan.event(rounds=plan.most_rounds * most)
-    cap = filter.tightest_cap(many, more=plan.full_event, reference=plan.full_event, delta=plan.delta, digits=3)
+    cap = filter.find_tightest_cap(many, more=plan.full_event, reference=plan.full_event, delta=plan.delta, digits=3)
     yield f"A ledger made for such runs needs a lifetime cap (max_epsilon) of {cap:.12g}, by its filter."
     if plan.cohorts and (window is None or window > plan.runs):
         who = "who have no date or came before it," if window is None else f"of {pluralize(window, 'period')}"

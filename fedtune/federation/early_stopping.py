@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.spec import FederationSpec
-from fedtune.formatting import finite_or_none
+from fedtune.formatting import convert_infinite_to_none
 from fedtune.privacy.release import Reason
 from fedtune.spec import spec
 
@@ -49,7 +49,7 @@ def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *
     sign = score_direction(primary_metric)
 
     def gain(result: RoundResult) -> float:
-        score = finite_or_none(result.metrics.get(primary_metric))
+        score = convert_infinite_to_none(result.metrics.get(primary_metric))
         return -float("inf") if score is None else sign * score
 
     best = max(rounds, key=gain)  # of equals the first: later ones brought nothing
@@ -60,7 +60,7 @@ def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *
     return Kept(
         round=kept.round,
         primary_metric=primary_metric,
-        score=finite_or_none(kept.metrics.get(primary_metric)),
+        score=convert_infinite_to_none(kept.metrics.get(primary_metric)),
         ended_early=stops and len(rounds) < count_rounds(rounds, federation),
     )
 

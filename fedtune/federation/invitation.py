@@ -64,7 +64,7 @@ class Answers:
         refused = [*less, *(site for site, refusal in self.refusals.items() if refusal.reason.is_final)]
         error = RefusedError if len(federation.active) - len(refused) < federation.least_sites else RunError
         others = {site: refusal.as_text for site, refusal in self.refusals.items()} | dict(self.silent) | less
-        too_few = federation.too_few_message(len(ready), "would take part", others=others)
+        too_few = federation.explain_too_few(len(ready), "would take part", others=others)
         raise error(f"{too_few}; nothing was charged for this run")
 
 

@@ -19,8 +19,8 @@ from safetensors.numpy import save as save_tensors
 
 from fedtune.codec import decode_value, parse_json
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, RoundReplies
-from fedtune.federation.run_folder import ASKED, checkpoint_name, list_checkpoints, lock_folder
-from fedtune.formatting import finite_or_none
+from fedtune.federation.run_folder import ASKED, format_checkpoint_name, list_checkpoints, lock_folder
+from fedtune.formatting import convert_infinite_to_none
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
@@ -216,10 +216,10 @@ def compute_site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     rounds = max(charged, min(charged + silent, plan.most_rounds))
     epsilon, epsilon_rdp = compute_charged_epsilons(plan, rounds)
     return SiteCharge(
-        epsilon=finite_or_none(epsilon),
-        epsilon_rdp=finite_or_none(epsilon_rdp),
+        epsilon=convert_infinite_to_none(epsilon),
+        epsilon_rdp=convert_infinite_to_none(epsilon_rdp),
         rounds=rounds,
-        planned_epsilon=finite_or_none(compute_charged_epsilons(plan, plan.most_rounds)[0]),
+        planned_epsilon=convert_infinite_to_none(compute_charged_epsilons(plan, plan.most_rounds)[0]),
         steps=rounds * plan.local_steps,
         sampling_rate=plan.sampling_rate,
         noise_multiplier=plan.noise_multiplier,
@@ -294,7 +294,7 @@ class Checkpoints:
         metadata = {
             "fedtune": json.dumps(about, default=lambda one: one.to_json() if isinstance(one, Receipt) else asdict(one))
         }
-        write_durably(self._folder / checkpoint_name(state.round), save_tensors(tensors, metadata=metadata))
+        write_durably(self._folder / format_checkpoint_name(state.round), save_tensors(tensors, metadata=metadata))
         for old in list_checkpoints(self._folder)[:-_KEPT]:
             old.unlink()
 
@@ -325,7 +325,7 @@ class Checkpoints:
             )
             check_at_least("rounds", min(state.round, *state.unanswered.values(), 0), 0)
         except Exception as error:
-            raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_recovery_hint(found)}") from error
+            raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_explain_recovery(found)}") from error
         if other:
             raise ConfigError("resume", str(self._folder.parent), "has a different configuration")
         for _, sites in self.asked(after=state.round):
@@ -341,7 +341,7 @@ class Checkpoints:
         return [line for line in lines if line.endswith(b"\n")]
 
 
-def _recovery_hint(found: Sequence[Path]) -> str:
+def _explain_recovery(found: Sequence[Path]) -> str:
     """Say how to continue when the newest checkpoint is damaged.
 
     A run resumed from the checkpoint before it repeats the requests of the later rounds, which are not charged again.

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedtune.federation.calendar import CalendarRun, compute_epsilon_over_runs, list_calendar_runs
-from fedtune.formatting import html_table
+from fedtune.formatting import format_html_table
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.run_plan import Plan
@@ -84,7 +84,7 @@ class Price:
     def _repr_html_(self) -> str:
         rows = {"epsilon": accountant.format_epsilon(self.epsilon), "delta": f"{self.plan.delta:g}"}
         rows |= {"noise multiplier": f"{self.plan.noise_multiplier:.4g}", "steps": f"{self.steps:,}"}
-        return html_table("Privacy cost of the plan, at most", rows.items())
+        return format_html_table("Privacy cost of the plan, at most", rows.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +114,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
     if not plan.private:
         return Price(plan=plan, sites=sites, largest=largest)
     whole, delta = plan.full_event, plan.delta
-    _, order = filter.smallest_cap(whole, delta=delta)
+    _, order = filter.find_smallest_cap(whole, delta=delta)
     # All rounds, or about twenty of them at even distances (rounded up), with the first, the last and the last planned.
     count, every = plan.most_rounds, -(-plan.most_rounds // _MOST_POINTS)
     shown = sorted({1, *range(every, count, every), plan.num_rounds, count})
@@ -129,7 +129,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
         epsilon_filter=filter.epsilon_filter([whole], order=order, delta=delta),
         filter_order=order,
         epsilon_of_one_round=accountant.epsilon_pld([plan.event()], delta, interval=accountant.COARSE),
-        by_trust=plan.epsilons_by_trust(plan.most_rounds),
+        by_trust=plan.compute_epsilons_by_trust(plan.most_rounds),
         calendar=list_calendar_runs(plan, before=before),
     )
 

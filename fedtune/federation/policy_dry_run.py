@@ -110,7 +110,7 @@ def dry_run(
         note = f"the site would not start: {error}"
     against = budget.refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
     wrong_size = _list_size_refusals(policy, proposal, declared_sizes)
-    broken = [*policy.broken_rules(proposal), *against, *wrong_size]
+    broken = [*policy.find_broken_rules(proposal), *against, *wrong_size]
     may_fit = budget is not None and not wrong_size
     most_rounds, least_noise = (plan.num_rounds, plan.noise_multiplier) if may_fit else (0, None)
     if budget and may_fit and broken:
@@ -159,7 +159,7 @@ class _PolicyBudget:
 
     def accepts(self, proposal: Proposal) -> bool:
         """Return True if rules and budget accept `proposal`; conservative for a plan just below a cap."""
-        if next(self.refusals(proposal), None) or self._rules.broken_rules(proposal):
+        if next(self.refusals(proposal), None) or self._rules.find_broken_rules(proposal):
             return False
         most = self._policy.budget.max_epsilon_per_run
         return most is None or target_epsilon(dataclasses.replace(proposal.plan, runs=1)) <= most
@@ -189,7 +189,7 @@ class _PolicyBudget:
         needed = least_noise(proposal.plan, epsilon=even)
         found = even if needed is not None and self.accepts(set_noise(needed)) else math.floor(most * scale) / scale
         less = set_noise(_LESS_NOISE * least)
-        return found, next(chain(self._policy.broken_rules(less), self.refusals(less)), None)
+        return found, next(chain(self._policy.find_broken_rules(less), self.refusals(less)), None)
 
     def epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
         """Compute the epsilon of everything charged or reserved plus `asked`, by the ledger's filter, for the plan's
@@ -197,13 +197,15 @@ class _PolicyBudget:
         """
         cohorts = self._history.cohorts(plan.cohorts)
         return max(
-            self._history.epsilon(self._history.charges_and_reservations(self._now, cohort) + asked)
+            self._history.epsilon(self._history.count_charges_and_reservations(self._now, cohort) + asked)
             for cohort in cohorts
         )
 
     def runs_left(self, plan: Plan) -> int | None:
         """Count how many runs with this plan still fit the lifetime cap; None without a cap."""
-        return spending.remaining_runs(self._history, self._policy, plan.full_event, self._now, admitted=plan.cohorts)
+        return spending.count_remaining_runs(
+            self._history, self._policy, plan.full_event, self._now, admitted=plan.cohorts
+        )
 
 
 def read_history(files: SiteFiles) -> History:

@@ -28,7 +28,7 @@ OTHER_PROTOCOL = re.compile(r"protocol \d{1,10} \(fedtune [\w.+-]{1,80}\): upgra
 """What a site says it speaks where it refuses another protocol; without a signature, so that no other text is shown."""
 
 
-def upgrade_needed(*, site: int, lead: int) -> str:
+def explain_upgrade(*, site: int, lead: int) -> str:
     """Say which side must be upgraded before a site and a lead can communicate; empty if both use the same protocol
     version.
 
@@ -123,7 +123,7 @@ class _Question(_Word):
         spoken, software = fields.pop("protocol", None), fields.setdefault("software", "unknown")
         _require("protocol", type(spoken) is int and 0 < spoken < _MOST_ROUNDS)
         _require("software", type(software) is str and _SOFTWARE.fullmatch(software))
-        if needed := upgrade_needed(site=WIRE_SCHEMA, lead=spoken):
+        if needed := explain_upgrade(site=WIRE_SCHEMA, lead=spoken):
             here = f"protocol {WIRE_SCHEMA} (fedtune {build()}): {needed}"
             raise Refused(Reason.MALFORMED_REQUEST, asked=f"protocol {spoken} (fedtune {software})", allowed=here)
         asked = decode(cls, fields)

@@ -114,24 +114,24 @@ class RoundReplies:
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites with a valid update, in a fixed order, so that floating-point sums are reproducible."""
-        return tuple(site for site, outcome in self._ordered_outcomes() if not outcome.failure)
+        return tuple(site for site, outcome in self._list_outcomes() if not outcome.failure)
 
     @property
     def scores(self) -> dict[str, tuple[float, float]]:
         """The noised score and count of each site's held-out records, by site, if the plan releases them."""
-        return {site: outcome.scores for site, outcome in self._ordered_outcomes() if outcome.scores is not None}
+        return {site: outcome.scores for site, outcome in self._list_outcomes() if outcome.scores is not None}
 
     @property
     def failures(self) -> dict[str, str]:
         """The reason for each site that was asked and has no usable update, by site."""
-        return {site: outcome.failure for site, outcome in self._ordered_outcomes() if outcome.failure}
+        return {site: outcome.failure for site, outcome in self._list_outcomes() if outcome.failure}
 
     @property
     def refusals(self) -> dict[str, Refusal]:
         """The signed refusals, by site, with the requested and the allowed value."""
-        return {site: outcome.refusal for site, outcome in self._ordered_outcomes() if outcome.refusal is not None}
+        return {site: outcome.refusal for site, outcome in self._list_outcomes() if outcome.refusal is not None}
 
-    def _ordered_outcomes(self) -> list[tuple[str, _Outcome]]:
+    def _list_outcomes(self) -> list[tuple[str, _Outcome]]:
         silent = {site: _Outcome(failure=LEFT_OUT if site in self.left_out else NO_REPLY) for site in self.reaches}
         return [(site, self._outcomes.get(site, why)) for site, why in silent.items()]
 

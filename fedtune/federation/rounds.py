@@ -76,7 +76,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     lead.checkpoints.record_request(round, sites)
     state = state.with_requests_to(sites)
     questions = _build_requests(lead, state, session=aggregation.session, sites=sites)
-    rests, sent = lead.lora.frozen_name_part(round), state.adapter
+    rests, sent = lead.lora.get_frozen_name_part(round), state.adapter
     reaches = {
         site: bound_round_update(lead.training, lead.plan, round=round, declared_size=size, sent=sent, rests=rests)
         for site, size in lead.declared_sizes.items()
@@ -193,7 +193,7 @@ def _require_enough_updates(replies: RoundReplies, lead: Lead, round: int) -> No
         return
     refusals = {site: refusal.as_text for site, refusal in replies.refusals.items()}
     others = {site: refusals.get(site, reason) for site, reason in replies.failures.items()}
-    too_few = lead.asked.federation.too_few_message(len(replies.sites), "sent an update", others=others)
+    too_few = lead.asked.federation.explain_too_few(len(replies.sites), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < least:
         hint = "; interrupted rounds count; plan some federation.spare_rounds" if _is_plan_spent(replies, lead) else ""

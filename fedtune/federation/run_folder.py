@@ -24,7 +24,7 @@ CARD, LABEL = "README.md", "label.svg"  # of an adapter, and the privacy label b
 ASKED = "asked.jsonl"  # the journal of rounds that were asked for, in the folder of a run's checkpoints
 
 
-def checkpoint_name(round: int | None = None) -> str:
+def format_checkpoint_name(round: int | None = None) -> str:
     """Return the file name of a round's checkpoint, `round-0003.safetensors`; without a round, a glob pattern for all
     checkpoints.
     """
@@ -34,7 +34,7 @@ def checkpoint_name(round: int | None = None) -> str:
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the files in a run's checkpoint folder, oldest first."""
     # By length first: after round 9999 come names with a digit more.
-    return sorted(folder.glob(checkpoint_name()), key=lambda path: (len(path.name), path.name))
+    return sorted(folder.glob(format_checkpoint_name()), key=lambda path: (len(path.name), path.name))
 
 
 def suggest_run_folders(folder: Path) -> str:
@@ -162,7 +162,7 @@ class RunFolder:
             for parent in new[1:]:
                 parent.rmdir()
 
-    def finished_adapter(self) -> Path:
+    def find_finished_adapter(self) -> Path:
         """Return the path `adapter`, after checking that the run has finished and its adapter may be used.
 
         Raises:

@@ -24,9 +24,9 @@ from fedtune.federation.secure.agreement import KeyAgreement, Rejected
 from fedtune.federation.secure.summation import Summation, Unreadable, build_session
 from fedtune.federation.transport import Question, Transport
 from fedtune.privacy.release import Reason, Refusal
-from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
+from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, compute_adapter_bound
 from fedtune.spec import RunError
-from fedtune.training.secure_server_step import secure_server_step
+from fedtune.training.secure_server_step import take_secure_server_step
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class SecureSums:
         try:
             uploads = {site: upload for site, upload in replies.masked.items() if site in replies.sites}
             total, sites = self.total(replies.round, uploads)
-            adapter, strategy = secure_server_step(
+            adapter, strategy = take_secure_server_step(
                 state.adapter,
                 total,
                 state.strategy,
@@ -129,7 +129,7 @@ class SecureSums:
                 plan=lead.plan,
                 step=sum(bool(result.sites) for result in state.rounds),
                 sites=len(sites),
-                most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.asked.proposal.lora_scale),
+                most=compute_adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.asked.proposal.lora_scale),
                 declared_size=sum(lead.declared_sizes[site] for site in sites),
             )
         except Unreadable as error:

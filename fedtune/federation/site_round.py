@@ -39,7 +39,7 @@ from fedtune.privacy.durable import require_disk_space
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
-from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.spec import ConfigError, translate_panics
 from fedtune.version import build
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Site(ABC):
     def store_run(self, proposal: Proposal) -> None:  # noqa: B027
         """Write the run's files before a round is charged, so that a failed write charges nothing."""
 
-    def user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
+    def find_user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
         """Determine each user's cohort from the user's own records, for a run that is limited to cohorts."""
         raise NotImplementedError
 
@@ -119,8 +119,8 @@ class Site(ABC):
     ) -> Trained:
         """Train the adapter in a round of a prepared run; `attempt` numbers the tries of the round.
 
-        Only this method and `user_cohorts` read records.  Training uses the records of the users in `admitted`; None:
-        of all users.
+        Only this method and `find_user_cohorts` read records.  Training uses the records of the users in `admitted`;
+        None: of all users.
         """
 
     def store_adapter(self, run: str, adapter: Adapter) -> None:  # noqa: B027
@@ -180,13 +180,13 @@ def _run_step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
             raise Refused(Reason.PAUSED)
         site.ledger.require_another_round(request.proposal)
         return sums.join(proposal, request.session, parts)
-    party, (message, *others) = _current_party(site, request), parts or [b""]
+    party, (message, *others) = _get_current_party(site, request), parts or [b""]
     if others:
         raise Rejected(Wrong.MALFORMED)
     return party.confirm(message) if request.step == CONFIRM else party.unmask(message)
 
 
-def _current_party(site: Site, request: RoundRequest | SumRequest) -> Party:
+def _get_current_party(site: Site, request: RoundRequest | SumRequest) -> Party:
     return _require_sums(site, request.proposal).party(request.proposal.digest(), request.session)
 
 
@@ -213,7 +213,7 @@ def _answer_or_refuse(
     """
     request: _R | None = None
     try:
-        with panics_as_errors():
+        with translate_panics():
             try:
                 request = read(signed)
             except ConfigError as error:
@@ -317,7 +317,7 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
     def make_ready() -> None:
         if request.session:
             # A restarted site has lost its keys, and must not be charged for what it could not upload.
-            _current_party(site, request).require_open(request.round)
+            _get_current_party(site, request).require_open(request.round)
         # Not before, so that a request that is never charged writes nothing.
         site.store_run(request.proposal)
         # Require room on disk now: a round whose reply could not be stored would be charged for nothing.
@@ -330,7 +330,7 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
 
         def arrivals() -> Mapping[str, int]:
             begin()  # since dates are read of records
-            return site.user_cohorts(request)
+            return site.find_user_cohorts(request)
 
         granted = site.ledger.reserve(
             request.proposal, round=request.round, request=request.digest(), before_charge=make_ready, arrivals=arrivals
@@ -362,7 +362,7 @@ def _protect(
     if request.session:  # set if and only if the plan has secure aggregation
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
-        return _current_party(site, request).upload(request.round, trained.share)
+        return _get_current_party(site, request).upload(request.round, trained.share)
     assert trained.adapter is not None
     after = trained.adapter.tensors
     return round_difference(after, sent.tensors) if dtype == "bfloat16" else after
@@ -384,7 +384,7 @@ def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
         asked = f"{refused.asked or 'these settings'} (fedtune {request.software})"
         refused = Refused(refused.reason, asked=asked, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
     log.warning("%s refused %s: %s", site.name, _describe_request(request), refused)
-    if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.pending_period_reason):
+    if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.explain_pending_period):
         log.warning("%s: %s", site.name, why)
     if request is not None:
         try:

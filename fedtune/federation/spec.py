@@ -170,7 +170,7 @@ class FederationSpec:
         chosen = set(self.participants or self.names)
         return tuple(name for name in self.names if name in chosen)
 
-    def too_few_message(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
+    def explain_too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
         """Return an error text saying that fewer than `least_sites` sites did something, with the reasons of the other
         sites.
         """

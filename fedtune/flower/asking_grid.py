@@ -92,7 +92,7 @@ class AskingGrid(ABC):
         self._hear, self._closing = hear, closing
 
     @abstractmethod
-    def _nodes(self) -> Mapping[int, Any]:
+    def _list_nodes(self) -> Mapping[int, Any]:
         """Return Flower's information about the nodes that are online, by number."""
 
     @abstractmethod
@@ -112,9 +112,9 @@ class AskingGrid(ABC):
     def get_node_ids(self) -> Sequence[int]:
         return list(self._numbers.values())
 
-    def online_nodes(self) -> list[int]:
+    def list_online_nodes(self) -> list[int]:
         """Return the nodes that are connected to the server now."""
-        return sorted(self._nodes())
+        return sorted(self._list_nodes())
 
     def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Yield the answers that arrive within `timeout` seconds, or until the stopping rule ends the exchange; each
@@ -142,7 +142,7 @@ class AskingGrid(ABC):
         """Send each question that was not sent yet, or may have been forgotten, to its site if that is online; return
         the online nodes.
         """
-        online, now = self._nodes(), time.monotonic()
+        online, now = self._list_nodes(), time.monotonic()
         for number, node in online.items():
             question = questions.get(number)
             if question is None or now < question.not_before:
@@ -227,18 +227,18 @@ class FlowerGrid(AskingGrid):
     def __exit__(self, *_: object) -> None:
         """Do nothing: the connection belongs to Flower."""
 
-    def _nodes(self) -> Mapping[int, Any]:
-        with _errors_as_away():
+    def _list_nodes(self) -> Mapping[int, Any]:
+        with _translate_errors_to_away():
             online = {bytes(node.public_key): node for node in self._grid.get_nodes()}
         return {number: online[key] for key, number in self._numbers.items() if key in online}
 
     def _push(self, message: Message) -> str | None:
-        with _errors_as_away():
+        with _translate_errors_to_away():
             ids = list(self._grid.push_messages([message]))
         return (ids[0] or "") if ids else None  # the public Grid gives no id at all for what is too large
 
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
-        with _errors_as_away():
+        with _translate_errors_to_away():
             found = list(self._grid.pull_messages(message_ids))
         for answer in found:
             if answer.has_error():  # its app failed: the site's process was away, for one
@@ -251,7 +251,7 @@ class FlowerGrid(AskingGrid):
 
 
 @contextmanager
-def _errors_as_away() -> Iterator[None]:
+def _translate_errors_to_away() -> Iterator[None]:
     """Turn every error of Flower's client, which has no public error classes, into `_Away`."""
     try:
         yield

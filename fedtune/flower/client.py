@@ -14,7 +14,7 @@ from fedtune.federation.site_round import Site, answer, answer_invitation, answe
 from fedtune.flower import flower_records
 from fedtune.flower.site_socket import Answering
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
-from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.spec import ConfigError, translate_panics
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def make_answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
             return _end_run(site_of, content, name=name)
         reason = Reason.MALFORMED_REQUEST
         try:
-            with panics_as_errors():
+            with translate_panics():
                 answer, settings = _READERS[kind](content), flower_records.to_settings(content)
                 reason = Reason.SITE_ERROR
                 site = site_of(settings)
@@ -79,7 +79,7 @@ class SiteApp:
 def _end_run(site_of: Callable[[str], Site], content: RecordDict, *, name: str) -> RecordDict:
     receipt = None
     try:
-        with panics_as_errors():
+        with translate_panics():
             signed = flower_records.to_signed(content)
             adapter = flower_records.to_adapter(content) if flower_records.ADAPTER in content else None
             receipt = end_run(site_of(""), signed, adapter)

@@ -23,7 +23,7 @@ from fedtune.federation.transport import Question
 from fedtune.flower.site_socket import END as END
 from fedtune.flower.site_socket import INVITE as INVITE
 from fedtune.flower.site_socket import SUM as SUM
-from fedtune.flower.site_socket import bytes_from_record, record_from_bytes
+from fedtune.flower.site_socket import read_record_bytes, record_from_bytes
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Answer, Offer, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
@@ -72,7 +72,7 @@ def from_adapter(adapter: Adapter) -> ArrayRecord:
 def to_adapter(content: RecordDict) -> Adapter:
     """Decode the adapter in a message."""
     with _convert_to_config_error(content, "message", "must contain an adapter"):
-        return Adapter.from_bytes(bytes_from_record(content.array_records[ADAPTER]))
+        return Adapter.from_bytes(read_record_bytes(content.array_records[ADAPTER]))
 
 
 def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict:
@@ -167,7 +167,7 @@ def to_reply(content: RecordDict) -> Reply:
         if kind in _AS_JSON:
             body = _AS_JSON[kind].from_json(fields)
         else:
-            body = Update.from_bytes(bytes_from_record(content.array_records[UPDATE]))
+            body = Update.from_bytes(read_record_bytes(content.array_records[UPDATE]))
         return Reply(body=body, receipt=None if receipt is None else Receipt.from_json(receipt))
 
 

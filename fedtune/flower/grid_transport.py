@@ -57,18 +57,18 @@ class GridTransport:
         return self._nodes.values()
 
     def invite(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        return self._exchange(f"query.{flower_records.INVITE}", questions, flower_records.to_reply, timeout_s)
+        return self._exchange_messages(f"query.{flower_records.INVITE}", questions, flower_records.to_reply, timeout_s)
 
     def train(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        return self._exchange("train", questions, flower_records.to_reply, timeout_s)
+        return self._exchange_messages("train", questions, flower_records.to_reply, timeout_s)
 
     def take_sum_step(
         self, questions: Sequence[Question], *, timeout_s: float
     ) -> Iterator[tuple[str, bytes | Refusal]]:
-        return self._exchange(f"query.{flower_records.SUM}", questions, flower_records.to_step, timeout_s)
+        return self._exchange_messages(f"query.{flower_records.SUM}", questions, flower_records.to_step, timeout_s)
 
     def end(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Receipt | None]]:
-        return self._exchange(f"query.{flower_records.END}", questions, flower_records.to_receipt, timeout_s)
+        return self._exchange_messages(f"query.{flower_records.END}", questions, flower_records.to_receipt, timeout_s)
 
     def traffic(self) -> tuple[int, int]:
         traffic = self._bytes_down, self._bytes_up
@@ -89,7 +89,7 @@ class GridTransport:
             bound = f"is not spoken by all sites, and this lead runs fedtune {build()}: {sites}; {error}"
             raise ConfigError("protocol", WIRE_SCHEMA, bound) from error
 
-    def _exchange(
+    def _exchange_messages(
         self, kind: str, questions: Sequence[Question], read: Callable[[RecordDict], _T], timeout_s: float
     ) -> Iterator[tuple[str, _T]]:
         numbers = {site: node_id for node_id, site in self._nodes.items()}

@@ -49,7 +49,7 @@ def set_metadata(message: Message, **values: str | int) -> None:
     message.metadata.__dict__.update({f"_{name}": value for name, value in values.items()})
 
 
-def http_client(client: rpc.ProtobufClient) -> httpx.Client:
+def get_http_client(client: rpc.ProtobufClient) -> httpx.Client:
     """Return the httpx client inside a Flower client."""
     return client._client
 
@@ -66,7 +66,7 @@ class RunStarter(RuntimeHttpClient):
         )
 
 
-def http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGrid:
+def make_http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGrid:
     """Return Flower's grid over `client`, because the client that the grid creates itself presents no certificate."""
     from flwr.superlink.grid import HttpGrid
 
@@ -75,7 +75,7 @@ def http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGrid:
     return grid
 
 
-def node_authentication(
+def make_node_authentication(
     private: ec.EllipticCurvePrivateKey, public: ec.EllipticCurvePublicKey
 ) -> rpc.ProtobufClientInterceptor:
     """Return an interceptor that signs each call of a node, as Flower's server requires."""
@@ -84,7 +84,7 @@ def node_authentication(
     return NodeAuthHttpInterceptor(private, public)
 
 
-def superlink_app(
+def create_superlink_app(
     *, ca: Path, certificate: Path, key: Path, host: str, port: int, database: Path
 ) -> tuple[Any, SqlLinkState]:
     """Create Flower's SuperLink as an ASGI application, and return it with its state.

@@ -66,7 +66,7 @@ def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, fold
         ConfigError: this machine has no GPU for `runtime.sites_per_gpu`.
         RunError: Flower's engine did not start, or ended before the run.
     """
-    share = gpu_share(config.runtime, len(config.federation.active))
+    share = compute_gpu_share(config.runtime, len(config.federation.active))
     runtime = replace(config.runtime, sites_per_gpu=round(1 / share)) if share else config.runtime
     asked = {"config": replace(config, runtime=runtime).to_json(), "folder": str(folder), "fedtune": __version__}
     # A copy of the sites' folder has the same keys and other ledgers; this file is in no copy.
@@ -74,13 +74,13 @@ def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, fold
     sealed.parent.mkdir(parents=True, exist_ok=True)
     sealed.write_text(json.dumps({**asked, "started_in": os.getcwd()}), encoding="utf-8")
     try:
-        with _engine(config, sealed, log=folder.resolve() / "flower.log", share=share) as line:
+        with _start_engine(config, sealed, log=folder.resolve() / "flower.log", share=share) as line:
             return run(GridTransport(RelayedGrid(line)))
     finally:
         sealed.unlink(missing_ok=True)
 
 
-def gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
+def compute_gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
     """Return the part of a GPU that an actor asks for; Ray hides the GPUs from an actor that asks for none.
 
     It is what `sites_per_gpu` says, or as large as lets all sites train at a time on this machine's GPUs.  The GPUs of
@@ -94,7 +94,7 @@ def gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
     return 1.0 / runtime.sites_per_gpu
 
 
-def federation_config(config: RunConfig, *, share: float) -> str:
+def format_federation_config(config: RunConfig, *, share: float) -> str:
     """Return the value of `flwr run --federation-config`: the number of nodes, and what an actor takes."""
     threads, secure = config.runtime.num_threads or count_usable_cores(), config.federation.aggregation == "secure"
     words = [f"num-supernodes={len(config.federation.active)}", f"client-resources-num-gpus={share}"]
@@ -106,7 +106,7 @@ def federation_config(config: RunConfig, *, share: float) -> str:
 
 
 @contextmanager
-def _engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iterator[Connection]:
+def _start_engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iterator[Connection]:
     """Start Flower's engine, and yield the line to the ServerApp that relays for this process."""
     with (
         tempfile.TemporaryDirectory(prefix="flower-", dir=log.parent) as home,
@@ -120,12 +120,17 @@ def _engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iter
         there = f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         Path(home, "config.toml").write_text(there, encoding="utf-8")
         bundle = write_bundle(Path(home, "app")).parent
-        environment = _environment(config.runtime) | {"FLWR_HOME": home, LEAD_SOCKET: place}
+        environment = _build_environment(config.runtime) | {"FLWR_HOME": home, LEAD_SOCKET: place}
         start = partial(_run_flower_command, environment=environment, output=output)
         own = ("--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port))
         with start("flower-superlink", *own, "--disable-runtime-dependency-installation") as superlink:
             _wait_for(superlink, lambda: _is_open(port))
-            words = ("--run-config", f'run="{sealed}"', "--federation-config", federation_config(config, share=share))
+            words = (
+                "--run-config",
+                f'run="{sealed}"',
+                "--federation-config",
+                format_federation_config(config, share=share),
+            )
             with start("flwr", "run", str(bundle), "local", "--stream", *words) as running:
                 lead.settimeout(_POLL_S)
                 line = _wait_for(running, lambda: _accept_connection(lead))
@@ -156,7 +161,7 @@ def _run_flower_command(
             process.wait()
 
 
-def _environment(runtime: RuntimeSpec) -> dict[str, str]:
+def _build_environment(runtime: RuntimeSpec) -> dict[str, str]:
     """Return the environment of Flower's processes, which Ray's actors inherit on this machine."""
     given = dict(os.environ)
     # Actors import what this process does, and Flower's commands are installed beside this Python.

@@ -49,7 +49,7 @@ def simulate(
         listener.preparing("reading the sites' records", 0, 0)
         _ = [work.examples for work in everyone.work.values()]
         everyone.sites.check_partition()
-        changed = everyone.changed_sites() if config.resume is not None else ()
+        changed = everyone.list_changed_sites() if config.resume is not None else ()
         return tuple(list_site_data_warnings(config, everyone.records.dealt)), changed
 
     return FederationRun(

@@ -55,7 +55,7 @@ def record_from_bytes(data: bytes) -> ArrayRecord:
     return ArrayRecord({_BYTES: Array(dtype="uint8", shape=(len(data),), stype=_BYTES, data=data)})
 
 
-def bytes_from_record(record: ArrayRecord) -> bytes:
+def read_record_bytes(record: ArrayRecord) -> bytes:
     """Return the bytes in a record made by `record_from_bytes`; raise ValueError for any other record."""
     (array,) = record.values()
     if (list(record), array.stype, array.dtype, array.shape) != ([_BYTES], _BYTES, "uint8", (len(array.data),)):
@@ -91,7 +91,7 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
     if content.metric_records:
         raise ValueError("metrics")
     for key, arrays in content.array_records.items():
-        body.append(bytes_from_record(arrays))
+        body.append(read_record_bytes(arrays))
         records[key] = len(body[-1])
     for key, words in content.config_records.items():
         records[key] = {}

@@ -20,7 +20,7 @@ import torch
 from fedtune.config import RunConfig
 from fedtune.data.batching import collate
 from fedtune.evaluation.bootstrap import Comparison, compare_by_scores
-from fedtune.export.export_formats import WRITERS, Source, card_form, create_model_folder
+from fedtune.export.export_formats import WRITERS, Source, create_model_folder, get_card_form
 from fedtune.export.onnx_graphs import Served, measure_graphs, measure_model
 from fedtune.federation.run_folder import CARD
 from fedtune.formatting import format_score_name, pluralize
@@ -254,7 +254,7 @@ def _build_card(
         f"(SHA-256 {found.sha256}) as its teacher does. It read no record of a site: {said}{scores} Its teacher is "
         "a tuned model"
     )
-    form = replace(card_form(format, record.config), what=what, has_label=not owed)
+    form = replace(get_card_form(format, record.config), what=what, has_label=not owed)
     label = (
         render_card_files(record, of_run, form) if form.has_label else {}
     )  # the run's, whose figure is too small else

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.config import RunConfig, config_yaml
+from fedtune.config import RunConfig, format_config_yaml
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.data.partition import split_heldout
-from fedtune.evaluation.scoring import evaluation_mode
+from fedtune.evaluation.scoring import enter_evaluation_mode
 from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
@@ -151,7 +151,7 @@ def personalize(
     with replace_folder(into) as made:
         folder = RunFolder(made)
         save_task_model(shared.model, folder.adapter, private_to=site)
-        folder.config.write_bytes(config_yaml(config))
+        folder.config.write_bytes(format_config_yaml(config))
         card = _CARD.format(site=site, run=config.name, day=day, label=LABEL)
         for place in (folder.path, folder.adapter):
             (place / "README.md").write_text(card, encoding="utf-8")
@@ -196,15 +196,15 @@ class _Fit:
         """
         shared, order = self._shared, np.random.default_rng(self._shared.config.seed)
         start.load_into(shared.model)
-        best, passes, lowest = start, 0, self._selection_loss()
+        best, passes, lowest = start, 0, self._compute_selection_loss()
         for rate in _RATES:
             best.load_into(shared.model)
-            optimizer = make_optimizer(shared.model.active_parameters(), shared.config.training, clipped=False)
+            optimizer = make_optimizer(shared.model.list_active_parameters(), shared.config.training, clipped=False)
             set_learning_rate(optimizer, rate)
             while passes < _MOST_PASSES:
                 shared.progress(what, passes, _MOST_PASSES)
                 self._train_pass(optimizer, order.permutation(self._training))
-                if not (loss := self._selection_loss()) < lowest:
+                if not (loss := self._compute_selection_loss()) < lowest:
                     break
                 best, passes, lowest = Adapter.from_task_model(shared.model), passes + 1, loss
         best.load_into(shared.model)
@@ -215,14 +215,14 @@ class _Fit:
         model = self._shared.model
         for batch in np.array_split(records, max(1, len(records) // _BATCH)):
             set_mean_gradient(model, self._examples, self._examples.cut(batch), count=len(batch))
-            for parameter in model.active_parameters().values():
+            for parameter in model.list_active_parameters().values():
                 if parameter.grad is not None:
                     parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # one record must not end the training
             optimizer.step()
 
-    def _selection_loss(self) -> float:
+    def _compute_selection_loss(self) -> float:
         """Return the mean of the finite losses on the selection records; infinite if no loss is finite."""
-        with evaluation_mode(self._shared.model):
+        with enter_evaluation_mode(self._shared.model):
             losses = [self._shared.model.losses(batch) for batch in self._examples.cut(self._choosing)]
         found = torch.cat(losses).double()
         finite = found[torch.isfinite(found)]

@@ -38,7 +38,7 @@ from transformers import (
 from fedtune.extras import require_extra
 from fedtune.model.compatibility import check_ignores_batch_length, check_size, require_decoder, require_modality
 from fedtune.model.frozen_linear import convert_to_bfloat16
-from fedtune.model.hf_logging import first_line, library_errors_as_config_errors, silence_transformers
+from fedtune.model.hf_logging import get_first_line, silence_transformers, translate_library_errors
 from fedtune.model.layers import find_layer_stack, make_activations_rowwise
 from fedtune.model.manifest import build_manifest, stage_files
 from fedtune.model.quantized import quantize_linear_layers
@@ -198,7 +198,7 @@ def _require_pinned(spec: ModelSpec, found: str) -> None:
 
 
 def _report_loading_errors(spec: ModelSpec) -> AbstractContextManager[None]:
-    return library_errors_as_config_errors("model.path", spec.path, "cannot be loaded: {}")
+    return translate_library_errors("model.path", spec.path, "cannot be loaded: {}")
 
 
 _log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def expand_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
                 if not target.is_dir():
                     raise
     except OSError as error:
-        bound = f"must be a folder that can be written ({first_line(error)})"
+        bound = f"must be a folder that can be written ({get_first_line(error)})"
         raise ConfigError("model.cache_dir", str(cache), bound) from error
     return target
 
@@ -264,7 +264,7 @@ def save_as_plain_model(model: PreTrainedModel, folder: Path) -> None:
 def _convert_gguf(file: Path, folder: Path) -> None:
     # One progress bar asks no setting whether it may show.
     bound = "must be a GGUF causal language model ({})"
-    with library_errors_as_config_errors("model.gguf_file", file.name, bound), redirect_stderr(StringIO()):
+    with translate_library_errors("model.gguf_file", file.name, bound), redirect_stderr(StringIO()):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
         # What a config.json would be refused for, before memory is set aside for it.
         fields = json.loads(config.to_json_string(use_diff=False))
@@ -288,7 +288,7 @@ def build_tiny_base(path: str, *, predicts_tokens: bool = False, dtype: torch.dt
     auto = AutoModelForCausalLM if predicts_tokens else AutoModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        return auto.from_config(_tiny_config(path), dtype=dtype)
+        return auto.from_config(_build_tiny_config(path), dtype=dtype)
 
 
 def build_tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -315,7 +315,7 @@ def build_tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _tiny_config(path: str) -> PreTrainedConfig:
+def _build_tiny_config(path: str) -> PreTrainedConfig:
     # Wider than the usual 0.02: in a model this narrow the input would otherwise hardly reach the output.
     shape = {
         "hidden_size": _HIDDEN,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fedtune.model.hf_logging import library_errors_as_config_errors
+from fedtune.model.hf_logging import translate_library_errors
 from fedtune.model.unsupported_models import ENCODERS, VISION, explain_rotary_refusal
 from fedtune.spec import ConfigError
 
@@ -86,12 +86,12 @@ def tokenize_public_text(
     Raises:
         ConfigError: for `model.path`, if the tokenizer cannot encode the text.
     """
-    with library_errors_as_config_errors("model.path", path, "its tokenizer cannot encode a text: {}"):
+    with translate_library_errors("model.path", path, "its tokenizer cannot encode a text: {}"):
         ids: list[int] = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
     return ids
 
 
-def max_positions(base: nn.Module) -> int | None:
+def get_max_positions(base: nn.Module) -> int | None:
     """Return the maximum number of tokens of an example, or None if there is no limit.
 
     A position table with a padding row starts after that row (RoBERTa: 514 rows, 512 positions), and one with an offset

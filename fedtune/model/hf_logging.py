@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from transformers.utils import logging
 
-from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.spec import ConfigError, translate_panics
 
 
 @contextmanager
@@ -31,17 +31,17 @@ def silence_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def library_errors_as_config_errors(key: str, value: object, bound: str) -> Iterator[None]:
+def translate_library_errors(key: str, value: object, bound: str) -> Iterator[None]:
     """Like `quiet`, and turn any library error into a ConfigError; `{}` in `bound` becomes its first line."""
     try:
-        with silence_transformers(), panics_as_errors():
+        with silence_transformers(), translate_panics():
             yield
     except ConfigError:
         raise
     except Exception as error:  # of any kind: a model's files and texts cause it, and no record is among them
-        raise ConfigError(key, value, bound.format(first_line(error))) from error
+        raise ConfigError(key, value, bound.format(get_first_line(error))) from error
 
 
-def first_line(error: Exception) -> str:
+def get_first_line(error: Exception) -> str:
     """Return the first line of an error's message, without the advice that follows."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -50,7 +50,7 @@ def scale_modules(model: PeftModel) -> None:
     """
     for name, layer in model.named_modules():
         if isinstance(layer, ia3.Linear):
-            layer.forward = partial(_ia3_forward, layer)
+            layer.forward = partial(_run_ia3_forward, layer)
         elif isinstance(layer, lora.Linear) and "default" in layer.lora_variant:
             layer.lora_variant["default"] = _Dora()
             lengths = _compute_row_norms(layer)
@@ -60,7 +60,7 @@ def scale_modules(model: PeftModel) -> None:
             layer.lora_magnitude_vector["default"].weight = nn.Parameter(lengths)
         else:
             continue
-        start = _initial_scale(layer).requires_grad_(False)
+        start = _compute_initial_scale(layer).requires_grad_(False)
         layer.scales = Scales(start)
 
 
@@ -68,7 +68,7 @@ def iter_peft_scales(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, torc
     """Yield PEFT's own scales: the name in a saved adapter, the tensor, and the current values."""
     for name, layer in model.named_modules():
         if isinstance(scales := getattr(layer, "scales", None), Scales):
-            start, scale = _initial_scale(layer), 1 + scales.offset.detach()
+            start, scale = _compute_initial_scale(layer), 1 + scales.offset.detach()
             ending = PEFT_SCALES[isinstance(layer, lora.Linear)]
             yield name + ending, start, start.detach() * scale.view_as(start)
 
@@ -83,7 +83,7 @@ def merge_adapter(model: PeftModel) -> Any:
     return model.merge_and_unload()
 
 
-def _initial_scale(layer: Any) -> nn.Parameter:
+def _compute_initial_scale(layer: Any) -> nn.Parameter:
     """Return PEFT's own tensor: ones for IA3, and the norms of the base's rows for DoRA."""
     own: nn.Parameter = (
         layer.ia3_l["default"] if isinstance(layer, ia3.Linear) else layer.lora_magnitude_vector["default"].weight
@@ -91,7 +91,7 @@ def _initial_scale(layer: Any) -> nn.Parameter:
     return own
 
 
-def _ia3_forward(layer: ia3.Linear, inputs: torch.Tensor) -> torch.Tensor:
+def _run_ia3_forward(layer: ia3.Linear, inputs: torch.Tensor) -> torch.Tensor:
     """Run the IA3 forward pass (Liu et al. 2022, arXiv 2205.05638)."""
     output: torch.Tensor = layer.base_layer(inputs)
     return output if layer.disable_adapters else layer.scales(output.float()).to(output.dtype)

@@ -54,7 +54,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
         ConfigError: for `lora.layers` or `lora.target_modules` that the base does not have, or a `lora.rank` above that
             of all adapted modules.
     """
-    config = _peft_config(base, spec, TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION)
+    config = _build_peft_config(base, spec, TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION)
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
@@ -66,7 +66,7 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
     return model
 
 
-def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
+def _build_peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
     stack_name, stack = find_layer_stack(base)
     count = len(stack)
     if not all(-count <= layer < count for layer in spec.layers or ()):
@@ -121,7 +121,7 @@ def find_layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 @contextmanager
-def adapters_disabled(base: PeftModel) -> Iterator[None]:
+def suspend_adapters(base: PeftModel) -> Iterator[None]:
     """Disable the adapters inside the block; which parameters train does not change."""
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedtune.model.unsupported_models import PROCESSOR, VISION, check_content, max_file_bytes
+from fedtune.model.unsupported_models import PROCESSOR, VISION, check_content, get_max_file_bytes
 from fedtune.spec import ConfigError, RunError
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -172,7 +172,7 @@ def _list_weights_files(folder: Path, place: Path) -> tuple[str, ...]:
 def _read_checked(folder: Path, name: str) -> bytes:
     try:
         with _resolve_inside(folder, name).open("rb") as stream:
-            content = stream.read(max_file_bytes(name) + 1)
+            content = stream.read(get_max_file_bytes(name) + 1)
     except OSError as error:
         raise ConfigError("model.path", str(folder), f"must have a readable {name}") from error
     check_content(name, content, folder=str(folder))

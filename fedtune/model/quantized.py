@@ -50,12 +50,12 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize_nf4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Dequantize to bfloat16 (weights,): each level times its block's scale, rounded once."""
-    pairs = _pair_lookup_table(codes.device).index_select(0, codes.int()).view(torch.float32)
+    pairs = _build_pair_lookup_table(codes.device).index_select(0, codes.int()).view(torch.float32)
     return pairs.view(-1, BLOCK).mul_(scales.unsqueeze(1)).flatten().bfloat16()
 
 
 @cache
-def _pair_lookup_table(device: torch.device) -> torch.Tensor:
+def _build_pair_lookup_table(device: torch.device) -> torch.Tensor:
     """Return a lookup table, (256,), with both levels of each byte in one 64-bit word, for a single memory access."""
     levels = torch.tensor(LEVELS)
     both = torch.stack([levels.repeat_interleave(len(levels)), levels.repeat(len(levels))], dim=1)
@@ -101,7 +101,7 @@ class FourBit(nn.Module):
         """The dequantized weights, as a new tensor: changes to it have no effect on the module."""
         return dequantize_nf4(self.codes, self.scales).view(self.shape)
 
-    def output_first_weight(self) -> torch.Tensor:
+    def get_output_first_weight(self) -> torch.Tensor:
         """Return the weights as (out, in); GPT-2's Conv1D stores them transposed."""
         return self.weight if isinstance(self, nn.Linear) else self.weight.t()
 
@@ -130,14 +130,14 @@ class _QuantizedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: FourBit) -> torch.Tensor:
         ctx.layer = layer  # not its weights, or all layers' would be there until the way back is over
-        return multiply_bfloat16(values, layer.output_first_weight(), layer.bias)
+        return multiply_bfloat16(values, layer.get_output_first_weight(), layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return multiply_bfloat16(gradients[0], ctx.layer.output_first_weight().t(), None), None
+        return multiply_bfloat16(gradients[0], ctx.layer.get_output_first_weight().t(), None), None
 
 
 def quantize_linear_layers(layers: nn.Module, *, device: torch.device | str) -> None:

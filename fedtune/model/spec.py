@@ -29,7 +29,7 @@ _NOT_PROVEN = {
 """Kinds that PEFT has and fedtune refuses, with the reason."""
 
 
-def fastest_dtype(device: str) -> Literal["float32", "mixed"]:
+def choose_fastest_dtype(device: str) -> Literal["float32", "mixed"]:
     """Return the fastest dtype of this machine that costs no accuracy: mixed on a CPU with AMX, float32 otherwise.
 
     The choice is based on simulations/benchmarks and simulations/mixed_products.  The CPU's features are read from
@@ -58,7 +58,7 @@ class ModelSpec:
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which computes products inside its
             layers in bfloat16 and everything else in float32; "nf4", bfloat16 with the weights of its layers quantized
             to four bits (not for a GGUF file); or "auto", mixed if the machine that reads the setting has AMX, and
-            float32 otherwise (`fastest_dtype`).  Adapter, head and losses are float32.
+            float32 otherwise (`choose_fastest_dtype`).  Adapter, head and losses are float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and `FEDTUNE_CACHE` or
             `~/.cache/fedtune`.
         license: the license of the weights, for reports.
@@ -138,7 +138,7 @@ class LoraSpec:
     train_a: bool = True
     alternate: bool = False
 
-    def frozen_name_part(self, round: int) -> str | None:
+    def get_frozen_name_part(self, round: int) -> str | None:
         """Return the part of a tensor name that marks tensors frozen in a round (from 1), or None if all tensors train.
 
         B trains first, because A has no gradient while B is zero.

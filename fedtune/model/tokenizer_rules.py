@@ -94,11 +94,11 @@ def explain_tokenizer_refusal(fields: dict[str, Any]) -> str | None:
     truncation, because each call sets them anew.
     """
     try:
-        growth = _max_growth(fields.get("normalizer"))
+        growth = _compute_max_growth(fields.get("normalizer"))
         for step in _flatten_steps(fields.get("pre_tokenizer"), "pretokenizers", known=_PRE_TOKENIZERS):
             growth *= _PRE_TOKENIZERS[step["type"]]
             if step["type"] == "Split":
-                _min_match_length(step.get("pattern"))
+                _compute_min_match_length(step.get("pattern"))
         if growth > _MOST_GROWTH:
             raise _Unknown(f"has steps that turn one character into up to {growth}, more than {_MOST_GROWTH}")
         for step in _flatten_steps(fields.get("post_processor"), "processors", known=_POST_PROCESSORS):
@@ -138,25 +138,25 @@ def _flatten_steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]
     return steps
 
 
-def _max_growth(normalizer: Any) -> int:
+def _compute_max_growth(normalizer: Any) -> int:
     """Return the maximum number of characters into which the normalizers can turn one character."""
     growth, chosen = 1, False
     for step in _flatten_steps(normalizer, "normalizers", known=_NORMALIZERS):
         kind = step["type"]
         growth *= _MOST_COMPATIBLE if kind in _COMPATIBLE and chosen else _NORMALIZERS[kind]
         if kind == "Replace":
-            least, put = _min_match_length(step["pattern"]), len(step["content"])
+            least, put = _compute_min_match_length(step["pattern"]), len(step["content"])
             if put > least:
                 raise _Unknown(f"replaces {least} characters by {put}, which makes a text longer")
         elif kind == "Prepend" and len(step["prepend"]) > _MOST_PREPENDED:
             raise _Unknown(f"puts more than {_MOST_PREPENDED} characters before a text")
         elif kind == "Precompiled":
-            growth *= _longest_replacement(step.get("precompiled_charsmap") or "")
+            growth *= _find_longest_replacement(step.get("precompiled_charsmap") or "")
         chosen |= kind == "Precompiled" or not (step.get("content") or step.get("prepend") or "").isascii()
     return growth
 
 
-def _longest_replacement(encoded: str) -> int:
+def _find_longest_replacement(encoded: str) -> int:
     """Return the length of the longest replacement in a SentencePiece table.
 
     The table consists of the size of an index (four bytes), the index, and texts that end in 0.  The index may point
@@ -172,7 +172,7 @@ def _longest_replacement(encoded: str) -> int:
     return longest
 
 
-def _min_match_length(pattern: Any) -> int:
+def _compute_min_match_length(pattern: Any) -> int:
     """Return the minimum number of characters that a pattern matches."""
     ((kind, text),) = pattern.items()
     if kind == "String" and 0 < len(text) <= _MOST_PATTERN:

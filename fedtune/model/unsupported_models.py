@@ -128,7 +128,7 @@ STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional"
 """Rope types whose frequencies follow from the config alone; transformers 5.23 has two more: "dynamic", "longrope"."""
 
 
-def max_file_bytes(name: str) -> int:
+def get_max_file_bytes(name: str) -> int:
     """Return the maximum size, in bytes, of a file other than weights."""
     return _MOST_BYTES.get(name, _MOST_BYTES_ELSE)
 
@@ -139,8 +139,8 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
     Raises:
         ConfigError: for `model.path`; the message names the file and the reason.
     """
-    if len(content) > max_file_bytes(name):
-        raise _explain_file_refusal(folder, name, f"is larger than {max_file_bytes(name) >> 20} MiB")
+    if len(content) > get_max_file_bytes(name):
+        raise _explain_file_refusal(folder, name, f"is larger than {get_max_file_bytes(name) >> 20} MiB")
     if not name.endswith(".json"):
         return
     try:

@@ -35,7 +35,7 @@ from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import LoadedModel, RunModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, serialize_for_sites, settings_for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, select_settings_for_sites, serialize_for_sites
 from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
 
@@ -93,7 +93,7 @@ class LeadService:
             loaded = LoadedModel(config, trains=False, progress=noted.preparing)  # nothing is trained here
 
             def run_over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
-                with grid as opened, (transport := self._transport(opened)).explain_protocol_mismatch():
+                with grid as opened, (transport := self._make_transport(opened)).explain_protocol_mismatch():
                     return run(transport)
 
             return FederationRun(
@@ -123,7 +123,7 @@ class LeadService:
         if not config.may_be_fitted:
             return config
         grid = self.open_grid(patience_s=self.federation.round_timeout_s)
-        with grid as opened, (transport := self._transport(opened)).explain_protocol_mismatch():
+        with grid as opened, (transport := self._make_transport(opened)).explain_protocol_mismatch():
             found = invite(transport, self._propose_run(config), less=True)
             found.require_enough(config.federation, takes_part=config.can_use)
         return config.fit_to_offers([offer for offer in found.offers.values() if config.can_use(offer)])
@@ -138,12 +138,12 @@ class LeadService:
         notice = EndOfRun(run=run, lead=self.key.public).sign_with(self.key)
         with self.open_grid() as grid:
             questions = [Question(site=member.site, signed=notice) for member in self.sites]
-            return [site for site, _ in self._transport(grid).end(questions, timeout_s=timeout_s)]
+            return [site for site, _ in self._make_transport(grid).end(questions, timeout_s=timeout_s)]
 
     def list_online_sites(self) -> dict[str, bool]:
         """Return for each site whether it is connected to the server now."""
         with self.open_grid() as grid:
-            found = grid.online_nodes()
+            found = grid.list_online_nodes()
         return {member.site: number in found for number, member in enumerate(self.sites, 1)}
 
     def open_grid(
@@ -172,12 +172,12 @@ class LeadService:
             patience_s=patience_s,
         )
 
-    def _transport(self, grid: AskingGrid) -> GridTransport:
+    def _make_transport(self, grid: AskingGrid) -> GridTransport:
         return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
 
     def _propose_run(self, config: RunConfig) -> ProposedRun:
         """Build the run's proposal for all sites, with the settings that are sent to them."""
-        sent = settings_for_sites(config)
+        sent = select_settings_for_sites(config)
         settings = serialize_for_sites(sent)
         if len(settings) > MOST_CHARACTERS:
             bound = f"must have at most {MOST_CHARACTERS:,} characters, to be sent to sites: use fewer or shorter texts"
@@ -260,9 +260,9 @@ class _Ears:
         good = signed and _is_answer_to(question, reply, site=member.site)
         if not waiting:
             self._waiting_since.pop(member.site, None)
-        return Heard(good=good, again_s=self._next_question_s(member.site) if waiting else None, idle=idle)
+        return Heard(good=good, again_s=self._compute_next_question_s(member.site) if waiting else None, idle=idle)
 
-    def _next_question_s(self, site: str) -> float:
+    def _compute_next_question_s(self, site: str) -> float:
         """Return after how many seconds to ask a waiting site again: a tenth of the time that it has waited so far.
 
         On stock Flower each question starts a process at the site, so an approval that takes an hour must not cost an

@@ -115,10 +115,10 @@ def act_as_owner(*places: Path) -> None:
     owner = place.lstat()  # of a link itself, which is not followed
     if owner.st_uid == 0:
         return
-    known = _account_entry(owner.st_uid)
+    known = _get_account_entry(owner.st_uid)
     group = known.pw_gid if known else owner.st_gid
     groups = os.getgrouplist(known.pw_name, group) if known else [group]
-    name = account_name(owner.st_uid)
+    name = get_account_name(owner.st_uid)
     try:
         os.setgroups(groups)
         os.setregid(group, group)
@@ -133,9 +133,9 @@ def act_as_owner(*places: Path) -> None:
     sys.stderr.write(f"fedtune: acting as account {name}, to which {place} belongs\n")
 
 
-def account_name(uid: int) -> str:
+def get_account_name(uid: int) -> str:
     """Return the name of the account `uid`, or its number if it has no name."""
-    known = _account_entry(uid)
+    known = _get_account_entry(uid)
     return known.pw_name if known else str(uid)
 
 
@@ -150,14 +150,14 @@ def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(each, known)
 
 
-def current_account() -> str:
+def get_current_account() -> str:
     """Return the account of the person who runs this command: under sudo, the calling account."""
-    return os.environ.get("SUDO_USER") or (account_name(os.getuid()) if pwd else getpass.getuser())
+    return os.environ.get("SUDO_USER") or (get_account_name(os.getuid()) if pwd else getpass.getuser())
 
 
-def primary_group(uid: int) -> int | None:
+def get_primary_group(uid: int) -> int | None:
     """Return the primary group of the account `uid`; None for an account without a name."""
-    known = _account_entry(uid)
+    known = _get_account_entry(uid)
     return known.pw_gid if known else None
 
 
@@ -165,7 +165,7 @@ def _is_python_readable() -> bool:
     return os.access(os.__file__, os.R_OK) and os.access(__file__, os.R_OK)
 
 
-def _account_entry(uid: int) -> Any:
+def _get_account_entry(uid: int) -> Any:
     try:
         return pwd and pwd.getpwuid(uid)
     except KeyError:

@@ -180,7 +180,9 @@ def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
         fields["where"] = f"{_shorten_source_path(record.pathname)}:{record.lineno} {record.funcName}"
     if owner == OWN:
         fields |= {
-            key: _json_value(value) for key, value in vars(record).items() if key not in _STANDARD | fields.keys()
+            key: _convert_to_json_value(value)
+            for key, value in vars(record).items()
+            if key not in _STANDARD | fields.keys()
         }
     if record.exc_info and record.exc_info[1] is not None:
         fields["error"] = _describe_exception(record.exc_info[1], set())
@@ -202,11 +204,15 @@ def _format_event(record: logging.LogRecord) -> str:
 def _to_plain_or_type_name(value: object) -> object:
     """Return `value` if it is a text, a number, a path or None, and otherwise the name of its type."""
     if isinstance(value, BaseException):
-        return str(value) if _is_safe_to_log(value) else _type_name(value)
-    return value if value is None or isinstance(value, str | numbers.Number | os.PathLike) else f"<{_type_name(value)}>"
+        return str(value) if _is_safe_to_log(value) else _format_type_name(value)
+    return (
+        value
+        if value is None or isinstance(value, str | numbers.Number | os.PathLike)
+        else f"<{_format_type_name(value)}>"
+    )
 
 
-def _json_value(value: object) -> object:
+def _convert_to_json_value(value: object) -> object:
     plain = _to_plain_or_type_name(value)
     if plain is None or isinstance(plain, bool | int) or (isinstance(plain, float) and abs(plain) < float("inf")):
         return plain
@@ -220,7 +226,7 @@ def _limit_length(text: str) -> str:
 def _describe_exception(error: BaseException, seen: set[int]) -> dict[str, Any]:
     """Describe an exception by type, frames and cause; its text is only included if it consists of settings."""
     seen.add(id(error))
-    fields: dict[str, Any] = {"type": _type_name(error), **_error_codes(error)}
+    fields: dict[str, Any] = {"type": _format_type_name(error), **_list_error_codes(error)}
     if _is_safe_to_log(error):
         fields["text"] = _limit_length(str(error))
     # The innermost, outermost first.
@@ -239,7 +245,7 @@ def _is_safe_to_log(error: BaseException) -> bool:
     return isinstance(error, ConfigError | RefusedError | RunError) and not isinstance(error, DataError)
 
 
-def _error_codes(error: BaseException) -> dict[str, str]:
+def _list_error_codes(error: BaseException) -> dict[str, str]:
     """Return the symbolic error names of the operating system and OpenSSL, and for a full disk the file that did not
     fit.
     """
@@ -253,6 +259,6 @@ def _error_codes(error: BaseException) -> dict[str, str]:
     return fields
 
 
-def _type_name(value: object) -> str:
+def _format_type_name(value: object) -> str:
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

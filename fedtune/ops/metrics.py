@@ -25,7 +25,7 @@ from fedtune.ops.health import Health, serve_locally
 from fedtune.ops.kits.certificates import Certificate, read_certificate
 from fedtune.ops.kits.kit_file import Kit, stat_signature
 from fedtune.privacy.release import Reason
-from fedtune.show.budget_text import reference_runs_left, remaining_epsilon
+from fedtune.show.budget_text import compute_remaining_epsilon, reference_runs_left
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may be missing
@@ -188,7 +188,7 @@ class SiteMetrics:
         trusted.
         """
         try:
-            files = self._kit.site_files(self._site_toml)
+            files = self._kit.find_site_files(self._site_toml)
             places = [files.ledger, *([files.anchor] if files.anchor else [])]
             marks = [stat_signature(place) for place in places]
             if self._read[0] != marks:
@@ -200,10 +200,13 @@ class SiteMetrics:
 
 
 def _list_budget_values(history: History) -> Values:
-    taken = {"charged": history.total_charges(), "with_set_aside": history.charges_and_reservations(history.now())}
+    taken = {
+        "charged": history.count_total_charges(),
+        "with_set_aside": history.count_charges_and_reservations(history.now()),
+    }
     yield "fedtune_site_epsilon_spent", {name: history.epsilon(spent) for name, spent in taken.items()}
     yield "fedtune_site_epsilon_cap", history.cap
-    yield "fedtune_site_epsilon_left", remaining_epsilon(history)
+    yield "fedtune_site_epsilon_left", compute_remaining_epsilon(history)
     runs = reference_runs_left(history)
     yield "fedtune_site_runs_left", math.inf if runs is None else runs
 
@@ -272,4 +275,4 @@ def _list_certificate_values(kit: Kit) -> Values:
         certificate = Certificate.from_x509(read_certificate(kit.certificate))
     except ConfigError:
         return
-    yield "fedtune_certificate_days_left", certificate.days_left(datetime.now(UTC))
+    yield "fedtune_certificate_days_left", certificate.count_days_left(datetime.now(UTC))

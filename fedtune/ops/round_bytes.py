@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.config import RunConfig
 from fedtune.federation.protocol import CONFIRM, JOIN, UNMASK, Reply, RoundRequest, SumRequest
 from fedtune.federation.secure import messages
-from fedtune.federation.secure.agreement import Announcement, bits_needed
+from fedtune.federation.secure.agreement import Announcement, compute_modulus_bits
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.federation.transport import Question
 from fedtune.flower.flower_records import count_payload_bytes, from_adapter, from_question, from_reply, from_step
@@ -21,7 +21,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Difference, Masked, Receipt, Tensors, Update
 from fedtune.privacy.run_plan import Plan
-from fedtune.sites.shared_settings import serialize_for_sites, settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites, serialize_for_sites
 from fedtune.tasks.task_model import TaskModel
 
 _SESSION, _DIGEST, _SIGNATURE = "0" * 32, "0" * 64, "0" * 128
@@ -43,7 +43,11 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
     Raises:
         ConfigError: the model is not available, so its hash is unknown.
     """
-    sent, key, sites = settings_for_sites(config), SigningKey(Ed25519PrivateKey.generate()), config.federation.active
+    sent, key, sites = (
+        select_settings_for_sites(config),
+        SigningKey(Ed25519PrivateKey.generate()),
+        config.federation.active,
+    )
     adapter, site, proposal = (
         Adapter.from_task_model(model),
         max(sites, key=len),
@@ -58,27 +62,29 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
     request = RoundRequest(**about, round=plan.num_rounds, adapter_digest=_DIGEST, receipt=receipt, session=session)
     question = Question(site=site, signed=request.sign_with(key), settings=serialize_for_sites(sent))
     scores = (_FRACTION, _FRACTION) if plan.releases_metrics else None
-    update = Update(**own, round=plan.num_rounds, tensors=_placeholder_tensors(config, plan, adapter), scores=scores)
+    update = Update(
+        **own, round=plan.num_rounds, tensors=_make_placeholder_tensors(config, plan, adapter), scores=scores
+    )
     down = count_payload_bytes(from_question(question, from_adapter(adapter)))
     up = count_payload_bytes(from_reply(Reply(body=update, receipt=receipt)))
-    for step, parts, answer in _secure_aggregation_steps(sites, site) if plan.shared else ():
+    for step, parts, answer in _iter_secure_aggregation_steps(sites, site) if plan.shared else ():
         asked = SumRequest(**about, step=step, session=session, parts_digest=_DIGEST).sign_with(key)
         down += count_payload_bytes(from_question(Question(site=site, signed=asked, parts=parts), None))
         up += count_payload_bytes(from_step(answer))
     return down, up
 
 
-def _placeholder_tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Difference | Masked:
+def _make_placeholder_tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Difference | Masked:
     """Return an update's payload with all values 0."""
     if (shared := plan.shared) is not None:
-        bits = bits_needed(shared.num_sites, shared.largest_value)
+        bits = compute_modulus_bits(shared.num_sites, shared.largest_value)
         return Masked(messages.upload_size(shared.num_sites, length=adapter.num_values, bits=bits))
     if config.federation.update_dtype == "bfloat16":
         return Difference({name: np.zeros(value.shape, np.uint16) for name, value in adapter.tensors.items()})
     return adapter.tensors
 
 
-def _secure_aggregation_steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:
+def _iter_secure_aggregation_steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:
     """Yield the steps of secure aggregation other than the upload: name, the lead's messages to a site, the site's
     answer.
     """

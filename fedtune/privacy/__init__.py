@@ -11,7 +11,7 @@ docs/privacy_review.md suggests a reading order and names the test behind each c
     proposal release about              a lead's proposal, everything that may leave a site, and its purpose
     own_release                         a count, a sum or other software's training, which the site charges itself
     ledger/                             the signed event log of a site, and its decisions: one transaction each
-    keys durable site_files             keys and signatures, crash-safe files, and the paths of a site's files
+    keys durable find_site_files             keys and signatures, crash-safe files, and the paths of a site's files
 
 The package needs only the standard library, numpy, scipy, dp-accounting, cryptography and mpmath, so that it can be
 audited alone.

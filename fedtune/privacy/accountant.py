@@ -188,7 +188,7 @@ def calibrate_noise(
     tried: dict[float, float] = {}
 
     def make_event(sigma: float) -> DpEvent:
-        return events.dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
+        return events.build_dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
 
     def compute_epsilon(sigma: float) -> float:
         if sigma not in tried:

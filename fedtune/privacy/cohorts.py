@@ -1,7 +1,7 @@
 """Arrival cohorts: the people of a population, grouped by the calendar period in which they joined.
 
-A run names the cohorts that it admits, and only these are charged for it.  `period_number` numbers the cohorts, so that
-consecutive periods have consecutive numbers; cohort 0 holds everybody without a date.
+A run names the cohorts that it admits, and only these are charged for it.  `compute_period_number` numbers the
+cohorts, so that consecutive periods have consecutive numbers; cohort 0 holds everybody without a date.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _NAMES = {"month": r"([0-9]{4})-(0[1-9]|1[0-2])", "quarter": r"([0-9]{4})-Q([1-4
 _EXAMPLES = {"month": "2026-03", "quarter": "2026-Q1", "year": "2026"}
 
 
-def period_number(moment: date, period: str) -> int:
+def compute_period_number(moment: date, period: str) -> int:
     """Return the number of the calendar period that contains the UTC `moment`; consecutive periods are numbered in
     order.
     """
     return (12 * moment.year + moment.month - 1) // MONTHS[period]
 
 
-def cohort_number(month: str, period: str) -> int:
+def compute_cohort_number(month: str, period: str) -> int:
     """Return the cohort of a person who joined in `month`, such as "2026-03"; an empty `month` means an unknown
     date.
     """
-    return period_number(date.fromisoformat(f"{month}-01"), period) if month else OLDEST
+    return compute_period_number(date.fromisoformat(f"{month}-01"), period) if month else OLDEST
 
 
-def cohort_name(cohort: int, period: str) -> str:
+def format_cohort_name(cohort: int, period: str) -> str:
     """Return a cohort's name as a plan writes it: "2026", "2026-Q1" or "2026-03"; "before" for the oldest cohort.
 
-    >>> cohort_name(cohort_of("2026-03", "quarter"), "quarter")
+    >>> format_cohort_name(compute_cohort_number("2026-03", "quarter"), "quarter")
     '2026-Q1'
     """
     if cohort == OLDEST:
@@ -101,7 +101,7 @@ class Cohorts:
         return decode(cls, {"period": period, "first": first or None, "last": last})
 
 
-def cohort_group_starts(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) -> list[int]:
+def find_cohort_group_starts(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) -> list[int]:
     """Return the first cohort of each group of cohorts that take part in the same `admissions`, in ascending order.
 
     An admission of None admits everybody.  With `oldest_apart` the oldest cohort gets a group of its own, because it
@@ -127,11 +127,13 @@ def shift_window(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
     """
     (first, last), period = cohorts.span, cohorts.period
     # No period comes after the year 9999: a window up to there, which has no end, keeps it.
-    begins, ends = (cohort_name(min(one + by, period_number(date.max, period)), period) for one in (first, last))
+    begins, ends = (
+        format_cohort_name(min(one + by, compute_period_number(date.max, period)), period) for one in (first, last)
+    )
     return Cohorts(period=period, first=None if first == OLDEST else begins, last=ends)
 
 
-def next_window(before: Cohorts, *, real: bool) -> Cohorts:
+def shift_to_next_window(before: Cohorts, *, real: bool) -> Cohorts:
     """Shift the window by one period; at `real` sites, only into a period that has already begun.
 
     To charge people of a later period, the lead has to name the window, so that repeating a command never does it by
@@ -141,7 +143,7 @@ def next_window(before: Cohorts, *, real: bool) -> Cohorts:
         ConfigError: the sites are real, and the next period has not begun.
     """
     after = shift_window(before)
-    if real and after.span[1] > period_number(datetime.now(UTC), after.period):
+    if real and after.span[1] > compute_period_number(datetime.now(UTC), after.period):
         first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
         bound = f"has not begun, and --renew would charge this {after.period} next. To charge it now, set"
         bound += f" the window: {first}privacy.cohorts.last={after.last}"

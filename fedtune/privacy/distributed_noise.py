@@ -93,7 +93,7 @@ class Together:
             threshold=self.threshold,
             colluders=self.colluders,
             noise_multiplier=noise_multiplier,
-            cell_bits=min_cell_bits(noise_multiplier),
+            cell_bits=compute_min_cell_bits(noise_multiplier),
             bound=bound,
         )
 
@@ -118,8 +118,10 @@ class SharedNoise(Together):
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
         _check_range("cell_bits", self.cell_bits, 0, GRID_BITS)
         _check_range("bound", self.bound, 1, MOST_BOUND)
-        if _noise_in_cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
-            bound = f"must be at least {min_cell_bits(self.noise_multiplier)}, or rounding removes the noise shares"
+        if _compute_noise_in_cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
+            bound = (
+                f"must be at least {compute_min_cell_bits(self.noise_multiplier)}, or rounding removes the noise shares"
+            )
             raise ConfigError("cell_bits", self.cell_bits, bound)
 
     @property
@@ -130,25 +132,25 @@ class SharedNoise(Together):
         """
         return (
             (self.bound << self.cell_bits)
-            + math.ceil(_TAIL * _noise_in_cells(self.noise_multiplier, self.cell_bits))
+            + math.ceil(_TAIL * _compute_noise_in_cells(self.noise_multiplier, self.cell_bits))
             + 1
         )
 
     @property
     def smallest_honest_noise(self) -> float:
         """Noise multiplier of the honest shares in the smallest sum that may be unmasked."""
-        return self.honest_noise(self.colluders)
+        return self.compute_honest_noise(self.colluders)
 
-    def honest_noise(self, colluders: int) -> float:
+    def compute_honest_noise(self, colluders: int) -> float:
         """Return the noise multiplier of the honest shares in the smallest sum if `colluders` of its sites collude.
 
         If all other sites collude, only the site's own share is left.
         """
         return combine_noise_shares(
-            self.noise_multiplier, self.honest_shares(survivors=self.threshold, colluders=colluders)
+            self.noise_multiplier, self.count_honest_shares(survivors=self.threshold, colluders=colluders)
         )
 
-    def honest_shares(self, *, survivors: int, colluders: int) -> int:
+    def count_honest_shares(self, *, survivors: int, colluders: int) -> int:
         """Return the number of noise shares that hide a site's records in a sum of `survivors` sites: at least its
         own.
         """
@@ -161,15 +163,15 @@ def _check_range(key: str, value: int, least: int, most: int) -> None:
     require(key, value, least <= value <= most, f"must be from {least} to {most}")
 
 
-def min_cell_bits(noise_multiplier: float) -> int:
+def compute_min_cell_bits(noise_multiplier: float) -> int:
     """Return the smallest `cell_bits` for shares with this noise.
 
     Rounding to these cells then adds a thousandth to the variance of the noise.
     """
-    return next(bits for bits in range(GRID_BITS + 1) if _noise_in_cells(noise_multiplier, bits) >= LEAST_CELLS)
+    return next(bits for bits in range(GRID_BITS + 1) if _compute_noise_in_cells(noise_multiplier, bits) >= LEAST_CELLS)
 
 
-def _noise_in_cells(noise_multiplier: float, bits: int) -> float:
+def _compute_noise_in_cells(noise_multiplier: float, bits: int) -> float:
     """Return the standard deviation of a share, in cells as sent."""
     return noise_multiplier * 2.0**bits
 
@@ -187,9 +189,9 @@ def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> di
         The noised tensors in cells of 2**-cell_bits of the clip norm.
 
     Guarantee: an observer of only the total over the honest sites learns at most what the event of
-        `secure_aggregation_event` allows for that many honest sites, up to the total variation in the module docstring.
-         Clipping values never moves two sums further apart, so one unit still moves a sum by at most the clip norm.
-         Rounding first to fine
+        `build_secure_aggregation_event` allows for that many honest sites, up to the total variation in the module
+         docstring. Clipping values never moves two sums further apart, so one unit still moves a sum by at most the
+         clip norm. Rounding first to fine
         cells, and then half up to cells whose width is a multiple, equals rounding once with a slightly larger offset
         than the theorem's 1/2; the offset is the same for all values of a site.
     """
@@ -199,9 +201,9 @@ def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> di
     return {name: (total + width // 2) // width for name, total in noisy.items()}
 
 
-def secure_aggregation_event(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
-    """Return the privacy event of one secure aggregation, against an adversary who knows all but `honest_shares` of the
-    noise shares.
+def build_secure_aggregation_event(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
+    """Return the privacy event of one secure aggregation, against an adversary who knows all but `count_honest_shares`
+    of the noise shares.
 
     Args:
         sampling_rate: probability with which each unit joins a step, drawn secretly by its own site.
@@ -210,12 +212,12 @@ def secure_aggregation_event(*, sampling_rate: float, noise_multiplier: float, h
 
     Guarantee: under add-or-remove-one adjacency for a unit of one site, the sum of clipped gradients, at adapters that
     depend on earlier releases only, is as private as this event.  Given the contributions of the other sites, which do
-    not depend on the unit, the sum is one Gaussian mechanism with the variance of `honest_shares` shares on a Poisson
-    sample (module docstring).  Each site takes one step per sum: after several local steps, its contribution would
-    depend on a state that only its own share hides.
+    not depend on the unit, the sum is one Gaussian mechanism with the variance of `count_honest_shares` shares on a
+    Poisson sample (module docstring).  Each site takes one step per sum: after several local steps, its contribution
+    would depend on a state that only its own share hides.
     """
     noise = combine_noise_shares(noise_multiplier, honest)
-    return events.dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=noise, steps=1)
+    return events.build_dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=noise, steps=1)
 
 
 def combine_noise_shares(noise_multiplier: float, shares: int) -> float:
@@ -241,7 +243,7 @@ class Epsilons:
     with_all_others: float | None
 
 
-def epsilons_by_adversary(
+def compute_epsilons_by_adversary(
     shared: SharedNoise,
     *,
     survivors: Mapping[int, int],
@@ -266,10 +268,10 @@ def epsilons_by_adversary(
     def epsilon(colluding: int) -> float:
         sums = [
             SelfComposedDpEvent(
-                secure_aggregation_event(
+                build_secure_aggregation_event(
                     sampling_rate=sampling_rate,
                     noise_multiplier=shared.noise_multiplier,
-                    honest=shared.honest_shares(survivors=number, colluders=colluding),
+                    honest=shared.count_honest_shares(survivors=number, colluders=colluding),
                 ),
                 times,
             )

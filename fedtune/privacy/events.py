@@ -38,7 +38,7 @@ class Charge:
 Spent = Iterable[DpEvent] | Mapping[DpEvent, int]  # events, each alone or with how often it happened
 
 
-def dp_sgd_event(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
+def build_dp_sgd_event(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
     """Return the event of `steps` DP-SGD steps: each a Poisson sample, then one Gaussian mechanism on the clipped sum.
 
     Args:
@@ -125,7 +125,7 @@ def from_json(data: object) -> DpEvent:
     raise ConfigError("event", data, "must be a privacy event written by fedtune, with values in range")
 
 
-def mechanism_counts(spent: Spent) -> list[tuple[Json, int]]:
+def count_mechanisms_as_json(spent: Spent) -> list[tuple[Json, int]]:
     """Return the distinct mechanisms as JSON with their counts, in a fixed order."""
     pairs = [(to_json(event), count) for event, count in count_mechanisms(spent).items()]
     return sorted(pairs, key=lambda pair: json.dumps(pair[0], sort_keys=True))

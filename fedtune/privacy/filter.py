@@ -40,7 +40,7 @@ def compute_total_divergence(spent: Spent, order: float) -> float:
     return math.fsum(count * divergence(event, order) for event, count in count_mechanisms(spent).items())
 
 
-def epsilon_conversion_term(order: float, delta: float) -> float:
+def compute_epsilon_conversion_term(order: float, delta: float) -> float:
     """Return the term that converts a divergence of `order` into epsilon at `delta`.
 
     Source: Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), Proposition 12.
@@ -55,15 +55,15 @@ def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
     `order` was fixed before the first event, and that a cap on this epsilon was fixed in advance and is never exceeded.
     """
     divergence_sum = compute_total_divergence(spent, order)
-    return 0.0 if divergence_sum == 0 else max(0.0, divergence_sum + epsilon_conversion_term(order, delta))
+    return 0.0 if divergence_sum == 0 else max(0.0, divergence_sum + compute_epsilon_conversion_term(order, delta))
 
 
-def max_divergence(epsilon: float, *, order: float, delta: float) -> float:
+def compute_max_divergence(epsilon: float, *, order: float, delta: float) -> float:
     """Return the divergence of `order` that a cap of (`epsilon`, `delta`) allows; negative if it allows none."""
-    return epsilon - epsilon_conversion_term(order, delta)
+    return epsilon - compute_epsilon_conversion_term(order, delta)
 
 
-def max_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
+def compute_max_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
     """Return how often `event` fits into a divergence of `room`; None if `room` is infinite."""
     if math.isinf(room):
         return None
@@ -72,7 +72,7 @@ def max_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
 
 
 @lru_cache(maxsize=256)  # a ledger asks for it with each of its notes of the policy
-def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
+def find_best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
     """Return the order at which `reference` takes the smallest share of the cap (`epsilon`, `delta`).
 
     If `reference` just fits the cap, this is the order of the smallest epsilon.  For a smaller reference plan it is the
@@ -83,32 +83,32 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
         ConfigError: the cap leaves no room at any order.
     """
     if math.isinf(epsilon):  # there is no cap to take a share of: minimize the reference's own epsilon
-        return smallest_cap(reference, delta=delta)[1]
-    room = {order: max_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
+        return find_smallest_cap(reference, delta=delta)[1]
+    room = {order: compute_max_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
     usable = {order: left for order, left in room.items() if left > 0}
     if not usable:
         raise ConfigError("max_epsilon", epsilon, f"is too small for any mechanism at delta {delta:g}")
     return _minimize_over_orders(reference, usable, lambda order, divergence: divergence / usable[order])[1]
 
 
-def smallest_cap(plan: DpEvent, *, delta: float) -> tuple[float, float]:
+def find_smallest_cap(plan: DpEvent, *, delta: float) -> tuple[float, float]:
     """Return the smallest cap that covers the whole of `plan`, and the order at which it does."""
     return _minimize_over_orders(
-        plan, ORDERS, lambda order, divergence: divergence + epsilon_conversion_term(order, delta)
+        plan, ORDERS, lambda order, divergence: divergence + compute_epsilon_conversion_term(order, delta)
     )
 
 
-def tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float, digits: int = 1) -> float:
+def find_tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float, digits: int = 1) -> float:
     """Return the smallest cap that admits `spent`, but not `more` in addition, in a ledger created for `reference`.
 
     The cap has `digits` decimals, or as many more as needed to exclude `more`: a ledger limits the number of runs by
     its cap alone.
     """
-    cap, least, both = math.inf, smallest_cap(spent, delta=delta)[0], ComposedDpEvent((spent, more))
+    cap, least, both = math.inf, find_smallest_cap(spent, delta=delta)[0], ComposedDpEvent((spent, more))
 
     def fits(event: DpEvent, cap: float) -> bool:
-        order = best_order(reference, epsilon=cap, delta=delta)
-        return compute_total_divergence([event], order) <= max_divergence(cap, order=order, delta=delta)
+        order = find_best_order(reference, epsilon=cap, delta=delta)
+        return compute_total_divergence([event], order) <= compute_max_divergence(cap, order=order, delta=delta)
 
     for scale in (10**number for number in range(digits, _MOST_DIGITS)):
         below = 0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)  # the cap with a digit less did fit

@@ -54,7 +54,7 @@ class StepLosses:
     rounding: float
 
     def losses(self, width: float) -> Floats:
-        return _loss_grid(self.lowest, self.log_probabilities.size, width)
+        return _make_loss_grid(self.lowest, self.log_probabilities.size, width)
 
 
 @lru_cache(maxsize=8)  # with next to no noise, one may take 500 MB
@@ -69,7 +69,7 @@ def discretize_sampled_gaussian(rate: float, noise: float, width: float, *, addi
     most, least = (float(np.logaddexp(stays, math.log(rate) + gain)) for gain in reach)
     ends = (-most, -least) if adding else (least, most)
     lowest, highest = math.floor(ends[0] / width), math.ceil(ends[1] / width)
-    deltas = hockey_stick(rate, noise, _loss_grid(lowest, highest + 2 - lowest, width), adding=adding)
+    deltas = compute_hockey_stick(rate, noise, _make_loss_grid(lowest, highest + 2 - lowest, width), adding=adding)
     return _connect_dots(lowest, deltas, width, noise=noise, beyond=float(special.ndtr(-_REACH)))
 
 
@@ -80,7 +80,7 @@ def laplace(noise: float, width: float) -> StepLosses:
     `noise` is the scale divided by the L1 sensitivity.  No loss is beyond 1 / noise, which one half of all outputs has.
     """
     highest = math.ceil(1 / noise / width)
-    epsilons = _loss_grid(-highest, 2 * highest + 2, width)
+    epsilons = _make_loss_grid(-highest, 2 * highest + 2, width)
     # Below -1 / noise the first term is smaller: every output has a larger loss.
     deltas = np.maximum(-np.expm1(np.minimum(epsilons, (epsilons - 1 / noise) / 2)), 0.0)
     return _connect_dots(-highest, deltas, width, noise=noise, beyond=0.0)
@@ -113,11 +113,11 @@ def _connect_dots(lowest: int, deltas: Floats, width: float, *, noise: float, be
         return StepLosses(lowest, np.log(probabilities), infinite, (512 + 4 * (_REACH + 1 / noise) ** 2) * UNIT)
 
 
-def _loss_grid(lowest: int, size: int, width: float) -> Floats:
+def _make_loss_grid(lowest: int, size: int, width: float) -> Floats:
     return np.arange(lowest, lowest + size, dtype=np.float64) * width
 
 
-def hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -> Floats:
+def compute_hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -> Floats:
     """Return delta of one sampled Gaussian mechanism at each epsilon, which may be negative.
 
     P - e^epsilon Q equals share x (N(1) - ratio N(0)), with N(0) and N(1) exchanged when a unit is added: delta is a
@@ -127,14 +127,14 @@ def hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -
         growth = np.expm1(epsilons)
         if adding and rate < 1:
             share = np.maximum(rate - growth * (1 - rate), 0.0)
-            found = share * _gaussian_delta(noise, epsilons + math.log(rate) - np.log(share))
+            found = share * _compute_gaussian_delta(noise, epsilons + math.log(rate) - np.log(share))
             return np.clip(np.where(share > 0, found, 0.0), 0.0, 1.0)
         large = epsilons - math.log(rate) + np.log(rate * np.exp(-epsilons) - np.expm1(-epsilons))
         log_ratio = np.where(epsilons > 0, large, np.log((growth + rate) / rate))
-        return np.clip(np.where(growth + rate > 0, rate * _gaussian_delta(noise, log_ratio), -growth), 0.0, 1.0)
+        return np.clip(np.where(growth + rate > 0, rate * _compute_gaussian_delta(noise, log_ratio), -growth), 0.0, 1.0)
 
 
-def _gaussian_delta(noise: float, epsilons: Floats) -> Floats:
+def _compute_gaussian_delta(noise: float, epsilons: Floats) -> Floats:
     """Return delta of a Gaussian mechanism: Q(u) - e^epsilon Q(v), where Q is the normal upper tail.
 
     Source: Balle and Wang 2018.
@@ -238,12 +238,12 @@ class _OneOrder:
         if delta <= 0:
             return math.inf
         # The order of the best Chernoff bound: there the tilted distribution's mean is just that bound.
-        tilt = self._best_order(lambda order: (self._log_moment(order) - math.log(delta)) / order)
+        tilt = self._find_best_tilt_order(lambda order: (self._log_moment(order) - math.log(delta)) / order)
         return self.tail(tilt).epsilon(delta)
 
     def tail(self, tilt: float) -> _Tail:
         if tilt or self._at_zero is None:
-            found = self._tail(tilt)
+            found = self._compute_tail(tilt)
             if tilt:
                 return found
             self._at_zero = found
@@ -260,7 +260,7 @@ class _OneOrder:
     def _log_moment(self, order: float) -> float:
         return math.fsum(count * one for (_, count), one in zip(self._steps, self._log_moments(order), strict=True))
 
-    def _best_order(self, bound: Callable[[float], float]) -> float:
+    def _find_best_tilt_order(self, bound: Callable[[float], float]) -> float:
         """Return the order, among powers of the square root of 2, that minimizes the unimodal function `bound`."""
         most = math.floor(2 * math.log2(1 / self._width))
         place, least = 4, bound(4.0)
@@ -269,7 +269,7 @@ class _OneOrder:
                 place, least = place + direction, found
         return float(2.0 ** (place / 2))
 
-    def _loss_window(self, tilt: float) -> tuple[int, int]:
+    def _find_loss_window(self, tilt: float) -> tuple[int, int]:
         """Return the range of losses, in grid widths, outside which the tilted distribution has at most `_TAIL` on
         either side.
 
@@ -281,14 +281,14 @@ class _OneOrder:
             def bound(shift: float) -> float:
                 return (self._log_moment(tilt + sign * shift) - here + to_spare) / shift
 
-            return bound(self._best_order(bound))
+            return bound(self._find_best_tilt_order(bound))
 
         return max(self._lowest, math.floor(-reach(-1) / self._width)), min(
             self._highest, math.ceil(reach(1) / self._width)
         )
 
-    def _tail(self, tilt: float) -> _Tail:
-        low, high = self._loss_window(tilt)
+    def _compute_tail(self, tilt: float) -> _Tail:
+        low, high = self._find_loss_window(tilt)
         sizes = [step.log_probabilities.size for step, _ in self._steps]
         length = 1 << (max(high - low + 1, 2, *sizes) - 1).bit_length()
         of_fft = _FFT_ROUNDING * math.log2(length)
@@ -300,7 +300,7 @@ class _OneOrder:
             exponents = tilt * step.losses(self._width) - log_moment
             transform = fft.rfft(np.exp(exponents + step.log_probabilities), length)
             size = np.abs(transform) + of_fft
-            product *= _power(transform, count)
+            product *= _raise_to_power(transform, count)
             largest *= size**count
             errors += count * (of_fft / size + 3 * UNIT)
             before += count * (step.rounding + 4 * UNIT * (float(np.abs(exponents).max()) + 116))
@@ -321,7 +321,7 @@ class _OneOrder:
         begin, end = max(first, low), max(first, low + tilted.size) + 1
         kept = np.zeros(end - begin)
         kept[: max(low + tilted.size - begin, 0)] = tilted[begin - low :]
-        losses = _loss_grid(begin, end - begin, self._width)
+        losses = _make_loss_grid(begin, end - begin, self._width)
         exponents = log_moment - tilt * losses
         rounding += 4 * UNIT * (abs(log_moment) + float(np.abs(tilt * losses).max()))
         probabilities = kept * np.exp(exponents)
@@ -344,7 +344,7 @@ def _log_sum_exp(exponents: Floats) -> float:
     return largest + math.log(np.exp(exponents, out=exponents).sum())
 
 
-def _power(base: npt.NDArray[np.complex128], count: int) -> npt.NDArray[np.complex128]:
+def _raise_to_power(base: npt.NDArray[np.complex128], count: int) -> npt.NDArray[np.complex128]:
     """Raise `base` to the power of `count` by squaring; each factor adds the error of at most one product."""
     result = base
     for bit in f"{count:b}"[1:]:

@@ -96,7 +96,7 @@ class PrivacySpec:
         return self.metrics_noise_multiplier if self.metrics != "none" else 0.0
 
 
-def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
+def draw_poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
     """Draw the indices of the units that join a step: each joins independently with probability `sampling_rate`.
 
     The size of the sample is random and may be zero; an empty step still adds noise and counts.
@@ -132,7 +132,7 @@ Noise = Literal["gaussian", "laplace"]
 """How noise is distributed."""
 
 
-def cell_width(max_grad_norm: float) -> float:
+def compute_cell_width(max_grad_norm: float) -> float:
     """Return the cell width of the integer grid for clip norm C: C * 2**-24."""
     return max_grad_norm * 2.0**-GRID_BITS
 
@@ -158,7 +158,8 @@ def add_gaussian_noise(
     """
     deviation = noise_multiplier * sensitivity * 2.0**GRID_BITS
     return {
-        name: total + stream.rounded_normal(total.size, deviation).reshape(total.shape) for name, total in sums.items()
+        name: total + stream.draw_rounded_normal(total.size, deviation).reshape(total.shape)
+        for name, total in sums.items()
     }
 
 
@@ -187,5 +188,5 @@ def release_scores(
     # The next float above, so that rounding never makes the noise smaller than stated.
     root = float(np.nextafter(np.sqrt(2.0), 2.0))
     noisy = add_gaussian_noise(sums, noise_multiplier=noise_multiplier, stream=stream, sensitivity=root)
-    score, count = noisy["sums"] * cell_width(1.0) / declared_size
+    score, count = noisy["sums"] * compute_cell_width(1.0) / declared_size
     return float(score), float(count)

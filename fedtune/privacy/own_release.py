@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fedtune.privacy.mechanism import GRID_BITS, cell_width
+from fedtune.privacy.mechanism import GRID_BITS, compute_cell_width
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.run_plan import Plan
@@ -46,9 +46,11 @@ def release_sum(rows: Iterable[Sequence[float]], plan: Plan, *, width: int, stre
     sums = [0] * width
     for row in rows:
         sums = [total + cell for total, cell in zip(sums, clip_to_cells(row, plan), strict=True)]
-    draw = stream.rounded_normal if plan.noise == "gaussian" else stream.rounded_laplace
+    draw = stream.draw_rounded_normal if plan.noise == "gaussian" else stream.draw_rounded_laplace
     noise = draw(width, plan.noise_multiplier * 2.0**GRID_BITS)
-    return [(total + int(drawn)) * cell_width(plan.max_grad_norm) for total, drawn in zip(sums, noise, strict=True)]
+    return [
+        (total + int(drawn)) * compute_cell_width(plan.max_grad_norm) for total, drawn in zip(sums, noise, strict=True)
+    ]
 
 
 def clip_to_cells(values: Sequence[float], plan: Plan) -> list[int]:

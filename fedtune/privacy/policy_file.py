@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fedtune.codec import decode, read_toml, to_toml
-from fedtune.formatting import infinite_if_none
+from fedtune.formatting import convert_none_to_infinite
 from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.site_policy import Budget, Policy
@@ -31,7 +31,7 @@ def read_policy(path: Path) -> Policy:
         return decode(Policy, table, skipped=OTHER_TABLES)
 
 
-def policy_from_json(fields: object) -> Policy:
+def decode_policy_json(fields: object) -> Policy:
     """Decode a policy that `Policy.to_json` wrote.
 
     Raises:
@@ -43,7 +43,7 @@ def policy_from_json(fields: object) -> Policy:
     return decode(Policy, fields)
 
 
-def permanent_marks(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tuple[str, str]]:
+def iter_permanent_marks(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tuple[str, str]]:
     """Yield the permanent marks that a policy leaves on a ledger.
 
     `before` is the budget of the previous policy if anything has been charged, else None; `time` is the time of the
@@ -54,16 +54,19 @@ def permanent_marks(policy: Policy, *, before: Budget | None, time: str) -> Iter
     if before is not None:
         now = policy.budget
         shorter = MONTHS[now.period] < MONTHS[before.period] and before.max_epsilon_per_period is not None
-        of_run = infinite_if_none(now.max_epsilon_per_run) > infinite_if_none(before.max_epsilon_per_run)
+        of_run = convert_none_to_infinite(now.max_epsilon_per_run) > convert_none_to_infinite(
+            before.max_epsilon_per_run
+        )
         if (
             shorter
             or of_run
-            or infinite_if_none(now.max_epsilon_per_period) > infinite_if_none(before.max_epsilon_per_period)
+            or convert_none_to_infinite(now.max_epsilon_per_period)
+            > convert_none_to_infinite(before.max_epsilon_per_period)
         ):
             yield "limits_loosened", time[:10]
 
 
-def never_accepted_mark(run: str, lead: str) -> tuple[str, str]:
+def build_never_accepted_mark(run: str, lead: str) -> tuple[str, str]:
     """Return the mark for a run that its lead ended before this ledger accepted it."""
     return "never", f"{run} of {lead}"
 

@@ -48,7 +48,7 @@ class RandomStream:
             return np.ones(count, dtype=np.bool_)
         return self.uniform64(count) < np.uint64(int(probability * 2.0**64))
 
-    def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
+    def draw_rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
         """Draw `count` independent normal values of standard deviation `deviation`, each rounded to the nearest
         integer.
 
@@ -58,12 +58,12 @@ class RandomStream:
         and interval arithmetic decides once both ends round to the same integer.  So no gaps in the floating-point grid
         reveal the value without noise (Mironov 2012), and the tails are complete.
 
-        Assumptions: numpy's log, sqrt, sin and cos are accurate to the bound in `_box_muller`, which
+        Assumptions: numpy's log, sqrt, sin and cos are accurate to the bound in `_apply_box_muller`, which
         tests/privacy/test_randomness.py measures, and the keystream cannot be distinguished from random bits.
         """
         pairs = -(-count // 2)
         radius_bits, angle_bits = self.uniform64(pairs), self.uniform64(pairs)
-        values, error = _box_muller(radius_bits, angle_bits, deviation)
+        values, error = _apply_box_muller(radius_bits, angle_bits, deviation)
         whole = np.rint(values)
         with np.errstate(invalid="ignore"):
             # Negated, so that the NaN or infinity of an all-zero radius is in doubt too.
@@ -74,14 +74,16 @@ class RandomStream:
             rounded[:, place] = self._round_exactly(int(radius_bits[place]), int(angle_bits[place]), deviation)
         return rounded.reshape(-1)[:count]
 
-    def rounded_laplace(self, count: int, scale: float) -> list[int]:
+    def draw_rounded_laplace(self, count: int, scale: float) -> list[int]:
         """Draw `count` independent Laplace values of scale `scale`, each rounded to the nearest integer.
 
-        Guarantee: exact, as in `_decide`: no floating-point number decides.  The absolute value is -scale x log(u) for
-        a uniform real number u, and a bit of its own decides the sign.
+        Guarantee: exact, as in `_decide_rounding`: no floating-point number decides.  The absolute value is -scale x
+        log(u) for a uniform real number u, and a bit of its own decides the sign.
         """
         prefixes, signs = self.uniform64(count), self.bernoulli(count, 0.5)
-        sizes = [self._decide([int(bits)], lambda iv, uniform: [-scale * iv.log(uniform)])[0] for bits in prefixes]
+        sizes = [
+            self._decide_rounding([int(bits)], lambda iv, uniform: [-scale * iv.log(uniform)])[0] for bits in prefixes
+        ]
         return [size if positive else -size for size, positive in zip(sizes, signs, strict=True)]
 
     def _round_exactly(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
@@ -91,10 +93,10 @@ class RandomStream:
             radius, angle = deviation * intervals.sqrt(-2 * intervals.log(uniform)), 2 * intervals.pi * turn
             return [radius * intervals.cos(angle), radius * intervals.sin(angle)]
 
-        first, second = self._decide([radius_bits, angle_bits], pair)
+        first, second = self._decide_rounding([radius_bits, angle_bits], pair)
         return first, second
 
-    def _decide(self, prefixes: list[int], values: Callable[..., list[Any]]) -> list[int]:
+    def _decide_rounding(self, prefixes: list[int], values: Callable[..., list[Any]]) -> list[int]:
         """Round `values` of uniform real numbers exactly: draw further bits until all of them are decided.
 
         Args:
@@ -119,7 +121,7 @@ class RandomStream:
         return bits << 128 | first << 64 | second
 
 
-def _box_muller(
+def _apply_box_muller(
     radius_bits: npt.NDArray[np.uint64], angle_bits: npt.NDArray[np.uint64], deviation: float
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Apply Box-Muller in float64; return the values, (2, pairs), and a bound on the error of each pair, (pairs,).

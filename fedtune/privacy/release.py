@@ -324,7 +324,7 @@ class Receipt(_Plain):
     simulated: bool
     reply: str = ""
 
-    def signed_bytes(self) -> bytes:
+    def encode_signed_bytes(self) -> bytes:
         """Return the bytes that are signed."""
         fields = self.to_json()
         del fields["signature"]
@@ -332,7 +332,7 @@ class Receipt(_Plain):
 
     def has_valid_signature(self) -> bool:
         """Whether the signature is valid for `site_key`."""
-        return is_signed(self.site_key, RECEIPT, self.signed_bytes(), self.signature)
+        return is_signed(self.site_key, RECEIPT, self.encode_signed_bytes(), self.signature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

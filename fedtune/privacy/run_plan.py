@@ -13,7 +13,13 @@ from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, LaplaceDpEv
 from fedtune.codec import decode, require
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
-from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise, Together, epsilons_by_adversary
+from fedtune.privacy.distributed_noise import (
+    USUAL_BOUND,
+    Epsilons,
+    SharedNoise,
+    Together,
+    compute_epsilons_by_adversary,
+)
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, Noise, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
@@ -193,14 +199,14 @@ class Plan:
         """The plan with only the site's own share of the noise: the cost of a run if all other sites collude."""
         return dataclasses.replace(self, shared=None)
 
-    def epsilons_by_trust(self, rounds: int) -> Epsilons | None:
+    def compute_epsilons_by_trust(self, rounds: int) -> Epsilons | None:
         """Return the epsilon of `rounds` rounds against each adversary; None without secure aggregation.
 
         Each sum is assumed to have as few sites as the plan allows.
         """
         if self.shared is None:
             return None
-        return epsilons_by_adversary(
+        return compute_epsilons_by_adversary(
             self.shared,
             survivors={self.shared.threshold: rounds},
             sampling_rate=self.sampling_rate,
@@ -215,7 +221,7 @@ class Plan:
             that the
         plan allows, minus its colluders: a sum over more sites reveals less (`fedtune.privacy.distributed_noise`).
         """
-        training = events.dp_sgd_event(
+        training = events.build_dp_sgd_event(
             sampling_rate=self.sampling_rate, noise_multiplier=self.accounted_noise, steps=self.local_steps * rounds
         )
         if self.noise == "laplace":

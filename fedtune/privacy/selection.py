@@ -16,7 +16,7 @@ from typing import Any
 
 from dp_accounting import ComposedDpEvent
 
-from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
@@ -60,7 +60,7 @@ def compute_search_price(plans: Sequence[Plan]) -> SearchPrice:
         trials=len(plans),
         epsilon=accountant.epsilon_pld(wholes, delta),
         epsilon_rdp=accountant.epsilon_rdp(wholes, delta),
-        epsilon_filter=filter.smallest_cap(ComposedDpEvent(tuple(wholes)), delta=delta)[0],
+        epsilon_filter=filter.find_smallest_cap(ComposedDpEvent(tuple(wholes)), delta=delta)[0],
         epsilon_of_one=max(accountant.epsilon_pld([whole], delta) for whole in set(wholes)),
     )
 
@@ -94,9 +94,10 @@ class Selection:
             **told,
             trials=price.trials,
             delta=price.delta,
-            epsilon=finite_or_none(price.epsilon),
+            epsilon=convert_infinite_to_none(price.epsilon),
             charges=tuple(
-                Charge(event=e, count=n) for e, n in events.mechanism_counts([plan.full_event for plan in plans])
+                Charge(event=e, count=n)
+                for e, n in events.count_mechanisms_as_json([plan.full_event for plan in plans])
             ),
         )
 
@@ -108,5 +109,7 @@ def compute_released_epsilon(
 
     For a trial of a search, the cost is at least that of the whole search.
     """
-    of_all, at = (search.epsilon, search.delta) if search else (epsilon, delta)
-    return finite_or_none(max(infinite_if_none(finite_or_none(one)) for one in (epsilon, of_all))), max(delta, at)
+    compute_all_gradients, at = (search.epsilon, search.delta) if search else (epsilon, delta)
+    return convert_infinite_to_none(
+        max(convert_none_to_infinite(convert_infinite_to_none(one)) for one in (epsilon, compute_all_gradients))
+    ), max(delta, at)

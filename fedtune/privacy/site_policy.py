@@ -102,7 +102,7 @@ class ReferenceRun:
     @property
     def event(self) -> DpEvent:
         """The privacy event of the whole run."""
-        return events.dp_sgd_event(
+        return events.build_dp_sgd_event(
             sampling_rate=self.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self.steps
         )
 
@@ -137,7 +137,7 @@ class Budget:
 
     def order(self) -> float:
         """Return the filter's order for a ledger that is created under this budget."""
-        return filter.best_order(self.reference.event, epsilon=self.max_epsilon, delta=self.delta)
+        return filter.find_best_order(self.reference.event, epsilon=self.max_epsilon, delta=self.delta)
 
 
 @spec
@@ -190,7 +190,7 @@ class Limits:
             check_at_least(key, getattr(self, key), 1)
 
 
-def adapter_bound(max_adapter_value: float, lora_scale: float) -> float:
+def compute_adapter_bound(max_adapter_value: float, lora_scale: float) -> float:
     """Return the largest absolute value in an adapter of this scale.
 
     The scale multiplies a product of two matrices, so the limit of each is divided by the square root of the scale.
@@ -351,7 +351,7 @@ class Policy:
         Raises:
             Refused: names the first broken rule, the requested value and the allowed value.
         """
-        for refused in self.broken_rules(proposal):
+        for refused in self.find_broken_rules(proposal):
             raise refused
 
     def check_release(self, proposal: Proposal) -> None:
@@ -360,25 +360,25 @@ class Policy:
         Raises:
             Refused: names the first broken rule, the requested value and the allowed value.
         """
-        broken = [rule for rule in _broken_rules(self, proposal) if rule[0] in _OF_ANY_RELEASE]
-        for reason, asked, allowed in broken or _exceeded_epsilon_caps(self, proposal.plan):
+        broken = [rule for rule in _iter_broken_rules(self, proposal) if rule[0] in _OF_ANY_RELEASE]
+        for reason, asked, allowed in broken or _iter_exceeded_epsilon_caps(self, proposal.plan):
             raise Refused(reason, asked=asked, allowed=allowed)
 
-    def broken_rules(self, proposal: Proposal) -> list[Refused]:
+    def find_broken_rules(self, proposal: Proposal) -> list[Refused]:
         """List every rule that a proposal breaks, so that a person can fix the proposal.
 
         Caps on epsilon are checked only if no other rule is broken.
         """
-        broken = list(_broken_rules(self, proposal)) or list(_exceeded_epsilon_caps(self, proposal.plan))
+        broken = list(_iter_broken_rules(self, proposal)) or list(_iter_exceeded_epsilon_caps(self, proposal.plan))
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
     def declared_size(self, dataset: str) -> int:
         """Return the declared size of one of the site's data sets."""
         return next(declared.declared_size for declared in self.dataset if declared.id == dataset)
 
-    def adapter_bound(self, lora_scale: float) -> float:
+    def compute_adapter_bound(self, lora_scale: float) -> float:
         """Return the largest absolute value that this site allows in an adapter."""
-        return adapter_bound(self.limits.max_adapter_value, lora_scale)
+        return compute_adapter_bound(self.limits.max_adapter_value, lora_scale)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; an infinite cap becomes null."""
@@ -398,7 +398,7 @@ class Policy:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
+def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     allow, limits, plan = policy.allow, policy.limits, proposal.plan
     if proposal.lead not in allow.leads:
         yield Reason.LEADS, proposal.lead, f"{len(allow.leads)} keys"
@@ -445,10 +445,10 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     if plan.releases_metrics and policy.releases.metrics == "none":
         yield Reason.METRICS, "noised", "none"
     if plan.shared is not None:
-        yield from policy.trust.violated_rules(plan.shared)
+        yield from policy.trust.iter_violated_rules(plan.shared)
 
 
-def _exceeded_epsilon_caps(policy: Policy, plan: Plan) -> Iterator[Broken]:
+def _iter_exceeded_epsilon_caps(policy: Policy, plan: Plan) -> Iterator[Broken]:
     """Yield the per-run caps on epsilon that a plan exceeds.
 
     These rules are the most expensive ones, so they are checked only for plans within all other limits, for which

@@ -47,7 +47,7 @@ class Trust:
         """The numeric conditions that a run's plan must meet."""
         return {"least_sites": self.least_sites, "least_threshold": self.least_threshold, "colluders": self.colluders}
 
-    def violated_rules(self, shared: SharedNoise) -> Iterator[Broken]:
+    def iter_violated_rules(self, shared: SharedNoise) -> Iterator[Broken]:
         """Yield the rules that a plan with secure aggregation breaks."""
         if not self.secure:
             yield Reason.SECURE_AGGREGATION, "yes", "no"

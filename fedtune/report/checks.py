@@ -83,7 +83,7 @@ def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
     return tuple(found)
 
 
-def _unchecked_state(report: RunFacts | LedgerFacts, *asked: object) -> State:
+def _choose_unchecked_state(report: RunFacts | LedgerFacts, *asked: object) -> State:
     """Return the state of a comparison that was not made: "missing" if somebody `asked` for it or the sites are
     real.
     """
@@ -103,7 +103,7 @@ def _check_signature(report: Report, key: str | None) -> Check:
             f"It was made with the key in the file, {group_hex(signer)}: not checked. Anybody can sign with a key of "
             "their own; give the key that you know with --key."
         )
-    return Check("signature", _unchecked_state(report.facts), text)
+    return Check("signature", _choose_unchecked_state(report.facts), text)
 
 
 def _check_figures(report: Report) -> Iterator[Check]:
@@ -139,7 +139,7 @@ def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
         yield Check("taken", "wrong", "The sites' own reports say something else:", found)
     elif absent:
         text = f"Not compared: the figures over all runs of {names}, which rest on reports that the sites signed."
-        yield Check("taken", _unchecked_state(facts), f"{text} Put these into site_reports/ beside the report.")
+        yield Check("taken", _choose_unchecked_state(facts), f"{text} Put these into site_reports/ beside the report.")
     else:
         yield Check("taken", "right", f"The figures over all runs are those that the sites signed: {names}.")
 
@@ -162,7 +162,9 @@ def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
     """
     held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
     if facts.simulated:
-        return Check(name, _unchecked_state(facts, keys), "One machine held all keys: they show nothing of real sites.")
+        return Check(
+            name, _choose_unchecked_state(facts, keys), "One machine held all keys: they show nothing of real sites."
+        )
     if keys is None:
         return Check(
             name, "missing", "The keys that signed the receipts were not compared with any roster: give --roster."
@@ -187,7 +189,7 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
     if not (folder := model or own).is_dir():
         if facts.files:
             text = f"The model was not compared with the {pluralize(len(facts.files), 'file')} that the report names."
-            yield Check("files", _unchecked_state(facts, model), text)
+            yield Check("files", _choose_unchecked_state(facts, model), text)
         return
     try:
         there = hash_files(folder, besides=(CARD, LABEL))
@@ -211,11 +213,11 @@ def _check_model_files(facts: RunFacts, model: Path | None, own: Path) -> Iterat
 
 def _check_card_and_entry(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
     """Compare model card and registry entry with what fedtune generates from the report."""
-    from fedtune.report.registry_entry import REGISTRY, read_fields_by_people, registry_to_json
+    from fedtune.report.registry_entry import REGISTRY, convert_registry_to_json, read_fields_by_people
 
     written: dict[Path, bytes] = {}
     if (entry := folder / REGISTRY).is_file():
-        written[entry] = registry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
+        written[entry] = convert_registry_to_json(report, read_fields_by_people(entry.read_bytes())).encode()
     if of_run and (RunFolder(folder).adapter / CARD).is_file():
         from fedtune.report.model_card import render_adapter_card
 
@@ -233,7 +235,7 @@ def _report_difference(name: str, folder: Path, report: Report) -> Check:
         text = f"It is not what fedtune draws of this report: write it anew with fedtune report {folder}."
         return Check(name, "wrong", text)
     text = f"Not compared: fedtune {__version__} may draw it in another form; check it with the report's version."
-    return Check(name, _unchecked_state(report.facts), text)
+    return Check(name, _choose_unchecked_state(report.facts), text)
 
 
 def _check_drawings(path: Path, report: Report) -> Iterator[Check]:
@@ -272,9 +274,9 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
     made, start, run = facts.provenance, facts.provenance.start_adapter, facts.run
     if facts.deployed:
-        from fedtune.report.from_run import settings_sent_to_sites
+        from fedtune.report.from_run import collect_sent_settings
 
-        run = settings_sent_to_sites(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
+        run = collect_sent_settings(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
     began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
@@ -309,4 +311,4 @@ def _check_configuration(facts: RunFacts, sha256: str | None, config: RunConfig 
         return Check(name, "right", text)
     first = "The" if sha256 is None else f"It is of the configuration {sha256}, whose settings are not at hand: the"
     text = "run's config.yaml does not lie beside the report: noise, sampling rate and steps were not compared with it."
-    return Check(name, _unchecked_state(facts, sha256), f"{first} {text}")
+    return Check(name, _choose_unchecked_state(facts, sha256), f"{first} {text}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Literal
 
-from fedtune.formatting import html_table
+from fedtune.formatting import format_html_table
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report.facts import LedgerFacts
 from fedtune.report.model import Report
@@ -28,4 +28,4 @@ class DrawnReport(Report):
     def _repr_html_(self) -> str:
         name = self.facts.site if isinstance(self.facts, LedgerFacts) else self.facts.name
         rows = {"epsilon": format_epsilon(self.epsilon), "verdict": self.verdict.state, "sites": len(self.sites)}
-        return html_table(f"Privacy report of {name}", rows.items())
+        return format_html_table(f"Privacy report of {name}", rows.items())

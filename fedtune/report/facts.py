@@ -127,7 +127,7 @@ class Lifetime:
             for cap, later in pairwise(self.caps)
         )
 
-    def spent_without_cap(self, charges: int) -> bool:
+    def has_spent_without_cap(self, charges: int) -> bool:
         """Whether any of the first `charges` charges was made while no lifetime cap was in force.  A later cap does not
         bound such a charge.
         """

@@ -12,13 +12,13 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
-from fedtune.formatting import finite_or_none
+from fedtune.formatting import convert_infinite_to_none
 from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import Verified, verify
-from fedtune.privacy.policy_file import policy_from_json
+from fedtune.privacy.policy_file import decode_policy_json
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Budget, Policy
@@ -140,7 +140,7 @@ def collect_ledger_facts(
     now, noted = now or history.last_time, history.policy
     assert now is not None, "a ledger has events"
     assert noted is not None, "a ledger begins with its policy"
-    budget = _effective_budget(noted.budget, own.budget if own else None)
+    budget = _compute_effective_budget(noted.budget, own.budget if own else None)
     simulated = ("simulated", "") in history.marks
     # A simulation notes that it is one, whatever the file says.
     own = own and replace(own, simulated=noted.simulated)
@@ -151,12 +151,14 @@ def collect_ledger_facts(
         "rank": dict.fromkeys(format_rank(one.adapter, one.rank) for one in proposals),
         "target_modules": dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",)),
     }
-    changes = [next(same) for _, same in groupby(history.policies, key=lambda policy: finite_or_none(policy[1]))]
+    changes = [
+        next(same) for _, same in groupby(history.policies, key=lambda policy: convert_infinite_to_none(policy[1]))
+    ]
     caps = tuple(
-        Cap(time=event_day(time), max_epsilon=finite_or_none(cap), charges_before=before)
+        Cap(time=format_event_day(time), max_epsilon=convert_infinite_to_none(cap), charges_before=before)
         for time, cap, before in changes
     )
-    opened, decided, cap = history.opening, history.decided, finite_or_none(budget.max_epsilon)
+    opened, decided, cap = history.opening, history.decided, convert_infinite_to_none(budget.max_epsilon)
     return LedgerFacts(
         kind="ledger",
         site=opened.site,
@@ -226,7 +228,7 @@ def collect_ledger_facts(
     )
 
 
-def _effective_budget(noted: Budget, own: Budget | None) -> Budget:
+def _compute_effective_budget(noted: Budget, own: Budget | None) -> Budget:
     """Return the budget that the ledger noted, with each cap lowered to that of the policy in force.
 
     A site lowers a cap by editing its policy, before the ledger notes the change.  No cap is ever raised here.
@@ -254,11 +256,11 @@ def _run_caps(events: Sequence[Event]) -> dict[str, float | None]:
         if event.kind is Kind.PLAN:
             run_caps[event.run] = budget.max_epsilon_per_run if budget else None
         elif event.kind is Kind.NOTE and event.detail["what"] == "policy":
-            budget = policy_from_json(event.detail["policy"]).budget
+            budget = decode_policy_json(event.detail["policy"]).budget
     return run_caps
 
 
-def event_day(time: str) -> str:
+def format_event_day(time: str) -> str:
     """Return the day of an event without its time: a policy may hide when exactly its site trained."""
     return time[:10]
 
@@ -268,7 +270,7 @@ def list_charges(events: Sequence[Event], history: History, *, most: int) -> tup
     by_round = sum(event.kind is Kind.RESERVE for event in events) <= most
     restored, made = iter(history.restored), list[ChargedRounds]()
     for event in events:
-        day = event_day(event.time)
+        day = format_event_day(event.time)
         if event.kind is Kind.RESERVE:
             # A calendar period has whole months.
             alike = not by_round and made and (made[-1].run, made[-1].day[:7]) == (event.run, day[:7])
@@ -308,7 +310,12 @@ def list_releases(events: Sequence[Event], history: History) -> tuple[Release, .
         groups[name, "reservation_without_update", None].append(time)
     return tuple(
         Release(
-            kind=kind, run=run, reason=reason, count=len(times), first=event_day(times[0]), last=event_day(times[-1])
+            kind=kind,
+            run=run,
+            reason=reason,
+            count=len(times),
+            first=format_event_day(times[0]),
+            last=format_event_day(times[-1]),
         )
         for (run, kind, reason), times in groups.items()
     )

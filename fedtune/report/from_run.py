@@ -26,7 +26,7 @@ from fedtune.federation.drift import HeldOut, pool_held_out_scores
 from fedtune.federation.early_stopping import should_stop
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
-from fedtune.formatting import finite_or_none, total
+from fedtune.formatting import convert_infinite_to_none, total
 from fedtune.privacy.durable import hash_files
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
@@ -43,7 +43,7 @@ from fedtune.report.verify_report import derive_report, problems
 from fedtune.runs.environment import Environment, read_environments, read_selection
 from fedtune.runs.lineage import UNKNOWN
 from fedtune.runs.results import FinalResult, RunResult, drop_infinite_scores
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, name_file_in_errors
 
 _RESULT = TypeAdapter(RunResult)
@@ -84,7 +84,7 @@ class RunRecord:
         sha256 = config.model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
         if not self.deployed or config.digest() != self.config_sha256 or sha256 is None:
             return None
-        return settings_sent_to_sites(config, self.plan, model_sha256=sha256)
+        return collect_sent_settings(config, self.plan, model_sha256=sha256)
 
     @cached_property
     def run(self) -> str:
@@ -107,13 +107,13 @@ class RunRecord:
         return self.config.runtime.kind == "deployment"
 
 
-def settings_sent_to_sites(config: RunConfig, plan: Plan, *, model_sha256: str) -> RunConfig:
+def collect_sent_settings(config: RunConfig, plan: Plan, *, model_sha256: str) -> RunConfig:
     """Return the settings as they were sent to real sites, with the noise of that time, so that it is not
     recalibrated.
     """
     noise = plan.noise_multiplier if plan.private else config.privacy.noise_multiplier
     privacy = replace(config.privacy, noise_multiplier=noise)
-    return settings_for_sites(replace(config, model=replace(config.model, sha256=model_sha256), privacy=privacy))
+    return select_settings_for_sites(replace(config, model=replace(config.model, sha256=model_sha256), privacy=privacy))
 
 
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
@@ -243,7 +243,7 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         inexact_gradients=inexact_gradients(folder, config),
         config_file_sha256=config.digest(),
         trained_parameters=state.adapter.num_values if state else None,
-        provenance=_provenance(record),
+        provenance=_build_provenance(record),
         # What the rounds released of scores at the sites is no part of a report.
         rounds=tuple(
             replace(one, site_scores={}, metrics=drop_infinite_scores(one.metrics), failed_sites=dict(one.failed_sites))
@@ -251,7 +251,7 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         ),
         before=drop_infinite_scores(state.metrics_before if state else final.metrics_before),
         final=drop_infinite_scores(final.metrics),
-        constant=finite_or_none(final.constant),
+        constant=convert_infinite_to_none(final.constant),
         seconds=final.seconds,
         findings=final.findings,
         energy=final.energy,
@@ -365,7 +365,7 @@ def check_site_reports(record: RunRecord, reports: Iterable[Report]) -> Mapping[
     return found
 
 
-def _provenance(record: RunRecord) -> Provenance:
+def _build_provenance(record: RunRecord) -> Provenance:
     config, environments = record.config, record.environments
     names = dict.fromkeys(name for environment in environments for name in environment.libraries)
     libraries = {
@@ -407,7 +407,8 @@ def sum_start_losses(noted: Mapping[str, Any]) -> tuple[float | None, float | No
     `StartAdapter`.
     """
     epsilon, delta = (
-        finite_or_none(one) if isinstance(one := noted.get(key), float) else None for key in ("epsilon", "delta")
+        convert_infinite_to_none(one) if isinstance(one := noted.get(key), float) else None
+        for key in ("epsilon", "delta")
     )
     if not isinstance(before := noted.get("start_adapter"), Mapping) or before.get("public") is True:
         return epsilon, delta

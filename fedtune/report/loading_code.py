@@ -180,7 +180,7 @@ scores = (low + high) / 2 + (high - low) / 2 * scores
 """From a regression's scores to numbers in the range of its targets."""
 
 
-def adapter_loading_code(config: RunConfig, *, base: str, folder: str) -> str:
+def build_adapter_loading_code(config: RunConfig, *, base: str, folder: str) -> str:
     """Return the lines that load a saved adapter on its base, and print the answer to an example.
 
     Args:
@@ -188,7 +188,7 @@ def adapter_loading_code(config: RunConfig, *, base: str, folder: str) -> str:
         base: a path or id of the base for transformers; the folder itself if the adapter was merged.
         folder: the folder of the saved adapter.
     """
-    task, lines = config.bound_task, input_loading_code(config.data, base=base, folder=folder)
+    task, lines = config.bound_task, build_input_loading_code(config.data, base=base, folder=folder)
     if lines is None:
         auto = task.auto_class if task.predicts_tokens else "AutoModel"
         from_text = next((lines for cls, lines in _FROM_TEXT.items() if isinstance(task, cls)), "")
@@ -202,7 +202,7 @@ def answer_code(task: Task) -> str:
     return next((answer for cls, answer in _ANSWERS.items() if isinstance(task, cls)), "")
 
 
-def input_loading_code(data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
+def build_input_loading_code(data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
     """Return the lines that compute `scores` and `labels` from a record that is no text; None for texts.
 
     Args:
@@ -213,13 +213,13 @@ def input_loading_code(data: DataSpec, *, base: str, folder: str, graph: bool = 
     """
     match data.input:
         case "features":
-            return _features_loading_code(data, folder=folder, graph=graph)
+            return _build_features_loading_code(data, folder=folder, graph=graph)
         case "image":
-            return _image_loading_code(base=base, folder=folder)
+            return _build_image_loading_code(base=base, folder=folder)
     return None
 
 
-def _features_loading_code(data: DataSpec, *, folder: str, graph: bool) -> str:
+def _build_features_loading_code(data: DataSpec, *, folder: str, graph: bool) -> str:
     row = {name: one.made_up(lambda _: 0) for one in data.features for name in one.columns}
     shown = {
         name: None if one.missing == "indicator" else row[name] if one.categories else json.loads(row[name])
@@ -238,7 +238,7 @@ def _features_loading_code(data: DataSpec, *, folder: str, graph: bool) -> str:
     return _fill_in(_ROW_LINES + (_GRAPH_LINES if graph else _SCALED_LINES), own)
 
 
-def _image_loading_code(*, base: str, folder: str) -> str:
+def _build_image_loading_code(*, base: str, folder: str) -> str:
     merged, wrapped = base == folder, f'PeftModel.from_pretrained(model, "{folder}").get_base_model().eval()'
     own = {
         "IMPORT": "" if merged else "from peft import PeftModel\n",

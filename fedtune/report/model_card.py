@@ -24,9 +24,9 @@ from fedtune.model.source import find_public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
-from fedtune.report.loading_code import adapter_loading_code
+from fedtune.report.loading_code import build_adapter_loading_code
 from fedtune.report.model import Report
-from fedtune.report.page.render import render_label, template_environment, write_files
+from fedtune.report.page.render import create_template_environment, render_label, write_files
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import Words
 
@@ -46,7 +46,7 @@ class Form:
     def for_adapter(cls, config: RunConfig, *, folder: str) -> Form:
         """Describe an adapter that is loaded on top of its base model; `folder` is its path in the loading code."""
         base, needs_base = find_public_location(config.model), config.lora.kind != NO_ADAPTER
-        loading = adapter_loading_code(config, base=base, folder=folder)
+        loading = build_adapter_loading_code(config, base=base, folder=folder)
         what, library = ADAPTERS[config.lora.kind], "peft" if needs_base else "safetensors"
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
 
@@ -91,16 +91,18 @@ def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
         template=template,
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
-        scores=_scores_before_and_after(report),
+        scores=_map_scores_before_and_after(report),
         loading=None if form.needs_base and model.is_built_in else escape(form.loading.replace('["a text"]', example)),
     )
-    return f"---\n{_front_matter(record, words, form).to_yaml()}\n---\n\n{body}"
+    return f"---\n{_build_front_matter(record, words, form).to_yaml()}\n---\n\n{body}"
 
 
-def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
+def _build_front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     config = record.config
     task, model, dataset = config.bound_task, config.model, config.data.dataset
-    scores = {name: after for name, (_, after) in _scores_before_and_after(words.report).items() if after is not None}
+    scores = {
+        name: after for name, (_, after) in _map_scores_before_and_after(words.report).items() if after is not None
+    }
     of_test = partial(EvalResult, dataset_type=dataset, dataset_name=dataset, dataset_split="test")
     of_task = partial(of_test, task_type=task.hub_name or config.task)
     results = [of_task(metric_type=name, metric_value=score) for name, score in scores.items()]
@@ -125,7 +127,7 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     )
 
 
-def _scores_before_and_after(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
+def _map_scores_before_and_after(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
     """Return score -> its values before and after training."""
     facts = report.facts
     assert isinstance(facts, RunFacts), "a card is of a run's model"
@@ -146,7 +148,7 @@ def render_card(file: str, **values: object) -> str:
     """Render a card from its template, escaping all values for Markdown."""
     # For Markdown, where autoescape would escape for HTML.
     markdown: dict[str, Any] = {"finalize": _escape_markdown, "autoescape": False, "keep_trailing_newline": True}
-    templates = template_environment().overlay(**markdown, lstrip_blocks=False)
+    templates = create_template_environment().overlay(**markdown, lstrip_blocks=False)
     named = {
         "format_score_name": format_score_name,
         "score_text": _score_text,

@@ -29,7 +29,7 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     """Return the fields of an entry, in English."""
     words, of_run = Words(report, load_catalog("en")), isinstance(report.facts, RunFacts)
 
-    def word_codes(section: str, codes: Sequence[str]) -> list[str]:
+    def translate_codes(section: str, codes: Sequence[str]) -> list[str]:
         return [words.code(section, code).unescape() for code in codes]
 
     keys = ("sampling", "sampling_rate", "noise_multiplier", "clip_norm", "steps_a_round")
@@ -56,7 +56,7 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
             "kind": "fine-tuned model" if of_run else "updates to models",
             "task": known.get("task"),
             "base_model": known.get("base_model"),
-            "released": word_codes("released", report.released),
+            "released": translate_codes("released", report.released),
             "release": "one run" if of_run else "all runs of one site so far",
             "access": about.access,
             "files": dict(facts.files) if isinstance(facts, RunFacts) else {},
@@ -78,12 +78,12 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         },
         "accounting": {
             "accountant": known.get("accountant"),
-            "covers": word_codes("covers", report.covers),
-            "leaves_out": word_codes("leaves_out", report.leaves_out),
+            "covers": translate_codes("covers", report.covers),
+            "leaves_out": translate_codes("leaves_out", report.leaves_out),
         },
         "tuning": by_people["tuning"],
-        "not_protected": word_codes("not_protected", report.not_protected),
-        "unprotected_quantities": word_codes("unprotected_figure", report.unprotected_figures),
+        "not_protected": translate_codes("not_protected", report.not_protected),
+        "unprotected_quantities": translate_codes("unprotected_figure", report.unprotected_figures),
         "implementation": {
             "software": f"fedtune {facts.provenance.fedtune_version}",
             "libraries": dict(facts.provenance.libraries),
@@ -105,6 +105,6 @@ def read_fields_by_people(data: bytes) -> AboutSpec:
         return AboutSpec()
 
 
-def registry_to_json(report: Report, about: AboutSpec) -> str:
+def convert_registry_to_json(report: Report, about: AboutSpec) -> str:
     """Return the content of registry.json; equal reports give equal bytes."""
     return json.dumps(build_registry_entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

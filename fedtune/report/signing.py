@@ -20,7 +20,7 @@ _MOST_SHOWN = 100  # letters of a line
 MOST_BYTES = 64 << 20  # of a report's file
 
 
-def canonical_bytes(report: Report) -> bytes:
+def encode_canonical_bytes(report: Report) -> bytes:
     """Serialize everything but the signature as UTF-8 JSON with sorted keys, no spaces, and the shortest digits of
     floats.
     """
@@ -91,7 +91,7 @@ def read_report(name: str) -> tuple[Path, Report]:
 
 def sign_report(report: Report, key: SigningKey) -> Report:
     """Return the report with a signature by `key`, which replaces any earlier signature."""
-    signature = Signature(key=key.public, signature=key.sign(PURPOSE, canonical_bytes(report)))
+    signature = Signature(key=key.public, signature=key.sign(PURPOSE, encode_canonical_bytes(report)))
     return dataclasses.replace(report, signature=signature)
 
 
@@ -108,7 +108,7 @@ def verify_report_signature(report: Report, *, expected_key: str | None = None) 
         if expected_key is not None:
             raise RunError(f"the report is not signed, but must be signed by {expected_key}")
         return None
-    if not is_signed(signature.key, PURPOSE, canonical_bytes(report), signature.signature):
+    if not is_signed(signature.key, PURPOSE, encode_canonical_bytes(report), signature.signature):
         raise RunError(f"the signature by {signature.key} does not match the report: one of them was changed")
     # A ledger's report is signed by the key that signs the ledger's events.
     facts = report.facts

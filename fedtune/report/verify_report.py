@@ -19,7 +19,7 @@ from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, NonPrivateDp
 
 from fedtune.federation.early_stopping import is_budget_used_up
 from fedtune.federation.replies import NOT_SUMMED
-from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
@@ -118,7 +118,7 @@ def _check_amount_of_work(facts: Facts) -> Iterator[Problem]:
     too_much, composed = work > _MOST_BUCKETS, 0.0
     for charged, interval, times in [] if too_much else parts:  # of more, their widths would take long to compute
         noisy = {one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)}
-        width = infinite_if_none(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
+        width = convert_none_to_infinite(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
         composed += width * len(charged) * times
         too_much = too_much or width > _MOST_BUCKETS or composed > _MOST_COMPOSED
     if too_much:
@@ -137,7 +137,7 @@ def _list_compositions(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
     else:
         whole = events.count_mechanisms([entry.plan.full_event for entry in facts.runs])
         # Each run and its plan is computed by itself, too.
-        yield ledger_figures.largest_charges(facts) | whole, accountant.COARSE, 3
+        yield ledger_figures.find_largest_charges(facts) | whole, accountant.COARSE, 3
 
 
 def _estimate_buckets(event: DpEvent) -> float:
@@ -229,7 +229,7 @@ def _check_sent_settings(facts: RunFacts) -> Iterator[_Found]:
 
 
 def _check_site_facts(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
-    receipt, least = site.receipt, run_figures.min_charged_rounds(facts, site)
+    receipt, least = site.receipt, run_figures.compute_min_charged_rounds(facts, site)
     if receipt and (key := run_figures.find_invalid_field(receipt, site=site.site, run=facts.run, plan=facts.plan)):
         yield f"receipt.{key}", getattr(receipt, key), "what this site signed of this run and its plan"
     if least > facts.count_charged_rounds(site):
@@ -245,7 +245,10 @@ def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> I
     if not 1 < life.order < _MOST_ORDER:
         yield "lifetime.order", life.order, "a number above 1 that can be computed"
         return
-    mine, least = [run.rounds for run in life.runs if run.run == facts.run], run_figures.min_charged_rounds(facts, site)
+    mine, least = (
+        [run.rounds for run in life.runs if run.run == facts.run],
+        run_figures.compute_min_charged_rounds(facts, site),
+    )
     signed = site.receipt.site_key if site.receipt else None
     key = said.verification.site_key if said.verification else signed
     if signed is None or key != signed:
@@ -265,7 +268,7 @@ def _check_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> I
     if run_figures.statement_agrees(facts, site, said):
         # The ledger counts this run, too.
         charged = events.count_mechanisms([plan.event(rounds=max(mine, default=0))])
-        alone = finite_or_none(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
+        alone = convert_infinite_to_none(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
         if not _is_within_limit(alone, life.epsilon):
             yield "lifetime.epsilon", life.epsilon, f"at least {alone}, by this run alone"
     if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
@@ -293,7 +296,7 @@ def _check_selection(facts: Facts) -> Iterator[Problem]:
     if told.delta != plan.delta:
         yield Problem("selection.delta", told.delta, plan.delta)
     yield from _find_differences(
-        "selection.epsilon", told.epsilon, finite_or_none(accountant.epsilon_pld(charged, told.delta))
+        "selection.epsilon", told.epsilon, convert_infinite_to_none(accountant.epsilon_pld(charged, told.delta))
     )
     if told.method not in ("grid", "random", "tpe"):
         yield Problem("selection.method", told.method, "grid, random or tpe")
@@ -301,7 +304,7 @@ def _check_selection(facts: Facts) -> Iterator[Problem]:
         yield Problem("selection.trials", told.trials, "no more trials than what they were charged")
     for site in facts.sites:
         if events.count_mechanisms([facts.plan.event(rounds=facts.count_charged_rounds(site))]) - charged:
-            listed = "; ".join(f"{count} x {event}" for event, count in events.mechanism_counts(charged))
+            listed = "; ".join(f"{count} x {event}" for event, count in events.count_mechanisms_as_json(charged))
             yield Problem("selection.charges", listed, f"at least what {site.site} was charged for this run")
 
 
@@ -316,11 +319,11 @@ def _check_ledger_facts(facts: LedgerFacts) -> Iterator[_Found]:
     if others := sorted({entry.run for entry in facts.charges} - {"", *names}):
         yield "charges", others[0], "a run that was accepted"
         return
-    rounds = ledger_figures.rounds_by_run(facts)
+    rounds = ledger_figures.count_rounds_by_run(facts)
     updates = Counter[str]()
     for release in facts.releases:
         updates[release.run] += release.count if release.kind == "update" else 0
-    for name, plan in ledger_figures.plans_by_run(facts).items():
+    for name, plan in ledger_figures.map_plans_by_run(facts).items():
         if (plan.unit, plan.delta) != (facts.unit, facts.delta):
             yield f"runs.{name}.plan", f"{plan.unit}, {plan.delta}", f"{facts.unit}, {facts.delta}"
         if rounds[name] > plan.most_rounds:

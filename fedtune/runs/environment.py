@@ -33,7 +33,7 @@ from fedtune.runs.lineage import (
 )
 from fedtune.sites.run_records import RunRecords, find_card_path, hash_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
-from fedtune.version import __version__, shipped_folders
+from fedtune.version import __version__, find_shipped_folders
 
 if TYPE_CHECKING:  # they import torch, which a reader does not need
     from transformers import PreTrainedConfig
@@ -75,7 +75,7 @@ class Environment:
 
 def record_environment(folder: Path, shared: RunModel) -> None:
     """Append the current environment to the run folder, unless the newest entry is identical."""
-    known, here = read_environments(folder), _current_environment(shared)
+    known, here = read_environments(folder), _describe_current_environment(shared)
     if known and replace(here, since=known[-1].since) == known[-1]:
         return
     fields = {"schema_version": RUN_SCHEMA, "environments": [asdict(environment) for environment in (*known, here)]}
@@ -121,7 +121,7 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     bound exists.
     """
     of_base = read_base_lineage(config.model)
-    earlier = [*of_base, *_records_lineage(config)]
+    earlier = [*of_base, *_iter_records_lineage(config)]
     if config.model.adapter is None:
         return build_lineage(earlier)
     from fedtune.tasks.saved import SavedAdapter
@@ -138,10 +138,10 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     return about | ({"public": True} if public else {}) | of_run  # the person who started the run declares it
 
 
-def _records_lineage(config: RunConfig) -> Iterator[Debt]:
+def _iter_records_lineage(config: RunConfig) -> Iterator[Debt]:
     """Yield the prior spending of the synthetic records among the files that a run reads on this machine."""
     for file, key in RunRecords(config).files().items():
-        path = resolve_file(file, shipped_folders(), key=key).resolve()
+        path = resolve_file(file, find_shipped_folders(), key=key).resolve()
         if os.path.lexists(card := find_card_path(path, ".json")):
             try:
                 told = json.loads(card.read_bytes())
@@ -190,7 +190,7 @@ def mark_lineage(
     setattr(base, OWED, build_lineage([*walk_lineage(own), *of_texts, *walk_lineage(getattr(base, OWED, None))]))
 
 
-def _current_environment(shared: RunModel) -> Environment:
+def _describe_current_environment(shared: RunModel) -> Environment:
     from fedtune.model.base_model import hash_model
     from fedtune.training.accelerators import describe_device
 

@@ -112,7 +112,7 @@ class FederationRun:
 
     def _run(self, listener: Listener, meter: Meter) -> RunResult:
         began = time.monotonic()
-        state = self._initial_state(listener)
+        state = self._find_initial_state(listener)
         record_environment(self.folder, self.shared)
         began -= state.seconds
 
@@ -154,7 +154,7 @@ class FederationRun:
         seconds, digest = elapsed(), state.kept_adapter.digest()
         return self._write_result(state, metrics=metrics, detail=detail, seconds=seconds, meter=meter, digest=digest)
 
-    def _initial_state(self, listener: Listener) -> LeadState:
+    def _find_initial_state(self, listener: Listener) -> LeadState:
         """Return the state to start from: the newest checkpoint, or the initial adapter with its scores on the test
         file.
 
@@ -221,12 +221,14 @@ class FederationRun:
             energy=meter.stop(),
             detail=detail,
         )
-        result = RunResult.of(config, self.asked.proposal.plan, state, final=final, provenance=self._provenance(state))
+        result = RunResult.of(
+            config, self.asked.proposal.plan, state, final=final, provenance=self._build_provenance(state)
+        )
         result = replace(result, adapter_digest=digest)
         write_durably(RunFolder(self.folder).result, json.dumps(asdict(result), indent=2).encode() + b"\n")
         return result
 
-    def _provenance(self, state: LeadState) -> RunProvenance:
+    def _build_provenance(self, state: LeadState) -> RunProvenance:
         """Return the provenance of the adapter, including the model as loaded here."""
         data, shared, model = self.config.data, self.shared, self.config.model
         template = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtune.config import RunConfig, parse, read_saved_config
 from fedtune.federation.run_folder import RunFolder
-from fedtune.privacy.cohorts import next_window
+from fedtune.privacy.cohorts import shift_to_next_window
 from fedtune.privacy.site_files import find_max_charged_runs
 from fedtune.runs.overrides import set_by_key
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
@@ -59,13 +59,13 @@ def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     if public := [key for key in said if key.partition(".")[0] == "public"]:
         raise ConfigError(public[0], said[public[0]], "conflicts with --renew, which starts from the previous run")
     before = read_saved_config(last := Path(expand_home(str(folder), key="renew")))
-    RunFolder(last).finished_adapter()
+    RunFolder(last).find_finished_adapter()
     changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
         changes["runtime.sites_dir"] = str(RunFolder(last).sites)
     if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in said):
         changes["privacy.cohorts"] = asdict(
-            next_window(before.privacy.cohorts, real=before.runtime.kind == "deployment")
+            shift_to_next_window(before.privacy.cohorts, real=before.runtime.kind == "deployment")
         )
     settings = before.to_json() | {"public": {}}
     for key, value in (changes | dict(said)).items():

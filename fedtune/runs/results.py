@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.early_stopping import Kept
 from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, compute_site_charge
-from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy.accountant import NEIGHBORING_RELATION
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.cost import Energy
@@ -64,7 +64,9 @@ def find_problems(
         rows: the number of records in the test file.
     """
     loss, was = after.get("loss"), before.get("loss")
-    lost = bool(loss and was and loss > _LOST * was) or any(finite_or_none(score) is None for score in after.values())
+    lost = bool(loss and was and loss > _LOST * was) or any(
+        convert_infinite_to_none(score) is None for score in after.values()
+    )
     if lost or any(result.diverged for result in rounds):
         return (DIVERGED,)
     score, started = after.get(primary_metric), before.get(primary_metric)
@@ -80,7 +82,7 @@ def find_problems(
 
 def drop_infinite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
     """Scores as JSON has them: a model that diverged may have a loss that is not a number."""
-    return {name: finite_or_none(score) for name, score in scores.items()}
+    return {name: convert_infinite_to_none(score) for name, score in scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +172,9 @@ class RunResult:
                 unit=plan.unit,
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
-                epsilon=finite_or_none(max(infinite_if_none(one.proven_epsilon) for one in charges.values())),
+                epsilon=convert_infinite_to_none(
+                    max(convert_none_to_infinite(one.proven_epsilon) for one in charges.values())
+                ),
                 seeded_noise=config.runtime.seeded_noise,
                 sites=charges,
             ),

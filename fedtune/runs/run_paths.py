@@ -64,6 +64,6 @@ def is_finished(folder: Path) -> bool:
     return should_stop(rounds, config.federation, primary_metric=config.primary_metric)
 
 
-def default_run_name() -> str:
+def make_default_run_name() -> str:
     """Return the default name of a run: the current local time."""
     return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

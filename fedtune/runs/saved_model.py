@@ -18,10 +18,10 @@ from fedtune.data import Record
 from fedtune.data.batching import collate
 from fedtune.data.tokenization import UNSUPERVISED
 from fedtune.evaluation.generation import decode_stream, sample_completions, stream_tokens
-from fedtune.evaluation.scoring import evaluation_mode
+from fedtune.evaluation.scoring import enter_evaluation_mode
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
-from fedtune.model.compatibility import max_positions
+from fedtune.model.compatibility import get_max_positions
 from fedtune.runs.needed_packages import require_to_score
 from fedtune.sites.shared_model import Evaluation, LeadData, load_tokenizer_and_model
 from fedtune.spec import ConfigError, DataError
@@ -70,7 +70,7 @@ class SavedModel:
                 raise ConfigError("adapter", str(adapter.folder), bound) from None
             self._tensors[name] = _copy_adapter_tensors(self.model)
         self.names = tuple(self._tensors)
-        self.positions = max_positions(self.model.base.get_base_model())
+        self.positions = get_max_positions(self.model.base.get_base_model())
 
     @cached_property
     def _end_ids(self) -> frozenset[int]:
@@ -79,9 +79,9 @@ class SavedModel:
 
     def use_adapter(self, name: str) -> None:
         """Load an adapter, by its name, into the model."""
-        copy_tensors(self._tensors[name], _adapter_tensors(self.model))
+        copy_tensors(self._tensors[name], _map_adapter_tensors(self.model))
 
-    def fields_from_text(self, text: str, *, at: str) -> dict[str, str]:
+    def parse_text_fields(self, text: str, *, at: str) -> dict[str, str]:
         """Convert a text to the fields of a record to be answered; see `Task.prompt_fields`."""
         return self.model.task.prompt_fields(text, self.config.data, at=at)
 
@@ -159,14 +159,14 @@ class SavedModel:
         """Return the logits (1, classes) of a record with any valid answer; the answer has no effect."""
         examples = self.model.task.tokenize([asked], self.tokenizer, data=self.config.data)
         batch = collate(examples, [0], pad_id=self.tokenizer.pad_token_id)
-        with evaluation_mode(self.model):
+        with enter_evaluation_mode(self.model):
             return self.model.logits(batch.to(self.model.device)).cpu()
 
 
-def _adapter_tensors(model: TaskModel) -> dict[str, torch.Tensor]:
+def _map_adapter_tensors(model: TaskModel) -> dict[str, torch.Tensor]:
     """Return the tensors of a model that a saved adapter overwrites, including the public constants of its head."""
-    return {**model.adapter_parameters(), **dict(model.named_buffers(recurse=False))}
+    return {**model.collect_adapter_parameters(), **dict(model.named_buffers(recurse=False))}
 
 
 def _copy_adapter_tensors(model: TaskModel) -> dict[str, npt.NDArray[np.float32]]:
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in _adapter_tensors(model).items()}
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in _map_adapter_tensors(model).items()}

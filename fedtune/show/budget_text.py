@@ -15,10 +15,10 @@ from fedtune.federation.planner import LEAST_SIGNAL
 from fedtune.formatting import pluralize
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
-from fedtune.privacy.cohorts import OLDEST, cohort_name
+from fedtune.privacy.cohorts import OLDEST, format_cohort_name
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import compute_remaining_divergence, remaining_runs
+from fedtune.privacy.ledger.spending import compute_remaining_divergence, count_remaining_runs
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
@@ -55,8 +55,8 @@ def compute_amount(policy: Policy) -> Amount:
     order = budget.order()
 
     def fitting(cap: float | None) -> int | None:
-        room = math.inf if cap is None else filter.max_divergence(cap, order=order, delta=delta)
-        return filter.max_repeats(reference, room, order=order)
+        room = math.inf if cap is None else filter.compute_max_divergence(cap, order=order, delta=delta)
+        return filter.compute_max_repeats(reference, room, order=order)
 
     alone = accountant.epsilon_pld([reference], delta)
     within = (
@@ -67,7 +67,7 @@ def compute_amount(policy: Policy) -> Amount:
     )
     return Amount(
         order=order,
-        fixed_part=filter.epsilon_conversion_term(order, delta),
+        fixed_part=filter.compute_epsilon_conversion_term(order, delta),
         reference_pld=alone,
         reference_filter=filter.epsilon_filter([reference], order=order, delta=delta),
         runs_in_lifetime=fitting(budget.max_epsilon),
@@ -80,7 +80,7 @@ def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[C
     """Yield warnings about a policy, most serious first; `folder` contains the policy file."""
     if not policy.simulated and policy.asserted.no_person_at_another_site is None:
         yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without it"
-    yield from _promise_cautions(policy)
+    yield from _iter_promise_cautions(policy)
     yield from _request_cautions(policy)
     yield from _list_amount_cautions(policy, amount)
     if not policy.releases.reply_after_s:
@@ -91,7 +91,7 @@ def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[C
     yield from _list_file_cautions(policy, folder)
 
 
-def _promise_cautions(policy: Policy) -> Iterator[Caution]:
+def _iter_promise_cautions(policy: Policy) -> Iterator[Caution]:
     """Warn about settings under which the policy guarantees little or nothing."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
@@ -181,7 +181,7 @@ def compare_with_ledger(files: SiteFiles) -> tuple[Verified | None, Differences]
     return verified, differences
 
 
-def remaining_epsilon(history: History) -> float:
+def compute_remaining_epsilon(history: History) -> float:
     """Return the epsilon that the lifetime cap leaves for new runs, after all reservations."""
     assert history.policy is not None
     return compute_remaining_divergence(history, history.policy, history.now())
@@ -190,10 +190,10 @@ def remaining_epsilon(history: History) -> float:
 def reference_runs_left(history: History) -> int | None:
     """Return how many runs like the policy's reference run still fit under the lifetime cap; None: no limit."""
     assert history.policy is not None
-    return remaining_runs(history, history.policy, history.policy.budget.reference.event, history.now())
+    return count_remaining_runs(history, history.policy, history.policy.budget.reference.event, history.now())
 
 
-def identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
+def convert_identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
     """Return the ledger's identity under stable JSON keys."""
     opened = verified.history.opening
     return {
@@ -210,7 +210,7 @@ def identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
     }
 
 
-def verification_to_json(verified: Verified) -> dict[str, Any]:
+def convert_verification_to_json(verified: Verified) -> dict[str, Any]:
     """Return the result of a successful verification as JSON; `verify` itself raises if the ledger is inconsistent."""
     return {
         "unchanged": True,
@@ -303,8 +303,8 @@ class ArrivalRange:
     @classmethod
     def from_cohort(cls, cohort: int, after: int | None, period: str) -> ArrivalRange:
         """Build the range from a cohort up to the one before `after`; None: up to the newest cohort."""
-        first = None if cohort == OLDEST else "" if cohort == OLDEST + 1 else cohort_name(cohort, period)
-        return cls(first=first, last=None if after is None else cohort_name(after - 1, period))
+        first = None if cohort == OLDEST else "" if cohort == OLDEST + 1 else format_cohort_name(cohort, period)
+        return cls(first=first, last=None if after is None else format_cohort_name(after - 1, period))
 
     @property
     def code(self) -> str:

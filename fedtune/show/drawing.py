@@ -80,7 +80,7 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
         named: title and description, for screen readers.
         number: formats a number in the page's language.
     """
-    bottom, top = _y_span(panel)
+    bottom, top = _compute_y_span(panel)
     marks, ends, scale = (
         [(tick, number(tick)) for tick in _round_ticks(bottom, top)],
         list(_iter_labeled_ends(panel)),
@@ -88,7 +88,7 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
     )
     left = 22 + _LETTER * max(len(text) for _, text in marks)
     right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in ends], default=0.0)
-    low, high = _x_span([x for one in panel.series for x, _ in one.points], scale)
+    low, high = _compute_x_span([x for one in panel.series for x, _ in one.points], scale)
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
     down = _Axis(low=bottom, high=top, start=8 + _PANEL_HEIGHT, length=-_PANEL_HEIGHT)
     parts = [*_draw_axes(panel, across, down, marks)]
@@ -115,7 +115,7 @@ def _draw_text(x: float, y: float, text: str, *, anchor: str = "start", more: st
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
 
 
-def _y_span(panel: Panel) -> tuple[float, float]:
+def _compute_y_span(panel: Panel) -> tuple[float, float]:
     """Return the lowest and highest value of the y axis, with room for a marker."""
     values = [y for one in panel.series for _, y in one.points] + [height for height, _, _ in panel.levels]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
@@ -125,7 +125,7 @@ def _y_span(panel: Panel) -> tuple[float, float]:
     return (low if panel.from_zero else low - room), high + room
 
 
-def _x_span(places: Sequence[float], scale: str) -> tuple[float, float]:
+def _compute_x_span(places: Sequence[float], scale: str) -> tuple[float, float]:
     values = [math.log10(place) for place in places] if scale == "powers" else places
     low, high = min(values), max(values)
     room = 0.04 * (high - low) or 0.5

@@ -18,7 +18,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.early_stopping import Kept, count_rounds, explain_used_up, find_kept_round, should_stop
 from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute_site_charge
 from fedtune.federation.planner import signal_to_noise
-from fedtune.formatting import format_size, infinite_if_none, pluralize
+from fedtune.formatting import convert_none_to_infinite, format_size, pluralize
 from fedtune.model.frozen_linear import is_slow_on_cpu
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.proposal import Proposal
@@ -127,7 +127,7 @@ class Display:
             self._format_round(state.round + 1, 0),
             total=federation.num_rounds * len(federation.active),
             completed=self._done,
-            left=_format_time_left(self._seconds_left(state)),
+            left=_format_time_left(self._estimate_seconds_left(state)),
         )
 
     def site_replied(self, number: int) -> None:
@@ -149,7 +149,10 @@ class Display:
         if self._task is not None:
             said = self._format_round(state.round + 1, 0)
             self._progress.update(
-                self._task, completed=self._done, description=said, left=_format_time_left(self._seconds_left(state))
+                self._task,
+                completed=self._done,
+                description=said,
+                left=_format_time_left(self._estimate_seconds_left(state)),
             )
         if not self._shown:
             return
@@ -174,13 +177,13 @@ class Display:
         kept = find_kept_round(state.rounds, federation, primary_metric=self._config.primary_metric)
         over = should_stop(state.rounds, federation, primary_metric=self._config.primary_metric)
         charges = (compute_site_charge(state, site, self._plan) for site in federation.active)
-        epsilons = (infinite_if_none(one.proven_epsilon if over else one.epsilon) for one in charges)
+        epsilons = (convert_none_to_infinite(one.proven_epsilon if over else one.epsilon) for one in charges)
         yield f"epsilon {format_epsilon(max(epsilons))}", ""
         yield f"{last.seconds:.1f} s", ""
         if kept is not None and kept.round < last.round:
             yield f"kept so far: round {kept.round}", ""
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
-        left = _format_time_left(self._seconds_left(state))
+        left = _format_time_left(self._estimate_seconds_left(state))
         if left and not over:
             yield left, ""
         if last.diverged:
@@ -188,7 +191,7 @@ class Display:
         for site, reason in last.failed_sites.items():
             yield f"{site}: {reason}", "red"
 
-    def _seconds_left(self, state: LeadState) -> float | None:
+    def _estimate_seconds_left(self, state: LeadState) -> float | None:
         left = count_rounds(state.rounds, self._config.federation) - state.round
         return None if state.seconds_per_round is None else left * state.seconds_per_round
 
@@ -253,7 +256,7 @@ def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
     text += f"; no later round was better, so the run ended {pluralize(planned - len(result.rounds), 'round')} early"
     if privacy.epsilon is None:
         return text
-    charged = format_epsilon(max(infinite_if_none(site.epsilon) for site in privacy.sites.values()))
+    charged = format_epsilon(max(convert_none_to_infinite(site.epsilon) for site in privacy.sites.values()))
     claim = f"the claim stays the planned {format_epsilon(privacy.epsilon)}, because the scores picked the round"
     return f"{text}. The sites were charged epsilon {charged}; {claim}"
 

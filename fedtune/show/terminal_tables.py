@@ -77,7 +77,7 @@ def _layout_table(section: Section, width: int) -> Text:
     gap = 2 if width >= 100 else 1
     rows = [tuple(map(strip_control, row)) for row in section.rows]
     headings = tuple(map(strip_control, section.headings)) or ("",) * len(rows[0])
-    widths = _column_widths(section, rows, headings, room=width - 2 - gap * (len(headings) - 1))
+    widths = _choose_column_widths(section, rows, headings, room=width - 2 - gap * (len(headings) - 1))
     all_rows = [headings, *rows] if section.headings else rows
     lines = [[wrap_text(cell, width=most) for cell, most in zip(row, widths, strict=True)] for row in all_rows]
     needed = (max(cell_len(line) for cell in column for line in cell) for column in zip(*lines, strict=True))
@@ -105,7 +105,7 @@ def _separate_cells(cells: list[list[str]], widths: Sequence[int]) -> list[list[
     return cells
 
 
-def _column_widths(
+def _choose_column_widths(
     section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...], *, room: int
 ) -> list[int]:
     """Choose the column widths; if `room` is scarce, break headings first, then words, then the headings' own words."""

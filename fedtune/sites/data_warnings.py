@@ -19,7 +19,7 @@ from fedtune.formatting import pluralize
 from fedtune.sites.run_records import LeadRecords, RunRecords, count_texts_by_role, list_identifying_roles
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 _MOST_NAMED = 3
 _COMPARED: dict[tuple[object, ...], bool] = {}  # by a run and files as they are: a sweep asks often, reading is slow
@@ -82,7 +82,7 @@ def is_training_file(config: RunConfig, file: str) -> bool:
     """
     names = [name for name, key in RunRecords(config).files().items() if key == "data.train_file"]
     try:
-        found = {name: resolve_file(name, shipped_folders(), key="data.train_file") for name in (*names, file)}
+        found = {name: resolve_file(name, find_shipped_folders(), key="data.train_file") for name in (*names, file)}
         if any(_have_same_bytes(found[name], found[file]) for name in names):
             return True
         about = (config.digest(), *((path, path.stat().st_mtime_ns) for path in found.values()))
@@ -119,7 +119,7 @@ def list_site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[s
             f"{pluralize(dealt.shared_users, 'id')} of users are in several sites' files, and count as a different "
             "person at each site: if they are one person, that person's epsilons add up over the sites"
         )
-    far = list(_sites_far_from_declared(config, dealt))
+    far = list(_iter_sites_far_from_declared(config, dealt))
     if far:
         more = f", and {pluralize(len(far) - _MOST_NAMED, 'more site')}" if len(far) > _MOST_NAMED else ""
         yield (
@@ -129,7 +129,7 @@ def list_site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[s
         )
 
 
-def _sites_far_from_declared(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
+def _iter_sites_far_from_declared(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
     declared = config.declared_sizes()
     for name, records in zip(config.federation.names, dealt.sites, strict=True):
         by_user = config.privacy.unit == "user"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedtune.config import RunConfig, config_yaml
+from fedtune.config import RunConfig, format_config_yaml
 from fedtune.data.formats import fingerprint_files, require_reader
 from fedtune.data.load import SiteRecords, read_own_records
 from fedtune.federation.run_folder import RunFolder
@@ -89,7 +89,7 @@ class SiteProcess:
             shared,
             records,
             declared_size=files.policy.declared_size(shared.config.data.dataset),
-            max_adapter_value=files.policy.adapter_bound(shared.config.lora.scale),
+            max_adapter_value=files.policy.compute_adapter_bound(shared.config.lora.scale),
             lenient=True,
         )
 
@@ -202,7 +202,7 @@ class RealSite(WorkingSite):
         adapter.load_into(shared.model)
         folder = RunFolder(self._process.adapters / run)
         save_task_model(shared.model, folder.adapter)
-        write_durably(folder.config, config_yaml(config))
+        write_durably(folder.config, format_config_yaml(config))
         log.info("the final adapter is stored", extra={"run": run})
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:

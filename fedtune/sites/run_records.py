@@ -19,7 +19,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
 from fedtune.data.json_lists import to_compact_json
-from fedtune.data.load import Partitioned, lead_records, partition_training_files, sample_rows, split_key
+from fedtune.data.load import Partitioned, partition_training_files, read_lead_records, sample_rows, split_key
 from fedtune.data.partition import assign_site
 from fedtune.data.records import NO_VALUE, iter_records, read_column_values, resolve_file
 from fedtune.data.spec import SITE
@@ -29,7 +29,7 @@ from fedtune.formatting import pluralize
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, expand_home
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 MOST_SHARED = 1 / 20
 """Of a file's texts, those that a public file may have, too: public sets of one field share up to 1.5 %."""
@@ -56,7 +56,9 @@ class LeadRecords:
         """
         task, data = config.bound_task, config.data
         columns, fault = task.columns(data, unit=unit), task.record_validator(data)
-        records, left_out = lead_records(file, columns=columns, key=key, fault=fault, leave_out=data.skips_bad_records)
+        records, left_out = read_lead_records(
+            file, columns=columns, key=key, fault=fault, leave_out=data.skips_bad_records
+        )
         return cls(sample_rows(records, rows), left_out)
 
     @classmethod
@@ -115,7 +117,7 @@ class RunRecords:
         """The parent folder of all run folders."""
         return Path(self._config.tracking.output_dir)
 
-    def records_by_setting(self) -> dict[str, list[Record]]:
+    def read_records_by_setting(self) -> dict[str, list[Record]]:
         """Return all records that the run reads on this machine, by the setting that names their file; real sites'
         records are elsewhere.
         """
@@ -174,7 +176,9 @@ def assign_sites(config: RunConfig, records: Sequence[Record]) -> list[str] | No
             return [names[place(record)] for record in labeled]
         case "file" if config.data.test_fraction:
             own = {name: config.data.train_file.replace(SITE, name) for name in names}
-            at = {str(resolve_file(one, shipped_folders(), key="data.train_file")): name for name, one in own.items()}
+            at = {
+                str(resolve_file(one, find_shipped_folders(), key="data.train_file")): name for name, one in own.items()
+            }
             found = [at.get(record.file, NO_VALUE) for record in records]
             return found if {*found} & {*names} else None
     return None
@@ -195,7 +199,7 @@ def require_disjoint(records: Sequence[Record], own: RunRecords, *, key: str, fi
     """
     files = [*own.read_whole_files()]
     roles = list_identifying_roles(count_texts_by_role(record for _, others in files for record in others))
-    said_of = [(of, count_texts_by_role(others)) for of, others in (*own.records_by_setting().items(), *files)]
+    said_of = [(of, count_texts_by_role(others)) for of, others in (*own.read_records_by_setting().items(), *files)]
     private = [(of, said[role].keys()) for of, said in said_of for role in roles]
     every = set[str]().union(*(texts for _, texts in private))
     for said in count_texts_by_role(records).values():
@@ -244,7 +248,7 @@ def find_card_path(file: Path, suffix: str) -> Path:
 
 def has_card(file: str, *, key: str) -> bool:
     """Return True if a card exists next to a file of records, in any form."""
-    path = resolve_file(expand_home(file, key=key), shipped_folders(), key=key).resolve()
+    path = resolve_file(expand_home(file, key=key), find_shipped_folders(), key=key).resolve()
     return os.path.lexists(find_card_path(path, ".json"))
 
 
@@ -318,7 +322,7 @@ def read_prompts(config: RunConfig, name: str, *, key: str, columns: Mapping[str
     Raises:
         DataError: the file cannot be read, or has no prompts.
     """
-    path, task = resolve_file(expand_home(name, key=key), shipped_folders(), key=key), config.bound_task
+    path, task = resolve_file(expand_home(name, key=key), find_shipped_folders(), key=key), config.bound_task
     if path.suffix.lower() == ".txt":
         records = list(_read_prompt_lines(config, path, key=key))
     else:

@@ -44,7 +44,7 @@ class Session:
         self._states.clear()
         self._before.clear()
 
-    def model_for(self, config: RunConfig, *, inexact_allowed: bool, load: Callable[[], _M]) -> _M:
+    def reuse_or_load_model(self, config: RunConfig, *, inexact_allowed: bool, load: Callable[[], _M]) -> _M:
         """The model of the run before where it serves this one, or else what `load` gives."""
         if self.model is None or not self.model.is_reusable_for(
             config, declared_size=None, inexact_allowed=inexact_allowed
@@ -54,7 +54,7 @@ class Session:
         found: _M = self.model
         return found
 
-    def cached_states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
+    def get_cached_states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
         """Return the store for the frozen layers' outputs on a data set, from an earlier run or newly made.
 
         If a new store exceeds the reserved memory, older stores are dropped; a running run keeps those in use.
@@ -69,7 +69,7 @@ class Session:
         found: _M = self._states[key]
         return found
 
-    def cached_baseline(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
+    def get_cached_baseline(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
         """Return the model's result on a data set before training, from an earlier run or newly made.
 
         `about` distinguishes scoring settings and references.

@@ -41,13 +41,13 @@ from fedtune.training.batch_invariance import fit_to_memory, max_batch_influence
 from fedtune.training.devices import Devices, DeviceTrial, Outcome
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
+    choose_micro_batch_shapes,
     choose_num_processes,
     choose_states_location,
     do_frozen_states_fit,
     find_frozen_states_folder,
     find_step_bytes,
     measure_frozen_states_mib,
-    micro_batch_shapes,
     prepare_model,
     resolve_device,
 )
@@ -122,8 +122,8 @@ class LoadedModel:
         keeps_states, states_folder = choose_states_location(model, config.runtime, num_tokens=tokens)
         self.keeps_states: Final = keeps_states
         self.states_folder: Final = states_folder
-        self._facts: Final = self._model_key(given, declared_size)
-        shapes, moved = micro_batch_shapes(model, config.runtime, max_length=config.data.max_length), 0.0
+        self._facts: Final = self._build_model_key(given, declared_size)
+        shapes, moved = choose_micro_batch_shapes(model, config.runtime, max_length=config.data.max_length), 0.0
         # Trying the model takes minutes.
         if tried and leads and config.resume is None and not config.training.ignore_weak_signal:
             check_signal(config.plan(), config.declared_sizes(), values=self.initial_adapter.num_values)
@@ -139,13 +139,13 @@ class LoadedModel:
                 trial = self._make_trial(shapes)
                 devices.start_trials(trial, outcome or trial.run_trial(model, secrets.randbits(63)))
                 if not self._may_be_one:
-                    devices.ready_crew()  # the error is the run's, before it begins
+                    devices.prepare_crew()  # the error is the run's, before it begins
         self.shapes: Final = shapes
         self.moved: Final = moved
 
     def is_reusable_for(self, config: RunConfig, *, declared_size: int | None, inexact_allowed: bool) -> bool:
         """Another run wants the same model on the same machine, and may train on it as it was tried."""
-        return self._facts == self._model_key(config, declared_size) and (inexact_allowed or self.moved == 0)
+        return self._facts == self._build_model_key(config, declared_size) and (inexact_allowed or self.moved == 0)
 
     @cached_property
     def devices(self) -> Devices | None:
@@ -157,7 +157,7 @@ class LoadedModel:
         """
         try:
             if self._devices is not None:
-                self._devices.ready_crew()
+                self._devices.prepare_crew()
         except (ConfigError, RunError) as error:
             if not self._may_be_one:
                 raise
@@ -165,7 +165,7 @@ class LoadedModel:
             return None
         return self._devices
 
-    def _model_key(self, config: RunConfig, declared_size: int | None) -> _Facts:
+    def _build_model_key(self, config: RunConfig, declared_size: int | None) -> _Facts:
         """All that decides what a run's model is, and what comes of trying it."""
         return (
             config.task_model(),
@@ -292,7 +292,7 @@ class RunModel:
         if start.digest != named.adapter_sha256:
             bound = f"must be {start.digest}, the digest of model.adapter"
             raise ConfigError("model.adapter_sha256", named.adapter_sha256, bound)
-        return start.initial_adapter_for(self.model)
+        return start.find_initial_adapter(self.model)
 
     def tokenize_records(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
         """Records as this model reads them; `lenient`, or where a run leaves some out: whatever they are."""
@@ -318,7 +318,7 @@ class RunModel:
         if not do_frozen_states_fit(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
             return data
         session, about = self._session, f"batches of {self.config.evaluation.max_tokens}"
-        return replace(data, kept={} if session is None else session.cached_states(about, data.examples, dict))
+        return replace(data, kept={} if session is None else session.get_cached_states(about, data.examples, dict))
 
     def make_site_examples(self, dataset: TextDataset) -> SiteExamples:
         """A site's records as training reads them."""
@@ -327,7 +327,7 @@ class RunModel:
             pad_id = self.tokenizer.pad_token_id
             return SiteExamples(dataset, pad_id=pad_id, shapes=self.loaded.shapes, device=self.device)
 
-        return make() if self._session is None else self._session.cached_states("examples", dataset, make)
+        return make() if self._session is None else self._session.get_cached_states("examples", dataset, make)
 
     def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
         """Scores of `adapter` on the lead's data after a round; empty without data."""
@@ -349,7 +349,7 @@ class RunModel:
         if self._session is None or adapter.digest() != self.initial_adapter.digest():
             return make()
         references = hashlib.sha256(b"".join(map(record_key, test.records))).hexdigest()
-        return self._session.cached_baseline(test.examples, f"{references} {self.config.evaluation}", make)
+        return self._session.get_cached_baseline(test.examples, f"{references} {self.config.evaluation}", make)
 
 
 def _choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:

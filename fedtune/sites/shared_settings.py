@@ -34,7 +34,7 @@ _MOST_KEYS = 8  # that a refusal names
 _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
-def settings_for_sites(config: RunConfig) -> RunConfig:
+def select_settings_for_sites(config: RunConfig) -> RunConfig:
     """Return the part of a lead's configuration that is sent to sites: noise and weights are fixed, and nothing
     describes the lead's machine.
 
@@ -45,7 +45,7 @@ def settings_for_sites(config: RunConfig) -> RunConfig:
     noise = config.plan().noise_multiplier
     return replace(
         config,
-        model=_model_by_hash(config.model),
+        model=_replace_path_by_hash(config.model),
         data=config.data.for_sites(columns),
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
         # The lead alone decides by its scores when the run ends, and whose adapter it keeps.
@@ -61,7 +61,7 @@ def settings_for_sites(config: RunConfig) -> RunConfig:
 
 
 def serialize_for_sites(sent: RunConfig) -> str:
-    """Return the settings as JSON text to send; `sent` is the result of `settings_for_sites`."""
+    """Return the settings as JSON text to send; `sent` is the result of `select_settings_for_sites`."""
     return json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
 
 
@@ -159,13 +159,13 @@ def localize_settings(
     own["kept_states_folder"] = own["kept_states_folder"] or None
     runtime = RuntimeSpec(**own, kind="deployment", seeded_noise=config.runtime.seeded_noise)
     try:
-        data = config.data.for_site_dataset(dataset, folder=folder)
-        return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)
+        data = config.data.apply_to_site_dataset(dataset, folder=folder)
+        return replace(config, model=_find_local_model(config.model, installed), data=data, runtime=runtime)
     except ConfigError as error:  # a column that the site's data has not got
         raise Refused(Reason.SETTINGS) from error
 
 
-def settings_for_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
+def derive_settings_for_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
     """Return the configuration for an experiment on a real site's own file, as described by its policy in `folder`.
 
     Raises:
@@ -177,20 +177,20 @@ def settings_for_own_site(config: RunConfig, policy: Policy, *, folder: Path) ->
         raise ConfigError("data.dataset", config.data.dataset, f"must be a data set of the site's policy ({known})")
     unit = policy.population.unit
     sent = config.data.for_sites(config.bound_task.columns(config.data, unit=unit))
-    data = replace(sent.for_site_dataset(dataset, folder=folder), declared_sizes=dataset.declared_size)
+    data = replace(sent.apply_to_site_dataset(dataset, folder=folder), declared_sizes=dataset.declared_size)
     federation = FederationSpec(num_sites=1, min_sites=1, site_names=(policy.site,))
     privacy = replace(config.privacy, unit=unit)
     return replace(config, data=data, federation=federation, privacy=privacy)
 
 
-def _model_by_hash(model: ModelSpec) -> ModelSpec:
+def _replace_path_by_hash(model: ModelSpec) -> ModelSpec:
     """Return the model settings with the model's hash and without the lead's path."""
     sha256 = model.sha256 or hash_model(model)
     path = model.path if model.is_built_in or model.path.startswith(PACKAGE) else AT_SITE
     return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None, adapter=None)
 
 
-def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
+def _find_local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
     """Return the model settings with the local path of the model; its hash is checked when it is loaded."""
     model = replace(model, adapter=None)  # no path that a lead sent is opened: its first adapter comes with round 1
     if model.sha256 is None:

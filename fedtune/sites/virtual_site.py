@@ -170,7 +170,7 @@ class VirtualSites:
             files = self.files(site)
             history, spent, does = read_history(files), Counter[DpEvent](), "refuses such a trial"
             now = history.now()
-            held = partial(history.remaining_charges, now)
+            held = partial(history.count_remaining_charges, now)
             try:
                 spending.require_usable_ledger(history)
                 for run in (*shapes, *runs):
@@ -214,7 +214,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
         except RunError as error:
             without[site] = str(error)
     if len(offers) < config.federation.min_sites:
-        raise RefusedError(config.federation.too_few_message(len(offers), "have room for a run", others=without))
+        raise RefusedError(config.federation.explain_too_few(len(offers), "have room for a run", others=without))
     return config.fit_to_offers(offers)
 
 
@@ -223,7 +223,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
     filter, rounded up.
     """
     proposal = config.proposal(lead=lead, plan=plan)
-    budget = budget_covering([plan] * plan.runs)
+    budget = build_covering_budget([plan] * plan.runs)
     trust = Trust()
     if (shared := plan.shared) is not None:  # the keys of simulated sites are all in one folder anyway
         trust = Trust(
@@ -267,7 +267,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
     )
 
 
-def budget_covering(plans: Sequence[Plan]) -> Budget:
+def build_covering_budget(plans: Sequence[Plan]) -> Budget:
     """Return a budget that covers these plans one after another, but none of them once more.
 
     All plans must have the same delta, and either all or none are private.
@@ -279,8 +279,8 @@ def budget_covering(plans: Sequence[Plan]) -> Budget:
     steps = first.local_steps * first.most_rounds
     typical = ReferenceRun(sampling_rate=first.sampling_rate, noise_multiplier=first.accounted_noise, steps=steps)
     whole = ComposedDpEvent(tuple(plan.full_event for plan in plans))
-    cheapest = min(plans, key=lambda plan: filter.smallest_cap(plan.full_event, delta=plan.delta)[0])
-    cap = filter.tightest_cap(whole, more=cheapest.full_event, reference=typical.event, delta=first.delta)
+    cheapest = min(plans, key=lambda plan: filter.find_smallest_cap(plan.full_event, delta=plan.delta)[0])
+    cap = filter.find_tightest_cap(whole, more=cheapest.full_event, reference=typical.event, delta=first.delta)
     return Budget(delta=first.delta, max_epsilon=cap, reference=typical)
 
 
@@ -350,7 +350,7 @@ class Participants:
         config, session, progress = self.config, self._session, self._progress
         alone = session is not None
         load = partial(LoadedModel, config, inexact_allowed=inexact, leads=True, alone=alone, progress=progress)
-        loaded = load() if session is None else session.model_for(config, inexact_allowed=inexact, load=load)
+        loaded = load() if session is None else session.reuse_or_load_model(config, inexact_allowed=inexact, load=load)
         return RunModel(loaded, config, records=self.records, progress=progress, session=session)
 
     @cached_property
@@ -364,13 +364,13 @@ class Participants:
                 self.shared,
                 of_site,
                 declared_size=sizes[name],
-                max_adapter_value=self.sites.files(name).policy.adapter_bound(config.lora.scale),
+                max_adapter_value=self.sites.files(name).policy.compute_adapter_bound(config.lora.scale),
             )
             for name, of_site in zip(federation.names, self.records.dealt.sites, strict=True)
             if name in federation.active
         }
 
-    def changed_sites(self) -> list[str]:
+    def list_changed_sites(self) -> list[str]:
         """List the sites where the records have changed since the newest committed round of this run."""
         return [name for name in self.work if self._has_changed(name)]
 

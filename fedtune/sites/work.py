@@ -14,13 +14,13 @@ import numpy as np
 from fedtune.data import TextDataset, group_by_user
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
-from fedtune.evaluation.scoring import unit_scores, user_scores
+from fedtune.evaluation.scoring import compute_unit_scores, compute_user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.secure.agreement import require_terms
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, promise_writer
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, make_promise_writer
 from fedtune.federation.site_round import Site, Trained
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.cohorts import cohort_number
+from fedtune.privacy.cohorts import compute_cohort_number
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.mechanism import release_scores
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
@@ -70,7 +70,7 @@ class SiteWork:
         )
         return self.around(users)
 
-    def _units(self) -> TrainingUnits | DividedUnits:
+    def _split_units(self) -> TrainingUnits | DividedUnits:
         """The same units, divided over the site's devices where it has several."""
         devices, max_grad_norm = self.shared.loaded.devices, self.shared.config.privacy.max_grad_norm
         if devices is not None and self._divided is None:
@@ -87,7 +87,7 @@ class SiteWork:
     def _heldout(self) -> TextDataset:
         return self.shared.tokenize_records(self.records.heldout, lenient=self.lenient)
 
-    def user_cohorts(self) -> dict[str, int]:
+    def find_user_cohorts(self) -> dict[str, int]:
         """Return each user's cohort, by the earliest date in the user's own records; users without a date are in the
         oldest cohort.
         """
@@ -97,7 +97,7 @@ class SiteWork:
         for record in (*self.records.training, *self.records.heldout):
             user, month = record.fields["user"], record.fields["arrival"]
             months[user] = min(filter(None, (months.get(user), month)), default="")
-        return {user: cohort_number(month, cohorts.period) for user, month in months.items()}
+        return {user: compute_cohort_number(month, cohorts.period) for user, month in months.items()}
 
     def _restrict_to(self, admitted: frozenset[str]) -> SiteWork:
         """Return a copy with only the records of the admitted users; it is cached for the next round."""
@@ -140,7 +140,9 @@ class SiteWork:
         assert (admitted is None) == (plan.cohorts is None), "the register says who is admitted to cohorts"
         adapter = adapter.clip_values(self.max_adapter_value)
         site = self if admitted is None else self._restrict_to(frozenset(admitted))
-        scores = site._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
+        scores = (
+            site._compute_noised_scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
+        )
         fingerprint = self.fingerprint(fingerprint_key)
         units, work = site._prepare_round(request, attempt)
         if plan.shared is None:
@@ -163,24 +165,24 @@ class SiteWork:
             declared_size=self.declared_size,
             max_adapter_value=self.max_adapter_value,
         )
-        units = self._units()
+        units = self._split_units()
         if self.shared.loaded.keeps_states:
             told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
             units.keep_frozen_states(self.shared.model, folder=self.shared.loaded.states_folder, told=told)
         units.keep_reference(self.shared.model)
         return units, work
 
-    def _scores(
+    def _compute_noised_scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> tuple[float, float]:
         """Compute the adapter's noised score on the held-out records, and their noised count, as shares of the declared
         size.
         """
         adapter.load_into(self.shared.model)
-        exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
+        exact = compute_unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
         users = group_by_user(self.records.heldout) if plan.unit == "user" else None
         return release_scores(
-            exact if users is None else user_scores(exact, users),
+            exact if users is None else compute_user_scores(exact, users),
             declared_size=self.declared_size * self.shared.config.data.heldout_fraction,
             noise_multiplier=plan.metrics_noise_multiplier,
             stream=randomness.stream(self.site, request.round, attempt, "scores"),
@@ -204,11 +206,11 @@ class WorkingSite(Site):
     def work(self, run: str) -> SiteWork:
         """Return the site's records with the model of a prepared run."""
 
-    def user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
+    def find_user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
         """Read the users' dates; policy and budget allow the round by now, and it is charged before any record is
         sampled.
         """
-        return self.work(request.run).user_cohorts()
+        return self.work(request.run).find_user_cohorts()
 
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
@@ -233,7 +235,7 @@ def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[st
         parties=parties,
         demand=partial(require_terms, **trust.requirements),
         roster={**members, files.policy.site: identity.public},
-        keep=promise_writer(files.ledger.with_name(files.ledger.name + PROMISES)),
+        keep=make_promise_writer(files.ledger.with_name(files.ledger.name + PROMISES)),
     )
 
 

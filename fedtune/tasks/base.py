@@ -163,11 +163,11 @@ class Task(ABC):
         """Map each role that is read from a file to its column: the task's roles, the privacy unit's and the
         partition's.
         """
-        return data.required_columns(self.required_roles(data), partition=partition, unit=unit)
+        return data.map_required_columns(self.required_roles(data), partition=partition, unit=unit)
 
     def input_columns(self, data: DataSpec) -> dict[str, str]:
         """Map the input roles of a record, which are all roles except the answer, to their columns."""
-        return data.required_columns(set(self.required_roles(data)) - self.answers)
+        return data.map_required_columns(set(self.required_roles(data)) - self.answers)
 
     def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
         """Turn a text from a person into the fields of a record; `at` names the text in messages.

@@ -119,7 +119,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
             if not waiting:
                 return self.work - before
             held = waiting.pop()
-            steps = 1 + _size(held)
+            steps = 1 + _measure_size(held)
             if isinstance(held, Namespace):
                 held = held._Namespace__attrs
             if isinstance(held, dict):
@@ -217,7 +217,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _size(value: object) -> int:
+def _measure_size(value: object) -> int:
     """Length of a string or container; for an int, the cost of squaring it."""
     if isinstance(value, str | bytes | list | tuple | Mapping | range):
         return len(value)

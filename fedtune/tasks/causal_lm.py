@@ -22,8 +22,8 @@ from fedtune.data.tokenization import (
     Targets,
     TextDataset,
     Tokenizer,
+    compute_max_characters,
     encode,
-    max_characters,
 )
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
@@ -309,7 +309,7 @@ class ExampleFormat:
         (ids,) = encode([""], tokenizer, special_tokens=True)
         start = (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
         if data.chat_template == "none":
-            return cls(start, end, None, _literal_tokenizer(tokenizer) if "text" in data.columns else None, data)
+            return cls(start, end, None, _make_literal_tokenizer(tokenizer) if "text" in data.columns else None, data)
         return cls(start, end, build_chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
 
     def build_prompt(self, fields: Mapping[str, str], *, answer: str | None = None) -> Sequence[Piece]:
@@ -327,7 +327,7 @@ class ExampleFormat:
             return self.chat.build_prompt(turns, answer=answer)
         if self.chat is None:
             raise ConfigError("data.chat_template", "none", "must be model or plain for a conversation")
-        return self.chat.build_prompt(_conversation_turns(fields))
+        return self.chat.build_prompt(_collect_conversation_turns(fields))
 
     def build_example(self, fields: Mapping[str, str]) -> _Example:
         """Format a whole record, with its texts cut to the characters that an example may need.
@@ -337,18 +337,18 @@ class ExampleFormat:
         """
         length, longest = self.data.max_length, ""
         if "text" in fields:
-            return _Example((), [Piece(fields["text"][: max_characters(length)], said=True, learned=True)])
+            return _Example((), [Piece(fields["text"][: compute_max_characters(length)], said=True, learned=True)])
         if self.chat is None or "messages" not in fields:
-            reference, most = fields["completion"], max_characters(length) // (2 * len(fields))
+            reference, most = fields["completion"], compute_max_characters(length) // (2 * len(fields))
             fields = {
                 role: text if len(text) <= 2 * most else text[:most] + text[-most:] for role, text in fields.items()
             }
             longest = max((fields.get(role, "").strip() for role in self.data.template_roles), key=len)
             context = self.build_prompt(fields, answer=reference)
         else:
-            asked, reference = split_last_answer(_conversation_turns(fields))
+            asked, reference = split_last_answer(_collect_conversation_turns(fields))
             context = self.chat.build_prompt(asked, answer=reference)
-        said = reference[: max_characters(length)]
+        said = reference[: compute_max_characters(length)]
         answer = [Piece(said, said=True, learned=True)] if self.chat is None else self.chat.build_answer(said)
         return _Example(_keep_last_pieces(context, length), answer, reference, longest)
 
@@ -403,12 +403,12 @@ def align_tokens(example: _Example, ids: Sequence[int], places: Sequence[tuple[i
 
 def _require_answer(record: Record) -> None:
     try:
-        split_last_answer(_conversation_turns(record.fields))
+        split_last_answer(_collect_conversation_turns(record.fields))
     except NoConversation as error:
         raise DataError(record.at("messages"), str(error), "must have at least one answer to learn from") from None
 
 
-def _conversation_turns(fields: Mapping[str, str]) -> list[Turn]:
+def _collect_conversation_turns(fields: Mapping[str, str]) -> list[Turn]:
     """Return the turns of a conversation, starting with the record's system text if the turns contain none."""
     turns, system = parse_turns(fields["messages"]), fields.get(SYSTEM, "")
     return [Turn(SYSTEM, system), *turns] if system.strip() and turns[:1] and turns[0].role != SYSTEM else turns
@@ -438,7 +438,7 @@ def _keep_last_pieces(pieces: Sequence[Piece], length: int) -> list[Piece]:
 
     The record's own texts are cut to the characters that an example may need; the template's texts stay whole.
     """
-    room, kept = max_characters(length), []
+    room, kept = compute_max_characters(length), []
     for piece in reversed(pieces):
         if room <= 0:
             break
@@ -449,5 +449,5 @@ def _keep_last_pieces(pieces: Sequence[Piece], length: int) -> list[Piece]:
 
 
 @lru_cache(maxsize=4)
-def _literal_tokenizer(tokenizer: Tokenizer) -> MarkedTokenizer:
+def _make_literal_tokenizer(tokenizer: Tokenizer) -> MarkedTokenizer:
     return MarkedTokenizer.from_tokenizer(tokenizer, ())

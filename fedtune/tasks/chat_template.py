@@ -88,7 +88,7 @@ class ChatFormat:
                 pieces.append(Piece(self.between, learned=learned))
             pieces.append(Piece(joint))
             if turn.role != ANSWER:
-                pieces.append(self._content_piece(turn))
+                pieces.append(self._make_content_piece(turn))
             before, learned = turn.role, turn.train
         if not self.writes(placed if answer is None else (*placed, Turn(ASSISTANT, answer))):
             raise NoConversation("turns that the model's own template changes")
@@ -96,9 +96,9 @@ class ChatFormat:
 
     def build_answer(self, content: str) -> list[Piece]:
         """Return the supervised part of an assistant turn: its content, and the mark that ends it."""
-        return [self._content_piece(Turn(ASSISTANT, content)), Piece(self.ending, learned=True)]
+        return [self._make_content_piece(Turn(ASSISTANT, content)), Piece(self.ending, learned=True)]
 
-    def _content_piece(self, turn: Turn) -> Piece:
+    def _make_content_piece(self, turn: Turn) -> Piece:
         return Piece(self.contents[turn.role](turn.content), said=True, learned=turn.role == ASSISTANT and turn.train)
 
     def _merge_system_turn(self, turns: Sequence[Turn]) -> Sequence[Turn]:
@@ -159,7 +159,7 @@ def build_chat_format(
     try:
         if not isinstance(template, str):
             raise _NoChain("is missing")
-        return _template_format(tokenizer, template, end)
+        return _build_template_format(tokenizer, template, end)
     except _NoChain as error:
         bound = f"the model's own template {error}; use data.chat_template=plain"
         raise ConfigError("data.chat_template", "model", bound) from None
@@ -181,7 +181,7 @@ def _build_plain_format(tokenizer: Tokenizer, start: tuple[int, ...], end: int) 
 
 
 @lru_cache(maxsize=4)
-def _template_format(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
+def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     """Build the format of a model's own chat template.
 
     Raises:
@@ -371,7 +371,7 @@ are there, it hears no."""
 
 def _compile_template(template: str) -> StepLimitedTemplate:
     """Compile a template in transformers' own sandbox, with a limit on its work."""
-    from fedtune.model.hf_logging import first_line
+    from fedtune.model.hf_logging import get_first_line
     from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 
     if len(template) > _MOST_TEMPLATE:
@@ -379,7 +379,7 @@ def _compile_template(template: str) -> StepLimitedTemplate:
     try:
         return StepLimitedTemplate(template)
     except Exception as error:  # whatever its own words make of Jinja and of Python's compiler
-        raise _NoChain(f"cannot be read ({first_line(error)})") from None
+        raise _NoChain(f"cannot be read ({get_first_line(error)})") from None
 
 
 def _render_turns(template: StepLimitedTemplate, turns: Sequence[Turn], special: Mapping[str, str]) -> str:
@@ -390,7 +390,7 @@ def _render_turns(template: StepLimitedTemplate, turns: Sequence[Turn], special:
     """
     from jinja2 import Undefined
 
-    from fedtune.model.hf_logging import first_line
+    from fedtune.model.hf_logging import get_first_line
     from fedtune.tasks.bounded_jinja import TooMuchWork
 
     given: dict[str, object] = (
@@ -404,4 +404,4 @@ def _render_turns(template: StepLimitedTemplate, turns: Sequence[Turn], special:
         raise _NoChain(str(error)) from None
     except Exception as error:  # whatever the template raises
         roles = ", ".join(turn.role for turn in turns)
-        raise _NoChain(f"refuses turns of {roles} ({first_line(error)})") from None
+        raise _NoChain(f"refuses turns of {roles} ({get_first_line(error)})") from None

@@ -114,7 +114,7 @@ class Embedding(Task):
             raise ConfigError("task_settings.negatives", negatives, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return make_validator(self._target_reader(data))
+        return make_validator(self._make_target_reader(data))
 
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -129,7 +129,7 @@ class Embedding(Task):
         ids, encoded = tokenize_whole_texts(
             fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within
         )
-        wanted = [*map(self._target_reader(data), records)]
+        wanted = [*map(self._make_target_reader(data), records)]
         complete = np.array(encoded, dtype=bool).reshape(-1, texts).all(axis=1)
         return TextDataset(tuple(ids), np.where(complete, wanted, np.nan).astype(np.float32), texts)
 
@@ -139,11 +139,11 @@ class Embedding(Task):
         return mean_pool(hidden, batch.attention_mask)
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        return _losses(_cosines(self.logits(model, batch), batch), batch)
+        return _losses(_compute_cosines(self.logits(model, batch), batch), batch)
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         embeddings = model.logits(batch)
-        cosines = _cosines(embeddings, batch)
+        cosines = _compute_cosines(embeddings, batch)
         figures = {"loss": _losses(cosines, batch)}
         if batch.texts == 2:
             return figures | {"cosine": cosines[0], "truth": batch.targets}
@@ -180,7 +180,7 @@ class Embedding(Task):
         """Return 1 minus the error of the cosine (at least 0); for triplets, 1 if the positive is closer than the
         negative, else 0.
         """
-        cosines = _cosines(model.logits(batch), batch)
+        cosines = _compute_cosines(model.logits(batch), batch)
         if batch.texts == 3:
             return float(cosines[0][0] > cosines[1][0])
         return max(0.0, 1 - abs(float(cosines[0][0] - batch.targets[0])))
@@ -189,7 +189,7 @@ class Embedding(Task):
         # Of three texts up to the largest margin, so that most of them have a gradient.
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
 
-    def _target_reader(self, data: DataSpec) -> Callable[[Record], float]:
+    def _make_target_reader(self, data: DataSpec) -> Callable[[Record], float]:
         """A function from a record to the cosine to learn, or the margin between two."""
         if "anchor" in data.columns:
             return lambda record: self.own.margin
@@ -205,7 +205,7 @@ class Embedding(Task):
         return replace(record, fields={**record.fields, "negative": texts[number % len(texts)]})
 
 
-def _cosines(embeddings: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
+def _compute_cosines(embeddings: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
     """Compute the cosines of each record's first text with its other texts, (records,) each, from normalized (rows,
     h).
     """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.data.images import decode_image, random_image_field, require_pillow
+from fedtune.data.images import decode_image, generate_image_field, require_pillow
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
@@ -91,7 +91,7 @@ class Image(Text):
     def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
         from fedtune.model.base_model import load_processor
         from fedtune.model.compatibility import check_examples_independent
-        from fedtune.model.hf_logging import first_line
+        from fedtune.model.hf_logging import get_first_line
 
         reader, frozen = ImageReader(*load_processor(model)), base.get_base_model()
         blank = torch.from_numpy(np.stack(2 * [reader.nothing()])).to(frozen.device)
@@ -102,7 +102,7 @@ class Image(Text):
                 self.embed_rows(base, blank, torch.ones(blank.shape[:2]).to(blank))
             except Exception as error:
                 bound = f"cannot read images of {reader.side} x {reader.side} pixels, which its processor produces"
-                raise ConfigError("model.path", model.path, f"{bound}: {first_line(error)}") from error
+                raise ConfigError("model.path", model.path, f"{bound}: {get_first_line(error)}") from error
 
         check_examples_independent(base, run, places=blank.shape[1])
 
@@ -124,7 +124,7 @@ class Image(Text):
         return tuple(found)
 
     def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        return random_image_field(draw) if role == "image" else None
+        return generate_image_field(draw) if role == "image" else None
 
     def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("peft", "safetensors")

@@ -84,22 +84,22 @@ def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
     0.3333333333333333
     """
     counts = (np.bincount(one, minlength=num_labels) for one in (truth[truth == predicted], truth, predicted))
-    return float(_f1(*counts).mean())
+    return float(_compute_f1(*counts).mean())
 
 
 def multilabel_macro_f1(truth: Marks, predicted: Marks) -> float:
     """Compute the macro F1 of multi-label predictions."""
-    return float(_f1((truth & predicted).sum(axis=0), truth.sum(axis=0), predicted.sum(axis=0)).mean())
+    return float(_compute_f1((truth & predicted).sum(axis=0), truth.sum(axis=0), predicted.sum(axis=0)).mean())
 
 
 def micro_f1(truth: Marks, predicted: Marks) -> float:
     """Compute F1 over all pairs of a record and a label, in [0, 1]; 0 if there is neither a true nor a predicted
     label.
     """
-    return float(_f1((truth & predicted).sum(), truth.sum(), predicted.sum()))
+    return float(_compute_f1((truth & predicted).sum(), truth.sum(), predicted.sum()))
 
 
-def _f1(right: npt.ArrayLike, true: npt.ArrayLike, said: npt.ArrayLike) -> Floats:
+def _compute_f1(right: npt.ArrayLike, true: npt.ArrayLike, said: npt.ArrayLike) -> Floats:
     # 2 TP + FP + FN is the number of predictions of a class plus the number of its true records.
     found: Floats = 2.0 * np.asarray(right) / np.maximum(np.asarray(true) + np.asarray(said), 1)
     return found
@@ -109,7 +109,7 @@ def class_scores(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tu
     """Compute precision, recall and F1 of each label, in the order of the labels."""
     right, true, said = (one.sum(axis=0) for one in (truth & predicted, truth, predicted))
     precision, recall = right / np.maximum(said, 1), right / np.maximum(true, 1)
-    figures = zip(labels, precision, recall, _f1(right, true, said), true, strict=True)
+    figures = zip(labels, precision, recall, _compute_f1(right, true, said), true, strict=True)
     return tuple(
         ClassScores(label=label, precision=float(p), recall=float(r), f1=float(f), support=int(count))
         for label, p, r, f, count in figures

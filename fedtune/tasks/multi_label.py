@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
-from fedtune.tasks.pooled import LabelTask, TargetOf, format_labels, place_of
+from fedtune.tasks.pooled import LabelTask, TargetOf, find_label_index, format_labels
 
 MOST_LABELS = 1_000
 """A record keeps a byte for each: with more, a lead could choose how many records of a label a site has memory for."""
@@ -51,7 +51,7 @@ class MultiLabel(LabelTask):
         def mark_labels(record: Record) -> npt.NDArray[np.int8]:
             found = np.zeros(len(places), dtype=np.int8)
             for label in split_labels(record.fields["labels"], separator=data.label_separator):
-                found[place_of(label, places, record, role="labels")] = 1
+                found[find_label_index(label, places, record, role="labels")] = 1
             return found
 
         return mark_labels

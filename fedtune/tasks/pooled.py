@@ -266,7 +266,7 @@ class OneLabelTask(LabelTask):
 
     def target(self, data: DataSpec) -> TargetOf:
         places = {label: place for place, label in enumerate(data.labels)}
-        return lambda record: place_of(record.fields["label"], places, record, role="label")
+        return lambda record: find_label_index(record.fields["label"], places, record, role="label")
 
     def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return data.labels[draw(len(data.labels))] if role == "label" else None
@@ -293,7 +293,7 @@ def compute_binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Te
     return each.reshape(logits.shape).mean(dim=1)
 
 
-def place_of(label: str, places: Mapping[str, int], record: Record, *, role: str) -> int:
+def find_label_index(label: str, places: Mapping[str, int], record: Record, *, role: str) -> int:
     """The place of a record's label among the declared ones.
 
     The DataError about one that nobody declared does not name it: with another column for it, what is there is a

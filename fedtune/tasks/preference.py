@@ -89,7 +89,7 @@ class Preference(CausalLM):
         return super().input_columns(data) or {"messages": "messages"}
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return make_validator(_pair_splitter(data))
+        return make_validator(_make_pair_splitter(data))
 
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
@@ -103,7 +103,7 @@ class Preference(CausalLM):
             ConfigError: as in causal_lm.
             DataError: as in causal_lm, or a record is not a pair.
         """
-        layout, both = ExampleFormat.from_tokenizer(tokenizer, data), _pair_splitter(data)
+        layout, both = ExampleFormat.from_tokenizer(tokenizer, data), _make_pair_splitter(data)
         lenient = lenient_within is not None
         examples = build_examples(layout, (one for record in records for one in both(record)), lenient=lenient)
         encoded = layout.encode_examples(examples, tokenizer, within=lenient_within)
@@ -123,7 +123,7 @@ class Preference(CausalLM):
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
         """Return the prompts and the chosen answers."""
-        chosen = [_pair_splitter(data)(record)[0] for record in records]
+        chosen = [_make_pair_splitter(data)(record)[0] for record in records]
         return super().prompts_and_references(chosen, tokenizer, data=data)
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
@@ -134,11 +134,11 @@ class Preference(CausalLM):
         """Compute each pair's loss separately, because the rounding of a vectorized loss may depend on the vector's
         length.
         """
-        margins = (margin for margin, _ in self._reward_margins(model, batch))
+        margins = (margin for margin, _ in self._compute_reward_margins(model, batch))
         return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin in margins])
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        margins, lengths = zip(*self._reward_margins(model, batch), strict=True)
+        margins, lengths = zip(*self._compute_reward_margins(model, batch), strict=True)
         found = torch.stack(margins)
         return {
             "loss": -torch.nn.functional.logsigmoid(found),
@@ -165,7 +165,7 @@ class Preference(CausalLM):
 
         `accuracy`: the share of pairs whose chosen answer has the larger reward; a tie counts as one half, so that the
         base has 0.5.  `margin`: the mean difference of the rewards.  Both also with the suffix `_length_controlled`,
-        see `length_controlled_mean`.  `loss`: the mean loss.
+        see `compute_length_controlled_mean`.  `loss`: the mean loss.
         """
         told = figures["learned"] > 0
         told |= not told.any()  # a bootstrap sample without such pairs: all count as ties
@@ -173,13 +173,13 @@ class Preference(CausalLM):
         right = np.where(np.abs(margins) <= _TIE * self.own.beta, 0.5, margins > 0)
         return {
             "accuracy": float(right.mean()),
-            "accuracy_length_controlled": length_controlled_mean(right, longer, neutral=0.5),
+            "accuracy_length_controlled": compute_length_controlled_mean(right, longer, neutral=0.5),
             "margin": float(margins.mean()),
-            "margin_length_controlled": length_controlled_mean(margins, longer, neutral=0.0),
+            "margin_length_controlled": compute_length_controlled_mean(margins, longer, neutral=0.0),
             "loss": float(figures["loss"][told].mean()),
         }
 
-    def _reward_margins(self, model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+    def _compute_reward_margins(self, model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
         """For each pair, the reward of the chosen answer minus that of the rejected one, and both answers' tokens."""
         assert batch.reference is not None, "what the base says of a pair is known before its loss"
         rows = sum_token_losses(model, batch)
@@ -191,7 +191,7 @@ class Preference(CausalLM):
             yield self.own.beta * (gains[0] - gains[1]), lengths
 
 
-def length_controlled_mean(
+def compute_length_controlled_mean(
     values: npt.NDArray[np.float64], longer: npt.NDArray[np.float64], *, neutral: float
 ) -> float:
     """Average over pairs, controlling for length, so that a model that only considers length gains nothing.
@@ -213,7 +213,7 @@ def length_controlled_mean(
     return float((alike.sum() + unlike * (len(above) + len(below))) / len(values))
 
 
-def _pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
+def _make_pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
     """Return a function that converts a pair to two causal_lm records, one per answer.
 
     The function raises a DataError if the record is not a pair.

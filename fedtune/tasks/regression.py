@@ -37,7 +37,7 @@ class Regression(PooledTask):
 
     def target(self, data: DataSpec) -> TargetOf:
         bounds = require_target_range(data)
-        middle, half = _middle_and_half(bounds)
+        middle, half = _compute_middle_and_half(bounds)
         return lambda record: (read_target_number(record, bounds) - middle) / half
 
     def num_outputs(self, spec: TaskModelSpec) -> int:
@@ -79,7 +79,7 @@ class Regression(PooledTask):
     def readout_layers(self, model: Model) -> Readout:
         """Return the head, with the scaling to the range folded into its last layer."""
         ((weight, _),) = super().readout_layers(model)
-        middle, half = _middle_and_half(model.spec.target_range)
+        middle, half = _compute_middle_and_half(model.spec.target_range)
         return ((half * weight, weight.new_full((1,), middle)),)
 
     def exported_output(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Regression(PooledTask):
         return draws.uniform(-1, 1, size=len(input_ids)).astype(np.float32)
 
 
-def _middle_and_half(bounds: tuple[float, float] | None) -> tuple[float, float]:
+def _compute_middle_and_half(bounds: tuple[float, float] | None) -> tuple[float, float]:
     """Return the middle of the range, and half its width."""
     assert bounds is not None, "as in the settings of the data"
     low, high = bounds
@@ -98,5 +98,5 @@ def _middle_and_half(bounds: tuple[float, float] | None) -> tuple[float, float]:
 
 def _to_target_units(scaled: torch.Tensor, spec: TaskModelSpec) -> torch.Tensor:
     """Convert from units of half the range's width to the target's own unit."""
-    middle, half = _middle_and_half(spec.target_range)
+    middle, half = _compute_middle_and_half(spec.target_range)
     return middle + half * scaled

@@ -133,7 +133,7 @@ class SavedAdapter:
         except ConfigError as error:
             raise ConfigError("model.adapter", name, f"must be a saved adapter ({error})") from error
 
-    def _invalid_adapter(self, bound: str) -> ConfigError:
+    def _build_invalid_adapter_error(self, bound: str) -> ConfigError:
         return ConfigError("adapter", str(self.folder), bound)
 
     @cached_property
@@ -150,11 +150,11 @@ class SavedAdapter:
         for name in [name for name, is_wanted in wanted.items() if is_wanted]:
             file = self.folder / f"{name}.safetensors"
             if not file.is_file():
-                raise self._invalid_adapter(f"has no {file.name} with the adapter's tensors")
+                raise self._build_invalid_adapter_error(f"has no {file.name} with the adapter's tensors")
             try:
                 read[name] = load_file(file)
             except (OSError, SafetensorError) as error:
-                raise self._invalid_adapter("has a damaged file of the adapter's tensors") from error
+                raise self._build_invalid_adapter_error("has a damaged file of the adapter's tensors") from error
         tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
         tensors |= read["offsets"]
         if lora.effective_rank not in {1, *(length for array in tensors.values() for length in array.shape)}:
@@ -167,9 +167,9 @@ class SavedAdapter:
         try:
             digest = Adapter(trained).digest()
         except AdapterError as error:
-            raise self._invalid_adapter(f"must contain an adapter's tensors: {error}") from None
+            raise self._build_invalid_adapter_error(f"must contain an adapter's tensors: {error}") from None
         if digest != self.digest:
-            raise self._invalid_adapter(f"must contain the tensors with the digest in its {_SETTINGS}")
+            raise self._build_invalid_adapter_error(f"must contain the tensors with the digest in its {_SETTINGS}")
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
@@ -187,7 +187,7 @@ class SavedAdapter:
         """
         (tensors, head), constants = self.tensors, dict(model.named_buffers(recurse=False))
         trained = {_HEAD + name: array for name, array in head.items() if name not in constants}
-        copy_tensors(tensors | trained, model.adapter_parameters())
+        copy_tensors(tensors | trained, model.collect_adapter_parameters())
         copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
 
     def require_same_model(self, other: TaskModelSpec) -> None:
@@ -199,7 +199,7 @@ class SavedAdapter:
         """
         for key, was, now in _list_differing_settings(_MEANING, self.spec, other):
             difference = f"{_MEANING[key]} is {format_value(was, 30)}, not {format_value(now, 30)}"
-            raise self._invalid_adapter(f"was tuned on a different model: {difference}")
+            raise self._build_invalid_adapter_error(f"was tuned on a different model: {difference}")
 
     def can_reuse_head(self, spec: TaskModelSpec) -> bool:
         """Whether a run of this model, which may declare more labels, can reuse the head; otherwise its head starts
@@ -229,7 +229,7 @@ class SavedAdapter:
             bound = f"must have the run's task and LoRA settings: {'; '.join(found)}"
             raise ConfigError("model.adapter", str(self.folder), bound)
 
-    def initial_adapter_for(self, model: TaskModel) -> Adapter:
+    def find_initial_adapter(self, model: TaskModel) -> Adapter:
         """Return the adapter with which a run of `model` starts.
 
         Raises:
@@ -240,7 +240,7 @@ class SavedAdapter:
         if was != now:
             bound = f"was tuned for base model {was}, but the run's is {now}"
             raise ConfigError("model.adapter", str(self.folder), bound)
-        parameters = model.adapter_parameters()
+        parameters = model.collect_adapter_parameters()
         try:
             tensors, own = self.tensors
             saved = tensors | {_HEAD + name: one for name, one in own.items() if name not in _CONSTANTS}
@@ -289,7 +289,7 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, private: bo
 
 def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
     """Write the adapter's files into an existing folder."""
-    tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
+    tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.collect_adapter_parameters().items()}
     head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
     head |= {name: constant.cpu().numpy() for name, constant in model.named_buffers(recurse=False)}
     offsets = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".scales.offset")}

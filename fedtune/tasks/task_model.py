@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from fedtune.data.batching import Batch
-from fedtune.model.layers import FrozenPrefix, OutputLayer, adapters_disabled, checkpoint_layers, find_layer_stack
+from fedtune.model.layers import FrozenPrefix, OutputLayer, checkpoint_layers, find_layer_stack, suspend_adapters
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks.base import Task
 from fedtune.tasks.inputs import Row, get_input_for
@@ -81,7 +81,7 @@ class TaskModel(nn.Module):
         """
         if not self.task.has_reference:
             return None
-        with torch.no_grad(), self._prefix.use_states(batch.prefix), adapters_disabled(self.base):
+        with torch.no_grad(), self._prefix.use_states(batch.prefix), suspend_adapters(self.base):
             return self.task.reference(self, batch)
 
     def _add_reference(self, batch: Batch) -> Batch:
@@ -89,7 +89,7 @@ class TaskModel(nn.Module):
             return batch
         return replace(batch, reference=self.reference(batch))
 
-    def frozen_states(self, batch: Batch) -> torch.Tensor | None:
+    def compute_frozen_states(self, batch: Batch) -> torch.Tensor | None:
         """Compute the output of the layers below the first trained one, (n, t, h), which does not depend on the
         adapter.
 
@@ -126,7 +126,7 @@ class TaskModel(nn.Module):
         """Generate random inputs of these lengths, for trials of the model."""
         return get_input_for(self.spec).made_up(self.base, lengths, draws)
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+    def collect_adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return all adapter and head tensors by their public names, sorted by name; frozen ones too.
 
         The names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), "....scales.offset" for
@@ -143,20 +143,20 @@ class TaskModel(nn.Module):
         """Return the tensors that are trained and released, sorted by name, including those that are frozen in this
         round.
         """
-        rests = self.spec.lora.frozen_name_part(self.round) if self.round else None
-        parameters = self.adapter_parameters().items()
+        rests = self.spec.lora.get_frozen_name_part(self.round) if self.round else None
+        parameters = self.collect_adapter_parameters().items()
         return {name: one for name, one in parameters if one.requires_grad or (rests and rests in name)}
 
-    def active_parameters(self) -> dict[str, nn.Parameter]:
+    def list_active_parameters(self) -> dict[str, nn.Parameter]:
         """Return the tensors that are clipped, noised and updated: all trained tensors, unless A and B alternate by
         round.
         """
-        return {name: one for name, one in self.adapter_parameters().items() if one.requires_grad}
+        return {name: one for name, one in self.collect_adapter_parameters().items() if one.requires_grad}
 
     @contextmanager
     def freeze_for_round(self, round: int) -> Iterator[None]:
         """Freeze the tensors that do not train in this round (counted from 1) for the duration of the block."""
-        rests = self.spec.lora.frozen_name_part(round)
+        rests = self.spec.lora.get_frozen_name_part(round)
         resting = [one for name, one in self.trainable().items() if rests and rests in name]
         self.round = round
         try:

@@ -23,9 +23,16 @@ import numpy.typing as npt
 
 from fedtune.data.batching import Batch
 from fedtune.data.records import Record, make_validator
-from fedtune.data.span_formats import entities_from_tags
+from fedtune.data.span_formats import decode_tags
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenization import UNSUPERVISED, Targets, TextDataset, Tokenizer, encode_words, max_characters
+from fedtune.data.tokenization import (
+    UNSUPERVISED,
+    Targets,
+    TextDataset,
+    Tokenizer,
+    compute_max_characters,
+    encode_words,
+)
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -33,7 +40,7 @@ from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task
 from fedtune.tasks.inputs import require_no_label_texts
 from fedtune.tasks.measures import Detail, Entity, Floats
-from fedtune.tasks.pooled import place_of
+from fedtune.tasks.pooled import find_label_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,9 +121,9 @@ class TokenClassification(Task):
         text that cannot be encoded are unused.
         """
         read = [*map(make_marks_reader(data), records)]
-        before, behind = _surrounding_tokens(tokenizer)
-        room, step, most = _window_sizes(data, len(before) + len(behind))
-        texts = [text[: max_characters(most)] for text, _ in read]
+        before, behind = _find_surrounding_tokens(tokenizer)
+        room, step, most = _compute_window_sizes(data, len(before) + len(behind))
+        texts = [text[: compute_max_characters(most)] for text, _ in read]
         input_ids: list[npt.NDArray[np.int32]] = []
         targets: list[npt.NDArray[np.int64]] = []
         encoded = encode_words(texts, tokenizer, max_length=most, within=lenient_within)
@@ -214,8 +221,8 @@ class TokenClassification(Task):
         assert isinstance(rows, tuple), "each token has a target"
         each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
         said = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
-        *_, most = _window_sizes(data, sum(map(len, _surrounding_tokens(tokenizer))))
-        _, words = next(encode_words([asked[: max_characters(most)]], tokenizer, max_length=most))
+        *_, most = _compute_window_sizes(data, sum(map(len, _find_surrounding_tokens(tokenizer))))
+        _, words = next(encode_words([asked[: compute_max_characters(most)]], tokenizer, max_length=most))
         words = [word for word in words if word != _NO_WORD]
         found: list[dict[str, Any]] = []
         marked = asked
@@ -346,9 +353,11 @@ def make_marks_reader(data: DataSpec) -> Callable[[Record], Marked]:
             raise DataError(record.at("tags"), "another number of tags", "must have one tag per token")
         if "" in tags:
             raise DataError(record.at("tags"), "a blank tag", "must be O, or a type name after B- or I-")
-        entities, _ = entities_from_tags(tags, places)
+        entities, _ = decode_tags(tags, places)
         starts = [0, *accumulate(len(token) + 1 for token in tokens)]
-        found = ((starts[a], starts[b] - 1, place_of(name, places, record, role="tags")) for a, b, name in entities)
+        found = (
+            (starts[a], starts[b] - 1, find_label_index(name, places, record, role="tags")) for a, b, name in entities
+        )
         return " ".join(tokens), list(found)
 
     def read_spans(record: Record) -> Marked:
@@ -365,7 +374,7 @@ def make_marks_reader(data: DataSpec) -> Callable[[Record], Marked]:
             if start == stop:
                 bound = "must have 0 <= start < end <= the length of its text"
                 raise DataError(at, "a span outside the text", bound)
-            entities.append((start, stop, place_of(name, places, record, role="spans")))
+            entities.append((start, stop, find_label_index(name, places, record, role="spans")))
         entities.sort()
         if any(one[1] > other[0] for one, other in pairwise(entities)):
             raise DataError(at, "spans that overlap", "must not overlap: a word has one label")
@@ -374,7 +383,7 @@ def make_marks_reader(data: DataSpec) -> Callable[[Record], Marked]:
     return read_spans if "text" in data.columns else read_tokens
 
 
-def _window_sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
+def _compute_window_sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
     """Return the tokens per window, the offset between windows, and the tokens of a record that fit into all
     windows.
     """
@@ -383,7 +392,7 @@ def _window_sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
     return room, step, room + (data.windows - 1) * step
 
 
-def _surrounding_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _find_surrounding_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
     inner, whole = (tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True))
     first = next((place for place in range(len(whole)) if whole[place : place + len(inner)] == inner), len(whole))

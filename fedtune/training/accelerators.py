@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from fedtune.model.hf_logging import first_line
+from fedtune.model.hf_logging import get_first_line
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def _has_float64(device: str) -> bool:
     try:
         return bool((torch.ones(2, dtype=torch.float64, device=device) + 1).sum() == 4)
     except (TypeError, RuntimeError) as error:  # also a driver that fails, or no kernels for this device
-        log.warning("the device %r is not used, because it has no float64: %s", device, first_line(error))
+        log.warning("the device %r is not used, because it has no float64: %s", device, get_first_line(error))
         return False
 
 

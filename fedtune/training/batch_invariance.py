@@ -24,12 +24,12 @@ import torch
 from fedtune.data import Batch, Part, Shapes, TextDataset
 from fedtune.data.batching import isolate_example
 from fedtune.model.adapter import Adapter
-from fedtune.model.hf_logging import first_line
+from fedtune.model.hf_logging import get_first_line
 from fedtune.model.quantized import FourBit
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.accelerators import total_memory
-from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, clipped_contributions, zero_sums
+from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, compute_clipped_contributions, make_zero_sums
 from fedtune.training.examples import SiteExamples, Told, ignore_progress
 from fedtune.training.machine import measure_model_bytes, measure_peak_bytes
 from fedtune.training.per_example import PerExampleGradients, record_gradients
@@ -95,16 +95,16 @@ def max_batch_influence(
         made.tried, made.see = lambda: told(next(numbers), total), see
         return made
 
-    with _restoring_adapter(model), _convert_model_errors(model, shapes):
+    with _restore_adapter_afterwards(model), _convert_model_errors(model, shapes):
         _randomize_adapter(model, draws)
-        moved = trial().max_influence(max_grad_norm) if weights_chosen else 0.0
+        moved = trial().measure_max_influence(max_grad_norm) if weights_chosen else 0.0
         with _randomize_weights(model, draws) if weights_chosen else nullcontext():
             last = trial()
-            return max(moved, last.max_influence(max_grad_norm), last.max_influence_of_row(max_grad_norm))
+            return max(moved, last.measure_max_influence(max_grad_norm), last.measure_row_influence(max_grad_norm))
 
 
 @contextmanager
-def _restoring_adapter(model: TaskModel) -> Iterator[None]:
+def _restore_adapter_afterwards(model: TaskModel) -> Iterator[None]:
     before = Adapter.from_task_model(model)
     try:
         yield
@@ -120,10 +120,10 @@ def _convert_model_errors(model: TaskModel, shapes: Shapes) -> Iterator[None]:
     except ConfigError:
         raise
     except torch.OutOfMemoryError as error:
-        bound = f"must be smaller: the device is out of memory for this micro-batch ({first_line(error)})"
+        bound = f"must be smaller: the device is out of memory for this micro-batch ({get_first_line(error)})"
         raise ConfigError("runtime.micro_batch_tokens", shapes.max_tokens, bound) from None
     except Exception as error:
-        bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {first_line(error)}"
+        bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {get_first_line(error)}"
         raise ConfigError("model.path", model.spec.model.path, bound) from error
 
 
@@ -146,23 +146,23 @@ def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_st
 
     def measure_needed(rows: int, length: int) -> int:
         room = shapes.capacity(length, rows)
-        made_up = _make_longest(model, shapes.longest_record(length), draws).select_examples([0] * room)
+        made_up = _make_longest(model, shapes.compute_longest_record(length), draws).select_examples([0] * room)
         examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
         part = Part(np.arange(room), rows, length)
         return measure_peak_bytes(lambda: _run_full_step(model, examples, part, keeps_states), model.device)
 
     with _convert_model_errors(model, shapes):
-        most_rows = tuple(_max_rows(most_bytes, shapes, length, measure_needed) for length in shapes.lengths)
+        most_rows = tuple(_compute_max_rows(most_bytes, shapes, length, measure_needed) for length in shapes.lengths)
     return replace(shapes, most_rows=most_rows)
 
 
-def _max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Callable[[int, int], int]) -> int:
+def _compute_max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Callable[[int, int], int]) -> int:
     """Return the most rows of a micro-batch of this length that fit; `needed` measures the bytes for a number of rows.
 
     Raises:
         ConfigError: for `runtime.step_mib`: the smallest micro-batch needs more.
     """
-    fewest, rows = shapes.min_rows(length), shapes.rows(length)[0]
+    fewest, rows = shapes.compute_min_rows(length), shapes.rows(length)[0]
     if (twice := needed(2 * fewest, length)) * rows <= most_bytes * 2 * fewest:
         return rows  # more than enough, since what does not grow with the rows is counted several times
     if (least := needed(fewest, length)) > most_bytes:
@@ -188,11 +188,11 @@ def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_s
         examples.keep_frozen_states(model, parts=[part], lenient=False)
     examples.keep_reference(model, parts=[part], lenient=False)
     with record_gradients(model) as gradients:
-        batch, sums = examples.batch(part), zero_sums(model.trainable())
-        gradients.of_all(batch)
-        nothing = gradients.of_all(isolate_example(batch, None))
+        batch, sums = examples.batch(part), make_zero_sums(model.trainable())
+        gradients.compute_all_gradients(batch)
+        nothing = gradients.compute_all_gradients(isolate_example(batch, None))
         gathered = {name: one.clone() for name, one in nothing.items()}
-        gradients.of_all(isolate_example(batch, 0))
+        gradients.compute_all_gradients(isolate_example(batch, 0))
         del nothing
         for unusable in (slice(1), slice(None)):
             next(iter(gathered.values()))[unusable] = torch.nan
@@ -240,23 +240,23 @@ class _Trial:
         self._places: dict[int, npt.NDArray[np.int64]] = {}
         lengths: list[int] = []
         for number, length in enumerate(shapes.lengths):
-            most, room = shapes.longest_record(length), self._max_room(length)
+            most, room = shapes.compute_longest_record(length), self._compute_max_room(length)
             least = shapes.lengths[number - 1] if number else 1
             self._places[length] = np.arange(len(lengths), len(lengths) + room)
             # The longest first; it is left out of the other companies, for models that choose by the longest example.
             lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
         made_up = _make_dummy_examples(model, draw_text_lengths(lengths, model.spec.texts, draws), draws)
-        self._whole = {length: self._full_part(places, length) for length, places in self._places.items()}
+        self._whole = {length: self._make_full_part(places, length) for length, places in self._places.items()}
         self._smaller = {length: tuple(self._regroup(places, length)) for length, places in self._places.items()}
         # What the frozen base makes of the examples has the same two companies.
         self._examples = self._prepare_examples(made_up, self._whole.values())
         self._again = self._prepare_examples(made_up, (part for parts in self._smaller.values() for part in parts))
 
-    def _full_part(self, places: npt.NDArray[np.int64], length: int) -> Part:
+    def _make_full_part(self, places: npt.NDArray[np.int64], length: int) -> Part:
         """Return a micro-batch with as many examples as it may have."""
         return Part(places, self._shapes.rows(length)[0], length)
 
-    def _max_room(self, length: int) -> int:
+    def _compute_max_room(self, length: int) -> int:
         return self._shapes.capacity(length, self._shapes.rows(length)[0])
 
     def _prepare_examples(self, dataset: TextDataset, parts: Iterable[Part]) -> SiteExamples:
@@ -267,18 +267,20 @@ class _Trial:
         examples.keep_reference(self._model, parts=parts, lenient=False)
         return examples
 
-    def max_influence(self, max_grad_norm: float) -> float:
+    def measure_max_influence(self, max_grad_norm: float) -> float:
         """Return the largest change of a contribution between one full micro-batch and smaller ones, in clip norms."""
         with record_gradients(self._model) as gradients:
-            return max(self._influence_at_length(gradients, length, max_grad_norm) for length in self._shapes.lengths)
+            return max(
+                self._measure_influence_at_length(gradients, length, max_grad_norm) for length in self._shapes.lengths
+            )
 
-    def _influence_at_length(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
+    def _measure_influence_at_length(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
         whole = self._compute_contributions(gradients, self._examples.batch(self._whole[length]), max_grad_norm)
         moved = 0.0
         for part in self._smaller[length]:
             other = self._compute_contributions(gradients, self._again.batch(part), max_grad_norm)
             rows = torch.from_numpy(part.places - self._places[length][0])
-            moved = max(moved, _max_difference(whole, rows, other, torch.arange(len(rows))))
+            moved = max(moved, _compute_max_difference(whole, rows, other, torch.arange(len(rows))))
         self.tried()
         return moved
 
@@ -296,20 +298,22 @@ class _Trial:
             yield Part(places[:room].copy(), rows, length)
             places = places[room:]
 
-    def max_influence_of_row(self, max_grad_norm: float) -> float:
+    def measure_row_influence(self, max_grad_norm: float) -> float:
         """Return the largest difference, in clip norms, between one example's contributions in different rows.
 
         The longest example of each length, with every token supervised, is copied to all rows: every position that a
         kernel might round differently holds a token, and only the row distinguishes the copies.
         """
-        parts = [self._full_part(np.arange(self._max_room(length)), length) for length in self._shapes.lengths]
+        parts = [
+            self._make_full_part(np.arange(self._compute_max_room(length)), length) for length in self._shapes.lengths
+        ]
         copied = [self._prepare_examples(self._make_copies(part.length), [part]) for part in parts]
         moved = 0.0
         with record_gradients(self._model) as gradients:
             for part, examples in zip(parts, copied, strict=True):
                 found = self._compute_contributions(gradients, examples.batch(part), max_grad_norm)
                 rows = torch.from_numpy(part.places)
-                moved = max(moved, _max_difference(found, rows, found, torch.zeros_like(rows)))
+                moved = max(moved, _compute_max_difference(found, rows, found, torch.zeros_like(rows)))
                 self.tried()
         return moved
 
@@ -317,16 +321,19 @@ class _Trial:
         """Compute gradients and contributions on the model's device, clipped with the same rows together as in a
         step.
         """
-        there = gradients.of_all(batch)
+        there = gradients.compute_all_gradients(batch)
         chosen = {} if self._model.decided_by is None else {_DECIDED_BY: self._model.decided_by}
-        found = {name: one.cpu() for name, one in (there | chosen).items()}, clipped_contributions(there, max_grad_norm)
+        found = (
+            {name: one.cpu() for name, one in (there | chosen).items()},
+            compute_clipped_contributions(there, max_grad_norm),
+        )
         for one in found:
             self.see(one)
         return found
 
     def _make_copies(self, length: int) -> TextDataset:
-        return _make_longest(self._model, self._shapes.longest_record(length), self._draws).select_examples(
-            [0] * self._max_room(length)
+        return _make_longest(self._model, self._shapes.compute_longest_record(length), self._draws).select_examples(
+            [0] * self._compute_max_room(length)
         )
 
 
@@ -334,7 +341,7 @@ _Added: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 """Gradients of n examples and what was chosen by, by name; what each adds (`dp_step.contributions`); on the CPU."""
 
 
-def _max_difference(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
+def _compute_max_difference(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
     """Return the largest difference, in clip norms, between contributions of the same examples.
 
     The examples are in `rows` of `one`, and in `others` of `other`.

@@ -5,7 +5,7 @@ takes the step, exactly as at a site with one device.  Every other device has a 
 model and its share of the records.  For each step such a process receives the adapter's values and the sampled units of
 its share, and returns one sum of integers.  It has no access to noise, ledger, key or policy.
 
-Guarantee: a step is bit-identical to a step on one device.  Each unit is on one device (`examples.device_rank`), the
+Guarantee: a step is bit-identical to a step on one device.  Each unit is on one device (`examples.assign_device`), the
     step checks that every sampled unit was added once, integer addition is exact in any order, and devices that compute
     dummy examples differently from the first one are refused.  If a process fails or sends nothing for `MOST_WAIT_S`,
     the round ends with an error before any noise is added, so that nothing is released.
@@ -40,7 +40,7 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Shapes
-from fedtune.model.hf_logging import first_line
+from fedtune.model.hf_logging import get_first_line
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
@@ -48,8 +48,8 @@ from fedtune.system import UNIX_SOCKETS
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products
 from fedtune.training.batch_invariance import max_batch_influence
-from fedtune.training.dp_step import TensorSums, UnitGradients, add_batches, zero_sums
-from fedtune.training.examples import Places, SiteExamples, Told, Units, device_rank, ignore_progress
+from fedtune.training.dp_step import TensorSums, UnitGradients, add_batches, make_zero_sums
+from fedtune.training.examples import Places, SiteExamples, Told, Units, assign_device, ignore_progress
 from fedtune.training.machine import prepare_model, resolve_device
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import RuntimeSpec
@@ -120,7 +120,7 @@ class Devices:
 
     def __init__(self, model: TaskModel, spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int) -> None:
         self.model = model
-        self._places, self._facts = devices_for_run(runtime), (spec, runtime, max_length)
+        self._places, self._facts = choose_run_devices(runtime), (spec, runtime, max_length)
         self._load = partial(_load_on_device, spec, runtime, max_length)
         self._numbers = count()
         self._crew = _Crew(self._places[1:], self._load)
@@ -132,7 +132,7 @@ class Devices:
         return len(self._places)
 
     def start_trials(self, trial: DeviceTrial, first: Outcome) -> None:
-        """Start the trial of the first device on all other devices; `ready_crew` checks the outcome.
+        """Start the trial of the first device on all other devices; `prepare_crew` checks the outcome.
 
         The trial is repeated whenever the processes are restarted.
 
@@ -140,9 +140,9 @@ class Devices:
             RunError: the process of a device failed.
         """
         self._trial, self._expected = trial, first.bits
-        self._crew.ask_all(_Device.trial_bits, trial, first.seed)
+        self._crew.ask_all(_Device.compute_trial_bits, trial, first.seed)
 
-    def ready_crew(self) -> _Crew:
+    def prepare_crew(self) -> _Crew:
         """Return the processes of the other devices, restarted after a failure and checked.
 
         Raises:
@@ -211,7 +211,7 @@ class DividedUnits(Units):
 
     def _send_shares(self) -> _Crew:
         """Return the other devices' processes, after sending each of them its share of the units."""
-        crew = self._devices.ready_crew()
+        crew = self._devices.prepare_crew()
         if crew is not self._crew:
             self._records = [self._own_records]
             for rank in range(1, len(self._devices)):
@@ -246,7 +246,7 @@ class DividedUnits(Units):
         """Return for each device the record indices of its sampled units, relative to the device's own share."""
         by_rank: list[list[Places]] = [[] for _ in self._records]
         for unit, records in zip(sampled.tolist(), drawn, strict=True):
-            rank = device_rank(unit, len(self._devices))
+            rank = assign_device(unit, len(self._devices))
             by_rank[rank].append(np.searchsorted(self._records[rank], records).astype(np.int64))
         return by_rank
 
@@ -274,7 +274,7 @@ class DividedUnits(Units):
         raise AssertionError("a step without privacy is taken on one device")
 
 
-def devices_for_run(runtime: RuntimeSpec) -> list[torch.device]:
+def choose_run_devices(runtime: RuntimeSpec) -> list[torch.device]:
     """Return the devices of a run, the first one first; several "devices" on a CPU are processes that share it.
 
     Raises:
@@ -341,7 +341,7 @@ class _Crew:
             _, pipe = self._members[rank - 1]
             pipe.send((what, about, tuple(self.forgotten)))
         except OSError as error:
-            self._fail(first_line(error))
+            self._fail(get_first_line(error))
         self._asked.append(rank)
 
     def ask_all(self, what: Callable[..., Any], *about: Any) -> None:
@@ -398,7 +398,7 @@ class _Device:
         self._model, self._at_work = model, at_work
         self._units: dict[int, _Examples] = {}
 
-    def trial_bits(self, trial: DeviceTrial, seed: int) -> str:
+    def compute_trial_bits(self, trial: DeviceTrial, seed: int) -> str:
         return trial.run_trial(self._model, seed).bits
 
     def hold_units(self, number: int, units: _Examples) -> None:
@@ -423,7 +423,7 @@ class _Device:
         units = self._units[number]
         _copy_values(self._model.trainable(), torch.from_numpy(values))
         with self._model.freeze_for_round(round), record_gradients(self._model) as gradients:
-            sums = zero_sums(self._model.active_parameters())
+            sums = make_zero_sums(self._model.list_active_parameters())
             count = add_batches(
                 sums, units.gradients(gradients), self._report_progress(units.cut_drawn(drawn)), max_grad_norm
             )
@@ -456,7 +456,7 @@ def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device
             orders.send((True, what(device, *about)))
     except Exception as error:
         with suppress(OSError):  # there is nobody to be told
-            orders.send((False, f"{type(error).__name__}: {first_line(error)}"))
+            orders.send((False, f"{type(error).__name__}: {get_first_line(error)}"))
 
 
 def _load_on_device(spec: TaskModelSpec, runtime: RuntimeSpec, max_length: int, place: torch.device) -> TaskModel:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, cell_width, poisson_sample
+from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, compute_cell_width, draw_poisson_sample
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.run_plan import Plan
 
@@ -64,7 +64,7 @@ class Records:
     add_others: Callable[[TensorSums, float], int] = add_nothing
 
 
-def dp_sgd_step(
+def take_dp_sgd_step(
     gradients: UnitGradients,
     records: Records,
     plan: Plan,
@@ -86,7 +86,7 @@ def dp_sgd_step(
     assert_same_tensors(parameters, optimizer)
     sums = sum_sampled_gradients(gradients, records, plan, parameters=parameters, sampling=sampling)
     noisy = add_gaussian_noise(sums, noise_multiplier=plan.noise_multiplier, stream=noise)
-    cells_in_denominator = plan.sampling_rate * records.declared_size / cell_width(plan.max_grad_norm)
+    cells_in_denominator = plan.sampling_rate * records.declared_size / compute_cell_width(plan.max_grad_norm)
     apply_gradient_sum(noisy, parameters, optimizer, denominator=cells_in_denominator)
 
 
@@ -105,15 +105,15 @@ def sum_sampled_gradients(
     Guarantee: adding or removing one unit changes the sum, for each outcome of the sampling, by a vector of L2 norm at
     most `plan.max_grad_norm`, or not at all.
     """
-    sampled = poisson_sample(records.count, plan.sampling_rate, sampling)
-    sums = zero_sums(parameters)
+    sampled = draw_poisson_sample(records.count, plan.sampling_rate, sampling)
+    sums = make_zero_sums(parameters)
     seen = add_batches(sums, gradients, records.cut(sampled), plan.max_grad_norm)
     seen += records.add_others(sums, plan.max_grad_norm)
     assert seen == len(sampled), "each sampled unit counts exactly once"
     return {name: total.cpu().numpy() for name, total in sums.items()}
 
 
-def zero_sums(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
+def make_zero_sums(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
     """Return zero sums in the parameters' shapes; they are int64, so that the order of addition does not matter."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
@@ -153,7 +153,9 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
         sums[name] += total.to(torch.int64).reshape(sums[name].shape)
 
 
-def clipped_contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
+def compute_clipped_contributions(
+    gradients: Mapping[str, torch.Tensor], max_grad_norm: float
+) -> dict[str, torch.Tensor]:
     """Return each unit's contribution to a sum: name -> (n, values), integer cells in float64, which is exact.
 
     They are computed on the gradients' device, as in `add_clipped`, and copied to the CPU one tensor at a time.
@@ -175,7 +177,7 @@ def _clip_to_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) 
     """
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
     cells = _compute_joint_norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (
-        cell_width(max_grad_norm) / bound
+        compute_cell_width(max_grad_norm) / bound
     )
     for name, gradient in gradients.items():
         yield name, _flatten_rows(gradient).div_(cells, rounding_mode="trunc")

@@ -17,7 +17,7 @@ from fedtune.data import Batch, Part, Shapes, TextDataset, collate
 from fedtune.data.batching import compute_each_alone
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.randomness import RandomStream
-from fedtune.spec import panics_as_errors
+from fedtune.spec import translate_panics
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import TensorSums, UnitGradients, add_nothing
 from fedtune.training.machine import allocate_states
@@ -35,14 +35,14 @@ def ignore_progress(done: int, total: int) -> None:
     """Ignore progress reports."""
 
 
-def device_rank(unit: int, num_devices: int) -> int:
+def assign_device(unit: int, num_devices: int) -> int:
     """Return the device of a unit, which depends only on the unit's index."""
     return unit % num_devices
 
 
-def units_on_device(rank: int, num_devices: int, count: int) -> Places:
+def select_units_on_device(rank: int, num_devices: int, count: int) -> Places:
     """Return the indices of the units on device `rank`, if `count` units are spread over all devices."""
-    return np.array([unit for unit in range(count) if device_rank(unit, num_devices) == rank], dtype=np.int64)
+    return np.array([unit for unit in range(count) if assign_device(unit, num_devices) == rank], dtype=np.int64)
 
 
 class Units(ABC):
@@ -118,7 +118,7 @@ class SiteExamples(Units):
         """Collate the records of `part` into one micro-batch, in their order."""
         batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
         if self._states is not None:
-            rows, columns, places = self._token_positions(part, batch)
+            rows, columns, places = self._list_token_positions(part, batch)
             states = self._states.new_zeros(*batch.attention_mask.shape, self._states.shape[1])  # zero where padding is
             states[rows, columns] = self._states[places]
             batch = replace(batch, prefix=states)
@@ -142,7 +142,7 @@ class SiteExamples(Units):
 
     def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, Places]:
         """Return the records of one of `num_devices` devices, and their indices."""
-        records = units_on_device(rank, num_devices, len(self))
+        records = select_units_on_device(rank, num_devices, len(self))
         return self.select_records(records, device), records
 
     def select_records(self, records: Places, device: torch.device | str) -> SiteExamples:
@@ -187,10 +187,14 @@ class SiteExamples(Units):
             return
         kept: torch.Tensor | None = None
         done = 0
-        for part in self._all_parts() if parts is None else parts:
+        for part in self._iter_all_parts() if parts is None else parts:
             batch = self.batch(part)
             # Zero for a record that cannot be computed.
-            states = _compute_each(model.frozen_states, batch, missing=0.0) if lenient else model.frozen_states(batch)
+            states = (
+                _compute_each(model.compute_frozen_states, batch, missing=0.0)
+                if lenient
+                else model.compute_frozen_states(batch)
+            )
             if states is None:
                 return
             if kept is None:
@@ -199,7 +203,7 @@ class SiteExamples(Units):
                 except OSError:
                     log.warning("the disk has no room for the outputs of the frozen layers", exc_info=True)
                     return
-            rows, columns, places = self._token_positions(part, batch)
+            rows, columns, places = self._list_token_positions(part, batch)
             usable = (states.isfinite().all(dim=-1) | (batch.attention_mask == 0)).all(dim=1)
             kept[places] = torch.where(usable[:, None, None], states, 0.0).cpu()[rows, columns]
             done += len(part.places)
@@ -224,7 +228,7 @@ class SiteExamples(Units):
         if self._reference is not None or not model.task.has_reference:
             return
         kept: torch.Tensor | None = None
-        for part in self._all_parts() if parts is None else parts:
+        for part in self._iter_all_parts() if parts is None else parts:
             batch = self.batch(part)
             found = _compute_each(model.reference, batch, missing=torch.nan) if lenient else model.reference(batch)
             assert found is not None, "a task with a reference has one for each example"
@@ -233,10 +237,10 @@ class SiteExamples(Units):
             kept[part.places] = found[: len(part.places)].cpu()
         self._reference = kept
 
-    def _all_parts(self) -> Iterator[Part]:
+    def _iter_all_parts(self) -> Iterator[Part]:
         return self.parts(np.arange(len(self), dtype=np.int64))
 
-    def _token_positions(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _list_token_positions(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return each token's row and column in the micro-batch, and its index in the cached states."""
         starts = torch.from_numpy(self._starts[part.places].ravel())
         rows, columns = batch.attention_mask[: len(starts)].cpu().nonzero(as_tuple=True)
@@ -252,7 +256,7 @@ def _compute_each(
         (rows or examples, ...), or None if `compute` returns None.
     """
     try:
-        with panics_as_errors():
+        with translate_panics():
             return compute(batch)
     except Exception:
         log.exception("the frozen model failed on a micro-batch; retrying its examples one at a time")

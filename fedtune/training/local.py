@@ -12,13 +12,13 @@ import torch
 
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import add_noise_share
-from fedtune.privacy.mechanism import poisson_sample
+from fedtune.privacy.mechanism import draw_poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import Records, dp_sgd_step, sum_sampled_gradients
+from fedtune.training.dp_step import Records, sum_sampled_gradients, take_dp_sgd_step
 from fedtune.training.examples import Units
-from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 
@@ -57,14 +57,16 @@ def train_round(
             total_steps = work.plan.num_rounds * work.plan.local_steps
             first = (work.round - 1) * work.plan.local_steps
             for number in range(first, first + work.plan.local_steps):
-                set_learning_rate(optimizer, learning_rate_factor(work.training, step=number, total_steps=total_steps))
+                set_learning_rate(
+                    optimizer, compute_learning_rate_factor(work.training, step=number, total_steps=total_steps)
+                )
                 step()
                 clamp_parameters(parameters, work.max_adapter_value)
 
         if work.plan.private:
             with record_gradients(model) as gradients:
                 take_steps(
-                    lambda: dp_sgd_step(
+                    lambda: take_dp_sgd_step(
                         units.gradients(gradients),
                         records,
                         work.plan,
@@ -112,7 +114,7 @@ def _prepare_round(
     """
     adapter.load_into(model)
     clamp_parameters(model.trainable(), work.max_adapter_value)
-    parameters = model.active_parameters()
+    parameters = model.list_active_parameters()
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
     purpose = (work.site, work.round, work.attempt)
@@ -144,8 +146,8 @@ def take_plain_step(
     optimizer: torch.optim.Optimizer,
     sampling: RandomStream,
 ) -> None:
-    """Take the step of `dp_sgd_step` without clipping and noise.  Guarantee: none."""
-    batches = records.cut(poisson_sample(records.count, plan.sampling_rate, sampling))
+    """Take the step of `take_dp_sgd_step` without clipping and noise.  Guarantee: none."""
+    batches = records.cut(draw_poisson_sample(records.count, plan.sampling_rate, sampling))
     set_mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
     optimizer.step()
 
@@ -155,6 +157,6 @@ def set_mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *,
     model.zero_grad(set_to_none=True)
     for batch in batches:
         units.add_plain_gradient(model, batch)
-    for parameter in model.active_parameters().values():
+    for parameter in model.list_active_parameters().values():
         if parameter.grad is not None:
             parameter.grad /= count

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtune import system
 from fedtune.data import Shapes, TextDataset, collate
-from fedtune.model.compatibility import max_positions
+from fedtune.model.compatibility import get_max_positions
 from fedtune.model.frozen_linear import switch_to_onednn
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import get_input_for
@@ -74,7 +74,7 @@ def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_l
         switch_to_onednn(model.base)
     if runtime.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    positions = max_positions(model.base.get_base_model())
+    positions = get_max_positions(model.base.get_base_model())
     if positions is not None and max_length > positions:
         raise ConfigError("data.max_length", max_length, f"must be at most {positions}, the maximum of the model")
     return model
@@ -122,9 +122,9 @@ def choose_num_processes(runtime: RuntimeSpec, *, gradients: float) -> int:
     return max(1, min(count_usable_cores(), _MOST_PROCESSES, _measure_memory_bytes() // _BYTES_OF_A_PROCESS))
 
 
-def micro_batch_shapes(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
+def choose_micro_batch_shapes(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
     """Return the shapes of a run's micro-batches on this machine, from public settings alone."""
-    positions = max_positions(model.base.get_base_model())
+    positions = get_max_positions(model.base.get_base_model())
     most = micro_batch_tokens(runtime, model.device) // model.spec.texts
     fixed = get_input_for(model.spec).is_fixed
     return Shapes.from_limits(max_length=max_length, max_tokens=most, positions=positions, fixed=fixed)
@@ -322,8 +322,8 @@ def measure_example_seconds(
     targets = model.task.dummy_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised
     batch = collate(TextDataset(rows, targets, model.spec.texts), range(count), pad_id=0).to(model.device)
     below = 0.0
-    if kept and (states := model.frozen_states(batch)) is not None:
-        below = _measure_seconds(model, lambda: model.frozen_states(batch))
+    if kept and (states := model.compute_frozen_states(batch)) is not None:
+        below = _measure_seconds(model, lambda: model.compute_frozen_states(batch))
         batch = replace(batch, prefix=states)
     if (reference := model.reference(batch)) is not None:
         below += _measure_seconds(model, lambda: model.reference(batch))

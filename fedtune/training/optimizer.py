@@ -14,7 +14,7 @@ def make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], spec: TrainingSpec, *, clipped: bool = True
 ) -> torch.optim.Optimizer:
     """Create an optimizer over `parameters`, with one parameter group for LoRA and one for the head."""
-    lora_rate, head_rate = spec.peak_rates(clipped=clipped)
+    lora_rate, head_rate = spec.compute_peak_rates(clipped=clipped)
     groups = [
         {"params": [p for name, p in parameters.items() if not name.startswith("head.")], "lr": lora_rate},
         {"params": [p for name, p in parameters.items() if name.startswith("head.")], "lr": head_rate},
@@ -25,7 +25,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, betas=spec.betas, weight_decay=spec.weight_decay)
 
 
-def learning_rate_factor(spec: TrainingSpec, *, step: int, total_steps: int) -> float:
+def compute_learning_rate_factor(spec: TrainingSpec, *, step: int, total_steps: int) -> float:
     """Return the factor of the peak learning rate at global `step` (from 0) of `total_steps`, in [0, 1]."""
     if step < spec.warmup_steps:
         return (step + 1) / spec.warmup_steps

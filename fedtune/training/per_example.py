@@ -21,7 +21,7 @@ from torch import nn
 from fedtune.data.batching import Batch, compute_each_alone
 from fedtune.model.frozen_linear import switch_to_onednn, uses_onednn
 from fedtune.model.ia3_and_dora import Scales
-from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.spec import ConfigError, translate_panics
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import sum_by_halves
 
@@ -39,7 +39,7 @@ class PerExampleGradients:
 
     def __init__(self, model: TaskModel) -> None:
         self._model = model
-        self._parameters = model.active_parameters()
+        self._parameters = model.list_active_parameters()
         self.found: Found = {}
 
     def of(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -57,13 +57,13 @@ class PerExampleGradients:
             ConfigError: a trainable tensor took no part in the forward pass.
         """
         try:
-            with panics_as_errors():
-                return _zero_unknown(batch, self.of_all(batch))
+            with translate_panics():
+                return _zero_unknown(batch, self.compute_all_gradients(batch))
         except ConfigError:
             raise
         except Exception:
             log.exception("a micro-batch failed; retrying its examples one at a time")
-        nothing, each = compute_each_alone(self.of_all, batch)
+        nothing, each = compute_each_alone(self.compute_all_gradients, batch)
         gradients = {name: zeros.clone() for name, zeros in nothing.items()}
         for row in range(len(batch)):
             found = next(each)
@@ -73,7 +73,7 @@ class PerExampleGradients:
             del found  # which would be there while the next one is computed; enumerate would keep it, too
         return _zero_unknown(batch, gradients)
 
-    def of_all(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def compute_all_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the gradients as `of` does, but let an example that makes the pass fail raise.
 
         Raises:
@@ -81,11 +81,11 @@ class PerExampleGradients:
         """
         try:
             self._model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
-            return self._gradients_by_name(batch)
+            return self._compute_gradients_by_name(batch)
         finally:
             self.found.clear()  # also what a pass found that failed half-way
 
-    def _gradients_by_name(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _compute_gradients_by_name(self, batch: Batch) -> dict[str, torch.Tensor]:
         gradients = {}
         for name, parameter in self._parameters.items():
             gradient = self.found.get(parameter)
@@ -135,7 +135,7 @@ def record_gradients(model: TaskModel) -> Iterator[PerExampleGradients]:
     for module in watched:
         assert type(module) in GradSampleHooks.GRAD_SAMPLERS, f"{type(module).__name__} has no per-example gradient"
         assert "forward" not in vars(module), "the model is watched already"
-    constant = nn.ModuleList(map(_constant_copy, watched))
+    constant = nn.ModuleList(map(_copy_as_constants, watched))
     if uses_onednn(model):
         switch_to_onednn(constant)
     try:
@@ -148,7 +148,7 @@ def record_gradients(model: TaskModel) -> Iterator[PerExampleGradients]:
         gradients.found.clear()
 
 
-def _constant_copy(module: nn.Module) -> nn.Module:
+def _copy_as_constants(module: nn.Module) -> nn.Module:
     """Copy the module with its parameters as constants.
 
     Otherwise every backward pass would also compute the gradient of the whole batch, which is never used.

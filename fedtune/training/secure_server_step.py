@@ -14,7 +14,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.dp_step import apply_gradient_sum
 from fedtune.training.local import clamp_parameters
-from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ State = Mapping[str, npt.NDArray[np.float32]]
 _DEVIATIONS = 8  # standard deviations: a sum of honest sites passes the bound with a probability below 1e-14
 
 
-def secure_server_step(
+def take_secure_server_step(
     adapter: Adapter,
     total: npt.NDArray[np.int64],
     state: State,
@@ -55,7 +55,7 @@ def secure_server_step(
     for name, parameter in parameters.items():
         kept = {key.partition("/")[0]: value for key, value in state.items() if key.partition("/")[2] == name}
         optimizer.state[parameter].update({key: torch.tensor(value) for key, value in kept.items()})
-    set_learning_rate(optimizer, learning_rate_factor(training, step=step, total_steps=plan.num_rounds))
+    set_learning_rate(optimizer, compute_learning_rate_factor(training, step=step, total_steps=plan.num_rounds))
     cell = plan.max_grad_norm * 2.0**-plan.secure_noise.cell_bits
     ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
     values = limit_sum_length(total, plan, sites=sites, declared_size=declared_size)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.run_plan import MORE_THAN_DECLARED, Plan
-from fedtune.training.optimizer import learning_rate_factor
+from fedtune.training.optimizer import compute_learning_rate_factor
 from fedtune.training.spec import TrainingSpec
 
 _NOISE_SIGMAS = 10.0  # standard deviations; one normal value in 1e22 lies beyond them
@@ -61,14 +61,16 @@ def bound_round_update(
     """
     trained = {name: tensor for name, tensor in sent.tensors.items() if rests is None or rests not in name}
     still = {name: tensor for name, tensor in sent.tensors.items() if name not in trained}
-    resting = {n: _max_move(training, (), 0.0, at=float(np.abs(tensor).max(initial=0))) for n, tensor in still.items()}
+    resting = {
+        n: _bound_move(training, (), 0.0, at=float(np.abs(tensor).max(initial=0))) for n, tensor in still.items()
+    }
     if not plan.private and training.optimizer == "sgd":
         return UpdateBound(value=resting | dict.fromkeys(trained, math.inf), norm=math.inf)  # nothing bounds a gradient
     head = {name: tensor for name, tensor in trained.items() if name.startswith("head.")}
     lora = {name: tensor for name, tensor in trained.items() if name not in head}
     total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
     steps = range(first, first + plan.local_steps)
-    factors = [learning_rate_factor(training, step=step, total_steps=total) for step in steps]
+    factors = [compute_learning_rate_factor(training, step=step, total_steps=total) for step in steps]
     # Of a mean gradient: the largest part of clipped units, and the standard deviation of the noise in one value.
     expected = plan.sampling_rate * declared_size
     units = MORE_THAN_DECLARED * expected + _NOISE_SIGMAS * math.sqrt(MORE_THAN_DECLARED * expected) + _NOISE_SIGMAS**2
@@ -76,21 +78,21 @@ def bound_round_update(
     noise = plan.noise_multiplier * plan.max_grad_norm / expected
     value = dict(resting)
     square = 0.0
-    for group, rate in zip((lora, head), training.peak_rates(clipped=plan.private), strict=True):
+    for group, rate in zip((lora, head), training.compute_peak_rates(clipped=plan.private), strict=True):
         flat = np.concatenate([np.zeros(1), *(tensor.ravel() for tensor in group.values())])
         rates = [rate * factor for factor in factors]
-        most = _max_move(training, rates, signal + _NOISE_SIGMAS * noise, at=float(np.abs(flat).max()))
+        most = _bound_move(training, rates, signal + _NOISE_SIGMAS * noise, at=float(np.abs(flat).max()))
         norm = math.sqrt(flat.size) * most
         if training.optimizer == "sgd":  # its step is as long as the gradient; Adam rescales each value
             length = float(np.linalg.norm(flat.astype(np.float64)))
             longest = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
-            norm = min(norm, _max_move(training, rates, longest, at=length))
+            norm = min(norm, _bound_move(training, rates, longest, at=length))
         value |= dict.fromkeys(group, most)
         square += norm**2
     return UpdateBound(value=value, norm=math.sqrt(square))
 
 
-def _max_move(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
+def _bound_move(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
     """Bound the move of a value or vector of size `at` over steps at these rates; no gradient exceeds `gradient`."""
     moved, velocity = 0.0, 0.0
     for number, rate in enumerate(rates, 1):
@@ -100,12 +102,12 @@ def _max_move(training: TrainingSpec, rates: Sequence[float], gradient: float, *
         else:
             # AdamW's decay moves towards 0, which is free; only an overshoot past 0 counts.
             beyond = rate * training.weight_decay - 1
-            moved += rate * _max_adam_ratio(training.betas, number) + (beyond * (at + moved) if beyond > 0 else 0.0)
+            moved += rate * _bound_adam_ratio(training.betas, number) + (beyond * (at + moved) if beyond > 0 else 0.0)
     return moved * (1 + _ROUNDING) + 1e-6 * (1 + at)
 
 
 @lru_cache(maxsize=4096)
-def _max_adam_ratio(betas: tuple[float, float], step: int) -> float:
+def _bound_adam_ratio(betas: tuple[float, float], step: int) -> float:
     """Return an upper bound on Adam's bias-corrected mean over root mean square, for one value after `step` steps.
 
     The bound follows from the Cauchy-Schwarz inequality on the gradients' weights in both means.

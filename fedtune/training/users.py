@@ -20,7 +20,7 @@ from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import Places, SiteExamples, Told, Units, ignore_progress, units_on_device
+from fedtune.training.examples import Places, SiteExamples, Told, Units, ignore_progress, select_units_on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ class UserExamples(Units):
 
     def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, Places]:
         """Return the users of one of `num_devices` devices, and the indices of their records."""
-        users = [self._users[place] for place in units_on_device(rank, num_devices, len(self))]
+        users = [self._users[place] for place in select_units_on_device(rank, num_devices, len(self))]
         records = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *users]))
         examples = self.examples.select_records(records, device)
         own = [np.searchsorted(records, places) for places in users]

@@ -21,7 +21,12 @@ import study
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
-from fedtune.privacy.distributed_noise import Together, combine_noise_shares, epsilons_by_adversary, min_cell_bits
+from fedtune.privacy.distributed_noise import (
+    Together,
+    combine_noise_shares,
+    compute_epsilons_by_adversary,
+    compute_min_cell_bits,
+)
 
 SITES, RATE, RELEASES, DELTA = 4, 0.3, 50, 1e-5
 BOUND = 1000  # clip norms; decides no noise
@@ -31,7 +36,9 @@ def ideal_noise(epsilon: float) -> float:
     """The least noise multiplier of one Gaussian mechanism on all records, by the fine grid, to a part in a million."""
 
     def spent(noise: float) -> float:
-        return epsilon_pld([events.dp_sgd_event(sampling_rate=RATE, noise_multiplier=noise, steps=RELEASES)], DELTA)
+        return epsilon_pld(
+            [events.build_dp_sgd_event(sampling_rate=RATE, noise_multiplier=noise, steps=RELEASES)], DELTA
+        )
 
     low, high = 0.1, 100.0
     while high / low > 1 + 1e-6:
@@ -45,9 +52,9 @@ def row(runs: Path, *, target: float, threshold: int, colluders: int) -> study.F
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=RATE, steps=RELEASES)
     sites = Together(num_sites=SITES, threshold=threshold, colluders=colluders)
     share = sites.share_for_total(total)
-    bits = min_cell_bits(share)
+    bits = compute_min_cell_bits(share)
     shared = replace(sites.with_share(share), bound=BOUND)
-    found = epsilons_by_adversary(shared, survivors={threshold: RELEASES}, sampling_rate=RATE, delta=DELTA)
+    found = compute_epsilons_by_adversary(shared, survivors={threshold: RELEASES}, sampling_rate=RATE, delta=DELTA)
     # Each share's own rounding adds a twelfth of a squared cell to what is accounted.
     rounding = math.sqrt(1 + 1 / 12 / (share * 2.0**bits) ** 2)
     of_sum = combine_noise_shares(share, threshold - colluders)

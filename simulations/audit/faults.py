@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedtune.privacy.mechanism import cell_width
+from fedtune.privacy.mechanism import compute_cell_width
 from fedtune.training import dp_step
 
 
@@ -25,7 +25,7 @@ def no_clipping() -> None:
 
     def add_clipped(sums: dict[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> None:
         for name, gradient in gradients.items():
-            sums[name] += (gradient.double() / cell_width(max_grad_norm)).round().to(torch.int64).sum(dim=0)
+            sums[name] += (gradient.double() / compute_cell_width(max_grad_norm)).round().to(torch.int64).sum(dim=0)
 
     dp_step.add_clipped = add_clipped
 

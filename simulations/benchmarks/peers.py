@@ -168,10 +168,10 @@ def of_flower(folder: Path, *, rounds: int, steps: int, go: Callable[[float | No
         "client_resources": {"num_cpus": cores, "num_gpus": 0.0},
         "init_args": {"num_cpus": cores, "include_dashboard": False},
     }
-    run_simulation(server, client, num_supernodes=len(_sites(folder)), backend_config=backend)
+    run_simulation(server, client, num_supernodes=len(_create_sites(folder)), backend_config=backend)
 
 
-def _sites(folder: Path) -> tuple[Any, ...]:
+def _create_sites(folder: Path) -> tuple[Any, ...]:
     from opacus_recipe import Work
 
     return Work.read(folder).sites

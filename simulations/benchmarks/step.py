@@ -38,7 +38,7 @@ from fedtune.privacy.randomness import SystemRandomness
 from fedtune.sites import shared_model
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import add_clipped, apply_gradient_sum, zero_sums
+from fedtune.training.dp_step import add_clipped, apply_gradient_sum, make_zero_sums
 from fedtune.training.per_example import record_gradients
 
 FOLDER = Path(__file__).parent
@@ -124,7 +124,7 @@ def clipped(
     """A private step, wherever gradients by example are `found`, and forgotten before the next micro-batch."""
     parts = {"forward": 0.0, "backward": 0.0, "clipping": 0.0, "noise": 0.0, "the step itself": 0.0}
     parameters, optimizer = model.trainable(), standing(model)
-    sums = zero_sums(parameters)
+    sums = make_zero_sums(parameters)
     for batch in batches:
         forget()
         with timed(parts, "forward"):
@@ -136,8 +136,10 @@ def clipped(
             add_clipped(sums, {name: found(one)[:rows] for name, one in parameters.items()}, clip_norm)
     forget()
     with timed(parts, "noise"):
-        of_all = {name: total.numpy() for name, total in sums.items()}
-        noisy = add_gaussian_noise(of_all, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))
+        compute_all_gradients = {name: total.numpy() for name, total in sums.items()}
+        noisy = add_gaussian_noise(
+            compute_all_gradients, noise_multiplier=1.0, stream=SystemRandomness().stream("noise")
+        )
     with timed(parts, "the step itself"):
         apply_gradient_sum(noisy, parameters, optimizer, denominator=1.0)
     return parts

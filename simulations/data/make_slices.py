@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.data import Record
-from fedtune.data.partition import is_heldout, unit_hash
+from fedtune.data.partition import hash_unit, is_heldout
 
 KEY = b"fedtune simulations: validation"
 
@@ -59,7 +59,7 @@ def is_validation(row: dict[str, object], slices: Slices) -> bool:
 def is_test(row: dict[str, object], slices: Slices) -> bool:
     """Whether a row that is not for validation goes to test, by its group alone."""
     group = Record({slices.group: str(row[slices.group])})
-    return unit_hash(group, purpose="test", key=KEY) < slices.test_fraction
+    return hash_unit(group, purpose="test", key=KEY) < slices.test_fraction
 
 
 def make(source: Path, into: Path, slices: Slices) -> dict[str, int]:

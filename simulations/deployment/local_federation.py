@@ -23,7 +23,7 @@ from fedtune.config import RunConfig
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_policy import Asserted
 from fedtune.sites.run_records import partition_run_records
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 
 SITES = ("north", "south", "west")
@@ -49,7 +49,7 @@ class LocalFederation:
 
     def _make_sites(self) -> None:
         lead = tomllib.loads((self.folder / "fed/lead/kit.toml").read_text())["lead"]
-        config, sent = self.config, settings_for_sites(self.config)
+        config, sent = self.config, select_settings_for_sites(self.config)
         dealt, commands = partition_run_records(config).sites, list[list[str]]()
         for name, records in zip(self.sites, dealt, strict=True):
             place = self.folder / name

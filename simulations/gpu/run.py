@@ -47,7 +47,7 @@ from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import batch_invariance
 from fedtune.training.accelerators import describe_device
-from fedtune.training.dp_step import TensorSums, add_clipped, apply_gradient_sum, zero_sums
+from fedtune.training.dp_step import TensorSums, add_clipped, apply_gradient_sum, make_zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.machine import measure_model_bytes, resolve_device
@@ -122,7 +122,7 @@ def one_batch(model: TaskModel, *, rows: int, length: int, seed: int = 5) -> Bat
     draws = np.random.default_rng(seed)
     lengths = [length - 1, *draws.integers(length // 2, length, size=rows - 1).tolist()]
     shapes = Shapes.from_limits(max_length=length - 1, max_tokens=rows * length)
-    dataset = sensitivity.random_examples(model, lengths, draws)
+    dataset = sensitivity.generate_random_examples(model, lengths, draws)
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=model.device)
     return examples.batch(Part(np.arange(rows), rows, shapes.lengths[-1]))
 
@@ -141,7 +141,7 @@ def equal(machine: Machine) -> Result:
         here, there = (built(path, task, device=device) for device in (machine.device, torch.device("cpu")))
         batch = one_batch(there, rows=8, length=32)
         with record_gradients(here) as one, record_gradients(there) as other:
-            mine, theirs = one.of_all(batch.to(machine.device)), other.of_all(batch)
+            mine, theirs = one.compute_all_gradients(batch.to(machine.device)), other.compute_all_gradients(batch)
         apart = max(_apart(mine[name].cpu(), theirs[name]) for name in theirs)
         cells = [_summed(model, gradients) for model, gradients in ((here, mine), (there, theirs))]
         moved = float(np.linalg.norm((cells[0] - cells[1]).astype(np.float64))) / 2.0**GRID_BITS
@@ -157,7 +157,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _summed(model: TaskModel, gradients: dict[str, torch.Tensor]) -> sensitivity.Integers:
-    sums = zero_sums(model.trainable())
+    sums = make_zero_sums(model.trainable())
     add_clipped(sums, gradients, 1.0)
     return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
 
@@ -170,10 +170,10 @@ def repeats(machine: Machine) -> Result:
     for path, task, model, length in tried:
         batch = one_batch(model, rows=8 if length < _LONG or not machine.tiny else 2, length=length)
         with record_gradients(model) as gradients:
-            first = gradients.of_all(batch)
+            first = gradients.compute_all_gradients(batch)
             same = [
                 all(torch.equal(again[name], first[name]) for name in first)
-                for again in (gradients.of_all(batch) for _ in range(5))
+                for again in (gradients.compute_all_gradients(batch) for _ in range(5))
             ]
         found[f"{path} {task}"] = all(same)
     return found
@@ -240,7 +240,7 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
     began = time.perf_counter()
     shared, draws = RunModel(loaded := LoadedModel(config), config), np.random.default_rng(5)
     lengths = draws.integers(2, config.data.max_length, size=40 if machine.tiny else 2000).tolist()
-    examples = shared.examples_of(sensitivity.random_examples(shared.model, lengths, draws))
+    examples = shared.examples_of(sensitivity.generate_random_examples(shared.model, lengths, draws))
     max_grad_norm = config.privacy.max_grad_norm
     units = examples if loaded.devices is None else loaded.devices.divided(examples, max_grad_norm=max_grad_norm)
     units.keep_reference(shared.model)
@@ -290,7 +290,7 @@ def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: tuple[i
             machine, model, one_batch(model, rows=number, length=16 if machine.tiny else _LONG)
         )
     began = time.perf_counter()
-    _with_noise(zero_sums(model.trainable()))
+    _with_noise(make_zero_sums(model.trainable()))
     return found | {"noise_seconds": round(time.perf_counter() - began, 4)}
 
 
@@ -332,7 +332,7 @@ def four_bit(machine: Machine) -> Result:
                     coarse.get_parameter(f"{name}.weight").copy_(layer.weight)
         batch = one_batch(model, rows=8, length=32)
         with record_gradients(model) as one, record_gradients(coarse) as other:
-            mine, theirs = one.of_all(batch), other.of_all(batch)
+            mine, theirs = one.compute_all_gradients(batch), other.compute_all_gradients(batch)
         apart = max(_apart(mine[name], theirs[name]) for name in theirs)
         assert apart < 0.05, f"{path}: gradients differ by {apart} from those of the same weights in bfloat16"
         found[f"{path} {task}"] = {"gradients": apart}
@@ -353,17 +353,17 @@ def _plain(model: TaskModel, batch: Batch) -> None:
 
 def _private(model: TaskModel, batch: Batch) -> None:
     parameters, optimizer = model.trainable(), _standing(model)
-    sums = zero_sums(parameters)
+    sums = make_zero_sums(parameters)
     with record_gradients(model) as gradients:
         for _ in range(_MICRO_BATCHES):
-            add_clipped(sums, gradients.of_all(batch), 1.0)
+            add_clipped(sums, gradients.compute_all_gradients(batch), 1.0)
     apply_gradient_sum(_with_noise(sums), parameters, optimizer, denominator=1.0)
 
 
 def _with_noise(sums: TensorSums) -> dict[str, npt.NDArray[np.int64]]:
     """Drawn once a step, as in training."""
-    of_all = {name: total.cpu().numpy() for name, total in sums.items()}
-    return add_gaussian_noise(of_all, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))
+    compute_all_gradients = {name: total.cpu().numpy() for name, total in sums.items()}
+    return add_gaussian_noise(compute_all_gradients, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))
 
 
 def _standing(model: TaskModel) -> torch.optim.Optimizer:

@@ -167,7 +167,7 @@ def install(doomed: Doomed, *, spill: bool) -> None:
         (ledger.SiteLedger, "refuse", "refusal"),
         (ledger.SiteLedger, "end", "end of run"),
         (virtual_site.Participants, "site", "site files"),
-        (local, "dp_sgd_step", "step"),
+        (local, "take_dp_sgd_step", "step"),
         (event_store, "write_durably", "anchor"),
         (lead, "write_durably", _which_file),
         (policy_file, "write_durably", "site files"),

@@ -100,5 +100,5 @@ def released(shared: RunModel, records: Sequence[Mapping[str, str]], overrides: 
     if not isinstance(reply.body, Update):
         raise SystemExit(f"the site refused: {reply.body}")
     update = Update.from_bytes(reply.body.to_bytes())
-    rates = config.training.peak_rates(clipped=federation.plan.private)
+    rates = config.training.compute_peak_rates(clipped=federation.plan.private)
     return Released(sent=adapter.tensors, returned=update.tensors, plan=federation.plan, rates=rates)

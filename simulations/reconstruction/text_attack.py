@@ -106,7 +106,9 @@ class TextAttack:
         return self._projected[place]
 
     def _a(self, layer: str) -> torch.Tensor:
-        return next(p for name, p in self._model.adapter_parameters().items() if layer in name and "lora_A" in name)
+        return next(
+            p for name, p in self._model.collect_adapter_parameters().items() if layer in name and "lora_A" in name
+        )
 
     @cached_property
     def _second_a(self) -> torch.Tensor:

@@ -20,7 +20,7 @@ from run import LINES
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Shapes
-from fedtune.lab.audit.sensitivity import random_examples
+from fedtune.lab.audit.sensitivity import generate_random_examples
 from fedtune.sites.shared_model import LoadedModel
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients, record_gradients
@@ -65,9 +65,11 @@ def main() -> None:
 def bucket(shared: LoadedModel, length: int, *, companies: int, seed: int) -> dict[str, int]:
     """Records of one length in random companies, compared with themselves alone."""
     draws, shapes = np.random.default_rng([length, seed] if seed else length), shared.shapes
-    longest = shapes.longest_record(shapes.lengths[-1])
+    longest = shapes.compute_longest_record(shapes.lengths[-1])
     lengths = [*of_length(shapes, length, WATCHED, draws), *draws.integers(1, longest, OTHERS, endpoint=True)]
-    records = SiteExamples(random_examples(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device)
+    records = SiteExamples(
+        generate_random_examples(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device
+    )
     if shared.keeps_states:
         records.keep_frozen_states(shared.model)
     generator = torch.Generator().manual_seed(length)
@@ -95,7 +97,7 @@ def together(gradients: PerExampleGradients, records: SiteExamples, company: np.
     found: dict[int, Gradient] = {}
     for part in records.parts(company.astype(np.int64)):
         if (part.places < WATCHED).any():
-            rows = gradients.of_all(records.batch(part))
+            rows = gradients.compute_all_gradients(records.batch(part))
             for row, place in enumerate(part.places.tolist()):
                 if place < WATCHED:
                     found[place] = {name: one[row].clone() for name, one in rows.items()}
@@ -104,11 +106,11 @@ def together(gradients: PerExampleGradients, records: SiteExamples, company: np.
 
 def of_length(shapes: Shapes, length: int, count: int, draws: np.random.Generator) -> list[int]:
     """Numbers of tokens that are padded to `length`, the most among them."""
-    longest = shapes.longest_record(length)
+    longest = shapes.compute_longest_record(length)
     fitting = [
         tokens
         for tokens in range(1, longest + 1)
-        if next(one for one in shapes.lengths if tokens <= shapes.longest_record(one)) == length
+        if next(one for one in shapes.lengths if tokens <= shapes.compute_longest_record(one)) == length
     ]
     return [fitting[-1], *draws.choice(fitting, size=count - 1).tolist()]
 

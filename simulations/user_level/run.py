@@ -42,7 +42,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record, group_by_user
 from fedtune.data.load import partition_training_files, split_key
-from fedtune.data.partition import unit_hash
+from fedtune.data.partition import hash_unit
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report.derive.profile import group_privacy
@@ -123,7 +123,7 @@ def lines_of(asked: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, 
 @lru_cache(maxsize=32)
 def promised(kind: str, noise: float, *, rate: float, steps: int, delta: float, members: int) -> dict[str, Any]:
     """Epsilon at delta for one unit, and for a person by the formula and exactly; None: the formula says nothing."""
-    event = events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+    event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
     each = accountant.epsilon_pld([event], delta)
     if kind == "user":
         return {"epsilon_unit": each, "epsilon_person": each, "epsilon_person_formula": each}
@@ -141,8 +141,8 @@ def by_formula(event: dp_accounting.DpEvent, *, delta: float, members: int) -> f
     found = []
     for number in range(1, 2000):
         delta_each = delta * 10 ** (-number / 100)
-        epsilon, of_all = group_privacy(float(pld.get_epsilon(delta_each)), delta_each, members=members)
-        if of_all <= delta:
+        epsilon, compute_all_gradients = group_privacy(float(pld.get_epsilon(delta_each)), delta_each, members=members)
+        if compute_all_gradients <= delta:
             found.append(epsilon)
     return min(found, default=None)
 
@@ -160,7 +160,7 @@ def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) 
         for places in group_by_user(site.training):
             records: list[Record] = sorted(
                 (site.training[place] for place in places),
-                key=lambda record: unit_hash(record, purpose="cap", key=key),
+                key=lambda record: hash_unit(record, purpose="cap", key=key),
             )
             rows += [{"text": record.fields["completion"], "site": f"s{number}"} for record in records[:members]]
     into.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -127,14 +127,14 @@ def test_resumed_run_accepts_overrides_but_keeps_its_name(tmp_path: Path) -> Non
 def test_automatic_learning_rate_is_resolved_before_the_run(tmp_path: Path) -> None:
     run = ["experiment=own_data", "name=x", *OWN, "data.declared_sizes=80"]
     loud, clear = (compose_run([*run, f"privacy.epsilon={epsilon}"]) for epsilon in (1, 8))
-    rates = loud.training.peak_rates(clipped=True)
+    rates = loud.training.compute_peak_rates(clipped=True)
     assert rates[1] == pytest.approx(8 * rates[0], rel=1e-2)
-    assert rates[1] < clear.training.peak_rates(clipped=True)[1] <= 0.0509
+    assert rates[1] < clear.training.compute_peak_rates(clipped=True)[1] <= 0.0509
     write_config(loud, tmp_path)  # which says what was chosen, so that a resumed run has it again
-    assert read_saved_config(tmp_path).training.peak_rates(clipped=True) == rates
+    assert read_saved_config(tmp_path).training.compute_peak_rates(clipped=True) == rates
     larger = compose_run([*run, "privacy.epsilon=1", "lora.alpha=8"])
-    assert larger.training.peak_rates(clipped=True) == (pytest.approx(rates[0] / 4, rel=1e-2), rates[1])
-    assert compose_run([*run, "training.learning_rate=0.01"]).training.peak_rates(clipped=True) == (0.01, 0.01)
+    assert larger.training.compute_peak_rates(clipped=True) == (pytest.approx(rates[0] / 4, rel=1e-2), rates[1])
+    assert compose_run([*run, "training.learning_rate=0.01"]).training.compute_peak_rates(clipped=True) == (0.01, 0.01)
 
 
 @pytest.mark.parametrize("many", ["privacy.epsilon=range(1,1000000000)", "seed=range(0,40)"])
@@ -195,7 +195,7 @@ PUBLIC = "public.train_file=public.csv"
 def compose_rates_with_public_stage(*overrides: str) -> tuple[object, object]:
     """Rates of LoRA and head: the public stage's, and the sites' own."""
     config = compose_run([PUBLIC, "name=x", *overrides])
-    own = config.training.peak_rates(clipped=config.privacy.private)
+    own = config.training.compute_peak_rates(clipped=config.privacy.private)
     return (config.public.learning_rate, config.public.head_learning_rate), own
 
 
@@ -209,8 +209,8 @@ def test_public_stage_lowers_the_learning_rates() -> None:
         "a rate that is given stays"
     )
     assert compose_rates_with_public_stage("public.head_learning_rate=7") == ((2.7, 7.0), (1.0, 8.0))
-    without = compose_run([*OWN, "experiment=own_data", "privacy=none"]).training.peak_rates(clipped=False)
-    private = compose_run([*OWN, "experiment=own_data"]).training.peak_rates(clipped=True)
+    without = compose_run([*OWN, "experiment=own_data", "privacy=none"]).training.compute_peak_rates(clipped=False)
+    private = compose_run([*OWN, "experiment=own_data"]).training.compute_peak_rates(clipped=True)
     auto = [tuple(float(f"{rate / 3:.2g}") for rate in rates) for rates in (without, private)]
     for said in ((), ("training.learning_rate=auto",)):
         assert [*compose_rates_with_public_stage(*OWN, "experiment=own_data", *said)] == auto
@@ -227,7 +227,7 @@ def test_rates_in_a_file_with_a_public_stage_are_kept(tmp_path: Path) -> None:
     assert compose_run([f"experiment={path}", PUBLIC]).training.learning_rate == 0.67, "the file had no start in mind"
     path.write_text(path.read_text() + "public: {train_file: public.csv, columns: {text: body, label: kind}}\n")
     config = compose_run([f"experiment={path}"])
-    assert config.training.peak_rates(clipped=True) == (2.0, 8.0)
+    assert config.training.compute_peak_rates(clipped=True) == (2.0, 8.0)
     assert config.public.train_file == str(tmp_path / "public.csv"), "beside the file"
     assert config.public.columns == {"text": "body", "label": "kind"}
 

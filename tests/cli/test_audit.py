@@ -45,7 +45,7 @@ def test_audit_settings_are_parsed_from_overrides() -> None:
 
 
 def bound_site(site: str | None, right: int) -> AuditBound:
-    shown = [audit_bound.epsilon_lower_bound(200, 200, v, delta=1e-5, confidence=0.95) for v in (right, 200)]
+    shown = [audit_bound.compute_epsilon_lower_bound(200, 200, v, delta=1e-5, confidence=0.95) for v in (right, 200)]
     about = {"lower_bound": shown[0], "best_possible": shown[1], "canaries": 200, "guesses": 200, "right": right}
     return AuditBound(site=site, claimed_epsilon=0.5, **about)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from fedtune.api.config_groups import config_groups, find_config_folder, list_options
+from fedtune.api.config_groups import find_config_folder, list_config_groups, list_options
 from fedtune.api.experiment_file import compose_default_settings
 from fedtune.cli.main import COMMANDS, COMPLETIONS, fedtune
 from fedtune.config import PATHS
@@ -59,7 +59,7 @@ def table() -> str:
         }
         lines.append(f"  {json.dumps(path)}: {json.dumps(about)}")
     keys = [f"{key}=" for key in sorted({key for key, _ in flatten(compose_default_settings())} | PATHS)]
-    options = {group: list_options(group) for group in config_groups()} | {"task": sorted(TASKS)}
+    options = {group: list_options(group) for group in list_config_groups()} | {"task": sorted(TASKS)}
     keys += [f"{group}={option}" for group, named in options.items() for option in named]
     settings = json.dumps(keys)
     return '{\n "commands": {\n' + ",\n".join(lines) + f'\n }},\n "settings": {settings}\n}}\n'

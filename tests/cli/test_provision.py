@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.ops.kits.members import JoinRequest, Roster, next_steps
+from fedtune.ops.kits.members import JoinRequest, Roster, describe_next_steps
 
 from ..conftest import parse_command, read_files, run_command
 from ..ops.conftest import Desk
@@ -43,7 +43,7 @@ def find_hex_groups(text: str) -> set[str]:
 def test_site_and_lead_display_the_same_fingerprints(provision: Any, request_of: Any) -> None:
     provision("init", "federation.toml")
     request = request_of("north")
-    at_the_site = find_hex_groups(next_steps(request.parent))
+    at_the_site = find_hex_groups(describe_next_steps(request.parent))
     at_the_lead = find_hex_groups(provision("add-site", "--compared", str(request), "--federation", "cardiology"))
     in_the_kit = find_hex_groups(Path("cardiology/sites/north/README.md").read_text())
     assert len(at_the_site) == 2
@@ -81,7 +81,7 @@ def test_provisioning_changes_nothing_before_confirmation(
     assert outcome.message.startswith("nothing is changed: north comes in once its keys are compared. If one differed")
     assert read_files(Path("cardiology")) == before
     assert "Did the site read out the same keys? [y/N]" in outcome.out
-    assert find_hex_groups(next_steps(request.parent)) < find_hex_groups(outcome.out)
+    assert find_hex_groups(describe_next_steps(request.parent)) < find_hex_groups(outcome.out)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     assert run_command("provision", *words).code == 0
     assert read_files(Path("cardiology")) != before

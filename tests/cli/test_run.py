@@ -29,7 +29,7 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.site_policy import Dataset
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import build_task_model
@@ -78,7 +78,7 @@ def test_lead_needs_no_training_file_for_custom_data(kit: Kit, tmp_path: Path) -
     config = compose_for_sites(own, kit=kit)
     assert config.declared_sizes() == {"north": 230, "west": 90}
     assert (config.data.train_file, config.data.test_file, config.data.labels) == (AT_SITE, None, ("urgent", "routine"))
-    assert settings_for_sites(config).data.train_file == AT_SITE
+    assert select_settings_for_sites(config).data.train_file == AT_SITE
     assert compose_for_sites([*own[:-1], "sites=[south]"], kit=kit).declared_sizes() == {"south": 180}
     with pytest.raises(ConfigError, match=r"data\.train_file = 'gone\.csv': is set by each site's policy"):
         compose_for_sites([*own, "data.train_file=gone.csv"], kit=kit)
@@ -198,7 +198,7 @@ def test_resuming_with_the_same_words_skips_site_count_checks(
 def test_oversized_settings_are_not_sent_to_sites(kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_saved_config(folder)
     lead = LeadService(kit=kit, federation=config.federation)
-    assert parse(json.loads(lead._propose_run(config).settings)) == settings_for_sites(config)
+    assert parse(json.loads(lead._propose_run(config).settings)) == select_settings_for_sites(config)
     monkeypatch.setattr("fedtune.ops.deployment.MOST_CHARACTERS", 1000)
     with pytest.raises(ConfigError, match=r"settings = '[\d,]+ characters': must have at most 1,000"):
         lead._propose_run(config)
@@ -248,7 +248,7 @@ def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner
         "Informed that the run is over: west.",
         SILENT.format("gone, south"),
     ]
-    assert ended_runs[0] == (settings_for_sites(config).run_id(), config.federation)
+    assert ended_runs[0] == (select_settings_for_sites(config).run_id(), config.federation)
     assert ended_runs[1][1].active == names[1:]
 
 
@@ -273,7 +273,7 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended_r
 
 def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        LeadService, "open_grid", lambda self: nullcontext(SimpleNamespace(online_nodes=lambda: [1, 3]))
+        LeadService, "open_grid", lambda self: nullcontext(SimpleNamespace(list_online_nodes=lambda: [1, 3]))
     )
     rows = run_command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
     assert [row.split() for row in rows] == [["north", "online"], ["south", "not", "heard"], ["west", "online"]]
@@ -341,7 +341,7 @@ def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatc
     assert stage.runtime.sites_dir is None, "the lead's ledger is none of the sites'"
     assert (run.declared_sizes(), run.runtime.kind) == ({"north": 230, "west": 90}, "deployment")
     assert run.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one-public" / "adapter").digest
-    assert settings_for_sites(run).public == PublicSpec(train_file=AT_SITE), "the file stays with the lead"
+    assert select_settings_for_sites(run).public == PublicSpec(train_file=AT_SITE), "the file stays with the lead"
 
 
 def test_renewed_run_keeps_its_sites_with_current_sizes(kit: Kit, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> N
         assert read_refusal_reason(reserve, north.open(), proposal) is why
     shown = " ".join(run_command("ledger", "show", str(north.folder / "ledger.db")).out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
-    assert not north.open().history.total_charges()
+    assert not north.open().history.count_total_charges()
     assert approve(north, TRIAGE, "--reason", "again", by="deny").code == 2
     assert approve(north, TRIAGE, "--yes").code == 2
 
@@ -220,13 +220,13 @@ def test_leaving_ends_open_runs_and_releases_their_reserves(north: Here) -> None
     north.open().end_run("over")
     north.start_run(run_proposal(run="open"), 1)
     before = north.open().history
-    assert before.remaining_charges(before.now())
+    assert before.count_remaining_charges(before.now())
     out = run_command("site", "leave", *north.words).printed
     assert "north has left cardiology; 1 open run ended" in out
     assert "fedtune provision revoke-site north" in out
     assert str(north.folder / "ledger.db") in out
     ledger = north.open()
-    assert not ledger.history.remaining_charges(ledger.history.now())
+    assert not ledger.history.count_remaining_charges(ledger.history.now())
     assert ledger.history.epsilon() == before.epsilon()
     assert read_refusal_reason(reserve, ledger, run_proposal(run="open"), 2) is Reason.RUN_ENDED
     assert "0 open runs ended" in run_command("site", "leave", *north.words).printed

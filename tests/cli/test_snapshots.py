@@ -13,7 +13,7 @@ import click
 import pytest
 
 from fedtune.cli.main import fedtune, main
-from fedtune.ops.kits.members import REQUEST, site_init
+from fedtune.ops.kits.members import REQUEST, initialize_site
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 
@@ -135,7 +135,7 @@ def test_provisioning_output_matches_its_snapshots(tmp_path: Path, monkeypatch: 
         (tmp_path / name).mkdir()
         write_policy(make_site_policy(name), tmp_path / name / "site.toml")
     for kit in ("kit", "new"):  # a site that comes in again brings another connection key
-        site_init(tmp_path / "south" / "site.toml", out=tmp_path / "south" / kit)
+        initialize_site(tmp_path / "south" / "site.toml", out=tmp_path / "south" / kit)
     said = print_commands(
         *("provision init federation.toml", "site init --site north/site.toml"),
         f"provision add-site north/kit/{REQUEST} --federation cardiology --days 20 --compared",

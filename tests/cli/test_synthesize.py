@@ -25,12 +25,12 @@ from fedtune.data.partition import PartitionSpec
 from fedtune.lab.studies.synthetic import (
     WRITING,
     allot_rows,
-    classifier_accuracy,
+    compute_vote_shares,
     load_synthetic,
+    measure_classifier_accuracy,
     render_voting_experiment,
     select_by_votes,
     synthesize,
-    vote_shares,
 )
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import format_epsilon
@@ -380,11 +380,11 @@ def test_adapter_not_named_in_run_json_is_refused(runs: Path, tmp_path: Path) ->
     assert run_command("simulate", f"resume={other}").code == 0, "as the messages say"
     assert api.load(other).adapter
     vote(other, 3.0, 1.0)
-    assert vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
+    assert compute_vote_shares(api.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
     head = other / "adapter" / "head.safetensors"
     save_file({"weight": np.array([[1.0, 3.0]], dtype=np.float32)}, head)
     with pytest.raises(ConfigError, match=r"must contain the tensors with the digest in its fedtune\.json"):
-        vote_shares(api.load(other))
+        compute_vote_shares(api.load(other))
 
 
 @pytest.mark.parametrize("words", [("generate",), ("select", "--candidates", "any", "--rows", "2")])
@@ -465,10 +465,10 @@ def test_allotted_shares_are_whole_numbers_and_merge_equal_texts(runs: Path, tmp
     assert sum(allot_rows({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
     run = api.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
     head = replace(run.config.head, label_texts=("same", "same"))
-    assert vote_shares(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
+    assert compute_vote_shares(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
     vote(tmp_path / "shares", -1.0, 0.0)
     with pytest.raises(ValueError, match="noise left none above 0"):
-        vote_shares(api.load(tmp_path / "shares"))
+        compute_vote_shares(api.load(tmp_path / "shares"))
 
 
 def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path, tmp_path: Path) -> None:
@@ -504,8 +504,8 @@ def test_word_classifier_matches_multinomial_naive_bayes() -> None:
         ("c", "green ? hill"),  # a code that came once was not learned, nor were its words
     ]
     learned = [*BLUE, ("c", "green hill"), *RED]
-    assert classifier_accuracy(learned, public) == {"right": 2 / 4, "commonest": 1 / 4}
+    assert measure_classifier_accuracy(learned, public) == {"right": 2 / 4, "commonest": 1 / 4}
     # Each is tested alone.  Wrong is "blue ball" alone: a: 3/4 1/12 2/12 = 0.010, b: 1/4 2/8 1/8 = 0.008.
-    assert classifier_accuracy(learned) == {"right": 4 / 5, "commonest": 3 / 5}
-    assert classifier_accuracy([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
-    assert classifier_accuracy([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"
+    assert measure_classifier_accuracy(learned) == {"right": 4 / 5, "commonest": 3 / 5}
+    assert measure_classifier_accuracy([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
+    assert measure_classifier_accuracy([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"

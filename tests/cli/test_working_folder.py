@@ -21,7 +21,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.interruptible_run import show_run
-from fedtune.config import RunConfig, config_yaml, read_saved_config
+from fedtune.config import RunConfig, format_config_yaml, read_saved_config
 from fedtune.federation.run_folder import RunFolder, list_checkpoints
 from fedtune.runs.run_paths import find_run_folder
 from fedtune.spec import ConfigError, RefusedError, RunError
@@ -44,13 +44,13 @@ def folder(config: RunConfig) -> Path:
 
 def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, folder: Path) -> None:
     assert not RunFolder(folder).has_begun()
-    RunFolder(folder).create(config_yaml(config))
+    RunFolder(folder).create(format_config_yaml(config))
     (folder / "log.txt").touch()
     with RunFolder(folder).hold_lock(), pytest.raises(ConfigError, match="is running in another process"):
         RunFolder(folder).has_begun()
     assert not RunFolder(folder).has_begun()
     assert not folder.exists()
-    RunFolder(folder).create(config_yaml(config))
+    RunFolder(folder).create(format_config_yaml(config))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "round-0000.safetensors").touch()
     assert list_checkpoints(folder / "checkpoints")
@@ -68,7 +68,7 @@ def test_run_folder_is_locked_once_and_inspecting_it_changes_nothing(config: Run
         assert not RunFolder(folder).has_begun()
         assert (folder / name).exists(), "it is no run's"
     shutil.rmtree(folder)
-    RunFolder(folder).create(config_yaml(config))
+    RunFolder(folder).create(format_config_yaml(config))
     assert not RunFolder(folder).is_running
     assert not RunFolder(folder / "nowhere").is_running
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
@@ -85,14 +85,14 @@ def test_run_folder_is_locked_once_and_inspecting_it_changes_nothing(config: Run
 def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder: Path) -> None:
     folder.parent.write_text("no folder")
     with pytest.raises(ConfigError, match=r"tracking\.output_dir = .*: must be a folder to write one into"):
-        RunFolder(folder).create(config_yaml(config))
+        RunFolder(folder).create(format_config_yaml(config))
     folder.parent.unlink()
-    RunFolder(folder).create(config_yaml(config))
+    RunFolder(folder).create(format_config_yaml(config))
     assert read_saved_config(folder) == config
     with pytest.raises(ConfigError, match=rf"name = 'one': is taken.*resume={folder}"):
         find_run_folder(config)
     with pytest.raises(ConfigError, match=r"name = 'one': is taken"):
-        RunFolder(folder).create(config_yaml(config))  # somebody else was faster
+        RunFolder(folder).create(format_config_yaml(config))  # somebody else was faster
     # A resumed run keeps what decides its result.
     resumed = compose_run([f"resume={folder}", "runtime.micro_batch_tokens=7", "tracking.log_level=debug"])
     assert find_run_folder(resumed) == folder
@@ -196,7 +196,7 @@ def test_existing_folders_survive_a_failed_start(config: RunConfig, folder: Path
         assert not folder.exists()
         for left in folder.parent.iterdir():
             left.rmdir()
-    RunFolder(folder).create(config_yaml(config))
+    RunFolder(folder).create(format_config_yaml(config))
     run_until_error(config, folder, lambda *_: pytest.fail("it ran"), ConfigError, "is taken")
     assert read_saved_config(folder) == config
     end_with_error(replace(config, resume=str(folder)), folder, RunError("no server"))

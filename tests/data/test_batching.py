@@ -24,7 +24,7 @@ def test_multi_text_record_has_the_length_of_its_longest_text() -> None:
     assert (len(SEVERAL), SEVERAL.num_tokens) == (3, 18)
     assert SEVERAL.text_lengths.tolist() == [[3, 2], [4, 4], [2, 3]]
     assert SEVERAL.lengths.tolist() == [3, 4, 3]
-    assert SEVERAL.text_indices([2, 0]).tolist() == [4, 5, 0, 1]
+    assert SEVERAL.find_text_indices([2, 0]).tolist() == [4, 5, 0, 1]
     taken = SEVERAL.select_examples([2, 0])
     assert [ids.tolist() for ids in taken.input_ids] == [SEVERAL.input_ids[text].tolist() for text in (4, 5, 0, 1)]
     assert (taken.texts, taken.targets.tolist()) == (2, [1.0, 0.5])

@@ -54,9 +54,9 @@ def test_invalid_data_settings_are_refused(wrong: dict[str, Any], message: str) 
 
 
 def test_declared_sizes_must_match_the_number_of_sites() -> None:
-    assert DataSpec(**GIVEN).site_sizes(3) == (100, 100, 100)
-    assert DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).site_sizes(2) == (5, 6)
+    assert DataSpec(**GIVEN).list_site_sizes(3) == (100, 100, 100)
+    assert DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).list_site_sizes(2) == (5, 6)
     with pytest.raises(ConfigError, match=r"declared_sizes = \[5, 6\]: must be one number, or one for each of 3 sites"):
-        DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).site_sizes(3)
+        DataSpec(**GIVEN | {"declared_sizes": (5, 6)}).list_site_sizes(3)
     with pytest.raises(ConfigError, match=r"partition\.proportions = \[1\.0, 2\.0\]: must have one number for each"):
-        DataSpec(**GIVEN | {"partition": PartitionSpec(proportions=(1.0, 2.0))}).site_sizes(3)
+        DataSpec(**GIVEN | {"partition": PartitionSpec(proportions=(1.0, 2.0))}).list_site_sizes(3)

@@ -33,14 +33,14 @@ def make_data(*features: FeatureSpec, **changes: Any) -> DataSpec:
 def read_vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:
     """A row's vector times the root that all are divided by."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [row])
-    (record,) = iter_records(rows, make_data(*features).required_columns(()))
+    (record,) = iter_records(rows, make_data(*features).map_required_columns(()))
     found = encode_features(record, features)
     assert found.dtype == np.float32
     return [round(float(one), 5) for one in found * math.sqrt(sum(one.num_numbers for one in features))]
 
 
 def test_feature_values_follow_declared_order_and_scale(tmp_path: Path) -> None:
-    values = [value for one in ALL for value in one.value_names()]
+    values = [value for one in ALL for value in one.iter_value_names()]
     assert values == [
         "age in 0.0 to 100.0",
         *("crp in -1.0 to 1.0", "crp: missing", "ldh in -1.0 to 1.0", "ldh: missing"),
@@ -92,7 +92,7 @@ def test_category_names_follow_the_json_form_of_values(tmp_path: Path, kind: str
     else:
         file.write_text(f"grade\n{value}\n" if kind == ".csv" else f"{json.dumps({'grade': value})}\n")
     grade = FeatureSpec(columns=("grade",), categories=("1", "true", "2.5"))
-    for record in iter_usable_records(file, make_data(grade).required_columns(())):
+    for record in iter_usable_records(file, make_data(grade).map_required_columns(())):
         found = encode_features(record, (grade,))
         assert found.tolist() == [*(float(name == one) for one in grade.categories), 0.0]
 
@@ -140,7 +140,9 @@ def test_columns_are_declared_once_and_vector_size_is_limited() -> None:
         with pytest.raises(ConfigError, match="is used twice: a column can be one feature, and not also the answer"):
             make_data(AGE, LAB, columns=columns)
     named = {"label": "y", "feature:age": "AGE"}
-    assert make_data(AGE, columns=named).required_columns({"label"}) == named, "a column of another name, by its role"
+    assert make_data(AGE, columns=named).map_required_columns({"label"}) == named, (
+        "a column of another name, by its role"
+    )
     wide = FeatureSpec(columns=("a", "b"), range=(0.0, 1.0), size=40_000)
     with pytest.raises(ConfigError, match="features = 80000: must be at most 65536"):
         make_data(wide)

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.data import Record
 from fedtune.data.bad_rows import SkippedRows
-from fedtune.data.load import Partitioned, lead_records, partition_training_files, read_own_records, sample_rows
+from fedtune.data.load import Partitioned, partition_training_files, read_lead_records, read_own_records, sample_rows
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.records import Fault
 from fedtune.data.spec import DataSpec
@@ -29,7 +29,7 @@ def partition_spec(
     given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None
 ) -> Partitioned:
     roles = ("text", "label")
-    columns = given.required_columns(roles, partition=True, unit=unit)
+    columns = given.map_required_columns(roles, partition=True, unit=unit)
     return partition_training_files(given, columns, ("north", "south"), seed=seed, unit=unit, fault=fault)
 
 
@@ -114,10 +114,10 @@ def test_unusable_records_stop_loading_or_are_skipped(tmp_path: Path) -> None:
     assert sorted(text for side in list_sides(found) for text in side) == sorted(TEXTS[:40])
     assert found.left_out == left_out
     given: Any = {"columns": COLUMNS, "key": "data.test_file", "fault": find_undeclared_label}
-    records, of_lead = lead_records(str(path), **given, leave_out=True)
+    records, of_lead = read_lead_records(str(path), **given, leave_out=True)
     assert (len(records), of_lead) == (40, left_out)
     with pytest.raises(DataError, match="'blank'"):
-        lead_records(str(path), **given)
+        read_lead_records(str(path), **given)
 
 
 def test_faults_are_counted_over_the_whole_file(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_faults_are_counted_over_the_whole_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=told):
         partition_spec(make_spec(path, validation_fraction=0.2), fault=find_undeclared_label)
     with pytest.raises(DataError, match=told):
-        lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=find_undeclared_label)
+        read_lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=find_undeclared_label)
     write_jsonl(path, [{"subject": "a", "kind": "a"}] * 3)
     with pytest.raises(DataError, match=r"column 'text' = 'absent': must be there.* \(3 rows cannot be used"):
         partition_spec(make_spec(path, on_bad_record="skip"))

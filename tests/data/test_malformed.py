@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 import pytest
 
-from fedtune.data.load import lead_records
+from fedtune.data.load import read_lead_records
 from fedtune.data.records import iter_records, iter_usable_records, resolve_file
 from fedtune.spec import DataError
 
@@ -101,7 +101,7 @@ def test_malformed_file_is_reported_with_its_place_and_bound(tmp_path: Path, nam
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
-        lead_records(str(path), columns=COLUMNS, key="file")
+        read_lead_records(str(path), columns=COLUMNS, key="file")
     message = str(error.value)
     assert message.startswith(f"{path}{where}")
     assert why in message

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.data.formats import detect_format, fingerprint_files, iter_raw_rows, list_data_files
-from fedtune.data.load import lead_records
+from fedtune.data.load import read_lead_records
 from fedtune.data.records import Record, iter_records, validate_rows
 from fedtune.data.text_rows import MOST_BYTES
 from fedtune.spec import DataError
@@ -38,7 +38,7 @@ def write_conll(*tags: str, columns: str = "", comma: str = " ") -> str:
     return "".join(f"{token}{comma}{columns}{tag}\n" for token, tag in zip(TOKENS, tags, strict=True))
 
 
-def number_tokens(*tags: str) -> str:
+def count_tokens_from(*tags: str) -> str:
     """Tokens with their numbers before them, of which 1-2 and 3.1 are of no token of its own."""
     lines = [f"{place}\t{word}\tN\t{tag}\t_\n" for place, (word, tag) in enumerate(zip(TOKENS, tags, strict=True), 1)]
     return "".join([lines[0].replace("1", "1-2", 1), *lines[:3], lines[0].replace("1", "3.1", 1), *lines[3:]])
@@ -96,7 +96,7 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
         f"-DOCSTART- -X- O O\n\n# a note\n{write_conll(*BIO, columns='NN B-NP ')}",
         TAGGED,
     ),
-    "CoNLL-U": ("a.conll", "# global.columns = ID\n" + number_tokens(*BIO), TAGGED),
+    "CoNLL-U": ("a.conll", "# global.columns = ID\n" + count_tokens_from(*BIO), TAGGED),
     "CoNLL with the tag first": ("a.bio", "".join(f"{tag} 0 3 {TOKENS[n]}\n" for n, tag in enumerate(BIO)), TAGGED),
     "CoNLL with a score": ("a.bio", "".join(f"{TOKENS[n]} {tag} 0.5\n" for n, tag in enumerate(BIO)), TAGGED),
     "CoNLL of a number first": ("a.bio", "".join(f"{n} {tag} {TOKENS[n]}\n" for n, tag in enumerate(BIO)), TAGGED),
@@ -273,7 +273,7 @@ def read_refusal(path: Path, columns: dict[str, str]) -> str:
         make_data_spec(columns=columns, labels=("drug", "disease"))
     )
     with pytest.raises(DataError) as caught:
-        lead_records(str(path), columns=columns, key="data.train_file", fault=fault)
+        read_lead_records(str(path), columns=columns, key="data.train_file", fault=fault)
     return str(caught.value)
 
 

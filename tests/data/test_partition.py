@@ -10,11 +10,11 @@ from fedtune.data import Record
 from fedtune.data.partition import (
     PartitionSpec,
     assign_site,
+    hash_unit,
     is_heldout,
     is_selected,
     partition_records,
     split_heldout,
-    unit_hash,
 )
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
@@ -73,7 +73,7 @@ def test_added_record_does_not_move_any_other(
 def test_partition_assignments_match_golden_values() -> None:
     """Where records go is part of what a run can be repeated from: these may not move."""
     record = Record({"text": "where is my card", "label": "arrival"})
-    assert unit_hash(record, purpose="site", key=KEY) == 0.25777897070972655
+    assert hash_unit(record, purpose="site", key=KEY) == 0.25777897070972655
     rows = make_records(12, labels=3)
     assert [assign_site(r, SPECS[1], num_sites=3, key=KEY) for r in rows] == [0, 2, 1, 1, 0, 1, 1, 2, 2, 2, 0, 0]
     assert [assign_site(r, SPECS[2], num_sites=3, key=KEY) for r in rows] == [0, 0, 1, 0, 0, 1, 0, 0, 1, 2, 0, 0]
@@ -81,8 +81,8 @@ def test_partition_assignments_match_golden_values() -> None:
 
 def test_partition_hash_is_uniform_and_independent_across_purposes() -> None:
     rows = make_records(4000)
-    site = np.array([unit_hash(record, purpose="site", key=KEY) for record in rows])
-    heldout = np.array([unit_hash(record, purpose="heldout", key=KEY) for record in rows])
+    site = np.array([hash_unit(record, purpose="site", key=KEY) for record in rows])
+    heldout = np.array([hash_unit(record, purpose="heldout", key=KEY) for record in rows])
     counts, _ = np.histogram(site, bins=10, range=(0, 1))
     assert np.abs(counts - 400).max() < 5 * np.sqrt(400)
     assert abs(np.corrcoef(site, heldout)[0, 1]) < 5 / np.sqrt(4000)

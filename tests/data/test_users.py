@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Record, group_by_user
 from fedtune.data.load import read_own_records
-from fedtune.data.partition import PartitionSpec, is_selected, partition_records, split_heldout, unit_hash
+from fedtune.data.partition import PartitionSpec, hash_unit, is_selected, partition_records, split_heldout
 from fedtune.spec import ConfigError, DataError
 
 from .conftest import make_data_spec, write_jsonl
@@ -57,7 +57,7 @@ def test_user_assignment_depends_only_on_the_hashed_id() -> None:
     assert group_by_user([]) == []
     # A keyed hash of the id alone: what else the record holds makes no difference, another key does.
     hashes = [
-        unit_hash(Record(fields), purpose="site", key=key, unit="user")
+        hash_unit(Record(fields), purpose="site", key=key, unit="user")
         for fields, key in (
             *(({"user": "ann", "text": "a"}, KEY), ({"user": "ann", "text": "b", "label": "c"}, KEY)),
             *(({"user": "bob", "text": "a"}, KEY), ({"user": "ann", "text": "a"}, b"another")),
@@ -90,10 +90,10 @@ def test_real_site_skips_records_without_exactly_one_user(tmp_path: Path) -> Non
     rows = [{"text": f"text {n}", "who": who} for n, who in enumerate(("ann", ["ann", "bob"], "bob", None, "ann"))]
     columns = {"prompt": "text", "completion": "text", "user": "who"}
     data = make_data_spec(train_file=str(write_jsonl(tmp_path / "all.jsonl", rows)), columns=columns)
-    assert data.required_columns(ROLES, unit="user") == columns
+    assert data.map_required_columns(ROLES, unit="user") == columns
     records = read_own_records(data, columns=columns, fault=lambda _: None, key=KEY, unit="user")
     assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
-    by_record = read_own_records(data, columns=data.required_columns(ROLES), fault=lambda _: None, key=KEY)
+    by_record = read_own_records(data, columns=data.map_required_columns(ROLES), fault=lambda _: None, key=KEY)
     assert len(by_record.training) == 5
     assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
 

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from fedtune.data import Record, group_by_user
-from fedtune.data.partition import unit_hash
+from fedtune.data.partition import hash_unit
 from fedtune.data.records import iter_records, iter_usable_records, parse_record, read_column_values
 from fedtune.data.values import guess_turns, normalize_name, parse_continuation, read_continuation, read_labels
 from fedtune.spec import DataError
@@ -202,7 +202,7 @@ def test_unicode_variants_of_an_id_are_one_user(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     records = list(iter_usable_records(path, {"text": "text", "user": "who"}))
     assert [len(places) for places in group_by_user(records)] == [2]
-    assert len({unit_hash(record, purpose="test", key=b"k", unit="user") for record in records}) == 1
+    assert len({hash_unit(record, purpose="test", key=b"k", unit="user") for record in records}) == 1
     others = [Record({}, str(path), line) for line in (1, 2)]
     assert len(set(read_column_values(others, "who", key="x", role="user"))) == 1
     for text in ("Jose\u0301\u200b", "\u1e9b\u0323", "a\u034f\u0301"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .federation import Federation, simulate_same_run
-from .networks import explain_missing_namespaces, wants_loopback
+from .networks import explain_missing_namespaces, needs_loopback
 
 _TAIL = 4000
 
@@ -53,5 +53,5 @@ def run_in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Callab
 
 @pytest.fixture(scope="session")
 def make_networks() -> None:
-    if why := "FEDTUNE_TEST_NETWORK=loopback" if wants_loopback() else explain_missing_namespaces():
+    if why := "FEDTUNE_TEST_NETWORK=loopback" if needs_loopback() else explain_missing_namespaces():
         pytest.skip(why)

@@ -19,7 +19,7 @@ from fedtune.ops.kits import provisioning
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Asserted, Policy
 from fedtune.sites.run_records import partition_run_records
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 
 from ..processes import FEDTUNE, Process
@@ -63,7 +63,9 @@ ONE_THREAD = {"machine": {"num_threads": 1}}
 @cache
 def _compose_sent_settings() -> RunConfig:
     """What sites are asked in these tests, as far as policies go."""
-    return settings_for_sites(compose_run(simulate_same_run(*list_settings("name=any", "runtime.seeded_noise=true"))))
+    return select_settings_for_sites(
+        compose_run(simulate_same_run(*list_settings("name=any", "runtime.seeded_noise=true")))
+    )
 
 
 def make_policy(site: str, *, lead: str) -> Policy:

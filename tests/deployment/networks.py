@@ -109,10 +109,10 @@ def explain_missing_namespaces() -> str:
 
 def choose_network(members: Sequence[str]) -> Network:
     """Namespaces where that can be, else loopback; `FEDTUNE_TEST_NETWORK=loopback` asks for the latter."""
-    return Network() if wants_loopback() or explain_missing_namespaces() else Namespaces(members)
+    return Network() if needs_loopback() or explain_missing_namespaces() else Namespaces(members)
 
 
-def wants_loopback() -> bool:
+def needs_loopback() -> bool:
     return os.environ.get("FEDTUNE_TEST_NETWORK") == "loopback"
 
 

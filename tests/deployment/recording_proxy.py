@@ -48,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask_server(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         """Over a connection of its own, since the server ends idle ones."""
         host, _, port = _SETTINGS["server"].rpartition(":")
-        server = http.client.HTTPSConnection(host, int(port), timeout=_TIMEOUT_S, context=_SITE.client_context())
+        server = http.client.HTTPSConnection(host, int(port), timeout=_TIMEOUT_S, context=_SITE.create_client_context())
         with closing(server):
             server.request(self.command, self.path, body=body, headers=dict(self.headers.items()))
             answer = server.getresponse()

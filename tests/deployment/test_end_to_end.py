@@ -17,7 +17,7 @@ from fedtune.api.compose import compose_run
 from fedtune.data import Record
 from fedtune.ops.kits.kit_file import find_model_store_path
 from fedtune.sites.run_records import partition_run_records
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 
 from ..pictures import COLORS, encode_image, make_picture, write_pictures, write_vision_folder
@@ -148,7 +148,7 @@ def test_real_sites_learn_every_task_like_simulated_ones(
         rows = [format_record(one, kind) for one in records.training]
         broken = [{f"own {name}": value for name, value in one.items()} for one in BROKEN[kind]]
         write(site.folder / "own.jsonl", [*rows, *broken])
-        sent = settings_for_sites(config)
+        sent = select_settings_for_sites(config)
         if kind == "image":
             shutil.copytree(tmp_path / "images", site.folder / "images")
             (site.folder / "images" / "cut.png").write_bytes(encode_image(make_picture())[:-60])

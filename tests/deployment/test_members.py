@@ -39,7 +39,7 @@ def read_site_kit(federation: Federation, name: str) -> Kit:
 
 
 def read_server_certificate(federation: Federation) -> Certificate:
-    context = read_site_kit(federation, "north").tls().client_context()
+    context = read_site_kit(federation, "north").tls().create_client_context()
     with (
         socket.create_connection(("127.0.0.1", federation.network.port), timeout=30) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as encrypted,

@@ -94,7 +94,7 @@ def test_site_ends_an_accepted_run_and_the_other_continues(federation: Federatio
     assert set(order[3:]) == {"refusal"}, "nothing else of it: no reply, and no further round"
     history = site.verified().history
     assert history.runs[run].charged_rounds == 1
-    assert not history.remaining_charges(history.clock), "what its plan had set aside is free"
+    assert not history.count_remaining_charges(history.clock), "what its plan had set aside is free"
     ((denied,),) = history.decided.values()
     assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert other.verified().history.runs[run].charged_rounds == 2
@@ -155,7 +155,7 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
         history = site.verified().history
         (name,) = (name for name in history.runs if name.startswith(f"{run}-"))
         assert history.runs[name].charged_rounds == 1
-        assert not history.runs[name].remaining_charges(history.now())
+        assert not history.runs[name].count_remaining_charges(history.now())
 
 
 def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
@@ -173,7 +173,7 @@ def test_site_that_leaves_shuts_down_cleanly(federation: Federation) -> None:
     # What it had begun is charged, and nothing stays set aside.
     history = site.verified().history
     assert history.charged_rounds(next(name for name in history.runs if name.startswith("left-"))) == 1
-    assert not history.remaining_charges(history.now())
+    assert not history.count_remaining_charges(history.now())
     assert lead.end() == 0, lead.text
     assert [round["sites"] for round in federation.result("left")["rounds"]][1] == ["south"]
     federation.do("provision", "revoke-site", "north", "--federation", str(federation.home))

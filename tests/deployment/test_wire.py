@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedtune.data import Record
 from fedtune.flower import flower_records
-from fedtune.ops.kits.certificates import Authority, certificate_pem, generate_connection_key, private_pem
+from fedtune.ops.kits.certificates import Authority, encode_certificate_pem, encode_private_pem, generate_connection_key
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.waiting import WAIT
@@ -150,8 +150,8 @@ def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> No
     certificate = authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
     kit = Kit.read(site.kit, kind="site")
     own = Tls(ca=kit.ca, certificate=federation.folder / "proxy.pem", key=federation.folder / "proxy_key.pem")
-    own.certificate.write_bytes(certificate_pem(certificate))
-    own.key.write_bytes(private_pem(key))
+    own.certificate.write_bytes(encode_certificate_pem(certificate))
+    own.key.write_bytes(encode_private_pem(key))
     given = {
         "listen": listen,
         "server": federation.address,

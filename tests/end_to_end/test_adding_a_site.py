@@ -100,10 +100,10 @@ def test_every_round_includes_every_site_within_its_budget(pasted_page: Any) -> 
     for site, spent in privacy["sites"].items():
         files = SiteFiles.from_site_toml(pasted_page.folder / site / "site.toml")
         history = verify(files.ledger, anchor=Head.read(files.anchor)).history
-        assert sum(history.total_charges().values()) == spent["steps"] == 10
+        assert sum(history.count_total_charges().values()) == spent["steps"] == 10
         most = files.policy.budget.max_epsilon_per_run
         assert 0.9 * most < spent["epsilon"] <= most
-        charged = filter.epsilon_filter(history.total_charges(), order=history.order, delta=history.delta)
+        charged = filter.epsilon_filter(history.count_total_charges(), order=history.order, delta=history.delta)
         assert 0 < charged <= files.policy.budget.max_epsilon
 
 

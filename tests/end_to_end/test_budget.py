@@ -10,7 +10,7 @@ import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.config import read_saved_config
-from fedtune.privacy.filter import compute_total_divergence, epsilon_conversion_term
+from fedtune.privacy.filter import compute_epsilon_conversion_term, compute_total_divergence
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy, write_policy
@@ -60,7 +60,7 @@ def allow_rounds(kept: Path, site: str, count: float) -> None:
     """Raise a site's lifetime cap to the cost of so many rounds in all, as its owner would in an editor."""
     history, path = verify_ledger(kept, site).history, kept / site / "site.toml"
     (first, *_) = history.runs.values()
-    cap = count * compute_total_divergence([first.plan.event()], history.order) + epsilon_conversion_term(
+    cap = count * compute_total_divergence([first.plan.event()], history.order) + compute_epsilon_conversion_term(
         history.order, history.delta
     )
     policy = read_policy(path)
@@ -83,7 +83,7 @@ def test_second_run_is_reduced_and_third_refused_by_the_budget(run: Any, kept_si
         assert (spent["rounds"], spent["steps"]) == (2, 4)
         history = verify_ledger(kept_sites, site).history
         step = PoissonSampledDpEvent(0.2, GaussianDpEvent(4.0))
-        assert history.total_charges() == {step: 2 * ROUNDS + 2 * 2}, "both runs, in one ledger"
+        assert history.count_total_charges() == {step: 2 * ROUNDS + 2 * 2}, "both runs, in one ledger"
         assert history.cap > history.policies[0][1]
     before = read_events(kept_sites)
     third = run("third", "federation.if_over_budget=fewer_rounds")

@@ -12,7 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from fedtune.config import read_saved_config
-from fedtune.data.load import lead_records, sample_rows
+from fedtune.data.load import read_lead_records, sample_rows
 from fedtune.privacy.ledger.verify import verify
 
 from ..cli import snapshots
@@ -83,7 +83,7 @@ def test_epsilon_stays_below_target_and_matches_an_independent_accountant(result
         assert site["epsilon"] > 7.9, "the budget should be used"
         # Its steps are those in the site's ledger.
         verified = verify(folder / "sites" / name / "ledger.db")
-        assert verified.history.total_charges() == {step: site["steps"]}
+        assert verified.history.count_total_charges() == {step: site["steps"]}
         (run,) = verified.history.runs.values()
         assert run.expires is None, "at the end nothing stays set aside"
         kinds = [event.kind for event in verified.events]
@@ -95,7 +95,7 @@ def test_epsilon_stays_below_target_and_matches_an_independent_accountant(result
 def test_evaluate_reproduces_the_final_test_scores(folder: Path, result: Any, tmp_path: Path) -> None:
     test_file = tmp_path / "test.jsonl"
     name, columns = "simulations/data/banking77/test.jsonl.gz", {"text": "text", "label": "label"}
-    scored = sample_rows(lead_records(name, columns=columns, key="data.test_file")[0], 40)
+    scored = sample_rows(read_lead_records(name, columns=columns, key="data.test_file")[0], 40)
     test_file.write_text("".join(json.dumps(dict(record.fields)) + "\n" for record in scored))
     outcome = run_command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu", "--json")
     assert (outcome.code, outcome.err) == (0, "")

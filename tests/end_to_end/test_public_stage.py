@@ -69,8 +69,8 @@ def test_public_stage_is_a_lead_run_that_starts_the_main_run(run: fedtune.Run, p
     data = stage.config.data
     assert (data.train_file, data.declared_sizes) == (str(public_questions), 30)
     assert re.fullmatch("banking77-public-[0-9a-f]{12}", data.dataset)
-    assert stage.config.training.peak_rates(clipped=False) == (0.0033, 0.0033)
-    assert run.config.training.peak_rates(clipped=True) == (0.0033, 0.0033)
+    assert stage.config.training.compute_peak_rates(clipped=False) == (0.0033, 0.0033)
+    assert run.config.training.compute_peak_rates(clipped=True) == (0.0033, 0.0033)
     # The run begins in it, and every paper says what it was trained on.
     start = run.result.provenance.start_adapter
     assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)

@@ -59,7 +59,7 @@ def test_secure_report_has_three_epsilons_per_site(report: Report) -> None:
         assert right == pytest.approx(50 * (1 + account_rounds(1).get_delta(0.0)), rel=1e-3)
         assert site.meaning.right_of_100_mechanism < right
     # Of lost runs nobody knows what all others together see.
-    found = profile.epsilons_by_observer(
+    found = profile.compute_epsilons_by_observer(
         [row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA)
     )
     assert found.with_all_others is None

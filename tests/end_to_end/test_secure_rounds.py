@@ -24,7 +24,7 @@ from fedtune.privacy.ledger.chain import to_canonical_json
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
-from fedtune.training.secure_server_step import secure_server_step
+from fedtune.training.secure_server_step import take_secure_server_step
 
 from ..conftest import check_planned_bytes, fail_where, list_tiny_overrides, read_result, run_command, simulate
 
@@ -44,7 +44,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Ad
     found: list[tuple[Adapter, np.ndarray, Adapter]] = []
 
     def note_step(adapter: Adapter, total: np.ndarray, state: Any, **named: Any) -> Any:
-        after = secure_server_step(adapter, total, state, **named)
+        after = take_secure_server_step(adapter, total, state, **named)
         found.append((adapter, total, after[0]))
         return after
 

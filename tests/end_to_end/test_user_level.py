@@ -98,9 +98,9 @@ def test_every_arrival_cohort_has_a_separate_budget(simulated: Any, tmp_path: Pa
     assert "max_epsilon" in simulated("more", "{period:year,first:'2026',last:'2027'}").err
     ledger = tmp_path / "kept" / "site-1" / "ledger.db"
     history = verify(ledger).history
-    figures = [history.epsilon(history.total_charges(year)) for year in YEARS]
+    figures = [history.epsilon(history.count_total_charges(year)) for year in YEARS]
     assert history.epsilon() == figures[0] == figures[1] == figures[2] > 0
-    assert not history.total_charges(2027)
+    assert not history.count_total_charges(2027)
     with store.open_for_reading(ledger) as file:
         assert {row.cohort for row in register.read_rows(file)} == set(YEARS)
     # One line a cohort, of which the ledger's figure is the largest; the report says the same.
@@ -129,7 +129,7 @@ def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated:
     start = json.loads((tmp_path / "three" / "run.json").read_text())["provenance"]["start_adapter"]
     assert start["digest"] == SavedAdapter.read(tmp_path / "two" / "adapter").digest
     ledger, plan = tmp_path / "kept" / "site-1" / "ledger.db", read_saved_config(tmp_path / "three").plan()
-    charged = verify(ledger).history.total_charges(2024)
+    charged = verify(ledger).history.count_total_charges(2024)
     # What was charged, recomputed: all runs together come to epsilon, and one more would pass it.
     assert 2.98 < epsilon_pld(charged, plan.delta) <= 3.0 < epsilon_pld([plan.full_event] * 4, plan.delta)
     refused = simulated("four", first, after="three")
@@ -138,8 +138,8 @@ def test_renewed_runs_spend_the_whole_budget_and_new_cohorts_continue(simulated:
     assert simulated("moved", after="three").code == 3
     assert simulated("new", "{period:year,first:'2026',last:'2027'}", after="three").code == 0
     history = verify(ledger).history
-    assert (history.total_charges(2024), read_saved_config(tmp_path / "new").federation.renewal) == (charged, 3)
-    assert epsilon_pld(history.total_charges(2026), plan.delta) == epsilon_pld([plan.full_event], plan.delta)
+    assert (history.count_total_charges(2024), read_saved_config(tmp_path / "new").federation.renewal) == (charged, 3)
+    assert epsilon_pld(history.count_total_charges(2026), plan.delta) == epsilon_pld([plan.full_event], plan.delta)
 
 
 def test_user_level_comparison_resamples_whole_users(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.spatial import ConvexHull
 
 from fedtune.evaluation import audit_bound
-from fedtune.evaluation.audit_bound import epsilon_lower_bound, max_lower_bound, p_value
+from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound, compute_max_lower_bound, compute_p_value
 from fedtune.lab.audit.guesses import count_right_guesses
 from fedtune.privacy.accountant import calibrate_noise
 
@@ -29,15 +29,15 @@ CHANCE = 1e-4
 def test_lower_bounds_match_the_published_figures(
     canaries: int, guesses: int, right: int, delta: float, printed: float
 ) -> None:
-    found = epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
+    found = compute_epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
     assert found == pytest.approx(printed, abs=1e-3)
 
 
 @pytest.mark.parametrize(("canaries", "most"), [(1000, 5.78), (5000, 7.28), (15_000, 8.08)])
 def test_largest_possible_bound_depends_on_the_number_of_canaries(canaries: int, most: float) -> None:
-    assert max_lower_bound(canaries, delta=DELTA, confidence=0.95) == pytest.approx(most, abs=5e-3)
-    one_wrong = epsilon_lower_bound(canaries, canaries, canaries - 1, delta=DELTA, confidence=0.95)
-    assert one_wrong < max_lower_bound(canaries, delta=DELTA, confidence=0.95) - 0.1
+    assert compute_max_lower_bound(canaries, delta=DELTA, confidence=0.95) == pytest.approx(most, abs=5e-3)
+    one_wrong = compute_epsilon_lower_bound(canaries, canaries, canaries - 1, delta=DELTA, confidence=0.95)
+    assert one_wrong < compute_max_lower_bound(canaries, delta=DELTA, confidence=0.95) - 0.1
 
 
 @pytest.mark.parametrize("canaries", [10, 100, 1000])
@@ -50,20 +50,22 @@ def test_p_value_matches_its_definition(canaries: int, delta: float, epsilon: fl
             beta = trials.sf(right - 1)
             shares = [(trials.cdf(right - 1) - trials.cdf(right - i - 1)) / i for i in range(1, right + 1)]
             defined = min(1.0, beta + 2 * canaries * delta * max(shares, default=0.0))
-            assert p_value(canaries, guesses, right, epsilon=epsilon, delta=delta) == pytest.approx(defined, abs=1e-9)
+            assert compute_p_value(canaries, guesses, right, epsilon=epsilon, delta=delta) == pytest.approx(
+                defined, abs=1e-9
+            )
 
 
 def test_random_guessing_gives_zero_and_p_value_grows_with_epsilon() -> None:
-    assert epsilon_lower_bound(1000, 1000, 500, delta=DELTA, confidence=0.95) == 0
-    assert epsilon_lower_bound(1000, 1000, 0, delta=DELTA, confidence=0.95) == 0
+    assert compute_epsilon_lower_bound(1000, 1000, 500, delta=DELTA, confidence=0.95) == 0
+    assert compute_epsilon_lower_bound(1000, 1000, 0, delta=DELTA, confidence=0.95) == 0
     for right in (60, 80, 100):
-        values = [p_value(100, 100, right, epsilon=epsilon, delta=1e-3) for epsilon in np.linspace(0, 8, 81)]
+        values = [compute_p_value(100, 100, right, epsilon=epsilon, delta=1e-3) for epsilon in np.linspace(0, 8, 81)]
         assert np.diff(values).min() > -1e-12
 
 
 @cache
 def bound_epsilon(canaries: int, guesses: int, right: int, delta: float) -> float:
-    return epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
+    return compute_epsilon_lower_bound(canaries, guesses, right, delta=delta, confidence=0.95)
 
 
 def max_failures(trials: int) -> int:
@@ -113,8 +115,8 @@ def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> No
         if precision[place] <= 1 / (1 + np.exp(-best)):
             break  # no later one can show more
         right, guesses = int(found[place]), int(found[place] + false_alarms[place])
-        if p_value(20_000, guesses, right, epsilon=best, delta=1e-6) < error:
-            best = epsilon_lower_bound(20_000, guesses, right, delta=1e-6, confidence=1 - error)
+        if compute_p_value(20_000, guesses, right, epsilon=best, delta=1e-6) < error:
+            best = compute_epsilon_lower_bound(20_000, guesses, right, delta=1e-6, confidence=1 - error)
     assert best == pytest.approx(golden, rel=1e-5)
 
 
@@ -125,4 +127,6 @@ def test_simultaneous_bounds_share_the_allowed_error(sites: list[str | None]) ->
     assert sum(errors) == pytest.approx(0.05 if sites else 0.0)
     assert all(0 < error <= 0.05 + 1e-12 for error in errors)
     of_site, _ = audit_bound.split_error_probability(0.95, ["a", None])
-    assert p_value(15_000, 15_000, 15_000, epsilon=8.0, delta=1e-5) < of_site, "a claim of 8 can still be refuted"
+    assert compute_p_value(15_000, 15_000, 15_000, epsilon=8.0, delta=1e-5) < of_site, (
+        "a claim of 8 can still be refuted"
+    )

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 import fedtune.evaluation.scoring as scoring_module
 from fedtune.data.batching import Batch, collate
 from fedtune.data.tokenization import TextDataset
-from fedtune.evaluation.scoring import batches_by_length, evaluate_examples, evaluation_mode, unit_scores, user_scores
+from fedtune.evaluation.scoring import (
+    compute_unit_scores,
+    compute_user_scores,
+    enter_evaluation_mode,
+    evaluate_examples,
+    iter_batches_by_length,
+)
 from fedtune.model.layers import find_layer_stack
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
@@ -29,7 +35,7 @@ def list_training_flags(model: torch.nn.Module) -> dict[str, bool]:
 def test_scoring_restores_every_training_flag(classifier: TaskModel, fails: bool) -> None:
     before = list_training_flags(classifier)
     assert set(before.values()) == {True, False}, "the model has to be of both kinds for this test to mean anything"
-    with suppress(ZeroDivisionError), evaluation_mode(classifier):
+    with suppress(ZeroDivisionError), enter_evaluation_mode(classifier):
         assert not any(list_training_flags(classifier).values())
         assert not torch.is_grad_enabled()
         assert not fails or 1 / 0
@@ -38,8 +44,8 @@ def test_scoring_restores_every_training_flag(classifier: TaskModel, fails: bool
 
 
 def test_model_can_train_after_scoring(language_model: TaskModel, completion_texts: TextDataset) -> None:
-    _, batch = next(batches_by_length(completion_texts, pad_id=0, max_tokens=40))
-    with evaluation_mode(language_model):
+    _, batch = next(iter_batches_by_length(completion_texts, pad_id=0, max_tokens=40))
+    with enter_evaluation_mode(language_model):
         language_model.losses(batch)
     language_model.losses(batch).sum().backward()
     gradients = [p.grad for name, p in language_model.named_parameters() if "lora_" in name]
@@ -49,14 +55,14 @@ def test_model_can_train_after_scoring(language_model: TaskModel, completion_tex
 
 def test_batches_contain_every_example_once_within_the_budget(labeled_texts: TextDataset) -> None:
     seen: list[int] = []
-    for indices, batch in batches_by_length(labeled_texts, pad_id=0, max_tokens=30):
+    for indices, batch in iter_batches_by_length(labeled_texts, pad_id=0, max_tokens=30):
         assert batch.input_ids.numel() <= 30
         seen.extend(indices.tolist())
     assert sorted(seen) == list(range(len(labeled_texts)))
     assert labeled_texts.lengths[seen].tolist() == sorted(labeled_texts.lengths.tolist())
     empty = TextDataset(input_ids=(), targets=labeled_texts.targets[:0])
     with pytest.raises(DataError, match="at least one example"):
-        next(batches_by_length(empty, pad_id=0, max_tokens=30))
+        next(iter_batches_by_length(empty, pad_id=0, max_tokens=30))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -66,8 +72,8 @@ def test_cpu_scoring_uses_small_batches_with_equal_results(
     def score_in_batches(most: int) -> tuple[dict[str, Any], list[int]]:
         monkeypatch.setattr(scoring_module, "_MOST_ON_CPU", most)
         kept: scoring_module.KeptBatches | None = {} if keeps else None
-        with evaluation_mode(classifier):
-            batches = scoring_module.batches_with_cache(
+        with enter_evaluation_mode(classifier):
+            batches = scoring_module.iter_batches_with_cache(
                 classifier, labeled_texts, pad_id=0, max_tokens=10**6, kept=kept
             )
             sizes = [batch.input_ids.numel() for _, batch in batches]
@@ -149,7 +155,7 @@ def test_batched_scores_match_single_examples(
     assert scores["accuracy"] == np.mean(truth == predicted)
     assert scores["macro_f1"] == macro_f1(truth, np.array(predicted), num_labels=4)
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert unit_scores(classifier, labeled_texts, pad_id=END).tolist() == (truth == predicted).tolist(), (
+    assert compute_unit_scores(classifier, labeled_texts, pad_id=END).tolist() == (truth == predicted).tolist(), (
         "right or wrong"
     )
 
@@ -179,7 +185,7 @@ def test_loss_averages_examples_and_perplexity_averages_tokens(
     assert scores["perplexity"] == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-4)
     # A text scores by its mean loss; without a supervised token nothing is known.
     expected = [np.exp(-loss) if len(row) else 0.0 for loss, row in zip(per_example, losses, strict=True)]
-    assert unit_scores(language_model, completion_texts, pad_id=END) == pytest.approx(expected, rel=1e-5)
+    assert compute_unit_scores(language_model, completion_texts, pad_id=END) == pytest.approx(expected, rel=1e-5)
 
 
 def test_diverged_model_has_infinite_perplexity(
@@ -195,7 +201,7 @@ def test_diverged_model_has_infinite_perplexity(
 @pytest.mark.parametrize("names", [("classifier", "labeled_texts"), ("language_model", "completion_texts")])
 def test_unit_scores_are_bounded_and_batch_invariant(names: tuple[str, str], request: pytest.FixtureRequest) -> None:
     model, dataset = (request.getfixturevalue(name) for name in names)
-    score = partial(unit_scores, model, pad_id=END)
+    score = partial(compute_unit_scores, model, pad_id=END)
     whole = score(dataset)
     assert (whole.shape, whole.dtype) == ((len(dataset),), np.float64)
     assert ((whole >= 0) & (whole <= 1)).all()
@@ -210,12 +216,12 @@ def test_unit_scores_are_bounded_and_batch_invariant(names: tuple[str, str], req
 
 def test_user_score_is_the_bounded_mean_of_record_scores() -> None:
     users = [np.array([0, 3]), np.array([1]), np.array([2, 4, 5])]
-    assert user_scores(np.array([1.0, 0.25, 0.0, 0.5, 1.0, 0.5]), users).tolist() == [0.75, 0.25, 0.5]
-    assert user_scores(np.zeros(0), []).shape == (0,)
+    assert compute_user_scores(np.array([1.0, 0.25, 0.0, 0.5, 1.0, 0.5]), users).tolist() == [0.75, 0.25, 0.5]
+    assert compute_user_scores(np.zeros(0), []).shape == (0,)
     # However many they are and whatever came out: noised_scores adds (score, 1) for one unit.
     wild = np.array([np.nan, np.inf, -5.0, 7.0, 1.0])
     users = [np.array([0]), np.array([1, 2, 3, 4])]
-    assert user_scores(wild, users).tolist() == [0.0, 0.5]
+    assert compute_user_scores(wild, users).tolist() == [0.0, 0.5]
     for count in (1, 10, 1000):
-        (score,) = user_scores(np.full(count, 1e9), [np.arange(count)])
+        (score,) = compute_user_scores(np.full(count, 1e9), [np.arange(count)])
         assert score == 1.0

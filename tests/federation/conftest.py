@@ -61,7 +61,7 @@ def make_receipt(site: str = "a", *, charged: int = 1, run: str = "r", key: Any 
     said: dict[str, Any] = {"charged_rounds": charged, "sequence": 3 * charged}
     said |= {"ended": False, "plan": "", "seeded_noise": False, "simulated": False} | more
     unsigned = Receipt(site=site, run=run, head="00" * 32, site_key=key.public, signature="", **said)
-    return replace(unsigned, signature=key.sign(RECEIPT, unsigned.signed_bytes()))
+    return replace(unsigned, signature=key.sign(RECEIPT, unsigned.encode_signed_bytes()))
 
 
 @dataclass

@@ -38,7 +38,7 @@ def test_price_shows_both_one_round_and_all_rounds() -> None:
 def test_round_prices_rise_to_the_whole_plan() -> None:
     price = planner.price(run_plan(), SIZES, before=0)
     whole = run_plan().event(rounds=run_plan().most_rounds)
-    assert price.epsilon_filter == pytest.approx(filter.smallest_cap(whole, delta=run_plan().delta)[0])
+    assert price.epsilon_filter == pytest.approx(filter.find_smallest_cap(whole, delta=run_plan().delta)[0])
     assert price.filter_order in filter.ORDERS
     assert [one.round for one in price.rounds] == [1, 2, 3, 4]
     assert [one.steps for one in price.rounds] == [2, 4, 6, 8]

@@ -145,7 +145,7 @@ def test_dry_run_predicts_the_decision_of_the_ledger(ask: Ask, open_ledger: Any)
 
 def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, open_ledger: Any) -> None:
     plan = run_proposal().plan
-    once = filter.smallest_cap(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
+    once = filter.find_smallest_cap(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
     tight = make_site_policy(budget={"max_epsilon": 1.001 * once})
     open_ledger(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
     said = ask(tight, run="later")

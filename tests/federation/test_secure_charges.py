@@ -61,15 +61,15 @@ class Charges(RuleBasedStateMachine):
     # What can happen.
 
     @rule(chance=CHANCE)
-    def another_session(self, chance: random.Random) -> None:
-        self._begin_a_session(*self._some(chance))
+    def begin_another_session(self, chance: random.Random) -> None:
+        self._begin_a_session(*self._draw_some(chance))
 
     @rule(chance=CHANCE)
-    def an_earlier_session(self, chance: random.Random) -> None:
+    def restore_earlier_session(self, chance: random.Random) -> None:
         if self.sessions:
             name, _, announced = chance.choice(self.sessions)
             self.federation.name = name
-            for site in self._some(chance):
+            for site in self._draw_some(chance):
                 self.federation.step(site, JOIN, *announced)
 
     @rule(chance=CHANCE)
@@ -83,7 +83,7 @@ class Charges(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def ask_for_uploads(self, chance: random.Random) -> None:
-        for site in self._some(chance):
+        for site in self._draw_some(chance):
             self._upload(site, chance.randint(1, 9))
 
     @rule(chance=CHANCE)
@@ -93,7 +93,7 @@ class Charges(RuleBasedStateMachine):
             session = self.sessions[-1][1]
             survivors = sorted(chance.sample(NAMES, chance.choice([2, 3])))
             asked = ConfirmRequest(session=session.digest, release=chance.randint(1, 9), survivors=survivors)
-            for site in self._some(chance):
+            for site in self._draw_some(chance):
                 self.federation.step(site, CONFIRM, asked.to_bytes())
 
     @rule(chance=CHANCE)
@@ -110,7 +110,7 @@ class Charges(RuleBasedStateMachine):
             return
         made, of_sum = Summation(current[0], release=release), list[tuple[str, bytes]]()
         try:
-            for site in NAMES + self._some(chance):
+            for site in NAMES + self._draw_some(chance):
                 if (data := self._upload(site, release)) is not None and site not in dict(of_sum):
                     made.add_upload(site, data)
                     of_sum.append((site, data))
@@ -151,7 +151,7 @@ class Charges(RuleBasedStateMachine):
         self.left[site].setdefault(body.tensors, watched.vectors[-1])
         return body.tensors
 
-    def _some(self, chance: random.Random) -> tuple[str, ...]:
+    def _draw_some(self, chance: random.Random) -> tuple[str, ...]:
         return NAMES if chance.random() < 0.5 else tuple(site for site in NAMES if chance.random() < 0.7)
 
     # What must hold, always.

@@ -18,7 +18,7 @@ from fedtune.federation import protocol
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, Reply, RoundRequest
 from fedtune.federation.secure import at_site
 from fedtune.federation.secure.agreement import KeyAgreement, require_terms
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, promise_writer
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, make_promise_writer
 from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, build_session
 from fedtune.federation.site_round import Prepared, Trained, answer, answer_step
@@ -63,7 +63,7 @@ class SecureSite(Station):
         trust = self.policy.trust
         demand = partial(require_terms, least_sites=trust.least_sites, least_threshold=trust.least_threshold)
         roster = {**self.members, self.policy.site: self.key.public}
-        about = {"demand": demand, "roster": roster, "keep": promise_writer(self.promises)}
+        about = {"demand": demand, "roster": roster, "keep": make_promise_writer(self.promises)}
         return SumsAtSite(site=self.policy.site, identity=self.key, parties=self.parties, **about)
 
 

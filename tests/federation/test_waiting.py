@@ -156,7 +156,7 @@ def test_denied_run_in_progress_is_charged_no_further_rounds(site: Any) -> None:
         assert reply.receipt.charged_rounds == 1
         assert b"board" not in reply.body.to_bytes()
     history = site.ledger().history
-    assert not history.runs["r"].remaining_charges(history.clock), "what its plan had set aside is free"
+    assert not history.runs["r"].count_remaining_charges(history.clock), "what its plan had set aside is free"
     ((denied,),) = history.decided.values()
     assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert site.end().charged_rounds == 1, "the lead still gets its receipt"

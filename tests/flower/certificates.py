@@ -4,7 +4,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fedtune.ops.kits import certificates
-from fedtune.ops.kits.certificates import certificate_pem, generate_connection_key, private_pem, read_certificate
+from fedtune.ops.kits.certificates import (
+    encode_certificate_pem,
+    encode_private_pem,
+    generate_connection_key,
+    read_certificate,
+)
 from fedtune.ops.wire.identity import Tls
 
 LOOPBACK = "127.0.0.1"
@@ -18,7 +23,7 @@ class Authority:
         self._folder = folder
         self._made = certificates.Authority.create_authority("test", days=90, now=_begin(_AGE_DAYS))
         self.file = folder / "ca.pem"
-        self.file.write_bytes(certificate_pem(self._made.certificate))
+        self.file.write_bytes(encode_certificate_pem(self._made.certificate))
 
     def issue(self, name: str, *, address: str | None = None, days: float = 5, age_days: float = _AGE_DAYS) -> Tls:
         """Files of somebody of this authority.
@@ -30,14 +35,14 @@ class Authority:
         about |= {"kind": "server", "hosts": [address]} if address else {"kind": "site"}
         signed = self._made.issue(key.public_key(), **about)  # type: ignore[arg-type]
         made = Tls(ca=self.file, certificate=self._folder / f"{name}.pem", key=self._folder / f"{name}_key.pem")
-        made.certificate.write_bytes(certificate_pem(signed))
-        made.key.write_bytes(private_pem(key))
+        made.certificate.write_bytes(encode_certificate_pem(signed))
+        made.key.write_bytes(encode_private_pem(key))
         return made
 
 
 def to_public_pem(tls: Tls) -> bytes:
     """The public half of somebody's connection key, as a roster has it."""
-    return certificates.public_pem(read_certificate(tls.certificate))
+    return certificates.encode_public_pem(read_certificate(tls.certificate))
 
 
 def _begin(age_days: float) -> datetime:

@@ -21,7 +21,7 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.flower.averaging import Average
 from fedtune.flower.client import make_answering
 from fedtune.flower.grid_transport import GridTransport
-from fedtune.flower.internals import superlink_app
+from fedtune.flower.internals import create_superlink_app
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.flower.site_socket import make_client_app
 from fedtune.model.adapter import Adapter
@@ -100,7 +100,7 @@ class Federation:
     def _name(self, context: Context) -> str:
         return self.spec.names[int(context.node_config["partition-id"])]
 
-    def ledger_path(self, site: str) -> Path:
+    def find_ledger_path(self, site: str) -> Path:
         return self.folder / site / self.policies[site].ledger
 
     def ledger(self, name: str) -> SiteLedger:
@@ -124,7 +124,7 @@ class Federation:
         return Trained(adapter=Adapter(moved), scores=scores)
 
     def events(self, site: str) -> tuple[Event, ...]:
-        return verify(self.ledger_path(site)).events
+        return verify(self.find_ledger_path(site)).events
 
 
 @pytest.fixture
@@ -181,6 +181,6 @@ def network(server: Loopback) -> Iterator[Loopback]:
 def list_flower_routes(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     """(method, path) of everything that the installed Flower would serve under our settings."""
     tls = Authority(tmp_path_factory.mktemp("authority") / "ca").issue("server", address=LOOPBACK)
-    app, _ = superlink_app(**asdict(tls), host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME))
+    app, _ = create_superlink_app(**asdict(tls), host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME))
     contexts = iter_route_contexts(app.routes)
     return {(method, context.path) for context in contexts for method in context.methods}

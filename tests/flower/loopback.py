@@ -42,7 +42,7 @@ class Program(Process):
 
 
 @cache
-def _empty_database() -> bytes:
+def _create_empty_database() -> bytes:
     """A server's database as Flower's forty migrations leave it, which take a second; made once for all servers."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the migrations'
@@ -101,7 +101,7 @@ class Loopback:
     def start(self) -> None:
         database = self.folder / "state.db"
         if not database.exists() and not self.migrates:
-            database.write_bytes(_empty_database())
+            database.write_bytes(_create_empty_database())
         self.process = Program("server_process.py", self.folder)
         self.process.wait_for_text("ready\n", seconds=60)
 

@@ -64,7 +64,7 @@ class Member:
     def __post_init__(self) -> None:
         self.tls = self.network.tls[self.name]
         self.client = httpx.Client(
-            verify=self.tls.client_context(), base_url=f"https://{self.network.address}", timeout=30
+            verify=self.tls.create_client_context(), base_url=f"https://{self.network.address}", timeout=30
         )
 
     def post(self, call: str, request: Any, **headers: str) -> httpx.Response:

@@ -58,7 +58,7 @@ class Polling:
         self._fleet, self._behavior, self._name = fleet, behavior, name
         self._active, self._number = False, 0
         self._faulty, self._faults = Faulty(fleet._client), iter(behavior.faults)
-        self._next_fault()
+        self._take_next_fault()
 
     def step(self) -> None:
         message = self._tried(self._next)
@@ -73,7 +73,7 @@ class Polling:
             while not self._tried(lambda: self._sent(reply)):
                 time.sleep(0.2)
 
-    def _next_fault(self) -> None:
+    def _take_next_fault(self) -> None:
         fault = next(self._faults, None)
         if fault is not None:
             note("fault", fault=list(fault))
@@ -91,7 +91,7 @@ class Polling:
             self._fleet.reply(reply)
             note("replied", number=self._number)
             if not self._faulty.waits:
-                self._next_fault()
+                self._take_next_fault()
         except Dropped as error:
             note("dropped", text=str(error))
         return True

@@ -102,7 +102,7 @@ def receive_words(grid: FlowerGrid, *numbers: int, timeout: float = 20) -> dict[
 def test_sites_are_numbered_by_the_roster() -> None:
     fake = FakeGrid(lambda message, _: says(message, str(message.metadata.dst_node_id)))
     grid = make_grid(fake)
-    assert (list(grid.get_node_ids()), grid.online_nodes()) == ([1, 2], [1, 2])
+    assert (list(grid.get_node_ids()), grid.list_online_nodes()) == ([1, 2], [1, 2])
     assert receive_words(grid, 1, 2) == {1: "701", 2: "700"}
     assert sorted(fake.asked) == [(700, "train"), (701, "train")], "a stranger's node is asked nothing"
 

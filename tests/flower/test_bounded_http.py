@@ -70,7 +70,7 @@ def serve(own_authority: Authority) -> Iterator[Callable[..., Hostile]]:
 
 @pytest.fixture
 def client(tls: Tls) -> Iterator[httpx.Client]:
-    with httpx.Client(verify=tls.client_context(), timeout=30) as made:
+    with httpx.Client(verify=tls.create_client_context(), timeout=30) as made:
         bounded_http.bound_client(made)
         yield made
 
@@ -282,7 +282,7 @@ def test_certificate_refusal_is_named_in_the_error(
     if who == "stranger":
         theirs = other_authority.issue("a")
         site = Tls(ca=own_authority.file, certificate=theirs.certificate, key=theirs.key)
-    context = site.client_context()
+    context = site.create_client_context()
     if who == "without":
         context = ssl.create_default_context(cafile=str(site.ca))
     server = serve(cut)

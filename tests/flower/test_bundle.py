@@ -55,7 +55,7 @@ def ask_app(file: str, grid: Any) -> list[Any]:
     def run_lead(kit: Path, settings: Any, over: Any) -> None:
         with over(KEYS, hear=None, closing=None) as made:
             assert isinstance(made, FlowerGrid)
-            got.append((made.online_nodes(), kit, settings))
+            got.append((made.list_online_nodes(), kit, settings))
 
     make_server_app(run_lead)(grid, Context(7, 1, {}, state=RecordDict(), run_config={"run": file}))
     return got

@@ -236,7 +236,7 @@ def test_file_names_of_a_site_never_leave_it(federation: Any, sent_bytes: list[b
     assert made.run().rounds[0].failed_sites == {}
     require_silence(sent_bytes)
     # Now with a ledger that cannot be read: the error names its path.
-    made.ledger_path("site-2").write_bytes(b"no database" * 500)
+    made.find_ledger_path("site-2").write_bytes(b"no database" * 500)
     again = federation(policies={"site-2": names}, asks={"run": "s"})
     state = again.run()
     assert (state.rounds[0].sites, state.rounds[0].failed_sites) == (("site-1", "site-3"), {"site-2": "site_error"})

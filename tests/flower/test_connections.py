@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
 
 def wrap_tls(network: Loopback, tls: Tls, *, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
     plain = socket.create_connection((LOOPBACK, network.port), timeout=10)
-    return (context or tls.client_context()).wrap_socket(plain, server_hostname=LOOPBACK)
+    return (context or tls.create_client_context()).wrap_socket(plain, server_hostname=LOOPBACK)
 
 
 def build_greeting(tls: Tls) -> bytes:
@@ -44,7 +44,7 @@ def build_greeting(tls: Tls) -> bytes:
 
 def read_status(network: Loopback, address: str = LOOPBACK) -> int:
     """Of a member's call from an address of this machine; 0: it had no answer."""
-    transport = httpx.HTTPTransport(verify=network.tls["a"].client_context(), local_address=address)
+    transport = httpx.HTTPTransport(verify=network.tls["a"].create_client_context(), local_address=address)
     with httpx.Client(transport=transport, timeout=10) as client, contextlib.suppress(httpx.HTTPError):
         return client.get(f"https://{network.address}{HELLO}", headers=sign_headers(network.tls["a"])).status_code
     return 0
@@ -109,7 +109,7 @@ def test_connection_bursts_are_fully_uncounted(network: Loopback) -> None:
 def test_addresses_of_one_ipv6_prefix_count_as_one_origin() -> None:
     addresses = ("192.0.2.7", "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::1", "fe80::1%eth0", "::1")
     origins = ["192.0.2.7", "2001:db8:1:2::/64", "2001:db8:1:2::/64", "fe80::/64", "::/64"]
-    assert list(map(connections._address_group, addresses)) == origins
+    assert list(map(connections._group_address, addresses)) == origins
 
 
 def test_connections_per_certificate_are_limited(network: Loopback) -> None:
@@ -159,7 +159,7 @@ def test_connection_ends_when_its_certificate_expires(network: Loopback) -> None
 
     def is_closed() -> bool:
         try:
-            with httpx.Client(verify=tls.client_context(), base_url=f"https://{network.address}") as client:
+            with httpx.Client(verify=tls.create_client_context(), base_url=f"https://{network.address}") as client:
                 while True:
                     assert client.get(HELLO, headers=sign_headers(tls)).status_code == 200
                     time.sleep(0.2)
@@ -170,7 +170,7 @@ def test_connection_ends_when_its_certificate_expires(network: Loopback) -> None
 
 
 def test_old_tls_versions_and_foreign_certificates_are_refused_and_logged(network: Loopback, tmp_path: Any) -> None:
-    old = network.tls["a"].client_context()
+    old = network.tls["a"].create_client_context()
     old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError):
         wrap_tls(network, network.tls["a"], context=old)

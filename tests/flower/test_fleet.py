@@ -234,7 +234,7 @@ def test_site_is_notified_only_of_its_own_questions(network: Loopback, make_bell
 def test_waiting_requires_membership_and_a_valid_counter(network: Loopback) -> None:
     def read_status(name: str, query: str, tls: Tls | None = None) -> int:
         tls = tls or network.tls[name]
-        with httpx.Client(verify=tls.client_context()) as client:
+        with httpx.Client(verify=tls.create_client_context()) as client:
             return client.get(
                 f"https://{network.address}{WAIT}{query}", headers=sign_headers(network.tls[name])
             ).status_code

@@ -38,7 +38,7 @@ from fedtune.ops.wire.identity import (
     _build_signed_message,
     verify_body_hash,
 )
-from fedtune.ops.wire.lead_session import _empty_bundle
+from fedtune.ops.wire.lead_session import _build_empty_bundle
 from fedtune.privacy.keys import SigningKey
 
 from ..privacy.builders import make_key, stranger_key
@@ -48,7 +48,7 @@ from .member import Member, sign_headers
 
 CLOSED = {"reason": "no such call"}
 START = "/v1/control/start-run"
-RUN = StartRunRequest(fab=Fab(content=_empty_bundle())).SerializeToString()
+RUN = StartRunRequest(fab=Fab(content=_build_empty_bundle())).SerializeToString()
 PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
 
 
@@ -56,7 +56,7 @@ PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).Se
 def call_gate(network: Loopback) -> Iterator[Any]:
     about = {"base_url": f"https://{network.address}", "timeout": 20}
     with contextlib.ExitStack() as stack:
-        yield lambda tls: stack.enter_context(httpx.Client(verify=tls.client_context(), **about))
+        yield lambda tls: stack.enter_context(httpx.Client(verify=tls.create_client_context(), **about))
 
 
 def sign_lead_headers(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
@@ -202,7 +202,7 @@ def test_forged_host_header_does_not_change_the_route(network: Loopback, host: s
 
 @pytest.mark.parametrize("path", ["/docs", "/v1/fleet/pull-messages", "/v1/control/start-run"])
 def test_websocket_upgrade_is_refused(network: Loopback, path: str) -> None:
-    context = network.tls["a"].client_context()
+    context = network.tls["a"].create_client_context()
     asked = (
         f"GET {path} HTTP/1.1\r\nHost: {network.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"

@@ -29,7 +29,7 @@ from sqlalchemy import TextClause
 from fedtune.flower import internals
 from fedtune.ops.wire import gate, message_objects, site_calls
 
-from .loopback import _empty_database
+from .loopback import _create_empty_database
 
 ROOM = Path(internals.__file__).parent
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation"}
@@ -111,7 +111,7 @@ def test_sql_queries_match_the_flower_schema() -> None:
     assert len(queries) == 5
     names = ("id", "object", "node", "run", "session", "time", "now")
     with sqlite3.connect(":memory:") as database:
-        database.deserialize(_empty_database())
+        database.deserialize(_create_empty_database())
         for query in queries:
             database.execute(f"EXPLAIN {query}", dict.fromkeys(names))
     database.close()

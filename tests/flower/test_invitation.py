@@ -169,7 +169,7 @@ def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation
         assert (last.kind, last.detail["what"]) == (Kind.NOTE, "run_ended")
         assert last.detail["adapter_sha256"] == adapters[1].digest()
         history = made.ledger(site).history
-        assert not history.remaining_charges(datetime.now(UTC))
+        assert not history.count_remaining_charges(datetime.now(UTC))
         charge = compute_site_charge(state, site, made.plan)
         assert charge.rounds == 3
         assert 0 < charge.epsilon < charge.planned_epsilon == charge.proven_epsilon

@@ -73,7 +73,7 @@ def test_arrays_round_trip_and_nodes_are_numbered_by_the_roster(network: Loopbac
         assert list_answering_sites(list(grid.receive(make_questions(2), timeout=30))) == {2: "a"}, (
             "only who is asked answers"
         )
-        assert grid.online_nodes() == [1, 2]
+        assert grid.list_online_nodes() == [1, 2]
     for answer in answers:
         arrays = answer.content.array_records[ARRAYS]
         assert list(arrays) == list(VALUES)

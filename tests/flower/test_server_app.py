@@ -134,7 +134,7 @@ def test_site_changing_frozen_tensors_is_excluded_from_the_average(federation: A
     lora = LoraSpec(alternate=True)
 
     def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-        rests = lora.frozen_name_part(request.round) or ""
+        rests = lora.get_frozen_name_part(request.round) or ""
         moved = {
             name: value + np.float32(0.25 * (rests not in name or request.site == "site-2"))
             for name, value in adapter.tensors.items()
@@ -249,8 +249,10 @@ def test_refused_run_leaves_no_adapter_and_releases_reserves(federation: Any) ->
     assert made.kept == {}
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history
-        assert history.total_charges() == count_mechanisms([run_plan().event(rounds=2)]), "the rounds that were trained"
-        assert not history.remaining_charges(history.now())
+        assert history.count_total_charges() == count_mechanisms([run_plan().event(rounds=2)]), (
+            "the rounds that were trained"
+        )
+        assert not history.count_remaining_charges(history.now())
 
 
 # A site whose ledger is not in order trains nothing and says only that; the others do not wait for it.  In which ways
@@ -266,7 +268,7 @@ def test_read_only_ledger_stops_training_but_still_gives_receipts(
     connect = sqlite3.connect
 
     def read_only(path: Any, **settings: Any) -> sqlite3.Connection:
-        if path == made.ledger_path("site-2"):
+        if path == made.find_ledger_path("site-2"):
             return connect(f"{path.as_uri()}?mode=ro", uri=True, **settings)
         return connect(path, **settings)
 
@@ -282,7 +284,7 @@ def test_read_only_ledger_stops_training_but_still_gives_receipts(
 
 def test_restored_ledger_is_detected_by_the_receipt_of_the_lead(federation: Any) -> None:
     made = federation(num_rounds=3)
-    path = made.ledger_path("site-2")
+    path = made.find_ledger_path("site-2")
     state = made.run_until(1)
     backup = path.with_suffix(".backup")
     shutil.copy(path, backup)

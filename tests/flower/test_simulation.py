@@ -24,7 +24,7 @@ from fedtune.federation.lead import LeadState
 from fedtune.flower import local_engine
 from fedtune.flower.bundle import make_server_app
 from fedtune.flower.internals import set_sender_ids
-from fedtune.flower.local_engine import gpu_share
+from fedtune.flower.local_engine import compute_gpu_share
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.flower.site_app import SiteAway, forward_message
 from fedtune.model.adapter import Adapter
@@ -186,15 +186,15 @@ def test_sites_share_the_gpus_of_this_machine_so_that_all_can_train_at_a_time(
     settings: Any, gpus: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert gpu_share(RuntimeSpec(kind="ray", **settings), 8) == share
+    assert compute_gpu_share(RuntimeSpec(kind="ray", **settings), 8) == share
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ConfigError, match="sites_per_gpu = 3: must be null on a machine without a GPU"):
-        gpu_share(RuntimeSpec(kind="ray", device="auto", sites_per_gpu=3), 8)
+        compute_gpu_share(RuntimeSpec(kind="ray", device="auto", sites_per_gpu=3), 8)
 
 
 def test_flower_is_told_how_many_sites_there_are_and_what_each_takes(compose_ray: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(local_engine, "count_usable_cores", lambda: 4)
-    told = partial(local_engine.federation_config, share=0.5)
+    told = partial(local_engine.format_federation_config, share=0.5)
     here = "num-supernodes=2 client-resources-num-gpus=0.5 init-args-num-cpus={} client-resources-num-cpus={}"
     assert told(compose_ray()) == here.format(4, 2)
     assert told(compose_ray("runtime.num_threads=9")) == here.format(9, 9), "one actor has room"

@@ -124,7 +124,7 @@ def test_flower_telemetry_is_disabled() -> None:
     assert done.strip() == "0"
 
 
-def state_of(folder: Path) -> LinkState:
+def read_state(folder: Path) -> LinkState:
     """A server's, as it finds it when it starts."""
     _, factory = get_objectstore_linkstate_factories(str(folder / "state.db"), get_federation_manager(False))
     return factory.state()
@@ -132,7 +132,7 @@ def state_of(folder: Path) -> LinkState:
 
 @pytest.fixture
 def state(tmp_path: Path) -> LinkState:
-    return state_of(tmp_path)
+    return read_state(tmp_path)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], t
     assert list_registered(state) == {"b": first["b"]}
     assert state.get_node_id_by_public_key(a.node_key) is None
     # An old roster that was copied by mistake burns no key: Flower never takes one back, nor does the next server.
-    state = state_of(tmp_path)
+    state = read_state(tmp_path)
     apply_roster(state, [], AUDIT)
     assert list_registered(state) == {"b": first["b"]}
     with caplog.at_level(logging.ERROR):

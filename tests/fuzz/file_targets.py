@@ -91,7 +91,7 @@ def _parse_as_spec(name: str, kind: type[Any]) -> Callable[[bytes], object]:
     return _parse_as_file(name, partial(read_spec, kind))
 
 
-def _target_adapter_file(name: str) -> Callable[[bytes], object]:
+def _feed_adapter_file(name: str) -> Callable[[bytes], object]:
     return _in_run(f"adapter/{name}", lambda folder: load_task_model(folder / "adapter"))
 
 
@@ -103,7 +103,7 @@ def _read_ledger(path: Path) -> None:
     """Read by its owner, which opens it for training, and by others, who verify it."""
     problems = []
     for read in (
-        lambda: verify(path).history.total_charges(),
+        lambda: verify(path).history.count_total_charges(),
         lambda: SiteLedger(path, seeds.make_policy(), seeds.key(2)).history.epsilon(),
     ):
         try:
@@ -226,7 +226,7 @@ _RECEIPTS = {
 }
 
 
-def _target_yaml(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
+def _feed_yaml(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
     """JSON is YAML, but for numbers that only one of them knows."""
     return lambda: mutate_json(yaml.safe_load(valid())) | mutate_bytes(valid()) | st.binary(max_size=64)
 
@@ -235,14 +235,14 @@ def _run_file(name: str) -> Callable[[], Any]:
     return lambda: json.loads(_read_run_file(name))
 
 
-def _target_json(
+def _feed_json(
     name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS, *, cost: int = 1
 ) -> Target:
     """`valid` is such JSON, or makes it."""
     return Target(name, mutate_json_like(valid if callable(valid) else lambda: valid), parse, errors, cost)
 
 
-def _target_bytes(name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS) -> Target:
+def _feed_bytes(name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS) -> Target:
     return Target(name, mutate_bytes_like(valid if callable(valid) else lambda: valid), parse, errors)
 
 
@@ -255,60 +255,58 @@ TARGETS = (
         _OURS,
     ),
     Target("kit.toml", mutate_toml_like(_make_kit_seed), _parse_as_spec("kit.toml", KitFile), _OURS),
-    _target_json("roster", _make_roster_seed, _parse_as_file("roster.json", Roster.read)),
-    _target_json("receipts.json", _RECEIPTS, _parse_as_file("receipts.json", read_receipts)),
-    _target_json("a run that waits for approval", _make_pending_seed, _show_waiting),
-    _target_json(
-        "answers.json", _ANSWERS, _parse_as_file("answers.json", lambda path: read_latest_answers(path.parent))
-    ),
-    _target_json(
+    _feed_json("roster", _make_roster_seed, _parse_as_file("roster.json", Roster.read)),
+    _feed_json("receipts.json", _RECEIPTS, _parse_as_file("receipts.json", read_receipts)),
+    _feed_json("a run that waits for approval", _make_pending_seed, _show_waiting),
+    _feed_json("answers.json", _ANSWERS, _parse_as_file("answers.json", lambda path: read_latest_answers(path.parent))),
+    _feed_json(
         "how records were dealt out",
         _DEALT_OUT,
         _parse_as_file(DEALT, partial(read_partition_settings, keys=tuple(_DEALT_OUT))),
     ),
-    _target_json("anchor", seeds.anchor, _parse_as_file("ledger.anchor", Head.read)),
-    _target_bytes("ledger", seeds.make_ledger, _parse_as_file("ledger.db", _read_ledger)),
+    _feed_json("anchor", seeds.anchor, _parse_as_file("ledger.anchor", Head.read)),
+    _feed_bytes("ledger", seeds.make_ledger, _parse_as_file("ledger.db", _read_ledger)),
     Target("ledger signed anew", lambda: mutate_json(_list_valid_events()), _sign_anew, _OURS),
-    _target_json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build_run_report), cost=5),
-    _target_json("environment.json", _run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
+    _feed_json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build_run_report), cost=5),
+    _feed_json("environment.json", _run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
     *(
-        Target(name, _target_yaml(lambda: _read_run_file("config.yaml")), _in_run("config.yaml", read), _OURS, cost=5)
+        Target(name, _feed_yaml(lambda: _read_run_file("config.yaml")), _in_run("config.yaml", read), _OURS, cost=5)
         for name, read in (("config.yaml", read_run), ("config.yaml of a resumed run", read_saved_config))
     ),
-    _target_json("retired keys", _RETIRED, _parse_as_file("retired_keys.json", _read_retired)),
-    _target_bytes(
+    _feed_json("retired keys", _RETIRED, _parse_as_file("retired_keys.json", _read_retired)),
+    _feed_bytes(
         "checkpoint",
         lambda: _read_run_file(_find_newest_checkpoint()),
         lambda data: _in_run(_find_newest_checkpoint(), _read_checkpoint)(data),
     ),
-    _target_bytes(
+    _feed_bytes(
         "asked.jsonl",
         partial(_read_run_file, "checkpoints/asked.jsonl"),
         _in_run("checkpoints/asked.jsonl", _read_checkpoint),
     ),
-    _target_json("report.json", _run_file("report.json"), _report),
-    _target_json(
-        "saved adapter's settings", _run_file("adapter/fedtune.json"), _target_adapter_file("fedtune.json"), _OF_ALL
+    _feed_json("report.json", _run_file("report.json"), _report),
+    _feed_json(
+        "saved adapter's settings", _run_file("adapter/fedtune.json"), _feed_adapter_file("fedtune.json"), _OF_ALL
     ),
-    _target_bytes(
+    _feed_bytes(
         "saved adapter's head",
         partial(_read_run_file, "adapter/head.safetensors"),
-        _target_adapter_file("head.safetensors"),
+        _feed_adapter_file("head.safetensors"),
         _OF_ALL,
     ),
     *(
-        _target_json(f"a model's {name}", fields, partial(check_content, name, folder="model"), (ConfigError,))
+        _feed_json(f"a model's {name}", fields, partial(check_content, name, folder="model"), (ConfigError,))
         for name, fields in _OF_A_MODEL.items()
     ),
-    _target_json(
+    _feed_json(
         "a model's index of shards",
         _SHARDS,
         _parse_as_file("model.safetensors.index.json", _build_manifest),
         (ConfigError,),
     ),
-    _target_json("a line of data.jsonl", json.loads(_JSONL.splitlines()[1]), _parse_rows("data.jsonl"), (DataError,)),
+    _feed_json("a line of data.jsonl", json.loads(_JSONL.splitlines()[1]), _parse_rows("data.jsonl"), (DataError,)),
     *(
-        _target_bytes(f"data.{kind}", data, _parse_rows(f"data.{kind}"), (DataError,))
+        _feed_bytes(f"data.{kind}", data, _parse_rows(f"data.{kind}"), (DataError,))
         for kind, data in {
             "jsonl": _JSONL,
             "jsonl.gz": gzip.compress(_JSONL, mtime=0),
@@ -319,16 +317,16 @@ TARGETS = (
         }.items()
     ),
     *(
-        _target_bytes(f"data.{kind}", data, _parse_rows(f"data.{kind}", columns), (DataError,))
+        _feed_bytes(f"data.{kind}", data, _parse_rows(f"data.{kind}", columns), (DataError,))
         for kind, data, columns in (
             ("conll", b"# a\nmy B-drug\ncard O\n\n\xc2\xa0\n\nlost\tO\n", {"tokens": "tokens", "tags": "tags"}),
             ("pubtator", b"1|t|my card\n1|a|lost\n1\t0\t2\tmy\tdrug\n\n2|t|x\n", {"text": "text", "spans": "spans"}),
             ("bioc", json.dumps(_BIOC).encode(), {"text": "text", "spans": "spans"}),
         )
     ),
-    _target_json("conversations", _CHATS, _parse_rows("chats.json", {"messages": "chat"}), (DataError,)),
-    _target_bytes("a saved set's values", (_SAVED / _ARROW).read_bytes, _parse_in_saved_set(_ARROW), (DataError,)),
-    _target_json(
+    _feed_json("conversations", _CHATS, _parse_rows("chats.json", {"messages": "chat"}), (DataError,)),
+    _feed_bytes("a saved set's values", (_SAVED / _ARROW).read_bytes, _parse_in_saved_set(_ARROW), (DataError,)),
+    _feed_json(
         "a saved set's state.json",
         json.loads((_SAVED / "state.json").read_bytes()),
         _parse_in_saved_set("state.json"),

@@ -16,7 +16,7 @@ from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Receipt, Update
 from fedtune.privacy.site_policy import Asserted, Policy
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 
 from ..builders import round_request
@@ -43,22 +43,22 @@ def make_config() -> RunConfig:
 @cache
 def make_settings() -> dict[str, Any]:
     """What of it the sites are sent."""
-    sent: dict[str, Any] = json.loads(json.dumps(settings_for_sites(make_config()).to_json()))
+    sent: dict[str, Any] = json.loads(json.dumps(select_settings_for_sites(make_config()).to_json()))
     return sent
 
 
 def list_decisive_settings() -> str:
     """What of that its digest, which the run's name holds, is made of."""
-    return json.dumps(settings_for_sites(make_config()).decisive(), sort_keys=True)
+    return json.dumps(select_settings_for_sites(make_config()).decisive(), sort_keys=True)
 
 
 def plan() -> Any:
-    return settings_for_sites(make_config()).plan()
+    return select_settings_for_sites(make_config()).plan()
 
 
 @cache
 def make_policy() -> Policy:
-    made = generate_policy(settings_for_sites(make_config()), plan(), "north", lead=key(1).public)
+    made = generate_policy(select_settings_for_sites(make_config()), plan(), "north", lead=key(1).public)
     budget = replace(made.budget, max_epsilon=5 * made.budget.max_epsilon)
     return replace(made, budget=budget, simulated=False, asserted=Asserted(no_person_at_another_site=True))
 
@@ -83,7 +83,7 @@ def make_receipt() -> Receipt:
 
 
 def request() -> RoundRequest:
-    proposal = settings_for_sites(make_config()).proposal(lead=key(1).public, plan=plan())
+    proposal = select_settings_for_sites(make_config()).proposal(lead=key(1).public, plan=plan())
     return round_request(proposal, site="north", adapter_digest=make_adapter().digest(), receipt=make_receipt())
 
 

@@ -19,7 +19,7 @@ from fedtune.federation.site_round import Prepared, Trained, answer
 from fedtune.flower import flower_records
 from fedtune.flower.site_socket import record_from_bytes
 from fedtune.model.adapter import Adapter, AdapterError
-from fedtune.ops.kits.members import PURPOSE, JoinRequest, site_init
+from fedtune.ops.kits.members import PURPOSE, JoinRequest, initialize_site
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.ops.wire.gate import Gate
@@ -161,7 +161,7 @@ def join_request() -> Path:
     if not path.exists():
         path.parent.mkdir()
         path.write_text(seeds.read_policy_toml())
-        site_init(path, out=None)
+        initialize_site(path, out=None)
     return path.parent / "kit" / "join_request.json"
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, Phi3Config, Phi3Model, PreTrainedModel, RobertaConfig, RobertaModel
 
 from fedtune.model.base_model import hash_model, load_base, load_tokenizer
-from fedtune.model.compatibility import check_ignores_batch_length, check_tokenizer_fits, max_positions
+from fedtune.model.compatibility import check_ignores_batch_length, check_tokenizer_fits, get_max_positions
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 
@@ -165,10 +165,10 @@ def make_tiny_base(kind: type[PreTrainedModel], settings: Any, **changes: Any) -
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
 def test_usable_positions_exclude_the_padding_offset(padding: int, clean: Path) -> None:
-    assert max_positions(load_base(ModelSpec(path=str(clean)))) == 512, "of other models all"
-    assert max_positions(make_tiny_base(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
+    assert get_max_positions(load_base(ModelSpec(path=str(clean)))) == 512, "of other models all"
+    assert get_max_positions(make_tiny_base(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
     base = make_tiny_base(RobertaModel, RobertaConfig, max_position_embeddings=20, pad_token_id=padding)
-    most = max_positions(base)
+    most = get_max_positions(base)
     assert most == 20 - padding - 1
     base(input_ids=torch.full((1, most), 7))
     with pytest.raises((IndexError, RuntimeError)):

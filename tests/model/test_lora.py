@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2Model
 
 from fedtune.model.base_model import load_base
 from fedtune.model.ia3_and_dora import iter_peft_scales, merge_adapter
-from fedtune.model.layers import adapters_disabled, attach_adapters
+from fedtune.model.layers import attach_adapters, suspend_adapters
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
@@ -39,8 +39,10 @@ def test_trainable_tensors_match_the_adapter_kind(path: str) -> None:
     def list_trainable(kind: str, **changes: Any) -> list[str]:
         model = build_task_model(make_spec(path, lora=LoraSpec(kind=kind, rank=2, **changes)))
         assert all(one.dtype == torch.float32 for one in model.trainable().values())
-        assert list(model.adapter_parameters()) == list(model.trainable()) or "train_a" in changes
-        assert any("lora_A" in name for name in model.adapter_parameters()) == (kind != "ia3"), "also a frozen one"
+        assert list(model.collect_adapter_parameters()) == list(model.trainable()) or "train_a" in changes
+        assert any("lora_A" in name for name in model.collect_adapter_parameters()) == (kind != "ia3"), (
+            "also a frozen one"
+        )
         return [name for name in model.trainable() if not name.startswith("head.")]
 
     modules = len(list_trainable("lora")) // 2
@@ -101,7 +103,7 @@ def test_adapter_can_be_disabled_saved_and_merged_by_peft(path: str, kind: str) 
     model = make_trained(path, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
     expected, as_it_was = compute_outputs(model.base), compute_outputs(load_base(ModelSpec(path=path)))
     assert not torch.allclose(expected, as_it_was, atol=1e-2)
-    with adapters_disabled(model.base):
+    with suspend_adapters(model.base):
         assert torch.equal(compute_outputs(model.base), as_it_was)
     saved = get_peft_model_state_dict(model.base)
     for name, start, values in iter_peft_scales(model.base):
@@ -166,7 +168,7 @@ def test_invalid_lora_targets_and_ranks_are_refused(typed: str) -> None:
 def test_lora_initialization_depends_only_on_the_seed() -> None:
     def start(seed: int, dtype: str = "float32") -> torch.Tensor:
         path = ModelSpec(path="random:bert", dtype=dtype)  # type: ignore[arg-type]
-        tensors = build_task_model(make_spec(model=path, seed=seed)).adapter_parameters()
+        tensors = build_task_model(make_spec(model=path, seed=seed)).collect_adapter_parameters()
         return torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_A" in name])
 
     state = torch.random.get_rng_state()

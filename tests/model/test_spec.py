@@ -56,4 +56,4 @@ def test_fastest_dtype_follows_the_cpu_features(
         cpu.write_text(f"processor\t: 0\n{flags}\n")
     monkeypatch.setattr(spec, "_CPU", cpu)
     monkeypatch.setattr(spec, "_GPUS", (tmp_path if has_gpu else tmp_path / "none",))
-    assert spec.fastest_dtype(device) == fastest
+    assert spec.choose_fastest_dtype(device) == fastest

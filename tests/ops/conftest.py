@@ -18,7 +18,7 @@ import pytest
 
 from fedtune.ops.doctor.check import DoctorCheck
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
+from fedtune.ops.kits.members import REQUEST, Member, Roster, initialize_site
 from fedtune.ops.kits.provisioning import Admitted
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.privacy.policy_file import write_policy
@@ -77,7 +77,7 @@ class Desk:
         folder = self.folder.parent / site
         folder.mkdir(exist_ok=True)
         write_policy(make_site_policy(site, **policy), folder / "site.toml")
-        return site_init(folder / "site.toml", out=folder / kit) / REQUEST
+        return initialize_site(folder / "site.toml", out=folder / kit) / REQUEST
 
     def join(self, site: str, **policy: Any) -> Path:
         """Let a site in; its kit, unzipped where its keys are."""

@@ -13,7 +13,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.ops.kits import certificates
-from fedtune.ops.kits.certificates import Authority, Certificate, certificate_pem, generate_connection_key, private_pem
+from fedtune.ops.kits.certificates import (
+    Authority,
+    Certificate,
+    encode_certificate_pem,
+    encode_private_pem,
+    generate_connection_key,
+)
 from fedtune.ops.wire.identity import Tls
 from fedtune.spec import ConfigError
 
@@ -29,12 +35,12 @@ class World:
         key, names = generate_connection_key(), hosts if kind == "server" else ()
         about = {"kind": kind, "name": name, "hosts": names, "days": 1, "now": datetime.now(UTC)}
         certificate = self.authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
-        return self.files(f"{kind}-{name}", private_pem(key), certificate)
+        return self.files(f"{kind}-{name}", encode_private_pem(key), certificate)
 
     def files(self, name: str, key: bytes, *chain: x509.Certificate) -> Tls:
         ca, certificate, private = (self.folder / file for file in ("ca.pem", f"{name}.pem", f"{name}-key.pem"))
         made = Tls(ca=ca, certificate=certificate, key=private)
-        made.certificate.write_bytes(b"".join(map(certificate_pem, chain)))
+        made.certificate.write_bytes(b"".join(map(encode_certificate_pem, chain)))
         made.key.write_bytes(key)
         return made
 
@@ -42,7 +48,7 @@ class World:
 @pytest.fixture
 def make_authorities(tmp_path: Path) -> World:
     authority = Authority.create_authority("cardiology", days=100, now=datetime.now(UTC))
-    (tmp_path / "ca.pem").write_bytes(certificate_pem(authority.certificate))
+    (tmp_path / "ca.pem").write_bytes(encode_certificate_pem(authority.certificate))
     return World(authority, tmp_path)
 
 
@@ -95,7 +101,7 @@ def test_site_cannot_issue_certificates(make_authorities: World) -> None:
     with pytest.raises(ConfigError, match="must be issued by the authority"):
         certificates.check_issued(forged, ca=make_authorities.authority.certificate, key="site.pem")
     with pytest.raises(ssl.SSLError, match="invalid CA certificate"):
-        shake_hands(make_authorities, client=make_authorities.files("forged", private_pem(key), forged, own))
+        shake_hands(make_authorities, client=make_authorities.files("forged", encode_private_pem(key), forged, own))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the command openssl is not installed")
@@ -138,9 +144,9 @@ def test_authority_is_loaded_only_with_its_own_private_key(make_authorities: Wor
         (generate_connection_key(), 0o600, "is not the key of the certificate"),
         (ec.generate_private_key(ec.SECP256R1()), 0o600, "must be an EC P-384 private key"),
     ):
-        path.write_bytes(private_pem(key))
+        path.write_bytes(encode_private_pem(key))
         path.chmod(mode)
         with pytest.raises(ConfigError, match=why):
             Authority.load(make_authorities.folder)
-    path.write_bytes(private_pem(make_authorities.authority.key))
+    path.write_bytes(encode_private_pem(make_authorities.authority.key))
     assert Authority.load(make_authorities.folder).certificate == make_authorities.authority.certificate

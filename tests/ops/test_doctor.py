@@ -30,11 +30,11 @@ from fedtune.model.base_model import hash_model
 from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import ModelSpec
 from fedtune.ops.doctor import examination
-from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, Status, build_passed_check, overall_exit_code
+from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, Status, build_passed_check, choose_exit_code
 from fedtune.ops.doctor.examination import Examination
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit, find_model_store_path
-from fedtune.ops.kits.members import REQUEST, site_init
+from fedtune.ops.kits.members import REQUEST, initialize_site
 from fedtune.ops.kits.models import install_model
 from fedtune.ops.wire import bounded_http
 from fedtune.privacy.cohorts import Cohorts
@@ -110,7 +110,7 @@ class Home(Books):
             self.open().require_receipt(receipt)
 
     def take_another_key(self) -> None:
-        other = site_init(self.site_toml, out=self.folder / "again")
+        other = initialize_site(self.site_toml, out=self.folder / "again")
         shutil.copy(other / "connection_key.pem", self.kit / "connection_key.pem")
 
     def damage_model(self) -> None:
@@ -195,7 +195,7 @@ def whole_site(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_pr
     columns = {"text": "letter", "label": "outcome"}
     site.change_data(path="records.csv", columns=columns)
     site.write_records()
-    request = site_init(site.site_toml, out=site.kit) / REQUEST
+    request = initialize_site(site.site_toml, out=site.kit) / REQUEST
     admitted = provisioning.check_join_request(federation, request=request, days=None, now=now)[1]()
     unpack(admitted.archive, site.kit)
     install_model(model, Kit.read(site.kit, kind="site"))
@@ -213,7 +213,7 @@ def list_failures(checks: dict[str, DoctorCheck]) -> dict[str, str]:
 
 
 def compute_exit_code(checks: dict[str, DoctorCheck]) -> int:
-    return overall_exit_code(checks.values())
+    return choose_exit_code(checks.values())
 
 
 def test_doctor_passes_for_a_complete_site(home: Home) -> None:

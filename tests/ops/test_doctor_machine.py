@@ -11,7 +11,7 @@ import torch
 from fedtune.ops.doctor import machine_checks as machine
 from fedtune.ops.doctor import site_checks
 from fedtune.ops.doctor.check import SERVER, DoctorCheck, Status
-from fedtune.ops.files import account_name
+from fedtune.ops.files import get_account_name
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_files import SiteFiles
 
@@ -162,7 +162,7 @@ def test_world_writable_files_are_reported_with_a_working_fix(site: Path, what: 
     subprocess.run(command, shell=True, check=True)
     (check,) = check_owners(site)
     assert check.status is Status.OK
-    assert account_name(os.geteuid()) in check.found
+    assert get_account_name(os.geteuid()) in check.found
 
 
 @AS_ROOT

@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedtune.ops.kits.certificates import public_pem, read_connection_key
+from fedtune.ops.kits.certificates import encode_public_pem, read_connection_key
 from fedtune.ops.kits.kit_file import read_signing_key
-from fedtune.ops.kits.members import JoinRequest, site_init
+from fedtune.ops.kits.members import JoinRequest, initialize_site
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.policy_file import read_policy, write_policy
@@ -29,7 +29,7 @@ def test_join_request_matches_the_policy(request_of: Any) -> None:
     request, folder = JoinRequest.read(path), path.parent
     assert (request.site, request.datasets) == ("north", {"patients": 8000})
     assert request.site_key == SigningKey.load(folder.parent / "site_key.pem").public
-    assert request.node_key == public_pem(read_connection_key(folder / "connection_key.pem"))
+    assert request.node_key == encode_public_pem(read_connection_key(folder / "connection_key.pem"))
 
 
 def test_private_keys_are_readable_only_by_their_owner(tmp_path: Path, now: datetime) -> None:
@@ -55,7 +55,7 @@ def test_private_keys_are_readable_only_by_their_owner(tmp_path: Path, now: date
 def test_invalid_site_name_creates_no_files(name: str, said: str, tmp_path: Path, site_policy: Any) -> None:
     write_policy(site_policy(name), tmp_path / "site.toml")
     with pytest.raises(ConfigError, match=rf"site\.toml: site = '{name}': {said}"):
-        site_init(tmp_path / "site.toml", out=None)
+        initialize_site(tmp_path / "site.toml", out=None)
     assert [path.name for path in tmp_path.iterdir()] == ["site.toml"]
 
 
@@ -65,12 +65,12 @@ def test_exposed_or_missing_site_key_is_refused(tmp_path: Path, site_policy: Any
     key = SigningKey.load_or_create(file)
     file.chmod(0o644)
     with pytest.raises(ConfigError, match=r"site_key\.pem = 'mode 644': must be readable by its owner alone"):
-        site_init(site_toml, out=None)
+        initialize_site(site_toml, out=None)
     assert {path.name for path in tmp_path.iterdir()} == {"site.toml", "site_key.pem"}
     SiteLedger(tmp_path / "ledger.db", read_policy(site_toml), key)
     file.unlink()
     with pytest.raises(ConfigError, match="restore it from its backup"):
-        site_init(site_toml, out=None)
+        initialize_site(site_toml, out=None)
     assert not file.exists()
 
 
@@ -78,7 +78,7 @@ def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: An
     site_toml, kept = tmp_path / "site.toml", tmp_path / "kept.pem"
     public = SigningKey.load_or_create(kept).public
     write_policy(site_policy("north", key_command=("/bin/cat", str(kept))), site_toml)
-    kit = site_init(site_toml, out=None)
+    kit = initialize_site(site_toml, out=None)
     assert JoinRequest.read(kit / "join_request.json").site_key == read_signing_key(site_toml).public == public
     assert SiteFiles.from_site_toml(site_toml).open_ledger().history.opening.site_key == public
     assert SiteFiles.from_site_toml(site_toml).public_key is None, "to look at a policy runs nothing"
@@ -117,10 +117,12 @@ def make_csr(key: Any, *names: str) -> str:
 def test_csr_proves_possession_of_the_private_key(request_of: Any) -> None:
     path = request_of("north")
     csr = x509.load_pem_x509_csr(json.loads(path.read_text())["csr"].encode())
-    another_s = public_pem(ec.generate_private_key(ec.SECP384R1()))
-    encoded = csr.public_bytes(serialization.Encoding.DER).replace(_read_point(public_pem(csr)), _read_point(another_s))
+    another_s = encode_public_pem(ec.generate_private_key(ec.SECP384R1()))
+    encoded = csr.public_bytes(serialization.Encoding.DER).replace(
+        _read_point(encode_public_pem(csr)), _read_point(another_s)
+    )
     forged = x509.load_der_x509_csr(encoded).public_bytes(serialization.Encoding.PEM).decode()
-    assert public_pem(x509.load_pem_x509_csr(forged.encode())) == another_s
+    assert encode_public_pem(x509.load_pem_x509_csr(forged.encode())) == another_s
     with pytest.raises(ConfigError, match="must be signed with the key that it names"):
         JoinRequest.parse_request(resign_request(path, csr=forged))
 

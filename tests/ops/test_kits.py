@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.certificates import certificate_pem, p384_public_key, read_certificate
+from fedtune.ops.kits.certificates import encode_certificate_pem, extract_p384_public_key, read_certificate
 from fedtune.ops.kits.kit_file import Address, Kit, KitFile, KitModel, read_spec
 from fedtune.ops.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
@@ -140,8 +140,8 @@ def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, 
         assert der.count(bytes.fromhex(right)) == 1
         damaged = x509.load_der_x509_certificate(der.replace(bytes.fromhex(right), bytes.fromhex(wrong)))
         with pytest.raises(ConfigError, match="must be for an EC P-384 key"):
-            p384_public_key(damaged, key="certificate")
-        fields["sites"][0]["certificate"] = certificate_pem(damaged).decode()
+            extract_p384_public_key(damaged, key="certificate")
+        fields["sites"][0]["certificate"] = encode_certificate_pem(damaged).decode()
         path.write_text(json.dumps(fields))
         with pytest.raises(ConfigError, match="must be a certificate in PEM format"):
             Roster.read(path)

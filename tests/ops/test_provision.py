@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.certificates import certificate_host_names, read_certificate
+from fedtune.ops.kits.certificates import list_certificate_host_names, read_certificate
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import Kit, read_signing_key
 from fedtune.privacy.keys import SigningKey
@@ -58,7 +58,7 @@ def test_certificates_have_the_configured_validity_and_names(federation_toml: Pa
     made = provisioning.init_federation(federation_toml, out=federation_toml.parent / "made", now=now)
     ends = [one.not_after - now for one in made.certificates.values()]
     assert ends == [timedelta(days=days) for days in (100, 20, 30)]
-    names = certificate_host_names(read_certificate(made.folder / "server" / "server.pem"))
+    names = list_certificate_host_names(read_certificate(made.folder / "server" / "server.pem"))
     assert sorted(names) == ["10.0.0.3", "2001:db8::1", "fl.example.org", "localhost"]
 
 

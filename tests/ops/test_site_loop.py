@@ -301,7 +301,7 @@ def test_site_with_an_unwritable_ledger_is_not_ready(
     said = iter(["", "ledger.db is full", "ledger.db is full", ""])
     loop = make_loop(None, tmp_path, threading.Event())
     loop.trouble = lambda: next(said)
-    states = [loop._standing.current_state() for _ in range(4)]
+    states = [loop._standing.check_current_state() for _ in range(4)]
     assert states == ["connected", "failing", "failing", "connected"]
     assert "failing" not in READY
     assert [record.getMessage() for record in caplog.records] == [

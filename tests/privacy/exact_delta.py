@@ -32,7 +32,7 @@ class TooFewStepsError(ValueError):
     """So few records take part in all steps together that the integral has no end."""
 
 
-def _noise_points(noise: float, tilt: float, *, adding: bool) -> np.ndarray:
+def _list_noise_points(noise: float, tilt: float, *, adding: bool) -> np.ndarray:
     """Values of the noise that count at this tilt, at even distances."""
     distance = min(noise, noise**2) / 12
     low, high = (-tilt - 14 * noise, 14 * noise) if adding else (-14 * noise, tilt + 2 + 14 * noise)
@@ -41,7 +41,7 @@ def _noise_points(noise: float, tilt: float, *, adding: bool) -> np.ndarray:
 
 def _log_means(rate: float, noise: float, orders: np.ndarray, tilt: float, *, adding: bool) -> np.ndarray:
     """log M at each complex order whose real part is `tilt`."""
-    x = _noise_points(noise, tilt, adding=adding)
+    x = _list_noise_points(noise, tilt, adding=adding)
     loss = np.log(1 - rate + rate * np.exp((2 * x - 1) / (2 * noise**2)))
     powers = -orders if adding else orders + 1
     normal = -(x**2) / (2 * noise**2) + math.log((x[1] - x[0]) / noise / math.sqrt(2 * math.pi))
@@ -118,7 +118,7 @@ def compute_precise_delta(rate: float, noise: float, steps: int, epsilon: float)
         tilt = find_best_tilt(rate, noise, steps, epsilon, adding=adding)
         distance, count = _choose_line(rate, noise, steps, tilt, adding=adding)
         q, sigma = mpmath.mpf(rate), mpmath.mpf(noise)
-        places = _noise_points(noise, tilt, adding=adding)
+        places = _list_noise_points(noise, tilt, adding=adding)
         apart = mpmath.mpf(float(places[1] - places[0]))
         points = [mpmath.mpf(round(float(place / apart))) * apart for place in places]
         normal = [mpmath.exp(-(x**2) / (2 * sigma**2)) * apart / sigma / mpmath.sqrt(2 * mpmath.pi) for x in points]

@@ -29,7 +29,7 @@ GOLDEN_PLD = [
 
 @pytest.mark.parametrize(("rate", "sigma", "steps", "delta", "golden"), GOLDEN_PLD)
 def test_pld_epsilon_matches_golden_values(rate: float, sigma: float, steps: int, delta: float, golden: float) -> None:
-    event = events.dp_sgd_event(sampling_rate=rate, noise_multiplier=sigma, steps=steps)
+    event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=sigma, steps=steps)
     fine, coarse = epsilon_pld([event], delta), epsilon_pld([event], delta, interval=1e-3)
     half_a_digit = 0.51 * 10.0 ** -len(str(golden).partition(".")[2])
     assert fine == pytest.approx(golden, abs=max(half_a_digit, 0.005))
@@ -107,16 +107,16 @@ def test_adjacency_is_add_or_remove_one_record() -> None:
 
 
 def test_epsilon_is_infinite_without_noise_and_zero_without_steps() -> None:
-    event = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=1)
-    private = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=5.0, steps=1)
+    event = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=1)
+    private = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=5.0, steps=1)
     assert epsilon_pld([event], 1e-5) == epsilon_rdp([event], 1e-5) == epsilon_pld([private, event], 1e-5) == math.inf
     assert compute_epsilon_if_above([event], 1e-5, limit=100.0) == math.inf
-    nothing = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=0)
+    nothing = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=0)
     assert epsilon_pld([], 1e-5) == epsilon_pld([nothing], 1e-5) == 0
 
 
 def test_epsilon_above_returns_none_within_the_limit() -> None:
-    event = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=2.0, steps=20)
+    event = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=2.0, steps=20)
     fine, coarse = epsilon_pld([event], 1e-5), epsilon_pld([event], 1e-5, interval=1e-3)
     assert fine < coarse
     assert compute_epsilon_if_above([event], 1e-5, limit=coarse) is None
@@ -137,7 +137,7 @@ def test_calibrated_noise_meets_the_target_epsilon_tightly(
     sigma = calibrate_noise(epsilon=epsilon, delta=delta, sampling_rate=rate, steps=steps)
 
     def compute_spent(noise: float) -> float:
-        return epsilon_pld([events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta)
+        return epsilon_pld([events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta)
 
     assert compute_spent(sigma) <= epsilon
     assert compute_spent(0.99 * sigma) > epsilon
@@ -148,7 +148,7 @@ def test_noise_calibration_terminates_at_extreme_targets() -> None:
         found = calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5)
         assert found == pytest.approx(188.72, rel=1e-4)
     assert calibrate_noise(epsilon=8.0, delta=1e-5, sampling_rate=1e-6, steps=5) == 0.1
-    most = events.dp_sgd_event(sampling_rate=1.0, noise_multiplier=0.99 * accountant.MOST_NOISE, steps=1000)
+    most = events.build_dp_sgd_event(sampling_rate=1.0, noise_multiplier=0.99 * accountant.MOST_NOISE, steps=1000)
     epsilon = epsilon_pld([most], 1e-5, interval=accountant.COARSE)
     found = calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=1.0, steps=1000)
     assert found == pytest.approx(0.99 * accountant.MOST_NOISE, rel=1e-4)
@@ -164,6 +164,6 @@ def test_too_many_steps_and_unreachable_epsilons_are_refused() -> None:
 def test_only_the_skipped_orders_warning_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("absl")
     filters = list(logger.filters)
-    epsilon_rdp([events.dp_sgd_event(sampling_rate=0.001, noise_multiplier=0.6, steps=1)], 1e-5)
+    epsilon_rdp([events.build_dp_sgd_event(sampling_rate=0.001, noise_multiplier=0.6, steps=1)], 1e-5)
     assert logger.filters == filters
     assert "failed to converge" not in caplog.text

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events, filter
-from fedtune.privacy.cohorts import period_number
+from fedtune.privacy.cohorts import compute_period_number
 from fedtune.privacy.ledger import history, spending
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
 from fedtune.privacy.ledger.verify import verify
@@ -76,13 +76,13 @@ class Game:
     def ask(self, proposal: Proposal, round: int, *, request: str, reply: bool) -> Reason | None:
         """One request; returns why it was refused."""
         new = proposal.run not in self.ledger.history.runs
-        before = self.ledger.history.total_charges()
+        before = self.ledger.history.count_total_charges()
         self.hear()
         try:
             granted = self.ledger.reserve(proposal, round=round, request=request)
         except Refused as refused:
             self.refused += 1
-            assert self.ledger.history.total_charges() == before
+            assert self.ledger.history.count_total_charges() == before
             return refused.reason
         last = self.ledger.history.last_time
         if new:
@@ -116,10 +116,10 @@ class Game:
     def check(self) -> None:
         history, budget = self.ledger.history, self.policy.budget
         charged = events.count_mechanisms([event for _, _, event in self.charged])
-        assert history.total_charges() == charged
+        assert history.count_total_charges() == charged
         assert history.divergence(charged) == pytest.approx(compute_divergence(charged, self.order), rel=1e-9)
         held = self.sum_reservations(history.now(server=self.server or history.last_time))
-        surcharge = filter.epsilon_conversion_term(self.order, budget.delta)
+        surcharge = filter.compute_epsilon_conversion_term(self.order, budget.delta)
         both = compute_divergence(charged + held, self.order) + surcharge
         assert both <= budget.max_epsilon + 1e-9, "charged and set aside"
         now = filter.epsilon_filter(charged, order=self.order, delta=budget.delta)
@@ -128,7 +128,7 @@ class Game:
         if budget.max_epsilon_per_period is not None:
             sums: dict[int, Counter[DpEvent]] = {}
             for moment, _, event in self.charged:
-                sums.setdefault(period_number(moment, budget.period), Counter()).update(
+                sums.setdefault(compute_period_number(moment, budget.period), Counter()).update(
                     events.count_mechanisms([event])
                 )
             for each in sums.values():
@@ -183,7 +183,7 @@ def test_adaptive_requests_never_exceed_a_cap(tmp_path_factory: Any, monthly: bo
     shuffled = [event for _, _, event in game.charged]
     random.Random(0).shuffle(shuffled)
     assert filter.epsilon_filter(shuffled, order=game.order, delta=1e-5) == game.spent
-    assert verify(game.path).history.total_charges() == events.count_mechanisms(shuffled)
+    assert verify(game.path).history.count_total_charges() == events.count_mechanisms(shuffled)
 
 
 def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) -> None:
@@ -202,4 +202,4 @@ def test_greedy_adversary_approaches_the_cap_without_exceeding_it(path: Path) ->
     assert game.refused > 2
     assert 10.9 < game.spent <= 11.0
     history = game.ledger.history
-    assert 0.95 < spending.compute_spent_fraction(history, history.total_charges(), cap=history.cap) <= 1
+    assert 0.95 < spending.compute_spent_fraction(history, history.count_total_charges(), cap=history.cap) <= 1

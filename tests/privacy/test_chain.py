@@ -88,5 +88,5 @@ def test_head_round_trips_through_its_file_and_signs_every_field(tmp_path: Path)
     assert Head.read(path) == head
     others = {name: other for name, (_, other) in HEAD.items()} | {"site_key": "3" * 64}
     assert set(others) | {"signature"} == {field.name for field in fields(Head)}
-    messages = {replace(head, **{name: value}).signed_bytes() for name, value in others.items()}
-    assert len(messages | {head.signed_bytes()}) == len(others) + 1
+    messages = {replace(head, **{name: value}).encode_signed_bytes() for name, value in others.items()}
+    assert len(messages | {head.encode_signed_bytes()}) == len(others) + 1

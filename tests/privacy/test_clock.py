@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import filter
-from fedtune.privacy.cohorts import period_number
+from fedtune.privacy.cohorts import compute_period_number
 from fedtune.privacy.ledger import history
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.ledger.verify import verify
@@ -64,7 +64,7 @@ def test_new_period_starts_only_when_both_clocks_have_reached_it(
 ) -> None:
     clock.time, refused = here, None if opens else Reason.MAX_EPSILON_PER_PERIOD
     assert charge(full_ledger(server=server), make_proposal(run="next", plan=ONE_ROUND)) is refused
-    assert period_number(full_ledger(server=server).history.last_time, "month") - period_number(
+    assert compute_period_number(full_ledger(server=server).history.last_time, "month") - compute_period_number(
         JANUARY, "month"
     ) == int(opens)
 
@@ -102,10 +102,10 @@ def test_confirming_the_date_opens_the_current_period(full_ledger: Any, clock: C
     asked = make_proposal(run="next", plan=ONE_ROUND)
     assert charge(ledger, asked) is Reason.MAX_EPSILON_PER_PERIOD
     for words in ("clock says 2030-03-13", "server's time is 2030-01-10", "month of 2030-01-10", "confirm-date"):
-        assert words in ledger.pending_period_reason
+        assert words in ledger.explain_pending_period
     full_ledger(server=None).confirm_date()
     assert charge(full_ledger(server=JANUARY), asked) is None
-    assert full_ledger(server=JANUARY).pending_period_reason == ""
+    assert full_ledger(server=JANUARY).explain_pending_period == ""
     assert verify(path).history.last_time == MARCH
     # Only the period that was confirmed: the clock may go on in it, and no further.
     clock.forward(days=31)
@@ -117,7 +117,7 @@ def test_clocks_may_disagree_without_a_cap_per_period(open_ledger: Any, clock: C
     clock.time = datetime(2099, 1, 1, tzinfo=UTC)
     ledger = open_ledger(server=JANUARY)
     assert charge(ledger, make_proposal(plan=ONE_ROUND)) is None
-    assert (ledger.history.last_time, ledger.pending_period_reason) == (clock.time, "")
+    assert (ledger.history.last_time, ledger.explain_pending_period) == (clock.time, "")
 
 
 def test_restored_charges_count_in_the_period_of_the_anchor(full_ledger: Any, clock: Clock, path: Path) -> None:
@@ -159,10 +159,10 @@ def test_no_sequence_of_clock_readings_opens_a_period_by_one_clock(
                 ledger.record_refusal(Refused(Reason.SITE_ERROR), run=move, round=1, request="x")
             after = ledger.history.last_time
             assert before <= after <= max(before, here), "the server's time is never the ledger's future"
-            old, new = period_number(before, period), period_number(after, period)
+            old, new = compute_period_number(before, period), compute_period_number(after, period)
             if move != "confirm" and new > old:
                 assert server is not None
                 assert new == old + 1
-                assert new <= min(period_number(here, period), period_number(server, period))
+                assert new <= min(compute_period_number(here, period), compute_period_number(server, period))
             if move == "confirm":
                 assert after == max(before, here)

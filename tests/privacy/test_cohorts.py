@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.privacy import events
-from fedtune.privacy.cohorts import Cohorts, cohort_name, cohort_number
+from fedtune.privacy.cohorts import Cohorts, compute_cohort_number, format_cohort_name
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
@@ -67,10 +67,10 @@ def charge_round(ledger: SiteLedger, asked: Proposal, own: Mapping[str, int], *,
 def test_cohort_names_match_the_period_and_have_one_spelling(period: Any) -> None:
     names = {"2026-03": ("2026-03", "2026-Q1", "2026"), "2026-04": ("2026-04", "2026-Q2", "2026")}
     for month, each in (names | {"0001-12": ("0001-12", "0001-Q4", "0001")}).items():
-        name, number = each[("month", "quarter", "year").index(period)], cohort_number(month, period)
-        assert cohort_name(number, period) == name
+        name, number = each[("month", "quarter", "year").index(period)], compute_cohort_number(month, period)
+        assert format_cohort_name(number, period) == name
         assert Cohorts(period=period, first=name, last=name).span == (number, number)
-    assert cohort_name(cohort_number("", period), period) == "before"
+    assert format_cohort_name(compute_cohort_number("", period), period) == "before"
     for said in ("2026-13", "2026-Q5", "26", "0000", "2026-Q1 ", "٢٠٢٦", "", "before", "2026-1", "2026-Q1-01"):
         with pytest.raises(ConfigError, match=r"^(last|first)"):
             Cohorts(period=period, last=said)
@@ -126,9 +126,9 @@ def test_plan_must_use_the_arrival_calendar_of_the_policy(arrivals_policy: Polic
     arrivals_policy.check(asked)
     for other in (Cohorts(period="month", last="2026-01"), None):
         plan = dataclasses.replace(asked.plan, cohorts=other)
-        (refused,) = arrivals_policy.broken_rules(dataclasses.replace(asked, plan=plan))
+        (refused,) = arrivals_policy.find_broken_rules(dataclasses.replace(asked, plan=plan))
         assert (refused.reason, refused.allowed) == (Reason.COHORTS, "year")
-    (refused,) = make_policy(population={"unit": "user"}, dataset=arrivals_policy.dataset).broken_rules(asked)
+    (refused,) = make_policy(population={"unit": "user"}, dataset=arrivals_policy.dataset).find_broken_rules(asked)
     assert (refused.reason, refused.asked, refused.allowed) == (Reason.COHORTS, "year", "none")
 
 
@@ -147,16 +147,16 @@ def test_every_cohort_has_the_full_budget_and_spending_is_their_maximum(ledger: 
     train(made, ask("first", None, "2024"), 1, 2, 3, 4, 5)
     train(made, ask("second", "2024", "2025"), 1, 2, 3, 4, 5)
     history = made.history
-    assert history.total_charges(2024) == events.count_mechanisms([ONCE] * 10)
+    assert history.count_total_charges(2024) == events.count_mechanisms([ONCE] * 10)
     assert (
-        history.total_charges(0)
-        == history.total_charges(2023)
-        == history.total_charges(2025)
+        history.count_total_charges(0)
+        == history.count_total_charges(2023)
+        == history.count_total_charges(2025)
         == events.count_mechanisms([ONCE] * 5)
     )
-    assert not history.total_charges(2026)
-    assert history.total_charges() == history.total_charges(2024)
-    assert history.epsilon() == history.epsilon(history.total_charges(2024))
+    assert not history.count_total_charges(2026)
+    assert history.count_total_charges() == history.count_total_charges(2024)
+    assert history.epsilon() == history.epsilon(history.count_total_charges(2024))
     # Whoever admits 2024 is refused, as nothing is left for its people, whether there are any or not.
     for first, last in ((None, "2026"), ("2024", "2024"), ("2024", "2026")):
         assert read_refusal_reason(train, made, ask("more", first, last), 1) is Reason.MAX_EPSILON
@@ -198,7 +198,7 @@ def test_ledger_without_arrivals_keeps_its_file_format(path: Path, open_ledger: 
         make_policy(allow={"leads": ()}).digest() == "eb50817c04b509e18da960f4c78431e005422800ab1612a31eab9fcece13dd17"
     )
     assert make_proposal(lead="ab" * 32).digest() == "dd21f59459324392713bef1754ca7da963b6c82d1867de7c801051175921c0f3"
-    assert made.history.charges() == {(each, ""): n for each, n in made.history.total_charges().items()}
+    assert made.history.charges() == {(each, ""): n for each, n in made.history.count_total_charges().items()}
 
 
 # The register.
@@ -307,7 +307,7 @@ def test_cohorts_survive_a_restore_without_lost_charges(backups: Backups) -> Non
     backups.back_up()
     made.end_run("one")
     back = backups.put_back(anchor=made.head())
-    assert not back.history.total_charges(0)
+    assert not back.history.count_total_charges(0)
     assert charge_round(back, ask("three", "2024", "2024"), {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
 
 
@@ -323,7 +323,7 @@ def test_charges_after_a_restore_do_not_depend_on_records(backups: Backups, lost
         charge_round(made, ask("two", *lost), own)
         anchor = made.head()
         back = backups.put_back(anchor=anchor)
-        figures = [back.history.total_charges(cohort) for cohort in (0, 2024, 2026)]
+        figures = [back.history.count_total_charges(cohort) for cohort in (0, 2024, 2026)]
         later = charge_round(back, ask("three", "2024", "2026"), {"ann": 2024, "cy": 2026, **own}) - {"ben"}
         seen.append((figures, later, anchor.arrivals, anchor.charged))
     assert seen[0] == seen[1] == seen[2]
@@ -347,8 +347,10 @@ def test_unknown_people_join_the_oldest_cohort_after_lost_rows(backups: Backups)
     charge_round(made, ask("two", "2025", "2025"), {"ben": 2025})
     back = backups.put_back(anchor=made.head())
     history = back.history
-    assert history.total_charges(0) == events.count_mechanisms([ONCE] * 2), "ben may be anybody who is unknown here"
-    assert history.total_charges(2024) == history.total_charges(2025) == events.count_mechanisms([ONCE])
+    assert history.count_total_charges(0) == events.count_mechanisms([ONCE] * 2), (
+        "ben may be anybody who is unknown here"
+    )
+    assert history.count_total_charges(2024) == history.count_total_charges(2025) == events.count_mechanisms([ONCE])
     # His date says 2026 now; nor is it known that cy is new.
     own = {"ann": 2026, "ben": 2026, "cy": 2026}
     assert charge_round(back, ask("three", "2024", "2026"), own) == {"ann"}
@@ -367,7 +369,7 @@ def test_people_registered_on_both_branches_join_the_oldest_cohort(backups: Back
     back.charge_gap(anchor)
     assert charge_round(back, ask("three", "2025", "2026"), {"ben": 2026}) == set()
     assert charge_round(back, ask("four", None, "2023"), {"ben": 2026}) == {"ben"}
-    assert back.history.total_charges(0) == events.count_mechanisms([ONCE] * 3)
+    assert back.history.count_total_charges(0) == events.count_mechanisms([ONCE] * 3)
 
 
 def test_second_restore_remembers_that_rows_were_lost(backups: Backups) -> None:
@@ -410,6 +412,6 @@ def test_local_doubts_cover_charges_of_another_branch(backups: Backups) -> None:
     here = backups.open()
     here.charge_gap(other.head())
     assert charge_round(here, ask("last", "2026", "2026"), {"ben": 2026}) == set()
-    assert here.history.total_charges(0) == events.count_mechanisms([ONCE] * 3), (
+    assert here.history.count_total_charges(0) == events.count_mechanisms([ONCE] * 3), (
         "both that ben was in, and the lost one"
     )

@@ -140,14 +140,14 @@ class Site:
         with store.open_for_reading(self.path) as file:
             rows = {row.unit: row for row in register.read_rows(file)}
         history, secret = self.ledger.history, site_key.derive_secret("arrivals")
-        figures = {OLDEST: history.total_charges(OLDEST)}
+        figures = {OLDEST: history.count_total_charges(OLDEST)}
         for person, lost in self.lost.items():
-            cohort = history.cohort_of(rows.get(register.pseudonymize(secret, person)), self.file.get(person, OLDEST))
+            cohort = history.find_cohort(rows.get(register.pseudonymize(secret, person)), self.file.get(person, OLDEST))
             if cohort not in figures:
-                figures[cohort] = history.total_charges(cohort)
+                figures[cohort] = history.count_total_charges(cohort)
             assert lost <= figures[cohort], (person, cohort, self.done)
             assert history.divergence(lost) <= history.divergence(figures[cohort]) * (1 + 1e-12)
-            assert history.divergence(lost) <= history.divergence(history.total_charges()) * (1 + 1e-12), (
+            assert history.divergence(lost) <= history.divergence(history.count_total_charges()) * (1 + 1e-12), (
                 "spent: the largest"
             )
 

@@ -18,9 +18,9 @@ from fedtune.privacy.distributed_noise import (
     SharedNoise,
     Together,
     add_noise_share,
+    build_secure_aggregation_event,
     combine_noise_shares,
-    epsilons_by_adversary,
-    secure_aggregation_event,
+    compute_epsilons_by_adversary,
 )
 from fedtune.privacy.loss_distribution import Composition
 from fedtune.privacy.mechanism import GRID_BITS
@@ -60,7 +60,7 @@ def compute_value_outcomes(contribution: float, others: list[float]) -> exact_su
 @pytest.mark.parametrize("rate", [1.0, 0.3, 0.05])
 @pytest.mark.parametrize(("honest", "clip_norm"), [(1, 8.0), (2, 16.0), (4, 16.0), (5, 11.0)])
 def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, honest: int, clip_norm: float) -> None:
-    event = secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    event = build_secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     others = [0.0, 3.0, -7.0, 2.0][: honest - 1]
     # Rounding happens after the noise, so no sum need be a whole number.
     without, with_unit = (compute_value_outcomes(contribution, others) for contribution in (0.4, 0.4 + clip_norm))
@@ -77,7 +77,7 @@ def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, hones
 @pytest.mark.parametrize("direction", [(1.0, 0.0), (0.6, 0.8), (-math.sqrt(0.5), math.sqrt(0.5))])
 def test_two_values_of_one_unit_cost_their_joint_norm(rate: float, direction: tuple[float, float]) -> None:
     honest, clip_norm = 2, 16.0
-    event = secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    event = build_secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     without = exact_sums.join_outcomes(*(compute_value_outcomes(0.0, [4.0]) for _ in direction))
     with_unit = exact_sums.join_outcomes(*(compute_value_outcomes(clip_norm * part, [4.0]) for part in direction))
     taking_part = exact_sums.sample_outcomes(with_unit, without, rate)
@@ -92,7 +92,7 @@ def test_two_values_of_one_unit_cost_their_joint_norm(rate: float, direction: tu
 
 def test_two_releases_cost_their_composition() -> None:
     rate, honest, clip_norm = 0.3, 3, 16.0
-    event = secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    event = build_secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     without, with_unit = compute_value_outcomes(0.0, [1.0, 2.0]), compute_value_outcomes(clip_norm, [1.0, 2.0])
     once = exact_sums.sample_outcomes(with_unit, without, rate)
     twice, never = exact_sums.join_outcomes(once, once), exact_sums.join_outcomes(without, without)
@@ -109,7 +109,7 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
             exact_sums.compute_sum_outcomes([contribution] + [0.0] * (sites - 1), deviation, most=6)
             for contribution in (0.0, 1.0)
         )
-        event = secure_aggregation_event(sampling_rate=1.0, noise_multiplier=deviation, honest=sites)
+        event = build_secure_aggregation_event(sampling_rate=1.0, noise_multiplier=deviation, honest=sites)
         assert exact_sums.compute_delta(1.0, with_unit, without) > 2.5 * compute_claimed_delta(event, 1.0)
         # The server alone, which rounds the whole noise once, would keep the claim.
         once = [exact_sums.compute_site_outcomes(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
@@ -132,7 +132,7 @@ def test_noise_shares_smaller_than_a_cell_are_refused() -> None:
 def test_epsilon_for_honest_sites_matches_reference_values(share: float, by_honest: dict[int, float]) -> None:
     """Rate 0.01, 1000 releases, delta 1e-5."""
     for honest, epsilon in by_honest.items():
-        event = secure_aggregation_event(sampling_rate=0.01, noise_multiplier=share, honest=honest)
+        event = build_secure_aggregation_event(sampling_rate=0.01, noise_multiplier=share, honest=honest)
         assert epsilon_pld({event: 1000}, DELTA) == pytest.approx(epsilon, abs=0.011 if epsilon < 10 else 0.06)
 
 
@@ -145,12 +145,12 @@ def test_epsilons_for_four_sites_match_reference_values(
     """Rate 0.3, 50 releases, nobody drops: the server alone, and all others against one."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=0.3, steps=50)
     share = Together(num_sites=4, threshold=4, colluders=0).share_for_total(total)
-    found = epsilons_by_adversary(make_shared(share, 4), survivors={4: 50}, sampling_rate=0.3, delta=DELTA)
+    found = compute_epsilons_by_adversary(make_shared(share, 4), survivors={4: 50}, sampling_rate=0.3, delta=DELTA)
     assert 0.998 * target < found.server_alone <= target
     assert found.with_colluders == found.server_alone, "with no colluders these are the same"
     assert found.with_all_others == pytest.approx(all_others, abs=0.06)
     # The noise that each bank adds alone today, at each of four.
-    today = secure_aggregation_event(sampling_rate=0.3, noise_multiplier=total, honest=4)
+    today = build_secure_aggregation_event(sampling_rate=0.3, noise_multiplier=total, honest=4)
     assert epsilon_pld({today: 50}, DELTA) == pytest.approx(local_noise_costs, abs=0.006)
 
 
@@ -159,7 +159,7 @@ def test_epsilons_for_four_sites_match_reference_values(
 
 def compute_figures(survivors: dict[int, int], also: Sequence[DpEvent] = ()) -> Any:
     plan = make_shared(0.7, 6, threshold=4, colluders=1)
-    return epsilons_by_adversary(plan, survivors=survivors, sampling_rate=0.2, delta=DELTA, also=also)
+    return compute_epsilons_by_adversary(plan, survivors=survivors, sampling_rate=0.2, delta=DELTA, also=also)
 
 
 def cache_epsilons(*honest: int) -> float:
@@ -227,13 +227,15 @@ def test_multiple_local_steps_get_no_credit_for_noise_of_other_sites(sites: int,
         )
 
     share = 1 / math.sqrt(sites)
-    credited = secure_aggregation_event(sampling_rate=1.0, noise_multiplier=share, honest=sites)
-    two_credited = events.dp_sgd_event(sampling_rate=1.0, noise_multiplier=combine_noise_shares(share, sites), steps=2)
+    credited = build_secure_aggregation_event(sampling_rate=1.0, noise_multiplier=share, honest=sites)
+    two_credited = events.build_dp_sgd_event(
+        sampling_rate=1.0, noise_multiplier=combine_noise_shares(share, sites), steps=2
+    )
     assert events.count_mechanisms([credited, credited]) == events.count_mechanisms([two_credited])
     assert is_refuted(two_credited), "two releases of a step each would be as private, and two local steps are not"
     # Two Gaussian mechanisms of noise 1 allow this much at the attack's rate of false alarms.
     assert stats.norm.cdf(math.sqrt(2) + stats.norm.ppf(1 - hit)) == pytest.approx(most, abs=0.002)
-    own_shares = events.dp_sgd_event(sampling_rate=1.0, noise_multiplier=share, steps=2)
+    own_shares = events.build_dp_sgd_event(sampling_rate=1.0, noise_multiplier=share, steps=2)
     assert not is_refuted(own_shares), "so a plan of secure aggregation has one step a round"
 
 
@@ -251,7 +253,7 @@ def test_clipping_a_whole_site_sum_halves_the_noise_per_record() -> None:
     # An attacker who looks on which side of the middle the sum lies: noise of 1.5 R, four sites.
     noise = 1.5
     found, false_alarm = stats.norm.cdf(apart / 2 / noise), stats.norm.cdf(-apart / 2 / noise)
-    event = secure_aggregation_event(sampling_rate=1.0, noise_multiplier=noise / 2, honest=4)
-    half = secure_aggregation_event(sampling_rate=1.0, noise_multiplier=noise / 4, honest=4)
+    event = build_secure_aggregation_event(sampling_rate=1.0, noise_multiplier=noise / 2, honest=4)
+    half = build_secure_aggregation_event(sampling_rate=1.0, noise_multiplier=noise / 4, honest=4)
     assert found - false_alarm > compute_claimed_delta(event, 0.0) + 0.1, "what the noise over R claims does not hold"
     assert found - false_alarm <= compute_claimed_delta(half, 0.0) + 1e-9, "and half of it does"

@@ -120,7 +120,7 @@ def test_thresholds_that_let_a_server_read_two_sums_are_refused(
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4))
 def test_least_cell_bits_are_accepted_and_one_fewer_is_refused(noise: float) -> None:
-    bits = distributed_noise.min_cell_bits(noise)
+    bits = distributed_noise.compute_min_cell_bits(noise)
     assert dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits).cell_bits == bits
     if bits:
         with pytest.raises(ConfigError, match=f"at least {bits}"):
@@ -150,9 +150,9 @@ def test_noise_share_suffices_for_the_honest_sites_of_the_smallest_sum(total: fl
 
 def test_honest_site_count_subtracts_colluders_from_survivors() -> None:
     shared = dataclasses.replace(FOUR, num_sites=5, colluders=1)
-    assert [shared.honest_shares(survivors=number, colluders=1) for number in (5, 4, 2, 1)] == [4, 3, 1, 1]
-    assert shared.honest_shares(survivors=5, colluders=4) == 1
-    assert shared.honest_shares(survivors=5, colluders=0) == 5
+    assert [shared.count_honest_shares(survivors=number, colluders=1) for number in (5, 4, 2, 1)] == [4, 3, 1, 1]
+    assert shared.count_honest_shares(survivors=5, colluders=4) == 1
+    assert shared.count_honest_shares(survivors=5, colluders=0) == 5
     for impossible in (0, 6):
         with pytest.raises(AssertionError):
-            shared.honest_shares(survivors=impossible, colluders=0)
+            shared.count_honest_shares(survivors=impossible, colluders=0)

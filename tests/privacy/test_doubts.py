@@ -195,7 +195,9 @@ def test_record_level_anchor_has_no_user_columns(open_ledger: Any, path: Path) -
 
 
 def count_charged_rounds(ledger: SiteLedger) -> float:
-    return ledger.history.total_charges().total() / events.count_mechanisms([make_proposal().plan.event()]).total()
+    return (
+        ledger.history.count_total_charges().total() / events.count_mechanisms([make_proposal().plan.event()]).total()
+    )
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -241,13 +243,13 @@ WRONG = [*(("gap", count) for count in (-1, 0, True, 1.0)), *(("shared", count) 
 def test_forged_restore_entries_cannot_lower_the_charges(backups: Backups, key: str, value: Any) -> None:
     """Whoever has the site's key may write an entry that breaks no hash and no earlier receipt."""
     ledger = backups.open()
-    ((one, _),) = ledger.history.total_charges().items()
+    ((one, _),) = ledger.history.count_total_charges().items()
     detail = {"shared": 1, "end": 1, "path": [], "gap": [[events.to_json(one), 1]], "runs": {"s": 1}}
     detail |= {"marks": [], "denied": [], "caps": [], "users": [], "doubts": []}
     forged = {"gap": [[events.to_json(one), value]], "runs": {"s": value}}.get(key, value)
     with ledger._store.transaction():
         ledger._store.append_note("restored", **detail)
-    assert verify(backups.path).history.total_charges().total() > 0, "an entry of this form is read"
+    assert verify(backups.path).history.count_total_charges().total() > 0, "an entry of this form is read"
     with pytest.raises(RunError), ledger._store.transaction():
         ledger._store.append_note("restored", **detail | {key: forged})
 

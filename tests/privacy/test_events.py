@@ -37,9 +37,9 @@ def test_events_round_trip_through_json(event: DpEvent) -> None:
 
 
 def test_dp_sgd_composes_poisson_sampled_gaussian_steps() -> None:
-    event = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=1.5, steps=7)
+    event = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=1.5, steps=7)
     assert event == SelfComposed(PoissonSampledDpEvent(0.1, Gaussian(1.5)), 7)
-    assert events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=0, steps=1) == NonPrivateDpEvent()
+    assert events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=0, steps=1) == NonPrivateDpEvent()
 
 
 def group_plainly(event: DpEvent) -> Counter[DpEvent]:

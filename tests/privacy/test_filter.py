@@ -19,7 +19,7 @@ from .builders import make_policy
 
 DELTA = 1e-5
 # PITFALLS: what a plan of PLD epsilon 8 costs by Renyi divergence.
-GOLDEN = events.dp_sgd_event(sampling_rate=0.2, noise_multiplier=0.949, steps=25)
+GOLDEN = events.build_dp_sgd_event(sampling_rate=0.2, noise_multiplier=0.949, steps=25)
 
 
 @pytest.mark.parametrize(("order", "golden", "off"), [(3.0, 9.10, 0.01), (4.0, 12.9, 0.05), (8.0, 66.0, 0.5)])
@@ -28,7 +28,7 @@ def test_filter_epsilon_at_fixed_orders_matches_golden_values(order: float, gold
 
 
 def test_filter_epsilon_at_the_best_order_matches_the_golden_value() -> None:
-    assert round(filter.smallest_cap(GOLDEN, delta=DELTA)[0], 2) == 9.06
+    assert round(filter.find_smallest_cap(GOLDEN, delta=DELTA)[0], 2) == 9.06
     assert accountant.epsilon_pld([GOLDEN], DELTA) == pytest.approx(8.0, abs=0.005)
 
 
@@ -38,15 +38,15 @@ def test_divergence_and_conversion_term_match_their_formulas(order: float) -> No
     assert filter.divergence(GaussianDpEvent(2.0), order) == pytest.approx(order / 8, rel=1e-12)
     # Canonne, Kamath and Steinke 2020, proposition 12, term by term as there.
     written = math.log(1 / DELTA) / (order - 1) + math.log(1 - 1 / order) - math.log(order) / (order - 1)
-    assert filter.epsilon_conversion_term(order, DELTA) == pytest.approx(written, rel=1e-12)
+    assert filter.compute_epsilon_conversion_term(order, DELTA) == pytest.approx(written, rel=1e-12)
 
 
 def test_most_divergence_is_the_cap_minus_the_conversion_term() -> None:
-    room = filter.max_divergence(9.1, order=3.0, delta=DELTA)
-    assert room + filter.epsilon_conversion_term(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
-    assert filter.max_divergence(1.0, order=1.5, delta=DELTA) < 0
+    room = filter.compute_max_divergence(9.1, order=3.0, delta=DELTA)
+    assert room + filter.compute_epsilon_conversion_term(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
+    assert filter.compute_max_divergence(1.0, order=1.5, delta=DELTA) < 0
     with pytest.raises(ConfigError, match=r"max_epsilon = 1e-06: leaves no room for anything at delta 1e-05"):
-        filter.best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
+        filter.find_best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
 
 
 def test_filter_epsilon_is_zero_without_events_and_infinite_without_noise() -> None:
@@ -58,7 +58,7 @@ def test_filter_epsilon_is_zero_without_events_and_infinite_without_noise() -> N
 REFERENCES = [
     (GOLDEN, 9.1),
     (GOLDEN, 30.0),
-    (events.dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=500), 3.0),
+    (events.build_dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=500), 3.0),
     (GaussianDpEvent(20.0), 2.0),
 ]
 
@@ -66,23 +66,23 @@ REFERENCES = [
 def test_cheapest_finds_the_minimum_over_all_orders() -> None:
     for plan in (
         GOLDEN,
-        events.dp_sgd_event(sampling_rate=0.01, noise_multiplier=0.6, steps=3000),
+        events.build_dp_sgd_event(sampling_rate=0.01, noise_multiplier=0.6, steps=3000),
         GaussianDpEvent(30.0),
     ):
         costs = (
-            (filter.compute_total_divergence([plan], a) + filter.epsilon_conversion_term(a, DELTA), a)
+            (filter.compute_total_divergence([plan], a) + filter.compute_epsilon_conversion_term(a, DELTA), a)
             for a in filter.ORDERS
         )
-        assert filter.smallest_cap(plan, delta=DELTA) == min(costs)
+        assert filter.find_smallest_cap(plan, delta=DELTA) == min(costs)
 
 
 @pytest.mark.parametrize(("reference", "cap"), REFERENCES)
 def test_best_order_maximizes_repeats_of_the_reference_run(reference: DpEvent, cap: float) -> None:
     def count_repeats(order: float) -> float:
-        room = filter.max_divergence(cap, order=order, delta=DELTA)
+        room = filter.compute_max_divergence(cap, order=order, delta=DELTA)
         return room / filter.compute_total_divergence([reference], order) if room > 0 else 0.0
 
-    chosen = filter.best_order(reference, epsilon=cap, delta=DELTA)
+    chosen = filter.find_best_order(reference, epsilon=cap, delta=DELTA)
     assert chosen in filter.ORDERS
     assert count_repeats(chosen) == max(map(count_repeats, filter.ORDERS))
     assert count_repeats(chosen) >= 1
@@ -110,9 +110,9 @@ def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[flo
     caps = {"max_epsilon": cap, "max_epsilon_per_period": cap if math.isfinite(cap) else None}
     site = make_policy(budget={"reference": typical, **caps})
     history, amount = History.empty(site), compute_amount(site)
-    room = filter.max_divergence(cap, order=history.order, delta=history.delta)
+    room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
     for rate, noise, steps in _PLANS:
-        asked = events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+        asked = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)
         assert 0 < history.divergence([asked]) < math.inf, (asked, history.order)
     assert amount.runs_in_lifetime == amount.runs_in_period
     if (runs := amount.runs_in_lifetime) is not None:
@@ -121,7 +121,7 @@ def test_ledger_accepts_as_many_runs_as_its_policy_promises(reference: tuple[flo
 
 # Rates and noises from useful to absurd; few of each, so that divergences are computed once.
 mechanisms = st.builds(
-    lambda rate, noise: events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1),
+    lambda rate, noise: events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1),
     st.sampled_from([1e-9, 0.01, 0.2, 1.0]),
     st.sampled_from([0.5, 1.0, 4.0, 1e8]),
 ) | st.sampled_from([GaussianDpEvent(20.0)])
@@ -154,12 +154,12 @@ def test_event_divergence_stays_positive_despite_rounding(order: float) -> None:
     # dp-accounting's own sums come out a little below 0 for events of next to no cost.
     for rate in (1e-300, 1e-9, 0.1, 0.9):
         for noise in (1e3, 1e10, 1e150):
-            event = events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1)
+            event = events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=1)
             assert filter.compute_total_divergence([event], order) > 0
 
 
 # A few settings and counts, so that slow loss distributions are few.
-steps = [events.dp_sgd_event(sampling_rate=q, noise_multiplier=z, steps=1) for q, z in ((0.2, 1.0), (0.05, 0.8))]
+steps = [events.build_dp_sgd_event(sampling_rate=q, noise_multiplier=z, steps=1) for q, z in ((0.2, 1.0), (0.05, 0.8))]
 counts = st.fixed_dictionaries({**dict.fromkeys(steps, st.integers(0, 40)), GaussianDpEvent(20.0): st.integers(0, 5)})
 
 

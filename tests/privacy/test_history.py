@@ -43,8 +43,8 @@ def repeat_later(event: Event, **others: Any) -> Event:
     return replace(event, time="2031-01-01T00:00:00+00:00", **others)
 
 
-OTHER_NOISE = events.to_json(events.dp_sgd_event(sampling_rate=0.25, noise_multiplier=1.1, steps=3))
-NOTHING = events.to_json(events.dp_sgd_event(sampling_rate=0.25, noise_multiplier=1.0, steps=0))
+OTHER_NOISE = events.to_json(events.build_dp_sgd_event(sampling_rate=0.25, noise_multiplier=1.1, steps=3))
+NOTHING = events.to_json(events.build_dp_sgd_event(sampling_rate=0.25, noise_multiplier=1.0, steps=0))
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ def test_history_adds_up_charges_replies_and_attempts(told_events: list[Event]) 
     run = history.runs["r"]
     assert (run.proposal, run.charged_rounds, dict(run.attempts)) == (make_proposal(), 2, {1: 1, 2: 1})
     assert (run.reserved, list(run.replies)) == ({1: "q1", 2: "q2"}, ["q1"])
-    assert history.total_charges() == events.count_mechanisms([make_proposal().plan.event()] * 2)
+    assert history.count_total_charges() == events.count_mechanisms([make_proposal().plan.event()] * 2)
     assert history.charges(up_to=4) == {
         (each, ""): n for each, n in events.count_mechanisms([make_proposal().plan.event()]).items()
     }
     assert history.charges(up_to=3) == {}
-    assert history.charges_in_period("month", NOW) == history.total_charges()
-    assert history.charges_in_period("month", NOW + timedelta(days=31)) == {}
+    assert history.count_charges_in_period("month", NOW) == history.count_total_charges()
+    assert history.count_charges_in_period("month", NOW + timedelta(days=31)) == {}

@@ -35,11 +35,11 @@ from .builders import (
 
 def read_refusal(ledger: SiteLedger, proposal: Proposal, round: int = 1, request: str | None = None) -> Refused:
     """Why a request is refused; nothing is charged for it, also as a fresh process sees it."""
-    before = ledger.history.total_charges()
+    before = ledger.history.count_total_charges()
     with pytest.raises(Refused) as caught:
         ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
     ledger.end_run("no such run")  # looks at the file again
-    assert ledger.history.total_charges() == before
+    assert ledger.history.count_total_charges() == before
     return caught.value
 
 
@@ -50,7 +50,7 @@ def test_round_is_charged_before_training_and_committed_afterwards(path: Path, o
     assert list_kinds(path) == [*OPENED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
     charged = events.from_json(verify(path).events[-1].detail["event"])
     assert charged == make_proposal().plan.event()
-    assert open_ledger().history.total_charges() == events.count_mechanisms([charged]), (
+    assert open_ledger().history.count_total_charges() == events.count_mechanisms([charged]), (
         "a killed process is charged for what it began"
     )
     ledger.commit(granted, b"reply 1", fingerprint="f")
@@ -175,7 +175,7 @@ def test_refusal_is_recorded_and_costs_nothing(open_ledger: Any, path: Path) -> 
     last = verify(path).events[-1]
     assert (last.kind, last.run, last.round, last.request) == (Kind.REFUSAL, "r", 1, "digest r 1")
     assert last.detail == {"reason": "max_rank", "asked": "9", "allowed": "at most 8", "lead": "ab"}
-    assert not open_ledger().history.total_charges()
+    assert not open_ledger().history.count_total_charges()
 
 
 @pytest.mark.parametrize("limit", ["MOST_ANSWERS_A_DAY", "MOST_STRANGERS_A_DAY"])
@@ -263,14 +263,14 @@ def test_spare_rounds_are_reserved_with_the_planned_rounds(open_ledger: Any) -> 
     # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
     with_spare = make_proposal(plan={"num_rounds": 3, "spare_rounds": 3})
     train(open_ledger(), with_spare, 1)
-    assert open_ledger().history.remaining_charges(datetime.now(UTC)) == events.count_mechanisms(
+    assert open_ledger().history.count_remaining_charges(datetime.now(UTC)) == events.count_mechanisms(
         [with_spare.plan.event()] * 5
     )
     assert read_refusal(open_ledger(), make_proposal(run="2", plan={"num_rounds": 5})).reason is Reason.MAX_EPSILON
     train(open_ledger(), make_proposal(run="2", plan={"num_rounds": 4}), 1)
     for round in (2, 3, 4, 5, 6):
         train(open_ledger(), with_spare, round)
-    assert open_ledger().history.total_charges() == events.count_mechanisms([with_spare.plan.event()] * 7), (
+    assert open_ledger().history.count_total_charges() == events.count_mechanisms([with_spare.plan.event()] * 7), (
         "one of them of the other run"
     )
 
@@ -294,7 +294,7 @@ def test_finished_runs_release_their_unspent_reserve(open_ledger: Any, clock: An
         open_ledger().end_run("r")
     else:
         clock.forward(hours=1)
-    assert not open_ledger().history.remaining_charges(clock.time)
+    assert not open_ledger().history.count_remaining_charges(clock.time)
     assert read_refusal(open_ledger(), ten, 2).reason is Reason.RUN_ENDED
     train(open_ledger(), make_proposal(run="2", plan={"num_rounds": 9}), 1)
     assert ledger.reserve(ten, round=1, request="digest r 1") == b"reply"
@@ -383,7 +383,7 @@ def test_changing_the_reference_keeps_the_order_of_the_filter(open_ledger: Any) 
     reference = dataclasses.replace(make_policy().budget.reference, noise_multiplier=30.0)
     assert open_ledger(policy=make_policy(budget={"reference": reference})).history.order == order
     other = make_policy(budget={"reference": reference}).budget.reference.event
-    assert filter.best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would have another"
+    assert filter.find_best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would have another"
 
 
 def test_run_without_privacy_is_accepted_only_without_a_cap(open_ledger: Any, path: Path) -> None:

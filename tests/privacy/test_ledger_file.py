@@ -162,8 +162,8 @@ def test_full_disk_leaves_no_charge_in_memory(open_ledger: Any, path: Path, monk
     for each in (ledger, open_ledger()):
         each.end_run("unknown")
         assert (
-            each.history.total_charges()
-            == on_disk.total_charges()
+            each.history.count_total_charges()
+            == on_disk.count_total_charges()
             == events.count_mechanisms([make_proposal().plan.event()])
         )
     ledger.commit(granted, bytes(100_000))  # the disk has room again
@@ -291,7 +291,7 @@ def test_one_of_eight_racing_processes_gets_the_last_round(open_ledger: Any, pat
     verified = verify(path, anchor=Head.read(anchor))
     assert verified.anchor_sequence == len(verified.events)
     assert [event.kind for event in verified.events].count(Kind.RESERVE) == 3
-    assert verified.history.total_charges() == events.count_mechanisms([shared.plan.event()] * 3)
+    assert verified.history.count_total_charges() == events.count_mechanisms([shared.plan.event()] * 3)
 
 
 def test_concurrent_charge_between_transactions_cannot_exceed_the_plan(open_ledger: Any, monkeypatch: Any) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import COARSE, FINE, compute_epsilon_if_above, epsilon_pld
-from fedtune.privacy.loss_distribution import UNIT, Composition, discretize_sampled_gaussian, hockey_stick
+from fedtune.privacy.loss_distribution import UNIT, Composition, compute_hockey_stick, discretize_sampled_gaussian
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile
 from fedtune.spec import ConfigError
@@ -25,7 +25,7 @@ EXACT = json.loads(exact_delta.FILE.read_text(encoding="utf-8"))
     ("width", "row"), [*((COARSE, row) for row in EXACT), *((FINE, row) for row in EXACT[::4])], ids=str
 )
 def test_epsilon_is_a_tight_upper_bound_on_the_exact_value(width: float, row: dict[str, float]) -> None:
-    event = events.dp_sgd_event(sampling_rate=row["rate"], noise_multiplier=row["noise"], steps=int(row["steps"]))
+    event = events.build_dp_sgd_event(sampling_rate=row["rate"], noise_multiplier=row["noise"], steps=int(row["steps"]))
     found = epsilon_pld([event], row["delta"], interval=width)
     assert row["epsilon"] <= found <= row["epsilon"] + row["steps"] * width**2 + width
 
@@ -39,7 +39,7 @@ def test_reference_deltas_are_accurate_to_eight_digits(row: dict[str, float]) ->
 
 def check_epsilon_is_not_below_exact(rate: float, noise: float, steps: int, log_delta: float) -> None:
     delta = 10**log_delta
-    event = [events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
+    event = [events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
     found = epsilon_pld(event, delta, interval=COARSE)
     assume(0.01 < found < 50)
     try:
@@ -63,7 +63,7 @@ def test_epsilon_of_random_plans_is_never_below_the_exact_value(plans: int, most
 
 def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
     """Before: 9.32 of 10.83 on one grid, and a cap of 10.75 let it in."""
-    event = [events.dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=10_000)]
+    event = [events.build_dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=10_000)]
     assert compute_epsilon_if_above(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
     assert compute_epsilon_if_above(event, 1e-13, limit=10.84) is None
 
@@ -77,7 +77,7 @@ def test_rounding_error_of_one_step_stays_within_its_bound(rate: float, noise: f
     epsilons = step.losses(width)[:: max(1, step.log_probabilities.size // 60)]
     with mpmath.workdps(60):
         q, sigma = mpmath.mpf(rate), mpmath.mpf(noise)
-        for epsilon, found in zip(epsilons, hockey_stick(rate, noise, epsilons, adding=adding), strict=True):
+        for epsilon, found in zip(epsilons, compute_hockey_stick(rate, noise, epsilons, adding=adding), strict=True):
             factor = mpmath.exp(mpmath.mpf(epsilon))
             share = 1 - factor * (1 - q) if adding else q
             ratio = q * factor / share if adding and share > 0 else (factor - 1 + q) / q
@@ -113,7 +113,7 @@ def test_deltas_below_numerical_precision_are_refused() -> None:
     Plan(**settings, delta=2e-18, local_steps=10, num_rounds=100)
     with pytest.raises(ConfigError, match=r"^delta = 1e-19: must be at least 1e-18: .* for 1000 steps"):
         Plan(**settings, delta=1e-19, local_steps=10, num_rounds=100)
-    thousand = events.dp_sgd_event(sampling_rate=0.1, noise_multiplier=1.0, steps=1000)
+    thousand = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=1.0, steps=1000)
     assert epsilon_pld([thousand], 1e-21, interval=COARSE) == math.inf
 
 
@@ -130,7 +130,7 @@ def test_epsilon_is_the_smaller_value_of_both_grids(
     rate: float, noise: float, steps: int, delta: float, coarse_is_less: bool
 ) -> None:
     """Rounding can outweigh the finer grid; before, the larger figure was shown, and a cap between both refused."""
-    spent = [events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
+    spent = [events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
     coarse, fine = (Composition([(rate, noise, steps)], width).epsilon(delta) for width in (COARSE, FINE))
     assert (coarse < fine) == coarse_is_less
     assert epsilon_pld(spent, delta) == profile.epsilon_pld(spent, delta, interval=FINE) == min(coarse, fine)

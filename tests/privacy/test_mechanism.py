@@ -12,8 +12,8 @@ from fedtune.privacy.mechanism import (
     GRID_BITS,
     PrivacySpec,
     add_gaussian_noise,
-    cell_width,
-    poisson_sample,
+    compute_cell_width,
+    draw_poisson_sample,
     release_scores,
 )
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
@@ -25,13 +25,17 @@ def stream(*purpose: str | int) -> RandomStream:
 
 
 def test_poisson_sample_is_sorted_and_stable_when_a_record_is_added() -> None:
-    fewer, more = (poisson_sample(count, 0.4, stream("prefix")) for count in (500, 501))
+    fewer, more = (draw_poisson_sample(count, 0.4, stream("prefix")) for count in (500, 501))
     assert (np.diff(fewer) > 0).all()
     assert 0 <= fewer.min() <= fewer.max() < 500
     assert fewer.dtype == np.int64
     np.testing.assert_array_equal(more[more < 500], fewer)
-    assert poisson_sample(3, 1e-12, stream("empty")).shape == poisson_sample(0, 0.5, stream("none")).shape == (0,)
-    np.testing.assert_array_equal(poisson_sample(7, 1.0, stream("all")), np.arange(7))
+    assert (
+        draw_poisson_sample(3, 1e-12, stream("empty")).shape
+        == draw_poisson_sample(0, 0.5, stream("none")).shape
+        == (0,)
+    )
+    np.testing.assert_array_equal(draw_poisson_sample(7, 1.0, stream("all")), np.arange(7))
 
 
 SHAPES = {"lora_A": (4, 15), "lora_B": (60,), "head.weight": (3, 5, 4)}
@@ -54,7 +58,7 @@ def test_noise_has_exactly_the_configured_standard_deviation(
         asked.append((count, Fraction(deviation)))
         return make_zero_noise((count,))
 
-    monkeypatch.setattr(RandomStream, "rounded_normal", note_deviation)
+    monkeypatch.setattr(RandomStream, "draw_rounded_normal", note_deviation)
     for noise_multiplier in (0.3, 1.0, 1.3, 17.1):
         noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("exactly"), **given)
         assert {name: value.shape for name, value in noisy.items()} == SHAPES
@@ -66,7 +70,7 @@ def test_noise_has_exactly_the_configured_standard_deviation(
 def test_grid_has_two_to_the_24_cells_per_clip_norm() -> None:
     assert GRID_BITS == 24
     for clip in (1.0, 0.1, 3e-5, 1e4):
-        assert Fraction(cell_width(clip)) * C_IN_CELLS == Fraction(clip), "exact: a power of two"
+        assert Fraction(compute_cell_width(clip)) * C_IN_CELLS == Fraction(clip), "exact: a power of two"
 
 
 def test_noise_is_added_without_modifying_the_input_sum() -> None:
@@ -86,7 +90,7 @@ def release_without_noise(scores: npt.NDArray[np.float64], declared_size: float 
     return np.array(release_scores(scores, declared_size=declared_size, noise_multiplier=0.0, stream=stream("scores")))
 
 
-unit_scores = st.floats(0, 1) | st.floats() | st.sampled_from([np.nan, np.inf, -np.inf])
+compute_unit_scores = st.floats(0, 1) | st.floats() | st.sampled_from([np.nan, np.inf, -np.inf])
 
 
 def capture_cells(scores: list[float]) -> tuple[int, int]:
@@ -97,7 +101,7 @@ def capture_cells(scores: list[float]) -> tuple[int, int]:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(others=st.lists(unit_scores, max_size=8), one=unit_scores)
+@given(others=st.lists(compute_unit_scores, max_size=8), one=compute_unit_scores)
 def test_one_unit_changes_score_and_count_by_at_most_root_two(others: list[float], one: float) -> None:
     fewer, more = capture_cells(others), capture_cells([*others, one])
     moved = more[0] - fewer[0], more[1] - fewer[1]
@@ -116,7 +120,7 @@ def test_scores_are_rounded_down_to_the_grid() -> None:
 def test_score_and_count_receive_independent_noise_of_the_stated_size(noise_multiplier: float) -> None:
     asked, noise = list[float](), np.array([5, 7]) * C_IN_CELLS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RandomStream, "rounded_normal", lambda _, count, deviation: asked.append(deviation) or noise)
+        patch.setattr(RandomStream, "draw_rounded_normal", lambda _, count, deviation: asked.append(deviation) or noise)
         found = release_scores(
             np.ones(2), declared_size=3.0, noise_multiplier=noise_multiplier, stream=stream("stated")
         )

@@ -38,7 +38,7 @@ def ask(ledger: SiteLedger, about: Any, *, itself: bool = True) -> Any:
 
 def test_rounded_laplace_has_the_probabilities_of_a_rounded_real_value() -> None:
     scale, count = 1.5, 6_000
-    drawn = np.array(SeededRandomness(7).stream("laplace").rounded_laplace(count, scale))
+    drawn = np.array(SeededRandomness(7).stream("laplace").draw_rounded_laplace(count, scale))
     values = np.arange(-6, 7)
     cumulative = stats.laplace(scale=scale).cdf(np.append(values[:-1] + 0.5, math.inf))
     expected = count * np.diff(cumulative, prepend=0.0)
@@ -110,7 +110,7 @@ def test_own_release_is_charged_before_its_answer_and_answered_once(
     ledger = open_ledger(anchor=path.with_name("anchor.json"))
     granted = ask(ledger, own("a"))
     assert isinstance(granted, Reservation)
-    charged = open_ledger(anchor=path.with_name("anchor.json")).history.total_charges()  # as after a crash
+    charged = open_ledger(anchor=path.with_name("anchor.json")).history.count_total_charges()  # as after a crash
     assert charged == Counter({PoissonSampledDpEvent(1.0, GaussianDpEvent(20.0)): 1})
     assert read_refusal_reason(ask, ledger, own("a")) is Reason.PLAN_EXHAUSTED, (
         "its answer is lost, and no other one is drawn"
@@ -120,7 +120,7 @@ def test_own_release_is_charged_before_its_answer_and_answered_once(
     assert ask(open_ledger(), own("a")) == b"[1.0]"
     assert read_refusal_reason(ask, ledger, own("a", noise_multiplier=19.0)) is Reason.PLAN_CHANGED
     assert ledger.sign_receipt("count a").charged_rounds == 1
-    assert verify(path).history.total_charges() == charged
+    assert verify(path).history.count_total_charges() == charged
 
 
 def test_nobody_elsewhere_can_ask_for_an_own_release_or_its_answer(open_ledger: Callable[..., Any]) -> None:
@@ -147,14 +147,14 @@ def test_own_releases_and_runs_never_exceed_the_caps_together(open_ledger: Calla
             "noise": noise,
             "local_steps": int(draw.integers(1, 4)),
         }
-        before = ledger.history.total_charges()
+        before = ledger.history.count_total_charges()
         try:
             ask(ledger, own(str(number), **how))
             charged += 1
         except Refused as error:
             refused[error.reason] += 1
-            assert ledger.history.total_charges() == before, "what is refused is not charged"
-        held = ledger.history.charges_and_reservations(ledger.history.clock)
+            assert ledger.history.count_total_charges() == before, "what is refused is not charged"
+        held = ledger.history.count_charges_and_reservations(ledger.history.clock)
         assert ledger.history.epsilon(held) <= 11.0
     assert charged > 3
     assert refused.keys() == {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_RUN}

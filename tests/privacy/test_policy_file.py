@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy.ledger.site_ledger import SiteLedger
-from fedtune.privacy.policy_file import policy_from_json, read_policy, write_policy
+from fedtune.privacy.policy_file import decode_policy_json, read_policy, write_policy
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Dataset, Policy
@@ -63,7 +63,7 @@ def test_policy_round_trips_through_its_file(tmp_path: Path) -> None:
     ):
         write_policy(each, tmp_path / "site.toml")
         assert read_policy(tmp_path / "site.toml") == each
-        assert policy_from_json(json.loads(json.dumps(each.to_json()))) == each
+        assert decode_policy_json(json.loads(json.dumps(each.to_json()))) == each
 
 
 def test_omitted_keys_have_the_defaults_of_the_template(site_toml: Path, filled_template: Path) -> None:
@@ -117,7 +117,7 @@ def test_invalid_toml_raises_a_config_error(tmp_path: Path, content: bytes) -> N
             read_policy(path)
     for fields in (None, [], "site", 3):  # in a ledger
         with pytest.raises(ConfigError, match="must be a table"):
-            policy_from_json(fields)
+            decode_policy_json(fields)
 
 
 def test_a_mistake_beside_the_policy_is_named_by_its_own_reader(site_toml: Path) -> None:
@@ -148,7 +148,7 @@ def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path
     # A simulation has nobody to ask.
     made_up = dataclasses.replace(make_policy(), simulated=True, asserted=Asserted())
     write_policy(made_up, site_toml)
-    assert read_policy(site_toml) == made_up == policy_from_json(made_up.to_json())
+    assert read_policy(site_toml) == made_up == decode_policy_json(made_up.to_json())
 
 
 def test_template_lists_and_explains_every_key(filled_template: Path) -> None:

@@ -16,7 +16,7 @@ from scipy import stats
 
 import fedtune.privacy
 import fedtune.training
-from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness, _box_muller
+from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness, _apply_box_muller
 
 from .exact_sums import fits
 
@@ -53,7 +53,7 @@ def test_bernoulli_handles_extreme_rates_and_zero_draws() -> None:
 
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 3.0])
 def test_rounded_normal_has_exact_cell_probabilities_at_small_deviations(deviation: float) -> None:
-    values = stream("cells", str(deviation)).rounded_normal(COUNT, deviation)
+    values = stream("cells", str(deviation)).draw_rounded_normal(COUNT, deviation)
     assert values.dtype == np.int64
     assert fits(values, deviation)
     assert not fits(values, 0.9 * deviation)
@@ -61,9 +61,9 @@ def test_rounded_normal_has_exact_cell_probabilities_at_small_deviations(deviati
 
 
 def test_rounded_normal_is_zero_without_deviation() -> None:
-    assert not stream("nothing").rounded_normal(1001, 0.0).any()
+    assert not stream("nothing").draw_rounded_normal(1001, 0.0).any()
     ends = make_fed_stream(0, 2**64 - 1, 1, 0, 2**64 - 1, 5, *[7] * 100)
-    assert not ends.rounded_normal(6, 0.0).any()
+    assert not ends.draw_rounded_normal(6, 0.0).any()
 
 
 class Fed(RandomStream):
@@ -120,7 +120,7 @@ def round_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 37.5, 2.0**24, 1.3e9, 1e12])
 def test_rounded_normal_matches_exact_arithmetic_on_the_same_bits(deviation: float) -> None:
     one = make_fed_stream()
-    found = one.rounded_normal(400, deviation).reshape(2, 200)
+    found = one.draw_rounded_normal(400, deviation).reshape(2, 200)
     for place, pair in enumerate(zip(one.drawn[:200], one.drawn[200:400], strict=True)):
         assert tuple(found[:, place]) == round_pair([*pair, *one.further.get(pair, [])], deviation)
     assert len(one.further) < 2 or deviation > 1e9, "more bits are asked for hardly ever"
@@ -134,10 +134,10 @@ def test_near_ties_in_rounding_are_resolved_by_further_bits() -> None:
         pair = transform_pair(Fraction(2 * radius + 1, 2**65), Fraction(2 * angle + 1, 2**65), precision=200)
         deviation = float(((0, 1, 37, 2**20, 2**27)[number % 5] + 0.5) / abs(pair[number % 2]))
         one = make_fed_stream(radius, angle)
-        found = one.rounded_normal(2, deviation).tolist()
+        found = one.draw_rounded_normal(2, deviation).tolist()
         assert len(one.drawn) >= 6, "such a value is in doubt"
         assert tuple(found) == round_pair(one.drawn, deviation)
-        naive = np.rint(_box_muller(*np.array([[radius], [angle]], dtype=np.uint64), deviation)[0]).ravel()
+        naive = np.rint(_apply_box_muller(*np.array([[radius], [angle]], dtype=np.uint64), deviation)[0]).ravel()
         rounded_in_float += naive.astype(np.int64).tolist() != found
     assert rounded_in_float > 50, "floats alone are wrong here, so this test sees it"
 
@@ -152,7 +152,9 @@ def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None
     """The bound by which a value counts as decided, at 500 random and 529 extreme pairs of words each."""
     draws = stream("error", str(deviation)).uniform64(1000).tolist()
     pairs = [*zip(draws[::2], draws[1::2], strict=True), *itertools.product(EXTREME, EXTREME)]
-    values, error = _box_muller(*(np.array(words, dtype=np.uint64) for words in zip(*pairs, strict=True)), deviation)
+    values, error = _apply_box_muller(
+        *(np.array(words, dtype=np.uint64) for words in zip(*pairs, strict=True)), deviation
+    )
     spare = np.inf
     with mpmath.workprec(200):
         for place, (one, other) in enumerate(pairs):
@@ -173,7 +175,7 @@ def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None
 def test_extreme_uniform_words_are_resolved_by_further_bits(radius: int) -> None:
     for angle in EXTREME:
         one = make_fed_stream(radius, angle)
-        found = tuple(one.rounded_normal(2, 2.0**24).tolist())
+        found = tuple(one.draw_rounded_normal(2, 2.0**24).tolist())
         assert len(one.drawn) >= 6
         assert found == round_pair(one.drawn, 2.0**24)
 
@@ -182,26 +184,26 @@ def test_radius_near_zero_is_not_rounded_to_zero() -> None:
     """Bits that become 1.0 in float64, whose logarithm is zero: their radius is up to 1e-8 for all that."""
     for radius in (2**64 - 1024, 2**64 - 512, 2**64 - 2):
         one = make_fed_stream(radius, 0)
-        found = tuple(one.rounded_normal(2, 1e12).tolist())
+        found = tuple(one.draw_rounded_normal(2, 1e12).tolist())
         assert found == round_pair(one.drawn, 1e12)
         assert found[0] > 100
 
 
 def test_all_zero_words_request_a_bounded_number_of_further_bits() -> None:
     one = make_fed_stream(0, 0, 0, 0, 0, 0, 9)
-    assert one.rounded_normal(1, 1.0)[0] > 16
+    assert one.draw_rounded_normal(1, 1.0)[0] > 16
     assert len(one.drawn) == 2 + 2 * 4
     with pytest.raises(AssertionError, match="a thousand further bits"):
-        make_fed_stream(*[0] * 200).rounded_normal(1, 1.0)
+        make_fed_stream(*[0] * 200).draw_rounded_normal(1, 1.0)
 
 
 def test_rounded_normal_uses_one_word_per_value_and_more_for_ties() -> None:
     for count in (1, 2, 9, 1000):
         one = make_fed_stream()
-        one.rounded_normal(count, 2.0**24)
+        one.draw_rounded_normal(count, 2.0**24)
         assert len(one.drawn) == count + count % 2, "none of these is in doubt"
     in_doubt = make_fed_stream(0, 7, 1, 8)  # of two pairs the first
-    in_doubt.rounded_normal(4, 1e3)
+    in_doubt.draw_rounded_normal(4, 1e3)
     assert len(in_doubt.drawn) in (8, 12)
 
 

@@ -181,7 +181,7 @@ def make_signed_receipt(key: SigningKey, **changes: object) -> Receipt:
     fields: dict[str, Any] = {"site": "a", "run": "r", "charged_rounds": 2, "sequence": 9}
     fields |= {"head": "0" * 64, "site_key": key.public, "ended": False, "plan": "", "seeded_noise": False}
     fields |= {"simulated": False} | changes
-    return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").signed_bytes()))
+    return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").encode_signed_bytes()))
 
 
 def test_receipt_signature_covers_every_field() -> None:

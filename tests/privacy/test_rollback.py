@@ -229,7 +229,9 @@ class Lost:
         train(ledger, make_proposal(run="2", plan={"noise_multiplier": 2.0}), 1)
         self.newest, self.sign_receipt = ledger.head(), ledger.sign_receipt("r")
         self.spent = ledger.history.epsilon()
-        self.total_charges = ledger.history.total_charges() - events.count_mechanisms([make_proposal().plan.event()])
+        self.count_total_charges = ledger.history.count_total_charges() - events.count_mechanisms(
+            [make_proposal().plan.event()]
+        )
         backups.put_back()
 
 
@@ -244,8 +246,8 @@ def test_restore_charges_exactly_the_events_missing_from_the_backup(
     ledger = open_ledger()
     gap = ledger.charge_gap(lost_ledger.newest)
     two, one = make_proposal().plan.event(), make_proposal(plan={"noise_multiplier": 2.0}).plan.event()
-    assert gap == lost_ledger.total_charges == events.count_mechanisms([two, one])
-    assert ledger.history.total_charges() == events.count_mechanisms([two, two, one])
+    assert gap == lost_ledger.count_total_charges == events.count_mechanisms([two, one])
+    assert ledger.history.count_total_charges() == events.count_mechanisms([two, two, one])
     assert open_ledger().history.epsilon() == pytest.approx(lost_ledger.spent)
     note = verify(path).events[-1]
     assert (note.kind, note.detail["what"]) == (Kind.NOTE, "restored")
@@ -283,13 +285,13 @@ def test_long_lost_branch_is_charged_in_full(backups: Backups, before: int, afte
     train(ledger, make_proposal(), 2)
     backups.back_up()
     train(ledger, make_proposal(), 3)
-    newest, whole = advance_head(ledger, after), ledger.history.total_charges()
+    newest, whole = advance_head(ledger, after), ledger.history.count_total_charges()
     backups.branch(make_proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
     ledger = backups.open()
-    since = ledger.history.total_charges()
+    since = ledger.history.count_total_charges()
     gap = ledger.charge_gap(newest)
     assert gap == events.count_mechanisms([make_proposal().plan.event()]), "and nothing again that both know"
-    assert backups.open().history.total_charges() == since + gap >= whole
+    assert backups.open().history.count_total_charges() == since + gap >= whole
     assert verify(backups.path, anchor=newest).anchor_sequence is not None
 
 

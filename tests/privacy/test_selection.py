@@ -40,7 +40,7 @@ def test_search_trials_cost_the_composition_of_all_steps() -> None:
     assert price.epsilon_of_one == accountant.epsilon_pld([other.full_event], other.delta) < price.epsilon
     assert price.epsilon == accountant.epsilon_pld({run_plan().full_event: 2, other.full_event: 1}, run_plan().delta)
     every = ComposedDpEvent((run_plan().full_event, other.full_event, run_plan().full_event))
-    assert price.epsilon_filter == filter.smallest_cap(every, delta=1e-5)[0]
+    assert price.epsilon_filter == filter.find_smallest_cap(every, delta=1e-5)[0]
     assert price.trials == 3
     without = compute_search_price([replace(run_plan(), noise_multiplier=0.0)] * 2)
     assert (without.private, without.epsilon) == (False, math.inf)

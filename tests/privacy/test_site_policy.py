@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.cohorts import period_number
+from fedtune.privacy.cohorts import compute_period_number
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -27,7 +27,7 @@ RULES = tomllib.loads(Path(__file__).with_name("rules.toml").read_text())
 
 
 def list_broken_rules(policy: Policy, proposal: Any) -> list[tuple[Reason, str | None, str | None]]:
-    return [(refused.reason, refused.asked, refused.allowed) for refused in policy.broken_rules(proposal)]
+    return [(refused.reason, refused.asked, refused.allowed) for refused in policy.find_broken_rules(proposal)]
 
 
 def test_proposal_within_all_rules_passes() -> None:
@@ -39,7 +39,7 @@ def test_proposal_within_all_rules_passes() -> None:
         make_proposal(plan={"max_grad_norm": 0.001}),
     ):
         make_policy().check(each)
-        assert make_policy().broken_rules(each) == []
+        assert make_policy().find_broken_rules(each) == []
 
 
 @pytest.mark.parametrize(("rule", "one"), [(rule, one) for rule, each in RULES.items() for one in each])
@@ -89,7 +89,7 @@ def test_site_limits_the_records_per_user() -> None:
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])
 def test_adapter_bound_keeps_the_scaled_product_independent_of_scale(scale: float) -> None:
-    bound = make_policy(limits={"max_adapter_value": 50.0}).adapter_bound(scale)
+    bound = make_policy(limits={"max_adapter_value": 50.0}).compute_adapter_bound(scale)
     assert bound <= 50.0, "never above what the site says"
     # What the model sees is scale * B A: the same at most for every scale, and not needlessly less.
     assert scale * bound**2 == pytest.approx(min(1.0, scale) * 50.0**2)
@@ -129,7 +129,7 @@ def test_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPat
 def test_periods_follow_the_calendar() -> None:
     for month, quarter in ((1, 0), (3, 0), (4, 1), (9, 2), (12, 3)):
         moment = datetime(2030, month, 28, 23, 59, tzinfo=UTC)
-        found = [period_number(moment, period) for period in ("month", "quarter", "year")]
+        found = [compute_period_number(moment, period) for period in ("month", "quarter", "year")]
         assert found == [2030 * 12 + month - 1, 2030 * 4 + quarter, 2030]
 
 

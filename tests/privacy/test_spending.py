@@ -28,20 +28,24 @@ def test_spent_epsilon_matches_the_charged_events(open_ledger: Any) -> None:
     assert history.epsilon() == filter.epsilon_filter(charged, order=2.7, delta=DELTA)
     held = [*[make_proposal().plan.event()] * 3, *[other.plan.event()] * 2]
     whole = filter.epsilon_filter([*charged, *held], order=2.7, delta=DELTA)
-    assert history.epsilon(history.total_charges() + history.remaining_charges(history.now())) == pytest.approx(whole)
+    assert history.epsilon(
+        history.count_total_charges() + history.count_remaining_charges(history.now())
+    ) == pytest.approx(whole)
 
 
 def test_share_of_cap_is_a_fraction_of_the_divergence(open_ledger: Any) -> None:
     ledger = open_ledger()
     train(ledger, make_proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
-    room = filter.max_divergence(11.0, order=history.order, delta=DELTA)
+    room = filter.compute_max_divergence(11.0, order=history.order, delta=DELTA)
     one = history.divergence([make_proposal().plan.event()])
-    assert spending.compute_spent_fraction(history, history.total_charges(), cap=11.0) == pytest.approx(one / room)
-    assert spending.compute_spent_fraction(history, history.total_charges(), cap=math.inf) is None
+    assert spending.compute_spent_fraction(history, history.count_total_charges(), cap=11.0) == pytest.approx(
+        one / room
+    )
+    assert spending.compute_spent_fraction(history, history.count_total_charges(), cap=math.inf) is None
     # At a small order turning divergence into epsilon costs more than such a cap is.
-    assert filter.max_divergence(3.0, order=history.order, delta=DELTA) < 0
-    assert spending.compute_spent_fraction(history, history.total_charges(), cap=3.0) == 1
+    assert filter.compute_max_divergence(3.0, order=history.order, delta=DELTA) < 0
+    assert spending.compute_spent_fraction(history, history.count_total_charges(), cap=3.0) == 1
 
 
 def test_nan_divergence_does_not_fit_the_budget(open_ledger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,17 +58,21 @@ def test_remaining_budget_matches_what_would_be_accepted(open_ledger: Any) -> No
     ledger = open_ledger()
     five = make_proposal().plan.event(rounds=5)
     now = datetime.now(UTC)
-    assert spending.remaining_runs(ledger.history, make_policy(), five, now) == 2
-    assert spending.remaining_runs(History.empty(make_policy()), make_policy(), five, now) == 2, (
+    assert spending.count_remaining_runs(ledger.history, make_policy(), five, now) == 2
+    assert spending.count_remaining_runs(History.empty(make_policy()), make_policy(), five, now) == 2, (
         "also before there is a ledger"
     )
     train(ledger, make_proposal(), 1)
-    assert spending.remaining_runs(ledger.history, make_policy(), five, now) == 1, "the first holds its whole plan"
+    assert spending.count_remaining_runs(ledger.history, make_policy(), five, now) == 1, (
+        "the first holds its whole plan"
+    )
     train(ledger, make_proposal(run="2"), 1)
-    assert spending.remaining_runs(ledger.history, make_policy(), five, now) == 0
+    assert spending.count_remaining_runs(ledger.history, make_policy(), five, now) == 0
     left = spending.compute_remaining_divergence(ledger.history, make_policy(), now)
     assert 0 < left < ledger.history.divergence([make_proposal().plan.event()])
-    assert spending.remaining_runs(ledger.history, make_policy(budget={"max_epsilon": math.inf}), five, now) is None
+    assert (
+        spending.count_remaining_runs(ledger.history, make_policy(budget={"max_epsilon": math.inf}), five, now) is None
+    )
     assert spending.compute_remaining_divergence(ledger.history, make_policy(budget={"max_epsilon": 6.0}), now) == 0
     ledger.freeze("for this test")
     assert (

@@ -247,7 +247,7 @@ def test_truncated_ledger_is_detected_only_with_an_anchor(
 def test_anchor_without_the_signature_of_its_site_key_is_refused(newest_head: Head, tmp_path: Path) -> None:
     path = tmp_path / "anchor.json"
     forged = dataclasses.replace(
-        newest_head, sequence=1, signature=make_key(9).sign(chain.HEAD, newest_head.signed_bytes())
+        newest_head, sequence=1, signature=make_key(9).sign(chain.HEAD, newest_head.encode_signed_bytes())
     )
     path.write_bytes(forged.to_bytes())
     with pytest.raises(ValueError, match="must be signed with the site key that it names"):
@@ -271,7 +271,7 @@ def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path
     """An event of the right key that makes no sense, as a faulty version might write; then the file is put right."""
     ledger = open_ledger()
     ledger.reserve(make_proposal(), round=1, request="q")
-    good, before = path.read_bytes(), ledger.history.total_charges()
+    good, before = path.read_bytes(), ledger.history.count_total_charges()
     row = read_rows(path)[-1]
     wrong = row | {"sequence": 5, "attempt": 7, "kind": Kind.RESERVE, "detail": json.loads(row["detail"])}
     event = chain.Event(**wrong).hash_after(row["hash"])
@@ -283,7 +283,7 @@ def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path
             check()
     path.write_bytes(good)
     ledger.end_run("unknown")
-    assert ledger.history.total_charges() == before
+    assert ledger.history.count_total_charges() == before
     assert ledger.sign_receipt("r").charged_rounds == 1
 
 

@@ -68,7 +68,7 @@ def sign_by_sites(facts: RunFacts, **changes: Any) -> RunFacts:
 def sign_receipt(receipt: Receipt, signer: str, **changes: Any) -> Receipt:
     """The receipt with changes, signed with the key of a site."""
     receipt = replace(receipt, site_key=make_site_key(signer).public, **changes)
-    return replace(receipt, signature=make_site_key(signer).sign(RECEIPT, receipt.signed_bytes()))
+    return replace(receipt, signature=make_site_key(signer).sign(RECEIPT, receipt.encode_signed_bytes()))
 
 
 def list_problem_places(report: Report) -> set[str]:

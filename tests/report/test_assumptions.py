@@ -15,7 +15,7 @@ from fedtune.report.derive import rules
 from fedtune.report.from_run import RunRecord, read_run
 from fedtune.report.model import Assumption, Report, SiteReport
 from fedtune.report.verify_report import derive_report
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 
 from ..books import resign_receipt
 from ..conftest import run_proposal
@@ -110,7 +110,7 @@ def test_receipts_of_a_run_with_a_longer_name_are_ignored(run_folder: Path, mode
     deployed = replace(record, config=config)
     other = add_receipts(deployed, run=f"{config.name}-weaker-{'a' * 32}")
     assert dict(other.receipts) == {}
-    sent = settings_for_sites(
+    sent = select_settings_for_sites(
         replace(config, privacy=replace(config.privacy, noise_multiplier=record.plan.noise_multiplier))
     )
     right = add_receipts(deployed, run=sent.run_id())

@@ -421,6 +421,6 @@ def test_independent_verifier_epsilon_is_a_tight_upper_bound(
 ) -> None:
     found = verify_report.epsilon_of({(rate, noise): steps}, delta)
     tight = accountant.epsilon_pld(
-        [events.dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta
+        [events.build_dp_sgd_event(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta
     )
     assert (1 - 1e-4) * tight <= found <= 1.02 * tight

@@ -52,7 +52,7 @@ def test_report_figures_match_the_ledger(charged_ledger: Books) -> None:
     history = verify(charged_ledger.ledger).history
     (site,) = report.sites
     assert (site.site, site.source, report.facts.kind) == ("a", "own_ledger", "ledger")
-    expected = filter.epsilon_filter(history.total_charges(), order=history.order, delta=history.delta)
+    expected = filter.epsilon_filter(history.count_total_charges(), order=history.order, delta=history.delta)
     assert report.epsilon == site.spent.epsilon == site.lifetime.epsilon == expected
     assert (site.spent.rounds, site.spent.steps) == (3, 6)
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("s", 1, 6.0)]

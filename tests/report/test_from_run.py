@@ -68,8 +68,8 @@ def test_number_of_compositions_is_bounded_for_many_rounds(run_folder: Path, mon
     facts = replace(facts, rounds=tuple(replace(facts.rounds[0], round=number) for number in range(1, 5001)))
     composed = Mock(side_effect=itertools.count(0.1, 0.1))
     monkeypatch.setattr(run_figures.profile, "epsilon_pld", composed)
-    of_all = replace(facts.sites[0], receipt=replace(facts.sites[0].receipt, charged_rounds=5000))
-    shown = [step.epsilon for step in run_figures._derive_steps(facts, of_all, 5.0)]
+    compute_all_gradients = replace(facts.sites[0], receipt=replace(facts.sites[0].receipt, charged_rounds=5000))
+    shown = [step.epsilon for step in run_figures._derive_steps(facts, compute_all_gradients, 5.0)]
     assert run_figures._MOST_FIGURES / 2 < composed.call_count <= run_figures._MOST_FIGURES
     assert shown == sorted(shown)
     assert (len(shown), shown[0], shown[-1]) == (5000, 0.1, 5.0)
@@ -189,7 +189,7 @@ AUDIT = {
 
 def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Path) -> None:
     assert "attack_on_real_records" not in from_run.build_run_report(folder).unprotected_figures
-    shown = audit_bound.max_lower_bound(9, delta=1e-5, confidence=0.95)
+    shown = audit_bound.compute_max_lower_bound(9, delta=1e-5, confidence=0.95)
     bound = {"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown}
     attack = {"site": None, "score": "loss", "trained_on": 9, "never_used": 9}
     attack |= {"auroc": 0.6, "auroc_low": 0.5, "auroc_high": 0.7}

@@ -270,8 +270,10 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
 @pytest.mark.parametrize("code", ["strong", "reasonable", "weak"])
 def test_strength_rating_shows_its_epsilon_thresholds(code: str, a_report: Make, language: str) -> None:
     least, most = profile.BANDS[code]
-    assert profile.strength_band(math.nextafter(least, math.inf)) == code
-    assert math.isinf(most) or profile.strength_band(most) == code != profile.strength_band(math.nextafter(most, 99))
+    assert profile.find_strength_band(math.nextafter(least, math.inf)) == code
+    assert math.isinf(most) or profile.find_strength_band(most) == code != profile.find_strength_band(
+        math.nextafter(most, 99)
+    )
     report = replace(a_report(), epsilon=min(most, 11.0))
     said = join_words(find_by_id(main(render.render(report, language=language)), "band"))
     assert load_catalog(language).texts["strength"][code] in said

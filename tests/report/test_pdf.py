@@ -23,7 +23,7 @@ from .shown import LONG, NAMES, Make, build_reports, change_facts, render_page
 pytestmark = pytest.mark.nightly
 
 try:
-    weasyprint, REASON = render._weasyprint(), ""
+    weasyprint, REASON = render._import_weasyprint(), ""
 except ConfigError as missing:
     weasyprint, REASON = None, str(missing)
 needs_weasyprint = pytest.mark.skipif(weasyprint is None, reason=REASON)

@@ -77,7 +77,7 @@ def compute_gaussian_right_of_100(mu: float) -> float:
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 40.0])
 def test_gaussian_privacy_curve_matches_the_exact_solution(sigma: float) -> None:
     spent, mu = [GaussianDpEvent(sigma)], 1 / sigma
-    for point in profile.epsilon_curve(spent, 1e-5):
+    for point in profile.compute_epsilon_curve(spent, 1e-5):
         # At the epsilon that is claimed, the mechanism really has no more than this delta; a bucket less, and it has.
         assert compute_gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
         if point.epsilon_pld > 0.01:
@@ -136,14 +136,14 @@ def test_simulated_attack_does_not_exceed_the_bound() -> None:
 
 
 def test_privacy_curve_is_monotone_and_below_each_ceiling(spent_mechanisms: dict[DpEvent, int]) -> None:
-    points = profile.epsilon_curve(spent_mechanisms, 2e-5)
+    points = profile.compute_epsilon_curve(spent_mechanisms, 2e-5)
     assert [point.delta for point in points] == sorted({*profile.DELTAS, 2e-5}, reverse=True)
     for figures in ([point.epsilon_pld for point in points], [point.epsilon_rdp for point in points]):
         assert figures == sorted(figure for figure in figures if figure is not None)
     for point in points:
         for alarms in _SHARES:
             rate = profile.bound_hit_rate(spent_mechanisms, false_alarms=alarms)
-            ceiling = profile.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
+            ceiling = profile.compute_hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
             assert alarms <= rate <= ceiling + 1e-7
         right = profile.bound_right_of_100(spent_mechanisms)
         assert 50 <= right <= profile.bound_right_of_100_by_epsilon(point.epsilon_pld, point.delta) + 1e-6
@@ -172,11 +172,14 @@ def test_equal_histories_give_identical_figures() -> None:
     one = {**count_sampled_mechanism(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **count_sampled_mechanism(0.1, 2.0, 7)}
     other = [event for event, count in reversed(one.items()) for _ in range(count)]
     forget()
-    first = profile.compute_meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000), profile.epsilon_curve(one, 1e-5)
+    first = (
+        profile.compute_meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000),
+        profile.compute_epsilon_curve(one, 1e-5),
+    )
     forget()
     assert first == (
         profile.compute_meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000),
-        profile.epsilon_curve(other, 1e-5),
+        profile.compute_epsilon_curve(other, 1e-5),
     )
 
 
@@ -196,7 +199,9 @@ def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
     assert [one.ceiling for one in meant.posterior] == [1, 1, 1, 1]
     assert [(one.ceiling, one.mechanism) for one in meant.hit_rates] == [(1, None), (1, None)]
     assert meant.expected_failures is None
-    assert {(point.epsilon_pld, point.epsilon_rdp) for point in profile.epsilon_curve(spent, 1e-5)} == {(None, None)}
+    assert {(point.epsilon_pld, point.epsilon_rdp) for point in profile.compute_epsilon_curve(spent, 1e-5)} == {
+        (None, None)
+    }
 
 
 def test_near_zero_noise_is_bounded_and_no_spending_helps_no_attacker() -> None:
@@ -267,7 +272,7 @@ def test_twenty_mechanisms_are_composed_once_per_purpose() -> None:
     spent = {PoissonSampledDpEvent(0.01 + number / 500, GaussianDpEvent(1 + number / 10)): 250 for number in range(20)}
     forget()
     profile.compute_meaning(spent, epsilon=5.0, delta=1e-5, declared_size=1000)
-    profile.epsilon_curve(spent, 1e-5)
+    profile.compute_epsilon_curve(spent, 1e-5)
     # The composition is what takes time; each point of a curve is read off it.
     assert profile._pld.cache_info().misses <= 2
     assert accountant.compose_rdp.cache_info().misses == 1
@@ -301,7 +306,7 @@ def test_documented_table_cells_match_computed_values(line: str) -> None:
         *(100 * profile.bound_posterior(epsilon, prior=prior) for prior in profile.PRIORS),
     ]
     for alarms in profile.FALSE_ALARMS:
-        row.append(100 * profile.hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms))
+        row.append(100 * profile.compute_hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms))
         row.append(100 * compute_gaussian_hit_rate(mu, false_alarms=alarms))
     row += [profile.bound_right_of_100_by_epsilon(epsilon, _DELTA), compute_gaussian_right_of_100(mu)]
     assert len(printed) == len(_TABLE.splitlines()[0].split(" | "))
@@ -334,19 +339,19 @@ def test_group_privacy_degrades_with_the_number_of_records() -> None:
 
 def test_ceilings_are_trivial_at_huge_epsilon_and_at_zero() -> None:
     assert profile.bound_posterior(1e5, prior=0.001) == 1
-    assert profile.hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
+    assert profile.compute_hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
     assert profile.bound_right_of_100_by_epsilon(1e5, 1e-5) == 100
     assert profile.bound_posterior(0, prior=0.1) == pytest.approx(0.1)
-    assert profile.hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
+    assert profile.compute_hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
     assert profile.bound_right_of_100_by_epsilon(0, 0) == 50
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), more=st.floats(0, 5))
 def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alarms: float, more: float) -> None:
-    rate = profile.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
+    rate = profile.compute_hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
     assert alarms <= rate <= 1
-    assert rate <= profile.hit_rate_ceiling(epsilon + more, delta, false_alarms=alarms) + 1e-12
-    assert rate <= profile.hit_rate_ceiling(epsilon, min(1, delta + more), false_alarms=alarms) + 1e-12
+    assert rate <= profile.compute_hit_rate_ceiling(epsilon + more, delta, false_alarms=alarms) + 1e-12
+    assert rate <= profile.compute_hit_rate_ceiling(epsilon, min(1, delta + more), false_alarms=alarms) + 1e-12
     right = profile.bound_right_of_100_by_epsilon(epsilon, delta)
     assert 50 <= right <= 100
     # An attack with these rates, half of whose records were used, is right no more often than that.
@@ -356,11 +361,11 @@ def test_ceilings_grow_with_epsilon_and_delta(epsilon: float, delta: float, alar
 @given(epsilon=st.floats(0.01, 20), delta=st.floats(1e-9, 1e-3), alarms=st.floats(1e-4, 0.5))
 def test_gaussian_attack_never_exceeds_the_ceiling(epsilon: float, delta: float, alarms: float) -> None:
     mu = compute_gaussian_mu(epsilon, delta)
-    ceiling = profile.hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
+    ceiling = profile.compute_hit_rate_ceiling(epsilon, delta, false_alarms=alarms)
     assert compute_gaussian_hit_rate(mu, false_alarms=alarms) <= ceiling + 1e-9
     assert compute_gaussian_right_of_100(mu) <= profile.bound_right_of_100_by_epsilon(epsilon, delta) + 1e-9
 
 
 def test_strength_band_names_epsilon_ranges() -> None:
-    codes = [profile.strength_band(epsilon) for epsilon in (0.0, 1.0, 1.0001, 10.0, 10.0001, math.inf, None)]
+    codes = [profile.find_strength_band(epsilon) for epsilon in (0.0, 1.0, 1.0001, 10.0, 10.0001, math.inf, None)]
     assert codes == ["strong", "strong", "reasonable", "reasonable", "weak", "none", "none"]

@@ -29,12 +29,12 @@ def test_report_round_trips_in_its_canonical_form(a_report: Make, a_ledger_repor
         assert signing.parse_report(signing.report_to_json(report).encode()) == report
     # The canonical form is sorted, dense and without the signature.
     report = change_facts(a_report(), name="Königsberg")
-    text = signing.canonical_bytes(report).decode()
+    text = signing.encode_canonical_bytes(report).decode()
     assert all(part in text for part in ('"name":"Königsberg"', '"delta":1e-05'))
     assert not any(part in text for part in ("\n", ', "', '": '))
     assert "signature" not in json.loads(text)
     assert list(json.loads(text)) == sorted(json.loads(text))
-    assert signing.canonical_bytes(signing.sign_report(report, key)) == text.encode()
+    assert signing.encode_canonical_bytes(signing.sign_report(report, key)) == text.encode()
 
 
 def test_signature_names_its_key(a_report: Make) -> None:
@@ -57,7 +57,7 @@ def test_foreign_or_misused_signature_is_detected(a_report: Make) -> None:
         Signature(key=report.signature.key, signature=report.signature.signature.replace("a", "A")),
         Signature(key="00" * 32, signature="00" * 64),
         Signature(key="", signature=""),
-        Signature(key=key.public, signature=key.sign("receipt", signing.canonical_bytes(report))),
+        Signature(key=key.public, signature=key.sign("receipt", signing.encode_canonical_bytes(report))),
     ):
         with pytest.raises(RunError, match="does not match the report"):
             signing.verify_report_signature(replace(report, signature=signature))

@@ -240,7 +240,7 @@ def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:
     # As if the site had been asked, and its answer had been lost on the way.
     record, key = from_run.read_run(folder / "second"), load_site_key(folder, "site-1")
     less = replace(record.receipts["site-1"], charged_rounds=0)
-    less = replace(less, signature=key.sign(RECEIPT, less.signed_bytes()))
+    less = replace(less, signature=key.sign(RECEIPT, less.encode_signed_bytes()))
     rounds = [replace(one, sites=("site-2",), failed_sites={"site-1": "no_reply"}) for one in record.state.rounds]
     state = replace(record.state, receipts={**record.state.receipts, "site-1": less}, rounds=rounds)
     Checkpoints(folder / "second" / "checkpoints", record.config_sha256).save(state)

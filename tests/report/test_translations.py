@@ -17,7 +17,7 @@ from fedtune.report.facts import BudgetVerdict
 from fedtune.report.model import Assumption, CellState, SiteReport
 from fedtune.report.page.tables import TableColumn
 from fedtune.report.page.translations import LANGUAGES, load_catalog
-from fedtune.report.page.view import page_layout
+from fedtune.report.page.view import load_page_layout
 from fedtune.runs import results
 from fedtune.tasks.inputs import get_input
 
@@ -28,7 +28,7 @@ TEXTS = {language: load_catalog(language).texts for language in LANGUAGES}
 KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in texts}
 
 STATES = get_args(get_type_hints(BudgetVerdict)["state"])
-ACCESS = page_layout()["access"]
+ACCESS = load_page_layout()["access"]
 SEEN = {
     code
     for noise in ("noised", "seeded", "no_noise", "masked")
@@ -192,7 +192,7 @@ def test_every_translation_key_in_use_exists() -> None:
     for text in list_sources():
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
-    for table in page_layout()["table"].values():
+    for table in load_page_layout()["table"].values():
         for column in (TableColumn(*column) for column in table["columns"]):
             for key in (table["caption"], column.heading, column.absent or "word.none", column.zero or "word.none"):
                 assert tuple(key.split(".")) in KEYS

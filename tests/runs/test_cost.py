@@ -9,7 +9,7 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.config import CostSpec
 from fedtune.runs.cost import Energy, Meter, check_can_measure
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import ConfigError
 
 
@@ -54,7 +54,7 @@ def test_cost_settings_change_no_run_id_and_reach_no_site() -> None:
     plain = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4"])
     told = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4", "cost.energy=true"])
     assert told.run_id() == plain.run_id()
-    assert settings_for_sites(told).cost == CostSpec()
+    assert select_settings_for_sites(told).cost == CostSpec()
 
 
 def test_measured_energy_is_in_run_json_and_the_report(tiny: Any, command: Any, result_of: Any, tmp_path: Path) -> None:

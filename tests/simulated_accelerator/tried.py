@@ -92,7 +92,7 @@ def print_scoring_error() -> None:
     """Print what is said where the device has no room for what is scored."""
     within = build_model()
     draws = np.random.default_rng(0)
-    dataset = sensitivity.random_examples(within, [31] * 64, draws)
+    dataset = sensitivity.generate_random_examples(within, [31] * 64, draws)
     taken = torch.empty(torch.accelerator.get_memory_info(SIM)[0] - 2**18, dtype=torch.uint8, device=SIM)
     try:
         evaluate_examples(within, dataset, pad_id=0, max_tokens=4096)
@@ -105,7 +105,7 @@ def print_unusable_units() -> None:
     """What one to three units add that are all not finite: on the CPU and on the device."""
     for place in ("cpu", SIM):
         for units in (1, 2, 3):
-            sums = dp_step.zero_sums({"a": torch.nn.Parameter(torch.zeros(3000, device=place))})
+            sums = dp_step.make_zero_sums({"a": torch.nn.Parameter(torch.zeros(3000, device=place))})
             dp_step.add_clipped(sums, {"a": torch.full((units, 3000), torch.nan, device=place)}, 1.0)
             print(int(sums["a"].abs().sum()))
 
@@ -115,7 +115,9 @@ def waits_for_the_device() -> None:
     within = build_model()
     draws = np.random.default_rng(0)
     shapes = Shapes.from_limits(max_length=31, max_tokens=256)
-    records = SiteExamples(sensitivity.random_examples(within, [31] * 16, draws), pad_id=0, shapes=shapes, device=SIM)
+    records = SiteExamples(
+        sensitivity.generate_random_examples(within, [31] * 16, draws), pad_id=0, shapes=shapes, device=SIM
+    )
     users = UserExamples(records, [np.arange(first, first + 4) for first in range(0, 16, 4)], most_records=4)
     with record_gradients(within) as gradients:
         (batch,) = users.cut_drawn([np.arange(first, first + 4) for first in range(0, 16, 4)])

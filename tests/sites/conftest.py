@@ -34,7 +34,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites import work
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import LoadedModel
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.sites.virtual_site import Participants, generate_policy
 from fedtune.spec import ConfigError
@@ -160,7 +160,7 @@ class Station:
 
     def request(self, config: RunConfig | None = None, *, round: int = 1, **about: Any) -> RoundRequest:
         """What the lead asks for; `about` are fields of the request, or of its proposal."""
-        sent = settings_for_sites(config or self.config)
+        sent = select_settings_for_sites(config or self.config)
         proposal = sent.proposal(lead=self.lead.public, plan=sent.plan())
         of_proposal = {key: value for key, value in about.items() if hasattr(proposal, key)}
         fields = {"round": round, "site": self.name, "adapter_digest": self.first.digest()}
@@ -174,7 +174,7 @@ class Station:
         """
         adapter, key = about.pop("adapter", self.first), about.pop("key", self.lead)
         request = self.request(config, adapter_digest=adapter.digest(), **about)
-        text = json.dumps(settings_for_sites(config or self.config).to_json()) if settings is None else settings
+        text = json.dumps(select_settings_for_sites(config or self.config).to_json()) if settings is None else settings
         return answer(self.real.site(text), request.sign_with(key), adapter)
 
     def update(self, config: RunConfig | None = None, **about: Any) -> Update:
@@ -191,7 +191,7 @@ class Station:
 
     def end(self, adapter: Adapter, config: RunConfig | None = None) -> Receipt | None:
         """Tell the site that the run is over, with its final adapter."""
-        run = settings_for_sites(config or self.config).run_id()
+        run = select_settings_for_sites(config or self.config).run_id()
         notice = EndOfRun(run=run, lead=self.lead.public, adapter_digest=adapter.digest())
         return end_run(self.real.site(""), notice.sign_with(self.lead), adapter)
 
@@ -210,7 +210,7 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any
         config = make_letters(**groups)
         made = Station(tmp_path / name, lead_key, first_adapter, name, config)
         made.folder.mkdir()
-        sent = settings_for_sites(config)
+        sent = select_settings_for_sites(config)
         policy = generate_policy(sent, sent.plan(), name, lead=lead_key.public)
         columns = COLUMNS if config.privacy.unit == "record" else {**COLUMNS, "user": "kind"}
         columns |= {} if config.privacy.cohorts is None else {"user": "who", "arrival": "came"}

@@ -17,7 +17,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.sites.shared_model import LoadedModel
-from fedtune.sites.shared_settings import localize_settings, settings_for_own_site, settings_for_sites
+from fedtune.sites.shared_settings import derive_settings_for_own_site, localize_settings, select_settings_for_sites
 from fedtune.sites.virtual_site import generate_policy
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import NoTokenizer
@@ -34,7 +34,7 @@ STORE = Path("/srv/site/kit/models")
 @pytest.fixture
 def policy(lead_key: SigningKey) -> Policy:
     """A policy with places and columns of its own, and a second data set."""
-    sent = settings_for_sites(make_letters())
+    sent = select_settings_for_sites(make_letters())
     made = generate_policy(sent, sent.plan(), "north", lead=lead_key.public)
     letters_of_north = Dataset(id="letters", declared_size=40, path="private/mail.csv", columns=COLUMNS)
     other = Dataset(id="notes", declared_size=40, path="/elsewhere/notes.jsonl")
@@ -78,20 +78,22 @@ def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
 
     def read(*roles: str, **data: object) -> dict[str, str]:
         named = {"columns": {role: role for role in roles}, "labels": (), **data}
-        return dict(settle_here(settings_for_sites(make_letters(task="causal_lm", data=named)), several).data.columns)
+        return dict(
+            settle_here(select_settings_for_sites(make_letters(task="causal_lm", data=named)), several).data.columns
+        )
 
     assert read("messages", chat_template="plain") == {"messages": "chat"}
     assert read("text") == {"text": "body"}
     assert read("prompt", "completion") == {"prompt": "question", "completion": "answer"}
     prompted = make_letters(task="causal_lm", data={"columns": {"prompt": "p", "completion": "c"}, "labels": ()})
-    assert read_refusal_reason(settle_here, settings_for_sites(prompted), policy) is Reason.SETTINGS, (
+    assert read_refusal_reason(settle_here, select_settings_for_sites(prompted), policy) is Reason.SETTINGS, (
         "a role that the site's data has not got"
     )
 
 
 def test_site_without_the_second_text_column_is_refused(policy: Policy) -> None:
     columns = {"text": "t", "text_pair": "other", "label": "l"}
-    sent = settings_for_sites(make_letters(data={"columns": columns}))
+    sent = select_settings_for_sites(make_letters(data={"columns": columns}))
     assert read_refusal_reason(settle_here, sent, policy) is Reason.SETTINGS, (
         "its single texts would be learned in silence"
     )
@@ -107,7 +109,7 @@ def test_data_set_named_by_the_run_is_used(policy: Policy) -> None:
 
 
 def test_training_settings_are_unchanged_at_the_site(policy: Policy) -> None:
-    sent = settings_for_sites(make_letters(lora={"rank": 3}, training={"local_steps": 1}))
+    sent = select_settings_for_sites(make_letters(lora={"rank": 3}, training={"local_steps": 1}))
     config = settle_here(sent, policy)
     same = ("name", "task", "lora", "head", "privacy", "training", "federation", "seed")
     assert all(getattr(config, key) == getattr(sent, key) for key in same)
@@ -176,7 +178,7 @@ def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
     update = site.update()
     shapes = {name: one.shape for name, one in update.tensors.items()}
     assert shapes == {"head.weight": (len(LABELS), 5), "head.bias": (len(LABELS),)}
-    sent = settings_for_sites(site.config)
+    sent = select_settings_for_sites(site.config)
     assert sent.model.sha256 == hash_model(ModelSpec(path="none"))
     # As a policy allows it.
     asked = sent.proposal(lead="x", plan=sent.plan())
@@ -186,10 +188,10 @@ def test_table_is_trained_with_the_column_names_of_the_site(site: Any) -> None:
 
 def test_data_check_reads_the_file_as_training_does(site: Any) -> None:
     write(site, [*GOOD, ("old", "a", LABELS[0])])
-    config = settings_for_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
+    config = derive_settings_for_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
     (file,) = check(config, NoTokenizer(), within=1).files
     assert (file.rows, file.uses, sum(file.num_errors.values())) == (41, {"train": 40}, 1)
-    sent = settings_for_sites(site.config)
+    sent = select_settings_for_sites(site.config)
     trained = localize_settings(
         sent, read_policy(site.site_toml), Machine(), folder=site.folder, installed=lambda sha256: site.folder
     )

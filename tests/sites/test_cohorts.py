@@ -21,7 +21,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import LoadedModel, RunModel
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import ConfigError
 from fedtune.training.users import UserExamples
 
@@ -150,7 +150,7 @@ def test_unreadable_file_causes_no_charge(site: Any) -> None:
 
 
 def test_cohort_settings_must_match_the_policy(site: Any) -> None:
-    sent = settings_for_sites(site.config)
+    sent = select_settings_for_sites(site.config)
     assert sent.data.columns == {role: role for role in COLUMNS}, "that there is one travels, and not its name"
     assert "cohorts" not in make_letters().decisive()["privacy"], "a run of everybody has the name that it had"
     with pytest.raises(ConfigError, match="has no column for role 'arrival', which privacy"):

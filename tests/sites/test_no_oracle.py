@@ -15,7 +15,7 @@ from fedtune.model.manifest import build_manifest
 from fedtune.model.spec import HeadSpec, ModelSpec
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import LoadedModel
-from fedtune.sites.shared_settings import settings_for_sites
+from fedtune.sites.shared_settings import select_settings_for_sites
 from fedtune.spec import ConfigError
 
 from .conftest import make_letters, write_records
@@ -27,7 +27,7 @@ LABELS = [{"labels": ("invoice", "complaint")}, {"labels": ("never", "declared")
 @pytest.mark.parametrize("asked", [*LABELS, {"heldout_fraction": 0.999999}, {"max_length": 3}], ids=str)
 def test_no_run_setting_makes_a_record_fail(asked: dict[str, Any], station: Any) -> None:
     site = station(data=asked)
-    first = LoadedModel(settings_for_sites(site.config)).initial_adapter
+    first = LoadedModel(select_settings_for_sites(site.config)).initial_adapter
     write_records(site.data, [("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of")])
     site.update(adapter=first)
     write_records(site.data, [])
@@ -73,14 +73,14 @@ def test_no_run_setting_makes_a_held_out_record_fail(station: Any) -> None:
     noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
     site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)
     write_records(site.data, [(f"letter {n}", "praise" if n % 2 else "invoice") for n in range(40)])
-    assert site.update(adapter=LoadedModel(settings_for_sites(site.config)).initial_adapter).scores is not None
+    assert site.update(adapter=LoadedModel(select_settings_for_sites(site.config)).initial_adapter).scores is not None
 
 
 def test_records_are_opened_only_for_charged_rounds(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site, charged_then, read = station(), [], real_site.read_own_records
 
     def note_reading(*args: Any, **rest: Any) -> Any:
-        charged_then.append(site.ledger().history.total_charges().total())
+        charged_then.append(site.ledger().history.count_total_charges().total())
         return read(*args, **rest)
 
     monkeypatch.setattr(real_site, "read_own_records", note_reading)

@@ -26,7 +26,7 @@ from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.runs.model_comparison import compare_runs
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, LoadedModel, RunModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, settings_for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, select_settings_for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
 from fedtune.tasks import registry
@@ -46,7 +46,7 @@ def site(station: Any) -> Any:
 
 def change_sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
     """The settings that sites are sent, with values changed by somebody on the way."""
-    fields = settings_for_sites(config).to_json()
+    fields = select_settings_for_sites(config).to_json()
     for group, values in groups.items():
         fields[group] |= values
     return json.dumps(fields)
@@ -93,8 +93,8 @@ def test_overlong_run_name_is_refused_without_a_charge(station: Any, length: int
     with pytest.raises(ConfigError, match="of at most 200 letters"):
         make_letters(name=named)
     # A lead that does not look is refused before anything is charged.
-    digest = settings_for_sites(plain).digest()[:32]
-    text = json.dumps(settings_for_sites(plain).to_json() | {"name": named})
+    digest = select_settings_for_sites(plain).digest()[:32]
+    text = json.dumps(select_settings_for_sites(plain).to_json() | {"name": named})
     for _ in range(2):
         assert site.refusal(settings=text, run=f"{named}-{digest}") is Reason.SETTINGS
     assert site.ledger().history.runs == {}
@@ -121,7 +121,7 @@ def test_site_joins_with_an_own_task_that_it_allows_and_installed(
     site, other = station(task=Ours.name), station("south")
     site.update()
     assert other.refusal(site.config) is Reason.TASKS, "its policy names classification alone"
-    sent, request = json.dumps(settings_for_sites(site.config).to_json()), site.request(round=2)
+    sent, request = json.dumps(select_settings_for_sites(site.config).to_json()), site.request(round=2)
     monkeypatch.delitem(TASKS, Ours.name)
     read_settings.cache_clear()
     reply = answer(site.real.site(sent), request.sign_with(site.lead), site.first)
@@ -133,7 +133,7 @@ def test_site_imports_no_package_by_the_settings_that_a_lead_sent(
 ) -> None:
     site = station()
     monkeypatch.setattr(registry, "load_entry_point", Mock(side_effect=AssertionError("imported")))
-    sent = json.dumps(settings_for_sites(site.config).to_json() | {"task": Ours.name})
+    sent = json.dumps(select_settings_for_sites(site.config).to_json() | {"task": Ours.name})
     assert site.refusal(settings=sent) is Reason.SETTINGS
     assert not registry.load_entry_point.called
 
@@ -242,7 +242,7 @@ def test_pending_run_is_stored_with_its_settings(site: Any, caplog: pytest.LogCa
     assert site.refusal() is Reason.AWAITING_APPROVAL
     (put_up,) = state.list_pending_runs()
     assert put_up.proposal == site.request().proposal
-    assert json.loads(put_up.settings) == json.loads(json.dumps(settings_for_sites(site.config).decisive()))
+    assert json.loads(put_up.settings) == json.loads(json.dumps(select_settings_for_sites(site.config).decisive()))
     # What nobody can approve is not put up: a run that is refused, or whose settings are not what was signed.
     assert site.refusal(settings=change_sent_text(site.config, training={"learning_rate": 1.0})) is Reason.WRONG_RUN
     site.paused.touch()
@@ -312,7 +312,7 @@ def test_model_and_records_are_cached_between_rounds(site: Any, loaded_data: lis
     site.update(round=3)
     assert loaded_data == ["model", "records", "records", "records"], "the newest run's alone are kept"
     other = make_letters(name="third", seed=5)
-    site.update(other, adapter=LoadedModel(settings_for_sites(other)).initial_adapter)
+    site.update(other, adapter=LoadedModel(select_settings_for_sites(other)).initial_adapter)
     assert loaded_data[4:] == ["model", "records"]
 
 
@@ -395,7 +395,7 @@ HELD_OUT = {"data": {"heldout_fraction": 0.5}}
 
 def list_held_out_texts(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
     """Texts of the records that the site keeps from training in a round."""
-    site.update(config, round=round, adapter=LoadedModel(settings_for_sites(config)).initial_adapter)
+    site.update(config, round=round, adapter=LoadedModel(select_settings_for_sites(config)).initial_adapter)
     _, work = site.real._warm
     assert isinstance(work, SiteWork)
     texts = {record.fields["text"] for record in work.records.heldout}
@@ -429,7 +429,7 @@ def test_final_adapter_is_stored_and_can_be_scored(site: Any, restarted: bool) -
     if restarted:
         site.restart()
     assert site.end(final).charged_rounds == 1
-    folder = Path(site.adapters / settings_for_sites(site.config).run_id())
+    folder = Path(site.adapters / select_settings_for_sites(site.config).run_id())
     config = read_saved_config(folder)
     found = compare_runs({"tuned": (config, folder / "adapter")}, file=str(site.data))
     shared = RunModel(LoadedModel(config), config)

@@ -37,7 +37,7 @@ class Own(RunRecords):
     def runs_folder(self) -> Path:
         return self.folder
 
-    def records_by_setting(self) -> dict[str, list[Record]]:
+    def read_records_by_setting(self) -> dict[str, list[Record]]:
         return {name: make_records(texts[:100]) for name, texts in self.texts.items()}
 
     def read_whole_files(self) -> Iterator[tuple[str, list[Record]]]:

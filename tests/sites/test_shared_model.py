@@ -172,7 +172,9 @@ def test_model_is_tried_when_a_private_run_follows_a_plain_one(station: Any, tri
 
 def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, caplog: Any) -> None:
     others = Mock()  # the processes of other devices, which turn out to be of no use
-    others.ready_crew.side_effect = ConfigError("runtime.num_devices", 2, "needs devices with bitwise equal gradients")
+    others.prepare_crew.side_effect = ConfigError(
+        "runtime.num_devices", 2, "needs devices with bitwise equal gradients"
+    )
     monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
     with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):
         LoadedModel(make_letters(runtime={"num_devices": 2}))

@@ -15,7 +15,7 @@ from fedtune.model.base_model import hash_model
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.release import Reason, Refused
-from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, settings_for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, read_settings, select_settings_for_sites
 from fedtune.spec import ConfigError
 
 from ..privacy.builders import read_refusal_reason
@@ -63,52 +63,56 @@ def test_every_setting_is_classified_as_decisive_or_neutral() -> None:
 @pytest.mark.parametrize("key", DECISIVE)
 def test_decisive_setting_changes_the_run_id(key: str) -> None:
     without = make_letters() if key in ("task", "data.input") else change_letters(WITH.get(key, {}))
-    assert settings_for_sites(change_key(key, DECISIVE[key])).run_id() != settings_for_sites(without).run_id()
+    assert (
+        select_settings_for_sites(change_key(key, DECISIVE[key])).run_id()
+        != select_settings_for_sites(without).run_id()
+    )
 
 
 @pytest.mark.parametrize("key", NEUTRAL)
 def test_neutral_settings_keep_the_run_id_and_are_not_sent(key: str) -> None:
-    sent = settings_for_sites(change_key(key, NEUTRAL[key]))
-    assert sent.run_id() == settings_for_sites(change_letters(WITH.get(key, {}))).run_id()
+    sent = select_settings_for_sites(change_key(key, NEUTRAL[key]))
+    assert sent.run_id() == select_settings_for_sites(change_letters(WITH.get(key, {}))).run_id()
     assert "canary" not in json.dumps(sent.to_json())
 
 
 def test_run_id_combines_name_and_settings() -> None:
-    one, other = settings_for_sites(make_letters()), settings_for_sites(make_letters(name="second"))
+    one, other = select_settings_for_sites(make_letters()), select_settings_for_sites(make_letters(name="second"))
     assert one.run_id().startswith("trial-")
     assert one.run_id().removeprefix("trial") == other.run_id().removeprefix("second")
     three = make_letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
-    assert settings_for_sites(three).run_id() != one.run_id()
+    assert select_settings_for_sites(three).run_id() != one.run_id()
 
 
 def test_local_model_path_of_the_lead_is_not_sent() -> None:
     places = ("/home/ada/canary/minilm", "canary/minilm", "~/canary", "canary-labs/minilm")
     (text,) = {
-        change_sent_text(settings_for_sites(make_letters(model={"path": path, "sha256": HASH}))) for path in places
+        change_sent_text(select_settings_for_sites(make_letters(model={"path": path, "sha256": HASH})))
+        for path in places
     }
     assert "canary" not in text
     assert HASH in text
     packaged = make_letters(model={"path": "package:some_weights/model", "sha256": HASH})
-    assert settings_for_sites(packaged).model.path == "package:some_weights/model", "the same on every machine"
+    assert select_settings_for_sites(packaged).model.path == "package:some_weights/model", "the same on every machine"
 
 
 def test_model_is_sent_with_the_digest_of_its_weights() -> None:
     for path in ("random:bert", "random:llama"):
-        sent = settings_for_sites(make_letters(model={"path": path, "sha256": None}))
+        sent = select_settings_for_sites(make_letters(model={"path": path, "sha256": None}))
         assert sent.model.sha256 == hash_model(ModelSpec(path=path))
-    assert settings_for_sites(make_letters(model={"sha256": None})) == settings_for_sites(make_letters())
+    assert select_settings_for_sites(make_letters(model={"sha256": None})) == select_settings_for_sites(make_letters())
     with pytest.raises(ConfigError, match=r"model\.path"):
-        settings_for_sites(make_letters(model={"path": "./nowhere", "sha256": None}))
+        select_settings_for_sites(make_letters(model={"path": "./nowhere", "sha256": None}))
 
 
 def test_noise_is_calibrated_only_by_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_letters(privacy={"noise_multiplier": None, "epsilon": 3.0})
-    plan, sent = config.plan(), settings_for_sites(config)
+    plan, sent = config.plan(), select_settings_for_sites(config)
     assert sent.privacy.noise_multiplier == plan.noise_multiplier > 0
     monkeypatch.setattr(accountant, "calibrate_noise", None)
     assert read_settings(change_sent_text(sent), plan=plan, task=sent.task).plan() == plan
     assert (
-        settings_for_sites(
+        select_settings_for_sites(
             make_letters(privacy={"mechanism": "none", "noise_multiplier": None})
         ).privacy.noise_multiplier
         is None
@@ -118,7 +122,7 @@ def test_noise_is_calibrated_only_by_the_lead(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("key", ["seed", *DECISIVE, *NEUTRAL])
 def test_settings_round_trip_to_the_site(key: str) -> None:
     value = DECISIVE[key] if key in DECISIVE else NEUTRAL[key]
-    sent = settings_for_sites(change_key(key, value))
+    sent = select_settings_for_sites(change_key(key, value))
     assert parse(sent.to_json()) == sent
     assert read_settings(change_sent_text(sent), plan=sent.plan(), task=sent.task) == sent
     assert read_settings(change_sent_text(sent), plan=sent.plan(), task=sent.task).run_id() == sent.run_id()
@@ -126,7 +130,7 @@ def test_settings_round_trip_to_the_site(key: str) -> None:
 
 def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
     voting = {"task": "votes", "head.init": "label_names", "head.scale": 1.0, "privacy.sampling_rate": 1.0}
-    sent = settings_for_sites(change_letters(WITH["federation.threshold"] | voting))
+    sent = select_settings_for_sites(change_letters(WITH["federation.threshold"] | voting))
     larger = replace(sent, data=replace(sent.data, declared_sizes=(600, 600, 600)))
     assert larger.plan().secure_noise.bound == 1200
     assert read_settings(change_sent_text(larger), plan=larger.plan(), task=larger.task) == larger
@@ -138,7 +142,7 @@ def test_secure_vote_settings_keep_the_bound_of_their_plan() -> None:
 @pytest.fixture(scope="module")
 def sent_settings() -> RunConfig:
     """What the run's sites are sent."""
-    return settings_for_sites(make_letters())
+    return select_settings_for_sites(make_letters())
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ import pytest
 import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
 from fedtune.config import RunConfig
-from fedtune.evaluation.scoring import unit_scores
+from fedtune.evaluation.scoring import compute_unit_scores
 from fedtune.federation.calendar import describe_calendar
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.secure.party import SumConfirmation
 from fedtune.federation.site_round import Trained
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import epsilon_pld, format_epsilon
-from fedtune.privacy.filter import compute_total_divergence, epsilon_conversion_term, smallest_cap
+from fedtune.privacy.filter import compute_epsilon_conversion_term, compute_total_divergence, find_smallest_cap
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.mechanism import release_scores
@@ -37,7 +37,7 @@ from fedtune.sites.virtual_site import (
     POLICY,
     Participants,
     VirtualSites,
-    budget_covering,
+    build_covering_budget,
     fit_to_budgets,
     generate_policy,
 )
@@ -72,17 +72,17 @@ def change_plan(proposal: Proposal, **changes: Any) -> Proposal:
 def test_generated_cap_fits_exactly_the_planned_runs(config: Any, runs: int) -> None:
     """Before, the cap was in tenths, and 121 of 120 runs were let in: epsilon 8.039 for 8."""
     plan = config(f"privacy.planned_runs={runs}", "privacy.epsilon=8").plan()
-    budget = budget_covering([plan] * plan.runs)
-    room = filter.max_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
-    assert filter.max_repeats(plan.full_event, room, order=budget.order()) == runs
+    budget = build_covering_budget([plan] * plan.runs)
+    room = filter.compute_max_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
+    assert filter.compute_max_repeats(plan.full_event, room, order=budget.order()) == runs
     assert epsilon_pld({plan.full_event: runs}, plan.delta) <= 8.0
     if runs > 1:
         title, said, *_ = describe_calendar(plan)
         assert f"epsilon {format_epsilon(epsilon_pld({plan.full_event: runs}, plan.delta))} in all" in title
         cap = float(re.findall(r"\(max_epsilon\) of ([\d.]+),", said)[0])
-        order = filter.best_order(plan.full_event, epsilon=cap, delta=plan.delta)
-        room = filter.max_divergence(cap, order=order, delta=plan.delta)
-        assert filter.max_repeats(plan.full_event, room, order=order) == runs
+        order = filter.find_best_order(plan.full_event, epsilon=cap, delta=plan.delta)
+        room = filter.compute_max_divergence(cap, order=order, delta=plan.delta)
+        assert filter.compute_max_repeats(plan.full_event, room, order=order) == runs
 
 
 BY_USER = ("privacy.unit=user", "+data.columns.user=label")
@@ -93,7 +93,7 @@ OTHERS = ("privacy=none", "federation.spare_rounds=2", "runtime.seeded_noise=tru
 def test_generated_policy_allows_exactly_its_run(config: Any, tmp_path: Path, overrides: Any) -> None:
     policy, proposal = make_policy_and_proposal(config(*overrides))
     policy.check(proposal)
-    cost, _ = smallest_cap(proposal.plan.full_event, delta=proposal.plan.delta)  # infinite without privacy
+    cost, _ = find_smallest_cap(proposal.plan.full_event, delta=proposal.plan.delta)  # infinite without privacy
     assert cost <= policy.budget.max_epsilon
     assert policy.budget.max_epsilon <= cost + 0.1 or overrides == MUCH_SCORED  # whose order suits the training alone
     ledger = SiteLedger(tmp_path / "ledger.db", policy, SigningKey.load_or_create(tmp_path / "key.pem"))
@@ -200,7 +200,7 @@ def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
     write_policy(change_values(policy, budget={"max_epsilon": 1000.0}), file)
     order = sites.ledger(site).history.order
     divergence = count * compute_total_divergence([sites.plan.event()], order)
-    cap = divergence + epsilon_conversion_term(order, policy.budget.delta) + 1e-6
+    cap = divergence + compute_epsilon_conversion_term(order, policy.budget.delta) + 1e-6
     write_policy(change_values(policy, budget={"max_epsilon": cap}), file)
 
 
@@ -339,7 +339,7 @@ def test_simulated_site_has_a_separate_policy_key_and_ledger(config: Any, tmp_pa
     assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
     assert everyone.site(0).ledger.sign_receipt("r") == receipts[0], "opening it again writes nothing"
     (tmp_path / "sites" / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
-    assert everyone.changed_sites() == [], "a ledger that is not in order answers for itself"
+    assert everyone.list_changed_sites() == [], "a ledger that is not in order answers for itself"
     with pytest.raises(RunError, match="cannot be read or written"):
         everyone.site(0)
 
@@ -378,7 +378,7 @@ def test_round_scores_the_received_adapter_with_planned_noise(config: Any, tmp_p
     assert trained.scores is not None
     shared.initial_adapter.load_into(shared.model)
     heldout = everyone.work["site-1"]._heldout
-    exact = unit_scores(shared.model, heldout, pad_id=shared.tokenizer.pad_token_id)
+    exact = compute_unit_scores(shared.model, heldout, pad_id=shared.tokenizer.pad_token_id)
     stream = SeededRandomness(everyone.config.seed).stream("site-1", 1, 1, "scores")
     expected = release_scores(exact, declared_size=90 * 0.3, noise_multiplier=20.0, stream=stream)
     assert trained.scores == expected
@@ -389,7 +389,7 @@ def test_round_scores_the_received_adapter_with_planned_noise(config: Any, tmp_p
 
 
 def test_nothing_is_scored_without_noised_metrics_or_test_files(config: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(site_work, "unit_scores", None)
+    monkeypatch.setattr(site_work, "compute_unit_scores", None)
     files = ("data.validation_file=null", "data.test_file=null")
     everyone = Participants(config("data.heldout_fraction=0.3", *files), tmp_path)
     assert train(everyone).scores is None

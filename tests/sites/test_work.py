@@ -90,7 +90,7 @@ def test_real_site_adds_exactly_the_charged_noise(station: Any, has_scale: Any) 
     north = station(training=SGD, runtime={"seeded_noise": False})
     write_records(north.data, [("a letter", "praise")])
     update, plan = north.update(), north.config.plan()
-    assert north.ledger().history.total_charges() == events.count_mechanisms([plan.event()])
+    assert north.ledger().history.count_total_charges() == events.count_mechanisms([plan.event()])
     found = measure_noise(update, north.first, north.config) / plan.noise_multiplier
     assert [has_scale(found, off) for off in (1 / 1.2, 1.0, 1.2)] == [False, True, False]
 

@@ -1,4 +1,4 @@
-"""What a private step releases, by the real `dp_sgd_step` on a tiny model that it does not move."""
+"""What a private step releases, by the real `take_dp_sgd_step` on a tiny model that it does not move."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from fedtune.model.spec import LoraSpec
 from fedtune.privacy.randomness import Randomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import Records, dp_sgd_step
+from fedtune.training.dp_step import Records, take_dp_sgd_step
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 
@@ -46,7 +46,7 @@ def release_sums(model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: i
     streams = {purpose: SystemRandomness().stream() for purpose in ("sampling", "noise")}
     with record_gradients(model) as gradients:
         for _ in range(steps):
-            dp_sgd_step(gradients, records, plan, parameters=parameters, optimizer=optimizer, **streams)
+            take_dp_sgd_step(gradients, records, plan, parameters=parameters, optimizer=optimizer, **streams)
     return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in seen]
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from scipy import stats
 
-from fedtune.privacy.mechanism import poisson_sample
+from fedtune.privacy.mechanism import draw_poisson_sample
 from fedtune.privacy.randomness import RandomStream, SystemRandomness
-from fedtune.training.dp_step import Records, dp_sgd_step
+from fedtune.training.dp_step import Records, take_dp_sgd_step
 
 from .conftest import plan
 from .decisions import FALSE_ALARM, POWER, Rate
@@ -41,7 +41,7 @@ def record_participants(*, steps: int = STEPS) -> Joined:
     planned, records = plan(sampling_rate=RATE), Records(count=UNITS, declared_size=UNITS, cut=cut)  # type: ignore[arg-type]
     silent: Any = SimpleNamespace(of=lambda batch: {"a": torch.zeros(len(batch), 1)})  # whoever joins
     for step in range(steps):  # noqa: B007, `cut` reads it
-        dp_sgd_step(silent, records, planned, parameters={"a": parameter}, optimizer=optimizer, **streams)
+        take_dp_sgd_step(silent, records, planned, parameters={"a": parameter}, optimizer=optimizer, **streams)
     return seen
 
 
@@ -165,7 +165,7 @@ def long_participants() -> Joined:
     stream = SystemRandomness().stream()
     seen = np.zeros((30_000, 20), dtype=np.bool_)
     for row in seen:
-        row[poisson_sample(20, RATE, stream)] = True
+        row[draw_poisson_sample(20, RATE, stream)] = True
     return seen
 
 

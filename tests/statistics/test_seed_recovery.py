@@ -82,7 +82,7 @@ def guess_signs() -> dict[bytes, str]:
 def guess_study_signs(site: str, size: int) -> dict[bytes, str]:
     """The same of fedtune's own streams, which depend on the site and on how many values are drawn."""
     streams = ((seed, SeededRandomness(seed).stream(site, 1, 1, "noise")) for seed in range(OF_A_STUDY))
-    return {pack_signs(stream.rounded_normal(size, 2.0**GRID_BITS)): f"fedtune {seed}" for seed, stream in streams}
+    return {pack_signs(stream.draw_rounded_normal(size, 2.0**GRID_BITS)): f"fedtune {seed}" for seed, stream in streams}
 
 
 def recover(release: Release) -> str | None:
@@ -105,7 +105,7 @@ class Drawn(RandomStream):
         super().__init__(bytes(32))
         self._draw = draw
 
-    def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
+    def draw_rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
         return np.rint(deviation * np.asarray(self._draw(count))).astype(np.int64)
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from fedtune.data import Record, TextDataset, collate
 from fedtune.data.spec import DataSpec
-from fedtune.evaluation.scoring import evaluate_examples, unit_scores
+from fedtune.evaluation.scoring import compute_unit_scores, evaluate_examples
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.embedding import PairSettings, rank_own_positives
 from fedtune.tasks.registry import get_task
@@ -167,9 +167,9 @@ def test_identical_embeddings_rank_in_the_middle() -> None:
 def test_unit_score_is_between_0_and_1_and_independent(kind: str, texts: int) -> None:
     model = make_trained("random:bert", kind)
     dataset = make_dataset(model, 9, texts=texts)
-    scores = unit_scores(model, dataset, pad_id=0)
+    scores = compute_unit_scores(model, dataset, pad_id=0)
     assert ((scores >= 0) & (scores <= 1)).all()
-    assert np.array_equal(scores[2:4], unit_scores(model, dataset.select_examples([2, 3]), pad_id=0))
+    assert np.array_equal(scores[2:4], compute_unit_scores(model, dataset.select_examples([2, 3]), pad_id=0))
     if kind == "pairs":
         cosine = evaluate_examples(model, dataset, pad_id=0, max_tokens=1)["cosine"]
         np.testing.assert_allclose(scores, np.maximum(0, 1 - np.abs(cosine - dataset.targets)), atol=1e-5)

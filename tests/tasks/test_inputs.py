@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.data.features import FeatureSpec, encode_features
 from fedtune.data.records import parse_record
-from fedtune.report.loading_code import input_loading_code
+from fedtune.report.loading_code import build_input_loading_code
 from fedtune.spec import DataError
 
 from ..data.conftest import make_data_spec
@@ -35,7 +35,7 @@ VALUES: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def exported_code() -> Callable[[dict[str, Any]], Any]:
-    lines = input_loading_code(DATA, base="", folder="folder")
+    lines = build_input_loading_code(DATA, base="", folder="folder")
     assert lines is not None
     reading, _, rest = lines.partition("row = ")
     scaling = rest[rest.index("vector = []") : rest.index("settings = ")]
@@ -54,7 +54,7 @@ def exported_code() -> Callable[[dict[str, Any]], Any]:
 def test_exported_preprocessing_matches_training(exported_code: Any, column: str, value: Any) -> None:
     row = GOOD | {column: value}
     try:
-        record = parse_record(row, DATA.required_columns(()), file="", line=0)
+        record = parse_record(row, DATA.map_required_columns(()), file="", line=0)
         expected = encode_features(record, FEATURES)
     except DataError:
         with pytest.raises((ValueError, TypeError)):

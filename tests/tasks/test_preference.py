@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from fedtune.data import Record, TextDataset, collate
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenization import UNSUPERVISED
-from fedtune.evaluation.scoring import evaluate_examples, unit_scores
+from fedtune.evaluation.scoring import compute_unit_scores, evaluate_examples
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
 from fedtune.tasks.causal_lm import sum_token_losses
-from fedtune.tasks.preference import PreferenceSettings, length_controlled_mean
+from fedtune.tasks.preference import PreferenceSettings, compute_length_controlled_mean
 from fedtune.tasks.registry import get_task
 from fedtune.tasks.saved import load_task_model, save_task_model
 from fedtune.tasks.task_model import TaskModel
@@ -227,7 +227,9 @@ def test_reference_ignores_the_adapter_values(layers: tuple[int, ...] | None, tr
     set_random_values(model, 3.0)
     assert torch.equal(model.reference(batch), found)
     if layers:
-        behind = type(batch)(batch.input_ids, batch.attention_mask, batch.targets, model.frozen_states(batch), texts=2)
+        behind = type(batch)(
+            batch.input_ids, batch.attention_mask, batch.targets, model.compute_frozen_states(batch), texts=2
+        )
         torch.testing.assert_close(model.reference(behind), found)
 
 
@@ -251,7 +253,7 @@ def test_cached_reference_does_not_change_scores(model: TaskModel) -> None:
     assert not np.allclose(first["margin"], plain["margin"])
     # A unit's score is how likely the model holds the preference.
     by_one = evaluate_examples(model, dataset, pad_id=0, max_tokens=1)["margin"]
-    np.testing.assert_allclose(unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-by_one)), rtol=1e-5)
+    np.testing.assert_allclose(compute_unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-by_one)), rtol=1e-5)
 
 
 def test_per_token_loss_uses_mean_log_probabilities_and_is_saved(tmp_path: Path) -> None:
@@ -301,9 +303,11 @@ def test_length_controlled_accuracy_ignores_preference_for_length(longer: list[i
     apart = np.array(longer, dtype=np.float64)
     by_length = (np.sign(apart) + 1) / 2
     for right in (by_length, 1 - by_length):
-        assert length_controlled_mean(right, apart, neutral=0.5) == pytest.approx(0.5)
+        assert compute_length_controlled_mean(right, apart, neutral=0.5) == pytest.approx(0.5)
     # Who goes by something else keeps it.
     right, apart = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
-    assert length_controlled_mean(np.ones(5), apart, neutral=0.5) == 1.0
-    assert length_controlled_mean(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)
-    assert length_controlled_mean(np.ones(3), apart[:2].repeat([1, 2]), neutral=0.5) == 0.5, "of one kind alone nothing"
+    assert compute_length_controlled_mean(np.ones(5), apart, neutral=0.5) == 1.0
+    assert compute_length_controlled_mean(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)
+    assert compute_length_controlled_mean(np.ones(3), apart[:2].repeat([1, 2]), neutral=0.5) == 0.5, (
+        "of one kind alone nothing"
+    )

@@ -45,7 +45,7 @@ def tuned_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begin_adapter(folder: Path, spec: TaskModelSpec = SPEC) -> Adapter:
-    return SavedAdapter.read_initial(str(folder)).initial_adapter_for(build_task_model(spec))
+    return SavedAdapter.read_initial(str(folder)).find_initial_adapter(build_task_model(spec))
 
 
 def test_run_starts_from_the_saved_adapter(tuned_adapter: Path) -> None:
@@ -99,7 +99,9 @@ def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
         build_moved(was),
     )
     outputs, before = (saved.task.output_labels(one.labels) for one in (now, was))
-    *layers, last = [name for name in saved.adapter_parameters() if name.startswith("head.") and "weight" in name]
+    *layers, last = [
+        name for name in saved.collect_adapter_parameters() if name.startswith("head.") and "weight" in name
+    ]
     for place, name in enumerate(outputs):
         old = Adapter.from_task_model(saved).tensors[last][before.index(name)] if name in before else fresh[last][place]
         assert np.array_equal(taken[last][place], old), name
@@ -165,7 +167,7 @@ def test_frozen_lora_a_must_match_the_start_adapter(tuned_adapter: Path, tmp_pat
         begin_adapter(tmp_path / "frozen", replace(frozen, seed=1))
     # A run that trains A, too, sends it, and so may begin in any.
     both = begin_adapter(tmp_path / "frozen", replace(SPEC, seed=1))
-    expected = build_moved(frozen).adapter_parameters()
+    expected = build_moved(frozen).collect_adapter_parameters()
     assert all(np.array_equal(value, expected[name].detach().numpy()) for name, value in both.tensors.items())
     with pytest.raises(ConfigError, match=r"does not train .*lora_A"):  # it was trained, and the run freezes it
         begin_adapter(tuned_adapter, frozen)

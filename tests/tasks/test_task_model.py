@@ -93,7 +93,7 @@ def test_only_trainable_modules_enter_training_mode(path: str, task: str) -> Non
 def test_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task: str) -> None:
     model = make_trained(path, task, model=ModelSpec(path=path, dtype="bfloat16"))
     batch = make_batch(task)
-    assert {parameter.dtype for parameter in model.adapter_parameters().values()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.collect_adapter_parameters().values()} == {torch.float32}
     assert next(model.base.get_base_model().parameters()).dtype == torch.bfloat16
     assert model.losses(batch).dtype == model.logits(batch).dtype == torch.float32
     assert {gradient.dtype for gradient in record_example_gradients(model, batch).values()} == {torch.float32}
@@ -120,7 +120,9 @@ def test_padding_is_masked_by_position_and_tied_embeddings_stay_frozen() -> None
 def test_head_starts_at_zero_or_from_label_names(path: str) -> None:
     assert not build_task_model(make_spec(path)).logits(make_batch("classification")).any()
     model = build_task_model(make_spec(path, head=HeadSpec(init="label_names", scale=5.0, train=False)))
-    assert "head.weight" in model.adapter_parameters().keys() - model.trainable().keys(), "a frozen head does not train"
+    assert "head.weight" in model.collect_adapter_parameters().keys() - model.trainable().keys(), (
+        "a frozen head does not train"
+    )
     tokenizer = load_tokenizer(model.spec.model)
     token_ids = torch.tensor([tokenizer("exchange rate")["input_ids"]])
     rows = model.head.weight

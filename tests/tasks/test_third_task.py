@@ -11,7 +11,7 @@ import torch
 
 from fedtune import tasks
 from fedtune.config import read_saved_config
-from fedtune.sites.shared_settings import read_settings, serialize_for_sites, settings_for_sites
+from fedtune.sites.shared_settings import read_settings, select_settings_for_sites, serialize_for_sites
 from fedtune.tasks.registry import TASKS
 
 from ..conftest import list_tiny_overrides, read_result, run_command, simulate
@@ -37,10 +37,10 @@ class TextLength(tasks.Task):
     def tokenize(
         self, records: Sequence[tasks.Record], tokenizer: Any, *, data: tasks.DataSpec, lenient_within: Any = None
     ) -> tasks.TextDataset:
-        texts = [record.fields["text"][: tasks.max_characters(data.max_length)] for record in records]
+        texts = [record.fields["text"][: tasks.compute_max_characters(data.max_length)] for record in records]
         encoded = tasks.encode(texts, tokenizer, special_tokens=True, max_length=data.max_length, within=lenient_within)
         input_ids = tuple(np.array(ids or [0], dtype=np.int32) for ids in encoded)
-        return tasks.TextDataset(input_ids, self.targets_of(input_ids))
+        return tasks.TextDataset(input_ids, self.list_targets(input_ids))
 
     def add_head(self, model: tasks.Model) -> None:
         size = model.base.config.get_text_config().hidden_size
@@ -67,9 +67,9 @@ class TextLength(tasks.Task):
         return float(np.exp(-float(model.losses(batch)[0])))
 
     def dummy_targets(self, input_ids: tasks.Ids, **about: Any) -> tasks.Targets:
-        return self.targets_of(input_ids)
+        return self.list_targets(input_ids)
 
-    def targets_of(self, input_ids: Sequence[np.ndarray]) -> np.ndarray:
+    def list_targets(self, input_ids: Sequence[np.ndarray]) -> np.ndarray:
         lengths = np.array([len(ids) for ids in input_ids], dtype=np.float32) / self.own.longest
         return np.stack([lengths, 1 - lengths], axis=1)
 
@@ -109,7 +109,7 @@ def test_third_party_task_is_simulated_and_reported(folder: Path) -> None:
 
 
 def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(folder: Path) -> None:
-    sent = settings_for_sites(read_saved_config(folder))
+    sent = select_settings_for_sites(read_saved_config(folder))
     assert read_settings(serialize_for_sites(sent), plan=sent.plan(), task=sent.task).bound_task.own == LengthSettings(
         longest=20
     )

@@ -13,7 +13,7 @@ from fedtune.data import Record, TextDataset, collate
 from fedtune.data.records import parse_record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenization import UNSUPERVISED
-from fedtune.evaluation.scoring import evaluate_examples, unit_scores
+from fedtune.evaluation.scoring import compute_unit_scores, evaluate_examples
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
@@ -101,14 +101,14 @@ def test_unusable_record_is_reported_without_its_text(
     assert not any(text in str(caught.value) for text in ("secret", "card", "drug I"))
 
 
-def spec_of(labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
+def make_model_spec(labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
     return TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=TASK.name, labels=labels)
 
 
 def test_label_that_looks_like_a_tag_is_refused() -> None:
     for labels in (("B-drug",), ("O", "drug")):
         with pytest.raises(ConfigError, match=r"^data\.labels"):
-            TASK.check_model(spec_of(labels))
+            TASK.check_model(make_model_spec(labels))
 
 
 def tokenized(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
@@ -208,12 +208,17 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
         return [(first, first + int(draws.integers(1, 5)), int(draws.integers(2))) for first in firsts]
 
     for truth, said in ((some(), some()) for _ in range(300)):
-        of_all = entity_counts(truth, said, num_labels=2)[2]
+        compute_all_gradients = entity_counts(truth, said, num_labels=2)[2]
         met, right = (
             sum(any(one[0] < other[1] and other[0] < one[1] for other in others) for one in each)
             for each, others in ((truth, said), (said, truth))
         )
-        assert (of_all[0], of_all[1], of_all[3], of_all[4]) == (len(truth), len(said), met, right)
+        assert (
+            compute_all_gradients[0],
+            compute_all_gradients[1],
+            compute_all_gradients[3],
+            compute_all_gradients[4],
+        ) == (len(truth), len(said), met, right)
     began = time.process_time()
     many = [(place, place + 1, place % 2) for place in range(20_000)]
     assert entity_counts(many, many[::2], num_labels=2)[2].tolist() == [20_000, 10_000, 10_000, 10_000, 10_000]
@@ -232,11 +237,11 @@ def test_entity_scores_match_their_counts() -> None:
     counts = np.zeros((2, 3, 5))
     counts[0] = [(2, 2, 1, 2, 2), (0, 0, 0, 0, 0), (2, 2, 1, 2, 2)]
     counts[1] = [(1, 0, 0, 0, 0), (1, 2, 1, 1, 1), (2, 2, 2, 2, 2)]
-    found = TASK.final_scores({"entities": counts, "loss": np.array([1.0, 3.0])}, spec=spec_of())
+    found = TASK.final_scores({"entities": counts, "loss": np.array([1.0, 3.0])}, spec=make_model_spec())
     strict, overlap = ([f"{kind}_{rate}" for rate in ("f1", "precision", "recall")] for kind in ("strict", "overlap"))
     untyped = {"untyped_strict_f1": 0.75, "untyped_overlap_f1": 1.0}
     assert found == dict.fromkeys(strict, 0.5) | dict.fromkeys(overlap, 0.75) | untyped | {"loss": 2.0}
-    detail = TASK.detail({"entities": counts}, spec=spec_of())
+    detail = TASK.detail({"entities": counts}, spec=make_model_spec())
     assert detail is not None
     assert [(one.label, one.precision, one.recall, one.support) for one in detail.classes] == [
         ("drug", 0.5, pytest.approx(1 / 3), 3),
@@ -256,10 +261,10 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) ->
     dataset = tokenized(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
     assert figures["entities"][0].tolist() == [[1, 0, 0, 0, 0], *[[0] * 5] * (len(labels) - 1), [1, 0, 0, 0, 0]]
-    assert unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
+    assert compute_unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
     assert TASK.majority_baseline(dataset) == 0.0
     nothing = tokenized(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
-    assert unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
+    assert compute_unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("windows", [1, 2])

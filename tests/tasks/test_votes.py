@@ -84,7 +84,7 @@ def test_repeated_votes_give_shares_and_are_charged_per_round(
     assert weights / weights.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
     plan = read_saved_config(folder).plan()
     for site in verify_sites(folder):
-        assert site.total_charges() == events.count_mechanisms([plan.full_event])
+        assert site.count_total_charges() == events.count_mechanisms([plan.full_event])
 
 
 def test_vote_sum_bound_covers_all_records_of_a_site(shares: Path) -> None:

@@ -14,7 +14,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import Records, add_clipped, dp_sgd_step, zero_sums
+from fedtune.training.dp_step import Records, add_clipped, make_zero_sums, take_dp_sgd_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.optimizer import make_optimizer
@@ -164,7 +164,7 @@ def release_round(
 
 def sum_examples(model: TaskModel, examples: SiteExamples, clip: float, chosen: Any = None) -> dict[str, torch.Tensor]:
     """The clipped sum of the chosen examples, or of all, in cells."""
-    sums = zero_sums(model.trainable())
+    sums = make_zero_sums(model.trainable())
     with record_gradients(model) as gradients:
         for batch in examples.cut(np.array(range(len(examples)) if chosen is None else chosen)):
             add_clipped(sums, gradients.of(batch), clip)
@@ -191,5 +191,5 @@ def take_private_steps(
     streams |= {"sampling": sampling} if sampling else {}
     with record_gradients(model) as gradients:
         for _ in range(steps):
-            dp_sgd_step(units(gradients), records, plan, parameters=parameters, optimizer=optimizer, **streams)
+            take_dp_sgd_step(units(gradients), records, plan, parameters=parameters, optimizer=optimizer, **streams)
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -40,11 +40,11 @@ def test_per_example_gradients_match_a_loop(path: str, task: str, kind: str, kee
     site = make_examples(dataset, SHAPES, kept_by=model if keeps else None)
     with record_gradients(model) as gradients:
         for batch in site.cut(np.arange(len(dataset))):
-            found = gradients.of_all(batch)
+            found = gradients.compute_all_gradients(batch)
             assert list(found) == list(model.trainable())
         for place, each in enumerate(looped):
-            alone = gradients.of_all(collate(dataset, [place], pad_id=0))  # no longer than its texts
-            padded = gradients.of_all(next(iter(site.cut(np.array([place])))))
+            alone = gradients.compute_all_gradients(collate(dataset, [place], pad_id=0))  # no longer than its texts
+            padded = gradients.compute_all_gradients(next(iter(site.cut(np.array([place])))))
             for name, expected in each.items():
                 for one in (alone, padded):
                     apart = np.abs(one[name][0].double().numpy() - expected).max()
@@ -90,12 +90,12 @@ def test_dora_and_ia3_pass_the_batch_invariance_trial(kind: str, keeps: bool) ->
 
 
 def test_base_mixing_examples_is_refused_for_ia3(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = ia3_and_dora._ia3_forward
+    plain = ia3_and_dora._run_ia3_forward
 
     def run_flattened(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
         return plain(layer, inputs.flatten(0, 1)).view(*inputs.shape[:2], -1)
 
-    monkeypatch.setattr(ia3_and_dora, "_ia3_forward", run_flattened)
+    monkeypatch.setattr(ia3_and_dora, "_run_ia3_forward", run_flattened)
     with pytest.raises(ConfigError, match=r"lora\.target_modules = .*scales': mixes tokens of several examples"):
         build_fresh(lora=make_lora("ia3"), seed=97)  # a model that no test has built yet, and so one that is tried
 

@@ -209,7 +209,7 @@ def test_rounding_dependence_is_detected_for_every_task(task: str, accepted: boo
 
 @pytest.mark.parametrize("candidate", [0, 1, 2])
 def test_last_bit_change_in_a_vote_score_is_detected(monkeypatch: pytest.MonkeyPatch, candidate: int) -> None:
-    original = PerExampleGradients.of_all
+    original = PerExampleGradients.compute_all_gradients
 
     def nudge_score(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
         found = original(self, batch)
@@ -218,12 +218,12 @@ def test_last_bit_change_in_a_vote_score_is_detected(monkeypatch: pytest.MonkeyP
             value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
         return found
 
-    monkeypatch.setattr(PerExampleGradients, "of_all", nudge_score)
+    monkeypatch.setattr(PerExampleGradients, "compute_all_gradients", nudge_score)
     require_refused(build_fresh("random:bert", "votes"), "mixes the examples", inexact_allowed=True)
 
 
 def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = PerExampleGradients.of_all
+    original = PerExampleGradients.compute_all_gradients
 
     def nudge_gradient(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
         found = original(self, batch)
@@ -234,7 +234,7 @@ def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.M
             value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
         return found
 
-    monkeypatch.setattr(PerExampleGradients, "of_all", nudge_gradient)
+    monkeypatch.setattr(PerExampleGradients, "compute_all_gradients", nudge_gradient)
     require_refused(build_last_layer(), "a different gradient")
     assert check(build_last_layer(), inexact_allowed=True) >= 2.0**-24
 
@@ -353,9 +353,9 @@ def test_trial_covers_every_token_position_in_every_row(path: str, task: str) ->
     rows = SHAPES.rows(length)[0]
     for row, token in ((rows - 1, length - 3), (rows // 2, length - 3), (0, 0)):
         handle = list_layers(model)[0].register_forward_pre_hook(partial(round_one_token, row, token))
-        assert trial().max_influence_of_row(0.1) > 0, (row, token)
+        assert trial().measure_row_influence(0.1) > 0, (row, token)
         handle.remove()
-    assert trial().max_influence_of_row(0.1) == 0
+    assert trial().measure_row_influence(0.1) == 0
 
 
 @pytest.mark.parametrize("chosen", [True, False])

@@ -14,7 +14,7 @@ from fedtune.model.frozen_linear import switch_to_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.batch_invariance import draw_text_lengths
-from fedtune.training.dp_step import clipped_contributions
+from fedtune.training.dp_step import compute_clipped_contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import record_gradients
 from fedtune.training.users import UserExamples, UserGradients
@@ -67,7 +67,7 @@ def compute_each(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[n
     found = {}
     with record_gradients(model) as gradients:
         for part in examples.parts(chosen):
-            rows = gradients.of_all(examples.batch(part))
+            rows = gradients.compute_all_gradients(examples.batch(part))
             for row, place in enumerate(part.places.tolist()):
                 found[place] = {name: one[row].clone() for name, one in rows.items()}
             assert all(not one[len(part.places) :].any() for one in rows.values()), "an empty row is zero"
@@ -169,7 +169,7 @@ def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: 
         for user, mean in compute_means(chosen, most_users).items():
             assert are_same_bits(mean, expected[user]), (user, chosen, most_users)
             alone, beside = (
-                clipped_contributions({name: value[None] for name, value in one.items()}, 0.1)
+                compute_clipped_contributions({name: value[None] for name, value in one.items()}, 0.1)
                 for one in (mean, expected[user])
             )
             assert are_same_bits(alone, beside)

@@ -27,8 +27,8 @@ from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import devices as devices_module
 from fedtune.training import machine
-from fedtune.training.devices import Devices, DeviceTrial, DividedUnits, _Device, devices_for_run
-from fedtune.training.examples import SiteExamples, device_rank
+from fedtune.training.devices import Devices, DeviceTrial, DividedUnits, _Device, choose_run_devices
+from fedtune.training.examples import SiteExamples, assign_device
 from fedtune.training.machine import prepare_model
 from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
@@ -53,7 +53,7 @@ class Room:
 
     @property
     def pids(self) -> list[int]:
-        return [int(process.pid or 0) for process, _ in self.devices.ready_crew()._members]
+        return [int(process.pid or 0) for process, _ in self.devices.prepare_crew()._members]
 
 
 def start_devices(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
@@ -64,7 +64,7 @@ def start_devices(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | No
     )
     devices = Devices(model, others or spec, runtime, max_length=15)
     devices.start_trials(trial, trial.run_trial(model, 7))
-    devices.ready_crew()
+    devices.prepare_crew()
     return Room(model, devices)
 
 
@@ -180,7 +180,7 @@ def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, see
             assert (np.diff(records) > 0).all()
             assert own.num_tokens == sum(examples._dataset.lengths[records]) if isinstance(own, SiteExamples) else True
     for user, records in enumerate(by_user._users):
-        _, there = by_user.share(device_rank(user, ranks), ranks, "cpu")
+        _, there = by_user.share(assign_device(user, ranks), ranks, "cpu")
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
 
@@ -233,7 +233,7 @@ def test_failed_or_hung_device_ends_only_the_current_round(
 
 def test_long_computation_is_not_taken_for_a_hang(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where long records lie decides how long it takes, and no record may decide whether a round succeeds."""
-    crew = three_devices.devices.ready_crew()
+    crew = three_devices.devices.prepare_crew()
     process, pipe = crew._members[0]
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 0.5)
     ours, theirs = multiprocessing.Pipe()
@@ -320,7 +320,7 @@ def test_unused_units_are_freed_and_device_errors_are_reported(three_devices: Ro
     number = first._number
     del first
     run_round(three_devices, divide_units(three_devices, 9))
-    crew = three_devices.devices.ready_crew()
+    crew = three_devices.devices.prepare_crew()
     crew.ask_all(_Device.keep_reference, number)
     with pytest.raises(RunError, match=f"device 1: KeyError: {number}"):
         crew.collect_answers()
@@ -330,10 +330,10 @@ def test_unused_units_are_freed_and_device_errors_are_reported(three_devices: Ro
 
 
 def test_unavailable_gpu_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices_for_run(RuntimeSpec(device="cpu", num_devices=3)) == [torch.device("cpu")] * 3
+    assert choose_run_devices(RuntimeSpec(device="cpu", num_devices=3)) == [torch.device("cpu")] * 3
     monkeypatch.setattr(machine, "find_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    two = devices_for_run(RuntimeSpec(num_devices=2))
+    two = choose_run_devices(RuntimeSpec(num_devices=2))
     assert [str(place) for place in two] == ["cuda", "cuda:1"]
     with pytest.raises(ConfigError, match=r"runtime\.num_devices = 3: must be at most 2"):
-        devices_for_run(RuntimeSpec(num_devices=3))
+        choose_run_devices(RuntimeSpec(num_devices=3))

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from fedtune.data import TextDataset, collate
-from fedtune.privacy.mechanism import cell_width, poisson_sample
+from fedtune.privacy.mechanism import compute_cell_width, draw_poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import SMALLEST_NORM, Records, add_clipped, assert_same_tensors
@@ -38,9 +38,11 @@ def compute_plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Te
     """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
     if model.task.name not in ("classification", "causal_lm", "preference"):
         return model.losses(collate(dataset, [index], pad_id=0)).sum()  # tests/tasks compare these with a textbook's
-    texts = [torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.text_indices([index])]
+    texts = [
+        torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.find_text_indices([index])
+    ]
     if model.task.name == "preference":
-        targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.text_indices([index])]
+        targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.find_text_indices([index])]
         with model.base.disable_adapter(), torch.no_grad():
             base = [log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True)]
         chosen, rejected = (log_probability(model, ids, wanted) for ids, wanted in zip(texts, targets, strict=True))
@@ -115,7 +117,7 @@ def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: s
     smallest = {name: torch.full_like(parameter, torch.inf) for name, parameter in model.trainable().items()}
     for _ in range(4):
         plain.zero_grad()
-        chosen = poisson_sample(len(dataset), 0.5, sampling)
+        chosen = draw_poisson_sample(len(dataset), 0.5, sampling)
         assert len(chosen)
         (sum(compute_plain_loss(model, dataset, int(index)) for index in chosen) / (0.5 * 14)).backward()
         for name, parameter in model.trainable().items():
@@ -125,7 +127,7 @@ def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: s
     for name, parameter in model.trainable().items():
         assert not torch.equal(after[name], before[name]), name
         # AdamW divides a gradient by its own size, so what the grid takes off shows where there was little.
-        fine = smallest[name] > (1e4 if optimizer == "adamw" else -1) * cell_width(clip)
+        fine = smallest[name] > (1e4 if optimizer == "adamw" else -1) * compute_cell_width(clip)
         compared.append(fine.flatten())
         torch.testing.assert_close(after[name][fine], parameter.detach()[fine], rtol=1e-4, atol=5e-6)
     assert torch.cat(compared).float().mean() > 0.1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.training import dp_step
-from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, clipped_contributions
+from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, compute_clipped_contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.users import UserExamples, UserGradients
 
@@ -81,7 +81,9 @@ def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -
     draws = np.random.default_rng(1)
     longest = 0
     for relative in (1e-9, 1e-3, 1.0, 1 + 1e-6, 1 + 1e-7, 1e3, 1e9):
-        each = clipped_contributions(split_tensors(make_dummy_gradients(draws, kind, clip * relative, 64)), clip)
+        each = compute_clipped_contributions(
+            split_tensors(make_dummy_gradients(draws, kind, clip * relative, 64)), clip
+        )
         found = compute_squares(each)
         assert max(found) <= CELLS**2
         longest = max(longest, *found)
@@ -98,7 +100,7 @@ def test_unit_contribution_never_exceeds_the_clip_norm(kind: str, clip: float) -
 )
 def test_any_float32_gradient_contributes_at_most_the_clip_norm(values: list[float], clip: float) -> None:
     gradients = split_tensors(np.array([values], dtype=np.float32))
-    (square,) = compute_squares(clipped_contributions(gradients, clip))
+    (square,) = compute_squares(compute_clipped_contributions(gradients, clip))
     assert square <= CELLS**2
     if not np.isfinite(values).all():
         assert square == 0
@@ -115,7 +117,7 @@ def test_removing_a_unit_changes_the_sum_by_exactly_its_contribution(
     values = make_dummy_gradients(draws, kind, clip * relative, units)
     gone = int(draws.integers(units))
     with_it, without = (sum_gradients(split_tensors(each), clip) for each in (values, np.delete(values, gone, axis=0)))
-    own = clipped_contributions(split_tensors(values[gone : gone + 1]), clip)
+    own = compute_clipped_contributions(split_tensors(values[gone : gone + 1]), clip)
     moved = {name: with_it[name] - without[name] for name in with_it}
     assert are_equal(moved, {name: own[name].to(torch.int64).reshape(SHAPES[name]) for name in own})
     assert compute_squares({name: one[None] for name, one in moved.items()})[0] <= CELLS**2
@@ -135,11 +137,11 @@ def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values
     gradient = torch.randn((13, values), generator=generator)
     many = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
     of_each = {"a": gradient, "b": gradient[:, :7] * 3}
-    each, norms = clipped_contributions(of_each, 0.5), dp_step._compute_joint_norms(many)
+    each, norms = compute_clipped_contributions(of_each, 0.5), dp_step._compute_joint_norms(many)
     for rows in (1, 2, 3, 4, 7, 12):
         for start in {0, 1, 13 - rows}:
             part = slice(start, start + rows)
-            fewer = clipped_contributions({name: one[part] for name, one in of_each.items()}, 0.5)
+            fewer = compute_clipped_contributions({name: one[part] for name, one in of_each.items()}, 0.5)
             assert all(torch.equal(fewer[name], one[part]) for name, one in each.items())
             assert torch.equal(
                 dp_step._compute_joint_norms({name: one[part] for name, one in many.items()}), norms[part]
@@ -152,12 +154,12 @@ def test_contribution_does_not_depend_on_memory_layout(rows: int, monkeypatch: p
     checked = Mock(side_effect=dp_step._compute_squared_row_norms)
     monkeypatch.setattr(dp_step, "_compute_squared_row_norms", checked)
     gradient = torch.randn((5, 40_000), generator=torch.Generator().manual_seed(3))
-    expected = clipped_contributions({"a": gradient}, 0.5)["a"]
+    expected = compute_clipped_contributions({"a": gradient}, 0.5)["a"]
     by_column = gradient[:rows].t().contiguous().t()
     shifted = torch.empty(rows * 40_000 + 1)[1:].view(rows, -1).copy_(gradient[:rows])
     every_other = torch.stack([gradient, gradient], dim=1).flatten(0, 1)[::2][:rows]
     for other in (by_column, shifted, every_other):
-        assert torch.equal(clipped_contributions({"a": other}, 0.5)["a"], expected[:rows])
+        assert torch.equal(compute_clipped_contributions({"a": other}, 0.5)["a"], expected[:rows])
     assert all(call.args[0].is_contiguous() for call in checked.call_args_list)
 
 
@@ -198,7 +200,7 @@ def test_sum_equals_its_contributions_despite_non_finite_gradients(bad: float) -
     gradients["base.lora_B.weight"][2, 3] = gradients["base.lora_A.weight"][7, 0, 0] = bad
     for clip in (0.5, 1e-9, 100.0):
         sums = sum_gradients(gradients, clip)
-        for name, each in clipped_contributions(gradients, clip).items():
+        for name, each in compute_clipped_contributions(gradients, clip).items():
             assert torch.equal(sums[name].ravel(), each.sum(dim=0).to(torch.int64)), name
 
 
@@ -210,9 +212,9 @@ def test_overlong_contribution_is_dropped_alone(monkeypatch: pytest.MonkeyPatch)
         found = right(some)
         return torch.where(torch.arange(len(found)) == 3, 0.5 * found, found) if len(found) == 6 else found
 
-    expected = clipped_contributions(gradients, 0.1)["a"]
+    expected = compute_clipped_contributions(gradients, 0.1)["a"]
     monkeypatch.setattr(dp_step, "_compute_joint_norms", shorten_one)
     sums = {"a": torch.zeros(50, dtype=torch.int64)}
     add_clipped(sums, gradients, 0.1)
     assert torch.equal(sums["a"], (expected.sum(dim=0) - expected[3]).to(torch.int64))
-    assert not clipped_contributions(gradients, 0.1)["a"][3].any()
+    assert not compute_clipped_contributions(gradients, 0.1)["a"][3].any()

@@ -91,7 +91,7 @@ def test_padding_contains_no_states_and_progress_is_reported() -> None:
 def make_bad_examples(task: str) -> tuple[TextDataset, int]:
     """Records of which one has the token in its last text, and its place."""
     dataset, place = make_dummy_examples(task), 3
-    here, next_to_it = (dataset.text_indices([one]) for one in (place, place + 1))
+    here, next_to_it = (dataset.find_text_indices([one]) for one in (place, place + 1))
     ids = list(dataset.input_ids)
     for text, other in zip(here, next_to_it, strict=True):
         ids[text] = ids[other]  # as long as another, beside which it comes to stand

@@ -21,7 +21,7 @@ from fedtune.tasks.inputs import NoTokenizer
 from fedtune.tasks.survival import SurvivalSettings
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.batch_invariance import max_batch_influence
-from fedtune.training.machine import micro_batch_shapes, prepare_model
+from fedtune.training.machine import choose_micro_batch_shapes, prepare_model
 from fedtune.training.spec import RuntimeSpec
 
 from ..builders import DEVICE, record_example_gradients, set_random_values
@@ -53,7 +53,7 @@ def make_spec(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: 
         labels=() if task in ("regression", "survival") else LABELS,
         target_range=(0.0, 4.0) if task == "regression" else None,
         input="features",
-        values=(*(value for one in FEATURES for value in one.value_names()), *map(str, range(wider))),
+        values=(*(value for one in FEATURES for value in one.iter_value_names()), *map(str, range(wider))),
         seed=seed,
     )
 
@@ -94,7 +94,7 @@ def test_feature_model_gradients_match_a_loop_and_pass_the_trial(task: str, hidd
     found = require_gradients_of_a_loop(model, dataset, rtol=1e-5, atol=1e-6)
     assert len(found) == 2 * (len(hidden) + 1), "each layer has a weight and a bias"
     # And the trial before a run finds that no record moves another.
-    shapes = replace(micro_batch_shapes(model, RUNTIME, max_length=1), max_tokens=128)
+    shapes = replace(choose_micro_batch_shapes(model, RUNTIME, max_length=1), max_tokens=128)
     require_nothing_moved(model, shapes, keeps_states=False, weights_chosen=False)
 
 
@@ -197,7 +197,7 @@ def test_image_gradients_match_a_loop(folders: Folders, kind: str, task: str) ->
 def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers: Layers) -> None:
     model = make_image_spec(folders[kind], layers=layers)
     places = MODELS[kind][2]
-    shapes = micro_batch_shapes(model, RUNTIME, max_length=places)
+    shapes = choose_micro_batch_shapes(model, RUNTIME, max_length=places)
     most = 60 // places
     assert (shapes.lengths, shapes.rows(places)[0], shapes.capacity(places, most)) == ((places,), most, most)
     dataset = make_records(model, 31)

@@ -89,7 +89,7 @@ def test_nf4_checkpointing_and_kept_states_change_nothing(path: str, task: str) 
     recomputed.enable_gradient_checkpointing()
     first, second = record_example_gradients(plain, batch), record_example_gradients(recomputed, batch)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert plain.frozen_states(batch).dtype == torch.bfloat16
+    assert plain.compute_frozen_states(batch).dtype == torch.bfloat16
 
 
 @kinds

@@ -17,7 +17,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import machine
-from fedtune.training.machine import count_usable_cores, micro_batch_shapes, prepare_model, resolve_device
+from fedtune.training.machine import choose_micro_batch_shapes, count_usable_cores, prepare_model, resolve_device
 from fedtune.training.spec import RuntimeSpec
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
@@ -38,7 +38,7 @@ def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
     for each, length, last in ((TINY, most + 1, most), (spec, 513, 512), (spec, 514, 512)):
         with pytest.raises(ConfigError, match=rf"data\.max_length = {length}: must be at most the model's {last}"):
             prepare_spec(each, max_length=length)
-    shapes = micro_batch_shapes(prepare_spec(spec, max_length=512), RuntimeSpec(), max_length=512)
+    shapes = choose_micro_batch_shapes(prepare_spec(spec, max_length=512), RuntimeSpec(), max_length=512)
     assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
 
 
@@ -53,7 +53,7 @@ def test_default_micro_batch_grows_with_threads() -> None:
 
 def test_texts_per_record_divide_the_micro_batch() -> None:
     model = prepare_spec(replace(TINY, task="embedding", labels=(), texts=3), max_length=30)
-    shapes = micro_batch_shapes(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
+    shapes = choose_micro_batch_shapes(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
     assert max(rows * 3 * length for length in shapes.lengths for rows in shapes.rows(length)) <= 1200
     assert shapes.rows(24)[0] == 1200 // 3 // 24
 

@@ -154,7 +154,7 @@ def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: s
     batch = collate(insert_token(dataset, *bad), range(5), pad_id=0, shape=shape)
     with record_gradients(model) as gradients:
         with pytest.raises((IndexError, RuntimeError), match="no such"):
-            gradients.of_all(batch)
+            gradients.compute_all_gradients(batch)
         for _ in range(2):  # and again: one failure leaves nothing to the next pass
             found = gradients.of(batch)
             assert list(found) == list(expected)

@@ -12,7 +12,7 @@ import torch
 from fedtune.data import Shapes, TextDataset
 from fedtune.model.spec import HeadSpec, LoraSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.dp_step import SMALLEST_NORM, clipped_contributions
+from fedtune.training.dp_step import SMALLEST_NORM, compute_clipped_contributions
 
 from ..builders import set_random_values
 from ..model.conftest import make_spec
@@ -37,7 +37,7 @@ def attack_model(model: TaskModel, clip: float, *, seed: int, first_id: int, cla
     after = compute_each(model, many, np.arange(OTHERS + 1))
     for place, gradient in compute_each(model, few, np.arange(OTHERS)).items():
         assert are_same_bits(gradient, after[place]), f"record {place} moved"
-    own = clipped_contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
+    own = compute_clipped_contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
     without, moved = sum_examples(model, few, clip), sum_examples(model, many, clip)
     for name, one in moved.items():
         one -= without[name]

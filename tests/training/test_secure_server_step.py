@@ -13,8 +13,8 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan
-from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
-from fedtune.training.secure_server_step import limit_sum_length, secure_server_step
+from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.secure_server_step import limit_sum_length, take_secure_server_step
 from fedtune.training.spec import TrainingSpec
 
 SIZE = 60
@@ -37,10 +37,10 @@ def test_optimizer_state_continues_after_a_checkpoint(optimizer: str, tmp_path: 
         saved = Checkpoints(tmp_path / "checkpoints", "x")
         saved.save(LeadState(round=number, adapter=kept, strategy=state))
         state = saved.load().strategy
-        kept, state = secure_server_step(
+        kept, state = take_secure_server_step(
             kept, total, state, training=training, plan=PLAN, step=number - 1, sites=3, most=50.0, declared_size=SIZE
         )
-        set_learning_rate(whole, learning_rate_factor(training, step=number - 1, total_steps=4))
+        set_learning_rate(whole, compute_learning_rate_factor(training, step=number - 1, total_steps=4))
         scale = CELL / (PLAN.sampling_rate * SIZE)
         parameters["a"].grad = torch.tensor(total[:6].reshape(2, 3) * scale, dtype=torch.float32)
         parameters["head"].grad = torch.tensor(total[6:] * scale, dtype=torch.float32)

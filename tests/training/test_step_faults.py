@@ -13,11 +13,11 @@ from torch import nn
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.mechanism import poisson_sample
+from fedtune.privacy.mechanism import draw_poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.training import local
-from fedtune.training.dp_step import Records, clipped_contributions, dp_sgd_step
+from fedtune.training.dp_step import Records, compute_clipped_contributions, take_dp_sgd_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
@@ -43,13 +43,15 @@ def draw_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients
 
 def test_contributions_are_truncated_toward_zero() -> None:
     wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
-    assert clipped_contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"].tolist() == [[0, 0, 0, 0, 1, -1, 3, -3, 0]]
+    assert compute_clipped_contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"].tolist() == [
+        [0, 0, 0, 0, 1, -1, 3, -3, 0]
+    ]
 
 
 def test_tiny_clip_norm_does_not_amplify_rounding() -> None:
     clip = 1e-6
     gradient = {"a": torch.tensor([[3e-5, 4e-5], [0.6, 0.8]])}  # 50 clip norms, and a million
-    found = clipped_contributions(gradient, clip)["a"]
+    found = compute_clipped_contributions(gradient, clip)["a"]
     assert found[0].tolist() == pytest.approx([0.03 * CELLS, 0.04 * CELLS], rel=1e-5)
     assert found[1].tolist() == pytest.approx([0.6 * CELLS, 0.8 * CELLS], rel=1e-5)
 
@@ -57,20 +59,20 @@ def test_tiny_clip_norm_does_not_amplify_rounding() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("size", [60_000, 1_000_000])
 def test_many_equal_values_stay_within_the_clip_norm(size: int, count: int) -> None:
-    found = clipped_contributions({"a": torch.full((count, size), 0.1)}, 1.0)["a"].to(torch.int64)
+    found = compute_clipped_contributions({"a": torch.full((count, size), 0.1)}, 1.0)["a"].to(torch.int64)
     assert all(0.99 * CELLS**2 < int(square) <= CELLS**2 for square in (found**2).sum(dim=1))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_gradient_counts_as_zero_and_affects_no_other(bad: float) -> None:
     gradients = draw_gradients(5)
-    right = {name: one.clone() for name, one in clipped_contributions(gradients, 1.0).items()}
+    right = {name: one.clone() for name, one in compute_clipped_contributions(gradients, 1.0).items()}
     gradients["head.weight"][2, 1, 1] = bad
-    for name, one in clipped_contributions(gradients, 1.0).items():
+    for name, one in compute_clipped_contributions(gradients, 1.0).items():
         assert not one[2].any()
         assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
     largest = torch.finfo(torch.float32).max
-    found = clipped_contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
+    found = compute_clipped_contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
     assert torch.equal(found[0], found[1]), "the largest that is finite is clipped like any other"
     assert 0.99 * CELLS**2 < float(found[0].square().sum()) <= CELLS**2
 
@@ -106,7 +108,7 @@ def measure_moves(units: MadeUp, plan: Plan, *, declared_size: int, steps: int =
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
     for _ in range(steps):
         records = units.records(declared_size=declared_size)
-        dp_sgd_step(units, records, plan, parameters=parameters, optimizer=optimizer, **streams)
+        take_dp_sgd_step(units, records, plan, parameters=parameters, optimizer=optimizer, **streams)
     return -np.concatenate([one.detach().numpy().ravel() for one in parameters.values()])
 
 
@@ -116,7 +118,7 @@ def test_step_is_the_sampled_sum_over_the_declared_size() -> None:
     exact = np.concatenate(rows, axis=1)  # (n, all values of a unit)
     clipped = exact * np.minimum(1, 0.7 / np.linalg.norm(exact, axis=1))[:, None]
     found = measure_moves(units, plan_of(), declared_size=40)
-    drawn = poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
+    drawn = draw_poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
     assert units.drawn == [drawn.tolist()]
     assert len(drawn) not in (0, 20, 28)
     np.testing.assert_allclose(found, clipped[drawn].sum(axis=0) / (0.5 * 40), atol=1e-5)
@@ -157,9 +159,9 @@ def test_adapter_values_never_exceed_the_site_bound(monkeypatch: pytest.MonkeyPa
 
     def note_largest(*arguments: Any, parameters: Any, **settings: Any) -> None:
         before.append(max(float(one.detach().abs().max()) for one in parameters.values()))
-        dp_sgd_step(*arguments, parameters=parameters, **settings)
+        take_dp_sgd_step(*arguments, parameters=parameters, **settings)
 
-    monkeypatch.setattr(local, "dp_sgd_step", note_largest)
+    monkeypatch.setattr(local, "take_dp_sgd_step", note_largest)
     sgd = TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0)
     plan = plan_of(noise_multiplier=1.0, local_steps=6)
     after = release_round(model, examples, make_work(max_adapter_value=bound, plan=plan, training=sgd))

@@ -15,7 +15,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import machine, per_example
 from fedtune.training.batch_invariance import fit_to_memory
-from fedtune.training.dp_step import add_clipped, zero_sums
+from fedtune.training.dp_step import add_clipped, make_zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import train_round
 from fedtune.training.machine import find_step_bytes, measure_peak_bytes
@@ -58,7 +58,7 @@ def measure_step(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: P
             examples.keep_frozen_states(model, parts=[part])
         examples.keep_reference(model, parts=[part])
         with record_gradients(model) as gradients:
-            add_clipped(zero_sums(model.trainable()), gradients.of(examples.batch(part)), 1.0)
+            add_clipped(make_zero_sums(model.trainable()), gradients.of(examples.batch(part)), 1.0)
 
     return measure_peak_bytes(take_step, CPU)
 
@@ -148,18 +148,18 @@ def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: 
         too_few, needed = (too_few, middle) if fits else (middle, needed)
     dataset, part = make_full_part(model, SHAPES, length)
     ordinary = measure_step(model, SHAPES, dataset, part)
-    of_all, calls = PerExampleGradients.of_all, []
+    compute_all_gradients, calls = PerExampleGradients.compute_all_gradients, []
 
     def fail_first(self: PerExampleGradients, batch: Any) -> Any:
         calls.append(len(batch))
         if len(calls) == 1:
             raise RuntimeError("a record that nobody can compute")
-        found = of_all(self, batch)
+        found = compute_all_gradients(self, batch)
         if len(calls) == 3:
             next(iter(found.values()))[0] = torch.nan
         return found
 
-    monkeypatch.setattr(PerExampleGradients, "of_all", fail_first)
+    monkeypatch.setattr(PerExampleGradients, "compute_all_gradients", fail_first)
     # What pytest keeps of a log keeps the frames of the exception, and all tensors in them.
     monkeypatch.setattr(per_example.log, "exception", lambda *_: None)
     with_failure = measure_step(model, SHAPES, dataset, part)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedtune.spec import ConfigError
-from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec, choose_learning_rate
 
 RATE: Callable[..., float] = partial(
@@ -51,16 +51,21 @@ GOLDEN = [
 def test_learning_rate_schedule_matches_golden_values(schedule: Any, warmup: int, golden: list[float]) -> None:
     spec = TrainingSpec(schedule=schedule, warmup_steps=warmup)
     last, end = float(schedule == "constant"), len(golden)
-    factors = [learning_rate_factor(spec, step=step, total_steps=end) for step in (*range(end), end + 1, end + 4)]
+    factors = [
+        compute_learning_rate_factor(spec, step=step, total_steps=end) for step in (*range(end), end + 1, end + 4)
+    ]
     assert factors == pytest.approx([*golden, last, last], abs=1e-6)
 
 
 def test_unclipped_run_uses_separate_learning_rates() -> None:
     recipe = TrainingSpec(learning_rate=0.3, head_learning_rate=0.6, unclipped_head_learning_rate=0.9)
-    assert (recipe.peak_rates(clipped=True), recipe.peak_rates(clipped=False)) == ((0.3, 0.6), (0.3, 0.9))
+    assert (recipe.compute_peak_rates(clipped=True), recipe.compute_peak_rates(clipped=False)) == (
+        (0.3, 0.6),
+        (0.3, 0.9),
+    )
     assert recipe.suggest_lower_rates(clipped=True) == {"learning_rate": 0.1, "head_learning_rate": 0.2}
     assert recipe.suggest_lower_rates(clipped=False) == {"learning_rate": 0.1, "unclipped_head_learning_rate": 0.3}
-    assert TrainingSpec(learning_rate=0.1, unclipped_learning_rate=0.3).peak_rates(clipped=False) == (0.3, 0.3)
+    assert TrainingSpec(learning_rate=0.1, unclipped_learning_rate=0.3).compute_peak_rates(clipped=False) == (0.3, 0.3)
     assert TrainingSpec(learning_rate=0.3).suggest_lower_rates(clipped=True) == {"learning_rate": 0.1}
 
 

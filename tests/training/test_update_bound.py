@@ -11,7 +11,7 @@ import torch
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.run_plan import Plan
-from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.update_bound import UpdateBound, bound_round_update
 
@@ -42,7 +42,7 @@ def train_optimizer(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round:
     optimizer = make_optimizer(parameters, spec)
     first, total = (round - 1) * PLAN.local_steps, PLAN.local_steps * PLAN.num_rounds
     for step in range(PLAN.local_steps):
-        set_learning_rate(optimizer, learning_rate_factor(spec, step=first + step, total_steps=total))
+        set_learning_rate(optimizer, compute_learning_rate_factor(spec, step=first + step, total_steps=total))
         for name, parameter in parameters.items():
             parameter.grad = torch.as_tensor(gradients(step, name, parameter.shape), dtype=torch.float32)
         optimizer.step()
@@ -117,7 +117,7 @@ SGD = TrainingSpec(optimizer="sgd", learning_rate=1.0)
 @pytest.mark.parametrize("settings", [SGD, TrainingSpec(weight_decay=0.1)], ids=["sgd", "adamw"])
 def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent_adapter: Adapter) -> None:
     """With lora.alternate A rests in round 1, and in no round has it a part of what the others may move."""
-    rests = LoraSpec(alternate=True).frozen_name_part(1)
+    rests = LoraSpec(alternate=True).get_frozen_name_part(1)
     sent_adapter = Adapter(
         {name.replace("lora_A", "lora_A.weight"): value for name, value in sent_adapter.tensors.items()}
     )

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.mechanism import cell_width, choose_records
+from fedtune.privacy.mechanism import choose_records, compute_cell_width
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.training import dp_step
 from fedtune.training.dp_step import add_clipped
@@ -70,11 +70,11 @@ def test_user_level_sum_matches_its_definition(path: str, task: str, most: int) 
     expected = define_sum(each, taking_part, clip=clip)
     for max_tokens in (1, 13, 40, 10_000):
         by_user = UserExamples(make_examples(dataset, max_tokens=max_tokens), users, most_records=most)
-        sums = dp_step.zero_sums(model.trainable())
+        sums = dp_step.make_zero_sums(model.trainable())
         with record_gradients(model) as of_each:
             for batch in by_user.cut_drawn([users[user][:most] for user in chosen]):
                 add_clipped(sums, UserGradients(of_each).of(batch), clip)
-        found = {name: total.numpy() * cell_width(clip) for name, total in sums.items()}
+        found = {name: total.numpy() * compute_cell_width(clip) for name, total in sums.items()}
         assert compute_norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
     assert compute_norm(expected) > 1e-2 * clip
 

@@ -66,7 +66,7 @@ class Rejected(RefusedError):
         super().__init__(f"secure aggregation: {wrong}")
 
 
-def bits_needed(num_sites: int, largest: int) -> int:
+def compute_modulus_bits(num_sites: int, largest: int) -> int:
     """Return the number of bits of the smallest modulus that can represent every sum of values from -largest to
     largest.
     """
@@ -125,7 +125,7 @@ class Terms:
     @property
     def bits(self) -> int:
         """The bits of the modulus 2**bits: the fewest for which no sum overflows."""
-        return bits_needed(len(self.members), self.largest)
+        return compute_modulus_bits(len(self.members), self.largest)
 
     def digest(self) -> str:
         """Return the SHA-256 of the terms and the protocol version, in hex."""

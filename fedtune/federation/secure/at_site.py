@@ -15,7 +15,7 @@ from fedtune.privacy.keys import SigningKey
 _MOST_NOTED = 64  # sessions whose newest promises are on disk; a site has long lost the keys of older ones
 
 
-def promise_writer(path: Path) -> Keep:
+def make_promise_writer(path: Path) -> Keep:
     """Return a function that writes promises to `path`; each promise replaces the earlier one of its session and is
     flushed to disk.
 

@@ -75,16 +75,16 @@ class PairSecrets:
         """Encrypt a message from `sender` to `receiver` in one release; call it once, because the key is used with a
         single nonce.
         """
-        return self._cipher(receiver, sender, receiver, release).encrypt(bytes(12), text, None)
+        return self._make_cipher(receiver, sender, receiver, release).encrypt(bytes(12), text, None)
 
     def unseal(self, sealed: bytes, *, sender: str, receiver: str, release: int) -> bytes | None:
         """Decrypt what `sender` sealed for `receiver` in this release; None if the ciphertext is anything else."""
         try:
-            return self._cipher(sender, sender, receiver, release).decrypt(bytes(12), sealed, None)
+            return self._make_cipher(sender, sender, receiver, release).decrypt(bytes(12), sealed, None)
         except InvalidTag:
             return None
 
-    def _cipher(self, other: str, sender: str, receiver: str, release: int) -> ChaCha20Poly1305:
+    def _make_cipher(self, other: str, sender: str, receiver: str, release: int) -> ChaCha20Poly1305:
         return ChaCha20Poly1305(self._derive_key(other, "shares", release, sender, receiver))
 
     def _derive_key(self, other: str, *about: str | int) -> bytes:
@@ -105,7 +105,7 @@ def sum_masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDAr
     """
     total = np.zeros(length, np.uint64)
     for other, seed in seeds.items():
-        stream = _keystream(seed, length)
+        stream = _generate_keystream(seed, length)
         if site <= other:
             total += stream
         else:
@@ -113,7 +113,7 @@ def sum_masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDAr
     return total
 
 
-def _keystream(seed: bytes, length: int) -> npt.NDArray[np.uint64]:
+def _generate_keystream(seed: bytes, length: int) -> npt.NDArray[np.uint64]:
     """Generate a ChaCha20 keystream of `length` values; the nonce may be constant because each seed has one stream
     only.
     """

@@ -125,7 +125,7 @@ class UnmaskRequest(ConfirmRequest):
         if set(self.sealed) != set(self.survivors):
             raise Rejected(Wrong.MALFORMED)
 
-    def sealed_by(self, survivor: str) -> bytes:
+    def get_shares_sealed_by(self, survivor: str) -> bytes:
         """Return the shares that this survivor sealed, decoded from base64; empty bytes, which nobody sealed, if the
         text is invalid.
         """

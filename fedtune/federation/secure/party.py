@@ -210,7 +210,7 @@ class Party:
         """Return shares of the seeds to remove from a survivor's upload; empty if the survivor sealed none for this
         site.
         """
-        sealed = asked.sealed_by(survivor)
+        sealed = asked.get_shares_sealed_by(survivor)
         text = pairs.unseal(sealed, sender=survivor, receiver=self._site, release=asked.release)
         size, sites = shares.SHARE_BYTES, self._terms.sites
         if text is None or len(text) != len(sites) * size:

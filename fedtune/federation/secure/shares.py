@@ -34,7 +34,7 @@ def split_secret(secret: bytes, *, threshold: int, num_shares: int) -> list[int]
 
 def combine_shares(shares: Mapping[int, int]) -> int:
     """Interpolate the shares, place -> value, and return the value at 0; no place may be 0."""
-    weights = _weights(tuple(shares))
+    weights = _compute_lagrange_weights(tuple(shares))
     return sum(weight * share for weight, share in zip(weights, shares.values(), strict=True)) % PRIME
 
 
@@ -55,7 +55,7 @@ def _evaluate_polynomial(place: int, coefficients: list[int]) -> int:
 
 
 @lru_cache(maxsize=64)
-def _weights(places: tuple[int, ...]) -> tuple[int, ...]:
+def _compute_lagrange_weights(places: tuple[int, ...]) -> tuple[int, ...]:
     """Compute the Lagrange weights at 0; they depend only on the sites that contribute shares."""
     weights = []
     for place in places:

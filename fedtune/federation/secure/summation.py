@@ -165,7 +165,7 @@ class Summation:
         # All of them first, so that every wrong share is known before the first one ends it.
         right = {
             survivor: {
-                other: self._correct_shares(survivor, other)
+                other: self._select_correct_shares(survivor, other)
                 for other in list_needed_seeds(survivor, self.survivors, self._terms)
             }
             for survivor in self.survivors
@@ -176,7 +176,7 @@ class Summation:
             total -= sum_masks(survivor, seeds, length=self._terms.length)
         return to_signed_integers(reduce_residues(total, self._terms.bits), self._terms.bits)
 
-    def _correct_shares(self, survivor: str, other: str) -> dict[int, int]:
+    def _select_correct_shares(self, survivor: str, other: str) -> dict[int, int]:
         """Return the correct shares of a survivor's seed, by the place of their holder; wrong shares are recorded in
         `wrong_shares`.
         """

@@ -13,11 +13,11 @@ from typing import Any
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.api.public import Progress, Run, Teller, load, run_in_folder
 from fedtune.config import RunConfig, parse
-from fedtune.evaluation.audit_bound import epsilon_lower_bound, max_lower_bound
+from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound, compute_max_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.simulation import simulate
-from fedtune.formatting import infinite_if_none
+from fedtune.formatting import convert_none_to_infinite
 from fedtune.lab.audit.gradient_attack import GradientAttack
 from fedtune.lab.audit.guesses import Place
 from fedtune.lab.audit.record_attack import RecordAttack
@@ -92,7 +92,7 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     if config.privacy.unit != "record" and spec.kind == "records":
         bound = "must be 'record' with audit.kind=records; only audit.kind=gradient can plant made-up users"
         raise ConfigError("privacy.unit", config.privacy.unit, bound)
-    for site in audited_sites(config, spec):
+    for site in list_audited_sites(config, spec):
         if site not in config.federation.active:
             raise ConfigError("audit.sites", site, f"must be one of {', '.join(config.federation.active)}")
     settings = config.to_json()
@@ -103,7 +103,7 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     return parse(settings)
 
 
-def audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
+def list_audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
     """Return the sites that get canaries."""
     return spec.sites or tuple(config.federation.active)
 
@@ -115,7 +115,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         ConfigError: the canaries do not fit the model, or as for `simulate`.
         RunError: as for `simulate`.
     """
-    sites = audited_sites(config, spec)
+    sites = list_audited_sites(config, spec)
     everyone = Participants(config, folder, progress=listener.preparing)
     for site in config.federation.active:  # none refuses an adapter for its size: a broken clip is to show as a bound
         policy = generate_policy(config, everyone.sites.plan, site, lead=everyone.sites.lead_key().public)
@@ -134,17 +134,17 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     with attack.observe_steps():
         run = simulate(config, folder, Followed(listener, note), everyone=everyone)
     counts = attack.count_guesses(adapters)
-    membership = attack.membership_baselines() if isinstance(attack, RecordAttack) else ()
+    membership = attack.measure_membership_baselines() if isinstance(attack, RecordAttack) else ()
     # What the run charged each audited site; of the average, which is made of all, the most that any of them did.
-    claims: dict[Place, float] = {site: infinite_if_none(run.privacy.sites[site].epsilon) for site in sites}
+    claims: dict[Place, float] = {site: convert_none_to_infinite(run.privacy.sites[site].epsilon) for site in sites}
     claims[None] = max(claims.values())
     known = {"delta": config.privacy.delta, "confidence": spec.confidence}
     bounds = tuple(
         AuditBound(
             site=place,
             claimed_epsilon=claims[place],
-            lower_bound=epsilon_lower_bound(canaries, guesses, right, **known),
-            best_possible=max_lower_bound(canaries, guesses=guesses, **known),
+            lower_bound=compute_epsilon_lower_bound(canaries, guesses, right, **known),
+            best_possible=compute_max_lower_bound(canaries, guesses=guesses, **known),
             canaries=canaries,
             guesses=guesses,
             right=right,

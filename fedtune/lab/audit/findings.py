@@ -28,7 +28,7 @@ def require_not_refuted(result: Audit) -> None:
     """
     sure, wrong = f"with {result.confidence:.0%} confidence, above the claimed", []
     for bound in list_refuted_bounds(result):
-        shown = f"{site_label(bound.site)}: epsilon is at least {bound.lower_bound:.3f}"
+        shown = f"{format_site_label(bound.site)}: epsilon is at least {bound.lower_bound:.3f}"
         wrong.append(f"{shown} {sure} {format_epsilon(bound.claimed_epsilon)}")
     if wrong:
         raise RunError(f"the audit refutes the claim, so the implementation or the claim is wrong ({'; '.join(wrong)})")
@@ -48,7 +48,7 @@ def _build_bounds_section(result: Audit) -> Section:
     for bound in result.bounds:
         figures = (format_epsilon(bound.claimed_epsilon), f"{bound.lower_bound:.3f}", f"{bound.best_possible:.3f}")
         guesses = f"{bound.right:,} of {bound.guesses:,}"
-        rows.append((site_label(bound.site), *figures, guesses, f"{bound.canaries:,}"))
+        rows.append((format_site_label(bound.site), *figures, guesses, f"{bound.canaries:,}"))
     headings = ("", "claimed", "shown", "ceiling", "right guesses", "canaries")
     styles = {number: "red" for number, bound in enumerate(result.bounds) if bound in wrong}
     shown = f"claimed: upper bound; shown: lower bound at {result.confidence:.0%} confidence"
@@ -61,14 +61,15 @@ def _explain_result(result: Audit) -> str:
     if result.exceeded:
         worst = max(list_refuted_bounds(result), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
         shown = (
-            f"{attacker} At {site_label(worst.site)} the attack shows an epsilon of at least {worst.lower_bound:.3f}"
+            f"{attacker} At {format_site_label(worst.site)} the attack shows an epsilon of at "
+            f"least {worst.lower_bound:.3f}"
         )
         claimed = f"the run claims at most {format_epsilon(worst.claimed_epsilon)}"
         return f"{shown}, and {claimed}: the implementation or the claim is wrong."
-    blind = [site_label(bound.site) for bound in result.bounds if bound.best_possible <= bound.claimed_epsilon]
+    blind = [format_site_label(bound.site) for bound in result.bounds if bound.best_possible <= bound.claimed_epsilon]
     more = "use more canaries or guesses, or a smaller delta (docs/audit.md)"
     limit = f" Even with every guess right it could not have refuted the claim at {', '.join(blind)}: {more}."
-    above = [site_label(bound.site) for bound in result.bounds if bound.lower_bound > bound.claimed_epsilon]
+    above = [format_site_label(bound.site) for bound in result.bounds if bound.lower_bound > bound.claimed_epsilon]
     found = "No bound is above its claim, so nothing contradicts the guarantee."
     if above:
         found = f"The bound at {', '.join(above)} exceeds its claim on its own, but so little that it may be chance"
@@ -77,7 +78,7 @@ def _explain_result(result: Audit) -> str:
     return f"{attacker} {found} This is no proof: another attack may show more.{limit if blind else ''}"
 
 
-def site_label(site: str | None) -> str:
+def format_site_label(site: str | None) -> str:
     """Return a site's name, or "aggregated" for the aggregated model."""
     return "aggregated" if site is None else site
 
@@ -89,7 +90,7 @@ def _build_membership_section(result: Audit) -> Section:
     rows = []
     for one in result.membership:
         area = f"{one.auroc:.3f} [{one.auroc_low:.2f}, {one.auroc_high:.2f}]"
-        rows.append((site_label(one.site), _SCORES[one.score], area, *map(_format_hit_rate, one.hit_rates)))
+        rows.append((format_site_label(one.site), _SCORES[one.score], area, *map(_format_hit_rate, one.hit_rates)))
     headings = ("", "by", "AUROC", *(f"found at {rate}" for rate in rates))
     guessing = f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: loss relative to before training"
     found = "the share of training records found, at that rate of false alarms among unused records"

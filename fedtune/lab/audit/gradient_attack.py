@@ -23,10 +23,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedtune.data import Batch
-from fedtune.lab.audit.guesses import Coins, Count, Place, count_right_guesses, likelihood_ratios
+from fedtune.lab.audit.guesses import Coins, Count, Place, compute_likelihood_ratios, count_right_guesses
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.mechanism import cell_width
+from fedtune.privacy.mechanism import compute_cell_width
 from fedtune.privacy.randomness import RandomStream
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import TrainingUnits, make_randomness
@@ -35,7 +35,7 @@ from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
 from fedtune.training.examples import Places, SiteExamples
-from fedtune.training.optimizer import learning_rate_factor
+from fedtune.training.optimizer import compute_learning_rate_factor
 from fedtune.training.users import UserBatch, UserExamples
 
 RAW_SIZE = 1000.0  # of a canary's gradient before it is clipped, in clip norms
@@ -85,7 +85,7 @@ class Tally:
         for name, parameter in parameters.items():
             assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
             noisy = parameter.grad.double() * (self.denominator / self.max_grad_norm)
-            known = self.records[name] * cell_width(1.0) if self.records else 0.0
+            known = self.records[name] * compute_cell_width(1.0) if self.records else 0.0
             parts.append((noisy - known).flatten().cpu())
         self.total += torch.cat(parts).numpy()
         self.steps += 1
@@ -136,7 +136,7 @@ class Canaries:
         for first in range(0, len(places), size):
             yield self.coordinates[self.inserted][places[first : first + size]]
 
-    def raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
+    def compute_raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
         """Return each canary's raw gradient: `RAW_SIZE` clip norms along its own coordinate."""
         parameters = self.observer.parameters
         sizes = [parameter.numel() for parameter in parameters.values()]
@@ -155,7 +155,7 @@ class Canaries:
 
         class WithCanaries:
             def of(self, batch: Batch) -> dict[str, torch.Tensor]:
-                return canaries.raw_gradients(batch) if isinstance(batch, CanaryBatch) else of_each.of(batch)
+                return canaries.compute_raw_gradients(batch) if isinstance(batch, CanaryBatch) else of_each.of(batch)
 
         of_units = units.gradients(WithCanaries())
 
@@ -292,7 +292,7 @@ class GradientAttack:
             adapters: the initial adapter, and the aggregated adapter after each round.
         """
         counts: dict[Place, Count] = {
-            None: self._count_right([*self.planted.values()], self._adapter_moves(adapters), least=0.0)
+            None: self._count_right([*self.planted.values()], self._measure_adapter_moves(adapters), least=0.0)
         }
         of_sites = {site: self._count_right([one], one.tally.total, least=1.0) for site, one in self.planted.items()}
         return of_sites | counts
@@ -301,20 +301,22 @@ class GradientAttack:
         coordinates = np.concatenate([one.coordinates for one in planted])
         scores, controls = vector[coordinates], np.delete(vector, coordinates)
         steps, rate = planted[0].tally.steps, self._everyone.plan.sampling_rate
-        evidence = likelihood_ratios(scores, controls, steps=steps, sampling_rate=rate, least=least)
+        evidence = compute_likelihood_ratios(scores, controls, steps=steps, sampling_rate=rate, least=least)
         inserted = np.concatenate([one.inserted for one in planted])
         guesses = (self._spec.guesses or self._spec.canaries) * len(planted)
         return count_right_guesses(evidence, inserted, guesses=guesses)
 
-    def _adapter_moves(self, adapters: Sequence[Adapter]) -> Vector:
+    def _measure_adapter_moves(self, adapters: Sequence[Adapter]) -> Vector:
         """Return how far the average moved down each coordinate over all rounds, in units of the learning rates.
 
         Everyone who receives each round's adapter sees this: another site, or a server that sees no individual updates.
         """
         training, plan = self._everyone.config.training, self._everyone.plan
-        lora_rate, head_rate = training.peak_rates(clipped=True)
+        lora_rate, head_rate = training.compute_peak_rates(clipped=True)
         steps, all_steps = plan.local_steps, plan.num_rounds * plan.local_steps
-        factors = [learning_rate_factor(training, step=step, total_steps=all_steps) for step in range(all_steps)]
+        factors = [
+            compute_learning_rate_factor(training, step=step, total_steps=all_steps) for step in range(all_steps)
+        ]
         total = np.zeros(adapters[0].num_values)
         for number, (before, after) in enumerate(pairwise(adapters)):
             factor = sum(factors[number * steps : (number + 1) * steps])

@@ -33,7 +33,7 @@ def count_right_guesses(evidence: Values, inserted: Coins, *, guesses: int) -> C
     return len(evidence), len(surest), int(right.sum())
 
 
-def likelihood_ratios(
+def compute_likelihood_ratios(
     scores: Values, controls: Values, *, steps: int, sampling_rate: float, least: float = 0.0
 ) -> Values:
     """Return (canaries,) log likelihood ratios of "inserted" against "left out".
@@ -61,7 +61,7 @@ def likelihood_ratios(
     return inside + above**2 / (2 * spread**2)
 
 
-def centered_ranks(scores: Values) -> Values:
+def compute_centered_ranks(scores: Values) -> Values:
     """Return (canaries,) ranks centered on the median: the upper half is guessed as inserted, the extremes first."""
     places: Values = np.argsort(np.argsort(scores, kind="stable")).astype(np.float64) - (len(scores) - 1) / 2
     return places

@@ -18,8 +18,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from fedtune.data import Record
-from fedtune.evaluation.scoring import batches_by_length, evaluation_mode
-from fedtune.lab.audit.guesses import Coins, Count, Place, Values, centered_ranks, count_right_guesses
+from fedtune.evaluation.scoring import enter_evaluation_mode, iter_batches_by_length
+from fedtune.lab.audit.guesses import Coins, Count, Place, Values, compute_centered_ranks, count_right_guesses
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import RandomStream
@@ -44,7 +44,7 @@ class PlantedRecords:
     never_used: list[Record]  # its held-out ones, which a keyed hash picked
 
 
-def _loss_drop(losses: Values) -> Values:
+def _compute_loss_drop(losses: Values) -> Values:
     """Return each record's loss before training minus its loss after: the log likelihood ratio of the two models."""
     gain: Values = losses[0] - losses[1]
     return gain
@@ -66,21 +66,21 @@ class RecordAttack:
         words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
         self._words = words if len(words) >= _FEWEST_WORDS else [f"word{number}" for number in range(1000)]
         self.planted = {site: self._plant_records(site) for site in sites}
-        self._losses: dict[str, list[Values]] = {}  # as `_losses_before_and_after` has them
+        self._losses: dict[str, list[Values]] = {}  # as `_compute_losses_before_and_after` has them
 
     def _plant_records(self, site: str) -> PlantedRecords:
         config, work = self._everyone.config, self._everyone.work[site]
         randomness = make_randomness(config.runtime.seeded_noise, config.seed)
         inserted = randomness.stream(site, "audit", "coins").bernoulli(self._spec.canaries, 0.5)
         texts = randomness.stream(site, "audit", "records")
-        canaries = [self._random_record(texts) for _ in range(self._spec.canaries)]
+        canaries = [self._generate_random_record(texts) for _ in range(self._spec.canaries)]
         chosen = [canary for canary, is_in in zip(canaries, inserted, strict=True) if is_in]
         trained_on, never_used = list(work.records.training), list(work.records.heldout)
         records = replace(work.records, training=[*trained_on, *chosen])
         self._everyone.work[site] = replace(work, records=records)
         return PlantedRecords(canaries=canaries, inserted=inserted, trained_on=trained_on, never_used=never_used)
 
-    def _random_record(self, stream: RandomStream) -> Record:
+    def _generate_random_record(self, stream: RandomStream) -> Record:
         """Build a canary from random words and, if the task declares its answers, a random answer."""
         config, data = self._everyone.config, self._everyone.config.data
         task = config.bound_task
@@ -110,41 +110,45 @@ class RecordAttack:
             adapters: the initial adapter, and the aggregated adapter after each round.
         """
         self._losses = {
-            site: self._losses_before_and_after(planted, adapters) for site, planted in self.planted.items()
+            site: self._compute_losses_before_and_after(planted, adapters) for site, planted in self.planted.items()
         }
-        evidence = {site: centered_ranks(_loss_drop(losses[0])) for site, losses in self._losses.items()}
+        evidence = {
+            site: compute_centered_ranks(_compute_loss_drop(losses[0])) for site, losses in self._losses.items()
+        }
         guesses = self._spec.guesses or self._spec.canaries
         of_sites = {
             site: count_right_guesses(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence
         }
-        together = centered_ranks(np.concatenate([_loss_drop(losses[0]) for losses in self._losses.values()]))
+        together = compute_centered_ranks(
+            np.concatenate([_compute_loss_drop(losses[0]) for losses in self._losses.values()])
+        )
         inserted = np.concatenate([planted.inserted for planted in self.planted.values()])
         counts: dict[Place, Count] = {
             None: count_right_guesses(together, inserted, guesses=guesses * len(self.planted))
         }
         return of_sites | counts
 
-    def membership_baselines(self) -> tuple[AuditMembership, ...]:
+    def measure_membership_baselines(self) -> tuple[AuditMembership, ...]:
         """Return the membership baselines on real records, by site and over all sites; call `count_guesses` first."""
         by_site = list(self._losses.values())
         pooled = [np.concatenate(some, axis=1) for some in zip(*by_site, strict=True)]
         return tuple(
-            self._membership_baseline(site, score, trained_on=losses[1], never_used=losses[2])
+            self._measure_membership_baseline(site, score, trained_on=losses[1], never_used=losses[2])
             for site, losses in [*self._losses.items(), (None, pooled)]
             if losses[1].size and losses[2].size
             for score in ("loss", "reference_ratio")
         )
 
-    def _membership_baseline(
+    def _measure_membership_baseline(
         self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: Values, never_used: Values
     ) -> AuditMembership:
         members, others = (
-            _loss_drop(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used)
+            _compute_loss_drop(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used)
         )
         area, low, high = auroc(members, others, confidence=self._spec.confidence)
         rates = []
         for share in FALSE_ALARMS:
-            found = hit_rate(members, others, false_alarms=share, confidence=self._spec.confidence)
+            found = estimate_hit_rate(members, others, false_alarms=share, confidence=self._spec.confidence)
             rate, least, most = found or (None, None, None)
             rates.append(AuditHitRate(false_alarms=share, found=rate, low=least, high=most))
         return AuditMembership(
@@ -158,7 +162,7 @@ class RecordAttack:
             hit_rates=tuple(rates),
         )
 
-    def _losses_before_and_after(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
+    def _compute_losses_before_and_after(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
         """Return (2, records) losses before and after training: of canaries, training records, and held-out records."""
         groups = (planted.canaries, planted.trained_on, planted.never_used)
         first, last = (
@@ -174,8 +178,8 @@ class RecordAttack:
         adapter.load_into(shared.model)
         examples = shared.tokenize_records(records)
         pad_id = shared.tokenizer.pad_token_id
-        with evaluation_mode(shared.model):
-            for places, batch in batches_by_length(examples, pad_id=pad_id, max_tokens=evaluation.max_tokens):
+        with enter_evaluation_mode(shared.model):
+            for places, batch in iter_batches_by_length(examples, pad_id=pad_id, max_tokens=evaluation.max_tokens):
                 losses[places] = shared.model.losses(batch.to(shared.device)).double().cpu().numpy()
         # A model that diverged gives no number for some; to the attack that is the largest loss.
         return np.where(np.isfinite(losses), losses, _LARGEST_LOSS)
@@ -200,7 +204,7 @@ def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float,
     return area, max(0.0, area - reach), min(1.0, area + reach)
 
 
-def hit_rate(
+def estimate_hit_rate(
     members: Values, others: Values, *, false_alarms: float, confidence: float
 ) -> tuple[float, float, float] | None:
     """Estimate the true positive rate at a false positive rate of at most `false_alarms`, with its interval.

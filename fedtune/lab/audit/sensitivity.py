@@ -26,7 +26,7 @@ from fedtune.data import TextDataset
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
-from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
+from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, compute_adapter_bound
 from fedtune.sites.shared_model import LoadedModel, RunModel
 from fedtune.spec import spec
 from fedtune.tasks.task_model import TaskModel
@@ -79,7 +79,7 @@ def search_violations(config: RunConfig, audit: AuditSpec, folder: Path, *, seed
         ConfigError: the model cannot be loaded or trained.
     """
     shared = RunModel(LoadedModel(config), config)
-    bound = adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, config.lora.scale)
+    bound = compute_adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, config.lora.scale)
     found = _Search(shared, bound=bound, seed=seed).run_cases(audit.tries)
     write_durably(folder / FILE, json.dumps(asdict(found), indent=1).encode() + b"\n")
     return found
@@ -108,7 +108,7 @@ class _Search:
         usual = max(1, int(most * self._draws.choice([0.1, 0.3, 1.0])))
         lengths = self._draws.integers(1, usual, size=sum(units), endpoint=True)
         lengths[self._draws.random(len(lengths)) < 0.1] = most
-        dataset = random_examples(self._shared.model, [int(length) for length in lengths], self._draws)
+        dataset = generate_random_examples(self._shared.model, [int(length) for length in lengths], self._draws)
         examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.loaded.shapes, device=self._shared.device)
         if self._shared.loaded.keeps_states:
             examples.keep_frozen_states(self._shared.model)
@@ -157,7 +157,7 @@ class _Search:
 
     def _clean_sum(self, examples: SiteExamples, units: list[int], max_grad_norm: float, chosen: list[int]) -> Integers:
         """Return the clean sum of the chosen units in grid cells, computed with the code of a step."""
-        sums = dp_step.zero_sums(self._shared.model.trainable())
+        sums = dp_step.make_zero_sums(self._shared.model.trainable())
         places = np.array(chosen, dtype=np.int64)
         if self._unit == "record":
             batches: Iterator[object] = iter(examples.cut(places))
@@ -172,7 +172,7 @@ class _Search:
         return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
 
 
-def random_examples(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
+def generate_random_examples(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
     """Generate examples of the given lengths over the whole vocabulary.
 
     Some repeat one token, which is the hardest case for attention.

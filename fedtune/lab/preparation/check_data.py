@@ -23,7 +23,7 @@ from fedtune.data.formats import detect_format, iter_raw_rows
 from fedtune.data.load import assign_to_lead, split_key
 from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunk_records, resolve_file, validate_rows
-from fedtune.data.span_formats import count_entity_types, entities_from_tags
+from fedtune.data.span_formats import count_entity_types, decode_tags
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.tokenization import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import find_misplaced_spans, split_labels
@@ -33,7 +33,7 @@ from fedtune.lab.preparation.duplicates import Earlier, Likeness, Twin, normaliz
 from fedtune.lab.preparation.patterns import ODD_TEXTS, find_damage, find_identifiers, find_odd_texts
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import get_input_for
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 SHOWN = 20  # errors that are kept of a file, and lines of a finding
 _MOST_TOKENS = 8_192  # up to which lengths are told apart
@@ -123,7 +123,7 @@ def _iter_files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
     files = [("train", data.train_file.replace(SITE, site), site) for site in sites]
     files += [(use, name, "") for use, name in (("validation", data.validation_file), ("test", data.test_file)) if name]
     for use, name, site in files:
-        path = resolve_file(name, shipped_folders(), key=f"data.{use}_file")
+        path = resolve_file(name, find_shipped_folders(), key=f"data.{use}_file")
         # From the working folder, where it lies in that: it stands before each error.
         yield (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), use, site
 
@@ -270,7 +270,7 @@ class _Look:
             if found := next(((kind, some[0]) for kind, some in likes if some), None):
                 kind, twin = found
                 self._add_finding(line, kind, twin.use if likes is elsewhere else "", like=twin.line)
-        if entities_from_tags(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
+        if decode_tags(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
             self._add_finding(line, "scheme")
         for way in find_misplaced_spans(record.fields):
             self._add_finding(line, "torn", way)

@@ -136,11 +136,11 @@ class Coding(Cleaning):
         self.codes: dict[str, tuple[str, ...]] = {}
         self._tokenizer, self._bounds = tokenizer, bounds
         if votes is not None:
-            from fedtune.model.compatibility import max_positions
+            from fedtune.model.compatibility import get_max_positions
             from fedtune.tasks.task_model import build_task_model
 
             self.codes["topic"], self._model = votes.labels, cast(Any, build_task_model(votes))
-            self._most = min(_MOST_TOKENS, max_positions(self._model.base.get_base_model()) or _MOST_TOKENS)
+            self._most = min(_MOST_TOKENS, get_max_positions(self._model.base.get_base_model()) or _MOST_TOKENS)
         if bounds:
             between = (f"{low + 1} to {high} words" for low, high in pairwise(bounds))
             self.codes["length"] = (f"up to {bounds[0]} words", *between, f"over {bounds[-1]} words")

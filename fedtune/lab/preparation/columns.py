@@ -19,7 +19,7 @@ from fedtune.data.formats import OF_RECORDS, list_image_files
 from fedtune.data.images import SUFFIXES
 from fedtune.data.json_lists import parse_list
 from fedtune.data.span_formats import count_entity_types, read_spans, read_words, split_tag
-from fedtune.data.text_rows import json_type
+from fedtune.data.text_rows import name_json_type
 from fedtune.spec import DataError, format_value
 
 NEARLY = 0.95  # of a column's values: what so many are, it is; the others are odd, and a run leaves their rows out
@@ -149,7 +149,7 @@ class DataColumn:
         self.filled += 1
         self.characters += len(text)
         self.longest = max(self.longest, len(text))
-        kind = json_type(value)
+        kind = name_json_type(value)
         kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(kind, kind)
         before = self.reads["target"]
         if not text or text[0] in _BEGIN_NUMBERS:
@@ -202,7 +202,7 @@ class DataColumn:
         self.beside.update(key for turn in turns for key in turn if key not in read.READ_OF_TURNS and turn[key])
         first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
         self.reads["messages"] += bool(turns)
-        self.reads["whole chat"] += read.speaker_role(first) != "assistant"  # it begins with what is answered
+        self.reads["whole chat"] += read.parse_speaker_role(first) != "assistant"  # it begins with what is answered
         listed = None if turns or isinstance(value, dict) else parse_list(value)
         if listed is None:
             return
@@ -289,7 +289,7 @@ class DataColumn:
         self.is_tokens, self.is_whole_chat = self.is_nearly_all("tokens"), self.is_nearly_all("whole chat")
         self.is_tags, self.is_spans = (self.is_nearly_all(role) and bool(self.entities) for role in ("tags", "spans"))
         self.are_words = self.is_tokens and not self.is_tags and self.size is None
-        self.is_speaker = {"assistant"} < set(map(read.speaker_role, self.labels))
+        self.is_speaker = {"assistant"} < set(map(read.parse_speaker_role, self.labels))
         # Yes or no, or good or bad.
         self.is_flag = self.is_nearly_all("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
         # Few values, each of which comes often.

@@ -232,14 +232,14 @@ class _Guess:
             if text and not roles and self.form != "table":
                 others = [
                     one
-                    for one in self._text_candidates("is_prose")
+                    for one in self._find_text_candidates("is_prose")
                     if 2 * one.mean_characters >= text[0].mean_characters
                 ]
                 others += [one for one in self.every if one.is_image]
                 if len(others) > 1:
-                    raise self._several_texts_error(others)
+                    raise self._build_several_texts_error(others)
                 return "text", {"text": (text[0], f"{text[1]}; there is no label")}
-        raise self._misfit_error(layouts)
+        raise self._build_misfit_error(layouts)
 
     def list_notes(self, found: Roles) -> Iterator[str]:
         """Yield notes for the user about the columns that have these roles, or could have them."""
@@ -247,7 +247,7 @@ class _Guess:
         for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
             if role in found and getattr(found[role][0], holds):
                 yield WORDS["notes"][role].format(found[role][0])
-        times, events = self._survival_candidates()
+        times, events = self._find_survival_candidates()
         if times and "label" in found and found["label"][0] in events:
             yield WORDS["notes"]["followed"].format(found["label"][0], times[0])
         yield from (
@@ -283,7 +283,7 @@ class _Guess:
         """
         is_open, texts = (
             self.form is None and not {"image", "text"} & set(self.chosen),
-            self._text_candidates("is_prose"),
+            self._find_text_candidates("is_prose"),
         )
         for one in self.every if is_open else ():
             if one.other_images and (not texts or one.key in NAMES["images"]):
@@ -326,17 +326,17 @@ class _Guess:
         """Return the columns of a survival time and its event; the user must choose if the values do not encode an
         event.
         """
-        times, events = self._survival_candidates()
+        times, events = self._find_survival_candidates()
         if not _TIMED & set(self.chosen):
-            if not times or not events or not {*self._named_answers()} <= {*events}:
+            if not times or not events or not {*self._find_named_answers()} <= {*events}:
                 return None
-            is_one = len(times) == len(events) == 1 and not self._named_answers()
+            is_one = len(times) == len(events) == 1 and not self._find_named_answers()
             if not (is_one and times[0].is_called_time and events[0].is_event):
                 raise refusal(self.path, "event", events, join_columns(one.name for one in times))
         named = zip(_FOLLOWED, (times, events), strict=True)
         return self._match_layout([part._replace(names=[one.key for one in some]) for part, some in named])
 
-    def _survival_candidates(self) -> tuple[list[DataColumn], list[DataColumn]]:
+    def _find_survival_candidates(self) -> tuple[list[DataColumn], list[DataColumn]]:
         """Return the possible time-to-event columns, preferring those named so, and the possible event columns."""
         events = [one for one in self.every if one.may_be_event]
         times = [one for one in self.every if one.may_be_time and any(event.is_event for event in events)]
@@ -373,7 +373,7 @@ class _Guess:
 
     def _find_only_answer(self) -> DataColumn | None:
         """Return the only column that can be the answer, by a usual name for answers or else by its values."""
-        usual, others = self._named_answers(), [one for one in self.every if one not in self.chosen.values()]
+        usual, others = self._find_named_answers(), [one for one in self.every if one not in self.chosen.values()]
         is_text = any(one.is_prose for one in self.every)
         if not usual:
             longest = max((one.longest for one in self.every if one.is_prose), default=0)
@@ -397,7 +397,7 @@ class _Guess:
             raise refusal(self.path, "answers", found, hints)
         return found[0] if found else None
 
-    def _named_answers(self) -> list[DataColumn]:
+    def _find_named_answers(self) -> list[DataColumn]:
         """Return columns of few values, or of lists of such, with a usual name for answers to such records."""
         topics = NAMES["topics"] if self._has_texts() else ()
         few = [one for one in self.every if one.is_few and one.may_be_answer and one not in self.chosen.values()]
@@ -407,7 +407,7 @@ class _Guess:
     def _has_texts(self) -> bool:
         """Whether the records are texts or images and not rows of a table."""
         others = any(one.is_short or one.is_image for one in self.every)
-        return self.form != "table" and (others or bool(self._text_candidates("is_prose")))
+        return self.form != "table" and (others or bool(self._find_text_candidates("is_prose")))
 
     def _require_readable_answer(self, names: Sequence[str], *, others: Iterable[DataColumn] = ()) -> None:
         """Refuse a column that is named like an answer, or is one of `others`, but has no values that can be read
@@ -418,7 +418,7 @@ class _Guess:
         for one in (one for one in (*unread, *others) if one not in self.chosen.values()):
             raise refusal(self.path, "unread", [one], one.explain("no_answer"))
 
-    def _several_texts_error(self, texts: Sequence[DataColumn]) -> DataError:
+    def _build_several_texts_error(self, texts: Sequence[DataColumn]) -> DataError:
         """Build the error about several texts, with the options for which there are columns."""
         is_answered = any(one.may_be_answer and one not in texts for one in self.every)
         return refusal(self.path, "texts", texts, WORDS["hints"]["answered" if is_answered else "written"])
@@ -440,15 +440,15 @@ class _Guess:
         """Return the text column and the reason: by name, or the longest texts."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
-        others = self._text_candidates(fits, but=but)
+        others = self._find_text_candidates(fits, but=but)
         texts = [one for one in others if not one.is_label] or others
         if named := self._find_named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
             return named, "its name"
         if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._find_text_pair()}:
-            raise self._several_texts_error(texts)
+            raise self._build_several_texts_error(texts)
         return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
 
-    def _text_candidates(self, fits: str, *, but: Collection[DataColumn] = ()) -> list[DataColumn]:
+    def _find_text_candidates(self, fits: str, *, but: Collection[DataColumn] = ()) -> list[DataColumn]:
         """Return the columns that a record may be about; a comment column that few rows fill is excluded."""
         others = [one for one in self.every if getattr(one, fits) and one not in but and not one.unread]
         others = [one for one in others if not (one.is_person or one.is_of_records)]
@@ -502,7 +502,7 @@ class _Guess:
             some = [one for what in roles.values() if (one := self._find_named(NAMES[what], "is_said"))]
             yield "belong", some if len(some) > 1 and not laid_out & {"preferences", "triplets"} else [], other
 
-    def _misfit_error(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
+    def _build_misfit_error(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
         """Explain why the chosen columns match no kind of file, or why the file itself matches none."""
         _require_fit((part for _, parts in layouts for part in parts), self.chosen)
         if self.chosen:

@@ -82,7 +82,7 @@ class ExperimentPlan:
         return _SHARES[bisect_right(_SMALLER_FROM, self.units)]
 
 
-def placeholder_overrides(base: str) -> Sequence[str]:
+def build_placeholder_overrides(base: str) -> Sequence[str]:
     """Return placeholder overrides for the settings that an experiment of conf/ leaves to the file's owner."""
     placeholders = {
         "own_text": ["data.columns={prompt: a, completion: b}"],
@@ -122,7 +122,7 @@ def plan_experiment(
             "features": tuple(_build_feature_from_values(found.columns[name]) for name in found.features),
             "max_length": 1,
         }
-    own |= {"prompt_template": _prompt_template(found) or config.data.prompt_template}
+    own |= {"prompt_template": _choose_prompt_template(found) or config.data.prompt_template}
     own |= {"columns": dict(found.roles), "chat_template": "none", **found.settings}
     own |= {"target_range": _ANY_NUMBER} if own.get("target_range") == OPEN else {}
     data = replace(config.data, **own)
@@ -212,7 +212,7 @@ def sort_labels(labels: Iterable[str]) -> list[str]:
     return sorted(labels, key=lambda label: (parts(label), label))
 
 
-def _prompt_template(found: DetectedFile) -> str | None:
+def _choose_prompt_template(found: DetectedFile) -> str | None:
     """Return the prompt template if the base's own does not fit; otherwise None."""
     asked = "{prompt}" if found.kind == "instructions" else None
     return "{prompt}\n\n{input}" if "input" in found.roles else asked
@@ -231,7 +231,7 @@ def suggest_declared_size(plan: ExperimentPlan, units: int | None = None) -> int
     return max(1, int(share // unit * unit))
 
 
-def _declared_sizes(plan: ExperimentPlan) -> list[int]:
+def _suggest_declared_sizes(plan: ExperimentPlan) -> list[int]:
     """Return a declared size per site, or a single one for all sites."""
     return [suggest_declared_size(plan, count) for count in plan.places.values()] or [suggest_declared_size(plan)]
 
@@ -256,16 +256,16 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
     named = [re.sub(r"[^A-Za-z0-9_-]+", "-", place).strip("-_")[:100] for place in plan.places]
     site_names = named if all(named) and len({*named}) == len(named) > 0 else None
     # The power of ten that is at most a tenth of 1 over the largest site's size.
-    delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * max(_declared_sizes(plan)))))
+    delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * max(_suggest_declared_sizes(plan)))))
     lines = [
         "".join(letter if letter.isprintable() else "?" for letter in about),
         "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: check them",
         "# before you share this file.",
         "defaults:",
         f"  - {plan.base:<{_BEFORE_COMMENT - 2}} # adapters, rates and rounds: conf/experiment/{plan.base}.yaml",
-        *_setting_lines(("- override /model", plan.model, "the frozen base model")),
+        *_iter_setting_lines(("- override /model", plan.model, "the frozen base model")),
         "",
-        *_setting_lines(
+        *_iter_setting_lines(
             ("name", derive_run_name(file), "of the run and of its folder in runs/; each run needs a new one"),
             ("model", pinned if own else None, "pin sha256 with what fedtune model-hash prints"),
             ("lora", adapted if adapts else None, "adapters on every linear layer, whatever its name"),
@@ -275,16 +275,16 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
         ),
         *_list_task_settings(found),
         "data:",
-        *_setting_lines(*_list_data_settings(found, plan, file)),
+        *_iter_setting_lines(*_list_data_settings(found, plan, file)),
         *_iter_all_texts_lines(found),
-        *_public_list_lines(found, plan),
+        *_iter_public_list_lines(found, plan),
         "federation:",
-        *_setting_lines(
+        *_iter_setting_lines(
             ("num_sites", plan.num_sites, "a simulation partitions the file into this many sites"),
             ("site_names", site_names, "in the order of partition"),
         ),
         "privacy:",
-        *_setting_lines(
+        *_iter_setting_lines(
             ("unit", unit, "all records of one person are protected together: docs/user_level.md"),
             ("epsilon", 8.0, "the guarantee for each; lower is stronger: docs/epsilon.md"),
             ("delta", delta, "must stay below 1 / declared_sizes"),
@@ -300,7 +300,7 @@ def _list_task_settings(found: DetectedFile) -> Iterator[str]:
         yield f'  intervals: "???"  # set it yourself: the end of each, in the unit of {_to_yaml(found.roles["time"])}'
 
 
-def _setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:
+def _iter_setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:
     """Yield settings as YAML, each on a line with a comment."""
     for key, value, why in some:
         if value is not None:
@@ -326,14 +326,14 @@ def _list_data_settings(found: DetectedFile, plan: ExperimentPlan, file: Path) -
     stride = min(_STRIDE, (plan.max_length - 2) // 2) if plan.base == "own_entities" else None
     units = "persons" if plan.by_user else "records"
     sites = {value: place for place, value in enumerate(plan.places)}
-    sizes = _declared_sizes(plan) if plan.places else suggest_declared_size(plan)
+    sizes = _suggest_declared_sizes(plan) if plan.places else suggest_declared_size(plan)
     return [
         ("train_file", str(path), "the records; relative paths start at this file's folder"),
         ("columns", dict(found.roles), "role of fedtune: column of the file"),
         ("target_range", found.settings.get("target_range"), lies_within),
         ("event_values", found.settings.get("event_values"), "no event up to the time, and event"),
         ("label_separator", found.settings.get("label_separator"), "separates the labels of a record"),
-        ("prompt_template", _prompt_template(found), "the prompt; a part with blank columns is left out"),
+        ("prompt_template", _choose_prompt_template(found), "the prompt; a part with blank columns is left out"),
         ("chat_template", plan.turns, turns),
         ("on_bad_record", "skip" if plan.left_out.count else None, lacking),
         ("max_length", None if found.features else plan.max_length, most),
@@ -364,7 +364,7 @@ def _iter_all_texts_lines(found: DetectedFile) -> Iterator[str]:
     yield f"  # prompt_template: {_to_yaml(template)}"
 
 
-def _public_list_lines(found: DetectedFile, plan: ExperimentPlan) -> Iterator[str]:
+def _iter_public_list_lines(found: DetectedFile, plan: ExperimentPlan) -> Iterator[str]:
     """The features and labels of `data`."""
     # A range or a list of categories that was taken from the records would publish something of them: the largest value
     # is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
@@ -400,7 +400,7 @@ def describe_spellings(labels: Iterable[str]) -> list[str]:
 def list_notes(found: DetectedFile, plan: ExperimentPlan) -> Iterator[str]:
     """Yield notes for the user before the first run."""
     public = "Sizes are public; at a real site, the site chooses its own in its site.toml."
-    sizes = ", ".join(f"{one:,}" for one in _declared_sizes(plan))
+    sizes = ", ".join(f"{one:,}" for one in _suggest_declared_sizes(plan))
     yield f"declared_sizes: {sizes}, near what each site trains on. {public}"
     proposed = "Labels, target_range and max_length were proposed from nearly all records of the file"
     yield f"{proposed}, and become public too: change whatever reveals too much."

@@ -113,7 +113,7 @@ def _list_participant_settings(asked: RunConfig, kind: Kind, site: str | None) -
         **alone,
         "federation.num_sites": 1,
         "federation.site_names": ["all"],
-        "data.declared_sizes": sum(asked.data.site_sizes(asked.federation.num_sites)),
+        "data.declared_sizes": sum(asked.data.list_site_sizes(asked.federation.num_sites)),
         "data.partition.proportions": [],
         "data.partition.sites": dict.fromkeys(asked.data.partition.sites, 0),
     }
@@ -146,19 +146,19 @@ class Compared:
     def sections(self) -> list[Section]:
         return [
             Section(title="Verdict", notes=self.verdict()),
-            self._scores_section(),
-            self._main_section(),
-            self._other_scores_section(),
+            self._build_scores_section(),
+            self._build_main_section(),
+            self._build_other_scores_section(),
             *(self._group_section(title, found) for title, found in self.groups.items()),
-            self._personalized_section(),
-            self._cost_section(),
-            Section(title="How to read this table", notes=[*self.notes, *self._reading_notes()]),
+            self._build_personalized_section(),
+            self._build_cost_section(),
+            Section(title="How to read this table", notes=[*self.notes, *self._iter_reading_notes()]),
         ]
 
     def verdict(self) -> list[str]:
         """Summarize the result in sentences, most important first."""
         compare, base, private = self.sides.compare_models, self.models[0], self.lines[0].private
-        told, constant, score = [self._comparison_sentence(base)], self.sides.constant, self.sides.primary_metric
+        told, constant, score = [self._format_comparison_sentence(base)], self.sides.constant, self.sides.primary_metric
         if constant is not None:
             mine = self.sides.estimate(self.main, score)
             told.insert(
@@ -171,7 +171,9 @@ class Compared:
                 told.append(f"{_capitalize(self.main)} is {verdict} than {_join_names(names)}.")
         private_of = {line.name: line.private for line in self.lines}
         told += [
-            self._comparison_sentence(mean) for mean, names in self.means.items() if private_of[names[0]] == private
+            self._format_comparison_sentence(mean)
+            for mean, names in self.means.items()
+            if private_of[names[0]] == private
         ]
         plain = f"{self.main}{NO_PRIVACY}"
         if plain in private_of:
@@ -190,7 +192,7 @@ class Compared:
             told.append(f"These records do not tell apart: {shown}{more}.")
         for title, groups in self.groups.items():
             told += self._group_sentences(title, groups)
-        besides = self._personalized_comparisons().items()
+        besides = self._compare_personalized_adapters().items()
         told += [f"Compared with {beside}, the own adapter is {_list_by_verdict(at, 'at')}." for beside, at in besides]
         if own := [line.name for line in self.lines if line.kind == "own"]:
             told.append(f"No guarantee covers the scores of {_join_names(own)}: trained without noise at one site.")
@@ -217,7 +219,7 @@ class Compared:
             where = "on all records" if at_sites is None else "on each site's own test records"
             yield f"Compared with each site alone, {where}, {self.main} is {_list_by_verdict(each, 'at')}."
 
-    def _comparison_sentence(self, base: str) -> str:
+    def _format_comparison_sentence(self, base: str) -> str:
         found = self.sides.compare_models(base, self.main)
         if found.verdict == NO_DIFFERENCE:
             interval = format_with_interval(found)
@@ -231,30 +233,30 @@ class Compared:
         count = pluralize(min(found.groups.sizes), self.sides.unit)
         yield f"The smallest group is {name} ({count}): {_format_estimate(found.scores[name][self.main])}."
 
-    def _personalized_comparisons(self) -> dict[str, dict[str, Comparison]]:
+    def _compare_personalized_adapters(self) -> dict[str, dict[str, Comparison]]:
         """Compare each personalized adapter with the site's alternatives: {alternative: {site: comparison}}.
 
         Uses the site's own records if the scores are grouped by site.
         """
         at_sites, found = self.groups.get(AT_SITES), dict[str, dict[str, Comparison]]()
-        for beside, own in _personalized_pairs(self.lines, base=self.models[0]):
+        for beside, own in _iter_personalized_pairs(self.lines, base=self.models[0]):
             pairs = {} if at_sites is None else at_sites.changes.get(str(own.site), {})
             if at_sites is None or pairs:  # else the site has too few of them
                 one = pairs.get((beside, own.name)) or self.sides.compare_models(beside, own.name)
                 found.setdefault(beside.removeprefix(f"{own.site} "), {})[str(own.site)] = one
         return found
 
-    def _personalized_section(self) -> Section:
+    def _build_personalized_section(self) -> Section:
         rows = [
             (site, beside, *format_change(one))
-            for beside, at in self._personalized_comparisons().items()
+            for beside, at in self._compare_personalized_adapters().items()
             for site, one in at.items()
         ]
         where = "the records that the site would have" if AT_SITES in self.groups else "all records"
         headings = ("site", "compared with", "difference", "95 % interval", "own is")
         return Section(title=f"Own adapter minus each other, on {where}", headings=headings, rows=rows, words={0, 1, 4})
 
-    def _scores_section(self) -> Section:
+    def _build_scores_section(self) -> Section:
         base, *others = self.models
         own = self.sides.estimate(base, self.sides.primary_metric)
         rows = [(base, _format_score(own.value), _format_interval(own), "", "", "")]
@@ -268,13 +270,13 @@ class Compared:
         headings = ("model", self._score, "95 % interval", f"minus {base}", "95 % interval", "compared with it")
         return Section(title=title, headings=headings, rows=rows, words={0, 5})
 
-    def _main_section(self) -> Section:
+    def _build_main_section(self) -> Section:
         others = [name for name in self.models[1:] if name != self.main]
         rows = [(name, *format_change(self.sides.compare_models(name, self.main))) for name in others]
         headings = ("compared with", "difference", "95 % interval", f"{self.main} is")
         return Section(title=f"{_capitalize(self.main)} minus each other", headings=headings, rows=rows, words={0, 3})
 
-    def _other_scores_section(self) -> Section:
+    def _build_other_scores_section(self) -> Section:
         names = [name for name in self.sides.scores if name != self.sides.primary_metric]
         rows = [
             (model, *(_format_estimate(self.sides.estimate(model, name)) for name in names)) for model in self.models
@@ -306,7 +308,7 @@ class Compared:
         title, notes = f"{_capitalize(self._score)} {title}", [merged] if groups.merged else []
         return Section(title=title, headings=headings, rows=rows, words={0, len(headings) - 1}, notes=notes)
 
-    def _cost_section(self) -> Section:
+    def _build_cost_section(self) -> Section:
         rows = []
         for line, result in ((line, line.run.result) for line in self.lines):
             if result is not None:
@@ -319,7 +321,7 @@ class Compared:
         headings = ("model", "epsilon", "time", "adapters moved")
         return Section(title="Cost", headings=headings, rows=rows, notes=notes) if rows else Section()
 
-    def _reading_notes(self) -> Iterator[str]:
+    def _iter_reading_notes(self) -> Iterator[str]:
         count, unit = self.sides.num_units, self.sides.unit
         drawn = f"from {RESAMPLES:,} draws of {pluralize(count, unit)}, with replacement, the same for all models"
         told = "They say how far other test records would move a score, and nothing about another run of that training."
@@ -337,7 +339,12 @@ class Compared:
             about = {"name": name, "mean_of": list(self.means.get(name, ())) or None, "scores": scores}
             models.append(about | (_run_json(lines[name]) if name in lines else {}))
         pairs = [
-            {"base": one, "tuned": other, "score": score, **_pair_to_json(sides.compare_models(one, other, score))}
+            {
+                "base": one,
+                "tuned": other,
+                "score": score,
+                **_convert_pair_to_json(sides.compare_models(one, other, score)),
+            }
             for one, other in combinations(self.models, 2)
             for score in sides.scores
         ]
@@ -355,7 +362,7 @@ class Compared:
                 "verdict": self.verdict(),
                 "models": models,
                 "pairs": pairs,
-                "groups": {title: _groups_to_json(found) for title, found in self.groups.items()},
+                "groups": {title: _convert_groups_to_json(found) for title, found in self.groups.items()},
             }
         )
         return told
@@ -371,15 +378,15 @@ def _run_json(line: Line) -> dict[str, Any]:
     return about | {"bytes": line.bytes_moved, "energy": final.energy}
 
 
-def _pair_to_json(found: Comparison) -> dict[str, Any]:
+def _convert_pair_to_json(found: Comparison) -> dict[str, Any]:
     return {"difference": found.difference, "verdict": found.verdict}
 
 
-def _groups_to_json(found: GroupScores) -> dict[str, Any]:
+def _convert_groups_to_json(found: GroupScores) -> dict[str, Any]:
     groups, each = found.groups, list[dict[str, Any]]()
     for name, count in zip(groups.names, groups.sizes, strict=True):
         pairs = found.changes[name].items()
-        changes = [{"base": base, "tuned": tuned, **_pair_to_json(one)} for (base, tuned), one in pairs]
+        changes = [{"base": base, "tuned": tuned, **_convert_pair_to_json(one)} for (base, tuned), one in pairs]
         scores = {"scores": found.scores[name], "gaps": found.gaps[name], "changes": changes}
         each.append({"name": name, "units": count, **scores})
     return {"merged": groups.merged, "smallest": groups.smallest, "groups": each}
@@ -412,7 +419,7 @@ def score_side_by_side(
     first, main = finished[0][0], lines[0].name
     base, notes = next(iter(sides.measured)), []
     pairs = [(name, main) for name in sides.measured if name != main]
-    pairs += [(beside, own.name) for beside, own in _personalized_pairs(lines, base=base)]
+    pairs += [(beside, own.name) for beside, own in _iter_personalized_pairs(lines, base=base)]
     is_federated = any(line.kind == "federated" for line in lines)
     values = {f"by {by}": read_column_values(sides.records, by, key="--by")} if by else {}
     if is_federated and (at_sites := assign_sites(first, sides.records)) is not None:
@@ -432,7 +439,7 @@ def score_side_by_side(
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
 
 
-def _personalized_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]]:
+def _iter_personalized_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]]:
     """Yield each site's personalized adapter with every alternative open to that site, the base included."""
     for own in (line for line in lines if line.kind == "own" and line.site):
         others = [line.name for line in lines if line.kind != "own" and line.site in (None, own.site)]

@@ -19,9 +19,9 @@ from fedtune.data.partition import group_by_user
 from fedtune.formatting import flatten
 from fedtune.lab.preparation.detect import detect_columns
 from fedtune.lab.preparation.detected_file import KINDS, OPTIONS
-from fedtune.lab.preparation.experiment_writer import placeholder_overrides, plan_experiment, render_experiment
+from fedtune.lab.preparation.experiment_writer import build_placeholder_overrides, plan_experiment, render_experiment
 from fedtune.lab.preparation.readers import count_token_ids, load_reader
-from fedtune.runs.run_paths import default_run_name
+from fedtune.runs.run_paths import make_default_run_name
 from fedtune.sites.run_records import partition_run_records
 from fedtune.spec import NOT_GIVEN, ConfigError, DataError
 
@@ -99,7 +99,7 @@ def _complete_settings(
     if is_detected:
         require_known_settings(said)
         named, said = suggest_experiment(folder, said, num_sites=len(sites))
-    said = {"name": default_run_name(), **said, **own}
+    said = {"name": make_default_run_name(), **said, **own}
     said |= {"federation.num_sites": len(sites), "federation.site_names": sites}
     measured = (is_detected or is_shipped) and "data.declared_sizes" not in dict(flatten(said))
     config = compose_recipe(named, {**said, "data.declared_sizes": 2} if measured else said)
@@ -168,7 +168,7 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
     with _explain_for_python():
         found = detect_columns(records, known, by_person=said.get("privacy.unit") != "record")
     base, model = KINDS[found.kind][1], settings.get("model")
-    words = ["data.train_file=x", "data.declared_sizes=2", *placeholder_overrides(base)]
+    words = ["data.train_file=x", "data.declared_sizes=2", *build_placeholder_overrides(base)]
     words += [f"model={quote_word(model)}"] if isinstance(model, str) else []
     of_model = {key: value for key, value in said.items() if key.startswith("model.")}
     config = compose_run([f"experiment={base}", *words], changed=of_model)

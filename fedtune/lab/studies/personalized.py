@@ -129,7 +129,7 @@ def sections(made: Mapping[str, Personalized]) -> list[Section]:
         base = next(iter(sides.measured))
         values = [f"{sides.estimate(name, score).value:.4f}" for name in (base, ALONE, SHARED, OWN)]
         rows.append((site, f"{sides.num_units:,}", *values, format_with_interval(sides.compare_models(SHARED, OWN))))
-        notes.append(_summary_sentence(site, one))
+        notes.append(_format_summary_sentence(site, one))
     first = next(iter(made.values())).sides
     headings = ("site", f"{first.unit}s", "base", ALONE, SHARED, OWN, "own less shared,\n95 % interval")
     if any(one.seen for one in made.values()):
@@ -157,7 +157,7 @@ def to_json(made: Mapping[str, Personalized]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "sites": sites}
 
 
-def _summary_sentence(site: str, one: Personalized) -> str:
+def _format_summary_sentence(site: str, one: Personalized) -> str:
     if one.passes == 0:
         return f"{site}: its own records do not improve the shared adapter, which is used unchanged."
     beside = {name: one.sides.compare_models(name, OWN).verdict for name in (SHARED, ALONE)}

@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 from fedtune.api.experiment_file import OPEN
 from fedtune.api.public import Callback, Progress, Run
-from fedtune.data.records import Record, empty_file_error, iter_records, resolve_file
+from fedtune.data.records import Record, build_empty_file_error, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.preparation.experiment_writer import escape_interpolations
 from fedtune.sites.run_records import RunRecords, normalize_text, require_disjoint
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.tasks.saved import SavedAdapter
@@ -88,7 +88,7 @@ def synthesize(
     *roles, _ = columns = map_synthetic_columns(run)
     shares = _read_prompts(run, prompts, roles, own or RunRecords(run.config)) if prompts is not None else {}
     if votes is not None:
-        voted: dict[Prompt, float] = {(text,): weight for text, weight in vote_shares(votes).items()}
+        voted: dict[Prompt, float] = {(text,): weight for text, weight in compute_vote_shares(votes).items()}
         if len(roles) > 1 or (shares and set(shares) != set(voted)):
             bound = "must have the prompts as its candidates, each in the prompt's only column"
             raise ConfigError("--votes", str(votes.folder), bound)
@@ -188,13 +188,13 @@ def _read_prompts(run: Run, prompts: str | Path, roles: Sequence[str], own: RunR
     Raises:
         ConfigError: the file looks like the run's own prompts, not like a public list.
     """
-    path = resolve_file(str(prompts), shipped_folders(), key="--prompts")
+    path = resolve_file(str(prompts), find_shipped_folders(), key="--prompts")
 
     def counts(records: Iterable[Record]) -> Counter[Prompt]:
         return Counter(tuple(normalize_text(one.fields[role]) for role in roles) for one in records)
 
     if not (listed := list(iter_records(path, {role: run.config.data.columns[role] for role in roles}))):
-        raise empty_file_error(path)
+        raise build_empty_file_error(path)
     require_disjoint(listed, own, key="--prompts", file=str(prompts))
     found = counts(listed)
     times = Counter[Prompt]()
@@ -209,7 +209,7 @@ def _read_prompts(run: Run, prompts: str | Path, roles: Sequence[str], own: RunR
     return dict(Counter(tuple(one.fields[role] for role in roles) for one in listed))
 
 
-def vote_shares(votes: Run) -> dict[str, float]:
+def compute_vote_shares(votes: Run) -> dict[str, float]:
     """Return each candidate's text with its noisy share of all votes; shares are at least 0 and sum to 1.
 
     Raises:
@@ -253,7 +253,7 @@ def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> 
     Raises:
         ConfigError: there are too few candidates, or a text was not in the voting experiment.
     """
-    weights = vote_shares(votes)
+    weights = compute_vote_shares(votes)
     rows = [row for row in found.rows if row[column] != OPEN]  # as in the voting experiment
     if keep > len(rows):
         raise ConfigError(
@@ -293,7 +293,7 @@ def render_voting_experiment(rows: Sequence[Mapping[str, str]], column: str, con
 
     texts = list(dict.fromkeys(row[column] for row in rows if row[column] != OPEN))
     data = {key: getattr(config.data, key) for key in _OF_RECORDS} | {"partition": asdict(config.data.partition)}
-    by = config.data.required_columns((), partition=True, unit=config.privacy.unit)
+    by = config.data.map_required_columns((), partition=True, unit=config.privacy.unit)
     data |= {"columns": {"text": config.data.columns["completion"], **by}}
     data |= {"labels": [f"text-{number:05}" for number in range(len(texts))]}
     names = {"num_sites": config.federation.num_sites, "site_names": list(config.federation.names)}
@@ -304,7 +304,7 @@ def render_voting_experiment(rows: Sequence[Mapping[str, str]], column: str, con
     return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, sort_keys=False))
 
 
-def classifier_accuracy(
+def measure_classifier_accuracy(
     records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, ...]] = ()
 ) -> dict[str, float] | None:
     """Measure how well a bag-of-words classifier, trained on records, predicts their codes; codes that occur once are

@@ -24,7 +24,14 @@ from fedtune.evaluation.bootstrap import score_direction
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import jsonable, pluralize
-from fedtune.lab.studies.trials import SearchTrial, Trials, Values, comparability_key, list_combinations, run_quietly
+from fedtune.lab.studies.trials import (
+    SearchTrial,
+    Trials,
+    Values,
+    build_comparability_key,
+    list_combinations,
+    run_quietly,
+)
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
@@ -87,7 +94,7 @@ class Search:
             tried = combine_extreme_values(searched)
             shapes = tuple(search.trial("shape", values) for values in tried)
             search._check_compatible(shapes)
-            return replace(search, shapes=shapes, plans=(_common_plan(tried, shapes),) * trials)
+            return replace(search, shapes=shapes, plans=(_find_common_plan(tried, shapes),) * trials)
         listed = (
             list_combinations(searched)
             if trials is None
@@ -123,7 +130,7 @@ class Search:
         """Refuse a search that exceeds the budgets of existing sites (`runtime.sites_dir`)."""
         if self.asked.runtime.sites_dir is None:
             return
-        sites = self._sites(self.shapes[0])
+        sites = self._create_sites(self.shapes[0])
         sites.check_policies_exist()  # before anything is written there
         lead = sites.lead_key().public
         known = {shape.name: shape for shape in self.shapes}
@@ -138,12 +145,12 @@ class Search:
 
     def run(self, trials: Trials, work: Callable[[SearchTrial], RunResult] = run_quietly) -> None:
         """Run every unfinished trial, add it to `trials`, and record the selected one."""
-        from fedtune.sites.virtual_site import budget_covering
+        from fedtune.sites.virtual_site import build_covering_budget
 
         if not (self.folder / _FILE).exists():
             self._record_search()
         tpe = None if self.listed else Tpe(self.searched, seed=str(self.asked.seed), number=self.number)
-        within = budget_covering(self.plans) if self.asked.runtime.sites_dir is None else None
+        within = build_covering_budget(self.plans) if self.asked.runtime.sites_dir is None else None
         spent: list[Plan] = []
         for place, name in enumerate(self.names):
             values = tpe.ask() if tpe else self.listed[place]
@@ -152,7 +159,7 @@ class Search:
                 bound = "together determine a trial's cost: use a grid"
                 raise ConfigError("KEY=VALUE", ", ".join(values), bound)
             if within is not None and not trial.earlier:
-                self._sites(trial.config).write_policies(within=within)
+                self._create_sites(trial.config).write_policies(within=within)
             trial = trial.run(work)
             of_sites = trial.result.privacy.sites.values() if trial.result else ()
             if any(one.rounds for one in of_sites) or not isinstance(trial.error, RefusedError):  # else no charge
@@ -172,7 +179,7 @@ class Search:
             return
         path, name = self.folder / _FILE, self.asked.name
         try:
-            same = json.loads(path.read_bytes())["search"] == self._identity()
+            same = json.loads(path.read_bytes())["search"] == self._build_identity()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(
                 "name", name, f"is taken: {self.folder} exists and is not a search; choose another"
@@ -180,7 +187,7 @@ class Search:
         if not same:
             raise ConfigError("name", name, f"is taken: {path} belongs to a search with other settings; choose another")
 
-    def _identity(self) -> dict[str, Any]:
+    def _build_identity(self) -> dict[str, Any]:
         kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
         return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
 
@@ -199,18 +206,18 @@ class Search:
             if shape.privacy.private != shapes[0].privacy.private:
                 bound = "must be the same in all trials: without noise nothing is bounded"
                 raise ConfigError("privacy", "none", bound)
-        if len(set(map(comparability_key, shapes))) > 1:
+        if len(set(map(build_comparability_key, shapes))) > 1:
             bound = "must not change the task or the validation records, or scores cannot be compared"
             raise ConfigError("KEY=VALUE", ", ".join(one.key for one in self.searched), bound)
 
-    def _sites(self, config: RunConfig) -> VirtualSites:
+    def _create_sites(self, config: RunConfig) -> VirtualSites:
         from fedtune.sites.virtual_site import VirtualSites
 
         return VirtualSites.of(config, self.folder, config.plan())
 
     def _record_search(self, **more: Any) -> None:
         """Write the search file; before the first trial, it claims the folder for this search."""
-        about = {"schema_version": SCHEMA_VERSION, "search": self._identity(), "price": jsonable(self.price)}
+        about = {"schema_version": SCHEMA_VERSION, "search": self._build_identity(), "price": jsonable(self.price)}
         try:
             self._record_price(self.folder)  # before the first trial, which takes it along
             write_durably(self.folder / _FILE, to_json_text(about | more).encode())
@@ -263,7 +270,7 @@ def _check_searchable(asked: RunConfig) -> None:
     check_decision_scores(asked)
 
 
-def _common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
+def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
     """Return the common plan of all trials when their values are not known in advance (TPE).
 
     Raises:
@@ -303,7 +310,7 @@ def _describe_promise(price: SearchPrice) -> str:
 def draw_random_trials(searched: Sequence[Searched], *, seed: str, number: int) -> list[Values]:
     """Draw independent trials from the same distribution, with a separate seed for each."""
     optuna = _import_optuna()
-    spaces = {one.key: _distribution(one) for one in searched}
+    spaces = {one.key: _make_distribution(one) for one in searched}
     trials = []
     for place in range(number):
         # One seed for each, so that one trial's values say nothing about its place among them.
@@ -321,7 +328,7 @@ class Tpe:
         sampler = optuna.samplers.TPESampler(seed=_derive_seed(seed, 0), n_startup_trials=first)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._failed = optuna.trial.TrialState.FAIL
-        self._searched, self._spaces = searched, {one.key: _distribution(one) for one in searched}
+        self._searched, self._spaces = searched, {one.key: _make_distribution(one) for one in searched}
 
     def ask(self) -> Values:
         self._trial = self._study.ask(self._spaces)
@@ -354,7 +361,7 @@ def _format_number(one: Searched, value: float) -> str:
     return str(value) if one.is_whole else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
 
 
-def _distribution(one: Searched) -> BaseDistribution:
+def _make_distribution(one: Searched) -> BaseDistribution:
     from optuna import distributions
 
     if one.choices:

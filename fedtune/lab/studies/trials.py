@@ -21,12 +21,12 @@ from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.federation.lead import Scores
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import infinite_if_none, pluralize
+from fedtune.formatting import convert_none_to_infinite, pluralize
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.results import DIVERGED, RunResult
-from fedtune.runs.run_paths import default_run_name, find_run_folder, is_finished, resume_config
+from fedtune.runs.run_paths import find_run_folder, is_finished, make_default_run_name, resume_config
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 
@@ -152,7 +152,7 @@ def run_quietly(trial: SearchTrial) -> RunResult:
     return simulate(trial.config).result
 
 
-def comparability_key(config: RunConfig) -> tuple[Any, ...]:
+def build_comparability_key(config: RunConfig) -> tuple[Any, ...]:
     """Return everything that runs must share for their validation scores to be comparable."""
     data = config.data
     read = (tuple(sorted(data.columns.items())), data.on_bad_record, data.labels)
@@ -209,7 +209,7 @@ class Trials:
         fixed, searched = split_searched(overrides)
         given = [str(override_value(override)) for override in fixed if override_key(override) == "name"]
         is_named = any(one.key == "name" for one in searched)
-        name = given[-1] if given else default_run_name()
+        name = given[-1] if given else make_default_run_name()
         trials = cls(Path(), again=(*overrides, *([] if given or is_named else [f"name={name}"])))
         differ = [one.key for one in searched if len(one.choices) > 1]
         for values in list_combinations(searched):
@@ -252,7 +252,7 @@ class Trials:
         comparable.
         """
         scored = [(score, trial) for trial in self.rows.values() if (score := trial.score) is not None]
-        if len(scored) < self.fewest or len({comparability_key(trial.config) for _, trial in scored}) > 1:
+        if len(scored) < self.fewest or len({build_comparability_key(trial.config) for _, trial in scored}) > 1:
             return None
         sign = score_direction(scored[0][1].config.primary_metric)
         return max(scored, key=lambda pair: sign * pair[0])[1]
@@ -287,7 +287,7 @@ class Trials:
             cells = dict(zip(_FIRST_COLUMNS, first, strict=True)) | dict(trial.values)
             if trial.result is not None:
                 privacy = trial.result.privacy
-                cells |= {"epsilon_spent": infinite_if_none(privacy.epsilon), "delta": privacy.delta}
+                cells |= {"epsilon_spent": convert_none_to_infinite(privacy.epsilon), "delta": privacy.delta}
             if trial.together is not None:
                 cells["epsilon_so_far"] = trial.together
             for kind, scores in (("validation", trial.validation), ("test", trial.test)):

@@ -77,7 +77,7 @@ def build_skipped_check(name: str, because: str) -> DoctorCheck:
     return DoctorCheck(name=name, status=Status.SKIPPED, found=f"skipped: {because}")
 
 
-def overall_exit_code(checks: Iterable[DoctorCheck]) -> int:
+def choose_exit_code(checks: Iterable[DoctorCheck]) -> int:
     """Return the exit code of the most important failure, or 0 if no check failed."""
     codes = {check.exit_code for check in checks if check.status is Status.FAILED}
     return next((code for code in (SETTINGS, REFUSED, SERVER) if code in codes), 0)

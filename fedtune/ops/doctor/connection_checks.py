@@ -66,7 +66,7 @@ class Connection:
     def __init__(self, kit: Kit, *, timeout_s: float = 10.0) -> None:
         self._kit, self._timeout_s = kit, timeout_s
         self._host, self._server = Address.parse_address(kit.server).host, kit.server
-        self._proxy = _proxy_for(self._host)
+        self._proxy = _find_proxy(self._host)
         self._encrypted: Any = None
         self._begun: dict[str, float] = {}  # the client's steps, and when each began or was complete
         self.clock_ahead_s: tuple[float, float] | None = None
@@ -78,7 +78,7 @@ class Connection:
 
         tls = self._kit.tls()
         try:
-            context, headers = tls.client_context(), sign_headers(tls)
+            context, headers = tls.create_client_context(), sign_headers(tls)
         except (OSError, ConfigError):
             why, fix = (
                 "the kit's key and certificates cannot be used",
@@ -237,7 +237,7 @@ def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
     return failed(_CONTROL, found, fix=fix)
 
 
-def _proxy_for(host: str) -> str:
+def _find_proxy(host: str) -> str:
     """Return the proxy for `host` as host:port, without user and password; empty if there is none.
 
     The proxy comes from HTTPS_PROXY, or else ALL_PROXY, unless NO_PROXY exempts the host: the site's HTTP client reads

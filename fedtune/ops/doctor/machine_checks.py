@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from fedtune.ops.doctor.check import SERVER, DoctorCheck, build_passed_check, build_skipped_check, failed, warning
-from fedtune.ops.files import account_name, primary_group
+from fedtune.ops.files import get_account_name, get_primary_group
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.system import effective_group, effective_user, grp
 
@@ -65,7 +65,7 @@ def check_disks(
         free_bytes: returns the free space of the disk that holds a folder.
     """
     for what, folder in folders.items():
-        name, free = f"disk of the {what}", free_bytes(nearest_existing(folder))
+        name, free = f"disk of the {what}", free_bytes(find_nearest_existing(folder))
         found = f"{free / _GIB:.1f} GiB free"
         if free < TOO_LITTLE_DISK_BYTES:
             found = f"{free / 2**20:.0f} MiB free, but at least {TOO_LITTLE_DISK_BYTES // 2**20} MiB are needed"
@@ -81,7 +81,12 @@ def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
 
     The kind of the file system comes from the kernel's mount table below `system`.
     """
-    name, place, kind, deepest = "file system", Path(os.path.realpath(nearest_existing(ledger))), "an unknown one", 0
+    name, place, kind, deepest = (
+        "file system",
+        Path(os.path.realpath(find_nearest_existing(ledger))),
+        "an unknown one",
+        0,
+    )
     for line in _read_text(system / "proc/self/mounts").splitlines():
         _, folder, found, *_ = line.split()
         folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), folder)  # blanks are written as \040
@@ -122,7 +127,7 @@ def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
     if anchor is None:
         found = "the policy names no anchor: nothing here detects a rollback of the ledger"
         return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk.")
-    if nearest_existing(anchor).stat().st_dev == nearest_existing(ledger).stat().st_dev:
+    if find_nearest_existing(anchor).stat().st_dev == find_nearest_existing(ledger).stat().st_dev:
         found = "on the ledger's own disk: both can be rolled back together"
         return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk, and move the file there.")
     return build_passed_check(name, "on a different disk than the ledger")
@@ -208,7 +213,7 @@ def probe_gpu() -> str:
             return ""
 
 
-def nearest_existing(path: Path) -> Path:
+def find_nearest_existing(path: Path) -> Path:
     """Return `path` if it exists, or else its nearest parent folder that does."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
@@ -234,13 +239,15 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
     yield from wrong
     if account != effective_user():
         found = (
-            f"the site's process runs as account {account_name(account)}, but this is {account_name(effective_user())}"
+            f"the site's process runs as account {get_account_name(account)}, but this is "
+            f"{get_account_name(effective_user())}"
         )
-        fix = f"Run the doctor as {account_name(account)}, for instance with `sudo -u {account_name(account)}`."
+        fix = f"Run the doctor as {get_account_name(account)}, for instance with `sudo -u {get_account_name(account)}`."
         yield failed(f"{_NAME}: account", found, fix=fix)
     elif not wrong:
         yield build_passed_check(
-            _NAME, f"the files of account {account_name(account)} belong to it, and only it and root can change them"
+            _NAME,
+            f"the files of account {get_account_name(account)} belong to it, and only it and root can change them",
         )
 
 
@@ -253,10 +260,10 @@ def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
     # Root may own what the site's process only reads, and a folder that the process may write into.
     may_be_roots = what == "policy" or (folder and os.access(path, os.W_OK))
     if found.st_uid != account and not (found.st_uid == _ROOT and may_be_roots):
-        own = account_name(account)
-        said = f"{path} belongs to account {account_name(found.st_uid)}, but the site's process runs as {own}"
+        own = get_account_name(account)
+        said = f"{path} belongs to account {get_account_name(found.st_uid)}, but the site's process runs as {own}"
         return failed(name, said, fix=f"Run `chown {own}: {path}`.")
-    own_gid = primary_group(account)
+    own_gid = get_primary_group(account)
     others = found.st_mode & stat.S_IWGRP and found.st_gid not in (
         effective_group() if own_gid is None else own_gid,
         _ROOT,

@@ -56,8 +56,8 @@ def check_site_certificate(kit: Kit, now: datetime) -> DoctorCheck:
     except ConfigError as error:
         fix = "Unzip the kit made from this folder's join_request.json, or send the lead that request again."
         return from_error(name, error, fix=fix)
-    said = f"in force until {found.not_after:%Y-%m-%d}, {found.days_left(now)} days from now"
-    if found.days_left(now) < SOON_DAYS:
+    said = f"in force until {found.not_after:%Y-%m-%d}, {found.count_days_left(now)} days from now"
+    if found.count_days_left(now) < SOON_DAYS:
         fix = f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here."
         return warning(name, said, fix=fix)
     return build_passed_check(name, f"belongs to this site's key; {said}")
@@ -280,7 +280,7 @@ def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[Doctor
     for key, made_for, says in history.opening.differences(files.policy):
         fix = f"Restore the old value of {key} in site.toml: it is fixed for the ledger's lifetime."
         yield failed(name, f"was created for {key} = {made_for}, but the policy says {says}", fix=fix)
-    if files.anchor is not None and not files.anchor.is_file() and history.total_charges():
+    if files.anchor is not None and not files.anchor.is_file() and history.count_total_charges():
         fix = f"Restore the anchor, or create a new one with `fedtune ledger anchor` ({_PAGE})."
         yield failed(name, "its anchor is missing, and something was charged: nothing is trained", fix=fix)
     if history.furthest_doubt is not None:
@@ -332,11 +332,11 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     """Check how much of the lifetime budget is left."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
-    taken = history.charges_and_reservations(now)
+    taken = history.count_charges_and_reservations(now)
     if history.seeded:
         fix = "Do not use it for real records: it is marked permanently."
         return warning(name, "a run took its noise from a seed: this ledger promises nothing", fix=fix)
-    if why := history.pending_period_reason():
+    if why := history.explain_pending_period():
         return warning(
             name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
         )
@@ -344,7 +344,7 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     if math.isinf(cap):
         found = f"no lifetime cap, so there is no guarantee; epsilon {epsilon} is spent"
         return warning(name, found, fix="Set budget.max_epsilon in site.toml before you train on real records.")
-    runs = spending.remaining_runs(history, policy, policy.budget.reference.event, now)
+    runs = spending.count_remaining_runs(history, policy, policy.budget.reference.event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
     found = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
@@ -417,10 +417,12 @@ def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = N
     other cohorts.
     """
     now = history.now()
-    taken = [history.charges_and_reservations(now)]
+    taken = [history.count_charges_and_reservations(now)]
     if also is not None:
         asked = events.count_mechanisms([also.full_event])
-        taken += [history.charges_and_reservations(now, cohort) + asked for cohort in history.cohorts(also.cohorts)]
+        taken += [
+            history.count_charges_and_reservations(now, cohort) + asked for cohort in history.cohorts(also.cohorts)
+        ]
     share = spending.compute_spent_fraction(history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon)
     assert share is not None, "a finite cap"
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"

@@ -48,13 +48,13 @@ class Certificate:
     def from_x509(cls, certificate: x509.Certificate) -> Certificate:
         """Extract the facts of an X.509 certificate."""
         return cls(
-            name=common_name(certificate.subject) or "",
+            name=get_common_name(certificate.subject) or "",
             not_before=certificate.not_valid_before_utc,
             not_after=certificate.not_valid_after_utc,
-            fingerprint=key_fingerprint(public_pem(certificate)),
+            fingerprint=compute_key_fingerprint(encode_public_pem(certificate)),
         )
 
-    def days_left(self, now: datetime) -> int:
+    def count_days_left(self, now: datetime) -> int:
         """Return the number of whole days until the certificate expires; negative if it has expired."""
         return (self.not_after - now) // timedelta(days=1)
 
@@ -99,7 +99,7 @@ def check_private(path: Path) -> None:
         raise ConfigError(str(path), f"mode {mode:03o}", bound, remedy=f"chmod 600 {path}")
 
 
-def p384_public_key(
+def extract_p384_public_key(
     holder: x509.Certificate | x509.CertificateSigningRequest, *, key: str
 ) -> ec.EllipticCurvePublicKey:
     """Return the public key of a certificate or a signing request, which must be EC P-384.
@@ -128,7 +128,9 @@ def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: st
     try:
         certificate.verify_directly_issued_by(ca)
     except (*UNREADABLE, InvalidSignature):
-        raise ConfigError(key, common_name(certificate.subject), "must be issued by the authority in ca.pem") from None
+        raise ConfigError(
+            key, get_common_name(certificate.subject), "must be issued by the authority in ca.pem"
+        ) from None
 
 
 def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, renewal: str) -> None:
@@ -146,7 +148,7 @@ def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, re
         raise ConfigError(key, f"{begins:%Y-%m-%d %H:%M} UTC", bound, remedy="set the clock")
 
 
-def common_name(name: x509.Name) -> str | None:
+def get_common_name(name: x509.Name) -> str | None:
     """Return the common name in a subject; None if there is no common name, or more than one."""
     found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if len(found) == 1 else None
@@ -165,7 +167,7 @@ def check_days(key: str, days: int) -> None:
         raise ConfigError(key, days, f"must be a number of days from 1 to {_MOST_DAYS}")
 
 
-def certificate_host_names(certificate: x509.Certificate) -> list[str]:
+def list_certificate_host_names(certificate: x509.Certificate) -> list[str]:
     """Return the host names and IP addresses in a server certificate, in lower case."""
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -175,14 +177,14 @@ def certificate_host_names(certificate: x509.Certificate) -> list[str]:
     return [name.lower() for name in found.get_values_for_type(x509.DNSName)] + addresses
 
 
-def public_pem(holder: x509.Certificate | x509.CertificateSigningRequest | ec.EllipticCurvePrivateKey) -> bytes:
+def encode_public_pem(holder: x509.Certificate | x509.CertificateSigningRequest | ec.EllipticCurvePrivateKey) -> bytes:
     """Return the public key of a certificate, a signing request or a private key as SubjectPublicKeyInfo in PEM
     format.
     """
     return holder.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def key_fingerprint(public: bytes) -> str:
+def compute_key_fingerprint(public: bytes) -> str:
     """Return the fingerprint of a public key in PEM format: the SHA-256 of its DER-encoded SubjectPublicKeyInfo, in
     hex.
     """
@@ -231,7 +233,7 @@ class Authority:
             raise ConfigError(str(path), NOT_GIVEN, "is missing", remedy=remedy)
         check_private(path)
         key, certificate = read_connection_key(path), read_certificate(folder / "ca.pem")
-        if public_pem(certificate) != public_pem(key):
+        if encode_public_pem(certificate) != encode_public_pem(key):
             raise ConfigError(str(path), NOT_GIVEN, "is not the key of the certificate in ca.pem next to it")
         return cls(key=key, certificate=certificate)
 
@@ -282,14 +284,14 @@ def generate_connection_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP384R1())
 
 
-def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def encode_private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     """Serialize a private key to unencrypted PEM, for a file that only its owner can read."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
-def certificate_pem(certificate: x509.Certificate) -> bytes:
+def encode_certificate_pem(certificate: x509.Certificate) -> bytes:
     """Serialize a certificate to PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 

@@ -23,11 +23,11 @@ from fedtune.ops.files import translate_write_errors
 from fedtune.ops.kits.certificates import (
     Authority,
     Certificate,
-    certificate_host_names,
-    certificate_pem,
     check_common_name,
     check_days,
-    key_fingerprint,
+    compute_key_fingerprint,
+    encode_certificate_pem,
+    list_certificate_host_names,
     read_certificate,
 )
 from fedtune.ops.kits.kit_file import Address, KitFile, KitModel, check_model_names, is_host, read_json, read_spec
@@ -168,7 +168,7 @@ class FederationFolder:
         if kind == "site":
             host, names = (
                 self.settings.hosts[0],
-                certificate_host_names(read_certificate(self.folder / "server" / "server.pem")),
+                list_certificate_host_names(read_certificate(self.folder / "server" / "server.pem")),
             )
             if host not in names:
                 bound = f"is not in the server's certificate, which is for {', '.join(names)}: renew-server first"
@@ -208,14 +208,14 @@ class FederationFolder:
             federation=self.settings.name,
             sites=tuple(members),
             number=max(before + 1, int(time.time())),
-        ).sign_roster(self._signing_key())
+        ).sign_roster(self._load_signing_key())
         both = {f"{kind}/roster.json": roster.to_bytes() for kind in ("lead", "server")}
         encoded = {path: base64.b64encode(data).decode() for path, data in {**files, **both}.items()}
         with translate_write_errors(self.folder, key="--federation"):
             write_durably(self.folder / CHANGE, _to_json_bytes(_Change(version=KIT_SCHEMA, files=encoded)))
         _complete_change(self.folder)
 
-    def _signing_key(self) -> SigningKey:
+    def _load_signing_key(self) -> SigningKey:
         command, file = self.settings.key_command, self.folder / SETTINGS
         own = SigningKey.load(self.folder / "lead" / "lead_key.pem", command=command, named_in=file)
         if own.public != self.lead_key:  # the server would take no roster that it signs
@@ -238,10 +238,10 @@ class FederationFolder:
 
     def retire_key(self, node_key: bytes) -> dict[str, bytes]:
         """Return the updated file of retired connection keys, with `node_key`, as an argument of `apply_change`."""
-        fingerprints = tuple(sorted(self.read_retired_keys() | {key_fingerprint(node_key)}))
+        fingerprints = tuple(sorted(self.read_retired_keys() | {compute_key_fingerprint(node_key)}))
         return {_RETIRED: _to_json_bytes(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
 
-    def kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
+    def list_kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
         """Return the public files of a kit (name -> content), without the roster."""
         kit = KitFile(
             version=KIT_SCHEMA,
@@ -256,9 +256,9 @@ class FederationFolder:
         ca = read_certificate(self.folder / "authority" / "ca.pem")
         return {
             "kit.toml": kit.to_toml().encode(),
-            "ca.pem": certificate_pem(ca),
+            "ca.pem": encode_certificate_pem(ca),
             "README.md": _render_readme(kit, certificate, ca=ca).encode(),
-            f"{kind}.pem": certificate_pem(certificate),
+            f"{kind}.pem": encode_certificate_pem(certificate),
         }
 
 
@@ -297,7 +297,7 @@ def _render_readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Cert
             federation=kit.federation,
             server=kit.server,
             port=Address.parse_address(kit.server).port,
-            hosts=", ".join(certificate_host_names(certificate)),
+            hosts=", ".join(list_certificate_host_names(certificate)),
             site=kit.site,
             fingerprint=group_hex(own.fingerprint),
             ends=f"{own.not_after:%Y-%m-%d}",

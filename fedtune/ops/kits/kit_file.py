@@ -14,12 +14,12 @@ from fedtune.codec import decode, parse_json, read_toml, to_toml
 from fedtune.extras import require_extra
 from fedtune.ops.kits.certificates import (
     Certificate,
-    certificate_host_names,
     check_issued,
     check_private,
     check_validity,
+    encode_public_pem,
+    list_certificate_host_names,
     parse_ip_address,
-    public_pem,
     read_certificate,
     read_connection_key,
 )
@@ -220,7 +220,7 @@ class Kit(KitFile):
             raise ConfigError("lead", kit.lead, f"must be the public key of {found}, {public}").in_file(file)
         return kit
 
-    def site_files(self, site_toml: Path) -> SiteFiles:
+    def find_site_files(self, site_toml: Path) -> SiteFiles:
         """Return the files that the policy `site_toml` names, after checking that the policy and the kit name the same
         site.
 
@@ -281,17 +281,17 @@ class Kit(KitFile):
         """
         ca, certificate = read_certificate(self.ca), read_certificate(self.certificate)
         key, found = str(self.certificate), Certificate.from_x509(certificate)
-        if public_pem(certificate) != public_pem(read_connection_key(self.key)):
+        if encode_public_pem(certificate) != encode_public_pem(read_connection_key(self.key)):
             raise ConfigError(key, found.name, f"must match the key in {self.key.name}; it was issued for another key")
         check_issued(certificate, ca=ca, key=key)
         expected = self.site if self.kind == "site" else self.kind
         if found.name != expected:
             raise ConfigError(key, found.name, f"must be a certificate for {expected}")
-        if self.kind == "server" and (host := Address.parse_address(self.server).host) not in certificate_host_names(
-            certificate
-        ):
+        if self.kind == "server" and (
+            host := Address.parse_address(self.server).host
+        ) not in list_certificate_host_names(certificate):
             raise ConfigError(
-                key, host, f"must be one of the names in the certificate: {certificate_host_names(certificate)}"
+                key, host, f"must be one of the names in the certificate: {list_certificate_host_names(certificate)}"
             )
         check_validity(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_validity(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])

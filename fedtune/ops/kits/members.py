@@ -25,13 +25,13 @@ from fedtune.ops.kits.certificates import (
     UNREADABLE,
     check_common_name,
     check_private,
-    common_name,
+    compute_key_fingerprint,
+    encode_private_pem,
+    encode_public_pem,
+    extract_p384_public_key,
     generate_connection_key,
+    get_common_name,
     is_p384,
-    key_fingerprint,
-    p384_public_key,
-    private_pem,
-    public_pem,
 )
 from fedtune.ops.kits.kit_file import KitFile, read_json
 from fedtune.privacy.durable import write_durably
@@ -73,7 +73,7 @@ class Member:
                 raise ConfigError("revoked", self.revoked, "must be a time in ISO 8601 format, or null") from None
         try:
             issued = self.x509_certificate
-            named, connection_key = common_name(issued.subject), issued.public_key()  # parsed only now
+            named, connection_key = get_common_name(issued.subject), issued.public_key()  # parsed only now
         except UNREADABLE:
             raise ConfigError("certificate", self.site, "must be a certificate in PEM format") from None
         if named != self.site or not is_p384(connection_key):
@@ -92,12 +92,12 @@ class Member:
         """Public key of the site's connection (EC P-384): SubjectPublicKeyInfo in PEM format, as Flower registers
         nodes.
         """
-        return _node_key(self.certificate)
+        return _extract_node_key(self.certificate)
 
 
 @lru_cache(maxsize=1024)  # a server looks for it at every call
-def _node_key(certificate: str) -> bytes:
-    return public_pem(x509.load_pem_x509_certificate(certificate.encode()))
+def _extract_node_key(certificate: str) -> bytes:
+    return encode_public_pem(x509.load_pem_x509_certificate(certificate.encode()))
 
 
 @spec
@@ -148,11 +148,11 @@ class Roster:
 
     def sign_roster(self, key: SigningKey) -> Roster:
         """Return this roster with the lead's signature."""
-        return dataclasses.replace(self, signature=key.sign(ROSTER, bytes_to_sign(dataclasses.asdict(self))))
+        return dataclasses.replace(self, signature=key.sign(ROSTER, encode_for_signature(dataclasses.asdict(self))))
 
     def check_lead_signature(self, lead: str) -> None:
         """Check the signature against the lead's public key."""
-        if not is_signed(lead, ROSTER, bytes_to_sign(dataclasses.asdict(self)), self.signature):
+        if not is_signed(lead, ROSTER, encode_for_signature(dataclasses.asdict(self)), self.signature):
             bound = "is not signed by the federation's lead: somebody else made or changed it"
             raise ConfigError("roster.signature", self.signature[:16], bound)
 
@@ -204,7 +204,7 @@ class JoinRequest:
     def __post_init__(self) -> None:
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
-        if not is_signed(self.site_key, PURPOSE, bytes_to_sign(dataclasses.asdict(self)), self.signature):
+        if not is_signed(self.site_key, PURPOSE, encode_for_signature(dataclasses.asdict(self)), self.signature):
             bound = "does not match the request, which was changed after signing; ask the site to send it again"
             raise ConfigError("signature", self.signature, bound)
         _check_csr(self.csr, site=self.site)
@@ -234,7 +234,7 @@ class JoinRequest:
     @property
     def node_key(self) -> bytes:
         """Public key of the site's connection: SubjectPublicKeyInfo in PEM format."""
-        return public_pem(self.signing_request)
+        return encode_public_pem(self.signing_request)
 
 
 def check_site_name(name: str) -> None:
@@ -248,17 +248,17 @@ def _check_csr(text: str, *, site: str) -> None:
     """Check that `text` is the site's certificate signing request, for an EC P-384 key that the requester holds."""
     try:
         csr = x509.load_pem_x509_csr(text.encode())
-        signed, name = csr.is_signature_valid, common_name(csr.subject)
+        signed, name = csr.is_signature_valid, get_common_name(csr.subject)
     except UNREADABLE:
         raise ConfigError("csr", "unreadable", "must be a certificate signing request in PEM format") from None
-    p384_public_key(csr, key="csr")
+    extract_p384_public_key(csr, key="csr")
     if not signed:
         raise ConfigError("csr", name, "must be signed with the key that it names")
     if name != site:
         raise ConfigError("csr", name, f"must have the site's name, {site!r}, as its common name")
 
 
-def site_init(site_toml: Path, *, out: Path | None) -> Path:
+def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
     """Make a site's connection key and its join request from its policy; return their folder.
 
     The site key, which signs the site's ledger, is also made if it is missing.
@@ -280,12 +280,12 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
             building / REQUEST, json.dumps(_build_request_fields(files, connection), indent=1).encode() + b"\n"
         )
         JoinRequest.parse_request((building / REQUEST).read_bytes())  # what the lead would refuse is refused here
-        write_secret(building / "connection_key.pem", private_pem(connection))
+        write_secret(building / "connection_key.pem", encode_private_pem(connection))
     return folder
 
 
-def next_steps(folder: Path) -> str:
-    """Return the instructions that are printed after `site_init`."""
+def describe_next_steps(folder: Path) -> str:
+    """Return the instructions that are printed after `initialize_site`."""
     request = JoinRequest.read(folder / REQUEST)
     declared = ", ".join(f"{name} ({size:,} declared)" for name, size in request.datasets.items())
     return f"""\
@@ -295,7 +295,7 @@ Site {request.site}: data sets {declared}.
      {folder / REQUEST}
 2. When the lead calls you, or you the lead, read these aloud, so that no other request passes for yours. Write down the
    fingerprints of lead and authority that the lead reads out:
-     connection key  {group_hex(key_fingerprint(request.node_key))}
+     connection key  {group_hex(compute_key_fingerprint(request.node_key))}
      site key        {group_hex(request.site_key)}
 3. Unzip the kit that the lead sends back into the same folder, and follow its README.md. It starts with comparing what
    you wrote down:
@@ -328,10 +328,10 @@ def _build_request_fields(files: SiteFiles, connection: ec.EllipticCurvePrivateK
         "site_key": site_key.public,
         "datasets": {one.id: one.declared_size for one in policy.dataset},
     }
-    return {**fields, "signature": site_key.sign(PURPOSE, bytes_to_sign(fields))}
+    return {**fields, "signature": site_key.sign(PURPOSE, encode_for_signature(fields))}
 
 
-def bytes_to_sign(fields: Mapping[str, Any]) -> bytes:
+def encode_for_signature(fields: Mapping[str, Any]) -> bytes:
     """Return the bytes to sign: all fields except the signature, as canonical JSON."""
     signed = {key: value for key, value in fields.items() if key != "signature"}
     return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()

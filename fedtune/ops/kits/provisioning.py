@@ -20,11 +20,11 @@ from fedtune.ops.files import create_folder, make_zip, write_secret
 from fedtune.ops.kits.certificates import (
     Authority,
     Certificate,
-    certificate_pem,
+    compute_key_fingerprint,
+    encode_certificate_pem,
+    encode_private_pem,
+    extract_p384_public_key,
     generate_connection_key,
-    key_fingerprint,
-    p384_public_key,
-    private_pem,
     read_certificate,
 )
 from fedtune.ops.kits.federation_folder import SETTINGS, FederationFile, FederationFolder
@@ -50,14 +50,14 @@ def init_federation(file: Path, *, out: Path | None, now: datetime) -> Federatio
         server, lead = generate_connection_key(), generate_connection_key()
         for name in ("authority", "server", "lead", "sites"):
             (building / name).mkdir(mode=0o700)
-        write_secret(building / "authority" / "ca_key.pem", private_pem(authority.key))
-        write_secret(building / "server" / "server_key.pem", private_pem(server))
-        write_secret(building / "lead" / "connection_key.pem", private_pem(lead))
+        write_secret(building / "authority" / "ca_key.pem", encode_private_pem(authority.key))
+        write_secret(building / "server" / "server_key.pem", encode_private_pem(server))
+        write_secret(building / "lead" / "connection_key.pem", encode_private_pem(lead))
         command, lead_key = settings.key_command, building / "lead" / "lead_key.pem"
         public = SigningKey.load_or_create(lead_key, command=command, named_in=file).public
         write_durably(building / SETTINGS, file.read_bytes())
         for name in ("authority", "server"):
-            write_durably(building / name / "ca.pem", certificate_pem(authority.certificate))
+            write_durably(building / name / "ca.pem", encode_certificate_pem(authority.certificate))
         federation = FederationFolder(folder=building, settings=settings, lead_key=public)
         kits = _build_public_kit(federation, "server", server.public_key(), days=None, now=now)
         federation.apply_change(
@@ -75,7 +75,7 @@ def renew_own_certificate(folder: Path, kind: OwnKind, *, days: int | None, now:
     """
     path = folder / kind / f"{kind}.pem"
     with FederationFolder.open_locked(folder) as federation:
-        public = p384_public_key(read_certificate(path), key=path.name)
+        public = extract_p384_public_key(read_certificate(path), key=path.name)
         federation.apply_change(
             federation.roster.sites, _build_public_kit(federation, kind, public, days=days, now=now)
         )
@@ -87,7 +87,7 @@ def _build_public_kit(
 ) -> dict[str, bytes]:
     """Return the public files of the server's or the lead's kit by their path in the folder, without the roster."""
     certificate = federation.issue(kind, public, name=kind, days=days, now=now)
-    return {f"{kind}/{name}": data for name, data in federation.kit_files(kind, certificate).items()}
+    return {f"{kind}/{name}": data for name, data in federation.list_kit_files(kind, certificate).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,7 +214,7 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> A
 def _admit(federation: FederationFolder, old: Member | None, member: Member) -> Admitted:
     """Replace the roster entry `old` with `member`, or append `member`, and write its kit and a zip of the kit."""
     members = (*(member if one == old else one for one in federation.roster.sites), *([] if old else [member]))
-    kit = federation.kit_files("site", member.x509_certificate, site=member.site)
+    kit = federation.list_kit_files("site", member.x509_certificate, site=member.site)
     files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
     archive = f"sites/{member.site}-kit.zip"
     files[archive] = make_zip(kit, moment=member.x509_certificate.not_valid_before_utc)
@@ -250,13 +250,13 @@ def _issue_site_certificate(
     now: datetime,
 ) -> str:
     """Issue a site certificate for the key of `holder`, in PEM format."""
-    issued = federation.issue("site", p384_public_key(holder, key="csr"), name=site, days=days, now=now)
-    return certificate_pem(issued).decode()
+    issued = federation.issue("site", extract_p384_public_key(holder, key="csr"), name=site, days=days, now=now)
+    return encode_certificate_pem(issued).decode()
 
 
 def _check_new_keys(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
     """Check that no other site has or had these keys; Flower never accepts a removed connection key again."""
-    fingerprint = key_fingerprint(asked.node_key)
+    fingerprint = compute_key_fingerprint(asked.node_key)
     again = "make a new one with `fedtune site init --out NEW`"
     if fingerprint in federation.read_retired_keys():
         raise ConfigError("connection key", fingerprint, f"was replaced and can never be used again: {again}")

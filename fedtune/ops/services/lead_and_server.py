@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from fedtune.federation.lead import read_receipts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
-from fedtune.ops.kits.certificates import key_fingerprint
+from fedtune.ops.kits.certificates import compute_key_fingerprint
 from fedtune.ops.kits.kit_file import DATABASE, Address, Kit, KitCertificate, stat_signature
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.metrics import ServerMetrics
@@ -168,7 +168,7 @@ class KitRoster:
         if before is not None and roster != before and roster.number <= before.number:
             bound = f"must be higher than {before.number}, the previous roster's number"
             raise ConfigError("roster.number", roster.number, bound)
-        keys = {one.site: key_fingerprint(one.node_key) for one in roster.sites}
+        keys = {one.site: compute_key_fingerprint(one.node_key) for one in roster.sites}
         revoked = {one.site for one in roster.sites if one.revoked is not None}
         if back := [site for site, key in keys.items() if site not in revoked and key in self._revoked]:
             bound = "must stay revoked: the federation's folder was restored from a backup, so revoke these sites again"

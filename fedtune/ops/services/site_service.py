@@ -139,7 +139,7 @@ class SiteService:
         )
 
     def _check_files(self, state: SiteState) -> SiteFiles:
-        files = self.kit.site_files(self.site_toml)
+        files = self.kit.find_site_files(self.site_toml)
         read_site_settings(self.site_toml)  # a mistake there is told of before anything is answered
         if not (files.policy.key_command or files.site_key.is_file()):
             bound = "is missing: `fedtune site init` created it, and the ledger cannot continue without it"
@@ -173,7 +173,7 @@ class _Standing:
         self._state, self._trouble = state, trouble
         self._looked, self._said = -math.inf, ""
 
-    def current_state(self) -> State:
+    def check_current_state(self) -> State:
         """Return the state; the ledger is tested every few seconds, and a changed result is logged."""
         if self._state.paused_file.exists():
             return "paused"
@@ -225,7 +225,7 @@ class _Loop:
         while not (self.stop.is_set() or self.state.left_file.exists() or self.bell.rung.is_set()):
             if (left := until - time.monotonic()) <= 0:
                 return
-            self.health.update(state=self._standing.current_state())
+            self.health.update(state=self._standing.check_current_state())
             self.until()
             self.bell.rung.wait(min(left, _LOOK_S))
 
@@ -259,7 +259,7 @@ class _Loop:
             )
 
     def _record_contact(self) -> None:
-        self.health.update(state=self._standing.current_state(), last_contact=datetime.now(UTC))
+        self.health.update(state=self._standing.check_current_state(), last_contact=datetime.now(UTC))
 
     def _answer(self, message: Message) -> None:
         self.health.update(state="training")
@@ -317,7 +317,7 @@ class _AtSocket:
         with listen_at(place) as server:
             log.info("the site is up", extra={"socket": str(place)})
             while not self._stop.is_set() and not self._state.left_file.exists():
-                self._health.update(state=self._standing.current_state())
+                self._health.update(state=self._standing.check_current_state())
                 serve_one(server, self._answer, wait_s=_LOOK_S)
             self._health.update(state="stopping")
 

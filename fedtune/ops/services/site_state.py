@@ -87,7 +87,7 @@ class SiteState:
             ConfigError: the digest of the settings is not the one in the run's name.
             RunError: too many runs are waiting already.
         """
-        path, waiting = self._pending_path(proposal), self._pending_files()
+        path, waiting = self._find_pending_path(proposal), self._list_pending_files()
         if path not in waiting and len(waiting) >= MOST_WAITING:
             raise RunError(f"{MOST_WAITING} runs already wait for approval; approve some, or remove {path.parent}")
         known = self._read(path) if path in waiting else None  # a repeated request keeps its place
@@ -99,11 +99,11 @@ class SiteState:
 
     def list_pending_runs(self) -> list[Pending]:
         """List the runs that wait for approval, oldest first; unreadable files are skipped."""
-        return sorted(filter(None, map(self._read, self._pending_files())), key=lambda pending: pending.since)
+        return sorted(filter(None, map(self._read, self._list_pending_files())), key=lambda pending: pending.since)
 
     def remove_pending(self, proposal: Proposal) -> None:
         """Remove a run from the approval queue."""
-        self._pending_path(proposal).unlink(missing_ok=True)
+        self._find_pending_path(proposal).unlink(missing_ok=True)
 
     def check_ledger(self, ledger: str) -> None:
         """Check that the ledger has the same id as the ledger that was served before, and remember the id.
@@ -123,10 +123,10 @@ class SiteState:
         """Whether the site has served a ledger before."""
         return (self.folder / "ledger_id").exists()
 
-    def _pending_files(self) -> set[Path]:
+    def _list_pending_files(self) -> set[Path]:
         return set((self.folder / "pending").glob("*.json"))
 
-    def _pending_path(self, proposal: Proposal) -> Path:
+    def _find_pending_path(self, proposal: Proposal) -> Path:
         folder = self.folder / "pending"
         folder.mkdir(exist_ok=True)
         # Named by digest, because two leads may give their runs the same name.

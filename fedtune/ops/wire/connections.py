@@ -23,7 +23,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from fedtune.ops.kits.certificates import common_name, public_pem
+from fedtune.ops.kits.certificates import encode_public_pem, get_common_name
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.gate import PEER, Peer
 from fedtune.ops.wire.identity import Tls
@@ -60,7 +60,7 @@ class ConnectionLimits:
     answer_s: float = 300.0
 
 
-def server_context(tls: Tls) -> ssl.SSLContext:
+def create_server_context(tls: Tls) -> ssl.SSLContext:
     """Create the server's TLS context: TLS 1.3 with a client certificate of the federation, checked on every
     connection.
     """
@@ -73,7 +73,7 @@ def server_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
-def max_connections() -> int:
+def compute_max_connections() -> int:
     """Return how many connections this process's limit of open files allows, after raising that limit as far as
     possible.
     """
@@ -108,7 +108,7 @@ class Door:
     ) -> None:
         self.context, self.limits, self.audit, self.member = context, limits, audit, member
         self.of_certificate = of_certificate
-        self._most = max_connections()
+        self._most = compute_max_connections()
         self._of_address: Counter[str] = Counter()
         self._shaking: dict[asyncio.Task[None], str] = {}  # with their addresses, the oldest first
         self._accepting: list[asyncio.Task[None]] = []
@@ -137,7 +137,7 @@ class Door:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def release_slot(self, address: str) -> None:
-        origin = _address_group(address)
+        origin = _group_address(address)
         self._of_address[origin] -= 1
         if not self._of_address[origin]:
             del self._of_address[origin]
@@ -155,7 +155,7 @@ class Door:
                 if not self._may_connect(address):
                     connection.close()
                     continue
-                self._of_address[_address_group(address)] += 1
+                self._of_address[_group_address(address)] += 1
                 http = make(address)
                 task = loop.create_task(self._perform_handshake(connection, http, address))
                 self._shaking[task] = address
@@ -169,11 +169,11 @@ class Door:
             self.release_slot(address)
 
     def _may_connect(self, address: str) -> bool:
-        origin = _address_group(address)
+        origin = _group_address(address)
         if self._of_address[origin] >= min(self.limits.of_address, self._most // 2):
             self.audit.log_event("connection refused", address=address, reason="too many from this address")
             return self._evict_oldest(
-                [task for task, other in self._shaking.items() if _address_group(other) == origin]
+                [task for task, other in self._shaking.items() if _group_address(other) == origin]
             )
         if self._of_address.total() >= self._most:
             self.audit.log_event("connection refused", address=address, reason="too many connections")
@@ -197,10 +197,10 @@ class Door:
                 ssl_shutdown_timeout=_SHUTDOWN_S,
             )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            self.audit.log_event("handshake refused", address=address, reason=_handshake_error_reason(error))
+            self.audit.log_event("handshake refused", address=address, reason=_explain_handshake_error(error))
 
 
-def _address_group(address: str) -> str:
+def _group_address(address: str) -> str:
     """Return the group in which a connection is counted: the IPv4 address, or the IPv6 /64 network, which one
     machine may own.
     """
@@ -209,7 +209,7 @@ def _address_group(address: str) -> str:
     return str(ipaddress.ip_network((ipaddress.ip_address(address.partition("%")[0]), 64), strict=False))
 
 
-def _handshake_error_reason(error: BaseException) -> str:
+def _explain_handshake_error(error: BaseException) -> str:
     """Return the reason for a failed handshake in OpenSSL's own words, which name only the kind of error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate: {error.verify_message}"
@@ -291,5 +291,5 @@ class Http(H11Protocol):
 def _read_peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
     """Return the holder of the client's certificate, and when the certificate expires."""
     shown = x509.load_der_x509_certificate(transport.get_extra_info("ssl_object").getpeercert(True))
-    peer = Peer(address=address, certificate=common_name(shown.subject) or "", key=public_pem(shown))
+    peer = Peer(address=address, certificate=get_common_name(shown.subject) or "", key=encode_public_pem(shown))
     return peer, shown.not_valid_after_utc

@@ -23,11 +23,11 @@ from fedtune.flower.internals import (
     core,
     fetching,
     fleet_pb2,
+    get_http_client,
     heartbeat_pb2,
-    http_client,
     inflating,
+    make_node_authentication,
     message_to_proto,
-    node_authentication,
     node_pb2,
     now,
     objects,
@@ -69,9 +69,9 @@ class Fleet:
                 f"https://{server}",
                 interceptors=[
                     RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                    node_authentication(private, public),
+                    make_node_authentication(private, public),
                 ],
-                verify=tls.client_context(),
+                verify=tls.create_client_context(),
                 timeout=_CALL_TIMEOUT_S,
             )
         )
@@ -121,11 +121,11 @@ class Fleet:
                 self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._active_node.node_id))
             self.activate()
         self._may_have_lost_one = True
-        message = self._next_message()
+        message = self._receive_next_message()
         self._may_have_lost_one = False
         return message
 
-    def _next_message(self) -> Message | None:
+    def _receive_next_message(self) -> Message | None:
         node = self._active_node
         with translate_line_errors():
             answer = self._client.PullMessages(fleet_pb2.PullMessagesRequest(node=node))
@@ -191,7 +191,7 @@ class Fleet:
 
     def reload_certificate(self) -> None:
         """Use the kit's current certificate for all new connections."""
-        replace_ssl_context(http_client(self._client), self._tls.client_context())
+        replace_ssl_context(get_http_client(self._client), self._tls.create_client_context())
 
     def close(self) -> None:
         """Tell the server, if it is reachable, that this node goes offline, and close the connection."""
@@ -230,7 +230,7 @@ def hello(server: str, tls: Tls) -> str:
         Unreachable: there is no connection.
     """
     headers = sign_headers(tls)
-    with translate_line_errors(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
+    with translate_line_errors(), httpx.Client(verify=tls.create_client_context(), timeout=_CALL_TIMEOUT_S) as client:
         bound_client(client)
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
     if answer.status_code != httpx.codes.OK:

@@ -156,7 +156,7 @@ class Gate:
             elif path == WAIT:
                 await self._handle_wait_call(scope, send)
             elif path == HELLO:
-                site = self._authenticate_member(headers_by_name(scope), _read_peer(scope)).site
+                site = self._authenticate_member(map_headers(scope), _read_peer(scope)).site
                 await send_json(send, 200, {"site": site, "time": time.time()})
             else:
                 raise NotAllowed(404, "no such call")
@@ -166,7 +166,7 @@ class Gate:
 
     async def _handle_wait_call(self, scope: Scope, send: Send) -> None:
         """Hold a site's call until the lead has a question for it; see `fedtune.ops.wire.waiting`."""
-        member = self._authenticate_member(headers_by_name(scope), _read_peer(scope))
+        member = self._authenticate_member(map_headers(scope), _read_peer(scope))
         try:
             ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
             number = int(heard[:_MOST_DIGITS])
@@ -192,18 +192,18 @@ class Gate:
 
         Flower authenticates the call again, but only after reading its body, which a revoked site could make large.
         """
-        headers, path = headers_by_name(scope), scope["path"]
+        headers, path = map_headers(scope), scope["path"]
         try:
             member = self._authenticate_member(headers, _read_peer(scope))
         except NotAllowed as refusal:
             raise NotAllowed(401, refusal.reason) from None
         check_call_format(scope, headers)
-        body = await read_body(receive, headers, most_bytes=self._rules.max_body_bytes(path))
+        body = await read_body(receive, headers, most_bytes=self._rules.get_max_body_bytes(path))
         await asyncio.to_thread(self._rules.check_call, path, member.node_key, body)
         await self._app(normalize_scope(scope, headers), replay_body(body, receive), send)
 
     async def _handle_lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, path, peer = headers_by_name(scope), scope["path"], _read_peer(scope)
+        headers, path, peer = map_headers(scope), scope["path"], _read_peer(scope)
         body = await self._read_signed_body(scope, receive)
         check_call_format(scope, headers)
         if path in _OF_RUNS:
@@ -224,11 +224,11 @@ class Gate:
             over a
                 site's connection.
         """
-        headers, path, peer = headers_by_name(scope), scope["path"], _read_peer(scope)
+        headers, path, peer = map_headers(scope), scope["path"], _read_peer(scope)
         signed = verify_body_hash(headers, path=path, lead=self._lead, now=time.time())
         if signed is None:
             raise NotAllowed(401, _UNSIGNED)
-        if peer is not None and self._member_by_key(peer.key):
+        if peer is not None and self._find_member_by_key(peer.key):
             raise NotAllowed(401, f"{_UNSIGNED}; and this is a site's connection")
         self._seen.check_unused(headers)  # before a body is read that may be large
         body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
@@ -255,7 +255,7 @@ class Gate:
             raise NotAllowed(401, "wrong signature")
         if not -constant.SYSTEM_TIME_TOLERANCE < age < constant.TIMESTAMP_TOLERANCE:
             raise NotAllowed(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
-        if (known := self._member_by_key(key)) is None:
+        if (known := self._find_member_by_key(key)) is None:
             raise NotAllowed(403, "unknown")
         if known.revoked:
             raise NotAllowed(403, "revoked")
@@ -265,13 +265,13 @@ class Gate:
         self._traffic.heard[known.site] = time.time()
         return known
 
-    def _member_by_key(self, key: bytes) -> Member | None:
+    def _find_member_by_key(self, key: bytes) -> Member | None:
         """Return the member with a connection key, including revoked members; None if there is none."""
         return next((member for member in self._roster() if member.node_key == key), None)
 
-    def member_name(self, key: bytes) -> str:
+    def find_member_name(self, key: bytes) -> str:
         """Return the name of the member with a connection key; empty if there is none."""
-        member = self._member_by_key(key)
+        member = self._find_member_by_key(key)
         return member.site if member else ""
 
     def _log_refusal(self, scope: Scope, refusal: NotAllowed) -> None:
@@ -291,7 +291,7 @@ class Gate:
     def _describe_peer(self, peer: Peer | None) -> dict[str, str]:
         if peer is None:
             return {}
-        return {"address": peer.address, "certificate": peer.certificate, "member": self.member_name(peer.key)}
+        return {"address": peer.address, "certificate": peer.certificate, "member": self.find_member_name(peer.key)}
 
 
 def _read_peer(scope: Scope) -> Peer | None:
@@ -313,7 +313,7 @@ def check_call_format(scope: Scope, headers: dict[str, str]) -> None:
         raise NotAllowed(415, "a compressed body")
 
 
-def headers_by_name(scope: Scope) -> dict[str, str]:
+def map_headers(scope: Scope) -> dict[str, str]:
     """Return the headers as a dict; the last of several headers with the same name wins."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 

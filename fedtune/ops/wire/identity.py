@@ -21,7 +21,7 @@ from typing import TypeVar
 import httpx
 
 from fedtune.flower.asking_grid import CLOCKS_S
-from fedtune.flower.internals import add_headers, http_client, rpc
+from fedtune.flower.internals import add_headers, get_http_client, rpc
 from fedtune.ops.wire.bounded_http import HungUp, bound_client
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.spec import iter_causes
@@ -37,7 +37,7 @@ class Tls:
     certificate: Path  # this end's own
     key: Path  # its private key; a site's and a lead's is EC P-384, and a site signs its Flower calls with it too
 
-    def client_context(self) -> ssl.SSLContext:
+    def create_client_context(self) -> ssl.SSLContext:
         """Create a client's TLS context, which trusts only this authority, checks the server's name and has a client
         certificate.
         """
@@ -53,7 +53,7 @@ def harden_client(client: _Client) -> _Client:
     Flower's client would follow a redirect with its signed headers: whoever runs the server could make a site or a lead
     call any address in its own network, even without TLS.
     """
-    bound_client(http_client(client))
+    bound_client(get_http_client(client))
     return client
 
 

@@ -24,9 +24,9 @@ from fedtune.flower.internals import (
     core,
     fab_pb2,
     fetching,
-    http_client,
-    http_grid,
+    get_http_client,
     inflating,
+    make_http_grid,
     message_pb2,
     node_pb2,
     rpc,
@@ -69,11 +69,13 @@ class LeadSession:
 
         def client(*token: RuntimeTokenHttpInterceptor) -> RunStarter:
             signed: tuple[rpc.ProtobufClientInterceptor, ...] = (version, *token, signature)
-            return harden_client(RunStarter(f"https://{server}", interceptors=signed, verify=tls.client_context()))
+            return harden_client(
+                RunStarter(f"https://{server}", interceptors=signed, verify=tls.create_client_context())
+            )
 
         with translate_read_errors():
             with client() as opening:
-                opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=_empty_bundle())))
+                opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=_build_empty_bundle())))
                 # It may be one that another process has just started; any fresh run will do.
                 token = opening.AcquireTask(
                     runtime_pb2.AcquireTaskRequest(supported_task_types=[core.TaskType.SERVER_APP])
@@ -83,14 +85,14 @@ class LeadSession:
             self._client, self._tls = client(RuntimeTokenHttpInterceptor(token)), tls
             given = self._client.PullTaskInput(runtime_pb2.PullTaskInputRequest())
         set_sender_ids(run_id=given.run.run_id, node_id=given.context.node_id, task_id=given.task_id)
-        self.grid = http_grid(server, token, self._client)
+        self.grid = make_http_grid(server, token, self._client)
         self.grid.set_run(run_from_proto(given.run))
         self._nodes: dict[int, node_pb2.NodeInfo] = {}
         self._looked = float("-inf")
         self._stop = threading.Event()
         threading.Thread(target=self._send_heartbeats, name="lead's heartbeats", daemon=True).start()
 
-    def online_sites(self, numbers: Mapping[bytes, int]) -> Mapping[int, node_pb2.NodeInfo]:
+    def find_online_sites(self, numbers: Mapping[bytes, int]) -> Mapping[int, node_pb2.NodeInfo]:
         """Return the online sites by number; the server is asked at most once per second."""
         if time.monotonic() - self._looked > 1.0:
             with translate_read_errors():
@@ -152,7 +154,7 @@ class LeadSession:
 
     def reload_certificate(self) -> None:
         """Use the kit's current certificate for all new connections."""
-        replace_ssl_context(http_client(self._client), self._tls.client_context())
+        replace_ssl_context(get_http_client(self._client), self._tls.create_client_context())
 
     def close(self) -> None:
         """End the run; messages that nobody fetched are dropped."""
@@ -204,7 +206,7 @@ def explain_clock_error(error: Exception) -> str:
     return describe_clock_difference(error.response, most_s=TOLERANCE_S - 1)
 
 
-def _empty_bundle() -> bytes:
+def _build_empty_bundle() -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("pyproject.toml", _BUNDLE)

@@ -67,11 +67,11 @@ def pull_message(
         raise NotWhole(f"a message of more than {MOST_OBJECTS} objects")
     most_bytes, most_s = min(most_bytes, MOST_BYTES), min(most_s, MOST_S)
     contents = inflating.pull_objects(ids, _PullLimit(pull, most_s), max_time=most_s)
-    if (size := _assembled_size(tree.object_id, "Message", contents, {})) > most_bytes:
+    if (size := _compute_assembled_size(tree.object_id, "Message", contents, {})) > most_bytes:
         raise NotWhole(f"a message of {size} bytes, and it may have {most_bytes}")
     confirm(tree.object_id)
     message = inflating.inflate_object_from_contents(tree.object_id, contents)
-    assert isinstance(message, Message)  # as `_assembled_size` required
+    assert isinstance(message, Message)  # as `_compute_assembled_size` required
     return message
 
 
@@ -95,7 +95,7 @@ class _PullLimit:
         return content
 
 
-def _assembled_size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
+def _compute_assembled_size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
     """Compute the size in bytes of the object `id` after assembly, where a part counts as often as it is named.
 
     `known` caches the size of each object: a few hundred objects that share their parts would otherwise keep a machine
@@ -112,7 +112,7 @@ def _assembled_size(id: str, kind: str, contents: Mapping[str, bytes], known: di
         named = _list_named_parts(kind, content, children) if parts else []
         if set(named) != kinds.keys():
             raise NotWhole(f"a {kind} whose parts are not those that it names")
-        sizes = {child: _assembled_size(child, kinds[child], contents, known) for child in kinds}
+        sizes = {child: _compute_assembled_size(child, kinds[child], contents, known) for child in kinds}
         known[id] = len(content) + sum(sizes[part] for part in named)
     return known[id]
 

@@ -70,11 +70,11 @@ class RemoteGrid(AskingGrid):
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def _nodes(self) -> Mapping[int, Any]:
+    def _list_nodes(self) -> Mapping[int, Any]:
         if self._has_new_certificate() and self._session is not None:
             self._session.reload_certificate()
         self._open()
-        return self._open_session.online_sites(self._numbers)
+        return self._open_session.find_online_sites(self._numbers)
 
     def _push(self, message: Message) -> str | None:
         return self._open_session.push(message)

@@ -86,7 +86,7 @@ class SiteCalls:
         self._sizes: dict[str, int] = {}  # of questions that were fetched: their objects are deleted then
         self._asked: dict[str, frozenset[str]] = {}  # the lead's objects, and what each is made of
 
-    def max_body_bytes(self, path: str) -> int:
+    def get_max_body_bytes(self, path: str) -> int:
         """Return the maximum size in bytes of the body of a call."""
         call = path.removeprefix(FLEET)
         return {"push-messages": _ANNOUNCED_BYTES, "push-object": _OBJECT_BYTES}.get(call, _SMALL_BYTES)
@@ -138,7 +138,7 @@ class SiteCalls:
             return []
         with self._lock:
             for tree in request.message_object_trees:
-                for part in islice(_iterate_objects(tree), _MOST_OBJECTS):
+                for part in islice(_iter_objects(tree), _MOST_OBJECTS):
                     self._asked.pop(part.object_id, None)
                     self._asked[part.object_id] = frozenset(child.object_id for child in part.children)
             while len(self._asked) > _REMEMBERED_OBJECTS:
@@ -172,11 +172,11 @@ class SiteCalls:
         if message.HasField("error") or message.content.ByteSize():
             raise NotAllowed(403, "content beside the objects")
         about = message.metadata
-        object_ids = self._object_ids(tree)
+        object_ids = self._list_object_ids(tree)
         if tree.object_id != about.message_id:
             raise NotAllowed(403, "objects of another message")
         until = self._check_metadata(about, node)
-        size = max(self._num_bytes(about.reply_to_message_id), self._sizes.get(about.reply_to_message_id, 0))
+        size = max(self._count_bytes(about.reply_to_message_id), self._sizes.get(about.reply_to_message_id, 0))
         most = 2 * size + _SLACK_BYTES if size else _UNKNOWN_BYTES
         answer = _Answer(object_ids=object_ids, most_bytes=most, until=until)
         with self._lock:
@@ -184,8 +184,8 @@ class SiteCalls:
             if before is None or before.object_ids != object_ids:  # else: announced once more
                 self._answers[node][about.message_id] = answer
 
-    def _object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
-        parts = list(islice(_iterate_objects(tree), _MOST_OBJECTS + 1))
+    def _list_object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
+        parts = list(islice(_iter_objects(tree), _MOST_OBJECTS + 1))
         if len(parts) > _MOST_OBJECTS or not all(objects.is_valid_sha256_hash(part.object_id) for part in parts):
             raise NotAllowed(403, "too many objects, or objects without a name")
         with self._lock:
@@ -244,7 +244,7 @@ class SiteCalls:
         found = list(self._run_query(_QUESTION, id=id))
         if not found or found[0].dst_node_id != uint64_to_int64(node):
             raise NotAllowed(409, "no question to this node")
-        size = self._num_bytes(id)
+        size = self._count_bytes(id)
         with self._lock:
             while len(self._sizes) >= _REMEMBERED:
                 del self._sizes[next(iter(self._sizes))]
@@ -255,7 +255,7 @@ class SiteCalls:
         self._answers[node] = kept
         return kept
 
-    def _num_bytes(self, id: str) -> int:
+    def _count_bytes(self, id: str) -> int:
         return int(next(iter(self._run_query(_NUM_BYTES, id=id)))[0])
 
     def _run_query(self, query: Any, **values: object) -> Iterable[Any]:
@@ -263,8 +263,8 @@ class SiteCalls:
             return session.execute(query, values).all()
 
 
-def _iterate_objects(tree: message_pb2.ObjectTree) -> Iterator[message_pb2.ObjectTree]:
+def _iter_objects(tree: message_pb2.ObjectTree) -> Iterator[message_pb2.ObjectTree]:
     """Yield all objects of a tree; protobuf bounds the depth of the recursion."""
     yield tree
     for child in tree.children:
-        yield from _iterate_objects(child)
+        yield from _iter_objects(child)

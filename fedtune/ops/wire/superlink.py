@@ -25,11 +25,11 @@ import uvicorn
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from fedtune.flower.internals import constant, superlink_app
+from fedtune.flower.internals import constant, create_superlink_app
 from fedtune.ops.files import handle_signals
 from fedtune.ops.kits.members import Member
 from fedtune.ops.wire.audit_log import AuditLog
-from fedtune.ops.wire.connections import ConnectionLimits, Door, Http, server_context
+from fedtune.ops.wire.connections import ConnectionLimits, Door, Http, create_server_context
 from fedtune.ops.wire.gate import Gate, Roster, Traffic
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.site_calls import SiteCalls
@@ -76,7 +76,7 @@ def serve(
         works: called every two seconds with whether the database accepts writes.
         has_new_certificate: called every two seconds; returns whether the server's files contain a new certificate.
     """
-    app, state = superlink_app(
+    app, state = create_superlink_app(
         **asdict(settings.tls), host=settings.host, port=settings.port, database=settings.database
     )
     audit = AuditLog(settings.audit)
@@ -91,9 +91,9 @@ def serve(
         traffic=settings.traffic,
     )
     door = Door(
-        server_context(settings.tls),
+        create_server_context(settings.tls),
         settings.limits,
-        member=gate.member_name,
+        member=gate.find_member_name,
         audit=audit,
         of_certificate=settings.traffic.connections,
     )
@@ -120,7 +120,7 @@ def serve(
         works(roster.accepts_writes())
         audit.flush()
         if has_new_certificate():
-            door.context = server_context(settings.tls)
+            door.context = create_server_context(settings.tls)
         roster.refresh_roster()
 
     with handle_signals(lambda *_: None):  # uvicorn raises the signal that stopped it once more when it is done

@@ -67,14 +67,14 @@ class Bell:
     def __init__(self, server: str, tls: Tls, rung: threading.Event) -> None:
         self.rung, self.works = rung, False
         self._address, self._tls = f"https://{server}{WAIT}", tls
-        self._client = httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S)
+        self._client = httpx.Client(verify=tls.create_client_context(), timeout=_CALL_TIMEOUT_S)
         bound_client(self._client)
         self._stop = threading.Event()
         threading.Thread(target=self._listen, name="bell", daemon=True).start()
 
     def reload_certificate(self) -> None:
         """Use the kit's current certificate in new connections."""
-        replace_ssl_context(self._client, self._tls.client_context())
+        replace_ssl_context(self._client, self._tls.create_client_context())
 
     def close(self) -> None:
         """Stop after the current call."""

@@ -181,9 +181,9 @@ class Head:
     def create_signed(cls, key: SigningKey, **fields: Any) -> Head:
         """Create a head and sign it with `key`."""
         unsigned = cls(**fields, site_key=key.public, signature="")
-        return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.signed_bytes()))
+        return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.encode_signed_bytes()))
 
-    def signed_bytes(self) -> bytes:
+    def encode_signed_bytes(self) -> bytes:
         """Return the bytes that are signed."""
         said = self._fields()
         del said["signature"]
@@ -213,7 +213,9 @@ class Head:
         check_ledger_schema(path, fields.pop("schema", None))
         try:
             head = decode(cls, fields)
-            right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.signed_bytes(), head.signature)
+            right = is_public_key(head.site_key) and is_signed(
+                head.site_key, HEAD, head.encode_signed_bytes(), head.signature
+            )
         except ValueError as error:  # a ConfigError, or a number that JSON does not have
             raise damaged from error
         if not right:

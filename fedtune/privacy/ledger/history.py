@@ -19,7 +19,7 @@ from dp_accounting import DpEvent
 from fedtune.codec import decode, decode_value
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
-from fedtune.privacy.cohorts import OLDEST, Cohorts, cohort_group_starts, period_number
+from fedtune.privacy.cohorts import OLDEST, Cohorts, compute_period_number, find_cohort_group_starts
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import (
     LASTING,
@@ -34,7 +34,7 @@ from fedtune.privacy.ledger.chain import (
     iter_charges,
 )
 from fedtune.privacy.ledger.register import Opened, Row
-from fedtune.privacy.policy_file import never_accepted_mark, permanent_marks, policy_from_json
+from fedtune.privacy.policy_file import build_never_accepted_mark, decode_policy_json, iter_permanent_marks
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
@@ -78,7 +78,7 @@ class AcceptedRun:
         """Whether the run may still be charged."""
         return self.expires is not None and now < self.expires
 
-    def remaining_charges(self, now: datetime) -> Counter[DpEvent]:
+    def count_remaining_charges(self, now: datetime) -> Counter[DpEvent]:
         """Return the rest of the plan that the run may still spend; empty once the run is no longer open."""
         left = self.plan.most_rounds - self.charged_rounds
         once = dp_events.count_mechanisms([self.plan.event()]) if self.is_open(now) else Counter()
@@ -117,7 +117,8 @@ class History:
         refused: (day, run, lead, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> time of the approval.
         denied: digests of the proposals that a person at the site denied.
-        marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the result of `permanent_marks` for each
+        marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the result of `iter_permanent_marks`
+            for each
             policy, and `never(run, lead)` for a run that was refused and then ended by that lead.
         decided: digest of a proposal -> the decisions of people on it: `what` ("approved" or "denied"), the `day`, and
             `by`, `ticket` and `why`, each None if not given.
@@ -232,9 +233,9 @@ class History:
                 self._opened = Opened.from_detail(event.detail)
                 self.delta, self.order = self._opened.delta, self._opened.order
             case "policy":
-                before, self.policy = self.policy, policy_from_json(event.detail["policy"])
+                before, self.policy = self.policy, decode_policy_json(event.detail["policy"])
                 loosens = before.budget if before and self._charges else None
-                self.marks.update(permanent_marks(self.policy, before=loosens, time=event.time))
+                self.marks.update(iter_permanent_marks(self.policy, before=loosens, time=event.time))
                 self.users.update(_list_user_columns(self.policy))
                 self.policies.append(
                     (event.time, self.policy.budget.max_epsilon, len(self._rounds) + len(self.restored))
@@ -249,7 +250,7 @@ class History:
             case "run_ended":
                 lead = str(event.detail.get("lead", ""))
                 if event.run not in self.runs and self.has_refused(event.run, lead):
-                    self.marks.add(never_accepted_mark(event.run, lead))
+                    self.marks.add(build_never_accepted_mark(event.run, lead))
                 else:
                     ended = self.runs[event.run]
                     ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
@@ -334,7 +335,7 @@ class History:
         """The hash of the newest event."""
         return self.hashes[-1] if self.hashes else START
 
-    def changed_user_columns(self, policy: Policy) -> list[tuple[str, str, str]]:
+    def iter_changed_user_columns(self, policy: Policy) -> list[tuple[str, str, str]]:
         """Return (key, earlier user column, user column in `policy`) wherever the two columns differ."""
         named = list(_list_user_columns(policy))  # two of its own data sets may differ over one file
         return [
@@ -353,7 +354,7 @@ class History:
         """Whether the site refused a proposal with this run name from this lead."""
         return any((name, who) == (run, lead) for _, name, who, _ in self.refused)
 
-    def rounds_up_to(self, sequence: int) -> Counter[str]:
+    def count_rounds_up_to(self, sequence: int) -> Counter[str]:
         """Count the rounds charged to each run by events up to `sequence`, without those on lost branches."""
         return Counter(run for number, run in self._rounds if number <= sequence)
 
@@ -374,10 +375,10 @@ class History:
         A ledger without arrivals has one group, which holds everybody.
         """
         known = {cohorts for *_, cohorts in self._charges} | {run.plan.cohorts for run in self.runs.values()}
-        begins = cohort_group_starts(known | {admitted}, oldest_apart=bool(self.lost_rows))
+        begins = find_cohort_group_starts(known | {admitted}, oldest_apart=bool(self.lost_rows))
         return [cohort for cohort in begins if admitted is None or cohort in admitted]
 
-    def cohort_of(self, row: Row | None, own: int) -> int:
+    def find_cohort(self, row: Row | None, own: int) -> int:
         """Return a person's cohort: the one in the register's `row`, or `own` if the person has no row.
 
         `own` is the cohort by the person's own records.  After a restore, a lost row may have belonged to anybody who
@@ -389,14 +390,14 @@ class History:
             return OLDEST if self.lost_rows else own
         return OLDEST if any(last < row.sequence <= at for last, at in self.lost_rows) else row.cohort
 
-    def total_charges(self, cohort: int | None = None) -> Counter[DpEvent]:
+    def count_total_charges(self, cohort: int | None = None) -> Counter[DpEvent]:
         """Count all mechanisms charged so far: to `cohort`, or to the cohort with the highest spending."""
-        return self._highest_spending(cohort, lambda number: self._sum_charges(number, lambda _: True))
+        return self._find_highest_spending(cohort, lambda number: self._sum_charges(number, lambda _: True))
 
-    def charges_and_reservations(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+    def count_charges_and_reservations(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
         """Count all mechanisms charged so far or set aside for open runs."""
-        return self._highest_spending(
-            cohort, lambda number: self.total_charges(number) + self.remaining_charges(now, number)
+        return self._find_highest_spending(
+            cohort, lambda number: self.count_total_charges(number) + self.count_remaining_charges(now, number)
         )
 
     def epsilon(self, spent: Counter[DpEvent] | None = None) -> float:
@@ -404,27 +405,28 @@ class History:
         infinite.
         """
         return filter.epsilon_filter(
-            self.total_charges() if spent is None else spent, order=self.order, delta=self.delta
+            self.count_total_charges() if spent is None else spent, order=self.order, delta=self.delta
         )
 
-    def charges_in_period(self, period: str, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+    def count_charges_in_period(self, period: str, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
         """Count the mechanisms charged in the calendar period that contains `now`."""
-        this = period_number(now, period)
-        return self._highest_spending(
-            cohort, lambda number: self._sum_charges(number, lambda moment: period_number(moment, period) == this)
+        this = compute_period_number(now, period)
+        return self._find_highest_spending(
+            cohort,
+            lambda number: self._sum_charges(number, lambda moment: compute_period_number(moment, period) == this),
         )
 
-    def remaining_charges(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+    def count_remaining_charges(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
         """Count the mechanisms that open runs may still spend."""
 
         def count_for_cohort(number: int) -> Counter[DpEvent]:
             total: Counter[DpEvent] = Counter()
             for run in self.runs.values():
                 if run.plan.cohorts is None or number in run.plan.cohorts:
-                    total.update(run.remaining_charges(now))
+                    total.update(run.count_remaining_charges(now))
             return dp_events.count_mechanisms(total)
 
-        return self._highest_spending(cohort, count_for_cohort)
+        return self._find_highest_spending(cohort, count_for_cohort)
 
     def _sum_charges(self, cohort: int, chosen: Callable[[datetime], bool]) -> Counter[DpEvent]:
         owes_all_up_to = max((at for _, at in self.lost_rows if cohort == OLDEST), default=0)
@@ -434,7 +436,7 @@ class History:
                 total[event] += count
         return dp_events.count_mechanisms(total)
 
-    def _highest_spending(self, cohort: int | None, figure: Callable[[int], Counter[DpEvent]]) -> Counter[DpEvent]:
+    def _find_highest_spending(self, cohort: int | None, figure: Callable[[int], Counter[DpEvent]]) -> Counter[DpEvent]:
         """Return `figure` of a cohort; without one, the figure with the largest divergence over all cohorts."""
         if cohort is not None:
             return figure(cohort)
@@ -460,17 +462,19 @@ class History:
         if last is None or self.policy is None or self.policy.budget.max_epsilon_per_period is None:
             return clock
         told = server or clock
-        begun, said, wanted = (period_number(moment, self.policy.budget.period) for moment in (last, told, clock))
+        begun, said, wanted = (
+            compute_period_number(moment, self.policy.budget.period) for moment in (last, told, clock)
+        )
         if wanted == begun or wanted == said == begun + 1:
             return clock
         return max(last, min(clock, told)) if said == begun else last
 
-    def pending_period_reason(self, *, server: datetime | None = None) -> str:
+    def explain_pending_period(self, *, server: datetime | None = None) -> str:
         """Return why the clock's budget period has not begun and how to open it; empty if the period has begun."""
         if self.policy is None or self.last_time is None:
             return ""
         clock, time, period = self.clock, self.now(server=server), self.policy.budget.period
-        if period_number(clock, period) <= period_number(time, period):
+        if compute_period_number(clock, period) <= compute_period_number(time, period):
             return ""
         told = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
         return (

@@ -127,7 +127,7 @@ def digest_after(before: str, rows: Iterable[Row]) -> str:
     return hashlib.sha256(b"fedtune arrivals\n" + before.encode() + packed).hexdigest() if packed else before
 
 
-def digests_by_event(rows: Iterable[Row]) -> dict[int, str]:
+def map_digests_by_event(rows: Iterable[Row]) -> dict[int, str]:
     """Map the sequence of each event with rows to the register's digest after these rows, in order."""
     digest, made = START, dict[int, str]()
     for sequence, of_one in groupby(sorted(rows), key=lambda row: row.sequence):

@@ -28,7 +28,7 @@ from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, 
 from fedtune.privacy.ledger.history import AcceptedRun, History
 from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
-from fedtune.privacy.policy_file import never_accepted_mark
+from fedtune.privacy.policy_file import build_never_accepted_mark
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Policy
@@ -213,7 +213,7 @@ class SiteLedger:
             if (known := self.history.runs.get(run)) is not None:
                 if known.expires is not None:
                     self._store.append_note("run_ended", run=run, adapter_sha256=adapter_sha256)
-            elif never_accepted_mark(run, lead) not in self.history.marks and self.history.has_refused(run, lead):
+            elif build_never_accepted_mark(run, lead) not in self.history.marks and self.history.has_refused(run, lead):
                 self._store.append_note("run_ended", run=run, adapter_sha256=adapter_sha256, lead=lead)
 
     def approve(self, proposal: Proposal, *, by: str = "", ticket: str = "", why: str = "") -> None:
@@ -265,9 +265,9 @@ class SiteLedger:
             self._store.append_note("date_confirmed", not_before=self.history.clock)
 
     @property
-    def pending_period_reason(self) -> str:
+    def explain_pending_period(self) -> str:
         """Why the clock's budget period has not begun and how to open it; empty if the period has begun."""
-        return self.history.pending_period_reason(server=self._store.server_time)
+        return self.history.explain_pending_period(server=self._store.server_time)
 
     def sign_receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
         """Sign a receipt for the charges of a lead's `run` so far, together with the digest of the accompanying
@@ -279,17 +279,19 @@ class SiteLedger:
             "run": run,
             "charged_rounds": self.history.charged_rounds(run),
             # By an event alone: a clock that is ahead is set right again, and what is signed stays.
-            "ended": never_accepted_mark(run, lead) in self.history.marks if known is None else known.expires is None,
+            "ended": build_never_accepted_mark(run, lead) in self.history.marks
+            if known is None
+            else known.expires is None,
             "plan": known.plan.digest() if known else "",
             "seeded_noise": bool(known and known.proposal.seeded_noise),
             "simulated": self.policy.simulated,
             "sequence": self.history.path[-1][0],
-            "head": self._store.salted_head(),
+            "head": self._store.compute_salted_head(),
             "site_key": self._key.public,
             "reply": reply,
         }
         unsigned = Receipt(**fields, signature="")
-        return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.signed_bytes()))
+        return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.encode_signed_bytes()))
 
     def require_receipt(self, receipt: Receipt) -> None:
         """Check that the ledger contains a receipt that this site once issued.
@@ -341,7 +343,7 @@ class SiteLedger:
                 end=anchor.sequence,
                 path=frozenset(anchor.path + anchor.made_up),
                 gap=tuple((event, count) for event, count, _ in lost),
-                runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
+                runs=dict(Counter(dict(anchor.runs)) - self.history.count_rounds_up_to(shared)),
                 denied=frozenset(anchor.denied),
                 marks=frozenset(anchor.marks),
                 caps=_drop_common_prefix(self.history.caps, anchor.caps),
@@ -407,7 +409,7 @@ class SiteLedger:
             spending.require_usable_ledger(self.history)
             _require_same_proposal(known, proposal)
             return
-        if never_accepted_mark(proposal.run, proposal.lead) in self.history.marks:
+        if build_never_accepted_mark(proposal.run, proposal.lead) in self.history.marks:
             raise Refused(Reason.RUN_ENDED)
         self.require_acceptable(proposal, own=own)
         if approved and not own and self.policy.approval == "manual":
@@ -483,7 +485,7 @@ class SiteLedger:
             raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, asked=request, allowed=run.reserved[round])
         if request not in run.replies and round >= max(run.reserved, default=0):
             return None
-        reply = self._store.stored_reply(request)
+        reply = self._store.read_stored_reply(request)
         if reply is None or hashlib.sha256(reply).hexdigest() != run.replies[request]:
             raise Refused(Reason.REPLY_NO_LONGER_STORED, asked=round)
         return reply
@@ -504,7 +506,7 @@ class SiteLedger:
         """Require the unit, delta, population, site, key and user columns with which the ledger was created."""
         opened = self.history.opening
         differences = [("site_key", opened.site_key, self._key.public), *opened.differences(self.policy)]
-        differences += self.history.changed_user_columns(self.policy)
+        differences += self.history.iter_changed_user_columns(self.policy)
         for key, made_for, says in differences:
             if made_for != says:
                 raise RunError(

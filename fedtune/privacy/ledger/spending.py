@@ -25,7 +25,7 @@ def compute_spent_fraction(history: History, spent: Counter[DpEvent], *, cap: fl
     """Return the fraction of a lifetime cap's divergence that is spent; None for an infinite cap."""
     if math.isinf(cap):
         return None
-    room = filter.max_divergence(cap, order=history.order, delta=history.delta)
+    room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
     return history.divergence(spent) / room if room > 0 else 1.0
 
 
@@ -64,7 +64,7 @@ def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetim
     Raises:
         Refused: names the cap, the resulting epsilon and the allowed epsilon.
     """
-    asked, held = events.count_mechanisms([plan.full_event]), partial(history.remaining_charges, now)
+    asked, held = events.count_mechanisms([plan.full_event]), partial(history.count_remaining_charges, now)
     require_budget_room(history, policy, plan.cohorts, asked=asked, held=held, now=now)
 
 
@@ -79,21 +79,22 @@ def compute_remaining_divergence(
         return 0.0
     if math.isinf(policy.budget.max_epsilon):
         return math.inf
-    room = filter.max_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
+    room = filter.compute_max_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
     return max(
         0.0,
         min(
-            room - history.divergence(history.charges_and_reservations(now, each)) for each in history.cohorts(admitted)
+            room - history.divergence(history.count_charges_and_reservations(now, each))
+            for each in history.cohorts(admitted)
         ),
     )
 
 
-def remaining_runs(
+def count_remaining_runs(
     history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
 ) -> int | None:
     """Return how many more runs at the cost of `plan` the lifetime cap allows; None if any number."""
     left = compute_remaining_divergence(history, policy, now, admitted=admitted)
-    return filter.max_repeats(plan, left, order=history.order)
+    return filter.compute_max_repeats(plan, left, order=history.order)
 
 
 def require_budget_room(
@@ -117,14 +118,14 @@ def require_budget_room(
     """
     budget = policy.budget
     for cohort in history.cohorts(admitted):
-        period, besides = history.charges_in_period(budget.period, now, cohort), held(cohort)
+        period, besides = history.count_charges_in_period(budget.period, now, cohort), held(cohort)
         for reason, cap, charged in (
-            (Reason.MAX_EPSILON, budget.max_epsilon, history.total_charges(cohort)),
+            (Reason.MAX_EPSILON, budget.max_epsilon, history.count_total_charges(cohort)),
             (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),
         ):
             if cap is None:
                 continue
-            room = filter.max_divergence(cap, order=history.order, delta=history.delta)
+            room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
             # Not `>`: a divergence that is NaN must be refused.
             if not history.divergence(charged + besides + asked) <= room:
                 would, now_at = history.epsilon(charged + besides + asked), history.epsilon(charged + besides)

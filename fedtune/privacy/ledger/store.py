@@ -277,21 +277,21 @@ class EventStore:
 
         `own` maps each user to the cohort by the user's own records.
 
-        Guarantee: a user is admitted only under the one cohort that counts (`History.cohort_of`), and only if it is in
-        `cohorts`.  That cohort is then in the register, and stays the same in every later round, whatever `own`
+        Guarantee: a user is admitted only under the one cohort that counts (`History.find_cohort`), and only if it is
+        in `cohorts`.  That cohort is then in the register, and stays the same in every later round, whatever `own`
         becomes.
 
         Raises:
             RunError: the register does not match the digest in the hash chain.
         """
         rows, key = register.read_rows(self._file), self._key.derive_secret("arrivals")
-        if [START, *register.digests_by_event(rows).values()][-1] != self.history.register:
+        if [START, *register.map_digests_by_event(rows).values()][-1] != self.history.register:
             raise RunError(f"the register of arrivals in ledger {self.path} was changed; nothing is trained")
         known, admitted, new = {row.unit: row for row in rows}, set[str](), list[register.Row]()
         for user, cohort in own.items():
             unit = register.pseudonymize(key, user)
             row = known.get(unit)
-            counted = self.history.cohort_of(row, cohort)
+            counted = self.history.find_cohort(row, cohort)
             if counted in cohorts:
                 admitted.add(user)
                 if row is None:
@@ -299,7 +299,7 @@ class EventStore:
         self._file.executemany("INSERT INTO arrivals (sequence, unit, cohort) VALUES (?, ?, ?)", new)
         return frozenset(admitted), register.digest_after(self.history.register, new)
 
-    def stored_reply(self, request: str) -> bytes | None:
+    def read_stored_reply(self, request: str) -> bytes | None:
         """Return the stored reply to a request; None if it is no longer stored."""
         row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
@@ -308,9 +308,9 @@ class EventStore:
         """Return the newest head, for an anchor."""
         return self.history.head(self._key)
 
-    def salted_head(self) -> str:
+    def compute_salted_head(self) -> str:
         """Return the hash of the newest lasting event, salted with a secret of the site."""
-        return self._salt_hash(self.history.path[-1][1])
+        return self._add_salt_to_hash(self.history.path[-1][1])
 
     def covers_receipt(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
         """Whether the ledger contains the receipt's event, or has made up for its loss.
@@ -318,7 +318,7 @@ class EventStore:
         `besides` is a restore note to assume in addition.
         """
         return self.history.covers_receipt(
-            shown, lambda hash: hmac.compare_digest(self._salt_hash(hash), shown.head), besides=besides
+            shown, lambda hash: hmac.compare_digest(self._add_salt_to_hash(hash), shown.head), besides=besides
         )
 
     def _require_anchor_head(self) -> None:
@@ -333,7 +333,7 @@ class EventStore:
             return
         if not self._anchor.exists():
             # Without a charge the ledger is as good as new: a crash came before its first anchor was written.
-            if self.history.total_charges():
+            if self.history.count_total_charges():
                 raise RunError(
                     f"anchor {self._anchor} is missing, and ledger {self.path} is not new; nothing is trained"
                 )
@@ -389,5 +389,5 @@ class EventStore:
             self._catch_up(file)
             write_durably(anchor, self.head().to_bytes())
 
-    def _salt_hash(self, hash: str) -> str:
+    def _add_salt_to_hash(self, hash: str) -> str:
         return hmac.digest(self._key.derive_secret("receipt head"), hash.encode(), "sha256").hex()

@@ -93,7 +93,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
 
 def _check_register(rows: Sequence[register.Row], events: Sequence[Event]) -> None:
     """Verify that each row of the register belongs to an event that charged a round, and that no row is missing."""
-    digest, after = START, register.digests_by_event(rows)
+    digest, after = START, register.map_digests_by_event(rows)
     for event in events:
         if event.kind is Kind.RESERVE and event.cohort:
             digest = after.pop(event.sequence, digest)

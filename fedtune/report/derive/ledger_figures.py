@@ -13,9 +13,9 @@ from datetime import datetime
 
 from dp_accounting import DpEvent
 
-from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, cohort_group_starts, period_number
+from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, compute_period_number, find_cohort_group_starts
 from fedtune.privacy.own_release import CHARGED_ONLY
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
@@ -26,7 +26,12 @@ from fedtune.show.budget_text import ArrivalRange
 
 def derive_ledger_report(facts: LedgerFacts) -> Report:
     """Derive the report of a ledger from its facts."""
-    ran, charged, life, delta = list_mechanisms(facts), largest_charges(facts), compute_lifetime(facts), facts.delta
+    ran, charged, life, delta = (
+        list_mechanisms(facts),
+        find_largest_charges(facts),
+        compute_lifetime(facts),
+        facts.delta,
+    )
     spent = Spent(
         epsilon=life.epsilon,
         epsilon_pld=life.epsilon_pld,
@@ -37,7 +42,9 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
     )
     loosened, verified = bool(facts.limits_loosened), facts.verification is not None
     charges = count_charges(facts)
-    found = verdicts.ledger_reasons(life, facts.approved, charges=charges, verified=verified, limits_loosened=loosened)
+    found = verdicts.iter_ledger_reasons(
+        life, facts.approved, charges=charges, verified=verified, limits_loosened=loosened
+    )
     reasons, capped = list(found), ((run.plan, run.max_epsilon) for run in facts.runs if run.max_epsilon is not None)
     # As it was decided when the run was accepted.
     if any(
@@ -46,8 +53,8 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
     ):
         reasons.append("above_run_cap")
     verdict = verdicts.judge_site(reasons, spent, source="own_ledger")
-    trust = profile.epsilons_by_observer(
-        ran, lambda spent: _epsilon_by_filter(facts, Counter(events.count_mechanisms(spent)))
+    trust = profile.compute_epsilons_by_observer(
+        ran, lambda spent: _compute_epsilon_by_filter(facts, Counter(events.count_mechanisms(spent)))
     )
     site = SiteReport(
         site=facts.site,
@@ -56,7 +63,7 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
         spent=spent,
         meaning=None,
         mechanisms=ran,
-        curve=profile.epsilon_curve(charged, delta),
+        curve=profile.compute_epsilon_curve(charged, delta),
         steps=compute_steps(facts, life),
         lifetime=life,
         by_trust=trust,
@@ -72,7 +79,7 @@ def _was_fixed_beforehand(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
 
     Otherwise a later run may have been chosen, or an earlier run ended, because of a release.
     """
-    charged, plans = [row for row in ran if row.rounds], plans_by_run(facts)
+    charged, plans = [row for row in ran if row.rounds], map_plans_by_run(facts)
     most = {run: plan.most_rounds for run, plan in plans.items()}
     return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds
 
@@ -82,17 +89,17 @@ def count_charges(facts: LedgerFacts) -> int:
     return sum(entry.rounds if entry.run else 1 for entry in facts.charges)
 
 
-def plans_by_run(facts: LedgerFacts) -> Mapping[str, Plan]:
+def map_plans_by_run(facts: LedgerFacts) -> Mapping[str, Plan]:
     """Map the name of each run to its plan."""
     return {run.run: run.plan for run in facts.runs}
 
 
-def largest_charges(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
+def find_largest_charges(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
     """Return all charges of the cohort with the largest divergence; with a `period`, only those of the newest
     entry's period.
     """
     return _pick_largest_divergence(
-        facts, [charges_to_cohort(facts, cohort, period=period) for cohort in _cohort_groups(facts)]
+        facts, [count_charges_to_cohort(facts, cohort, period=period) for cohort in _find_cohort_groups(facts)]
     )
 
 
@@ -100,12 +107,12 @@ def _pick_largest_divergence(facts: LedgerFacts, found: Collection[Counter[DpEve
     return max(found, key=lambda each: filter.compute_total_divergence(each, facts.order) if len(found) > 1 else 0.0)
 
 
-def charges_to_cohort(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
+def count_charges_to_cohort(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
     """Return all charges of a cohort; None: the charges of all cohorts together."""
-    plans, total, owed = plans_by_run(facts), Counter[DpEvent](), _find_last_charge_with_lost_rows(facts)
-    now = None if period is None else period_number(datetime.fromisoformat(facts.date), period)
+    plans, total, owed = map_plans_by_run(facts), Counter[DpEvent](), _find_last_charge_with_lost_rows(facts)
+    now = None if period is None else compute_period_number(datetime.fromisoformat(facts.date), period)
     for number, entry in enumerate(facts.charges):
-        if period is None or period_number(datetime.fromisoformat(entry.day), period) == now:
+        if period is None or compute_period_number(datetime.fromisoformat(entry.day), period) == now:
             for charged, admitted in _iter_entry_charges(entry, plans, facts.arrivals):
                 if cohort is None or admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
                     total.update(charged)
@@ -120,11 +127,11 @@ def _find_last_charge_with_lost_rows(facts: LedgerFacts) -> int:
     return max((number for number, entry in enumerate(facts.charges) if entry.lost_rows), default=-1)
 
 
-def _cohort_groups(facts: LedgerFacts) -> list[int]:
+def _find_cohort_groups(facts: LedgerFacts) -> list[int]:
     """Return the first cohort of each group of cohorts that have equal figures."""
     said = {one for entry in facts.charges for one in entry.lost_cohorts or () if one}
     lost = [Cohorts.from_text(one, facts.arrivals) for one in said if facts.arrivals]
-    return cohort_group_starts(
+    return find_cohort_group_starts(
         [*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_find_last_charge_with_lost_rows(facts) >= 0
     )
 
@@ -142,13 +149,13 @@ def _iter_entry_charges(
         yield events.count_mechanisms([plan.event(rounds=entry.rounds)]), plan.cohorts
 
 
-def _epsilon_by_filter(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
-    return finite_or_none(filter.epsilon_filter(charged, order=facts.order, delta=facts.delta))
+def _compute_epsilon_by_filter(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
+    return convert_infinite_to_none(filter.epsilon_filter(charged, order=facts.order, delta=facts.delta))
 
 
-def rounds_by_run(facts: LedgerFacts) -> Mapping[str, int]:
+def count_rounds_by_run(facts: LedgerFacts) -> Mapping[str, int]:
     """Return run -> number of rounds that the ledger's own entries charged."""
-    rounds = Counter(dict.fromkeys(plans_by_run(facts), 0))
+    rounds = Counter(dict.fromkeys(map_plans_by_run(facts), 0))
     for entry in facts.charges:
         rounds[entry.run] += entry.rounds  # of a lost branch, which has no run, none
     return rounds
@@ -158,7 +165,7 @@ def list_mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
     """Return the mechanisms of each run, including rounds on lost branches, followed by the unnamed mechanisms of
     lost runs.
     """
-    own, charged = rounds_by_run(facts), charges_to_cohort(facts, None)
+    own, charged = count_rounds_by_run(facts), count_charges_to_cohort(facts, None)
     # Of a head that names more rounds than charges the events alone count, and what they leave is nobody's run.
     for rounds in ({run.run: own[run.run] + run.lost_rounds for run in facts.runs}, own):
         unexplained = Counter(charged)
@@ -178,9 +185,9 @@ def list_mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
 
 def compute_lifetime(facts: LedgerFacts) -> Lifetime:
     """Compute the figures over all runs, as of the facts' date."""
-    own, rounds = rounds_by_run(facts), {row.run: row.rounds for row in list_mechanisms(facts)}
-    begins = _cohort_groups(facts)
-    spent = [charges_to_cohort(facts, cohort) for cohort in begins]
+    own, rounds = count_rounds_by_run(facts), {row.run: row.rounds for row in list_mechanisms(facts)}
+    begins = _find_cohort_groups(facts)
+    spent = [count_charges_to_cohort(facts, cohort) for cohort in begins]
     # With what open runs that admit a cohort have set aside.
     held = [
         (run.plan.cohorts, run.plan.event(rounds=run.plan.most_rounds - own[run.run]))
@@ -192,16 +199,19 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
         for cohort, one in zip(begins, spent, strict=True)
     ]
     charged, most = _pick_largest_divergence(facts, spent), _pick_largest_divergence(facts, taken)
-    left, each = _divergence_left(facts, most), filter.compute_total_divergence([facts.reference.event], facts.order)
+    left, each = (
+        _compute_divergence_left(facts, most),
+        filter.compute_total_divergence([facts.reference.event], facts.order),
+    )
     return Lifetime(
         order=facts.order,
-        epsilon=_epsilon_by_filter(facts, charged),
-        with_set_aside=_epsilon_by_filter(facts, most),
+        epsilon=_compute_epsilon_by_filter(facts, charged),
+        with_set_aside=_compute_epsilon_by_filter(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),
         epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
         left=left,
         period=facts.approved.period,
-        period_epsilon=_epsilon_by_filter(facts, largest_charges(facts, period=facts.approved.period)),
+        period_epsilon=_compute_epsilon_by_filter(facts, find_largest_charges(facts, period=facts.approved.period)),
         reference_runs_left=None if left is None or each == 0 else math.floor(left / each),
         caps=facts.caps,
         runs=tuple(
@@ -227,22 +237,22 @@ def compute_lifetime(facts: LedgerFacts) -> Lifetime:
         and tuple(
             CohortFigures(
                 people=ArrivalRange.from_cohort(cohort, after, facts.arrivals),
-                epsilon=_epsilon_by_filter(facts, one),
-                with_set_aside=_epsilon_by_filter(facts, with_held),
-                left=_divergence_left(facts, with_held),
+                epsilon=_compute_epsilon_by_filter(facts, one),
+                with_set_aside=_compute_epsilon_by_filter(facts, with_held),
+                left=_compute_divergence_left(facts, with_held),
             )
             for cohort, after, one, with_held in zip(begins, [*begins[1:], None], spent, taken, strict=True)
         ),
     )
 
 
-def _divergence_left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
+def _compute_divergence_left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
     """Return what is left of the lifetime cap, as a Renyi divergence at the ledger's order; None: there is no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0
     if facts.approved.max_epsilon is None:
         return None
-    room = filter.max_divergence(facts.approved.max_epsilon, order=facts.order, delta=facts.delta)
+    room = filter.compute_max_divergence(facts.approved.max_epsilon, order=facts.order, delta=facts.delta)
     return max(0.0, room - filter.compute_total_divergence(taken, facts.order))
 
 
@@ -255,8 +265,8 @@ def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]
     """
     charges, order, delta = facts.charges, facts.order, facts.delta
     totals, plans, owed = (
-        dict.fromkeys(_cohort_groups(facts), 0.0),
-        plans_by_run(facts),
+        dict.fromkeys(_find_cohort_groups(facts), 0.0),
+        map_plans_by_run(facts),
         _find_last_charge_with_lost_rows(facts),
     )
     last = {entry.run: number for number, entry in enumerate(charges)}
@@ -269,8 +279,11 @@ def compute_steps(facts: LedgerFacts, life: Lifetime) -> tuple[EpsilonStep, ...]
     def figure(total: float, at_last: float | None) -> float | None:
         if number == len(charges) - 1 or not total:
             return at_last if total else 0.0
-        return finite_or_none(
-            min(infinite_if_none(at_last), max(0.0, total + filter.epsilon_conversion_term(order, delta)))
+        return convert_infinite_to_none(
+            min(
+                convert_none_to_infinite(at_last),
+                max(0.0, total + filter.compute_epsilon_conversion_term(order, delta)),
+            )
         )
 
     for number, entry in enumerate(charges):

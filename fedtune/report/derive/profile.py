@@ -27,7 +27,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism,
 from scipy.optimize import minimize_scalar
 
 from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
-from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
 from fedtune.privacy.distributed_noise import Epsilons
@@ -80,7 +80,8 @@ def describe_mechanism(plan: Plan, *, run: str, rounds: int, sampling: str) -> M
         rounds=rounds,
         metrics_noise_multiplier=plan.metrics_noise_multiplier,
         charges=tuple(
-            Charge(event=one, count=count) for one, count in events.mechanism_counts(count_charged_events(plan, rounds))
+            Charge(event=one, count=count)
+            for one, count in events.count_mechanisms_as_json(count_charged_events(plan, rounds))
         ),
         records_per_user=plan.records_per_user,
         shared=plan.shared,
@@ -91,7 +92,7 @@ def describe_lost_mechanism(event: DpEvent, count: int) -> Mechanism:
     """Describe a mechanism from a lost branch of the ledger, of which only the event is known; it counts as a single
     round.
     """
-    ((json, _),), (rate, gaussian) = events.mechanism_counts([event]), split_sampling(event)
+    ((json, _),), (rate, gaussian) = events.count_mechanisms_as_json([event]), split_sampling(event)
     noise = getattr(gaussian, "noise_multiplier", 0.0)  # Gaussian or Laplace
     scores = noise if gaussian is event else 0.0
     return Mechanism(
@@ -120,7 +121,7 @@ def parse_charges(charges: Iterable[Charge]) -> Counter[DpEvent]:
     return events.count_mechanisms(total)
 
 
-def charges_against_colluders(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
+def compute_charges_against_colluders(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
     """Return the charges if `colluders` other sites reveal the noise that they added; None: as many as each run
     assumed.
     """
@@ -129,16 +130,18 @@ def charges_against_colluders(rows: Sequence[Mechanism], *, colluders: int | Non
         if row.shared is None:  # of a lost run nothing is known but its charges
             total.update(parse_charges(row.charges))
             continue
-        noise = row.noise_multiplier if colluders is None else row.shared.honest_noise(colluders)
+        noise = row.noise_multiplier if colluders is None else row.shared.compute_honest_noise(colluders)
         steps = row.local_steps * row.rounds
-        charged = [events.dp_sgd_event(sampling_rate=row.sampling_rate, noise_multiplier=noise, steps=steps)]
+        charged = [events.build_dp_sgd_event(sampling_rate=row.sampling_rate, noise_multiplier=noise, steps=steps)]
         if row.metrics_noise_multiplier > 0:
             charged.append(SelfComposedDpEvent(GaussianDpEvent(row.metrics_noise_multiplier), row.rounds))
         total.update(events.count_mechanisms(charged))
     return total
 
 
-def epsilons_by_observer(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> Epsilons | None:
+def compute_epsilons_by_observer(
+    rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
+) -> Epsilons | None:
     """Compute a site's epsilon for each kind of observer with the function `epsilon`; None without secure
     aggregation.
     """
@@ -146,22 +149,26 @@ def epsilons_by_observer(rows: Sequence[Mechanism], epsilon: Callable[[Spent], f
         return None
     lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
     return Epsilons(
-        server_alone=epsilon(charges_against_colluders(rows, colluders=0)),
-        with_colluders=epsilon(charges_against_colluders(rows, colluders=None)),
-        with_all_others=None if lost else epsilon(charges_against_colluders(rows, colluders=MOST_SITES_OF_SUM)),
+        server_alone=epsilon(compute_charges_against_colluders(rows, colluders=0)),
+        with_colluders=epsilon(compute_charges_against_colluders(rows, colluders=None)),
+        with_all_others=None if lost else epsilon(compute_charges_against_colluders(rows, colluders=MOST_SITES_OF_SUM)),
     )
 
 
-def charges_if_others_collude(rows: Sequence[Mechanism], trust: Epsilons | None) -> tuple[Spent, float | None] | None:
+def compute_charges_if_others_collude(
+    rows: Sequence[Mechanism], trust: Epsilons | None
+) -> tuple[Spent, float | None] | None:
     """Return the charges, and their epsilon, if all other sites reveal their noise; None if the site added all of
     its noise.
     """
     return (
-        None if trust is None else (charges_against_colluders(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others)
+        None
+        if trust is None
+        else (compute_charges_against_colluders(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others)
     )
 
 
-def largest_epsilon(epsilons: Iterable[float | None]) -> float | None:
+def find_largest_epsilon(epsilons: Iterable[float | None]) -> float | None:
     """Return the largest epsilon; None, which means unbounded, is larger than any number."""
     values = list(epsilons)
     return None if None in values else max((value for value in values if value is not None), default=0.0)
@@ -175,21 +182,21 @@ def bound_posterior(epsilon: float, *, prior: float) -> float:
     many
     times delta.
     """
-    return prior / (prior + (1 - prior) * _inverse_exponential(epsilon))
+    return prior / (prior + (1 - prior) * _invert_exponential(epsilon))
 
 
-def hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> float:
+def compute_hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> float:
     """Bound the share of the used records that any attack finds (its true positive rate), from (epsilon, delta) alone.
 
     `false_alarms` is the attack's false positive rate: the share of the unused records that it takes for used.
     """
-    other_way = 1 - (1 - delta - false_alarms) * _inverse_exponential(epsilon)
+    other_way = 1 - (1 - delta - false_alarms) * _invert_exponential(epsilon)
     return max(false_alarms, min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta, other_way, 1.0))
 
 
 def bound_right_of_100_by_epsilon(epsilon: float, delta: float) -> float:
     """Bound how many of 100 guesses about membership are right if half of the records were used; 50 is coin-tossing."""
-    factor = _inverse_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
+    factor = _invert_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
     return 100 * (1 + delta * factor) / (1 + factor)
 
 
@@ -258,7 +265,7 @@ def group_privacy(epsilon: float, delta: float, *, members: int) -> tuple[float,
     return members * epsilon, min(1.0, delta * math.expm1(members * epsilon) / math.expm1(epsilon))
 
 
-def strength_band(epsilon: float | None) -> str:
+def find_strength_band(epsilon: float | None) -> str:
     """Return the code of the strength of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`; no regulator
     sets one.
     """
@@ -267,11 +274,11 @@ def strength_band(epsilon: float | None) -> str:
     return next(code for code, (_, most) in BANDS.items() if epsilon <= most)
 
 
-def _inverse_exponential(epsilon: float) -> float:
+def _invert_exponential(epsilon: float) -> float:
     return 0.0 if epsilon > _LARGEST_EXPONENT else math.exp(-epsilon)
 
 
-def pld_interval(source: Source) -> float:
+def choose_pld_interval(source: Source) -> float:
     """Return the width of the PLD buckets for a site's epsilon; curves always use the coarse grid, which only raises
     figures.
     """
@@ -285,12 +292,12 @@ def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COAR
 
 @lru_cache(maxsize=1024)  # most sites of a run were charged alike
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | None:
-    return finite_or_none(accountant.epsilon_pld(dict(counted), delta, interval=interval))
+    return convert_infinite_to_none(accountant.epsilon_pld(dict(counted), delta, interval=interval))
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
     """Compute epsilon at `delta` with RDP accounting; None: unbounded."""
-    return finite_or_none(accountant.compose_rdp(_sort_mechanisms(spent))(delta))
+    return convert_infinite_to_none(accountant.compose_rdp(_sort_mechanisms(spent))(delta))
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
@@ -304,7 +311,7 @@ def accountants_agree(figures: Figures, *, width: float) -> bool:
     return figures.epsilon_pld <= figures.epsilon_rdp + width * math.sqrt(figures.steps + figures.rounds)
 
 
-def epsilon_curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
+def compute_epsilon_curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
     """Compute epsilon with both accountants at powers of ten and at the report's own delta, largest first; ()
     without charges.
     """
@@ -357,21 +364,23 @@ def compute_meaning(
     """Express `epsilon` (None: unbounded) at `delta`, and all charges in `spent`, as frequencies of successful attacks.
 
     The mechanism's curve only bounds attacks if all charges were `fixed` beforehand.  `others` is the result of
-    `charges_if_others_collude`.
+    `compute_charges_if_others_collude`.
     """
-    stated, known = infinite_if_none(epsilon), spent if fixed else None
+    stated, known = convert_none_to_infinite(epsilon), spent if fixed else None
     right, by_mechanism = _bound_right_guesses(known, stated, delta)
     best = right if by_mechanism is None else by_mechanism
     for_several = partial(bound_right_guesses_for_several, known, best, epsilon=stated, delta=delta)
     with_all_others, rates = None, []
     for alarms in FALSE_ALARMS:
-        ceiling = hit_rate_ceiling(stated, delta, false_alarms=alarms)
+        ceiling = compute_hit_rate_ceiling(stated, delta, false_alarms=alarms)
         found = None if known is None else bound_hit_rate(known, false_alarms=alarms)
         found = None if found is None else min(found, ceiling)
         rates.append(Ceiling(given=alarms, ceiling=ceiling, mechanism=found))
     if others is not None:
         told, of_told = others
-        bounds = _bound_right_guesses(told if fixed and of_told is not None else None, infinite_if_none(of_told), delta)
+        bounds = _bound_right_guesses(
+            told if fixed and of_told is not None else None, convert_none_to_infinite(of_told), delta
+        )
         with_all_others = min(bound for bound in bounds if bound is not None)
     return Meaning(
         right_of_100_ceiling=right,

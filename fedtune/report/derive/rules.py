@@ -70,9 +70,9 @@ def assemble_report(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Uti
     return Report(
         schema_version=REPORT_SCHEMA,
         facts=facts,
-        verdict=verdicts.worst_verdict(site.verdict for site in sites),
+        verdict=verdicts.combine_verdicts(site.verdict for site in sites),
         neighboring_relation=NEIGHBORING_RELATION.name.lower(),
-        epsilon=profile.largest_epsilon(site.spent.epsilon for site in sites),
+        epsilon=profile.find_largest_epsilon(site.spent.epsilon for site in sites),
         randomness=randomness,
         released=tuple(released),
         sites=sites,
@@ -103,7 +103,7 @@ def add_meaning(
     """
     if site.verdict.state == "no_guarantee" and site.verdict.reasons != ("no_noise",):
         return site
-    epsilon, others = site.spent.epsilon, profile.charges_if_others_collude(rows, site.by_trust)
+    epsilon, others = site.spent.epsilon, profile.compute_charges_if_others_collude(rows, site.by_trust)
     known = partial(profile.compute_meaning, charged, epsilon=epsilon, delta=delta, declared_size=declared_size)
     return replace(site, meaning=known(fixed=fixed, others=others))
 
@@ -204,7 +204,9 @@ def _list_figure_assumptions(
     compared = f"delta={facts.delta:g}; declared_size={largest}"
     yield "delta_below_one_over_size", "verified" if facts.delta * largest < 1 else "violated", compared
     if any(one.spent.epsilon_pld and one.spent.epsilon_rdp for one in sites):
-        agree = all(profile.accountants_agree(one.spent, width=profile.pld_interval(one.source)) for one in sites)
+        agree = all(
+            profile.accountants_agree(one.spent, width=profile.choose_pld_interval(one.source)) for one in sites
+        )
         yield "accountants_agree", "verified" if agree else "violated", "PLD <= RDP"
     if shared := [row.shared for site in sites for row in site.mechanisms if row.shared]:
         honest = sorted({f"{one.threshold - one.colluders} of {one.num_sites}" for one in shared})

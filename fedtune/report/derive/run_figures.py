@@ -11,7 +11,7 @@ from dp_accounting import GaussianDpEvent
 
 from fedtune.federation.drift import detect_score_drop
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
-from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
@@ -42,7 +42,7 @@ def find_invalid_field(receipt: Receipt, *, site: str, run: str, plan: Plan) -> 
     return next((key for key, right in fits.items() if not right), "")
 
 
-def min_charged_rounds(facts: RunFacts, site: SiteFacts) -> int:
+def compute_min_charged_rounds(facts: RunFacts, site: SiteFacts) -> int:
     """Return the least number of rounds that a site was charged for: those that it signed, or those with an update
     from it.
     """
@@ -56,7 +56,7 @@ def statement_agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> b
     """
     known = [run for run in said.lifetime.runs if run.run == facts.run]
     return said.same_plan and all(
-        run.rounds >= min_charged_rounds(facts, site)
+        run.rounds >= compute_min_charged_rounds(facts, site)
         and run.seeded_noise == facts.seeded_noise
         and run.most_rounds == facts.plan.most_rounds
         for run in known
@@ -67,7 +67,7 @@ def _derive_site_report(facts: RunFacts, site: SiteFacts) -> SiteReport:
     plan, statement, rounds = facts.plan, site.statement, facts.count_charged_rounds(site)
     source: Source = "not_released" if site.receipt is None else "charged_by_receipts"
     source = "signed_site_report" if statement else source
-    grid, whole = profile.pld_interval(source), plan.most_rounds if rounds else 0
+    grid, whole = profile.choose_pld_interval(source), plan.most_rounds if rounds else 0
     charged, promised = profile.count_charged_events(plan, rounds), profile.count_charged_events(plan, whole)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
     ran = facts.sampling if statement is None else "poisson" if known else None
@@ -82,13 +82,15 @@ def _derive_site_report(facts: RunFacts, site: SiteFacts) -> SiteReport:
         rounds=rounds,
         steps=rounds * plan.local_steps,
     )
-    trust = profile.epsilons_by_observer(of_plan, lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid))
+    trust = profile.compute_epsilons_by_observer(
+        of_plan, lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid)
+    )
     verdict = verdicts.judge_site(verdicts.run_reasons(site, facts, spent, sampling=ran), spent, source=source)
     if statement is not None:
         life, limits, verified = statement.lifetime, statement.approved, statement.verification is not None
-        reasons = [*verdicts.ledger_reasons(life, limits, charges=statement.charges, verified=verified)]
+        reasons = [*verdicts.iter_ledger_reasons(life, limits, charges=statement.charges, verified=verified)]
         reasons += [] if statement_agrees(facts, site, statement) else ["site_report_disagrees"]
-        verdict = verdicts.worst_verdict([verdict, statement.verdict, verdicts.derive_verdict(reasons)])
+        verdict = verdicts.combine_verdicts([verdict, statement.verdict, verdicts.derive_verdict(reasons)])
     made = SiteReport(
         site=site.site,
         source=source,
@@ -96,7 +98,7 @@ def _derive_site_report(facts: RunFacts, site: SiteFacts) -> SiteReport:
         spent=spent,
         meaning=None,
         mechanisms=rows,
-        curve=profile.epsilon_curve(promised, plan.delta),
+        curve=profile.compute_epsilon_curve(promised, plan.delta),
         steps=tuple(_derive_steps(facts, site, by_pld)),
         releases=() if statement else tuple(_group_releases(facts, site)),
         by_trust=trust,
@@ -111,7 +113,7 @@ def _derive_utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
     releases = max(map(facts.count_charged_rounds, facts.sites), default=0)
     price = Counter({GaussianDpEvent(facts.plan.metrics_noise_multiplier): releases}) if line else Counter()
     return Utility(
-        epsilons=tuple(profile.largest_epsilon(epsilons[result.round]) for result in facts.rounds),
+        epsilons=tuple(profile.find_largest_epsilon(epsilons[result.round]) for result in facts.rounds),
         kept=facts.kept,
         held_out_epsilon=profile.epsilon_pld(price, facts.plan.delta) if line else None,
         fall=detect_score_drop(line) if line and line[-1].run == facts.name else None,
@@ -127,14 +129,16 @@ def _derive_steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iter
     """
     plan, later = facts.plan, sum(result.has_update_from(site.site) for result in facts.rounds)
     charged, silent = facts.count_charged_rounds(site), len(facts.rounds) - later
-    most = charged if site.final else min(charged, min_charged_rounds(facts, site) + silent)
+    most = charged if site.final else min(charged, compute_min_charged_rounds(facts, site) + silent)
     every, epsilons = math.ceil(most / _MOST_FIGURES) or 1, {charged: final}
     for result in facts.rounds:
         later -= result.has_update_from(site.site)
         shown = min(most, math.ceil(max(0, most - later) / every) * every)
         if shown not in epsilons:
             found = profile.epsilon_pld(profile.count_charged_events(plan, shown), plan.delta)
-            epsilons[shown] = finite_or_none(min(infinite_if_none(final), infinite_if_none(found)))
+            epsilons[shown] = convert_infinite_to_none(
+                min(convert_none_to_infinite(final), convert_none_to_infinite(found))
+            )
         yield EpsilonStep(run=facts.run, round=result.round, time=result.ended or None, epsilon=epsilons[shown])
 
 

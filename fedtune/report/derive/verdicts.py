@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import infinite_if_none
+from fedtune.formatting import convert_none_to_infinite
 from fedtune.report.derive import profile
 from fedtune.report.facts import (
     Approved,
@@ -51,7 +51,7 @@ def derive_verdict(reasons: Iterable[str]) -> BudgetVerdict:
     return BudgetVerdict(state=state, reasons=tuple(code for code in holding if code in REASONS[state]))
 
 
-def worst_verdict(verdicts: Iterable[BudgetVerdict]) -> BudgetVerdict:
+def combine_verdicts(verdicts: Iterable[BudgetVerdict]) -> BudgetVerdict:
     """Combine several verdicts: the worst state, with the reasons of all verdicts in that state, without duplicates.
 
     "nothing_spent" is only kept if all of them have it.
@@ -88,7 +88,7 @@ def judge_site(reasons: Iterable[str], spent: Spent, *, source: Source) -> Budge
     """Return the verdict for a site's `reasons`, plus "accountants_disagree" if the accountants contradict each
     other.
     """
-    agree = profile.accountants_agree(spent, width=profile.pld_interval(source))
+    agree = profile.accountants_agree(spent, width=profile.choose_pld_interval(source))
     return derive_verdict([*reasons, *([] if agree else ["accountants_disagree"])])
 
 
@@ -113,7 +113,7 @@ def run_reasons(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str
     )
 
 
-def ledger_reasons(
+def iter_ledger_reasons(
     life: Lifetime, approved: Approved, *, charges: int, verified: bool, limits_loosened: bool = False
 ) -> Iterator[str]:
     """Yield the reasons for a ledger's verdict by comparing its spending with the current limits.
@@ -127,7 +127,7 @@ def ledger_reasons(
         seeded_noise=life.seeded,
         no_noise=life.epsilon is None,
         # A Renyi filter is a bound only while its cap is fixed and never exceeded.
-        no_lifetime_cap=life.spent_without_cap(charges) or (approved.max_epsilon is None and something),
+        no_lifetime_cap=life.has_spent_without_cap(charges) or (approved.max_epsilon is None and something),
         above_lifetime_cap=something and exceeds_cap(life.epsilon, approved.max_epsilon),
         above_period_cap=something and exceeds_cap(life.period_epsilon, approved.max_epsilon_per_period),
         nothing_spent=not something,
@@ -142,7 +142,7 @@ def _iter_true_codes(**known: bool) -> Iterator[str]:
 
 def exceeds_cap(epsilon: float | None, cap: float | None) -> bool:
     """Whether an epsilon exceeds a cap by more than rounding errors; None means an unbounded epsilon, or no cap."""
-    return cap is not None and infinite_if_none(epsilon) > cap * (1 + _LAST_DIGITS)
+    return cap is not None and convert_none_to_infinite(epsilon) > cap * (1 + _LAST_DIGITS)
 
 
 def read_audit(folder: Path) -> Audit | None:
@@ -188,7 +188,7 @@ def list_refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple
 
     All bounds are tested at once, so each needs more confidence than it would alone.
     """
-    spent = _epsilon_by_place(audit, sites)
+    spent = _map_epsilon_by_place(audit, sites)
     errors = audit_bound.split_error_probability(audit.confidence, [bound.site for bound in audit.bounds])
 
     def chance(bound: AuditBound) -> float:
@@ -196,12 +196,12 @@ def list_refuted_bounds(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple
         if claim >= _MOST_EPSILON:
             return 1.0
         counts = bound.canaries, bound.guesses, bound.right
-        return audit_bound.p_value(*counts, epsilon=claim, delta=audit.delta)
+        return audit_bound.compute_p_value(*counts, epsilon=claim, delta=audit.delta)
 
     return tuple(bound for bound, error in zip(audit.bounds, errors, strict=True) if chance(bound) < error)
 
 
-def _epsilon_by_place(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
+def _map_epsilon_by_place(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
     """Return place -> epsilon in the report; the key None has the largest epsilon of all audited sites, if all have
     one.
     """
@@ -227,14 +227,14 @@ def find_audit_problems(report: Report) -> Iterator[Problem]:
     places, known = Counter(bound.site for bound in audit.bounds), {None, *(site.site for site in report.sites)}
     if twice := [site for site, count in places.items() if count > 1 or site not in known]:
         yield Problem("audit.bounds", twice, "each site of the report once at most")
-    spent = _epsilon_by_place(audit, report.sites)
+    spent = _map_epsilon_by_place(audit, report.sites)
     for number, bound in enumerate(audit.bounds):
         where, most, claim = f"audit.bounds.{number}", spent.get(bound.site), bound.claimed_epsilon
         if exceeds_cap(claim, most):
             yield Problem(f"{where}.claimed_epsilon", claim, f"at most {most}, which was charged")
         for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
             counts = bound.canaries, bound.guesses, right
-            found = audit_bound.epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
+            found = audit_bound.compute_epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
             if not abs(getattr(bound, key) - found) <= _AUDIT_DIGITS * max(1.0, found):
                 yield Problem(f"{where}.{key}", getattr(bound, key), found)
     if not audit.exceeded and list_refuted_bounds(audit, report.sites):

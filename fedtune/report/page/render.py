@@ -31,7 +31,7 @@ from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report
 from fedtune.report.page.tables import Charts, TableColumn
 from fedtune.report.page.translations import load_catalog
-from fedtune.report.page.view import Words, page_layout, pointer
+from fedtune.report.page.view import Words, load_page_layout, pointer
 from fedtune.show.lines import shorten_middle
 from fedtune.spec import NOT_GIVEN, ConfigError
 
@@ -60,7 +60,7 @@ def render(
     files = report.facts.files if isinstance(report.facts, RunFacts) else {}
     model = next((one for one in files.items() if one[0].endswith(".safetensors")), None)
     return (
-        template_environment()
+        create_template_environment()
         .get_template("report.html.j2")
         .render(
             _collect_template_values(words),
@@ -93,12 +93,17 @@ def css_string(text: str) -> Markup:
 
 
 @lru_cache(maxsize=1)
-def template_environment() -> Environment:
+def create_template_environment() -> Environment:
     """Return the Jinja environment of all pages, which escapes all values and raises an error for undefined names."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
-    made.globals |= {"css_string": css_string, "pointer": pointer, "parts": page_layout(), "tiers_source": TIERS_SOURCE}
+    made.globals |= {
+        "css_string": css_string,
+        "pointer": pointer,
+        "parts": load_page_layout(),
+        "tiers_source": TIERS_SOURCE,
+    }
     made.globals |= {
         "format_score_name": format_score_name,
         "plain": _to_printable_text,
@@ -137,7 +142,7 @@ def convert_to_pdf(html: str) -> bytes:
     Raises:
         ConfigError: WeasyPrint, or a system library that it needs, is not installed.
     """
-    weasyprint = _weasyprint()
+    weasyprint = _import_weasyprint()
     # It tells of each rule of the style sheet that is for screens only.
     logging.getLogger("weasyprint").setLevel(logging.ERROR)
     fetcher = weasyprint.urls.URLFetcher(allowed_protocols={"data"})  # the page's own fonts
@@ -154,7 +159,7 @@ def convert_to_pdf(html: str) -> bytes:
             os.environ["SOURCE_DATE_EPOCH"] = before
 
 
-def _weasyprint() -> Any:
+def _import_weasyprint() -> Any:
     require_extra("--pdf", NOT_GIVEN, "pdf", "weasyprint")
     try:
         with warnings.catch_warnings():
@@ -198,7 +203,7 @@ def render_label(report: Report, *, language: str) -> str:
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
     return (
-        template_environment()
+        create_template_environment()
         .get_template("label.svg.j2")
         .render(
             _collect_template_values(words),
@@ -212,7 +217,7 @@ def render_label(report: Report, *, language: str) -> str:
 
 def render_personalized_label(site: str, run: str) -> str:
     """Render the label of a site's personalized adapter, in English like its card: without a guarantee and figures."""
-    return template_environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
+    return create_template_environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
 
 
 def _shorten_name(name: str, most: int = 32) -> str:

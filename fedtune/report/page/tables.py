@@ -14,7 +14,7 @@ from markupsafe import Markup
 from fedtune.formatting import format_score_name
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts
 from fedtune.report.page.translations import Catalog
-from fedtune.report.page.view import Words, count_of_rows, group_by_key, page_layout, pointer, pointer_name
+from fedtune.report.page.view import Words, count_of_rows, get_pointer_name, group_by_key, load_page_layout, pointer
 from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.show.lines import shorten_middle
@@ -102,34 +102,34 @@ class Charts(Words):
         pointer = f"{row.rsplit('/', parents)[0]}/{column.at[3 * parents :]}"
         if column.at.startswith("@"):
             start, _, at = column.at[1:].partition("/")
-            pointer = f"{self.place(start, self.site_pointer(row))}/{at}"
+            pointer = f"{self.place(start, self.get_site_pointer(row))}/{at}"
         elif column.at.startswith("/"):
             pointer = column.at.replace("*", row.rpartition("/")[2])
         if column.at == "#":
-            return Markup("{}").format(format_score_name(pointer_name(row)))
+            return Markup("{}").format(format_score_name(get_pointer_name(row)))
         kind, of = column.kind.removesuffix("?"), self.at(column.at.removesuffix("/*")) if "*" in column.at else ()
-        is_there = not isinstance(of, dict) or pointer_name(row) in of
+        is_there = not isinstance(of, dict) or get_pointer_name(row) in of
         found = self.at(pointer, absent=_ABSENT) if is_there else _ABSENT
         if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
-            return self._absent_cell(column.absent or "word.unknown")
+            return self._render_absent_cell(column.absent or "word.unknown")
         if found == NOT_RECORDED:
-            return self._absent_cell("value.not_recorded")
+            return self._render_absent_cell("value.not_recorded")
         if column.zero and found == 0:
             return self.text(column.zero)
         if column.kind.endswith("?"):
             return self.spent(pointer, kind)
         if column.is_figure:
             return self.figure(pointer, kind)
-        return Markup('<span data-at="{}">{}</span>').format(pointer, self._as_text(found, kind))
+        return Markup('<span data-at="{}">{}</span>').format(pointer, self._render_as_text(found, kind))
 
     def shown(self, at: str, kind: str) -> Markup:
         """Render the value at a place in the report."""
         return self.cell("", TableColumn("", at, kind))
 
-    def _absent_cell(self, key: str) -> Markup:
+    def _render_absent_cell(self, key: str) -> Markup:
         return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(key))
 
-    def _as_text(self, value: Any, kind: str) -> Markup:
+    def _render_as_text(self, value: Any, kind: str) -> Markup:
         if value is None or value in ([], {}):
             return self.text("word.unknown" if value is None else "word.none")
         kind, _, section = kind.partition(":")
@@ -154,7 +154,7 @@ class Charts(Words):
 
     def named(self, name: str, more: Sequence[TableColumn] = ()) -> Table:
         """Build the table with a given name in page.toml, with `more` columns at its end."""
-        layout, columns = page_layout()["table"][name], [*self._columns(name), *more]
+        layout, columns = load_page_layout()["table"][name], [*self._list_columns(name), *more]
         caption = self.text(layout["caption"], delta=self.figure(self.delta_at, "exact"))
         of = layout["rows"]
         # A report of a ledger has nothing of what is about a run alone.
@@ -167,8 +167,8 @@ class Charts(Words):
             return self._merge_equal_sites(self.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
         return self.table(caption, columns, rows, last=last)
 
-    def _columns(self, name: str) -> list[TableColumn]:
-        layout, shown = page_layout()["table"][name], ("", self.facts.kind, self.facts.unit)
+    def _list_columns(self, name: str) -> list[TableColumn]:
+        layout, shown = load_page_layout()["table"][name], ("", self.facts.kind, self.facts.unit)
         columns = [TableColumn(*column) for column in layout["columns"]]
         of_sites = layout["rows"].split("/")[0].split(" ")[0] in _OF_SITES
         first = [TableColumn("page.site", _SITE, "text")] if of_sites else []
@@ -192,7 +192,7 @@ class Charts(Words):
 
     def budget(self) -> Table:
         """Build page 1's table of sites, one row per site, without empty columns."""
-        columns = [replace(one, kind="name") if one.at == _SITE else one for one in self._columns("budget")]
+        columns = [replace(one, kind="name") if one.at == _SITE else one for one in self._list_columns("budget")]
         rows = [tuple(self.cell(site, column) for column in columns) for site in self.sites]
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
         return self.table(self.text("budget.heading"), used, self.sites, last=False, most=PAGE_ONE_SITES)
@@ -219,11 +219,11 @@ class Charts(Words):
 
     def epsilon_spent(self) -> Table:
         """Build the chart of epsilon by round, or by run if a ledger has too many rounds, together with the limit."""
-        lines = {site: points for site in self.sites if (points := self._line_points(site))}
+        lines = {site: points for site in self.sites if (points := self._list_line_points(site))}
         alike = group_by_key((tuple(points), site) for site, points in lines.items())
         named = [(lines[sites[0]], self.together(sites, of=len(lines)).striptags()) for sites in alike[:MOST_LINES]]
         if drawn := self.drawn:
-            named = [(self._line_points("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items()]
+            named = [(self._list_line_points("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items()]
         series = [Series(points=some, number=n, label=label) for n, (some, label) in enumerate(named) if some]
         levels, axis = [], "axis_round"
         if self.is_ledger:
@@ -232,8 +232,8 @@ class Charts(Words):
             rounds = [step["round"] is not None for site in lines for step in self.at(f"{site}/steps")]
             axis = "axis_day" if drawn else "axis_charged" if any(rounds) else "axis_run"
         elif target := self.limit():
-            levels = [(self.at(target), self._chart_text("limit"), LIMIT)]
-        x, y = self._chart_text(axis), self._chart_text("axis_epsilon")
+            levels = [(self.at(target), self._find_chart_text("limit"), LIMIT)]
+        x, y = self._find_chart_text(axis), self._find_chart_text("axis_epsilon")
         panel = Panel(series=series, levels=levels, x=x, y=y, scale="days" if drawn else "whole")
         return self._add_chart("epsilon_spent", self.steps(), panel, seen=self._describe_rise(lines))
 
@@ -254,9 +254,12 @@ class Charts(Words):
         for number, key in enumerate(("pld", "rdp")):
             points = [(at(f"{row}/delta"), at(f"{row}/epsilon_{key}")) for row in rows]
             if points := [point for point in points if point[1] is not None]:
-                series.append(Series(points=points, number=number, label=self._chart_text(key)))
+                series.append(Series(points=points, number=number, label=self._find_chart_text(key)))
         panel = Panel(
-            series=series, x=self._chart_text("axis_delta"), y=self._chart_text("axis_epsilon"), scale="powers"
+            series=series,
+            x=self._find_chart_text("axis_delta"),
+            y=self._find_chart_text("axis_epsilon"),
+            scale="powers",
         )
         return self._add_chart("profile", self.named("curve"), panel)
 
@@ -277,7 +280,7 @@ class Charts(Words):
             else [],
             levels=levels,
             notes=[(x, y, f"{round_} {number}") for x, y, number in ends],
-            x=self._chart_text("axis_epsilon"),
+            x=self._find_chart_text("axis_epsilon"),
             y=shorten_middle(format_score_name(name), 30),
             from_zero=False,
         )
@@ -293,15 +296,16 @@ class Charts(Words):
         found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
         lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
         series = [
-            Series(points=some, number=n, label=self._chart_text(key)) for n, (key, some) in enumerate(lines.items())
+            Series(points=some, number=n, label=self._find_chart_text(key))
+            for n, (key, some) in enumerate(lines.items())
         ]
-        panel = Panel(series=series, x=self._chart_text("axis_probability"), y=self._chart_text("axis_right"))
+        panel = Panel(series=series, x=self._find_chart_text("axis_probability"), y=self._find_chart_text("axis_right"))
         return self._add_chart("reliability", self.named("reliability"), panel)
 
-    def _chart_text(self, key: str) -> str:
+    def _find_chart_text(self, key: str) -> str:
         return self.text(f"chart.{key}").unescape()
 
-    def _bounded_steps(self, site: str) -> list[tuple[float, str]]:
+    def _list_bounded_steps(self, site: str) -> list[tuple[float, str]]:
         """Return each bounded step of a site as an x value and a pointer.
 
         x is the round, for a ledger the index of the step, and for a ledger whose people arrive over time the day.
@@ -315,27 +319,27 @@ class Charts(Words):
                 found.append((x, f"{site}/steps/{place}"))
         return found
 
-    def _line_points(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
-        return [(x, self.at(f"{step}/{of}")) for x, step in self._bounded_steps(site)]
+    def _list_line_points(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
+        return [(x, self.at(f"{step}/{of}")) for x, step in self._list_bounded_steps(site)]
 
     def _limit_series(self, site: str) -> Series:
         """Return the lifetime limit in force at each step of a ledger as a series; before the first limit, that
         limit is shown.
         """
         caps, points = self.at("/facts/caps"), []
-        for x, step in self._bounded_steps(site):
+        for x, step in self._list_bounded_steps(site):
             time = self.at(f"{step}/time")
             begun = [cap for cap in caps if time is None or cap["time"][: len(time)] <= time] or caps[:1]
             if begun and begun[-1]["max_epsilon"] is not None:
                 points.append((x, begun[-1]["max_epsilon"]))
-        return Series(points=points, number=0, label=self._chart_text("limit"), kind="limit")
+        return Series(points=points, number=0, label=self._find_chart_text("limit"), kind="limit")
 
     def _add_chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Table:
         """Add the chart of a panel to a table, unless its values never change."""
         if not any(len({y for _, y in one.points}) > 1 for one in panel.series):
             why = (seen or self.text("chart.same")) if panel.series else self.text(f"chart.{code}_none")
             return replace(table, chart=code, seen=why)
-        named = self._chart_text(code), self._chart_text(f"{code}_desc")
+        named = self._find_chart_text(code), self._find_chart_text(f"{code}_desc")
         figure = self.catalog.figure
         svg = chart(code, panel, named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
         return replace(table, chart=code, seen=seen or self.text(f"chart.{code}"), svg=svg)

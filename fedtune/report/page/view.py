@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 
 from fedtune.federation.drift import FELL
-from fedtune.formatting import infinite_if_none
+from fedtune.formatting import convert_none_to_infinite
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
 from fedtune.report.derive.dpia_fields import format_rank
-from fedtune.report.derive.profile import BANDS, strength_band
+from fedtune.report.derive.profile import BANDS, find_strength_band
 from fedtune.report.derive.verdicts import WORST_FIRST, explain_missing_room, report_outcome
 from fedtune.report.facts import CohortFigures, LedgerFacts
 from fedtune.report.model import Assumption, Report
@@ -45,7 +45,7 @@ class Words:
         self.json = model.to_json(report)
         self.room, self.result = explain_missing_room(report), report_outcome(report)
         self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
-        self.band = strength_band(report.epsilon if self.promises else None)
+        self.band = find_strength_band(report.epsilon if self.promises else None)
         # Secure aggregation is part of it, whose noise several sites made together.
         self.shared = any(one.shared for site in report.sites for one in site.mechanisms)
         # The figures of a ledger's people by when they came; none where one figure is everybody's.
@@ -56,7 +56,8 @@ class Words:
         at_most = [] if isinstance(facts, LedgerFacts) else [facts.is_upper_bound(site) for site in facts.sites]
         self.silent = {f"/sites/{n}" for n, is_so in enumerate(at_most) if is_so}
         figures = (
-            (infinite_if_none(one.spent.epsilon), infinite_if_none(one.spent.epsilon_pld)) for one in report.sites
+            (convert_none_to_infinite(one.spent.epsilon), convert_none_to_infinite(one.spent.epsilon_pld))
+            for one in report.sites
         )
         losses = {f"/sites/{n}": both for n, both in enumerate(figures)}
         # The site that the headline's epsilon is of; of several, the first that signed for it.
@@ -97,7 +98,7 @@ class Words:
         for part in pointer.split("/")[1:]:
             if found is None:
                 return absent
-            found = found[int(part) if isinstance(found, list) else pointer_name(part)]
+            found = found[int(part) if isinstance(found, list) else get_pointer_name(part)]
         return found
 
     def place(self, kind: str, site: str) -> str:
@@ -109,7 +110,7 @@ class Words:
         of_run = {"facts": f"/facts{site}", "life": f"{own}/lifetime"}
         return {"sites": site, "own": own, **(of_ledger if self.is_ledger else of_run)}[kind]
 
-    def site_pointer(self, pointer: str) -> str:
+    def get_site_pointer(self, pointer: str) -> str:
         """Return the pointer to the site that contains `pointer`."""
         return self.sites[0] if self.is_ledger else f"/sites/{pointer.removeprefix('/facts').split('/')[2]}"
 
@@ -131,7 +132,7 @@ class Words:
         return {place: self.cohorts[place].people.dates for place in spent}
 
     def figure(self, pointer: str, kind: str) -> Markup:
-        """Format the figure at a pointer as a `page_layout` element that refers to its place in report.json."""
+        """Format the figure at a pointer as a `load_page_layout` element that refers to its place in report.json."""
         value = self.at(pointer)
         return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
             json.dumps(value), pointer, kind, self.catalog.figure(value, kind)
@@ -140,7 +141,7 @@ class Words:
     def spent(self, pointer: str, kind: str = "epsilon") -> Markup:
         """Format a figure of a site's charges, with "at most" if the site did not confirm the end of the run."""
         figure = self.figure(pointer, kind)
-        if self.site_pointer(pointer) not in self.silent:
+        if self.get_site_pointer(pointer) not in self.silent:
             return figure
         return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
 
@@ -152,11 +153,11 @@ class Words:
         start, *parts = of.split("/")
         found = [start and self.worst] if start in ("", "worst") else [self.place(start, site) for site in self.sites]
         for part in parts:
-            entries = {one: self._entry_names(one) if part == "*" else [part] for one in found}
+            entries = {one: self._list_entry_names(one) if part == "*" else [part] for one in found}
             found = [f"{one}/{entry}" for one, several in entries.items() for entry in several]
         return [row for row in found if not having or self.at(f"{row}/{having}") is not None]
 
-    def _entry_names(self, at: str) -> list[str]:
+    def _list_entry_names(self, at: str) -> list[str]:
         """Return the last pointer part of each entry in a list or mapping."""
         found = self.at(at) or ()
         return [pointer(name)[1:] for name in (found if isinstance(found, dict) else range(len(found)))]
@@ -165,7 +166,7 @@ class Words:
 
     def access(self) -> Mapping[str, Sequence[str]]:
         """Return observer -> a code for each column of what the observer can see."""
-        noise, rows = self.noise, page_layout()["access"]
+        noise, rows = self.noise, load_page_layout()["access"]
         masked = rows["masked"] if self.shared and noise == "noised" else {}
         sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
         if how := self.by_subtraction():
@@ -233,7 +234,7 @@ class Words:
 
     def of_whom(self) -> Markup | None:
         """Describe when the people joined who have the largest figure; None if everybody has the same."""
-        epsilons = {place: infinite_if_none(one.epsilon) for place, one in enumerate(self.cohorts)}
+        epsilons = {place: convert_none_to_infinite(one.epsilon) for place, one in enumerate(self.cohorts)}
         if admitted := self.report.admits:
             return self.text("label.others_none", dates=admitted.dates)
         if len(set(epsilons.values())) < 2:
@@ -247,7 +248,7 @@ def pointer(*parts: str | int) -> str:
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
 
 
-def pointer_name(pointer: str) -> str:
+def get_pointer_name(pointer: str) -> str:
     """Return the name in the last part of a JSON pointer."""
     return pointer.rpartition("/")[2].replace("~1", "/").replace("~0", "~")
 
@@ -261,6 +262,6 @@ def group_by_key(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
 
 
 @cache
-def page_layout() -> Mapping[str, Any]:
+def load_page_layout() -> Mapping[str, Any]:
     """Return the page's layout from `page.toml`."""
     return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))

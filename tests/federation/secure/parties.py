@@ -87,7 +87,7 @@ class Federation:
             summation.add_revealed(site, self.parties[site].unmask(summation.unmask_request(site)))
         return summation
 
-    def sum_of(self, sites: Collection[str]) -> npt.NDArray[np.int64]:
+    def add_vectors(self, sites: Collection[str]) -> npt.NDArray[np.int64]:
         """What the lead is to learn."""
         return np.sum([self.vector(site) for site in sites], axis=0)
 

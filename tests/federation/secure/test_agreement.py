@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.federation.secure import agreement
-from fedtune.federation.secure.agreement import Demand, KeyAgreement, Terms, Wrong, bits_needed, require_terms
+from fedtune.federation.secure.agreement import Demand, KeyAgreement, Terms, Wrong, compute_modulus_bits, require_terms
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import read_announcement
 from fedtune.federation.secure.party import Party
@@ -37,7 +37,7 @@ def test_least_threshold_requires_an_honest_site() -> None:
 
 @given(st.integers(2, 20), st.integers(1, 2**50))
 def test_modulus_uses_the_fewest_bits_that_hold_every_sum(num_sites: int, largest: int) -> None:
-    bits = bits_needed(num_sites, largest)
+    bits = compute_modulus_bits(num_sites, largest)
     assert 2 ** (bits - 2) <= num_sites * largest < 2 ** (bits - 1)
     assert make_terms(num_sites, num_sites, largest=largest).bits == bits
     with pytest.raises(ConfigError, match="must be from 1 to 64"):

@@ -30,7 +30,7 @@ def test_masks_cancel_for_all_survivor_and_helper_sets(num_sites: int, threshold
     for release, (survivors, helpers) in enumerate(itertools.product(sets, sets), start=1):
         summation = federation.confirmed(federation.start_release(release, survivors), by=helpers)
         total = federation.revealed(summation, by=helpers).total()
-        assert total.tolist() == federation.sum_of(survivors).tolist()
+        assert total.tolist() == federation.add_vectors(survivors).tolist()
         assert not summation.wrong_shares
 
 
@@ -89,7 +89,7 @@ def test_too_few_messages_end_only_the_current_release() -> None:
         summation.total()
     assert error.value.site is None
     summation = federation.confirmed(federation.start_release(3, "abc"), by="abd")  # d helps, though it did not upload
-    assert federation.revealed(summation, by="abd").total().tolist() == federation.sum_of("abc").tolist()
+    assert federation.revealed(summation, by="abd").total().tolist() == federation.add_vectors("abc").tolist()
 
 
 def test_restarted_site_is_excluded_until_a_new_session() -> None:
@@ -99,14 +99,14 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
     with pytest.raises(Rejected):
         party.confirm(summation.confirm_request())
     total = federation.revealed(federation.confirmed(summation, by="ab"), by="ab").total()
-    assert total.tolist() == federation.sum_of("abc").tolist()  # it had uploaded; two of three are enough
+    assert total.tolist() == federation.add_vectors("abc").tolist()  # it had uploaded; two of three are enough
     old = federation.session.digest
     for site in "ab":
         federation.restart(site)
     federation.set_up()
     assert federation.session.digest != old
     summation = federation.confirmed(federation.start_release(2, "abc"), by="abc")
-    assert federation.revealed(summation, by="abc").total().tolist() == federation.sum_of("abc").tolist()
+    assert federation.revealed(summation, by="abc").total().tolist() == federation.add_vectors("abc").tolist()
 
 
 # A site that says what is wrong.
@@ -122,7 +122,7 @@ def test_wrong_shares_are_detected_attributed_and_ignored() -> None:
         given_shares["a"]["e"] = f"{(int(given_shares['a']['e'], 16) + 1) % PRIME:066x}"
         given_shares["b"]["b"] = f"{PRIME - 1:066x}"
         summation.add_revealed(liar, resign_answer(answer, shares=given_shares))
-    assert summation.total().tolist() == federation.sum_of("abcd").tolist()
+    assert summation.total().tolist() == federation.add_vectors("abcd").tolist()
     assert summation.wrong_shares == {("d", "a"), ("d", "b"), ("e", "a"), ("e", "b")}
 
 
@@ -157,7 +157,7 @@ def test_dealer_of_inconsistent_shares_is_named() -> None:
         summation.total()
     assert error.value.site == "c"
     federation, summation = flip_upload_bit(3 * 4)  # what it sealed for a
-    assert summation.total().tolist() == federation.sum_of("abc").tolist()
+    assert summation.total().tolist() == federation.add_vectors("abc").tolist()
     assert summation.wrong_shares == {("a", "c")}
 
 
@@ -214,7 +214,7 @@ def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
     for change in changes:
         with expect_rejection(Wrong.WRONG_SIGNATURE):
             summation.add_revealed("d", change_message(answer, **change))
-    assert summation.total().tolist() == federation.sum_of("abcd").tolist()
+    assert summation.total().tolist() == federation.add_vectors("abcd").tolist()
     assert not summation.wrong_shares
     with expect_rejection(Wrong.WRONG_SIGNATURE):  # of another release
         summation.add_revealed("d", change_message(answer, release=2))
@@ -281,7 +281,7 @@ def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) ->
     assert honest <= set(run.summation.survivors)
     # A faulty site may change its own vector, and nobody can tell; nobody else's.
     if not set(run.summation.survivors) & set(run.faulty):
-        assert np.array_equal(total, run.federation.sum_of(honest))
+        assert np.array_equal(total, run.federation.add_vectors(honest))
 
 
 def test_confirmations_are_stored_before_they_are_sent() -> None:

@@ -68,7 +68,7 @@ class Transcript(RuleBasedStateMachine):
         """Some sites are shown keys, old and new ones as the server likes."""
         newest = chance.random() < 0.7
         chosen = [keys[-1] if newest else chance.choice(keys) for keys in self.keys.values()]
-        for site in self._some(chance):
+        for site in self._draw_some(chance):
             try:
                 digest = self.federation.parties[site].join(chosen)
             except Rejected:
@@ -89,35 +89,35 @@ class Transcript(RuleBasedStateMachine):
     def play_a_release(self, chance: random.Random) -> None:
         """All steps of a release, twice, with a set of survivors each: one behind the other, or side by side."""
         self.release += chance.random() < 0.7
-        first, second = self._a_set(chance, self.release), self._a_set(chance, self.release)
-        self._upload(self.release, self._some(chance), chance)
-        self._confirm(first, self._some(chance))
+        first, second = self._draw_set(chance, self.release), self._draw_set(chance, self.release)
+        self._upload(self.release, self._draw_some(chance), chance)
+        self._confirm(first, self._draw_some(chance))
         if chance.random() < 0.5:
-            self._unmask(first, self._some(chance), stuffed=chance.random() < 0.3)
-        self._upload(self.release, self._some(chance), chance)
-        self._confirm(second, self._some(chance))
+            self._unmask(first, self._draw_some(chance), stuffed=chance.random() < 0.3)
+        self._upload(self.release, self._draw_some(chance), chance)
+        self._confirm(second, self._draw_some(chance))
         for asked in (second, first):
-            self._unmask(asked, self._some(chance), stuffed=chance.random() < 0.3)
+            self._unmask(asked, self._draw_some(chance), stuffed=chance.random() < 0.3)
 
     @rule(chance=CHANCE)
     def ask_for_uploads(self, chance: random.Random) -> None:
         """Of this release or of one that is over."""
-        self._upload(chance.randint(1, self.release), self._some(chance), chance)
+        self._upload(chance.randint(1, self.release), self._draw_some(chance), chance)
 
     @rule(chance=CHANCE)
     def ask_to_confirm(self, chance: random.Random) -> None:
         """One set to some sites, of this release or of one that is over; and for their shares at once."""
-        asked = self._a_set(chance, chance.randint(1, self.release))
-        self._confirm(asked, self._some(chance))
-        self._unmask(asked, self._some(chance), stuffed=False)
+        asked = self._draw_set(chance, chance.randint(1, self.release))
+        self._confirm(asked, self._draw_some(chance))
+        self._unmask(asked, self._draw_some(chance), stuffed=False)
 
     @rule(chance=CHANCE)
     def ask_to_unmask(self, chance: random.Random) -> None:
         """A set that somebody has confirmed, or any."""
-        asked = self._a_set(chance, chance.randint(1, self.release))
+        asked = self._draw_set(chance, chance.randint(1, self.release))
         if self.signatures and chance.random() < 0.7:
             asked = ConfirmRequest(**json.loads(chance.choice(sorted(self.signatures))))
-        self._unmask(asked, self._some(chance), stuffed=chance.random() < 0.3)
+        self._unmask(asked, self._draw_some(chance), stuffed=chance.random() < 0.3)
 
     @rule(chance=CHANCE)
     def ask_again(self, chance: random.Random) -> None:
@@ -186,10 +186,10 @@ class Transcript(RuleBasedStateMachine):
         else:
             self.knowledge.hear(answer)
 
-    def _some(self, chance: random.Random) -> list[str]:
+    def _draw_some(self, chance: random.Random) -> list[str]:
         return self.honest if chance.random() < 0.5 else [site for site in self.honest if chance.random() < 0.7]
 
-    def _a_set(self, chance: random.Random, release: int) -> ConfirmRequest:
+    def _draw_set(self, chance: random.Random, release: int) -> ConfirmRequest:
         """Of the session that sites are in, most of the time; often of all sites, or of all but one."""
         joined = sorted(self.joined.values())
         session = chance.choice(joined if joined and chance.random() < 0.9 else sorted(self.sessions))

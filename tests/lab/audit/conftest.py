@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.privacy.mechanism import cell_width
+from fedtune.privacy.mechanism import compute_cell_width
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import Audit
 from fedtune.training import dp_step, users
@@ -27,7 +27,7 @@ def remove_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def remove_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     def add(sums: Any, gradients: Any, max_grad_norm: float) -> None:
         for name, gradient in gradients.items():
-            sums[name] += (gradient.double() / cell_width(max_grad_norm)).round().to(torch.int64).sum(dim=0)
+            sums[name] += (gradient.double() / compute_cell_width(max_grad_norm)).round().to(torch.int64).sum(dim=0)
 
     monkeypatch.setattr(dp_step, "add_clipped", add)
 

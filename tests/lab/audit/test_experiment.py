@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.evaluation.audit_bound import max_lower_bound
+from fedtune.evaluation.audit_bound import compute_max_lower_bound
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import Audit
@@ -35,7 +35,7 @@ def test_audit_of_a_sound_run_passes(sound_audit: Any) -> None:
         assert bound.claimed_epsilon == claimed["sites"][site]["epsilon"]
         assert bound.lower_bound < bound.claimed_epsilon
         assert bound.canaries == bound.guesses == (120 if bound.site else 240)
-        assert bound.best_possible == max_lower_bound(bound.canaries, delta=1e-5, confidence=0.95)
+        assert bound.best_possible == compute_max_lower_bound(bound.canaries, delta=1e-5, confidence=0.95)
     assert "No bound is above its claim" in outcome.out
     assert "canaries: use it for nothing else" in outcome.out
 
@@ -82,7 +82,7 @@ def test_audit_detects_a_broken_run_from_averages_alone(run_audit: Any, break_it
     assert found.confidence == 0.9
     counts = [(bound.site, bound.canaries, bound.guesses) for bound in found.bounds]
     assert counts == [("site-2", 120, 60), (None, 120, 60)]
-    assert found.bounds[0].best_possible == max_lower_bound(120, guesses=60, delta=1e-5, confidence=0.9)
+    assert found.bounds[0].best_possible == compute_max_lower_bound(120, guesses=60, delta=1e-5, confidence=0.9)
     assert found.bounds[1].lower_bound > found.bounds[1].claimed_epsilon
 
 

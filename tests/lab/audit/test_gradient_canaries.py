@@ -16,7 +16,7 @@ from fedtune.lab.audit.experiment import make_auditable, run_audit
 from fedtune.lab.audit.gradient_attack import Canaries, CanaryBatch, CanaryUserBatch, GradientAttack, Tally
 from fedtune.lab.audit.spec import AuditSpec
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.mechanism import cell_width
+from fedtune.privacy.mechanism import compute_cell_width
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import Participants
 from fedtune.training import dp_step
@@ -153,15 +153,15 @@ def test_15000_canaries_are_added_in_small_batches() -> None:
     seen = np.zeros(size)
     for batch in examples.cut(np.arange(0, 15_000, 7)):
         assert isinstance(batch, CanaryBatch)
-        gradients = canaries.raw_gradients(batch)
+        gradients = canaries.compute_raw_gradients(batch)
         assert sum(gradient.numel() for gradient in gradients.values()) <= 2**23
-        sums = dp_step.zero_sums(parameters)
+        sums = dp_step.make_zero_sums(parameters)
         norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()], dim=1).norm(dim=1)
         assert torch.equal(norms, torch.full((len(batch),), gradient_attack.RAW_SIZE * 2.0))
         dp_step.add_clipped(sums, gradients, 2.0)
         added = np.concatenate([total.flatten().numpy() for total in sums.values()])
         assert added.max() <= 2**24, "in whole numbers: no canary is longer than a clip norm"
-        seen += added * cell_width(2.0)
+        seen += added * compute_cell_width(2.0)
     wanted = np.zeros(size)
     wanted[coordinates[np.arange(0, 15_000, 7)]] = 2.0
     assert seen == pytest.approx(wanted, abs=1e-5)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedtune.lab.audit.guesses import centered_ranks, count_right_guesses, likelihood_ratios
-from fedtune.lab.audit.record_attack import auroc, hit_rate
+from fedtune.lab.audit.guesses import compute_centered_ranks, compute_likelihood_ratios, count_right_guesses
+from fedtune.lab.audit.record_attack import auroc, estimate_hit_rate
 
 
 def test_surest_guesses_are_counted() -> None:
@@ -20,7 +20,7 @@ def test_evidence_matches_the_exact_likelihood_ratio() -> None:
     controls = generator.normal(size=200_000)
     inserted = generator.random(20_000) < 0.5
     scores = 3.0 * inserted + generator.normal(size=20_000)
-    evidence = likelihood_ratios(scores, controls, steps=1, sampling_rate=1.0)
+    evidence = compute_likelihood_ratios(scores, controls, steps=1, sampling_rate=1.0)
     assert evidence == pytest.approx(3 * scores - 4.5, abs=0.4)
 
 
@@ -31,20 +31,20 @@ def test_noiseless_guesses_are_always_right(draw: float) -> None:
     inserted = generator.random(5000) < 0.5
     drawn = np.maximum(1, generator.binomial(50, 0.1, size=5000)) * inserted
     rounding = 1e-6 * draw * generator.normal(size=6000)
-    evidence = likelihood_ratios(draw * drawn + rounding[:5000], rounding[5000:], steps=50, sampling_rate=0.1)
+    evidence = compute_likelihood_ratios(draw * drawn + rounding[:5000], rounding[5000:], steps=50, sampling_rate=0.1)
     assert count_right_guesses(evidence, inserted, guesses=5000) == (5000, 5000, 5000)
 
 
 def test_uninformative_scores_are_guessed_at_random() -> None:
     generator = np.random.default_rng(5)
     noise, inserted = generator.normal(size=(2, 4000)), generator.random(4000) < 0.5
-    evidence = likelihood_ratios(noise[0], noise[1], steps=4, sampling_rate=0.2, least=1.0)
+    evidence = compute_likelihood_ratios(noise[0], noise[1], steps=4, sampling_rate=0.2, least=1.0)
     *_, right = count_right_guesses(evidence, inserted, guesses=4000)
     assert abs(right - 2000) < 5 * np.sqrt(1000)
 
 
 def test_ranks_are_centered_on_the_median() -> None:
-    assert centered_ranks(np.array([7.0, -1.0, 3.0, 3.5])).tolist() == [1.5, -1.5, -0.5, 0.5]
+    assert compute_centered_ranks(np.array([7.0, -1.0, 3.0, 3.5])).tolist() == [1.5, -1.5, -0.5, 0.5]
 
 
 # Membership.
@@ -76,9 +76,9 @@ def test_auroc_interval_has_its_nominal_coverage() -> None:
 
 def test_hit_rate_at_few_false_alarms_has_a_confidence_interval() -> None:
     members, others = np.concatenate([np.full(30, 2000.0), np.zeros(70)]), np.arange(1000.0)
-    share, low, high = hit_rate(members, others, false_alarms=0.01, confidence=0.95) or (0, 0, 0)
+    share, low, high = estimate_hit_rate(members, others, false_alarms=0.01, confidence=0.95) or (0, 0, 0)
     assert share == 0.3
     assert low < 0.3 < high
-    same = hit_rate(others, others, false_alarms=0.01, confidence=0.95)
+    same = estimate_hit_rate(others, others, false_alarms=0.01, confidence=0.95)
     assert same == pytest.approx((0.01, 0.0048, 0.0183), abs=1e-3)
-    assert hit_rate(members, others, false_alarms=0.0001, confidence=0.95) is None, "no tenth of a false alarm"
+    assert estimate_hit_rate(members, others, false_alarms=0.0001, confidence=0.95) is None, "no tenth of a false alarm"

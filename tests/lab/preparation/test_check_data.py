@@ -16,7 +16,7 @@ from fedtune.lab.preparation import check_data
 from fedtune.lab.preparation.check_data import Checked, check
 from fedtune.model.base_model import load_tokenizer
 from fedtune.privacy.site_policy import Dataset, Policy, Population
-from fedtune.sites.shared_settings import settings_for_own_site
+from fedtune.sites.shared_settings import derive_settings_for_own_site
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import get_task
 
@@ -243,12 +243,12 @@ def test_real_site_file_is_checked_with_policy_settings(tickets: Tickets, tmp_pa
     columns = {"text": "words", "label": "kind", "user": "who"}
     dataset = Dataset(id="letters", declared_size=500, path="own.csv", columns=columns)
     policy: Policy = replace(site_policy("north"), dataset=(dataset,), population=Population(name="letters"))
-    some = check_config(settings_for_own_site(config, policy, folder=tmp_path))
+    some = check_config(derive_settings_for_own_site(config, policy, folder=tmp_path))
     assert some.sizes == {"north": {"declared": 500, "true": 2}}
     assert [file.uses for file in some.files] == [{"train": 2}]
     strange = replace(config, data=replace(config.data, dataset="others"))
     with pytest.raises(ConfigError, match=r"data.dataset = 'others': must be a data set of the site's policy"):
-        settings_for_own_site(strange, policy, folder=tmp_path)
+        derive_settings_for_own_site(strange, policy, folder=tmp_path)
 
 
 def test_fault_reasons_are_counted_and_label_variants_detected(tickets: Tickets) -> None:

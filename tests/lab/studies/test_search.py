@@ -26,7 +26,7 @@ from fedtune.report.facts import RunFacts
 from fedtune.report.model import from_json
 from fedtune.report.synthetic_card import describe_run
 from fedtune.show.run_progress import Display
-from fedtune.sites.virtual_site import VirtualSites, budget_covering
+from fedtune.sites.virtual_site import VirtualSites, build_covering_budget
 from fedtune.spec import RefusedError
 
 from ...cli import snapshots
@@ -42,7 +42,7 @@ def list_charges(sites: Path) -> list[Counter[Any]]:
     """What each site's ledger was charged."""
     ledgers = sorted(sites.glob("*/ledger.db"))
     assert len(ledgers) == 2
-    return [verify(path).history.total_charges() for path in ledgers]
+    return [verify(path).history.count_total_charges() for path in ledgers]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def write_roomy_policies(runs: int, words: list[str], sites: Path) -> list[str]:
     """The words for a search at sites that have room for so many runs, and these sites."""
     words = [*words, "privacy.noise_multiplier=1.5"]  # dear enough that one more trial is seen in a cap's tenths
     config = compose_run([*words, f"runtime.sites_dir='{sites}'"])
-    VirtualSites.of(config, sites, config.plan()).write_policies(within=budget_covering([config.plan()] * runs))
+    VirtualSites.of(config, sites, config.plan()).write_policies(within=build_covering_budget([config.plan()] * runs))
     return [*words, f"runtime.sites_dir='{sites}'"]
 
 
