@@ -190,10 +190,9 @@ def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> di
 
     Guarantee: an observer of only the total over the honest sites learns at most what the event of
         `build_secure_aggregation_event` allows for that many honest sites, up to the total variation in the module
-         docstring. Clipping values never moves two sums further apart, so one unit still moves a sum by at most the
-         clip norm. Rounding first to fine
-        cells, and then half up to cells whose width is a multiple, equals rounding once with a slightly larger offset
-        than the theorem's 1/2; the offset is the same for all values of a site.
+        docstring. Clipping values never moves two sums further apart, so one unit still moves a sum by at most the
+        clip norm. Rounding first to fine cells, and then half up to cells whose width is a multiple, equals rounding
+        once with a slightly larger offset than the theorem's 1/2; the offset is the same for all values of a site.
     """
     most, width = shared.bound << GRID_BITS, 1 << (GRID_BITS - shared.cell_bits)
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}

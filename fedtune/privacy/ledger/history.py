@@ -118,8 +118,7 @@ class History:
         approved: digest of each proposal that a person at the site approved -> time of the approval.
         denied: digests of the proposals that a person at the site denied.
         marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the result of `iter_permanent_marks`
-            for each
-            policy, and `never(run, lead)` for a run that was refused and then ended by that lead.
+            for each policy, and `never(run, lead)` for a run that was refused and then ended by that lead.
         decided: digest of a proposal -> the decisions of people on it: `what` ("approved" or "denied"), the `day`, and
             `by`, `ticket` and `why`, each None if not given.
         last_time: time of the newest event.
