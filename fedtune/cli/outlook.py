@@ -205,7 +205,7 @@ def _list_site_notes(outlook: Outlook) -> Iterator[str]:
         noisiest = min(price.sites, key=lambda name: price.sites[name].declared_size)
         ratio = price.sites[noisiest].step_noise / price.sites[largest].step_noise
         yield f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}."
-    given_away = f"a bound on the expected number of {plan.unit}s for whom the guarantee fails"
+    given_away = f"at most this many {plan.unit}s are expected to give away something only they could have caused"
     yield f"delta x size: {given_away}; keep it far below 1."
 
 

@@ -139,7 +139,7 @@ def test_automatic_learning_rate_is_resolved_before_the_run(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("many", ["privacy.epsilon=range(1,1000000000)", "seed=range(0,40)"])
 def test_sweep_with_too_many_runs_is_refused(many: str) -> None:
-    with pytest.raises(ConfigError, match="must give at most 1000 runs together"):
+    with pytest.raises(ConfigError, match="must produce at most 1000 runs in all"):
         compose_sweep(["experiment=debug", many, "privacy.delta=range(1,30)"])
 
 

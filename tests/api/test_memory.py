@@ -184,7 +184,7 @@ def test_arrays_become_columns_as_in_scikit_learn() -> None:
     assert read((inputs, np.array([3.5]))) == [{"x0": 1.5, "x1": 2.0, "target": 3.5}]
     assert read((["a text"], ["x"])) == [{"text": "a text", "label": "x"}]
     assert read((np.array(["a text"]), ["x"])) == [{"text": "a text", "label": "x"}]
-    with pytest.raises(DataError, match=r"data, y = '1 values': must have one for each of the 2 rows of X"):
+    with pytest.raises(DataError, match=r"data, y = '1 values': must have one value for each of the 2 rows of X"):
         read((np.eye(2), [1]))
     with pytest.raises(DataError, match=r"data, y = 'a table': must have one value for each row"):
         read((np.eye(2), np.eye(2)))

@@ -92,7 +92,7 @@ def test_answers_are_near_the_truth_and_stay_the_same_under_their_name(tmp_path:
 def test_person_counts_once_in_a_ledger_of_users(tmp_path: Path) -> None:
     ledger = made(tmp_path, unit="user", epsilon=100.0)
     for users in ({}, {"users": None}):
-        with pytest.raises(ConfigError, match="users: must say whose each record is"):
+        with pytest.raises(ConfigError, match="users: must name the user of each record"):
             ledger.count("a", [1, 1, 1], noise_multiplier=5, **users)
     whose = [number % 10 for number in range(5000)]
     assert abs(ledger.count("a", [1] * 5000, users=whose, noise_multiplier=5) - 10) < 60

@@ -121,7 +121,7 @@ def test_missing_column_error_names_the_columns_option_once(asks: tuple[str, str
     rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
     outcome = run_command(asks[0], str(runs / "intents"), asks[1], str(rows))
     assert (outcome.code, outcome.out) == (2, "")
-    wanted = "must be there (role text); name another with --columns '{text: COLUMN}', one of 'body', 'label'"
+    wanted = "is missing (role text); name another with --columns '{text: COLUMN}', one of 'body', 'label'"
     assert outcome.message.count(wanted) == 1
     assert "data.columns" not in outcome.message
 

@@ -191,7 +191,7 @@ def test_restore_charges_missing_events_and_training_continues(put_back: Any) ->
     put_back.charge(put_back.proposal("fourth"), 1)
     assert "Backups restored so far: 1" in run_command("ledger", "spent", str(put_back.ledger)).out
     shown = run_command("ledger", "show", str(put_back.ledger)).out
-    assert "a backup was put back; charged what it lacked" in shown
+    assert "a backup was restored; charged for the missing events" in shown
 
 
 def test_restore_uses_the_policy_anchor_if_it_is_newer(put_back: Any, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_person_confirms_the_date_after_a_clock_jump(
     outcome = run_command("ledger", "confirm-date", "--policy", str(site_with_history.site_toml))
     assert "clock says 2099-07-01 00:00 UTC" in " ".join(outcome.out.split())
     assert outcome.code == (0 if confirmed else 1)
-    assert ("the date is not confirmed" in outcome.err) is not confirmed
+    assert ("the date was not confirmed" in outcome.err) is not confirmed
     assert (
         told in " ".join(run_command("ledger", "spent", str(site_with_history.ledger)).out.split())
     ) is not confirmed

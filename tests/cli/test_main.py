@@ -45,7 +45,7 @@ def test_version_includes_a_digest_of_the_source_code(tmp_path: Path) -> None:
 def test_invalid_command_line_gives_one_line_and_exit_code_two(typed: str) -> None:
     message = run_command(*typed.split()).failed()
     snapshots.check_message("mistakes-words", typed, message)
-    assert message.endswith("--help says more)")
+    assert message.endswith(" --help)")
 
 
 @pytest.mark.parametrize("words", ["-m a=1 b=2", "a=1 -m b=2", "a=1 b=2 -m", "a=1 --multirun b=2"])
@@ -195,7 +195,7 @@ def test_unencodable_characters_are_printed_as_question_marks(encoding: str) -> 
     assert (code, err) == (0, "")
     assert "??????" in out, "a bar"
     code, out, err = start_python("-m", "fedtune", "d\u0101nce", PYTHONIOENCODING=encoding)
-    assert (code, out, err) == (2, "", "fedtune: No such command 'd?nce' (fedtune --help says more)\n")
+    assert (code, out, err) == (2, "", "fedtune: No such command 'd?nce' (see fedtune --help)\n")
 
 
 def test_full_disk_is_named_in_the_error_message(

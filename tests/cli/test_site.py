@@ -125,7 +125,7 @@ def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> No
     north.state.queue_for_approval(propose_run(), SETTINGS)
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(north, R, "--yes")
-    assert outcome.failed(3).startswith("policy or budget refuse this run: ")
+    assert outcome.failed(3).startswith("the policy or the budget refuses this run: ")
     for words in ("the lifetime budget would be passed", "too many rounds (asked 4, allowed at most 2)"):
         assert words in outcome.message
     assert "epsilon 0.000 is spent" in outcome.out
@@ -260,14 +260,14 @@ def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
 ) -> None:
     """An expired certificate, a ledger that another process serves, a key that is gone or open, a missing package."""
     old, north = join_site("old", days_ago=400), join_site("north")
-    told = "is when the certificate expired: ask the lead for a new kit"
+    told = "must be in the future: the certificate has expired: ask the lead for a new kit"
     assert told in run_command("site", "start", *old.words).failed()
     assert not (old.folder / "ledger.db").exists()
     with lock_ledger(north.folder / "ledger.db"):
         outcome = run_command("site", "start", *north.words)
     assert outcome.code == 2
     warning, message = outcome.err.splitlines()
-    assert f"is already used by process {os.getpid()};" in message
+    assert f"is already in use by process {os.getpid()};" in message
     assert json.loads(warning)["event"].startswith("the kit's lead is not among the policy's allow.leads: all its")
     for key in (north.folder / "kit" / "connection_key.pem", north.folder / "site_key.pem"):
         key.chmod(0o640)

@@ -259,7 +259,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
     assert "in column label, by what the classifier kinds says" in (tmp_path / "labeled.jsonl.card.md").read_text()
     for options, said in (
         ((), "--votes = null: is missing: give --votes to select records, or --labels"),
-        (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
+        (("--votes", str(runs / "shares")), "--rows = null: is required with --votes"),
         (("--labels", str(folder), "--rows", "2"), "--rows = 2: is required with --votes, and not allowed without it"),
         (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
         (
@@ -319,7 +319,7 @@ def test_edited_synthesis_card_is_refused(runs: Path, tmp_path: Path) -> None:
         ({"runs": [writer, shares | {"epsilon": "0.1"}]}, "must be a number"),
         ({"runs": [writer, {"run": "shares"}]}, "is required"),
         ({"runs": []}, "must be the sum over the runs"),
-        ({"made": whole["made"] | {"labels": [{"column": "ref"}]}}, "must each have a column"),
+        ({"made": whole["made"] | {"labels": [{"column": "ref"}]}}, "must each have the keys column and by"),
         ({"made": None}, "must be a table"),
         ({"runs": [writer | {"run": "twin"}, shares]}, "with its card next to it (texts.jsonl.card.json)"),
     ):
@@ -401,7 +401,7 @@ def test_votes_with_another_privacy_unit_are_refused(
     monkeypatch.setattr(api, "load", load_by_user)  # which only --votes calls by this name
     named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
     message = run_command("synthesize", words[0], str(runs / "writer"), *words[1:], *named).failed()
-    assert "must be of privacy.unit=record, like RUN" in message
+    assert "must have privacy.unit=record, like RUN" in message
 
 
 def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path: Path) -> None:

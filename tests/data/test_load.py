@@ -129,7 +129,7 @@ def test_faults_are_counted_over_the_whole_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=told):
         read_lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=find_undeclared_label)
     write_jsonl(path, [{"subject": "a", "kind": "a"}] * 3)
-    with pytest.raises(DataError, match=r"column 'text' = 'absent': must be there.* \(3 rows cannot be used"):
+    with pytest.raises(DataError, match=r"column 'text' = 'absent': is missing.* \(3 rows cannot be used"):
         partition_spec(make_spec(path, on_bad_record="skip"))
 
 

@@ -68,17 +68,17 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"question,intent,intent\na,b,c\n", ":1, column 'intent'", "must appear once"),
         (b'"question,intent\na,b\n', ":1", "a quote that is not closed"),
         (HEAD + b'"a", "b, c"\n', ":2", "must have 2 cells, like the header; a quote after a comma and a space"),
-        (b"#question,intent,more\na,b\n", ":1, column 'question'", "must be there"),
+        (b"#question,intent,more\na,b\n", ":1, column 'question'", "is missing"),
         (b"x" * (1 << 24) + b"\n" + HEAD, ":1", "must have at most 16777216 bytes per record"),
     ],
     "a.tsv": [
         (b"question;intent\na;b\n", ":1", "give the file the ending .csv"),
-        (HEAD, ":1", "tabs between the columns; give the file"),
+        (HEAD, ":1", "tabs between the columns: give the file"),
     ],
-    "b.jsonl.gz": [(GOOD, ":1", "'not a gzip file, or a damaged one': must be a whole gzip")],
+    "b.jsonl.gz": [(GOOD, ":1", "'not a gzip file, or a damaged one': must be a complete gzip")],
     "b.json.gz": [(gzip.compress(b"[" + GOOD)[:-9], ":1", "'an early end'")],
     "a.parquet": [
-        (WHOLE[:-20], "", "'damaged': must be a whole Parquet file"),
+        (WHOLE[:-20], "", "'damaged': must be a complete Parquet file"),
         (WHOLE[:8] + b"\xff" * 60 + WHOLE[68:], "", "'damaged'"),
         (GOOD, "", "'damaged'"),
         (encode_parquet(pyarrow.table({"body": ["caf"], "intent": ["b"]})), ", column 'question'", OTHERS),
@@ -180,7 +180,7 @@ def test_truncated_or_corrupted_arrow_file_is_refused(tmp_path: Path) -> None:
     whole = arrow.read_bytes()
     for kept in (0, 100, 700, -300):
         arrow.write_bytes(whole[:kept])
-        with pytest.raises(DataError, match="must be a whole Arrow file"):
+        with pytest.raises(DataError, match="must be a complete Arrow file"):
             list(iter_usable_records(copy, {"text": "text"}))
     for place in range(len(whole) - 600, len(whole)):  # a reader that believes them ends the process
         arrow.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])

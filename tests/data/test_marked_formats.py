@@ -247,8 +247,8 @@ WHOLE, MOVED = (
 )
 # What is wrong with a record's own tags or spans is in tests/tasks/test_token_classification.py.
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
-    "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be names of tags"),
-    "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "must be there (role tags)"),
+    "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be tag names"),
+    "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "is missing (role tags)"),
     "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 in data.labels"),
     "no tags in columns": ("a.conll", "1\tmy\tDET\t_\n2\tcard\tN\t_\n", TAGGED, "must have tags such as B-PER"),
     "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
@@ -261,7 +261,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "no documents": ("a.bioc", '{"source": "card"}', SPANNED, "must be an object with an array of documents"),
     "documents that break off": ("a.bioc", WHOLE[:900], SPANNED, "it is truncated"),
     "two collections": ("a.bioc", 2 * WHOLE, SPANNED, "must be one array of objects"),
-    "half a line of PubTator": ("a.pubtator", "7|t|my card\nstray\n", SPANNED, "must be id|t|, id|a|, or a span"),
+    "half a line of PubTator": ("a.pubtator", "7|t|my card\nstray\n", SPANNED, "must begin with id|t| or id|a|, or be a span"),
     "no title": ("a.pubtator", "7\t0\t2\tmy\tdrug\n", SPANNED, "must have a line id|t|"),
     "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must count characters"),
 }

@@ -299,7 +299,7 @@ def test_sum_of_fewer_than_min_sites_is_not_read(tmp_path: Path, monkeypatch: An
     monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])
     four = (*FOUR, "federation.min_sites=4")
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *four, into=tmp_path))
-    assert "release 2 of the secure aggregation cannot be read: 3 sites uploaded, and 4 must" in done.failed(1)
+    assert "release 2 of the secure aggregation cannot be read: 3 sites uploaded, but 4 are required" in done.failed(1)
 
 
 def test_unreadable_answer_excludes_only_its_own_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_warm_start_keeps_final_scores_and_states_its_lineage(first_run: Path, s
     spent = {key: read_result(first_run)["privacy"][key] for key in ("unit", "delta", "epsilon")}
     about = {"digest": read_digest(first_run), "head": True, "from": "first", "dataset": "banking77"} | spent
     assert begun["provenance"]["start_adapter"] == about
-    assert f"begins in the adapter {read_digest(first_run)[:12]} of first" in second_run[1]
+    assert f"starts from the adapter {read_digest(first_run)[:12]} of first" in second_run[1]
     assert "its head is reused" in second_run[1]
     assert read_result(first_run)["provenance"]["start_adapter"] is None
     report = json.loads((second_run[0] / "report.json").read_text())

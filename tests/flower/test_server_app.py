@@ -114,7 +114,7 @@ def test_invalid_reply_is_dropped_and_the_round_continues(
 def test_missing_node_is_awaited_until_the_timeout(federation: Any) -> None:
     made = federation(round_timeout_s=0.1)
     sizes = made.sizes | {"site-4": 5}
-    with pytest.raises(RunError, match="did not introduce themselves: site-4"):
+    with pytest.raises(RunError, match="no answer from these sites, so the run did not start: site-4"):
         made.run(declared_sizes=sizes)
 
 

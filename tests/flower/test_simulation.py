@@ -220,10 +220,10 @@ def test_an_actor_answers_for_the_run_that_it_sees_and_no_other(
         context = Context(1, 7, {"partition-id": 1}, state=RecordDict(), run_config={"run": str(file)})
         return str(forward_message(context, "query", 0.0, RecordDict()).config_records["site"]["name"])
 
-    with pytest.raises(RunError, match=rf"does not see {file} \(No such file"):
+    with pytest.raises(RunError, match=rf"cannot read {file} \(No such file"):
         name()
     for change, message in (
-        ({"started_in": "/nowhere"}, r"does not see /nowhere \(No such file"),
+        ({"started_in": "/nowhere"}, r"cannot read /nowhere \(No such file"),
         ({"fedtune": "0.0.1"}, rf"has fedtune {__version__}, and the lead 0\.0\.1"),
     ):
         file.write_text(json.dumps(asked | change))

@@ -137,7 +137,7 @@ def test_certificate_validity_tolerates_slow_clocks_and_ends_with_the_authority(
 
 def test_authority_is_loaded_only_with_its_own_private_key(make_authorities: World) -> None:
     path = make_authorities.folder / "ca_key.pem"
-    with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
+    with pytest.raises(ConfigError, match=r"ca_key\.pem.*restore the authority's folder"):
         Authority.load(make_authorities.folder)
     for key, mode, why in (
         (make_authorities.authority.key, 0o640, r"mode 640.*chmod 600"),

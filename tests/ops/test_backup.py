@@ -207,7 +207,7 @@ def test_restore_does_not_replace_a_ledger_that_is_intact(north_site: Here, what
     if what != "older":
         north_site.tamper("PRAGMA user_version = 1")
     there = north_site.ledger.read_bytes()
-    says = "move it away" if what == "older" else "continue with the version of fedtune that wrote it"
+    says = "move it away" if what == "older" else "use the version of fedtune that wrote the ledger"
     assert says in north_site.does("restore", file).failed()
     assert north_site.ledger.read_bytes() == there
 

@@ -82,7 +82,7 @@ def test_certificate_of_another_site_is_refused(kits: Any, request_of: Any, fede
     for name, data, message in (
         ("connection_key.pem", (request_of("south").parent / "connection_key.pem").read_bytes(), BELONGS),
         ("ca.pem", (other / "server" / "ca.pem").read_bytes(), r"must be issued by the authority in ca\.pem"),
-        ("kit.toml", south, "must be the certificate of south"),
+        ("kit.toml", south, "must be a certificate for south"),
     ):
         before = (kit / name).read_bytes()
         (kit / name).write_bytes(data)
@@ -95,7 +95,7 @@ def test_certificate_of_another_site_is_refused(kits: Any, request_of: Any, fede
 def test_expired_certificate_error_suggests_renewal(kits: dict[str, Path], kind: str, now: datetime) -> None:
     kit = Kit.read(kits[kind], kind=kind)
     kit.check_certificate(now + timedelta(days=364))
-    with pytest.raises(ConfigError, match=f"is when the certificate expired: .*renew-{kind}"):
+    with pytest.raises(ConfigError, match=f"must be in the future: the certificate has expired: .*renew-{kind}"):
         kit.check_certificate(now + timedelta(days=366))
     with pytest.raises(ConfigError, match="provision the federation again"):
         kit.check_certificate(now + timedelta(days=4000))
@@ -117,8 +117,8 @@ def test_invalid_roster_is_refused(federation: Path, join_site: Any) -> None:
             "site = 'north': has the name or connection key of another site",
         ),
         (_swap("site", "../north"), "site = '../north': must be made of"),
-        (_swap("site", "south"), "certificate = 'south': must be the site's own"),
-        (_swap("certificate", "none"), "certificate = 'north': must be one in PEM form"),
+        (_swap("site", "south"), "certificate = 'south': must be a certificate for this site's name"),
+        (_swap("certificate", "none"), "certificate = 'north': must be a certificate in PEM format"),
         (_swap("site_key", "00" * 32), "site_key = .*must be a public key"),
         (_swap("revoked", "yesterday"), "revoked = 'yesterday': must be a time"),
         (_swap("datasets", {"a": 10**400}), "datasets.a = 1000.*: must be"),

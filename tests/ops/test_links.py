@@ -80,5 +80,5 @@ def test_log_does_not_follow_links_and_lock_contents_are_not_quoted(tmp_path: Pa
     ledger = tmp_path / "ledger.db"
     with lock_ledger(ledger):
         ledger.with_name("ledger.db.serving").write_text(CANARY)
-        with pytest.raises(ConfigError, match="is already used by process another"), lock_ledger(ledger):
+        with pytest.raises(ConfigError, match="is already in use by process another"), lock_ledger(ledger):
             pass

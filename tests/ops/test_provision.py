@@ -144,7 +144,7 @@ def test_offline_authority_is_required_and_must_match_the_federation(
     assert len(FederationFolder.open(federation).roster.sites) == 1
     with (
         expect_unchanged(federation),
-        pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"),
+        pytest.raises(ConfigError, match=r"ca_key\.pem.*restore the authority's folder"),
     ):
         desk.add(desk.request("south"))
     desk.revoke("north")

@@ -241,7 +241,7 @@ def test_ledger_is_served_by_one_process_at_a_time(tmp_path: Path) -> None:
                 pytest.fail("two processes serve one ledger")
         finally:
             holder.kill()
-    said = f"ledger = {str(ledger)!r}: is already used by process {holder.pid}; stop that process first"
+    said = f"ledger = {str(ledger)!r}: is already in use by process {holder.pid}; stop that process first"
     assert str(caught.value) == said
     with lock_ledger(ledger):
         assert (tmp_path / "ledger.db.serving").read_text() == f"{os.getpid()}\n"
@@ -257,7 +257,7 @@ def test_serving_lock_is_released_but_its_file_remains(tmp_path: Path) -> None:
     inode = file.stat().st_ino
     with (
         lock_ledger(ledger),
-        pytest.raises(ConfigError, match=f"already used by process {os.getpid()};"),
+        pytest.raises(ConfigError, match=f"already in use by process {os.getpid()};"),
         lock_ledger(ledger),
     ):
         pytest.fail("nor does one process serve it twice")

@@ -45,7 +45,7 @@ def test_most_divergence_is_the_cap_minus_the_conversion_term() -> None:
     room = filter.compute_max_divergence(9.1, order=3.0, delta=DELTA)
     assert room + filter.compute_epsilon_conversion_term(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
     assert filter.compute_max_divergence(1.0, order=1.5, delta=DELTA) < 0
-    with pytest.raises(ConfigError, match=r"max_epsilon = 1e-06: leaves no room for anything at delta 1e-05"):
+    with pytest.raises(ConfigError, match=r"max_epsilon = 1e-06: is too small for any mechanism at delta 1e-05"):
         filter.find_best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
 
 

@@ -179,7 +179,7 @@ def test_ledger_that_cannot_be_created_raises_a_run_error(open_ledger: Any, path
     else:
         path = Path("/proc/nobody/ledger.db")
     with pytest.raises(
-        RunError, match=rf"ledger {re.escape(str(path))} cannot be (made|opened|read or written) \(.*\); nothing is"
+        RunError, match=rf"ledger {re.escape(str(path))} cannot be (created|opened|read or written) \(.*\); nothing is"
     ):
         open_ledger(path=path)
 

@@ -85,7 +85,7 @@ def test_missing_ledger_or_missing_anchor_raises_a_run_error(open_anchored: Any,
     ledger = path.read_bytes()
     for lose in (path.unlink, lambda: path.write_bytes(b"")):
         lose()
-        with pytest.raises(RunError, match=r"is missing: anchor .* has 5 events of it"):
+        with pytest.raises(RunError, match=r"is missing, but anchor .* covers 5 of its events"):
             open_anchored()
     path.write_bytes(ledger)
     anchor.unlink()
@@ -117,7 +117,7 @@ def test_anchor_of_another_version_is_a_config_error(open_anchored: Any, anchor:
     open_anchored()
     anchor.write_text(json.dumps(json.loads(anchor.read_text()) | {"schema": 99}))
     with pytest.raises(
-        ConfigError, match=r"schema = 99: must be \d+: continue with the version of fedtune that wrote it"
+        ConfigError, match=r"schema = 99: must be \d+: use the version of fedtune that wrote the ledger"
     ):
         open_anchored()
 

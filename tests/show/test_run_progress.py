@@ -146,8 +146,8 @@ def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, mon
 
 
 def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
-    assert "a study at 17 kept three quarters of the gain without privacy" in explain_signal(22.0, "classification")
-    assert "a study at 5 kept three eighths of the gain without privacy" in explain_signal(5.2, "token_classification")
+    assert "in a study, runs at 17 kept three quarters of the gain of training without privacy" in explain_signal(22.0, "classification")
+    assert "in a study, runs at 5 kept three eighths of the gain of training without privacy" in explain_signal(5.2, "token_classification")
     assert "there is no study of how much task survival learns" in explain_signal(5.2, "survival")
 
 
@@ -193,7 +193,7 @@ def test_narrow_terminal_shows_a_round_on_two_lines(config: RunConfig) -> None:
 
 
 def test_terminal_shows_a_progress_bar_unless_quiet(config: RunConfig) -> None:
-    assert "trying the model: 2 of 3" in show_rounds(config, force_terminal=True, every_s=1e9)
+    assert "checking the model on this machine: 2 of 3" in show_rounds(config, force_terminal=True, every_s=1e9)
     out = show_rounds(config, state(1), force_terminal=True)
     assert "round 1/10, site 2/2" in out or "round 2/10, site 1/2" in out
     for terminal in (False, True):

@@ -131,7 +131,7 @@ def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record:
         (
             make_chat_pair("lost", make_turns("where", "card")),
             WHOLE,
-            "chosen = 'text': must be a list of turns: no column prompt",
+            "chosen = 'text': must be a list of turns, because data.columns names no prompt",
         ),
         (
             make_chat_pair(make_turns("where", "lost"), make_turns("is", "card")),

@@ -118,7 +118,7 @@ def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(fo
     for given, message in (
         ("longest: 0", "longest = 0: must be a finite number of at least 1"),
         ("longest: long", "longest = 'long': must be a whole number"),
-        ("shortest: 3", "shortest = 3: is no setting of task text_length, which has longest"),
+        ("shortest: 3", "shortest = 3: is not a setting of task text_length; its own settings: longest"),
     ):
         recipe.write_text(f"task: {TextLength.name}\ntask_settings: {{{given}}}\ndata: {{labels: []}}\n")
         typed = (f"task={TextLength.name}", f"task_settings.{given.replace(': ', '=')}", "data.labels=[]")

@@ -281,10 +281,10 @@ def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch)
     spec, outcome = KINDS["a reference"], DeviceTrial.run_trial
     with monkeypatch.context() as patched:
         patched.setattr(DeviceTrial, "run_trial", lambda *args: outcome(*args)._replace(bits="00" * 32))
-        with pytest.raises(ConfigError, match="devices with bitwise equal gradients"):
+        with pytest.raises(ConfigError, match="must be 1 on this machine"):
             start_devices(spec, 2)
     for _ in range(2):  # where this draw's bits are the same
-        with pytest.raises(ConfigError, match="devices with bitwise equal gradients"):
+        with pytest.raises(ConfigError, match="must be 1 on this machine"):
             start_devices(spec, 2)
     start_devices(replace(spec, seed=4), 2).devices._crew.end()
 
@@ -292,7 +292,7 @@ def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch)
 def test_device_with_different_gradients_is_refused() -> None:
     spec = KINDS["kept states"]
     others = replace(spec, model=replace(spec.model, dtype="bfloat16"))
-    with pytest.raises(ConfigError, match=r"runtime\.num_devices = 2: needs devices with bitwise equal gradients"):
+    with pytest.raises(ConfigError, match=r"runtime\.num_devices = 2: must be 1 on this machine"):
         start_devices(spec, 2, others=others)
 
 

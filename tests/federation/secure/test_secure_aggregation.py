@@ -78,7 +78,7 @@ def test_out_of_range_values_are_not_clipped_before_summation() -> None:
 
 
 def test_too_few_messages_end_only_the_current_release() -> None:
-    with pytest.raises(Unreadable, match=r"release 1 .* 2 sites uploaded, and 3 must"):
+    with pytest.raises(Unreadable, match=r"release 1 .* 2 sites uploaded, but 3 are required"):
         Federation(make_terms(4, 3)).start_release(1, "ab").confirm_request()
     federation = Federation(make_terms(4, 3))
     few = federation.confirmed(federation.start_release(1, "abcd"), by="ab")

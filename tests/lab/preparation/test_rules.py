@@ -181,7 +181,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"text": make_own_text, "entities": [{"start": 0, "stop": 1}]},
         "must have start and end, whole numbers",
     ),
-    "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be names of tags, such as B-PER"),
+    "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be tag names, such as B-PER"),
     "tags without types": ({"tokens": [*"abc"], "ner_tags": ["B", "O", "O"]}, "must be a letter and"),
     "a tag a row": ({"sigma": repeat_texts(20), "kappa": ("B-x", "I-x", "O")}, "is of a part of a record"),
     "many labels": (

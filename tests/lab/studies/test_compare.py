@@ -172,7 +172,7 @@ def test_single_site_run_without_rounds_is_omitted(tmp_path: Path) -> None:
     again = run_command(*words, "--json")
     assert again.code == 0, again.err
     said = " ".join(again.err.split())
-    assert "site-1 alone is left out: round 1: refused by a policy or budget" in said
+    assert "site-1 alone was skipped: round 1: refused by a policy or budget" in said
     assert "site-1 alone" not in [one["name"] for one in json.loads(again.out)["models"]]
 
 
