@@ -44,7 +44,7 @@ def group_hex_start(digits: str) -> str:
     return f"{group_hex(digits[:16])} ..."
 
 
-def jsonable(value: Any) -> Any:
+def convert_to_jsonable(value: Any) -> Any:
     """Convert nested data and dataclasses for JSON; every number that is not finite becomes None."""
     match value:
         case Enum():
@@ -52,11 +52,11 @@ def jsonable(value: Any) -> Any:
         case float() if not math.isfinite(value):
             return None
         case Mapping():
-            return {key: jsonable(inner) for key, inner in value.items()}
+            return {key: convert_to_jsonable(inner) for key, inner in value.items()}
         case list() | tuple():
-            return [jsonable(inner) for inner in value]
+            return [convert_to_jsonable(inner) for inner in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return jsonable(dataclasses.asdict(value))
+        return convert_to_jsonable(dataclasses.asdict(value))
     return value
 
 

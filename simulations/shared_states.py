@@ -36,7 +36,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
     states_of, keep_states, measured_of = (
         TaskModel.compute_frozen_states,
         SiteExamples.keep_frozen_states,
-        Evaluation.of,
+        Evaluation.build,
     )
 
     def states(self: TaskModel, batch: Batch) -> torch.Tensor | None:

@@ -109,7 +109,7 @@ def _build_once(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
 
 def record_example_gradients(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
     with record_gradients(model) as gradients:
-        return {name: one.clone() for name, one in gradients.of(batch).items()}
+        return {name: one.clone() for name, one in gradients.compute_gradients(batch).items()}
 
 
 def set_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:

@@ -7,9 +7,9 @@ import pytest
 from fedtune.formatting import (
     convert_infinite_to_none,
     convert_none_to_infinite,
+    convert_to_jsonable,
     format_score_name,
     format_size,
-    jsonable,
     pluralize,
 )
 from fedtune.show.lines import duration
@@ -43,4 +43,4 @@ def test_numbers_are_formatted_consistently(found: str, text: str) -> None:
     assert [convert_none_to_infinite(value) for value in (1.5, None)] == [1.5, math.inf], (
         "what nothing bounds is infinity again"
     )
-    assert jsonable({"a": [math.inf, (1, "x", None)]}) == {"a": [None, [1, "x", None]]}
+    assert convert_to_jsonable({"a": [math.inf, (1, "x", None)]}) == {"a": [None, [1, "x", None]]}

@@ -104,18 +104,18 @@ class Teller:
     """A listener that reports a run to a callback; notes on the data become Python warnings."""
 
     def __init__(self, config: RunConfig, progress: Callback) -> None:
-        self._rounds, self._progress, self.preparing = config.federation.num_rounds, progress, stages(progress)
+        self._rounds, self._progress, self.on_preparing = config.federation.num_rounds, progress, stages(progress)
 
     def note(self, text: str) -> None:
         warnings.warn(text, stacklevel=2)
 
-    def prepared(self, shared: object, proposal: object, state: LeadState) -> None:
+    def on_prepared(self, shared: object, proposal: object, state: LeadState) -> None:
         self._progress(Progress(stage="training", done=state.round, total=self._rounds))
 
-    def site_replied(self, number: int) -> None:
+    def on_site_replied(self, number: int) -> None:
         """Do nothing: a round is reported only when it has finished."""
 
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+    def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Only real sites do, and a run over them has the command's display."""
 
     def round_finished(self, state: LeadState) -> None:

@@ -20,7 +20,7 @@ from fedtune.federation import planner, policy_dry_run
 from fedtune.federation.calendar import describe_calendar, list_calendar_rows
 from fedtune.federation.planner import Change, Price, signal_to_noise
 from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
-from fedtune.formatting import format_size, group_hex_start, jsonable, pluralize
+from fedtune.formatting import convert_to_jsonable, format_size, group_hex_start, pluralize
 from fedtune.lab.studies.trial_search import build_price_section, check_trials
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
@@ -102,7 +102,7 @@ class Outlook:
         strictest, sums = self.strictest, self.secure_aggregation
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
         common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
-        figures: dict[str, Any] = jsonable(
+        figures: dict[str, Any] = convert_to_jsonable(
             {
                 "schema_version": SCHEMA_VERSION,
                 "fedtune_version": __version__,
@@ -378,7 +378,7 @@ def print_outlook(
             secure_aggregation=_plan_secure_aggregation(config, planned, epsilon),
         )
         searched = None if trials is None else compute_search_price([planned] * trials)
-    figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
+    figures = outlook.to_json() | ({} if searched is None else {"search": convert_to_jsonable(searched)})
     if as_json:
         print_json(figures)
         return

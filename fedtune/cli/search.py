@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, Overrides, resume_command
 from fedtune.cli.interruptible_run import run_with_summary, show_trials
-from fedtune.formatting import jsonable
+from fedtune.formatting import convert_to_jsonable
 from fedtune.lab.studies.trial_search import Method, Search, build_price_section
 from fedtune.lab.studies.trials import SearchTrial, Trials
 from fedtune.runs.results import RunResult
@@ -52,7 +52,7 @@ def search(
             found.run(tried, run_trial)
     finally:
         if as_json:
-            print_json(tried.to_json() | {"price": jsonable(found.price)})
+            print_json(tried.to_json() | {"price": convert_to_jsonable(found.price)})
         elif tried.rows:
             show_trials(console, tried, again=again)
     if (best := tried.best) is not None:

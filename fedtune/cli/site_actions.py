@@ -162,7 +162,7 @@ class AtSite:
         from fedtune.sites.real_site import read_site_records
 
         key, site = files.load_key().derive_secret("own adapter"), files.policy.site
-        parts = Parts.of(read_site_records(config, files), key=key, unit=config.privacy.unit)
+        parts = Parts.split(read_site_records(config, files), key=key, unit=config.privacy.unit)
         into, beside = self.kit.folder / f"private_to_{site}" / folder.name, files.ledger.parent
         own = partial(
             make_personalized, config, adapter, parts, site=site, into=into, beside_ledger=beside, lenient=True

@@ -135,7 +135,7 @@ class FeatureSpec:
             return "not declared" if raw[0] == len(self.categories) else None
         return "beyond its range" if any(not self.range[0] <= one <= self.range[1] for one in raw) else None
 
-    def made_up(self, draw: Callable[[int], int]) -> str:
+    def generate_dummies(self, draw: Callable[[int], int]) -> str:
         """Generate a random field; `draw(n)` returns a random integer below n."""
         if self.categories:
             return self.categories[draw(len(self.categories))]

@@ -115,7 +115,7 @@ class ReferenceOutputs:
     def from_model(cls, model: TaskModel) -> ReferenceOutputs:
         """Compute the reference outputs; models with the same vocabulary get the same tokens."""
         draws = np.random.default_rng(0)
-        rows = torch.from_numpy(np.stack(model.made_up([9, 9], draws)))
+        rows = torch.from_numpy(np.stack(model.generate_dummies([9, 9], draws)))
         input_ids = rows if rows.is_floating_point() else rows.long()
         mask = torch.ones(rows.shape[:2], dtype=torch.int64)
         if not get_input_for(model.spec).is_fixed:
@@ -355,7 +355,7 @@ def _generate_random_field(one: FeatureSpec, draw: Callable[[int], int]) -> str:
             return "\N{REPLACEMENT CHARACTER}"
         case 2 if one.range is not None and one.size is None:
             return repr(2 * one.range[1] - one.range[0])
-    return one.made_up(draw)
+    return one.generate_dummies(draw)
 
 
 def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: str, private_to: str | None) -> None:

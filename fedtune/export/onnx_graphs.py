@@ -103,7 +103,7 @@ def measure_folder(folder: Path, adapter: Path, config: RunConfig, records: Lead
     """
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=True)
     reader = get_input_for(config.data).load_reader(config.data, model.spec.model)
-    return measure_graphs(folder, model, LeadData.of(records, config, reader), config, reader)
+    return measure_graphs(folder, model, LeadData.build(records, config, reader), config, reader)
 
 
 def measure_graphs(folder: Path, model: TaskModel, data: LeadData, config: RunConfig, reader: Any) -> list[Served]:
@@ -136,7 +136,7 @@ def measure_model(
     threads, taken = torch.get_num_threads(), []
     torch.set_num_threads(1)
     try:
-        measured = Evaluation.of(model, reader, data, config, generate=False)
+        measured = Evaluation.build(model, reader, data, config, generate=False)
         for index in range(min(_TIMED, len(data.examples))):
             batch = collate(data.examples, np.array([index]), pad_id=reader.pad_token_id)
             began = time.process_time()

@@ -48,11 +48,11 @@ def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *
         return None
     sign = score_direction(primary_metric)
 
-    def gain(result: RoundResult) -> float:
+    def compute_gain(result: RoundResult) -> float:
         score = convert_infinite_to_none(result.metrics.get(primary_metric))
         return -float("inf") if score is None else sign * score
 
-    best = max(rounds, key=gain)  # of equals the first: later ones brought nothing
+    best = max(rounds, key=compute_gain)  # of equals the first: later ones brought nothing
     # A round without a usable update keeps the score before it, so it is no failed try.
     waited = sum(one.round > best.round for one in rounds if one.sites)
     stops = federation.early_stopping_patience is not None and waited >= federation.early_stopping_patience

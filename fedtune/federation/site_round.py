@@ -328,12 +328,16 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
         def begin() -> None:
             schedule.enter_context(_pad_duration(site.ledger.policy.releases.reply_after_s))
 
-        def arrivals() -> Mapping[str, int]:
+        def find_arrivals() -> Mapping[str, int]:
             begin()  # since dates are read of records
             return site.find_user_cohorts(request)
 
         granted = site.ledger.reserve(
-            request.proposal, round=request.round, request=request.digest(), before_charge=make_ready, arrivals=arrivals
+            request.proposal,
+            round=request.round,
+            request=request.digest(),
+            before_charge=make_ready,
+            arrivals=find_arrivals,
         )
         if isinstance(granted, bytes):
             return Update.from_bytes(granted)

@@ -42,11 +42,11 @@ def simulate(
     used instead of new ones with the session (not with Ray).  Incompatible settings are rejected before training.
     """
     if everyone is None:
-        everyone = Participants(config, folder, progress=listener.preparing, session=session)
+        everyone = Participants(config, folder, progress=listener.on_preparing, session=session)
     everyone.records.read()
 
     def prepare_work() -> tuple[Sequence[str], Sequence[str]]:
-        listener.preparing("reading the sites' records", 0, 0)
+        listener.on_preparing("reading the sites' records", 0, 0)
         _ = [work.examples for work in everyone.work.values()]
         everyone.sites.check_partition()
         changed = everyone.list_changed_sites() if config.resume is not None else ()
@@ -73,7 +73,7 @@ def _make_engine(config: RunConfig, folder: Path, everyone: Participants, listen
     if config.runtime.kind == "ray":
         return lambda run: run_on_flower(run, config, folder, everyone.sites.folder)
     client_app = _make_client_app(config.federation.active, everyone.site)
-    grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
+    grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.on_site_replied)
     return lambda run: run(GridTransport(grid))
 
 

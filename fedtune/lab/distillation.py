@@ -129,7 +129,7 @@ def distill(
         nets, found = [one.wrap_base(one.base) for one in (teacher, own)], []
         for name, net, one in zip(("teacher", "student"), nets, (teacher, own), strict=True):
             # Without a test the texts show how long it takes, and their made-up answers score nothing.
-            data = LeadData.of(test or records, config, one.tokenizer)
+            data = LeadData.build(test or records, config, one.tokenizer)
             size = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
             found.append(measure_model(net, model, data, config, one.tokenizer, name, size))
         (was, before), (now, after) = found
@@ -199,16 +199,16 @@ def _train_student(
     """
     device, sides = resolve_device(student.config.runtime.device), (teacher, student)
     nets = [one.wrap_base(one.base).to(device) for one in sides]
-    rows = [LeadData.of(records, one.config, one.tokenizer).examples for one in sides]
+    rows = [LeadData.build(records, one.config, one.tokenizer).examples for one in sides]
 
-    def answers(side: int, places: np.ndarray) -> torch.Tensor:
+    def compute_answers(side: int, places: np.ndarray) -> torch.Tensor:
         """Return the (rows, outputs) of one model for the texts at `places`; `side` 0 is the teacher, 1 the student."""
         batch = collate(rows[side], places, pad_id=sides[side].tokenizer.pad_token_id).to(device)
         found: torch.Tensor = nets[side](batch.input_ids, batch.attention_mask)
         return found
 
     lengths, parts = rows[1].lengths, math.ceil(len(rows[1]) / _BATCH)
-    wanted = torch.cat([answers(0, some) for some in np.array_split(np.arange(len(lengths)), parts)])
+    wanted = torch.cat([compute_answers(0, some) for some in np.array_split(np.arange(len(lengths)), parts)])
     spread = wanted.var(dim=0, unbiased=False).mean().clamp(min=1e-12)
     last = nets[1].get_buffer(f"weight_{nets[1].depth - 1}").requires_grad_(True)
     groups = [{"params": student.base.requires_grad_(True).parameters()}, {"params": [last], "lr": _HEAD_RATE}]
@@ -219,7 +219,9 @@ def _train_student(
         batches = np.array_split(np.argsort(lengths + draws.random(len(lengths))), parts)
         for place, some in enumerate((batches[which] for which in draws.permutation(parts)), 1):
             optimizer.zero_grad()
-            torch.autograd.backward((answers(1, some) - wanted[torch.from_numpy(some)]).square().mean() / spread)
+            torch.autograd.backward(
+                (compute_answers(1, some) - wanted[torch.from_numpy(some)]).square().mean() / spread
+            )
             optimizer.step()
             rates.step()
             progress("training the student", number * parts + place, passes * parts)

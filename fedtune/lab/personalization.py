@@ -68,7 +68,7 @@ class Parts:
     seen: bool  # whether the run's adapter was trained on `choosing` and `scored`: the run held nothing out
 
     @classmethod
-    def of(cls, records: SiteRecords, *, key: bytes, unit: Unit) -> Parts:
+    def split(cls, records: SiteRecords, *, key: bytes, unit: Unit) -> Parts:
         """Split the records that the run held out into two halves; if the run held out none, split 30 % of all records.
 
         Args:

@@ -90,7 +90,7 @@ class LeadService:
             patience_s = self.federation.round_timeout_s
             grid = self.open_grid(noted, most_rounds=asked.proposal.plan.most_rounds, patience_s=patience_s)
 
-            loaded = LoadedModel(config, trains=False, progress=noted.preparing)  # nothing is trained here
+            loaded = LoadedModel(config, trains=False, progress=noted.on_preparing)  # nothing is trained here
 
             def run_over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
                 with grid as opened, (transport := self._make_transport(opened)).explain_protocol_mismatch():
@@ -99,7 +99,7 @@ class LeadService:
             return FederationRun(
                 config=config,
                 folder=folder,
-                shared=RunModel(loaded, config, records=records, progress=noted.preparing),
+                shared=RunModel(loaded, config, records=records, progress=noted.on_preparing),
                 asked=asked,
                 average=Average(config.federation, config.declared_sizes()),
                 receipts=self.kit.folder / RECEIPTS,
@@ -201,21 +201,25 @@ class _Noted:
         self._answers: dict[str, dict[str, str]] = {}
         with suppress(RunError):  # what is damaged is written anew
             self._answers = read_latest_answers(folder)
-        self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
+        self.on_site_replied, self.note, self.on_preparing = (
+            listener.on_site_replied,
+            listener.note,
+            listener.on_preparing,
+        )
 
-    def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
+    def on_prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         self._metrics.record_start(state, num_rounds=proposal.plan.num_rounds)
-        self._listener.prepared(shared, proposal, state)
+        self._listener.on_prepared(shared, proposal, state)
 
     def round_finished(self, state: LeadState) -> None:
         self._metrics.record_round(state)
         self._listener.round_finished(state)
 
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+    def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
         self._metrics.record_answer(site, what)
-        self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
+        self._listener.on_site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
 
 
 class _Ears:
@@ -278,7 +282,7 @@ class _Ears:
         if self._listener is not None and not (waiting and self._said.get(site) == what):
             believed = signed and receipt is not None and receipt.charged_rounds <= self._most_rounds
             charged = receipt.charged_rounds if receipt and believed else None
-            self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
+            self._listener.on_site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
             if isinstance(body, Offer) and signed and body.software != build():
                 self._listener.note(f"{site} runs fedtune {body.software}, and this lead {build()}")
         self._said[site] = what

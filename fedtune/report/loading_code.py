@@ -220,7 +220,7 @@ def build_input_loading_code(data: DataSpec, *, base: str, folder: str, graph: b
 
 
 def _build_features_loading_code(data: DataSpec, *, folder: str, graph: bool) -> str:
-    row = {name: one.made_up(lambda _: 0) for one in data.features for name in one.columns}
+    row = {name: one.generate_dummies(lambda _: 0) for one in data.features for name in one.columns}
     shown = {
         name: None if one.missing == "indicator" else row[name] if one.categories else json.loads(row[name])
         for one in data.features

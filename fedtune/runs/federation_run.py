@@ -36,19 +36,19 @@ from fedtune.tasks.saved import save_task_model
 class Listener(Protocol):
     """An observer that displays the progress of a run."""
 
-    def preparing(self, what: str, done: int, total: int) -> None:
+    def on_preparing(self, what: str, done: int, total: int) -> None:
         """Report a preparation step, with how much of it is done and the total (0: unknown)."""
 
     def note(self, text: str) -> None:
         """Report a remark about the data that a person should read before training begins."""
 
-    def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
+    def on_prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         """Report that data and model are ready and training is about to begin."""
 
-    def site_replied(self, number: int) -> None:
+    def on_site_replied(self, number: int) -> None:
         """Report that the `number`-th reply of the current round has arrived."""
 
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+    def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """A real site answered: "update", or why there is none, and what its receipt says was charged in all."""
 
     def round_finished(self, state: LeadState) -> None:
@@ -60,12 +60,12 @@ class Followed:
 
     def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
         self._listener, self._updates = listener, updates
-        self.preparing, self.note = listener.preparing, listener.note
-        self.site_replied, self.site_answered = listener.site_replied, listener.site_answered
+        self.on_preparing, self.note = listener.on_preparing, listener.note
+        self.on_site_replied, self.on_site_answered = listener.on_site_replied, listener.on_site_answered
 
-    def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
+    def on_prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         self._update(state)
-        self._listener.prepared(shared, proposal, state)
+        self._listener.on_prepared(shared, proposal, state)
 
     def round_finished(self, state: LeadState) -> None:
         self._update(state)
@@ -139,7 +139,7 @@ class FederationRun:
             earlier_receipts=earlier,
             gives_adapter=self.gives_adapter,
         )
-        listener.prepared(self.shared, self.asked.proposal, state)
+        listener.on_prepared(self.shared, self.asked.proposal, state)
         try:
             state = self.engine(lambda transport: run_rounds(transport, lead, state))
         except BaseException:
@@ -178,7 +178,7 @@ class FederationRun:
                 listener.note(warn_of_interrupted_round(round))
             return replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
         adapter = self.shared.first_adapter()
-        listener.preparing("scoring the model before training", 0, 0)
+        listener.on_preparing("scoring the model before training", 0, 0)
         measured = self.shared.evaluate_final(adapter)
         before = measured.final_scores(self.shared.model) if measured else {}
         start = start_lineage(self.config)
@@ -221,7 +221,7 @@ class FederationRun:
             energy=meter.stop(),
             detail=detail,
         )
-        result = RunResult.of(
+        result = RunResult.build(
             config, self.asked.proposal.plan, state, final=final, provenance=self._build_provenance(state)
         )
         result = replace(result, adapter_digest=digest)

@@ -152,7 +152,7 @@ def compare_runs(
         own = LeadRecords.read_for_scoring(config, file) if records is None else None
         saved = SavedModel(config, {name: runs[name][1] for name in names})
         if own is not None:
-            data = LeadData.of(own, config, saved.tokenizer)
+            data = LeadData.build(own, config, saved.tokenizer)
         else:
             task, within, rows = saved.model.task, saved.model.num_ids, list(records or ())
             data = LeadData(rows, task.tokenize(rows, saved.tokenizer, data=config.data, lenient_within=within))

@@ -152,7 +152,7 @@ class RunResult:
     adapter_digest: str | None = None
 
     @classmethod
-    def of(
+    def build(
         cls, config: RunConfig, plan: Plan, state: LeadState, *, final: FinalResult, provenance: RunProvenance
     ) -> RunResult:
         """Build the result of the run in `state`; every epsilon is derived here from the charged rounds and the

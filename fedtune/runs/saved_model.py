@@ -114,7 +114,7 @@ class SavedModel:
         """Generate the answer to a prompt with the current adapter, and yield it piece by piece; see `as_text`."""
         return decode_stream(stream_tokens(self.model, prompt, end_ids=self._end_ids, spec=spec), self.tokenizer)
 
-    def drawn(
+    def sample_texts(
         self,
         prompts: Sequence[npt.NDArray[np.int32]],
         spec: WritingSpec,
@@ -146,7 +146,7 @@ class SavedModel:
         measured = {}
         for name in self.names:
             self.use_adapter(name)
-            measured[name] = Evaluation.of(self.model, self.tokenizer, data, self.config, generate=True)
+            measured[name] = Evaluation.build(self.model, self.tokenizer, data, self.config, generate=True)
         return measured
 
     def answer_record(self, record: Record) -> tuple[str, object]:

@@ -54,7 +54,7 @@ def compute_amount(policy: Policy) -> Amount:
     reference = typical.event
     order = budget.order()
 
-    def fitting(cap: float | None) -> int | None:
+    def count_fitting_runs(cap: float | None) -> int | None:
         room = math.inf if cap is None else filter.compute_max_divergence(cap, order=order, delta=delta)
         return filter.compute_max_repeats(reference, room, order=order)
 
@@ -70,8 +70,8 @@ def compute_amount(policy: Policy) -> Amount:
         fixed_part=filter.compute_epsilon_conversion_term(order, delta),
         reference_pld=alone,
         reference_filter=filter.epsilon_filter([reference], order=order, delta=delta),
-        runs_in_lifetime=fitting(budget.max_epsilon),
-        runs_in_period=fitting(budget.max_epsilon_per_period),
+        runs_in_lifetime=count_fitting_runs(budget.max_epsilon),
+        runs_in_period=count_fitting_runs(budget.max_epsilon_per_period),
         reference_fits=within,
     )
 

@@ -70,7 +70,7 @@ class Display:
         with self._progress:
             yield
 
-    def preparing(self, what: str, done: int, total: int) -> None:
+    def on_preparing(self, what: str, done: int, total: int) -> None:
         """Show the progress of slow preparation: a bar on a terminal, otherwise an occasional line."""
         now, new = time.monotonic(), what != self._stage
         if new or not self._first:  # the first part has work that is done once, and tells nothing of the pace
@@ -104,7 +104,7 @@ class Display:
         if self._shown:
             say(text, style=style, console=self._console)
 
-    def prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
+    def on_prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         """Print the settings of the run that is about to start."""
         federation = self._config.federation
         self._plan, self._done = proposal.plan, state.round * len(federation.active)
@@ -130,13 +130,13 @@ class Display:
             left=_format_time_left(self._estimate_seconds_left(state)),
         )
 
-    def site_replied(self, number: int) -> None:
+    def on_site_replied(self, number: int) -> None:
         """Advance the progress bar."""
         if self._task is not None:
             said = self._format_round(self._done // len(self._config.federation.active) + 1, number)
             self._progress.update(self._task, completed=self._done + number, description=said)
 
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+    def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Print a real site's answer, and the epsilon that its receipt amounts to."""
         text = f"{what}, {format_size(num_bytes)}" if what == "update" else what
         if charged_rounds is not None and self._plan is not None:

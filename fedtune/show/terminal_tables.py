@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from fedtune.formatting import jsonable
+from fedtune.formatting import convert_to_jsonable
 from fedtune.privacy.durable import write_durably
 from fedtune.show.lines import strip_control, wrap_text
 from fedtune.spec import ConfigError, RunError
@@ -152,4 +152,4 @@ def print_json(value: Any) -> None:
 
 def to_json_text(value: Any) -> str:
     """Serialize a value as JSON; an unbounded value becomes null because JSON has no infinity."""
-    return json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n"
+    return json.dumps(convert_to_jsonable(value), indent=1, allow_nan=False) + "\n"

@@ -314,7 +314,7 @@ class RunModel:
         """Tokenize the lead's records, and keep what the frozen layers make of them where there is room."""
         if own is None:
             return None
-        data = LeadData.of(own, self.config, self.tokenizer)
+        data = LeadData.build(own, self.config, self.tokenizer)
         if not do_frozen_states_fit(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
             return data
         session, about = self._session, f"batches of {self.config.evaluation.max_tokens}"
@@ -334,7 +334,7 @@ class RunModel:
         if data is None:
             return {}
         adapter.load_into(self.model)
-        return Evaluation.of(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
+        return Evaluation.build(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
 
     def evaluate_final(self, adapter: Adapter) -> Evaluation | None:
         """Figures of `adapter` on the test data, with those of the texts that it wrote; None without data."""
@@ -344,7 +344,7 @@ class RunModel:
         test = self.test
 
         def make() -> Evaluation:
-            return Evaluation.of(self.model, self.tokenizer, test, self.config, generate=True)
+            return Evaluation.build(self.model, self.tokenizer, test, self.config, generate=True)
 
         if self._session is None or adapter.digest() != self.initial_adapter.digest():
             return make()
@@ -377,7 +377,7 @@ class LeadData:
     left_out: SkippedRows = NONE_LEFT_OUT  # what of the file could not be used and is not among them
 
     @classmethod
-    def of(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:
+    def build(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:
         """Tokenize the lead's records."""
         examples = config.bound_task.tokenize(own.records, tokenizer, data=config.data)
         return cls(own.records, examples, left_out=own.left_out)
@@ -405,7 +405,7 @@ class Evaluation:
     texts: Figures  # figures of the text that the model wrote for each prompt; empty: it wrote none
 
     @classmethod
-    def of(
+    def build(
         cls, model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
     ) -> Evaluation:
         """Run the model on the data; with `generate`, also generate texts if the task and the settings allow it."""

@@ -72,7 +72,7 @@ class VirtualSites:
     plan: Plan  # the run's
 
     @classmethod
-    def of(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:
+    def create(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:
         """Locate the sites of a run.
 
         Raises:
@@ -196,7 +196,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
     """
     if not config.may_be_fitted or config.runtime.sites_dir is None:
         return config  # a ledger that is made for the run always has room for it
-    sites = VirtualSites.of(config, run_folder, config.plan())
+    sites = VirtualSites.create(config, run_folder, config.plan())
     sites.check_partition()
     proposal = config.proposal(lead=sites.lead_key().public, plan=sites.plan)
     offers: list[Offer] = []
@@ -332,7 +332,7 @@ class Participants:
     ) -> None:
         self.config, self.plan = config, config.plan()  # its noise is calibrated once in a process
         self._progress, self._session = progress, session
-        self.sites = VirtualSites.of(config, folder, self.plan)
+        self.sites = VirtualSites.create(config, folder, self.plan)
         self.records = RunRecords(config)
         self.parties = {name: Parties() for name in config.federation.active}
 

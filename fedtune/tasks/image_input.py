@@ -115,7 +115,7 @@ class Image(Text):
         hidden = frozen(pixel_values=_join_patches(input_ids[:, before:])).last_hidden_state
         return mean_pool(hidden[:, before:], attention_mask[:, before:])
 
-    def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+    def generate_dummies(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         frozen = base.get_base_model()
         width = 3 * frozen.config.patch_size**2
         found = [draws.normal(size=(frozen.places, width)).astype(np.float32) for _ in lengths]
@@ -123,7 +123,7 @@ class Image(Text):
             patches[:] = (0, 3, -3)[place % 3] if place % 2 else patches * 3
         return tuple(found)
 
-    def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    def generate_dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return generate_image_field(draw) if role == "image" else None
 
     def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:

@@ -110,10 +110,10 @@ class Input(ABC):
         """
 
     @abstractmethod
-    def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+    def generate_dummies(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         """Generate random inputs of these lengths over the full range of possible values, including its extremes."""
 
-    def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    def generate_dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         """Generate a random value for a role that belongs to the input, or return None if any text is valid."""
         return None
 
@@ -190,7 +190,7 @@ class Text(Input):
         torch.nn.init.zeros_(head.weight)
         return head
 
-    def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+    def generate_dummies(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         num_ids = self.num_ids(base)
         found = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
         for ids in found[::2]:  # not all, or every example would begin with the same token
@@ -270,16 +270,18 @@ class Features(Input):
             torch.nn.init.zeros_(parameter)
         return (torch.nn.Sequential(*layers, last) if layers else last).to(device)
 
-    def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+    def generate_dummies(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         width = base.config.hidden_size
         found = [draws.uniform(-1, 1, size=(1, width)).astype(np.float32) for _ in lengths]
         for place, vector in enumerate(found[::2]):
             vector[:] = (0, 1, -1)[place % 3]
         return tuple(vector / np.float32(width**0.5) for vector in found)
 
-    def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+    def generate_dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         column = role.removeprefix(FEATURE)
-        return next((one.made_up(draw) for one in data.features if column in one.columns and role != column), None)
+        return next(
+            (one.generate_dummies(draw) for one in data.features if column in one.columns and role != column), None
+        )
 
     def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("safetensors", "onnx")

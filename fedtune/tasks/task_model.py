@@ -122,9 +122,9 @@ class TaskModel(nn.Module):
         """The number of token ids for which the base has embeddings."""
         return get_input_for(self.spec).num_ids(self.base)
 
-    def made_up(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+    def generate_dummies(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         """Generate random inputs of these lengths, for trials of the model."""
-        return get_input_for(self.spec).made_up(self.base, lengths, draws)
+        return get_input_for(self.spec).generate_dummies(self.base, lengths, draws)
 
     def collect_adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return all adapter and head tensors by their public names, sorted by name; frozen ones too.

@@ -367,7 +367,7 @@ def _make_dummy_examples(
     *,
     first: Callable[[int], int] = lambda length: length // 2,
 ) -> TextDataset:
-    input_ids = model.made_up(lengths, draws)
+    input_ids = model.generate_dummies(lengths, draws)
     targets = model.task.dummy_targets(input_ids, spec=model.spec, draws=draws, first=first)
     return TextDataset(input_ids, targets, model.spec.texts)
 

@@ -231,7 +231,7 @@ class DividedUnits(Units):
         def cut(sampled: Places) -> Iterator[Any]:
             model, (mine, *others) = (
                 self._devices.model,
-                self._split_by_rank(sampled, self._units.drawn(sampled, stream)),
+                self._split_by_rank(sampled, self._units.draw_records(sampled, stream)),
             )
             assert self._crew is not None, "nothing was handed out"
             values = _flatten(model.trainable()).numpy()

@@ -42,7 +42,7 @@ def add_nothing(sums: TensorSums, max_grad_norm: float) -> int:
 class UnitGradients(Protocol):
     """Computes one gradient for each of the n units in a micro-batch: name -> (n, *parameter shape)."""
 
-    def of(self, batch: Any, /) -> dict[str, torch.Tensor]:
+    def compute_gradients(self, batch: Any, /) -> dict[str, torch.Tensor]:
         """Compute the gradients; rows without a unit are zero.
 
         Each gradient depends on its own unit alone, bit for bit.
@@ -122,7 +122,7 @@ def add_batches(sums: TensorSums, gradients: UnitGradients, batches: Iterable[An
     """Add the clipped contribution of each unit in the micro-batches to `sums`, and return the number of units."""
     seen = 0
     for batch in batches:
-        add_clipped(sums, gradients.of(batch), max_grad_norm)
+        add_clipped(sums, gradients.compute_gradients(batch), max_grad_norm)
         seen += len(batch)
     return seen
 

@@ -132,8 +132,8 @@ class SiteExamples(Units):
         """Return `cut`; a record unit needs no random draws."""
         return self.cut
 
-    def drawn(self, records: Places, stream: RandomStream) -> Sequence[Places]:
-        """Return each record as a group of one, to match `UserExamples.drawn`."""
+    def draw_records(self, records: Places, stream: RandomStream) -> Sequence[Places]:
+        """Return each record as a group of one, to match `UserExamples.draw_records`."""
         return list(records[:, None])
 
     def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[Batch]:

@@ -318,7 +318,7 @@ def measure_example_seconds(
     """
     most = min(_MOST_TIMED, micro_batch_tokens(runtime, model.device))
     count = max(1, most // (max_length * model.spec.texts))
-    rows = model.made_up([max_length] * (count * model.spec.texts), draws)
+    rows = model.generate_dummies([max_length] * (count * model.spec.texts), draws)
     targets = model.task.dummy_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised
     batch = collate(TextDataset(rows, targets, model.spec.texts), range(count), pad_id=0).to(model.device)
     below = 0.0
@@ -329,7 +329,7 @@ def measure_example_seconds(
         below += _measure_seconds(model, lambda: model.reference(batch))
         batch = replace(batch, reference=reference)
     with record_gradients(model) as gradients:
-        above = _measure_seconds(model, lambda: gradients.of(batch))
+        above = _measure_seconds(model, lambda: gradients.compute_gradients(batch))
     return below / len(batch), above / len(batch)
 
 

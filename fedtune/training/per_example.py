@@ -42,7 +42,7 @@ class PerExampleGradients:
         self._parameters = model.list_active_parameters()
         self.found: Found = {}
 
-    def of(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def compute_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the gradient of each example's own loss: name -> (rows, *parameter shape), float32.
 
         Empty rows are zero.

@@ -59,7 +59,7 @@ class UserGradients:
     def __init__(self, examples: UnitGradients) -> None:
         self._examples = examples
 
-    def of(self, batch: UserBatch) -> dict[str, torch.Tensor]:
+    def compute_gradients(self, batch: UserBatch) -> dict[str, torch.Tensor]:
         """Compute the mean gradients: name -> (users, *parameter shape), in float64.
 
         Records are added one at a time, in an order that depends on the user's records alone.  Each record's gradient
@@ -72,7 +72,7 @@ class UserGradients:
         """
         means: dict[str, torch.Tensor] = {}
         for examples, users, shares in batch.parts():
-            for name, gradient in self._examples.of(examples).items():
+            for name, gradient in self._examples.compute_gradients(examples).items():
                 if name not in means:
                     means[name] = gradient.new_zeros((len(batch), *gradient.shape[1:]), dtype=torch.float64)
                 for user, share, row in zip(users.tolist(), shares.tolist(), gradient, strict=False):
@@ -125,9 +125,9 @@ class UserExamples(Units):
         """Return a function that draws the records of each sampled user from `stream`, and cuts the users into
         batches.
         """
-        return lambda users: self.cut_drawn(self.drawn(users, stream))
+        return lambda users: self.cut_drawn(self.draw_records(users, stream))
 
-    def drawn(self, users: Places, stream: RandomStream) -> list[Places]:
+    def draw_records(self, users: Places, stream: RandomStream) -> list[Places]:
         """Draw the records of each user that take part in a step, in the order of the users."""
         each = (self._users[user] for user in users)
         return [records[choose_records(len(records), self.most_records, stream)] for records in each]

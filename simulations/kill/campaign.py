@@ -45,7 +45,7 @@ class Census:
     seconds: dict[str, float]
 
     @classmethod
-    def of(cls, trial: Trial) -> Census:
+    def take(cls, trial: Trial) -> Census:
         """Raises SystemExit where the points are not where they should be, or something is wrong already."""
         problems = trial.finish()
         points, seconds = trial.crossed()
@@ -98,9 +98,9 @@ class Campaign:
 
     def __init__(self, scratch: Path, chance: random.Random) -> None:
         self._scratch, self._chance = scratch, chance
-        self._settings = {name: Setting.of(overrides, scratch) for name, overrides in SETTINGS.items()}
+        self._settings = {name: Setting.build(overrides, scratch) for name, overrides in SETTINGS.items()}
         self._numbers = itertools.count()
-        self.census = Census.of(self._trial("spare rounds"))
+        self.census = Census.take(self._trial("spare rounds"))
         self.hits: list[Hit] = []
         self.problems: list[str] = []
         self.starts = self.trials = 0

@@ -64,7 +64,7 @@ def sites(runs: Path, *, recipe: str, settings: dict[str, Any], seed: int, name:
 def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
     """The adapters of one site beside each other."""
     config, adapter = read_saved_config(folder), folder / "adapter"
-    parts = Parts.of(records, key=split_key(config.seed), unit=config.privacy.unit)
+    parts = Parts.split(records, key=split_key(config.seed), unit=config.privacy.unit)
     with tempfile.TemporaryDirectory() as scratch:
         into, alone = Path(scratch, "own"), Path(scratch, "alone")
         beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch), "label": ""}

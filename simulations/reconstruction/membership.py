@@ -40,7 +40,7 @@ class Candidates:
         self._rows = np.empty((len(records), sum(shared.model.trainable()[n].numel() for n in self.names)), np.float32)
         with record_gradients(shared.model) as gradients:
             for part in cut_micro_batches(np.arange(len(records)), data.lengths, max_tokens=1024):
-                each = gradients.of(collate(data, part, pad_id=shared.tokenizer.pad_token_id))
+                each = gradients.compute_gradients(collate(data, part, pad_id=shared.tokenizer.pad_token_id))
                 self._rows[part] = torch.cat([each[name].flatten(1) for name in self.names], dim=1).numpy()
         self.norms = np.linalg.norm(self._rows, axis=1)
         self._rows /= self.norms[:, None]

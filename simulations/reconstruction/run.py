@@ -165,7 +165,7 @@ class Attacked:
             return tokenizer(self._rows[i]["text"], truncation=True, max_length=64)["input_ids"]
 
         true = [ids_of(i) for i in members]
-        found = self._text.run(update, Told.of(true))
+        found = self._text.run(update, Told.build(true))
         exact = {tuple(ids) for ids in true} & set(found.sentences)
         others = np.random.default_rng(1).choice(len(self._rows), OTHERS, replace=False)
         elsewhere = [ids_of(int(i)) for i in others if int(i) not in members]

@@ -40,7 +40,7 @@ class Told:
     pairs: int
 
     @classmethod
-    def of(cls, records: Sequence[Sequence[int]]) -> Told:
+    def build(cls, records: Sequence[Sequence[int]]) -> Told:
         """The facts about these token ids."""
         longest = max(map(len, records))
         at = tuple(len({ids[p] for ids in records if 0 < p < len(ids) - 1}) for p in range(longest))

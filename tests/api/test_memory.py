@@ -24,12 +24,12 @@ TEAMS = ("billing", "sales")
 Simulate = Callable[..., fedtune.Run]
 
 
-def tickets(count: int, *, first: int = 0) -> list[dict[str, str]]:
+def make_tickets(count: int, *, first: int = 0) -> list[dict[str, str]]:
     numbers = range(first, first + count)
     return [{"body": f"ticket {number} about {TEAMS[number % 2]}", "team": TEAMS[number % 2]} for number in numbers]
 
 
-SITES = {"north": pandas.DataFrame(tickets(60)), "south": tickets(50, first=60)}
+SITES = {"north": pandas.DataFrame(make_tickets(60)), "south": make_tickets(50, first=60)}
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_two_tables_in_memory_learn_together(settings: dict[str, Any], private: 
             seen[path.name] = stat.S_IMODE(path.stat().st_mode)
         seen["folder"] = stat.S_IMODE(next(private.iterdir()).stat().st_mode)
 
-    test = pyarrow.Table.from_pylist(tickets(20, first=200))
+    test = pyarrow.Table.from_pylist(make_tickets(20, first=200))
     run = fedtune.simulate(sites=SITES, settings=settings, test=test, progress=look)
     assert run.config.federation.names == ("north", "south")
     assert run.config.data.columns == {"text": "body", "label": "team"}
@@ -234,24 +234,24 @@ def test_other_objects_are_refused_with_their_place(data: Any, message: str, pri
 
 
 def test_bad_records_are_reported_by_site_and_leave_no_file(settings: dict[str, Any], private: Path) -> None:
-    bad = [*tickets(40), {"body": " ", "team": "sales"}]
+    bad = [*make_tickets(40), {"body": " ", "team": "sales"}]
     with pytest.raises(DataError, match=r"^south:41, column 'body' = 'blank': must not be blank"):
         fedtune.simulate(
             "own_data",
             settings | {"data.labels": TEAMS, "data.columns": {"text": "body", "label": "team"}},
-            sites={"north": tickets(40), "south": bad},
+            sites={"north": make_tickets(40), "south": bad},
         )
     with pytest.raises(DataError, match=r"^sites"):
         fedtune.simulate(settings=settings, sites={"north": [{"n": None}]})
-    for sites in ({}, [tickets(3)]):
+    for sites in ({}, [make_tickets(3)]):
         with pytest.raises(ConfigError, match="must map each site to its records"):
             fedtune.simulate(settings=settings, sites=sites)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"sites = '\.\./north': must be made of"):
-        fedtune.simulate(settings=settings, sites={"../north": tickets(3)})
+        fedtune.simulate(settings=settings, sites={"../north": make_tickets(3)})
     with pytest.raises(ConfigError, match=r"data\.train_file = 'rows\.csv': cannot be combined with records in memory"):
         fedtune.simulate(settings=settings | {"data.train_file": "rows.csv"}, sites=SITES)
     with pytest.raises(ConfigError, match=r"sites: is missing"):
-        fedtune.simulate("debug", settings, test=tickets(3))
+        fedtune.simulate("debug", settings, test=make_tickets(3))
     with pytest.raises(ConfigError, match="cannot be combined with records in memory: write them to files"):
         fedtune.simulate(settings=settings | {"runtime": "ray"}, sites=SITES)
     assert list(private.iterdir()) == []
@@ -278,7 +278,9 @@ def test_ambiguous_records_are_explained_with_settings_and_typos_come_first(sett
         fedtune.simulate(settings=settings | {"model": "minilmm"}, sites={"north": rows})
 
 
-@pytest.mark.parametrize(("first", "meant"), [({"north": tickets(3)}, "sites"), ({"privacy.epsilon": 3}, "settings")])
+@pytest.mark.parametrize(
+    ("first", "meant"), [({"north": make_tickets(3)}, "sites"), ({"privacy.epsilon": 3}, "settings")]
+)
 def test_dict_in_place_of_a_recipe_is_refused_with_what_was_meant(first: Any, meant: str) -> None:
     with pytest.raises(ConfigError, match=rf"recipe = 'a dict': .*did you mean {meant}=\.\.\.\?"):
         fedtune.simulate(first)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "any_release.md").read_text(), re.S)
 
 
-def made(folder: Path, **changes: object) -> fedtune.Ledger:
+def create_ledger(folder: Path, **changes: object) -> fedtune.Ledger:
     return fedtune.Ledger.create(folder, **{"epsilon": 3.0, "delta": 1e-6, "size": 10_000} | changes)
 
 
@@ -61,19 +61,19 @@ def test_ledger_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_created_ledger_has_a_private_key_and_is_created_once(tmp_path: Path) -> None:
-    made(tmp_path, unit="user", site="north")
+    create_ledger(tmp_path, unit="user", site="north")
     assert stat.S_IMODE((tmp_path / "site_key.pem").stat().st_mode) == 0o600
     with pytest.raises(ConfigError, match=r"has site\.toml: open it with fedtune\.Ledger\.open"):
-        made(tmp_path)
+        create_ledger(tmp_path)
     opening = fedtune.Ledger.open(tmp_path / "site.toml").verified.history.opening
     assert (opening.site, opening.unit, opening.delta) == ("north", "user", 1e-6)
     with pytest.raises(ConfigError, match=r"budget\.delta"):
-        made(tmp_path / "other", delta=1e-3)
+        create_ledger(tmp_path / "other", delta=1e-3)
     assert not (tmp_path / "other").exists()
 
 
 def test_answers_are_near_the_truth_and_stay_the_same_under_their_name(tmp_path: Path) -> None:
-    ledger, values = made(tmp_path, epsilon=100.0), np.arange(5000)
+    ledger, values = create_ledger(tmp_path, epsilon=100.0), np.arange(5000)
     count = ledger.count("many", values >= 1000, noise_multiplier=5)
     assert abs(count - 4000) < 60
     assert fedtune.Ledger.open(tmp_path / "site.toml").count("many", [], noise_multiplier=5) == count
@@ -90,18 +90,18 @@ def test_answers_are_near_the_truth_and_stay_the_same_under_their_name(tmp_path:
 
 
 def test_person_counts_once_in_a_ledger_of_users(tmp_path: Path) -> None:
-    ledger = made(tmp_path, unit="user", epsilon=100.0)
+    ledger = create_ledger(tmp_path, unit="user", epsilon=100.0)
     for users in ({}, {"users": None}):
         with pytest.raises(ConfigError, match="users: must name the user of each record"):
             ledger.count("a", [1, 1, 1], noise_multiplier=5, **users)
     whose = [number % 10 for number in range(5000)]
     assert abs(ledger.count("a", [1] * 5000, users=whose, noise_multiplier=5) - 10) < 60
     with pytest.raises(ConfigError, match="users: must say"):
-        made(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
+        create_ledger(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
 
 
 def test_release_beyond_the_cap_or_charged_before_is_refused_and_costs_nothing(tmp_path: Path) -> None:
-    ledger = made(tmp_path)
+    ledger = create_ledger(tmp_path)
     ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     before = ledger.spending.epsilon
     total = r"release 'gaussian again' .*max_epsilon: epsilon would be \d+\.\d+ in total, at most 3, of which \d.*spent"
@@ -126,7 +126,7 @@ def test_release_beyond_the_cap_or_charged_before_is_refused_and_costs_nothing(t
 
 
 def test_wrong_noise_or_steps_are_named_as_the_caller_wrote_them(tmp_path: Path) -> None:
-    ledger = made(tmp_path)
+    ledger = create_ledger(tmp_path)
     for ask in (partial(ledger.charge, "a"), partial(ledger.count, "a", [1])):
         with pytest.raises(ConfigError, match=r"noise_multiplier = 0: must be in \[0\.01"):
             ask(noise_multiplier=0)
@@ -141,7 +141,7 @@ def test_wrong_noise_or_steps_are_named_as_the_caller_wrote_them(tmp_path: Path)
 
 
 def test_receipt_is_found_by_the_name_given_and_never_signed_for_another(tmp_path: Path) -> None:
-    ledger = made(tmp_path)
+    ledger = create_ledger(tmp_path)
     with pytest.raises(ConfigError, match=r"name = 'over-65': must be the name of .*; nothing was charged yet"):
         ledger.receipt("over-65")
     ledger.count("over-65", [1], noise_multiplier=20)
@@ -155,7 +155,7 @@ def test_receipt_is_found_by_the_name_given_and_never_signed_for_another(tmp_pat
 
 
 def test_crash_before_the_answer_is_stored_stays_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = made(tmp_path)
+    ledger = create_ledger(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(SiteLedger, "commit", lambda *ignored: sys.exit("killed"))
         with pytest.raises(SystemExit):
@@ -167,7 +167,7 @@ def test_crash_before_the_answer_is_stored_stays_charged(tmp_path: Path, monkeyp
 
 
 def test_commands_and_report_show_own_releases(tmp_path: Path) -> None:
-    ledger = made(tmp_path)
+    ledger = create_ledger(tmp_path)
     ledger.histogram("kinds", ["a"], bins=["a"], noise_multiplier=20, noise="laplace")
     report = build_ledger_report(tmp_path / "site.toml")
     assert {one.code: one.status for one in report.assumptions}["poisson_sampling"] == "ensured"

@@ -22,17 +22,17 @@ from ..conftest import REPOSITORY, run_python
 from . import snapshots
 
 
-def leaves(group: click.Group, *path: str) -> Iterator[tuple[str, click.Command]]:
+def iter_leaves(group: click.Group, *path: str) -> Iterator[tuple[str, click.Command]]:
     context = click.Context(group)
     for name in group.list_commands(context):
         found = group.get_command(context, name)
         if isinstance(found, click.Group):
-            yield from leaves(found, *path, name)
+            yield from iter_leaves(found, *path, name)
         elif found is not None:
             yield " ".join((*path, name)), found
 
 
-def kind(param: click.Parameter) -> str | list[str] | None:
+def describe_kind(param: click.Parameter) -> str | list[str] | None:
     """How the table describes what a parameter takes; None: nothing that a shell could know."""
     metavar = param.metavar or ""
     if "KEY=VALUE" in metavar:
@@ -46,16 +46,16 @@ def kind(param: click.Parameter) -> str | list[str] | None:
     return "file" if metavar in ("FILE", "RUN") else None
 
 
-def table() -> str:
+def build_table() -> str:
     """The content of conf/completions.json: a line for each command."""
-    lines, commands = [], dict(leaves(fedtune))
+    lines, commands = [], dict(iter_leaves(fedtune))
     for path, found in commands.items():
         options = [one for one in found.params if isinstance(one, click.Option)]
         arguments = [one for one in found.params if isinstance(one, click.Argument)]
         about = {
             "help": COMMANDS.get(path) or found.short_help,
-            "argument": next((kind(one) for one in reversed(arguments) if kind(one)), None),
-            "options": [[one.opts, kind(one), one.help] for one in options],
+            "argument": next((describe_kind(one) for one in reversed(arguments) if describe_kind(one)), None),
+            "options": [[one.opts, describe_kind(one), one.help] for one in options],
         }
         lines.append(f"  {json.dumps(path)}: {json.dumps(about)}")
     keys = [f"{key}=" for key in sorted({key for key, _ in flatten(compose_default_settings())} | PATHS)]
@@ -66,7 +66,7 @@ def table() -> str:
 
 
 def test_completion_table_matches_the_commands_and_settings() -> None:
-    snapshots.check_text(str(find_config_folder() / COMPLETIONS), table())
+    snapshots.check_text(str(find_config_folder() / COMPLETIONS), build_table())
 
 
 CASES: dict[str, tuple[list[str], set[str]]] = {

@@ -85,7 +85,10 @@ def test_data_init_overwrites_only_with_force(data_folder: Path) -> None:
     run_command(*typed)
     written = (data_folder / "first.yaml").read_text()
     (data_folder / "first.yaml").write_text("name: mine")
-    assert "already exists; choose another name with --out, or move the file away, or use --force" in run_command(*typed).failed()
+    assert (
+        "already exists; choose another name with --out, or move the file away, or use --force"
+        in run_command(*typed).failed()
+    )
     run_command(*typed, "--force")
     assert (data_folder / "first.yaml").read_text() == written
     assert "dataset: tickets " in written

@@ -78,7 +78,9 @@ def test_provisioning_changes_nothing_before_confirmation(
     words = [*what.split(), str(request), "--federation", "cardiology"]
     outcome = run_command("provision", *words)
     assert outcome.code == 1
-    assert outcome.message.startswith("nothing is changed: north joins once you have compared its keys. If one differed")
+    assert outcome.message.startswith(
+        "nothing is changed: north joins once you have compared its keys. If one differed"
+    )
     assert read_files(Path("cardiology")) == before
     assert "Did the site read out the same keys? [y/N]" in outcome.out
     assert find_hex_groups(describe_next_steps(request.parent)) < find_hex_groups(outcome.out)

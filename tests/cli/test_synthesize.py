@@ -97,7 +97,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
             start = self.tokenizer.decode(begun[place]) if begun else ""
             yield place, kind.get(number % 5, f"{start}seed {spec.seed} number {number}")
 
-    monkeypatch.setattr(SavedModel, "drawn", draw_texts)
+    monkeypatch.setattr(SavedModel, "sample_texts", draw_texts)
 
 
 def write_records(runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
@@ -421,7 +421,7 @@ def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path:
 def test_invalid_synthesize_command_fails_before_generation(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
-    monkeypatch.setattr(SavedModel, "drawn", lambda *given, **named: pytest.fail("it writes"))
+    monkeypatch.setattr(SavedModel, "sample_texts", lambda *given, **named: pytest.fail("it writes"))
     monkeypatch.chdir(tmp_path)
     for name in ("codes.jsonl", "tables.jsonl", "writer", "shares"):
         Path(name).symlink_to(runs / name)

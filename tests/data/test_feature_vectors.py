@@ -100,7 +100,7 @@ def test_category_names_follow_the_json_form_of_values(tmp_path: Path, kind: str
 def test_feature_vectors_have_norm_at_most_one(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     for _ in range(50):
-        fields = {f"feature:{name}": one.made_up(draws.integers) for one in ALL for name in one.columns}
+        fields = {f"feature:{name}": one.generate_dummies(draws.integers) for one in ALL for name in one.columns}
         assert np.linalg.norm(encode_features(Record(fields), ALL)) <= 1 + 1e-6
 
 

@@ -257,13 +257,18 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "two labels of a span": ("a.json", CARD % json.dumps(TWO_LABELS), SPANNED, "and label, a text"),
     "no passages": ("a.bioc", make_bioc_collection({"id": "1"}), SPANNED, "must have passages with offset and text"),
     "a mark in several parts": ("a.bioc", WHOLE.replace('"locations": [', SPLIT), SPANNED, "contiguous annotations"),
-    "another offset": ("a.bioc", MOVED, SPANNED, "must count characters"),
+    "another offset": ("a.bioc", MOVED, SPANNED, "must give its offsets"),
     "no documents": ("a.bioc", '{"source": "card"}', SPANNED, "must be an object with an array of documents"),
     "documents that break off": ("a.bioc", WHOLE[:900], SPANNED, "it is truncated"),
     "two collections": ("a.bioc", 2 * WHOLE, SPANNED, "must be one array of objects"),
-    "half a line of PubTator": ("a.pubtator", "7|t|my card\nstray\n", SPANNED, "must begin with id|t| or id|a|, or be a span"),
+    "half a line of PubTator": (
+        "a.pubtator",
+        "7|t|my card\nstray\n",
+        SPANNED,
+        "must begin with id|t| or id|a|, or be a span",
+    ),
     "no title": ("a.pubtator", "7\t0\t2\tmy\tdrug\n", SPANNED, "must have a line id|t|"),
-    "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must count characters"),
+    "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must give its offsets"),
 }
 
 

@@ -65,7 +65,7 @@ def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path) -> None:
             run_simulation(
                 compose_run([*list_tiny_overrides(*chosen, into=tmp_path, name="parts"), *resume]), parts, listener
             )
-        (began,), (ended,) = listener.prepared.call_args_list, listener.round_finished.call_args_list
+        (began,), (ended,) = listener.on_prepared.call_args_list, listener.round_finished.call_args_list
         assert (began.args[2].round, ended.args[0].round) == (number - 1, number)
     run_simulation(compose_run([f"resume={parts}"]), parts, make_listener(None))
     assert read_adapter_files(parts) == read_adapter_files(whole)

@@ -76,8 +76,8 @@ def test_run_on_a_merged_model_states_its_prior_spending(first_run: Path, merged
     assert mark_of(merged_base) == read_result(run)["provenance"]["start_adapter"] == read_lineage(first_run)
     epsilon = read_lineage(first_run)["epsilon"]
     assert (
-        f"starts from a base model derived from the adapter {read_lineage(first_run)['digest'][:12]} of first; its training on"
-        in printed
+        "starts from a base model derived from the adapter "
+        f"{read_lineage(first_run)['digest'][:12]} of first; its training on" in printed
     )
     report = json.loads((run / "report.json").read_text())
     told = {("run" if key == "from" else key): value for key, value in read_lineage(first_run).items()}
@@ -169,7 +169,10 @@ def test_run_on_synthetic_records_inherits_their_spending(first_run: Path, tmp_p
     printed = run_command("simulate", *list_tiny_overrides(*words, into=tmp_path, name="run")).printed
     run = tmp_path / "run"
     assert read_result(run)["provenance"]["start_adapter"] == owed
-    assert f"starts from a base model derived from the adapter {owed['digest'][:12]} of first; its training spent epsilon" in printed
+    assert (
+        f"starts from a base model derived from the adapter {owed['digest'][:12]} of first; its training spent epsilon"
+        in printed
+    )
     assert run_command("report", "verify", str(run)).code == 0
     config = read_saved_config(run)
     public = replace(config, public=replace(config.public, train_file=str(texts)))

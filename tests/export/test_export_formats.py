@@ -274,5 +274,5 @@ def test_onnx_regression_scores_match_the_run(runs: Runs, tmp_path: Path) -> Non
     records = LeadRecords.read(config.data.train_file, config, key="data.train_file")
     whole, _ = measure_folder(tmp_path / "small", run / "adapter", config, records)
     model, tokenizer = load_model(run), load_tokenizer(config.model)
-    ours = Evaluation.of(model, tokenizer, LeadData.of(records, config, tokenizer), config, generate=False)
+    ours = Evaluation.build(model, tokenizer, LeadData.build(records, config, tokenizer), config, generate=False)
     assert whole.scores == pytest.approx(ours.scores(model), abs=1e-4)

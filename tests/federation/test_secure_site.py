@@ -86,26 +86,26 @@ class Federation:
         request = protocol.SumRequest(proposal=self.asked(lead=key.public), site=site, **about)
         return answer_step(self.sites[site].open(), request.sign_with(key), list(parts))
 
-    def told(self, site: str, kind: str, *parts: bytes, **more: Any) -> bytes:
+    def ask_site(self, site: str, kind: str, *parts: bytes, **more: Any) -> bytes:
         said = self.step(site, kind, *parts, **more)
         assert isinstance(said, bytes), said
         return said
 
-    def refused(self, site: str, kind: str, *parts: bytes, **more: Any) -> tuple[Reason, object]:
+    def get_refusal(self, site: str, kind: str, *parts: bytes, **more: Any) -> tuple[Reason, object]:
         said = self.step(site, kind, *parts, **more)
         assert isinstance(said, Refusal), said
         return said.reason, said.asked
 
-    def begun(self) -> tuple[KeyAgreement, str, list[bytes]]:
+    def begin_session(self) -> tuple[KeyAgreement, str, list[bytes]]:
         """A session of all, its name, and what was announced in it."""
         name, proposal = secrets.token_hex(16), self.asked()
         self.name = name
         keys = {site: one.key.public for site, one in self.sites.items()}
         terms = protocol.derive_terms(proposal, members=keys, length=VECTOR.size)
-        announced = {site: self.told(site, ANNOUNCE, name=name) for site in NAMES}
+        announced = {site: self.ask_site(site, ANNOUNCE, name=name) for site in NAMES}
         session = build_session(terms, announced)
         for site in NAMES:
-            assert self.told(site, JOIN, *announced.values(), name=name) == session.digest.encode()
+            assert self.ask_site(site, JOIN, *announced.values(), name=name) == session.digest.encode()
         return session, name, list(announced.values())
 
     def request(self, site: str, round: int = 1, *, expires: float = 1e12) -> RoundRequest:
@@ -116,24 +116,24 @@ class Federation:
         signed = self.request(site, round).sign_with(self.lead)
         return answer(self.sites[site].open(), signed, self.adapter)
 
-    def summation(self, session: KeyAgreement, round: int = 1) -> Summation:
+    def make_summation(self, session: KeyAgreement, round: int = 1) -> Summation:
         made = Summation(session, release=round)
         for site in NAMES:
             made.add_upload(site, read_masked(self.upload(site, round)))
         return made
 
-    def confirmed(self, made: Summation) -> Summation:
+    def confirm_release(self, made: Summation) -> Summation:
         for site in NAMES:
-            made.add_confirmation(site, self.told(site, CONFIRM, made.confirm_request()))
+            made.add_confirmation(site, self.ask_site(site, CONFIRM, made.confirm_request()))
         return made
 
     def read(self, made: Summation) -> np.ndarray:
-        self.confirmed(made)
+        self.confirm_release(made)
         for site in NAMES:
-            made.add_revealed(site, self.told(site, UNMASK, made.unmask_request(site)))
+            made.add_revealed(site, self.ask_site(site, UNMASK, made.unmask_request(site)))
         return made.total()
 
-    def charged(self, site: str) -> int:
+    def count_charged_rounds(self, site: str) -> int:
         return self.sites[site].ledger().history.charged_rounds(self.asked().run)
 
 
@@ -179,78 +179,78 @@ def test_unapproved_lead_cannot_take_over_a_run(federation: Federation) -> None:
     for site in federation.sites.values():
         site.policy = replace(site.policy, approval="manual")
         site.ledger().approve(federation.asked())
-    session, _, _ = federation.begun()
+    session, _, _ = federation.begin_session()
     other = {"name": "1" * 32, "lead": federation.other_lead}
-    assert federation.refused("north", ANNOUNCE, **other)[0] is Reason.AWAITING_APPROVAL
-    federation.read(federation.summation(session))
-    assert federation.refused("north", ANNOUNCE, **other)[0] is Reason.PLAN_CHANGED
+    assert federation.get_refusal("north", ANNOUNCE, **other)[0] is Reason.AWAITING_APPROVAL
+    federation.read(federation.make_summation(session))
+    assert federation.get_refusal("north", ANNOUNCE, **other)[0] is Reason.PLAN_CHANGED
     for step in (JOIN, CONFIRM, UNMASK):
-        assert federation.refused("north", step, b"x", **other)[0] is Reason.PLAN_CHANGED
-    np.testing.assert_array_equal(federation.read(federation.summation(session, 2)), 3 * VECTOR)
+        assert federation.get_refusal("north", step, b"x", **other)[0] is Reason.PLAN_CHANGED
+    np.testing.assert_array_equal(federation.read(federation.make_summation(session, 2)), 3 * VECTOR)
 
 
 def test_incomplete_new_session_keeps_the_previous_one(federation: Federation) -> None:
-    session, name, announced = federation.begun()
+    session, name, announced = federation.begin_session()
     new = secrets.token_hex(16)
-    own = {site: federation.told(site, ANNOUNCE, name=new) for site in ("north", "south")}  # and east is away
+    own = {site: federation.ask_site(site, ANNOUNCE, name=new) for site in ("north", "south")}  # and east is away
     assert len(set(own.values())) == 2
-    made = federation.summation(session)
+    made = federation.make_summation(session)
     np.testing.assert_array_equal(federation.read(made), 3 * VECTOR)
-    assert federation.told("north", JOIN, *announced, name=name) == session.digest.encode()
+    assert federation.ask_site("north", JOIN, *announced, name=name) == session.digest.encode()
 
 
 def test_sites_can_return_to_an_earlier_session(federation: Federation) -> None:
-    session, name, announced = federation.begun()
-    later, later_name, _ = federation.begun()
+    session, name, announced = federation.begin_session()
+    later, later_name, _ = federation.begin_session()
     assert later.digest != session.digest
     federation.name = name
     for site in NAMES:
-        federation.told(site, JOIN, *announced)
-    np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
+        federation.ask_site(site, JOIN, *announced)
+    np.testing.assert_array_equal(federation.read(federation.make_summation(session)), 3 * VECTOR)
     for _ in range(5):
-        federation.begun()
-    assert federation.refused("north", JOIN, *announced, name=later_name) == DIFFERS
+        federation.begin_session()
+    assert federation.get_refusal("north", JOIN, *announced, name=later_name) == DIFFERS
 
 
 def test_round_in_another_session_is_not_charged(federation: Federation) -> None:
-    _, earlier, _ = federation.begun()
-    session, name, _ = federation.begun()
+    _, earlier, _ = federation.begin_session()
+    session, name, _ = federation.begin_session()
     # A party is its lead's alone, also while the ledger knows of no run.
-    assert federation.refused("north", CONFIRM, b"x", lead=federation.other_lead) == DIFFERS
+    assert federation.get_refusal("north", CONFIRM, b"x", lead=federation.other_lead) == DIFFERS
     for other in (earlier, "f" * 32):
         federation.name = other
         assert read_reason(federation.upload("north")) == DIFFERS
-        assert federation.refused("north", CONFIRM, b"x") == DIFFERS
-    assert (federation.charged("north"), federation.sites["north"].trained) == (0, [])
+        assert federation.get_refusal("north", CONFIRM, b"x") == DIFFERS
+    assert (federation.count_charged_rounds("north"), federation.sites["north"].trained) == (0, [])
     federation.name = name
-    np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
+    np.testing.assert_array_equal(federation.read(federation.make_summation(session)), 3 * VECTOR)
 
 
 def test_round_cannot_be_requested_in_two_sessions(federation: Federation) -> None:
     """What a site stored of it is in the first one, and its retry in another would be another question."""
-    federation.begun()
+    federation.begin_session()
     federation.upload("north")
-    federation.begun()
+    federation.begin_session()
     assert read_reason(federation.upload("north"))[0] is Reason.ROUND_REQUESTED_DIFFERENTLY
-    assert (federation.charged("north"), federation.sites["north"].trained) == (1, [(1, 1)])
+    assert (federation.count_charged_rounds("north"), federation.sites["north"].trained) == (1, [(1, 1)])
 
 
 def test_upload_after_its_confirmation_request_is_not_charged(federation: Federation) -> None:
-    session, _, _ = federation.begun()
+    session, _, _ = federation.begin_session()
     early = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES)).to_bytes()
-    federation.told("north", CONFIRM, early)
+    federation.ask_site("north", CONFIRM, early)
     for _ in range(3):
         assert read_reason(federation.upload("north")) == (Reason.SECURE_STEP, "release_over")
-    assert (federation.charged("north"), federation.sites["north"].trained) == (0, [])
+    assert (federation.count_charged_rounds("north"), federation.sites["north"].trained) == (0, [])
 
 
 def test_stored_upload_is_resent_after_a_restart_without_a_charge(federation: Federation) -> None:
-    session, _, _ = federation.begun()
+    session, _, _ = federation.begin_session()
     first = read_masked(federation.upload("north"))
     federation.sites["north"].parties = Parties()
     assert read_masked(federation.upload("north")) == first
     assert read_reason(federation.upload("north", 2)) == DIFFERS
-    assert (federation.charged("north"), federation.sites["north"].trained) == (1, [(1, 1)])
+    assert (federation.count_charged_rounds("north"), federation.sites["north"].trained) == (1, [(1, 1)])
     made = Summation(session, release=1)
     for site in NAMES:
         made.add_upload(site, read_masked(federation.upload(site)))
@@ -258,23 +258,23 @@ def test_stored_upload_is_resent_after_a_restart_without_a_charge(federation: Fe
 
 def test_tampered_request_is_not_answered(federation: Federation) -> None:
     """Of sealed shares that somebody changed a site would give none, and that would be held against it."""
-    session, name, announced = federation.begun()
-    made = federation.summation(session)
+    session, name, announced = federation.begin_session()
+    made = federation.make_summation(session)
     question = made.confirm_request()
     other = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES[:2])).to_bytes()
     changed = (Reason.SECURE_STEP, "request_changed")
     for parts in ((other,), (), (question, b""), (question[:-1],)):
-        assert federation.refused("north", CONFIRM, *parts, of=(question,)) == changed
+        assert federation.get_refusal("north", CONFIRM, *parts, of=(question,)) == changed
     for parts in (announced[:2], announced[::-1], [b"".join(announced)]):
-        assert federation.refused("north", JOIN, *parts, of=tuple(announced)) == changed
-    assert federation.refused("north", ANNOUNCE, b"", of=(), name=name) == changed
+        assert federation.get_refusal("north", JOIN, *parts, of=tuple(announced)) == changed
+    assert federation.get_refusal("north", ANNOUNCE, b"", of=(), name=name) == changed
     assert not federation.sites["north"].promises.exists(), "nothing is promised for it either"
-    asked = federation.confirmed(made).unmask_request("north")
+    asked = federation.confirm_release(made).unmask_request("north")
     fields = json.loads(asked)
     fields["sealed"]["east"] = fields["sealed"]["south"]
-    assert federation.refused("north", UNMASK, to_canonical_json(fields), of=(asked,)) == changed
+    assert federation.get_refusal("north", UNMASK, to_canonical_json(fields), of=(asked,)) == changed
     for site in NAMES:
-        made.add_revealed(site, federation.told(site, UNMASK, made.unmask_request(site)))
+        made.add_revealed(site, federation.ask_site(site, UNMASK, made.unmask_request(site)))
     np.testing.assert_array_equal(made.total(), 3 * VECTOR)
 
 
@@ -292,30 +292,30 @@ CHANGES: dict[str, Callable[[SecureSite], None]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_policy_change_ends_the_participation_of_a_site(federation: Federation, change: Any) -> None:
-    session, _, _ = federation.begun()
-    made = federation.confirmed(federation.summation(session))
+    session, _, _ = federation.begin_session()
+    made = federation.confirm_release(federation.make_summation(session))
     change(federation.sites["north"])
-    federation.refused("north", UNMASK, made.unmask_request("north"))
-    federation.refused("north", CONFIRM, made.confirm_request())
+    federation.get_refusal("north", UNMASK, made.unmask_request("north"))
+    federation.get_refusal("north", CONFIRM, made.confirm_request())
     assert isinstance(federation.upload("north", 2).body, Refusal)
-    assert federation.charged("north") == 1
+    assert federation.count_charged_rounds("north") == 1
 
 
 def test_site_that_would_refuse_the_round_joins_no_session(federation: Federation) -> None:
     """Else the others would pay for a round that it takes no part in."""
-    session, name, announced = federation.begun()
+    session, name, announced = federation.begin_session()
     plan = federation.asked().plan
     for round in range(1, plan.num_rounds + 1):
-        federation.read(federation.summation(session, round))
-    assert federation.refused("north", JOIN, *announced, name=name)[0] is Reason.PLAN_EXHAUSTED
+        federation.read(federation.make_summation(session, round))
+    assert federation.get_refusal("north", JOIN, *announced, name=name)[0] is Reason.PLAN_EXHAUSTED
     federation.sites["south"].paused = True
-    assert federation.refused("south", JOIN, *announced, name=name)[0] is Reason.PAUSED
+    assert federation.get_refusal("south", JOIN, *announced, name=name)[0] is Reason.PAUSED
 
 
 def test_settings_are_needed_only_for_the_first_step_of_a_session(federation: Federation, monkeypatch: Any) -> None:
     """A lead sends them with that: whoever has lost its part says so, and is asked to announce again."""
-    session, name, announced = federation.begun()
-    made = federation.summation(session)
+    session, name, announced = federation.begin_session()
+    made = federation.make_summation(session)
 
     def fail_to_read(proposal: Proposal) -> Prepared:
         raise AssertionError("no settings came with this")
@@ -324,25 +324,25 @@ def test_settings_are_needed_only_for_the_first_step_of_a_session(federation: Fe
         SecureSite, "open", lambda site, real=SecureSite.open: set_methods(real(site), prepare=fail_to_read)
     )
     federation.read(made)
-    assert federation.told("north", JOIN, *announced) == session.digest.encode()
+    assert federation.ask_site("north", JOIN, *announced) == session.digest.encode()
     federation.sites["north"].parties = Parties()
-    assert federation.refused("north", JOIN, *announced) == DIFFERS
-    assert federation.refused("north", ANNOUNCE, name="1" * 32)[0] is Reason.SITE_ERROR
+    assert federation.get_refusal("north", JOIN, *announced) == DIFFERS
+    assert federation.get_refusal("north", ANNOUNCE, name="1" * 32)[0] is Reason.SITE_ERROR
     assert name == federation.name
 
 
 def test_repeated_confirmation_is_stored_once(federation: Federation) -> None:
-    session, _, _ = federation.begun()
-    made = federation.summation(session)
+    session, _, _ = federation.begin_session()
+    made = federation.make_summation(session)
     for _ in range(20):
-        federation.told("north", CONFIRM, made.confirm_request())
+        federation.ask_site("north", CONFIRM, made.confirm_request())
     assert len(federation.sites["north"].promises.read_text().splitlines()) == 1
     federation.read(made)
     assert list_promises(federation.sites["north"]) == [(session.digest, 1, True)]
     replaced = federation.sites["north"].promises.stat().st_mtime_ns
     for _ in range(20):
-        federation.told("north", CONFIRM, made.confirm_request())
-        federation.told("north", UNMASK, made.unmask_request("north"))
+        federation.ask_site("north", CONFIRM, made.confirm_request())
+        federation.ask_site("north", UNMASK, made.unmask_request("north"))
     assert federation.sites["north"].promises.stat().st_mtime_ns == replaced
 
 
@@ -356,9 +356,9 @@ def test_newest_confirmation_per_session_is_stored(federation: Federation, monke
     monkeypatch.setattr(at_site, "_MOST_NOTED", 2)
     digests = []
     for start in (1, 2, 3):
-        session, _, _ = federation.begun()
+        session, _, _ = federation.begin_session()
         digests.append(session.digest)
-        federation.read(federation.summation(session, start))
+        federation.read(federation.make_summation(session, start))
         assert list_promises(federation.sites["north"])[-1] == (session.digest, start, True)
     assert list_promises(federation.sites["north"]) == [(digests[at], at + 1, True) for at in (1, 2)]
 
@@ -368,9 +368,9 @@ def test_crash_while_storing_a_confirmation_leaves_the_old_or_new_one(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, cut_at: int | None
 ) -> None:
     """Before each step that makes the new one durable: its bytes, its name, the folder's."""
-    session, _, _ = federation.begun()
-    federation.read(federation.summation(session))
-    question = federation.summation(session, 2).confirm_request()
+    session, _, _ = federation.begin_session()
+    federation.read(federation.make_summation(session))
+    question = federation.make_summation(session, 2).confirm_request()
     steps = itertools.count()
 
     def cut_after(step: Callable[..., None]) -> Callable[..., None]:
@@ -385,6 +385,6 @@ def test_crash_while_storing_a_confirmation_leaves_the_old_or_new_one(
         for name in ("fsync", "replace"):
             patched.setattr(durable.os, name, cut_after(getattr(os, name)))
         with contextlib.nullcontext() if cut_at is None else pytest.raises(KeyboardInterrupt):
-            federation.told("north", CONFIRM, question)
+            federation.ask_site("north", CONFIRM, question)
     before, new = (session.digest, 1, True), (session.digest, 2, False)
     assert list_promises(federation.sites["north"]) == [new if cut_at in (2, None) else before]

@@ -305,5 +305,7 @@ def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(own_autho
                 pass
 
     server = Silent(context, cut)
-    assert "closed the connection right after the handshake" in read_hello_error(server.address, own_authority.issue("a"))
+    assert "closed the connection right after the handshake" in read_hello_error(
+        server.address, own_authority.issue("a")
+    )
     server.close()

@@ -44,7 +44,7 @@ class Line:
     @property
     def heard(self) -> list[Any]:
         """Site and what it said, and what else was told of that."""
-        return [(*call.args, call.kwargs) for call in self.listener.site_answered.call_args_list]
+        return [(*call.args, call.kwargs) for call in self.listener.on_site_answered.call_args_list]
 
     @property
     def words(self) -> list[tuple[str, str]]:

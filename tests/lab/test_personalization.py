@@ -32,23 +32,23 @@ def check_parts_are_disjoint(parts: Parts, field: str = "text") -> list[set[str]
 
 def test_held_out_records_select_and_score_the_personalized_adapter() -> None:
     everything = make_records(200)
-    parts = Parts.of(SiteRecords(everything[:120], everything[120:]), key=b"key", unit="record")
+    parts = Parts.split(SiteRecords(everything[:120], everything[120:]), key=b"key", unit="record")
     assert (parts.training, parts.seen) == (everything[:120], False)
     _, choosing, scored = check_parts_are_disjoint(parts)
     assert choosing | scored == {record.fields["text"] for record in everything[120:]}
 
 
 def test_site_without_held_out_records_splits_by_user() -> None:
-    parts = Parts.of(SiteRecords(make_records(300), []), key=b"key", unit="record")
+    parts = Parts.split(SiteRecords(make_records(300), []), key=b"key", unit="record")
     assert parts.seen
     assert sum(map(len, check_parts_are_disjoint(parts))) == 300
     of_users = [record for user in range(60) for record in make_records(5, user=f"u{user}")]
     assert (
-        sum(map(len, check_parts_are_disjoint(Parts.of(SiteRecords(of_users, []), key=b"key", unit="user"), "user")))
+        sum(map(len, check_parts_are_disjoint(Parts.split(SiteRecords(of_users, []), key=b"key", unit="user"), "user")))
         == 60
     )
     with pytest.raises(DataError, match=f"must be at least {FEWEST_RECORDS}"):
-        Parts.of(SiteRecords(make_records(30), []), key=b"key", unit="record")
+        Parts.split(SiteRecords(make_records(30), []), key=b"key", unit="record")
 
 
 def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:

@@ -138,7 +138,7 @@ class Home(Books):
         both = zip(rows, dates, strict=True)
         self.records.write_text("\n".join([f"{head},seen", *(f"{row},{at}" for row, at in both)]))
 
-    def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, DoctorCheck]:
+    def examine_site(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, DoctorCheck]:
         """Every line, by its name; a run is tried out where one is asked for or changed."""
         named = (lambda: self.run(*overrides)) if run or overrides else None
         places = {"kit_folder": self.kit, "site_toml": self.site_toml, "model": model}
@@ -218,7 +218,7 @@ def compute_exit_code(checks: dict[str, DoctorCheck]) -> int:
 
 def test_doctor_passes_for_a_complete_site(home: Home) -> None:
     home.write_records(count=113)
-    checks = home.examined(run=True)
+    checks = home.examine_site(run=True)
     assert list(checks) == [*itertools.chain(*TOLD["lines"])]
     assert not list_failures(checks)
     assert compute_exit_code(checks) == 0
@@ -234,7 +234,7 @@ def test_doctor_passes_for_a_complete_site(home: Home) -> None:
         assert secret not in texts, secret
     assert "enough records for the declared size" in texts
     home.change(approval="manual")
-    assert "once a person here approves it" in home.examined(run=True)["run"].found
+    assert "once a person here approves it" in home.examine_site(run=True)["run"].found
 
 
 def test_doctor_skips_dependent_checks_without_kit_and_policy(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_doctor_reports_each_fault_without_showing_records(home: Home, fault: st
     """The exit code and the lines that are not well; of all lines, none holds anything of the records."""
     model = home.policy.allow.base_models[0]
     FAULTS.get(fault, lambda home: None)(home)
-    checks = home.examined(*RUNS.get(fault, ()), run=fault in RUNS)
+    checks = home.examine_site(*RUNS.get(fault, ()), run=fault in RUNS)
     list_failures(checks)
     texts = json.dumps([check.to_json() for check in checks.values()])
     for secret in (CANARY, "records.csv", "gone.csv", "line 4"):
@@ -347,7 +347,7 @@ def test_doctor_reports_each_fault_without_showing_records(home: Home, fault: st
 def test_doctor_quotes_records_only_in_its_private_log(home: Home) -> None:
     # Its first record stands where the error names the columns that there are.
     home.records.write_text(home.records.read_text().partition("\n")[2])
-    home.examined()
+    home.examine_site()
     log = home.kit / "state" / "doctor.log"
     assert log.stat().st_mode & 0o777 == 0o600
     assert CANARY in log.read_text(), "whoever may read the records can see what is wrong"
@@ -363,7 +363,7 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
     home.change_data(path="records.parquet")
     for module in ("gguf", "pyarrow"):
         monkeypatch.setitem(sys.modules, module, None)
-    found = list_failures(checks := home.examined())
+    found = list_failures(checks := home.examine_site())
     for name, extra, said in (
         (f"base model {digest[:12]}", "gguf", f"base model = {digest}: needs gguf"),
         ("data", "data", f"{home.folder / 'records.parquet'} needs pyarrow"),
@@ -376,12 +376,12 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
 def test_user_level_declared_size_counts_users(home: Home) -> None:
     for change in (lambda: home.have_users(9), lambda: home.have_arrivals(50)):
         change()
-        found = home.examined()["data patients"]
+        found = home.examine_site()["data patients"]
         assert found.status is Status.OK
         assert found.found == "every record can be read; enough users for the declared size"
     home.change(population={"arrivals": ""})
     home.have_users(100, users=9)
-    found = home.examined()["data patients"]
+    found = home.examine_site()["data patients"]
     assert found.status is Status.WARNING
     assert "far fewer users than the declared size" in found.found
 
@@ -389,7 +389,7 @@ def test_user_level_declared_size_counts_users(home: Home) -> None:
 def test_doctor_compares_record_counts_in_words_only(home: Home) -> None:
     for count, words in ((40, "far fewer"), (60, "enough records"), (150, "enough records"), (230, "far more")):
         home.write_records(count)
-        check = home.examined()["data patients"]
+        check = home.examine_site()["data patients"]
         assert words in check.found
         assert check.status is (Status.OK if words == "enough records" else Status.WARNING)
         assert str(count) not in check.found + check.fix
@@ -399,7 +399,7 @@ def test_doctor_warns_of_a_certificate_expiring_within_30_days(home: Home, tmp_p
     for days, status in ((20, Status.WARNING), (40, Status.OK)):
         admitted = provisioning.renew_site(tmp_path / "federation", "north", days=days, now=now)
         unpack(admitted.archive, home.kit)
-        check = home.examined()["certificate"]
+        check = home.examine_site()["certificate"]
         assert check.status is status
         assert f"{now + timedelta(days=days):%Y-%m-%d}" in check.found
 
@@ -410,7 +410,7 @@ def test_doctor_warns_of_a_certificate_expiring_within_30_days(home: Home, tmp_p
 def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     home.change(anchor="anchor.json")
     home.spend(rounds=2)
-    checks = home.examined(run=True)
+    checks = home.examine_site(run=True)
     assert not list_failures(checks)
     assert checks["ledger"].found == "complete and signed, up to its anchor"
     taken = checks["budget"].found.split(" %")[0]
@@ -418,7 +418,7 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
     assert f"lifetime budget {taken} % spent before" in checks["run"].found
     spent = checks["budget"].found.partition("epsilon ")[2].split(" ")[0]
     home.change(budget={"max_epsilon": float(spent) + 0.01})
-    checks = home.examined(run=True)
+    checks = home.examine_site(run=True)
     assert checks["budget"].status is Status.WARNING
     assert "room for 0 runs" in checks["budget"].found
     assert "max_epsilon (" in list_failures(checks)["run"]
@@ -433,7 +433,9 @@ def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> Non
     ledger.reserve(dataclasses.replace(asked, plan=plan), round=1, request="first", arrivals=dict)
     window = "privacy.cohorts={period:year,first:'%s',last:'2026'}"
     others, all_of_them = (
-        home.examined("privacy.unit=user", "+data.columns.user=patient", "+data.columns.arrival=seen", window % first)
+        home.examine_site(
+            "privacy.unit=user", "+data.columns.user=patient", "+data.columns.arrival=seen", window % first
+        )
         for first in ("2026", "2025")
     )
     taken = others["budget"].found.split(" %")[0]
@@ -443,12 +445,12 @@ def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> Non
 
 def test_doctor_imports_a_model_once_and_refuses_pickles(home: Home) -> None:
     shutil.rmtree(home.kit / "models")
-    checks = home.examined(model=home.model)
+    checks = home.examine_site(model=home.model)
     assert checks["import"].found.startswith("tiny is installed now")
     assert not list_failures(checks)
-    assert "was already installed" in home.examined(model=home.model)["import"].found
+    assert "was already installed" in home.examine_site(model=home.model)["import"].found
     (home.model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    checks = home.examined(model=home.model)
+    checks = home.examine_site(model=home.model)
     assert list_failures(checks) == {"import": f"--import-model = {home.model}: must not contain pytorch_model.bin"}
     assert compute_exit_code(checks) == 2
     assert checks["budget"].status is Status.OK
@@ -458,7 +460,7 @@ def test_random_model_needs_no_installed_files(home: Home) -> None:
     digest = hash_model(ModelSpec(path="random:bert"))
     replace_in_file(home.kit / "kit.toml", home.policy.allow.base_models[0], digest)
     home.change(allow={"base_models": (digest,)})
-    assert "made-up model" in home.examined()["base model tiny"].found
+    assert "made-up model" in home.examine_site()["base model tiny"].found
 
 
 # What goes wrong in the doctor itself, and what the lines come to.
@@ -469,7 +471,7 @@ def test_unexpected_error_text_appears_only_in_the_private_log(
     home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr("fedtune.ops.doctor.site_checks._compare_declared_size", Mock(side_effect=error))
-    checks = home.examined()
+    checks = home.examine_site()
     assert list_failures(checks).keys() == {"data"}
     assert CANARY not in str(checks)
     assert CANARY in (home.kit / "state" / "doctor.log").read_text()
@@ -495,14 +497,14 @@ def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, mon
     )
     place = home.site_toml.parent / "s" / "site.sock"
     write_policy(dataclasses.replace(home.policy, socket="s/site.sock"), home.site_toml)
-    assert "its folder is missing" in home.examined()["socket"].found
+    assert "its folder is missing" in home.examine_site()["socket"].found
     place.parent.mkdir()
-    checks = home.examined()
+    checks = home.examine_site()
     assert not {"connection (TCP)", "clock"} & checks.keys()
     assert "created when the site starts" in checks["socket"].found
     with listen_at(place):
-        assert "members of the group" in home.examined()["socket"].found
+        assert "members of the group" in home.examine_site()["socket"].found
         place.chmod(0o666)
-        assert home.examined()["socket"].status == "failed"
+        assert home.examine_site()["socket"].status == "failed"
     place.write_text("x")
-    assert "another file" in home.examined()["socket"].found
+    assert "another file" in home.examine_site()["socket"].found

@@ -51,7 +51,7 @@ class World:
         about = {"version": KIT_SCHEMA, "kind": "site", "federation": "test", "lead": "ab" * 32, "site": "north"}
         return Kit(folder=self.folder, server=server, **about)
 
-    def served(self, of: Authority | None = None, clients: Any = None, **changes: Any) -> tuple[Mailbox, str]:
+    def serve_tls(self, of: Authority | None = None, clients: Any = None, **changes: Any) -> tuple[Mailbox, str]:
         """A server, with some things of its TLS or certificate changed, and its address as localhost:port."""
         tls = {key: changes.pop(key) for key in ("newest",) if key in changes}
         files = (of or self.ours).issue("server", **({"address": "localhost", "days": 60} | changes))
@@ -59,16 +59,16 @@ class World:
         self.stack.callback(mailbox.close)
         return mailbox, mailbox.address.replace(LOOPBACK, "localhost")
 
-    def said(self, status: int, **hello: Any) -> dict[str, DoctorCheck]:
+    def serve_status(self, status: int, **hello: Any) -> dict[str, DoctorCheck]:
         """By a server that answers so to whoever says hello."""
-        mailbox, address = self.served()
+        mailbox, address = self.serve_tls()
         mailbox.says = lambda: (status, hello)
-        return self.tried(address)
+        return self.run_checks(address)
 
-    def answered(self, answer: bytes) -> str:
+    def serve_answer_once(self, answer: bytes) -> str:
         return self.stack.enter_context(serve_answer(answer))[0]
 
-    def silent(self) -> str:
+    def listen_silently(self) -> str:
         listening = self.stack.enter_context(socket.create_server((LOOPBACK, 0)))
         return f"{LOOPBACK}:{listening.getsockname()[1]}"
 
@@ -76,9 +76,9 @@ class World:
         self, proxy: str, server: str = "localhost:1", *, name: str = "HTTPS_PROXY"
     ) -> dict[str, DoctorCheck]:
         self.patch.setenv(name, proxy)
-        return self.tried(server)
+        return self.run_checks(server)
 
-    def tried(self, server: str, *, timeout_s: float = 5.0) -> dict[str, DoctorCheck]:
+    def run_checks(self, server: str, *, timeout_s: float = 5.0) -> dict[str, DoctorCheck]:
         checks = {check.name: check for check in Connection(self.kit(server), timeout_s=timeout_s).run_checks()}
         assert list(checks) == [DNS, TCP, TLS, AUTHENTICATION]
         failures = [check for check in checks.values() if check.status == "failed"]
@@ -100,26 +100,28 @@ def list_marks(checks: dict[str, DoctorCheck]) -> str:
 
 PROXY = "http://someone:s%20cret@"
 SITUATIONS: dict[str, Callable[[World], dict[str, DoctorCheck]]] = {
-    "a name that does not resolve": lambda at: at.tried("fl.nowhere.invalid:9092"),
-    "a port where nobody listens": lambda at: at.tried(f"127.0.0.1:{find_free_port()}"),
-    "a certificate that soon ends": lambda at: at.tried(at.served(days=20)[1]),
-    "a certificate of another authority": lambda at: at.tried(at.served(at.theirs)[1]),
-    "a certificate of another host": lambda at: at.tried(at.served(address="fl.example.org")[1]),
-    "a certificate that has ended": lambda at: at.tried(at.served(days=-1)[1]),
-    "a certificate that is yet to begin": lambda at: at.tried(at.served(age_days=-3)[1]),
-    "an older protocol": lambda at: at.tried(at.served(newest=ssl.TLSVersion.TLSv1_2)[1]),
-    "no TLS": lambda at: at.tried(at.answered(b"HTTP/1.1 400 Bad Request\r\n\r\n")),
-    "no answer": lambda at: at.tried(at.silent(), timeout_s=0.3),
-    "a site that nobody knows": lambda at: at.said(403, reason="unknown"),
-    "a site that was revoked": lambda at: at.said(403, reason="revoked"),
-    "a clock that is wrong": lambda at: at.said(403, reason="its clock is 12 s ahead"),
-    "another site's key": lambda at: at.said(200, site="south", time=0),
-    "another kind of server": lambda at: at.said(200),
+    "a name that does not resolve": lambda at: at.run_checks("fl.nowhere.invalid:9092"),
+    "a port where nobody listens": lambda at: at.run_checks(f"127.0.0.1:{find_free_port()}"),
+    "a certificate that soon ends": lambda at: at.run_checks(at.serve_tls(days=20)[1]),
+    "a certificate of another authority": lambda at: at.run_checks(at.serve_tls(at.theirs)[1]),
+    "a certificate of another host": lambda at: at.run_checks(at.serve_tls(address="fl.example.org")[1]),
+    "a certificate that has ended": lambda at: at.run_checks(at.serve_tls(days=-1)[1]),
+    "a certificate that is yet to begin": lambda at: at.run_checks(at.serve_tls(age_days=-3)[1]),
+    "an older protocol": lambda at: at.run_checks(at.serve_tls(newest=ssl.TLSVersion.TLSv1_2)[1]),
+    "no TLS": lambda at: at.run_checks(at.serve_answer_once(b"HTTP/1.1 400 Bad Request\r\n\r\n")),
+    "no answer": lambda at: at.run_checks(at.listen_silently(), timeout_s=0.3),
+    "a site that nobody knows": lambda at: at.serve_status(403, reason="unknown"),
+    "a site that was revoked": lambda at: at.serve_status(403, reason="revoked"),
+    "a clock that is wrong": lambda at: at.serve_status(403, reason="its clock is 12 s ahead"),
+    "another site's key": lambda at: at.serve_status(200, site="south", time=0),
+    "another kind of server": lambda at: at.serve_status(200),
     "a proxy that forbids it": lambda at: at.check_by_proxy(
-        at.answered(b"HTTP/1.1 403 Forbidden\r\n\r\n"), name="https_proxy"
+        at.serve_answer_once(b"HTTP/1.1 403 Forbidden\r\n\r\n"), name="https_proxy"
     ),
-    "a proxy that wants a password": lambda at: at.check_by_proxy(at.answered(b"HTTP/1.1 407 Who are you\r\n\r\n")),
-    "a proxy that is none": lambda at: at.check_by_proxy(at.answered(b"SSH-2.0-OpenSSH_9.6\r\n")),
+    "a proxy that wants a password": lambda at: at.check_by_proxy(
+        at.serve_answer_once(b"HTTP/1.1 407 Who are you\r\n\r\n")
+    ),
+    "a proxy that is none": lambda at: at.check_by_proxy(at.serve_answer_once(b"SSH-2.0-OpenSSH_9.6\r\n")),
     "a proxy that is away": lambda at: at.check_by_proxy("http://proxy.nowhere.invalid:3128"),
     "a proxy without a port": lambda at: at.check_by_proxy(f"{PROXY}proxy:none"),
     "a proxy of another kind": lambda at: at.check_by_proxy("socks5://someone:s%20cret@proxy:1"),
@@ -136,7 +138,7 @@ def test_doctor_explains_each_connection_problem(world: World, situation: str) -
 
 @pytest.mark.parametrize("ahead_s", [0.0, 90.0])
 def test_doctor_measures_the_clock_of_a_healthy_server(world: World, ahead_s: float) -> None:
-    mailbox, address = world.served()
+    mailbox, address = world.serve_tls()
     mailbox.clock_ahead_s = ahead_s
     connection = Connection(world.kit(address))
     checks = {check.name: check for check in connection.run_checks()}
@@ -149,8 +151,8 @@ def test_doctor_measures_the_clock_of_a_healthy_server(world: World, ahead_s: fl
 
 def test_doctor_names_a_rejected_site_certificate(world: World) -> None:
     # Under TLS 1.3 the client has done its part by then, and hears of it when it reads.
-    server, address = world.served(clients=world.theirs)
-    checks = world.tried(address)
+    server, address = world.serve_tls(clients=world.theirs)
+    checks = world.run_checks(address)
     assert list_marks(checks) == "oofs"
     assert "the server refused this site's certificate (unknown ca)" in checks[TLS].found
     assert "renew-site north" in checks[TLS].fix
@@ -167,14 +169,14 @@ def test_slowly_dribbling_server_times_out(world: World) -> None:
 
     dribbling = Hostile(make_server_context(world.ours.issue("server", address=LOOPBACK)), send_slowly)
     began = time.monotonic()
-    assert list_marks(world.tried(dribbling.address, timeout_s=0.5)) == "oofs"
+    assert list_marks(world.run_checks(dribbling.address, timeout_s=0.5)) == "oofs"
     assert time.monotonic() - began < 10
     dribbling.close()
 
 
 def test_doctor_uses_the_proxy_and_respects_its_exemptions(world: World) -> None:
     proxy, asked = world.stack.enter_context(serve_answer(b"HTTP/1.1 200 Connection established\r\n\r\n", tunnel=True))
-    _, address = world.served()
+    _, address = world.serve_tls()
     checks = world.check_by_proxy(f"{PROXY}{proxy}", address)
     assert list_marks(checks) == "oooo"
     assert f"through the proxy {proxy}" in checks[TCP].found

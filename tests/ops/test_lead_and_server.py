@@ -119,14 +119,14 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
     noted = _Noted(Followed(shown, update), tmp_path, Mock())
     assert read_latest_answers(tmp_path) == {}
     told = [
-        call.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
-        call.site_answered("south", "update", num_bytes=20, charged_rounds=1),
-        call.site_answered("north", "update", num_bytes=30, charged_rounds=1),
+        call.on_site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
+        call.on_site_answered("south", "update", num_bytes=20, charged_rounds=1),
+        call.on_site_answered("north", "update", num_bytes=30, charged_rounds=1),
         call.note("about the data"),
-        call.site_replied(2),
-        call.preparing("checking the model on this machine", 1, 2),
+        call.on_site_replied(2),
+        call.on_preparing("checking the model on this machine", 1, 2),
         call.round_finished(state),
-        call.prepared(state, state, state),
+        call.on_prepared(state, state, state),
     ]
     for name, arguments, options in told:
         getattr(noted, name)(*arguments, **options)
@@ -135,7 +135,7 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
     answers = read_latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
-    _Noted(shown, tmp_path, Mock()).site_answered("south", "stop", num_bytes=1, charged_rounds=1)
+    _Noted(shown, tmp_path, Mock()).on_site_answered("south", "stop", num_bytes=1, charged_rounds=1)
     assert [answer["what"] for answer in read_latest_answers(tmp_path).values()] == ["update", "stop"], (
         "also when resumed"
     )

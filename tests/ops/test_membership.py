@@ -91,7 +91,9 @@ def test_revoked_connection_key_can_never_be_reused(desk: Desk, monkeypatch: pyt
     desk.revoke("north")
     with monkeypatch.context() as patch, expect_unchanged(desk.folder):
         patch.setattr(members, "generate_connection_key", lambda: key)  # under another name
-        with pytest.raises(ConfigError, match=r"join_request\.json: connection key = .*was the key of the revoked site north"):
+        with pytest.raises(
+            ConfigError, match=r"join_request\.json: connection key = .*was the key of the revoked site north"
+        ):
             desk.add(desk.request("south"))
         with pytest.raises(ConfigError, match=r"was revoked on .*: add it again with `renew-site north REQUEST`"):
             desk.add(first)

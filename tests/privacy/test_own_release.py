@@ -28,7 +28,7 @@ from .builders import make_policy, make_proposal, plan, read_refusal_reason, res
 QUERY = {"sampling_rate": 1.0, "local_steps": 1, "max_grad_norm": 1.0}
 
 
-def own(name: str, **changes: Any) -> Any:
+def propose_own_release(name: str, **changes: Any) -> Any:
     return propose_release("count", name, make_policy(), **QUERY | {"noise_multiplier": 20.0} | changes)
 
 
@@ -108,27 +108,27 @@ def test_own_release_is_charged_before_its_answer_and_answered_once(
     path: Path, open_ledger: Callable[..., Any]
 ) -> None:
     ledger = open_ledger(anchor=path.with_name("anchor.json"))
-    granted = ask(ledger, own("a"))
+    granted = ask(ledger, propose_own_release("a"))
     assert isinstance(granted, Reservation)
     charged = open_ledger(anchor=path.with_name("anchor.json")).history.count_total_charges()  # as after a crash
     assert charged == Counter({PoissonSampledDpEvent(1.0, GaussianDpEvent(20.0)): 1})
-    assert read_refusal_reason(ask, ledger, own("a")) is Reason.PLAN_EXHAUSTED, (
+    assert read_refusal_reason(ask, ledger, propose_own_release("a")) is Reason.PLAN_EXHAUSTED, (
         "its answer is lost, and no other one is drawn"
     )
     ledger.commit(granted, b"[1.0]")
     ledger.end_run(granted.run)
-    assert ask(open_ledger(), own("a")) == b"[1.0]"
-    assert read_refusal_reason(ask, ledger, own("a", noise_multiplier=19.0)) is Reason.PLAN_CHANGED
+    assert ask(open_ledger(), propose_own_release("a")) == b"[1.0]"
+    assert read_refusal_reason(ask, ledger, propose_own_release("a", noise_multiplier=19.0)) is Reason.PLAN_CHANGED
     assert ledger.sign_receipt("count a").charged_rounds == 1
     assert verify(path).history.count_total_charges() == charged
 
 
 def test_nobody_elsewhere_can_ask_for_an_own_release_or_its_answer(open_ledger: Callable[..., Any]) -> None:
     ledger = open_ledger()
-    assert read_refusal_reason(ask, ledger, own("a"), itself=False) is Reason.LEADS
-    ledger.commit(ask(ledger, own("a")), b"[1.0]")
-    assert read_refusal_reason(ask, ledger, own("a"), itself=False) is Reason.LEADS
-    assert read_refusal_reason(ledger.make_offer, own("b")) is Reason.LEADS
+    assert read_refusal_reason(ask, ledger, propose_own_release("a"), itself=False) is Reason.LEADS
+    ledger.commit(ask(ledger, propose_own_release("a")), b"[1.0]")
+    assert read_refusal_reason(ask, ledger, propose_own_release("a"), itself=False) is Reason.LEADS
+    assert read_refusal_reason(ledger.make_offer, propose_own_release("b")) is Reason.LEADS
     assert read_refusal_reason(ask, ledger, make_proposal()) is Reason.LEADS, (
         "nor can a lead's run pass without the limits for leads"
     )
@@ -149,7 +149,7 @@ def test_own_releases_and_runs_never_exceed_the_caps_together(open_ledger: Calla
         }
         before = ledger.history.count_total_charges()
         try:
-            ask(ledger, own(str(number), **how))
+            ask(ledger, propose_own_release(str(number), **how))
             charged += 1
         except Refused as error:
             refused[error.reason] += 1

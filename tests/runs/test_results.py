@@ -24,7 +24,7 @@ def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = Non
     config: Any = SimpleNamespace(task="classification", digest=lambda: "00")
     config.federation, config.runtime = SimpleNamespace(active=tuple(charged)), SimpleNamespace(seeded_noise=False)
     made = run_result(rounds=(), final=final, privacy=None).provenance
-    return asdict(RunResult.of(config, plan or run_plan(), state, final=final, provenance=made))
+    return asdict(RunResult.build(config, plan or run_plan(), state, final=final, provenance=made))
 
 
 def test_epsilon_of_a_run_is_its_largest_site_epsilon() -> None:

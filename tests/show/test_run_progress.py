@@ -37,7 +37,7 @@ def config(tmp_path: Any) -> RunConfig:
     return compose_run(list_tiny_overrides("federation.num_rounds=10", into=tmp_path))
 
 
-def state(round: int, **changes: Any) -> LeadState:
+def make_state(round: int, **changes: Any) -> LeadState:
     sites = ("site-1", "site-2")
     known = {"seconds": 2.0, "sites": sites, "bytes_up": 1, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
     ends = (f"2026-01-01T00:{n // 2:02}:{30 * (n % 2):02}+00:00" for n in range(1, round + 1))
@@ -47,7 +47,7 @@ def state(round: int, **changes: Any) -> LeadState:
     return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=rounds, seconds=30.0 * round)
 
 
-def model(values: int = 0, *, device: str = "cpu", keeps_states: bool = True) -> SimpleNamespace:
+def make_model(values: int = 0, *, device: str = "cpu", keeps_states: bool = True) -> SimpleNamespace:
     """What is shown of the lead's: its adapter's size, its device, and how much the frozen layers' outputs take."""
     adapter = Adapter({"a": np.zeros(values, np.float32)} if values else {})
     loaded = SimpleNamespace(keeps_states=keeps_states)
@@ -61,17 +61,17 @@ def show_rounds(config: RunConfig, *states: LeadState, of: Any = None, every_s: 
     display = Display(Console(file=out, **{"width": 200} | how), config, **progress)
     with display.show_progress_bar():
         if every_s:
-            display.preparing("loading the model", 0, 0)
+            display.on_preparing("loading the model", 0, 0)
             for done in range(4):
-                display.preparing("checking the model on this machine", done, 3)
+                display.on_preparing("checking the model on this machine", done, 3)
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
         first: Any = {"round": 0, "adapter": Adapter({})} | begun
-        display.prepared(of or model(), proposal, LeadState(**first))
+        display.on_prepared(of or make_model(), proposal, LeadState(**first))
         for done in (1, 2) if every_s else ():
-            display.preparing("site-1: running the frozen layers over its records", done, 2)
+            display.on_preparing("site-1: running the frozen layers over its records", done, 2)
         for state in states:
-            display.site_replied(1)
-            display.site_replied(2)
+            display.on_site_replied(1)
+            display.on_site_replied(2)
             display.round_finished(state)
     return re.sub("about .* left", "LEFT", out.getvalue()) if every_s else out.getvalue()
 
@@ -95,11 +95,13 @@ def render_table(config: RunConfig, result: RunResult, *, width: int = 250) -> s
 def run_comparison(
     config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, str]]:
-    slow = replace(state(5), rounds=[replace(one, seconds=100.0) for one in state(4).rounds] + state(5).rounds[4:])
-    three = (state(3), slow, state(10))
+    slow = replace(
+        make_state(5), rounds=[replace(one, seconds=100.0) for one in make_state(4).rounds] + make_state(5).rounds[4:]
+    )
+    three = (make_state(3), slow, make_state(10))
     yield "three rounds: one of ten, a slow one, the last one", show_rounds(config, *three)
     failing = {"sites": ("site-1",), "failed_sites": {"site-2": "plan_exhausted"}, "metrics": {"loss": float("nan")}}
-    yield "a site that fails, and a score that is no number", show_rounds(config, state(1, **failing))
+    yield "a site that fails, and a score that is no number", show_rounds(config, make_state(1, **failing))
     yield "without privacy", show_rounds(without_privacy)
     patched.setattr("fedtune.model.frozen_linear._HAS_ONEDNN", True)
     for dtype in ("mixed", "bfloat16"):
@@ -108,13 +110,13 @@ def run_comparison(
             for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
                 patched.setattr(torch.cpu, instructions, lambda has=has: has)
             yield f"{dtype} on a CPU {'with' if has else 'without'} its instructions", show_rounds(other)
-        yield f"{dtype} on a GPU", show_rounds(other, of=model(device="cuda"))
+        yield f"{dtype} on a GPU", show_rounds(other, of=make_model(device="cuda"))
     about = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record", "delta": 1e-5}
     for spent in ({"epsilon": 3.0}, {"epsilon": None}, {"epsilon": "unknown"}, {"epsilon": None, "public": True}):
         yield f"a start that spent {spent}", show_rounds(config, start_adapter=about | spent)
     yield "other records than when it began", show_rounds(config, round=1, data_changed=("site-2",))
-    yield "noise that drowns the records", show_rounds(config, of=model(100_000, keeps_states=False))
-    yield "noise that does not", show_rounds(config, of=model(100))
+    yield "noise that drowns the records", show_rounds(config, of=make_model(100_000, keeps_states=False))
+    yield "noise that does not", show_rounds(config, of=make_model(100))
     yield "what takes long", show_rounds(config, every_s=1e-9)
     yield "what is soon done", show_rounds(config, every_s=1e9)
 
@@ -146,8 +148,12 @@ def test_run_progress_matches_its_snapshot(config: RunConfig, tmp_path: Any, mon
 
 
 def test_signal_strength_is_explained_by_studies_of_the_task() -> None:
-    assert "in a study, runs at 17 kept three quarters of the gain of training without privacy" in explain_signal(22.0, "classification")
-    assert "in a study, runs at 5 kept three eighths of the gain of training without privacy" in explain_signal(5.2, "token_classification")
+    assert "in a study, runs at 17 kept three quarters of the gain of training without privacy" in explain_signal(
+        22.0, "classification"
+    )
+    assert "in a study, runs at 5 kept three eighths of the gain of training without privacy" in explain_signal(
+        5.2, "token_classification"
+    )
     assert "there is no study of how much task survival learns" in explain_signal(5.2, "survival")
 
 
@@ -185,8 +191,8 @@ def test_displayed_epsilon_is_rounded_up_from_the_planned_one(config: RunConfig)
 
 
 def test_narrow_terminal_shows_a_round_on_two_lines(config: RunConfig) -> None:
-    failing = state(1, failed_sites={"site-2": "plan_exhausted"})
-    text = show_rounds(config, state(3), failing, width=snapshots.COLUMNS)
+    failing = make_state(1, failed_sites={"site-2": "plan_exhausted"})
+    text = show_rounds(config, make_state(3), failing, width=snapshots.COLUMNS)
     assert snapshots.find_wide_lines(text + render_table(config, make_result(), width=snapshots.COLUMNS)) == []
     assert "\n  2.0 s | about 3 min 30 s left\n" in text
     assert "site-2: plan_exhausted\n" in text
@@ -194,8 +200,8 @@ def test_narrow_terminal_shows_a_round_on_two_lines(config: RunConfig) -> None:
 
 def test_terminal_shows_a_progress_bar_unless_quiet(config: RunConfig) -> None:
     assert "checking the model on this machine: 2 of 3" in show_rounds(config, force_terminal=True, every_s=1e9)
-    out = show_rounds(config, state(1), force_terminal=True)
+    out = show_rounds(config, make_state(1), force_terminal=True)
     assert "round 1/10, site 2/2" in out or "round 2/10, site 1/2" in out
     for terminal in (False, True):
         assert "model" not in show_rounds(config, force_terminal=terminal, progress=False, every_s=1e-9)
-    assert show_rounds(config, state(1), progress=False) == ""
+    assert show_rounds(config, make_state(1), progress=False) == ""

@@ -125,7 +125,7 @@ def waits_for_the_device() -> None:
         users.gradients(gradients).of(batch)
         of_users = torch.sim.counters()["waits"]  # type: ignore[attr-defined]
         for one in records.cut(np.arange(16)):
-            gradients.of(one)
+            gradients.compute_gradients(one)
     print(of_users, torch.sim.counters()["waits"])  # type: ignore[attr-defined]
 
 

@@ -433,7 +433,7 @@ def test_final_adapter_is_stored_and_can_be_scored(site: Any, restarted: bool) -
     config = read_saved_config(folder)
     found = compare_runs({"tuned": (config, folder / "adapter")}, file=str(site.data))
     shared = RunModel(LoadedModel(config), config)
-    data = LeadData.of(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
+    data = LeadData.build(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
     after, before = shared.score(final, data), shared.score(shared.initial_adapter, data)
     assert {name: found.estimate("tuned", name).value for name in found.scores} == after
     assert {name: found.estimate("base", name).value for name in found.scores} == before

@@ -173,7 +173,9 @@ def test_model_is_tried_when_a_private_run_follows_a_plain_one(station: Any, tri
 def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, caplog: Any) -> None:
     others = Mock()  # the processes of other devices, which turn out to be of no use
     others.prepare_crew.side_effect = ConfigError(
-        "runtime.num_devices", 2, "must be 1 on this machine, because its devices do not compute bitwise equal gradients"
+        "runtime.num_devices",
+        2,
+        "must be 1 on this machine, because its devices do not compute bitwise equal gradients",
     )
     monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
     with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):

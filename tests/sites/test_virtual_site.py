@@ -178,7 +178,7 @@ def kept_sites_config(config: Any, tmp_path: Path) -> Any:
 
 
 def make_virtual_sites(config: RunConfig, tmp_path: Path) -> VirtualSites:
-    return VirtualSites.of(config, tmp_path / "run", config.plan())
+    return VirtualSites.create(config, tmp_path / "run", config.plan())
 
 
 def test_existing_policy_is_kept_unless_it_belongs_to_another_site(kept_sites_config: Any, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_embedding_losses_match_their_textbook_definitions(kind: str) -> None:
 
 def make_dataset(model: TaskModel, count: int, *, texts: int) -> TextDataset:
     draws = np.random.default_rng(3)
-    ids = model.made_up(draws.integers(2, 9, size=count * texts).tolist(), draws)
+    ids = model.generate_dummies(draws.integers(2, 9, size=count * texts).tolist(), draws)
     return TextDataset(ids, draws.random(count).astype(np.float32), texts)
 
 

@@ -197,7 +197,7 @@ def test_generation_prompt_matches_the_training_prompt(leading_tokenizer: Any) -
 
 def make_dummy_pairs(model: TaskModel, count: int = 6) -> TextDataset:
     draws = np.random.default_rng(2)
-    ids = model.made_up(draws.integers(3, 12, size=2 * count).tolist(), draws)
+    ids = model.generate_dummies(draws.integers(3, 12, size=2 * count).tolist(), draws)
     targets = model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=lambda length: length // 2)
     return TextDataset(ids, targets, texts=2)
 

@@ -30,7 +30,7 @@ TAGGED, SPANNED = {"tokens": "w", "tags": "t"}, {"text": "w", "spans": "t"}
 TOKENS = ["my", "card", "is", "lost", "there"]
 
 
-def data(columns: dict[str, str] = TAGGED, **given: Any) -> DataSpec:
+def make_data(columns: dict[str, str] = TAGGED, **given: Any) -> DataSpec:
     return make_data_spec(**({"labels": LABELS, "columns": columns} | given))
 
 
@@ -51,20 +51,23 @@ def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> R
 )
 def test_tag_schemes_decode_to_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
     words = [f"w{place}" for place in range(len(tags))]
-    _, marked = make_marks_reader(data())(record(words, [*tags]))
+    _, marked = make_marks_reader(make_data())(record(words, [*tags]))
     assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == found
     # A declared type may begin as a tag of a scheme.
     labels = ("S-protein", "M_protein", "U-boot", "drug")
-    _, read = make_marks_reader(data(labels=labels))(
+    _, read = make_marks_reader(make_data(labels=labels))(
         record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"])
     )
     assert [labels[label] for *_, label in read] == ["S-protein", "M_protein", "drug", "U-boot"]
 
 
 def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
-    assert make_marks_reader(data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"])) == ("a b cd ", [(0, 6, 0)])
+    assert make_marks_reader(make_data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"])) == (
+        "a b cd ",
+        [(0, 6, 0)],
+    )
     spans = [{"start": 4, "end": 6, "label": "dose"}, {"start": 0, "end": 3, "label": "drug"}]
-    given = data(SPANNED)
+    given = make_data(SPANNED)
     assert make_marks_reader(given)(record("a b cd ", spans, SPANNED))[1] == [(0, 3, 0), (4, 6, 1)]
     assert make_marks_reader(given)(record("a b", "[]", SPANNED))[1] == []
 
@@ -96,7 +99,7 @@ def test_unusable_record_is_reported_without_its_text(
     words: object, answer: object, columns: dict[str, str], message: str
 ) -> None:
     with pytest.raises(DataError) as caught:
-        make_marks_reader(data(columns))(record(words, answer, columns))
+        make_marks_reader(make_data(columns))(record(words, answer, columns))
     assert str(caught.value).startswith(message)
     assert not any(text in str(caught.value) for text in ("secret", "card", "drug I"))
 
@@ -111,8 +114,8 @@ def test_label_that_looks_like_a_tag_is_refused() -> None:
             TASK.check_model(make_model_spec(labels))
 
 
-def tokenized(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
-    return TASK.tokenize(records, tokenizer, data=data(**given), lenient_within=within)
+def tokenize_records(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
+    return TASK.tokenize(records, tokenizer, data=make_data(**given), lenient_within=within)
 
 
 def test_first_token_of_a_word_carries_its_tag() -> None:
@@ -120,7 +123,7 @@ def test_first_token_of_a_word_carries_its_tag() -> None:
     given = {"columns": SPANNED, "max_length": 40}
     text = "unbelievably sore-throat, aspirin"
     spans = [[13, 24, "drug"], [26, 33, "dose"]]
-    dataset = tokenized(record(text, spans, SPANNED), tokenizer=tokenizer, **given)
+    dataset = tokenize_records(record(text, spans, SPANNED), tokenizer=tokenizer, **given)
     (targets,), (ids,) = dataset.targets, dataset.input_ids
     learned = [
         (str(tokenizer.convert_ids_to_tokens(int(one))), int(target))
@@ -139,7 +142,7 @@ def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
         one = record(words[:count], tags)
         for max_length, windows, stride in ((8, 3, 2), (8, 2, 3), (12, 4, 0), (5, 8, 1), (3, 4, 0), (40, 1, 9)):
             given = {"max_length": max_length, "windows": windows, "stride": stride}
-            dataset = tokenized(one, tokenizer=encoder_tokenizer, **given)
+            dataset = tokenize_records(one, tokenizer=encoder_tokenizer, **given)
             assert (len(dataset), dataset.texts, len(dataset.input_ids)) == (1, windows, windows)
             assert dataset.lengths[0] <= max_length
             step = max_length - 2 - stride
@@ -149,7 +152,9 @@ def test_windows_cover_each_word_once(encoder_tokenizer: Any) -> None:
             for ids, targets in zip(dataset.input_ids, dataset.targets, strict=True):
                 assert (ids[0], ids[-1]) == (2, 3) or targets.tolist() == [UNSUPERVISED]
     # What two windows share is learned where more stands around it.
-    dataset = tokenized(record(words[:10], ["O"] * 10), tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3)
+    dataset = tokenize_records(
+        record(words[:10], ["O"] * 10), tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3
+    )
     first, second = ((targets != UNSUPERVISED).tolist() for targets in dataset.targets)
     assert first == [False, *[True] * 6, False, False]
     assert second == [False, False, False, *[True] * 4, False]
@@ -159,10 +164,10 @@ def test_unencodable_text_adds_no_targets_at_a_real_site(encoder_tokenizer: Any)
     odd, plain = Record({"text": "\ud800", "spans": "[]"}), Record({"text": "my card", "spans": "[]"})
     blank = Record({"text": "\u00a0", "spans": "[]"})
     given = {"columns": SPANNED, "windows": 2}
-    dataset = tokenized(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **given)
+    dataset = tokenize_records(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **given)
     assert [int((one != UNSUPERVISED).sum()) for one in dataset.targets] == [0, 0, 2, 0, 0, 0]
     with pytest.raises(DataError, match="must contain a token of the tokenizer"):
-        tokenized(blank, tokenizer=encoder_tokenizer, **given)
+        tokenize_records(blank, tokenizer=encoder_tokenizer, **given)
 
 
 def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> None:
@@ -170,7 +175,7 @@ def test_loss_is_the_mean_over_words_of_all_windows(encoder_tokenizer: Any) -> N
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
     tags = [f"B-{model.spec.labels[0]}", *["O"] * 8]
     records = [record([f"w{place}" for place in range(9)], tags), record(["w1"], tags[:1])]
-    dataset = tokenized(*records, tokenizer=encoder_tokenizer, **given)
+    dataset = tokenize_records(*records, tokenizer=encoder_tokenizer, **given)
     batch = collate(dataset, [0, 1], pad_id=0)
     logits = model.logits(batch).log_softmax(dim=-1)
     expected = []
@@ -203,11 +208,11 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
         assert (tuple(counts[0]), tuple(counts[2])) == (of_label, every)
     draws = np.random.default_rng(0)
 
-    def some() -> list[tuple[int, int, int]]:
+    def draw_spans() -> list[tuple[int, int, int]]:
         firsts = draws.integers(0, 30, size=draws.integers(0, 9)).tolist()
         return [(first, first + int(draws.integers(1, 5)), int(draws.integers(2))) for first in firsts]
 
-    for truth, said in ((some(), some()) for _ in range(300)):
+    for truth, said in ((draw_spans(), draw_spans()) for _ in range(300)):
         compute_all_gradients = entity_counts(truth, said, num_labels=2)[2]
         met, right = (
             sum(any(one[0] < other[1] and other[0] < one[1] for other in others) for one in each)
@@ -226,7 +231,7 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
     spans = [{"start": 3 * place, "end": 3 * place + 3, "labels": ["drug"]} for place in range(0, 400_000, 100)]
     of_units = record("a\U0001f600" * 400_000, spans, SPANNED)
     began = time.process_time()
-    assert make_marks_reader(data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
+    assert make_marks_reader(make_data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
     assert time.process_time() - began < 3, "offsets in units, too"
 
 
@@ -258,12 +263,12 @@ def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) ->
         model.get_parameter("head.weight").zero_()
     tags = [f"B-{labels[0]}", *[f"I-{labels[0]}"] * 7]
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
-    dataset = tokenized(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
+    dataset = tokenize_records(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
     figures = evaluate_examples(model, dataset, pad_id=0, max_tokens=64)
     assert figures["entities"][0].tolist() == [[1, 0, 0, 0, 0], *[[0] * 5] * (len(labels) - 1), [1, 0, 0, 0, 0]]
     assert compute_unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
     assert TASK.majority_baseline(dataset) == 0.0
-    nothing = tokenized(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
+    nothing = tokenize_records(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
     assert compute_unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
 
 
@@ -273,9 +278,9 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     first, second, *_ = labels = model.spec.labels
     given = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
     text, spans = "w1 w2 w3 w4 w5 w6 w7", [[3, 4, second], [4, 5, first], [6, 7, first], [7, 11, second]]
-    both = tokenized(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **given)
-    alone = tokenized(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **given)
-    assert [TASK.find_ignored_annotations(one, data=data(**given)) for one in (both, alone)] == [[True], [False]]
+    both = tokenize_records(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **given)
+    alone = tokenize_records(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **given)
+    assert [TASK.find_ignored_annotations(one, data=make_data(**given)) for one in (both, alone)] == [[True], [False]]
     batches = [collate(one, [0], pad_id=0) for one in (both, alone)]
     losses = [model.losses(batch) for batch in batches]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
@@ -283,7 +288,7 @@ def test_overlapping_entities_in_one_word_train_once_and_count_twice(encoder_tok
     assert (counted[0][:2], counted[0][-1]) == ([2, 2], 4)
     assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
     many = record("a" * 90, [[place, place + 1, second] for place in range(90)], SPANNED)
-    targets = tokenized(many, tokenizer=encoder_tokenizer, **given).targets
+    targets = tokenize_records(many, tokenizer=encoder_tokenizer, **given).targets
     assert max(int(row.max()) for row in targets) > 5 * 3**20, "and many are no more than a target holds"
 
 
@@ -291,7 +296,7 @@ def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
     text, model = "unbelievably sore aspirin", make_trained("random:bert", TASK.name)
     for max_length in range(4, 12):
-        given = data(SPANNED, max_length=max_length, labels=model.spec.labels)
+        given = make_data(SPANNED, max_length=max_length, labels=model.spec.labels)
         asked = TASK.without_answer(Record({"text": text}), given)
         (row,) = TASK.tokenize([asked], tokenizer, data=given).targets
         logits = functional.one_hot(torch.ones(1, len(row), dtype=torch.long), 1 + 2 * len(model.spec.labels)).float()
@@ -305,7 +310,7 @@ def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: An
         (TAGGED, "my card\nis", {"tokens": "my card\nis"}),
         (SPANNED, "my card", {"text": "my card"}),
     ):
-        given = data(columns)
+        given = make_data(columns)
         asked = TASK.prompt_fields(text, given, at="--prompt")
         assert asked == fields
         assert set(TASK.input_columns(given)) == set(fields)

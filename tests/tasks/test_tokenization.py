@@ -30,12 +30,12 @@ def tokenize(
 tokenize_classification, tokenize_causal_lm = (partial(tokenize, task) for task in ("classification", "causal_lm"))
 
 
-def labeled(*rows: tuple[str, str]) -> list[Record]:
+def make_labeled_records(*rows: tuple[str, str]) -> list[Record]:
     return [Record({"text": text, "label": label}, file="a.csv", line=i + 2) for i, (text, label) in enumerate(rows)]
 
 
 def test_classification_records_are_tokenized_and_truncated(encoder_tokenizer: Any) -> None:
-    rows = labeled(("where is my card", "b"), ("lost card", "a"))
+    rows = make_labeled_records(("where is my card", "b"), ("lost card", "a"))
     dataset = tokenize_classification(rows, encoder_tokenizer, labels=("a", "b"), max_length=5)
     assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, WHERE, IS, MY, SEP], [CLS, LOST, CARD, SEP]]
     assert isinstance(dataset.targets, np.ndarray)
@@ -91,7 +91,7 @@ def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_to
 
 @pytest.mark.parametrize("within", [11, 6])
 def test_out_of_vocabulary_texts_add_nothing_in_lenient_mode(decoder_tokenizer: Any, within: int) -> None:
-    rows = labeled(("where is my card", "b"), ("lost", "a"), (" ", "a"))
+    rows = make_labeled_records(("where is my card", "b"), ("lost", "a"), (" ", "a"))
     dataset = tokenize_classification(rows, decoder_tokenizer, labels="ab", max_length=5, within=within)
     assert dataset.targets.tolist() == [1 if within == 11 else UNSUPERVISED, 0, UNSUPERVISED]
     assert dataset.lengths.tolist() == [4 if within == 11 else 1, 1, 1]
@@ -108,7 +108,7 @@ def test_out_of_vocabulary_texts_add_nothing_in_lenient_mode(decoder_tokenizer: 
 
 def test_texts_without_tokens_and_missing_end_tokens_are_errors(decoder_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"a\.csv:2, text = 'no tokens'"):
-        tokenize_classification(labeled((" ", "a")), decoder_tokenizer, labels="ab", max_length=5)
+        tokenize_classification(make_labeled_records((" ", "a")), decoder_tokenizer, labels="ab", max_length=5)
     endless: Any = SimpleNamespace(eos_token_id=None, name_or_path="endless")
     with pytest.raises(ConfigError, match=r"model\.path = 'endless': its tokenizer must have an end-of-text token"):
         tokenize_causal_lm(PROMPTED, endless, prompt_template="{prompt}", max_length=9)
@@ -125,7 +125,7 @@ def test_empty_data_and_braces_in_records_are_tokenized(encoder_tokenizer: Any, 
 
 
 def test_tokenization_does_not_depend_on_chunking(encoder_tokenizer: Any) -> None:
-    rows = labeled(*[(" ".join("bcdefg"[: 1 + i % 6]), "a") for i in range(1030)])
+    rows = make_labeled_records(*[(" ".join("bcdefg"[: 1 + i % 6]), "a") for i in range(1030)])
     together = tokenize_classification(rows, encoder_tokenizer, labels="ab", max_length=6)
     for i in (0, 5, 1023, 1024, 1029):
         alone = tokenize_classification(rows[i : i + 1], encoder_tokenizer, labels="ab", max_length=6)
@@ -146,22 +146,22 @@ class Failing:
         return self.sound(text, **options)
 
 
-def panicking() -> object:
+def raise_panic() -> object:
     """The library's own exception, which is no `Exception`."""
     return FixedLength(length=0).pre_tokenize_str("a")
 
 
-FAILING = labeled(("lost card", "a"), ("bad", "a"), ("my card", "b"))
+FAILING = make_labeled_records(("lost card", "a"), ("bad", "a"), ("my card", "b"))
 
 
-@pytest.mark.parametrize("fail", [Mock(side_effect=ValueError("bad")), panicking])
+@pytest.mark.parametrize("fail", [Mock(side_effect=ValueError("bad")), raise_panic])
 def test_unencodable_text_does_not_affect_other_records(encoder_tokenizer: Any, fail: Any) -> None:
     tokenizer = Failing(encoder_tokenizer, fail)
     dataset = tokenize_classification(FAILING, tokenizer, labels="ab", max_length=5, within=99)
     assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, LOST, CARD, SEP], [0], [CLS, MY, CARD, SEP]]
     assert isinstance(dataset.targets, np.ndarray)
     assert dataset.targets.tolist() == [0, UNSUPERVISED, 1]
-    if fail is not panicking:
+    if fail is not raise_panic:
         with pytest.raises(ValueError, match="bad"):  # in a lead's own files
             tokenize_classification(FAILING, tokenizer, labels="ab", max_length=5)
     for stop in (KeyboardInterrupt, SystemExit):  # a person can stop it
@@ -174,9 +174,9 @@ def test_long_text_is_truncated_before_encoding(encoder_tokenizer: Any) -> None:
     tokenizer = Failing(encoder_tokenizer)
     long = "card " * 100_000
     for within in (None, 99):
-        tokenize_classification(labeled((long, "a")), tokenizer, labels="a", max_length=5, within=within)
+        tokenize_classification(make_labeled_records((long, "a")), tokenizer, labels="a", max_length=5, within=within)
     assert max(len(text) for call in tokenizer.calls for text in call) == 64 * 5
-    rows = labeled((long, "a"), ("card " * 20, "a"))
+    rows = make_labeled_records((long, "a"), ("card " * 20, "a"))
     dataset = tokenize_classification(rows, encoder_tokenizer, labels="a", max_length=20)
     filled = [CLS, *[CARD] * 18, SEP]
     assert dataset.input_ids[0].tolist() == dataset.input_ids[1].tolist() == filled, (
@@ -186,7 +186,7 @@ def test_long_text_is_truncated_before_encoding(encoder_tokenizer: Any) -> None:
 
 def test_tokenizer_chunks_are_bounded_in_characters(encoder_tokenizer: Any) -> None:
     tokenizer = Failing(encoder_tokenizer)
-    rows = labeled(*[("a " * 50_000, "a")] * 6, ("card", "a"), ("a " * 150_000, "a"), ("lost", "a"))
+    rows = make_labeled_records(*[("a " * 50_000, "a")] * 6, ("card", "a"), ("a " * 150_000, "a"), ("lost", "a"))
     dataset = tokenize_classification(rows, tokenizer, labels="a", max_length=20_000)
     assert [len(call) for call in tokenizer.calls] == [2, 2, 3, 1, 1]
     assert dataset.input_ids[6].tolist() == [CLS, CARD, SEP]
@@ -196,7 +196,10 @@ def test_tokenizer_chunks_are_bounded_in_characters(encoder_tokenizer: Any) -> N
 @pytest.mark.parametrize(("to", "left_out"), [("card" * 1000, True), (" card", False)])
 def test_text_expanded_by_normalization_is_skipped_alone(to: str, left_out: bool) -> None:
     """A normalizer that makes gigabytes of one record's letters would end the process, exactly where it has them."""
-    rows, tokenizer = labeled(("lost card", "a"), ("my ß", "a"), ("my card", "b")), make_tokenizer(post=None)
+    rows, tokenizer = (
+        make_labeled_records(("lost card", "a"), ("my ß", "a"), ("my card", "b")),
+        make_tokenizer(post=None),
+    )
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ß", to)
     dataset = tokenize_classification(rows, tokenizer, labels="ab", max_length=9, within=99)
     plain = tokenize_classification(rows[::2], tokenizer, labels="ab", max_length=9)
@@ -204,6 +207,6 @@ def test_text_expanded_by_normalization_is_skipped_alone(to: str, left_out: bool
     assert [dataset.input_ids[place].tolist() for place in (0, 2)] == [ids.tolist() for ids in plain.input_ids]
     assert (dataset.lengths[1] == 1) == left_out
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKD()
-    rows = labeled(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))  # what Unicode itself makes longer
+    rows = make_labeled_records(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))  # what Unicode itself makes longer
     dataset = tokenize_classification(rows, tokenizer, labels="ab", max_length=9, within=99)
     assert dataset.targets.tolist() == [0, 1]

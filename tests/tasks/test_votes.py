@@ -50,7 +50,7 @@ def test_vote_gradient_selects_the_nearest_candidate() -> None:
         rows = model.task.embed(model, batch.input_ids, batch.attention_mask)
     nearest = (rows @ model.get_buffer("candidates").T).argmax(dim=1)
     with record_gradients(model) as gradients:
-        found = gradients.of(batch)["head.weight"][:, 0]
+        found = gradients.compute_gradients(batch)["head.weight"][:, 0]
     votes = -torch.nn.functional.one_hot(nearest, 3).float()
     votes[1] = 0
     assert torch.equal(found, votes)

@@ -64,7 +64,7 @@ class Table:
     def __init__(self, gradients: dict[str, torch.Tensor]) -> None:
         self._gradients = gradients
 
-    def of(self, batch: Any) -> dict[str, torch.Tensor]:
+    def compute_gradients(self, batch: Any) -> dict[str, torch.Tensor]:
         found = {name: value[batch.input_ids[:, 0]] for name, value in self._gradients.items()}
         for one in found.values():
             one[len(batch) :] = 0
@@ -167,7 +167,7 @@ def sum_examples(model: TaskModel, examples: SiteExamples, clip: float, chosen: 
     sums = make_zero_sums(model.trainable())
     with record_gradients(model) as gradients:
         for batch in examples.cut(np.array(range(len(examples)) if chosen is None else chosen)):
-            add_clipped(sums, gradients.of(batch), clip)
+            add_clipped(sums, gradients.compute_gradients(batch), clip)
     return sums
 
 

@@ -50,7 +50,7 @@ def threads(one_thread: None) -> None:
 def make_records(model: TaskModel, lengths: npt.NDArray[np.integer], *, seed: int = 0) -> TextDataset:
     """Random examples of these lengths, the vocabulary's ends among their tokens; of several texts the longest's."""
     draws, texts = np.random.default_rng(seed), model.spec.texts
-    ids = model.made_up(draw_text_lengths(lengths.tolist(), texts, draws), draws)
+    ids = model.generate_dummies(draw_text_lengths(lengths.tolist(), texts, draws), draws)
     return TextDataset(ids, model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=draws.integers), texts)
 
 

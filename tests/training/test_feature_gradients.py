@@ -66,7 +66,7 @@ def build_trained(spec: TaskModelSpec, *, max_length: int = 1) -> TaskModel:
 
 def make_records(model: TaskModel, count: int) -> TextDataset:
     draws = np.random.default_rng(5)
-    rows = model.made_up([1] * count, draws)
+    rows = model.generate_dummies([1] * count, draws)
     targets = model.task.dummy_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)
     return TextDataset(rows, targets)
 
@@ -140,7 +140,7 @@ def test_bad_feature_record_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     spec, reader = make_data(*FEATURES, labels=("one", "two", "three")), NoTokenizer()
     draws = np.random.default_rng(1)
     rows = [
-        Record({f"feature:{name}": one.made_up(draws.integers) for one in FEATURES for name in one.columns})
+        Record({f"feature:{name}": one.generate_dummies(draws.integers) for one in FEATURES for name in one.columns})
         for _ in range(4)
     ]
     good = [Record({**row.fields, "label": "two"}) for row in rows]

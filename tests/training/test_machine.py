@@ -36,7 +36,9 @@ def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
     spec = replace(TINY, model=ModelSpec(path=str(tmp_path)))
     most = prepare_spec().base.config.max_position_embeddings
     for each, length, last in ((TINY, most + 1, most), (spec, 513, 512), (spec, 514, 512)):
-        with pytest.raises(ConfigError, match=rf"data\.max_length = {length}: must be at most {last}, the maximum of the model"):
+        with pytest.raises(
+            ConfigError, match=rf"data\.max_length = {length}: must be at most {last}, the maximum of the model"
+        ):
             prepare_spec(each, max_length=length)
     shapes = choose_micro_batch_shapes(prepare_spec(spec, max_length=512), RuntimeSpec(), max_length=512)
     assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"

@@ -61,9 +61,9 @@ def test_batches_are_independent_and_hooks_are_removed(path: str, task: str) -> 
     before = count_watched(model)
     with record_gradients(model) as gradients:
         assert count_watched(model) > before
-        first = gradients.of(collate(dataset, [0, 1], pad_id=0))
-        gradients.of(collate(dataset, [2, 3, 4], pad_id=0))
-        again = gradients.of(collate(dataset, [0, 1], pad_id=0))
+        first = gradients.compute_gradients(collate(dataset, [0, 1], pad_id=0))
+        gradients.compute_gradients(collate(dataset, [2, 3, 4], pad_id=0))
+        again = gradients.compute_gradients(collate(dataset, [0, 1], pad_id=0))
         assert list_leftovers(model) == []
     assert count_watched(model) == before
     assert all(torch.equal(gradient, again[name]) for name, gradient in first.items())
@@ -156,7 +156,7 @@ def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: s
         with pytest.raises((IndexError, RuntimeError), match="no such"):
             gradients.compute_all_gradients(batch)
         for _ in range(2):  # and again: one failure leaves nothing to the next pass
-            found = gradients.of(batch)
+            found = gradients.compute_gradients(batch)
             assert list(found) == list(expected)
             for name, gradient in found.items():
                 assert gradient.shape == expected[name].shape == (8, *model.trainable()[name].shape)
@@ -164,7 +164,7 @@ def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: s
                     zero = row in without or row >= 5
                     wanted = torch.zeros_like(gradient[row]) if zero else expected[name][row]
                     assert torch.equal(gradient[row], wanted), (name, row)
-        after = gradients.of(collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
+        after = gradients.compute_gradients(collate(insert_token(dataset), range(5), pad_id=0, shape=shape))
         assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert shapes == {batch.input_ids.shape}, "also where one is tried by itself, so its kernels are the same"
     assert list_leftovers(model) == []
@@ -189,13 +189,13 @@ def test_shared_module_sums_both_gradients() -> None:
 def test_gradients_after_a_step_use_the_new_adapter(elsewhere: bool) -> None:
     model, dataset = build_trained(), make_dummy_examples("classification")
     with record_gradients(model) as gradients:
-        gradients.of(collate(dataset, [0], pad_id=0))
+        gradients.compute_gradients(collate(dataset, [0], pad_id=0))
         with torch.no_grad():
             for parameter in model.trainable().values():
                 if elsewhere:
                     parameter.data = parameter.data.clone()
                 parameter.mul_(-2.0)  # in place, as optimizers step
-        found = gradients.of(collate(dataset, [0], pad_id=0))
+        found = gradients.compute_gradients(collate(dataset, [0], pad_id=0))
     for name, expected in compute_loop_gradient(model, dataset, 0).items():
         np.testing.assert_allclose(found[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)
 

@@ -87,7 +87,7 @@ class MadeUp:
     gradients: Gradients
     drawn: list[list[int]] = field(default_factory=list)
 
-    def of(self, batch: Places) -> Gradients:
+    def compute_gradients(self, batch: Places) -> Gradients:
         return {name: each[batch] for name, each in self.gradients.items()}
 
     def records(self, *, declared_size: int) -> Records:

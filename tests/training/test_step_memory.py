@@ -44,7 +44,7 @@ def list_rows(shapes: Shapes) -> list[int]:
 
 def make_dataset(model: TaskModel, length: int, count: int) -> TextDataset:
     draws = np.random.default_rng(3)
-    ids = model.made_up([length - 1] * (count * model.spec.texts), draws)
+    ids = model.generate_dummies([length - 1] * (count * model.spec.texts), draws)
     targets = model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=lambda length: 0)
     return TextDataset(ids, targets, model.spec.texts)
 
@@ -58,7 +58,7 @@ def measure_step(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: P
             examples.keep_frozen_states(model, parts=[part])
         examples.keep_reference(model, parts=[part])
         with record_gradients(model) as gradients:
-            add_clipped(make_zero_sums(model.trainable()), gradients.of(examples.batch(part)), 1.0)
+            add_clipped(make_zero_sums(model.trainable()), gradients.compute_gradients(examples.batch(part)), 1.0)
 
     return measure_peak_bytes(take_step, CPU)
 

@@ -112,7 +112,7 @@ class SumsAtSite:
             Rejected: the session is unknown, a key is not genuine, or the site no longer accepts the members or the
                 terms.
         """
-        digest = self._party(proposal, session).join(announcements)
+        digest = self._find_party(proposal, session).join(announcements)
         self.parties.joined[proposal] = session
         return digest.encode()
 
@@ -124,9 +124,9 @@ class SumsAtSite:
         """
         if self.parties.joined.get(proposal) != session:
             raise Rejected(Wrong.SESSION_DIFFERS)
-        return self._party(proposal, session)
+        return self._find_party(proposal, session)
 
-    def _party(self, proposal: str, session: str) -> Party:
+    def _find_party(self, proposal: str, session: str) -> Party:
         found = self.parties.find(proposal, session)
         if found is None:
             raise Rejected(Wrong.SESSION_DIFFERS)

@@ -116,7 +116,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         RunError: as for `simulate`.
     """
     sites = list_audited_sites(config, spec)
-    everyone = Participants(config, folder, progress=listener.preparing)
+    everyone = Participants(config, folder, progress=listener.on_preparing)
     for site in config.federation.active:  # none refuses an adapter for its size: a broken clip is to show as a bound
         policy = generate_policy(config, everyone.sites.plan, site, lead=everyone.sites.lead_key().public)
         limits = replace(policy.limits, max_adapter_value=_LARGEST_ADAPTER)

@@ -53,7 +53,7 @@ class CanaryBatch(Batch):
     coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @classmethod
-    def of(cls, coordinates: Places) -> CanaryBatch:
+    def build(cls, coordinates: Places) -> CanaryBatch:
         """Build a micro-batch from the coordinates of its canaries."""
         nothing = torch.zeros(len(coordinates), 1, dtype=torch.int64)
         return cls(nothing, nothing, nothing, coordinates=torch.from_numpy(coordinates))
@@ -154,14 +154,18 @@ class Canaries:
         canaries, tally = self, self.tally
 
         class WithCanaries:
-            def of(self, batch: Batch) -> dict[str, torch.Tensor]:
-                return canaries.compute_raw_gradients(batch) if isinstance(batch, CanaryBatch) else of_each.of(batch)
+            def compute_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+                return (
+                    canaries.compute_raw_gradients(batch)
+                    if isinstance(batch, CanaryBatch)
+                    else of_each.compute_gradients(batch)
+                )
 
         of_units = units.gradients(WithCanaries())
 
         class Watched:
-            def of(self, batch: Any) -> dict[str, torch.Tensor]:
-                gradients = of_units.of(batch)
+            def compute_gradients(self, batch: Any) -> dict[str, torch.Tensor]:
+                gradients = of_units.compute_gradients(batch)
                 if not isinstance(batch, CanaryBatch | CanaryUserBatch):
                     tally.add_records(gradients)
                 return gradients
@@ -204,7 +208,7 @@ class CanaryExamples(_Behind, SiteExamples):
         """Yield micro-batches of the sampled records, then of the sampled canaries."""
         real, parts = self._canaries.register_step(indices, len(self._real))
         yield from self._real.cut(real)
-        yield from map(CanaryBatch.of, parts)
+        yield from map(CanaryBatch.build, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +223,7 @@ class CanaryUserBatch(UserBatch):
         """Yield one record of every canary at a time, as long users' records are spread over several micro-batches."""
         num_records = len(self.contributions[0])
         for coordinates in np.stack(self.contributions, axis=1):
-            yield CanaryBatch.of(coordinates), np.arange(len(self)), np.full(len(self), 1 / num_records)
+            yield CanaryBatch.build(coordinates), np.arange(len(self)), np.full(len(self), 1 / num_records)
 
 
 class CanaryUsers(_Behind, UserExamples):

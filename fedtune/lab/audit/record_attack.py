@@ -90,7 +90,7 @@ class RecordAttack:
             return int(draw % np.uint64(count))
 
         def text(role: str) -> str:
-            chosen = task.dummy_field(role, data, draw=draw_below) or get_input_for(data).made_up_field(
+            chosen = task.dummy_field(role, data, draw=draw_below) or get_input_for(data).generate_dummy_field(
                 role, data, draw=draw_below
             )
             return (

@@ -147,7 +147,7 @@ class _Search:
         # To where losses are large: there attention saturates and gradients are mostly rounding.
         for _ in range(_ASCENT_STEPS if how == "by ascent" else 0):
             batch = next(iter(examples.cut(np.arange(min(8, len(examples)), dtype=np.int64))))
-            slopes = {name: gradient.sum(dim=0) for name, gradient in self._gradients.of(batch).items()}
+            slopes = {name: gradient.sum(dim=0) for name, gradient in self._gradients.compute_gradients(batch).items()}
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.add_(slopes[name].sign() * self._bound / _ASCENT_STEPS)
@@ -168,7 +168,7 @@ class _Search:
             batches = everyone.cut_drawn([users[place] for place in chosen])
             of_units = everyone.gradients(self._gradients)
         for batch in batches:
-            dp_step.add_clipped(sums, of_units.of(batch), max_grad_norm)
+            dp_step.add_clipped(sums, of_units.compute_gradients(batch), max_grad_norm)
         return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
 
 
@@ -177,7 +177,7 @@ def generate_random_examples(model: TaskModel, lengths: list[int], draws: np.ran
 
     Some repeat one token, which is the hardest case for attention.
     """
-    input_ids = model.made_up(draw_text_lengths(lengths, model.spec.texts, draws), draws)
+    input_ids = model.generate_dummies(draw_text_lengths(lengths, model.spec.texts, draws), draws)
     for ids in input_ids:
         if draws.random() < 0.2:
             ids[:] = ids[0]

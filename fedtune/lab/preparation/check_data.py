@@ -155,7 +155,7 @@ class _Look:
         spellings = {normalize_spelling(label): label for label in reversed(data.labels)}
         lengths: list[int] = []
 
-        def fault(record: Record) -> DataError | None:
+        def find_fault(record: Record) -> DataError | None:
             error = self._fault(record)
             if error is not None:  # perhaps by a label that is a declared one but for case and spaces
                 unknown = {normalize_spelling(label) for label in count_labels(record, data) if label not in labels}
@@ -168,7 +168,7 @@ class _Look:
             """Yield the records that a run can use; count the others as errors, without quoting them."""
             nonlocal rows
             for line, one in validate_rows(
-                path, self.task.columns(data, partition=use == "train", unit=unit), fault=fault
+                path, self.task.columns(data, partition=use == "train", unit=unit), fault=find_fault
             ):
                 rows += 1
                 if isinstance(one, Record):

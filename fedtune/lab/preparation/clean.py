@@ -21,7 +21,7 @@ from fedtune.data.records import Fault, Record, parse_record
 from fedtune.data.text_rows import Row
 from fedtune.data.tokenization import tokenize_whole_texts
 from fedtune.data.values import OPTIONAL_ROLES, is_free_text
-from fedtune.formatting import jsonable
+from fedtune.formatting import convert_to_jsonable
 from fedtune.lab.preparation.duplicates import Earlier, split_words
 from fedtune.lab.preparation.patterns import find_damage, find_identifiers, mask_identifiers
 from fedtune.model.spec import TaskModelSpec
@@ -195,7 +195,7 @@ def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
             done.dropped[str(rule)] += 1
             continue
         # What JSON has no form for, such as a date, as text, and a number that is none as null.
-        written = jsonable(cleaning.transform_row(row, done.masked) if cleaning.mask else row)
+        written = convert_to_jsonable(cleaning.transform_row(row, done.masked) if cleaning.mask else row)
         try:
             stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
         except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads

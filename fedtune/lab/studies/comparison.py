@@ -22,7 +22,7 @@ from fedtune.evaluation.bootstrap import (
     describe_against_constant,
 )
 from fedtune.evaluation.groups import OTHERS, GroupScores
-from fedtune.formatting import format_score_name, format_size, jsonable, pluralize
+from fedtune.formatting import convert_to_jsonable, format_score_name, format_size, pluralize
 from fedtune.lab.studies.trials import SearchTrial
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.show.lines import duration
@@ -348,7 +348,7 @@ class Compared:
             for one, other in combinations(self.models, 2)
             for score in sides.scores
         ]
-        told: dict[str, Any] = jsonable(
+        told: dict[str, Any] = convert_to_jsonable(
             {
                 "schema_version": SCHEMA_VERSION,
                 "fedtune_version": __version__,

@@ -56,7 +56,7 @@ def personalize(
     parts, adapter = split_site_records(run.config, sites), run.adapter
     from fedtune.sites.virtual_site import VirtualSites
 
-    virtual, made = VirtualSites.of(run.config, run.folder, run.config.plan()), {}
+    virtual, made = VirtualSites.create(run.config, run.folder, run.config.plan()), {}
     for site, of_site in parts.items():
         into, beside = run.folder / f"private_to_{site}", virtual.files(site).ledger.parent
         made[site] = make_personalized(
@@ -82,7 +82,7 @@ def split_site_records(config: RunConfig, sites: Sequence[str] = ()) -> dict[str
 
     dealt = dict(zip(config.federation.names, partition_run_records(config).sites, strict=True))
     key, unit = split_key(config.seed), config.privacy.unit
-    return {site: Parts.of(dealt[site], key=key, unit=unit) for site in sites or config.federation.active}
+    return {site: Parts.split(dealt[site], key=key, unit=unit) for site in sites or config.federation.active}
 
 
 def make_personalized(

@@ -138,7 +138,7 @@ def synthesize(
             )
             against = [encoded[order[place]] for place in turns]
         asked = [encoded[prompt] for prompt in missing]
-        for place, text in saved.drawn(asked, spec, first=first, against=against, begun=begun):
+        for place, text in saved.sample_texts(asked, spec, first=first, against=against, begun=begun):
             prompt = missing[place]
             if (fault := _find_fault(text, ChainMap[str, Any](texts[prompt], varied[prompt]), whole)) is not None:
                 left_out[fault] += 1

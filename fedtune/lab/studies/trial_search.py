@@ -23,7 +23,7 @@ from fedtune.config import RunConfig, read_saved_config
 from fedtune.evaluation.bootstrap import score_direction
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import jsonable, pluralize
+from fedtune.formatting import convert_to_jsonable, pluralize
 from fedtune.lab.studies.trials import (
     SearchTrial,
     Trials,
@@ -213,11 +213,15 @@ class Search:
     def _create_sites(self, config: RunConfig) -> VirtualSites:
         from fedtune.sites.virtual_site import VirtualSites
 
-        return VirtualSites.of(config, self.folder, config.plan())
+        return VirtualSites.create(config, self.folder, config.plan())
 
     def _record_search(self, **more: Any) -> None:
         """Write the search file; before the first trial, it claims the folder for this search."""
-        about = {"schema_version": SCHEMA_VERSION, "search": self._build_identity(), "price": jsonable(self.price)}
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "search": self._build_identity(),
+            "price": convert_to_jsonable(self.price),
+        }
         try:
             self._record_price(self.folder)  # before the first trial, which takes it along
             write_durably(self.folder / _FILE, to_json_text(about | more).encode())

@@ -228,22 +228,22 @@ def _list_ledger_assumptions(facts: LedgerFacts, site: SiteReport) -> Iterator[_
     without = [row.run for row in site.mechanisms if row.noise_multiplier == 0]
     of_others = ", ".join(run.run for run in facts.runs if run.release in CHARGED_ONLY)
 
-    def ensured(test: str) -> tuple[Status, str]:
+    def classify_assumption(test: str) -> tuple[Status, str]:
         return ("assumed", of_others) if of_others else ("ensured", f"{program}: {test}")
 
-    yield "noise_in_every_step", *(("violated", ", ".join(without)) if without else ensured(_SAMPLED))
-    yield "poisson_sampling", *ensured(_SAMPLED)
+    yield "noise_in_every_step", *(("violated", ", ".join(without)) if without else classify_assumption(_SAMPLED))
+    yield "poisson_sampling", *classify_assumption(_SAMPLED)
     if life.seeded:
         seeded = [run.run for run in life.runs if run.seeded_noise]
         yield "unpredictable_randomness", "violated", ", ".join(seeded)
     elif not site.mechanisms or any(row.noise_multiplier > 0 for row in site.mechanisms):
-        yield "unpredictable_randomness", *ensured(_UNPREDICTABLE)
+        yield "unpredictable_randomness", *classify_assumption(_UNPREDICTABLE)
     if without:
         yield "clipping_exact", "violated", ", ".join(without)
     elif facts.inexact_gradients:
         yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients: true; docs/guarantee.md"
     else:
-        yield "clipping_exact", *ensured(_EXACT)
+        yield "clipping_exact", *classify_assumption(_EXACT)
     yield from _list_figure_assumptions(facts, [site], asserted={facts.site: facts.asserted})
     if (found := facts.verification) is None:
         yield "ledger_intact", "violated", facts.problem

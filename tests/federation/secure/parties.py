@@ -63,7 +63,7 @@ class Federation:
         for party in self.parties.values():
             assert party.join(list(announced.values())) == self.session.digest
 
-    def vector(self, site: str) -> npt.NDArray[np.int64]:
+    def make_vector(self, site: str) -> npt.NDArray[np.int64]:
         """A power of two for each site, so that a sum tells whose vectors are in it."""
         return np.full(self.terms.length, 1 << self.terms.sites.index(site))
 
@@ -71,17 +71,17 @@ class Federation:
         """A release to which these sites have uploaded."""
         summation = Summation(self.session, release=release)
         for site in sites:
-            summation.add_upload(site, self.parties[site].upload(release, self.vector(site)))
+            summation.add_upload(site, self.parties[site].upload(release, self.make_vector(site)))
         return summation
 
-    def confirmed(self, summation: Summation, by: Collection[str]) -> Summation:
+    def add_confirmations(self, summation: Summation, by: Collection[str]) -> Summation:
         """The same release, with confirmations of these sites."""
         request = summation.confirm_request()
         for site in by:
             summation.add_confirmation(site, self.parties[site].confirm(request))
         return summation
 
-    def revealed(self, summation: Summation, by: Collection[str]) -> Summation:
+    def add_shares(self, summation: Summation, by: Collection[str]) -> Summation:
         """The same release, with shares of these sites."""
         for site in by:
             summation.add_revealed(site, self.parties[site].unmask(summation.unmask_request(site)))
@@ -89,7 +89,7 @@ class Federation:
 
     def add_vectors(self, sites: Collection[str]) -> npt.NDArray[np.int64]:
         """What the lead is to learn."""
-        return np.sum([self.vector(site) for site in sites], axis=0)
+        return np.sum([self.make_vector(site) for site in sites], axis=0)
 
     def asked(self, release: int, survivors: Sequence[str]) -> ConfirmRequest:
         return ConfirmRequest(session=self.session.digest, release=release, survivors=list(survivors))

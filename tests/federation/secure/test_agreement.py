@@ -181,6 +181,9 @@ def test_site_that_has_not_joined_rejects_every_request() -> None:
     federation = Federation(make_terms(3, 2))
     summation = federation.start_release(1, "abc")
     party = federation.restart("a")
-    for ask in (lambda: party.upload(2, federation.vector("a")), lambda: party.confirm(summation.confirm_request())):
+    for ask in (
+        lambda: party.upload(2, federation.make_vector("a")),
+        lambda: party.confirm(summation.confirm_request()),
+    ):
         with expect_rejection(Wrong.SESSION_DIFFERS):
             ask()

@@ -29,10 +29,10 @@ class Adversary:
     def upload(self, release: int, sites: Collection[str]) -> None:
         for site in sites:
             with watch_seeds() as seeds:
-                data = self.federation.parties[site].upload(release, self.federation.vector(site))
+                data = self.federation.parties[site].upload(release, self.federation.make_vector(site))
             self.uploads[release, site] = data
             upload = Upload.from_bytes(data, self.federation.session)
-            self.knowledge.sent.append(Sent(site, upload, self.federation.vector(site), seeds[0]))
+            self.knowledge.sent.append(Sent(site, upload, self.federation.make_vector(site), seeds[0]))
 
     def confirm(self, release: int, survivors: Collection[str], by: Collection[str]) -> dict[str, str]:
         signatures = {}
@@ -57,7 +57,7 @@ class Adversary:
             request = self.request(release, survivors, signatures, site)
             self.knowledge.hear(self.federation.parties[site].unmask(request))
 
-    def refused(self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str) -> Wrong:
+    def find_refusal(self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str) -> Wrong:
         with pytest.raises(Rejected) as error:
             self.federation.parties[site].unmask(self.request(release, survivors, signatures, site))
         return error.value.wrong
@@ -73,7 +73,7 @@ def test_late_upload_of_a_dropped_site_stays_masked() -> None:
     known = server.knowledge.seeds()
     # All of d's masks but its own are known now: without its own, the vector would be readable.
     assert {other for other, seed in d.seeds.items() if seed in known} == {"a", "b", "c"}
-    assert server.refused(1, "abcd", signatures, "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abcd", signatures, "a") is Wrong.WRONG_SIGNATURE
 
 
 def test_site_confirms_only_one_survivor_set_per_release() -> None:
@@ -92,14 +92,16 @@ def test_conflicting_survivor_sets_never_reach_the_threshold() -> None:
     server = Adversary(4, 3)
     server.upload(1, "abcd")
     by_others = server.confirm(1, "abcd", by="bcd")
-    assert server.refused(1, "abcd", by_others, "a") is Wrong.NOT_PROMISED, "a helps only with what it promised itself"
+    assert server.find_refusal(1, "abcd", by_others, "a") is Wrong.NOT_PROMISED, (
+        "a helps only with what it promised itself"
+    )
     server = Adversary(4, 3)
     server.upload(1, "abcd")
     halves = server.confirm(1, "abcd", by="ab"), server.confirm(1, "abc", by="cd")
     assert [len(half) for half in halves] == [2, 2]
-    assert server.refused(1, "abcd", halves[0], "a") is Wrong.NOT_CONFIRMED
-    assert server.refused(1, "abcd", halves[0] | halves[1], "a") is Wrong.WRONG_SIGNATURE
-    assert server.refused(1, "abc", halves[1], "c") is Wrong.NOT_CONFIRMED
+    assert server.find_refusal(1, "abcd", halves[0], "a") is Wrong.NOT_CONFIRMED
+    assert server.find_refusal(1, "abcd", halves[0] | halves[1], "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", halves[1], "c") is Wrong.NOT_CONFIRMED
     assert server.knowledge.find_readable_sums() == []
 
 
@@ -115,7 +117,7 @@ def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
     for site, survivors in told.items():
         together = server.confirm(1, survivors, by="abcde")
         assert len(together) < 3
-        assert server.refused(1, survivors, genuine[site], site) is Wrong.NOT_CONFIRMED
+        assert server.find_refusal(1, survivors, genuine[site], site) is Wrong.NOT_CONFIRMED
     assert server.knowledge.find_readable_sums() == []
     for site, survivors in told.items():  # as if enough others had confirmed the set of each
         asked = server.federation.asked(1, survivors)
@@ -133,10 +135,10 @@ def test_unmasking_requires_threshold_many_valid_confirmations(threshold: int) -
     signatures = server.confirm(1, "abc", by="abc")
     enough = dict(list(signatures.items())[:threshold])
     fewer = dict(list(signatures.items())[: threshold - 1])
-    assert server.refused(1, "abc", fewer, "a") is Wrong.NOT_CONFIRMED
-    assert server.refused(1, "abc", {**fewer, "z": signatures["a"]}, "a") is Wrong.NOT_A_MEMBER
-    assert server.refused(1, "abc", {**fewer, "c": signatures["a"]}, "a") is Wrong.WRONG_SIGNATURE
-    assert server.refused(1, "abc", {**fewer, "c": ""}, "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", fewer, "a") is Wrong.NOT_CONFIRMED
+    assert server.find_refusal(1, "abc", {**fewer, "z": signatures["a"]}, "a") is Wrong.NOT_A_MEMBER
+    assert server.find_refusal(1, "abc", {**fewer, "c": signatures["a"]}, "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", {**fewer, "c": ""}, "a") is Wrong.WRONG_SIGNATURE
     server.unmask(1, "abc", enough, by="a")
 
 
@@ -146,8 +148,8 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
     old = server.confirm(1, "abc", by="abc")
     server.upload(2, "abc")
     server.confirm(2, "abc", by="a")
-    assert server.refused(2, "abc", old, "a") is Wrong.WRONG_SIGNATURE
-    assert server.refused(1, "abc", old, "a") is Wrong.NOT_PROMISED  # release 1 is over
+    assert server.find_refusal(2, "abc", old, "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", old, "a") is Wrong.NOT_PROMISED  # release 1 is over
     with expect_rejection(Wrong.RELEASE_OVER):
         server.federation.parties["a"].confirm(server.federation.asked(1, "abc").to_bytes())
     for site in "abc":
@@ -161,7 +163,7 @@ def test_confirmations_are_not_valid_for_another_release_or_session() -> None:
         )
     server.upload(1, "abc")
     server.confirm(1, "abc", by="abc")
-    assert server.refused(1, "abc", old, "a") is Wrong.WRONG_SIGNATURE
+    assert server.find_refusal(1, "abc", old, "a") is Wrong.WRONG_SIGNATURE
 
 
 @pytest.mark.parametrize(
@@ -215,26 +217,26 @@ def test_site_uploads_once_per_release_and_retries_as_a_new_release() -> None:
     server.upload(2, "abcd")
     for release in (2, 1, 0, -1, 1 << 31, 1 << 40):
         with expect_rejection(Wrong.RELEASE_OVER):
-            server.federation.parties["a"].upload(release, server.federation.vector("a"))
+            server.federation.parties["a"].upload(release, server.federation.make_vector("a"))
     server.upload(3, "abcd")
     first, retry = server.knowledge.sent[0], server.knowledge.sent[4]
     assert not set(first.seeds.values()) & set(retry.seeds.values())
     # Nor does who promised a release's set without an upload upload to it afterwards.
     server.confirm(4, "abc", by="d")
     with expect_rejection(Wrong.RELEASE_OVER):
-        server.federation.parties["d"].upload(4, server.federation.vector("d"))
+        server.federation.parties["d"].upload(4, server.federation.make_vector("d"))
 
 
 # Whatever comes over the wire.
 
 
 def list_messages(federation: Federation) -> dict[str, bytes]:
-    summation = federation.confirmed(federation.start_release(1, "ab"), by="ab")
+    summation = federation.add_confirmations(federation.start_release(1, "ab"), by="ab")
     return {
         "join": federation.parties["b"].announce(),
         "confirm": summation.confirm_request(),
         "unmask": summation.unmask_request("a"),
-        "add_upload": federation.parties["c"].upload(1, federation.vector("c")),
+        "add_upload": federation.parties["c"].upload(1, federation.make_vector("c")),
         "add_confirmation": federation.parties["b"].confirm(summation.confirm_request()),
         "add_revealed": federation.parties["b"].unmask(summation.unmask_request("b")),
     }
@@ -242,7 +244,7 @@ def list_messages(federation: Federation) -> dict[str, bytes]:
 
 def deliver_message(federation: Federation, what: str, data: bytes) -> None:
     summation = federation.start_release(2, "ab")
-    federation.confirmed(summation, by="a")
+    federation.add_confirmations(summation, by="a")
     if what == "join":
         federation.restart("a").join([data])
     elif what in ("confirm", "unmask"):

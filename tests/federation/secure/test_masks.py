@@ -95,7 +95,7 @@ def test_mask_is_the_chacha20_keystream_and_pairs_cancel() -> None:
 
 
 def mask_vector(federation: Federation, release: int, site: str = "a") -> np.ndarray:
-    data = federation.parties[site].upload(release, federation.vector(site))
+    data = federation.parties[site].upload(release, federation.make_vector(site))
     terms = federation.terms
     return unpack_residues(data[-terms.length * terms.bits // 8 :], terms.length, terms.bits)
 

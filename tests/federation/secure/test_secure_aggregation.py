@@ -28,8 +28,8 @@ def test_masks_cancel_for_all_survivor_and_helper_sets(num_sites: int, threshold
     sites = federation.terms.sites
     sets = [chosen for size in range(threshold, num_sites + 1) for chosen in itertools.combinations(sites, size)]
     for release, (survivors, helpers) in enumerate(itertools.product(sets, sets), start=1):
-        summation = federation.confirmed(federation.start_release(release, survivors), by=helpers)
-        total = federation.revealed(summation, by=helpers).total()
+        summation = federation.add_confirmations(federation.start_release(release, survivors), by=helpers)
+        total = federation.add_shares(summation, by=helpers).total()
         assert total.tolist() == federation.add_vectors(survivors).tolist()
         assert not summation.wrong_shares
 
@@ -44,22 +44,22 @@ def test_secure_aggregation_is_exact_up_to_the_largest_value(num_sites: int, lar
     for site, vector in zip(federation.terms.sites, vectors, strict=True):
         summation.add_upload(site, federation.parties[site].upload(1, vector))
     sites = federation.terms.sites
-    total = federation.revealed(federation.confirmed(summation, by=sites), by=sites).total()
+    total = federation.add_shares(federation.add_confirmations(summation, by=sites), by=sites).total()
     assert total.tolist() == np.sum(vectors, axis=0).tolist()
 
 
 def test_messages_fit_twenty_sites_with_the_longest_names() -> None:
     names = [f"{'x' * 98}{number:02}" for number in range(20)]
     federation = Federation(make_terms(20, 14, members={name: make_identity(name).public for name in names}))
-    summation = federation.confirmed(federation.start_release(1, names[:14]), by=names)
+    summation = federation.add_confirmations(federation.start_release(1, names[:14]), by=names)
     request = summation.unmask_request(names[0])
     assert len(request) < MOST_JSON_BYTES / 2
     assert len(federation.parties[names[0]].unmask(request)) < MOST_JSON_BYTES / 2
-    assert federation.revealed(summation, by=names).total().tolist() == [2**14 - 1] * 4
+    assert federation.add_shares(summation, by=names).total().tolist() == [2**14 - 1] * 4
     # An upload takes the bytes that its terms say, few of them beside the vector.
     terms = make_terms(4, 3, length=1001)
     sites = Federation(terms)
-    size = len(sites.parties["a"].upload(1, sites.vector("a")))
+    size = len(sites.parties["a"].upload(1, sites.make_vector("a")))
     assert size == upload_size(len(terms.members), length=terms.length, bits=terms.bits)
     assert size - (1001 * terms.bits + 7) // 8 < 2000
 
@@ -70,7 +70,7 @@ def test_out_of_range_values_are_not_clipped_before_summation() -> None:
     summation = Summation(federation.session, release=1)
     summation.add_upload("a", federation.parties["a"].upload(1, np.array([2**62, 3 * LARGEST])))
     summation.add_upload("b", federation.parties["b"].upload(1, np.array([5 - 2**62, -2 * LARGEST])))
-    total = federation.revealed(federation.confirmed(summation, by="ab"), by="ab").total()
+    total = federation.add_shares(federation.add_confirmations(summation, by="ab"), by="ab").total()
     assert total.tolist() == [5, LARGEST]
 
 
@@ -81,15 +81,19 @@ def test_too_few_messages_end_only_the_current_release() -> None:
     with pytest.raises(Unreadable, match=r"release 1 .* 2 sites uploaded, but 3 are required"):
         Federation(make_terms(4, 3)).start_release(1, "ab").confirm_request()
     federation = Federation(make_terms(4, 3))
-    few = federation.confirmed(federation.start_release(1, "abcd"), by="ab")
-    with pytest.raises(Unreadable, match="2 sites confirmed the survivors, and 3 must"):
+    few = federation.add_confirmations(federation.start_release(1, "abcd"), by="ab")
+    with pytest.raises(Unreadable, match="2 sites confirmed the survivors, but 3 are required"):
         few.unmask_request("a")
-    summation = federation.revealed(federation.confirmed(federation.start_release(2, "abcd"), by="abc"), by="ab")
-    with pytest.raises(Unreadable, match="2 sites sent shares, and 3 must") as error:
+    summation = federation.add_shares(
+        federation.add_confirmations(federation.start_release(2, "abcd"), by="abc"), by="ab"
+    )
+    with pytest.raises(Unreadable, match="2 sites sent shares, but 3 are required") as error:
         summation.total()
     assert error.value.site is None
-    summation = federation.confirmed(federation.start_release(3, "abc"), by="abd")  # d helps, though it did not upload
-    assert federation.revealed(summation, by="abd").total().tolist() == federation.add_vectors("abc").tolist()
+    summation = federation.add_confirmations(
+        federation.start_release(3, "abc"), by="abd"
+    )  # d helps, though it did not upload
+    assert federation.add_shares(summation, by="abd").total().tolist() == federation.add_vectors("abc").tolist()
 
 
 def test_restarted_site_is_excluded_until_a_new_session() -> None:
@@ -98,15 +102,15 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
     party = federation.restart("c")
     with pytest.raises(Rejected):
         party.confirm(summation.confirm_request())
-    total = federation.revealed(federation.confirmed(summation, by="ab"), by="ab").total()
+    total = federation.add_shares(federation.add_confirmations(summation, by="ab"), by="ab").total()
     assert total.tolist() == federation.add_vectors("abc").tolist()  # it had uploaded; two of three are enough
     old = federation.session.digest
     for site in "ab":
         federation.restart(site)
     federation.set_up()
     assert federation.session.digest != old
-    summation = federation.confirmed(federation.start_release(2, "abc"), by="abc")
-    assert federation.revealed(summation, by="abc").total().tolist() == federation.add_vectors("abc").tolist()
+    summation = federation.add_confirmations(federation.start_release(2, "abc"), by="abc")
+    assert federation.add_shares(summation, by="abc").total().tolist() == federation.add_vectors("abc").tolist()
 
 
 # A site that says what is wrong.
@@ -114,8 +118,8 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
 
 def test_wrong_shares_are_detected_attributed_and_ignored() -> None:
     federation = Federation(make_terms(5, 3))
-    summation = federation.confirmed(federation.start_release(1, "abcd"), by="abcde")
-    federation.revealed(summation, by="abc")
+    summation = federation.add_confirmations(federation.start_release(1, "abcd"), by="abcde")
+    federation.add_shares(summation, by="abc")
     for liar in "de":
         answer = federation.parties[liar].unmask(summation.unmask_request(liar))
         given_shares = json.loads(answer)["shares"]
@@ -128,14 +132,14 @@ def test_wrong_shares_are_detected_attributed_and_ignored() -> None:
 
 def test_too_many_wrong_shares_end_the_release() -> None:
     federation = Federation(make_terms(3, 2))
-    summation = federation.confirmed(federation.start_release(1, "abc"), by="abc")
-    federation.revealed(summation, by="a")
+    summation = federation.add_confirmations(federation.start_release(1, "abc"), by="abc")
+    federation.add_shares(summation, by="a")
     for liar in "bc":
         answer = federation.parties[liar].unmask(summation.unmask_request(liar))
         summation.add_revealed(
             liar, resign_answer(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}})
         )
-    with pytest.raises(Unreadable, match="1 sites sent correct unmasking shares for c, and 2 must") as error:
+    with pytest.raises(Unreadable, match="1 sites sent correct unmasking shares for c, but 2 are required") as error:
         summation.total()
     assert error.value.site is None, "it may be c's doing, or that of the two"
     assert summation.wrong_shares == {("b", "c"), ("c", "c")}
@@ -145,10 +149,10 @@ def flip_upload_bit(number: int) -> tuple[Federation, Summation]:
     """A release of a, b and c that is revealed; in c's upload the 32 bytes of this number behind its head differ."""
     federation = Federation(make_terms(3, 2))
     summation = federation.start_release(1, "ab")
-    data = bytearray(federation.parties["c"].upload(1, federation.vector("c")))
+    data = bytearray(federation.parties["c"].upload(1, federation.make_vector("c")))
     data[len(b"fedtune-secure-upload-1\n") + 37 + number * 32] ^= 1
     summation.add_upload("c", bytes(data))
-    return federation, federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
+    return federation, federation.add_shares(federation.add_confirmations(summation, by="abc"), by="abc")
 
 
 def test_dealer_of_inconsistent_shares_is_named() -> None:
@@ -163,11 +167,11 @@ def test_dealer_of_inconsistent_shares_is_named() -> None:
 
 def test_lead_accepts_each_message_once_from_its_own_site() -> None:
     federation = Federation(make_terms(4, 3))
-    late = federation.parties["d"].upload(1, federation.vector("d"))
-    first = federation.parties["a"].upload(1, federation.vector("a"))
+    late = federation.parties["d"].upload(1, federation.make_vector("d"))
+    first = federation.parties["a"].upload(1, federation.make_vector("a"))
     summation = federation.start_release(1, "bc")
     summation.add_upload("a", first)
-    upload = federation.parties["a"].upload(2, federation.vector("a"))
+    upload = federation.parties["a"].upload(2, federation.make_vector("a"))
     for site, data, reason in [
         ("a", first, Wrong.REPEATED),
         ("b", upload, Wrong.NOT_A_MEMBER),
@@ -180,8 +184,8 @@ def test_lead_accepts_each_message_once_from_its_own_site() -> None:
             summation.add_upload(site, data)
     other = Federation(federation.terms)
     with expect_rejection(Wrong.SESSION_DIFFERS):
-        summation.add_upload("a", other.parties["a"].upload(1, other.vector("a")))
-    federation.confirmed(summation, by="bc")
+        summation.add_upload("a", other.parties["a"].upload(1, other.make_vector("a")))
+    federation.add_confirmations(summation, by="bc")
     with expect_rejection(Wrong.RELEASE_OVER):
         summation.add_upload("d", late)
     own = federation.parties["d"].confirm(summation.confirm_request())
@@ -199,8 +203,8 @@ def test_lead_accepts_each_message_once_from_its_own_site() -> None:
 def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
     """Whoever carries an answer could else make wrong shares of right ones, which are held against the site."""
     federation = Federation(make_terms(4, 3))
-    summation = federation.confirmed(federation.start_release(1, "abcd"), by="abcd")
-    federation.revealed(summation, by="abc")
+    summation = federation.add_confirmations(federation.start_release(1, "abcd"), by="abcd")
+    federation.add_shares(summation, by="abc")
     answer = federation.parties["d"].unmask(summation.unmask_request("d"))
     shares, signature = json.loads(answer)["shares"], json.loads(answer)["signature"]
     other_s = json.loads(federation.parties["c"].unmask(summation.unmask_request("c")))["signature"]
@@ -248,7 +252,7 @@ class Faulty:
 
     def total(self) -> npt.NDArray[np.int64]:
         for site in self.sites:
-            vector = self.federation.vector(site)
+            vector = self.federation.make_vector(site)
             self.send(self.summation.add_upload, site, lambda party, vector=vector: party.upload(1, vector))
         request = self.summation.confirm_request()
         for site in self.sites:
@@ -286,18 +290,18 @@ def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) ->
 
 def test_confirmations_are_stored_before_they_are_sent() -> None:
     federation = Federation(make_terms(3, 2))
-    summation = federation.confirmed(federation.start_release(1, "abc"), by="ab")
+    summation = federation.add_confirmations(federation.start_release(1, "abc"), by="ab")
     session, survivors = federation.session.digest, ("a", "b", "c")
     promised = SumConfirmation(session=session, release=1, survivors=survivors, confirmed=False)
     assert federation.kept == {"a": [promised], "b": [promised], "c": []}
-    federation.revealed(summation, by="a")
+    federation.add_shares(summation, by="a")
     confirmed = SumConfirmation(session=session, release=1, survivors=survivors, confirmed=True)
     assert federation.kept == {"a": [promised, confirmed], "b": [promised], "c": []}
 
 
 def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     federation = Federation(make_terms(4, 3))
-    summation = federation.confirmed(federation.start_release(1, "abcd"), by="bcd")
+    summation = federation.add_confirmations(federation.start_release(1, "abcd"), by="bcd")
     full = federation.kept["a"]
 
     def fail(_: SumConfirmation) -> None:
@@ -309,7 +313,7 @@ def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     federation.parties["a"]._keep = full.append
     with expect_rejection(Wrong.SURVIVORS_CHANGED):
         federation.parties["a"].confirm(federation.asked(1, "abc").to_bytes())
-    federation.confirmed(summation, by="a")
+    federation.add_confirmations(summation, by="a")
     assert len(full) == 1
     federation.parties["a"]._keep = fail
     with pytest.raises(OSError, match="disk full"):

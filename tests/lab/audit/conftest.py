@@ -35,11 +35,11 @@ def remove_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
 def clip_by_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Users are sampled, and their records are clipped and added up one by one."""
 
-    def of(self: Any, batch: Any) -> dict[str, torch.Tensor]:
-        parts = [self._examples.of(examples) for examples, _, _ in batch.parts()]
+    def compute_gradients(self: Any, batch: Any) -> dict[str, torch.Tensor]:
+        parts = [self._examples.compute_gradients(examples) for examples, _, _ in batch.parts()]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    monkeypatch.setattr(users.UserGradients, "of", of)
+    monkeypatch.setattr(users.UserGradients, "compute_gradients", compute_gradients)
 
 
 FAULTS = {"no noise": remove_noise, "no clipping": remove_clipping, "clipping by record": clip_by_record}

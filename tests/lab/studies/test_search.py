@@ -201,7 +201,9 @@ def write_roomy_policies(runs: int, words: list[str], sites: Path) -> list[str]:
     """The words for a search at sites that have room for so many runs, and these sites."""
     words = [*words, "privacy.noise_multiplier=1.5"]  # dear enough that one more trial is seen in a cap's tenths
     config = compose_run([*words, f"runtime.sites_dir='{sites}'"])
-    VirtualSites.of(config, sites, config.plan()).write_policies(within=build_covering_budget([config.plan()] * runs))
+    VirtualSites.create(config, sites, config.plan()).write_policies(
+        within=build_covering_budget([config.plan()] * runs)
+    )
     return [*words, f"runtime.sites_dir='{sites}'"]
 
 
