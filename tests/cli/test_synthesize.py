@@ -185,7 +185,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
         (("--rows", "5"), "--rows = 5: must be at most the 4 candidates of the voting experiment"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--rows", "2", "--to", str(best)), "already exists; choose a new file"),
-        (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates; 4 are none"),
+        (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates, but lacks 4 of them"),
         (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
         (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize wrote it"),
     ):

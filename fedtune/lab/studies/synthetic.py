@@ -261,7 +261,7 @@ def select_by_votes(found: Synthetic, column: str, votes: Run, *, keep: int) -> 
         )
     if missing := sum(row[column] not in weights for row in rows):
         raise ConfigError(
-            "--votes", str(votes.folder), f"must have all texts as candidates; {missing} of them are missing there"
+            "--votes", str(votes.folder), f"must have all texts as candidates, but lacks {missing} of them"
         )
     order = sorted(range(len(rows)), key=lambda place: -weights[rows[place][column]])
     return replace(found, rows=tuple(rows[place] for place in sorted(order[:keep])))
