@@ -215,7 +215,7 @@ class RunConfig:
             labels=self.data.labels,
             target_range=self.data.target_range,
             seed=self.seed,
-            texts=self.bound_task.texts_per_record(self.data),
+            texts=self.bound_task.count_texts_per_record(self.data),
             input=self.data.input,
             values=tuple(value for one in self.data.features for value in one.iter_value_names()),
             task_settings=self.task_settings,

@@ -519,7 +519,7 @@ class Run:
         spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         if not self._model.model.task.predicts_tokens:
             raise ConfigError("task", self.config.task, "does not generate text: use predict")
-        ids = self._model.prompt_ids(self._model.parse_text_fields(prompt, at="prompt"), at="prompt")
+        ids = self._model.encode_prompt(self._model.parse_text_fields(prompt, at="prompt"), at="prompt")
         return "".join(self._model.generate_answer(ids, spec))
 
     def distill(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:

@@ -67,7 +67,9 @@ def generate(
     names = [name for name in saved.names if base or name != BASE]
     # The tokens to write from, of all records before anything is printed.
     writes = task.predicts_tokens
-    ids = [saved.prompt_ids(one.fields, at=one.at("prompt") if one.file else "--prompt") for one in records if writes]
+    ids = [
+        saved.encode_prompt(one.fields, at=one.at("prompt") if one.file else "--prompt") for one in records if writes
+    ]
 
     def iter_answers(place: int, name: str) -> Iterator[str]:
         saved.use_adapter(name)

@@ -55,7 +55,7 @@ def evaluate_examples(
 
 
 def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:
-    """Score each record in [0, 1], shape (records,); see `Task.unit_score`.
+    """Score each record in [0, 1], shape (records,); see `Task.score_unit`.
 
     Each record is passed through the model alone.  In a shared batch, the length of one record would change the others'
     logits by rounding, and a prediction at the decision boundary could flip, so that one record would change more than
@@ -69,7 +69,7 @@ def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: 
             batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
             # Of a record that cannot be computed: 0, and the others as they are.
             with suppress(Exception), translate_panics():
-                scores[index] = task_model.task.unit_score(task_model, batch)
+                scores[index] = task_model.task.score_unit(task_model, batch)
     return scores
 
 

@@ -72,11 +72,11 @@ class Source:
         base.
         """
         reference = ReferenceOutputs.from_model(model)
-        readout = model.task.readout_layers(model)
+        readout = model.task.list_readout_layers(model)
         with silence_transformers():
             base = merge_adapter(model.base)
         mark_lineage(base.config, adapter, private_to=private_to)
-        if outputs := model.task.output_labels(config.data.labels):
+        if outputs := model.task.name_outputs(config.data.labels):
             base.config.id2label = dict(enumerate(outputs))
             base.config.label2id = {label: place for place, label in enumerate(outputs)}
         tokenizer = get_input_for(config.data).load_reader(config.data, model.spec.model)
@@ -122,7 +122,7 @@ class ReferenceOutputs:
             mask[1, 5:] = 0
         with torch.no_grad():
             logits = model.logits(Batch(input_ids, mask, torch.zeros(2, dtype=torch.int64)))
-            logits = model.task.exported_output(logits, spec=model.spec)
+            logits = model.task.compute_exported_output(logits, spec=model.spec)
         return cls(input_ids, mask, logits)
 
     def require_match(self, found: torch.Tensor, *, form: str) -> None:
@@ -236,7 +236,7 @@ def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, byte
             if int8:
                 quantize(folder / WHOLE, folder / INT8)
             if config.data.labels:
-                lines = (" ".join(label.split()) for label in config.bound_task.output_labels(config.data.labels))
+                lines = (" ".join(label.split()) for label in config.bound_task.name_outputs(config.data.labels))
                 (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             for name, data in card.items():
                 (folder / name).write_bytes(data)
@@ -322,7 +322,7 @@ class RawScores(nn.Module):
         super().__init__()
         assert model.head is not None
         self.head, self.features = model.head, features
-        self.read_out, self.spec = model.task.exported_output, model.spec
+        self.read_out, self.spec = model.task.compute_exported_output, model.spec
         self.norm = sum(one.num_numbers for one in features) ** 0.5
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -380,7 +380,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
         ]
     )
     with torch.no_grad():
-        ours = model.task.exported_output(model.logits(batch), spec=model.spec)
+        ours = model.task.compute_exported_output(model.logits(batch), spec=model.spec)
         write_task_model(model, folder, private_to=private_to)
         if format == "onnx":
             values = {"values": (raw, {0: torch.export.Dim("rows")})}

@@ -13,7 +13,7 @@ def choose_format(config: RunConfig, format: str | None, *, merge: bool = False,
     Raises:
         ConfigError: for `key`: the task has no such format; for --merge: it has only adapters.
     """
-    formats = get_input_for(config.data).supported_formats(config.bound_task.formats)
+    formats = get_input_for(config.data).list_supported_formats(config.bound_task.formats)
     if merge and len(formats) == 1:
         raise ConfigError("--merge", NOT_GIVEN, f"is not available for task {config.task}, which has only adapters")
     chosen = format or formats[int(merge)]

@@ -125,7 +125,7 @@ def measure_model(
     Returns:
         (the figures of the records, the scores and times).
     """
-    zero, one = (model.task.exported_output(torch.tensor(logit), spec=model.spec) for logit in (0.0, 1.0))
+    zero, one = (model.task.compute_exported_output(torch.tensor(logit), spec=model.spec) for logit in (0.0, 1.0))
 
     def logits(batch: Batch) -> torch.Tensor:
         rows = batch.input_ids if batch.input_ids.is_floating_point() else batch.input_ids.long()

@@ -134,7 +134,7 @@ def distill(
             found.append(measure_model(net, model, data, config, one.tokenizer, name, size))
         (was, before), (now, after) = found
         scores = (
-            compare_by_scores(was, now, scores=lambda figures: task.final_scores(figures, spec=model.spec))
+            compare_by_scores(was, now, scores=lambda figures: task.compute_final_scores(figures, spec=model.spec))
             if test
             else {}
         )

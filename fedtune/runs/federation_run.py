@@ -148,7 +148,7 @@ class FederationRun:
             raise
         save_receipts(self.receipts, state.receipts)
         measured, model = self.shared.evaluate_final(state.kept_adapter), self.shared.model
-        metrics, detail = (measured.final_scores(model), measured.detail(model)) if measured else ({}, None)
+        metrics, detail = (measured.compute_final_scores(model), measured.detail(model)) if measured else ({}, None)
         state.kept_adapter.load_into(model)
         save_task_model(model, RunFolder(self.folder).adapter)
         seconds, digest = elapsed(), state.kept_adapter.digest()
@@ -180,7 +180,7 @@ class FederationRun:
         adapter = self.shared.first_adapter()
         listener.on_preparing("scoring the model before training", 0, 0)
         measured = self.shared.evaluate_final(adapter)
-        before = measured.final_scores(self.shared.model) if measured else {}
+        before = measured.compute_final_scores(self.shared.model) if measured else {}
         start = start_lineage(self.config)
         state = LeadState(round=0, adapter=adapter, metrics_before=before, start_adapter=start)
         self._checkpoints.save(state)

@@ -179,7 +179,7 @@ def compare_runs(
         primary_metric=scored.primary_metric_for(first.data),
         measured={name: found[name] for name in (*bases.values(), *runs)},
         means=means or {},
-        score=partial(scored.final_scores if final else scored.scores, spec=saved.model.spec),
+        score=partial(scored.compute_final_scores if final else scored.scores, spec=saved.model.spec),
         detailed=partial(scored.detail, spec=saved.model.spec),
         constant=scored.majority_baseline(data.examples) if records is None else None,
     )
@@ -202,7 +202,7 @@ def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
         ("task", own.task, first.task),
         ("data.labels", own.data.labels, first.data.labels),
         ("data.target_range", own.data.target_range, first.data.target_range),
-        ("data.columns", task.texts_per_record(own.data), task.texts_per_record(first.data)),
+        ("data.columns", task.count_texts_per_record(own.data), task.count_texts_per_record(first.data)),
         ("privacy.unit", own.privacy.unit, first.privacy.unit),
     ):
         if value != wanted:

@@ -85,7 +85,7 @@ class SavedModel:
         """Convert a text to the fields of a record to be answered; see `Task.prompt_fields`."""
         return self.model.task.prompt_fields(text, self.config.data, at=at)
 
-    def prompt_ids(self, fields: Mapping[str, str], *, at: str) -> npt.NDArray[np.int32]:
+    def encode_prompt(self, fields: Mapping[str, str], *, at: str) -> npt.NDArray[np.int32]:
         """Return the tokens of a prompt, from which an answer is generated.
 
         Args:
@@ -95,7 +95,7 @@ class SavedModel:
         Raises:
             DataError: the prompt has no tokens, or leaves no position for the answer.
         """
-        ids = self.model.task.prompt_ids(fields, self.tokenizer, data=self.config.data)
+        ids = self.model.task.encode_prompt(fields, self.tokenizer, data=self.config.data)
         if not len(ids):
             raise DataError(at, "no tokens", "must contain at least one token")
         if self.positions is not None and len(ids) >= self.positions:

@@ -326,7 +326,7 @@ def read_prompts(config: RunConfig, name: str, *, key: str, columns: Mapping[str
     if path.suffix.lower() == ".txt":
         records = list(_read_prompt_lines(config, path, key=key))
     else:
-        named = {role: (columns or {}).get(role, own) for role, own in task.input_columns(config.data).items()}
+        named = {role: (columns or {}).get(role, own) for role, own in task.list_input_columns(config.data).items()}
         records = [_strip_answers(record) for record in iter_records(path, named)]
     if not records:
         raise DataError(key, name, "must contain at least one prompt")

@@ -429,9 +429,9 @@ class Evaluation:
         """Compute the scores of a round, by name."""
         return model.task.scores(self.examples, spec=model.spec)
 
-    def final_scores(self, model: TaskModel) -> dict[str, float]:
+    def compute_final_scores(self, model: TaskModel) -> dict[str, float]:
         """Compute the scores of a finished run, by name, including those of generated texts."""
-        return model.task.final_scores(self.examples, spec=model.spec) | (
+        return model.task.compute_final_scores(self.examples, spec=model.spec) | (
             compute_text_scores(self.texts) if self.texts else {}
         )
 

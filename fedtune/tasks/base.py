@@ -103,7 +103,7 @@ class Task(ABC):
     predicts_tokens: ClassVar[bool] = False
     hub_name: ClassVar[str] = ""  # what the Hugging Face hub calls it; empty: it has no name there
     # that a tuned model can be exported in: the adapter, then the whole model as most load it, then others; a
-    # whole model has an output layer of its base's own, or a `readout_layers`
+    # whole model has an output layer of its base's own, or a `list_readout_layers`
     formats: ClassVar[tuple[str, ...]] = ("peft",)
     # whether all units may put their whole gradient into one value, so that sums are as large
     counts_units: ClassVar[bool] = False
@@ -143,11 +143,11 @@ class Task(ABC):
         """
         return (self.roles,)
 
-    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
+    def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
         """Return the roles that a record must have under these settings."""
         return self.roles
 
-    def texts_per_record(self, data: DataSpec) -> int:
+    def count_texts_per_record(self, data: DataSpec) -> int:
         """Return the number of texts per record, 1 to 8, that pass through the base separately.
 
         The trainable modules must see these rows: hooks compute one gradient per row, and a record's gradient is their
@@ -163,11 +163,11 @@ class Task(ABC):
         """Map each role that is read from a file to its column: the task's roles, the privacy unit's and the
         partition's.
         """
-        return data.map_required_columns(self.required_roles(data), partition=partition, unit=unit)
+        return data.map_required_columns(self.list_required_roles(data), partition=partition, unit=unit)
 
-    def input_columns(self, data: DataSpec) -> dict[str, str]:
+    def list_input_columns(self, data: DataSpec) -> dict[str, str]:
         """Map the input roles of a record, which are all roles except the answer, to their columns."""
-        return data.map_required_columns(set(self.required_roles(data)) - self.answers)
+        return data.map_required_columns(set(self.list_required_roles(data)) - self.answers)
 
     def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
         """Turn a text from a person into the fields of a record; `at` names the text in messages.
@@ -181,7 +181,7 @@ class Task(ABC):
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(at, "bytes that are not text", "must be UTF-8") from None
-        roles = self.input_columns(data)
+        roles = self.list_input_columns(data)
         if "messages" in roles:
             return {"messages": to_compact_json([{"role": "user", "content": text}])}
         main = next((role for role in ("text", "prompt", "image", "tokens") if role in roles), None)
@@ -199,14 +199,14 @@ class Task(ABC):
                 declared for a task without labels, or another setting has no effect.
         """
         self.check_input(data)
-        for role in self.required_roles(data):
+        for role in self.list_required_roles(data):
             if role not in data.columns:
                 raise ConfigError("columns", dict(data.columns), f"has no column for role {role!r}")
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
         if answer := [role for role in data.template_roles if role in self.answers | {"completion"}]:
             raise ConfigError("prompt_template", data.prompt_template, f"must not name the answer, {{{answer[0]}}}")
-        known = {*self.required_roles(data), *_ROLES_OF_ALL, *map_feature_columns(data.features, {})}
+        known = {*self.list_required_roles(data), *_ROLES_OF_ALL, *map_feature_columns(data.features, {})}
         if unknown := [role for role in data.columns if role not in known]:
             bound = f"is not a role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
@@ -294,7 +294,9 @@ class Task(ABC):
         """
         return [False] * len(dataset)
 
-    def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
+    def encode_prompt(
+        self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec
+    ) -> npt.NDArray[np.int32]:
         """Return the (t,) token ids of a prompt, identical to the tokens before the answer in training.
 
         `fields` maps roles to texts, without the role of the answer; `messages` must end with a user turn.  Only for
@@ -364,18 +366,22 @@ class Task(ABC):
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute the scores of a data set, by name, from the figures of all its examples, (examples, ...) each.
 
-        The scores are those of `task_scores`, followed by `loss`, the mean.
+        The scores are those of `compute_task_scores`, followed by `loss`, the mean.
 
         Raises:
             DataError: there is nothing to score.
         """
-        return {**self.task_scores(figures, spec=spec), "loss": float(np.mean(figures["loss"]))}
+        return {**self.compute_task_scores(figures, spec=spec), "loss": float(np.mean(figures["loss"]))}
 
-    def task_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_task_scores(
+        self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec
+    ) -> dict[str, float]:
         """Compute the task's own scores, without the loss."""
         return {}
 
-    def final_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_final_scores(
+        self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec
+    ) -> dict[str, float]:
         """Compute the scores of a finished run, which may include slower or more detailed scores than `scores`."""
         return self.scores(figures, spec=spec)
 
@@ -390,7 +396,7 @@ class Task(ABC):
         return self.baseline
 
     @abstractmethod
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Score the only example in `batch` in [0, 1], for a sum over examples that is noised and released."""
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
@@ -433,20 +439,20 @@ class Task(ABC):
         Each example has as many texts as the model's settings say.
         """
 
-    def readout_layers(self, model: Model) -> Readout:
-        """Return the linear layers from the base's mean hidden state to `exported_output`; each layer's input is
-        L2-normalized.
+    def list_readout_layers(self, model: Model) -> Readout:
+        """Return the linear layers from the base's mean hidden state to `compute_exported_output`; each layer's input
+        is L2-normalized.
 
         With `reads_tokens`, the layers apply to each hidden state, without normalization.  No layers: the output is the
         normalized state itself, or that of the base's own output layer.
         """
         return ()
 
-    def exported_output(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+    def compute_exported_output(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         """Convert logits to the output of an exported model."""
         return logits
 
-    def output_labels(self, labels: Sequence[str]) -> Sequence[str]:
+    def name_outputs(self, labels: Sequence[str]) -> Sequence[str]:
         """Return the meaning of each logit of an exported model, for tasks with labels."""
         return labels
 

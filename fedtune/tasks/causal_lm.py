@@ -64,7 +64,7 @@ class CausalLM(Task):
     """Roles of which columns name one at most: each is another kind of record."""
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (roles, ("messages",), ("text",))
 
-    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
+    def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
         """Return the roles of the layout, with the roles in a prompt's template, and the system role if there are
         turns.
         """
@@ -128,7 +128,9 @@ class CausalLM(Task):
             targets.append(np.where(learned, input_ids[-1], UNSUPERVISED).astype(np.int64))
         return TextDataset(tuple(input_ids), tuple(targets))
 
-    def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
+    def encode_prompt(
+        self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec
+    ) -> npt.NDArray[np.int32]:
         """Return the token ids of a prompt as in training, before truncation.
 
         `fields` may also be a `text` to continue; missing roles of a prompt are blank.
@@ -199,7 +201,7 @@ class CausalLM(Task):
             "perplexity": math.exp(of_token) if of_token < math.log(sys.float_info.max) else math.inf,
         }
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return the geometric mean of the probabilities of the answer's tokens; 0 if truncation left none of them."""
         learned = bool((_shift_targets(batch)[: batch.texts] != UNSUPERVISED).any())
         return float(np.exp(-float(model.losses(batch)[0]))) if learned else 0.0

@@ -28,7 +28,7 @@ class Classification(OneLabelTask):
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"predicted": logits.argmax(dim=1), "probabilities": logits.softmax(dim=1)}
 
-    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `accuracy` and `macro_f1`, both in [0, 1]."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {
@@ -40,6 +40,6 @@ class Classification(OneLabelTask):
         """Return the share of the most frequent label."""
         return float(np.bincount(np.asarray(dataset.targets)).max() / len(dataset))
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return 1 if the predicted class is correct, and 0 otherwise."""
         return float(model.logits(batch).argmax(dim=1)[0] == batch.targets[0])

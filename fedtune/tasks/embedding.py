@@ -83,12 +83,12 @@ class Embedding(Task):
     primary_metric = "spearman"
     layouts = (roles, ("anchor", "positive", "negative"), ("anchor", "positive"))
 
-    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
+    def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
         if "anchor" not in data.columns:
             return self.roles
         return self.layouts[1 if self.own.negatives == "record" else 2]
 
-    def texts_per_record(self, data: DataSpec) -> int:
+    def count_texts_per_record(self, data: DataSpec) -> int:
         return 3 if "anchor" in data.columns else 2
 
     def primary_metric_for(self, data: DataSpec) -> str:
@@ -123,7 +123,7 @@ class Embedding(Task):
 
         The target is NaN if a text cannot be encoded; such a record has no effect.
         """
-        texts = self.texts_per_record(data)
+        texts = self.count_texts_per_record(data)
         roles = self.layouts[texts - 2][:texts]
         fields = [(one, (role,)) for one in map(self._make_negative_adder, records) for role in roles]
         ids, encoded = tokenize_whole_texts(
@@ -161,7 +161,9 @@ class Embedding(Task):
         ranks = rank_own_positives(figures["anchor"], figures["positive"])
         return {"loss": figures["loss"], "nearer": figures["nearer"], "rank": ranks}
 
-    def task_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_task_scores(
+        self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec
+    ) -> dict[str, float]:
         """Compute `spearman`, the rank correlation in [-1, 1], for scored pairs, and retrieval scores in [0, 1]
         otherwise.
 
@@ -176,7 +178,7 @@ class Embedding(Task):
         found |= {f"recall_at_{most}": float(np.mean(ranks <= most)) for most in (1, 10)}
         return found | {"nearer": float(np.mean(figures["nearer"]))}
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return 1 minus the error of the cosine (at least 0); for triplets, 1 if the positive is closer than the
         negative, else 0.
         """

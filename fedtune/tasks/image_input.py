@@ -126,7 +126,7 @@ class Image(Text):
     def generate_dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return generate_image_field(draw) if role == "image" else None
 
-    def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def list_supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("peft", "safetensors")
 
 

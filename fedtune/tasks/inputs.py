@@ -117,7 +117,7 @@ class Input(ABC):
         """Generate a random value for a role that belongs to the input, or return None if any text is valid."""
         return None
 
-    def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def list_supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         """Return the export formats of a tuned model, given the task's formats for texts."""
         return of_task
 
@@ -283,7 +283,7 @@ class Features(Input):
             (one.generate_dummies(draw) for one in data.features if column in one.columns and role != column), None
         )
 
-    def supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def list_supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("safetensors", "onnx")
 
 

@@ -56,7 +56,7 @@ class MultiLabel(LabelTask):
 
         return mark_labels
 
-    def target_shape(self, data: DataSpec) -> tuple[int, ...]:
+    def get_target_shape(self, data: DataSpec) -> tuple[int, ...]:
         return (len(data.labels),)
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ class MultiLabel(LabelTask):
         """
         return figures["probabilities"].ravel(), truth.ravel()
 
-    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `micro_f1`, `macro_f1` and `exact`, the share of records with exactly the right labels, all in [0,
         1].
         """
@@ -89,7 +89,7 @@ class MultiLabel(LabelTask):
         said = len(dataset) * np.arange(1, len(found) + 1)
         return float((2.0 * found / (said + truth.sum())).max())
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return the F1 of the record's labels; 1 if it has no label and none is predicted."""
         truth, said = batch.targets[0] > 0, model.logits(batch)[0] > 0
         named = int(truth.sum() + said.sum())

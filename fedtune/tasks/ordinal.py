@@ -39,7 +39,7 @@ class Ordinal(OneLabelTask):
     def num_outputs(self, spec: TaskModelSpec) -> int:
         return len(spec.labels) - 1
 
-    def initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def compute_initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Initialize each threshold by the direction from the labels below it to those above it."""
         rows = [embeddings[k:].mean(dim=0) - embeddings[:k].mean(dim=0) for k in range(1, len(embeddings))]
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
@@ -55,7 +55,7 @@ class Ordinal(OneLabelTask):
         falling = torch.cat([ends[0], above, ends[1]], dim=1)  # (rows, K + 1) from 1 to 0
         return {"predicted": _classes(logits), "probabilities": falling[:, :-1] - falling[:, 1:]}
 
-    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `quadratic_kappa`, at most 1, `accuracy` in [0, 1], and `mae` in steps between labels."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {
@@ -64,7 +64,7 @@ class Ordinal(OneLabelTask):
             "mae": float(np.mean(np.abs(truth - predicted))),
         }
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return 1 minus the error as a share of the largest possible error."""
         steps = abs(int(_classes(model.logits(batch))[0]) - int(batch.targets[0]))
         return 1 - steps / self.num_outputs(model.spec)

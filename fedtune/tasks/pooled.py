@@ -51,7 +51,7 @@ class PooledTask(Task):
     def target(self, data: DataSpec) -> TargetOf:
         """Return a function that reads a record's target under these settings."""
 
-    def target_shape(self, data: DataSpec) -> tuple[int, ...]:
+    def get_target_shape(self, data: DataSpec) -> tuple[int, ...]:
         """Return the shape of one record's target."""
         return ()
 
@@ -74,7 +74,7 @@ class PooledTask(Task):
         each = (get_input(name).roles(self.roles) for name in sorted(self.inputs, reverse=True))
         return (*each, ("text", "text_pair", *self.roles[1:]))
 
-    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
+    def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
         is_pair = data.input == "text" and "text_pair" in data.columns
         roles = self.layouts[-1] if is_pair else get_input_for(data).roles(self.roles)
         return tuple(dict.fromkeys((*roles, *(data.template_roles if "text" in data.template_roles else ()))))
@@ -112,7 +112,7 @@ class PooledTask(Task):
         Texts get the tokenizer's own special tokens.  A record that cannot be encoded has the target `UNSUPERVISED`.
         """
         ids, found = get_input_for(data).encode_records(records, tokenizer, data=data, lenient_within=lenient_within)
-        target, shape = self.target(data), self.target_shape(data)
+        target, shape = self.target(data), self.get_target_shape(data)
         targets: npt.NDArray[Any] = np.full((len(records), *shape), UNSUPERVISED, dtype=self.target_type)
         for place, is_encoded in enumerate(found):
             if is_encoded:
@@ -134,7 +134,7 @@ class PooledTask(Task):
         rows = self.embed_labels(model)
         if head.init == "label_names":
             with torch.no_grad():
-                model.get_parameter("head.weight").copy_(self.initial_head_rows(rows))
+                model.get_parameter("head.weight").copy_(self.compute_initial_head_rows(rows))
 
     def embed_labels(self, model: Model) -> torch.Tensor:
         """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized; also set the center if
@@ -166,7 +166,7 @@ class PooledTask(Task):
         center.copy_(rows.mean(dim=0))
         return torch.nn.functional.normalize(rows - center, dim=-1)
 
-    def initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def compute_initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the initial head, (outputs, h), from the labels' embeddings, (labels, h) of L2 norm 1."""
         return embeddings
 
@@ -200,7 +200,7 @@ class PooledTask(Task):
         truth = {"truth": self.true(batch.targets, spec=spec)}
         return {"loss": self.loss(logits, batch.targets, spec=spec), **self.said(logits, spec=spec), **truth}
 
-    def readout_layers(self, model: Model) -> Readout:
+    def list_readout_layers(self, model: Model) -> Readout:
         scores = model.spec.head.scale * model.get_parameter("head.weight").detach()
         if not model.spec.head.center:
             return ((scores, None),)
@@ -228,7 +228,7 @@ class LabelTask(PooledTask):
         right = np.asarray((truth & said).any(axis=1))
         return (figures["probabilities"] * said).sum(axis=1), right
 
-    def final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute the scores of every round, and `auroc` (macro, each label against the rest) and `ece`, both in [0,
         1].
         """
@@ -238,7 +238,7 @@ class LabelTask(PooledTask):
             "auroc": measures.auroc(figures["probabilities"], truth),
             "ece": measures.compute_calibration_error(bins),
         }
-        return self.task_scores(figures, spec=spec) | told | {"loss": float(np.mean(figures["loss"]))}
+        return self.compute_task_scores(figures, spec=spec) | told | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail | None:
         truth, said = self.label_indicators(figures, spec=spec)

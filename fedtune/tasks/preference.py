@@ -77,16 +77,16 @@ class Preference(CausalLM):
     one_of = ("messages", "prompt")
     layouts = (roles, ("messages", *_ANSWERS), _ANSWERS)
 
-    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
+    def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
         if "messages" in data.columns:
             return self.layouts[1]
-        return super().required_roles(data) if "prompt" in data.columns else self.layouts[2]
+        return super().list_required_roles(data) if "prompt" in data.columns else self.layouts[2]
 
-    def texts_per_record(self, data: DataSpec) -> int:
+    def count_texts_per_record(self, data: DataSpec) -> int:
         return 2
 
-    def input_columns(self, data: DataSpec) -> dict[str, str]:
-        return super().input_columns(data) or {"messages": "messages"}
+    def list_input_columns(self, data: DataSpec) -> dict[str, str]:
+        return super().list_input_columns(data) or {"messages": "messages"}
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         return make_validator(_make_pair_splitter(data))

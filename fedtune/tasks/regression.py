@@ -53,7 +53,7 @@ class Regression(PooledTask):
     def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return _to_target_units(targets, spec)
 
-    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `spearman` and `pearson` in [-1, 1], and `rmse` and `mae` in the target's own unit."""
         truth, predicted = figures["truth"], figures["predicted"]
         return {
@@ -67,7 +67,7 @@ class Regression(PooledTask):
         """Return the loss of always predicting the mean."""
         return float(np.var(np.asarray(dataset.targets, dtype=np.float64)))
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return 1 minus the absolute error as a share of the range."""
         return 1 - abs(float(model.logits(batch)[0, 0].clamp(-1, 1) - batch.targets[0])) / 2
 
@@ -76,13 +76,13 @@ class Regression(PooledTask):
         number = float(self.said(logits[None], spec=spec)["predicted"][0])
         return f"{number:.5g}", {"number": number}
 
-    def readout_layers(self, model: Model) -> Readout:
+    def list_readout_layers(self, model: Model) -> Readout:
         """Return the head, with the scaling to the range folded into its last layer."""
-        ((weight, _),) = super().readout_layers(model)
+        ((weight, _),) = super().list_readout_layers(model)
         middle, half = _compute_middle_and_half(model.spec.target_range)
         return ((half * weight, weight.new_full((1,), middle)),)
 
-    def exported_output(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+    def compute_exported_output(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return _to_target_units(logits, spec)
 
     def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:

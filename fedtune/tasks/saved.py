@@ -248,7 +248,7 @@ class SavedAdapter:
             taken = {name: one for name, one in saved.items() if with_head or not name.startswith(_HEAD)}
             here = Adapter({name: one.detach().cpu().numpy() for name, one in parameters.items()}).tensors
             # A row of the last layer goes where its label is now; a new label's begins as it would without the adapter.
-            was_of, now_of = (get_task(one.task).output_labels(one.labels) for one in (self.spec, model.spec))
+            was_of, now_of = (get_task(one.task).name_outputs(one.labels) for one in (self.spec, model.spec))
             last = next((name.rpartition(".")[0] for name in reversed(parameters) if name.startswith(_HEAD)), "")
             for name in (f"{last}.weight", f"{last}.bias"):
                 if name in taken and len(saved[name]) == len(was_of):

@@ -90,7 +90,7 @@ class Survival(PooledTask):
 
         return read_target
 
-    def target_shape(self, data: DataSpec) -> tuple[int, ...]:
+    def get_target_shape(self, data: DataSpec) -> tuple[int, ...]:
         return (len(self.own.intervals),)
 
     def num_outputs(self, spec: TaskModelSpec) -> int:
@@ -99,7 +99,7 @@ class Survival(PooledTask):
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"survival": (1 - logits.sigmoid()).cumprod(dim=1)}
 
-    def task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `concordance` (Harrell's) and `integrated_brier`, both in [0, 1], from the discrete intervals."""
         followed, event = count_observed_intervals(figures["truth"])
         return {
@@ -107,7 +107,7 @@ class Survival(PooledTask):
             "integrated_brier": integrated_brier(figures["survival"], followed, event),
         }
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return the geometric mean, over the known intervals, of the probability of the observation; 0 if none is
         known.
         """

@@ -80,10 +80,10 @@ class TokenClassification(Task):
     studied = {10: "three fifths", 5: "three eighths", 2.4: "a fifth"}  # noqa: RUF012
     layouts = (roles, ("text", "spans"))
 
-    def required_roles(self, data: DataSpec) -> tuple[str, ...]:
+    def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
         return self.layouts["text" in data.columns]
 
-    def texts_per_record(self, data: DataSpec) -> int:
+    def count_texts_per_record(self, data: DataSpec) -> int:
         return data.windows
 
     def without_answer(self, record: Record, data: DataSpec) -> Record:
@@ -130,7 +130,7 @@ class TokenClassification(Task):
         for record, (_, entities), (ids, words) in zip(records, read, encoded, strict=True):
             if not ids and lenient_within is None:
                 bound = f"must contain a token of the tokenizer {tokenizer.name_or_path!r}"
-                raise DataError(record.at(self.required_roles(data)[0]), "no tokens", bound)
+                raise DataError(record.at(self.list_required_roles(data)[0]), "no tokens", bound)
             tags = _assign_tags(words, entities, num_tags=1 + 2 * len(data.labels))
             for window in range(data.windows):
                 first = window * step
@@ -178,10 +178,10 @@ class TokenClassification(Task):
         """Compute `strict_f1` (entities with the right type and boundaries), `overlap_f1` (a shared word suffices) and
         `loss`.
         """
-        every = self.final_scores(figures, spec=spec)
+        every = self.compute_final_scores(figures, spec=spec)
         return {name: every[name] for name in ("strict_f1", "overlap_f1", "loss")}
 
-    def final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+    def compute_final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute strict and overlap F1, precision and recall, both F1 scores without types (`untyped_`), and the loss.
 
         All scores except the loss are in [0, 1].
@@ -205,7 +205,7 @@ class TokenClassification(Task):
             classes.append(one)
         return Detail(classes=tuple(classes), reliability=())
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return the strict F1 of the record; 1 if it has no entity and none is predicted."""
         ((truth, said),) = _decode_batch(model.logits(batch), batch)
         counts = measures.entity_counts(truth, said, num_labels=len(model.spec.labels))[:-1].sum(axis=0)
@@ -233,10 +233,10 @@ class TokenClassification(Task):
             marked = f"{marked[: one['start']]}[{one['label']}: {one['text']}]{marked[one['end'] :]}"
         return marked, found
 
-    def output_labels(self, labels: Sequence[str]) -> Sequence[str]:
+    def name_outputs(self, labels: Sequence[str]) -> Sequence[str]:
         return "O", *(f"{mark}-{label}" for label in labels for mark in "BI")
 
-    def readout_layers(self, model: Model) -> Readout:
+    def list_readout_layers(self, model: Model) -> Readout:
         weight = model.get_parameter("head.weight").detach()
         return ((weight * (model.spec.head.scale / math.sqrt(weight.shape[1])), None),)
 

@@ -75,11 +75,11 @@ class Votes(LabelTask):
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {}
 
-    final_scores = Task.final_scores
+    compute_final_scores = Task.compute_final_scores
     detail = Task.detail
     answer = Task.answer
 
-    def unit_score(self, model: Model, batch: Batch) -> float:
+    def score_unit(self, model: Model, batch: Batch) -> float:
         """Return the weight of the record's candidate, clamped to [0, 1]."""
         return float(model.logits(batch)[0, 0].clamp(0, 1))
 

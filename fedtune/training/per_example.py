@@ -74,7 +74,7 @@ class PerExampleGradients:
         return _zero_unknown(batch, gradients)
 
     def compute_all_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the gradients as `of` does, but let an example that makes the pass fail raise.
+        """Compute the gradients as `compute_gradients` does, but let an example that makes the pass fail raise.
 
         Raises:
             ConfigError: a trainable tensor took no part in the forward pass.

@@ -258,7 +258,9 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._site != "site-1")
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
-    assert "release 2 of the secure aggregation cannot be read: 1 sites sent shares, but 2 are required" in done.failed(1)
+    assert "release 2 of the secure aggregation cannot be read: 1 sites sent shares, but 2 are required" in done.failed(
+        1
+    )
     assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.message
 
 

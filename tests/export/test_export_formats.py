@@ -54,7 +54,7 @@ def test_exported_logits_match_fedtune(runs: Runs, loaded_exports: Loaded, name:
     else:
         batch = Batch(ids, mask, torch.zeros(len(ids), dtype=torch.int64))
     with torch.no_grad():
-        ours = model.task.exported_output(model.logits(batch), spec=model.spec)
+        ours = model.task.compute_exported_output(model.logits(batch), spec=model.spec)
     theirs = torch.tensor(told["logits"])
     attended = mask.bool() if theirs.dim() > 2 else slice(None)
     torch.testing.assert_close(theirs[attended], ours[attended], rtol=1e-4, atol=1e-4)
@@ -191,7 +191,7 @@ def test_tasks_name_only_existing_export_formats() -> None:
         format
         for task in TASKS.values()
         for input in INPUTS.values()
-        for format in input.supported_formats(task.formats)
+        for format in input.list_supported_formats(task.formats)
     }
     assert named == set(export_formats.WRITERS)
 

@@ -134,7 +134,7 @@ def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: A
 
 def test_system_column_becomes_the_first_turn(leading_tokenizer: Any) -> None:
     data = make_settings("messages", "system", chat_template="plain")
-    assert LM.required_roles(data) == ("messages", "system")
+    assert LM.list_required_roles(data) == ("messages", "system")
     turns = turns_of("where", "lost")
     led = [{"role": "system", "content": "is"}, *turns]
     expected = tokenize_one({"messages": json.dumps(led)}, leading_tokenizer, data)
@@ -203,7 +203,7 @@ ALPACA = "Task:\n{prompt}\n\nInput:\n{input} {context}\n\nAnswer:\n"
 def test_paragraph_with_an_empty_field_is_omitted(fields: dict[str, str], expected: str) -> None:
     tokenizer = build_tiny_tokenizer("random:llama")
     data = make_settings("prompt", "completion", "input", "context", prompt_template=ALPACA, max_length=400)
-    assert tokenizer.decode(LM.prompt_ids(fields, tokenizer, data=data)) == expected
+    assert tokenizer.decode(LM.encode_prompt(fields, tokenizer, data=data)) == expected
     ids, targets = tokenize_one({**fields, "completion": "done"}, tokenizer, data)
     assert tokenizer.decode(ids) == f"{expected}done</s>"
     assert tokenizer.decode([target for target in targets if target >= 0]) == "done</s>"
@@ -282,7 +282,7 @@ def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any
 
 def test_generation_prompts_end_before_the_answer(leading_tokenizer: Any) -> None:
     def tokenize_prompt(fields: dict[str, str], *roles: str, **given: Any) -> list[int]:
-        return LM.prompt_ids(fields, leading_tokenizer, data=make_settings(*roles, **given)).tolist()
+        return LM.encode_prompt(fields, leading_tokenizer, data=make_settings(*roles, **given)).tolist()
 
     assert tokenize_prompt({"prompt": "where is my card is my card is my card"})[-2:] == [MY, CARD], "none are cut off"
     assert tokenize_prompt({"text": "where is"}, "text") == [CLS, WHERE, IS]

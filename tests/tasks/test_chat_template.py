@@ -157,7 +157,7 @@ def test_generation_prompt_is_a_prefix_of_the_training_example(template: str, tu
     tokenizer = build_tokenizer(template)
     for kind in ("model", "plain"):
         (ids,) = LM.tokenize([Record(make_messages(turns))], tokenizer, data=make_settings(kind)).input_ids
-        prompt = LM.prompt_ids(make_messages(turns[:-1]), tokenizer, data=make_settings(kind))
+        prompt = LM.encode_prompt(make_messages(turns[:-1]), tokenizer, data=make_settings(kind))
         assert ids[: len(prompt)].tolist() == prompt.tolist()
         answer, end = tokenizer.decode(ids[len(prompt) : -1]), int(ids[-1])
         assert answer.strip() == turns[-1]["content"].strip()
@@ -233,7 +233,7 @@ def test_chat_altered_by_the_template_is_skipped_alone(template: str, turns: lis
     LM.tokenize([changed], tokenizer, data=make_settings("plain"))
     if template == CHANGES_SOME["lines of Windows"][0]:  # a prompt that the template changes is not answered
         with pytest.raises(DataError, match="template changes"):
-            LM.prompt_ids(make_messages(turns[:1]), tokenizer, data=make_settings())
+            LM.encode_prompt(make_messages(turns[:1]), tokenizer, data=make_settings())
 
 
 def test_template_is_rendered_once_per_record(monkeypatch: pytest.MonkeyPatch) -> None:

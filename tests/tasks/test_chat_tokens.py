@@ -126,7 +126,7 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     theirs = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
     assert ids == theirs[: len(ids)]
     assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "the line behind the last"
-    asked = LM.prompt_ids(make_messages(turns[:-1]), tokenizer, data=data).tolist()
+    asked = LM.encode_prompt(make_messages(turns[:-1]), tokenizer, data=data).tolist()
     expected = tokenizer.apply_chat_template(turns[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert asked == expected
     written = LM.prompts_and_references([Record(make_messages(turns))], tokenizer, data=data)

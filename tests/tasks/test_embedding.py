@@ -58,7 +58,7 @@ def test_layout_determines_text_count_and_primary_metric() -> None:
         data, task = make_settings(columns), TASK.with_settings(pairs)
         task.check_own(data)
         task.check_data(data)
-        assert (task.texts_per_record(data), task.primary_metric_for(data), set(task.columns(data))) == (
+        assert (task.count_texts_per_record(data), task.primary_metric_for(data), set(task.columns(data))) == (
             texts,
             judge,
             set(columns),

@@ -98,7 +98,7 @@ def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
         begin_adapter(tmp_path, now).tensors,
         build_moved(was),
     )
-    outputs, before = (saved.task.output_labels(one.labels) for one in (now, was))
+    outputs, before = (saved.task.name_outputs(one.labels) for one in (now, was))
     *layers, last = [
         name for name in saved.collect_adapter_parameters() if name.startswith("head.") and "weight" in name
     ]

@@ -120,7 +120,7 @@ def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
     rows = torch.arange(200)
     assert (below[rows, predicted] <= 0.5 + 1e-6).all()
     assert (below[rows, predicted + 1] >= 0.5 - 1e-6).all()
-    start = TASKS["ordinal"].initial_head_rows(torch.eye(3))  # type: ignore[attr-defined]
+    start = TASKS["ordinal"].compute_initial_head_rows(torch.eye(3))  # type: ignore[attr-defined]
     assert start.shape == (2, 3)
     torch.testing.assert_close(start.norm(dim=1), torch.ones(2))
     assert (start[:, 0] < 0).all(), "the lowest label is above none"
@@ -134,7 +134,7 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
     logits = torch.tensor([[0.0], [0.5], [7.0]])
     assert task.loss(logits, targets, spec=spec).tolist() == [1, 0.25, 36]  # type: ignore[attr-defined]
     assert task.said(logits, spec=spec)["predicted"].tolist() == [3, 4, 5], "no target lies beyond the range"  # type: ignore[attr-defined]
-    assert task.exported_output(logits, spec=spec).flatten().tolist() == [3, 4, 17]
+    assert task.compute_exported_output(logits, spec=spec).flatten().tolist() == [3, 4, 17]
     assert task.true(targets, spec=spec).tolist() == [1, 3, 5]  # type: ignore[attr-defined]
     assert task.answer(torch.tensor([0.25]), spec=spec) == ("3.5", {"number": 3.5})
 
@@ -160,7 +160,7 @@ def test_unit_score_matches_expected_values_between_0_and_1(
 ) -> None:
     model: Any = SimpleNamespace(spec=make_spec(task), logits=lambda batch: torch.tensor([logits]))
     batch: Any = SimpleNamespace(targets=torch.tensor([target]))
-    assert TASKS[task].unit_score(model, batch) == pytest.approx(score)
+    assert TASKS[task].score_unit(model, batch) == pytest.approx(score)
 
 
 def test_majority_baseline_is_the_best_constant_prediction() -> None:
@@ -181,7 +181,7 @@ def test_majority_baseline_is_the_best_constant_prediction() -> None:
 
 def test_final_scores_and_details_match_manual_calculations() -> None:
     of_number = {"truth": np.array([1.0, 2, 5]), "predicted": np.array([1.0, 4, 5]), "loss": np.array([0.0, 1, 0])}
-    scores = TASKS["regression"].final_scores(of_number, spec=make_spec("regression"))
+    scores = TASKS["regression"].compute_final_scores(of_number, spec=make_spec("regression"))
     expected = {"mae": 2 / 3, "rmse": np.sqrt(4 / 3), "spearman": 1.0}
     assert {name: scores[name] for name in expected} == pytest.approx(expected), "in its own unit"
     assert TASKS["regression"].detail(of_number, spec=make_spec("regression")) is None
@@ -189,7 +189,7 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
     said = task.said(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
     figures = {name: one.numpy().astype(np.float64) for name, one in said.items()}
     figures |= {"truth": np.array([1.0, 0, 1]), "loss": np.array([0.1, 0.2, 0.3])}
-    scores = task.final_scores(figures, spec=spec)
+    scores = task.compute_final_scores(figures, spec=spec)
     assert list(scores) == ["quadratic_kappa", "accuracy", "mae", "auroc", "ece", "loss"]
     assert (scores["accuracy"], scores["mae"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     detail = task.detail(figures, spec=spec)

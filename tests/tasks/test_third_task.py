@@ -63,7 +63,7 @@ class TextLength(tasks.Task):
     def scores(self, figures: Mapping[str, np.ndarray], *, spec: tasks.TaskModelSpec) -> dict[str, float]:
         return super().scores(figures, spec=spec) | {"worst": float(figures["loss"].max())}
 
-    def unit_score(self, model: tasks.Model, batch: tasks.Batch) -> float:
+    def score_unit(self, model: tasks.Model, batch: tasks.Batch) -> float:
         return float(np.exp(-float(model.losses(batch)[0])))
 
     def dummy_targets(self, input_ids: tasks.Ids, **about: Any) -> tasks.Targets:

@@ -242,7 +242,7 @@ def test_entity_scores_match_their_counts() -> None:
     counts = np.zeros((2, 3, 5))
     counts[0] = [(2, 2, 1, 2, 2), (0, 0, 0, 0, 0), (2, 2, 1, 2, 2)]
     counts[1] = [(1, 0, 0, 0, 0), (1, 2, 1, 1, 1), (2, 2, 2, 2, 2)]
-    found = TASK.final_scores({"entities": counts, "loss": np.array([1.0, 3.0])}, spec=make_model_spec())
+    found = TASK.compute_final_scores({"entities": counts, "loss": np.array([1.0, 3.0])}, spec=make_model_spec())
     strict, overlap = ([f"{kind}_{rate}" for rate in ("f1", "precision", "recall")] for kind in ("strict", "overlap"))
     untyped = {"untyped_strict_f1": 0.75, "untyped_overlap_f1": 1.0}
     assert found == dict.fromkeys(strict, 0.5) | dict.fromkeys(overlap, 0.75) | untyped | {"loss": 2.0}
@@ -313,9 +313,9 @@ def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: An
         given = make_data(columns)
         asked = TASK.prompt_fields(text, given, at="--prompt")
         assert asked == fields
-        assert set(TASK.input_columns(given)) == set(fields)
+        assert set(TASK.list_input_columns(given)) == set(fields)
         assert len(TASK.tokenize([TASK.without_answer(Record(asked), given)], encoder_tokenizer, data=given)) == 1
-        roles = TASK.required_roles(given)
+        roles = TASK.list_required_roles(given)
         made = {role: TASK.dummy_field(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
         assert TASK.record_validator(given)(Record(made)) is None
         assert len(make_marks_reader(given)(Record(made))[1]) == 1

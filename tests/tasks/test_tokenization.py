@@ -70,7 +70,7 @@ def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> 
     assert [one.tolist() for one in found.input_ids] == [[CLS, LOST, IS, MY, CARD, SEP], [CLS, MY, CARD, SEP]]
     task, settings = get_task("classification"), make_data_spec(**joined)
     task.check_data(settings)
-    assert task.required_roles(settings) == ("text", "label", "input")
+    assert task.list_required_roles(settings) == ("text", "label", "input")
     for template in ("{input}", "{text} {label}"):
         with pytest.raises(ConfigError, match=r"^prompt_template = "):
             task.check_data(replace(settings, prompt_template=template))
@@ -82,7 +82,7 @@ def test_prompt_template_joins_texts_before_encoding(encoder_tokenizer: Any) -> 
 def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_tokenizer: Any, task: str) -> None:
     columns = {role: role for role in ("text_pair", *get_task(task).roles)}
     settings, one = make_data_spec(columns=columns), make_data_spec(*get_task(task).roles)
-    assert get_task(task).required_roles(settings) == ("text", "text_pair", *get_task(task).roles[1:])
+    assert get_task(task).list_required_roles(settings) == ("text", "text_pair", *get_task(task).roles[1:])
     get_task(task).check_tokenizer(encoder_tokenizer, data=settings)
     get_task(task).check_tokenizer(leading_tokenizer, data=one)
     with pytest.raises(ConfigError, match="has a tokenizer without a separator between two texts"):

@@ -274,7 +274,7 @@ class _Look:
             self._add_finding(line, "scheme")
         for way in find_misplaced_spans(record.fields):
             self._add_finding(line, "torn", way)
-        if self.task.texts_per_record(data) > data.windows:
+        if self.task.count_texts_per_record(data) > data.windows:
             self._check_shared_texts(record)
         for what, column in get_input_for(data).find_oddities(record, data):
             self._add_finding(line, "declared", what, column)

@@ -112,7 +112,7 @@ def synthesize(
 
     saved = SavedModel(run.config, {"tuned": read_adapter(run).folder})
     saved.use_adapter("tuned")
-    encoded = {prompt: saved.prompt_ids(dict(zip(roles, prompt, strict=True)), at="--prompts") for prompt in wanted}
+    encoded = {prompt: saved.encode_prompt(dict(zip(roles, prompt, strict=True)), at="--prompts") for prompt in wanted}
     order = list(wanted)
     places = {prompt: place for place, prompt in enumerate(order)}
     texts: dict[Prompt, dict[str, None]] = {prompt: {} for prompt in wanted}  # in order, each once
@@ -179,7 +179,7 @@ def map_synthetic_columns(run: Run) -> dict[str, str]:
     if not task.predicts_tokens or "prompt" not in data.columns or "completion" not in data.columns:
         bound = "must be a language model that completes prompts: data.columns names prompt and completion"
         raise ConfigError("RUN", str(run.folder), bound)
-    return {role: data.columns[role] for role in (*task.input_columns(data), "completion")}
+    return {role: data.columns[role] for role in (*task.list_input_columns(data), "completion")}
 
 
 def _read_prompts(run: Run, prompts: str | Path, roles: Sequence[str], own: RunRecords) -> dict[Prompt, float]:
