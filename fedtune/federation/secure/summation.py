@@ -55,7 +55,7 @@ class Unreadable(RunError):
     """The sum of a release cannot be computed; a retry is a new release, with other masks and other noise.
 
     Attributes:
-        site: the survivor that certainly dealt inconsistent shares; None if there were too few correct shares, and then
+        site: the survivor that certainly sent inconsistent shares; None if there were too few correct shares, and then
             `Summation.wrong_shares` lists the pairs of sites involved.
     """
 

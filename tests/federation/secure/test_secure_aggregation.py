@@ -157,7 +157,7 @@ def flip_upload_bit(number: int) -> tuple[Federation, Summation]:
 
 def test_dealer_of_inconsistent_shares_is_named() -> None:
     _, summation = flip_upload_bit(2 * 4)  # the digest of its own mask's seed
-    with pytest.raises(Unreadable, match="c dealt inconsistent shares") as error:
+    with pytest.raises(Unreadable, match="c sent inconsistent shares") as error:
         summation.total()
     assert error.value.site == "c"
     federation, summation = flip_upload_bit(3 * 4)  # what it sealed for a
