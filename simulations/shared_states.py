@@ -76,7 +76,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
     with (
         patch.object(TaskModel, "compute_frozen_states", states),
         patch.object(SiteExamples, "keep_frozen_states", keep),
-        patch.object(Evaluation, "of", measured),
+        patch.object(Evaluation, "build", measured),
     ):
         yield
     if file is not None and len(known) + len(scored) > before:

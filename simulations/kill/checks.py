@@ -90,7 +90,7 @@ def site_problems(seen: Seen, state: Verified | None, setting: Setting) -> Itera
 
 def _spending_problems(seen: Seen, state: Verified, plan: Plan) -> Iterator[str]:
     history, known = state.history, plan.event(rounds=seen.num_updates)
-    spent = history.charged()
+    spent = history.count_total_charges()
     if not history.divergence(spent) >= history.divergence([known]):
         yield "the divergence spent is below what an observer could know"
     by_filter = epsilon_filter(spent, order=history.order, delta=history.delta)

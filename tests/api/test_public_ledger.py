@@ -96,7 +96,7 @@ def test_person_counts_once_in_a_ledger_of_users(tmp_path: Path) -> None:
             ledger.count("a", [1, 1, 1], noise_multiplier=5, **users)
     whose = [number % 10 for number in range(5000)]
     assert abs(ledger.count("a", [1] * 5000, users=whose, noise_multiplier=5) - 10) < 60
-    with pytest.raises(ConfigError, match="users: must say"):
+    with pytest.raises(ConfigError, match="users: must name the user of each record"):
         create_ledger(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
 
 

@@ -218,7 +218,7 @@ def test_evaluate_compares_scores_with_the_base_model(runs: Path, tmp_path: Path
     assert "the best constant answer: accuracy" in " ".join(outcome.out.split())
     # Before training, the head is zero: every label is as likely as any other.
     assert told["beside_base"]["loss"]["base"]["value"] == pytest.approx(4.3438, abs=1e-4)
-    trained_on = "trained on records of this file: these scores say nothing about new ones"
+    trained_on = "trained on records of this file: these scores say nothing about new records"
     assert trained_on not in " ".join(outcome.out.split())
     run = Path(shutil.copytree(runs / "intents", tmp_path / "run"))
     edit_config(run, data={"train_file": str(rows), "columns": {"text": "body", "label": "label"}})

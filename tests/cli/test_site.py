@@ -249,7 +249,7 @@ def test_kit_of_another_kind_is_refused(north: Here) -> None:
     for name in ("start", "approve", "leave", "pause", "resume"):
         site = () if name in ("pause", "resume") else north.words[2:]
         message = run_command("site", name, "--kit", str(lead), *site).failed()
-        assert message == f"{lead / 'kit.toml'}: kind = 'lead': must be 'site' here"
+        assert message == f"{lead / 'kit.toml'}: kind = 'lead': must be 'site', because this command needs a site's kit"
         message = run_command("site", name, "--kit", str(north.folder / "nowhere"), *site).failed()
         assert "must be the folder of a site's kit" in message
     assert not (lead / "state").exists()

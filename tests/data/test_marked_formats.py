@@ -249,7 +249,7 @@ WHOLE, MOVED = (
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be tag names"),
     "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "is missing (role tags)"),
-    "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 in data.labels"),
+    "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 labels in data.labels"),
     "no tags in columns": ("a.conll", "1\tmy\tDET\t_\n2\tcard\tN\t_\n", TAGGED, "must have tags such as B-PER"),
     "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
     "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),

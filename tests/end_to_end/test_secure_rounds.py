@@ -48,7 +48,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Ad
         found.append((adapter, total, after[0]))
         return after
 
-    monkeypatch.setattr(secure_rounds, "secure_server_step", note_step)
+    monkeypatch.setattr(secure_rounds, "take_secure_server_step", note_step)
     return found
 
 

@@ -161,7 +161,7 @@ class Charges(RuleBasedStateMachine):
         if not hasattr(self, "newest"):
             return
         for name, site in self.federation.sites.items():
-            charged = self.federation.charged(name)
+            charged = self.federation.count_charged_rounds(name)
             assert len(site.vectors) <= charged <= self.federation.asked().plan.most_rounds
             assert len(self.left[name]) <= len(site.vectors), "a vector left under two masks"
             assert len({vector.tobytes() for vector in self.left[name].values()}) == len(self.left[name])

@@ -111,7 +111,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
         return bool(said) and not said.endswith("(401)")
 
     wait_for(is_refused, what="the roster")
-    assert said == "the server does not accept this site's key (401): revoked"
+    assert said.endswith(": revoked")
     for call in (lambda: hello(network.address, tls), fleet.activate):
         with pytest.raises(Unauthorised, match="the server refused this site: revoked"):
             call()

@@ -224,7 +224,7 @@ def test_an_actor_answers_for_the_run_that_it_sees_and_no_other(
         name()
     for change, message in (
         ({"started_in": "/nowhere"}, r"cannot read /nowhere \(No such file"),
-        ({"fedtune": "0.0.1"}, rf"has fedtune {__version__}, and the lead 0\.0\.1"),
+        ({"fedtune": "0.0.1"}, rf"has fedtune {__version__}, but the lead has 0\.0\.1"),
     ):
         file.write_text(json.dumps(asked | change))
         with pytest.raises(RunError, match=message):

@@ -106,7 +106,7 @@ def test_weights_changed_during_loading_are_refused(folder: Path, how: str, monk
             if how != "removed":
                 weights.write_bytes(content[:-1] + b"?")
 
-    with pytest.raises(ConfigError, match=r"must not change while it is loaded: model\.safetensors did"):
+    with pytest.raises(ConfigError, match=r"must not change while it is loaded: model\.safetensors changed"):
         change()
     monkeypatch.setattr("tempfile.tempdir", str(folder / "nowhere"))
     with pytest.raises(RunError, match="no writable folder for temporary files"):

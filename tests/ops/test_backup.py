@@ -112,7 +112,7 @@ def test_restore_is_refused_for_a_running_site_or_without_an_anchor(
 ) -> None:
     north_site.ledger.unlink()
     with lock_ledger(north_site.ledger):
-        assert "is already used" in north_site.does("restore", file).failed()
+        assert "is already in use" in north_site.does("restore", file).failed()
     elsewhere = north_site.anchor.rename(north_site.folder / "elsewhere.json")
     write_policy(site_policy("north"), north_site.site_toml)
     assert "--anchor" in north_site.does("restore", file).failed()

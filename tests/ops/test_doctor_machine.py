@@ -40,7 +40,10 @@ def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
         machine.check_clock(case).status for case in cases
     ]
     theirs = machine.check_clock((-61.0, 0.5), kept=True)
-    assert (theirs.found, theirs.exit_code) == ("the server's is 61 s ahead, and this one is synchronized", SERVER)
+    assert (theirs.found, theirs.exit_code) == (
+        "the server's clock is 61 s ahead, and this one is synchronized",
+        SERVER,
+    )
 
 
 def test_disk_check_warns_and_fails_by_free_space(tmp_path: Path) -> None:

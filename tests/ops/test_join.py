@@ -140,7 +140,7 @@ def test_invalid_fields_of_a_signed_request_are_refused(request_of: Any) -> None
         ({"site_key": "00" * 32}, "site_key = .*must be a public key"),
         ({"datasets": {}}, "must declare at least one data set"),
         ({"datasets": {"../a": 5}}, "datasets = '../a': must be made of"),
-        ({"datasets": {"a": 0}}, "datasets.a = 0: must be from 1"),
+        ({"datasets": {"a": 0}}, "datasets.a = 0: must be at least 1"),
         ({"datasets": {"a": 2**60}}, "must be at least 1 and below 2"),
         ({"csr": make_csr(_P256, "north")}, "csr = .*must be for an EC P-384 key"),
         ({"csr": make_csr(_P384, "south")}, "csr = 'south': must have the site's name"),

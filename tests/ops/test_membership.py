@@ -113,7 +113,7 @@ def test_name_or_key_of_another_site_is_refused(desk: Desk, tmp_path: Path) -> N
     shutil.copy(tmp_path / "north" / "site_key.pem", tmp_path / "west")
     with expect_unchanged(desk.folder):
         for name in ("north", "NORTH"):
-            with pytest.raises(ConfigError, match=rf"join_request\.json: site = '{name}': is taken by a site"):
+            with pytest.raises(ConfigError, match=rf"join_request\.json: site = '{name}': is the name of another site"):
                 desk.add(desk.request(name, kit="again"))
         with pytest.raises(ConfigError, match="site = 'south': must be 'north', the site that is renewed"):
             desk.renew("north", desk.request("south"))
@@ -320,7 +320,7 @@ def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: K
             with pytest.raises(ConfigError, match=why):
                 served.read_newest()
     kit.roster.write_text("{")
-    with pytest.raises(ConfigError, match="must be JSON"):  # in the middle of being copied
+    with pytest.raises(ConfigError, match="must be one complete JSON object"):  # in the middle of being copied
         served.read_newest()
     kit.roster.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -122,7 +122,7 @@ def waits_for_the_device() -> None:
     with record_gradients(within) as gradients:
         (batch,) = users.cut_drawn([np.arange(first, first + 4) for first in range(0, 16, 4)])
         torch.sim.counters()  # type: ignore[attr-defined]
-        users.gradients(gradients).of(batch)
+        users.gradients(gradients).compute_gradients(batch)
         of_users = torch.sim.counters()["waits"]  # type: ignore[attr-defined]
         for one in records.cut(np.arange(16)):
             gradients.compute_gradients(one)

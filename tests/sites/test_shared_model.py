@@ -136,7 +136,7 @@ def test_run_starts_only_from_the_adapter_of_its_proposal(trial_calls: Tries, tm
         return RunModel(shared, make_letters(model={"adapter": str(tmp_path), "adapter_sha256": digest}))
 
     assert begin_run(digest).first_adapter().digest() == digest
-    with pytest.raises(ConfigError, match=rf"model\.adapter_sha256 = .*must be {digest}, that of the adapter"):
+    with pytest.raises(ConfigError, match=rf"model\.adapter_sha256 = .*must be {digest}, the digest of model.adapter"):
         begin_run("ab" * 32).first_adapter()  # of the one that lay in the folder before
 
 
@@ -178,7 +178,7 @@ def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, ca
         "must be 1 on this machine, because its devices do not compute bitwise equal gradients",
     )
     monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
-    with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):
+    with pytest.raises(ConfigError, match="num_devices = 2: must be 1 on this machine, because its devices"):
         LoadedModel(make_letters(runtime={"num_devices": 2}))
     monkeypatch.setattr(shared_model, "choose_num_processes", lambda *_, **__: 2)
     others.start_trials.reset_mock()

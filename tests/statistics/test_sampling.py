@@ -39,7 +39,7 @@ def record_participants(*, steps: int = STEPS) -> Joined:
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     streams = {"sampling": SystemRandomness().stream(), "noise": SystemRandomness().stream()}
     planned, records = plan(sampling_rate=RATE), Records(count=UNITS, declared_size=UNITS, cut=cut)  # type: ignore[arg-type]
-    silent: Any = SimpleNamespace(of=lambda batch: {"a": torch.zeros(len(batch), 1)})  # whoever joins
+    silent: Any = SimpleNamespace(compute_gradients=lambda batch: {"a": torch.zeros(len(batch), 1)})  # whoever joins
     for step in range(steps):  # noqa: B007, `cut` reads it
         take_dp_sgd_step(silent, records, planned, parameters={"a": parameter}, optimizer=optimizer, **streams)
     return seen

@@ -106,7 +106,7 @@ def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tup
     silent = Record(make_chat(*contents), file="a.jsonl", line=3)
     assert LM.record_validator(data)(silent) is not None
     assert LM.record_validator(data)(Record(make_chat("where", "lost"))) is None
-    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no assistant turn to learn'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no assistant turn to learn from'"):
         LM.tokenize([silent], leading_tokenizer, data=data)
 
 
@@ -276,7 +276,7 @@ def test_prompts_and_references_come_from_the_last_answer(leading_tokenizer: Any
     )
     assert asked is not None
     assert ([ids.tolist() for ids in asked[0]], asked[1]) == ([[CLS, WHERE, IS]], ["lost"])
-    with pytest.raises(DataError, match=r"^a\.jsonl:3, prompt = .* must have at least one token"):
+    with pytest.raises(DataError, match=r"^a\.jsonl:3, prompt = .* must contain at least one token"):
         LM.prompts_and_references([make_prompt_record("", "lost")], decoder_tokenizer, data=make_settings())
 
 

@@ -62,7 +62,11 @@ def test_multi_label_records_have_any_number_of_declared_labels(encoder_tokenize
 @pytest.mark.parametrize(
     ("task", "answer", "message"),
     [
-        ("multi_label", "mid;secret", r"a\.csv:2, labels = 'not declared': must be one of the 3 in data\.labels: low"),
+        (
+            "multi_label",
+            "mid;secret",
+            r"a\.csv:2, labels = 'not declared': must be one of the 3 labels in data\.labels: low",
+        ),
         ("ordinal", "secret", r"a\.csv:2, label = 'not declared': must be one of the 3"),
         ("regression", "5.5", r"a\.csv:2, target = 'outside the range': must be in data\.target_range: 1 to 5"),
     ],

@@ -76,7 +76,7 @@ def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
     ("words", "answer", "columns", "message"),
     [
         (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = 'another number of tags': must have one tag per token"),
-        (["my"], ["B-secret"], TAGGED, "a.jsonl:3, tags = 'not declared': must be one of the 2 in data.labels"),
+        (["my"], ["B-secret"], TAGGED, "a.jsonl:3, tags = 'not declared': must be one of the 2 labels in data.labels"),
         (["my"], [" "], TAGGED, "a.jsonl:3, tags = 'a blank tag': must be O, or a type name"),
         (["my"], "B-drug I-drug", TAGGED, "a.jsonl:3, column 't' = 'text that is not a list': must be a list of texts"),
         ([], [], TAGGED, "a.jsonl:3, column 'w' = 'an empty list': must be a list of texts (role tokens)"),

@@ -160,7 +160,7 @@ def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: 
         found: list[Gradients] = []
         with record_gradients(model) as gradients:
             for batch in by_user.cut_drawn([users[user] for user in chosen]):
-                each = UserGradients(gradients).of(batch)
+                each = UserGradients(gradients).compute_gradients(batch)
                 found += [{name: one[user].clone() for name, one in each.items()} for user in range(len(batch))]
         return dict(zip(chosen, found, strict=True))
 

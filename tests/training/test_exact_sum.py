@@ -181,7 +181,7 @@ def test_user_changes_the_sum_by_only_its_contribution(
     def sum_users(chosen: list[int]) -> Cells:
         sums = empty()
         for batch in by_user.cut_drawn([users[user] for user in chosen]):
-            add_clipped(sums, UserGradients(table).of(batch), clip)
+            add_clipped(sums, UserGradients(table).compute_gradients(batch), clip)
         return sums
 
     everyone = list(range(len(sizes)))

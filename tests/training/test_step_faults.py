@@ -202,7 +202,7 @@ def test_user_mean_is_bitwise_equal_regardless_of_batch_company(beside: list[int
 
     def compute_last_mean(*chosen: int) -> torch.Tensor:
         (batch,) = users.make_cutter(SeededRandomness(1).stream("records"))(np.array(chosen))
-        return UserGradients(Table({"a": rows})).of(batch)["a"][-1]  # type: ignore[arg-type]
+        return UserGradients(Table({"a": rows})).compute_gradients(batch)["a"][-1]  # type: ignore[arg-type]
 
     assert torch.equal(compute_last_mean(*beside, 0), compute_last_mean(0))
     sums = {float(np.cumsum(rows[order, 0].double().numpy() / 4)[-1]) for order in ([0, 2, 1, 3], [0, 2, 3, 1])}

@@ -73,7 +73,7 @@ def test_user_level_sum_matches_its_definition(path: str, task: str, most: int) 
         sums = dp_step.make_zero_sums(model.trainable())
         with record_gradients(model) as of_each:
             for batch in by_user.cut_drawn([users[user][:most] for user in chosen]):
-                add_clipped(sums, UserGradients(of_each).of(batch), clip)
+                add_clipped(sums, UserGradients(of_each).compute_gradients(batch), clip)
         found = {name: total.numpy() * compute_cell_width(clip) for name, total in sums.items()}
         assert compute_norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
     assert compute_norm(expected) > 1e-2 * clip

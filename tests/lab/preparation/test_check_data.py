@@ -259,5 +259,5 @@ def test_fault_reasons_are_counted_and_label_variants_detected(tickets: Tickets)
     assert list(file.uses) == ["train", "validation", "test"]
     assert file.spelt_otherwise == {"billing": 1, "sales": 1}
     left_out = SkippedRows(rows=file.rows, reasons=file.num_errors)
-    assert str(left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 in data.labels")
+    assert str(left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 labels in data.labels")
     assert not left_out.exceeds_threshold
