@@ -52,6 +52,7 @@ COMMANDS: Mapping[str, str] = {
     "model-hash": "print the hash of a base model",
     "ledger": "read a site's ledger: what was spent, what is left",
     "report": "write or verify the privacy report of a run or a ledger",
+    "gate": "judge by rules whether a run's model may leave",
     "site": "manage a site: its policy, its keys, its process",
     "provision": "set up a federation of real sites",
     "server": "run or back up a federation's server",
@@ -59,7 +60,7 @@ COMMANDS: Mapping[str, str] = {
     "flower-app": "write a bundle to run fedtune in an existing Flower federation",
 }
 """Each is a module, imported when it is called, which holds a function of the command's name, or a group `app`."""
-_MODULES = {"distill": "export"}
+_MODULES = {"distill": "export", "gate": "release_gate"}
 """The module of each command whose name is not the module's."""
 _LOADING_S = 0.5
 

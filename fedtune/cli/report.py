@@ -42,7 +42,7 @@ _STYLES: Mapping[State, str] = {"within": "bold", "exceeded": "bold red", "no_gu
 _NO_ROOM = "bold yellow"
 _LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")
 """How the page's words for a result begin, which a line of text says in capitals."""
-_MARKS: Mapping[str, tuple[str, str]] = {
+MARKS: Mapping[str, tuple[str, str]] = {
     "right": ("right", ""),
     "wrong": ("WRONG", "bold red"),
     "missing": ("NOT COMPARED", "bold yellow"),
@@ -162,14 +162,14 @@ def verify(
     path, report = signing.read_report(file)
     if model is not None and not model.is_dir():
         raise ConfigError("--model", str(model), "must be a folder")
-    key, site_keys, *of_roster = _find_keys_in_roster(report, roster, key) if roster else (key, None)
+    key, site_keys, *of_roster = find_roster_key(report, roster, key) if roster else (key, None)
     known = Known(key=key, site_keys=site_keys, config_sha256=config, model=model)
     found = (*check_report(path, report, known), *of_roster)
     rows, styles = list[tuple[str, ...]](), dict[int, str]()
     about = f"{report.verdict.state}, epsilon {format_epsilon(report.epsilon)} at delta {report.facts.delta:g}"
     rows.append(("it says", "", about))
     for check in found:
-        mark, styles[len(rows)] = _MARKS[check.state]
+        mark, styles[len(rows)] = MARKS[check.state]
         rows.append((check.name, mark, check.text))
         for problem in check.problems[:_MOST_PROBLEMS]:
             said, again = to_printable(problem.said), to_printable(problem.found)
@@ -191,7 +191,7 @@ def schema() -> None:
     sys.stdout.write(render_schema())
 
 
-def _find_keys_in_roster(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
+def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
     """Return the key that must have signed the report, the sites' keys, and the check of the roster.
 
     A ledger's report is signed by its site; a run's report by the lead, who also signed the roster.

@@ -256,7 +256,7 @@ def _build_card(
         f"(SHA-256 {found.sha256}) as its teacher does. It read no record of a site: {said}{scores} Its teacher is "
         "a tuned model"
     )
-    form = replace(get_card_form(format, record.config), what=what, has_label=not owed)
+    form = replace(get_card_form(format, record.config), what=what, has_label=not owed, is_judged=False)
     label = (
         render_card_files(record, of_run, form) if form.has_label else {}
     )  # the run's, whose figure is too small else

@@ -53,6 +53,7 @@ _RESULT = TypeAdapter(RunResult)
 class RunRecord:
     """The record of a run, as read from its folder."""
 
+    folder: Path
     config: RunConfig
     plan: Plan
     config_sha256: str  # of the configuration that the run really had, where `run.json` says it
@@ -134,6 +135,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         raise ConfigError("run folder", str(folder), "has no checkpoint: the run has not started")
     state = Checkpoints(files.checkpoints, digest).load() if files.saved_checkpoints else None
     return RunRecord(
+        folder=folder,
         config=config,
         plan=plan or _reconstruct_plan(folder, config, result),
         config_sha256=digest,

@@ -24,6 +24,7 @@ from fedtune.model.source import find_public_location
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build_run_report, read_run
+from fedtune.report.gate_verdict import read_verdict
 from fedtune.report.loading_code import build_adapter_loading_code
 from fedtune.report.model import Report
 from fedtune.report.page.render import create_template_environment, render_label, write_files
@@ -41,6 +42,7 @@ class Form:
     loading: str  # lines of Python, which load the base, too, if the model `needs_base`
     needs_base: bool = False
     has_label: bool = True  # whether the run's privacy label is its own
+    is_judged: bool = True  # whether a verdict of `fedtune gate` on the run is about this model
 
     @classmethod
     def for_adapter(cls, config: RunConfig, *, folder: str) -> Form:
@@ -79,6 +81,7 @@ def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
     model, made = record.config.model, record.result and record.result.provenance
     example = '[("a text", "another")]' if "text_pair" in record.config.data.columns else '["a text"]'
     words, template = Words(report, load_catalog("en")), made and made.template
+    assert isinstance(report.facts, RunFacts), "a card is of a run's model"
     body = render_card(
         "model_card.md.j2",
         words=words,
@@ -86,6 +89,7 @@ def render_card_text(record: RunRecord, report: Report, form: Form) -> str:
         config=record.config,
         simulated=not record.deployed,
         form=form,
+        gate=read_verdict(record.folder, report.facts) if form.is_judged else None,
         base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.public_path,
         label=LABEL,
         template=template,

@@ -1,0 +1,94 @@
+"""`fedtune gate`: judge by rules whether a finished run's model may leave, and write the verdict into its card."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+from fedtune.cli.command import Argument, AsJson, Option, print_answer
+from fedtune.cli.finished_run import Run
+from fedtune.cli.report import MARKS, find_roster_key
+from fedtune.federation.run_folder import CARD, RunFolder
+from fedtune.ops.kits.kit_file import read_signing_key
+from fedtune.privacy.keys import check_public_key
+from fedtune.show.lines import to_printable
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, to_json_text, write_file
+from fedtune.spec import RUN_SCHEMA, RunError
+
+_MARKS = MARKS | {"right": ("holds", ""), "wrong": ("FAILS", "bold red"), "missing": ("MISSING", "bold red")}
+
+
+def gate(
+    run: Run,
+    rules: Annotated[str, Argument("RULES", help="a file of rules, or default or tre, which fedtune has")] = "default",
+    audit: Annotated[
+        Path | None, Option("the run folder of an audit of the same plan and model", metavar="RUN")
+    ] = None,
+    groups: Annotated[
+        Path | None, Option("what fedtune compare RUN --by COLUMN --json printed", metavar="FILE")
+    ] = None,
+    key: Annotated[
+        str | None, Option("the public key that must have signed the report, from a source you trust", metavar="HEX")
+    ] = None,
+    roster: Annotated[
+        Path | None, Option("the federation's roster.json, which has the sites' keys", metavar="FILE")
+    ] = None,
+    sign: Annotated[
+        Path | None, Option("sign the verdict: a lead's kit.toml, or a site.toml or a key in PEM form", metavar="KEY")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge by rules whether a finished run's model may leave, and write the verdict into its model card.
+
+      fedtune gate runs/tighter                          fedtune's own rules
+      fedtune gate runs/tighter tre --roster roster.json --audit runs/audited    for a trusted research environment
+      fedtune gate runs/tighter rules.toml --sign kit.toml                       your own rules; the verdict is signed
+
+    Exit code 1 if a rule fails, also because something is missing, such as an audit; the line says what to run. The
+    verdict is written to gate.json in the run's folder, and repeated in the model card and in the cards of later
+    exports. See docs/output_checkers.md for each rule.
+    """
+    if key is not None:
+        check_public_key("--key", key)
+    signer = None if sign is None else read_signing_key(sign)
+    from fedtune.report import gate_rules, gate_verdict, signing  # they import torch, which takes seconds
+    from fedtune.report.checks import Known
+    from fedtune.report.model_card import render_adapter_card
+    from fedtune.version import __version__
+
+    limits, digest = gate_rules.read_rules(rules)
+    site_keys = None
+    if roster is not None:
+        key, site_keys = find_roster_key(signing.read_report(str(run))[1], roster, key)[:2]
+    evidence = gate_rules.collect_evidence(run, Known(key=key, site_keys=site_keys), audit=audit, groups=groups)
+    found = gate_rules.judge_run(limits, evidence)
+    verdict = gate_verdict.GateVerdict(
+        schema_version=RUN_SCHEMA,
+        fedtune_version=__version__,
+        judged=f"{datetime.now(UTC):%Y-%m-%d}",
+        run=evidence.facts.run,
+        model=gate_verdict.list_adapter_files(evidence.facts),
+        report_sha256=signing.report_digest(evidence.report),
+        rules=limits.name,
+        rules_sha256=digest,
+        limits={rule: to_json_text(limit).strip() for rule, limit in limits.limits.items()},
+        results={check.name: check.state for check in found},
+        reasons={check.name: check.text for check in found},
+    )
+    verdict = verdict if signer is None else verdict.sign(signer)
+    write_file(run / gate_verdict.GATE, gate_verdict.verdict_to_json(verdict), option="RUN")
+    # A card reads the verdict from the folder.
+    has_card = (RunFolder(run).adapter / CARD).is_file()
+    cards = render_adapter_card(run, evidence.report) if has_card else {}
+    for name, content in cards.items():
+        write_file(run / name, content, option="RUN")
+    rows = [(check.name, _MARKS[check.state][0], to_printable(check.text)) for check in found]
+    styles = {number: _MARKS[check.state][1] for number, check in enumerate(found)}
+    notes = [f"written: {run / name}" for name in (gate_verdict.GATE, *cards)]
+    section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles, notes=notes)
+    heading = f"{run} by the rules {limits.name}: {'the model may leave' if not verdict.failed else 'it may NOT leave'}"
+    figures = {"schema_version": SCHEMA_VERSION, "passed": not verdict.failed, "verdict": verdict}
+    print_answer(figures, [section], as_json=as_json, heading=heading)
+    if verdict.failed:
+        raise RunError(f"the model of {run} may not leave; rules that fail: {', '.join(verdict.failed)}")

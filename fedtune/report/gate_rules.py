@@ -1,0 +1,415 @@
+"""The rules of `fedtune gate`: whether a finished run's model may leave, judged by its report, its folder and an audit.
+
+A set of rules is a TOML file whose keys are the fields of `GateRules`.  Each rule has one function in `_JUDGES`, which
+returns whether the rule holds, and why; None if the run lacks what the rule needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from fedtune.codec import decode, parse_json, read_toml
+from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
+from fedtune.formatting import infinite_if_none
+from fedtune.model.spec import NO_BASE
+from fedtune.privacy.ledger.verify import verify
+from fedtune.report import signing
+from fedtune.report.checks import Check, Known, check_report
+from fedtune.report.derive import profile
+from fedtune.report.derive.verdicts import read_audit
+from fedtune.report.facts import Audit, RunFacts
+from fedtune.report.from_run import build_run_report, read_run
+from fedtune.report.model import Report
+from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, name_file_in_errors, spec
+from fedtune.version import shipped_folders
+
+Found = tuple[bool | None, str]
+"""Whether a rule holds (None: the run lacks what the rule needs), and a sentence about it."""
+_LAST_DIGITS = 1e-9  # relative tolerance for rounding
+_STATES: Mapping[bool | None, Any] = {True: "right", False: "wrong", None: "missing"}
+_SIGNATURES = ("signature", "site keys", "roster")  # checks of a report that the rule `signed` judges
+_BY_AUDIT = "run fedtune audit with this run's settings, and give its folder with --audit"
+_BY_GROUP = "run fedtune compare RUN --by COLUMN --json > groups.json, and give --groups groups.json"
+_BY_REPORT = "run fedtune report on this run first"
+_BY_SITE = "ask for its fedtune report site.toml --sign, and put report.json into site_reports/"
+
+
+@spec
+class GateRules:
+    """What must hold before a run's model leaves; a rule with its default is not asked.
+
+    Attributes:
+        name: the name of the set of rules.
+        record: report.json follows from what sites signed, and says what the run's folder says.
+        files: the model's files are those that report.json names.
+        ledgers: the ledger of each site verifies and reaches the site's receipt.
+        finished: the run is over, and no audit planted canaries in its records.
+        real_sites: the sites were no simulation, and the noise came from no seed.
+        signed: report.json is signed with a key that the caller knows.
+        guarantee: the report's verdict is "within".
+        assumptions: no assumption of the guarantee is known to be violated.
+        max_epsilon: the largest epsilon of a site for this run.
+        max_expected_failures: the largest product of delta and a site's declared size.
+        max_right_of_100: the most right guesses of 100 whether a record was used; 50 is a coin.
+        max_lifetime_epsilon: the largest epsilon of a site over all its runs, from reports that sites signed.
+        max_secret_chance: the largest chance that a secret with `secret_candidates` equally likely values is rebuilt.
+        secret_candidates: the number of values that a secret may have for an attacker who knows everything else.
+        max_audit_bound: the strongest lower bound on epsilon that an audit may show.
+        min_audit_canaries: the fewest canaries at each audited place.
+        max_membership_auroc: the largest upper end of the AUROC of an attack on membership; 0.5 is a coin.
+        max_group_gap: the largest difference between a group's score and that of all other groups.
+        min_group_size: the fewest units in a group.
+        min_sites: the fewest sites.
+        min_declared_size: the fewest records or persons at a site.
+        licenses: the licenses of a base model that permit a release, in lower case; empty: not asked.
+        stated: the fields of report.about that a person must have filled in.
+    """
+
+    name: str
+    record: bool = False
+    files: bool = False
+    ledgers: bool = False
+    finished: bool = False
+    real_sites: bool = False
+    signed: bool = False
+    guarantee: bool = False
+    assumptions: bool = False
+    max_epsilon: float | None = None
+    max_expected_failures: float | None = None
+    max_right_of_100: float | None = None
+    max_lifetime_epsilon: float | None = None
+    max_secret_chance: float | None = None
+    secret_candidates: int = 1_000_000
+    max_audit_bound: float | None = None
+    min_audit_canaries: int | None = None
+    max_membership_auroc: float | None = None
+    max_group_gap: float | None = None
+    min_group_size: int | None = None
+    min_sites: int | None = None
+    min_declared_size: int | None = None
+    licenses: tuple[str, ...] = ()
+    stated: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for rule, limit in self.limits.items():
+            if isinstance(limit, int | float):
+                check_at_least(rule, limit, 0)
+        check_at_least("secret_candidates", self.secret_candidates, 2)
+        if self.max_secret_chance is not None:
+            check_fraction("max_secret_chance", self.max_secret_chance, one=True)
+
+    @property
+    def limits(self) -> Mapping[str, Any]:
+        """The rules that are asked, with their limits."""
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {rule: limit for rule, limit in fields if rule in _JUDGES and limit not in (None, False, ())}
+
+
+class Evidence(NamedTuple):
+    """What is known of a finished run.
+
+    Attributes:
+        folder: the run's folder.
+        report: its report.json, or if that cannot be read, the report that its folder gives.
+        config: its settings.
+        checks: name -> check of report.json; empty: there is no report.json that can be read.
+        contradiction: how report.json and the run's folder differ; "": they agree.
+        audit: the findings of an audit of the same plan and model.
+        groups: the groups of a comparison: name, units, and gap to all others.
+    """
+
+    folder: Path
+    report: Report
+    config: RunConfig
+    checks: Mapping[str, Check] = {}
+    contradiction: str = ""
+    audit: Audit | None = None
+    groups: Sequence[tuple[str, int, float | None]] = ()
+
+    @property
+    def facts(self) -> RunFacts:
+        """The facts of the report, which is one of a run."""
+        assert isinstance(self.report.facts, RunFacts), "a run folder gives a run's report"
+        return self.report.facts
+
+
+Judge: TypeAlias = Callable[[Any, Evidence, GateRules], Found]
+Measure: TypeAlias = Callable[[Evidence, GateRules], float | None]
+
+
+def read_rules(name: str) -> tuple[GateRules, str]:
+    """Read a set of rules from a file, or one that fedtune ships by its name; return it with its file's SHA-256.
+
+    Raises:
+        ConfigError: there is no such file, or it is no set of rules.
+    """
+    folder = next(folder / "conf" / "gate" for folder in shipped_folders() if (folder / "conf" / "gate").is_dir())
+    path = folder / f"{name}.toml" if name in {one.stem for one in folder.glob("*.toml")} else Path(name)
+    with name_file_in_errors(path):
+        rules = decode(GateRules, read_toml(path, key="rules"))
+    return rules, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: Path | None) -> Evidence:
+    """Read what the rules judge: report.json, the folder itself, and the results of an audit and of a comparison.
+
+    Raises:
+        ConfigError: the folder is no run folder; the audit is one of another plan or model; a file is no comparison of
+            this run.
+        RunError: neither report.json nor the folder can be read.
+    """
+    record, fresh, contradiction, checks = read_run(folder), None, "", dict[str, Check]()
+    try:
+        fresh = build_run_report(folder)
+    except (ConfigError, RunError) as error:
+        contradiction = str(error)
+    path = folder / "report.json"
+    try:
+        path, report = signing.read_report(str(path))
+        checks = {check.name: check for check in check_report(path, report, known)}
+        if fresh and signing.canonical_bytes(fresh) != signing.canonical_bytes(report):
+            contradiction = "report.json does not say what the run's folder says now"
+    except ConfigError as error:
+        contradiction = str(error) if path.is_file() else ""
+        if fresh is None:
+            raise
+        report = fresh
+    found = Evidence(folder, report, record.config, checks, contradiction)
+    if audit is not None:
+        found = found._replace(audit=_read_audit_of(found, audit))
+    return found if groups is None else found._replace(groups=_read_groups(folder, groups))
+
+
+def judge_run(rules: GateRules, evidence: Evidence) -> tuple[Check, ...]:
+    """Judge a run by each rule that is asked, in the order of `GateRules`."""
+    found = ((rule, *_JUDGES[rule](limit, evidence, rules)) for rule, limit in rules.limits.items())
+    return tuple(Check(rule, _STATES[holds], why) for rule, holds, why in found)
+
+
+def _read_audit_of(evidence: Evidence, folder: Path) -> Audit:
+    record, found = read_run(folder), read_audit(folder)
+    if found is None:
+        raise ConfigError("--audit", str(folder), "must be a folder of fedtune audit, with its audit.json")
+    if record.plan != evidence.facts.plan or record.config.task_model() != evidence.config.task_model():
+        raise ConfigError("--audit", str(folder), "must be an audit of the same plan and model as the run")
+    return found
+
+
+def _read_groups(folder: Path, path: Path) -> tuple[tuple[str, int, float | None], ...]:
+    """Read the groups of a run from the JSON of `fedtune compare --by`."""
+    bound = f"must be what fedtune compare {folder} --by COLUMN --json printed"
+    try:
+        told = parse_json(path.read_bytes(), key="--groups", bound=bound)
+        folders = {model["name"]: model.get("folder") for model in told["models"]}
+        own = next(name for name, place in folders.items() if place and Path(place).resolve() == folder.resolve())
+        parts = [group for column in told["groups"].values() for group in column["groups"]]
+        return tuple((str(one["name"]), int(one["units"]), one["gaps"][own]["value"]) for one in parts)
+    except OSError as error:
+        raise ConfigError("--groups", str(path), f"must be a readable file ({error.strerror})") from None
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
+        raise ConfigError("--groups", str(path), bound) from None
+
+
+def _judge_record(_: bool, given: Evidence, __: GateRules) -> Found:
+    if given.contradiction:
+        return False, given.contradiction
+    if not given.checks:
+        return None, f"there is no report.json: {_BY_REPORT}"
+    others = [check for name, check in given.checks.items() if name not in (*_SIGNATURES, "files")]
+    for state, holds in (("wrong", False), ("missing", None)):
+        if found := [check for check in others if check.state == state]:
+            return holds, f"{found[0].name}: {found[0].text}"
+    return True, "report.json follows from what sites signed, and says what the run's folder says"
+
+
+def _judge_files(_: bool, given: Evidence, __: GateRules) -> Found:
+    if (check := given.checks.get("files")) is None:
+        return None, f"report.json names no finished model: {_BY_REPORT}"
+    return {"right": True, "wrong": False}.get(check.state), check.text
+
+
+def _judge_signatures(_: bool, given: Evidence, __: GateRules) -> Found:
+    if "signature" not in given.checks:
+        return None, f"there is no report.json: {_BY_REPORT} with --sign"
+    checks = [given.checks[name] for name in _SIGNATURES if name in given.checks]
+    if given.facts.simulated:
+        checks = [check for check in checks if check.name == "signature"]  # one machine holds all keys of sites
+    bad = sorted((check for check in checks if check.state != "right"), key=lambda check: check.state != "wrong")
+    return ({"wrong": False}.get(bad[0].state), bad[0].text) if bad else (True, checks[0].text)
+
+
+def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
+    for site in given.facts.sites:
+        said = site.statement and site.statement.verification
+        if not given.facts.simulated:
+            if site.statement is None:
+                return None, f"nobody here knows the ledger of {site.site}: {_BY_SITE}"
+            if said is None or not said.rollback_excluded:
+                return False, f"the ledger of {site.site} does not verify, or no anchor shows that it is whole"
+            continue
+        runtime, receipt = given.config.runtime, site.receipt
+        folder = Path(runtime.sites_dir) if runtime.sites_dir else RunFolder(given.folder).sites
+        path = folder / site.site / "ledger.db"
+        if not path.is_file():
+            return None, f"the ledger of {site.site} is missing: restore {path}"
+        try:
+            verified = verify(path, site_key=receipt and receipt.site_key)
+        except RunError as error:
+            return False, f"the ledger of {site.site} does not verify: {error}"
+        if receipt and len(verified.events) < receipt.sequence:
+            return False, f"the ledger of {site.site} ends before the receipt that the site gave this run"
+    return True, "the ledger of each site verifies and reaches the site's receipt"
+
+
+def _judge_finished(_: bool, given: Evidence, __: GateRules) -> Found:
+    if given.facts.canaries_planted:
+        return False, "an audit planted canaries in the records of this run: train again without it"
+    return given.facts.finished, f"{given.facts.progress} rounds are finished"
+
+
+def _judge_real_sites(_: bool, given: Evidence, __: GateRules) -> Found:
+    banners = ", ".join(given.report.banners)
+    return not banners, f"the report says first: {banners}" if banners else "real sites took part"
+
+
+def _judge_guarantee(_: bool, given: Evidence, __: GateRules) -> Found:
+    state, reasons = given.report.verdict.state, ", ".join(given.report.verdict.reasons)
+    why = f" ({reasons})" if reasons else ""
+    return state == "within", f"the verdict of the report is {state}{why}".replace("_", " ")
+
+
+def _judge_assumptions(_: bool, given: Evidence, __: GateRules) -> Found:
+    violated = [one.code.replace("_", " ") for one in given.report.assumptions if one.status == "violated"]
+    return not violated, f"violated assumptions: {', '.join(violated) or 'none is known'}"
+
+
+def _at_most(what: str, measure: Measure, remedy: str = "") -> Judge:
+    """Return a judge of a limit that a measured value must not exceed."""
+
+    def judge(limit: float, given: Evidence, rules: GateRules) -> Found:
+        if (value := measure(given, rules)) is None:
+            return None, f"{what} is not known: {remedy}"
+        said = "unbounded" if math.isinf(value) else f"{value:.4g}"
+        return value <= limit * (1 + _LAST_DIGITS), f"{what} is {said}, at most {limit:g}"
+
+    return judge
+
+
+def _at_least(what: str, measure: Measure, remedy: str = "") -> Judge:
+    """Return a judge of a limit that a count must reach."""
+
+    def judge(limit: int, given: Evidence, rules: GateRules) -> Found:
+        if (count := measure(given, rules)) is None:
+            return None, f"{what} is not known: {remedy}"
+        return count >= limit, f"{what} is {count:,g}, at least {limit:,}"
+
+    return judge
+
+
+def _measure_failures(given: Evidence, _: GateRules) -> float | None:
+    sizes = given.facts.declared_sizes.values()
+    return None if None in sizes else given.facts.delta * max(size or 0 for size in sizes)
+
+
+def _measure_right_guesses(given: Evidence, _: GateRules) -> float | None:
+    meanings = [site.meaning for site in given.report.sites]
+    return max(100.0 if one is None else one.right_of_100_mechanism or one.right_of_100_ceiling for one in meanings)
+
+
+def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
+    statements = [site.statement for site in given.facts.sites]
+    if None in statements:
+        return None
+    return max(infinite_if_none(said.lifetime.epsilon) for said in statements if said)
+
+
+def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
+    if given.report.epsilon is None:
+        return 1.0
+    # Without the secret's record an attacker guesses one value in so many; epsilon and delta bound what it adds.
+    guess = 1 / rules.secret_candidates
+    return profile.hit_rate_ceiling(given.report.epsilon, given.facts.delta, false_alarms=guess)
+
+
+def _measure_audit(given: Evidence, _: GateRules) -> float | None:
+    if given.audit is None or not given.audit.bounds:
+        return None
+    return math.inf if given.audit.exceeded else max(bound.lower_bound for bound in given.audit.bounds)
+
+
+def _measure_canaries(given: Evidence, _: GateRules) -> float | None:
+    return min((bound.canaries for bound in given.audit.bounds), default=None) if given.audit else None
+
+
+def _measure_membership(given: Evidence, _: GateRules) -> float | None:
+    return max((attack.auroc_high for attack in given.audit.membership), default=None) if given.audit else None
+
+
+def _measure_gap(given: Evidence, _: GateRules) -> float | None:
+    gaps = [gap for _, _, gap in given.groups]
+    return None if None in gaps else max((abs(gap or 0.0) for gap in gaps), default=None)
+
+
+def _judge_license(allowed: Sequence[str], given: Evidence, _: GateRules) -> Found:
+    if given.config.model.path == NO_BASE:
+        return True, "the model has no base model"
+    if (own := given.facts.provenance.model_license) is None:
+        return None, "the license of the base model is not on record: set model.license, and run again"
+    return own.lower() in allowed, f"the license of the base model is {own}; allowed: {', '.join(allowed)}"
+
+
+def _judge_stated(asked: Sequence[str], given: Evidence, _: GateRules) -> Found:
+    about = dataclasses.asdict(given.config.report.about)
+    if unknown := [name for name in asked if name not in about]:
+        raise ConfigError("stated", unknown[0], f"must be one of {', '.join(about)}")
+    missing = [name for name in asked if not about[name].strip()]
+    if missing:
+        return (
+            None,
+            f"nobody stated {', '.join(missing)}: fill in report.about in config.yaml, and write the report anew",
+        )
+    return True, f"a person stated {', '.join(asked)}"
+
+
+_JUDGES: Mapping[str, Judge] = {
+    "record": _judge_record,
+    "files": _judge_files,
+    "ledgers": _judge_ledgers,
+    "finished": _judge_finished,
+    "real_sites": _judge_real_sites,
+    "signed": _judge_signatures,
+    "guarantee": _judge_guarantee,
+    "assumptions": _judge_assumptions,
+    "max_epsilon": _at_most("epsilon", lambda given, _: infinite_if_none(given.report.epsilon)),
+    "max_expected_failures": _at_most(
+        "delta times the largest declared size", _measure_failures, "set data.declared_sizes"
+    ),
+    "max_right_of_100": _at_most("the share of right guesses of 100", _measure_right_guesses),
+    "max_lifetime_epsilon": _at_most("the epsilon of each site over all its runs", _measure_lifetime, _BY_SITE),
+    "max_secret_chance": _at_most("the chance that a secret is rebuilt", _measure_secret),
+    "max_audit_bound": _at_most("the strongest lower bound of an audit", _measure_audit, _BY_AUDIT),
+    "min_audit_canaries": _at_least("the number of canaries of an audit", _measure_canaries, _BY_AUDIT),
+    "max_membership_auroc": _at_most(
+        "the AUROC of an attack on membership", _measure_membership, f"{_BY_AUDIT} (audit.kind=records)"
+    ),
+    "max_group_gap": _at_most("the largest gap of a group to all others", _measure_gap, _BY_GROUP),
+    "min_group_size": _at_least(
+        "the size of the smallest group",
+        lambda given, _: min((one[1] for one in given.groups), default=None),
+        _BY_GROUP,
+    ),
+    "min_sites": _at_least("the number of sites", lambda given, _: len(given.facts.sites)),
+    "min_declared_size": _at_least(
+        "the smallest declared size of a site",
+        lambda given, _: None if None in (sizes := given.facts.declared_sizes.values()) else min(map(int, sizes)),
+        "set data.declared_sizes",
+    ),
+    "licenses": _judge_license,
+    "stated": _judge_stated,
+}
