@@ -86,6 +86,8 @@ class AboutSpec:
         sector: such as health, banking, public administration.
         published: the release date, past or planned.
         access: who receives the release: everybody, some organizations by contract, or nobody outside.
+        channel: how it is released: such as a hub, a download, or an interface for queries.
+        acceptable_use: what users may do with the release, and what they may not.
         dynamics: whether the records are static, or dynamic (added to or changed between runs).
         preprocessing: how the records were processed before fedtune read them.
         tuning: how the settings were chosen, and on which records, unless a fedtune search chose them.
@@ -98,6 +100,8 @@ class AboutSpec:
     sector: str = ""
     published: str = ""
     access: str = ""
+    channel: str = ""
+    acceptable_use: str = ""
     dynamics: str = ""
     preprocessing: str = ""
     tuning: str = ""

@@ -4,6 +4,7 @@
   fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
   fedtune report verify ledger.db.report/report.json --key HEX    check signature and epsilon
   fedtune report schema                              the JSON schema of report.json
+  fedtune report runs/tighter --map art-35           and the requirements of a document, each with its answers
 
 Writes report.html, which needs no network and prints well, and report.json with every figure; with --pdf also
 report.pdf, with --label a privacy label to publish, with --registry an entry for a public registry. A run's
@@ -16,7 +17,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fedtune.cli.command import Argument, AsJson, Language, Option, command, group, print_answer
 from fedtune.cli.ledger import find_ledger_file
@@ -33,7 +34,7 @@ from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, render_schema
 from fedtune.report.page.translations import load_catalog
 from fedtune.show.lines import to_printable
-from fedtune.show.terminal_tables import Section, say
+from fedtune.show.terminal_tables import Section, say, show
 from fedtune.sites.site_settings import read_site_settings
 from fedtune.spec import ConfigError, RunError
 
@@ -62,6 +63,10 @@ def build(
     pdf: Annotated[bool, Option("also write report.pdf; needs the extra pdf")] = False,
     label: Annotated[bool, Option("also write label.svg, to share")] = False,
     registry: Annotated[bool, Option("also write registry.json, an entry for a public registry of runs")] = False,
+    requirements: Annotated[
+        Literal["satre", "edpb-28", "sp800-226", "art-35", "annex-xi"] | None,
+        Option("also answer a document's requirements, in map_NAME.html, .md and .json", names=("--map",)),
+    ] = None,
     verifier: Annotated[bool, Option("also write verify_report.py, which checks the report without fedtune")] = False,
     sign: Annotated[
         Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem or site.toml, or a lead's kit.toml")
@@ -110,6 +115,14 @@ def build(
         beside[REGISTRY] = convert_registry_to_json(report, about).encode()
     if verifier:
         beside[_VERIFIER] = resolve_file(f"verifier/{_VERIFIER}", find_shipped_folders(), key="--verifier").read_bytes()
+    mapped = None
+    if requirements is not None:
+        from fedtune.report.gate_verdict import read_verdict
+        from fedtune.report.requirements import build_map_section, map_report, write_map
+
+        verdict = None if isinstance(report.facts, LedgerFacts) else read_verdict(folder, report.facts)
+        mapped = map_report(requirements, report, about, verdict)
+        beside |= write_map(mapped, name=report.facts.name)
     if output is None and (RunFolder(folder).adapter / CARD).is_file() and not isinstance(report.facts, LedgerFacts):
         from fedtune.report.model_card import render_adapter_card
 
@@ -127,6 +140,8 @@ def build(
     if registry and (missing := build_registry_entry(report, about)["missing"]):
         text = f"{REGISTRY} lacks entries that only a person can make, in {place}: {', '.join(missing)}"
         say(text, style="bold yellow")
+    if mapped is not None:
+        show([build_map_section(mapped)])
 
 
 @command(app, "check signature and epsilon")

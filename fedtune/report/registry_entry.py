@@ -52,6 +52,8 @@ def build_registry_entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         "intended_use": about.intended_use,
         "sector": about.sector,
         "published": about.published,
+        "channel": about.channel,
+        "acceptable_use": about.acceptable_use,
         "data_product": {
             "kind": "fine-tuned model" if of_run else "updates to models",
             "task": known.get("task"),

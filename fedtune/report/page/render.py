@@ -27,7 +27,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
 from fedtune.report.derive.dpia_fields import KINDS
 from fedtune.report.derive.profile import TIERS_SOURCE
-from fedtune.report.facts import RunFacts
+from fedtune.report.facts import RunFacts, Value
 from fedtune.report.model import Report
 from fedtune.report.page.tables import Charts, TableColumn
 from fedtune.report.page.translations import load_catalog
@@ -189,12 +189,17 @@ def list_fields(words: Charts, group: str) -> list[Mapping[str, Any]]:
             worse = "right_of_100_ceiling" if by_method else "right_of_100_mechanism"
             row, shown = pointer("cells", code, state), []
             for key, value in facts.items():
-                kind = "code:value" if key in _OR_CODE and isinstance(value, str) else KINDS.get(key, "text")
-                said = Markup("") if value is None else words.cell(row, TableColumn(f"fact.{key}", key, kind))
+                said = Markup("") if value is None else format_fact(words, row, key, value)
                 shown += [(words.code("fact", key), said)] if key != worse else []
             cells["open" if state == "site" else "known"].append({"state": state, "facts": shown})
         found.append({"name": words.code("field", code), **cells})
     return found
+
+
+def format_fact(words: Charts, row: str, key: str, value: Value) -> Markup:
+    """Format the value of a fact in the cell at the pointer `row`."""
+    kind = "code:value" if key in _OR_CODE and isinstance(value, str) else KINDS.get(key, "text")
+    return words.cell(row, TableColumn(f"fact.{key}", key, kind))
 
 
 def render_label(report: Report, *, language: str) -> str:

@@ -1,0 +1,175 @@
+"""A report beside the requirements of a document, such as GDPR Article 35: the answers to each, and what is missing.
+
+The requirements are data, in `maps/`: short paraphrases with their numbers, the document's version and its source.  An
+answer is "auto" (a fact on record), "design" (true of every run of an unmodified fedtune), "site" (for a person to
+state; its text is what a person stated in report.about), or "missing" (a fact that should be on record and is not).  No
+answer says that a requirement is met: that is for people to judge.  Requirements and answers are in English.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import AboutSpec
+from fedtune.formatting import pluralize
+from fedtune.privacy.accountant import format_epsilon
+from fedtune.report import signing
+from fedtune.report.derive.dpia_fields import BY_DESIGN
+from fedtune.report.derive.profile import hit_rate_ceiling
+from fedtune.report.facts import LedgerFacts
+from fedtune.report.gate_verdict import GateVerdict
+from fedtune.report.model import CellState, Report
+from fedtune.report.model_card import render_card
+from fedtune.report.page.render import format_fact, template_environment
+from fedtune.report.page.tables import Charts
+from fedtune.report.page.translations import load_catalog
+from fedtune.report.page.view import pointer
+from fedtune.show.terminal_tables import Section, to_json_text
+
+_MAPS = Path(__file__).with_name("maps")
+_CANDIDATES = 1_000_000  # values that a secret may have, such as a number of six digits
+_LABELS: Mapping[str, str] = {
+    "energy_kwh": "Energy of this machine in kWh",
+    "extraction": "Extraction of a secret",
+    "gate": "Verdict of fedtune gate",
+    "group_results": "Scores by group",
+    "ledger_check": "Ledgers of the sites",
+    "lifetime": "Epsilon over all runs, by site",
+    "model_files": "Files of the model",
+    "neighboring_relation": "Neighboring relation",
+    "report_sha256": "SHA-256 of report.json",
+    "report_signature": "Key that signed the report",
+    "total_parameters": "Parameters in all",
+    "training_flops": "Floating-point operations",
+}
+"""Facts that no cell of the report shows, with their names."""
+_BY_GATE: Mapping[str, tuple[str, ...]] = {
+    "attack_results": ("max_audit_bound", "min_audit_canaries", "max_membership_auroc"),
+    "group_results": ("max_group_gap", "min_group_size"),
+    "ledger_check": ("ledgers",),
+}
+"""Facts that the verdict of `fedtune gate` holds, each with the rules that it comes from."""
+
+Answer = tuple[CellState, str, str]
+"""The state of an answer, what it is about, and its text; an empty text: nobody has answered."""
+
+
+def read_map(name: str) -> Mapping[str, Any]:
+    """Read a document's requirements: title, version, source, and number -> requirement.
+
+    A requirement has a `text`, `facts` on record, a sentence on the `design` of fedtune, fields of report.about that a
+    person has `stated`, and what a `person` supplies outside of fedtune.
+    """
+    return tomllib.loads((_MAPS / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def answer_requirement(
+    asked: Mapping[str, Any], known: Mapping[str, str], about: Mapping[str, str]
+) -> Iterator[Answer]:
+    """Yield the answers to one requirement, from the `known` facts and from what a person stated `about` the run."""
+    for fact in asked.get("facts", ()):
+        state: CellState = "missing" if fact not in known else "design" if fact in BY_DESIGN else "auto"
+        yield state, fact, known.get(fact, "")
+    if "design" in asked:
+        yield "design", "", asked["design"]
+    for field in asked.get("stated", ()):
+        yield "site", f"report.about.{field}", about[field].strip()
+    for what in asked.get("person", ()):
+        yield "site", what, ""
+
+
+def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[str, str]:
+    """Return fact -> its text, for everything on record that a requirement may ask for."""
+    words, facts = Charts(report, load_catalog("en")), report.facts
+    known = {
+        fact: format_fact(words, pointer("cells", field, state), fact, value).striptags()
+        for field, states in report.cells.items()
+        for state, values in states.items()
+        for fact, value in values.items()
+        if value is not None
+    }
+    known["report_sha256"] = signing.report_digest(report)
+    known["neighboring_relation"] = words.code("relation", report.neighboring_relation).unescape()
+    if isinstance(epsilon := report.known.get("epsilon"), float):
+        chance = hit_rate_ceiling(epsilon, facts.delta, false_alarms=1 / _CANDIDATES)
+        known["extraction"] = (
+            f"a secret of 1 in {_CANDIDATES:,} values is rebuilt with a chance of at most {chance:.2g}"
+        )
+    if report.signature:
+        known["report_signature"] = report.signature.key
+    if isinstance(facts, LedgerFacts):
+        lifetimes = {facts.site: report.sites[0].lifetime}
+        if facts.verification:
+            known["ledger_check"] = f"it verifies, with {pluralize(facts.verification.num_events, 'event')}"
+    else:
+        lifetimes = {site.site: site.statement and site.statement.lifetime for site in facts.sites}
+        if facts.files:
+            known["model_files"] = ", ".join(f"{name} {digest[:16]}" for name, digest in facts.files.items())
+        if facts.energy:
+            known["energy_kwh"] = f"{facts.energy.kwh:.3g}"
+    if all(lifetimes.values()):
+        known["lifetime"] = ", ".join(
+            f"{site} {format_epsilon(life.epsilon)}" for site, life in lifetimes.items() if life
+        )
+    if verdict is not None:
+        may = f"may not leave, {pluralize(len(verdict.failed), 'rule')} failed" if verdict.failed else "may leave"
+        signer = f"signed with the key {verdict.signature.key}" if verdict.signature else "not signed"
+        known["gate"] = f"the model {may} (rules {verdict.rules}, {verdict.judged}, {signer})"
+        for fact, rules in _BY_GATE.items():
+            if found := [verdict.reasons[rule] for rule in rules if verdict.results.get(rule) in ("right", "wrong")]:
+                known[fact] = "; ".join(found)
+    return known
+
+
+def map_report(name: str, report: Report, about: AboutSpec, verdict: GateVerdict | None) -> Mapping[str, Any]:
+    """Answer all requirements of a document from a report; the result is the content of its JSON file."""
+    asked, known, stated = read_map(name), collect_known_facts(report, verdict), dataclasses.asdict(about)
+    document = {key: asked[key] for key in ("title", "version", "source")}
+    requirements = [
+        {
+            "number": number,
+            "text": requirement["text"],
+            "answers": [
+                {"state": state, "about": about, "text": text}
+                for state, about, text in answer_requirement(requirement, known, stated)
+            ],
+        }
+        for number, requirement in asked["requirement"].items()
+    ]
+    return {"map": name, **document, "report_sha256": known["report_sha256"], "requirements": requirements}
+
+
+def write_map(mapped: Mapping[str, Any], *, name: str) -> Mapping[str, bytes]:
+    """Return a mapped document as JSON, Markdown and HTML (file name -> content); `name` is that of the run or site."""
+    stem, values = f"map_{mapped['map']}", {"mapped": mapped, "name": name, "label": label_answer}
+    values |= {"state": load_catalog("en").texts["cells"]}
+    html = template_environment().get_template("requirements.html.j2").render(values)
+    texts = {"json": to_json_text(mapped), "md": render_card("requirements.md.j2", **values), "html": html}
+    return {f"{stem}.{ending}": text.encode() for ending, text in texts.items()}
+
+
+def label_answer(answer: Mapping[str, str]) -> str:
+    """Return what an answer is about in words: a fact's name, or what a person supplies."""
+    about, catalog = answer["about"], load_catalog("en")
+    if answer["state"] == "site" or not about:
+        return about
+    return _LABELS[about] if about in _LABELS else catalog.code("fact", about).unescape()
+
+
+def build_map_section(mapped: Mapping[str, Any]) -> Section:
+    """Build the terminal's table of a mapped document: a row for each requirement, and one for each answer below it."""
+    words = {"auto": "record", "design": "design", "site": "person", "missing": "MISSING"}
+    rows, styles = list[tuple[str, str, str]](), dict[int, str]()
+    for requirement in mapped["requirements"]:
+        styles[len(rows)] = "bold"
+        rows.append((requirement["number"], "", requirement["text"]))
+        for answer in requirement["answers"]:
+            state = words[answer["state"]] if answer["text"] or answer["state"] == "missing" else "PERSON"
+            styles |= {len(rows): "yellow"} if not answer["text"] else {}
+            rows.append(("", state, ": ".join(part for part in (label_answer(answer), answer["text"]) if part)))
+    title, notes = f"{mapped['title']}, {mapped['version']}", [f"Source: {mapped['source']}"]
+    return Section(title, rows=rows, words={0, 1, 2}, whole={1}, styles=styles, notes=notes)
