@@ -1,0 +1,280 @@
+"""The rules of `fedtune gate`: a run that meets all of them, and defects that each fail the rules they should."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.api.compose import compose_run
+from fedtune.config import AboutSpec, RunConfig
+from fedtune.report import gate_rules
+from fedtune.report.checks import Check
+from fedtune.report.facts import Audit, AuditBound, AuditMembership, BudgetVerdict, Verification
+from fedtune.report.gate_rules import Evidence, GateRules, judge_run, read_rules
+from fedtune.report.model import Assumption
+from fedtune.spec import ConfigError
+
+from .shown import build_reports, change_facts, change_first_site
+
+RULES = GateRules(
+    name="strict",
+    **dict.fromkeys(
+        ("record", "files", "ledgers", "finished", "real_sites", "signed", "guarantee", "assumptions"), True
+    ),
+    max_epsilon=2.0,
+    max_expected_failures=0.1,
+    max_right_of_100=60.0,
+    max_lifetime_epsilon=8.0,
+    max_secret_chance=0.001,
+    max_audit_bound=2.0,
+    min_audit_canaries=500,
+    max_membership_auroc=0.6,
+    max_group_gap=0.1,
+    min_group_size=10,
+    min_sites=2,
+    min_declared_size=100,
+    licenses=("apache-2.0", "mit"),
+    stated=("curator", "access"),
+)
+BOUND = AuditBound(
+    site=None, claimed_epsilon=1.1, lower_bound=0.4, best_possible=5.0, canaries=1000, guesses=1000, right=560
+)
+ATTACK = AuditMembership(
+    site=None, score="loss", trained_on=90, never_used=90, auroc=0.5, auroc_low=0.45, auroc_high=0.55, hit_rates=(1,)
+)
+AUDIT = Audit(
+    method="x", confidence=0.95, delta=1e-5, seeded=False, exceeded=False, bounds=(BOUND,), membership=(ATTACK,)
+)
+VERIFIED = Verification(num_events=9, first="0", head="1", site_key="2", key_expected=True, anchor_sequence=9)
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    composed = compose_run(["experiment=debug", "privacy.noise_multiplier=4.0"])
+    return replace(composed, report=replace(composed.report, about=AboutSpec(curator="A hospital", access="everybody")))
+
+
+@pytest.fixture
+def evidence(config: RunConfig) -> Evidence:
+    """A run at nine real sites that released their reports, with an audit and scores by group."""
+    report = build_reports()["site_reports"]
+    sites = tuple(
+        replace(
+            site,
+            receipt=site.receipt and replace(site.receipt, simulated=False),
+            statement=replace(site.statement, verification=VERIFIED),
+        )
+        for site in report.facts.sites
+    )
+    report = change_facts(report, sites=sites, settings={**report.facts.settings, "runtime": "deployment"})
+    report = replace(report, assumptions=tuple(one for one in report.assumptions if one.status != "violated"))
+    checks = {name: Check(name, "right", "as it should be") for name in ("figures", "signature", "site keys", "files")}
+    groups = (("ward a", 40, 0.02), ("ward b", 12, -0.05))
+    return Evidence(Path("run"), report, config, checks, audit=AUDIT, groups=groups)
+
+
+def change_check(evidence: Evidence, name: str, state: Any) -> Evidence:
+    return evidence._replace(checks={**evidence.checks, name: Check(name, state, "it is not")})
+
+
+def change_run(evidence: Evidence, **changes: Any) -> Evidence:
+    return evidence._replace(report=change_facts(evidence.report, **changes))
+
+
+def change_site(evidence: Evidence, **changes: Any) -> Evidence:
+    first, *others = evidence.facts.sites
+    return change_run(evidence, sites=(replace(first, **changes), *others))
+
+
+def change_statement(evidence: Evidence, **changes: Any) -> Evidence:
+    statement = evidence.facts.sites[0].statement
+    assert statement is not None
+    return change_site(evidence, statement=replace(statement, **changes))
+
+
+def change_audit(evidence: Evidence, **changes: Any) -> Evidence:
+    return evidence._replace(audit=replace(AUDIT, **changes))
+
+
+def change_license(evidence: Evidence, name: str | None) -> Evidence:
+    return change_run(evidence, provenance=replace(evidence.facts.provenance, model_license=name))
+
+
+def change_epsilon(evidence: Evidence, epsilon: float | None) -> Evidence:
+    return evidence._replace(report=replace(evidence.report, epsilon=epsilon))
+
+
+def replace_lifetime(evidence: Evidence, epsilon: float | None) -> Evidence:
+    statement = evidence.facts.sites[0].statement
+    assert statement is not None
+    return change_statement(evidence, lifetime=replace(statement.lifetime, epsilon=epsilon))
+
+
+def violate(evidence: Evidence) -> Evidence:
+    violated = Assumption(code="units_at_one_site_only", status="violated", evidence="site-1")
+    return evidence._replace(report=replace(evidence.report, assumptions=(violated,)))
+
+
+def exceed(evidence: Evidence) -> Evidence:
+    exceeded = BudgetVerdict(state="exceeded", reasons=("above_target",))
+    return evidence._replace(report=replace(evidence.report, verdict=exceeded))
+
+
+def forget_statements(evidence: Evidence) -> Evidence:
+    return evidence._replace(
+        config=replace(evidence.config, report=replace(evidence.config.report, about=AboutSpec(curator="A hospital")))
+    )
+
+
+def lose_report(evidence: Evidence) -> Evidence:
+    return evidence._replace(checks={})
+
+
+Change = Callable[[Evidence], Evidence]
+AUDITED = "max_audit_bound min_audit_canaries max_membership_auroc"
+DEFECTS: dict[str, tuple[str, Change]] = {
+    "report differs from the folder": ("record", lambda e: e._replace(contradiction="epsilon differs")),
+    "figures do not follow": ("record", lambda e: change_check(e, "figures", "wrong")),
+    "nobody compared the configuration": ("record", lambda e: change_check(e, "configuration", "missing")),
+    "no report": ("record files signed", lose_report),
+    "another model file": ("files", lambda e: change_check(e, "files", "wrong")),
+    "broken signature": ("signed", lambda e: change_check(e, "signature", "wrong")),
+    "no signature": ("signed", lambda e: change_check(e, "signature", "missing")),
+    "receipts of strangers": ("signed", lambda e: change_check(e, "site keys", "wrong")),
+    "unverified ledger": ("ledgers", lambda e: change_statement(e, verification=None)),
+    "ledger may be older": (
+        "ledgers",
+        lambda e: change_statement(e, verification=replace(VERIFIED, anchor_sequence=1)),
+    ),
+    "no report of a site": ("ledgers max_lifetime_epsilon", lambda e: change_site(e, statement=None)),
+    "unfinished run": ("finished", lambda e: change_run(e, rounds=e.facts.rounds[:1])),
+    "planted canaries": ("finished", lambda e: change_run(e, canaries_planted=True)),
+    "seeded noise": ("real_sites", lambda e: change_run(e, seeded_noise=True)),
+    "budget exceeded": ("guarantee", exceed),
+    "violated assumption": ("assumptions", violate),
+    "epsilon beyond": ("max_epsilon", lambda e: change_epsilon(e, 2.1)),
+    "no epsilon at all": ("max_epsilon max_secret_chance", lambda e: change_epsilon(e, None)),
+    "too large for delta": (
+        "max_expected_failures",
+        lambda e: change_site(e, declared_size=10_001),
+    ),
+    "no bound on guesses": (
+        "max_right_of_100",
+        lambda e: e._replace(report=change_first_site(e.report, meaning=None)),
+    ),
+    "too much over all runs": ("max_lifetime_epsilon", lambda e: replace_lifetime(e, 8.1)),
+    "unbounded over all runs": ("max_lifetime_epsilon", lambda e: replace_lifetime(e, None)),
+    "no audit": (AUDITED, lambda e: e._replace(audit=None)),
+    "audit shows more": ("max_audit_bound", lambda e: change_audit(e, bounds=(replace(BOUND, lower_bound=2.1),))),
+    "audit refutes the claim": ("max_audit_bound", lambda e: change_audit(e, exceeded=True)),
+    "few canaries": (
+        "min_audit_canaries",
+        lambda e: change_audit(e, bounds=(replace(BOUND, canaries=499, guesses=9, right=5),)),
+    ),
+    "membership found": (
+        "max_membership_auroc",
+        lambda e: change_audit(e, membership=(replace(ATTACK, auroc_high=0.7),)),
+    ),
+    "no scores by group": ("max_group_gap min_group_size", lambda e: e._replace(groups=())),
+    "group gap": ("max_group_gap", lambda e: e._replace(groups=(("ward a", 40, -0.2), ("ward b", 40, 0.1)))),
+    "small group": ("min_group_size", lambda e: e._replace(groups=(("ward a", 9, 0.0),))),
+    "one site": ("min_sites", lambda e: change_run(e, sites=e.facts.sites[:1])),
+    "small cohort": ("min_declared_size", lambda e: change_site(e, declared_size=99)),
+    "no license": ("licenses", lambda e: change_license(e, None)),
+    "license not allowed": ("licenses", lambda e: change_license(e, "CC-BY-NC-4.0")),
+    "nobody stated it": ("stated", forget_statements),
+}
+
+
+def test_run_without_defects_passes_all_rules(evidence: Evidence) -> None:
+    found = judge_run(RULES, evidence)
+    assert {check.name: check.text for check in found if check.state != "right"} == {}
+    assert {check.name for check in found} == {one.name for one in fields(GateRules)} - {"name", "secret_candidates"}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_seeded_defect_fails_exactly_the_rules_that_it_concerns(defect: str, evidence: Evidence) -> None:
+    named, change = DEFECTS[defect]
+    found = judge_run(RULES, change(evidence))
+    assert {check.name for check in found if check.state != "right"} == set(named.split())
+
+
+def test_missing_evidence_names_the_command_that_makes_it(evidence: Evidence) -> None:
+    for defect, rule, command in (
+        ("no audit", "max_audit_bound", "fedtune audit"),
+        ("no scores by group", "max_group_gap", "fedtune compare"),
+        ("no report", "record", "fedtune report"),
+        ("no report of a site", "max_lifetime_epsilon", "fedtune report site.toml --sign"),
+        ("no license", "licenses", "model.license"),
+        ("nobody stated it", "stated", "report.about"),
+    ):
+        (found,) = [one for one in judge_run(RULES, DEFECTS[defect][1](evidence)) if one.name == rule]
+        assert found.state == "missing"
+        assert command in found.text
+
+
+def test_secret_chance_follows_from_epsilon_delta_and_candidates(evidence: Evidence) -> None:
+    for epsilon, candidates, most in ((0.0, 1000, 0.00101), (2.0, 10**6, 1.74e-5), (2.0, 10, 0.739)):
+        rules = GateRules(name="one", max_secret_chance=most, secret_candidates=candidates)
+        (found,) = judge_run(rules, change_epsilon(evidence, epsilon))
+        assert found.state == "right"
+        (found,) = judge_run(replace(rules, max_secret_chance=most * 0.99), change_epsilon(evidence, epsilon))
+        assert found.state == "wrong"
+
+
+def test_rule_that_is_not_asked_is_not_judged(evidence: Evidence) -> None:
+    assert judge_run(GateRules(name="none"), lose_report(evidence)) == ()
+
+
+def test_shipped_rules_are_read_by_name() -> None:
+    default, tre = (read_rules(name)[0] for name in ("default", "tre"))
+    assert (default.name, tre.name) == ("default", "tre")
+    assert set(tre.limits) > set(default.limits), "what an environment asks for is more"
+    assert default.max_epsilon is not None
+    assert tre.max_epsilon is not None
+    assert tre.max_epsilon < default.max_epsilon
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("name = 'x'\nmax_epsilom = 3.0", "max_epsilom"),
+        ("max_epsilon = 3.0", "name"),
+        ("name = 'x'\nmax_epsilon = 'low'", "max_epsilon"),
+        ("name = 'x'\nmax_epsilon = -1.0", "max_epsilon"),
+        ("name = 'x'\nmax_secret_chance = 2.0", "max_secret_chance"),
+        ("name = 'x'\nsecret_candidates = 1", "secret_candidates"),
+        ("name = 'x'\nrecord = 1", "record"),
+        ("name =", "rules"),
+    ],
+)
+def test_bad_rules_are_refused_by_key(text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "rules.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=key):
+        read_rules(str(path))
+    with pytest.raises(ConfigError, match=r"absent\.toml"):
+        read_rules(str(tmp_path / "absent.toml"))
+
+
+def test_unknown_field_to_state_is_refused(evidence: Evidence) -> None:
+    with pytest.raises(ConfigError, match="stated"):
+        judge_run(GateRules(name="x", stated=("motto",)), evidence)
+
+
+def test_groups_are_read_from_a_comparison_of_this_run_alone(tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "groups.json"
+    group = {"name": "ward a", "units": 20, "gaps": {"base": {"value": 0.1}, "run": {"value": -0.2}}}
+    told = {
+        "models": [{"name": "base"}, {"name": "run", "folder": str(run)}],
+        "groups": {"by ward": {"groups": [group]}},
+    }
+    file.write_text(json.dumps(told))
+    assert gate_rules._read_groups(run, file) == (("ward a", 20, -0.2),)
+    for changed in ({"models": [{"name": "run", "folder": str(tmp_path / "other")}]}, {"groups": {"by ward": {}}}):
+        file.write_text(json.dumps(told | changed))
+        with pytest.raises(ConfigError, match="--groups"):
+            gate_rules._read_groups(run, file)
