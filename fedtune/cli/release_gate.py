@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 from fedtune.cli.command import Argument, AsJson, Option, print_answer
 from fedtune.cli.finished_run import Run
-from fedtune.cli.report import MARKS, find_roster_key
+from fedtune.cli.report import find_roster_key
 from fedtune.federation.run_folder import CARD, RunFolder
 from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.keys import check_public_key
 from fedtune.show.lines import to_printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, to_json_text, write_file
-from fedtune.spec import RUN_SCHEMA, RunError
+from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
 
-_MARKS = MARKS | {"right": ("holds", ""), "wrong": ("FAILS", "bold red"), "missing": ("MISSING", "bold red")}
+_MARKS = {"right": ("holds", ""), "wrong": ("FAILS", "bold red"), "missing": ("MISSING", "bold red")}
 
 
 def gate(
@@ -52,6 +53,7 @@ def gate(
     if key is not None:
         check_public_key("--key", key)
     signer = None if sign is None else read_signing_key(sign)
+    from fedtune.ops.kits.members import Roster
     from fedtune.report import gate_rules, gate_verdict, signing  # they import torch, which takes seconds
     from fedtune.report.checks import Known
     from fedtune.report.model_card import render_adapter_card
@@ -60,7 +62,9 @@ def gate(
     limits, digest = gate_rules.read_rules(rules)
     site_keys = None
     if roster is not None:
-        key, site_keys = find_roster_key(signing.read_report(str(run))[1], roster, key)[:2]
+        Roster.read(roster)
+        with suppress(RunError, ConfigError):  # of a report that the lead did not sign the rule `signed` tells
+            key, site_keys = find_roster_key(signing.read_report(str(run))[1], roster, key)[:2]
     evidence = gate_rules.collect_evidence(run, Known(key=key, site_keys=site_keys), audit=audit, groups=groups)
     found = gate_rules.judge_run(limits, evidence)
     verdict = gate_verdict.GateVerdict(

@@ -43,7 +43,7 @@ _STYLES: Mapping[State, str] = {"within": "bold", "exceeded": "bold red", "no_gu
 _NO_ROOM = "bold yellow"
 _LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")
 """How the page's words for a result begin, which a line of text says in capitals."""
-MARKS: Mapping[str, tuple[str, str]] = {
+_MARKS: Mapping[str, tuple[str, str]] = {
     "right": ("right", ""),
     "wrong": ("WRONG", "bold red"),
     "missing": ("NOT COMPARED", "bold yellow"),
@@ -131,8 +131,8 @@ def build(
     paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     for code in report.banners:
         say(load_catalog("en").code("banner", code).unescape(), style="bold yellow")
-    verdict, style = format_verdict(report)
-    say(verdict, style=style)
+    said, style = format_verdict(report)
+    say(said, style=style)
     if report.epsilon:
         say(load_catalog("en").text(f"budget.two_figures_{report.facts.kind}").unescape())
     for written in (path for path in paths if path.parent == (output or folder)):
@@ -184,7 +184,7 @@ def verify(
     about = f"{report.verdict.state}, epsilon {format_epsilon(report.epsilon)} at delta {report.facts.delta:g}"
     rows.append(("it says", "", about))
     for check in found:
-        mark, styles[len(rows)] = MARKS[check.state]
+        mark, styles[len(rows)] = _MARKS[check.state]
         rows.append((check.name, mark, check.text))
         for problem in check.problems[:_MOST_PROBLEMS]:
             said, again = to_printable(problem.said), to_printable(problem.found)

@@ -246,11 +246,11 @@ def _judge_signatures(_: bool, given: Evidence, __: GateRules) -> Found:
 
 def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
     for site in given.facts.sites:
-        said = site.statement and site.statement.verification
         if not given.facts.simulated:
             if site.statement is None:
                 return None, f"nobody here knows the ledger of {site.site}: {_BY_SITE}"
-            if said is None or not said.rollback_excluded:
+            found = site.statement.verification
+            if found is None or not found.rollback_excluded:
                 return False, f"the ledger of {site.site} does not verify, or no anchor shows that it is whole"
             continue
         runtime, receipt = given.config.runtime, site.receipt
@@ -259,7 +259,7 @@ def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
         if not path.is_file():
             return None, f"the ledger of {site.site} is missing: restore {path}"
         try:
-            verified = verify(path, site_key=receipt and receipt.site_key)
+            verified = verify(path, site_key=receipt.site_key if receipt else None)
         except RunError as error:
             return False, f"the ledger of {site.site} does not verify: {error}"
         if receipt and len(verified.events) < receipt.sequence:
@@ -268,7 +268,7 @@ def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
 
 
 def _judge_finished(_: bool, given: Evidence, __: GateRules) -> Found:
-    if given.facts.canaries_planted:
+    if given.facts.canaries_planted or RunFolder(given.folder).audit_mark.exists():
         return False, "an audit planted canaries in the records of this run: train again without it"
     return given.facts.finished, f"{given.facts.progress} rounds are finished"
 
@@ -315,6 +315,11 @@ def _at_least(what: str, measure: Measure, remedy: str = "") -> Judge:
 def _measure_failures(given: Evidence, _: GateRules) -> float | None:
     sizes = given.facts.declared_sizes.values()
     return None if None in sizes else given.facts.delta * max(size or 0 for size in sizes)
+
+
+def _measure_declared_size(given: Evidence, _: GateRules) -> float | None:
+    sizes = given.facts.declared_sizes.values()
+    return None if None in sizes else min(size or 0 for size in sizes)
 
 
 def _measure_right_guesses(given: Evidence, _: GateRules) -> float | None:
@@ -407,7 +412,7 @@ _JUDGES: Mapping[str, Judge] = {
     "min_sites": _at_least("the number of sites", lambda given, _: len(given.facts.sites)),
     "min_declared_size": _at_least(
         "the smallest declared size of a site",
-        lambda given, _: None if None in (sizes := given.facts.declared_sizes.values()) else min(map(int, sizes)),
+        _measure_declared_size,
         "set data.declared_sizes",
     ),
     "licenses": _judge_license,

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from fedtune.config import AboutSpec
 from fedtune.formatting import pluralize
 from fedtune.privacy.accountant import format_epsilon
@@ -106,7 +108,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
         if facts.verification:
             known["ledger_check"] = f"it verifies, with {pluralize(facts.verification.num_events, 'event')}"
     else:
-        lifetimes = {site.site: site.statement and site.statement.lifetime for site in facts.sites}
+        lifetimes = {site.site: site.statement.lifetime if site.statement else None for site in facts.sites}
         if facts.files:
             known["model_files"] = ", ".join(f"{name} {digest[:16]}" for name, digest in facts.files.items())
         if facts.energy:
@@ -146,7 +148,7 @@ def map_report(name: str, report: Report, about: AboutSpec, verdict: GateVerdict
 def write_map(mapped: Mapping[str, Any], *, name: str) -> Mapping[str, bytes]:
     """Return a mapped document as JSON, Markdown and HTML (file name -> content); `name` is that of the run or site."""
     stem, values = f"map_{mapped['map']}", {"mapped": mapped, "name": name, "label": label_answer}
-    values |= {"state": load_catalog("en").texts["cells"]}
+    values |= {"state": load_catalog("en").texts["cells"], "blank": Markup("______")}
     html = template_environment().get_template("requirements.html.j2").render(values)
     texts = {"json": to_json_text(mapped), "md": render_card("requirements.md.j2", **values), "html": html}
     return {f"{stem}.{ending}": text.encode() for ending, text in texts.items()}

@@ -1,0 +1,195 @@
+"""`fedtune gate` on a run folder: defects in its files, the verdict in its card, exit codes."""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedtune.privacy.keys import SigningKey
+from fedtune.report import signing
+from fedtune.report.facts import Audit, AuditBound
+from fedtune.report.from_run import build_run_report
+from fedtune.report.gate_verdict import GateVerdict, read_verdict
+from fedtune.spec import RUN_SCHEMA
+
+from ..conftest import Outcome, edit_config, edit_json, run_command
+
+RULES = """\
+name = "own"
+record = true
+files = true
+ledgers = true
+finished = true
+guarantee = true
+max_epsilon = 1.0
+"""
+
+
+@pytest.fixture
+def rules(tmp_path: Path) -> Path:
+    path = tmp_path / "rules.toml"
+    path.write_text(RULES)
+    return path
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    SigningKey.load_or_create(path := tmp_path / "lead_key.pem")
+    return path
+
+
+def judge(folder: Path, rules: Path, *words: str) -> Outcome:
+    return run_command("gate", str(folder), str(rules), *words)
+
+
+def verdict_in(folder: Path) -> GateVerdict:
+    verdict = read_verdict(folder, build_run_report(folder).facts)  # type: ignore[arg-type]
+    assert verdict is not None
+    return verdict
+
+
+def card_in(folder: Path) -> str:
+    return (folder / "adapter" / "README.md").read_text()
+
+
+def change_byte(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def change_event(folder: Path) -> None:
+    ledger = next((folder / "sites").glob("*/ledger.db"))
+    with sqlite3.connect(ledger) as file:
+        for (trigger,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            file.execute(f"DROP TRIGGER {trigger}")
+        file.execute("UPDATE events SET detail = replace(detail, '1', '2') WHERE sequence = 3")
+    file.close()
+
+
+def change_scores(folder: Path) -> None:
+    final = json.loads((folder / "run.json").read_text())["final"]
+    edit_json(folder / "run.json", final={**final, "metrics": {**final["metrics"], "accuracy": 0.99}})
+
+
+def change_digit(folder: Path) -> None:
+    text = (folder / "report.json").read_text()
+    assert '"epsilon": 0.' in text
+    (folder / "report.json").write_text(text.replace('"epsilon": 0.', '"epsilon": 0.0', 1))
+
+
+DEFECTS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "model": ("files", lambda folder: change_byte(folder / "adapter" / "adapter_model.safetensors")),
+    "added file": ("files", lambda folder: (folder / "adapter" / "more.bin").write_bytes(b"0") and None),
+    "scores": ("record", change_scores),
+    "settings": ("record", lambda folder: edit_config(folder, privacy={"max_grad_norm": 0.5})),
+    "figure": ("record", change_digit),
+    "report": ("record", lambda folder: (folder / "report.json").write_text("{}") and None),
+    "page": ("record", lambda folder: change_byte(folder / "report.html")),
+    "event": ("ledgers", change_event),
+    "no ledger": ("ledgers", lambda folder: next((folder / "sites").glob("*/ledger.db")).unlink()),
+    "canaries": ("finished", lambda folder: (folder / "AUDIT.txt").write_text("canaries") and None),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_gate_stops_a_run_folder_with_a_defect(defect: str, run_folder: Path, rules: Path) -> None:
+    named, change = DEFECTS[defect]
+    change(run_folder)
+    said = judge(run_folder, rules).failed(1)
+    assert named in said.partition("rules that fail: ")[2].split(", ")
+
+
+def test_gate_passes_a_sound_run_and_writes_the_verdict_into_its_card(run_folder: Path, rules: Path) -> None:
+    assert "## Release" not in card_in(run_folder)
+    assert "the model may leave" in judge(run_folder, rules).printed
+    verdict = verdict_in(run_folder)
+    assert (verdict.failed, verdict.rules, verdict.limits["max_epsilon"]) == ((), "own", "1.0")
+    assert set(verdict.results) == {line.split(" = ")[0] for line in RULES.splitlines()[1:]}
+    assert f"Report that was judged | SHA-256 {signing.report_digest(build_run_report(run_folder))}" in card_in(
+        run_folder
+    )
+    assert "**The model may leave** by the rules own." in card_in(run_folder)
+    assert run_command("report", "verify", str(run_folder)).code == 0, "the card is the one that fedtune draws"
+    assert run_command("report", str(run_folder)).code == 0
+    assert "## Release" in card_in(run_folder), "a report that is written anew keeps the verdict"
+
+
+def test_gate_writes_which_rule_failed_into_verdict_and_card(run_folder: Path, rules: Path) -> None:
+    rules.write_text(RULES.replace("max_epsilon = 1.0", "max_epsilon = 0.1"))
+    outcome = judge(run_folder, rules)
+    assert outcome.failed(1) == f"the model of {run_folder} may not leave; rules that fail: max_epsilon"
+    (line,) = [line for line in outcome.out.splitlines() if "FAILS" in line]
+    assert line.split()[:2] == ["max_epsilon", "FAILS"]
+    assert verdict_in(run_folder).failed == ("max_epsilon",)
+    assert "**The model may not leave**: by the rules own these fail: max\\_epsilon." in card_in(run_folder)
+    told = json.loads(judge(run_folder, rules, "--json").out)
+    assert (told["passed"], told["verdict"]["results"]["max_epsilon"]) == (False, "wrong")
+
+
+def test_signed_verdict_names_its_key_and_a_changed_one_is_dropped(
+    run_folder: Path, rules: Path, key_file: Path
+) -> None:
+    key = SigningKey.load(key_file).public
+    assert judge(run_folder, rules, "--sign", str(key_file)).code == 0
+    assert verdict_in(run_folder).has_valid_signature
+    assert f"signed with the key {key}" in card_in(run_folder)
+    edit_json(run_folder / "gate.json", rules="stricter")
+    assert read_verdict(run_folder, build_run_report(run_folder).facts) is None  # type: ignore[arg-type]
+    assert "adapter/README.md" in run_command("report", "verify", str(run_folder)).failed(1)
+
+
+def test_verdict_on_another_model_is_not_repeated(run_folder: Path, rules: Path) -> None:
+    assert judge(run_folder, rules).code == 0
+    facts = build_run_report(run_folder).facts
+    assert read_verdict(run_folder, facts) is not None  # type: ignore[arg-type]
+    for changed in (replace(facts, run="other"), replace(facts, files={"adapter/x": "00"})):
+        assert read_verdict(run_folder, changed) is None  # type: ignore[arg-type]
+    (run_folder / "gate.json").write_text("{}")
+    assert read_verdict(run_folder, facts) is None  # type: ignore[arg-type]
+
+
+def test_gate_requires_the_known_key_if_the_report_must_be_signed(
+    run_folder: Path, rules: Path, key_file: Path
+) -> None:
+    rules.write_text('name = "signed"\nsigned = true\n')
+    key = SigningKey.load(key_file).public
+    assert judge(run_folder, rules).code == 1
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    assert judge(run_folder, rules).code == 1, "anybody can sign with a key of their own"
+    assert judge(run_folder, rules, "--key", key).code == 0
+    assert judge(run_folder, rules, "--key", "ab" * 32).code == 1
+    signature = json.loads((run_folder / "report.json").read_text())["signature"]["signature"]
+    text = (run_folder / "report.json").read_text().replace(signature, signature[::-1])
+    (run_folder / "report.json").write_text(text)
+    assert "signed" in judge(run_folder, rules, "--key", key).failed(1)
+
+
+def test_gate_takes_an_audit_of_the_same_plan_alone(run_folder: Path, rules: Path, tmp_path: Path) -> None:
+    rules.write_text('name = "audited"\nmax_audit_bound = 1.0\n')
+    assert "fedtune audit" in " ".join(judge(run_folder, rules).out.split())
+    audited = Path(shutil.copytree(run_folder, tmp_path / "audited"))
+    assert "audit.json" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
+    bound = AuditBound(
+        site=None, claimed_epsilon=0.4, lower_bound=0.1, best_possible=5.0, canaries=100, guesses=100, right=60
+    )
+    found = Audit(method="x", confidence=0.95, delta=1e-5, seeded=False, exceeded=False, bounds=(bound,), membership=())
+    (audited / "audit.json").write_text(json.dumps({"schema_version": RUN_SCHEMA, **asdict(found)}))
+    assert judge(run_folder, rules, "--audit", str(audited)).code == 0
+    settings = yaml.safe_load((audited / "config.yaml").read_text())
+    edit_config(audited, lora={"rank": settings["lora"]["rank"] * 2})
+    assert "same plan and model" in judge(run_folder, rules, "--audit", str(audited)).failed(2)
+
+
+def test_gate_refuses_bad_input_and_writes_nothing(run_folder: Path, rules: Path, tmp_path: Path) -> None:
+    assert "RULES" not in run_command("gate", str(tmp_path / "absent")).failed(2)
+    assert "absent.toml" in run_command("gate", str(run_folder), "absent.toml").failed(2)
+    assert "--key" in judge(run_folder, rules, "--key", "ab").failed(2)
+    assert "--groups" in judge(run_folder, rules, "--groups", str(rules)).failed(2)
+    rules.write_text("max_epsilon = 1.0\n")
+    assert "name" in judge(run_folder, rules).failed(2)
+    assert not (run_folder / "gate.json").exists()

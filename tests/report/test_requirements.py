@@ -1,0 +1,182 @@
+"""Requirements of documents beside a report: whole as data, and each answer goes when its fact goes."""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import AboutSpec
+from fedtune.report import requirements, signing
+from fedtune.report.derive import dpia_fields
+from fedtune.report.derive.dpia_fields import BY_DESIGN, FIELDS
+from fedtune.report.facts import Verification
+from fedtune.report.gate_verdict import GateVerdict
+from fedtune.report.model import Report
+from fedtune.report.requirements import answer_requirement, collect_known_facts, map_report, read_map, write_map
+from fedtune.runs.cost import Energy
+
+from .shown import build_reports, change_facts, load_report_on_file, make_site_key, parse_page
+
+MAPS = ("satre", "edpb-28", "sp800-226", "art-35", "annex-xi")
+ABOUT = {field.name: f"the {field.name}" for field in fields(AboutSpec)}
+KEYS = {"text", "facts", "design", "stated", "person"}
+REQUIREMENTS = [(name, number) for name in MAPS for number in read_map(name)["requirement"]]
+NEVER_KNOWN = {"total_parameters", "training_flops"}  # facts that no run has on record yet
+
+
+def make_verdict(**changes: Any) -> GateVerdict:
+    rules = ("ledgers", "max_audit_bound", "max_group_gap")
+    given: dict[str, Any] = {
+        "schema_version": 1,
+        "fedtune_version": "0",
+        "judged": "2026-11-29",
+        "run": "r",
+        "model": {},
+    }
+    given |= {"report_sha256": "00", "rules": "tre", "rules_sha256": "00"}
+    given |= {"limits": dict.fromkeys(rules, "1"), "results": dict.fromkeys(rules, "right")}
+    return GateVerdict(**given | {"reasons": {rule: f"what {rule} found" for rule in rules}} | changes)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """A run that has every fact on record, also figures of its sites over all their runs."""
+    report = build_reports()["site_reports"]
+    known = load_report_on_file("run")().known | report.known | {"seconds": 9.0, "parameters_per_record": 3.5}
+    known |= {"columns_used": ("text",), "rank": "4", "target_modules": ("query",)}
+    known |= {"labels": 3, "most_tokens": 16, "heldout_fraction": 0.1}
+    report = replace(report, cells=dpia_fields.build_cells(known))
+    return change_facts(report, energy=Energy(kwh=0.5, carbon_kg=None, seconds=9.0))
+
+
+def test_requirements_have_numbers_texts_and_known_facts() -> None:
+    cell_facts = {fact for field in FIELDS.values() for fact in field["facts"]}
+    for name in MAPS:
+        document = read_map(name)
+        assert document["title"]
+        assert document["version"]
+        assert "in our own words" in document["source"]
+        for number, asked in document["requirement"].items():
+            assert asked.keys() <= KEYS, number
+            assert asked["text"].endswith("."), number
+            assert asked.keys() > {"text"}, f"{number} has no answer"
+            assert set(asked.get("facts", ())) <= cell_facts | requirements._LABELS.keys(), number
+            assert set(asked.get("stated", ())) <= ABOUT.keys(), number
+
+
+def test_weights_that_nobody_can_check_by_hand_ask_for_the_gate() -> None:
+    asked = read_map("satre")["requirement"]["3.3.07"]
+    assert "which technical controls are required" in asked["text"]
+    assert "gate" in asked["facts"]
+
+
+@pytest.mark.parametrize(("name", "number"), REQUIREMENTS)
+def test_answer_flips_when_its_fact_is_removed(name: str, number: str) -> None:
+    asked = read_map(name)["requirement"][number]
+    known = {fact: f"the {fact}" for fact in asked.get("facts", ())}
+    whole = list(answer_requirement(asked, known, ABOUT))
+    assert [answer for answer in whole if answer[0] == "missing"] == []
+    for place, fact in enumerate(known):
+        assert whole[place] == ("design" if fact in BY_DESIGN else "auto", fact, f"the {fact}")
+        without = list(answer_requirement(asked, {key: known[key] for key in known if key != fact}, ABOUT))
+        assert without[place] == ("missing", fact, "")
+        assert [*without[:place], *without[place + 1 :]] == [*whole[:place], *whole[place + 1 :]]
+    for field in asked.get("stated", ()):
+        said = ("site", f"report.about.{field}", f"the {field}")
+        assert said in whole
+        silent = list(answer_requirement(asked, known, ABOUT | {field: " "}))
+        assert [one for one in silent if one not in whole] == [("site", f"report.about.{field}", "")]
+
+
+def test_every_fact_that_requirements_ask_for_can_be_known(report: Report) -> None:
+    asked = {fact for name in MAPS for one in read_map(name)["requirement"].values() for fact in one.get("facts", ())}
+    assert asked - collect_known_facts(sign(report), make_verdict()).keys() == NEVER_KNOWN
+
+
+def sign(report: Report) -> Report:
+    return signing.sign_report(report, make_site_key("lead"))
+
+
+@pytest.mark.parametrize(
+    ("fact", "change"),
+    [
+        ("lifetime", lambda report: change_first_fact(report, statement=None)),
+        ("model_files", lambda report: change_facts(report, files={})),
+        ("energy_kwh", lambda report: change_facts(report, energy=None)),
+        ("report_signature", lambda report: replace(report, signature=None)),
+        ("base_model_license", lambda report: remove_cells(report, "base_model_license")),
+        ("epsilon", lambda report: remove_cells(report, "epsilon")),
+        ("extraction", lambda report: remove_cells(report, "epsilon")),
+        ("seconds", lambda report: remove_cells(report, "seconds")),
+    ],
+)
+def test_fact_that_a_report_lacks_is_not_known(fact: str, change: Any, report: Report) -> None:
+    assert fact in collect_known_facts(sign(report), None)
+    assert fact not in collect_known_facts(change(sign(report)), None)
+
+
+def change_first_fact(report: Report, **changes: Any) -> Report:
+    first, *others = report.facts.sites  # type: ignore[union-attr]
+    return change_facts(report, sites=(replace(first, **changes), *others))
+
+
+def remove_cells(report: Report, fact: str) -> Report:
+    return replace(report, cells=dpia_fields.build_cells({k: v for k, v in report.known.items() if k != fact}))
+
+
+@pytest.mark.parametrize(
+    ("fact", "rule"),
+    [("ledger_check", "ledgers"), ("attack_results", "max_audit_bound"), ("group_results", "max_group_gap")],
+)
+def test_results_of_the_gate_answer_only_if_they_were_judged(fact: str, rule: str, report: Report) -> None:
+    report = remove_cells(report, fact)
+    known = collect_known_facts(report, make_verdict())
+    assert known[fact] == f"what {rule} found"
+    assert "may leave (rules tre, 2026-11-29, not signed)" in known["gate"]
+    unjudged = make_verdict(results=dict.fromkeys(make_verdict().results, "missing"))
+    assert fact not in collect_known_facts(report, unjudged)
+    assert "may not leave, 3 rules failed" in collect_known_facts(report, unjudged)["gate"]
+    assert {"gate", fact} & collect_known_facts(report, None).keys() == set()
+
+
+def test_ledger_report_answers_requirements_too() -> None:
+    report = build_reports()["ledger"]
+    known = collect_known_facts(report, None)
+    assert report.facts.site in known["lifetime"]  # type: ignore[union-attr]
+    assert "ledger_check" in known
+    unverified = change_facts(report, verification=None)
+    assert "ledger_check" not in collect_known_facts(unverified, None)
+    assert isinstance(report.facts.verification, Verification)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_json_markdown_and_html_have_the_same_answers(name: str, report: Report) -> None:
+    mapped = map_report(name, report, AboutSpec(curator="A hospital", access="<b>all</b>"), None)
+    files = write_map(mapped, name="run <1>")
+    assert set(files) == {f"map_{name}.{ending}" for ending in ("json", "md", "html")}
+    told = json.loads(files[f"map_{name}.json"])
+    assert told == mapped
+    page, text = parse_page(files[f"map_{name}.html"].decode()), files[f"map_{name}.md"].decode()
+    answers = [answer for one in told["requirements"] for answer in one["answers"]]
+    assert [one.attrib["class"] for one in page.all("div") if one.attrib.get("class", "").startswith("cell ")] == [
+        f"cell {answer['state']}" for answer in answers
+    ]
+    assert text.count("\n- **") == len(answers)
+    assert "<b>" not in text
+    assert [one.said for one in page.all("h4")] == [one["number"] for one in told["requirements"]]
+    assert asdict(AboutSpec()).keys() >= {"access", "acceptable_use", "channel"}
+
+
+def test_terminal_shows_each_answer_with_its_state(report: Report) -> None:
+    mapped = map_report("annex-xi", report, AboutSpec(acceptable_use="Research alone"), None)
+    rows = [row for row in requirements.build_map_section(mapped).rows if row[0] == ""]
+    assert ("", "person", "report.about.acceptable_use: Research alone") in rows
+    assert ("", "PERSON", "report.about.channel") in rows
+    assert ("", "MISSING", "Floating-point operations") in rows
+    assert len(rows) == sum(len(one["answers"]) for one in mapped["requirements"])
+
+
+def test_maps_are_files_beside_the_module() -> None:
+    assert {path.stem for path in Path(requirements.__file__).with_name("maps").iterdir()} == set(MAPS)
