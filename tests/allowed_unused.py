@@ -46,6 +46,11 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         ),
         *("post_processor", "pre_tokenizer", "prec", "_ssl_context", "use_cache", "writeable"),
     },
+    "rules of the gate, which are read by their names": {
+        *("guarantee", "licenses", "max_audit_bound", "max_expected_failures", "max_group_gap", "max_lifetime_epsilon"),
+        *("max_membership_auroc", "max_right_of_100", "min_audit_canaries", "min_declared_size", "min_group_size"),
+        "real_sites",
+    },
     "Python and pydantic read them; torch calls with it": {"__getattr__", "__pydantic_config__", "persistent"},
     "Hydra calls them": {"is_config", "load_config", "manipulate_search_path", "scheme", "version_base"},
     "importlib.resources calls it": {"get_resource_reader"},
@@ -57,7 +62,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "templates call them": {
         *("about_ceiling", "band_range", "epsilon_spent", "of_whom", "says_nothing", "without_base"),
         *("right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others", "held_out_epsilon"),
-        *("fixed_part", "reference_filter", "reference_pld"),
+        *("fixed_part", "reference_filter", "reference_pld", "report_sha256", "rules_sha256"),
     },
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {

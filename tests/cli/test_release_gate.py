@@ -6,10 +6,12 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from fedtune.ops.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.facts import Audit, AuditBound
@@ -167,6 +169,20 @@ def test_gate_requires_the_known_key_if_the_report_must_be_signed(
     text = (run_folder / "report.json").read_text().replace(signature, signature[::-1])
     (run_folder / "report.json").write_text(text)
     assert "signed" in judge(run_folder, rules, "--key", key).failed(1)
+
+
+def test_gate_takes_the_key_of_the_lead_from_the_roster(
+    join_site: Any, run_folder: Path, rules: Path, key_file: Path
+) -> None:
+    rules.write_text('name = "signed"\nsigned = true\n')
+    join_site("a")
+    roster = next((run_folder.parent / "federation").rglob("roster.json"))
+    assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    assert judge(run_folder, rules, "--roster", str(roster)).failed(1).endswith("rules that fail: signed")
+    roster.write_bytes(Roster.read(roster).sign_roster(SigningKey.load(key_file)).to_bytes())
+    assert judge(run_folder, rules, "--roster", str(roster)).code == 0
+    roster.write_text("{}")
+    assert "roster" in judge(run_folder, rules, "--roster", str(roster)).failed(2)
 
 
 def test_gate_takes_an_audit_of_the_same_plan_alone(run_folder: Path, rules: Path, tmp_path: Path) -> None:
