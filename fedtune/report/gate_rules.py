@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fedtune.codec import decode, parse_json, read_toml
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import infinite_if_none
+from fedtune.formatting import convert_infinite_to_none
 from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
@@ -27,7 +27,7 @@ from fedtune.report.facts import Audit, RunFacts
 from fedtune.report.from_run import build_run_report, read_run
 from fedtune.report.model import Report
 from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, name_file_in_errors, spec
-from fedtune.version import shipped_folders
+from fedtune.version import find_shipped_folders
 
 Found = tuple[bool | None, str]
 """Whether a rule holds (None: the run lacks what the rule needs), and a sentence about it."""
@@ -149,7 +149,7 @@ def read_rules(name: str) -> tuple[GateRules, str]:
     Raises:
         ConfigError: there is no such file, or it is no set of rules.
     """
-    folder = next(folder / "conf" / "gate" for folder in shipped_folders() if (folder / "conf" / "gate").is_dir())
+    folder = next(folder / "conf" / "gate" for folder in find_shipped_folders() if (folder / "conf" / "gate").is_dir())
     path = folder / f"{name}.toml" if name in {one.stem for one in folder.glob("*.toml")} else Path(name)
     with name_file_in_errors(path):
         rules = decode(GateRules, read_toml(path, key="rules"))
@@ -173,7 +173,7 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
     try:
         path, report = signing.read_report(str(path))
         checks = {check.name: check for check in check_report(path, report, known)}
-        if fresh and signing.canonical_bytes(fresh) != signing.canonical_bytes(report):
+        if fresh and signing.encode_canonical_bytes(fresh) != signing.encode_canonical_bytes(report):
             contradiction = "report.json does not say what the run's folder says now"
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
@@ -331,7 +331,7 @@ def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
     statements = [site.statement for site in given.facts.sites]
     if None in statements:
         return None
-    return max(infinite_if_none(said.lifetime.epsilon) for said in statements if said)
+    return max(convert_infinite_to_none(said.lifetime.epsilon) for said in statements if said)
 
 
 def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
@@ -391,7 +391,7 @@ _JUDGES: Mapping[str, Judge] = {
     "signed": _judge_signatures,
     "guarantee": _judge_guarantee,
     "assumptions": _judge_assumptions,
-    "max_epsilon": _at_most("epsilon", lambda given, _: infinite_if_none(given.report.epsilon)),
+    "max_epsilon": _at_most("epsilon", lambda given, _: convert_infinite_to_none(given.report.epsilon)),
     "max_expected_failures": _at_most(
         "delta times the largest declared size", _measure_failures, "set data.declared_sizes"
     ),

@@ -26,7 +26,7 @@ from fedtune.report.facts import LedgerFacts
 from fedtune.report.gate_verdict import GateVerdict
 from fedtune.report.model import CellState, Report
 from fedtune.report.model_card import render_card
-from fedtune.report.page.render import format_fact, template_environment
+from fedtune.report.page.render import format_fact, create_template_environment
 from fedtune.report.page.tables import Charts
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import pointer
@@ -149,7 +149,7 @@ def write_map(mapped: Mapping[str, Any], *, name: str) -> Mapping[str, bytes]:
     """Return a mapped document as JSON, Markdown and HTML (file name -> content); `name` is that of the run or site."""
     stem, values = f"map_{mapped['map']}", {"mapped": mapped, "name": name, "label": label_answer}
     values |= {"state": load_catalog("en").texts["cells"], "blank": Markup("______")}
-    html = template_environment().get_template("requirements.html.j2").render(values)
+    html = create_template_environment().get_template("requirements.html.j2").render(values)
     texts = {"json": to_json_text(mapped), "md": render_card("requirements.md.j2", **values), "html": html}
     return {f"{stem}.{ending}": text.encode() for ending, text in texts.items()}
 
