@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fedtune.codec import decode, parse_json, read_toml
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
-from fedtune.formatting import convert_infinite_to_none
+from fedtune.formatting import convert_none_to_infinite
 from fedtune.model.spec import NO_BASE
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
@@ -331,7 +331,7 @@ def _measure_lifetime(given: Evidence, _: GateRules) -> float | None:
     statements = [site.statement for site in given.facts.sites]
     if None in statements:
         return None
-    return max(convert_infinite_to_none(said.lifetime.epsilon) for said in statements if said)
+    return max(convert_none_to_infinite(said.lifetime.epsilon) for said in statements if said)
 
 
 def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
@@ -339,7 +339,7 @@ def _measure_secret(given: Evidence, rules: GateRules) -> float | None:
         return 1.0
     # Without the secret's record an attacker guesses one value in so many; epsilon and delta bound what it adds.
     guess = 1 / rules.secret_candidates
-    return profile.hit_rate_ceiling(given.report.epsilon, given.facts.delta, false_alarms=guess)
+    return profile.compute_hit_rate_ceiling(given.report.epsilon, given.facts.delta, false_alarms=guess)
 
 
 def _measure_audit(given: Evidence, _: GateRules) -> float | None:
@@ -391,7 +391,7 @@ _JUDGES: Mapping[str, Judge] = {
     "signed": _judge_signatures,
     "guarantee": _judge_guarantee,
     "assumptions": _judge_assumptions,
-    "max_epsilon": _at_most("epsilon", lambda given, _: convert_infinite_to_none(given.report.epsilon)),
+    "max_epsilon": _at_most("epsilon", lambda given, _: convert_none_to_infinite(given.report.epsilon)),
     "max_expected_failures": _at_most(
         "delta times the largest declared size", _measure_failures, "set data.declared_sizes"
     ),

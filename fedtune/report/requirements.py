@@ -21,12 +21,12 @@ from fedtune.formatting import pluralize
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.report import signing
 from fedtune.report.derive.dpia_fields import BY_DESIGN
-from fedtune.report.derive.profile import hit_rate_ceiling
+from fedtune.report.derive.profile import compute_hit_rate_ceiling
 from fedtune.report.facts import LedgerFacts
 from fedtune.report.gate_verdict import GateVerdict
 from fedtune.report.model import CellState, Report
 from fedtune.report.model_card import render_card
-from fedtune.report.page.render import format_fact, create_template_environment
+from fedtune.report.page.render import create_template_environment, format_fact
 from fedtune.report.page.tables import Charts
 from fedtune.report.page.translations import load_catalog
 from fedtune.report.page.view import pointer
@@ -97,7 +97,7 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
     known["report_sha256"] = signing.report_digest(report)
     known["neighboring_relation"] = words.code("relation", report.neighboring_relation).unescape()
     if isinstance(epsilon := report.known.get("epsilon"), float):
-        chance = hit_rate_ceiling(epsilon, facts.delta, false_alarms=1 / _CANDIDATES)
+        chance = compute_hit_rate_ceiling(epsilon, facts.delta, false_alarms=1 / _CANDIDATES)
         known["extraction"] = (
             f"a secret of 1 in {_CANDIDATES:,} values is rebuilt with a chance of at most {chance:.2g}"
         )
