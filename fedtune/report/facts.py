@@ -225,6 +225,7 @@ class AuditBound:
     canaries: int
     guesses: int
     right: int
+    fdp_bound: float | None = None  # if the mechanism is about Gaussian; None: an audit from before it was computed
 
     def __post_init__(self) -> None:
         check_at_least("claimed_epsilon", self.claimed_epsilon, 0)

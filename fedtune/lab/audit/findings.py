@@ -46,13 +46,16 @@ def show_findings(console: Console, result: Audit, folder: Path) -> None:
 def _build_bounds_section(result: Audit) -> Section:
     wrong, rows = list_refuted_bounds(result), []
     for bound in result.bounds:
-        figures = (format_epsilon(bound.claimed_epsilon), f"{bound.lower_bound:.3f}", f"{bound.best_possible:.3f}")
+        gaussian = "" if bound.fdp_bound is None else f"{bound.fdp_bound:.3f}"
+        figures = (format_epsilon(bound.claimed_epsilon), f"{bound.lower_bound:.3f}", gaussian)
+        figures = (*figures, f"{bound.best_possible:.3f}")
         guesses = f"{bound.right:,} of {bound.guesses:,}"
         rows.append((format_site_label(bound.site), *figures, guesses, f"{bound.canaries:,}"))
-    headings = ("", "claimed", "shown", "ceiling", "right guesses", "canaries")
+    headings = ("", "claimed", "shown", "as Gaussian", "ceiling", "right guesses", "canaries")
     styles = {number: "red" for number, bound in enumerate(result.bounds) if bound in wrong}
     shown = f"claimed: upper bound; shown: lower bound at {result.confidence:.0%} confidence"
     notes = [f"{shown}; ceiling: the largest bound that these guesses could show"]
+    notes.append("as Gaussian: the f-DP lower bound, if noise and sampling together act like one Gaussian mechanism")
     return Section("Epsilon: claimed, and shown by the attack", headings, rows, styles=styles, notes=notes)
 
 
