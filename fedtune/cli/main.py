@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, str] = {
     "simulate": "run a federation on this machine",
     "plan": "show what a run would cost, before any data is touched",
     "audit": "attack a run on this machine, to test its guarantee",
+    "attack": "attack a finished run by the names that checkers know",
     "generate": "answer prompts with a finished run's model",
     "synthesize": "generate synthetic records, or select some by votes",
     "evaluate": "score a finished run's model next to its base",

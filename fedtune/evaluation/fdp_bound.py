@@ -102,7 +102,8 @@ def refutes_profile(canaries: int, guesses: int, right: int, *, epsilons: Floats
         # P[E] <= e^epsilon Q[E] + delta bounds Q[E] from below, and, for the complement, so does the second line.
         first = (probabilities[:, None] - deltas) * shrunk
         second = 1 - deltas - (1 - probabilities[:, None]) / shrunk
-        return np.maximum(0.0, np.maximum(first, second).max(axis=1))
+        least: Floats = np.maximum(first, second).max(axis=1)
+        return np.maximum(0.0, least)
 
     return bool(_refute(canaries, np.array([guesses]), np.array([right]), least_blown_up, error=error)[0])
 
@@ -145,9 +146,8 @@ def _refute(
         # Where nothing grew, nothing ever will: the claim stands.  What is refuted stays so.
         more = (grown > 0) & (left >= 0) & ~refuted[going]
         if not more.all():
-            going, asked, left, hits, misses, grown = (
-                values[more] for values in (going, asked, left, hits, misses, grown)
-            )
+            going, asked, left = going[more], asked[more], left[more]
+            hits, misses, grown = hits[more], misses[more], grown[more]
         misses = misses + grown
         hits = np.minimum(hits + left / (asked - left) * grown, 1.0)
     return refuted

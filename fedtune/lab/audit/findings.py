@@ -47,10 +47,10 @@ def _build_bounds_section(result: Audit) -> Section:
     wrong, rows = list_refuted_bounds(result), []
     for bound in result.bounds:
         gaussian = "" if bound.fdp_bound is None else f"{bound.fdp_bound:.3f}"
-        figures = (format_epsilon(bound.claimed_epsilon), f"{bound.lower_bound:.3f}", gaussian)
-        figures = (*figures, f"{bound.best_possible:.3f}")
+        bounds = f"{bound.lower_bound:.3f}", gaussian, f"{bound.best_possible:.3f}"
         guesses = f"{bound.right:,} of {bound.guesses:,}"
-        rows.append((format_site_label(bound.site), *figures, guesses, f"{bound.canaries:,}"))
+        claimed = format_epsilon(bound.claimed_epsilon)
+        rows.append((format_site_label(bound.site), claimed, *bounds, guesses, f"{bound.canaries:,}"))
     headings = ("", "claimed", "shown", "as Gaussian", "ceiling", "right guesses", "canaries")
     styles = {number: "red" for number, bound in enumerate(result.bounds) if bound in wrong}
     shown = f"claimed: upper bound; shown: lower bound at {result.confidence:.0%} confidence"

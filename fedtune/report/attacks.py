@@ -1,0 +1,151 @@
+"""What attacks on a finished run found: strength, interval and one plain sentence each; as JSON and as one page."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from fedtune.codec import decode, parse_json
+from fedtune.privacy.durable import write_durably
+from fedtune.spec import RunError, check_fraction, spec
+
+ATTACK_SCHEMA: Final = 1  # attack.json
+FILE, PAGE = "attack.json", "attack.html"
+
+NAMES = {
+    "membership": "Membership inference",
+    "site": "Site inference",
+    "reconstruction": "Reconstruction",
+    "extraction": "Extraction",
+    "attribute": "Attribute inference",
+}
+"""In the words of the field, in the order of the page."""
+
+
+@spec
+class AttackFinding:
+    """The finding of one attack.
+
+    Attributes:
+        attack: a key of `NAMES`.
+        measure: what `strength` measures.
+        sentence: the finding, in one plain sentence.
+        strength: of the attack that was made; None: none was made, and `sentence` says why.
+        low: end of the interval of `strength`.
+        high: the other end.
+        guessing: what somebody reaches who sees nothing of the run.
+        ceiling: what the guarantee allows any attack at most; None: it allows everything, or says nothing.
+        figures: further figures by name.
+    """
+
+    attack: str
+    measure: str
+    sentence: str
+    strength: float | None = None
+    low: float | None = None
+    high: float | None = None
+    guessing: float | None = None
+    ceiling: float | None = None
+    figures: Mapping[str, float | None] | None = None
+
+
+@spec
+class RunAttacks:
+    """The findings of all attacks on one run."""
+
+    run: str
+    adapter_sha256: str  # of the model that was attacked
+    epsilon: float | None  # of the run's whole plan, at `delta`; None: unbounded
+    delta: float
+    confidence: float  # of each interval by itself
+    seconds: float
+    findings: tuple[AttackFinding, ...]
+
+    def __post_init__(self) -> None:
+        check_fraction("confidence", self.confidence)
+
+
+def write_findings(found: RunAttacks, folder: Path) -> tuple[Path, Path]:
+    """Write `attack.json` and `attack.html` into a run folder, and return their paths."""
+    fields = {**asdict(found), "schema_version": ATTACK_SCHEMA}
+    write_durably(folder / FILE, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
+    write_durably(folder / PAGE, render_page(found).encode())
+    return folder / FILE, folder / PAGE
+
+
+def read_findings(folder: Path) -> RunAttacks | None:
+    """Read the findings from a run folder; None if the run was not attacked.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        fields = parse_json(path.read_bytes(), key=str(path), bound="must be an object")
+        if fields.pop("schema_version", None) != ATTACK_SCHEMA:
+            raise ValueError("schema_version")
+        return decode(RunAttacks, fields)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged: delete it, and repeat fedtune attack") from error
+
+
+def format_figure(value: float | None) -> str:
+    """Format a strength or a ceiling; a very small chance keeps its digits."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
+
+
+def format_interval(finding: AttackFinding) -> str:
+    """Format the interval of a finding's strength."""
+    if finding.low is None or finding.high is None:
+        return "-"
+    return f"{format_figure(finding.low)} to {format_figure(finding.high)}"
+
+
+def render_page(found: RunAttacks) -> str:
+    """Render the findings as one HTML page without scripts or outside files."""
+    rows = []
+    for one in found.findings:
+        figures = (one.measure, *map(format_figure, (one.guessing, one.strength)), format_interval(one))
+        cells = "".join(f"<td>{html.escape(figure)}</td>" for figure in (*figures, format_figure(one.ceiling)))
+        rows.append(f"<tr><th>{NAMES[one.attack]}</th>{cells}</tr><tr><td colspan=6>{html.escape(one.sentence)}</td>")
+    epsilon = "unbounded" if found.epsilon is None else f"{found.epsilon:.3g}"
+    return _PAGE.format(
+        run=html.escape(found.run),
+        digest=found.adapter_sha256,
+        claim=f"epsilon {epsilon} at delta {found.delta:g}",
+        confidence=f"{found.confidence:.0%}",
+        rows="</tr>\n".join(rows) + "</tr>",
+    )
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Attacks on {run}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 56rem; padding: 0 1rem }}
+table {{ border-collapse: collapse; width: 100% }}
+th, td {{ padding: .3rem .5rem; text-align: left; vertical-align: top }}
+tr:nth-child(2n+1) {{ border-top: 1px solid #8888 }}
+code {{ overflow-wrap: anywhere }}
+</style></head><body>
+<h1>Attacks on {run}</h1>
+<p>Model <code>{digest}</code>; guarantee of the whole run: {claim}.</p>
+<table><tr><th>Attack</th><th>Measure</th><th>Guessing</th><th>Reached</th><th>{confidence} interval</th>
+<th>Guarantee allows</th></tr>
+{rows}
+</table>
+<p>An attack that fails proves nothing: another may reach more, and only the guarantee bounds all of them. These figures
+were computed from the records themselves; no guarantee covers them, so show them to nobody who may not see the
+records.</p>
+</body></html>
+"""

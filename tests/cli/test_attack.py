@@ -1,0 +1,39 @@
+"""`fedtune attack` on a finished run: what it prints, what it writes, and what it refuses."""
+
+import json
+from pathlib import Path
+
+from fedtune.config import read_saved_config
+from fedtune.report.attacks import NAMES, read_findings
+
+from ..conftest import run_command
+
+
+def test_attack_finds_every_name_and_writes_page_and_json(run_folder: Path) -> None:
+    others = read_saved_config(run_folder).data.test_file
+    outcome = run_command("attack", str(run_folder), "--others", str(others), "--shadows", "4", "--json")
+    found = read_findings(run_folder)
+    assert found is not None, outcome.err
+    assert [one.attack for one in found.findings] == list(NAMES)
+    assert json.loads(outcome.printed)["result"]["adapter_sha256"] == found.adapter_sha256
+    membership, site, reconstruction, extraction, attribute = found.findings
+    assert membership.low is not None
+    assert membership.ceiling is not None
+    assert membership.low <= membership.ceiling
+    assert "never protected" in site.sentence
+    assert reconstruction.ceiling is not None
+    assert (extraction.strength, "writes no text" in extraction.sentence) == (None, True)
+    assert attribute.low is not None
+    assert outcome.err.startswith("price: scoring ")
+    page = (run_folder / "attack.html").read_text()
+    assert all(name in page for name in NAMES.values())
+
+
+def test_attack_refuses_too_few_records_and_a_secret_that_is_not_there(run_folder: Path, tmp_path: Path) -> None:
+    assert "must have at least 20 records" in run_command("attack", str(run_folder)).failed()
+    secrets = tmp_path / "planted.jsonl"
+    secrets.write_text('{"text": "my code", "label": "card_arrival", "secret": "1234"}\n')
+    others = str(read_saved_config(run_folder).data.test_file)
+    refused = run_command("attack", str(run_folder), "--others", others, "--secrets", str(secrets)).failed()
+    assert "must be part of one of the record's texts" in refused
+    assert not (run_folder / "attack.json").exists()

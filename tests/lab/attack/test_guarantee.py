@@ -1,0 +1,100 @@
+"""Bounds from the guarantee, beside attacks that are computed exactly; and what the findings write."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dp_accounting import GaussianDpEvent
+from scipy.stats import norm
+
+from fedtune.lab.attack.extraction import (
+    ALTERNATIVES,
+    PlantedSecret,
+    compute_exposure,
+    describe_exposure,
+    draw_alternatives,
+)
+from fedtune.lab.attack.guarantee import (
+    bound_membership_auroc,
+    bound_reconstruction,
+    describe_reconstruction,
+    describe_site_protection,
+)
+from fedtune.report.attacks import AttackFinding, RunAttacks, read_findings, render_page, write_findings
+from fedtune.spec import RunError
+
+from ...conftest import run_plan
+
+FOUND = RunAttacks(
+    run="<one>",
+    adapter_sha256="ab",
+    epsilon=None,
+    delta=1e-5,
+    confidence=0.95,
+    seconds=1.0,
+    findings=(
+        AttackFinding(attack="membership", measure="AUROC", sentence="a < b", strength=0.5, figures={"x": None}),
+    ),
+)
+
+
+@pytest.mark.parametrize("noise", [0.7, 2.0])
+def test_auroc_bound_is_just_above_the_best_attack_on_a_gaussian(noise: float) -> None:
+    best = norm.cdf(1 / noise / math.sqrt(2))
+    bound = bound_membership_auroc({GaussianDpEvent(noise): 1})
+    assert bound is not None
+    assert best <= bound <= best + 0.03
+    assert bound_membership_auroc({GaussianDpEvent(0.0): 1}) is None
+
+
+def test_reconstruction_bound_holds_for_the_best_guess_among_many_and_grows_with_rounds() -> None:
+    plan = replace(run_plan(), noise_multiplier=1.0, sampling_rate=1.0, local_steps=1, num_rounds=4)
+    one, whole = (bound_reconstruction(plan, rounds=rounds) for rounds in (1, 4))
+    for count, chance in one.items():
+        # The secret is in the one direction in which the attacker looks: power of the most powerful test at level 1/N.
+        best = norm.sf(norm.isf(1 / count) - 1)
+        assert chance is not None
+        assert best <= chance <= 1.2 * best
+        assert chance < (whole[count] or 1.0)
+
+
+def test_reconstruction_is_described_for_one_update_and_for_the_run() -> None:
+    found = describe_reconstruction(run_plan())
+    assert found.ceiling is not None
+    assert 1e-4 < found.ceiling < 1
+    assert "from one update of a site" in found.sentence
+    assert found.strength is None
+    plain = describe_reconstruction(replace(run_plan(), noise_multiplier=0.0))
+    assert (plain.ceiling, "no privacy guarantee" in plain.sentence) == (None, True)
+
+
+def test_site_membership_is_said_to_be_never_protected() -> None:
+    assert "never protected" in describe_site_protection(run_plan(), 90)
+
+
+def test_secrets_are_ranked_among_alternatives_of_their_form() -> None:
+    planted = PlantedSecret({"text": "my code is 48-aB"}, "48-aB")
+    draws = np.random.default_rng(0)
+    for other, _ in zip(draw_alternatives(planted.secret, draws), range(50), strict=False):
+        assert (len(other), other[:2].isdigit(), other[2]) == (5, True, "-")
+        assert other[3].islower()
+        assert other[4].isupper()
+        assert planted.replace(other).fields["text"] == f"my code is {other}"
+    assert compute_exposure(1, ALTERNATIVES + 1) == math.log2(ALTERNATIVES + 1)
+    found = describe_exposure([1, 500, 900], confidence=0.95)
+    assert found.strength == pytest.approx(1 / 3)
+    assert "the most exposed one has 10.0 of 10.0 bits" in found.sentence
+
+
+def test_findings_are_read_as_they_were_written_and_the_page_escapes_them(tmp_path: Path) -> None:
+    assert read_findings(tmp_path) is None
+    file, page = write_findings(FOUND, tmp_path)
+    assert read_findings(tmp_path) == FOUND
+    assert "a &lt; b" in page.read_text()
+    assert "<one>" not in render_page(FOUND)
+    file.write_text(json.dumps({"schema_version": 0}))
+    with pytest.raises(RunError, match="is damaged"):
+        read_findings(tmp_path)

@@ -1,0 +1,90 @@
+"""Membership, sites and labels: each attack finds what memorizes, and nothing where there is nothing."""
+
+import numpy as np
+import pytest
+
+from fedtune.lab.attack.membership import (
+    GROUP,
+    describe_attribute,
+    describe_membership,
+    describe_site_inference,
+    rank_records,
+)
+from fedtune.lab.attack.target import Scored
+from fedtune.lab.audit.record_attack import auroc
+
+CLASSES, WIDTH = 4, 12
+
+
+def score_records(count: int, *, memorized: float, hardness: float = 2.0, seed: int) -> Scored:
+    """Records of very different difficulty; `memorized` is added to the margin of a record that was trained on."""
+    draws = np.random.default_rng(seed)
+    classes = draws.integers(CLASSES, size=count)
+    embeddings = draws.normal(size=(count, WIDTH)) + 1.5 * np.eye(WIDTH)[classes]
+    others = np.where(np.eye(WIDTH, dtype=bool)[classes], -np.inf, embeddings)[:, :CLASSES]
+    difficulty = hardness * (embeddings[np.arange(count), classes] - others.max(axis=1))
+    margins = difficulty + memorized + 0.3 * draws.normal(size=count)
+    losses = np.log1p(np.exp(-margins))
+    predicted = np.where(margins > 0, classes, (classes + 1) % CLASSES)
+    before = np.log1p(np.exp(-difficulty)) + 0.1
+    return Scored(before, losses, embeddings.astype(np.float32), classes, predicted)
+
+
+def test_lira_finds_members_that_the_loss_hides_behind_difficulty() -> None:
+    members, others = (score_records(400, memorized=gain, seed=seed) for seed, gain in ((0, 0.5), (1, 0.0)))
+    rankings = rank_records(members, others, shadows=16, seed=0)
+    areas = {one.name: auroc(one.members, one.others, confidence=0.95)[0] for one in rankings}
+    assert areas["loss"] < 0.6
+    assert areas["LiRA, head-only shadows"] > areas["loss"] + 0.05
+
+
+def test_membership_of_a_model_that_memorized_nothing_is_a_coin_toss() -> None:
+    members, others = (score_records(400, memorized=0.0, seed=seed) for seed in (2, 3))
+    found = describe_membership(rank_records(members, others, shadows=16, seed=0), confidence=0.95, ceiling=0.9)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low <= 0.5 <= found.high
+    assert (found.guessing, found.ceiling) == (0.5, 0.9)
+    assert "chance alone explains that" in found.sentence
+
+
+def test_membership_of_a_model_that_memorized_all_is_found() -> None:
+    members, others = (score_records(200, memorized=gain, seed=seed) for seed, gain in ((4, 6.0), (5, 0.0)))
+    found = describe_membership(rank_records(members, others, shadows=8, seed=0), confidence=0.95, ceiling=None)
+    assert found.strength is not None
+    assert found.strength > 0.9
+    assert "does not explain" in found.sentence
+
+
+def test_task_without_classes_is_attacked_by_losses_alone() -> None:
+    plain = [
+        Scored(one.before, one.after, one.embeddings[:, :0], np.full(50, -1), np.full(50, -1))
+        for one in (score_records(50, memorized=0.0, seed=seed) for seed in (6, 7))
+    ]
+    assert [one.name for one in rank_records(*plain, shadows=4, seed=0)] == ["loss", "ratio to the base"]
+    assert "no label out of a declared set" in describe_attribute(*plain, confidence=0.95).sentence
+
+
+@pytest.mark.parametrize(("memorized", "told"), [(2.0, True), (0.0, False)])
+def test_site_is_told_by_the_mean_gain_of_its_records(memorized: float, told: bool) -> None:
+    sites = {
+        site: score_records(10 * GROUP, memorized=memorized, seed=seed).gain for seed, site in ((8, "a"), (9, "b"))
+    }
+    others = score_records(10 * GROUP, memorized=0.0, seed=10).gain
+    found = describe_site_inference(sites, others, protection="Never protected.", confidence=0.95)
+    assert found.low is not None
+    assert (found.low > 0.5) == told
+    assert found.sentence.startswith("Never protected.")
+    few = describe_site_inference({"a": others[:5]}, others[:5], protection="Never protected.", confidence=0.95)
+    assert (few.strength, few.low) == (None, None)
+    assert f"at least {2 * GROUP} records" in few.sentence
+
+
+def test_labels_are_guessed_better_only_of_memorized_records() -> None:
+    members, others = (score_records(400, memorized=gain, seed=seed) for seed, gain in ((11, 3.0), (12, 0.0)))
+    found = describe_attribute(members, others, confidence=0.95)
+    assert found.low is not None
+    assert found.low > 0.15
+    again = describe_attribute(others, others, confidence=0.95)
+    assert again.strength == 0
+    assert "may be chance" in again.sentence
