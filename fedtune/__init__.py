@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedtune.api.public import Progress, Run, compare, evaluate, load, plan, verify
     from fedtune.api.public_ledger import Ledger
     from fedtune.config import RunConfig
+    from fedtune.lab.audit.training_function import audit_training
     from fedtune.lab.studies.in_memory import simulate
     from fedtune.lab.studies.personalized import personalize
     from fedtune.lab.studies.synthetic import synthesize
@@ -34,6 +35,7 @@ __all__ = [
     "RunConfig",
     "RunError",
     "StuckError",
+    "audit_training",
     "compare",
     "evaluate",
     "load",
@@ -47,6 +49,7 @@ _ELSEWHERE = {
     "Ledger": "fedtune.api.public_ledger",
     "RunConfig": "fedtune.config",
     "Policy": "fedtune.privacy.site_policy",
+    "audit_training": "fedtune.lab.audit.training_function",
     "personalize": "fedtune.lab.studies.personalized",
     "simulate": "fedtune.lab.studies.in_memory",
     **dict.fromkeys(

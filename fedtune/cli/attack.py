@@ -43,7 +43,7 @@ def attack(
     check_positive("--minutes", minutes)
     check_at_least("--shadows", shadows, 2)
     config, adapter = load_finished_run(run, device=device, columns=columns)
-    from fedtune.lab.attack.experiment import attack_run
+    from fedtune.lab.attack.run_attacks import attack_run
     from fedtune.report.attacks import FILE, NAMES, PAGE, format_figure, format_interval
 
     folder = adapter.absolute().parent

@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from fedtune.codec import decode, parse_json
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import RunError, check_fraction, spec
+from fedtune.spec import check_fraction, spec
 
 ATTACK_SCHEMA: Final = 1  # attack.json
 FILE, PAGE = "attack.json", "attack.html"
@@ -75,24 +74,6 @@ def write_findings(found: RunAttacks, folder: Path) -> tuple[Path, Path]:
     write_durably(folder / FILE, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
     write_durably(folder / PAGE, render_page(found).encode())
     return folder / FILE, folder / PAGE
-
-
-def read_findings(folder: Path) -> RunAttacks | None:
-    """Read the findings from a run folder; None if the run was not attacked.
-
-    Raises:
-        RunError: the file is damaged.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        return None
-    try:
-        fields = parse_json(path.read_bytes(), key=str(path), bound="must be an object")
-        if fields.pop("schema_version", None) != ATTACK_SCHEMA:
-            raise ValueError("schema_version")
-        return decode(RunAttacks, fields)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: delete it, and repeat fedtune attack") from error
 
 
 def format_figure(value: float | None) -> str:

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from fedtune.codec import decode
 from fedtune.config import read_saved_config
-from fedtune.report.attacks import NAMES, read_findings
+from fedtune.report.attacks import NAMES, RunAttacks
 
 from ..conftest import run_command
 
@@ -12,8 +13,9 @@ from ..conftest import run_command
 def test_attack_finds_every_name_and_writes_page_and_json(run_folder: Path) -> None:
     others = read_saved_config(run_folder).data.test_file
     outcome = run_command("attack", str(run_folder), "--others", str(others), "--shadows", "4", "--json")
-    found = read_findings(run_folder)
-    assert found is not None, outcome.err
+    assert outcome.code == 0, outcome.err
+    fields = json.loads((run_folder / "attack.json").read_text())
+    found = decode(RunAttacks, {key: value for key, value in fields.items() if key != "schema_version"})
     assert [one.attack for one in found.findings] == list(NAMES)
     assert json.loads(outcome.printed)["result"]["adapter_sha256"] == found.adapter_sha256
     membership, site, reconstruction, extraction, attribute = found.findings

@@ -1,6 +1,5 @@
 """Bounds from the guarantee, beside attacks that are computed exactly; and what the findings write."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +9,21 @@ import pytest
 from dp_accounting import GaussianDpEvent
 from scipy.stats import norm
 
-from fedtune.lab.attack.extraction import (
+from fedtune.codec import decode, parse_json
+from fedtune.lab.attack.known_attacks import (
     ALTERNATIVES,
     PlantedSecret,
     compute_exposure,
     describe_exposure,
     draw_alternatives,
 )
-from fedtune.lab.attack.guarantee import (
+from fedtune.lab.attack.run_attacks import (
     bound_membership_auroc,
     bound_reconstruction,
     describe_reconstruction,
     describe_site_protection,
 )
-from fedtune.report.attacks import AttackFinding, RunAttacks, read_findings, render_page, write_findings
-from fedtune.spec import RunError
+from fedtune.report.attacks import ATTACK_SCHEMA, AttackFinding, RunAttacks, render_page, write_findings
 
 from ...conftest import run_plan
 
@@ -89,12 +88,10 @@ def test_secrets_are_ranked_among_alternatives_of_their_form() -> None:
     assert "the most exposed one has 10.0 of 10.0 bits" in found.sentence
 
 
-def test_findings_are_read_as_they_were_written_and_the_page_escapes_them(tmp_path: Path) -> None:
-    assert read_findings(tmp_path) is None
+def test_findings_are_written_in_full_and_the_page_escapes_them(tmp_path: Path) -> None:
     file, page = write_findings(FOUND, tmp_path)
-    assert read_findings(tmp_path) == FOUND
+    fields = parse_json(file.read_bytes(), key="attack.json", bound="must be an object")
+    assert fields.pop("schema_version") == ATTACK_SCHEMA
+    assert decode(RunAttacks, fields) == FOUND
     assert "a &lt; b" in page.read_text()
     assert "<one>" not in render_page(FOUND)
-    file.write_text(json.dumps({"schema_version": 0}))
-    with pytest.raises(RunError, match="is damaged"):
-        read_findings(tmp_path)

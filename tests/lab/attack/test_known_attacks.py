@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedtune.lab.attack.membership import (
+from fedtune.lab.attack.known_attacks import (
     GROUP,
     describe_attribute,
     describe_membership,

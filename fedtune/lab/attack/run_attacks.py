@@ -1,0 +1,196 @@
+"""All attacks on a finished run, from its folder to `attack.json` and `attack.html` beside its report.
+
+Each stands beside what the guarantee allows any attack, from the mechanism's own trade-off curve.  An attack on
+membership with false positive rate a has a true positive rate of at most B(a), the curve of
+`report.derive.profile.bound_hit_rate`.  The same curve bounds reconstruction: whoever guesses a secret out of N equally
+likely ones without the record is right with probability 1 / N, and with the record with at most B(1 / N)
+(reconstruction robustness; Balle, Cherubin and Hayes 2022, arXiv 2201.04845; Hayes, Mahloujifar and Balle 2023, arXiv
+2302.07225).  All bounds hold for an attacker who knows everything but the one record or person.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.config import RunConfig
+from fedtune.formatting import pluralize
+from fedtune.lab.attack import known_attacks
+from fedtune.lab.attack.target import Scored, Target, fit_to_minutes
+from fedtune.privacy.events import Spent
+from fedtune.privacy.run_plan import Plan
+from fedtune.report.attacks import AttackFinding, RunAttacks, write_findings
+from fedtune.report.derive import profile
+from fedtune.report.from_run import read_run
+
+CONFIDENCE = 0.95
+SHADOWS = 32
+CANDIDATES = (100, 10_000, 1_000_000)
+"""Sizes of secrets: two digits, a four-digit number, a date of birth with a sex, or six digits."""
+_SHOWN = 10_000
+_RATES = (0.0, *(10.0**-power for power in range(6, 2, -1)), 0.003, 0.01, 0.03, *(n / 20 for n in range(2, 21)))
+"""False positive rates between which the curve is bounded by a step."""
+
+
+def attack_run(
+    config: RunConfig,
+    adapter: Path,
+    folder: Path,
+    *,
+    members: str | None = None,
+    others: str | None = None,
+    secrets: Path | None = None,
+    minutes: float = 10.0,
+    shadows: int = SHADOWS,
+    tell: Callable[[str], None] = lambda text: None,
+) -> RunAttacks:
+    """Attack a finished run by all the names that its task allows, and write what was found into its folder.
+
+    The figures come from exact scores of private records: no guarantee covers them, and no site runs this code.
+
+    Args:
+        config: of the run.
+        adapter: the folder of its adapter.
+        folder: the run folder.
+        members: a file of records that were trained on; None: those of the simulation.
+        others: a file of records that were not; None: held-out records, else the lead's test records.
+        secrets: JSON lines of planted secrets, see `known_attacks.read_secrets`; None: none were planted.
+        minutes: the time that scoring may take; groups of records are shrunk to fit.
+        shadows: number of head-only shadow models.
+        tell: told the price before the attacks, and each attack as it begins.
+
+    Raises:
+        ConfigError: the run's records are not on this machine, or too few.
+        DataError: a file cannot be read.
+    """
+    began, plan = time.monotonic(), read_run(folder).plan
+    target = Target(config, adapter, members=members, others=others)
+    planted = None if secrets is None else known_attacks.read_secrets(secrets, target)
+    fit_to_minutes(target, minutes=minutes, shadows=shadows, tell=tell)
+    spent = profile.count_charged_events(plan, plan.most_rounds) if plan.private else None
+    by_site = {site: target.score_records(records) for site, records in target.members.items() if records}
+    outside = target.score_records(target.others)
+    inside = _join(list(by_site.values()))
+    tell("attacking membership, sites, and what could be rebuilt")
+    rankings = known_attacks.rank_records(inside, outside, shadows=shadows, seed=config.seed)
+    protection = describe_site_protection(plan, min(len(one.after) for one in by_site.values()))
+    findings = [
+        known_attacks.describe_membership(
+            rankings,
+            confidence=CONFIDENCE,
+            ceiling=None if spent is None else bound_membership_auroc(spent),
+        ),
+        known_attacks.describe_site_inference(
+            {site: one.gain for site, one in by_site.items()},
+            outside.gain,
+            protection=protection,
+            confidence=CONFIDENCE,
+        ),
+        describe_reconstruction(plan),
+    ]
+    tell("attacking texts and labels")
+    findings += _extract(target, planted)
+    findings.append(known_attacks.describe_attribute(inside, outside, confidence=CONFIDENCE))
+    found = RunAttacks(
+        run=config.name or folder.name,
+        adapter_sha256=_hash_folder(adapter),
+        epsilon=_whole_epsilon(plan),
+        delta=plan.delta,
+        confidence=CONFIDENCE,
+        seconds=time.monotonic() - began,
+        findings=tuple(findings),
+    )
+    write_findings(found, folder)
+    return found
+
+
+def _extract(target: Target, planted: list[known_attacks.PlantedSecret] | None) -> list[AttackFinding]:
+    findings = []
+    if planted is not None:
+        draws = np.random.default_rng(target.config.seed)
+        ranks = [known_attacks.rank_secret(secret, target, draws) for secret in planted]
+        findings.append(known_attacks.describe_exposure(ranks, confidence=CONFIDENCE))
+    if target.config.bound_task.predicts_tokens:
+        findings.append(known_attacks.describe_decoding(target, confidence=CONFIDENCE))
+    elif planted is None:
+        none = f"Extraction cannot be done: a model for the task {target.config.task} writes no text."
+        findings.append(AttackFinding(attack="extraction", measure="texts written word for word", sentence=none))
+    return findings
+
+
+def _join(groups: list[Scored]) -> Scored:
+    return Scored(*(np.concatenate([getattr(one, field.name) for one in groups]) for field in fields(Scored)))
+
+
+def _whole_epsilon(plan: Plan) -> float | None:
+    if not plan.private:
+        return None
+    return profile.epsilon_pld(profile.count_charged_events(plan, plan.most_rounds), plan.delta)
+
+
+def _hash_folder(adapter: Path) -> str:
+    """Hash the files of an adapter by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(adapter.iterdir()):
+        if path.is_file():
+            digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def bound_membership_auroc(spent: Spent) -> float | None:
+    """Bound the area under the ROC curve of any membership attack on the mechanism; None: unbounded."""
+    found = [profile.bound_hit_rate(spent, false_alarms=rate) for rate in _RATES[1:]]
+    if any(rate is None for rate in found):
+        return None
+    steps = zip(pairwise(_RATES), found, strict=True)
+    return min(1.0, sum((right - left) * (rate or 0.0) for (left, right), rate in steps))
+
+
+def bound_reconstruction(plan: Plan, *, rounds: int) -> dict[int, float | None]:
+    """Bound the chance that a secret out of N equally likely ones is rebuilt from `rounds` rounds, by N; None:
+    unbounded.
+    """
+    spent = profile.count_charged_events(plan, rounds)
+    return {count: profile.bound_hit_rate(spent, false_alarms=1 / count) for count in CANDIDATES}
+
+
+def describe_reconstruction(plan: Plan) -> AttackFinding:
+    """Describe the chance that a secret is rebuilt, from the final model and from one update of a site.
+
+    No attack is made: a run folder keeps no single update, and the bound holds for every attack.
+    """
+    unit = "person" if plan.unit == "user" else "record"
+    describe = partial(
+        AttackFinding, attack="reconstruction", measure=f"chance for 1 of {_SHOWN:,}", guessing=1 / _SHOWN
+    )
+    if not plan.private:
+        none = "The run has no privacy guarantee: whoever sees an update may rebuild records from it."
+        return describe(sentence=none)
+    whole, one = (bound_reconstruction(plan, rounds=rounds) for rounds in (plan.most_rounds, 1))
+    figures = {f"run_1_in_{count}": chance for count, chance in whole.items()}
+    figures |= {f"update_1_in_{count}": chance for count, chance in one.items()}
+    told = [
+        f"{_format_chance(bounds[_SHOWN])} from {what}"
+        for bounds, what in ((one, "one update of a site"), (whole, "everything that the run released"))
+    ]
+    said = f"A secret of one {unit} that is one of {_SHOWN:,} equally likely ones is rebuilt with a chance of at most "
+    said += f"{' and '.join(told)}; guessing has {_format_chance(1 / _SHOWN)}."
+    return describe(sentence=said, ceiling=whole[_SHOWN], figures=figures)
+
+
+def describe_site_protection(plan: Plan, smallest: int) -> str:
+    """Describe in one sentence why the membership of a whole site is never protected."""
+    unit = "user" if plan.unit == "user" else "record"
+    who = f"the guarantee is for one {unit}, and the smallest site has {pluralize(smallest, 'record')}"
+    return f"Membership of a site is never protected: {who}, and the lead names all sites in run.json."
+
+
+def _format_chance(chance: float | None) -> str:
+    return "100 %" if chance is None else f"{100 * chance:.2g} %"
