@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.evaluation.audit_bound import epsilon_lower_bound
+from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound
 from fedtune.evaluation.fdp_bound import fdp_lower_bound, refutes_profile
 from fedtune.lab.audit.guesses import Values, centered_ranks, count_right_guesses
 from fedtune.privacy.accountant import COARSE, compose_pld
@@ -146,7 +146,7 @@ def audit_training(
         found.append(
             TrainingAudit(
                 claimed_epsilon=curve.epsilon(delta),
-                lower_bound=epsilon_lower_bound(*counts, delta=delta, confidence=1 - each),
+                lower_bound=compute_epsilon_lower_bound(*counts, delta=delta, confidence=1 - each),
                 fdp_bound=fdp_lower_bound(*counts, delta=delta, confidence=1 - each),
                 refuted=refuted,
                 attack=attack,
