@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
-from fedtune.privacy.loss_distribution import hockey_stick
+from fedtune.privacy.loss_distribution import compute_hockey_stick
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -157,7 +157,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     """Return epsilon at `delta` of a Gaussian mechanism with noise multiplier 1 / `mu`."""
 
     def excess(epsilon: float) -> float:
-        return float(hockey_stick(1.0, 1 / mu, np.array([epsilon]), adding=False)[0]) - delta
+        return float(compute_hockey_stick(1.0, 1 / mu, np.array([epsilon]), adding=False)[0]) - delta
 
     if mu == 0 or excess(0.0) <= 0:
         return 0.0

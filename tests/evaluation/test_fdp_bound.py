@@ -13,7 +13,7 @@ from fedtune.evaluation.fdp_bound import (
     refutes_profile,
 )
 from fedtune.lab.audit.guesses import count_right_guesses
-from fedtune.privacy.loss_distribution import hockey_stick
+from fedtune.privacy.loss_distribution import compute_hockey_stick
 
 DELTA = 1e-5
 CLAIM = 8.0
@@ -48,7 +48,7 @@ def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> No
 
 def calibrate_mu(epsilon: float, *, delta: float) -> float:
     def excess(mu: float) -> float:
-        return float(hockey_stick(1.0, 1 / mu, np.array([epsilon]), adding=False)[0]) - delta
+        return float(compute_hockey_stick(1.0, 1 / mu, np.array([epsilon]), adding=False)[0]) - delta
 
     return float(optimize.brentq(excess, 0.1, 20.0, xtol=1e-12))
 
@@ -77,7 +77,7 @@ def test_true_gaussian_claim_is_refuted_no_more_often_than_allowed(guesses: int)
 def test_test_of_a_profile_agrees_with_the_test_of_its_gaussian() -> None:
     mu, guesses = 1.5, 500
     epsilons = np.linspace(-12, 12, 2001)
-    deltas = hockey_stick(1.0, 1 / mu, epsilons, adding=False)
+    deltas = compute_hockey_stick(1.0, 1 / mu, epsilons, adding=False)
     right = np.arange(400, 501)
     by_curve = refutes_gaussian(4000, guesses, right, mu, error=0.05)
     limit = int(right[by_curve].min())

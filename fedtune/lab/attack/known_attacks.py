@@ -31,7 +31,7 @@ from fedtune.data import Record
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.attack.target import TUNED, Scored, Target
 from fedtune.lab.audit.guesses import Values
-from fedtune.lab.audit.record_attack import FALSE_ALARMS, auroc, hit_rate
+from fedtune.lab.audit.record_attack import FALSE_ALARMS, auroc, estimate_hit_rate
 from fedtune.report.attacks import AttackFinding
 from fedtune.spec import DataError
 
@@ -123,7 +123,7 @@ def describe_membership(rankings: Sequence[Ranking], *, confidence: float, ceili
     area, low, high = areas[best.name]
     figures: dict[str, float | None] = {f"auroc by {name}": found[0] for name, found in areas.items()}
     for share in FALSE_ALARMS:
-        found = hit_rate(best.members, best.others, false_alarms=share, confidence=each)
+        found = estimate_hit_rate(best.members, best.others, false_alarms=share, confidence=each)
         figures[f"found at {share:.1%} false alarms"] = None if found is None else found[0]
     said = f"Of one record that was trained on and one that was not, the attack by {best.name} picks the right one "
     said += f"{round(100 * area)} times out of 100 (guessing: 50)"

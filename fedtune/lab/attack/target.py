@@ -17,7 +17,7 @@ import torch
 
 from fedtune.config import RunConfig
 from fedtune.data import Record
-from fedtune.evaluation.scoring import batches_by_length, evaluation_mode
+from fedtune.evaluation.scoring import evaluation_mode, iter_batches_by_length
 from fedtune.lab.audit.guesses import Values
 from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords, RunRecords
@@ -122,7 +122,7 @@ class Target:
             saved.use_adapter(name)
             losses = np.zeros(count)
             with evaluation_mode(model), torch.no_grad():
-                for places, batch in batches_by_length(examples, pad_id=pad_id, max_tokens=max_tokens):
+                for places, batch in iter_batches_by_length(examples, pad_id=pad_id, max_tokens=max_tokens):
                     batch = batch.to(model.device)
                     losses[places] = model.losses(batch).double().cpu().numpy()
                     if name == BASE or not isinstance(task, PooledTask):

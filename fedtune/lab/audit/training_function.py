@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound
 from fedtune.evaluation.fdp_bound import fdp_lower_bound, refutes_profile
-from fedtune.lab.audit.guesses import Values, centered_ranks, count_right_guesses
+from fedtune.lab.audit.guesses import Values, compute_centered_ranks, count_right_guesses
 from fedtune.privacy.accountant import COARSE, compose_pld
-from fedtune.privacy.events import count_mechanisms, dp_sgd_event
+from fedtune.privacy.events import build_dp_sgd_event, count_mechanisms
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_positive, spec
 
 Floats = npt.NDArray[np.float32]
@@ -136,12 +136,12 @@ def audit_training(
     # As many records, so that a generator that is seeded alike draws alike; the canaries' rows are zero.
     nothing = _plant_canaries(features, np.zeros_like(inserted))
     second = _score_canaries(train(nothing, both), classes, columns=features.shape[1])
-    event = dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
+    event = build_dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
     curve = compose_pld(tuple(count_mechanisms([event]).items()), COARSE)
     deltas, each = np.array([curve.delta(epsilon) for epsilon in _EPSILONS]), (1 - confidence) / len(_ATTACKS)
     found = []
     for attack, scores in zip(_ATTACKS, (first, first - second), strict=True):
-        counts = count_right_guesses(centered_ranks(scores), inserted, guesses=guesses)
+        counts = count_right_guesses(compute_centered_ranks(scores), inserted, guesses=guesses)
         refuted = refutes_profile(*counts, epsilons=_EPSILONS, deltas=deltas, error=each)
         found.append(
             TrainingAudit(
