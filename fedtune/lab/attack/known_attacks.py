@@ -311,7 +311,7 @@ def _count_extracted(target: Target, records: Sequence[Record], *, seed: int) ->
     for place in draws.permutation(len(records)):
         fields = dict(records[place].fields)
         (answer,) = saved.answer_ids([fields])
-        prompt = task.prompt_ids(fields, saved.tokenizer, data=data)
+        prompt = task.encode_prompt(fields, saved.tokenizer, data=data)
         if len(answer) < TOKENS or not len(prompt):
             continue
         if saved.positions is not None and len(prompt) + TOKENS > saved.positions:

@@ -17,7 +17,7 @@ import torch
 
 from fedtune.config import RunConfig
 from fedtune.data import Record
-from fedtune.evaluation.scoring import evaluation_mode, iter_batches_by_length
+from fedtune.evaluation.scoring import enter_evaluation_mode, iter_batches_by_length
 from fedtune.lab.audit.guesses import Values
 from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords, RunRecords
@@ -121,7 +121,7 @@ class Target:
         for name in (BASE, TUNED):
             saved.use_adapter(name)
             losses = np.zeros(count)
-            with evaluation_mode(model), torch.no_grad():
+            with enter_evaluation_mode(model), torch.no_grad():
                 for places, batch in iter_batches_by_length(examples, pad_id=pad_id, max_tokens=max_tokens):
                     batch = batch.to(model.device)
                     losses[places] = model.losses(batch).double().cpu().numpy()
