@@ -55,10 +55,7 @@ sites; it refuses the last three, as it does `runtime`.
 
 def page() -> str:
     """The whole page."""
-    with patch.object(
-        config, "choose_fastest_dtype", lambda device: "auto"
-    ):  # as it stands in the recipe, on each machine
-        default = compose_run(["name=example"])
+    default = compose_run(["name=example"])
     parts = [HEAD, "## Groups\n", _options(), "## The run\n", _table("", config.RunConfig, default, skip=GROUPS)]
     parts += ["## task_settings\n", "A task has the settings of its table here, and the others have none.\n"]
     for task in (task for task in TASKS.values() if task.settings):

@@ -21,7 +21,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.run_folder import RunFolder, suggest_run_folders
 from fedtune.federation.spec import FederationSpec, PublicSpec
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, choose_fastest_dtype
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
@@ -285,6 +285,13 @@ class RunConfig:
         chosen: dict[str, Any] = {"learning_rate": lora, "head_learning_rate": head if task.has_head else None}
         return dataclasses.replace(self, training=dataclasses.replace(self.training, **chosen))
 
+    def with_number_format(self, dtype: str) -> RunConfig:
+        """Return a copy in which `dtype` replaces "auto"; any other number format stays."""
+        if self.model.dtype != "auto":
+            return self
+        model: Any = dataclasses.replace(self.model, dtype=dtype)  # type: ignore[arg-type]
+        return dataclasses.replace(self, model=model)
+
     @property
     def primary_metric(self) -> str:
         """The score that decides which of two models is better."""
@@ -453,10 +460,11 @@ def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
 
 
 def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunConfig:
-    """Validate plain data into a `RunConfig`, with numbers for settings of "auto".
+    """Validate plain data into a `RunConfig`, with numbers for learning rates of "auto".
 
-    Integer labels are converted to text, as in records.  `for_real_sites` does not adapt the configuration to this
-    machine.
+    Integer labels are converted to text, as in records.  A number format of "auto" becomes float32, or stays for a
+    simulation, whose start measures it (`fedtune.sites.virtual_site.fix_number_format`); `for_real_sites` plans a
+    simulation as a run over real sites.
 
     Raises:
         ConfigError: names the first wrong key, its value and the accepted values.
@@ -466,12 +474,9 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
     except ValidationError as error:
         raise convert_first_error(error) from None
     _check_switches(settings, config.to_json())
-    if config.model.dtype == "auto":
-        here = not for_real_sites and config.runtime.kind == "simulation"  # real sites have machines of their own
-        model = dataclasses.replace(
-            config.model, dtype=choose_fastest_dtype(config.runtime.device) if here else "float32"
-        )
-        config = dataclasses.replace(config, model=model)
+    # Other machines may compute the others' runs, and a seeded run is repeated on any machine.
+    if for_real_sites or config.runtime.kind != "simulation" or config.runtime.seeded_noise:
+        config = config.with_number_format("float32")
     return config.with_rates()
 
 

@@ -153,7 +153,7 @@ def simulate(
 
     from fedtune.flower import simulation
     from fedtune.show.run_progress import Display
-    from fedtune.sites.virtual_site import fit_to_budgets
+    from fedtune.sites.virtual_site import fit_to_budgets, fix_number_format
 
     config = compose_recipe(recipe, settings)
     if config.runtime.kind == "deployment":
@@ -166,6 +166,7 @@ def simulate(
         progress = show_notebook_bar()
 
     def run(config: RunConfig, folder: Path) -> None:
+        config = fix_number_format(config, folder, alone=session is not None)
         if progress is not True:
             run_in_folder(config, folder, Teller(config, progress), work=work)
             return
@@ -175,6 +176,7 @@ def simulate(
 
     config = start_after_public_stage(config, run)
     folder = find_run_folder(config)
+    config = fix_number_format(config, folder, alone=session is not None)
     run(config if config.resume else fit_to_budgets(config, folder), folder)
     return load(folder)
 

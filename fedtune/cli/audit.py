@@ -47,7 +47,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     from fedtune.lab.audit.spec import PREFIX, parse_audit_spec
     from fedtune.report.derive.verdicts import read_audit
     from fedtune.runs.run_paths import find_run_folder
-    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
+    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
 
     spec = parse_audit_spec([one for one in overrides if one.lstrip("+").startswith(PREFIX)])
     config = compose_run([one for one in overrides if not one.lstrip("+").startswith(PREFIX)])
@@ -57,9 +57,11 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     began = time.monotonic()
     # Only now, because torch and Flower take seconds more and a mistake in an override should not wait for them.
     from fedtune.lab.audit.experiment import make_auditable, run_audit
+    from fedtune.sites.virtual_site import fix_number_format
 
     config = make_auditable(config, spec)
     folder, console = find_run_folder(config), Console(stderr=as_json)
+    config = fix_number_format(config, folder, told=partial(say, console=console))
     again = "a new audit; this one cannot be resumed"
     show_run(config, folder, console, work=partial(run_audit, spec=spec), again=again, began=began)
     result = read_audit(folder)

@@ -76,8 +76,9 @@ def run_simulation(
     # Imported here, because torch and Flower take seconds, and a mistake in an override should not wait for them.
     with pause_garbage_collection():
         from fedtune.flower.simulation import simulate
-        from fedtune.sites.virtual_site import fit_to_budgets
+        from fedtune.sites.virtual_site import fit_to_budgets, fix_number_format
 
+    config = fix_number_format(config, folder, alone=session is not None, told=partial(say, console=console))
     if config.resume is None:
         config = report_fitted_plan(console, config, fit_to_budgets(config, folder))
     again = again or f"fedtune simulate resume={folder}"

@@ -429,9 +429,11 @@ def _forecast_resources(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
     from fedtune.federation.forecast import forecast
     from fedtune.ops.round_bytes import estimate_round_bytes
+    from fedtune.sites.virtual_site import fix_number_format
     from fedtune.tasks.task_model import build_task_model
     from fedtune.training.machine import prepare_model, resolve_device
 
+    config = fix_number_format(config, Path(config.tracking.output_dir) / config.name)
     runtime, length = config.runtime, config.data.max_length
     # A plan for a GPU can be made on a machine without one.
     device = resolve_device(runtime.device, must_exist=False)

@@ -22,7 +22,7 @@ from fedtune.runs.federation_run import Engine, FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.data_warnings import list_site_data_warnings
 from fedtune.sites.session import Session
-from fedtune.sites.virtual_site import RECEIPTS, Participants
+from fedtune.sites.virtual_site import RECEIPTS, Participants, fix_number_format
 
 _RUN_ID = 1
 
@@ -41,6 +41,7 @@ def simulate(
     A `session` caches the model and its results on records between runs.  `everyone` are participants created earlier,
     used instead of new ones with the session (not with Ray).  Incompatible settings are rejected before training.
     """
+    config = fix_number_format(config, folder, alone=session is not None)
     if everyone is None:
         everyone = Participants(config, folder, progress=listener.on_preparing, session=session)
     everyone.records.read()

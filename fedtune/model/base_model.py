@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from io import StringIO
@@ -37,7 +38,7 @@ from transformers import (
 
 from fedtune.extras import require_extra
 from fedtune.model.compatibility import check_ignores_batch_length, check_size, require_decoder, require_modality
-from fedtune.model.frozen_linear import convert_to_bfloat16
+from fedtune.model.frozen_linear import convert_to_bfloat16, describe_product
 from fedtune.model.hf_logging import get_first_line, silence_transformers, translate_library_errors
 from fedtune.model.layers import find_layer_stack, make_activations_rowwise
 from fedtune.model.manifest import build_manifest, stage_files
@@ -121,6 +122,9 @@ def load_base(
     Raises:
         ConfigError: for `model.path`, `model.sha256` or `model.dtype`.
     """
+    if spec.dtype == "auto":
+        bound = "must be a number format by now: see fedtune.sites.virtual_site.fix_number_format"
+        raise ConfigError("model.dtype", "auto", bound)
     if spec.path.startswith(RANDOM):
         if spec.sha256 is not None:
             _require_pinned(spec, hash_model(spec))
@@ -138,6 +142,23 @@ def load_base(
     if spec.dtype == "nf4":
         quantize_linear_layers(find_layer_stack(model)[1], device=device)
     return model.to(torch.device(device))
+
+
+def count_frozen_products(spec: ModelSpec) -> dict[tuple[int, int], int]:
+    """Count the linear modules in the base's layers by (outputs, inputs); no weights are loaded.
+
+    Raises:
+        ConfigError: for `model.path` or `model.sha256`.
+    """
+    if spec.path.startswith(RANDOM):
+        base = build_tiny_base(spec.path)
+    else:
+        with _provide_pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
+            config = AutoConfig.from_pretrained(folder, **_OWN)
+            with torch.device("meta"):
+                base = AutoModel.from_config(config, dtype=torch.float32)
+    found = (describe_product(module) for module in find_layer_stack(base)[1].modules())
+    return Counter(shape for shape in found if shape is not None)
 
 
 def hash_model(spec: ModelSpec) -> str:

@@ -102,6 +102,14 @@ def multiply_bfloat16(values: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     return nn.functional.linear(rounded, weight, bias).to(values.dtype)
 
 
+def describe_product(module: nn.Module) -> tuple[int, int] | None:
+    """Return (outputs, inputs) of a linear module that this file can replace; None for any other module."""
+    if type(module) not in _FROZEN:
+        return None
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+
+
 def convert_to_bfloat16(layers: nn.Module) -> None:
     """Convert every frozen linear module of `layers` to bfloat16 weights and products."""
     for module in layers.modules():

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_one_of, check_positive, spec
 
-_CPU, _GPUS = Path("/proc/cpuinfo"), (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 PACKAGE = "package:"
 RANDOM = "random:"
 RANDOM_MODELS = ("random:bert", "random:llama")
@@ -29,21 +28,6 @@ _NOT_PROVEN = {
 """Kinds that PEFT has and fedtune refuses, with the reason."""
 
 
-def choose_fastest_dtype(device: str) -> Literal["float32", "mixed"]:
-    """Return the fastest dtype of this machine that costs no accuracy: mixed on a CPU with AMX, float32 otherwise.
-
-    The choice is based on simulations/benchmarks and simulations/mixed_products.  The CPU's features are read from
-    /proc/cpuinfo on Linux, because importing torch takes seconds.
-
-    Args:
-        device: the setting `runtime.device`.
-    """
-    if device != "cpu" and (device != "auto" or any(gpu.exists() for gpu in _GPUS)):
-        return "float32"
-    known = _CPU.read_text() if _CPU.exists() else ""  # only Linux has it
-    return "mixed" if re.search(r"^flags\b.* amx_bf16\b", known, re.MULTILINE) else "float32"
-
-
 @spec
 class ModelSpec:
     """The frozen base model.
@@ -57,8 +41,11 @@ class ModelSpec:
         revision: the branch, tag or commit at the hub.
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which computes products inside its
             layers in bfloat16 and everything else in float32; "nf4", bfloat16 with the weights of its layers quantized
-            to four bits (not for a GGUF file); or "auto", mixed if the machine that reads the setting has AMX, and
-            float32 otherwise (`choose_fastest_dtype`).  Adapter, head and losses are float32.
+            to four bits (not for a GGUF file); or "auto", which `fedtune.training.number_format` replaces before a run.
+            A simulation on a CPU measures the model's own products for at most 0.3 s, and takes mixed if they are more
+            than 5 % faster than in float32 and every site allows it; all other runs take float32, also real sites,
+            whose machines differ, and runs with `runtime.seeded_noise`, which can be repeated anywhere.  A resumed run
+            keeps its format.  Adapter, head and losses are float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and `FEDTUNE_CACHE` or
             `~/.cache/fedtune`.
         license: the license of the weights, for reports.

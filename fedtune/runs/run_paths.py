@@ -33,6 +33,7 @@ def find_run_folder(config: RunConfig) -> Path:
     if RunFolder(folder).audit_mark.exists():
         raise ConfigError("resume", config.resume, "is an audit, with canaries in its data; an audit cannot be resumed")
     saved = read_saved_config(folder)
+    config = config.with_number_format(saved.model.dtype)  # the run keeps it
     if saved.digest() != config.digest():
         old, new = dict(flatten(saved.decisive())), dict(flatten(config.decisive()))
         differ = [key for key in old | new if old.get(key) != new.get(key)]
@@ -48,6 +49,7 @@ def resume_config(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
     run.
     """
     try:
+        config = config.with_number_format(read_saved_config(folder).model.dtype)
         find_run_folder(resumed := replace(config, resume=str(folder)))
     except ConfigError as error:
         raise ConfigError("name", name, f"is taken: {folder} {error.bound}; choose another") from None

@@ -108,7 +108,7 @@ class LoadedModel:
         tried = config.privacy.private and trains
         given = config
         if tried:
-            config = replace(config, runtime=_choose_num_devices(config, alone=alone))
+            config = replace(config, runtime=choose_num_devices(config, alone=alone))
         self.config: Final = config
         progress("loading the model", 0, 0)
         self.device: Final = resolve_device(config.runtime.device)
@@ -352,7 +352,7 @@ class RunModel:
         return self._session.get_cached_baseline(test.examples, f"{references} {self.config.evaluation}", make)
 
 
-def _choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
+def choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
     """Return the run's runtime settings with a number of devices, chosen automatically if the settings give none.
 
     `alone`: use a single device unless the settings give a number.

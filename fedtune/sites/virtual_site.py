@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 from dp_accounting import ComposedDpEvent, DpEvent
 
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, read_saved_config
 from fedtune.federation.policy_dry_run import read_history
 from fedtune.federation.run_folder import RunFolder, lock_folder
 from fedtune.federation.secure.at_site import Parties
@@ -53,9 +53,10 @@ from fedtune.privacy.site_policy import (
 from fedtune.privacy.trust import Trust
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.session import Session
-from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, ignore_progress
+from fedtune.sites.shared_model import LoadedModel, Progress, RunModel, choose_num_devices, ignore_progress
 from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError, RefusedError, RunError, format_value
+from fedtune.training.number_format import FLOAT32, MIXED, choose_number_format
 
 LEAD_KEY = "lead_key.pem"
 DEALT = "partition.json"
@@ -184,6 +185,36 @@ class VirtualSites:
                         )
             except Refused as refused:
                 raise RefusedError(f"{asked}: site {site} {does}; nothing was begun ({refused})") from None
+
+
+def fix_number_format(
+    config: RunConfig, run_folder: Path, *, alone: bool = False, told: Callable[[str], None] = lambda text: None
+) -> RunConfig:
+    """Return the run with a number format in place of `model.dtype=auto`; any other run is returned unchanged.
+
+    A resumed run keeps the format that its folder records.  A new run gets the faster one of this machine, out of those
+    that the policies of all existing sites (`runtime.sites_dir`) allow; new sites allow what the run asks for.
+
+    Args:
+        config: the run.
+        run_folder: its folder.
+        alone: as for `choose_num_devices`, which decides how many threads a step has.
+        told: receives a sentence about the choice.
+
+    Raises:
+        ConfigError: the base cannot be read, or a site's policy cannot.
+    """
+    if config.model.dtype != "auto":
+        return config
+    if config.resume is not None:
+        return config.with_number_format(read_saved_config(Path(config.resume)).model.dtype)
+    sites = VirtualSites.of(config, run_folder, config.plan())
+    existing = [site for site in config.federation.active if (sites.folder / site / POLICY).is_file()]
+    formats = [set(sites.files(site).policy.allow.dtypes) for site in existing]
+    allowed = {FLOAT32, MIXED}.intersection(*formats)
+    runtime = choose_num_devices(config, alone=alone) if config.privacy.private else config.runtime
+    chosen = choose_number_format(config.model, runtime, allowed=allowed, told=told)
+    return config.with_number_format(chosen)
 
 
 def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:

@@ -67,7 +67,7 @@ def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_l
     Raises:
         ConfigError: the model cannot be loaded, or does not accept examples of `max_length` tokens.
     """
-    torch.set_num_threads(runtime.num_threads or max(1, count_usable_cores() // runtime.devices))
+    torch.set_num_threads(count_threads(runtime))
     _keep_freed_memory()
     model = build()
     if runtime.onednn:
@@ -100,6 +100,11 @@ def count_usable_cores() -> int:
     cores = len(system.cpu_affinity(0))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+
+
+def count_threads(runtime: RuntimeSpec) -> int:
+    """Return the number of torch's threads in each process of a run."""
+    return runtime.num_threads or max(1, count_usable_cores() // runtime.devices)
 
 
 def choose_num_processes(runtime: RuntimeSpec, *, gradients: float) -> int:

@@ -31,7 +31,7 @@ from fedtune.report.facts import Audit, AuditBound
 from fedtune.runs.federation_run import Followed, Listener
 from fedtune.runs.results import RunResult
 from fedtune.runs.run_paths import find_run_folder
-from fedtune.sites.virtual_site import POLICY, Participants, generate_policy
+from fedtune.sites.virtual_site import POLICY, Participants, fix_number_format, generate_policy
 from fedtune.spec import RUN_SCHEMA, ConfigError
 
 _LARGEST_ADAPTER = 1e6
@@ -57,6 +57,7 @@ def audit(
     spec = AuditSpec.from_mapping(attack)
     config = make_auditable(compose_recipe(recipe, settings), spec)
     folder = find_run_folder(config)
+    config = fix_number_format(config, folder)
     run_in_folder(config, folder, Teller(config, progress), work=partial(run_audit, spec=spec))
     found = read_audit(folder)
     assert found is not None, "an audit that ended has written what it found"

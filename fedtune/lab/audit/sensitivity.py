@@ -28,6 +28,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, compute_adapter_bound
 from fedtune.sites.shared_model import LoadedModel, RunModel
+from fedtune.sites.virtual_site import fix_number_format
 from fedtune.spec import spec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
@@ -78,6 +79,7 @@ def search_violations(config: RunConfig, audit: AuditSpec, folder: Path, *, seed
     Raises:
         ConfigError: the model cannot be loaded or trained.
     """
+    config = fix_number_format(config, folder)
     shared = RunModel(LoadedModel(config), config)
     bound = compute_adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, config.lora.scale)
     found = _Search(shared, bound=bound, seed=seed).run_cases(audit.tries)

@@ -99,7 +99,8 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
             config = compose_run(words, changed={**_list_participant_settings(asked, kind, site), **changes, **named})
             name = (f"{site} alone" if site else kind) + ("" if config.privacy.private else NO_PRIVACY)
             lines.append(Line(name=name, kind=kind, site=site, run=SearchTrial.from_config(config)))
-    return lines
+    runs = share_number_format([line.run for line in lines])
+    return [replace(line, run=run) for line, run in zip(lines, runs, strict=True)]
 
 
 def _list_participant_settings(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:

@@ -124,7 +124,17 @@ class Search:
     def trial(self, name: str, values: Values) -> RunConfig:
         sites = self.asked.runtime.sites_dir or str(RunFolder(self.folder).sites)
         places = {"name": name, "tracking.output_dir": str(self.folder), "runtime.sites_dir": sites}
-        return compose_run([*self.fixed, *(f"{key}={value}" for key, value in values.items())], changed=places)
+        config = compose_run([*self.fixed, *(f"{key}={value}" for key, value in values.items())], changed=places)
+        return config if config.model.dtype != "auto" else config.with_number_format(self._number_format)
+
+    @cached_property
+    def _number_format(self) -> str:
+        """The number format of all trials with `model.dtype=auto`: that of an earlier trial, or of a measurement."""
+        from fedtune.sites.virtual_site import fix_number_format
+
+        begun = (RunFolder(self.folder / name).config.parent for name in self.names)
+        known = next((read_saved_config(one).model.dtype for one in begun if RunFolder(one).config.is_file()), None)
+        return known or fix_number_format(self.asked, self.folder, alone=True).model.dtype
 
     def check_room(self) -> None:
         """Refuse a search that exceeds the budgets of existing sites (`runtime.sites_dir`)."""

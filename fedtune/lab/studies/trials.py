@@ -125,6 +125,15 @@ class SearchTrial:
         return self.validation.get(self.config.primary_metric) if usable else None
 
 
+def share_number_format(trials: Sequence[SearchTrial]) -> list[SearchTrial]:
+    """Give trials with `model.dtype=auto` the format of the first trial that has begun, so that scores are comparable.
+
+    If none has begun, the first trial measures the format, and this process remembers the answer for the others.
+    """
+    begun = next((one.config.model.dtype for one in trials if one.config.resume is not None), "auto")
+    return [replace(one, config=one.config.with_number_format(begun)) for one in trials]
+
+
 def describe_price(runs: Mapping[str, SearchTrial]) -> Iterator[str]:
     """Describe how many runs are still to do and what each of them costs; nothing if all are finished."""
     if not (waiting := {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}):
@@ -232,7 +241,7 @@ class Trials:
         immediately.
         """
         try:
-            for trial in list(self.rows.values()):
+            for trial in share_number_format([*self.rows.values()]):
                 done = self.rows[trial.folder] = trial.run(work)
                 if done.error is not None and not isinstance(done.error, FedtuneError):
                     raise done.error
