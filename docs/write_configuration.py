@@ -11,7 +11,6 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from unittest.mock import patch
 
 from fedtune import config
 from fedtune.api.compose import compose_run

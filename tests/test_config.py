@@ -191,11 +191,15 @@ def test_first_invalid_setting_is_named_with_key_and_value(typed: str) -> None:
     snapshots.check_message("mistakes-parsed", typed, str(error.value))
 
 
-def test_automatic_dtype_is_resolved_on_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "fedtune.config.choose_fastest_dtype", lambda device: "mixed" if device == "auto" else "bfloat16"
-    )
+def test_automatic_dtype_stays_only_for_simulations_that_may_measure() -> None:
     base = ["experiment=debug", "model.dtype=auto"]
-    assert compose_run(base).model.dtype == "mixed"
-    assert compose_run([*base, "runtime.device=cpu"]).model.dtype == "bfloat16"
+    assert compose_run(base).model.dtype == "auto"
+    assert compose_run(base, for_real_sites=True).model.dtype == "float32"
     assert compose_run([*base, "runtime=deployment"]).model.dtype == "float32", "each site has a machine of its own"
+    assert compose_run([*base, "runtime=ray"]).model.dtype == "float32", "so has each node"
+    assert compose_run([*base, "runtime.seeded_noise=true"]).model.dtype == "float32", "it is repeated anywhere"
+
+
+def test_number_format_replaces_auto_and_nothing_else() -> None:
+    assert compose_run(["experiment=debug", "model.dtype=auto"]).with_number_format("mixed").model.dtype == "mixed"
+    assert compose_run(["experiment=debug"]).with_number_format("mixed").model.dtype == "float32"

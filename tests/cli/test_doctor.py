@@ -78,9 +78,6 @@ def test_doctor_accepts_overrides_anywhere_and_rejects_unknown_keys(
     assert (seen["overrides"], seen["import_model"]) == ((), None)
     visits: list[Any] = []
     monkeypatch.setattr(site_actions.Examination, "run_checks", lambda visit: visits.append(visit) or [])
-    monkeypatch.setattr(
-        "fedtune.config.choose_fastest_dtype", lambda _: "mixed"
-    )  # of this machine, and not of every site
     for word in ("lora.rnak=4", "model.dtype=auto"):
         assert run_command("site", "doctor", word, *named, "experiment=debug").code == 0
     with pytest.raises(FedtuneError, match=r"lora\.rnak"):

@@ -129,7 +129,7 @@ def policy_file(tmp_path: Path, lead_key: SigningKey) -> Callable[[], Path]:
 
 
 def test_plan_checks_a_policy_and_suggests_acceptable_settings(
-    plan: Run, plan_json: Run, policy_file: Any, lead_key: SigningKey, stranger_key: SigningKey, monkeypatch: Any
+    plan: Run, plan_json: Run, policy_file: Any, lead_key: SigningKey, stranger_key: SigningKey
 ) -> None:
     policy = f"--policy={policy_file()}"
     outcome = plan(policy, f"--lead={stranger_key.public}")
@@ -141,7 +141,6 @@ def test_plan_checks_a_policy_and_suggests_acceptable_settings(
     outcome = plan("--target=rounds", "privacy.epsilon=1", policy)
     assert "max_rounds" in outcome.out
     assert "Would be accepted: 4 rounds, everything else as planned." in outcome.out
-    monkeypatch.setattr("fedtune.config.choose_fastest_dtype", lambda _: "mixed")  # which no site is asked to allow
     said = plan_json("model.dtype=auto", policy)
     (told,) = said["policies"]
     assert [told[key] for key in ("allowed", "site", "ledger", "lead")] == [True, "site-1", "new", lead_key.public]

@@ -29,7 +29,7 @@ DEBUG = ("experiment=debug", *MACHINE, "data.validation_rows=10", "data.test_row
 BANKS = (
     "experiment=banks_intents",
     *MACHINE,
-    "model.dtype=float32",  # as real sites have it; a simulation on a CPU with AMX has mixed
+    "model.dtype=float32",  # as real sites have it; a simulation might measure mixed
     *("federation.num_rounds=2", "training.local_steps=2", "data.validation_rows=20", "data.test_rows=20"),
 )
 needs_minilm = pytest.mark.skipif(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fedtune.flower.simulation as simulation
+import fedtune.sites.virtual_site as virtual_site
 import fedtune.sites.work as site_work
 from fedtune.api.compose import compose_run
 from fedtune.config import read_saved_config
@@ -47,6 +48,19 @@ def make_listener(early_stopping_patience: int | None) -> Mock:
             raise Stop
 
     return Mock(round_finished=Mock(side_effect=round_finished))
+
+
+def test_resumed_run_keeps_its_number_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["mixed"])
+    monkeypatch.setattr(virtual_site, "choose_number_format", lambda *_, **__: next(answers))
+    words = list_tiny_overrides("model.dtype=auto", "federation.num_rounds=2", into=tmp_path)
+    with monkeypatch.context() as interrupted:
+        fail_where(interrupted, simulation.InProcessGrid, "deliver", lambda *_: True, KeyboardInterrupt())
+        assert run_command("simulate", *words).code != 0
+    assert read_saved_config(tmp_path / "run").model.dtype == "mixed"
+    outcome = run_command("simulate", *words, f"resume={tmp_path / 'run'}")  # measured again, it would be an error
+    assert outcome.code == 0, outcome.err
+    assert read_saved_config(tmp_path / "run").model.dtype == "mixed"
 
 
 def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path) -> None:

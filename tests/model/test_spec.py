@@ -1,11 +1,9 @@
 """Settings refuse what cannot work, and import without torch."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.model import spec
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
 
@@ -33,27 +31,3 @@ def test_ia3_has_no_rank_matrices_or_scale() -> None:
         0.5,
         64,
     )
-
-
-@pytest.mark.parametrize(
-    ("flags", "device", "has_gpu", "fastest"),
-    [
-        ("flags\t\t: fpu avx512_vnni amx_bf16 amx_tile", "auto", False, "mixed"),
-        ("flags\t\t: fpu avx512_vnni amx_bf16 amx_tile", "cpu", True, "mixed"),
-        ("flags\t\t: fpu avx512_vnni amx_bf16 amx_tile", "auto", True, "float32"),
-        ("flags\t\t: fpu avx512_vnni amx_bf16 amx_tile", "cuda", False, "float32"),
-        ("flags\t\t: fpu avx512f avx512_vnni", "auto", False, "float32"),
-        ("flags\t\t: fpu avx2 avx_vnni", "cpu", False, "float32"),
-        ("Features\t: fp asimd i8mm", "cpu", False, "float32"),
-        (None, "cpu", False, "float32"),
-    ],
-)
-def test_fastest_dtype_follows_the_cpu_features(
-    flags: str | None, device: str, has_gpu: bool, fastest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cpu = tmp_path / "cpuinfo"
-    if flags is not None:
-        cpu.write_text(f"processor\t: 0\n{flags}\n")
-    monkeypatch.setattr(spec, "_CPU", cpu)
-    monkeypatch.setattr(spec, "_GPUS", (tmp_path if has_gpu else tmp_path / "none",))
-    assert spec.choose_fastest_dtype(device) == fastest

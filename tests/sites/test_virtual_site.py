@@ -39,6 +39,7 @@ from fedtune.sites.virtual_site import (
     VirtualSites,
     build_covering_budget,
     fit_to_budgets,
+    fix_number_format,
     generate_policy,
 )
 from fedtune.spec import ConfigError, RefusedError, RunError
@@ -227,6 +228,37 @@ def test_run_over_budget_is_fitted_to_the_strictest_site(kept_sites_config: Any,
         assert sites.ledger(site).make_offer(proposal).most_rounds == 4
     less = change_plan(proposal, noise_multiplier=noise * 0.999)
     assert sites.ledger("site-2").make_offer(less).most_rounds < 4, "the least noise that does"
+
+
+@pytest.fixture
+def formats_measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What measurements said; they say mixed."""
+    said = list[str]()
+
+    def choose(model: Any, runtime: Any, *, allowed: Any, told: Any) -> str:
+        said.append("mixed" if "mixed" in allowed else "float32")
+        return said[-1]
+
+    monkeypatch.setattr("fedtune.sites.virtual_site.choose_number_format", choose)
+    return said
+
+
+def test_number_format_is_chosen_among_those_that_kept_sites_allow(
+    kept_sites_config: Any, tmp_path: Path, formats_measured: list[str]
+) -> None:
+    config = kept_sites_config("model.dtype=auto")
+    assert fix_number_format(config, tmp_path / "run").model.dtype == "mixed", "new sites allow what is asked"
+    sites = make_virtual_sites(config.with_number_format("float32"), tmp_path)
+    for site in config.federation.active:
+        sites.files(site)
+    assert fix_number_format(config, tmp_path / "run").model.dtype == "float32"
+    assert formats_measured == ["mixed", "float32"]
+
+
+def test_explicit_number_format_is_never_measured(config: Any, tmp_path: Path, formats_measured: list[str]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert fix_number_format(config(f"model.dtype={dtype}"), tmp_path / "run").model.dtype == dtype
+    assert formats_measured == []
 
 
 def test_site_without_room_is_excluded_if_enough_others_remain(kept_sites_config: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from fedtune.evaluation.bootstrap import (
 )
 from fedtune.evaluation.groups import OTHERS, GroupScores
 from fedtune.formatting import convert_to_jsonable, format_score_name, format_size, pluralize
-from fedtune.lab.studies.trials import SearchTrial
+from fedtune.lab.studies.trials import SearchTrial, share_number_format
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.show.lines import duration
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
