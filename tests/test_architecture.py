@@ -107,7 +107,10 @@ def test_commands_do_not_use_argparse() -> None:
     [
         ("privacy.ledger.site_ledger privacy.mechanism privacy.run_plan", "torch transformers flwr hydra pydantic"),
         ("tasks.registry", "torch transformers"),
-        ("report.from_ledger report.page.render cli.report", "torch transformers flwr"),
+        (
+            "report.from_ledger report.page.render report.model_card cli.report cli.ledger cli.outlook",
+            "torch transformers flwr scipy.stats scipy.signal scipy.optimize",
+        ),
         # Their --help answers at once.
         ("cli.simulate cli.plan cli.run cli.audit", "torch hydra omegaconf pydantic numpy rich"),
         # A container's probe, which runs every few seconds.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from fedtune.cli.command import Option, Overrides, Target
+from fedtune.cli.command import Option, Overrides, Target, pause_garbage_collection
 
 
 def plan(
@@ -35,6 +35,7 @@ def plan(
       fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml
     docs/planning.md explains every figure.
     """
-    from fedtune.cli.outlook import print_outlook  # Hydra and the accountants take seconds to import
+    with pause_garbage_collection():
+        from fedtune.cli.outlook import print_outlook  # Hydra and the accountants take seconds to import
 
     print_outlook(overrides, target, policies=policy, lead=lead, time=time, trials=trials, as_json=as_json)

@@ -14,10 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dp_accounting import DpEvent
-
 from fedtune.federation.planner import least_noise, target_epsilon
 from fedtune.privacy import accountant, events
+from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.mechanism import MOST_EPSILON

@@ -21,12 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
-from dp_accounting import DpEvent
-
 from fedtune.ops.files import create_folder, translate_write_errors
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import DATABASE
 from fedtune.ops.services.site_state import lock_ledger
+from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import SiteLedger

@@ -14,7 +14,10 @@ from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
 import numpy as np
-from dp_accounting import (
+
+from fedtune.codec import require
+from fedtune.privacy import events
+from fedtune.privacy.dp_library import (
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
@@ -22,12 +25,10 @@ from dp_accounting import (
     NeighboringRelation,
     NonPrivateDpEvent,
     PoissonSampledDpEvent,
+    RdpAccountant,
     SelfComposedDpEvent,
+    compute_epsilon,
 )
-from dp_accounting.rdp import RdpAccountant, compute_epsilon
-
-from fedtune.codec import require
-from fedtune.privacy import events
 from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition, Rate
 from fedtune.spec import ConfigError, check_fraction
 

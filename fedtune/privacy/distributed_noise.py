@@ -29,10 +29,10 @@ from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
-from dp_accounting import DpEvent, SelfComposedDpEvent
 
 from fedtune.codec import require
 from fedtune.privacy import accountant, events
+from fedtune.privacy.dp_library import DpEvent, SelfComposedDpEvent
 from fedtune.privacy.mechanism import GRID_BITS, Sums, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.threshold import least_threshold

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dp_accounting import (
+from fedtune.privacy.dp_library import (
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
@@ -21,7 +21,6 @@ from dp_accounting import (
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
 )
-
 from fedtune.spec import ConfigError, spec
 
 Json = dict[str, object]

@@ -14,9 +14,8 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from itertools import count
 
-from dp_accounting import ComposedDpEvent, DpEvent
-
 from fedtune.privacy import accountant
+from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent
 from fedtune.privacy.events import Spent, count_mechanisms
 from fedtune.spec import ConfigError
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import fft, signal, special
+from scipy import fft, special
 
 Floats = npt.NDArray[np.float64]
 Rate = (
@@ -332,10 +332,16 @@ class _OneOrder:
         return _Tail(
             losses,
             np.cumsum(probabilities[::-1])[::-1],
-            signal.lfilter([1.0], [1.0, -shrink], probabilities[::-1])[::-1],
+            _accumulate(probabilities[::-1], shrink)[::-1],
             lost if rounding < _MOST_ROUNDING else np.full_like(lost, math.inf),
             -math.expm1(without),
         )
+
+
+def _accumulate(values: Floats, shrink: float) -> Floats:
+    """Return the running sums of `values`, where each step multiplies the sum so far by `shrink`."""
+    total = 0.0
+    return np.array([total := shrink * total + value for value in values.tolist()])
 
 
 def _log_sum_exp(exponents: Floats) -> float:

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dp_accounting import ComposedDpEvent
-
-from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
+from fedtune.formatting import finite_or_none, infinite_if_none
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.dp_library import ComposedDpEvent
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.run_plan import Plan

@@ -16,11 +16,10 @@ from dataclasses import field
 from functools import lru_cache
 from typing import Any, Literal
 
-from dp_accounting import DpEvent
-
 from fedtune.codec import require
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import Calendar
+from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, Unit
 from fedtune.privacy.proposal import Proposal

@@ -15,12 +15,11 @@ from datetime import date, timedelta
 from itertools import pairwise
 from typing import Any
 
-from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, NonPrivateDpEvent
-
 from fedtune.federation.early_stopping import is_budget_used_up
 from fedtune.federation.replies import NOT_SUMMED
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.dp_library import DpEvent, GaussianDpEvent, LaplaceDpEvent, NonPrivateDpEvent
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.report.derive import dpia_fields, ledger_figures, profile, run_figures

@@ -12,11 +12,13 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedtune.config import CostSpec
 from fedtune.extras import require_extra
 from fedtune.spec import ConfigError, spec
+
+if TYPE_CHECKING:  # who reads what was measured needs no settings, which take long to import
+    from fedtune.config import CostSpec
 
 
 def check_can_measure(spec: CostSpec) -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent
-
 from fedtune.federation.calendar import describe_shared_epsilon
 from fedtune.federation.planner import LEAST_SIGNAL
 from fedtune.formatting import pluralize
@@ -17,6 +15,7 @@ from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import NEIGHBORING_RELATION, format_epsilon
 from fedtune.privacy.cohorts import OLDEST, format_cohort_name
 from fedtune.privacy.distributed_noise import Epsilons
+from fedtune.privacy.dp_library import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import compute_remaining_divergence, count_remaining_runs
 from fedtune.privacy.ledger.verify import Verified

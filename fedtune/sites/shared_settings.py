@@ -17,7 +17,6 @@ from fedtune.codec import decode
 from fedtune.config import CostSpec, ReportSpec, RunConfig, TrackingSpec, parse
 from fedtune.data.spec import AT_SITE
 from fedtune.federation.spec import MOST_SITES, FederationSpec, PublicSpec
-from fedtune.model.base_model import hash_model
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.mechanism import PrivacySpec
@@ -185,7 +184,10 @@ def derive_settings_for_own_site(config: RunConfig, policy: Policy, *, folder: P
 
 def _replace_path_by_hash(model: ModelSpec) -> ModelSpec:
     """Return the model settings with the model's hash and without the lead's path."""
-    sha256 = model.sha256 or hash_model(model)
+    if (sha256 := model.sha256) is None:
+        from fedtune.model.base_model import hash_model  # torch and transformers take seconds to import
+
+        sha256 = hash_model(model)
     path = model.path if model.is_built_in or model.path.startswith(PACKAGE) else AT_SITE
     return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None, adapter=None)
 

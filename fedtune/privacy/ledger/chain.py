@@ -16,11 +16,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dp_accounting import DpEvent
-
 from fedtune.codec import decode, parse_json
 from fedtune.formatting import group_hex_start
 from fedtune.privacy import events as dp_events
+from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import LEDGER_SCHEMA, NOT_GIVEN, ConfigError, RunError
 

@@ -19,9 +19,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from dp_accounting import DpEvent
-
 from fedtune.privacy import events
+from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charge_rows, iter_charges

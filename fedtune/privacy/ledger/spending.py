@@ -10,10 +10,9 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 
-from dp_accounting import DpEvent
-
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import Cohorts
+from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused

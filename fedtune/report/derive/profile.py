@@ -22,15 +22,19 @@ from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
 from functools import lru_cache, partial
 from typing import Any
 
-from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
-from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, from_mixture_gaussian_mechanism
-from scipy.optimize import minimize_scalar
-
 from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
 from fedtune.privacy.distributed_noise import Epsilons
+from fedtune.privacy.dp_library import (
+    DpEvent,
+    GaussianDpEvent,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+    from_gaussian_mechanism,
+    from_mixture_gaussian_mechanism,
+)
 from fedtune.privacy.events import Charge, Spent
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.facts import NOT_RECORDED, Source
@@ -416,6 +420,8 @@ def _minimize_bound(bound: Callable[[float], float]) -> float:
     """Find the approximate minimum over epsilon of a `bound` that falls and then rises; the bound holds at every
     epsilon.
     """
+    from scipy.optimize import minimize_scalar  # here, because many commands never need it, and it is slow to import
+
     found = minimize_scalar(bound, bounds=(0.0, _LARGEST_EPSILON), method="bounded", options={"xatol": 1e-5})
     return min(float(found.fun), bound(0.0))
 

@@ -7,11 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dp_accounting import GaussianDpEvent
-
 from fedtune.federation.drift import detect_score_drop
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
-from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
+from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.privacy.dp_library import GaussianDpEvent
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
