@@ -122,7 +122,11 @@ def hardware() -> str:
 
 
 def finished(config: RunConfig, session: Session | None = None) -> Path:
-    """The folder of a finished run: train it, resume it, or find it done."""
+    """The folder of a finished run: train it, resume it, or find it done.
+
+    Runs without a number format of their own use float32, so that a study is the same on every machine.
+    """
+    config = config.with_number_format("float32")
 
     def work(trial: SearchTrial) -> RunResult:
         return fedtune.simulate(trial.config, progress=show_scores, session=session).result

@@ -28,7 +28,7 @@ __all__ = [
     "from_gaussian_mechanism",
     "from_mixture_gaussian_mechanism",
 ]
-_RARELY_USED = ("scipy.optimize", "scipy.signal", "scipy.stats")
+RARELY_USED = ("scipy.optimize", "scipy.signal", "scipy.stats")
 
 
 class _DeferredModule(ModuleType):
@@ -58,8 +58,12 @@ class _DeferredName:
 
 
 @contextmanager
-def _defer_imports(names: tuple[str, ...]) -> Iterator[None]:
-    """Let the imports in the block bind stand-ins for these modules; imports elsewhere get the modules themselves."""
+def defer_imports(names: tuple[str, ...]) -> Iterator[None]:
+    """Let the imports in the block bind stand-ins for these modules, unless they are loaded already.
+
+    Imports outside the block get the modules themselves.  A stand-in passes every call and every attribute on, so that
+    no result changes.
+    """
     stand_ins = {name: _DeferredModule(name) for name in names if name not in sys.modules}
     sys.modules.update(stand_ins)
     try:
@@ -70,7 +74,7 @@ def _defer_imports(names: tuple[str, ...]) -> Iterator[None]:
                 del sys.modules[name]
 
 
-with _defer_imports(_RARELY_USED):
+with defer_imports(RARELY_USED):
     from dp_accounting import (
         ComposedDpEvent,
         DpEvent,

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,7 +127,8 @@ def measure_products(
 
 def _build_products(shapes: Mapping[tuple[int, int], int], name: str, *, onednn: bool) -> nn.ModuleList:
     """Build one frozen module for each shape, which computes as those of a base in the format `name`."""
-    layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, inputs, outputs) for outputs, inputs in shapes)
+    build: Any = nn.utils.skip_init  # torch gives it no types
+    layers = nn.ModuleList(build(nn.Linear, inputs, outputs) for outputs, inputs in shapes)
     layers.requires_grad_(False)
     for parameter in layers.parameters():
         parameter.fill_(0.01)  # an ordinary number: products of denormal ones are slower

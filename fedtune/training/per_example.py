@@ -15,15 +15,18 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from torch import nn
 
 from fedtune.data.batching import Batch, compute_each_alone
 from fedtune.model.frozen_linear import switch_to_onednn, uses_onednn
 from fedtune.model.ia3_and_dora import Scales
-from fedtune.spec import ConfigError, translate_panics
+from fedtune.privacy.dp_library import RARELY_USED, defer_imports
+from fedtune.spec import ConfigError, panics_as_errors
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import sum_by_halves
+
+with defer_imports(RARELY_USED):  # Opacus's accountants, which nothing here calls, import them
+    from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 
 log = logging.getLogger(__name__)
 

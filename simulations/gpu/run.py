@@ -213,7 +213,7 @@ def moved_by_one(machine: Machine) -> Result:
 
 
 def _banks(machine: Machine) -> list[str]:
-    settings = ["experiment=banks_intents", machine.setting]
+    settings = ["experiment=banks_intents", machine.setting, "model.dtype=float32"]
     if machine.tiny:
         settings += ["model.path=random:bert", "model.sha256=null", "head.label_texts=[]", "head.init=zero"]
         settings += ["lora.layers=null", "data.max_length=16"]

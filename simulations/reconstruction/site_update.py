@@ -63,6 +63,7 @@ def config_of(overrides: Sequence[str], records_file: Path, declared_size: int) 
             "tracking=quiet",
             "name=reconstruction",
             "federation.num_sites=1",
+            "model.dtype=float32",  # the same bits on every machine
             "federation.update_dtype=float32",  # the most that an update can tell: bfloat16 is this, rounded
             f"federation.site_names=[{SITE}]",
             f"data.train_file='{records_file}'",

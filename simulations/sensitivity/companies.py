@@ -50,7 +50,7 @@ def main() -> None:
             continue
         for threads in options.threads:
             torch.set_num_threads(threads)
-            shared = LoadedModel(compose_run(LINES[name][1]))
+            shared = LoadedModel(compose_run(LINES[name][1]).with_number_format("float32"))
             buckets = shared.shapes.lengths
             line = results["lines"].setdefault(f"{name}, threads: {threads}", {})
             line["buckets"] = list(buckets)

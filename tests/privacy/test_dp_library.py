@@ -13,7 +13,7 @@ from fedtune.privacy.loss_distribution import _accumulate
 
 def test_deferred_names_act_as_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "scipy.stats")
-    with dp_library._defer_imports(("scipy.stats",)):
+    with dp_library.defer_imports(("scipy.stats",)):
         stand_in = importlib.import_module("scipy.stats")
         norm = stand_in.norm
         assert importlib.import_module("scipy.stats") is stand_in
@@ -29,14 +29,14 @@ def test_deferred_names_act_as_the_real_ones(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_loaded_modules_are_not_deferred() -> None:
     before = sys.modules["scipy.stats"]
-    with dp_library._defer_imports(("scipy.stats",)):
+    with dp_library.defer_imports(("scipy.stats",)):
         assert importlib.import_module("scipy.stats") is before
     assert sys.modules["scipy.stats"] is before
 
 
 def test_failed_import_leaves_no_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "scipy.stats")
-    with pytest.raises(ImportError, match="away"), dp_library._defer_imports(("scipy.stats",)):
+    with pytest.raises(ImportError, match="away"), dp_library.defer_imports(("scipy.stats",)):
         raise ImportError("away")
     assert "scipy.stats" not in sys.modules
 
