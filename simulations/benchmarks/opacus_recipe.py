@@ -65,12 +65,12 @@ def _prepare(settings: list[str], folder: Path) -> None:
     from fedtune.model.base_model import load_base, save_as_plain_model
     from fedtune.sites import shared_model
 
-    config = compose_run([*settings, "privacy.epsilon=8"])
+    config = compose_run([*settings, "privacy.epsilon=8", "model.dtype=float32"])
     with patch.object(shared_model, "max_batch_influence", lambda *_, **__: 0.0):
         shared = shared_model.RunModel(shared_model.LoadedModel(config), config)
     sites = []
     for site in shared.records.dealt.sites:
-        dataset = shared.tokenized(site.training, lenient=True)
+        dataset = shared.tokenize_records(site.training, lenient=True)
         ids = (torch.as_tensor(one, dtype=torch.long) for one in dataset.input_ids)
         sites.append(tuple((one, torch.as_tensor(target)) for one, target in zip(ids, dataset.targets, strict=True)))
     lora = shared.model.base.peft_config["default"]
@@ -123,21 +123,26 @@ class Private:
     model: nn.Module
     optimizer: Any
     loader: Any
+    loss: Any  # of logits and targets: its mean, or for ghost clipping Opacus's own, whose backward pass clips
 
 
-def made_private(peer: Peer, rows: tuple[Row, ...], sampling_rate: float) -> Private:
-    """Opacus's recipe: the model, SGD, and a loader of Poisson samples of so much of the rows."""
+def made_private(peer: Peer, rows: tuple[Row, ...], sampling_rate: float, *, mode: str = "hooks") -> Private:
+    """Opacus's recipe: the model, SGD, and a loader of Poisson samples of so much of the rows.
+
+    `mode` is Opacus's way to per-example gradients: "hooks", "functorch" or "ghost" (norms alone, in a first pass).
+    """
     peer.train()
     trained = [one for one in peer.parameters() if one.requires_grad]
     loader = DataLoader(rows, batch_size=round(sampling_rate * len(rows)), collate_fn=together)  # type: ignore[arg-type]
-    model, optimizer, private = PrivacyEngine(secure_mode=False).make_private(
+    model, optimizer, *loss, private = PrivacyEngine(secure_mode=False).make_private(
         module=peer,
         optimizer=torch.optim.SGD(trained, lr=RATE),
         data_loader=loader,
         noise_multiplier=NOISE,
         max_grad_norm=CLIP,
+        grad_sample_mode=mode,
     )
-    return Private(model, optimizer, private)
+    return Private(model, optimizer, private, *(loss or [nn.functional.cross_entropy]))
 
 
 def take_steps(private: Private, *, steps: int, most_rows: int) -> None:
@@ -148,7 +153,7 @@ def take_steps(private: Private, *, steps: int, most_rows: int) -> None:
     ) as loader:
         for ids, mask, targets in loader:
             private.optimizer.zero_grad()
-            nn.functional.cross_entropy(private.model(ids, mask), targets).backward()
+            private.loss(private.model(ids, mask), targets).backward()
             private.optimizer.step()
             taken += not private.optimizer._is_last_step_skipped
             if taken == steps:
@@ -166,5 +171,5 @@ def take_sorted_steps(
             private.optimizer.signal_skip_step(do_skip=begin + most_rows < len(chosen))
             ids, mask, targets = together(chosen[begin : begin + most_rows])
             private.optimizer.zero_grad()
-            nn.functional.cross_entropy(private.model(ids, mask), targets).backward()
+            private.loss(private.model(ids, mask), targets).backward()
             private.optimizer.step()

@@ -9,12 +9,15 @@ round each, so that whatever else the machine does meets all alike.
 
 - **fedtune**: `fedtune simulate` in float32, with its ledgers and checkpoints; a process for each core
   shares each step, as that command chooses.
+- **fedtune, auto**: the same in the number format that it measures to be the faster one (`model.dtype=auto`).
 - **fedtune, mixed**: the same with frozen layers that multiply in bfloat16 (`model.dtype=mixed`); peers do in float32.
 - **fedtune, one process**: in float32 with `runtime.num_devices=1`, which takes less memory.
 - **Flower and Opacus**: Flower's simulation with one client on all cores at a time, whose training is that of Flower's
   own example for Opacus: `make_private` on a data loader, an epoch (here: so many steps), weights sent back to FedAvg;
   added is Opacus's `BatchMemoryManager`, without which it takes almost twice as long.
-- **Opacus, sorted**: a loop by hand in one process, each Poisson sample sorted by length, as Opacus's loader cannot.
+- **Opacus, sorted**: a loop by hand in one process, each Poisson sample sorted by length, as the loader cannot; its
+  per-example gradients by hooks, by functorch, or never made, by ghost clipping.
+- **opake, sorted**: the same loop with opake, where it is installed; it needs no place in fedtune's environment.
 
 Physical batches of both have 16 rows, the fastest number of 16, 32, 64 and all.  Memory is the most that a process and
 those that it started hold, shared pages counted once (Linux's PSS, looked at every second).
@@ -23,6 +26,7 @@ those that it started hold, shared pages counted once (Linux's PSS, looked at ev
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -32,6 +36,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +85,9 @@ def of_fedtune(
     simulate(config, folder, Waits())
 
 
-def of_opacus(folder: Path, *, rounds: int, steps: int, go: Callable[[float | None], None]) -> None:
+def of_opacus(
+    folder: Path, *, mode: str = "hooks", rounds: int, steps: int, go: Callable[[float | None], None]
+) -> None:
     """The loop by hand: the sites one after the other from the round's weights, then their mean."""
     import torch
     from opacus_recipe import Peer, Work, made_private, take_sorted_steps
@@ -88,7 +95,7 @@ def of_opacus(folder: Path, *, rounds: int, steps: int, go: Callable[[float | No
     work = Work.read(folder)
     peer = Peer(work)
     trained = {name: one for name, one in peer.named_parameters() if one.requires_grad}
-    private = made_private(peer, work.sites[0], work.sampling_rate)
+    private = made_private(peer, work.sites[0], work.sampling_rate, mode=mode)
     seconds = None
     for _ in range(rounds):
         go(seconds)
@@ -106,6 +113,53 @@ def of_opacus(folder: Path, *, rounds: int, steps: int, go: Callable[[float | No
         with torch.no_grad():
             for name, one in trained.items():
                 one.copy_(total[name])
+        seconds = time.monotonic() - began
+    go(seconds)
+
+
+def of_opake(folder: Path, *, rounds: int, steps: int, go: Callable[[float | None], None]) -> None:
+    """The loop by hand with opake: per-example gradients by `torch.func`, each sample sorted as in `of_opacus`.
+
+    It needs `pip install --no-deps opake-engine opake-dpsgd opake-base opake-optimizers`, which fedtune does without.
+    """
+    import torch
+    from opacus_recipe import CLIP, NOISE, RATE, Peer, Work, together
+    from opake.dpsgd.clipping import clipped_grad
+    from opake.dpsgd.noise import gaussian_noise
+    from opake.random import key
+
+    work = Work.read(folder)
+    peer = Peer(work)
+    peer.base.get_base_model().set_attn_implementation("eager")  # the others' kernels do not vectorize
+    start = {name: one.detach() for name, one in peer.named_parameters() if one.requires_grad}
+
+    def loss(trained: dict[str, Any], ids: Any, mask: Any, target: Any) -> Any:
+        logits = torch.func.functional_call(peer, trained, (ids[None], mask[None]))
+        return torch.nn.functional.cross_entropy(logits, target[None])
+
+    clip, clip_state = clipped_grad(loss, clipping_norm=CLIP, batch_argnums=(1, 2, 3))
+    add_noise, noise_state = gaussian_noise(noise_multiplier=NOISE, key=key(0))
+    seconds = None
+    for _ in range(rounds):
+        go(seconds)
+        began = time.monotonic()
+        total = {name: torch.zeros_like(one) for name, one in start.items()}
+        for rows in work.sites:
+            trained = dict(start)
+            for _ in range(steps):
+                places = (torch.rand(len(rows)) < work.sampling_rate).nonzero().flatten().tolist()
+                chosen = sorted((rows[place] for place in places), key=lambda row: len(row[0]))
+                summed: Any = None
+                for begin in range(0, len(chosen), MOST_ROWS):
+                    clipped, clip_state = clip(trained, *together(chosen[begin : begin + MOST_ROWS]), state=clip_state)
+                    added = {name: one + (summed.pytree[name] if summed else 0) for name, one in clipped.pytree.items()}
+                    summed = replace(clipped, pytree=added)
+                noisy, noise_state = add_noise(summed, noise_state)
+                rate = RATE / (work.sampling_rate * len(rows))
+                trained = {name: one - rate * noisy.pytree[name] for name, one in trained.items()}
+            for name, one in trained.items():
+                total[name] += one / len(work.sites)
+        start = total
         seconds = time.monotonic() - began
     go(seconds)
 
@@ -178,12 +232,20 @@ def _create_sites(folder: Path) -> tuple[Any, ...]:
 
 
 KINDS: dict[str, Callable[..., None]] = {
-    OURS: lambda folder, **how: of_fedtune(folder / "several", processes=count_usable_cores(), **how),
+    OURS: lambda folder, **how: of_fedtune(
+        folder / "several", "model.dtype=float32", processes=count_usable_cores(), **how
+    ),
+    "fedtune, auto": lambda folder, **how: of_fedtune(
+        folder / "auto", "model.dtype=auto", processes=count_usable_cores(), **how
+    ),
     "fedtune, mixed": lambda folder, **how: of_fedtune(
         folder / "mixed", "model.dtype=mixed", processes=count_usable_cores(), **how
     ),
-    "fedtune, one process": lambda folder, **how: of_fedtune(folder / "one", processes=1, **how),
+    "fedtune, one process": lambda folder, **how: of_fedtune(folder / "one", "model.dtype=float32", processes=1, **how),
     "Opacus, sorted": of_opacus,
+    "Opacus, sorted, functorch": lambda folder, **how: of_opacus(folder, mode="functorch", **how),
+    "Opacus, sorted, ghost clipping": lambda folder, **how: of_opacus(folder, mode="ghost", **how),
+    "opake, sorted": of_opake,
     "Flower and Opacus": of_flower,
 }
 
@@ -309,6 +371,7 @@ def summary(seconds: list[float], most_bytes: int) -> dict[str, Any]:
         "seconds": round(statistics.median(seconds), 2),
         "each": [round(one, 2) for one in seconds],
         "peak_bytes": most_bytes,
+        "machine": readme_table.machine(count_usable_cores()),
     }
 
 
@@ -339,7 +402,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5, help="rounds of each kind that count")
     parser.add_argument("--steps", type=int, default=5, help="steps of a round, at most 5")
-    parser.add_argument("--only", nargs="*", default=list(KINDS), choices=list(KINDS))
+    here = [name for name in KINDS if "opake" not in name or importlib.util.find_spec("opake")]
+    parser.add_argument("--only", nargs="*", default=here, choices=list(KINDS))
     parser.add_argument("--into", type=Path, default=FOLDER / "peers.json")
     parser.add_argument("--be", choices=list(KINDS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
