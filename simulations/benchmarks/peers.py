@@ -260,7 +260,7 @@ class Kind:
     def __init__(self, name: str, folder: Path, *, rounds: int, steps: int) -> None:
         self.most_bytes = 0
         words = ["--be", name, "--folder", str(folder), "--times", str(rounds), "--steps", str(steps)]
-        python = f"{FOLDER}{os.pathsep}{FOLDER.parents[1]}"
+        python = os.pathsep.join(filter(None, [str(FOLDER), str(FOLDER.parents[1]), os.environ.get("PYTHONPATH")]))
         # Ray's processes find the modules so; threads that wait sleep, as in fedtune's own command; no telemetry.
         more = {"PYTHONPATH": python, "OMP_WAIT_POLICY": "PASSIVE"}
         more |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
