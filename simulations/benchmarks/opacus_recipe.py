@@ -100,9 +100,9 @@ class Peer(nn.Module):
         self.base = get_peft_model(base, LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **work.lora))
         self.head = nn.Linear(base.config.hidden_size, work.classes, bias=False)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits (n, classes) of token ids (n, t)."""
-        output = self.base(input_ids=ids, attention_mask=mask)
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, attention: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (n, classes) of token ids (n, t); `attention` replaces the base's own reading of the mask."""
+        output = self.base(input_ids=ids, attention_mask=mask if attention is None else attention)
         states, weights = output.last_hidden_state, mask[..., None].float()
         pooled = (states * weights).sum(dim=1) / weights.sum(dim=1)
         return self.head(10 * nn.functional.normalize(pooled, dim=-1))  # type: ignore[no-any-return]

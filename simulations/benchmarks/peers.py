@@ -120,7 +120,7 @@ def of_opacus(
 def of_opake(folder: Path, *, rounds: int, steps: int, go: Callable[[float | None], None]) -> None:
     """The loop by hand with opake: per-example gradients by `torch.func`, each sample sorted as in `of_opacus`.
 
-    It needs `pip install --no-deps opake-engine opake-dpsgd opake-base opake-optimizers`, which fedtune does without.
+    It needs opake-engine, opake-dpsgd, opake-base, opake-optimizers and optree, installed with `pip install --no-deps`.
     """
     import torch
     from opacus_recipe import CLIP, NOISE, RATE, Peer, Work, together
@@ -130,11 +130,13 @@ def of_opake(folder: Path, *, rounds: int, steps: int, go: Callable[[float | Non
 
     work = Work.read(folder)
     peer = Peer(work)
-    peer.base.get_base_model().set_attn_implementation("eager")  # the others' kernels do not vectorize
+    peer.base.get_base_model().set_attn_implementation("eager")
     start = {name: one.detach() for name, one in peer.named_parameters() if one.requires_grad}
 
     def loss(trained: dict[str, Any], ids: Any, mask: Any, target: Any) -> Any:
-        logits = torch.func.functional_call(peer, trained, (ids[None], mask[None]))
+        # Added to the scores of attention: the base would look whether a mask has padding, which does not vectorize.
+        attention = torch.where(mask > 0, 0.0, -1e9)[None, None, None]
+        logits = torch.func.functional_call(peer, trained, (ids[None], mask[None], attention))
         return torch.nn.functional.cross_entropy(logits, target[None])
 
     clip, clip_state = clipped_grad(loss, clipping_norm=CLIP, batch_argnums=(1, 2, 3))
