@@ -119,8 +119,8 @@ def _find_hub_folder(spec: ModelSpec) -> Path:
             continue
         if _has_weights(folder, spec):
             return folder
-    from fedtune.model.hf_logging import first_line  # here, because transformers takes seconds to import
+    from fedtune.model.hf_logging import get_first_line  # here, because transformers takes seconds to import
 
-    why = f" ({type(problem).__name__}: {first_line(problem)})" if problem else ""
+    why = f" ({type(problem).__name__}: {get_first_line(problem)})" if problem else ""
     bound = f"is not a local folder, and its safetensors weights could not be loaded from the hub{why}"
     raise ConfigError("model.path", spec.path, bound) from problem

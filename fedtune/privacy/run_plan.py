@@ -11,7 +11,13 @@ import json
 from fedtune.codec import decode, require
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
-from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise, Together, epsilons_by_adversary
+from fedtune.privacy.distributed_noise import (
+    USUAL_BOUND,
+    Epsilons,
+    SharedNoise,
+    Together,
+    compute_epsilons_by_adversary,
+)
 from fedtune.privacy.dp_library import ComposedDpEvent, DpEvent, GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, Noise, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec

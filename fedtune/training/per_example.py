@@ -21,7 +21,7 @@ from fedtune.data.batching import Batch, compute_each_alone
 from fedtune.model.frozen_linear import switch_to_onednn, uses_onednn
 from fedtune.model.ia3_and_dora import Scales
 from fedtune.privacy.dp_library import RARELY_USED, defer_imports
-from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.spec import ConfigError, translate_panics
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import sum_by_halves
 

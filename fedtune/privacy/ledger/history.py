@@ -17,7 +17,7 @@ from itertools import groupby
 from fedtune.codec import decode, decode_value
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
-from fedtune.privacy.cohorts import OLDEST, Cohorts, cohort_group_starts, period_number
+from fedtune.privacy.cohorts import OLDEST, Cohorts, compute_period_number, find_cohort_group_starts
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import (

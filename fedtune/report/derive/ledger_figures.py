@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, cohort_group_starts, period_number
+from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, compute_period_number, find_cohort_group_starts
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.own_release import CHARGED_ONLY
 from fedtune.privacy.run_plan import Plan

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from fedtune.federation.drift import detect_score_drop
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
-from fedtune.formatting import finite_or_none, infinite_if_none
+from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
 from fedtune.privacy.dp_library import GaussianDpEvent
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
