@@ -207,7 +207,7 @@ def fix_number_format(
         return config
     if config.resume is not None:
         return config.with_number_format(read_saved_config(Path(config.resume)).model.dtype)
-    sites = VirtualSites.of(config, run_folder, config.plan())
+    sites = VirtualSites.create(config, run_folder, config.plan())
     existing = [site for site in config.federation.active if (sites.folder / site / POLICY).is_file()]
     formats = [set(sites.files(site).policy.allow.dtypes) for site in existing]
     allowed = {FLOAT32, MIXED}.intersection(*formats)
