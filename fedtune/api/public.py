@@ -157,7 +157,9 @@ def simulate(
 
     config = compose_recipe(recipe, settings)
     if config.runtime.kind == "deployment":
-        raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
+        raise ConfigError(
+            "runtime", "deployment", "requires real sites: start the run with fedtune run --kit LEAD sites=[...]"
+        )
     if torch_came_first:
         late = "otherwise MKL is configured too late, and a run may refuse this process"
         warnings.warn(f"import fedtune before torch: {late}", stacklevel=2)

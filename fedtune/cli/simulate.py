@@ -50,7 +50,9 @@ def simulate(
     trials = Trials.from_sweep(overrides) if multirun else None
     runs = [trial.config for trial in trials.rows.values()] if trials else [compose_run(overrides)]
     if any(config.runtime.kind == "deployment" for config in runs):
-        raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
+        raise ConfigError(
+            "runtime", "deployment", "requires real sites: start the run with fedtune run --kit LEAD sites=[...]"
+        )
     if trials and len(runs) > 1:
         again = ["simulate", "-m", *trials.again]
         with show_several_runs(trials, console, again=again, as_json=as_json), Session() as session:

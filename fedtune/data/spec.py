@@ -135,7 +135,11 @@ class DataSpec:
             if fraction and getattr(self, f"{name}_file") is not None:
                 raise ConfigError(f"{name}_fraction", fraction, f"must be 0 if data.{name}_file is set")
         if self.validation_fraction + self.test_fraction >= 1:
-            raise ConfigError("test_fraction", self.test_fraction, "must leave sites some records of data.train_file")
+            raise ConfigError(
+                "test_fraction",
+                self.test_fraction,
+                "must be smaller: no records of data.train_file are left for the sites",
+            )
         check_names("labels", self.labels)
         if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
             raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')

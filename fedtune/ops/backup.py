@@ -142,7 +142,7 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
             hashes = {str(name): str(sha256) for name, sha256 in about["sha256"].items()}
             whose = str(about["kind"])
             if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in hashes):
-                raise ValueError("a name points outside the folder")
+                raise ValueError("a file name points outside the folder")
             for name, sha256 in hashes.items():
                 with archive.open(name) as entry:
                     if _copy_and_hash(entry, None) != sha256:

@@ -63,7 +63,7 @@ def compute_max_divergence(epsilon: float, *, order: float, delta: float) -> flo
 
 
 def compute_max_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
-    """Return how often `event` fits into a divergence of `room`; None if `room` is infinite."""
+    """Return how many times `event` can be charged within the divergence `room`; None if `room` is infinite."""
     if math.isinf(room):
         return None
     count = max(0, math.floor(room / compute_total_divergence([event], order)))

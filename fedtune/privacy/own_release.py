@@ -1,4 +1,4 @@
-"""A release of a site's own: its proposal, and the answer where it is a sum over the site's units."""
+"""Releases that a site makes on its own: the proposal, and the answer if it is a sum over the site's units."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def _check_statements(facts: RunFacts, folder: Path) -> Iterator[Check]:
 
 
 def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
-    """Whether the site signed this consistent report, and it contains the statement that the run's report repeats."""
+    """Return True if this report is consistent, signed by the site, and contains the statement in the run's report."""
     from fedtune.report.from_run import extract_statement
 
     try:

@@ -1,4 +1,4 @@
-"""Lines of text that a terminal has room for and that cannot steer it; times, powers and long names as text."""
+"""Format text for the terminal: fit lines to its width, strip control sequences, and shorten long names."""
 
 from __future__ import annotations
 

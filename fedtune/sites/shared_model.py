@@ -321,7 +321,7 @@ class RunModel:
         return replace(data, kept={} if session is None else session.get_cached_states(about, data.examples, dict))
 
     def make_site_examples(self, dataset: TextDataset) -> SiteExamples:
-        """A site's records as training reads them."""
+        """Convert a site's records to training examples."""
 
         def make() -> SiteExamples:
             pad_id = self.tokenizer.pad_token_id

@@ -237,7 +237,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
             offer = ledger.make_offer(proposal)
             if not config.can_use(offer):
                 ledger.require_acceptable(proposal)  # names the rule that the whole proposal breaks
-                raise RunError("the budget of a site has changed meanwhile; start again")
+                raise RunError("a site's budget changed while the run was being prepared: start the run again")
             offers.append(offer)
         except Refused as refused:
             without[site] = f"{refused.reason}, asked {refused.asked}, allowed {refused.allowed}"
@@ -414,7 +414,7 @@ class Participants:
         return bool(events) and events[-1].detail.get("fingerprint") != self.work[name].fingerprint(key)
 
     def site(self, index: int) -> Site:
-        """Open a site with its ledger, as the file is now."""
+        """Open a site, and load its ledger from the current file."""
         return VirtualSite(self, self.config.federation.active[index])
 
 

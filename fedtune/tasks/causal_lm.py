@@ -194,7 +194,9 @@ class CausalLM(Task):
         """
         losses, num_tokens = figures["loss"], figures["tokens"]
         if not num_tokens.any():
-            raise DataError("evaluation data", "no token to predict", "must have an answer within data.max_length")
+            raise DataError(
+                "evaluation data", "no target tokens", "must have at least one answer that fits within data.max_length"
+            )
         of_token = float(losses @ num_tokens / num_tokens.sum())
         return {
             "loss": float(np.mean(losses)),

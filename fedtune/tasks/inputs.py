@@ -96,7 +96,7 @@ class Input(ABC):
         """
 
     def num_ids(self, base: Any) -> int:
-        """Return the number of token ids; 1 for inputs of numbers."""
+        """Return the number of token ids; 1 for numeric inputs."""
         return 1
 
     @abstractmethod

@@ -223,7 +223,7 @@ def require_batch_invariance(moved: float, *, path: str, inexact_allowed: bool) 
 
 
 class _Trial:
-    """Dummy examples of every shape, each in two different groupings into micro-batches.
+    """Dummy examples of every shape, each split into micro-batches in two different ways.
 
     Attributes:
         tried: called whenever a length was tested.

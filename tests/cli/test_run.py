@@ -295,7 +295,9 @@ def test_resumed_run_keeps_its_sites_and_runs_in_one_process(kit: Kit, folder: P
 
 def test_simulations_and_real_runs_cannot_resume_each_other(kit: Kit, folder: Path, tmp_path: Path) -> None:
     message = run_command("simulate", f"resume={folder}").failed()
-    assert message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
+    assert (
+        message == "runtime = 'deployment': requires real sites: start the run with fedtune run --kit LEAD sites=[...]"
+    )
     simulated = tmp_path / "simulated"
     write_config(replace(compose_run(list_run_words("privacy.planned_runs=2")), name="simulated"), simulated)
     message = run_command("run", "resume", str(simulated), "--kit", str(kit.folder)).failed()

@@ -31,7 +31,7 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
         *(({"label_separator": mark}, "label_separator = ") for mark in ("", ", ", "[", '"')),
         *(({"target_range": bounds}, "target_range = ") for bounds in NO_RANGES),
         ({"test_fraction": 1.0}, "test_fraction = 1.0: must be in [0, 1)"),
-        ({"test_fraction": 0.5, "validation_fraction": 0.5}, "test_fraction = 0.5: must leave sites some records"),
+        ({"test_fraction": 0.5, "validation_fraction": 0.5}, "test_fraction = 0.5: must be smaller: no records"),
         ({"test_fraction": 0.5, "test_file": "t.csv"}, "test_fraction = 0.5: must be 0 if data.test_file is set"),
         ({"on_bad_record": "stop"}, "on_bad_record = 'stop': must be one of error, skip"),
         ({"partition": PartitionSpec(kind="file")}, "train_file = 'train.jsonl': must have {site} in its name for"),

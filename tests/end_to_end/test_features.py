@@ -182,7 +182,7 @@ def test_feature_unit_moves_a_step_by_at_most_the_clip_norm(settings: Any, tmp_p
 
 
 @snapshots.parametrize_mistakes("mistakes-features")
-def test_invalid_feature_settings_give_one_line(settings: Any, typed: str) -> None:
+def test_invalid_feature_settings_raise_a_one_line_error(settings: Any, typed: str) -> None:
     given = settings(*shlex.split(typed), name="wrong")
     snapshots.check_message("mistakes-features", typed, run_command("simulate", *given).failed())
     assert not find_run_folder(given).exists()

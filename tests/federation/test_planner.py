@@ -228,7 +228,7 @@ def test_calendar_charges_oldest_and_newest_cohorts_per_run() -> None:
     )
 
 
-def test_calendar_without_a_window_ends_at_the_planned_runs() -> None:
+def test_calendar_without_window_ends_with_the_last_planned_run() -> None:
     plan = make_plan(runs=4, cohorts=None)
     assert [row.oldest for row in list_calendar_runs(plan)] == list_spent(plan, 1, 2, 3, 4)
     assert [row.newest for row in list_calendar_runs(plan, before=3)] == list_spent(plan, 4)

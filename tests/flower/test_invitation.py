@@ -28,7 +28,7 @@ def list_charged_sites(made: Any) -> list[str]:
     return [site for site, found in kinds.items() if found & {Kind.PLAN, Kind.RESERVE, Kind.COMMIT}]
 
 
-def test_too_few_willing_sites_prevent_any_charge(federation: Any) -> None:
+def test_nothing_is_charged_when_too_few_sites_accept(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
     for _ in range(2):  # before, each try cost the others a round
         with pytest.raises(

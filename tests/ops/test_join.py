@@ -142,7 +142,7 @@ def test_invalid_fields_of_a_signed_request_are_refused(request_of: Any) -> None
         ({"datasets": {"../a": 5}}, "datasets = '../a': must be made of"),
         ({"datasets": {"a": 0}}, "datasets.a = 0: must be at least 1"),
         ({"datasets": {"a": 2**60}}, "must be at least 1 and below 2"),
-        ({"csr": make_csr(_P256, "north")}, "csr = .*must be for an EC P-384 key"),
+        ({"csr": make_csr(_P256, "north")}, "csr = .*must contain an EC P-384 key"),
         ({"csr": make_csr(_P384, "south")}, "csr = 'south': must have the site's name"),
         ({"csr": make_csr(_P384, "north", "south")}, "csr = null: must have the site's name"),
         ({"csr": "none"}, "csr = 'unreadable': must be a certificate signing request"),

@@ -141,7 +141,7 @@ def test_roster_certificate_with_an_unreadable_key_is_refused(federation: Path, 
     for right, wrong in (("03620004", "03620008"), ("06072a8648ce3d0201", "06071a8648ce3d0201")):
         assert der.count(bytes.fromhex(right)) == 1
         damaged = x509.load_der_x509_certificate(der.replace(bytes.fromhex(right), bytes.fromhex(wrong)))
-        with pytest.raises(ConfigError, match="must be for an EC P-384 key"):
+        with pytest.raises(ConfigError, match="must contain an EC P-384 key"):
             extract_p384_public_key(damaged, key="certificate")
         fields["sites"][0]["certificate"] = encode_certificate_pem(damaged).decode()
         path.write_text(json.dumps(fields))

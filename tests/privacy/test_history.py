@@ -54,7 +54,7 @@ NOTHING = events.to_json(events.build_dp_sgd_event(sampling_rate=0.25, noise_mul
         (lambda t: [t[0], *t[2:]], "event 2 must be the note 'policy'"),
         (lambda t: [t[0], t[0]], "event 2 must be the note 'policy'"),
         (lambda t: [*t, repeat_later(t[0])], "the ledger was opened before"),
-        (lambda t: [*t, repeat_later(t[2])], "the run was accepted before"),
+        (lambda t: [*t, repeat_later(t[2])], "the run has already been accepted"),
         (lambda t: [*t[:2], t[3]], r"event 3 \(reserve\) is invalid: 'r'"),
         (lambda t: [*t[:3], t[4]], "it commits a round that was not reserved"),
         (lambda t: [*t[:4], replace(t[4], attempt=2)], "it commits a round that was not reserved"),

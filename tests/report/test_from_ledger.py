@@ -308,7 +308,10 @@ def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged_ledger: Bo
         (tmp_path / "ledger.db").write_bytes(content)
         with pytest.raises(RunError, match=r"ledger\.db"):
             from_ledger.build_ledger_report(tmp_path / "ledger.db")
-    for name, said in (("none.db", "does not exist: give a ledger"), ("none.toml", r"none\.toml")):
+    for name, said in (
+        ("none.db", "does not exist: pass the path of an existing ledger"),
+        ("none.toml", r"none\.toml"),
+    ):
         with pytest.raises(ConfigError, match=said):
             from_ledger.build_ledger_report(tmp_path / name)
     with pytest.raises(ConfigError, match="anchor"):
@@ -317,5 +320,5 @@ def test_missing_unreadable_or_foreign_ledger_raises_an_error(charged_ledger: Bo
     with pytest.raises(ConfigError, match=r"site\.toml: site = 'b': must be 'a'"):
         from_ledger.build_ledger_report(charged_ledger.site_toml)
     charged_ledger.ledger.unlink()
-    with pytest.raises(ConfigError, match=r"ledger\.db.*does not exist: give a ledger"):
+    with pytest.raises(ConfigError, match=r"ledger\.db.*does not exist: pass the path of an existing ledger"):
         from_ledger.build_ledger_report(charged_ledger.site_toml)

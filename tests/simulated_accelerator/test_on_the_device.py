@@ -9,7 +9,7 @@ def run_tried(function: str, **settings: object) -> list[str]:
     return run_on_it(f"from tests.simulated_accelerator import tried; tried.{function}()", **settings).splitlines()
 
 
-def test_trial_clips_on_the_device_like_a_step() -> None:
+def test_trial_clips_on_the_device_as_training_steps_do() -> None:
     as_it_is, by_company = map(float, run_tried("print_clipping_by_batch", SIM_SDPA="fused"))
     assert as_it_is == 0.0
     assert by_company > 1e-4

@@ -252,7 +252,7 @@ def _decode_fields(data: bytes, message: Any) -> dict[str, Any]:
     try:
         found = json.loads(data)
         if type(found) is not dict or to_canonical_json(found) != data:
-            raise ValueError("not canonical")
+            raise ValueError("the message is not in canonical form")
     except (ValueError, RecursionError):
         raise Rejected(Wrong.MALFORMED) from None
     types = {field.name: str(field.type).partition("[")[0] for field in fields(message)}

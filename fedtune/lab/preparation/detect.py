@@ -36,7 +36,7 @@ Roles: TypeAlias = dict[str, tuple[DataColumn, str]]  # by role the column that 
 
 
 class _Part(NamedTuple):
-    """A column that a kind of file has."""
+    """A column in the layout of a file type."""
 
     role: str  # of fedtune
     names: Sequence[str]  # that it may have, the usual first
@@ -449,7 +449,7 @@ class _Guess:
         return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
 
     def _find_text_candidates(self, fits: str, *, but: Collection[DataColumn] = ()) -> list[DataColumn]:
-        """Return the columns that a record may be about; a comment column that few rows fill is excluded."""
+        """Return the columns that could hold a record's main text; a sparsely filled comment column is excluded."""
         others = [one for one in self.every if getattr(one, fits) and one not in but and not one.unread]
         others = [one for one in others if not (one.is_person or one.is_of_records)]
         most = max((one.filled for one in (*others, *self.list_features(but=but))), default=0)

@@ -134,7 +134,7 @@ def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
 
 
 def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path = Path("/")) -> DoctorCheck:
-    """Compare the available memory with a rough need: 3 times the size of the largest model's files, plus 1 GiB.
+    """Compare available memory with a rough estimate: 3 times the size of the largest model's files, plus 1 GiB.
 
     The factor 3 covers weights, activations and gradients.
 

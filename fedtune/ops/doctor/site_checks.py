@@ -335,7 +335,7 @@ def check_budget(history: History, policy: Policy) -> DoctorCheck:
     taken = history.count_charges_and_reservations(now)
     if history.seeded:
         fix = "Do not use it for real records: it is marked permanently."
-        return warning(name, "a run took its noise from a seed: this ledger promises nothing", fix=fix)
+        return warning(name, "a run used seeded noise, so this ledger gives no privacy guarantee", fix=fix)
     if why := history.explain_pending_period():
         return warning(
             name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."

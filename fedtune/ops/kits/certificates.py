@@ -109,9 +109,9 @@ def extract_p384_public_key(
     try:
         public = holder.public_key()
     except UNREADABLE:  # it is parsed only now
-        raise ConfigError(key, "unreadable", "must be for an EC P-384 key") from None
+        raise ConfigError(key, "unreadable", "must contain an EC P-384 key") from None
     if not is_p384(public):
-        raise ConfigError(key, type(public).__name__, "must be for an EC P-384 key")
+        raise ConfigError(key, type(public).__name__, "must contain an EC P-384 key")
     assert isinstance(public, ec.EllipticCurvePublicKey)
     return public
 

@@ -119,7 +119,7 @@ Roster = Callable[[], Sequence["Member"]]  # the sites as they stand when it is 
 
 
 class Gate:
-    """ASGI middleware that refuses every call with 404 except for those that sites and the lead need.
+    """ASGI middleware that answers every request with 404 except those that sites and the lead need.
 
     Args:
         lead: public key of the lead, who may start runs.

@@ -128,7 +128,7 @@ class SeenCalls:
             raise NotAllowed(401, "the lead's signature was used before")
 
     def use_signature(self, headers: Mapping[str, str], *, now: float) -> None:
-        """Mark the signature of a valid call of the lead as used.
+        """Mark the signature of a valid request from the lead as used, so that it cannot be replayed.
 
         Raises:
             NotAllowed: the signature was used before, or too many signatures are stored.

@@ -149,7 +149,7 @@ class LeadSession:
         except httpx.HTTPError:
             raise
         except Exception as error:  # each of Flower's readers has errors of its own over bytes that a site chose
-            log.warning("an answer cannot be read (%s)", type(error).__name__)
+            log.warning("ignoring a reply that cannot be read (%s)", type(error).__name__)
             return None
 
     def reload_certificate(self) -> None:

@@ -181,7 +181,7 @@ class History:
         match event.kind:
             case Kind.PLAN:
                 if event.run in self.runs:
-                    raise ValueError("the run was accepted before")
+                    raise ValueError("the run has already been accepted")
                 proposal = decode(Proposal, event.detail["proposal"])
                 if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opening.arrivals:
                     raise ValueError("its cohorts do not match the ledger's calendar")

@@ -318,7 +318,7 @@ class SiteLedger:
             raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
 
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
-        """Charge what the anchor has charged and this restored ledger lacks, and return these charges.
+        """Charge everything that the anchor records but this restored ledger lacks, and return the added charges.
 
         The ledger also takes over everything else in the anchor: ended runs, permanent marks, denied proposals, earlier
         caps, the columns that identify users, and receipts that prove missing events, unless both branches together

@@ -291,7 +291,7 @@ class Charts(Words):
         return self._add_chart("utility", self.by_round(), panel, seen=seen)
 
     def reliability(self) -> Table:
-        """Build the reliability diagram: how often answers with about equal model confidence are right."""
+        """Build the reliability diagram: accuracy in each bin of model confidence."""
         detail = None if isinstance(self.facts, LedgerFacts) else self.facts.detail
         found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
         lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
