@@ -115,7 +115,7 @@ class SiteProcess:
         log.info("the base model is loaded", extra=about)
         if self._model.moved > 0:
             log.warning(
-                "other examples in a batch affect an example's rounding on this machine; continuing, as the policy allows it",
+                "other examples in a batch affect an example's rounding here; continuing, because the policy allows it",
                 extra={"moved": self._model.moved},
             )
         return RunModel(self._model, config)
