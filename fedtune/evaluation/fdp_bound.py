@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 from fedtune.privacy.loss_distribution import compute_hockey_stick
@@ -161,4 +160,6 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
     if mu == 0 or excess(0.0) <= 0:
         return 0.0
+    from scipy.optimize import brentq  # takes as long to import as a report to read
+
     return float(brentq(excess, 0.0, _MOST_EPSILON, xtol=1e-9))

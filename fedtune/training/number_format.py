@@ -105,8 +105,8 @@ def measure_products(
     operations = 8 * sum(outputs * inputs for outputs, inputs in shapes)  # of one token, both ways, in two formats
     rows = min(tokens, max(_FEWEST_TOKENS, int(_MOST_OPERATIONS / max(1, operations))))
     products = {name: _build_products(shapes, name, onednn=onednn) for name in formats}
-    inputs = [torch.rand(rows, size, requires_grad=True) for _, size in shapes]
-    gradients = [torch.rand(rows, size) for size, _ in shapes]
+    inputs = [torch.ones(rows, size, requires_grad=True) for _, size in shapes]
+    gradients = [torch.ones(rows, size) for size, _ in shapes]
     fastest = {name: [math.inf] * len(shapes) for name in formats}
     began = now = clock()
     while True:
