@@ -134,6 +134,10 @@ class RunFolder:
         self.exports = path / "exports.json"
         self.audit_mark = path / "AUDIT.txt"
 
+    def locate_sites(self, sites_dir: str | None) -> Path:
+        """Return the folder of a simulation's sites: `runtime.sites_dir`, or the run's own `sites`."""
+        return Path(sites_dir) if sites_dir else self.sites
+
     def create(self, config: bytes) -> list[Path]:
         """Create the folder and write its configuration as YAML; return the newly created folders, the run's own first
         and then its parents.

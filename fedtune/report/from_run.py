@@ -154,7 +154,7 @@ def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
     """
     if config.runtime.kind == "deployment":
         return None
-    sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else RunFolder(folder).sites
+    sites = RunFolder(folder).locate_sites(config.runtime.sites_dir)
     policies = [sites / name / "site.toml" for name in config.federation.active]
     with suppress(ConfigError):
         accepted = [read_policy(policy).allow.inexact_gradients for policy in policies]  # each has to be read

@@ -68,7 +68,7 @@ def ignore_progress(what: str, done: int, total: int) -> None:
 
 
 class LoadedModel:
-    """A task model on this machine's device, for every run that it serves; the constructor has tried it.
+    """A task model on this machine's device, shared by every run that it serves; its constructor runs the trial.
 
     It keeps no state of a run: whoever trains or scores loads an adapter first, which sets all that is trained.
 

@@ -81,7 +81,7 @@ class VirtualSites:
         kept = config.runtime.sites_dir
         if kept and os.path.lexists(kept) and not Path(kept).is_dir():
             raise ConfigError("runtime.sites_dir", kept, "must be a folder, or not exist yet")
-        folder = Path(kept) if kept else RunFolder(run_folder).sites
+        folder = RunFolder(run_folder).locate_sites(kept)
         # New ledgers would know nothing of what the runs before were charged.
         if config.federation.renewal and not (folder / DEALT).is_file():
             bound = f"must be the ledger folder of the renewed run: no {DEALT} in {folder.absolute()}"
