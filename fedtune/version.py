@@ -22,3 +22,8 @@ def build() -> str:
 def find_shipped_folders() -> tuple[Path, ...]:
     """Return the folders that have `conf/` and `simulations/`: in a wheel, else beside the package in a checkout."""
     return tuple(folder for folder in (_PACKAGE / "share", _PACKAGE.parent) if folder.is_dir())
+
+
+def find_config_folder() -> Path:
+    """Return the folder `conf/`, in a checkout or inside the installed package."""
+    return next(folder / "conf" for folder in find_shipped_folders() if (folder / "conf" / "config.yaml").is_file())

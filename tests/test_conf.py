@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from fedtune.api.compose import compose_run
-from fedtune.api.config_groups import find_config_folder
 from fedtune.api.experiment_file import read_option
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.lab.preparation.experiment_writer import build_placeholder_overrides
+from fedtune.version import find_config_folder
 
 from .conftest import write_config
 

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from fedtune.version import find_shipped_folders
-
-
-def find_config_folder() -> Path:
-    """Return the folder `conf/`, in a checkout or inside the installed package."""
-    return next(folder / "conf" for folder in find_shipped_folders() if (folder / "conf" / "config.yaml").is_file())
+from fedtune.version import find_config_folder
 
 
 def list_config_groups() -> list[str]:

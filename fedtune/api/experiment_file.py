@@ -21,10 +21,11 @@ from hydra.types import RunMode
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
-from fedtune.api.config_groups import find_config_folder, list_config_groups, list_options, suggest_experiment
+from fedtune.api.config_groups import list_config_groups, list_options, suggest_experiment
 from fedtune.config import read_plain_yaml
 from fedtune.runs.overrides import FREE_MAPS
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
+from fedtune.version import find_config_folder
 
 OPEN = "???"  # in place of a value, which must then be given
 _SCHEME = "fedtune"

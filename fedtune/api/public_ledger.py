@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.api.config_groups import find_config_folder
 from fedtune.codec import require
 from fedtune.extras import require_extra
 from fedtune.formatting import format_html_table
@@ -31,6 +30,7 @@ from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Budget, Dataset, ReferenceRun
 from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least, check_name, check_positive, check_whole
+from fedtune.version import find_config_folder
 
 if TYPE_CHECKING:
     import pandas

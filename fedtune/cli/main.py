@@ -31,10 +31,10 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from fedtune.api.config_groups import find_config_folder
 from fedtune.cli.command import SETTINGS, InterruptTold, is_experiment_file, make_command, pause_garbage_collection
 from fedtune.show.lines import wrap_text
 from fedtune.spec import ConfigError, FedtuneError, describe_full_disk
+from fedtune.version import find_config_folder
 
 COMMANDS: Mapping[str, str] = {
     "data": "inspect your data, and write a first experiment for it",

@@ -60,7 +60,7 @@ def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.to
 @command(app, "print a policy to start from")
 def template() -> None:
     """Print a policy to start from, with every key explained."""
-    from fedtune.api.config_groups import find_config_folder  # reading settings takes most of a second to import
+    from fedtune.version import find_config_folder  # reading settings takes most of a second to import
 
     sys.stdout.write((find_config_folder() / "site.toml").read_text(encoding="utf-8"))
 

@@ -14,8 +14,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from fedtune.api.config_groups import find_config_folder
 from fedtune.config import RunConfig
+from fedtune.version import find_config_folder
 
 _PLAIN = (bool, int, float, str)
 

@@ -27,7 +27,7 @@ from fedtune.report.facts import Audit, RunFacts
 from fedtune.report.from_run import build_run_report, read_run
 from fedtune.report.model import Report
 from fedtune.spec import ConfigError, RunError, check_at_least, check_fraction, name_file_in_errors, spec
-from fedtune.version import find_shipped_folders
+from fedtune.version import find_config_folder
 
 Found = tuple[bool | None, str]
 """Whether a rule holds (None: the run lacks what the rule needs), and a sentence about it."""
@@ -149,7 +149,7 @@ def read_rules(name: str) -> tuple[GateRules, str]:
     Raises:
         ConfigError: there is no such file, or it is no set of rules.
     """
-    folder = next(folder / "conf" / "gate" for folder in find_shipped_folders() if (folder / "conf" / "gate").is_dir())
+    folder = find_config_folder() / "gate"
     path = folder / f"{name}.toml" if name in {one.stem for one in folder.glob("*.toml")} else Path(name)
     with name_file_in_errors(path):
         rules = decode(GateRules, read_toml(path, key="rules"))
@@ -253,9 +253,8 @@ def _judge_ledgers(_: bool, given: Evidence, __: GateRules) -> Found:
             if found is None or not found.rollback_excluded:
                 return False, f"the ledger of {site.site} does not verify, or no anchor shows that it is whole"
             continue
-        runtime, receipt = given.config.runtime, site.receipt
-        folder = Path(runtime.sites_dir) if runtime.sites_dir else RunFolder(given.folder).sites
-        path = folder / site.site / "ledger.db"
+        receipt = site.receipt
+        path = RunFolder(given.folder).locate_sites(given.config.runtime.sites_dir) / site.site / "ledger.db"
         if not path.is_file():
             return None, f"the ledger of {site.site} is missing: restore {path}"
         try:

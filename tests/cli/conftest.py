@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from fedtune.api.config_groups import find_config_folder
 from fedtune.ops.kits import provisioning
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
+from fedtune.version import find_config_folder
 
 from ..books import Books
 from ..conftest import list_tiny_overrides, restore_logging, run_command

@@ -11,12 +11,13 @@ from pathlib import Path
 import click
 import pytest
 
-from fedtune.api.config_groups import find_config_folder, list_config_groups, list_options
+from fedtune.api.config_groups import list_config_groups, list_options
 from fedtune.api.experiment_file import compose_default_settings
 from fedtune.cli.main import COMMANDS, COMPLETIONS, fedtune
 from fedtune.config import PATHS
 from fedtune.formatting import flatten
 from fedtune.tasks.registry import TASKS
+from fedtune.version import find_config_folder
 
 from ..conftest import REPOSITORY, run_python
 from . import snapshots

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune.api.config_groups import find_config_folder
 from fedtune.data.load import read_own_records
 from fedtune.extras import install_command
 from fedtune.formatting import group_hex_start
@@ -29,6 +28,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.show.budget_text import compute_amount
 from fedtune.sites.site_settings import read_site_settings
+from fedtune.version import find_config_folder
 
 from ..conftest import edit_config, name_run, read_files, run_command, run_proposal, stranger_key
 from ..privacy.builders import read_refusal_reason, reserve
