@@ -27,6 +27,7 @@ from fedtune.sites.shared_model import Evaluation, LeadData
 from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.saved import load_task_model
 from fedtune.tasks.task_model import TaskModel
+from fedtune.training.machine import use_threads
 
 WHOLE, INT8 = "model.onnx", "model.int8.onnx"
 _TIMED = 200
@@ -133,9 +134,8 @@ def measure_model(
         return (read - zero) / (one - zero)  # it ends in what the task reads out, on another scale for numbers
 
     setattr(model, "logits", logits)  # noqa: B010 - scores are the task's own, whoever computes the logits
-    threads, taken = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
+    taken = []
+    with use_threads(1):
         measured = Evaluation.build(model, reader, data, config, generate=False)
         for index in range(min(_TIMED, len(data.examples))):
             batch = collate(data.examples, np.array([index]), pad_id=reader.pad_token_id)
@@ -143,8 +143,6 @@ def measure_model(
             with torch.no_grad():
                 logits(batch)
             taken.append(time.process_time() - began)
-    finally:
-        torch.set_num_threads(threads)
     milliseconds = 1000 * statistics.median(taken)
     return measured.examples, Served(file=name, bytes=size, milliseconds=milliseconds, scores=measured.scores(model))
 

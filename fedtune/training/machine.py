@@ -9,7 +9,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -59,6 +59,17 @@ def resolve_device(wanted: str, *, must_exist: bool = True) -> torch.device:
             raise ConfigError("runtime.device", wanted, bound)
         there = None
     return there or torch.device("cpu")
+
+
+@contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Compute on `count` threads for the duration of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_length: int) -> TaskModel:

@@ -20,7 +20,7 @@ from torch import nn
 from fedtune.model.base_model import count_frozen_products
 from fedtune.model.frozen_linear import convert_to_bfloat16, switch_to_onednn
 from fedtune.model.spec import ModelSpec
-from fedtune.training.machine import count_threads, micro_batch_tokens, resolve_device
+from fedtune.training.machine import count_threads, micro_batch_tokens, resolve_device, use_threads
 from fedtune.training.spec import RuntimeSpec
 
 FLOAT32, MIXED = "float32", "mixed"
@@ -74,13 +74,9 @@ def choose_faster(seconds: Seconds) -> str:
 @cache
 def _measure_model(model: ModelSpec, threads: int, onednn: bool, tokens: int | None) -> Seconds:
     """Measure a model's products in the shape of a full micro-batch, on as many threads as a step has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with use_threads(threads):
         rows = micro_batch_tokens(RuntimeSpec(micro_batch_tokens=tokens), torch.device("cpu"))
         return measure_products(count_frozen_products(model), tokens=rows, onednn=onednn)
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure_products(
