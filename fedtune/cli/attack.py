@@ -44,7 +44,7 @@ def attack(
     check_at_least("--shadows", shadows, 2)
     config, adapter = load_finished_run(run, device=device, columns=columns)
     from fedtune.lab.attack.run_attacks import attack_run
-    from fedtune.report.attacks import FILE, NAMES, PAGE, format_figure, format_interval
+    from fedtune.report.attacks import FILE, NAMES, PAGE, list_figures
 
     folder = adapter.absolute().parent
     found = attack_run(
@@ -58,10 +58,7 @@ def attack(
         shadows=shadows,
         tell=partial(say, console=Console(stderr=True)),
     )
-    rows = []
-    for one in found.findings:
-        reached = format_figure(one.guessing), format_figure(one.strength), format_interval(one)
-        rows.append((NAMES[one.attack], one.measure, *reached, format_figure(one.ceiling)))
+    rows = [(NAMES[one.attack], *list_figures(one)) for one in found.findings]
     headings = ("attack", "measure", "guessing", "reached", f"{found.confidence:.0%} interval", "guarantee allows")
     notes = [*(one.sentence for one in found.findings), f"written: {folder / FILE}, {folder / PAGE}"]
     figures = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}

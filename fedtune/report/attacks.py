@@ -83,19 +83,20 @@ def format_figure(value: float | None) -> str:
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
 
 
-def format_interval(finding: AttackFinding) -> str:
-    """Format the interval of a finding's strength."""
-    if finding.low is None or finding.high is None:
-        return "-"
-    return f"{format_figure(finding.low)} to {format_figure(finding.high)}"
+def list_figures(finding: AttackFinding) -> tuple[str, ...]:
+    """Return the cells of a finding's row: measure, guessing, strength, its interval, and what the guarantee allows."""
+    ends = "-"
+    if finding.low is not None and finding.high is not None:
+        ends = f"{format_figure(finding.low)} to {format_figure(finding.high)}"
+    guessing, strength, ceiling = map(format_figure, (finding.guessing, finding.strength, finding.ceiling))
+    return finding.measure, guessing, strength, ends, ceiling
 
 
 def render_page(found: RunAttacks) -> str:
     """Render the findings as one HTML page without scripts or outside files."""
     rows = []
     for one in found.findings:
-        figures = (one.measure, *map(format_figure, (one.guessing, one.strength)), format_interval(one))
-        cells = "".join(f"<td>{html.escape(figure)}</td>" for figure in (*figures, format_figure(one.ceiling)))
+        cells = "".join(f"<td>{html.escape(figure)}</td>" for figure in list_figures(one))
         rows.append(f"<tr><th>{NAMES[one.attack]}</th>{cells}</tr><tr><td colspan=6>{html.escape(one.sentence)}</td>")
     epsilon = "unbounded" if found.epsilon is None else f"{found.epsilon:.3g}"
     return _PAGE.format(

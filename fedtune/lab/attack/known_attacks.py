@@ -25,13 +25,12 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-from scipy.stats import binomtest
 
 from fedtune.data import Record
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.attack.target import TUNED, Scored, Target
 from fedtune.lab.audit.guesses import Values
-from fedtune.lab.audit.record_attack import FALSE_ALARMS, auroc, estimate_hit_rate
+from fedtune.lab.audit.record_attack import FALSE_ALARMS, auroc, estimate_hit_rate, estimate_share
 from fedtune.report.attacks import AttackFinding
 from fedtune.spec import DataError
 
@@ -263,7 +262,7 @@ def describe_exposure(ranks: Sequence[int], *, confidence: float) -> AttackFindi
     """Describe planted secrets by how often the model ranks them first tenth among random ones."""
     tenth = (ALTERNATIVES + 1) // 10
     hits = sum(rank <= tenth for rank in ranks)
-    interval = binomtest(hits, len(ranks)).proportion_ci(confidence, method="exact")
+    strength, low, high = estimate_share(hits, len(ranks), confidence=confidence)
     exposures = sorted(compute_exposure(rank, ALTERNATIVES + 1) for rank in ranks)
     most = exposures[-1]
     said = f"Of {len(ranks)} planted secrets the model ranks {hits} among the likeliest tenth of {ALTERNATIVES + 1:,} "
@@ -272,9 +271,9 @@ def describe_exposure(ranks: Sequence[int], *, confidence: float) -> AttackFindi
         attack="extraction",
         measure="planted secrets in the likeliest tenth",
         sentence=said,
-        strength=hits / len(ranks),
-        low=float(interval.low),
-        high=float(interval.high),
+        strength=strength,
+        low=low,
+        high=high,
         guessing=0.1,
         figures={"largest exposure": most, "median exposure": exposures[len(exposures) // 2]},
     )
@@ -288,16 +287,16 @@ def describe_decoding(target: Target, *, confidence: float) -> AttackFinding:
         none = f"Extraction was not tried: too few records have an answer of {TOKENS} tokens after a prompt."
         return AttackFinding(attack="extraction", measure="answers written word for word", sentence=none)
     (found, tried), (of_others, tried_others) = counts
-    interval = binomtest(found, tried).proportion_ci(confidence, method="exact")
+    strength, low, high = estimate_share(found, tried, confidence=confidence)
     said = f"The model writes the first {TOKENS} tokens of the answer word for word for {found} of {tried} of its "
     said += f"training prompts, and for {of_others} of {tried_others} prompts that it never saw."
     return AttackFinding(
         attack="extraction",
         measure="answers written word for word",
         sentence=said,
-        strength=found / tried,
-        low=float(interval.low),
-        high=float(interval.high),
+        strength=strength,
+        low=low,
+        high=high,
         guessing=of_others / tried_others,
     )
 

@@ -24,6 +24,7 @@ from fedtune.config import RunConfig
 from fedtune.formatting import pluralize
 from fedtune.lab.attack import known_attacks
 from fedtune.lab.attack.target import Scored, Target, fit_to_minutes
+from fedtune.privacy.durable import hash_files
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.attacks import AttackFinding, RunAttacks, write_findings
@@ -100,8 +101,8 @@ def attack_run(
     findings.append(known_attacks.describe_attribute(inside, outside, confidence=CONFIDENCE))
     found = RunAttacks(
         run=config.name or folder.name,
-        adapter_sha256=_hash_folder(adapter),
-        epsilon=_whole_epsilon(plan),
+        adapter_sha256=_hash_adapter(adapter),
+        epsilon=None if spent is None else profile.epsilon_pld(spent, plan.delta),
         delta=plan.delta,
         confidence=CONFIDENCE,
         seconds=time.monotonic() - began,
@@ -129,19 +130,10 @@ def _join(groups: list[Scored]) -> Scored:
     return Scored(*(np.concatenate([getattr(one, field.name) for one in groups]) for field in fields(Scored)))
 
 
-def _whole_epsilon(plan: Plan) -> float | None:
-    if not plan.private:
-        return None
-    return profile.epsilon_pld(profile.count_charged_events(plan, plan.most_rounds), plan.delta)
-
-
-def _hash_folder(adapter: Path) -> str:
+def _hash_adapter(adapter: Path) -> str:
     """Hash the files of an adapter by name and content."""
-    digest = hashlib.sha256()
-    for path in sorted(adapter.iterdir()):
-        if path.is_file():
-            digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+    lines = (f"{name}\0{digest}\n" for name, digest in hash_files(adapter).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def bound_membership_auroc(spent: Spent) -> float | None:

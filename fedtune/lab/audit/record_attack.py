@@ -219,9 +219,13 @@ def estimate_hit_rate(
     if allowed < 1:
         return None
     threshold = np.sort(others)[-allowed - 1] if allowed < len(others) else -np.inf
-    found = int((members > threshold).sum())
-    interval = binomtest(found, len(members)).proportion_ci(confidence, method="exact")
-    return found / len(members), float(interval.low), float(interval.high)
+    return estimate_share(int((members > threshold).sum()), len(members), confidence=confidence)
+
+
+def estimate_share(found: int, tried: int, *, confidence: float) -> tuple[float, float, float]:
+    """Return a share of independent trials with the ends of its interval by Clopper and Pearson."""
+    interval = binomtest(found, tried).proportion_ci(confidence, method="exact")
+    return found / tried, float(interval.low), float(interval.high)
 
 
 def _compute_placement_variance(placements: Values) -> float:
