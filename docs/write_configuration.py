@@ -18,6 +18,7 @@ from fedtune.api.config_groups import list_config_groups, list_options
 from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import PartitionSpec
 from fedtune.tasks.registry import TASKS
+from fedtune.training.algorithms.registry import ALGORITHMS
 
 PAGE = Path(__file__).with_name("configuration.md")
 GROUPS = (
@@ -66,6 +67,11 @@ def page() -> str:
             parts += [_table("data.partition.", PartitionSpec, default.data.partition)]
             example = FeatureSpec(columns=("NAME",), range=(0.0, 1.0))
             parts += [_summary(FeatureSpec), _table("data.features[].", FeatureSpec, example)]
+        if group == "federation":
+            parts += ["An algorithm has the settings of its table here, and the others have none.\n"]
+            for one in (algorithm for algorithm in ALGORITHMS.values() if algorithm.settings):
+                named = f"`federation.algorithm={one.name}`: {_summary(one.settings)}"
+                parts += [named, _table("federation.algorithm_settings.", one.settings, one.own)]
         if group == "report":
             parts += [_summary(config.AboutSpec), _table("report.about.", config.AboutSpec, default.report.about)]
     return "\n".join(parts)

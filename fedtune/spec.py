@@ -22,11 +22,11 @@ T = TypeVar("T")
 _NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 
 # One number for each format.  A change of what is written takes a new one, or a migration; a reader refuses all others.
-LEDGER_SCHEMA: Final = 7  # ledger.db and its anchor
+LEDGER_SCHEMA: Final = 8  # ledger.db and its anchor
 REPORT_SCHEMA: Final = 10  # report.json
-RUN_SCHEMA: Final = 5  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
+RUN_SCHEMA: Final = 6  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
 KIT_SCHEMA: Final = 3  # kit.toml, roster.json, join requests, and the lead's own files beside them
-WIRE_SCHEMA: Final = 8  # what lead and sites say to each other
+WIRE_SCHEMA: Final = 9  # what lead and sites say to each other
 
 
 class FedtuneError(Exception):

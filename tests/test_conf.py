@@ -29,7 +29,7 @@ _WITHIN = {
     ("model", "none"): "own_features",
     ("lora", "none"): "own_features",
 }
-_LISTS_AND_MAPS = {"task_settings", "data.columns", "data.partition.sites"}
+_LISTS_AND_MAPS = {"task_settings", "federation.algorithm_settings", "data.columns", "data.partition.sites"}
 
 
 def load(path: Path) -> Any:

@@ -52,7 +52,7 @@ _settings = st.fixed_dictionaries(
         "lora__target_modules": st.just("all-linear") | st.lists(_names, min_size=1, unique=True),
         "data__declared_sizes": st.integers(1, 900) | st.lists(st.integers(1, 900), min_size=2, max_size=2),
         "federation__site_names": st.lists(_names, min_size=2, max_size=2, unique=True),
-        "federation__strategy": st.sampled_from(["fedavg", "fedadam", "fedavgm", "fedmedian"]),
+        "federation__algorithm": st.sampled_from(["fedavg", "fedprox", "fedadam", "fedavgm", "fedmedian"]),
         "runtime__num_threads": st.none() | st.integers(1, 64),
         "runtime__seeded_noise": st.booleans(),
         # A home of nobody (~0) is refused: tests of mistakes have it.
@@ -94,7 +94,7 @@ _RESULT_CHANGES = [
     *({"privacy__mechanism": "none"}, {"privacy__noise_multiplier": 5.0}, {"privacy__max_grad_norm": 0.9}),
     *({"privacy__sampling_rate": 0.19}, {"training__learning_rate": 0.02}, {"training__local_steps": 3}),
     *({"federation__num_rounds": 3}, {"federation__spare_rounds": 1}, {"federation__min_sites": 2}),
-    *({"federation__strategy": "fedmedian"}, {"federation__participants": ["site-1"]}, {"data__declared_sizes": 229}),
+    *({"federation__algorithm": "fedmedian"}, {"federation__participants": ["site-1"]}, {"data__declared_sizes": 229}),
     *({"data__train_fraction": 0.06}, {"data__test_file": None}, {"model__path": "random:llama"}, {"lora__rank": 5}),
     *({"lora__kind": "dora"}, {"lora__alternate": True}, {"head__scale": 11.0}, {"evaluation__max_new_tokens": 33}),
     *({"federation__if_over_budget": "fewer_rounds"}, {"federation__early_stopping_patience": 2}),

@@ -245,7 +245,14 @@ def test_every_command_is_documented() -> None:
     )
 
 
-MOST_FILES = {"A strategy": 2, "A task": 3, "An input": 3, "A format": 3, "A release": 7, "A section of the report": 5}
+MOST_FILES = {
+    "An algorithm": 2,
+    "A task": 3,
+    "An input": 3,
+    "A format": 3,
+    "A release": 7,
+    "A section of the report": 5,
+}
 """How many files a change of each kind touches at most.  These numbers only fall."""
 
 

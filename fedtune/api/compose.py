@@ -40,6 +40,7 @@ from fedtune.runs.renewal import add_start_adapter, renew_config
 from fedtune.runs.run_paths import make_default_run_name
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.registry import TASKS
+from fedtune.training.algorithms.registry import ALGORITHMS
 
 Recipe = str | Path | RunConfig | DictConfig
 """A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
@@ -53,6 +54,8 @@ _OTHER_WORDS = {
     "federation.num_rounds and training.local_steps": "epochs num_epochs num_train_epochs max_steps",
     "federation.num_rounds": "rounds",
     "federation.num_sites": "clients num_clients sites",
+    "federation.algorithm": "strategy aggregator",
+    "federation.algorithm_settings.mu": "proximal_mu",
     "privacy.sampling_rate, which sets how many records a step takes": "batch_size",
     "training.learning_rate": "lr",
     "privacy.max_grad_norm": "clip",
@@ -442,6 +445,8 @@ def _build_unknown_setting_error(key: str, value: object) -> ConfigError:
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}
     of_tasks = (task.settings for task in TASKS.values() if task.settings is not None)
     every |= {f"task_settings.{one.name}" for settings in of_tasks for one in fields(settings)}
+    of_algorithms = (algorithm.settings for algorithm in ALGORITHMS.values() if algorithm.settings is not None)
+    every |= {f"federation.algorithm_settings.{one.name}" for settings in of_algorithms for one in fields(settings)}
     known = sorted(every, key=lambda path: (path.startswith("public."), path))  # those are seldom what is meant
     meant = (ours for ours, theirs in _OTHER_WORDS.items() if last in theirs.split())
     named = next(meant, None) or next((path for path in known if path.rpartition(".")[2] == last), None)

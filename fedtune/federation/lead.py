@@ -82,6 +82,7 @@ class LeadState:
     adapter: Adapter  # aggregated after that round
     best: Adapter | None = None  # of the round that the run keeps, where that is not the newest; None: it is
     strategy: Arrays = field(default_factory=dict)  # arrays of the server optimizer, empty for plain averaging
+    algorithm: Arrays = field(default_factory=dict)  # arrays of the algorithm's lead half, empty before round 1
     receipts: Mapping[str, Receipt] = field(default_factory=dict)  # site -> its newest receipt
     unanswered: Mapping[str, int] = field(default_factory=dict)  # site -> rounds asked of it since that receipt
     rounds: tuple[RoundResult, ...] = ()  # one result for each finished round
@@ -239,6 +240,7 @@ def compute_charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
 
 
 _KEPT = 2  # checkpoints
+_ARRAY_FIELDS = ("adapter", "best", "strategy", "algorithm")  # of `LeadState`
 
 
 class Checkpoints:
@@ -287,7 +289,12 @@ class Checkpoints:
     def save(self, state: LeadState) -> None:
         """Write a checkpoint of `state`; after a crash, the previous checkpoint is still intact."""
         best = None if state.best is None else state.best.tensors
-        arrays = {"adapter": state.adapter.tensors, "best": best or {}, "strategy": state.strategy}
+        arrays = {
+            "adapter": state.adapter.tensors,
+            "best": best or {},
+            "strategy": state.strategy,
+            "algorithm": state.algorithm,
+        }
         tensors = {f"{of}/{name}": np.asarray(value) for of, named in arrays.items() for name, value in named.items()}
         about = {"config_sha256": self._config, **{of: list(named) for of, named in arrays.items()}}
         about |= {name: getattr(state, name) for name in _list_non_array_fields()}
@@ -314,13 +321,12 @@ class Checkpoints:
             size = int.from_bytes(data[:8], "little")
             about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedtune"])
             other = about["config_sha256"] != self._config
-            arrays = {
-                of: {name: tensors[f"{of}/{name}"] for name in about[of]} for of in ("adapter", "best", "strategy")
-            }
+            arrays = {of: {name: tensors[f"{of}/{name}"] for name in about[of]} for of in _ARRAY_FIELDS}
             state = LeadState(
                 adapter=Adapter(arrays["adapter"]),
                 best=Adapter(arrays["best"]) if arrays["best"] else None,
                 strategy=arrays["strategy"],
+                algorithm=arrays["algorithm"],
                 **{name: decode_value(name, about[name], hint) for name, hint in _list_non_array_fields().items()},
             )
             check_at_least("rounds", min(state.round, *state.unanswered.values(), 0), 0)
@@ -354,7 +360,7 @@ def _explain_recovery(found: Sequence[Path]) -> str:
 def _list_non_array_fields() -> Mapping[str, Any]:
     """Return the fields of `LeadState` that hold no arrays, with their types."""
     hints = get_type_hints(LeadState)
-    return {name: hint for name, hint in hints.items() if name not in ("adapter", "best", "strategy")}
+    return {name: hint for name, hint in hints.items() if name not in _ARRAY_FIELDS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,13 @@ from fedtune.federation.lead import Aggregation, AggregationResult, Lead, LeadSt
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.secure_rounds import SecureSums
+from fedtune.federation.sent_round import describe_outcome, pack_adapter
 from fedtune.federation.transport import Question, Transport
 from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Update
 from fedtune.spec import RefusedError, RunError, StuckError
+from fedtune.training.local import frozen_in_round
 from fedtune.training.update_bound import bound_round_update
 
 log = logging.getLogger(__name__)
@@ -75,10 +77,23 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     sites = list(aggregation.prepare())
     lead.checkpoints.record_request(round, sites)
     state = state.with_requests_to(sites)
-    questions = _build_requests(lead, state, session=aggregation.session, sites=sites)
-    rests, sent = lead.lora.get_frozen_name_part(round), state.adapter
+    algorithm, tensors = lead.asked.federation.bound_algorithm, state.adapter.tensors
+    kept = state.algorithm or algorithm.initial_arrays(tensors)
+    arrays = algorithm.sent_arrays(kept)
+    packed = pack_adapter(state.adapter, arrays)
+    questions = _build_requests(lead, state, sent=packed, session=aggregation.session, sites=sites)
+    frozen = frozen_in_round(lead.lora, algorithm, tensors, round=round, sent=arrays)
     reaches = {
-        site: bound_round_update(lead.training, lead.plan, round=round, declared_size=size, sent=sent, rests=rests)
+        site: bound_round_update(
+            lead.training,
+            lead.plan,
+            round=round,
+            declared_size=size,
+            sent=state.adapter,
+            frozen=frozen,
+            algorithm=algorithm,
+            arrays=arrays,
+        )
         for site, size in lead.declared_sizes.items()
     }
     with UpdateStore(lead.checkpoints.updates_folder, state.adapter) as arrived:
@@ -111,6 +126,18 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_finite(adapter, metrics):
         adapter, metrics = _roll_back(lead, state, aggregation, metrics)
+    elif made.sites and lead.plan.shared is None:
+        outcome = describe_outcome(
+            adapter,
+            sent=state.adapter,
+            sites=made.sites,
+            sizes=lead.declared_sizes,
+            training=lead.training,
+            plan=lead.plan,
+            round=round,
+            frozen=frozen,
+        )
+        kept = algorithm.next_arrays(kept, outcome)
     result = RoundResult(
         round=round,
         seconds=time.monotonic() - started,
@@ -124,12 +151,13 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         diverged=diverged,
     )
     rounds = (*state.rounds, result)
-    kept = find_kept_round(rounds, lead.asked.federation, primary_metric=lead.primary_metric)
+    best = find_kept_round(rounds, lead.asked.federation, primary_metric=lead.primary_metric)
     return replace(
         state,
         round=round,
         adapter=adapter,
-        best=None if kept is None or kept.round == round else state.kept_adapter,
+        best=None if best is None or best.round == round else state.kept_adapter,
+        algorithm=kept,
         strategy=state.strategy if diverged else made.strategy,
         rounds=rounds,
         seconds=lead.elapsed(),
@@ -163,8 +191,10 @@ def _roll_back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: S
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
 
-def _build_requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str]) -> list[Question]:
-    receipts, digest = merge_receipts(lead.earlier_receipts, state.receipts), state.adapter.digest()
+def _build_requests(
+    lead: Lead, state: LeadState, *, sent: Adapter, session: str, sites: Sequence[str]
+) -> list[Question]:
+    receipts, digest = merge_receipts(lead.earlier_receipts, state.receipts), sent.digest()
     expires, questions = time.time() + lead.asked.federation.round_timeout_s, []
     for site in sites:
         request = RoundRequest(
@@ -177,7 +207,7 @@ def _build_requests(lead: Lead, state: LeadState, *, session: str, sites: Sequen
             expires=expires,
         )
         signed = request.sign_with(lead.asked.key)
-        questions.append(Question(site=site, signed=signed, adapter=state.adapter, settings=lead.asked.settings))
+        questions.append(Question(site=site, signed=signed, adapter=sent, settings=lead.asked.settings))
     return questions
 
 

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -34,12 +34,15 @@ from fedtune.federation.protocol import (
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party
+from fedtune.federation.sent_round import pack_initial, unpack_adapter
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import require_disk_space
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
 from fedtune.spec import ConfigError, translate_panics
+from fedtune.training.algorithms.base import Arrays, LocalAlgorithm
+from fedtune.training.algorithms.fedavg import FEDAVG
 from fedtune.version import build
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class Trained:
     )
     scores: tuple[float, float] | None = None  # noised score and count of held-out units, where the plan releases them
     fingerprint: str = ""  # of the records, for the ledger alone
+    state: Arrays = field(default_factory=dict)  # of the algorithm, for the site's next round; never leaves the site
 
 
 Request = RoundRequest | Invitation | SumRequest
@@ -71,6 +75,7 @@ class Prepared:
     declared_size: int  # the site's size in this run; it must equal the size that the policy declares
     update_dtype: str  # the number format in which a plain update leaves
     members: tuple[str, ...] = ()  # the sites of a run with secure aggregation
+    algorithm: LocalAlgorithm = FEDAVG
 
 
 class Site(ABC):
@@ -119,8 +124,10 @@ class Site(ABC):
     ) -> Trained:
         """Train the adapter in a round of a prepared run; `attempt` numbers the tries of the round.
 
-        Only this method and `find_user_cohorts` read records.  Training uses the records of the users in `admitted`;
-        None: of all users.
+        `adapter` is what came with the request: the adapter, packed with the algorithm's arrays.
+
+        Only this method and `find_user_cohorts` read records.  Training uses the records of the users in `admitted`; None:
+        of all users.
         """
 
     def store_adapter(self, run: str, adapter: Adapter) -> None:  # noqa: B027
@@ -310,7 +317,7 @@ def _check_asker(site: Site, request: Request) -> None:
 
 def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
     run = _prepare_run(site, request)
-    _check_adapter(request, adapter, template=run.template)
+    _check_adapter(request, adapter, template=pack_initial(run.template, run.algorithm))
     if request.receipt is not None:
         site.ledger.require_receipt(request.receipt)
 
@@ -321,7 +328,7 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
         # Not before, so that a request that is never charged writes nothing.
         site.store_run(request.proposal)
         # Require room on disk now: a round whose reply could not be stored would be charged for nothing.
-        require_disk_space(site.ledger.folder, 16 * run.template.num_values)
+        require_disk_space(site.ledger.folder, (32 if run.algorithm.keeps_state else 16) * run.template.num_values)
 
     with ExitStack() as schedule:
 
@@ -348,10 +355,11 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
             site=site.name,
             run=request.run,
             round=request.round,
-            tensors=_protect(site, request, trained, sent=adapter, dtype=run.update_dtype),
+            tensors=_protect(site, request, trained, sent=unpack_adapter(adapter)[0], dtype=run.update_dtype),
             scores=trained.scores,
         )
-        site.ledger.commit(granted, update.to_bytes(), fingerprint=trained.fingerprint)
+        state = Adapter(trained.state).to_bytes() if trained.state else b""
+        site.ledger.commit(granted, update.to_bytes(), fingerprint=trained.fingerprint, state=state)
     return update
 
 

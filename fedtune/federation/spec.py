@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import Together
@@ -13,12 +13,13 @@ from fedtune.spec import (
     ConfigError,
     check_at_least,
     check_at_most,
-    check_fraction,
     check_name,
     check_one_of,
     check_positive,
     spec,
 )
+from fedtune.training.algorithms.base import LocalAlgorithm
+from fedtune.training.algorithms.registry import get_algorithm
 
 MOST_SITES = 10_000  # each has a name and a declared size, and settings also come from others
 
@@ -53,12 +54,10 @@ class FederationSpec:
             server, or `enough_sites`, or else all sites, where training.local_steps is not given either.
         colluders: the number of sites that may reveal their noise to the server; in secure aggregation, the noise of
             the other sites must suffice.
-        strategy: Flower's aggregation strategy ("fedavg", "fedadam", "fedavgm" or "fedmedian"); updates are weighted by
-            declared size.
-        server_learning_rate: the server's learning rate in FedAdam and FedAvgM.
-        server_momentum: the momentum of FedAvgM, and beta_1 of FedAdam.
-        server_beta_2: the second moment decay of FedAdam.
-        server_tau: the degree of adaptivity of FedAdam.
+        algorithm: what sites do around their noisy steps, and how the lead combines the updates, which are weighted by
+            declared size: "fedavg", "fedprox", "scaffold" or another one of docs/algorithms.md.  None changes the
+            guarantee.
+        algorithm_settings: the settings of the algorithm alone, by their keys; null: its defaults, or it has none.
         renewal: the number of earlier runs in this series of renewals; `--renew` increments it.
         round_timeout_s: how long the server waits for the replies of a round, in seconds.
         enough_sites: the number of updates after which a round waits only `straggler_grace_s` for stragglers; null: a
@@ -80,11 +79,8 @@ class FederationSpec:
     update_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     threshold: int | None = None
     colluders: int = 0
-    strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
-    server_learning_rate: float = 1.0
-    server_momentum: float = 0.0
-    server_beta_2: float = 0.99
-    server_tau: float = 1e-3
+    algorithm: str = "fedavg"
+    algorithm_settings: Any = None
     renewal: int = 0
     round_timeout_s: float = 3600.0
     enough_sites: int | None = None
@@ -114,11 +110,8 @@ class FederationSpec:
             )
         if self.early_stopping_patience is not None:
             check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
+        object.__setattr__(self, "algorithm_settings", self.bound_algorithm.own)
         self._check_sums()
-        check_positive("server_learning_rate", self.server_learning_rate)
-        check_fraction("server_momentum", self.server_momentum, zero=True)
-        check_fraction("server_beta_2", self.server_beta_2, zero=True)
-        check_positive("server_tau", self.server_tau)
         check_positive("round_timeout_s", self.round_timeout_s)
         check_at_least("straggler_grace_s", self.straggler_grace_s, 0)
         if self.enough_sites is not None and not self.least_sites <= self.enough_sites <= len(self.active):
@@ -135,8 +128,13 @@ class FederationSpec:
         if together.num_sites > MOST_SITES_OF_SUM:
             bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
             raise ConfigError("num_sites", together.num_sites, bound)
-        if self.strategy != "fedavg":
-            raise ConfigError("strategy", self.strategy, "must be fedavg with federation.aggregation = secure")
+        if why := self.bound_algorithm.not_in_sums:
+            raise ConfigError("algorithm", self.algorithm, f"needs federation.aggregation = plain: {why}")
+
+    @property
+    def bound_algorithm(self) -> LocalAlgorithm:
+        """The algorithm, with this run's settings of its own."""
+        return get_algorithm(self.algorithm, self.algorithm_settings)
 
     @property
     def least_sites(self) -> int:

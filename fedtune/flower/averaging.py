@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
+from flwr.serverapp import strategy as strategies
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 
 from fedtune.federation.lead import AggregationResult, Arrays, LeadState
 from fedtune.federation.replies import RoundReplies
@@ -29,14 +30,9 @@ class Average:
 
     def __init__(self, spec: FederationSpec, sizes: Mapping[str, int]) -> None:
         self._sizes = sizes
-        rate, momentum = spec.server_learning_rate, spec.server_momentum
-        kinds: dict[str, Callable[..., FedAvg]] = {
-            "fedadam": partial(FedAdam, eta=rate, beta_1=momentum, beta_2=spec.server_beta_2, tau=spec.server_tau),
-            "fedavgm": partial(FedAvgM, server_learning_rate=rate, server_momentum=momentum),
-            "fedmedian": FedMedian,
-            "fedavg": FedAvg,
-        }
-        self._strategy = kinds[spec.strategy](weighted_by_key=WEIGHT_KEY, arrayrecord_key=ARRAYS)
+        name, arguments = spec.bound_algorithm.flower_strategy
+        kind: Callable[..., FedAvg] = getattr(strategies, name)
+        self._strategy = kind(**arguments, weighted_by_key=WEIGHT_KEY, arrayrecord_key=ARRAYS)
 
     def resume(self, state: LeadState) -> LeadState:
         self.restore(state.strategy)

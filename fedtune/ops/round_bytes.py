@@ -15,6 +15,7 @@ from fedtune.federation.protocol import CONFIRM, JOIN, UNMASK, Reply, RoundReque
 from fedtune.federation.secure import messages
 from fedtune.federation.secure.agreement import Announcement, compute_modulus_bits
 from fedtune.federation.secure.shares import SHARE_BYTES
+from fedtune.federation.sent_round import pack_initial
 from fedtune.federation.transport import Question
 from fedtune.flower.flower_records import count_payload_bytes, from_adapter, from_question, from_reply, from_step
 from fedtune.model.adapter import Adapter
@@ -62,10 +63,9 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
     request = RoundRequest(**about, round=plan.num_rounds, adapter_digest=_DIGEST, receipt=receipt, session=session)
     question = Question(site=site, signed=request.sign_with(key), settings=serialize_for_sites(sent))
     scores = (_FRACTION, _FRACTION) if plan.releases_metrics else None
-    update = Update(
-        **own, round=plan.num_rounds, tensors=_make_placeholder_tensors(config, plan, adapter), scores=scores
-    )
-    down = count_payload_bytes(from_question(question, from_adapter(adapter)))
+    update = Update(**own, round=plan.num_rounds, tensors=_make_placeholder_tensors(config, plan, adapter), scores=scores)
+    packed = pack_initial(adapter, config.federation.bound_algorithm)
+    down = count_payload_bytes(from_question(question, from_adapter(packed)))
     up = count_payload_bytes(from_reply(Reply(body=update, receipt=receipt)))
     for step, parts, answer in _iter_secure_aggregation_steps(sites, site) if plan.shared else ():
         asked = SumRequest(**about, step=step, session=session, parts_digest=_DIGEST).sign_with(key)

@@ -40,6 +40,8 @@ class Proposal:
         num_sites: the number of participating sites according to the lead: an unverified claim, shown as such.
         plan: the parameters that determine the cost of the releases.
         adapter: the kind of adapter, such as "lora".
+        algorithm: what the site does around its noisy steps, such as "fedavg" or "scaffold"; none of them changes a
+            guarantee.
         start_adapter: digest of the earlier adapter from which the run starts; "" for a new adapter.
     """
 
@@ -58,11 +60,21 @@ class Proposal:
     lora_scale: float
     head_scale: float
     adapter: str = "lora"
+    algorithm: str = "fedavg"
     start_adapter: str = ""
 
     def __post_init__(self) -> None:
         # A proposal comes from a server: the reader checks types, this the form of each value, the policy its content.
-        for name in ("run", *(["lead"] if self.lead else []), "dataset", "task", "base_model", "dtype", "adapter"):
+        for name in (
+            "run",
+            *(["lead"] if self.lead else []),
+            "dataset",
+            "task",
+            "base_model",
+            "dtype",
+            "adapter",
+            "algorithm",
+        ):
             require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
         noise = self.plan.noise
         require("plan.noise", noise, noise == "gaussian" or not self.lead, "must be gaussian in a lead's run")
@@ -81,7 +93,7 @@ class Proposal:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON in the canonical form that `digest` hashes; `codec.decode` reads it."""
         fields = dataclasses.asdict(self)
-        for key, before in (("start_adapter", ""), ("adapter", "lora")):
+        for key, before in (("start_adapter", ""), ("adapter", "lora"), ("algorithm", "fedavg")):
             if fields[key] == before:
                 del fields[key]  # what is usual is not said, so that one proposal has one digest
         return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}

@@ -54,6 +54,7 @@ class Reason(StrEnum):
     MAX_RECORDS_PER_USER = "max_records_per_user"
     MAX_ADAPTER_VALUE = "max_adapter_value"
     ADAPTERS = "adapters"
+    ALGORITHMS = "algorithms"
     DTYPES = "dtypes"
     MAX_LORA_SCALE = "max_lora_scale"
     MAX_HEAD_SCALE = "max_head_scale"

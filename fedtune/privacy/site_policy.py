@@ -209,6 +209,8 @@ class Allow:
         max_rank: largest LoRA rank.
         train_head: whether a task head may be trained and released.
         adapters: kinds of adapters, such as "lora".
+        algorithms: what a site may do around its noisy steps, such as "fedavg" or "scaffold"; empty: all algorithms of
+            the installed fedtune, since none of them changes a guarantee.
         dtypes: number formats in which the base model may be computed; bfloat16 rounds far more coarsely than float32,
             mixed does so only in matrix products, and nf4 is bfloat16 with 4-bit weights.
         seeded_noise: accept runs with noise from a seed.  Only for test federations: such a run has no guarantee and
@@ -224,6 +226,7 @@ class Allow:
     max_rank: int
     train_head: bool
     adapters: tuple[str, ...] = ("lora",)
+    algorithms: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32",)
     seeded_noise: bool = False
     inexact_gradients: bool = False
@@ -387,8 +390,9 @@ class Policy:
         if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
         del fields["socket"], fields["key_command"]
-        if not self.population.arrivals:  # so that other policies keep their digests
-            del fields["population"]["arrivals"]
+        for group, key in (("population", "arrivals"), ("allow", "algorithms")):
+            if not fields[group][key]:  # so that other policies keep their digests
+                del fields[group][key]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.
         return dict(json.loads(json.dumps(fields)))
 
@@ -407,6 +411,7 @@ def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.TASKS, proposal.task, allow.tasks),
         (Reason.BASE_MODELS, proposal.base_model, allow.base_models),
         (Reason.ADAPTERS, proposal.adapter, allow.adapters),
+        (Reason.ALGORITHMS, proposal.algorithm, allow.algorithms or [proposal.algorithm]),
         (Reason.DTYPES, proposal.dtype, allow.dtypes),
         (Reason.UNIT, plan.unit, [policy.population.unit]),
         (Reason.DELTA, plan.delta, [policy.budget.delta]),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns", "task_settings")
+FREE_MAPS = (
+    *("data.columns", "data.partition.sites", "public.columns", "task_settings"),
+    "federation.algorithm_settings",
+)
 """Settings whose keys are the user's own: a new value replaces all of the old one."""
 
 

@@ -176,6 +176,7 @@ class RealSite(WorkingSite):
             declared_size=config.declared_sizes()[self.name],
             members=config.federation.active,
             update_dtype=config.federation.update_dtype,
+            algorithm=config.federation.bound_algorithm,
         )
 
     def store_run(self, proposal: Proposal) -> None:

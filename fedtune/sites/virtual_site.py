@@ -437,6 +437,7 @@ class VirtualSite(WorkingSite):
             declared_size=self._work.declared_size,
             members=config.federation.active,
             update_dtype=config.federation.update_dtype,
+            algorithm=config.federation.bound_algorithm,
         )
 
     def work(self, run: str) -> SiteWork:

@@ -18,8 +18,9 @@ from fedtune.evaluation.scoring import compute_unit_scores, compute_user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.secure.agreement import require_terms
 from fedtune.federation.secure.at_site import Parties, SumsAtSite, make_promise_writer
+from fedtune.federation.sent_round import unpack_adapter
 from fedtune.federation.site_round import Site, Trained
-from fedtune.model.adapter import Adapter
+from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.privacy.cohorts import compute_cohort_number
 from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.mechanism import release_scores
@@ -27,6 +28,7 @@ from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRando
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.shared_model import RunModel
+from fedtune.training.algorithms.base import Arrays
 from fedtune.training.devices import DividedUnits
 from fedtune.training.examples import SiteExamples, Units
 from fedtune.training.local import RoundOfTraining, compute_round_share, train_round
@@ -118,6 +120,7 @@ class SiteWork:
         *,
         fingerprint_key: bytes,
         admitted: Collection[str] | None = None,
+        state: bytes = b"",
     ) -> Trained:
         """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on adapter
         values.
@@ -129,30 +132,34 @@ class SiteWork:
 
         Args:
             request: the lead's request for the round.
-            adapter: the adapter that came with the request.
+            adapter: the adapter that came with the request, packed with the algorithm's arrays.
             attempt: the number of the attempt at this round.
             fingerprint_key: the site's key for fingerprints of its records.
             admitted: the users to train on and score, if the plan is limited to cohorts.  All other users are silently
                 left out, and the fingerprint covers the records of the whole file.  None: all users.
+            state: what the ledger keeps of the algorithm since the last committed round.
         """
         plan = request.proposal.plan
         randomness = make_randomness(request.proposal.seeded_noise, self.shared.config.seed)
         assert (admitted is None) == (plan.cohorts is None), "the register says who is admitted to cohorts"
+        adapter, sent = unpack_adapter(adapter)
         adapter = adapter.clip_values(self.max_adapter_value)
         site = self if admitted is None else self._restrict_to(frozenset(admitted))
         scores = (
             site._compute_noised_scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
         )
         fingerprint = self.fingerprint(fingerprint_key)
-        units, work = site._prepare_round(request, attempt)
+        units, work = site._prepare_round(request, attempt, sent=sent, state=_read_state(state))
         if plan.shared is None:
-            trained = train_round(self.shared.model, adapter, units, work, randomness=randomness)
-            return Trained(adapter=trained, scores=scores, fingerprint=fingerprint)
+            trained, kept = train_round(self.shared.model, adapter, units, work, randomness=randomness)
+            return Trained(adapter=trained, scores=scores, fingerprint=fingerprint, state=kept)
         sums = compute_round_share(self.shared.model, adapter, units, work, randomness=randomness)
         share = np.concatenate([sums[name].ravel() for name in adapter.tensors])
         return Trained(share=share, scores=scores, fingerprint=fingerprint)
 
-    def _prepare_round(self, request: RoundRequest, attempt: int) -> tuple[Units, RoundOfTraining]:
+    def _prepare_round(
+        self, request: RoundRequest, attempt: int, *, sent: Arrays, state: Arrays
+    ) -> tuple[Units, RoundOfTraining]:
         """Prepare the training units for a round, and collect everything else that the round needs besides the
         model.
         """
@@ -164,6 +171,9 @@ class SiteWork:
             training=self.shared.config.training,
             declared_size=self.declared_size,
             max_adapter_value=self.max_adapter_value,
+            algorithm=self.shared.config.federation.bound_algorithm,
+            sent=sent,
+            state=state,
         )
         units = self._split_units()
         if self.shared.loaded.keeps_states:
@@ -216,8 +226,17 @@ class WorkingSite(Site):
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
         """Train on the site's records; the round is already charged, and only now is a record sampled."""
-        key = self.ledger.fingerprint_key()
-        return self.work(request.run).run_round(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
+        key, state = self.ledger.fingerprint_key(), self.ledger.algorithm_state(request.run)
+        work = self.work(request.run)
+        return work.run_round(request, adapter, attempt, fingerprint_key=key, admitted=admitted, state=state)
+
+
+def _read_state(data: bytes) -> Arrays:
+    """Decode an algorithm's state; none is the same as a lost one."""
+    try:
+        return Adapter.from_bytes(data).tensors if data else {}
+    except AdapterError:
+        return {}
 
 
 def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:

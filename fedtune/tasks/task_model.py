@@ -33,13 +33,13 @@ class TaskModel(nn.Module):
         base: PEFT's wrapper around the base; call it for the base's own output.
         head: the task's own tensors; None if it has none.
         output: the base's output layer, if it predicts tokens.
-        round: the round in training (`freeze_for_round`); 0 otherwise.
+        frozen: the names of the trained tensors that rest in the current round (`freeze_tensors`); empty otherwise.
         decided_by: see `tasks.base.Model`.
     """
 
     head: nn.Module | None
     decided_by: torch.Tensor | None = None
-    round: int = 0
+    frozen: frozenset[str] = frozenset()
 
     def __init__(self, spec: TaskModelSpec, task: Task, base: PeftModel) -> None:
         super().__init__()
@@ -143,22 +143,20 @@ class TaskModel(nn.Module):
         """Return the tensors that are trained and released, sorted by name, including those that are frozen in this
         round.
         """
-        rests = self.spec.lora.get_frozen_name_part(self.round) if self.round else None
         parameters = self.collect_adapter_parameters().items()
-        return {name: one for name, one in parameters if one.requires_grad or (rests and rests in name)}
+        return {name: one for name, one in parameters if one.requires_grad or name in self.frozen}
 
     def list_active_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the tensors that are clipped, noised and updated: all trained tensors, unless A and B alternate by
+        """Return the tensors that are clipped, noised and updated: all trained tensors, unless some rest in the current
         round.
         """
         return {name: one for name, one in self.collect_adapter_parameters().items() if one.requires_grad}
 
     @contextmanager
-    def freeze_for_round(self, round: int) -> Iterator[None]:
-        """Freeze the tensors that do not train in this round (counted from 1) for the duration of the block."""
-        rests = self.spec.lora.get_frozen_name_part(round)
-        resting = [one for name, one in self.trainable().items() if rests and rests in name]
-        self.round = round
+    def freeze_tensors(self, names: frozenset[str]) -> Iterator[None]:
+        """Freeze the trained tensors of these names for the duration of the block."""
+        resting = [one for name, one in self.trainable().items() if name in names]
+        self.frozen = names
         try:
             for parameter in resting:
                 parameter.requires_grad_(False)
@@ -166,7 +164,7 @@ class TaskModel(nn.Module):
         finally:
             for parameter in resting:
                 parameter.requires_grad_(True)
-            self.round = 0
+            self.frozen = frozenset()
 
     def enable_gradient_checkpointing(self) -> None:
         """Store only the layers' inputs in the forward pass: less memory, about a third more time.

@@ -236,7 +236,7 @@ class DividedUnits(Units):
             assert self._crew is not None, "nothing was handed out"
             values = _flatten(model.trainable()).numpy()
             for rank, theirs in enumerate(others, start=1):
-                about = (self._number, theirs, self._max_grad_norm, model.round, values)
+                about = (self._number, theirs, self._max_grad_norm, model.frozen, values)
                 self._crew.ask(rank, _Device.sum_contributions, *about)
             return self._own.cut_drawn(mine)
 
@@ -415,14 +415,19 @@ class _Device:
         self._units[number].keep_reference(self._model)
 
     def sum_contributions(
-        self, number: int, drawn: Sequence[Places], max_grad_norm: float, round: int, values: npt.NDArray[np.float32]
+        self,
+        number: int,
+        drawn: Sequence[Places],
+        max_grad_norm: float,
+        frozen: frozenset[str],
+        values: npt.NDArray[np.float32],
     ) -> tuple[int, npt.NDArray[np.int64]]:
         """Sum the clipped contributions of the drawn units at the adapter values `values`; return their number and the
         sum.
         """
         units = self._units[number]
         _copy_values(self._model.trainable(), torch.from_numpy(values))
-        with self._model.freeze_for_round(round), record_gradients(self._model) as gradients:
+        with self._model.freeze_tensors(frozen), record_gradients(self._model) as gradients:
             sums = make_zero_sums(self._model.list_active_parameters())
             count = add_batches(
                 sums, units.gradients(gradients), self._report_progress(units.cut_drawn(drawn)), max_grad_norm

@@ -22,8 +22,11 @@ from torch import nn
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, compute_cell_width, draw_poisson_sample
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.run_plan import Plan
+from fedtune.training.algorithms.base import Arrays, NoisedGradient
 
 TensorSums = dict[str, torch.Tensor]
+Correction = Callable[[NoisedGradient], Arrays]
+"""What an algorithm makes of the noised mean gradient of a step, before the optimizer steps."""
 
 SMALLEST_NORM = 1e-3
 """Gradients are scaled as if their norm were at least this: below it they may be mostly rounding, and a tiny clip norm
@@ -73,8 +76,11 @@ def take_dp_sgd_step(
     optimizer: torch.optim.Optimizer,
     sampling: RandomStream,
     noise: RandomStream,
+    correct: Correction | None = None,
 ) -> None:
     """Take one private step on `parameters`.
+
+    `correct` is the algorithm's correction of the noised gradient; None: the optimizer steps along it as it is.
 
     Guarantee: the changes depend on the records only through one Gaussian mechanism with standard deviation
     `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors, one per unit, whose joint L2 norm over all
@@ -87,7 +93,7 @@ def take_dp_sgd_step(
     sums = sum_sampled_gradients(gradients, records, plan, parameters=parameters, sampling=sampling)
     noisy = add_gaussian_noise(sums, noise_multiplier=plan.noise_multiplier, stream=noise)
     cells_in_denominator = plan.sampling_rate * records.declared_size / compute_cell_width(plan.max_grad_norm)
-    apply_gradient_sum(noisy, parameters, optimizer, denominator=cells_in_denominator)
+    apply_gradient_sum(noisy, parameters, optimizer, denominator=cells_in_denominator, correct=correct)
 
 
 def sum_sampled_gradients(
@@ -247,11 +253,17 @@ def apply_gradient_sum(
     optimizer: torch.optim.Optimizer,
     *,
     denominator: float,
+    correct: Correction | None = None,
 ) -> None:
-    """Divide by the public denominator, in cells, and take the optimizer's step: post-processing of the noisy sum."""
+    """Divide by the public denominator, in cells, and take the optimizer's step: post-processing of the noisy sum.
+
+    `correct` sees the noised mean only, after the division.
+    """
+    mean: Mapping[str, npt.NDArray[np.floating]] = {name: gradient_sum[name] / denominator for name in parameters}
+    if correct is not None:
+        mean = correct(NoisedGradient({name: value.astype(np.float32) for name, value in mean.items()}))
     for name, parameter in parameters.items():
-        mean = torch.from_numpy(gradient_sum[name] / denominator)
-        parameter.grad = mean.to(device=parameter.device, dtype=parameter.dtype)
+        parameter.grad = torch.from_numpy(mean[name]).to(device=parameter.device, dtype=parameter.dtype)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # a stale gradient must not reach the next step
 

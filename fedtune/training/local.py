@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,17 @@ import numpy.typing as npt
 import torch
 
 from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec
 from fedtune.privacy.distributed_noise import add_noise_share
 from fedtune.privacy.mechanism import draw_poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import Records, sum_sampled_gradients, take_dp_sgd_step
+from fedtune.training.algorithms.base import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
+from fedtune.training.algorithms.fedavg import FEDAVG
+from fedtune.training.dp_step import Correction, Records, take_dp_sgd_step, sum_sampled_gradients
 from fedtune.training.examples import Units
-from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.optimizer import make_optimizer, round_factors, set_learning_rate
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 
@@ -34,32 +37,37 @@ class RoundOfTraining:
     training: TrainingSpec
     declared_size: int
     max_adapter_value: float  # the site's bound on absolute values of the adapter; training never leaves it
+    algorithm: LocalAlgorithm = FEDAVG
+    sent: Arrays = field(default_factory=dict)  # the algorithm's arrays that came with the adapter
+    state: Arrays = field(default_factory=dict)  # of the site's half of the algorithm; empty: none is kept
 
 
 def train_round(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
-) -> Adapter:
-    """Train `adapter` on a site's `units` for one round of `work.plan`, and return the adapter that may be released.
+) -> tuple[Adapter, Arrays]:
+    """Train `adapter` on a site's `units` for one round of `work.plan`.
+
+    Returns:
+        The adapter that may be released, and the algorithm's state for the site's next round.
 
     The received adapter and the adapter after each step are projected onto the site's limit on absolute values, so that
     no received or trained value can stop the run and rounding error stays small.  The projection does not depend on any
     record.
 
-    Guarantee: with noise, the result is post-processing of `work.plan.event()` on the units of `work.plan.unit`;
-    without noise, there is no guarantee.
+    Guarantee: with noise, both results are post-processing of `work.plan.event()` on the units of `work.plan.unit`, of
+    what was sent and of the earlier state; without noise, there is no guarantee.
     """
     assert work.plan.shared is None, "noise that is one share of several hides nothing by itself"
-    with model.freeze_for_round(work.round):
+    frozen = frozen_in_round(model.spec.lora, work.algorithm, model.trainable(), round=work.round, sent=work.sent)
+    with model.freeze_tensors(frozen):
         parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
         optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
+        half = SiteHalf(work, parameters) if work.algorithm.corrects_gradients else None
+        correct = None if half is None else half.correct
 
         def take_steps(step: Callable[[], None]) -> None:
-            total_steps = work.plan.num_rounds * work.plan.local_steps
-            first = (work.round - 1) * work.plan.local_steps
-            for number in range(first, first + work.plan.local_steps):
-                set_learning_rate(
-                    optimizer, compute_learning_rate_factor(work.training, step=number, total_steps=total_steps)
-                )
+            for factor in round_factors(work.training, work.plan, round=work.round):
+                set_learning_rate(optimizer, factor)
                 step()
                 clamp_parameters(parameters, work.max_adapter_value)
 
@@ -74,13 +82,54 @@ def train_round(
                         optimizer=optimizer,
                         sampling=sampling,
                         noise=noise,
+                        correct=correct,
                     )
                 )
         else:
             take_steps(
-                lambda: take_plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling)
+                lambda: take_plain_step(
+                    model, units, records, work.plan, optimizer=optimizer, sampling=sampling, correct=correct
+                )
             )
-    return Adapter.from_task_model(model)
+    return Adapter.from_task_model(model), {} if half is None else half.next_state()
+
+
+class SiteHalf:
+    """An algorithm's half at a site during one round: it corrects each noised gradient, and adds them up for the state.
+
+    Args:
+        work: the round, with the algorithm, what was sent and the site's state.
+        parameters: the tensors that train, with the values from which the round starts.
+    """
+
+    def __init__(self, work: RoundOfTraining, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._algorithm, self._parameters, self._steps = work.algorithm, parameters, work.plan.local_steps
+        self._at = SiteRound(adapter=self._weights(), sent=work.sent, state=work.state)
+        self._sums: dict[str, npt.NDArray[np.float32]] = {}
+
+    def _weights(self) -> Arrays:
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._parameters.items()}
+
+    def correct(self, gradient: NoisedGradient) -> Arrays:
+        """Return the gradient of the optimizer's step."""
+        if self._algorithm.keeps_state:
+            for name, value in gradient.values.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+        return self._algorithm.correct_gradient(gradient, self._weights(), self._at)
+
+    def next_state(self) -> Arrays:
+        """Return the state after the round's last step."""
+        steps = np.float32(self._steps)
+        mean = NoisedGradient({name: total / steps for name, total in self._sums.items()})
+        return self._algorithm.next_state(mean, self._at)
+
+
+def frozen_in_round(
+    lora: LoraSpec, algorithm: LocalAlgorithm, names: Iterable[str], *, round: int, sent: Arrays
+) -> frozenset[str]:
+    """Return the names of the adapter's tensors that do not train in a round, by public numbers alone."""
+    names, part = list(names), lora.get_frozen_name_part(round)
+    return algorithm.frozen_tensors(names, sent) | {name for name in names if part is not None and part in name}
 
 
 def compute_round_share(
@@ -145,10 +194,13 @@ def take_plain_step(
     *,
     optimizer: torch.optim.Optimizer,
     sampling: RandomStream,
+    correct: Correction | None = None,
 ) -> None:
     """Take the step of `take_dp_sgd_step` without clipping and noise.  Guarantee: none."""
     batches = records.cut(draw_poisson_sample(records.count, plan.sampling_rate, sampling))
     set_mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
+    if correct is not None:
+        correct_plain_gradient(model.list_active_parameters(), correct)
     optimizer.step()
 
 
@@ -160,3 +212,13 @@ def set_mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *,
     for parameter in model.list_active_parameters().values():
         if parameter.grad is not None:
             parameter.grad /= count
+
+
+def correct_plain_gradient(parameters: Mapping[str, torch.nn.Parameter], correct: Correction) -> None:
+    """Replace the parameters' `.grad` by the algorithm's correction, in a run without noise.  Guarantee: none."""
+    given = {
+        name: np.zeros(parameter.shape, np.float32) if parameter.grad is None else parameter.grad.cpu().numpy().copy()
+        for name, parameter in parameters.items()
+    }
+    for name, value in correct(NoisedGradient(given)).items():
+        parameters[name].grad = torch.from_numpy(value).to(parameters[name].device)

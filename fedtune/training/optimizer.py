@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fedtune.privacy.run_plan import Plan
 from fedtune.training.spec import TrainingSpec
 
 
@@ -34,6 +35,13 @@ def compute_learning_rate_factor(spec: TrainingSpec, *, step: int, total_steps: 
     # Steps past the planned end (a retried round) stay at the schedule's last value.
     done = min(1.0, (step - spec.warmup_steps) / max(1, total_steps - spec.warmup_steps))
     return 1.0 - done if spec.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def round_factors(spec: TrainingSpec, plan: Plan, *, round: int) -> list[float]:
+    """Return the factor of the peak learning rate at each step of a round, counted from 1."""
+    total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
+    steps = range(first, first + plan.local_steps)
+    return [compute_learning_rate_factor(spec, step=step, total_steps=total) for step in steps]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -8,18 +8,22 @@ bounded length.  An update that moved further was not trained under the plan, ev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import MappingProxyType
 
 import numpy as np
 
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.run_plan import MORE_THAN_DECLARED, Plan
-from fedtune.training.optimizer import compute_learning_rate_factor
+from fedtune.training.algorithms.base import Arrays, LocalAlgorithm
+from fedtune.training.algorithms.fedavg import FEDAVG
+from fedtune.training.optimizer import round_factors
 from fedtune.training.spec import TrainingSpec
 
 _NOISE_SIGMAS = 10.0  # standard deviations; one normal value in 1e22 lies beyond them
+_NONE: Arrays = MappingProxyType({})
 _ROUNDING = 1e-3  # relative slack: training rounds to float32, and the bounds below do not
 
 
@@ -49,28 +53,36 @@ class UpdateBound:
 
 
 def bound_round_update(
-    training: TrainingSpec, plan: Plan, *, round: int, declared_size: int, sent: Adapter, rests: str | None = None
+    training: TrainingSpec,
+    plan: Plan,
+    *,
+    round: int,
+    declared_size: int,
+    sent: Adapter,
+    frozen: frozenset[str] = frozenset(),
+    algorithm: LocalAlgorithm = FEDAVG,
+    arrays: Arrays = _NONE,
 ) -> UpdateBound:
     """Compute the bounds of one round at a site, for the adapter that the lead sent.
 
-    Tensors whose names contain `rests` are not trained.  They may move towards 0, because of a site's own limit; apart
-    from this, each value may only change by rounding, and these tensors do not count in the norm.
+    Tensors in `frozen` are not trained.  They may move towards 0, because of a site's own limit; apart from this, each
+    value may only change by rounding, and these tensors do not count in the norm.  `arrays` are those that the
+    algorithm's lead half sent, by which its site half may change a gradient.
 
     An honest update exceeds the bounds with probability below 1e-10 per round, by the tails of noise and sampling,
     unless the site trains on more than four times its declared size.
     """
-    trained = {name: tensor for name, tensor in sent.tensors.items() if rests is None or rests not in name}
-    still = {name: tensor for name, tensor in sent.tensors.items() if name not in trained}
+    trained = {name: tensor for name, tensor in sent.tensors.items() if name not in frozen}
+    still = {name: tensor for name, tensor in sent.tensors.items() if name in frozen}
     resting = {
-        n: _bound_move(training, (), 0.0, at=float(np.abs(tensor).max(initial=0))) for n, tensor in still.items()
+        name: _bound_move(training, (), lambda moved: 0.0, at=_find_largest(tensor)) for name, tensor in still.items()
     }
     if not plan.private and training.optimizer == "sgd":
         return UpdateBound(value=resting | dict.fromkeys(trained, math.inf), norm=math.inf)  # nothing bounds a gradient
     head = {name: tensor for name, tensor in trained.items() if name.startswith("head.")}
     lora = {name: tensor for name, tensor in trained.items() if name not in head}
-    total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
-    steps = range(first, first + plan.local_steps)
-    factors = [compute_learning_rate_factor(training, step=step, total_steps=total) for step in steps]
+    factors = round_factors(training, plan, round=round)
+    sent_values = _flatten(arrays)
     # Of a mean gradient: the largest part of clipped units, and the standard deviation of the noise in one value.
     expected = plan.sampling_rate * declared_size
     units = MORE_THAN_DECLARED * expected + _NOISE_SIGMAS * math.sqrt(MORE_THAN_DECLARED * expected) + _NOISE_SIGMAS**2
@@ -79,25 +91,43 @@ def bound_round_update(
     value = dict(resting)
     square = 0.0
     for group, rate in zip((lora, head), training.compute_peak_rates(clipped=plan.private), strict=True):
-        flat = np.concatenate([np.zeros(1), *(tensor.ravel() for tensor in group.values())])
+        flat = _flatten(group)
         rates = [rate * factor for factor in factors]
-        most = _bound_move(training, rates, signal + _NOISE_SIGMAS * noise, at=float(np.abs(flat).max()))
+        largest = partial(_bound_gradient, algorithm, signal + _NOISE_SIGMAS * noise, _find_largest(sent_values))
+        most = _bound_move(training, rates, largest, at=_find_largest(flat))
         norm = math.sqrt(flat.size) * most
         if training.optimizer == "sgd":  # its step is as long as the gradient; Adam rescales each value
-            length = float(np.linalg.norm(flat.astype(np.float64)))
-            longest = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
-            norm = min(norm, _bound_move(training, rates, longest, at=length))
+            noisy = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
+            longest = partial(_bound_gradient, algorithm, noisy, float(np.linalg.norm(sent_values)))
+            norm = min(norm, _bound_move(training, rates, longest, at=float(np.linalg.norm(flat))))
         value |= dict.fromkeys(group, most)
         square += norm**2
     return UpdateBound(value=value, norm=math.sqrt(square))
 
 
-def _bound_move(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
-    """Bound the move of a value or vector of size `at` over steps at these rates; no gradient exceeds `gradient`."""
+def _bound_gradient(algorithm: LocalAlgorithm, noised: float, sent: float, moved: float) -> float:
+    return algorithm.bound_gradient(noised, moved=moved, sent=sent)
+
+
+def _flatten(arrays: Arrays) -> np.ndarray:
+    """Return all values in float64, with a 0, so that there is one."""
+    return np.concatenate([np.zeros(1), *(value.ravel() for value in arrays.values())]).astype(np.float64)
+
+
+def _find_largest(values: np.ndarray) -> float:
+    return float(np.abs(values).max(initial=0))
+
+
+def _bound_move(
+    training: TrainingSpec, rates: Sequence[float], gradient: Callable[[float], float], *, at: float
+) -> float:
+    """Bound the move of a value or vector of size `at` over steps at these rates; after a move m, no gradient exceeds
+    `gradient(m)`.
+    """
     moved, velocity = 0.0, 0.0
     for number, rate in enumerate(rates, 1):
         if training.optimizer == "sgd":
-            velocity = training.momentum * velocity + gradient + training.weight_decay * (at + moved)
+            velocity = training.momentum * velocity + gradient(moved) + training.weight_decay * (at + moved)
             moved += rate * velocity
         else:
             # AdamW's decay moves towards 0, which is free; only an overshoot past 0 counts.

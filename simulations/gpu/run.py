@@ -256,7 +256,7 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
         max_adapter_value=2.0,
     )
     ready = time.perf_counter()
-    released = train_round(shared.model, shared.initial_adapter, units, work, randomness=SeededRandomness(5))
+    released, _ = train_round(shared.model, shared.initial_adapter, units, work, randomness=SeededRandomness(5))
     ended = time.perf_counter()
     return {
         "digest": released.digest(),

@@ -17,6 +17,7 @@ from fedtune.cli.main import COMMANDS, COMPLETIONS, fedtune
 from fedtune.config import PATHS
 from fedtune.formatting import flatten
 from fedtune.tasks.registry import TASKS
+from fedtune.training.algorithms.registry import ALGORITHMS
 from fedtune.version import find_config_folder
 
 from ..conftest import REPOSITORY, run_python
@@ -61,6 +62,7 @@ def build_table() -> str:
         lines.append(f"  {json.dumps(path)}: {json.dumps(about)}")
     keys = [f"{key}=" for key in sorted({key for key, _ in flatten(compose_default_settings())} | PATHS)]
     options = {group: list_options(group) for group in list_config_groups()} | {"task": sorted(TASKS)}
+    options["federation.algorithm"] = [*ALGORITHMS]
     keys += [f"{group}={option}" for group, named in options.items() for option in named]
     settings = json.dumps(keys)
     return '{\n "commands": {\n' + ",\n".join(lines) + f'\n }},\n "settings": {settings}\n}}\n'

@@ -64,8 +64,8 @@ def test_resumed_run_keeps_its_number_format(tmp_path: Path, monkeypatch: pytest
 
 
 def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path) -> None:
-    """With a strategy that has a state; the others: tests/flower/test_averaging.py."""
-    adam = ("federation.strategy=fedadam", "federation.server_learning_rate=0.05", "federation.server_momentum=0.9")
+    """With an algorithm whose lead half has a state; the others: tests/flower/test_averaging.py."""
+    adam = ("federation.algorithm=fedadam", "federation.algorithm_settings.server_learning_rate=0.05")
     chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *adam)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):

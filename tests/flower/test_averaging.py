@@ -19,15 +19,15 @@ from fedtune.model.adapter import Adapter
 
 from .conftest import STEPS
 
-STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
+ALGORITHMS = ("fedavg", "fedadam", "fedavgm", "fedmedian")
 
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "fedavg": {},
-    "fedadam": {"server_learning_rate": 0.1, "server_momentum": 0.5, "server_beta_2": 0.9, "server_tau": 0.01},
+_SETTINGS: dict[str, dict[str, float] | None] = {
+    "fedavg": None,
+    "fedadam": {"server_learning_rate": 0.1, "beta_1": 0.5, "beta_2": 0.9, "tau": 0.01},
     "fedavgm": {"server_learning_rate": 0.5, "server_momentum": 0.9},
-    "fedmedian": {},
+    "fedmedian": None,
 }
-# What each strategy makes of a mean step d in the first round, in float64 by hand.
+# What each algorithm makes of a mean step d in the first round, in float64 by hand.
 _EXPECTED: dict[str, Callable[[float], float]] = {
     "fedmedian": lambda d: 0.125,  # it has no weights
     "fedavg": lambda d: d,
@@ -35,6 +35,10 @@ _EXPECTED: dict[str, Callable[[float], float]] = {
     # m = (1 - .5) d, v = (1 - .9) d^2, bias correction for round 1 with Flower's exponent t + 1 = 2.
     "fedadam": lambda d: 0.1 * np.sqrt(1 - 0.9**2) / (1 - 0.5**2) * (0.5 * d) / (np.sqrt(0.1 * d * d) + 0.01),
 }
+
+
+def choose(algorithm: str) -> dict[str, Any]:
+    return {"algorithm": algorithm, "algorithm_settings": _SETTINGS[algorithm]}
 
 
 def measure_move(federation: Any) -> float:
@@ -48,17 +52,17 @@ def measure_move(federation: Any) -> float:
     return float(steps[0])
 
 
-@pytest.mark.parametrize("strategy", list(_EXPECTED))
+@pytest.mark.parametrize("algorithm", list(_EXPECTED))
 @pytest.mark.parametrize("sizes", [(10, 10, 10), (1, 3, 6), (1000, 1, 1)])
-def test_updates_are_weighted_by_declared_sizes(federation: Any, strategy: str, sizes: tuple[int, ...]) -> None:
+def test_updates_are_weighted_by_declared_sizes(federation: Any, algorithm: str, sizes: tuple[int, ...]) -> None:
     mean = float(np.average(list(STEPS.values()), weights=sizes))
-    made = federation(sizes=sizes, strategy=strategy, **_SETTINGS[strategy])
-    assert measure_move(made) == pytest.approx(_EXPECTED[strategy](mean), abs=1e-5)
+    made = federation(sizes=sizes, **choose(algorithm))
+    assert measure_move(made) == pytest.approx(_EXPECTED[algorithm](mean), abs=1e-5)
 
 
 @pytest.mark.by_day("fedavg", "fedmedian")
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_reply_order_does_not_change_the_average(federation: Any, tamper: Any, strategy: str) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_reply_order_does_not_change_the_average(federation: Any, tamper: Any, algorithm: str) -> None:
     digests = set()
     for order in range(4):
 
@@ -66,15 +70,15 @@ def test_reply_order_does_not_change_the_average(federation: Any, tamper: Any, s
             return random.Random(order).sample(messages, len(messages))
 
         tamper(shuffle_messages)
-        made = federation(sizes=(3, 5, 7), strategy=strategy, num_rounds=3, folder=str(order), **_SETTINGS[strategy])
+        made = federation(sizes=(3, 5, 7), **choose(algorithm), num_rounds=3, folder=str(order))
         digests.add(made.run().adapter.digest())
     assert len(digests) == 1
 
 
 @pytest.mark.by_day("fedadam")
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_restored_strategy_continues_with_the_same_result(federation: Any, strategy: str) -> None:
-    settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_restored_strategy_continues_with_the_same_result(federation: Any, algorithm: str) -> None:
+    settings = {**choose(algorithm), "sizes": (3, 5, 7)}
     whole = federation(num_rounds=3, folder="whole", **settings)
     expected = whole.run()
     first = federation(num_rounds=3, folder="parts", **settings)
@@ -85,22 +89,22 @@ def test_restored_strategy_continues_with_the_same_result(federation: Any, strat
 
 
 def test_momentum_keeps_tensor_order_beyond_ten_tensors() -> None:
-    average = Average(FederationSpec(strategy="fedavgm", server_momentum=0.5), {})
+    average = Average(FederationSpec(algorithm="fedavgm", algorithm_settings={"server_momentum": 0.5}), {})
     state = {f"momentum/{number:05d}": np.full(1, number, np.float32) for number in range(12)}
     average.restore(state)
     assert list(average.state) == list(state)
     assert [int(value[0]) for value in average.state.values()] == list(range(12))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("piece_bytes", [1, 40, 1 << 27])
 def test_piecewise_average_matches_flower_bit_for_bit(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, piece_bytes: int
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, piece_bytes: int
 ) -> None:
     monkeypatch.setattr("fedtune.flower.averaging._PIECE_BYTES", piece_bytes)
     draw = np.random.default_rng(3)
     sizes = {"a": 30, "b": 5, "c": 71, "d": 4}
-    spec = FederationSpec(num_sites=len(sizes), strategy=strategy, **_SETTINGS[strategy])
+    spec = FederationSpec(num_sites=len(sizes), **choose(algorithm))
     whole, pieces = Average(spec, sizes)._strategy, Average(spec, sizes)
     sent = adapter
     for round in (1, 2):
@@ -108,7 +112,7 @@ def test_piecewise_average_matches_flower_bit_for_bit(
             site: {name: value + draw.standard_normal(value.shape, np.float32) for name, value in sent.tensors.items()}
             for site in sizes
         }
-        whole.current_arrays = dict(sent.tensors) if strategy == "fedadam" else to_arrays(sent.tensors)
+        whole.current_arrays = dict(sent.tensors) if algorithm == "fedadam" else to_arrays(sent.tensors)
         replies = [Message(build_weighted_record(updates[site], size), 1, "train") for site, size in sizes.items()]
         arrays, _ = whole.aggregate_train(round, replies)
         expected = {name: value.astype(np.float32) for name, value in from_arrays(arrays).items()}

@@ -112,10 +112,12 @@ def test_resumed_run_sends_no_second_invitation(federation: Any) -> None:
     assert "query.invite" not in {call.args[0].metadata.message_type for call in deliver.call_args_list}
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
-def test_diverged_round_is_rolled_back_and_the_run_continues(federation: Any, caplog: Any, strategy: str) -> None:
-    made = federation(num_rounds=3, strategy=strategy, server_momentum=0.5)
-    plain = federation(num_rounds=3, strategy=strategy, server_momentum=0.5, folder="b")
+@pytest.mark.parametrize(("algorithm", "own"), [("fedavg", None), ("fedavgm", {"server_momentum": 0.5})])
+def test_diverged_round_is_rolled_back_and_the_run_continues(
+    federation: Any, caplog: Any, algorithm: str, own: Any
+) -> None:
+    made = federation(num_rounds=3, algorithm=algorithm, algorithm_settings=own)
+    plain = federation(num_rounds=3, algorithm=algorithm, algorithm_settings=own, folder="b")
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.5}])
     state = made.run(evaluate=lambda adapter: next(scores))
     assert [result.diverged for result in state.rounds] == [False, True, False]

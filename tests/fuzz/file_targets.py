@@ -144,7 +144,7 @@ def _sign_anew(data: bytes) -> None:
         for row in rows:
             file.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
         with store.open_for_reading(seeds.make_folder() / "seed" / "ledger.db") as valid:
-            file.executemany("INSERT INTO replies VALUES (?, ?, ?)", store.read_replies(valid))
+            file.executemany("INSERT INTO replies VALUES (?, ?, ?, x'')", store.read_replies(valid))
     except (sqlite3.Error, OverflowError, UnicodeEncodeError):
         return
     finally:

@@ -6,6 +6,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -13,6 +14,7 @@ from fedtune.privacy import events, filter
 from fedtune.privacy.ledger import site_ledger as ledger_module
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import Reservation, SiteLedger
+from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refused
@@ -105,6 +107,21 @@ def test_only_the_newest_attempt_can_be_committed(open_ledger: Any, path: Path) 
     with pytest.raises(AssertionError, match="committed once"):
         open_ledger().commit(second, b"again")
     assert [kind for kind, _ in list_kinds(path)].count(Kind.COMMIT) == 1
+
+
+def test_algorithm_state_belongs_to_the_newest_reply_of_its_run(open_ledger: Any) -> None:
+    assert open_ledger().algorithm_state("r") == b"", "lost state is none"
+    open_ledger().commit(reserve(open_ledger(), make_proposal(), 1), b"reply 1", state=b"after round 1")
+    assert open_ledger().algorithm_state("r") == b"after round 1"
+    assert open_ledger().algorithm_state("another") == b""
+    reserve(open_ledger(), make_proposal(), 2)  # the process dies before it commits
+    assert open_ledger().algorithm_state("r") == b"after round 1"
+    again = reserve(open_ledger(), make_proposal(), 2)
+    with pytest.raises(RuntimeError), patch.object(EventStore, "append_event", side_effect=RuntimeError):
+        open_ledger().commit(again, b"reply 2", state=b"after round 2")
+    assert open_ledger().algorithm_state("r") == b"after round 1", "one transaction holds reply, state and event"
+    open_ledger().commit(again, b"reply 2", state=b"after round 2")
+    assert open_ledger().algorithm_state("r") == b"after round 2"
 
 
 def test_newest_reply_is_stored_and_resent_without_charge(open_ledger: Any, path: Path) -> None:

@@ -40,7 +40,7 @@ def test_rollback_journal_and_full_synchronization_are_enabled(path: Path) -> No
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert file.execute("PRAGMA synchronous").fetchone() == (3,), "EXTRA"
         assert file.in_transaction
-        file.execute("INSERT INTO replies VALUES ('r', 'q', x'00')")
+        file.execute("INSERT INTO replies VALUES ('r', 'q', x'00', x'')")
         assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.db", "ledger.db-journal"]
 
 
@@ -114,7 +114,7 @@ from pathlib import Path
 from fedtune.privacy.ledger import store
 with store.open_for_writing(Path(sys.argv[1])) as file:
     file.execute("PRAGMA cache_spill = 1")
-    file.execute("INSERT INTO replies VALUES ('r', 'q', zeroblob(20000000))")  # more than is kept in memory
+    file.execute("INSERT INTO replies VALUES ('r', 'q', zeroblob(20000000), x'')")  # more than is kept in memory
     print("written", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -157,9 +157,8 @@ def release_round(
 ) -> Adapter:
     """What a round over a dataset, or over records or users as training reads them, releases."""
     units = make_examples(units) if isinstance(units, TextDataset) else units
-    return train_round(
-        model, adapter or Adapter.from_task_model(model), units, work, randomness=randomness or SeededRandomness(5)
-    )
+    start = adapter or Adapter.from_task_model(model)
+    return train_round(model, start, units, work, randomness=randomness or SeededRandomness(5))[0]
 
 
 def sum_examples(model: TaskModel, examples: SiteExamples, clip: float, chosen: Any = None) -> dict[str, torch.Tensor]:

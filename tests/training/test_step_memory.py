@@ -199,6 +199,6 @@ def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit
                 units, [np.arange(u, 40, 11) for u in range(11)], most_records=2, most_users=most_users
             )
         rows.add(tuple(list_rows(shapes)))
-        released.add(train_round(model, start, units, asked, randomness=SeededRandomness(5)).digest())
+        released.add(train_round(model, start, units, asked, randomness=SeededRandomness(5))[0].digest())
     assert len(rows) == 3
     assert len(released) == 1

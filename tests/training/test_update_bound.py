@@ -11,6 +11,8 @@ import torch
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.run_plan import Plan
+from fedtune.training.algorithms.fedavg import FEDAVG
+from fedtune.training.local import frozen_in_round
 from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.update_bound import UpdateBound, bound_round_update
@@ -117,12 +119,13 @@ SGD = TrainingSpec(optimizer="sgd", learning_rate=1.0)
 @pytest.mark.parametrize("settings", [SGD, TrainingSpec(weight_decay=0.1)], ids=["sgd", "adamw"])
 def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent_adapter: Adapter) -> None:
     """With lora.alternate A rests in round 1, and in no round has it a part of what the others may move."""
-    rests = LoraSpec(alternate=True).get_frozen_name_part(1)
     sent_adapter = Adapter(
         {name.replace("lora_A", "lora_A.weight"): value for name, value in sent_adapter.tensors.items()}
     )
     resting = "a.lora_A.weight"
-    bound = bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=sent_adapter, rests=rests)
+    frozen = frozen_in_round(LoraSpec(alternate=True), FEDAVG, sent_adapter.tensors, round=1, sent={})
+    assert frozen == {resting}
+    bound = bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
     for move in (0.01, -0.01):
         moved = sent_adapter.tensors[resting] + np.copysign(np.float32(move), move * sent_adapter.tensors[resting])
         assert not bound.allows({**sent_adapter.tensors, resting: moved}, sent=sent_adapter)
@@ -132,5 +135,5 @@ def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent_adapter: Ad
     others = Adapter({name: value for name, value in sent_adapter.tensors.items() if name != resting})
     assert bound.norm == bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm
     plain = replace(PLAN, noise_multiplier=0.0)
-    still = bound_round_update(settings, plain, round=1, declared_size=SIZE, sent=sent_adapter, rests=rests)
+    still = bound_round_update(settings, plain, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
     assert not still.allows({**sent_adapter.tensors, resting: sent_adapter.tensors[resting] * 1.01}, sent=sent_adapter)

@@ -78,6 +78,7 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         ("runtime", runtime.kind, "simulation", "plants made-up records"),
         ("runtime.num_devices", runtime.devices, 1, "observes each step in one process"),
         ("lora.alternate", config.lora.alternate, False, "observes all tensors in each step"),
+        ("federation.algorithm", config.federation.algorithm, "fedavg", "observes steps without corrections"),
         ("resume", config.resume, None, "always starts from the beginning, with its own random draws"),
         (
             "federation.early_stopping_patience",
@@ -87,7 +88,7 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         ),
     ):
         if given != only:
-            wanted = "simulation" if key == "runtime" else json.dumps(only)
+            wanted = only if isinstance(only, str) else json.dumps(only)
             raise ConfigError(key, given, f"must be {wanted}: an audit {why}")
     if not config.privacy.private:
         raise ConfigError("privacy", config.privacy.mechanism, "makes no privacy claim that could be audited")

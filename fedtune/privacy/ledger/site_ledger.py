@@ -162,10 +162,12 @@ class SiteLedger:
             )
             return granted
 
-    def commit(self, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
+    def commit(self, reservation: Reservation, reply: bytes, *, fingerprint: str = "", state: bytes = b"") -> None:
         """Store the reply of a reserved round durably before it is sent; the run's earlier reply is deleted.
 
-        `fingerprint` is an HMAC of the training records under `fingerprint_key`; it stays in the ledger.
+        `fingerprint` is an HMAC of the training records under `fingerprint_key`; it stays in the ledger.  `state` is
+        what the run's algorithm keeps for the site's next round, post-processing of the run's noised gradients; it
+        replaces the earlier one in the same transaction, so that it always belongs to the newest reply.
 
         Raises:
             Refused: the population was frozen or the run denied in the meantime, so the reply must not leave the site.
@@ -178,9 +180,14 @@ class SiteLedger:
             newest = run.attempts[reservation.round] == reservation.attempt
             assert newest, "only the newest reservation of a round is committed"
             assert reservation.request not in run.replies, "a request is committed once"
-            self._store.store_reply(run=reservation.run, request=reservation.request, reply=reply)
+            self._store.store_reply(run=reservation.run, request=reservation.request, reply=reply, state=state)
             detail = {"reply_sha256": hashlib.sha256(reply).hexdigest(), "fingerprint": fingerprint}
             self._store.append_event(Kind.COMMIT, detail, **reservation.event_fields, dataset=run.proposal.dataset)
+
+    def algorithm_state(self, run: str) -> bytes:
+        """Return the `state` of the run's newest commit; empty if there was none."""
+        with self._store.transaction():
+            return self._store.stored_state(run)
 
     def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
         """Record the refusal of a lead's request; "awaiting approval" and "paused" are recorded once a day.

@@ -51,7 +51,9 @@ SCHEMA = (
   request TEXT NOT NULL, attempt INTEGER NOT NULL, dataset TEXT NOT NULL, cohort TEXT NOT NULL, code TEXT NOT NULL,
   detail TEXT NOT NULL, hash TEXT NOT NULL, signature TEXT NOT NULL
 ) STRICT""",
-    "CREATE TABLE replies (run TEXT PRIMARY KEY, request TEXT NOT NULL, reply BLOB NOT NULL) STRICT",
+    """CREATE TABLE replies (
+  run TEXT PRIMARY KEY, request TEXT NOT NULL, reply BLOB NOT NULL, state BLOB NOT NULL
+) STRICT""",
     """CREATE TRIGGER events_are_never_changed BEFORE UPDATE ON events
 BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
     """CREATE TRIGGER events_are_never_deleted BEFORE DELETE ON events
@@ -262,10 +264,10 @@ class EventStore:
         """Append a note."""
         self.append_event(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
 
-    def store_reply(self, *, run: str, request: str, reply: bytes) -> None:
-        """Store `reply` as the newest reply of `run`, replacing the previous one."""
-        row = (run, request, reply)
-        self._file.execute("INSERT OR REPLACE INTO replies (run, request, reply) VALUES (?, ?, ?)", row)
+    def store_reply(self, *, run: str, request: str, reply: bytes, state: bytes = b"") -> None:
+        """Store the newest reply of `run` with the algorithm's state after it, replacing the previous ones."""
+        row = (run, request, reply, state)
+        self._file.execute("INSERT OR REPLACE INTO replies (run, request, reply, state) VALUES (?, ?, ?, ?)", row)
 
     def create_register(self) -> None:
         """Create the register of arrivals in a new ledger."""
@@ -303,6 +305,11 @@ class EventStore:
         """Return the stored reply to a request; None if it is no longer stored."""
         row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
+
+    def stored_state(self, run: str) -> bytes:
+        """Return the algorithm's state after the newest reply of `run`; empty if there is none."""
+        row = self._file.execute("SELECT state FROM replies WHERE run = ?", (run,)).fetchone()
+        return b"" if row is None else bytes(row[0])
 
     def head(self) -> Head:
         """Return the newest head, for an anchor."""

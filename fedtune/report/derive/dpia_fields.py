@@ -147,7 +147,7 @@ def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
         "modality": get_input_for(data).modality,
         "rank": format_rank(config.lora.kind, config.lora.effective_rank),
         "target_modules": tuple(config.lora.adapted_modules) or "none",
-        "update_checks": config.federation.strategy,
+        "update_checks": config.federation.algorithm,
         "labels": len(data.labels) or None,
         "heldout_fraction": data.heldout_fraction,
         # How much of a file a simulation uses says nothing of real sites' files.

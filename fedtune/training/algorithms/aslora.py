@@ -1,0 +1,95 @@
+"""AS-LoRA (Kim et al. 2026, arXiv 2605.05769): each layer trains one factor, A or B, in a round, chosen by a score.
+
+With one factor fixed, the average of the sites' products B A is exact, and noise enters one factor only.  The lead
+scores both factors of each layer by what the noised updates show, and tells the sites which factor trains.
+
+The score is the decrease that a second-order model of the loss predicts, |g|**2 / curvature.  The layer's product
+gives a factor the curvature of the loss in W times the other factor's squared norm, and the former is the same for
+both.  So |g_B|**2 / |A|**2 is compared with |g_A|**2 / |B|**2, each without the expected square of the noise and
+smoothed over the rounds in which the factor trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import numpy as np
+
+from fedtune.spec import check_at_least, check_fraction, spec
+from fedtune.training.algorithms.base import Arrays, LocalAlgorithm, Requirements, RoundOutcome
+
+_A, _B = ".lora_A.", ".lora_B."
+_SGD = "an update of another optimizer does not show the mean gradient"
+_SMALLEST = 1e-12  # of a factor's squared norm: B starts at zero
+
+
+@spec
+class AsLoraSettings:
+    """Settings of AS-LoRA.
+
+    Attributes:
+        smoothing: the weight of earlier rounds in a factor's score.
+        retry_after: a factor trains again, whatever its score, after this many rounds without.
+    """
+
+    smoothing: float = 0.5
+    retry_after: int = 4
+
+    def __post_init__(self) -> None:
+        check_fraction("smoothing", self.smoothing, zero=True)
+        check_at_least("retry_after", self.retry_after, 2)
+
+
+class AsLora(LocalAlgorithm):
+    """FedAvg of one factor in each layer and round."""
+
+    name = "aslora"
+    settings = AsLoraSettings
+    not_in_sums = "all tensors of a sum take the same step"
+    requires: ClassVar[Requirements] = {
+        "lora.kind": ("lora", "it chooses between LoRA's two factors"),
+        "lora.train_a": (True, "it chooses between LoRA's two factors"),
+        "lora.alternate": (False, "it chooses the factor itself"),
+        "training.optimizer": ("sgd", _SGD),
+        "training.momentum": (0.0, _SGD),
+        "training.weight_decay": (0.0, _SGD),
+    }
+
+    def initial_arrays(self, adapter: Arrays) -> Arrays:
+        layers = len(_list_layers(adapter))
+        untried = self.own.retry_after
+        # Columns are A and B.  B is first, because A has no gradient while B is zero.
+        idle = np.tile(np.array([untried, untried + 1], dtype=np.float32), (layers, 1))
+        return {"score": np.zeros((layers, 2), dtype=np.float32), "idle": idle}
+
+    def sent_arrays(self, arrays: Arrays) -> Arrays:
+        score, idle = arrays["score"], arrays["idle"]
+        must = idle.max(axis=1) >= self.own.retry_after
+        return {"train_a": np.where(must, idle[:, 0] > idle[:, 1], score[:, 0] > score[:, 1]).astype(np.float32)}
+
+    def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
+        score, idle = arrays["score"].copy(), arrays["idle"] + 1
+        for row, layer in enumerate(_list_layers(outcome.adapter)):
+            factors = [f"{layer}{part}weight" for part in (_A, _B)]
+            column = 0 if factors[0] in outcome.step_sizes else 1
+            gradient = outcome.mean_gradient(factors[column]).astype(np.float64)
+            energy = max(0.0, float(np.square(gradient).sum()) - gradient.size * outcome.noise**2)
+            other = float(np.square(outcome.adapter[factors[1 - column]].astype(np.float64)).sum())
+            keep = self.own.smoothing if score[row, column] else 0.0  # the first estimate counts whole
+            score[row, column] = keep * score[row, column] + (1 - keep) * energy / max(other, _SMALLEST)
+            idle[row, column] = 0
+        return {"score": score, "idle": idle}
+
+    def frozen_tensors(self, names: Iterable[str], sent: Arrays) -> frozenset[str]:
+        names = list(names)
+        rests = {
+            layer: _B if train_a > 0.5 else _A
+            for layer, train_a in zip(_list_layers(names), sent["train_a"], strict=True)
+        }
+        return frozenset(name for name in names if any(name.startswith(layer + part) for layer, part in rests.items()))
+
+
+def _list_layers(names: Iterable[str]) -> list[str]:
+    """Return the names of the adapted layers, in a fixed order."""
+    return sorted({name.partition(_A)[0] for name in names if _A in name})

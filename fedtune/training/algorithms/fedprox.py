@@ -1,0 +1,42 @@
+"""FedProx (Li et al. 2020, arXiv 1812.06127): each site is pulled towards the adapter that it was sent.
+
+The proximal term mu / 2 * |w - w_sent|**2 has the gradient mu * (w - w_sent), which depends on no record.  It is added
+after clipping and noise, so it takes no part of the clip norm, and a step stays post-processing of its noisy sum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedtune.spec import check_positive, spec
+from fedtune.training.algorithms.base import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
+
+
+@spec
+class FedProxSettings:
+    """Settings of FedProx.
+
+    Attributes:
+        mu: the strength of the pull; a step of SGD with learning rate lr goes lr * mu of the way back, so lr * mu stays
+            below 1.
+    """
+
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_positive("mu", self.mu)
+
+
+class FedProx(LocalAlgorithm):
+    """FedAvg with a proximal pull in every local step; the first step of a round has none."""
+
+    name = "fedprox"
+    settings = FedProxSettings
+    not_in_sums = "in the only step of a round there is nothing to pull back"
+
+    def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, at: SiteRound) -> Arrays:
+        mu = np.float32(self.own.mu)
+        return {name: value + mu * (weights[name] - at.adapter[name]) for name, value in gradient.values.items()}
+
+    def bound_gradient(self, noised: float, *, moved: float, sent: float) -> float:
+        return noised + float(self.own.mu) * moved

@@ -1,0 +1,64 @@
+"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378) from noised gradients, as in DP-SCAFFOLD (Noble et al. 2022,
+arXiv 2111.09278).
+
+A site steps along its noised gradient, minus its own control variate, plus that of all sites.  Its control variate is
+the mean of its noised gradients in the last round in which it took part.  The lead need not be told: the mean update
+shows how far the average of these means is from the control variate that was sent.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from fedtune.training.algorithms.base import (
+    Arrays,
+    LocalAlgorithm,
+    NoisedGradient,
+    Requirements,
+    RoundOutcome,
+    SiteRound,
+)
+
+_SGD = "an update of another optimizer does not show the mean gradient"
+
+
+class Scaffold(LocalAlgorithm):
+    """FedAvg whose sites correct the drift of their local steps by control variates."""
+
+    name = "scaffold"
+    not_in_sums = "the corrections of all sites cancel in a sum"
+    requires: ClassVar[Requirements] = {
+        "training.optimizer": ("sgd", _SGD),
+        "training.momentum": (0.0, _SGD),
+        "training.weight_decay": (0.0, _SGD),
+    }
+
+    def initial_arrays(self, adapter: Arrays) -> Arrays:
+        return {name: np.zeros_like(value) for name, value in adapter.items()}
+
+    def sent_arrays(self, arrays: Arrays) -> Arrays:
+        return arrays
+
+    def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
+        """Add the participants' mean change of their control variates, by their share of all records.
+
+        With c_i' = mean noised gradient, a site moves by -step_size * (c_i' - c_i + c), so the mean of c_i' - c_i is
+        the mean gradient that the average shows, minus c.
+        """
+        share = np.float32(outcome.share)
+        trained = {
+            name: arrays[name] + share * (outcome.mean_gradient(name) - arrays[name]) for name in outcome.step_sizes
+        }
+        return {**arrays, **trained}
+
+    def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, at: SiteRound) -> Arrays:
+        corrected = {name: value + at.sent[name] for name, value in gradient.values.items()}
+        return {name: value - at.state[name] if name in at.state else value for name, value in corrected.items()}
+
+    def next_state(self, mean: NoisedGradient, at: SiteRound) -> Arrays:
+        return {**at.state, **mean.values}
+
+    def bound_gradient(self, noised: float, *, moved: float, sent: float) -> float:
+        return 2 * noised + sent  # its own control variate is a mean of noised gradients

@@ -1,0 +1,319 @@
+"""Federated algorithms: what each makes of noised gradients, and that it sees nothing else."""
+
+import ast
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from fedtune.api.compose import compose_run
+from fedtune.config import RunConfig, parse
+from fedtune.federation.sent_round import describe_outcome, pack_adapter, pack_initial, unpack_adapter
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.mechanism import add_gaussian_noise, compute_cell_width
+from fedtune.privacy.randomness import SeededRandomness
+from fedtune.spec import ConfigError
+from fedtune.training import dp_step
+from fedtune.training.algorithms.base import Arrays, LocalAlgorithm, NoisedGradient, RoundOutcome, SiteRound
+from fedtune.training.algorithms.registry import ALGORITHMS, get_algorithm
+from fedtune.training.local import RoundOfTraining, frozen_in_round, train_round
+from fedtune.training.spec import TrainingSpec
+from fedtune.training.update_bound import bound_round_update
+
+from .conftest import build_trained, make_dummy_examples, make_examples, make_work, plan_of
+
+PACKAGE = Path(dp_step.__file__).parents[1]
+SIZES = {"a": 10, "b": 30}
+PLAN = plan_of(sampling_rate=0.5, noise_multiplier=0.5, max_grad_norm=0.5, local_steps=3, num_rounds=4)
+SGD = TrainingSpec(optimizer="sgd", learning_rate=0.5, local_steps=3)
+
+
+def run_federation(
+    name: str, *, rounds: int = 3, lost_in: int | None = None, plan: Any = PLAN, **own: float
+) -> tuple[Adapter, Mapping[str, Arrays]]:
+    """Train two sites for some rounds as a federation does, with seeded noise; return the adapter and their states."""
+    algorithm, model = get_algorithm(name, own or None), build_trained()
+    data = {
+        site: make_examples(make_dummy_examples("classification", seed=number)) for number, site in enumerate(SIZES)
+    }
+    adapter, states = Adapter.from_task_model(model), dict[str, Arrays]()
+    kept = algorithm.initial_arrays(adapter.tensors)
+    for round in range(1, rounds + 1):
+        sent, updates = algorithm.sent_arrays(kept), {}
+        frozen = frozen_in_round(model.spec.lora, algorithm, adapter.tensors, round=round, sent=sent)
+        for site, size in SIZES.items():
+            state = {} if round == lost_in else states.get(site, {})
+            about = {"site": site, "round": round, "plan": plan, "training": SGD, "declared_size": size}
+            work = make_work(**about, algorithm=algorithm, sent=sent, state=state, max_adapter_value=2.0)
+            trained = train_round(model, adapter, data[site], work, randomness=SeededRandomness(5))
+            updates[site], states[site] = trained
+            bound = bound_round_update(
+                *(SGD, plan),
+                round=round,
+                declared_size=size,
+                sent=adapter,
+                frozen=frozen,
+                algorithm=algorithm,
+                arrays=sent,
+            )
+            assert bound.allows(updates[site].tensors, sent=adapter), "the lead takes what an honest site sends"
+        average = Adapter(
+            {
+                key: np.average([updates[site].tensors[key] for site in SIZES], axis=0, weights=list(SIZES.values()))
+                .astype(np.float32)
+                for key in adapter.tensors
+            }
+        )  # fmt: skip
+        about = {"sites": tuple(SIZES), "sizes": SIZES, "training": SGD, "plan": plan, "round": round, "frozen": frozen}
+        kept = algorithm.next_arrays(kept, describe_outcome(average, sent=adapter, **about))
+        adapter = average
+    return adapter, states
+
+
+GOLDEN_LENGTHS = {"fedavg": 0.0, "fedprox": 0.0, "scaffold": 0.0, "aslora": 0.0}
+"""L2 norms of the adapters after three rounds."""
+
+
+def test_algorithms_give_different_adapters_under_seeded_noise() -> None:
+    settings = {"fedavg": {}, "fedprox": {"mu": 0.5}, "scaffold": {}, "aslora": {}}
+    adapters = {name: run_federation(name, **own)[0] for name, own in settings.items()}
+    lengths = {name: math.hypot(*map(np.linalg.norm, made.tensors.values())) for name, made in adapters.items()}
+    assert lengths == pytest.approx(GOLDEN_LENGTHS, rel=1e-4)
+    digests = {name: made.digest() for name, made in adapters.items()}
+    assert len(set(digests.values())) == len(settings)
+    assert digests["scaffold"] == run_federation("scaffold")[0].digest(), "the same seed, the same bits"
+    assert digests["fedprox"] != run_federation("fedprox", mu=0.25)[0].digest()
+
+
+def test_scaffold_differs_from_fedavg_only_after_the_first_round() -> None:
+    assert run_federation("scaffold", rounds=1)[0].digest() == run_federation("fedavg", rounds=1)[0].digest()
+    assert run_federation("scaffold", rounds=2)[0].digest() != run_federation("fedavg", rounds=2)[0].digest()
+
+
+def test_lost_scaffold_state_counts_as_zero() -> None:
+    _, whole = run_federation("scaffold")
+    _, lost = run_federation("scaffold", lost_in=3)
+    assert whole.keys() == lost.keys() == SIZES.keys()
+    for site in SIZES:
+        assert lost[site].keys() == whole[site].keys()
+        assert any((lost[site][name] != value).any() for name, value in whole[site].items())
+        assert all(np.isfinite(value).all() for value in lost[site].values())
+
+
+class Spy(LocalAlgorithm):
+    """Stores everything that an algorithm is given in a round."""
+
+    name = "spy"
+    seen: ClassVar[list[tuple[NoisedGradient, Arrays, SiteRound]]] = []
+
+    def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, at: SiteRound) -> Arrays:
+        self.seen.append((gradient, weights, at))
+        return gradient.values
+
+
+def test_algorithm_sees_each_gradient_only_after_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[tuple[Any, Any]] = []
+
+    def record_noise(given: Any, **about: Any) -> Any:
+        sums.append((given, noisy := add_gaussian_noise(given, **about)))
+        return noisy
+
+    monkeypatch.setattr(dp_step, "add_gaussian_noise", record_noise)
+    Spy.seen.clear()
+    work: RoundOfTraining = make_work(plan=PLAN, training=SGD, algorithm=Spy())
+    model = build_trained()
+    train_round(
+        *(model, Adapter.from_task_model(model), make_examples(make_dummy_examples("classification")), work),
+        randomness=SeededRandomness(5),
+    )
+    assert len(sums) == len(Spy.seen) == PLAN.local_steps
+    cells = PLAN.sampling_rate * work.declared_size / compute_cell_width(PLAN.max_grad_norm)
+    for (bare, noisy), (gradient, weights, at) in zip(sums, Spy.seen, strict=True):
+        assert gradient.values.keys() == weights.keys() == at.adapter.keys()
+        for name, value in gradient.values.items():
+            np.testing.assert_array_equal(value, (noisy[name] / cells).astype(np.float32))
+            assert (value != (bare[name] / cells).astype(np.float32)).any()
+
+
+def test_only_a_noisy_step_makes_a_noised_gradient() -> None:
+    """The plain step of a run without privacy makes one, too; the third place averages noised ones."""
+    made = {
+        (path.relative_to(PACKAGE).as_posix(), function.name)
+        for path in PACKAGE.rglob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "NoisedGradient"
+    }
+    assert made == {
+        ("training/dp_step.py", "apply_gradient_sum"),
+        ("training/local.py", "correct_plain_gradient"),
+        ("training/local.py", "next_state"),
+    }
+
+
+def test_algorithm_files_are_short_and_import_nothing_private() -> None:
+    allowed = ("__future__", "collections.abc", "dataclasses", "typing", "numpy", "fedtune.spec", "fedtune.codec")
+    for path in (PACKAGE / "training" / "algorithms").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        modules += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+        for module in modules:
+            assert module is not None
+            assert module.startswith((*allowed, "fedtune.training.algorithms")), f"{path.name} imports {module}"
+        assert len(path.read_text().splitlines()) <= 200
+
+
+def make_round(**arrays: Arrays) -> SiteRound:
+    return SiteRound(**{"adapter": {}, "sent": {}, "state": {}, **arrays})
+
+
+ONE, TWO, THREE = (np.full(2, value, np.float32) for value in (1, 2, 3))
+
+
+def test_fedprox_pulls_towards_the_adapter_that_was_sent() -> None:
+    pulled = get_algorithm("fedprox", {"mu": 0.5}).correct_gradient(
+        NoisedGradient({"w": ONE}), {"w": THREE}, make_round(adapter={"w": TWO})
+    )
+    np.testing.assert_array_equal(pulled["w"], [1.5, 1.5])
+
+
+def test_scaffold_replaces_a_sites_control_variate_by_that_of_all() -> None:
+    scaffold, gradient = get_algorithm("scaffold"), NoisedGradient({"w": ONE})
+    at = make_round(sent={"w": TWO}, state={"w": 3 * THREE, "rests": THREE})
+    np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, at)["w"], [-6, -6])
+    np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, replace(at, state={}))["w"], THREE)
+    state = scaffold.next_state(gradient, at)
+    np.testing.assert_array_equal(state["w"], ONE)
+    np.testing.assert_array_equal(state["rests"], THREE)
+
+
+def test_leads_control_variate_is_the_mean_of_the_sites() -> None:
+    """All sites take part, so the lead's arrays are the weighted mean of what the sites keep."""
+    _, states = run_federation("scaffold", rounds=2, plan=replace(PLAN, num_rounds=8))
+    mean = {name: (states["a"][name] + 3 * states["b"][name]) / 4 for name in states["a"]}
+    assert mean
+    scaffold, model = get_algorithm("scaffold"), build_trained()
+    adapter = Adapter.from_task_model(model).tensors
+    step = dict.fromkeys(adapter, 2.0)
+    moved = {name: value - 2.0 * mean[name] for name, value in adapter.items()}
+    outcome = RoundOutcome(adapter=adapter, average=moved, step_sizes=step, share=0.25, noise=0.0)
+    zero = scaffold.initial_arrays(adapter)
+    for name, value in scaffold.next_arrays(zero, outcome).items():
+        np.testing.assert_allclose(value, mean[name] / 4, atol=1e-5)
+
+
+LAYERS = ("x.q", "x.v")
+FACTORS = {
+    f"{layer}.lora_{factor}.weight": np.full((2, 2), size, np.float32)
+    for layer in LAYERS
+    for factor, size in (("A", 1.0), ("B", 0.5))
+} | {"head.weight": np.ones(2, np.float32)}
+
+
+def test_aslora_trains_each_factor_once_and_then_the_one_with_the_higher_score() -> None:
+    aslora = get_algorithm("aslora", {"retry_after": 3})
+    arrays, chosen = aslora.initial_arrays(FACTORS), []
+    # Mean gradient of each factor: in the layer q that of A is larger, in v that of B.
+    slopes = {"x.q.lora_A.weight": 3.0, "x.q.lora_B.weight": 1.0, "x.v.lora_A.weight": 0.1, "x.v.lora_B.weight": 1.0}
+    for _ in range(6):
+        frozen = aslora.frozen_tensors(FACTORS, aslora.sent_arrays(arrays))
+        trained = {name: 2.0 for name in FACTORS if name not in frozen}
+        chosen.append("".join("A" if f"{layer}.lora_A.weight" in trained else "B" for layer in LAYERS))
+        average = {
+            name: value - 2.0 * np.float32(slopes.get(name, 0) * (name in trained)) for name, value in FACTORS.items()
+        }
+        outcome = RoundOutcome(adapter=FACTORS, average=average, step_sizes=trained, share=1.0, noise=0.01)
+        arrays = aslora.next_arrays(arrays, outcome)
+        assert "head.weight" in trained
+    assert chosen == ["BB", "AA", "AB", "AB", "BB", "AA"], (
+        "q retries B after three rounds of A, and v A after three of B"
+    )
+
+
+def test_aslora_score_leaves_the_expected_noise_out() -> None:
+    aslora = get_algorithm("aslora")
+    average = {name: value - np.float32(0.1) for name, value in FACTORS.items()}
+    sizes = dict.fromkeys([name for name in FACTORS if "lora_A" not in name], 1.0)
+    outcome = RoundOutcome(adapter=FACTORS, average=average, step_sizes=sizes, share=1.0, noise=0.2)
+    assert not aslora.next_arrays(aslora.initial_arrays(FACTORS), outcome)["score"].any()
+
+
+def test_arrays_travel_with_the_adapter_under_one_digest() -> None:
+    adapter, arrays = Adapter({"head.weight": ONE}), {"head.weight": TWO}
+    packed = pack_adapter(adapter, arrays)
+    again, own = unpack_adapter(packed)
+    assert again.digest() == adapter.digest()
+    np.testing.assert_array_equal(own["head.weight"], TWO)
+    assert packed.digest() != pack_adapter(adapter, {"head.weight": THREE}).digest()
+    assert pack_adapter(adapter, {}) is adapter
+    assert unpack_adapter(adapter) == (adapter, {})
+    for algorithm in ALGORITHMS.values():
+        factors = Adapter(FACTORS)
+        kept = algorithm.initial_arrays(FACTORS)
+        assert pack_adapter(factors, algorithm.sent_arrays(kept)).has_same_shapes(pack_initial(factors, algorithm))
+
+
+def parse_federation(**changes: Any) -> RunConfig:
+    settings = compose_run(["experiment=debug", "name=x"]).to_json()
+    settings["federation"] |= changes
+    return parse(settings)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"fedavg"}))
+def test_secure_aggregation_refuses_algorithms_that_a_sum_cannot_carry(name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_federation(aggregation="secure", algorithm=name, num_sites=3)
+    why = ALGORITHMS[name].not_in_sums
+    assert str(refused.value) == f"federation.algorithm = '{name}': needs federation.aggregation = plain: {why}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "fedyogi"}, "algorithm = 'fedyogi': must be one of fedavg, fedprox, scaffold, aslora"),
+        ({"algorithm": "scaffold"}, "algorithm = 'scaffold': needs training.optimizer = sgd: an update of another"),
+        ({"algorithm": "fedprox", "algorithm_settings": {"mu": 0.0}}, "algorithm_settings.mu = 0.0: must be a finite"),
+        (
+            {"algorithm": "fedprox", "algorithm_settings": {"nu": 1}},
+            "algorithm_settings.nu = 1: is not a setting of fedp",
+        ),
+        (
+            {"algorithm_settings": {"mu": 1.0}},
+            "algorithm_settings.mu = 1.0: is not a setting of fedavg, which has none",
+        ),
+        ({"algorithm": "aslora", "algorithm_settings": {"retry_after": 1}}, "algorithm_settings.retry_after = 1: must"),
+    ],
+)
+def test_wrong_algorithm_settings_are_refused_with_one_message(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_federation(**changes)
+    assert str(refused.value).startswith(f"federation.{message}")
+
+
+def test_settings_of_an_algorithm_change_the_runs_name() -> None:
+    weak, strong = (parse_federation(algorithm="fedprox", algorithm_settings={"mu": mu}) for mu in (0.1, 0.2))
+    assert weak.run_id() != strong.run_id()
+    assert parse(json.loads(json.dumps(weak.to_json()))) == weak
+    assert weak.federation.bound_algorithm.own.mu == 0.1
+
+
+def test_update_beyond_an_algorithms_bound_is_refused() -> None:
+    sent = Adapter({"head.weight": np.zeros(2, np.float32)})
+    bounds = [
+        bound_round_update(SGD, PLAN, round=1, declared_size=10, sent=sent, algorithm=algorithm, arrays=arrays)
+        for algorithm, arrays in (
+            (get_algorithm("fedavg"), {}),
+            (get_algorithm("fedprox", {"mu": 0.5}), {}),
+            (get_algorithm("scaffold"), {"head.weight": ONE}),
+        )
+    ]
+    assert bounds[0].norm < bounds[1].norm < bounds[2].norm < np.inf
+    for bound in bounds:
+        assert bound.allows({"head.weight": np.full(2, 0.4 * bound.norm, np.float32)}, sent=sent)
+        assert not bound.allows({"head.weight": np.full(2, 1.1 * bound.norm, np.float32)}, sent=sent)
