@@ -27,7 +27,7 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_name, check_schema, expand_home, format_value, spec
+from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_name, check_schema, expand_home, spec
 from fedtune.tasks.base import Task
 from fedtune.tasks.registry import get_task
 from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, choose_learning_rate
@@ -196,20 +196,13 @@ class RunConfig:
             raise error.under("data") from None
         if self.federation.aggregation == "secure":
             _check_secure(self)
-        self._check_algorithm()
+        self.federation.check_requirements(self)
         if self.privacy.private:
             _check_privacy(self, largest_size=max(sizes))
         if self.privacy.metrics != "none" and self.data.heldout_fraction == 0:
             bound = f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
             raise ConfigError("data.heldout_fraction", 0, bound)
         task.check_spec(self.task_model())
-
-    def _check_algorithm(self) -> None:
-        for key, (only, why) in self.federation.bound_algorithm.requires.items():
-            group, _, name = key.partition(".")
-            if getattr(getattr(self, group), name) != only:
-                bound = f"needs {key} = {only if isinstance(only, str) else format_value(only)}: {why}"
-                raise ConfigError("federation.algorithm", self.federation.algorithm, bound)
 
     @property
     def bound_task(self) -> Task:

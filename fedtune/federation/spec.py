@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any, Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
@@ -16,6 +17,7 @@ from fedtune.spec import (
     check_name,
     check_one_of,
     check_positive,
+    format_value,
     spec,
 )
 from fedtune.training.algorithms.base import LocalAlgorithm
@@ -130,6 +132,17 @@ class FederationSpec:
             raise ConfigError("num_sites", together.num_sites, bound)
         if why := self.bound_algorithm.not_in_sums:
             raise ConfigError("algorithm", self.algorithm, f"needs federation.aggregation = plain: {why}")
+
+    def check_requirements(self, run: object) -> None:
+        """Check that the settings of a run suit its algorithm.
+
+        Raises:
+            ConfigError: the algorithm needs another value of a setting.
+        """
+        for key, (only, why) in self.bound_algorithm.requires.items():
+            if attrgetter(key)(run) != only:
+                shown = only if isinstance(only, str) else format_value(only)
+                raise ConfigError("federation.algorithm", self.algorithm, f"needs {key} = {shown}: {why}")
 
     @property
     def bound_algorithm(self) -> LocalAlgorithm:

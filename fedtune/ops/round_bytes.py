@@ -63,7 +63,9 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
     request = RoundRequest(**about, round=plan.num_rounds, adapter_digest=_DIGEST, receipt=receipt, session=session)
     question = Question(site=site, signed=request.sign_with(key), settings=serialize_for_sites(sent))
     scores = (_FRACTION, _FRACTION) if plan.releases_metrics else None
-    update = Update(**own, round=plan.num_rounds, tensors=_make_placeholder_tensors(config, plan, adapter), scores=scores)
+    update = Update(
+        **own, round=plan.num_rounds, tensors=_make_placeholder_tensors(config, plan, adapter), scores=scores
+    )
     packed = pack_initial(adapter, config.federation.bound_algorithm)
     down = count_payload_bytes(from_question(question, from_adapter(packed)))
     up = count_payload_bytes(from_reply(Reply(body=update, receipt=receipt)))
