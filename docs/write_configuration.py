@@ -18,7 +18,7 @@ from fedtune.api.config_groups import list_config_groups, list_options
 from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import PartitionSpec
 from fedtune.tasks.registry import TASKS
-from fedtune.training.algorithms.registry import ALGORITHMS
+from fedtune.training.algorithms.algorithm_registry import ALGORITHMS
 
 PAGE = Path(__file__).with_name("configuration.md")
 GROUPS = (

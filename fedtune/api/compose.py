@@ -40,7 +40,7 @@ from fedtune.runs.renewal import add_start_adapter, renew_config
 from fedtune.runs.run_paths import make_default_run_name
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.registry import TASKS
-from fedtune.training.algorithms.registry import ALGORITHMS
+from fedtune.training.algorithms.algorithm_registry import ALGORITHMS
 
 Recipe = str | Path | RunConfig | DictConfig
 """A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -21,13 +21,17 @@ from fedtune.federation.lead import Aggregation, AggregationResult, Lead, LeadSt
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.secure_rounds import SecureSums
-from fedtune.federation.sent_round import describe_outcome, pack_adapter
+from fedtune.federation.sent_round import pack_adapter
 from fedtune.federation.transport import Question, Transport
 from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Update
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RefusedError, RunError, StuckError
+from fedtune.training.algorithms.local_algorithm import RoundOutcome
 from fedtune.training.local import frozen_in_round
+from fedtune.training.optimizer import round_factors
+from fedtune.training.spec import TrainingSpec
 from fedtune.training.update_bound import bound_round_update
 
 log = logging.getLogger(__name__)
@@ -161,6 +165,47 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         strategy=state.strategy if diverged else made.strategy,
         rounds=rounds,
         seconds=lead.elapsed(),
+    )
+
+
+def describe_outcome(
+    average: Adapter,
+    *,
+    sent: Adapter,
+    sites: Sequence[str],
+    sizes: Mapping[str, int],
+    training: TrainingSpec,
+    plan: Plan,
+    round: int,
+    frozen: frozenset[str],
+) -> RoundOutcome:
+    """Describe a round to the lead's half of the algorithm, by public numbers alone.
+
+    Args:
+        average: the adapter that the server's strategy made of the updates.
+        sent: the adapter that the sites were sent.
+        sites: the sites with an update.
+        sizes: the declared size of every site.
+        training: how the sites stepped.
+        plan: the run's plan.
+        round: the number of the round.
+        frozen: the tensors that did not train.
+    """
+    factors, total = round_factors(training, plan, round=round), sum(sizes[site] for site in sites)
+    lora, head = training.compute_peak_rates(clipped=plan.private)
+    step_sizes = {
+        name: (head if name.startswith("head.") else lora) * sum(factors) for name in sent.tensors if name not in frozen
+    }
+    # A site's noise in one value of a step has this standard deviation over its declared size, its weight is that
+    # size over the total, and the steps' noise adds up with the weights of their learning rates.
+    of_step = plan.noise_multiplier * plan.max_grad_norm / plan.sampling_rate
+    noise = of_step * math.sqrt(len(sites)) / total * math.hypot(*factors) / (sum(factors) or 1.0)
+    return RoundOutcome(
+        adapter=sent.tensors,
+        average=average.tensors,
+        step_sizes={name: size for name, size in step_sizes.items() if size > 0},
+        share=total / sum(sizes.values()),
+        noise=noise,
     )
 
 

@@ -41,8 +41,8 @@ from fedtune.privacy.ledger.site_ledger import SiteLedger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
 from fedtune.spec import ConfigError, translate_panics
-from fedtune.training.algorithms.base import Arrays, LocalAlgorithm
 from fedtune.training.algorithms.fedavg import FEDAVG
+from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm
 from fedtune.version import build
 
 log = logging.getLogger(__name__)

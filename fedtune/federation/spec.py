@@ -20,8 +20,8 @@ from fedtune.spec import (
     format_value,
     spec,
 )
-from fedtune.training.algorithms.base import LocalAlgorithm
-from fedtune.training.algorithms.registry import get_algorithm
+from fedtune.training.algorithms.algorithm_registry import get_algorithm
+from fedtune.training.algorithms.local_algorithm import LocalAlgorithm
 
 MOST_SITES = 10_000  # each has a name and a declared size, and settings also come from others
 

@@ -28,7 +28,7 @@ from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRando
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.shared_model import RunModel
-from fedtune.training.algorithms.base import Arrays
+from fedtune.training.algorithms.local_algorithm import Arrays
 from fedtune.training.devices import DividedUnits
 from fedtune.training.examples import SiteExamples, Units
 from fedtune.training.local import RoundOfTraining, compute_round_share, train_round

@@ -22,7 +22,7 @@ from torch import nn
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, compute_cell_width, draw_poisson_sample
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.run_plan import Plan
-from fedtune.training.algorithms.base import Arrays, NoisedGradient
+from fedtune.training.algorithms.local_algorithm import Arrays, NoisedGradient
 
 TensorSums = dict[str, torch.Tensor]
 Correction = Callable[[NoisedGradient], Arrays]

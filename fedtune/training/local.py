@@ -17,8 +17,8 @@ from fedtune.privacy.mechanism import draw_poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.algorithms.base import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
 from fedtune.training.algorithms.fedavg import FEDAVG
+from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
 from fedtune.training.dp_step import Correction, Records, take_dp_sgd_step, sum_sampled_gradients
 from fedtune.training.examples import Units
 from fedtune.training.optimizer import make_optimizer, round_factors, set_learning_rate

@@ -17,8 +17,8 @@ import numpy as np
 
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.run_plan import MORE_THAN_DECLARED, Plan
-from fedtune.training.algorithms.base import Arrays, LocalAlgorithm
 from fedtune.training.algorithms.fedavg import FEDAVG
+from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm
 from fedtune.training.optimizer import round_factors
 from fedtune.training.spec import TrainingSpec
 

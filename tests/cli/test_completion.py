@@ -17,7 +17,7 @@ from fedtune.cli.main import COMMANDS, COMPLETIONS, fedtune
 from fedtune.config import PATHS
 from fedtune.formatting import flatten
 from fedtune.tasks.registry import TASKS
-from fedtune.training.algorithms.registry import ALGORITHMS
+from fedtune.training.algorithms.algorithm_registry import ALGORITHMS
 from fedtune.version import find_config_folder
 
 from ..conftest import REPOSITORY, run_python

@@ -63,10 +63,19 @@ def test_resumed_run_keeps_its_number_format(tmp_path: Path, monkeypatch: pytest
     assert read_saved_config(tmp_path / "run").model.dtype == "mixed"
 
 
-def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path) -> None:
-    """With an algorithm whose lead half has a state; the others: tests/flower/test_averaging.py."""
-    adam = ("federation.algorithm=fedadam", "federation.algorithm_settings.server_learning_rate=0.05")
-    chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *adam)
+ALGORITHMS = {
+    "fedadam": ("federation.algorithm_settings.server_learning_rate=0.05",),
+    "fedprox": ("federation.algorithm_settings.mu=0.5",),
+    "scaffold": ("training.optimizer=sgd", "training.learning_rate=0.5"),
+}
+
+
+@pytest.mark.by_day("scaffold")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path, algorithm: str) -> None:
+    """With algorithms that keep a state at the lead, at the sites or nowhere; others: tests/flower/test_averaging.py."""
+    own = (f"federation.algorithm={algorithm}", *ALGORITHMS[algorithm])
+    chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *own)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         write_config(compose_run(list_tiny_overrides(*chosen, into=tmp_path, name=folder.name)), folder)

@@ -60,9 +60,9 @@ def sampled_users(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     seen: list[set[str]] = []
     limited = site_work.SiteWork._prepare_round
 
-    def watch_round(self: Any, *given: Any) -> Any:
+    def watch_round(self: Any, *given: Any, **named: Any) -> Any:
         users = [record.fields["user"] for record in self.records.training]
-        made = limited(self, *given)
+        made = limited(self, *given, **named)
         assert len(made[0]) == len(set(users))
         seen.append(set(users))
         return made

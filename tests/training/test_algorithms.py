@@ -13,14 +13,15 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig, parse
-from fedtune.federation.sent_round import describe_outcome, pack_adapter, pack_initial, unpack_adapter
+from fedtune.federation.rounds import describe_outcome
+from fedtune.federation.sent_round import pack_adapter, pack_initial, unpack_adapter
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import add_gaussian_noise, compute_cell_width
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError
 from fedtune.training import dp_step
-from fedtune.training.algorithms.base import Arrays, LocalAlgorithm, NoisedGradient, RoundOutcome, SiteRound
-from fedtune.training.algorithms.registry import ALGORITHMS, get_algorithm
+from fedtune.training.algorithms.algorithm_registry import ALGORITHMS, get_algorithm
+from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, NoisedGradient, RoundOutcome, SiteRound
 from fedtune.training.local import RoundOfTraining, frozen_in_round, train_round
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.update_bound import bound_round_update

@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.spec import check_at_least, check_fraction, spec
-from fedtune.training.algorithms.base import Arrays, LocalAlgorithm, Requirements, RoundOutcome
+from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, Requirements, RoundOutcome
 
 _A, _B = ".lora_A.", ".lora_B."
 _SGD = "an update of another optimizer does not show the mean gradient"

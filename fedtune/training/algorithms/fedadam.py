@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedtune.spec import check_fraction, check_positive, spec
-from fedtune.training.algorithms.base import LocalAlgorithm
+from fedtune.training.algorithms.local_algorithm import LocalAlgorithm
 
 
 @spec

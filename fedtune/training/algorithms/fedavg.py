@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedtune.training.algorithms.base import LocalAlgorithm
+from fedtune.training.algorithms.local_algorithm import LocalAlgorithm
 
 
 class FedAvg(LocalAlgorithm):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedtune.spec import check_positive, spec
-from fedtune.training.algorithms.base import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
+from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
 
 
 @spec

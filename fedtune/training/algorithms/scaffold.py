@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.training.algorithms.base import (
+from fedtune.training.algorithms.local_algorithm import (
     Arrays,
     LocalAlgorithm,
     NoisedGradient,

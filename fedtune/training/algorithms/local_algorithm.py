@@ -2,7 +2,7 @@
 results.
 
 To add one: write its file in this folder, with the class of its settings if it has any, and name it in
-`fedtune.training.algorithms.registry`.  Nothing else in fedtune asks which algorithm a run has.
+`fedtune.training.algorithms.algorithm_registry`.  Nothing else in fedtune asks which algorithm a run has.
 
 Guarantee: both halves are post-processing.  They see noised gradients, adapters that were sent, public settings and
 what they computed from these before; no record, no gradient before its noise and no random stream reaches them.  The

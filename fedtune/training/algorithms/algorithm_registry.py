@@ -1,14 +1,14 @@
-"""The list of algorithms; `fedtune/training/algorithms/base.py` explains how to add one."""
+"""The list of algorithms; `fedtune/training/algorithms/local_algorithm.py` explains how to add one."""
 
 from __future__ import annotations
 
 from fedtune.spec import check_one_of
 from fedtune.training.algorithms.aslora import AsLora
-from fedtune.training.algorithms.base import LocalAlgorithm
 from fedtune.training.algorithms.fedadam import FedAdam
 from fedtune.training.algorithms.fedavg import FedAvg, FedMedian
 from fedtune.training.algorithms.fedavgm import FedAvgM
 from fedtune.training.algorithms.fedprox import FedProx
+from fedtune.training.algorithms.local_algorithm import LocalAlgorithm
 from fedtune.training.algorithms.scaffold import Scaffold
 
 _ALL = (FedAvg, FedProx, Scaffold, AsLora, FedAdam, FedAvgM, FedMedian)
