@@ -56,7 +56,7 @@ def test_modules_have_no_circular_imports() -> None:
 
 
 def test_short_modules_with_one_user_are_merged() -> None:
-    """A short module that only one module beside it needs is a part of that module; a task or an algorithm has a file."""
+    """A short module that only one module beside it needs is a part of that module; tasks and algorithms have files."""
     registries = {"fedtune.tasks.registry", "fedtune.training.algorithms.algorithm_registry"}
     shreds = []
     for path in MODULES:

@@ -73,7 +73,7 @@ ALGORITHMS = {
 @pytest.mark.by_day("scaffold")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path, algorithm: str) -> None:
-    """With algorithms that keep a state at the lead, at the sites or nowhere; others: tests/flower/test_averaging.py."""
+    """With a state at the lead, at the sites or nowhere; other algorithms: tests/flower/test_averaging.py."""
     own = (f"federation.algorithm={algorithm}", *ALGORITHMS[algorithm])
     chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *own)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
