@@ -95,9 +95,19 @@ def test_adapter_bound_keeps_the_scaled_product_independent_of_scale(scale: floa
     assert scale * bound**2 == pytest.approx(min(1.0, scale) * 50.0**2)
 
 
+def test_policy_may_list_the_algorithms_that_it_accepts() -> None:
+    scaffold, chosen = make_proposal(algorithm="scaffold"), make_policy(allow={"algorithms": ("fedavg", "fedprox")})
+    assert list_broken_rules(make_policy(), scaffold) == [], "none changes the guarantee"
+    assert list_broken_rules(chosen, scaffold) == [(Reason.ALGORITHMS, "scaffold", "fedavg, fedprox")]
+    assert list_broken_rules(chosen, make_proposal()) == []
+    assert "algorithms" not in make_policy().to_json()["allow"], "other policies keep their digests"
+    assert scaffold.digest() != make_proposal().digest()
+    assert "algorithm" not in make_proposal().to_json()
+
+
 def test_every_proposal_rule_has_a_test_case() -> None:
     shown = set(map(Reason, RULES))
-    shown |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER, Reason.COHORTS}
+    shown |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER, Reason.COHORTS, Reason.ALGORITHMS}
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
