@@ -19,7 +19,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.algorithms.fedavg import FEDAVG
 from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
-from fedtune.training.dp_step import Correction, Records, take_dp_sgd_step, sum_sampled_gradients
+from fedtune.training.dp_step import Correction, Records, sum_sampled_gradients, take_dp_sgd_step
 from fedtune.training.examples import Units
 from fedtune.training.optimizer import make_optimizer, round_factors, set_learning_rate
 from fedtune.training.per_example import record_gradients
