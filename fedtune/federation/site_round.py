@@ -126,8 +126,8 @@ class Site(ABC):
 
         `adapter` is what came with the request: the adapter, packed with the algorithm's arrays.
 
-        Only this method and `find_user_cohorts` read records.  Training uses the records of the users in `admitted`; None:
-        of all users.
+        Only this method and `find_user_cohorts` read records.  Training uses the records of the users in `admitted`,
+        of all users if it is None.
         """
 
     def store_adapter(self, run: str, adapter: Adapter) -> None:  # noqa: B027
