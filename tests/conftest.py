@@ -237,12 +237,12 @@ class Outcome:
     @property
     def printed(self) -> str:
         """What a command printed, which must have succeeded."""
-        assert self.code == 0, self
+        assert self.code == 0, f"exit code {self.code}\n{self.out}{self.err}"
         return self.out
 
     def failed(self, code: int = 2) -> str:
         """The message of a command, which must have failed with this exit code."""
-        assert self.code == code, self
+        assert self.code == code, f"exit code {self.code}\n{self.out}{self.err}"
         return self.message
 
 

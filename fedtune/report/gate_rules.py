@@ -174,7 +174,7 @@ def collect_evidence(folder: Path, known: Known, *, audit: Path | None, groups: 
         path, report = signing.read_report(str(path))
         checks = {check.name: check for check in check_report(path, report, known)}
         if fresh and signing.encode_canonical_bytes(fresh) != signing.encode_canonical_bytes(report):
-            contradiction = "report.json does not say what the run's folder says now"
+            contradiction = f"report.json does not match the run folder (an export also changes it): {_BY_REPORT}"
     except ConfigError as error:
         contradiction = str(error) if path.is_file() else ""
         if fresh is None:
