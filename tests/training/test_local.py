@@ -15,7 +15,7 @@ from fedtune.model.spec import LoraSpec
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.mechanism import draw_poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
-from fedtune.training import dp_step, local
+from fedtune.training import dp_step, optimizer
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import compute_round_share
 from fedtune.training.spec import TrainingSpec
@@ -105,7 +105,7 @@ def test_learning_rate_schedule_continues_across_rounds(
     monkeypatch: pytest.MonkeyPatch, steps: int, noise: float
 ) -> None:
     factor = Mock(return_value=1.0)
-    monkeypatch.setattr(local, "compute_learning_rate_factor", factor)
+    monkeypatch.setattr(optimizer, "compute_learning_rate_factor", factor)
     # The plan that was charged decides, not the training settings beside it.
     planned = plan_of(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
     release_round(build_fresh(), make_dummy_examples("classification"), make_work(plan=planned, round=2))
@@ -171,7 +171,7 @@ def test_noiseless_round_matches_plain_training() -> None:
     parameters = model.trainable()
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
     for _ in range(2):
-        chosen = local.draw_poisson_sample(len(dataset), 0.5, stream)
+        chosen = draw_poisson_sample(len(dataset), 0.5, stream)
         loss = model.losses(collate(dataset, chosen, pad_id=0)).sum() / (0.5 * 10)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         with torch.no_grad():
