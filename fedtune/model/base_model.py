@@ -40,7 +40,7 @@ from fedtune.extras import require_extra
 from fedtune.model.compatibility import check_ignores_batch_length, check_size, require_decoder, require_modality
 from fedtune.model.frozen_linear import convert_to_bfloat16, describe_product
 from fedtune.model.hf_logging import get_first_line, silence_transformers, translate_library_errors
-from fedtune.model.layers import find_layer_stack, make_activations_rowwise
+from fedtune.model.layers import compute_norms_by_rsqrt, find_layer_stack, make_activations_rowwise
 from fedtune.model.manifest import build_manifest, stage_files
 from fedtune.model.quantized import quantize_linear_layers
 from fedtune.model.source import find_cache_folder, find_model_folder
@@ -134,6 +134,7 @@ def load_base(
             model = _load_pretrained(spec, folder, predicts_tokens=predicts_tokens, images=images)
     check_ignores_batch_length(model, path=spec.path)
     make_activations_rowwise(model)
+    compute_norms_by_rsqrt(model)
     # Training never reads the key-value cache; a generator asks for it by argument.
     model.config.use_cache = False
     model.requires_grad_(False).eval()

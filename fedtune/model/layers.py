@@ -291,6 +291,22 @@ class RowByRow(nn.Module):
         return torch.stack([self.activation(row.clone()) for row in values])
 
 
+def compute_norms_by_rsqrt(base: nn.Module) -> None:
+    """Let Gemma 4's RMS norms divide by `torch.rsqrt`, as all other RMS norms do, instead of by `torch.pow`.
+
+    The gradient of `torch.pow` has other bits in the last elements of a tensor than in the others, so an example's
+    gradient would depend on its position in the batch.
+    """
+    for module in cast(Any, base.modules()):
+        if type(module).__name__ == "Gemma4RMSNorm":
+            module._norm = partial(_normalize, eps=module.eps)
+
+
+def _normalize(values: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """Divide `values`, (..., width), by their root mean square over the last dimension."""
+    return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
+
+
 def make_activations_rowwise(base: nn.Module) -> None:
     """Wrap every activation in `base` in `RowByRow`."""
     for module in list(base.modules()):

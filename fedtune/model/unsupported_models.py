@@ -107,8 +107,9 @@ weights."""
 
 ENCODERS = frozenset({"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"})
 ARCHITECTURES = ENCODERS | frozenset(
-    {"cohere", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "ministral", "mistral"}
-    | {"olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"}
+    {"cohere", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gpt2", "gpt_neox", "granite", "llama", "ministral"}
+    | {"mistral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"}
+    | {"vaultgemma"}
 )
 """`model_type` of the models that are taken: dense transformers over text whose code, in transformers 5.23, computes
 each example of a batch without looking at the others.  A list, since weights can hide from any try what the rest of the
@@ -116,6 +117,9 @@ library does: patches as many as the richest example has (BLT), experts that rou
 (GPT-OSS, every mixture of experts), a scale from the largest value of the batch (Nystromformer), a state kept from one
 batch to the next (RecurrentGemma).  Who adds one reads its `modeling_*.py` for such things first."""
 
+_KEYS_OF = {"gemma4_text": {"global_head_dim", "num_global_key_value_heads", "per_layer_config"}}
+"""Further keys of an architecture's config: for Gemma 4 the attention sizes of layers that differ from the others."""
+_SIZES_OF_A_LAYER = {"head_dim", "num_key_value_heads"}
 _ATTENTION = (None, "eager", "sdpa")
 """Implementations of attention.  Others are fetched from a hub as compiled code ("kernels-community/..."), or need
 packages that sites may lack."""
@@ -179,10 +183,19 @@ def explain_config_refusal(fields: dict[str, Any]) -> str | None:
 
 
 def _explain_architecture_refusal(fields: dict[str, Any]) -> str | None:
-    inner = next((key for key, value in fields.items() if key.endswith("_config") and isinstance(value, dict)), None)
+    inner = next(
+        (
+            key
+            for key, value in fields.items()
+            if key.endswith("_config") and isinstance(value, dict) and not _is_layer_table(key, value)
+        ),
+        None,
+    )
     if inner is not None:
         return f"has {quote(inner)}, a model within the model; only models of texts, or of images, are supported"
     model_type = fields.get("model_type")
+    if fields.get("enable_moe_block"):
+        return "has enable_moe_block: a mixture of experts rounds by how many tokens of the batch reach each expert"
     if isinstance(model_type, str) and model_type in ARCHITECTURES | VISION.keys():
         return None
     if isinstance(model_type, str) and model_type in _BATCH_NORM:
@@ -191,6 +204,16 @@ def _explain_architecture_refusal(fields: dict[str, Any]) -> str | None:
     return (
         f"has model_type {quote(model_type)}, which is not known to process each example of a batch "
         f"separately; known: {known}"
+    )
+
+
+def _is_layer_table(key: str, value: dict[str, Any]) -> bool:
+    """Return True for Gemma 4's table of attention sizes by layer number, which holds no model."""
+    return key == "per_layer_config" and all(
+        isinstance(sizes, dict)
+        and sizes.keys() <= _SIZES_OF_A_LAYER
+        and all(type(size) is int for size in sizes.values())
+        for sizes in value.values()
     )
 
 
@@ -212,7 +235,9 @@ def _explain_unknown_key_refusal(fields: dict[str, Any]) -> str | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     declared = {field.name for field in dataclasses.fields(CONFIG_MAPPING[fields["model_type"]])}
-    known = declared | OF_ANY_CONFIG | {OWED} | _REDIRECTING  # of the last, null alone has come so far
+    known = (
+        declared | _KEYS_OF.get(fields["model_type"], set()) | OF_ANY_CONFIG | {OWED} | _REDIRECTING
+    )  # of the last, null alone has come so far
     unknown = next((key for key in fields if key not in known), None)
     if unknown is None:
         return None

@@ -23,7 +23,7 @@ from fedtune.model.frozen_linear import is_slow_on_cpu
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
-from fedtune.runs.lineage import UNKNOWN
+from fedtune.runs.lineage import PRIVATE_BASES, UNKNOWN
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult
 from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, describe_noise, explain_signal
 from fedtune.show.terminal_tables import Section, build_key_value_section, say, show
@@ -335,7 +335,10 @@ def _describe_start(about: Mapping[str, Any]) -> str:
         False: "its head has other labels, so the run starts with a new head",
     }
     what = "the adapter" if "head" in about else "a base model derived from the adapter"
-    known = [f"{what} {about['digest'][:12]} of {about['from']}", spent, head.get(about.get("head"))]
+    start = f"{what} {about['digest'][:12]} of {about['from']}"
+    if about["digest"] in PRIVATE_BASES:
+        start = f"{about['from']}, pre-trained with privacy as its authors state"
+    known = [start, spent, head.get(about.get("head"))]
     return "; ".join(filter(None, known))
 
 

@@ -389,10 +389,23 @@ def _make_generator(draws: np.random.Generator, device: torch.device | str) -> t
     return torch.Generator(device).manual_seed(int(draws.integers(1 << 62)))
 
 
+def list_frozen_values(model: TaskModel) -> dict[str, torch.Tensor]:
+    """Return the values of a model that a weights file sets and training does not change, by name: parameters, and
+    buffers that are saved (such as Gemma 4's factor of each layer).  The codes of 4-bit layers are not among them.
+    """
+    frozen: dict[str, torch.Tensor] = {name: one for name, one in model.named_parameters() if not one.requires_grad}
+    coded = {id(each) for layer in model.modules() if isinstance(layer, FourBit) for each in layer.buffers()}
+    saved = model.base.state_dict(keep_vars=True)
+    for name, one in model.base.named_buffers():
+        if name in saved and one.is_floating_point() and id(one) not in coded:
+            frozen[f"base.{name}"] = one
+    return frozen
+
+
 @contextmanager
 def _randomize_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
     """Replace the frozen weights by random ones, as in a new model, and restore them at the end of the block."""
-    frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
+    frozen = list_frozen_values(model)
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
     # On the model's device if both leave room for a step, which has four fifths of what a model leaves free.

@@ -17,7 +17,7 @@ from fedtune.privacy.selection import Selection, compute_search_price
 from fedtune.report.from_run import build_run_report, sum_start_losses
 from fedtune.report.synthetic_card import describe_run
 from fedtune.runs.environment import start_lineage
-from fedtune.runs.lineage import build_lineage, read_base_lineage, walk_lineage
+from fedtune.runs.lineage import PRIVATE_BASES, build_lineage, read_base_lineage, walk_lineage
 from fedtune.runs.public_stage import build_public_stage_config
 from fedtune.sites.run_records import find_card_path
 from fedtune.spec import ConfigError
@@ -195,3 +195,17 @@ def test_public_stage_is_refused_on_a_base_with_prior_spending(second_run: Any, 
     )
     with pytest.raises(ConfigError, match="it was trained on other records"):
         start_lineage(stage)
+
+
+def test_private_base_adds_its_stated_spending(second_run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_text('{"model_type": "vaultgemma"}')
+    stated = PRIVATE_BASES["vaultgemma"]
+    assert (stated["epsilon"], stated["delta"], stated["unit"]) == (2.0, 1.1e-10, "sequence of 1,024 tokens")
+    assert start_lineage(with_base(read_saved_config(second_run[0]), folder)) == stated
+    (folder / "config.json").write_text(json.dumps({"model_type": "vaultgemma", OWED: DEBT}))
+    assert read_base_lineage(ModelSpec(path=str(folder))) == [DEBT, stated], "an exported model owes both"
+    (folder / "config.json").write_text(json.dumps({"model_type": "vaultgemma", OWED: build_lineage([DEBT, stated])}))
+    assert read_base_lineage(ModelSpec(path=str(folder))) == [DEBT, stated], "the statement counts once"

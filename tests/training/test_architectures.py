@@ -14,7 +14,7 @@ from fedtune.model.quantized import FourBit
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.model.unsupported_models import ARCHITECTURES
 from fedtune.tasks.task_model import build_task_model
-from fedtune.training.batch_invariance import max_batch_influence
+from fedtune.training.batch_invariance import list_frozen_values, max_batch_influence
 
 from ..model.conftest import make_spec
 
@@ -26,6 +26,9 @@ SHAPE = {
     "distilbert": {"vocab_size": 300, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2},
     "electra": {**TINY, "embedding_size": 32},
     "gpt2": {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2},
+    "gemma4_text": {**TINY, "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16}
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
     "opt": {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
     | {"word_embed_proj_dim": 32},
 }
@@ -46,7 +49,7 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     shape = SHAPE.get(name) or (TINY if encoder else {**TINY, "num_key_value_heads": 1, "head_dim": 16})
     kind = CONFIG_MAPPING[name]
     wanted = {**shape, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2}
-    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    known = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map, "global_head_dim"}
     config = kind(**{key: value for key, value in wanted.items() if key in known})
     torch.manual_seed(0)
     (AutoModel if encoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
@@ -57,11 +60,12 @@ def test_gradients_are_batch_invariant_for_every_architecture(name: str, dtype: 
     base = model.base.get_base_model()
     in_four_bits = [module for module in base.modules() if isinstance(module, FourBit)]
     assert bool(in_four_bits) == (dtype == "nf4")
-    drawn = [*base.parameters(), *(one for module in in_four_bits for one in module.buffers())]
+    coded = [one for module in in_four_bits for one in module.buffers()]
+    drawn = [*model.parameters(), *list_frozen_values(model).values(), *coded]
     weights = {one.data_ptr() for one in drawn}
     beside = [
         key for key, one in base.state_dict().items() if one.is_floating_point() and one.data_ptr() not in weights
     ]
-    assert beside == [], "the try puts random weights in place of parameters and codes alone"
+    assert beside == [], "the trial replaces every value of a weights file by a random one"
     shapes = Shapes.from_limits(max_length=12, max_tokens=64, positions=60)
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0
