@@ -51,16 +51,23 @@ class Dataset:
         declared_size: the number of units that the site publishes; a public choice, never the true count.
         path: file or folder with the records; stays at the site.
         columns: role (such as "text" or "label") -> column of the file; stays at the site.
+        min_units: fewest units for which the site takes part, 0 for no minimum.  The declared size must reach it.  The
+            true number is compared with it only for the site's own staff: no answer that leaves the site depends on
+            it, because whether a site has enough records would tell something about each record.
     """
 
     id: str
     declared_size: int
     path: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
+    min_units: int = 0
 
     def __post_init__(self) -> None:
         check_name("id", self.id)
         check_at_least("declared_size", self.declared_size, 1)
+        check_at_least("min_units", self.min_units, 0)
+        bound = f"must be at most declared_size = {self.declared_size}: a smaller data set takes no part"
+        require("min_units", self.min_units, self.min_units <= self.declared_size, bound)
 
 
 @spec
@@ -390,9 +397,10 @@ class Policy:
         if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
         del fields["socket"], fields["key_command"]
-        for group, key in (("population", "arrivals"), ("allow", "algorithms")):
-            if not fields[group][key]:  # so that other policies keep their digests
-                del fields[group][key]
+        optional = [(fields["population"], "arrivals"), (fields["allow"], "algorithms")]
+        for group, key in (*optional, *((dataset, "min_units") for dataset in fields["dataset"])):
+            if not group[key]:  # so that other policies keep their digests
+                del group[key]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.
         return dict(json.loads(json.dumps(fields)))
 

@@ -151,6 +151,16 @@ def test_policy_needs_distinct_data_sets_and_may_fix_one_clip_norm() -> None:
     assert list_broken_rules(exactly, make_proposal(plan={"max_grad_norm": 0.2})) == []
 
 
+def test_declared_size_must_reach_min_units() -> None:
+    with pytest.raises(ConfigError, match=r"^min_units = 81: must be at most declared_size = 80: "):
+        Dataset(id="d", declared_size=80, min_units=81)
+    with pytest.raises(ConfigError, match=r"^min_units = -1: must be a finite number of at least 0"):
+        Dataset(id="d", declared_size=80, min_units=-1)
+    least = make_policy(dataset=(Dataset(id="d", declared_size=80, min_units=80),))
+    assert least.to_json()["dataset"][0]["min_units"] == 80
+    assert "min_units" not in make_policy().to_json()["dataset"][0], "other policies keep their digests"
+
+
 def test_delta_must_be_below_one_over_the_population_size() -> None:
     two = (Dataset(id="d", declared_size=60_000), Dataset(id="e", declared_size=40_000))
     message = r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, for the declared sizes of all data sets"
