@@ -115,7 +115,7 @@ def _describe_note(detail: dict[str, Any]) -> str:
             return f"a backup was restored; {charged}: {' and '.join(gap) or 'nothing'}"
         case "in_doubt":
             lacking = f"a receipt of this site refers to event {detail['sequence']}, which is missing"
-            return f"IN DOUBT: {lacking}; nothing is trained until the ledger is restored"
+            return f"IN DOUBT: {lacking}; training is not possible until the ledger is restored"
         case "approved" | "denied" as decided:
             who, ticket = to_printable(detail["by"]) or "a person at the site", to_printable(detail["ticket"])
             why = "; ".join(filter(None, (ticket and f"ticket {ticket}", to_printable(detail["why"]))))

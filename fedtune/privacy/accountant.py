@@ -1,8 +1,8 @@
-"""Privacy accounting: epsilon from events, and the smallest noise for a target epsilon.
+"""Privacy accounting: the epsilon of composed events, and noise calibration for a target epsilon.
 
-Two accountants read the same events: PLD computes the epsilon of a run, and dp-accounting's RDP accountant checks it.
-Both are upper bounds.  The GDP/CLT accountant is left out on purpose, because it under-reports epsilon (0.29 instead of
-1.21 at sampling rate 0.001, noise multiplier 0.6 and 500 steps).
+Two accountants evaluate the same events: PLD computes the epsilon of a run, and dp-accounting's RDP accountant checks
+it. Both give upper bounds. The GDP/CLT accountant is omitted on purpose, because it underestimates epsilon (0.29
+instead of 1.21 at sampling rate 0.001, noise multiplier 0.6 and 500 steps).
 """
 
 from __future__ import annotations
@@ -32,29 +32,33 @@ from fedtune.privacy.dp_library import (
 from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition, Rate
 from fedtune.spec import ConfigError, check_fraction
 
-Counted = tuple[tuple[DpEvent, int], ...]  # mechanisms, and how often each ran
-_WIDE = Context(prec=330)  # any float to three decimals
-_MOST_AS_FACTOR = 20.0  # e^20 has nine digits; beyond it a power of ten is shown
+Counted = tuple[tuple[DpEvent, int], ...]  # (mechanism, count) pairs
+_WIDE = Context(prec=330)  # represents any float to three decimals
+_MOST_AS_FACTOR = 20.0  # e^20 has nine digits; larger factors are formatted as a power of ten
 NEIGHBORING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
-"""The one neighboring relation of fedtune: two data sets are neighbors if one has exactly one unit more."""
+"""The neighboring relation of all guarantees: neighbors differ in the presence of exactly one unit."""
 
-# Width of the buckets that privacy loss is rounded up to.  Coarser is faster and only ever reports more epsilon.
+# Grid widths of privacy loss, in nats. Losses are rounded up, so the faster coarse grid only reports more epsilon.
 FINE, COARSE = 1e-4, 1e-3
-MOST_NOISE = 1e4  # of a plan: with more, nothing is left to learn
-LEAST_NOISE = 1e-2  # of a plan, but for none: below it, a privacy loss distribution takes gigabytes
-LEAST_SOUGHT = 0.1  # by calibration: where delta alone covers the loss, any noise would do
+MOST_NOISE = 1e4  # noise multiplier above which a model learns nothing
+LEAST_NOISE = 1e-2  # below, a privacy loss distribution takes gigabytes of memory
+LEAST_SOUGHT = 0.1  # lower end of calibration; delta alone may cover the loss at any noise
 _TOLERANCE = 1e-5  # relative
-MOST_STEPS = 10**8  # of all rounds of a plan together
-_RDP_ROUNDING = 2.0**-48  # of dp-accounting's log A, for each unit of the order: of log A itself, and absolutely
-_TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
+MOST_STEPS = 10**8  # summed over all rounds of a plan
+_RDP_ROUNDING = 2.0**-48  # relative and absolute error of dp-accounting's log A, per unit of the order
+_TYPICAL_SLOPE = 1.2  # initial slope of log epsilon over log noise or log rate; a wrong guess costs one or two steps
 
-# dp-accounting's notes on orders at which its series does not converge; `compute_renyi_divergence` bounds these
-# otherwise.
+# Drop dp-accounting's warnings about orders at which its series diverges; `compute_renyi_divergence` handles them.
 logging.getLogger("absl").addFilter(lambda note: "_compute_log_a_frac failed to converge" not in note.getMessage())
 
 
 def check_noise(key: str, value: float, *, none: bool = False) -> None:
-    """Require a noise multiplier for which epsilon can be computed (0.01 to 10,000); `none` also allows 0.
+    """Check that a noise multiplier is in the accountant's range, 0.01 to 10,000.
+
+    Args:
+        key: name of the setting, for the error message.
+        value: the noise multiplier.
+        none: also allow 0, training without noise.
 
     Raises:
         ConfigError: the noise multiplier is out of range.
@@ -64,34 +68,42 @@ def check_noise(key: str, value: float, *, none: bool = False) -> None:
 
 
 def check_delta(key: str, value: float, *, steps: int) -> None:
-    """Require a delta at which epsilon can be computed for `steps` steps.
+    """Check that epsilon can be computed at a delta for `steps` steps.
+
+    Args:
+        key: name of the setting, for the error message.
+        value: delta.
+        steps: number of noisy steps of the whole plan.
 
     Raises:
         ConfigError: delta is not between 0 and 1, or is so small that the truncation error of each step would matter,
-            or the number of steps exceeds what the accountant can handle in memory.
+            or the number of steps exceeds the accountant's memory limit.
     """
     check_fraction(key, value)
     require("steps", steps, steps <= MOST_STEPS, f"must be at most {MOST_STEPS:,}, summed over all rounds")
     least = LEAST_DELTA_A_STEP * steps
-    bound = f"must be at least {least:g}: below, no epsilon can be computed for {steps} steps"
+    bound = f"must be at least {least:g}: epsilon cannot be computed at a smaller delta for {steps} steps"
     require(key, value, value >= least, bound)
 
 
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
-    """Return the epsilon of all events in `spent` at `delta`, by privacy loss distributions; infinite without noise.
+    """Compute the epsilon of composed events at `delta` by privacy loss distributions; infinite without noise.
 
-    With `interval=FINE` the result is the smaller of the epsilons on the fine and the coarse grid: the fine grid has
-    smaller discretization error, but more rounding error.  Searches and per-round figures use `COARSE` alone, which is
-    fast.
+    Args:
+        spent: the events, optionally with counts.
+        delta: delta of the guarantee, in (0, 1).
+        interval: grid width of the privacy losses, in nats. With `FINE`, the result is the smaller of the epsilons on
+            the fine and the coarse grid: the fine grid has less discretization error, but more rounding error. Searches
+            and per-round figures use `COARSE` alone, which is fast.
 
     Guarantee: an upper bound under add-or-remove-one-unit adjacency, for a plan that was fixed before its first output
-    was seen.  Losses are rounded up to multiples of `interval`, and all floating-point error is added to delta
+    was seen. Losses are rounded up to multiples of `interval`, and all floating-point error is added to delta
     (`loss_distribution`).
     """
     return _epsilon_pld(tuple(events.count_mechanisms(spent).items()), delta, interval)
 
 
-# Cached, because a run's sites spend alike, and the gate, the ledger and the report ask for the same epsilon.
+# Cached, because the sites of a run have equal charges, and gate, ledger and report compute the same epsilon.
 @lru_cache(maxsize=4096)
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
     found = compose_pld(counted, interval).epsilon(delta)
@@ -99,7 +111,11 @@ def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
 
 
 def compose_pld(counted: Counted, interval: float) -> Composition:
-    """Compose the privacy loss distributions of all mechanisms on a grid of width `interval`.
+    """Compose the privacy loss distributions of all mechanisms on a grid.
+
+    Args:
+        counted: (mechanism, count) pairs.
+        interval: grid width of the privacy losses, in nats.
 
     Raises:
         TypeError: an event has a type that fedtune never produces.
@@ -121,10 +137,10 @@ def compose_pld(counted: Counted, interval: float) -> Composition:
 
 
 def compute_epsilon_if_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
-    """Return the PLD epsilon if it is above `limit`, else None.
+    """Compute the PLD epsilon of composed events, and return it only if it exceeds `limit`, else None.
 
-    The slower fine grid is used only near the limit: the coarse grid overestimates epsilon by at most about its width,
-    plus the square of its width for each step.
+    The slow fine grid is evaluated only near the limit: the coarse grid overestimates epsilon by at most about its
+    width, plus the square of its width for each step.
     """
     epsilon, steps = epsilon_pld(spent, delta, interval=COARSE), sum(events.count_mechanisms(spent).values())
     if limit < epsilon < max(1.01 * limit, limit + COARSE + COARSE**2 * steps):
@@ -133,16 +149,17 @@ def compute_epsilon_if_above(spent: events.Spent, delta: float, *, limit: float)
 
 
 def epsilon_rdp(spent: events.Spent, delta: float) -> float:
-    """Return epsilon at `delta` by Renyi differential privacy: a looser bound than PLD, and an independent check of it.
+    """Compute the epsilon of composed events at `delta` by Renyi differential privacy, as an independent check of PLD.
 
-    Guarantee: an upper bound (Mironov 2017, arXiv 1702.07476; the best of dp-accounting's default orders).
+    Guarantee: an upper bound, looser than PLD (Mironov 2017, arXiv 1702.07476), minimized over dp-accounting's default
+    orders.
     """
     return compose_rdp(tuple(events.count_mechanisms(spent).items()))(delta)
 
 
 @lru_cache(maxsize=4096)
 def compose_rdp(counted: Counted) -> Callable[[float], float]:
-    """Sum the Renyi divergences of all mechanisms, and return the resulting function from delta to epsilon."""
+    """Add up the Renyi divergences of all mechanisms, and return the function that converts delta to epsilon."""
     orders = RdpAccountant().orders
     divergences = np.zeros_like(orders)
     for event, count in counted:
@@ -152,14 +169,14 @@ def compose_rdp(counted: Counted) -> Callable[[float], float]:
 
 @lru_cache(maxsize=16384)
 def compute_renyi_divergence(event: DpEvent, order: float) -> float:
-    """Return an upper bound on the Renyi divergence of one mechanism, in nats; infinite if it has no guarantee.
+    """Compute an upper bound on the Renyi divergence of one mechanism, in nats; infinite without a guarantee.
 
-    dp-accounting computes log A = (order - 1) * divergence.  `_RDP_ROUNDING` covers its floating-point error.
+    dp-accounting computes log A = (order - 1) * divergence; `_RDP_ROUNDING` bounds the floating-point error of log A.
 
     Where the series for a fractional order does not converge, the bound is the chord between the two neighboring
-    integer orders: log A is a convex function of the order, and is 0 at order 1 (docs/guarantee.md).
+    integer orders, because log A is a convex function of the order and is 0 at order 1 (docs/guarantee.md).
     """
-    assert not isinstance(event, ComposedDpEvent | SelfComposedDpEvent), "each mechanism has rounding of its own"
+    assert not isinstance(event, ComposedDpEvent | SelfComposedDpEvent), "rounding error is bounded per mechanism"
     accounted = RdpAccountant(orders=[order], neighboring_relation=NEIGHBORING_RELATION)
     accounted.compose(event)
     found, below = float(accounted.rdp[0]), math.floor(order)
@@ -175,13 +192,17 @@ def compute_renyi_divergence(event: DpEvent, order: float) -> float:
 def calibrate_noise(
     *, epsilon: float, delta: float, sampling_rate: float, steps: int, also: Sequence[DpEvent] = ()
 ) -> float:
-    """Return the smallest noise multiplier with which `steps` DP-SGD steps stay within (epsilon, delta), to four
-    decimals.
+    """Find the smallest noise multiplier for `steps` DP-SGD steps within (epsilon, delta), to four decimals.
 
-    `also` lists other events that the same epsilon must cover.
+    Args:
+        epsilon: target epsilon of the steps together with the events in `also`.
+        delta: delta of the target.
+        sampling_rate: probability with which each unit joins a step.
+        steps: number of noisy steps.
+        also: additional events that the target epsilon must cover.
 
-    Guarantee: `epsilon_pld` of the result never exceeds `epsilon`.  The search runs on the coarse grid, ends on the
-    side of more noise, rounds the noise up, and checks the result.
+    Guarantee: `epsilon_pld` of the result never exceeds `epsilon`. The search runs on the coarse grid, ends on the side
+    of more noise, rounds the noise up, and checks the result.
 
     Raises:
         ConfigError: the events in `also` alone exceed `epsilon`, or no noise multiplier up to 10,000 reaches it.
@@ -211,7 +232,7 @@ def calibrate_noise(
             "is used up by the released metrics alone; set a higher privacy.metrics_noise_multiplier",
         )
     find_boundary(compute_epsilon, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
-    # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
+    # Only the bisection determines the result, so that equal targets get equal noise; the search above saves trials.
     low, high = 0.0, 1.0
     while not is_within_target(high):
         if high == MOST_NOISE:
@@ -229,11 +250,21 @@ def calibrate_noise(
 def find_boundary(
     epsilon_at: Callable[[float], float], epsilon: float, *, start: float, bounds: tuple[float, float], rising: bool
 ) -> float | None:
-    """Find the boundary value at which `epsilon_at` is still at most `epsilon`; None if no value in `bounds` qualifies.
+    """Find the argument at which a monotonic `epsilon_at` reaches `epsilon`, without exceeding it.
 
-    The result is the largest such value if epsilon rises with the value (`rising`), else the smallest.  The search
-    steps in log-log coordinates until it has bracketed the boundary, then applies regula falsi with the Illinois rule.
-    `epsilon_at` was evaluated at the returned value itself.
+    Args:
+        epsilon_at: epsilon as a function of the argument.
+        epsilon: the target.
+        start: first trial.
+        bounds: smallest and largest argument.
+        rising: epsilon rises with the argument, so that the result is the largest argument within the target, not the
+            smallest.
+
+    Returns:
+        An argument at which `epsilon_at` was evaluated; None if no argument in `bounds` is within the target.
+
+    The search steps in log-log coordinates until it has bracketed the boundary, then applies regula falsi with the
+    Illinois rule.
     """
     lowest, highest = map(math.log, bounds)
 
@@ -266,7 +297,7 @@ def find_boundary(
 
 
 def _interpolate(inside: tuple[float, float], outside: tuple[float, float]) -> float:
-    """Return the point where the chord between both ends crosses the boundary, kept away from the ends themselves."""
+    """Return the zero of the chord between both ends of the bracket, kept away from the ends."""
     width = outside[0] - inside[0]
     least = _TOLERANCE / 2 / abs(width)
     share = inside[1] / (inside[1] - outside[1])
@@ -274,22 +305,22 @@ def _interpolate(inside: tuple[float, float], outside: tuple[float, float]) -> f
 
 
 def _halve_weight(end: tuple[float, float] | None, again: bool) -> tuple[float, float] | None:
-    """Apply the Illinois rule: halve the weight of an end that was kept twice in a row."""
+    """Apply the Illinois rule: halve the weight of an end that was retained twice in a row."""
     return (end[0], end[1] / 2) if again and end is not None else end
 
 
 def format_epsilon(epsilon: float | None) -> str:
-    """Format epsilon with three decimals, rounded up so that the text never understates it."""
+    """Format epsilon with three decimals, rounded up so that the text never understates the privacy loss."""
     if epsilon is None or not math.isfinite(epsilon):
         return "unbounded"
-    shown = Decimal(repr(float(epsilon)))  # the digits that a person would see, so that 1.1 stays 1.100
+    shown = Decimal(repr(float(epsilon)))  # the shortest decimal representation, so that 1.1 becomes 1.100
     return str(shown.quantize(Decimal("0.001"), rounding=ROUND_CEILING, context=_WIDE))
 
 
 def format_factor(epsilon: float | None) -> str:
-    """Format e to the power of `epsilon`, the largest ratio of two probabilities, rounded up.
+    """Format e^epsilon, the bound on the ratio of two probabilities, rounded up.
 
-    >>> [factor_text(epsilon) for epsilon in (0.0, 0.1, 3.0, 8.0, 50.0, None)]
+    >>> [format_factor(epsilon) for epsilon in (0.0, 0.1, 3.0, 8.0, 50.0, None)]
     ['1.00', '1.11', '20.1', '2,981', '10^22', 'unbounded']
     """
     if epsilon is None or not math.isfinite(epsilon):

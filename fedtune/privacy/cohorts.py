@@ -1,7 +1,7 @@
 """Arrival cohorts: the people of a population, grouped by the calendar period in which they joined.
 
-A run names the cohorts that it admits, and only these are charged for it.  `compute_period_number` numbers the
-cohorts, so that consecutive periods have consecutive numbers; cohort 0 holds everybody without a date.
+A run names the cohorts that it admits, and charges only these cohorts. `compute_period_number` numbers the cohorts, so
+that consecutive periods have consecutive numbers; cohort 0 contains everybody without a date.
 """
 
 from __future__ import annotations
@@ -16,28 +16,24 @@ from fedtune.codec import decode, require
 from fedtune.spec import ConfigError, spec
 
 Calendar = Literal["month", "quarter", "year"]
-MONTHS = {"month": 1, "quarter": 3, "year": 12}  # how long each period is
-OLDEST = 0  # the cohort of people without a date: before every other one
+MONTHS = {"month": 1, "quarter": 3, "year": 12}  # length of each period in months
+OLDEST = 0  # the cohort of people without a date, before all others
 _NAMES = {"month": r"([0-9]{4})-(0[1-9]|1[0-2])", "quarter": r"([0-9]{4})-Q([1-4])", "year": r"([0-9]{4})()"}
 _EXAMPLES = {"month": "2026-03", "quarter": "2026-Q1", "year": "2026"}
 
 
 def compute_period_number(moment: date, period: str) -> int:
-    """Return the number of the calendar period that contains the UTC `moment`; consecutive periods are numbered in
-    order.
-    """
+    """Number the calendar period that contains a UTC date; consecutive periods have consecutive numbers."""
     return (12 * moment.year + moment.month - 1) // MONTHS[period]
 
 
 def compute_cohort_number(month: str, period: str) -> int:
-    """Return the cohort of a person who joined in `month`, such as "2026-03"; an empty `month` means an unknown
-    date.
-    """
+    """Return the cohort of a person who joined in `month`, such as "2026-03"; cohort 0 if `month` is empty."""
     return compute_period_number(date.fromisoformat(f"{month}-01"), period) if month else OLDEST
 
 
 def format_cohort_name(cohort: int, period: str) -> str:
-    """Return a cohort's name as a plan writes it: "2026", "2026-Q1" or "2026-03"; "before" for the oldest cohort.
+    """Format a cohort's name for a plan: "2026", "2026-Q1" or "2026-03"; "before" for the oldest cohort.
 
     >>> format_cohort_name(compute_cohort_number("2026-03", "quarter"), "quarter")
     '2026-Q1'
@@ -59,10 +55,10 @@ def _parse_period(key: str, name: str, period: str) -> int:
 
 @spec
 class Cohorts:
-    """The arrival cohorts that a run admits.  Each of these cohorts is charged, whether or not it has members.
+    """The range of arrival cohorts that a run admits; the run charges each of them, even cohorts without members.
 
     Attributes:
-        period: the calendar by which people join the population: "month", "quarter" or "year".
+        period: length of the calendar periods: "month", "quarter" or "year".
         first: the first cohort, such as "2026", "2026-Q1" or "2026-03"; null: the oldest cohort, which includes people
             without a date.
         last: the last cohort, in the same form.
@@ -87,28 +83,30 @@ class Cohorts:
         return first <= cohort <= last
 
     def __str__(self) -> str:
-        """Format the range as ledger entries store it: `..2026`, `2025..2026`."""
+        """Format the range as in ledger entries: `..2026`, `2025..2026`."""
         return f"{self.first or ''}..{self.last}"
 
     @classmethod
-    def from_text(cls, said: str, period: str) -> Cohorts:
-        """Parse the text that `str` produced.
+    def from_text(cls, text: str, period: str) -> Cohorts:
+        """Parse the output of `__str__`.
 
         Raises:
-            ConfigError: the text has another form.
+            ConfigError: the text is not a range of cohorts.
         """
-        first, _, last = said.partition("..")
+        first, _, last = text.partition("..")
         return decode(cls, {"period": period, "first": first or None, "last": last})
 
 
 def find_cohort_group_starts(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) -> list[int]:
-    """Return the first cohort of each group of cohorts that take part in the same `admissions`, in ascending order.
+    """Group the cohorts that take part in the same `admissions`, and return each group's first cohort, ascending.
 
-    An admission of None admits everybody.  With `oldest_apart` the oldest cohort gets a group of its own, because it
-    may also owe charges of runs that did not admit it.
+    Args:
+        admissions: the cohorts that each run admits; None admits everybody.
+        oldest_apart: put the oldest cohort into a group of its own, because a restore may have charged it for runs that
+            did not admit it.
 
     >>> year = [Cohorts(period="year", first=None, last="2025"), Cohorts(period="year", first="2025", last="2026")]
-    >>> groups(year), groups([None])
+    >>> find_cohort_group_starts(year), find_cohort_group_starts([None])
     ([0, 2025, 2026, 2027], [0])
     """
     begins = {OLDEST, OLDEST + 1} if oldest_apart else {OLDEST}
@@ -120,13 +118,13 @@ def find_cohort_group_starts(admissions: Iterable[Cohorts | None], *, oldest_apa
 
 
 def shift_window(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
-    """Shift the window by `by` periods and keep its length; a window that begins with the oldest cohort grows instead.
+    """Shift a window of cohorts by `by` periods at constant length; a window from the oldest cohort on grows instead.
 
-    >>> str(moved(Cohorts(period="quarter", first="2025-Q4", last="2026-Q3")))
+    >>> str(shift_window(Cohorts(period="quarter", first="2025-Q4", last="2026-Q3")))
     '2026-Q1..2026-Q4'
     """
     (first, last), period = cohorts.span, cohorts.period
-    # No period comes after the year 9999: a window up to there, which has no end, keeps it.
+    # `date` ends with the year 9999, so a window up to that year keeps its end.
     begins, ends = (
         format_cohort_name(min(one + by, compute_period_number(date.max, period)), period) for one in (first, last)
     )
@@ -136,8 +134,8 @@ def shift_window(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
 def shift_to_next_window(before: Cohorts, *, real: bool) -> Cohorts:
     """Shift the window by one period; at `real` sites, only into a period that has already begun.
 
-    To charge people of a later period, the lead has to name the window, so that repeating a command never does it by
-    accident.
+    A lead has to name the window explicitly to charge people of a later period, so that a repeated command never
+    charges them by accident.
 
     Raises:
         ConfigError: the sites are real, and the next period has not begun.

@@ -38,17 +38,17 @@ from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError, check_whole, spec
 
-LEAST_CELLS = 8.0  # smallest standard deviation of a share, in cells as sent: the theorem's s
+LEAST_CELLS = 8.0  # smallest standard deviation of a share, in cells of 2**-cell_bits: the theorem's s
 MOST_SHARES = 2**10
 MOST_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
-USUAL_BOUND = 2**10  # in clip norms: to exceed it, over a thousand units must put their whole gradient into one value
+USUAL_BOUND = 2**10  # in clip norms; exceeded only if over 1000 units have their whole gradient in one coordinate
 _TAIL = 16  # standard deviations; a value of a share exceeds them with probability below 1e-56
 
 
 @spec
 class Together:
-    """The sites that add noise in a run with secure aggregation; `with_share` sets the amount that each site adds.
+    """The number of sites in secure aggregation, its threshold and the tolerated number of colluders.
 
     Attributes:
         num_sites: K, the number of sites in the run.
@@ -66,7 +66,7 @@ class Together:
     colluders: int
 
     def __post_init__(self) -> None:
-        # A plan arrives in a server's request, so nothing in it is trusted.
+        # A plan may come from a server's request, so every field is checked.
         _check_range("num_sites", self.num_sites, 2, MOST_SHARES)
         _check_range("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
@@ -77,7 +77,7 @@ class Together:
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
     def share_for_total(self, total: float) -> float:
-        """Return the smallest noise multiplier of a share that gives every sum at least `total` noise, to four
+        """Compute the smallest noise share that gives every sum a noise multiplier of at least `total`, to four
         decimals.
         """
         honest = self.threshold - self.colluders
@@ -87,7 +87,12 @@ class Together:
         return share
 
     def with_share(self, noise_multiplier: float, *, bound: int = USUAL_BOUND) -> SharedNoise:
-        """Let each of these sites add a share with this noise multiplier to values within `bound` clip norms."""
+        """Set the noise share of each site.
+
+        Args:
+            noise_multiplier: standard deviation of one site's noise, divided by the clip norm.
+            bound: largest absolute value in a site's sum, in clip norms.
+        """
         return SharedNoise(
             num_sites=self.num_sites,
             threshold=self.threshold,
@@ -103,10 +108,9 @@ class SharedNoise(Together):
     """The division of each sum's noise among the sites of a run.
 
     Attributes:
-        noise_multiplier: of one share: the standard deviation of the noise that one site adds, divided by the clip
-            norm.
-        cell_bits: values are sent in cells of 2**-cell_bits of the clip norm.
-        bound: largest value in a site's sum, in clip norms; larger values are clipped before noise is added.
+        noise_multiplier: standard deviation of one site's noise share, divided by the clip norm.
+        cell_bits: resolution of the sent integers: one cell is 2**-cell_bits of the clip norm.
+        bound: largest absolute value in a site's sum, in clip norms; larger values are clipped before noise is added.
     """
 
     noise_multiplier: float
@@ -126,9 +130,10 @@ class SharedNoise(Together):
 
     @property
     def largest_value(self) -> int:
-        """Bound on the values of one site's vector, in cells as sent; exceeded with probability below 1e-56.
+        """Bound on the values of one site's noised vector, in cells of 2**-cell_bits of the clip norm.
 
-        A modulus above 2 * num_sites * largest_value can hold each sum.  Privacy does not depend on this bound.
+        A value exceeds the bound with probability below 1e-56. A modulus above 2 * num_sites * largest_value can
+        represent each sum. Privacy does not depend on this bound.
         """
         return (
             (self.bound << self.cell_bits)
@@ -142,18 +147,17 @@ class SharedNoise(Together):
         return self.compute_honest_noise(self.colluders)
 
     def compute_honest_noise(self, colluders: int) -> float:
-        """Return the noise multiplier of the honest shares in the smallest sum if `colluders` of its sites collude.
+        """Compute the noise multiplier of the honest shares in the smallest allowed sum, with `colluders` colluding
+        sites.
 
-        If all other sites collude, only the site's own share is left.
+        If all other sites collude, only the site's own share counts.
         """
         return combine_noise_shares(
             self.noise_multiplier, self.count_honest_shares(survivors=self.threshold, colluders=colluders)
         )
 
     def count_honest_shares(self, *, survivors: int, colluders: int) -> int:
-        """Return the number of noise shares that hide a site's records in a sum of `survivors` sites: at least its
-        own.
-        """
+        """Count the secret noise shares in a sum of `survivors` sites: at least 1, the site's own share."""
         assert 1 <= survivors <= self.num_sites
         return max(1, survivors - colluders)
 
@@ -164,35 +168,39 @@ def _check_range(key: str, value: int, least: int, most: int) -> None:
 
 
 def compute_min_cell_bits(noise_multiplier: float) -> int:
-    """Return the smallest `cell_bits` for shares with this noise.
+    """Find the coarsest resolution at which rounding adds at most a thousandth to the variance of a noise share.
 
-    Rounding to these cells then adds a thousandth to the variance of the noise.
+    Args:
+        noise_multiplier: standard deviation of the share, divided by the clip norm.
+
+    Returns:
+        The smallest number of bits b such that cells of 2**-b of the clip norm are fine enough.
     """
     return next(bits for bits in range(GRID_BITS + 1) if _compute_noise_in_cells(noise_multiplier, bits) >= LEAST_CELLS)
 
 
 def _compute_noise_in_cells(noise_multiplier: float, bits: int) -> float:
-    """Return the standard deviation of a share, in cells as sent."""
+    """Convert a share's noise multiplier to cells of 2**-bits of the clip norm."""
     return noise_multiplier * 2.0**bits
 
 
 def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
-    """Add a site's share of the noise to its own sum, and round to the cells in which the sum is sent.
+    """Add a site's share of the noise to its own sum, and round the sum to the resolution of the aggregation.
 
     Args:
-        sums: tensors in cells of 2**-24 of the clip norm (`mechanism.cell`): in exact arithmetic, the sum over the
-            sampled units of vectors whose joint L2 norm is at most the clip norm.
-        shared: how the sites share the noise.
-        stream: a fresh stream for each release, even a repeated one; drawn from once per value, in the order of `sums`.
+        sums: tensors in cells of 2**-24 of the clip norm (`mechanism.compute_cell_width`): in exact arithmetic, the sum
+            over the sampled units of vectors whose joint L2 norm is at most the clip norm.
+        shared: division of the noise among the sites.
+        stream: a fresh stream for each release, even for a retry; one draw per value, in the order of `sums`.
 
     Returns:
         The noised tensors in cells of 2**-cell_bits of the clip norm.
 
     Guarantee: an observer of only the total over the honest sites learns at most what the event of
-        `build_secure_aggregation_event` allows for that many honest sites, up to the total variation in the module
-        docstring. Clipping values never moves two sums further apart, so one unit still moves a sum by at most the
-        clip norm. Rounding first to fine cells, and then half up to cells whose width is a multiple, equals rounding
-        once with a slightly larger offset than the theorem's 1/2; the offset is the same for all values of a site.
+    `build_secure_aggregation_event` allows for that many honest sites, up to the total variation in the module
+    docstring. Clipping values never increases the distance between two sums, so one unit still changes a sum by at most
+    the clip norm. Rounding first to fine cells, and then half up to cells whose width is a multiple, equals rounding
+    once with a slightly larger offset than the theorem's 1/2; the offset is identical for all values of a site.
     """
     most, width = shared.bound << GRID_BITS, 1 << (GRID_BITS - shared.cell_bits)
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}
@@ -201,26 +209,25 @@ def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> di
 
 
 def build_secure_aggregation_event(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
-    """Return the privacy event of one secure aggregation, against an adversary who knows all but `count_honest_shares`
-    of the noise shares.
+    """Build the privacy event of one secure aggregation, for an adversary who knows the noise of all other shares.
 
     Args:
-        sampling_rate: probability with which each unit joins a step, drawn secretly by its own site.
-        noise_multiplier: of one share.
+        sampling_rate: probability with which each unit joins a step; each site draws its own sample in secret.
+        noise_multiplier: noise multiplier of one share.
         honest: number of sites in the sum whose noise is secret, this site included.
 
     Guarantee: under add-or-remove-one adjacency for a unit of one site, the sum of clipped gradients, at adapters that
-    depend on earlier releases only, is as private as this event.  Given the contributions of the other sites, which do
-    not depend on the unit, the sum is one Gaussian mechanism with the variance of `count_honest_shares` shares on a
-    Poisson sample (module docstring).  Each site takes one step per sum: after several local steps, its contribution
-    would depend on a state that only its own share hides.
+    depend only on earlier releases, is as private as this event. Given the contributions of the other sites, which do
+    not depend on the unit, the sum is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample
+    (module docstring). Each site takes one step per sum: after several local steps, its contribution would depend on a
+    state that only its own share hides.
     """
     noise = combine_noise_shares(noise_multiplier, honest)
     return events.build_dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=noise, steps=1)
 
 
 def combine_noise_shares(noise_multiplier: float, shares: int) -> float:
-    """Return the noise multiplier of the sum of `shares` equal shares, rounded down; variances add up."""
+    """Compute the noise multiplier of the sum of `shares` equal shares, rounded down; variances add up."""
     total = noise_multiplier * math.sqrt(shares)
     while Fraction(total) ** 2 > Fraction(noise_multiplier) ** 2 * shares:
         total = math.nextafter(total, 0.0)
@@ -229,12 +236,12 @@ def combine_noise_shares(noise_multiplier: float, shares: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epsilons:
-    """Epsilon of a site's unit against three adversaries; None means unbounded.
+    """The epsilon of a site's unit against three adversaries; None means unbounded.
 
     Attributes:
-        server_alone: against the server, if every site is honest.
-        with_colluders: against the server and as many colluding sites as the plan assumes.
-        with_all_others: against the server and all other sites.
+        server_alone: epsilon against the server, if every site is honest.
+        with_colluders: epsilon against the server and the number of colluding sites in the plan.
+        with_all_others: epsilon against the server and all other sites.
     """
 
     server_alone: float | None
@@ -250,18 +257,18 @@ def compute_epsilons_by_adversary(
     delta: float,
     also: Sequence[DpEvent] = (),
 ) -> Epsilons:
-    """Return the epsilon of a site's unit against each adversary, by PLD on the coarse grid; each sum is one step.
+    """Compute the epsilon of a site's unit against each adversary, by PLD on the coarse grid; each sum is one step.
 
     Args:
-        shared: how the sites share the noise.
+        shared: division of the noise among the sites.
         survivors: number of sites in a sum -> number of such sums.
         sampling_rate: probability with which each unit joins a step.
-        delta: the delta of all three epsilons.
-        also: events that the site releases by itself; all three epsilons include them.
+        delta: delta of all three epsilons.
+        also: events outside secure aggregation; all three epsilons include them.
 
-    Guarantee: upper bounds, provided that the survivors of each sum do not depend on earlier releases.  The epsilons
-    for `{threshold: releases}` are upper bounds for any survivors of at least the threshold, whoever chose them and
-    when: a sum with more noise can be computed from the same sum with less.
+    Guarantee: upper bounds, provided that the survivors of each sum do not depend on earlier releases. The epsilons for
+    `{threshold: releases}` are upper bounds for any survivors of at least the threshold, even if an adversary selects
+    them adaptively: a sum with more noise can be computed from the same sum with less.
     """
 
     def epsilon(colluding: int) -> float:

@@ -1,8 +1,7 @@
-"""The names of dp-accounting that fedtune uses; every other module imports them from here.
+"""dp-accounting's names, imported in one place with lazy loading of its heavy dependencies.
 
-dp-accounting imports scipy's packages of signals, statistics and optimization, which take longer to load than all of
-fedtune's accounting needs to answer.  Few of its functions use them, so they are loaded when one of these functions
-first does.
+dp-accounting imports scipy.signal, scipy.stats and scipy.optimize, which take longer to load than most of fedtune's
+accounting takes to run. Few of its functions use them, so each module is loaded at the first call that needs it.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ RARELY_USED = ("scipy.optimize", "scipy.signal", "scipy.stats")
 
 
 class _DeferredModule(ModuleType):
-    """Stands for a module whose names are loaded when they are used."""
+    """A placeholder for a module that is imported on first use."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system asks for these
+        if name.startswith("__"):  # the import system reads these attributes
             raise AttributeError(name)
         return _DeferredName(self.__name__, name)
 
 
 class _DeferredName:
-    """Stands for a function or an object of a module, which is loaded when it is called or one of its parts is read."""
+    """A placeholder for a function or object of a module, imported at the first call or attribute access."""
 
     def __init__(self, module: str, name: str) -> None:
         self._path = module, name
@@ -59,10 +58,10 @@ class _DeferredName:
 
 @contextmanager
 def defer_imports(names: tuple[str, ...]) -> Iterator[None]:
-    """Let the imports in the block bind stand-ins for these modules, unless they are loaded already.
+    """Bind placeholders for these modules in the block's imports, unless the modules are already loaded.
 
-    Imports outside the block get the modules themselves.  A stand-in passes every call and every attribute on, so that
-    no result changes.
+    Imports outside the block get the modules themselves. A placeholder forwards every call and attribute, so results do
+    not change.
     """
     stand_ins = {name: _DeferredModule(name) for name in names if name not in sys.modules}
     sys.modules.update(stand_ins)

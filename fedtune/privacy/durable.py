@@ -1,4 +1,4 @@
-"""Durable writes: files stay whole after a crash or a power cut."""
+"""Crash-safe file writes: atomic replacement and fsync."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from fedtune.spec import ConfigError
 
 
 def require_disk_space(folder: Path, num_bytes: int) -> None:
-    """Raise a disk-full error unless `folder` has room for a file of `num_bytes`, plus 1 MiB.
+    """Check that the file system of `folder` has room for a file of `num_bytes` plus 1 MiB.
 
     Raises:
-        OSError: with errno ENOSPC.
+        OSError: the disk is too full (errno ENOSPC).
     """
     if shutil.disk_usage(folder).free < num_bytes + (1 << 20):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace the content of `path` with `data` atomically: after a crash, the file has the old bytes or the new ones.
+    """Replace the content of `path` atomically, with fsync: after a crash, the file has the old bytes or the new ones.
 
     An existing file keeps its owner, group and mode, as far as the current account may set them; a new file that root
     creates gets the owner of its folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write one file
-    temporary.unlink(missing_ok=True)  # of a process that had this number, and was killed
-    # A link that somebody put there is not followed.
+    temporary.unlink(missing_ok=True)  # left behind by a killed process with this id
+    # O_EXCL and O_NOFOLLOW: never write through a planted link.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.NO_FOLLOW, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -44,14 +44,14 @@ def write_durably(path: Path, data: bytes) -> None:
             os.fsync(descriptor)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # on a full disk it would take what room is left
-        error.filename = str(path)  # which an error of a write does not name
+        temporary.unlink(missing_ok=True)  # free the space on a full disk
+        error.filename = str(path)  # missing in errors of write()
         raise
     system.fsync_folder(path.parent)
 
 
 def copy_ownership(descriptor: int, path: Path) -> None:
-    """Give the open file that will replace `path` the owner, group and mode of `path`."""
+    """Copy the owner, group and mode of `path` to the open file that will replace it."""
     try:
         before = path.lstat()
     except FileNotFoundError:
@@ -67,7 +67,7 @@ def copy_ownership(descriptor: int, path: Path) -> None:
 
 
 def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
-    """Hash every file in `folder` and below, except those named in `besides`: relative path -> SHA-256 in hex.
+    """Hash every file under `folder` except the file names in `besides`: relative path -> SHA-256 in hex.
 
     Raises:
         ConfigError: the folder contains a symbolic link, which could point to any secret file and be changed later.
@@ -75,7 +75,7 @@ def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            raise ConfigError("model", str(path), "must be a regular file, like every file in a model's folder")
+            raise ConfigError("model", str(path), "is a symbolic link: a model folder must contain regular files only")
         if path.is_file() and path.name not in besides:
             with path.open("rb") as stream:
                 found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()

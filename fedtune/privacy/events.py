@@ -1,7 +1,7 @@
 """Privacy events as data: the mechanisms that ran on private records, independent of any epsilon.
 
-Each event is one of dp-accounting's `DpEvent`s.  Only the types that fedtune's mechanisms produce can be serialized;
-every other type raises, so that no event is ever approximated by a weaker one.
+Each event is a dp-accounting `DpEvent`. Only the types that fedtune's mechanisms produce can be serialized; every other
+type raises, so that no event is ever approximated by a weaker one.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Json = dict[str, object]
 
 @spec
 class Charge:
-    """A mechanism in the JSON form of `to_json`, and how often it ran."""
+    """A charged mechanism, as JSON, with its number of repetitions."""
 
     event: Mapping[str, Any]
     count: int
 
 
-Spent = Iterable[DpEvent] | Mapping[DpEvent, int]  # events, each alone or with how often it happened
+Spent = Iterable[DpEvent] | Mapping[DpEvent, int]  # events, or events with counts
 
 
 def build_dp_sgd_event(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
-    """Return the event of `steps` DP-SGD steps: each a Poisson sample, then one Gaussian mechanism on the clipped sum.
+    """Build the event of `steps` DP-SGD steps: each a Poisson sample, then one Gaussian mechanism on the clipped sum.
 
     Args:
         sampling_rate: probability with which each unit joins a step, in (0, 1].
@@ -54,9 +54,9 @@ def build_dp_sgd_event(*, sampling_rate: float, noise_multiplier: float, steps: 
 
 
 def count_mechanisms(spent: Spent) -> Counter[DpEvent]:
-    """Flatten the events into single mechanisms, and count equal ones.
+    """Flatten composed events into single mechanisms, and count equal ones.
 
-    The total privacy loss of a composition does not depend on order or grouping.
+    The privacy loss of a composition does not depend on order or grouping.
     """
     counts: Counter[DpEvent] = Counter()
     for event, count in spent.items() if isinstance(spent, Mapping) else ((event, 1) for event in spent):
@@ -73,7 +73,7 @@ def count_mechanisms(spent: Spent) -> Counter[DpEvent]:
 
 
 def to_json(event: DpEvent) -> Json:
-    """Serialize `event` as plain JSON.
+    """Serialize an event as plain JSON.
 
     Raises:
         TypeError: fedtune never produces events of this type.

@@ -1,10 +1,9 @@
-"""Renyi filter: bounds a population's total privacy loss, even if each run is chosen after seeing earlier releases.
+"""Renyi filter: a bound on a population's total privacy loss under adaptive composition.
 
-The epsilon of one plan is computed by PLD, which is a proof because the plan is fixed before anything is released.
-Over the life of a ledger this does not hold: the rate, noise and steps of the next run may depend on earlier releases.
-A Renyi filter remains a proof (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 3.1): fix one order before the first
-event, add up each event's Renyi divergence at that order, and stop before the sum exceeds a bound that was fixed in
-advance.
+PLD gives a valid epsilon for one plan, because the plan is fixed before anything is released. Over the life of a ledger
+this does not hold: the rate, noise and steps of the next run may depend on earlier releases. A Renyi filter remains
+valid (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 3.1): fix one order before the first event, add up each event's
+Renyi divergence at that order, and stop before the sum exceeds a bound that was fixed in advance.
 """
 
 from __future__ import annotations
@@ -22,25 +21,24 @@ from fedtune.spec import ConfigError
 ORDERS = tuple(
     sorted({1 + x / 20 for x in range(2, 100)} | {*map(float, range(6, 65))} | {80.0, 96.0, 128.0, 192.0, 256.0, 512.0})
 )
-"""Orders to choose from when a ledger is made: 1.1, 1.15, ... 5.95, then whole numbers."""
-_MOST_DIGITS = 12  # of a cap
+"""Candidate orders for a new ledger: 1.1, 1.15, ... 5.95, then integers."""
+_MOST_DIGITS = 12  # maximum number of decimals of a cap
 
 
 def divergence(event: DpEvent, order: float) -> float:
-    """Return the Renyi divergence of `order` of one mechanism, in nats; infinite for a mechanism without a
-    guarantee.
-    """
+    """Return the Renyi divergence of one mechanism at `order`, in nats; infinite without a guarantee."""
     return accountant.compute_renyi_divergence(event, order)
 
 
 def compute_total_divergence(spent: Spent, order: float) -> float:
-    """Return the sum of the Renyi divergences of all events in `spent`, in nats; equal events are evaluated once."""
+    """Add up the Renyi divergences of all events at `order`, in nats; equal events are evaluated once."""
     # fsum does not depend on the order of its terms, so neither does the charge for a history.
     return math.fsum(count * divergence(event, order) for event, count in count_mechanisms(spent).items())
 
 
 def compute_epsilon_conversion_term(order: float, delta: float) -> float:
-    """Return the term that converts a divergence of `order` into epsilon at `delta`.
+    """Compute the term that converts a Renyi divergence at `order` to epsilon at `delta`, to be added to the
+    divergence.
 
     Source: Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), Proposition 12.
     """
@@ -48,9 +46,9 @@ def compute_epsilon_conversion_term(order: float, delta: float) -> float:
 
 
 def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
-    """Return the epsilon of all events in `spent` at `delta`; 0 if nothing was spent.
+    """Compute the epsilon of adaptively selected events at `delta`; 0 without events.
 
-    Guarantee: an upper bound even if each event was chosen after seeing the outputs of earlier ones, provided that
+    Guarantee: an upper bound even if each event was selected after seeing the outputs of earlier ones, provided that
     `order` was fixed before the first event, and that a cap on this epsilon was fixed in advance and is never exceeded.
     """
     divergence_sum = compute_total_divergence(spent, order)
@@ -58,30 +56,30 @@ def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
 
 
 def compute_max_divergence(epsilon: float, *, order: float, delta: float) -> float:
-    """Return the divergence of `order` that a cap of (`epsilon`, `delta`) allows; negative if it allows none."""
+    """Convert a cap of (`epsilon`, `delta`) to a Renyi divergence at `order`; negative if the cap allows no event."""
     return epsilon - compute_epsilon_conversion_term(order, delta)
 
 
 def compute_max_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
-    """Return how many times `event` can be charged within the divergence `room`; None if `room` is infinite."""
+    """Compute the number of times that `event` fits into a remaining divergence; None if `room` is infinite."""
     if math.isinf(room):
         return None
     count = max(0, math.floor(room / compute_total_divergence([event], order)))
     return max(0, count - (compute_total_divergence({event: count}, order) > room))  # the division rounds
 
 
-@lru_cache(maxsize=256)  # a ledger asks for it with each of its notes of the policy
+@lru_cache(maxsize=256)  # evaluated for each policy note of a ledger
 def find_best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
-    """Return the order at which `reference` takes the smallest share of the cap (`epsilon`, `delta`).
+    """Find the Renyi order at which `reference` uses the smallest fraction of the cap (`epsilon`, `delta`).
 
-    If `reference` just fits the cap, this is the order of the smallest epsilon.  For a smaller reference plan it is the
-    order that allows the most repetitions, and not the order of the plan's own epsilon, which would waste the rest of
-    the cap.
+    If `reference` only just fits the cap, this is the order of the smallest epsilon. For a smaller reference run, it is
+    the order that allows the most repetitions. The order that minimizes the reference run's own epsilon would waste the
+    rest of the cap.
 
     Raises:
-        ConfigError: the cap leaves no room at any order.
+        ConfigError: the cap leaves no divergence at any order.
     """
-    if math.isinf(epsilon):  # there is no cap to take a share of: minimize the reference's own epsilon
+    if math.isinf(epsilon):  # no cap: minimize the reference run's own epsilon
         return find_smallest_cap(reference, delta=delta)[1]
     room = {order: compute_max_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
     usable = {order: left for order, left in room.items() if left > 0}
@@ -91,17 +89,17 @@ def find_best_order(reference: DpEvent, *, epsilon: float, delta: float) -> floa
 
 
 def find_smallest_cap(plan: DpEvent, *, delta: float) -> tuple[float, float]:
-    """Return the smallest cap that covers the whole of `plan`, and the order at which it does."""
+    """Find the smallest cap on epsilon that covers the whole plan, and the Renyi order that attains this cap."""
     return _minimize_over_orders(
         plan, ORDERS, lambda order, divergence: divergence + compute_epsilon_conversion_term(order, delta)
     )
 
 
 def find_tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float, digits: int = 1) -> float:
-    """Return the smallest cap that admits `spent`, but not `more` in addition, in a ledger created for `reference`.
+    """Find the smallest cap that admits `spent`, but not `more` in addition, in a ledger created for `reference`.
 
-    The cap has `digits` decimals, or as many more as needed to exclude `more`: a ledger limits the number of runs by
-    its cap alone.
+    A ledger limits the number of runs only by its cap. The cap has `digits` decimals, or as many more as needed to
+    exclude `more`.
     """
     cap, least, both = math.inf, find_smallest_cap(spent, delta=delta)[0], ComposedDpEvent((spent, more))
 
@@ -110,7 +108,9 @@ def find_tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delt
         return compute_total_divergence([event], order) <= compute_max_divergence(cap, order=order, delta=delta)
 
     for scale in (10**number for number in range(digits, _MOST_DIGITS)):
-        below = 0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)  # the cap with a digit less did fit
+        below = (
+            0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)
+        )  # a cap with one digit less is known to fit
         caps = (number / scale for number in count(max(math.ceil(least * scale), below)))
         cap = next(each for each in caps if fits(spent, each))
         if not fits(both, cap):

@@ -1,7 +1,6 @@
-"""Ed25519 keys: a site signs its ledger and receipts with one, a lead its requests.
+"""Ed25519 signing keys of sites (for ledgers and receipts) and of leads (for requests).
 
-All private signing keys are read by this module: from a PEM file, which may be encrypted, or from the output of a
-command.
+Only this module reads private keys: from a PEM file, which may be encrypted, or from the output of a command.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from fedtune.spec import ConfigError, format_value
 from fedtune.system import fsync_folder
 
 PASSPHRASE_FILE = "FEDTUNE_KEY_PASSPHRASE_FILE"  # environment variable: a file whose first line is the passphrase
-_COMMAND_S = 10.0  # after which a command that prints a key is killed
-# Every encoding, its sign bit left out, of the points whose order divides 8.
+_COMMAND_S = 10.0  # timeout of a key command
+# All encodings, without the sign bit, of the points whose order divides 8.
 _SMALL_ORDER = {
     "00" * 32,
     "01" + "00" * 31,
@@ -41,7 +40,7 @@ _SMALL_ORDER = {
 
 
 class SigningKey:
-    """A private key and secrets derived from it.  None of them ever leaves the machine."""
+    """A private key, and secrets derived from the key. Neither ever leaves the machine."""
 
     def __init__(self, private: Ed25519PrivateKey) -> None:
         self._private = private
@@ -49,9 +48,9 @@ class SigningKey:
 
     @classmethod
     def load_or_create(cls, path: Path, *, command: Sequence[str] = (), named_in: Path | None = None) -> SigningKey:
-        """Load a key as `load` does; without a command, create a missing key file that only its owner can read.
+        """Load a key as `load` does; without a command, create a missing key file with owner-only permissions.
 
-        A new key is encrypted if the environment variable in `PASSPHRASE_FILE` names a file with a passphrase.
+        A new key is encrypted if the environment variable `PASSPHRASE_FILE` points to a file with a passphrase.
         """
         if not command and not path.exists():
             _write_new_key(path, Ed25519PrivateKey.generate())
@@ -69,7 +68,7 @@ class SigningKey:
                 neither the key nor the passphrase.
         """
         key, value = ("key_command", command[0]) if command else ("key", str(path))
-        bound, passphrase = "must give an Ed25519 private key in PEM format", None
+        bound, passphrase = "is not an Ed25519 private key in PEM format", None
         try:
             if command:
                 _check_command(command, named_in)
@@ -85,7 +84,7 @@ class SigningKey:
             private = serialization.load_pem_private_key(pem, password=passphrase)
             if not isinstance(private, Ed25519PrivateKey):
                 raise TypeError("another kind of key")
-        except (ValueError, TypeError, UnsupportedAlgorithm):  # their words could quote what they read
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # their messages could quote the key
             raise ConfigError(key, value, bound) from None
         return cls(private)
 
@@ -95,27 +94,25 @@ class SigningKey:
         return self._private.public_key().public_bytes_raw().hex()
 
     def sign(self, purpose: str, message: bytes) -> str:
-        """Sign `message` for `purpose`, and return the signature in hex; it is not valid for any other purpose."""
+        """Sign `message` for `purpose`, and return the signature in hex; it is invalid for every other purpose."""
         return self._private.sign(_frame_message(purpose, message)).hex()
 
     def derive_secret(self, purpose: str) -> bytes:
-        """Derive 32 secret bytes for `purpose`; without the key, nobody can test guesses about values hashed with
-        them.
-        """
+        """Derive a 32-byte secret for `purpose`, used as an HMAC key to prevent dictionary attacks."""
         return hmac.digest(self._raw, b"fedtune secret\0" + purpose.encode(), hashlib.sha256)
 
 
 def is_signed(public: str, purpose: str, message: bytes, signature: str) -> bool:
-    """Whether `signature` is the signature of `public` on `message` for `purpose`.
+    """Whether `signature` is a valid signature by `public` on `message` for `purpose`.
 
-    Key and signature must be in lower-case hex, so that each has only one spelling.
+    Key and signature must be lower-case hex, so that each has only one encoding.
     """
     if not (is_public_key(public) and _is_hex(signature, 128)):
         return False
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
         key.verify(bytes.fromhex(signature), _frame_message(purpose, message))
-    except (InvalidSignature, ValueError):  # ValueError: no point of the curve
+    except (InvalidSignature, ValueError):  # ValueError: not a point on the curve
         return False
     return True
 
@@ -129,10 +126,10 @@ def is_public_key(text: str) -> bool:
 
 
 def check_public_key(key: str, text: str) -> None:
-    """Require `text` to be a public key as `is_public_key` defines it.
+    """Check that `text` is a valid public key (`is_public_key`).
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the text is not a public key.
     """
     if not is_public_key(text):
         raise ConfigError(key, text, "must be a public key of 64 lower-case hex digits")
@@ -149,33 +146,33 @@ def _frame_message(purpose: str, message: bytes) -> bytes:
 def _check_command(command: Sequence[str], named_in: Path | None) -> None:
     about = None if named_in is None else named_in.stat()
     if about is None or about.st_uid != system.effective_user() or about.st_mode & 0o022:
-        bound = "runs only for the owner of the file that names it, and only if nobody else can write that file"
+        bound = "must be configured in a file that belongs to the current account and that nobody else can write"
         raise ConfigError(f"{named_in}: key_command", command[0], bound)
     if not os.path.isabs(command[0]) or "\0" in "".join(command):
-        raise ConfigError("key_command", command[0], "must begin with a program's absolute path and contain no NUL")
+        raise ConfigError(
+            "key_command", command[0], "must begin with the absolute path of a program, and must not contain NUL bytes"
+        )
 
 
 @cache
 def _run_key_command(command: tuple[str, ...]) -> bytes:
-    """Run a command without a shell, once per process, and return its output.
+    """Run a command without a shell, once per process, and return its standard output.
 
     Error messages show only the program, because its arguments may be secret.
     """
     try:
         ran = run(command, stdin=DEVNULL, capture_output=True, timeout=_COMMAND_S, check=False)
     except TimeoutExpired:
-        bound = f"must finish within {_COMMAND_S:g} seconds, with every process that it starts"
+        bound = f"did not finish within {_COMMAND_S:g} seconds, including its child processes"
         raise ConfigError("key_command", command[0], bound) from None
     if ran.returncode:
         said, _, _ = ran.stderr.decode(errors="replace").strip().partition("\n")
-        raise ConfigError(
-            "key_command", command[0], f"must exit with 0, not with {ran.returncode}: {format_value(said)}"
-        )
+        raise ConfigError("key_command", command[0], f"failed with exit status {ran.returncode}: {format_value(said)}")
     return ran.stdout
 
 
 def _read_passphrase() -> bytes | None:
-    """Read the passphrase from the file that the environment variable names; None if the variable is not set."""
+    """Read the passphrase from the file that `PASSPHRASE_FILE` points to; None if the variable is not set."""
     if not (name := os.environ.get(PASSPHRASE_FILE)):
         return None
     try:
@@ -185,7 +182,7 @@ def _read_passphrase() -> bytes | None:
             passphrase = file.readline(2000).rstrip(b"\r\n")
     except OSError as error:
         raise ConfigError(PASSPHRASE_FILE, name, f"must be a readable file ({error.strerror})") from None
-    if not 12 <= len(passphrase) <= 1023:  # PKCS #8 makes each guess fast; 1023: the library's bound
+    if not 12 <= len(passphrase) <= 1023:  # short ones are easy to guess; 1023 is the library's limit
         raise ConfigError(PASSPHRASE_FILE, name, "must have a passphrase of 12 to 1023 bytes on its first line")
     return passphrase
 
@@ -196,9 +193,9 @@ def _write_new_key(path: Path, private: Ed25519PrivateKey) -> None:
     pem = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as closed:
-        building = Path(closed) / path.name  # nobody else can look into this folder
+        building = Path(closed) / path.name  # a private folder
         write_durably(building, pem)
         building.chmod(0o600)
-        with suppress(FileExistsError):  # another process was first: then its key is the one
+        with suppress(FileExistsError):  # another process was faster; use its key
             os.link(building, path)
     fsync_folder(path.parent)

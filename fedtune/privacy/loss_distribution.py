@@ -1,12 +1,11 @@
-"""Privacy loss distributions: delta at every epsilon of a composition of Gaussian and Laplace mechanisms, rounding
-included.
+"""Privacy loss distributions for compositions of Gaussian and Laplace mechanisms, with rigorous rounding errors.
 
-Each mechanism becomes a distribution of losses on a grid that dominates it ("connect the dots", Doroshenko et al. 2022,
-arXiv 2207.04380).  A Fourier transform composes the distributions.  Its rounding error is about as large as the largest
-probability at every point, while delta is a tail probability and may be far smaller.  So each distribution is tilted
-first: probabilities are multiplied by e^(tilt x loss), which moves the mass of the composition to the epsilon of
-interest.  After the tilt is undone, the rounding error is small compared with e^(log moment - tilt x epsilon),
-Chernoff's bound on the tail.  Each delta returned here includes that rounding error; docs/guarantee.md has the proof.
+Each mechanism becomes a loss distribution on a grid that dominates the exact one ("connect the dots", Doroshenko et al.
+2022, arXiv 2207.04380). A Fourier transform composes the distributions. Its rounding error is about as large as the
+largest probability at every point, while delta is a tail probability and may be far smaller. So each distribution is
+tilted first: probabilities are multiplied by e^(tilt x loss), which moves the mass of the composition to the epsilon of
+interest. After the tilt is undone, the rounding error is small compared with e^(log moment - tilt x epsilon),
+Chernoff's bound on the tail. Each delta returned here includes that rounding error; docs/guarantee.md has the proof.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ Rate = (
     float | Literal["laplace"]
 )  # the sampling rate of a Gaussian mechanism; "laplace": Laplace noise, and no sampling
 
-UNIT = 2.0**-53  # half of the distance from 1 to the next larger float: what one operation may change, relatively
-_FFT_ROUNDING = 12 * UNIT  # of a transform, for each halving of its length; see docs/guarantee.md
-_REACH = 10.0  # noise beyond so many standard deviations counts as an infinite loss: a probability of 8e-24
-LEAST_DELTA_A_STEP = 1e-21  # a smaller delta, for each step, would be mostly what counts as an infinite loss
-_TAIL = 1e-15  # of a tilted distribution, what may lie outside the window that is computed, at either side
-_LEAST_PROBABILITY = 1e-50  # less counts as an infinite loss
-_LARGEST_EXPONENT = 700.0  # e to it is still a number
-_MOST_ROUNDING = 0.1  # beyond, products of errors matter
+UNIT = 2.0**-53  # unit roundoff: relative error of one floating-point operation
+_FFT_ROUNDING = 12 * UNIT  # relative error of a transform, per factor of 2 in its length; see docs/guarantee.md
+_REACH = 10.0  # truncation in standard deviations; the tail (8e-24) counts as an infinite loss
+LEAST_DELTA_A_STEP = 1e-21  # per step; a smaller delta would consist mostly of truncated tails
+_TAIL = 1e-15  # mass of a tilted distribution outside the computed window, on each side
+_LEAST_PROBABILITY = 1e-50  # smaller probabilities count as an infinite loss
+_LARGEST_EXPONENT = 700.0  # exp(700) is finite in float64
+_MOST_ROUNDING = 0.1  # above, second-order terms of the error bound matter
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Loss distribution of one run of a mechanism, for one order of the two neighbors.
+    """Discretized loss distribution of one mechanism, for one direction of the add-or-remove relation.
 
     Args:
         lowest: the smallest loss, in units of the grid width.
-        log_probabilities: log probabilities of the losses from `lowest` upwards.
+        log_probabilities: (losses,), log probabilities of consecutive losses from `lowest` upwards.
         infinite: probability of an infinite loss.
-        rounding: relative error: delta is too small by at most this fraction of the probability of a larger loss, at
-            each epsilon.
+        rounding: relative rounding error: at each epsilon, delta is too small by at most this fraction of the
+            probability of a larger loss.
     """
 
     lowest: int
@@ -57,14 +56,18 @@ class StepLosses:
         return _make_loss_grid(self.lowest, self.log_probabilities.size, width)
 
 
-@lru_cache(maxsize=8)  # with next to no noise, one may take 500 MB
+@lru_cache(maxsize=8)  # one entry takes up to 500 MB at the smallest noise
 def discretize_sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -> StepLosses:
-    """Return the losses of a Gaussian mechanism on a Poisson sample, for removing a unit or (`adding`) adding one.
+    """Discretize the privacy loss of a Poisson-sampled Gaussian mechanism.
 
-    `rate` is the sampling rate, `noise` the noise multiplier, and `width` the width of the loss grid.
+    Args:
+        rate: sampling rate, in (0, 1].
+        noise: noise multiplier.
+        width: grid width of the losses, in nats.
+        adding: the direction: a unit is added, instead of removed.
     """
     reach = (2 * _REACH * noise + (-1 if adding else 1)) / (2 * noise**2), -(2 * _REACH * noise + 1) / (2 * noise**2)
-    # The loss of a unit that is there at the largest and least noise that counts: log(1 - rate + rate e^gain).
+    # Largest and smallest loss within the truncation: log(1 - rate + rate e^gain).
     stays = math.log1p(-rate) if rate < 1 else -math.inf
     most, least = (float(np.logaddexp(stays, math.log(rate) + gain)) for gain in reach)
     ends = (-most, -least) if adding else (least, most)
@@ -75,9 +78,13 @@ def discretize_sampled_gaussian(rate: float, noise: float, width: float, *, addi
 
 @lru_cache(maxsize=8)
 def laplace(noise: float, width: float) -> StepLosses:
-    """Return the losses of a Laplace mechanism, which are the same for removing a unit and for adding one.
+    """Discretize the privacy loss of a Laplace mechanism, which is equal for adding and removing a unit.
 
-    `noise` is the scale divided by the L1 sensitivity.  No loss is beyond 1 / noise, which one half of all outputs has.
+    No loss exceeds 1 / noise, and half of all outputs have exactly this loss.
+
+    Args:
+        noise: scale divided by the L1 sensitivity.
+        width: grid width of the losses, in nats.
     """
     highest = math.ceil(1 / noise / width)
     epsilons = _make_loss_grid(-highest, 2 * highest + 2, width)
@@ -93,11 +100,17 @@ def _step_losses(rate: Rate, noise: float, width: float, *, adding: bool) -> Ste
 
 
 def _connect_dots(lowest: int, deltas: Floats, width: float, *, noise: float, beyond: float) -> StepLosses:
-    """Return the losses that have these `deltas` at the losses from `lowest` upwards, and larger ones in between.
+    """Build the grid distribution whose hockey-stick divergence equals `deltas` on the grid, and is an upper bound
+    between.
 
-    Outputs with a probability of `beyond` were left out, and count as an infinite loss.
+    Args:
+        lowest: the smallest loss, in units of the grid width.
+        deltas: (losses,), hockey-stick divergence at consecutive losses from `lowest` upwards.
+        width: grid width of the losses, in nats.
+        noise: noise multiplier, for the rounding error.
+        beyond: probability of the truncated outputs, which is added to the infinite loss.
     """
-    deltas = np.maximum.accumulate(deltas[::-1])[::-1]  # it never rises; rounding may
+    deltas = np.maximum.accumulate(deltas[::-1])[::-1]  # monotone up to rounding
     falls = np.diff(deltas)
     per_width = math.expm1(width)
     probabilities = np.empty_like(deltas)
@@ -118,12 +131,12 @@ def _make_loss_grid(lowest: int, size: int, width: float) -> Floats:
 
 
 def compute_hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -> Floats:
-    """Return delta of one sampled Gaussian mechanism at each epsilon, which may be negative.
+    """Compute delta of one sampled Gaussian mechanism at each epsilon; epsilons may be negative.
 
-    P - e^epsilon Q equals share x (N(1) - ratio N(0)), with N(0) and N(1) exchanged when a unit is added: delta is a
+    P - e^epsilon Q equals share x (N(1) - ratio N(0)), with N(0) and N(1) exchanged if a unit is added. So delta is a
     fraction of the delta of the Gaussian mechanism without sampling at log(ratio).
     """
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # at losses that no noise gives, set below
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # at impossible losses, overwritten below
         growth = np.expm1(epsilons)
         if adding and rate < 1:
             share = np.maximum(rate - growth * (1 - rate), 0.0)
@@ -135,7 +148,7 @@ def compute_hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding:
 
 
 def _compute_gaussian_delta(noise: float, epsilons: Floats) -> Floats:
-    """Return delta of a Gaussian mechanism: Q(u) - e^epsilon Q(v), where Q is the normal upper tail.
+    """Compute delta of a Gaussian mechanism: Q(u) - e^epsilon Q(v), where Q is the normal upper tail.
 
     Source: Balle and Wang 2018.
 
@@ -154,14 +167,14 @@ def _compute_gaussian_delta(noise: float, epsilons: Floats) -> Floats:
 
 
 class Composition:
-    """A composition of sampled Gaussian and Laplace mechanisms, for both orders of two neighbors that differ in one
-    unit.
+    """A composition of sampled Gaussian and Laplace mechanisms, in both directions of the add-or-remove relation.
 
-    Guarantee: `epsilon` and `delta` are upper bounds, rounding included, for mechanisms that were fixed beforehand.
+    Guarantee: `epsilon` and `delta` are upper bounds, rounding included, for mechanisms that were fixed in advance.
     """
 
     def __init__(self, mechanisms: Iterable[tuple[Rate, float, int]], width: float) -> None:
-        """Compose `mechanisms`, given as (sampling rate or "laplace", noise multiplier, count), on a grid of `width`.
+        """Compose `mechanisms`, given as (sampling rate or "laplace", noise multiplier, count), on a grid of `width`
+        nats.
 
         A mechanism without noise makes the composition unbounded.
         """
@@ -174,11 +187,11 @@ class Composition:
         ]
 
     def epsilon(self, delta: float) -> float:
-        """Return the smallest provable epsilon at `delta`; infinite if `delta` is below the arithmetic precision."""
+        """Compute an upper bound on epsilon at `delta`; infinite if `delta` is below the arithmetic precision."""
         return max((order.epsilon(delta) for order in self._orders), default=0.0 if self._bounded else math.inf)
 
     def delta(self, epsilon: float) -> float:
-        """Return the smallest provable delta at `epsilon`, which must be 0 or above."""
+        """Compute an upper bound on delta at `epsilon`, which must be nonnegative."""
         return max((order.tail(0.0).delta(epsilon) for order in self._orders), default=0.0 if self._bounded else 1.0)
 
 
@@ -187,10 +200,10 @@ class _Tail:
     """Tail of the composed loss distribution at each loss of the grid.
 
     Args:
-        losses: grid losses, 0 and above.
-        mass: the probability of at least each loss.
-        weighted: the same probability, with each loss l' above l weighted by e^(l - l').
-        rounding: bound on the error of delta, from each loss up to the next.
+        losses: (losses,), nonnegative losses of the grid, in nats.
+        mass: (losses,), probability of each loss or a larger one.
+        weighted: (losses,), the tail probability with each loss l' above l weighted by e^(l - l').
+        rounding: (losses,), error bound of delta from each loss up to the next.
         infinite: probability of an infinite loss.
     """
 
@@ -223,7 +236,7 @@ class _Tail:
 
 
 class _OneOrder:
-    """Composition of the mechanisms, for one order of the two neighbors."""
+    """A composition of mechanisms, in one direction of the add-or-remove relation."""
 
     def __init__(self, steps: list[tuple[StepLosses, int]], width: float) -> None:
         self._steps, self._width = steps, width
@@ -237,7 +250,7 @@ class _OneOrder:
             return 0.0
         if delta <= 0:
             return math.inf
-        # The order of the best Chernoff bound: there the tilted distribution's mean is just that bound.
+        # The order of the best Chernoff bound, where the mean of the tilted distribution equals the bound.
         tilt = self._find_best_tilt_order(lambda order: (self._log_moment(order) - math.log(delta)) / order)
         return self.tail(tilt).epsilon(delta)
 
@@ -250,7 +263,7 @@ class _OneOrder:
         return self._at_zero
 
     def _log_moments(self, order: float) -> list[float]:
-        """Return the log of E[e^(order x loss)] for each mechanism; infinite losses are ignored."""
+        """Compute log E[e^(order x loss)] of each mechanism; infinite losses are ignored."""
         if order not in self._moments:
             self._moments[order] = [
                 _log_sum_exp(order * step.losses(self._width) + step.log_probabilities) for step, _ in self._steps
@@ -261,7 +274,7 @@ class _OneOrder:
         return math.fsum(count * one for (_, count), one in zip(self._steps, self._log_moments(order), strict=True))
 
     def _find_best_tilt_order(self, bound: Callable[[float], float]) -> float:
-        """Return the order, among powers of the square root of 2, that minimizes the unimodal function `bound`."""
+        """Find the power of sqrt(2) that minimizes the unimodal function `bound`."""
         most = math.floor(2 * math.log2(1 / self._width))
         place, least = 4, bound(4.0)
         for direction in (1, -1):
@@ -270,10 +283,9 @@ class _OneOrder:
         return float(2.0 ** (place / 2))
 
     def _find_loss_window(self, tilt: float) -> tuple[int, int]:
-        """Return the range of losses, in grid widths, outside which the tilted distribution has at most `_TAIL` on
-        either side.
+        """Find a range of losses outside which the tilted distribution has at most `_TAIL` mass on each side.
 
-        The range follows from Chernoff's bound.
+        The bounds are in grid widths, and follow from Chernoff's bound.
         """
         here, to_spare = self._log_moment(tilt), -math.log(_TAIL)
 
@@ -293,9 +305,9 @@ class _OneOrder:
         length = 1 << (max(high - low + 1, 2, *sizes) - 1).bit_length()
         of_fft = _FFT_ROUNDING * math.log2(length)
         product = np.ones(length // 2 + 1, dtype=complex)
-        largest = np.ones(length // 2 + 1)  # what the product is at most, computed or exact
-        errors = np.zeros(length // 2 + 1)  # of the product, relative to that
-        before = 0.0  # what the tilted distributions lack, relatively
+        largest = np.ones(length // 2 + 1)  # upper bound on the product, exact or computed
+        errors = np.zeros(length // 2 + 1)  # error of the product, relative to `largest`
+        before = 0.0  # relative error of the tilted distributions
         for (step, count), log_moment in zip(self._steps, self._log_moments(tilt), strict=True):
             exponents = tilt * step.losses(self._width) - log_moment
             transform = fft.rfft(np.exp(exponents + step.log_probabilities), length)
@@ -304,19 +316,23 @@ class _OneOrder:
             largest *= size**count
             errors += count * (of_fft / size + 3 * UNIT)
             before += count * (step.rounding + 4 * UNIT * (float(np.abs(exponents).max()) + 116))
-        # Over the whole spectrum; a sum of errors over the window is at most this (Cauchy and Schwarz, Parseval).
+        # Summed over the whole spectrum, which bounds the sum over the window (Cauchy-Schwarz, Parseval).
         composing = math.sqrt(2 * float(np.sum((largest * errors) ** 2)))
         going_back = of_fft * math.sqrt(2 * float(np.sum(largest**2)))
         composed = np.roll(fft.irfft(product, length), -((low - self._lowest) % length))[: high - low + 1]
         return self._undo_tilt(tilt, low, composed, 1.1 * (composing + going_back + before + _TAIL + 4 * length * UNIT))
 
     def _undo_tilt(self, tilt: float, low: int, tilted: Floats, rounding: float) -> _Tail:
-        """Undo the tilt, and return the tail at losses of 0 and above.
+        """Undo the tilt, and return the tail at nonnegative losses.
 
-        `tilted` holds the tilted probabilities from loss `low` upwards, and `rounding` their error.
+        Args:
+            tilt: exponent of the tilt.
+            low: loss of the first tilted probability, in grid widths.
+            tilted: (losses,), tilted probabilities of consecutive losses from `low` upwards.
+            rounding: error bound of the tilted probabilities.
         """
         log_moment = self._log_moment(tilt)
-        # Of losses that are far too small the factor is no number; epsilon is never there.
+        # The factor overflows at losses far below any epsilon, so they are dropped.
         first = max(0, math.ceil((log_moment - _LARGEST_EXPONENT) / (tilt * self._width))) if tilt else 0
         begin, end = max(first, low), max(first, low + tilted.size) + 1
         kept = np.zeros(end - begin)
@@ -339,7 +355,7 @@ class _OneOrder:
 
 
 def _accumulate(values: Floats, shrink: float) -> Floats:
-    """Return the running sums of `values`, where each step multiplies the sum so far by `shrink`."""
+    """Compute running sums of `values` that decay by the factor `shrink` at each step."""
     total = 0.0
     return np.array([total := shrink * total + value for value in values.tolist()])
 
@@ -351,7 +367,7 @@ def _log_sum_exp(exponents: Floats) -> float:
 
 
 def _raise_to_power(base: npt.NDArray[np.complex128], count: int) -> npt.NDArray[np.complex128]:
-    """Raise `base` to the power of `count` by squaring; each factor adds the error of at most one product."""
+    """Raise `base` to the power of `count` by repeated squaring; each factor adds the error of at most one product."""
     result = base
     for bit in f"{count:b}"[1:]:
         result = result * result

@@ -1,4 +1,4 @@
-"""Sampling and noise for sums and scores: the random steps on which the privacy guarantee rests."""
+"""Poisson sampling and Gaussian noise: the random steps on which the privacy guarantee is based."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ Unit = Literal["record", "user"]
 """What one (epsilon, delta) protects: a single record, or a user with all of their records at a site."""
 MOST_EPSILON = 100.0
 LEAST_SAMPLING_RATE = 1e-6
-"""Largest epsilon and least rate to calibrate for: beyond them, privacy loss distributions take minutes to compute."""
+"""Limits of calibration: beyond them, computing a privacy loss distribution takes minutes."""
 MOST_RUNS = 120
-"""Most runs that share an epsilon: ten years of months.  A lead must not choose how long a site computes one."""
+"""Maximum number of planned runs (monthly for ten years), which limits a site's run time for accounting."""
 
 
 @spec
 class PrivacySpec:
-    """The privacy promise of a run to each privacy unit, and the parameters that provide it.
+    """The privacy guarantee of a run for each privacy unit, and the parameters of its mechanisms.
 
     Attributes:
         mechanism: "dp_sgd", or "none" for training without a guarantee.
-        unit: what one (epsilon, delta) protects: "record", or "user": a person, identified by the role `user`, with all
-            of their records at a site.  With "user" every size, rate and denominator counts users.
-        records_per_user: with unit "user", the most records of one user in a step, drawn anew for each step.
-        epsilon: the target over all rounds and steps of the run, and of all `planned_runs`, at every site.
-        planned_runs: how many runs like this one may use the same person's records; together they spend `epsilon`, and
-            a single run spends less.
-        delta: the delta of the promise; it must stay below one over every site's declared size.
-        noise_multiplier: the noise's standard deviation divided by the clip norm; null: calibrated to the target.
-        max_grad_norm: the clip norm C, over all trainable tensors of one unit together.
-        sampling_rate: the probability with which a unit joins a step.
+        unit: what one (epsilon, delta) protects: "record", or "user": all records of a person at a site, identified by
+            the role `user`. With "user" every size, rate and denominator counts users.
+        records_per_user: with unit "user", the maximum number of records of one user in a step, sampled again for each
+            step.
+        epsilon: target epsilon of all rounds and steps of all `planned_runs` together, at every site.
+        planned_runs: number of runs like this one that may use the same person's records; together they spend
+            `epsilon`, and a single run spends less.
+        delta: delta of the guarantee; it must be below one over the declared size of every site.
+        noise_multiplier: standard deviation of the noise divided by the clip norm; null: calibrated to `epsilon`.
+        max_grad_norm: clip norm C of the joint gradient of one unit over all trainable tensors.
+        sampling_rate: probability with which a unit joins a step (Poisson sampling).
         metrics: "noised": in each round each site also releases noised scores of its held-out records
-            (`data.heldout_fraction`), paid for by the same epsilon; "none": it releases no scores.
-        metrics_noise_multiplier: the standard deviation of the noise on these scores, divided by their sensitivity to
-            one privacy unit.
+            (`data.heldout_fraction`), which the same epsilon covers; "none": a site releases no scores.
+        metrics_noise_multiplier: standard deviation of the noise on these scores, divided by their sensitivity to one
+            unit.
         cohorts: the arrival cohorts that the run admits and charges, as `{period: year, first: null, last: "2026"}`, if
             the sites' populations have arrivals; null: everybody.
     """
@@ -69,13 +70,14 @@ class PrivacySpec:
         if self.noise_multiplier is not None:
             check_positive("noise_multiplier", self.noise_multiplier)
         elif self.private and self.epsilon > MOST_EPSILON:
-            bound = f"must be at most {MOST_EPSILON:g}: more promises nothing; use privacy=none for no noise"
+            bound = f"must be at most {MOST_EPSILON:g}: a larger epsilon gives no meaningful guarantee; "
+            bound += "use privacy=none to train without noise"
             raise ConfigError("epsilon", self.epsilon, bound)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
-        bound = "needs a run with privacy: without it, scores would be exact"
+        bound = "requires a run with privacy: otherwise the scores would be exact"
         require("metrics", self.metrics, self.metrics == "none" or self.private, bound)
         bound = "requires unit = user: arrival dates are stored by user id"
         require("cohorts", str(self.cohorts), self.cohorts is None or self.unit == "user", bound)
@@ -97,21 +99,22 @@ class PrivacySpec:
 
 
 def draw_poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
-    """Draw the indices of the units that join a step: each joins independently with probability `sampling_rate`.
+    """Draw a Poisson sample: each unit joins the step independently with probability `sampling_rate`.
 
-    The size of the sample is random and may be zero; an empty step still adds noise and counts.
+    Returns:
+        Ascending indices in [0, num_units). The sample may be empty; an empty step still adds noise and counts.
     """
     return np.flatnonzero(stream.bernoulli(num_units, sampling_rate))
 
 
 def choose_records(num_records: int, most: int, stream: RandomStream) -> npt.NDArray[np.int64]:
-    """Draw the records of a sampled user that join a step: all of them, or a random subset of `most`.
+    """Draw the records of a sampled user for one step: all records, or a random subset of `most`.
 
-    Fresh draws in each step let the model learn from every record over a run; a fixed choice would never use the
-    others.  Fresh draws cost no privacy.  A user's draws depend on that user's records alone, and the user's clipped
-    mean has at most the clip norm for any draw.  So, conditioned on all draws, the step is the Gaussian mechanism on a
-    Poisson sample.  The weights of this mixture are the same with and without one user, and the hockey-stick divergence
-    is jointly convex, so the mixture reveals at most as much as its worst component.
+    Fresh draws in each step let the model learn from every record over a run; a fixed subset would never use the other
+    records. Fresh draws have no privacy cost: a user's draws depend only on that user's records, and the user's clipped
+    mean has at most the clip norm for any draw. So, conditioned on all draws, the step is the Gaussian mechanism on a
+    Poisson sample. The weights of this mixture are equal with and without one user, and the hockey-stick divergence is
+    jointly convex, so the mixture reveals at most as much as its worst component.
 
     Returns:
         Ascending indices in [0, num_records).
@@ -129,31 +132,31 @@ enough that float32 holds every coordinate and float64 the sum of half a billion
 """
 Sums = Mapping[str, npt.NDArray[np.int64]]
 Noise = Literal["gaussian", "laplace"]
-"""How noise is distributed."""
+"""Noise distribution."""
 
 
 def compute_cell_width(max_grad_norm: float) -> float:
-    """Return the cell width of the integer grid for clip norm C: C * 2**-24."""
+    """Return the cell width of the integer grid for a clip norm C: C * 2**-24."""
     return max_grad_norm * 2.0**-GRID_BITS
 
 
 def add_gaussian_noise(
     sums: Sums, *, noise_multiplier: float, stream: RandomStream, sensitivity: float = 1.0
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Add Gaussian noise to an integer sum, once for each logical batch.
+    """Add Gaussian noise to an integer sum, once per logical batch.
 
     Args:
         sums: tensors in cells: in exact arithmetic, the sum over the sampled units of vectors whose joint L2 norm is at
             most `sensitivity * 2**GRID_BITS`.
-        noise_multiplier: noise standard deviation divided by the sensitivity.
-        stream: drawn from once per value, in the order of `sums`.
+        noise_multiplier: standard deviation of the noise divided by the sensitivity.
+        stream: source of the noise; one draw per value, in the order of `sums`.
         sensitivity: L2 sensitivity of the sum, in clip norms.
 
     Returns:
-        The tensors with noise, in cells.
+        The noised tensors, in cells.
 
-    Guarantee: one event `GaussianDpEvent(noise_multiplier)` for the sampled units.  The noise is a normal value rounded
-    to an integer.  The sum is an integer too, so sum + round(noise) = round(sum + noise): the Gaussian mechanism,
+    Guarantee: one event `GaussianDpEvent(noise_multiplier)` for the sampled units. The noise is a normal value rounded
+    to an integer. The sum is an integer too, so sum + round(noise) = round(sum + noise): the Gaussian mechanism,
     followed by rounding, which is post-processing.
     """
     deviation = noise_multiplier * sensitivity * 2.0**GRID_BITS
@@ -166,21 +169,19 @@ def add_gaussian_noise(
 def release_scores(
     scores: npt.NDArray[np.float64], *, declared_size: float, noise_multiplier: float, stream: RandomStream
 ) -> tuple[float, float]:
-    """Release the mean score and the count of held-out units by one Gaussian mechanism.
-
-    Both are fractions of the declared held-out size.
+    """Release the mean score and the number of held-out units by one Gaussian mechanism.
 
     Args:
         scores: (units,), one score per unit; clamped to [0, 1], and 0 if not finite.
-        declared_size: the held-out size that the site publishes: the public denominator of both values.
-        noise_multiplier: noise standard deviation divided by the sensitivity.
+        declared_size: declared number of held-out units: the public denominator of both values.
+        noise_multiplier: standard deviation of the noise divided by the sensitivity.
         stream: source of the noise.
 
     Returns:
         (noised sum of scores, noised number of units), both divided by `declared_size`; not clamped.
 
-    Guarantee: one `GaussianDpEvent(noise_multiplier)`, since one unit adds (score, 1), the score rounded down to the
-    grid, with an L2 norm of at most sqrt(2).
+    Guarantee: one `GaussianDpEvent(noise_multiplier)`, since one unit adds (score, 1), with the score rounded down to
+    the grid, which has an L2 norm of at most sqrt(2).
     """
     usable = np.clip(np.where(np.isfinite(scores), scores, 0.0), 0.0, 1.0)
     in_cells = np.floor(usable * 2.0**GRID_BITS).astype(np.int64)

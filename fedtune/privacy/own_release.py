@@ -1,4 +1,4 @@
-"""Releases that a site makes on its own: the proposal, and the answer if it is a sum over the site's units."""
+"""Releases that a site makes without a lead: their proposals, and noised sums over the site's units."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ _NO_ADAPTER: dict[str, Any] = {"target_modules": (), "rank": 1, "lora_scale": 0.
 
 
 def propose_release(kind: str, name: str, policy: Policy, **planned: Any) -> Proposal:
-    """Return the proposal of a release: a run of one round without a lead, called by its kind and name.
+    """Build the proposal of a site's own release: a run of one round without a lead.
+
+    Args:
+        kind: kind of release, which becomes the task.
+        name: name of the release; with the kind, it identifies the run.
+        policy: the site's policy, which determines unit and delta.
+        **planned: all other fields of the `Plan`.
 
     Raises:
-        ConfigError: a value of the plan, whose other fields are `planned`, is out of range.
+        ConfigError: a value of the plan is out of range.
     """
     population = policy.population
     plan = Plan(unit=population.unit, delta=policy.budget.delta, num_rounds=1, **planned)
@@ -31,17 +37,20 @@ def propose_release(kind: str, name: str, policy: Policy, **planned: Any) -> Pro
 
 
 def release_sum(rows: Iterable[Sequence[float]], plan: Plan, *, width: int, stream: RandomStream) -> list[float]:
-    """Release the sum of `rows`, with noise on each value.
+    """Release the sum of `rows` with noise on each value.
 
     Args:
-        rows: the `width` values of each unit; a row whose norm is above the clip norm is scaled down to it.
-        plan: of the release: the clip norm is the most that one unit may add, in the norm of `clip_to_cells`.
+        rows: (units, width), the values of each unit; a row above the clip norm is scaled down to the clip norm.
+        plan: plan of the release; its clip norm limits the contribution of one unit, in the norm of `clip_to_cells`.
         width: number of values.
         stream: source of the noise.
 
-    Guarantee: one `GaussianDpEvent` or `LaplaceDpEvent` with the plan's noise multiplier, on all units.  Sums are whole
-    numbers of cells, and the noise is a real number rounded to one, so the sum of both is the mechanism of real numbers
-    and then rounding, as in `mechanism.add_gaussian_noise`.
+    Returns:
+        (width,), the noised sums, in the unit of `rows`.
+
+    Guarantee: one `GaussianDpEvent` or `LaplaceDpEvent` with the plan's noise multiplier, on all units. Sums are
+    integers (cells), and the noise is a real number rounded to an integer, so the result equals the mechanism on real
+    numbers followed by rounding, as in `mechanism.add_gaussian_noise`.
     """
     sums = [0] * width
     for row in rows:
@@ -54,12 +63,12 @@ def release_sum(rows: Iterable[Sequence[float]], plan: Plan, *, width: int, stre
 
 
 def clip_to_cells(values: Sequence[float], plan: Plan) -> list[int]:
-    """Scale one unit's values to at most the clip norm, and round them towards zero to cells of 2**-24 of it.
+    """Clip one unit's values to the clip norm, and round them towards zero to cells of 2**-24 of the clip norm.
 
-    The norm is the one that the noise hides: the L2 norm for Gaussian noise, the L1 norm for Laplace noise.
+    The norm is L2 for Gaussian noise and L1 for Laplace noise. Non-finite values count as 0.
 
-    Guarantee: the result depends on `values` alone, and its norm is at most 2**24 cells, exactly: it is computed again
-    in whole numbers, and a vector beyond it counts as zero.  So does a value that is not finite.
+    Guarantee: the result depends only on `values`, and its norm is at most 2**24 cells, exactly: the norm is checked in
+    integer arithmetic, and a vector above the bound becomes zero.
     """
     usable = [value if math.isfinite(value) else 0.0 for value in map(float, values)]
     gaussian = plan.noise == "gaussian"

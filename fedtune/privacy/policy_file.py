@@ -1,4 +1,4 @@
-"""Conversion between `site.toml` and `Policy`."""
+"""Reading and writing policies as `site.toml` and as JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.spec import name_file_in_errors
 
 OTHER_TABLES = ("machine", "about")
-"""Tables of a `site.toml` that decide nothing about its records, so that they are in no policy, digest and ledger."""
+"""Tables of a `site.toml` without rules about records; not part of any policy, digest or ledger."""
 
 
 def read_policy(path: Path) -> Policy:
-    """Read the policy in the file `path`; `OTHER_TABLES` are not read.
+    """Read a policy from a `site.toml`, without its `OTHER_TABLES`.
 
     Raises:
-        ConfigError: names the file, the key, its value and the accepted values.
+        ConfigError: the file is not a valid policy; names the file, the key, its value and the accepted values.
     """
     table = read_toml(path, key="policy")
     with name_file_in_errors(path):
@@ -32,7 +32,7 @@ def read_policy(path: Path) -> Policy:
 
 
 def decode_policy_json(fields: object) -> Policy:
-    """Decode a policy that `Policy.to_json` wrote.
+    """Decode the output of `Policy.to_json`.
 
     Raises:
         ConfigError: the fields are not those of a policy.
@@ -46,8 +46,10 @@ def decode_policy_json(fields: object) -> Policy:
 def iter_permanent_marks(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tuple[str, str]]:
     """Yield the permanent marks that a policy leaves on a ledger.
 
-    `before` is the budget of the previous policy if anything has been charged, else None; `time` is the time of the
-    event that records the policy.
+    Args:
+        policy: the new policy.
+        before: budget of the previous policy if anything has been charged, else None.
+        time: time of the event that records the policy, ISO 8601.
     """
     kinds = {"inexact_gradients": policy.allow.inexact_gradients, "simulated": policy.simulated}
     yield from ((kind, "") for kind, is_so in kinds.items() if is_so)
@@ -67,10 +69,10 @@ def iter_permanent_marks(policy: Policy, *, before: Budget | None, time: str) ->
 
 
 def build_never_accepted_mark(run: str, lead: str) -> tuple[str, str]:
-    """Return the mark for a run that its lead ended before this ledger accepted it."""
+    """Build the mark of a run that its lead ended before this ledger accepted it."""
     return "never", f"{run} of {lead}"
 
 
 def write_policy(policy: Policy, path: Path, *, others: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Write `policy` to `path` so that `read_policy` reads it back unchanged, with `others` of `OTHER_TABLES`."""
+    """Write a policy as `site.toml`, with the tables `others` of `OTHER_TABLES`; `read_policy` restores it exactly."""
     write_durably(path, to_toml({**dataclasses.asdict(policy), **others}).encode())

@@ -1,4 +1,4 @@
-"""A lead's proposal to a site, or a site's own release: everything that the site's policy decides on."""
+"""The proposal of a run or of a site's own release: the input of every policy decision."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from fedtune.spec import spec
 _MOST_TEXT = 300
 _TEXT = f"must be printable text of 1 to {_MOST_TEXT} characters"
 
-UNVERIFIED = "unverified"  # stands for the base model's SHA-256 where a run names none
+UNVERIFIED = "unverified"  # in place of the SHA-256 if a run names no base model
 
 
 @spec
 class Proposal:
-    """A proposed run, on which a site decides.
+    """A proposed run, the subject of a policy decision.
 
     Attributes:
         run: the run's identifier.
-        lead: public key of the lead that proposes the run, in hex; "" for a release of the site's own, which no lead
-            can propose.
+        lead: public key of the lead, in hex; "" for a site's own release, which no lead can propose.
         dataset: id of the site's data set to train on.
         task: name of the training task.
         base_model: SHA-256 of the base model's weights; "unverified" if the run names none.
         target_modules: modules that receive an adapter.
-        rank: of the LoRA matrices; 1 for adapters without a rank.
-        train_head: whether a task head is trained and released too.
-        seeded_noise: whether the noise comes from a seed: a study without a guarantee.
-        dtype: number format of the frozen weights.
-        lora_scale: the factor of an adapter's product of matrices; `head_scale` is the factor of the head's scores.
-            Rounding error, which the accounting does not cover, grows with both.
-        num_sites: the number of participating sites according to the lead: an unverified claim, shown as such.
+        rank: rank of the LoRA matrices; 1 for adapters without a rank.
+        train_head: whether a task head is also trained and released.
+        seeded_noise: whether the noise comes from a seed, as in studies without a guarantee.
+        dtype: floating-point or quantized format of the frozen weights.
+        lora_scale: scaling factor of the adapter's matrix product. Rounding error, which the accounting does not cover,
+            grows with `lora_scale` and `head_scale`.
+        head_scale: scaling factor of the task head's scores.
+        num_sites: number of participating sites according to the lead. Reports mark this claim as unverified.
         plan: the parameters that determine the cost of the releases.
-        adapter: the kind of adapter, such as "lora".
-        algorithm: what the site does around its noisy steps, such as "fedavg" or "scaffold"; none of them changes a
-            guarantee.
-        start_adapter: digest of the earlier adapter from which the run starts; "" for a new adapter.
+        adapter: type of adapter, such as "lora".
+        algorithm: federated algorithm, such as "fedavg" or "scaffold": the site's computations around its noisy steps.
+            No algorithm changes the guarantee.
+        start_adapter: digest of the initial adapter, which an earlier run trained; "" for a new adapter.
     """
 
     run: str
@@ -64,7 +64,7 @@ class Proposal:
     start_adapter: str = ""
 
     def __post_init__(self) -> None:
-        # A proposal comes from a server: the reader checks types, this the form of each value, the policy its content.
+        # A proposal comes from a server: the decoder checks types, this method formats, and the policy values.
         for name in (
             "run",
             *(["lead"] if self.lead else []),
@@ -85,17 +85,19 @@ class Proposal:
             require(name, getattr(self, name), getattr(self, name) >= 1, "must be a whole number of at least 1")
         for name in ("lora_scale", "head_scale"):
             value = getattr(self, name)
-            right = type(value) is float and math.isfinite(value) and value >= 0  # 1 would have another digest than 1.0
+            right = (
+                type(value) is float and math.isfinite(value) and value >= 0
+            )  # 1 and 1.0 would have different digests
             require(name, value, right, "must be a number of at least 0")
         right = re.fullmatch(r"([0-9a-f]{64})?", self.start_adapter, re.ASCII) is not None
         require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON in the canonical form that `digest` hashes; `codec.decode` reads it."""
+        """Return the canonical JSON object that `digest` hashes; `codec.decode` reads it."""
         fields = dataclasses.asdict(self)
         for key, before in (("start_adapter", ""), ("adapter", "lora"), ("algorithm", "fedavg")):
             if fields[key] == before:
-                del fields[key]  # what is usual is not said, so that one proposal has one digest
+                del fields[key]  # defaults are omitted, so that the encoding is unique
         return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
 
     def digest(self) -> str:
@@ -104,5 +106,5 @@ class Proposal:
 
 
 def _is_text(value: str) -> bool:
-    # A lone half of a surrogate pair is a text to Python, but cannot be written down.
+    # A lone surrogate is a valid str, but cannot be encoded.
     return 1 <= len(value) <= _MOST_TEXT and value.isprintable()

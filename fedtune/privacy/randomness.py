@@ -1,7 +1,7 @@
-"""Cryptographic randomness for noise and sampling: an AES-256-CTR keystream, keyed by the operating system's CSPRNG.
+"""Cryptographic randomness for noise and sampling: AES-256-CTR keystreams, keyed by the operating system's CSPRNG.
 
 torch's CPU generator keeps only 32 bits of its seed, and numpy's generators are not cryptographically secure, so
-neither of them draws noise or samples here.  Each stream serves one purpose, is used once, and is never stored.
+neither of them draws noise or samples here. Each stream serves one purpose, is used once, and is never stored.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _MOST_EXTENSIONS = 8
 """Extensions of 128 bits each.  The probability that none of them decides a value is far below 2^-900."""
 
 
-_interval_context = cache(MPIntervalContext)  # takes milliseconds to make; an interval holds at any precision
+_interval_context = cache(MPIntervalContext)  # creating a context takes milliseconds
 
 
 class RandomStream:
-    """A cryptographic keystream that yields uniform bits, Bernoulli bits and rounded Gaussian values.
+    """A cryptographic keystream that yields uniform bits, Bernoulli bits, and rounded Gaussian and Laplace values.
 
     Args:
-        key: 32 bytes.  Secret, except in a marked study.
+        key: AES-256 key of 32 bytes. Secret, except in a marked study.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -43,23 +43,26 @@ class RandomStream:
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)
 
     def bernoulli(self, count: int, probability: float) -> npt.NDArray[np.bool_]:
-        """Draw `count` independent bits, each set with `probability` (exact to 2**-64, rounded down)."""
+        """Draw `count` independent Bernoulli bits with `probability`, rounded down to a multiple of 2**-64."""
         if probability >= 1:  # 2**64 does not fit into 64 bits
             return np.ones(count, dtype=np.bool_)
         return self.uniform64(count) < np.uint64(int(probability * 2.0**64))
 
     def draw_rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
-        """Draw `count` independent normal values of standard deviation `deviation`, each rounded to the nearest
-        integer.
+        """Draw `count` independent normal values with mean 0, each rounded to the nearest integer.
 
-        Guarantee: exact.  A Box-Muller pair is a function of two uniform real numbers, and the first 64 bits of each
-        are drawn.  The float64 result is used unless it is so close to the midpoint of two integers that its error
-        bound could change the rounding.  Such a pair (a few in 10^6 at a noise of one clip norm) draws further bits,
-        and interval arithmetic decides once both ends round to the same integer.  So no gaps in the floating-point grid
-        reveal the value without noise (Mironov 2012), and the tails are complete.
+        Args:
+            count: number of values.
+            deviation: standard deviation before rounding.
+
+        Guarantee: exact. A Box-Muller pair is a function of two uniform real numbers, and the first 64 bits of each are
+        drawn. The float64 result is used unless it is so close to the midpoint of two integers that its error bound
+        could change the rounding. Such a pair (a few in 10^6 at a noise of one clip norm) draws further bits, and
+        interval arithmetic decides once both ends of the interval round to the same integer. So no gaps in the
+        floating-point grid reveal the value without noise (Mironov 2012), and the tails are complete.
 
         Assumptions: numpy's log, sqrt, sin and cos are accurate to the bound in `_apply_box_muller`, which
-        tests/privacy/test_randomness.py measures, and the keystream cannot be distinguished from random bits.
+        tests/privacy/test_randomness.py measures, and the keystream is indistinguishable from random bits.
         """
         pairs = -(-count // 2)
         radius_bits, angle_bits = self.uniform64(pairs), self.uniform64(pairs)
@@ -77,8 +80,8 @@ class RandomStream:
     def draw_rounded_laplace(self, count: int, scale: float) -> list[int]:
         """Draw `count` independent Laplace values of scale `scale`, each rounded to the nearest integer.
 
-        Guarantee: exact, as in `_decide_rounding`: no floating-point number decides.  The absolute value is -scale x
-        log(u) for a uniform real number u, and a bit of its own decides the sign.
+        Guarantee: exact, as in `_decide_rounding`: no rounding decision uses floating-point arithmetic. The absolute
+        value is -scale x log(u) for a uniform real number u, and a separate random bit decides the sign.
         """
         prefixes, signs = self.uniform64(count), self.bernoulli(count, 0.5)
         sizes = [
@@ -87,7 +90,7 @@ class RandomStream:
         return [size if positive else -size for size, positive in zip(sizes, signs, strict=True)]
 
     def _round_exactly(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
-        """Round one Box-Muller pair exactly."""
+        """Round one Box-Muller pair exactly, by interval arithmetic."""
 
         def pair(intervals: Any, uniform: Any, turn: Any) -> list[Any]:
             radius, angle = deviation * intervals.sqrt(-2 * intervals.log(uniform)), 2 * intervals.pi * turn
@@ -97,11 +100,13 @@ class RandomStream:
         return first, second
 
     def _decide_rounding(self, prefixes: list[int], values: Callable[..., list[Any]]) -> list[int]:
-        """Round `values` of uniform real numbers exactly: draw further bits until all of them are decided.
+        """Round functions of uniform real numbers exactly: draw further bits until every rounding is decided.
 
         Args:
-            prefixes: the first 64 bits of each uniform number; the logarithm of the first number may be taken.
-            values: takes a context of interval arithmetic and an interval for each uniform number.
+            prefixes: the first 64 bits of each uniform number; only the first number may be the argument of a
+                logarithm.
+            values: function of an interval-arithmetic context and one interval per uniform number; returns the values
+                to round.
         """
         intervals, num_bits = _interval_context(), 64
         for _ in range(_MOST_EXTENSIONS):
@@ -124,11 +129,14 @@ class RandomStream:
 def _apply_box_muller(
     radius_bits: npt.NDArray[np.uint64], angle_bits: npt.NDArray[np.uint64], deviation: float
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Apply Box-Muller in float64; return the values, (2, pairs), and a bound on the error of each pair, (pairs,).
+    """Apply the Box-Muller transform in float64, with error bounds.
 
-    The exact uniform number is within one unit of its 64-bit prefix.  The prefix and the conversion to float64 change
-    its logarithm by 1/bits + 2^-53, and hence the radius r = sqrt(-2 log u) by that amount divided by r; the rest is a
-    few units in the last place of r and of a sine or cosine.  The bound at least doubles each term.
+    The exact uniform number is within one unit of its 64-bit prefix. The prefix and the conversion to float64 change
+    its logarithm by 1/bits + 2^-53, and hence the radius r = sqrt(-2 log u) by that amount divided by r; the remaining
+    error is a few units in the last place of r and of a sine or cosine. The bound at least doubles each term.
+
+    Returns:
+        The values, (2, pairs), and an error bound for each pair, (pairs,).
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         # abs, not minus: bits that round to 1.0 would give a radius of -0.0 and an error of minus infinity.
@@ -140,21 +148,17 @@ def _apply_box_muller(
 
 
 def _round_to_nearest(end: Any) -> int:
-    """Return the integer nearest to an end of an interval; exact, because mpmath stores the end as a binary
-    fraction.
-    """
+    """Round an endpoint of an interval to the nearest integer, exactly: mpmath stores it as a binary fraction."""
     numerator, denominator = to_rational(end)
     return int((2 * numerator + denominator) // (2 * denominator))
 
 
 class Randomness(Protocol):
-    """A source of random streams, one for each purpose."""
+    """A source of random streams for noise and sampling."""
 
     @property
     def seeded(self) -> bool:
-        """Whether the streams come from a seed, so that anybody who knows it can repeat them; there is no guarantee
-        then.
-        """
+        """Whether the streams derive from a seed; with the seed, anybody can repeat them, so there is no guarantee."""
         ...
 
     def stream(self, *purpose: str | int) -> RandomStream:
@@ -163,20 +167,20 @@ class Randomness(Protocol):
 
 
 class SystemRandomness:
-    """The only source at real sites: every stream is keyed with 256 fresh bits from the operating system's CSPRNG."""
+    """Streams keyed with 256 fresh bits of the operating system's CSPRNG; the only source at real sites."""
 
     seeded = False
 
     def stream(self, *purpose: str | int) -> RandomStream:
-        """Return a stream that nobody can repeat."""
+        """Return a fresh stream that cannot be reproduced."""
         return RandomStream(os.urandom(32))
 
 
 @dataclass(frozen=True)
 class SeededRandomness:
-    """Repeatable streams for tests and studies.
+    """Reproducible streams for tests and studies.
 
-    Guarantee: none.  Anyone who knows or guesses the seed can subtract the noise; runs that use it are marked.
+    Guarantee: none. Anyone who knows or guesses the seed can subtract the noise; the ledger and reports mark such runs.
     """
 
     seed: int

@@ -1,7 +1,7 @@
-"""Everything that may leave a site besides its name: updates, refusals, receipts and offers.
+"""Types of everything that may leave a site apart from its name: updates, refusals, receipts and offers.
 
 Each field is either noised (an update's tensors and scores) or computed from the request, the plan, the ledger's own
-events and fedtune's own files.  No field holds an exact count, loss, gradient norm, file name or exception text.
+events and fedtune's own files. No field holds an exact count, loss, gradient norm, file name or exception text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
 
 
 class Reason(StrEnum):
-    """The reason why a reply is not an update.  The set is closed, so that no free text leaves a site."""
+    """Reason of a refusal. The set is closed, so that no free text leaves a site."""
 
     # Rules of the site's policy, by the names they have in site.toml.
     LEADS = "leads"
@@ -66,7 +66,7 @@ class Reason(StrEnum):
     LEAST_THRESHOLD = "least_threshold"
     COLLUDERS = "colluders"
     MAX_EPSILON_IF_ALL_COLLUDE = "max_epsilon_if_all_collude"
-    # What the ledger knows of the run.
+    # The state of the run in the ledger.
     FROZEN = "frozen"
     PLAN_CHANGED = "plan_changed"
     PLAN_EXHAUSTED = "plan_exhausted"
@@ -76,7 +76,7 @@ class Reason(StrEnum):
     LEDGER_BEHIND_RECEIPT = "ledger_behind_receipt"
     BASE_MODEL_MISSING = "base_model_missing"
     SETTINGS = "settings"
-    # What a person at the site has decided, or is yet to decide.
+    # A decision by a person at the site, made or pending.
     AWAITING_APPROVAL = "awaiting_approval"
     DENIED = "denied"
     PAUSED = "paused"
@@ -89,27 +89,27 @@ class Reason(StrEnum):
     ADAPTER_SHAPE = "adapter_shape"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
-    # A step of secure aggregation; `asked` says which of the protocol's reasons.
+    # A step of secure aggregation; `asked` has the protocol's own reason.
     SECURE_STEP = "secure_step"
 
     @property
     def is_final(self) -> bool:
-        """Whether the run is refused for good, so that asking again will not help."""
+        """Whether the site refuses the run permanently, so that a retry is pointless."""
         return self not in _ABOUT_ONE_REQUEST
 
     @property
     def is_from_stranger(self) -> bool:
-        """Whether the sender did not prove to be an allowed lead."""
+        """Whether the sender failed to prove that it is an allowed lead."""
         return self in _OF_A_STRANGER
 
     @property
     def concerns_budget(self) -> bool:
-        """Whether fewer rounds or more noise might be accepted."""
+        """Whether a proposal with fewer rounds or more noise might be accepted."""
         return self in _ABOUT_BUDGET
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a person at the site may change the answer, so that asking again later can help."""
+        """Whether the site may accept a retry after a decision by a person there."""
         return self in _WAITING
 
 
@@ -151,27 +151,27 @@ Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The change of an adapter by training, in bfloat16: name -> the upper 16 bits of each float32."""
+    """An adapter update in bfloat16, relative to the adapter before training: name -> upper 16 bits of each float32."""
 
     halves: Mapping[str, npt.NDArray[np.uint16]]
 
 
-_MOST_HEADER_BYTES = 1 << 20  # bounded, since names and shapes become Python objects that are many times as large
+_MOST_HEADER_BYTES = 1 << 20  # names and shapes become Python objects of many times that size
 _MASKED, _BFLOAT16 = "masked", "bfloat16"
 """In an update's header, "masked" is in place of tensors, and {"bfloat16": tensors} says that a difference follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """The adapter after a site's noisy steps, optionally with noised scores of the adapter before these steps.
+    """A site's noised adapter after a round, optionally with noised scores of the adapter before the round.
 
     Attributes:
-        tensors: the adapter, its change, or the masked vector for secure aggregation.
-        scores: noised mean score and noised count of the held-out units, as `mechanism.noised_scores` returns them;
-            None if the plan releases no scores.
+        tensors: the new adapter, the difference to the previous adapter, or the masked vector for secure aggregation.
+        scores: noised mean score and noised count of the held-out units (`mechanism.release_scores`); None if the plan
+            releases no scores.
 
-    Guarantee: post-processing of the round's `DpEvent`, at the cost that the ledger reserved for the round.  Rounding
-    to bfloat16 is post-processing too: it comes after the noise, and depends only on values that the lead has.  For a
+    Guarantee: post-processing of the round's `DpEvent`, at the cost that the ledger reserved for the round. Rounding to
+    bfloat16 is post-processing too: it comes after the noise, and depends only on values that the lead has. For a
     masked vector the guarantee applies to secure aggregation over as many sites as the plan requires; the vector alone
     reveals nothing (`fedtune.federation.secure`).
     """
@@ -184,9 +184,9 @@ class Update:
     _bytes: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def to_bytes(self) -> bytes:
-        """Encode canonically: magic, header length, JSON header, then each tensor or the masked vector.
+        """Encode the update canonically: magic, header length, JSON header, then the tensors or the masked vector.
 
-        Numbers are little-endian.  The result is cached, so that receipt, ledger and message contain the same bytes.
+        Numbers are little-endian. The result is cached, so that receipt, ledger and message contain identical bytes.
         """
         if not self._bytes:
             header, following = self._encode_parts()
@@ -194,7 +194,7 @@ class Update:
         return self._bytes
 
     def _encode_parts(self) -> tuple[bytes, list[memoryview]]:
-        """Return the encoded header, and the buffers that follow it."""
+        """Return the encoded JSON header and the buffers of the tensors."""
         shapes: Any
         match self.tensors:
             case Masked(data):
@@ -210,10 +210,10 @@ class Update:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Update:
-        """Decode an update that `to_bytes` wrote.
+        """Decode the output of `to_bytes`.
 
         Raises:
-            ConfigError: the bytes are not exactly the encoding of an update.
+            ConfigError: the bytes are not the canonical encoding of an update.
         """
         start = len(_MAGIC) + 8
         try:
@@ -228,7 +228,7 @@ class Update:
                 tensors=_decode_tensors(header["tensors"], memoryview(data)[start + size :]),
                 scores=decode_value("scores", header["scores"], tuple[float, float] | None),
             )
-            # One update has one encoding, so that no extra field, other type or spacing can carry data out.
+            # The encoding is unique, so that no extra field, type or whitespace can smuggle data out.
             finite = all(map(math.isfinite, update.scores or ()))
             if not finite or update._encode_parts()[0] != data[start : start + size]:
                 raise ValueError("header")
@@ -239,7 +239,7 @@ class Update:
 
 
 def _decode_tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
-    """Read the tensors after an update's header.
+    """Decode the tensors after an update's header.
 
     Raises:
         ValueError, TypeError or KeyError: the data does not match the header.
@@ -261,17 +261,17 @@ def _decode_tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Mas
 
 
 class _Plain:
-    """A release of plain values.  Its texts are shown to people, so each must be one printable line."""
+    """A release of plain values. People read its texts, so each text must be one printable line."""
 
     __slots__ = ()
     _magic: ClassVar[bytes]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON."""
+        """Return the fields as a JSON object."""
         return dict(asdict(self))  # type: ignore[call-overload]
 
     def to_bytes(self) -> bytes:
-        """Return the canonical bytes of an answer, over which its receipt is signed."""
+        """Return the canonical bytes of an answer, whose digest the accompanying receipt signs."""
         return self._magic + json.dumps(self.to_json(), sort_keys=True).encode()
 
     @classmethod
@@ -294,22 +294,24 @@ class _Plain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt(_Plain):
-    """A site's signed statement of the charges in its ledger for a run; the lead derives the site's epsilon from it.
+    """A site's signed statement of a run's charges in its ledger, from which the lead derives the site's epsilon.
 
-    `sequence` counts all events of the ledger, so a lead can see that other runs were charged too.
+    `sequence` counts all events of the ledger, so a lead can notice charges of other runs.
 
     Attributes:
         charged_rounds: number of reserved rounds, with or without a reply.
-        ended: whether the ledger will never charge the run again, whatever its lead requests.
-        plan: digest of the plan that the ledger accepted; empty for a run that it never accepted.
+        ended: whether the ledger will never charge the run again, regardless of further requests.
+        plan: digest of the accepted plan; empty for a run that the ledger never accepted.
         seeded_noise: whether the run takes its noise from a seed.
         simulated: whether the site belongs to a simulation.
-        sequence: number of the ledger's newest lasting event, which is a charge or a note.
-        head: that event's hash with a secret salt, so that nobody can test guesses about the ledger's content.  The
-            lead returns the receipt with its next request; a ledger that does not contain it was rolled back.
-        site_key: the site's public key.
-        signature: by `site_key`, on all other fields.
-        reply: SHA-256, in hex, of the canonical bytes of the accompanying answer; empty if the receipt came alone.
+        sequence: number of the newest lasting event (charge or note) in the ledger.
+        head: hash of the newest lasting event with a secret salt, which prevents guesses about the ledger's content.
+            The lead returns the receipt with its next request; a ledger that does not contain the event was rolled
+            back.
+        site_key: public key of the site.
+        signature: signature by `site_key` on all other fields.
+        reply: SHA-256, in hex, of the canonical bytes of the accompanying answer; empty for a receipt without an
+            answer.
     """
 
     site: str
@@ -326,19 +328,19 @@ class Receipt(_Plain):
     reply: str = ""
 
     def encode_signed_bytes(self) -> bytes:
-        """Return the bytes that are signed."""
+        """Encode all fields except the signature, for signing and verification."""
         fields = self.to_json()
         del fields["signature"]
         return json.dumps(fields, sort_keys=True).encode()
 
     def has_valid_signature(self) -> bool:
-        """Whether the signature is valid for `site_key`."""
+        """Whether `site_key` signed the receipt."""
         return is_signed(self.site_key, RECEIPT, self.encode_signed_bytes(), self.signature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal(_Plain):
-    """A reply without an update.  `asked` and `allowed` come only from the request, the policy and the ledger."""
+    """An answer without an update. `asked` and `allowed` come only from the request, the policy and the ledger."""
 
     site: str
     run: str
@@ -351,7 +353,7 @@ class Refusal(_Plain):
 
     @property
     def as_text(self) -> str:
-        """The reason, with the requested and the allowed value if known."""
+        """The reason, with the requested and the allowed value where available."""
         return ", ".join(filter(None, (self.reason.value, format_asked_and_allowed(self.asked, self.allowed))))
 
 
@@ -360,9 +362,9 @@ class Offer(_Plain):
     """The largest part of a proposed run that a site would accept now, computed only from proposal, policy and ledger.
 
     Attributes:
-        most_rounds: the most rounds accepted at the proposal's noise; 0 if none.
-        least_noise: the smallest noise multiplier accepted for the proposal's rounds; None if no noise suffices.
-        nonce: the invitation's nonce, so that an old offer cannot answer a new invitation.
+        most_rounds: maximum number of rounds at the proposal's noise; 0 if none.
+        least_noise: smallest noise multiplier for the proposal's rounds; None if no noise suffices.
+        nonce: nonce of the invitation, so that an old offer cannot answer a new invitation.
         software: version and build of fedtune at the site.
     """
 
@@ -380,7 +382,7 @@ Answer = Update | Refusal | Offer  # a site's answer; its receipt is signed over
 
 
 class Refused(RefusedError):
-    """Error that a site raises to answer a request with a refusal."""
+    """The exception for a request that a site answers with a refusal."""
 
     def __init__(self, reason: Reason, *, asked: object = None, allowed: object = None) -> None:
         self.reason = reason
@@ -390,11 +392,11 @@ class Refused(RefusedError):
         super().__init__(f"{reason}: {said}" if said else reason.value)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON: the rule, the requested value and the allowed value."""
+        """Return the rule, the requested value and the allowed value as a JSON object."""
         return {"rule": self.reason.value, "asked": self.asked, "allowed": self.allowed}
 
 
 def format_asked_and_allowed(asked: str | None, allowed: str | None) -> str:
-    """Format the requested and the allowed value of a refusal; empty if neither is known."""
+    """Format the requested and the allowed value of a refusal; empty if both are None."""
     values = {"asked": asked, "allowed": allowed}
     return ", ".join(f"{word} {value}" for word, value in values.items() if value is not None)

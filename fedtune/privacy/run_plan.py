@@ -1,6 +1,4 @@
-"""The plan of a run: every parameter that determines the cost of its releases, fixed before any private data is
-read.
-"""
+"""A run's plan: every parameter that determines its privacy cost, fixed before any private data is read."""
 
 from __future__ import annotations
 
@@ -23,34 +21,34 @@ from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, Noise, Pri
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
 _ONLY_WITH = {"shared": "secure aggregation", "cohorts": "arrivals", "runs": "further runs", "noise": "Laplace"}
-MORE_THAN_DECLARED = 4.0  # a site may have this many times the units that it declares; most publish a rounded number
+MORE_THAN_DECLARED = 4.0  # bound on actual over declared units; most sites publish a rounded number
 
 
 @spec
 class Plan:
-    """The mechanisms that a site will run for one federated training, or for a release of its own.
+    """The mechanisms that a site will run for one federated training, or for its own release.
 
     Attributes:
         unit: the privacy unit.
         delta: the delta of every epsilon of the run.
         sampling_rate: probability with which each unit joins a step.
-        noise_multiplier: standard deviation, over the clip norm, of the noise that the site itself adds; 0 in a run
-            without privacy.
+        noise_multiplier: standard deviation of the site's own noise, divided by the clip norm; 0 in a run without
+            privacy.
         max_grad_norm: clip norm C.
-        local_steps: noisy steps per round.
+        local_steps: number of noisy steps per round.
         num_rounds: planned number of rounds.
-        spare_rounds: additional rounds that are budgeted for retries of interrupted rounds.
-        metrics_noise_multiplier: noise multiplier of each round's held-out scores, as in `mechanism.noised_scores`; 0:
-            no scores are released.
-        records_per_user: most records of one unit in a step.  The unit's clipped mean has at most the clip norm for any
-            number of records, so no epsilon depends on it; a site may limit it all the same.
-        shared: how the sites share the noise in secure aggregation; each round is then one sum, with one clipped
-            gradient sum from each site.  None: each site adds all of its noise itself.
+        spare_rounds: additional rounds in the budget, for retries of interrupted rounds.
+        metrics_noise_multiplier: noise multiplier of each round's held-out scores (`mechanism.release_scores`); 0: no
+            scores are released.
+        records_per_user: maximum number of records of one unit in a step. The unit's clipped mean has at most the clip
+            norm for any number of records, so no epsilon depends on it; a site's policy may still limit it.
+        shared: division of the noise among the sites in secure aggregation; each round is then one sum, with one
+            clipped gradient sum from each site. None: each site adds the complete noise itself.
         cohorts: the arrival cohorts that the run admits and charges; None: everybody, in a population without arrivals.
-        runs: how many runs like this one may use the same person's records; the noise is calibrated to the epsilon of
-            all of them together.
-        noise: how the noise is distributed; "laplace" only for a release of a site's own, whose noise multiplier is its
-            scale over the L1 sensitivity.
+        runs: number of runs like this one that may use the same person's records; the noise is calibrated to the
+            epsilon of their composition.
+        noise: noise distribution; "laplace" only for a site's own release, where the noise multiplier is the scale
+            divided by the L1 sensitivity.
     """
 
     unit: Unit
@@ -69,9 +67,9 @@ class Plan:
     noise: Noise = "gaussian"
 
     def __post_init__(self) -> None:
-        # A plan also comes from a server's request: nothing about it is taken on trust.
+        # A plan may come from a server's request, so every field is checked.
         check_fraction("sampling_rate", self.sampling_rate, one=True)
-        # Within these, accounting can be computed; no sensible plan is outside.
+        # Limits within which the accounting is computable.
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         for name in ("noise_multiplier", "metrics_noise_multiplier"):
             accountant.check_noise(name, getattr(self, name), none=True)
@@ -94,7 +92,7 @@ class Plan:
             bound = "must be 1 with secure aggregation: only a site's own noise would protect its local steps"
             require("local_steps", self.local_steps, self.local_steps == 1, bound)
         for name in ("delta", "sampling_rate", "noise_multiplier", "max_grad_norm", "metrics_noise_multiplier"):
-            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 1 and -0.0 would have other digests
+            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 1 and -0.0 would change the digest
 
     @classmethod
     def from_privacy(
@@ -107,10 +105,17 @@ class Plan:
         together: Together | None = None,
         bound: int = USUAL_BOUND,
     ) -> Plan:
-        """Create the plan of a run; missing noise is calibrated for all rounds, spare rounds and `runs` together.
+        """Create the plan of a run; a missing noise multiplier is calibrated for all rounds, spare rounds and planned
+        runs.
 
-        `together` names the sites that share the noise in secure aggregation, and `bound` limits the values of a site's
-        sum there, in clip norms; an explicit noise multiplier is then that of each site's share.
+        Args:
+            privacy: the privacy settings of the run.
+            local_steps: number of noisy steps per round.
+            num_rounds: planned number of rounds.
+            spare_rounds: additional rounds in the budget, for retries.
+            together: the sites that share the noise in secure aggregation; an explicit noise multiplier is then that of
+                one share. None: no secure aggregation.
+            bound: largest absolute value in a site's sum under secure aggregation, in clip norms.
 
         Raises:
             ConfigError: a value is out of range, or no noise multiplier reaches the target epsilon.
@@ -157,51 +162,51 @@ class Plan:
 
     @property
     def most_rounds(self) -> int:
-        """The maximum number of rounds that a site may be charged for, retries included."""
+        """Maximum number of rounds that a site may be charged for, retries included."""
         return self.num_rounds + self.spare_rounds
 
     @property
     def full_event(self) -> DpEvent:
-        """The event of all rounds that may be charged."""
+        """Privacy event of all rounds that may be charged."""
         return self.event(rounds=self.most_rounds)
 
     @property
     def all_runs_event(self) -> DpEvent:
-        """The event of all `runs` together, for whose epsilon the noise was calibrated."""
+        """Privacy event of all planned runs together; the noise was calibrated to its epsilon."""
         return self.event(rounds=self.most_rounds * self.runs)
 
     @property
     def noise_multipliers(self) -> tuple[float, ...]:
-        """All noise multipliers that the accounting uses: of training and, if released, of the scores."""
+        """All noise multipliers in the accounting: of training and, if released, of the scores."""
         return (self.accounted_noise, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
 
     @property
     def secure_noise(self) -> SharedNoise:
-        """The shared noise of a plan with secure aggregation; the plan must have one."""
+        """Shared noise of a plan with secure aggregation."""
         assert self.shared is not None, "a plan of secure aggregation"
         return self.shared
 
     @property
     def accounted_noise(self) -> float:
-        """The noise multiplier used in accounting: the site's own or, in secure aggregation, that of the fewest honest
+        """Noise multiplier in the accounting: the site's own or, in secure aggregation, that of the fewest honest
         shares.
         """
         return self.noise_multiplier if self.shared is None else self.shared.smallest_honest_noise
 
     def with_noise(self, noise_multiplier: float) -> Plan:
-        """Return a copy of the plan with another noise multiplier; with secure aggregation, with another share."""
+        """Return a copy of the plan with another noise multiplier; in secure aggregation, that of one share."""
         shared = None if self.shared is None else self.shared.with_share(noise_multiplier, bound=self.shared.bound)
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
     @property
     def with_own_noise_only(self) -> Plan:
-        """The plan with only the site's own share of the noise: the cost of a run if all other sites collude."""
+        """The plan with only the site's own noise share, as if all other sites colluded."""
         return dataclasses.replace(self, shared=None)
 
     def compute_epsilons_by_trust(self, rounds: int) -> Epsilons | None:
-        """Return the epsilon of `rounds` rounds against each adversary; None without secure aggregation.
+        """Compute the epsilon of `rounds` rounds against each adversary; None without secure aggregation.
 
-        Each sum is assumed to have as few sites as the plan allows.
+        Each sum is assumed to have the minimum number of sites.
         """
         if self.shared is None:
             return None
@@ -214,11 +219,11 @@ class Plan:
         )
 
     def event(self, *, rounds: int = 1) -> DpEvent:
-        """Return the privacy event of `rounds` rounds of this plan, released scores included.
+        """Build the privacy event of `rounds` rounds of this plan, released scores included.
 
-        Guarantee: under add-or-remove-one-unit adjacency.  Secure aggregation counts as a sum over the fewest sites
-            that the
-        plan allows, minus its colluders: a sum over more sites reveals less (`fedtune.privacy.distributed_noise`).
+        Guarantee: under add-or-remove-one-unit adjacency. Secure aggregation counts as a sum over the smallest number
+        of sites that the plan allows, minus its colluders: a sum over more sites reveals less
+        (`fedtune.privacy.distributed_noise`).
         """
         training = events.build_dp_sgd_event(
             sampling_rate=self.sampling_rate, noise_multiplier=self.accounted_noise, steps=self.local_steps * rounds
@@ -229,9 +234,7 @@ class Plan:
         return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
     def to_json(self) -> dict[str, object]:
-        """Return plain JSON in the canonical form that `digest` hashes, without defaults and fields that do not
-        apply.
-        """
+        """Return the canonical JSON object that `digest` hashes, without defaults and inapplicable fields."""
         fields = dataclasses.asdict(self)
         if self.unit == "record":
             del fields["records_per_user"]
@@ -242,15 +245,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, fields: object) -> Plan:
-        """Decode a plan that `to_json` wrote.
+        """Decode the output of `to_json`.
 
         Raises:
-            ConfigError: the fields are not those of a plan, or contain a field that `to_json` leaves out.
+            ConfigError: the fields are not those of a plan, or contain a field that `to_json` omits.
         """
         plan = decode(cls, fields)
         for key, without in _ONLY_WITH.items():
             if isinstance(fields, dict) and key in fields and key not in plan.to_json():
-                raise ConfigError(key, fields[key], f"is only allowed with {without}")  # a plan has one spelling
+                raise ConfigError(
+                    key, fields[key], f"is only allowed with {without}"
+                )  # the encoding of a plan is unique
         return plan
 
     def digest(self) -> str:
@@ -259,7 +264,5 @@ class Plan:
 
 
 def score_events(noise_multiplier: float, rounds: int) -> list[DpEvent]:
-    """Return the event of the scores that `rounds` rounds release; held-out records are charged like training
-    records.
-    """
+    """Build the events of the scores that `rounds` rounds release; held-out records are charged like all others."""
     return [SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), rounds)] if noise_multiplier > 0 and rounds else []

@@ -1,10 +1,10 @@
-"""The price of a search: several trials on the same records, one of which is selected.
+"""The privacy cost of a hyperparameter search: several trials on the same records, with one selected.
 
-**What is charged.**  Each trial is a run, and the lead sees everything that it releases: every adapter of every round.
-So a site is charged for all trials.  The number of trials, and the cost of each, are fixed before the first one.  The
-settings of a trial may depend on earlier scores, because these are post-processing: they are computed from released
-adapters and a file of the lead's that contains no record of a site.  So the PLD epsilon of all plans together bounds
-everything that the search releases, whichever trial is selected, by any rule.
+**What is charged.** Each trial is a run, and the lead sees everything that it releases: every adapter of every round.
+So a site is charged for all trials. The number of trials, and the cost of each trial, are fixed before the first trial.
+The settings of a trial may depend on earlier scores, because these are post-processing: they are computed from released
+adapters and a file of the lead that contains no record of a site. So the PLD epsilon of all plans together bounds the
+privacy loss of the search, for any rule that selects a trial.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ MOST_TRIALS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchPrice:
-    """The price of a search at each site; infinite without noise.
+    """The privacy cost of a search at each site; infinite without noise.
 
     Attributes:
         trials: number of trials.
-        epsilon: PLD epsilon of all trials together; `epsilon_rdp` is their RDP epsilon.
-        epsilon_filter: the smallest lifetime cap under which a new ledger accepts all trials.
+        epsilon: PLD epsilon of all trials together.
+        epsilon_rdp: RDP epsilon of all trials together.
+        epsilon_filter: smallest lifetime cap under which a new ledger accepts all trials.
         epsilon_of_one: PLD epsilon of the most expensive trial alone.
     """
 
@@ -51,7 +52,7 @@ class SearchPrice:
 
 
 def compute_search_price(plans: Sequence[Plan]) -> SearchPrice:
-    """Compute the price of a search over these plans: at least one, all with the same unit and delta."""
+    """Compute the privacy cost of a search over at least one plan; all plans have the same unit and delta."""
     wholes, delta = [plan.full_event for plan in plans], plans[0].delta
     return SearchPrice(
         unit=plans[0].unit,
@@ -66,14 +67,14 @@ def compute_search_price(plans: Sequence[Plan]) -> SearchPrice:
 
 @spec
 class Selection:
-    """The search that a run belongs to as a trial, and the cost of the whole search for a site.
+    """The search of which a run is a trial, with the privacy cost of the whole search at a site.
 
     Attributes:
         search: name of the search.
-        primary_metric: the validation score by which the search selects; `score` is the run's own, or None if the
-            search did not select the run.
+        primary_metric: validation metric that selects the best trial.
+        score: the run's own value of this metric; None if the search selected another run.
         trials: number of trials.
-        epsilon: of all trials together; None: unbounded.
+        epsilon: epsilon of all trials together; None: unbounded.
         charges: the privacy events of all trials.
     """
 
@@ -87,10 +88,16 @@ class Selection:
     charges: tuple[Charge, ...]
 
     @classmethod
-    def from_price(cls, price: SearchPrice, plans: Sequence[Plan], **told: Any) -> Selection:
-        """Create the record of a selection in a search with this price over these plans."""
+    def from_price(cls, price: SearchPrice, plans: Sequence[Plan], **fields: Any) -> Selection:
+        """Create the selection record of a search.
+
+        Args:
+            price: privacy cost of the search.
+            plans: the plans of all trials.
+            **fields: all other fields of the record.
+        """
         return cls(
-            **told,
+            **fields,
             trials=price.trials,
             delta=price.delta,
             epsilon=convert_infinite_to_none(price.epsilon),
@@ -104,11 +111,11 @@ class Selection:
 def compute_released_epsilon(
     epsilon: float | None, delta: float, search: Selection | None
 ) -> tuple[float | None, float]:
-    """Return the (epsilon, delta) that a finished run has cost its records; None for an unbounded epsilon.
+    """Compute the (epsilon, delta) of a finished run; None for an unbounded epsilon.
 
-    For a trial of a search, the cost is at least that of the whole search.
+    A trial of a search costs at least as much as the whole search.
     """
-    compute_all_gradients, at = (search.epsilon, search.delta) if search else (epsilon, delta)
+    search_epsilon, search_delta = (search.epsilon, search.delta) if search else (epsilon, delta)
     return convert_infinite_to_none(
-        max(convert_none_to_infinite(convert_infinite_to_none(one)) for one in (epsilon, compute_all_gradients))
-    ), max(delta, at)
+        max(convert_none_to_infinite(convert_infinite_to_none(one)) for one in (epsilon, search_epsilon))
+    ), max(delta, search_delta)

@@ -1,4 +1,4 @@
-"""The files of a site: its policy, and the ledger, key and anchor that the policy names."""
+"""Paths of the files of a site: its policy, ledger, key and anchor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fedtune.spec import name_file_in_errors
 
 
 class SiteFiles:
-    """Paths start at the policy's folder unless they are absolute.
+    """The files of a site. Relative paths in the policy start at the policy's folder.
 
     Attributes:
-        policy: the site's.
-        site_toml: the policy's own file.
-        ledger: the file of the ledger.
-        site_key: the file of the site's key.
-        anchor: None where the policy names none.
+        policy: the policy of the site.
+        site_toml: path of the policy's file.
+        ledger: path of the ledger.
+        site_key: path of the private key.
+        anchor: path of the anchor; None without an anchor.
     """
 
     def __init__(self, policy: Policy, site_toml: Path) -> None:
@@ -32,10 +32,10 @@ class SiteFiles:
 
     @classmethod
     def from_site_toml(cls, site_toml: Path, *, may_be_unanswered: bool = False) -> SiteFiles:
-        """Read the policy `site_toml`, and locate the site's files.
+        """Read a policy, and locate the files that it names.
 
-        Guarantee: without the answers that a person has to give, a policy permits neither training nor opening a
-        ledger.  `may_be_unanswered` skips this check, for read-only use.
+        Guarantee: a policy with unanswered statements permits neither training nor a new ledger. `may_be_unanswered`
+        skips this check for read-only use.
 
         Raises:
             ConfigError: the file is not a valid policy, or lacks an answer.
@@ -48,28 +48,30 @@ class SiteFiles:
 
     @property
     def public_key(self) -> str | None:
-        """The public key in the site's key file; None if there is no file, or if a command provides the key.
+        """Public key of the site's key file; None without a key file, or if a command provides the key.
 
-        Guarantee: merely inspecting a policy, which may be a stranger's, never runs a command that it names.
+        Guarantee: inspecting a policy from an untrusted source never runs a command from it.
         """
         return None if self.policy.key_command or not self.site_key.is_file() else self.load_key().public
 
     def load_key(self, *, make: bool = False) -> SigningKey:
-        """Load the site's signing key from its file or its command; with `make`, create a missing file.
+        """Load the signing key from its file or its command; with `make`, create a missing file.
 
         Raises:
             ConfigError: the key is missing or cannot be read.
         """
         read = SigningKey.load_or_create if make else SigningKey.load
-        command = () if self.policy.simulated else self.policy.key_command  # a run folder may be a stranger's
+        command = (
+            () if self.policy.simulated else self.policy.key_command
+        )  # a run folder may come from an untrusted source
         return read(self.site_key, command=command, named_in=self.site_toml)
 
     def open_ledger(self) -> SiteLedger:
-        """Open the ledger for training; a missing ledger or key is created."""
+        """Open the ledger for training, and create a missing ledger or key."""
         return SiteLedger(self.ledger, self.policy, self.load_key(make=True), anchor=self.anchor)
 
     def verify_ledger(self) -> Verified | None:
-        """Verify the ledger, against its anchor if there is one; None if the ledger does not exist yet.
+        """Verify the ledger, against its anchor if the policy has one; None if the ledger does not exist yet.
 
         Raises:
             RunError: the ledger is inconsistent, or older than its anchor.
@@ -80,7 +82,7 @@ class SiteFiles:
 
 
 def find_max_charged_runs(folder: str | None) -> int:
-    """Return the most runs charged to any ledger in a folder of simulated sites; 0 if there are none."""
+    """Find the largest number of charged runs among the ledgers of a simulation folder; 0 without ledgers."""
     verified = (
         [SiteFiles.from_site_toml(path).verify_ledger() for path in Path(folder).glob("*/site.toml")] if folder else []
     )

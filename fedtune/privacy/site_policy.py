@@ -1,8 +1,8 @@
-"""A site's own limits: what may happen to its records, whoever asks.
+"""A site's policy: its limits on the use of its records, for all leads.
 
-There is one class for each table of a `site.toml` that decides something, which `policy_file` reads and the template
-`conf/site.toml` explains.  A policy is checked inside the ledger's transaction, against a lead's proposal and against
-earlier spending.
+Each table of a `site.toml` that restricts something has a class here; `policy_file` reads them, and the template
+`conf/site.toml` explains them. A ledger checks its policy inside a transaction, against a lead's proposal and earlier
+spending.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _OF_ANY_RELEASE = {Reason.UNIT, Reason.DELTA, Reason.COHORTS}
 
 @spec
 class Dataset:
-    """A data set that a run may name.
+    """A data set that runs may train on.
 
     Attributes:
-        id: the name that runs use for it.
-        declared_size: the number of units that the site publishes; a public choice, never the true count.
-        path: file or folder with the records; stays at the site.
-        columns: role (such as "text" or "label") -> column of the file; stays at the site.
-        min_units: fewest units for which the site takes part, 0 for no minimum.  The declared size must reach it.  The
-            true number is compared with it only for the site's own staff: no answer that leaves the site depends on
-            it, because whether a site has enough records would tell something about each record.
+        id: identifier of the data set in proposals.
+        declared_size: published number of units; a public value, never the exact count.
+        path: file or folder with the records; never leaves the site.
+        columns: role (such as "text" or "label") -> column of the file; never leaves the site.
+        min_units: minimum number of units for participation, at most the declared size; 0: no minimum. The exact number
+            is compared with it only for the site's own staff: no reply depends on the comparison, because its result
+            would reveal information about each record.
     """
 
     id: str
@@ -75,10 +75,10 @@ class Population:
     """The people behind the data sets, who share one budget.
 
     Attributes:
-        name: of the population.
+        name: name of the population.
         unit: what one (epsilon, delta) protects, "record" or "user"; fixed when the ledger is created.
-        arrivals: the calendar by which people join over time, each person charged only for runs that admit their
-            cohort; fixed when the ledger is created.  "": one budget for everybody.
+        arrivals: calendar period of arrival cohorts: people join over time, and each person is charged only for runs
+            that admit their cohort; fixed when the ledger is created. "": one budget for everybody.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Population:
 
 @spec
 class ReferenceRun:
-    """A typical run, as the site expects it; the filter's order is chosen for it when the ledger is created."""
+    """A typical run at this site, for which the filter's Renyi order is optimized when the ledger is created."""
 
     sampling_rate: float
     noise_multiplier: float
@@ -107,7 +107,7 @@ class ReferenceRun:
 
     @property
     def event(self) -> DpEvent:
-        """The privacy event of the whole run."""
+        """Privacy event of the whole run."""
         return events.build_dp_sgd_event(
             sampling_rate=self.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self.steps
         )
@@ -115,13 +115,13 @@ class ReferenceRun:
 
 @spec
 class Budget:
-    """The total privacy loss that these people may ever incur.
+    """Caps on the population's total privacy loss.
 
     Attributes:
         delta: the delta of every run and of the lifetime epsilon.
-        max_epsilon: cap over all runs, leads and years, by the Renyi filter.  Infinite: no promise.
-        max_epsilon_per_run: cap on the whole plan of one run, by PLD; null: no such cap.
-        max_epsilon_per_period: cap on one calendar period (UTC), by the Renyi filter; null: no such cap.
+        max_epsilon: lifetime cap over all runs and leads, by the Renyi filter. Infinite: no guarantee.
+        max_epsilon_per_run: cap on the whole plan of one run, by PLD; null: no cap.
+        max_epsilon_per_period: cap on one calendar period (UTC), by the Renyi filter; null: no cap.
         period: "month", "quarter" or "year".
         reference: a typical run.
     """
@@ -142,7 +142,7 @@ class Budget:
         self.order()
 
     def order(self) -> float:
-        """Return the filter's order for a ledger that is created under this budget."""
+        """Find the Renyi order of the filter for a ledger that is created under this budget."""
         return filter.find_best_order(self.reference.event, epsilon=self.max_epsilon, delta=self.delta)
 
 
@@ -154,20 +154,20 @@ class Limits:
         min_noise_multiplier: smallest noise multiplier of training and of released scores.
         max_sampling_rate: largest sampling rate.
         max_grad_norm: largest clip norm.
-        min_grad_norm: smallest clip norm that a run may request.  With tiny clip norms, gradients are mostly rounding
-            error by the time they are clipped; `training.dp_step` scales every gradient as if its norm were at least
-            0.001, whatever this limit is.
-        max_local_steps: most noisy steps per round.
-        max_rounds: most rounds per run, spare rounds included.
-        max_adapter_value: largest absolute value in an adapter, divided by the square root of its scale if that is
-            above 1.  Larger values are clamped, in an adapter that the lead sends and after each training step;
-            adapters with non-finite values are refused.  Rounding error grows with the adapter (docs/threat_model.md);
-            trained adapters stay below 1.5.
-        max_lora_scale: largest factor of an adapter's product of matrices.
-        max_head_scale: largest factor of a task head's scores.
-        max_records_per_user: with unit "user", most records of one person in a step.  No epsilon depends on it; run
-            time does, and so does how much of a person's data one step may use.
-        run_expires_after_days: an accepted run keeps its budget reserved for this long, unless it ends earlier.
+        min_grad_norm: smallest clip norm. With tiny clip norms, the clipped gradients are mostly rounding error;
+            regardless of this limit, `training.dp_step` scales every gradient as if its norm were at least 0.001.
+        max_local_steps: maximum number of noisy steps per round.
+        max_rounds: maximum number of rounds per run, spare rounds included.
+        max_adapter_value: largest absolute value in an adapter, divided by the square root of its scale if the scale is
+            above 1. Larger values are clamped, in an adapter from the lead and after each training step; adapters with
+            non-finite values are refused. Rounding error grows with the adapter (docs/threat_model.md); trained
+            adapters stay below 1.5.
+        max_lora_scale: largest scaling factor of an adapter's matrix product.
+        max_head_scale: largest scaling factor of a task head's scores.
+        max_records_per_user: with unit "user", the maximum number of records of one person in a step. No epsilon
+            depends on it, but run time does, and the amount of one person's data in a step.
+        run_expires_after_days: number of days for which an accepted run keeps its budget reserved, unless it ends
+            earlier.
     """
 
     min_noise_multiplier: float
@@ -197,33 +197,38 @@ class Limits:
 
 
 def compute_adapter_bound(max_adapter_value: float, lora_scale: float) -> float:
-    """Return the largest absolute value in an adapter of this scale.
+    """Compute the largest absolute value that a policy allows in an adapter.
 
-    The scale multiplies a product of two matrices, so the limit of each is divided by the square root of the scale.
+    The scale multiplies a product of two matrices, so the limit of each matrix is divided by the square root of the
+    scale.
+
+    Args:
+        max_adapter_value: the policy's limit.
+        lora_scale: scaling factor of the matrix product.
     """
     return max_adapter_value / math.sqrt(max(1.0, lora_scale))
 
 
 @spec
 class Allow:
-    """Limits on what a run may train, and on who may request it.
+    """Rules for what a run may train, and for which leads may propose runs.
 
     Attributes:
         leads: public keys of leads, 64 hex digits each.
-        tasks: such as "classification".
-        base_models: SHA-256 of base models, over all files that loading reads.
+        tasks: names of tasks, such as "classification".
+        base_models: SHA-256 of base models, over all files that the loader reads.
         target_modules: modules that may receive an adapter.
         max_rank: largest LoRA rank.
         train_head: whether a task head may be trained and released.
-        adapters: kinds of adapters, such as "lora".
-        algorithms: what a site may do around its noisy steps, such as "fedavg" or "scaffold"; empty: all algorithms of
-            the installed fedtune, since none of them changes a guarantee.
-        dtypes: number formats in which the base model may be computed; bfloat16 rounds far more coarsely than float32,
-            mixed does so only in matrix products, and nf4 is bfloat16 with 4-bit weights.
-        seeded_noise: accept runs with noise from a seed.  Only for test federations: such a run has no guarantee and
-            marks the ledger for good.
-        inexact_gradients: accept runs on a machine on which per-example gradients depend on the rest of the batch by
-            rounding.  The bound on one record's influence is then measured, not proved, and reports say so.
+        adapters: types of adapters, such as "lora".
+        algorithms: federated algorithms, such as "fedavg" or "scaffold"; empty: all algorithms of the installed
+            fedtune, since no algorithm changes the guarantee.
+        dtypes: formats of the base model's weights and computation; bfloat16 rounds far more coarsely than float32,
+            mixed only in matrix products, and nf4 is bfloat16 with 4-bit weights.
+        seeded_noise: accept runs with noise from a seed. Only for test federations: such a run has no guarantee and
+            marks the ledger permanently.
+        inexact_gradients: accept runs on hardware where per-example gradients depend on the rest of the batch by
+            rounding. The bound on one record's influence is then measured, not proved, and reports say so.
     """
 
     leads: tuple[str, ...]
@@ -246,13 +251,13 @@ class Allow:
 
 @spec
 class Releases:
-    """Releases that may leave the site in addition to refusals and receipts.
+    """Permitted releases, in addition to refusals and receipts.
 
     Attributes:
-        updates: noised adapters.
-        metrics: "noised": noised scores of held-out records, if a run plans for them; "none".
-        reply_after_s: replies leave at a whole multiple of this many seconds after the request arrived.  0: as soon as
-            they are ready, so that the response time roughly reveals the number of records.
+        updates: release noised adapters.
+        metrics: "noised": release noised scores of held-out records, if a run's plan includes them; "none".
+        reply_after_s: delay replies to a whole multiple of this many seconds after the request. 0: reply immediately,
+            so that the response time roughly reveals the number of records.
     """
 
     updates: bool = True
@@ -265,11 +270,11 @@ class Releases:
 
 @spec
 class Asserted:
-    """Statements of the site that no software can check; reports show them as asserted.
+    """Statements by the site that software cannot check; reports show them as asserted.
 
     Attributes:
-        no_person_at_another_site: nobody of this population is among another site's records; null: not answered.  A
-            real site's policy must answer; a simulation need not.
+        no_person_at_another_site: no person of this population is in another site's records; null: not answered. A real
+            site's policy must answer; a simulation need not.
     """
 
     no_person_at_another_site: bool | None = None
@@ -277,29 +282,29 @@ class Asserted:
 
 @spec
 class Policy:
-    """What one `site.toml` decides about the site's records.
+    """The complete policy of a site: the content of one `site.toml`.
 
     Attributes:
         site: name of the site.
         population: the people behind the records.
         dataset: the data sets of that population.
-        budget: caps on the spending.
+        budget: caps on privacy loss.
         limits: limits that apply to every run.
-        allow: what may be trained, and by which leads.
-        releases: what may leave the site.
-        asserted: statements of the site.
-        approval: "manual": a person at the site approves each run before it starts; "automatic".
-        final_adapter: whether to "keep" or "decline" a run's final adapter when the lead sends it.
-        trust: the other sites that this site relies on in secure aggregation.
+        allow: rules for tasks, models, adapters and leads.
+        releases: permitted releases.
+        asserted: statements that software cannot check.
+        approval: "manual": each run needs the approval of a person at the site; "automatic": no run does.
+        final_adapter: "keep" or "decline" the final adapter that the lead sends at the end of a run.
+        trust: conditions for secure aggregation with other sites.
         ledger: path of the ledger, relative to the policy file unless absolute.
-        site_key: path of the site's private key, likewise.
-        anchor: path of a file, best on another disk, that always holds the newest signed head; empty: no anchor.
-        simulated: the site is simulated, on the machine of the person who runs the simulation; its ledger and reports
+        site_key: path of the site's private key, relative to the policy file unless absolute.
+        anchor: path of the anchor, a file with the newest signed head, preferably on another disk; empty: no anchor.
+        simulated: whether the site is part of a simulation, on its user's machine; the ledger and reports of the site
             say so.
-        key_command: command that prints the private key in PEM format, instead of `site_key`; empty: none.  Part of no
-            digest and no ledger.
-        socket: the Unix socket at which the app of a stock SuperNode reaches this site; empty: none.  Part of no digest
-            and no ledger.
+        key_command: command that prints the private key in PEM format, instead of `site_key`; empty: none. Excluded
+            from digests and ledger.
+        socket: Unix socket at which the app of a stock SuperNode reaches this site; empty: none. Excluded from digests
+            and ledger.
     """
 
     site: str
@@ -333,14 +338,14 @@ class Policy:
                 bound, columns = f"must name the column for role '{role}', because population.{why}", dataset.columns
                 right = not (needed and columns) or role in columns
                 require(f"dataset {dataset.id} columns", dict(columns), right, bound)
-        # Otherwise publishing one record whole would keep to delta.
+        # Otherwise a mechanism that publishes one random record would satisfy delta.
         size = self.population_size
         bound = f"must be below 1 / {size:,} = {1 / size:.3g}, for the declared sizes of all data sets together"
         right = self.budget.delta < 1 / size or math.isinf(self.budget.max_epsilon)
         require("budget.delta", self.budget.delta, right, bound)
 
     def require_answers(self) -> None:
-        """Require the statements that the template leaves open for a person; a simulation needs none.
+        """Check that the policy contains every statement that the template leaves to a person; simulations need none.
 
         Raises:
             ConfigError: a statement is missing.
@@ -351,30 +356,30 @@ class Policy:
 
     @property
     def population_size(self) -> int:
-        """The sum of the declared sizes of all data sets, which share one budget and one delta."""
+        """Sum of the declared sizes of all data sets, which share one budget and one delta."""
         return sum(dataset.declared_size for dataset in self.dataset)
 
     def check(self, proposal: Proposal) -> None:
-        """Check a proposal against every rule that does not depend on earlier spending.
+        """Check a proposal against every rule that is independent of earlier spending.
 
         Raises:
-            Refused: names the first broken rule, the requested value and the allowed value.
+            Refused: the proposal breaks a rule; names the first broken rule, the requested value and the allowed value.
         """
         for refused in self.find_broken_rules(proposal):
             raise refused
 
     def check_release(self, proposal: Proposal) -> None:
-        """Check a release of the site's own, which only the limits for leads do not concern.
+        """Check a site's own release against every rule except those that apply only to leads.
 
         Raises:
-            Refused: names the first broken rule, the requested value and the allowed value.
+            Refused: the release breaks a rule; names the first broken rule, the requested value and the allowed value.
         """
         broken = [rule for rule in _iter_broken_rules(self, proposal) if rule[0] in _OF_ANY_RELEASE]
         for reason, asked, allowed in broken or _iter_exceeded_epsilon_caps(self, proposal.plan):
             raise Refused(reason, asked=asked, allowed=allowed)
 
     def find_broken_rules(self, proposal: Proposal) -> list[Refused]:
-        """List every rule that a proposal breaks, so that a person can fix the proposal.
+        """List every rule that a proposal breaks.
 
         Caps on epsilon are checked only if no other rule is broken.
         """
@@ -382,26 +387,26 @@ class Policy:
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
     def declared_size(self, dataset: str) -> int:
-        """Return the declared size of one of the site's data sets."""
+        """Return the declared size of a data set."""
         return next(declared.declared_size for declared in self.dataset if declared.id == dataset)
 
     def compute_adapter_bound(self, lora_scale: float) -> float:
-        """Return the largest absolute value that this site allows in an adapter."""
+        """Compute the largest absolute value that this policy allows in an adapter of scale `lora_scale`."""
         return compute_adapter_bound(self.limits.max_adapter_value, lora_scale)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON; an infinite cap becomes null."""
+        """Return the canonical JSON object that `digest` hashes; an infinite cap becomes null."""
         fields = dataclasses.asdict(self)
         if math.isinf(self.budget.max_epsilon):
             fields["budget"]["max_epsilon"] = None
-        if not self.simulated:  # a real site's policy says nothing of it
+        if not self.simulated:  # omitted for real sites
             del fields["simulated"]
         del fields["socket"], fields["key_command"]
         optional = [(fields["population"], "arrivals"), (fields["allow"], "algorithms")]
         for group, key in (*optional, *((dataset, "min_units") for dataset in fields["dataset"])):
-            if not group[key]:  # so that other policies keep their digests
+            if not group[key]:  # empty values are omitted, so that existing digests stay valid
                 del group[key]
-        # Lists for tuples, as it comes back from a file: a ledger compares the two.
+        # Tuples become lists, as after a round trip through a file, because a ledger compares both.
         return dict(json.loads(json.dumps(fields)))
 
     def digest(self) -> str:
@@ -463,8 +468,8 @@ def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
 def _iter_exceeded_epsilon_caps(policy: Policy, plan: Plan) -> Iterator[Broken]:
     """Yield the per-run caps on epsilon that a plan exceeds.
 
-    These rules are the most expensive ones, so they are checked only for plans within all other limits, for which
-    epsilon can be computed in bounded time.
+    These are the most expensive rules, so they are checked only for plans within all other limits, for which the
+    computation has a bounded run time.
     """
     alone = plan.with_own_noise_only if plan.shared else None
     for reason, counted, most in (
@@ -477,8 +482,8 @@ def _iter_exceeded_epsilon_caps(policy: Policy, plan: Plan) -> Iterator[Broken]:
 
 @lru_cache(maxsize=256)
 def _plan_epsilon_if_above(plan: Plan, limit: float) -> float | None:
-    """Return the PLD epsilon of a whole plan if it is above `limit`, else None.
+    """Compute the PLD epsilon of a whole plan, and return it only if it exceeds `limit`, else None.
 
-    PLD is a proof here, because a plan is fixed before any output is seen.
+    PLD is valid here, because a plan is fixed before any output is seen.
     """
     return accountant.compute_epsilon_if_above([plan.full_event], plan.delta, limit=limit)

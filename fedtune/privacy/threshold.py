@@ -1,6 +1,4 @@
-"""The threshold of secure aggregation: how many sites must help, so that a server cannot unmask two sums of one
-release.
-"""
+"""The threshold of secure aggregation that prevents a server from unmasking two sums of one release."""
 
 from __future__ import annotations
 
@@ -8,14 +6,14 @@ from fedtune.spec import ConfigError
 
 
 def least_threshold(num_sites: int, *, colluders: int) -> int:
-    """Return the smallest threshold at which no two sets of survivors of one release can both be unmasked.
+    """Compute the smallest threshold at which a server cannot unmask two survivor sets of one release.
 
-    The server may be malicious.  Unmasking two sets takes 2t confirmations.  Each colluder confirms both sets and each
-    other site one, K + c in all, so 2t > K + c keeps the second set from being confirmed.
+    The server may be malicious. Unmasking two sets takes 2t confirmations. Each colluder confirms both sets and each
+    other site one, K + c in total, so 2t > K + c prevents the second set from being confirmed.
 
     Args:
         num_sites: K, the number of sites in the run.
-        colluders: c, the number of sites that tell the server everything and follow its orders.
+        colluders: c, the number of sites that share all their secrets with the server and follow its orders.
 
     Raises:
         ConfigError: no threshold withstands this many colluders.

@@ -1,4 +1,4 @@
-"""The other sites that a site relies on when several sites share the noise: the table `[trust]` of its policy."""
+"""Trust between sites in secure aggregation: the table `[trust]` of a policy."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.release import Reason
 from fedtune.spec import check_at_least, check_name, check_positive, spec
 
-Broken = tuple[Reason, object, object]  # a rule that a proposal breaks, what it asks for, and what is allowed
+Broken = tuple[Reason, object, object]  # broken rule, requested value, allowed value
 
 
 @spec
 class Trust:
-    """The conditions under which a site joins secure aggregation, in which shared noise hides its records.
+    """A site's conditions for secure aggregation, where its own noise alone may not hide its records.
 
     Attributes:
-        secure: whether the site takes part in secure aggregation at all.
-        least_sites: the smallest number of sites in such a run.
-        least_threshold: the smallest number of sites in a sum.
-        colluders: how many other sites may reveal their contributions to the server without breaking the promise.
+        secure: whether the site participates in secure aggregation.
+        least_sites: minimum number of sites in a run.
+        least_threshold: minimum number of sites in a sum.
+        colluders: number of other sites that may collude with the server without breaking the guarantee.
         max_epsilon_if_all_collude: cap on the epsilon of a run if all other sites collude; null: none.
-        members: site -> public key of each site it aggregates with, obtained from these sites directly.
+        members: site -> public key of each other site, obtained directly from that site.
     """
 
     secure: bool = False
@@ -44,7 +44,7 @@ class Trust:
 
     @property
     def requirements(self) -> dict[str, int]:
-        """The numeric conditions that a run's plan must meet."""
+        """Minimum values for a run's plan."""
         return {"least_sites": self.least_sites, "least_threshold": self.least_threshold, "colluders": self.colluders}
 
     def iter_violated_rules(self, shared: SharedNoise) -> Iterator[Broken]:

@@ -42,7 +42,7 @@ def test_invalid_key_files_raise_a_config_error(tmp_path: Path, content: object)
         content = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
     if isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"key\.pem.*must give an Ed25519 private key"):
+    with pytest.raises(ConfigError, match=r"key\.pem.*is not an Ed25519 private key"):
         SigningKey.load(path)
 
 
@@ -105,10 +105,10 @@ def test_key_from_a_command_is_never_written_to_disk(tmp_path: Path, command_fil
 @pytest.mark.parametrize(
     ("script", "bound"),
     [
-        ("echo locked >&2; echo more >&2; exit 3", "must exit with 0, not with 3: 'locked'$"),
-        ("sleep 600", "must finish within 0.5 seconds, with every process that it starts$"),
-        ("echo key; setsid sleep 5 &", "must finish within 0.5 seconds, with every process that it starts$"),
-        ("echo rubbish", "must give an Ed25519 private key in PEM format$"),
+        ("echo locked >&2; echo more >&2; exit 3", "failed with exit status 3: 'locked'$"),
+        ("sleep 600", "did not finish within 0.5 seconds, including its child processes$"),
+        ("echo key; setsid sleep 5 &", "did not finish within 0.5 seconds, including its child processes$"),
+        ("echo rubbish", "is not an Ed25519 private key in PEM format$"),
     ],
 )
 def test_key_command_without_a_valid_key_is_refused(
@@ -121,7 +121,7 @@ def test_key_command_without_a_valid_key_is_refused(
 
 def test_key_command_requires_an_absolute_path_and_sole_file_ownership(command_file: Path, monkeypatch: Any) -> None:
     for command in (("sh",), ("./sh",), ("/bin/sh", "a\0b")):
-        with pytest.raises(ConfigError, match="must begin with a program's absolute path and contain no NUL"):
+        with pytest.raises(ConfigError, match="must begin with the absolute path of a program, and must not contain NUL bytes"):
             SigningKey.load(Path("key.pem"), command=command, named_in=command_file)
     monkeypatch.setattr(keys.system, "effective_user", lambda: command_file.stat().st_uid + 1)
     with pytest.raises(ConfigError, match=r"site\.toml: key_command = '/bin/cat': runs only for the owner"):

@@ -215,7 +215,7 @@ def test_ledger_locked_for_too_long_raises_a_run_error(open_ledger: Any, path: P
 def test_non_ledger_file_raises_a_run_error_and_stays_unchanged(open_ledger: Any, path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"nothing is trained without it|does not have the tables of a ledger"):
+    with pytest.raises(RunError, match=r"training is not possible without a ledger|does not have the tables of a ledger"):
         open_ledger()
     assert path.read_bytes() == content
     with pytest.raises(RunError, match=r"cannot be read|does not have the tables of a ledger"):
@@ -246,7 +246,7 @@ def test_unexpected_database_schema_raises_a_run_error(open_ledger: Any, path: P
         file.commit()
     for check in (open_ledger, lambda: verify(path), lambda: ledger.reserve(make_proposal(), round=1, request="q")):
         with pytest.raises(
-            RunError, match="does not have the tables of a ledger: it was changed, or it is a different file"
+            RunError, match="does not have the tables of a ledger: the file was changed, or is another database"
         ):
             check()
 
@@ -325,7 +325,7 @@ def test_full_disk_error_names_the_file_and_leaves_no_partial_write(tmp_path: Pa
     refused.__context__ = caught.value
     assert what_is_full(refused) == f"the disk is full: no room for {tmp_path / 'file'}"
     assert what_is_full(ValueError("I/O error: No space left on device (os error 28)")) == "the disk is full"
-    ledger = RunError("ledger l.db cannot be read or written (database or disk is full); nothing is trained without it")
+    ledger = RunError("ledger l.db cannot be read or written (database or disk is full); training is not possible without a ledger")
     assert what_is_full(ledger) == str(ledger)
     assert what_is_full(OSError(errno.EACCES, os.strerror(errno.EACCES), "file")) is None
 

@@ -142,5 +142,5 @@ def test_scores_are_released_only_with_noise_and_on_request() -> None:
     assert not PrivacySpec(mechanism="none").private
     assert PrivacySpec().metrics_noise == 0
     assert PrivacySpec(metrics="noised").metrics_noise == 20.0
-    with pytest.raises(ConfigError, match=r"^metrics = 'noised': needs a run with privacy"):
+    with pytest.raises(ConfigError, match=r"^metrics = 'noised': requires a run with privacy"):
         PrivacySpec(mechanism="none", metrics="noised")

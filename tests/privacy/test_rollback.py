@@ -109,7 +109,7 @@ def test_damaged_anchor_raises_a_run_error(open_anchored: Any, anchor: Path, dam
     before = anchor.read_bytes()
     anchor.write_bytes(damage(before))
     assert anchor.read_bytes() != before
-    with pytest.raises(RunError, match=r"anchor = '.*anchor\.json': must .*; nothing is trained"):
+    with pytest.raises(RunError, match=r"anchor = '.*anchor\.json': must .*; training is not possible"):
         open_anchored()
 
 
@@ -155,7 +155,7 @@ def test_unwritable_anchor_raises_a_run_error(open_anchored: Any, anchor: Path) 
     anchor.unlink()
     anchor.parent.rmdir()
     anchor.parent.write_bytes(b"a file where the folder was")
-    with pytest.raises(RunError, match=r"anchor .* cannot be used \(.*\); nothing is trained"):
+    with pytest.raises(RunError, match=r"anchor .* cannot be used \(.*\); training is not possible"):
         ledger.reserve(make_proposal(), round=1, request="q")
     anchor.parent.unlink()
     anchor.parent.mkdir()
@@ -208,7 +208,7 @@ def test_ledger_swapped_while_open_raises_a_run_error(backups: Backups) -> None:
         lambda: ledger.end_run("r"),
         lambda: ledger.record_refusal(Refused(Reason.LEADS), run="r", round=1, request="q"),
     ):
-        with pytest.raises(RunError, match="was changed or rolled back while it was open; nothing is trained"):
+        with pytest.raises(RunError, match="was changed or rolled back while it was open; training is not possible"):
             act()
     backups.branch(make_proposal(run="2"), 1)  # no shorter than what it knows
     assert backups.open().history.length >= ledger.history.length

@@ -318,7 +318,7 @@ def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[Doctor
         fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
         found = (
             f"in doubt: a receipt refers to event {history.furthest_doubt.sequence}, which the "
-            "ledger lacks; nothing is trained"
+            "ledger lacks; training is not possible"
         )
         yield failed(name, found, fix=fix)
     if history.is_frozen:

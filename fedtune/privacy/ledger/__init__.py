@@ -1,10 +1,10 @@
-"""The record of everything done to one population's records: a file of signed events, and the figures derived from it.
+"""The ledger of a population: a file of signed events, and the figures derived from these events.
 
-chain       a single event, the hash chain, signed heads, and what a restored ledger takes over from an anchor
-history     the sum of the events: runs, charges, reservations
-register    the cohort under which each person was first admitted, in populations with arrivals
-store       the SQLite file, and durable writes of events
-spending    the room left under a cap, and whether a new charge fits every cap
-site_ledger the `Ledger`: each decision is one transaction
-verify      verification of a ledger from its file and a public key alone
+chain       events, the hash chain, signed heads and restore notes
+history     the state derived from the events: runs, charges, reservations
+register    the cohort of each person at first admission, in populations with arrivals
+store       durable storage of events in SQLite
+spending    the remaining budget, and checks of new charges against every cap
+site_ledger the `SiteLedger`, where each decision is one transaction
+verify      verification of a ledger from its file and a public key
 """

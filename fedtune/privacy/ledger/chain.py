@@ -1,9 +1,8 @@
-"""The hash chain of a ledger: each event's hash covers its own fields and, through the previous hash, all earlier
-events.
+"""The hash chain of a ledger: each event's hash covers its own fields and the hash of the previous event.
 
-Changing, deleting, inserting or moving an event changes every later hash.  The newest hash, signed by the site's key,
-is the *head*.  A chain that was cut off at its end is still consistent: only a head that was stored elsewhere, an
-*anchor*, shows that events are missing at the end.
+A changed, deleted, inserted or moved event changes every later hash. The newest hash, signed with the site's key, is
+the *head*. A truncated chain is still consistent: only a head stored elsewhere, an *anchor*, shows that events are
+missing at the end.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import LEDGER_SCHEMA, NOT_GIVEN, ConfigError, RunError
 
-START = "0" * 64  # what stands in the place of the hash before the first event
+START = "0" * 64  # hash before the first event
 EVENT, HEAD = "ledger event", "ledger head"  # purposes of signatures
 
 
 class Kind(StrEnum):
-    """The kind of an event."""
+    """The type of an event."""
 
-    PLAN = "plan"  # a run was accepted, and its plan's cost is set aside
+    PLAN = "plan"  # a run was accepted, and the cost of its plan reserved
     RESERVE = "reserve"  # a round was charged; training may begin
-    COMMIT = "commit"  # its reply is stored; sending may begin
-    RELEASE = "release"  # something was handed out beside a round's reply
+    COMMIT = "commit"  # the reply is stored; sending may begin
+    RELEASE = "release"  # a release other than the reply of a round
     REFUSAL = "refusal"
     NOTE = "note"  # opened, policy, approved, denied, run_ended, in_doubt, restored, date_confirmed, frozen
 
 
 LASTING = (Kind.RESERVE, Kind.NOTE)
-"""What a ledger may not lose: charges and notes.  Anchors name each of these events, and a receipt shows the newest."""
+"""Kinds of events that a ledger must not lose: charges and notes. Anchors list them all; a receipt shows the newest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,15 +46,15 @@ class Event:
     """One row of a ledger.
 
     Attributes:
-        sequence: 1, 2, 3, ... without gaps.
-        time: UTC, ISO 8601; never before the time of the previous event.
-        run: the run's name; empty for events that belong to no run.
+        sequence: sequence number: 1, 2, 3, ... without gaps.
+        time: UTC, ISO 8601; never before the previous event's time.
+        run: name of the run; empty for events without a run.
         request: digest of the lead's request.
         attempt: 1 for the first reservation of a round, 2 for its first retry.
-        cohort: the arrival cohorts that a reservation charges, in the form of `Cohorts.__str__`; empty: everybody.
+        cohort: arrival cohorts that a reservation charges, as formatted by `Cohorts.__str__`; empty: everybody.
         code: version of fedtune that wrote the event.
-        detail: further fields, which depend on the kind.
-        signature: by the site's key, on this event's hash.
+        detail: further fields, depending on the kind.
+        signature: signature by the site's key on this event's hash.
     """
 
     sequence: int
@@ -73,7 +72,7 @@ class Event:
     signature: str = ""
 
     def hash_after(self, before: str) -> str:
-        """Return the SHA-256, in hex, of this event appended after the event whose hash is `before`."""
+        """Compute the SHA-256 of this event, in hex, with `before` as the hash of the previous event."""
         fields = asdict(self)
         del fields["hash"], fields["signature"]
         return hashlib.sha256(
@@ -87,13 +86,13 @@ def to_canonical_json(data: object) -> bytes:
 
 
 class Doubt(NamedTuple):
-    """A genuine receipt whose event is missing from the ledger.
+    """A valid receipt for an event that is missing from the ledger.
 
     Attributes:
-        sequence: of the newest lasting event that the receipt refers to.
-        head: that event's salted hash.
-        run: the run of the receipt.
-        rounds: how many rounds the run had been charged by then.
+        sequence: sequence number of the newest lasting event in the receipt.
+        head: salted hash of that event.
+        run: name of the receipt's run.
+        rounds: number of charged rounds of the run in the receipt.
     """
 
     sequence: int
@@ -103,13 +102,13 @@ class Doubt(NamedTuple):
 
 
 def check_ledger_schema(path: Path, found: object) -> None:
-    """Refuse a ledger or anchor whose format belongs to another version of fedtune.
+    """Reject a ledger or anchor whose format belongs to another version of fedtune.
 
-    Guarantee: the message tells people to continue with the version that wrote the file, and never suggests starting
-    over with a fresh budget.
+    Guarantee: the message tells people to continue with the version that wrote the file, and never suggests a new
+    ledger with a fresh budget.
 
     Raises:
-        ConfigError: the schema differs.  Not a RunError, which stands for a damaged ledger that a backup may replace.
+        ConfigError: the schema differs. Not a RunError, which indicates a damaged ledger that a backup may replace.
     """
     if type(found) is not int or found != LEDGER_SCHEMA:
         go_on = "use the version of fedtune that wrote the ledger; its charges stay in force"
@@ -119,12 +118,12 @@ def check_ledger_schema(path: Path, found: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrivals:
-    """Additional fields in a head and in a restore note, for the ledger of a population with arrivals.
+    """Fields about arrival cohorts in a head or a restore note.
 
     Attributes:
-        ranges: the charged cohorts of each charge in the same object, in the same order.
-        lost_after: sequence of the newest event whose rows in the register are known to be complete; anybody with a
-            later row, or without one, counts as the oldest cohort.  None: no rows are missing.
+        ranges: charged cohorts of each charge in the same object, in the same order.
+        lost_after: sequence number of the newest event whose register rows are complete; a person with a later row, or
+            without a row, counts as a member of the oldest cohort. None: no rows are missing.
     """
 
     ranges: tuple[str, ...]
@@ -133,29 +132,29 @@ class Arrivals:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """The signed end of a ledger at some point in time.
+    """The signed state of a ledger after its newest event, as an anchor stores it.
 
-    A restored ledger takes over everything that a newer head contains, so a head must contain whatever has to survive a
-    restore.
+    A restored ledger adopts everything that a newer head contains, so a head must contain everything that has to
+    survive a restore.
 
     Attributes:
-        ledger: random id of the ledger, in hex.
-        sequence: of the newest event.
-        hash: of the newest event.
-        time: of the newest event.
-        charged: all mechanisms charged so far, with counts; a restored ledger has to make up for them.
-        runs: every run so far, with the number of rounds charged to it.
-        path: (sequence, hash) of each lasting event so far, to find the point where a restored ledger left this chain.
-        made_up: (sequence, hash) of the events on lost branches for which this ledger has made up.
-        doubts: receipts that prove missing events, for which nothing has made up yet.
+        ledger: random identifier of the ledger, in hex.
+        sequence: sequence number of the newest event.
+        hash: hash of the newest event.
+        time: time of the newest event.
+        charged: all charged mechanisms, with counts; a restored ledger charges those that it lacks.
+        runs: every run, with its number of charged rounds.
+        path: (sequence, hash) of each lasting event, used to find the event where a restored ledger branched off.
+        made_up: (sequence, hash) of the events on lost branches whose charges this ledger has repeated.
+        doubts: receipts for missing events whose charges this ledger has not repeated.
         denied: digest of each proposal that a person at the site denied.
         marks: permanent marks of the ledger, as in `History`.
         policy: digest of the policy.
-        caps: lifetime caps so far, newest last; None: no cap.
-        users: the column that identifies a user, by data set and by file, as the policies named it.
-        arrivals: None, and left out of the JSON, if the population has no arrivals.
+        caps: all lifetime caps, newest last; None: no cap.
+        users: user column of each data set and each file, from the policies.
+        arrivals: None, and omitted from the JSON, if the population has no arrivals.
         site_key: public key of the site.
-        signature: on all other fields.
+        signature: signature on all other fields.
     """
 
     ledger: str
@@ -183,26 +182,26 @@ class Head:
         return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.encode_signed_bytes()))
 
     def encode_signed_bytes(self) -> bytes:
-        """Return the bytes that are signed."""
+        """Encode all fields except the signature, for signing and verification."""
         said = self._fields()
         del said["signature"]
         return to_canonical_json(said)
 
     def _fields(self) -> dict[str, Any]:
-        said = {name: getattr(self, name) for name in self.__slots__}  # `asdict` would copy each of thousands of hashes
+        said = {name: getattr(self, name) for name in self.__slots__}  # `asdict` would copy thousands of hashes
         said |= {"schema": LEDGER_SCHEMA, "arrivals": self.arrivals and asdict(self.arrivals)}
         return _drop_none(said, "arrivals")
 
     def to_bytes(self) -> bytes:
-        """Return the content of an anchor file."""
+        """Encode the head as the content of an anchor file."""
         return json.dumps(self._fields(), sort_keys=True).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> Head:
-        """Read the head in an anchor file, and verify its signature.
+        """Read the head from an anchor file, and verify its signature.
 
         Raises:
-            ConfigError: the file is missing or contains no head, or the head is not signed by the key that it names.
+            ConfigError: the file is missing or contains no head, or the signature does not match its key.
         """
         damaged = ConfigError("anchor", str(path), "must be a readable anchor file written by fedtune")
         try:
@@ -215,7 +214,7 @@ class Head:
             right = is_public_key(head.site_key) and is_signed(
                 head.site_key, HEAD, head.encode_signed_bytes(), head.signature
             )
-        except ValueError as error:  # a ConfigError, or a number that JSON does not have
+        except ValueError as error:  # a ConfigError, or a NaN or infinity
             raise damaged from error
         if not right:
             raise ConfigError("anchor", str(path), "must be signed with the site key that it names")
@@ -224,21 +223,22 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restored:
-    """The restore note: a backup was put back, and an anchor knew about events that the backup lacks.
+    """A restore note, written when a restored backup lacks events that an anchor knows.
 
     Attributes:
-        shared: sequence of the newest event known to be on both branches; later charges of the anchor were charged
+        shared: sequence number of the newest common event of both branches; the note charges the anchor's later events
             again.
-        end: sequence of the anchor's event.
-        path: (sequence, hash) of the lasting events on the lost branch, and of those for which that branch had made up.
+        end: sequence number of the anchor's newest event.
+        path: (sequence, hash) of the lasting events on the lost branch, and of the lost events that this branch had
+            already repeated.
         gap: charges on the lost branch after `shared`: mechanisms as `privacy.events` serializes them, with counts.
-        runs: run -> rounds charged on the lost branch after `shared`; none of these runs continues.
+        runs: run -> number of rounds charged on the lost branch after `shared`; none of these runs continues.
         denied: digests of proposals that a person denied on the lost branch.
         marks: permanent marks of the lost branch.
-        caps: lifetime caps that were in force on the lost branch only; None: no cap.
-        users: the column that identifies a user, by the policies of the lost branch.
-        doubts: receipts of either branch for which nothing has made up yet.
-        arrivals: the cohorts charged in `gap`; None, and left out of the JSON, if the population has no arrivals.
+        caps: lifetime caps of the lost branch only; None: no cap.
+        users: user column of each data set and file, from the policies of the lost branch.
+        doubts: receipts for missing events that neither branch contains.
+        arrivals: cohorts charged in `gap`; None, and omitted from the JSON, if the population has no arrivals.
     """
 
     shared: int
@@ -254,7 +254,7 @@ class Restored:
     arrivals: Arrivals | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the detail field of the note."""
+        """Return the detail field of the note as a JSON object."""
         fields = {key: sorted(each) if isinstance(each, frozenset) else each for key, each in asdict(self).items()}
         return _drop_none(fields, "arrivals")
 
@@ -263,10 +263,10 @@ class Restored:
         """Parse the detail field of a restore note.
 
         Raises:
-            ValueError: the detail does not describe a restore.
+            ValueError: the detail is not that of a restore note.
         """
         restored = decode(cls, {key: value for key, value in detail.items() if key != "what"})
-        # Charges are never taken back, so that no entry can lower what an earlier one added.
+        # Counts are positive, so that no entry can lower an earlier charge.
         if min(restored.shared, restored.end, *restored.runs.values()) < 0 or any(n < 1 for _, n in restored.gap):
             raise ValueError("a count of a restored ledger")
         return restored
@@ -275,13 +275,13 @@ class Restored:
 def iter_charges(
     charged: Sequence[tuple[dict[str, Any], int]], arrivals: Arrivals | None
 ) -> Iterator[tuple[DpEvent, int, str]]:
-    """Iterate over counted mechanisms, each with the cohorts that it was charged to ("" for everybody)."""
+    """Iterate over (mechanism, count, charged cohorts) of serialized charges; "" means everybody."""
     ranges = arrivals.ranges if arrivals else [""] * len(charged)
     return ((dp_events.from_json(event), n, said) for (event, n), said in zip(charged, ranges, strict=True))
 
 
 def charge_rows(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, Any], int, str]]:
-    """Return the charges as sorted rows: (mechanism as JSON, count, charged cohorts)."""
+    """List the charges in a fixed order as rows (mechanism as JSON, count, charged cohorts)."""
     rows = [(dp_events.to_json(event), count, said) for (event, said), count in charges.items()]
     return sorted(rows, key=lambda row: (json.dumps(row[0], sort_keys=True), row[2]))
 
@@ -294,12 +294,12 @@ def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1)
     """Verify the hash chain of consecutive events, and return its last hash.
 
     Args:
-        events: in sequence order.
+        events: events in sequence order.
         before: hash of the event before the first one.
-        first: sequence of the first one.
+        first: sequence number of the first event.
 
     Raises:
-        RunError: an event is missing or was changed; the message gives the number of the first such event.
+        RunError: an event is missing or was changed; the message contains the number of the first such event.
     """
     for number, event in enumerate(events, first):
         if event.sequence != number:

@@ -1,7 +1,7 @@
-"""The sum of a ledger's events: runs, charges and reservations.  Spending is always derived from events, never stored.
+"""The state of a ledger, derived from its events: runs, charges and reservations.
 
-`History.apply_event` processes one event after another.  It reads nothing but events, so that everybody with the same
-ledger derives the same figures.
+`History.apply_event` processes the events in order. Spending is always derived from events, never stored, so that
+everybody with the same ledger computes the same figures.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
-_FIRST = ("opened", "policy")  # the notes that every ledger begins with
+_FIRST = ("opened", "policy")  # the first two notes of every ledger
 
 
 @dataclass(kw_only=True, slots=True)
 class AcceptedRun:
-    """One accepted run.
+    """The state of an accepted run.
 
     Attributes:
         proposal: the accepted proposal.
-        expires: when the reservation for its plan expires; None: the run has ended.
-        reserved: round -> digest of the request for which it was charged.
+        expires: expiration time of the reservation; None: the run has ended.
+        reserved: round -> digest of the charged request.
         attempts: round -> number of reservations.
         replies: request digest -> SHA-256 of the committed reply.
-        adapter: digest of the final adapter, once the lead has sent it.
+        adapter: digest of the final adapter from the lead; empty before its arrival.
     """
 
     proposal: Proposal
@@ -65,20 +65,20 @@ class AcceptedRun:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the run, which determines the cost of its releases."""
+        """The run's plan, which determines its privacy cost."""
         return self.proposal.plan
 
     @property
     def charged_rounds(self) -> int:
-        """The number of charged rounds, retries included."""
+        """Number of charged rounds, retries included."""
         return self.attempts.total()
 
     def is_open(self, now: datetime) -> bool:
-        """Whether the run may still be charged."""
+        """Whether further rounds of the run may be charged at time `now`."""
         return self.expires is not None and now < self.expires
 
     def count_remaining_charges(self, now: datetime) -> Counter[DpEvent]:
-        """Return the rest of the plan that the run may still spend; empty once the run is no longer open."""
+        """Count the mechanisms of all rounds that may still be charged; empty for a closed run."""
         left = self.plan.most_rounds - self.charged_rounds
         once = dp_events.count_mechanisms([self.plan.event()]) if self.is_open(now) else Counter()
         return Counter({event: count * left for event, count in once.items()})
@@ -94,36 +94,37 @@ def _list_user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
 
 
 class History:
-    """The sum of a ledger's events: runs, charges, reservations, policies and decisions.
+    """The state of a ledger: runs, charges, reservations, policies and decisions.
 
     In a population with arrivals, spending is that of the cohort with the highest spending.
 
     Attributes:
         policy: the newest policy.
-        users: the column that identifies the owner of a record, for every data set id and file that a policy ever
-            named; another column would turn a budget per person into a budget per visit.
-        delta: the delta of every epsilon in the ledger.
-        order: the Renyi order of the filter.
+        users: user column of every data set id and file in any policy so far; a different column would turn a budget
+            per person into a budget per visit.
+        delta: delta of every epsilon in the ledger.
+        order: Renyi order of the filter.
         runs: run name -> `AcceptedRun`.
-        doubts: genuine receipts that prove missing events, each until a restore makes up for it.
-        restored: the restore notes, one for each time that a backup was put back.
-        lost_runs: run -> rounds charged on lost branches only.
-        hashes: of all events, in order.
+        doubts: valid receipts for missing events, until a restore repeats the charges.
+        restored: restore notes, one per restored backup.
+        lost_runs: run -> number of rounds charged only on lost branches.
+        hashes: hashes of all events, in order.
         path: (sequence, hash) of each lasting event.
-        policies: lifetime caps, oldest first, as (time, max_epsilon, number of rounds charged and backups put back
-            before); caps of a lost branch have the time of the restore.
-        answers: number of refusals and offers, by day and by whether a stranger received them.
+        policies: lifetime caps, oldest first, as (time, max_epsilon, number of earlier charged rounds and restores);
+            caps of a lost branch have the time of the restore.
+        answers: number of refusals and offers, by day and by whether the recipient was a stranger.
         refused: (day, run, lead, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> time of the approval.
         denied: digests of the proposals that a person at the site denied.
-        marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the result of `iter_permanent_marks`
-            for each policy, and `never(run, lead)` for a run that was refused and then ended by that lead.
-        decided: digest of a proposal -> the decisions of people on it: `what` ("approved" or "denied"), the `day`, and
-            `by`, `ticket` and `why`, each None if not given.
+        marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the marks of each policy
+            (`iter_permanent_marks`), and the mark of each run that its lead ended after a refusal
+            (`build_never_accepted_mark`).
+        decided: digest of a proposal -> decisions of people at the site: `what` ("approved" or "denied"), `day`, `by`,
+            `ticket` and `why`, each None if missing.
         last_time: time of the newest event.
         register: digest of the register of arrivals.
-        lost_rows: for each restore that may have lost rows of the register: the newest event whose rows are complete,
-            and the sequence of the restore note.
+        lost_rows: for each restore that may have lost register rows: (newest event with complete rows, sequence number
+            of the restore note).
     """
 
     def __init__(self) -> None:
@@ -146,25 +147,25 @@ class History:
         self.marks: set[tuple[str, str]] = set()
         self.decided = defaultdict[str, list[dict[str, str | None]]](list)
         self._rounds: list[tuple[int, str]] = []  # sequence, run
-        # Sequence, time, mechanism, count, and whom it was charged to; None: everybody.
+        # Sequence, time, mechanism, count, charged cohorts (None: everybody).
         self._charges: list[tuple[int, datetime, DpEvent, int, Cohorts | None]] = []
         self.register = START
         self.lost_rows: list[tuple[int, int]] = []
 
     @classmethod
     def empty(cls, policy: Policy) -> History:
-        """Return the empty history of a ledger that is yet to be created under `policy`."""
+        """Create the empty history of a new ledger under `policy`."""
         history = cls()
         history.policy, history.delta, history.order = policy, policy.budget.delta, policy.budget.order()
         return history
 
     def apply_event(self, event: Event) -> None:
-        """Process the next event.
+        """Update the state with the next event.
 
         Raises:
-            RunError: the event lacks a field that its kind requires, or cannot follow the earlier events.
+            RunError: the event lacks a field that its kind requires, or contradicts the earlier events.
         """
-        self.hashes.append(event.hash)  # also if it fails: what was followed by half must not pass for what came before
+        self.hashes.append(event.hash)  # even if the event is invalid: a partly applied event must not look unapplied
         self.path += [(event.sequence, event.hash)] if event.kind in LASTING else []
         try:
             self._dispatch_event(event)
@@ -174,7 +175,7 @@ class History:
     def _dispatch_event(self, event: Event) -> None:
         moment = datetime.fromisoformat(event.time)
         if self.last_time is not None and moment < self.last_time:
-            raise ValueError("it is dated before the previous event")
+            raise ValueError("its time is before the previous event's")
         self.last_time = moment
         if event.sequence <= 2 and (event.kind, event.detail.get("what")) != (Kind.NOTE, _FIRST[event.sequence - 1]):
             raise ValueError(f"event {event.sequence} must be the note {_FIRST[event.sequence - 1]!r}")
@@ -211,7 +212,7 @@ class History:
             run.attempts[event.round] != event.attempt
             or run.reserved.setdefault(event.round, event.request) != event.request
         ):
-            raise ValueError("it does not follow from the reservations before it")
+            raise ValueError("it contradicts the earlier reservations")
         charged = dp_events.from_json(event.detail["event"])
         if charged != run.plan.event():
             raise ValueError("it does not charge a round of the run's plan")
@@ -227,7 +228,7 @@ class History:
         match event.detail["what"]:
             case "opened":
                 if self._opened is not None:
-                    raise ValueError("the ledger was opened before")
+                    raise ValueError("the ledger has already been opened")
                 self._opened = Opened.from_detail(event.detail)
                 self.delta, self.order = self._opened.delta, self._opened.order
             case "policy":
@@ -253,7 +254,7 @@ class History:
                     ended = self.runs[event.run]
                     ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
             case "date_confirmed":
-                pass  # its time is what it says
+                pass  # the note has no content except its time
             case "restored":
                 self._apply_restore(Restored.from_detail(event.detail), event.sequence, moment)
             case "in_doubt":
@@ -265,7 +266,7 @@ class History:
                 raise ValueError(f"unknown note {other!r}")
 
     def _apply_decision(self, event: Event) -> Proposal:
-        """Process a person's decision, and return the proposal that it is about."""
+        """Apply a person's decision, and return its proposal."""
         proposal = decode(Proposal, event.detail["proposal"])
         said = {key: decode_value(key, event.detail[key], str) or None for key in ("what", "by", "ticket", "why")}
         self.decided[proposal.digest()].append({**said, "day": event.time[:10]})
@@ -286,7 +287,7 @@ class History:
         for cap in (*(math.inf if cap is None else cap for cap in restored.caps), self.cap):
             if cap != self.cap:
                 self.policies.append((moment.isoformat(), cap, len(self._rounds) + len(self.restored)))
-        # How far each run had really got is not known here, so none of them goes on, known or not.
+        # The true progress of these runs is unknown, so no run continues.
         for run in self.runs.values():
             run.expires = None
         for name, rounds in restored.runs.items():
@@ -294,48 +295,48 @@ class History:
 
     @property
     def opening(self) -> Opened:
-        """The ledger's first event."""
+        """Content of the first event."""
         assert self._opened is not None, "an empty history has not been opened"
         return self._opened
 
     @property
     def seeded(self) -> bool:
-        """Whether any accepted run took its noise from a seed."""
+        """Whether any accepted run uses noise from a seed."""
         return ("seeded", "") in self.marks
 
     @property
     def is_frozen(self) -> bool:
-        """Whether all training on this population has ended for good."""
+        """Whether all training on this population has ended permanently."""
         return ("frozen", "") in self.marks
 
     @property
     def furthest_doubt(self) -> Doubt | None:
-        """The doubt with the highest sequence, or None.  A ledger in doubt permits no training."""
+        """The doubt with the highest sequence number, or None. A ledger in doubt permits no training."""
         return max(self.doubts, default=None)
 
     @property
     def cap(self) -> float:
-        """The current lifetime cap on epsilon."""
+        """Current lifetime cap on epsilon."""
         return self.policies[-1][1]
 
     @property
     def caps(self) -> tuple[float | None, ...]:
-        """All lifetime caps so far, newest last; None means no cap."""
+        """All lifetime caps, newest last; None means no cap."""
         return tuple(None if math.isinf(cap) else float(cap) for cap, _ in groupby(cap for _, cap, _ in self.policies))
 
     @property
     def length(self) -> int:
-        """The number of events."""
+        """Number of events."""
         return len(self.hashes)
 
     @property
     def hash(self) -> str:
-        """The hash of the newest event."""
+        """Hash of the newest event."""
         return self.hashes[-1] if self.hashes else START
 
     def iter_changed_user_columns(self, policy: Policy) -> list[tuple[str, str, str]]:
-        """Return (key, earlier user column, user column in `policy`) wherever the two columns differ."""
-        named = list(_list_user_columns(policy))  # two of its own data sets may differ over one file
+        """List (key, recorded user column, user column in `policy`) for each user column that changed."""
+        named = list(_list_user_columns(policy))  # two data sets of the policy may name different columns of one file
         return [
             (f"{kind} {name} columns.user", was, now)
             for kind, name, now in named
@@ -344,22 +345,20 @@ class History:
         ]
 
     def charged_rounds(self, run: str) -> int:
-        """Return the number of rounds charged to a run, lost branches included."""
+        """Return the number of charged rounds of a run, including those on lost branches."""
         known = self.runs.get(run)
         return (known.charged_rounds if known else 0) + self.lost_runs.get(run, 0)
 
     def has_refused(self, run: str, lead: str) -> bool:
-        """Whether the site refused a proposal with this run name from this lead."""
+        """Whether the site refused a proposal of this run name from this lead."""
         return any((name, who) == (run, lead) for _, name, who, _ in self.refused)
 
     def count_rounds_up_to(self, sequence: int) -> Counter[str]:
-        """Count the rounds charged to each run by events up to `sequence`, without those on lost branches."""
+        """Count the charged rounds of each run up to event number `sequence`, without those on lost branches."""
         return Counter(run for number, run in self._rounds if number <= sequence)
 
     def charges(self, *, up_to: int | None = None) -> Counter[tuple[DpEvent, str]]:
-        """Count the charged mechanisms by (mechanism, charged cohorts), optionally only those of events up to
-        `up_to`.
-        """
+        """Count the charges by (mechanism, charged cohorts), optionally only up to event number `up_to`."""
         total: Counter[tuple[DpEvent, str]] = Counter()
         for sequence, _, event, count, cohorts in self._charges:
             if up_to is None or sequence <= up_to:
@@ -367,47 +366,50 @@ class History:
         return total
 
     def cohorts(self, admitted: Cohorts | None = None) -> list[int]:
-        """Return the first cohort of each group of cohorts with equal figures, ascending; optionally only those in
-        `admitted`.
+        """Group the cohorts with equal figures, and return each group's first cohort, ascending.
 
-        A ledger without arrivals has one group, which holds everybody.
+        A ledger without arrivals has one group, which contains everybody.
+
+        Args:
+            admitted: include only cohorts in this range; None: all cohorts.
         """
         known = {cohorts for *_, cohorts in self._charges} | {run.plan.cohorts for run in self.runs.values()}
         begins = find_cohort_group_starts(known | {admitted}, oldest_apart=bool(self.lost_rows))
         return [cohort for cohort in begins if admitted is None or cohort in admitted]
 
     def find_cohort(self, row: Row | None, own: int) -> int:
-        """Return a person's cohort: the one in the register's `row`, or `own` if the person has no row.
+        """Determine the cohort of a person from the register, or from the person's records if the register has no row.
 
-        `own` is the cohort by the person's own records.  After a restore, a lost row may have belonged to anybody who
-        is missing from this register, or who was written to it after the branches split; the lost branch charged these
-        people under an unknown cohort.  They count as the oldest cohort, which then owes everything that was charged to
-        any cohort.
+        After a restore, a lost row may have belonged to anybody without a row in this register, or with a row from
+        after the branches split; the lost branch charged these people under an unknown cohort. They count as members of
+        the oldest cohort, which inherits all charges of all cohorts.
+
+        Args:
+            row: the person's row in the register, or None.
+            own: cohort according to the person's records.
         """
         if row is None:
             return OLDEST if self.lost_rows else own
         return OLDEST if any(last < row.sequence <= at for last, at in self.lost_rows) else row.cohort
 
     def count_total_charges(self, cohort: int | None = None) -> Counter[DpEvent]:
-        """Count all mechanisms charged so far: to `cohort`, or to the cohort with the highest spending."""
+        """Count all charged mechanisms of `cohort`, by default of the cohort with the highest spending."""
         return self._find_highest_spending(cohort, lambda number: self._sum_charges(number, lambda _: True))
 
     def count_charges_and_reservations(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """Count all mechanisms charged so far or set aside for open runs."""
+        """Count all mechanisms that are charged or reserved for open runs."""
         return self._find_highest_spending(
             cohort, lambda number: self.count_total_charges(number) + self.count_remaining_charges(now, number)
         )
 
     def epsilon(self, spent: Counter[DpEvent] | None = None) -> float:
-        """Return the epsilon of `spent`, by default of all charges, by the Renyi filter as in the caps; may be
-        infinite.
-        """
+        """Compute the epsilon of `spent` by the Renyi filter, by default of all charges; may be infinite."""
         return filter.epsilon_filter(
             self.count_total_charges() if spent is None else spent, order=self.order, delta=self.delta
         )
 
     def count_charges_in_period(self, period: str, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """Count the mechanisms charged in the calendar period that contains `now`."""
+        """Count the charged mechanisms of the calendar period that contains `now`."""
         this = compute_period_number(now, period)
         return self._find_highest_spending(
             cohort,
@@ -415,7 +417,7 @@ class History:
         )
 
     def count_remaining_charges(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """Count the mechanisms that open runs may still spend."""
+        """Count the mechanisms that are reserved for open runs."""
 
         def count_for_cohort(number: int) -> Counter[DpEvent]:
             total: Counter[DpEvent] = Counter()
@@ -435,7 +437,7 @@ class History:
         return dp_events.count_mechanisms(total)
 
     def _find_highest_spending(self, cohort: int | None, figure: Callable[[int], Counter[DpEvent]]) -> Counter[DpEvent]:
-        """Return `figure` of a cohort; without one, the figure with the largest divergence over all cohorts."""
+        """Evaluate `figure` for a cohort, by default for the cohort with the largest divergence."""
         if cohort is not None:
             return figure(cohort)
         found = [figure(each) for each in self.cohorts()]
@@ -443,18 +445,18 @@ class History:
 
     @property
     def clock(self) -> datetime:
-        """The time of this machine's clock, but never before the newest event."""
+        """Time of this machine's clock, or of the newest event if that is later."""
         now = datetime.now(UTC)
         return now if self.last_time is None else max(now, self.last_time)
 
     def now(self, *, server: datetime | None = None) -> datetime:
         """Return the ledger's time: this machine's clock, unless that would open a budget period too early.
 
-        Guarantee: the time is never before the newest event, so that setting the clock back opens no period.  Under a
+        Guarantee: the time is never before the newest event, so that setting the clock back opens no period. Under a
         cap per calendar period, a new period begins only if it directly follows the period of the newest event, and if
-        both the clock and the `server`'s time, if given, are in it.  So neither of the two can open a period alone, a
-        server that reports month after month opens none of them while the clock is right, and both together open only
-        the next period.  For a later period a person has to confirm the date, which is an event of its own.
+        both the clock and the `server`'s time, if available, are in it. So neither clock nor server can open a period
+        alone, a server that skips ahead month after month opens no period while the clock is right, and both together
+        open only the next period. For a later period, a person has to confirm the date, which adds an event.
         """
         clock, last = self.clock, self.last_time
         if last is None or self.policy is None or self.policy.budget.max_epsilon_per_period is None:
@@ -468,7 +470,7 @@ class History:
         return max(last, min(clock, told)) if said == begun else last
 
     def explain_pending_period(self, *, server: datetime | None = None) -> str:
-        """Return why the clock's budget period has not begun and how to open it; empty if the period has begun."""
+        """Explain why the clock's budget period has not begun and how to open it; empty if the period has begun."""
         if self.policy is None or self.last_time is None:
             return ""
         clock, time, period = self.clock, self.now(server=server), self.policy.budget.period
@@ -482,9 +484,12 @@ class History:
         )
 
     def covers_receipt(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
-        """Whether the ledger contains the receipt's event, whose hash `matches`, or has made up for its loss.
+        """Whether the ledger contains a receipt's event, or has charged for the loss of that event.
 
-        `besides` is a restore note to assume in addition.
+        Args:
+            shown: the receipt.
+            matches: whether an event's hash is the receipt's salted head.
+            besides: a restore note to assume in addition.
         """
         here = self.hashes[shown.sequence - 1 : shown.sequence]
         lost = [*self.restored, *([besides] if besides else [])]
@@ -492,13 +497,13 @@ class History:
         return any(map(matches, [*here, *there]))
 
     def covers_head(self, head: Head) -> bool:
-        """Whether no event up to `head` is missing, or every lasting event that is missing has been made up for."""
+        """Whether the ledger contains every event up to `head`, or has charged for all missing lasting events."""
         if head.sequence <= self.length and self.hashes[head.sequence - 1] == head.hash:
             return True
         return any(head.path[-1] in restored.path for restored in self.restored)
 
     def head(self, key: SigningKey) -> Head:
-        """Create and sign the newest head."""
+        """Create and sign the head of the newest event."""
         assert self.last_time is not None
         assert self.policy is not None
         charged = charge_rows(self.charges())
@@ -526,5 +531,5 @@ class History:
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:
-        """Return the Renyi divergence of `spent` at the ledger's order."""
+        """Compute the Renyi divergence of events at the ledger's order, in nats."""
         return filter.compute_total_divergence(spent, self.order)

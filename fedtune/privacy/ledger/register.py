@@ -1,10 +1,9 @@
-"""A ledger's first event, and its register of arrivals: the cohort under which each person was first admitted, for
-good.
+"""The first event of a ledger, and the register of arrivals: each person's cohort at first admission.
 
-Correcting a date must not create a fresh budget.  So the cohort under which a person is first admitted to a run remains
-that person's cohort, whatever the date becomes later: everything charged for the person was charged to that cohort.
-The register is a table in the ledger's file, written in the transaction that charges the round, before anything is
-sampled.  Each such event stores the digest of the register after it, so that a changed or removed row is detected.
+Correcting a date must not create a fresh budget. So the cohort at first admission to a run remains a person's cohort,
+even if the date changes later: everything charged for the person was charged to that cohort. The register is a table in
+the ledger's file, updated in the transaction that charges the round, before anything is sampled. Each such event stores
+the digest of the updated register, so that a changed or removed row is detected.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ BEGIN SELECT RAISE(ABORT, 'the register is append-only'); END""",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
-    """A ledger's first event, which never changes.
+    """The content of a ledger's first event, which is immutable.
 
     Attributes:
-        ledger: random id, in hex.
+        ledger: random identifier, in hex.
         order: Renyi order of the filter.
-        reference: the run for which the order was chosen, as the JSON of an event.
-        arrivals: the calendar of the population's arrivals; "" and left out of the event if it has none.
+        reference: event of the reference run that determined the order, as JSON.
+        arrivals: calendar period of the population's cohorts; "", and omitted from the event, without arrivals.
     """
 
     ledger: str
@@ -62,7 +61,7 @@ class Opened:
 
     @classmethod
     def from_policy(cls, policy: Policy, *, ledger: str, site_key: str) -> Opened:
-        """Create the first event of a ledger that begins under `policy`."""
+        """Create the first event of a new ledger under `policy`."""
         budget = policy.budget
         return cls(
             ledger=ledger,
@@ -77,7 +76,7 @@ class Opened:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the detail field of the event."""
+        """Return the detail field of the event as a JSON object."""
         return {name: value for name, value in asdict(self).items() if name != "arrivals" or value}
 
     @classmethod
@@ -85,16 +84,16 @@ class Opened:
         """Parse the detail field of a first event.
 
         Raises:
-            ValueError: the detail does not open a ledger.
+            ValueError: the detail is not that of a first event.
         """
         opened = decode(cls, {name: value for name, value in detail.items() if name != "what"})
         if not (0 < opened.delta < 1 and opened.order > 1 and is_public_key(opened.site_key)):
-            raise ValueError("it does not open a ledger")
+            raise ValueError("not the detail of a first event")
         dp_events.from_json(opened.reference)
         return opened
 
     def differences(self, policy: Policy) -> list[tuple[str, object, object]]:
-        """Return (key, value in the ledger, value in `policy`) for each value that must match and does not."""
+        """List (key, value in the ledger, value in `policy`) for each fixed value that differs."""
         people = policy.population
         for_this = (self.site, self.population, self.unit, self.delta, self.arrivals or "none")
         says = (policy.site, people.name, people.unit, policy.budget.delta, people.arrivals or "none")
@@ -103,12 +102,12 @@ class Opened:
 
 
 class Row(NamedTuple):
-    """One person in the register.
+    """A person in the register.
 
     Attributes:
-        sequence: of the event that charged the round to which the person was first admitted.
-        unit: HMAC of the person's id, under a key that only the site has.
-        cohort: the cohort under which the person was first admitted.
+        sequence: sequence number of the event that first admitted the person.
+        unit: HMAC of the person's identifier, under a secret key of the site.
+        cohort: the person's cohort at first admission.
     """
 
     sequence: int
@@ -117,18 +116,18 @@ class Row(NamedTuple):
 
 
 def pseudonymize(key: bytes, user: str) -> bytes:
-    """Return the pseudonym of a user in the register: without `key`, nobody can look a person up."""
+    """Compute the pseudonym of a user in the register: an HMAC under a secret key."""
     return hmac.digest(key, user.encode(), hashlib.sha256)[:UNIT_BYTES]
 
 
 def digest_after(before: str, rows: Iterable[Row]) -> str:
-    """Return the register's digest after an event that adds `rows`; unchanged if there are none."""
+    """Compute the register's digest after an event that adds `rows`; unchanged without rows."""
     packed = b"".join(struct.pack(f">Q{UNIT_BYTES}sQ", *row) for row in sorted(rows))
     return hashlib.sha256(b"fedtune arrivals\n" + before.encode() + packed).hexdigest() if packed else before
 
 
 def map_digests_by_event(rows: Iterable[Row]) -> dict[int, str]:
-    """Map the sequence of each event with rows to the register's digest after these rows, in order."""
+    """Map the sequence number of each event that added rows to the register's digest after that event."""
     digest, made = START, dict[int, str]()
     for sequence, of_one in groupby(sorted(rows), key=lambda row: row.sequence):
         made[sequence] = digest = digest_after(digest, of_one)
@@ -136,12 +135,12 @@ def map_digests_by_event(rows: Iterable[Row]) -> dict[int, str]:
 
 
 def read_rows(file: sqlite3.Connection) -> list[Row]:
-    """Read the whole register.
+    """Read all rows of the register.
 
     Raises:
-        RunError: a row has a form that fedtune never writes.
+        RunError: a row is malformed.
     """
     rows = [Row(*row) for row in file.execute("SELECT sequence, unit, cohort FROM arrivals").fetchall()]
     if any(len(row.unit) != UNIT_BYTES or min(row.sequence, row.cohort) < 0 for row in rows):
-        raise RunError("the register of arrivals has a row that fedtune did not write")
+        raise RunError("the register of arrivals has a malformed row")
     return rows

@@ -1,8 +1,8 @@
-"""A site's ledger: one SQLite file that permanently records everything done to the records of one population.
+"""A site's ledger: a SQLite file with a permanent, append-only record of every use of one population's records.
 
-Every decision is one transaction: process the events that other processes wrote, check the policy and the budget,
-append an event.  The event is on disk when the call returns.  A round is charged before it trains on any record, and
-its reply is stored before it is sent; after a crash in between, the round stays charged.
+Every decision is one transaction: process the events of other processes, check the policy and the budget, append an
+event. The event is on disk when the call returns. A round is charged before it trains on any record, and its reply is
+stored before it is sent; after a crash in between, the round remains charged.
 
 The file uses SQLite's rollback journal, so that a copy made between two transactions is complete.
 """
@@ -34,19 +34,20 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.spec import RunError
 
 MOST_ANSWERS_A_DAY, MOST_STRANGERS_A_DAY = 1000, 10
-"""Refusals beyond these, of allowed leads and of strangers, are given and logged but not recorded: nobody can fill a
-site's disk, and no stranger can use up what is there for leads.  An offer that cannot be recorded is not made."""
+"""Daily limits of recorded refusals, to allowed leads and to strangers. Further refusals are sent and logged, but not
+recorded, so that nobody can fill a site's disk, and strangers cannot exhaust the limit of leads. An offer beyond the
+limit is not sent."""
 _MOST_TEXT = 300
 _MOST_DOUBTS = 256
-"""Receipts that a ledger notes it lacks.  With this many there may be others, so that no anchor clears any of them."""
+"""Maximum number of recorded doubts. At the limit there may be unrecorded ones, so that no anchor clears any doubt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reservation:
-    """Permission to train one round, which is already charged.
+    """Permission to train one round that has already been charged.
 
     Attributes:
-        admitted: the users whom the round may sample; None: everybody, in a population without arrivals.
+        admitted: users that the round may sample; None: everybody, in a population without arrivals.
     """
 
     run: str
@@ -57,7 +58,7 @@ class Reservation:
 
     @property
     def event_fields(self) -> dict[str, Any]:
-        """The fields that identify this reservation in events."""
+        """Event fields that identify this reservation."""
         return {"run": self.run, "round": self.round, "request": self.request, "attempt": self.attempt}
 
 
@@ -66,15 +67,13 @@ class SiteLedger:
 
     Args:
         path: the SQLite file; created if it is missing.
-        policy: the site's limits.  A changed policy is recorded; unit, delta, population and filter order cannot
-            change.
-        key: the site's key, with which the ledger was created.
-        anchor: file outside the ledger, best on another disk, that always holds the newest signed head; None: no
-            anchor.
+        policy: the site's policy. A changed policy is recorded; unit, delta, population and filter order cannot change.
+        key: the site's signing key, which must be the key that created the ledger.
+        anchor: file for the newest signed head, preferably on another disk; None: no anchor.
 
     Raises:
         ConfigError: the ledger has the format of another version.
-        RunError: the file is damaged, was changed or put back, or cannot be written.  No training is possible then.
+        RunError: the file is damaged, was changed or rolled back, or is not writable. Training is impossible then.
     """
 
     def __init__(self, path: Path, policy: Policy, key: SigningKey, *, anchor: Path | None = None) -> None:
@@ -92,12 +91,12 @@ class SiteLedger:
 
     @property
     def folder(self) -> Path:
-        """The folder of the ledger's file."""
+        """Folder of the ledger's file."""
         return self._store.path.parent
 
     @property
     def history(self) -> History:
-        """The sum of the events, as of the last transaction."""
+        """State of the ledger after the last transaction."""
         return self._store.history
 
     def reserve(
@@ -110,28 +109,26 @@ class SiteLedger:
         arrivals: Callable[[], Mapping[str, int]] = dict,
         own: bool = False,
     ) -> Reservation | bytes:
-        """Charge a round before it is trained, or return the stored reply to the same request.
+        """Charge a round before training, or return the stored reply to a repeated request.
 
-        Guarantee: policy check, budget check and charge are one transaction, and the charge is durable on return; no
-        private record needs to be read before.  After every accepted request, all charges together stay within every
-        cap of the policy; after a new run is accepted, so do all charges plus the reservations of open runs.
+        Guarantee: policy check, budget check and charge are one transaction, and the charge is durable on return; the
+        caller need not read any private record before. After every accepted request, all charges together are within
+        every cap of the policy; after a new run is accepted, so are all charges plus the reservations of open runs.
 
         Args:
             proposal: the run's proposal.
             round: number of the round.
             request: digest of the lead's request.
-            before_charge: called once all checks have passed; if it raises, nothing is charged.
-            arrivals: for populations with arrivals: called last before the charge, it returns the cohort of each user
-                by the user's own records.  The users whom the reservation admits are written to the register of
-                arrivals.
-            own: charge a release of the site's own, which has no lead: the caller is the site.  Only the limits for
-                leads do not concern it (`Policy.check_release`).
+            before_charge: called after all checks have passed; if it raises, nothing is charged.
+            arrivals: for populations with arrivals: called last before the charge, it returns each user's cohort
+                according to the user's records. Admitted users are added to the register of arrivals.
+            own: charge the site's own release, without a lead, under the rules of `Policy.check_release`.
 
         Raises:
             Refused: names the rule, the requested value and the allowed value; nothing is charged.
-            RunError: the ledger cannot be trusted or written.
+            RunError: the ledger is damaged or not writable.
         """
-        if own is bool(proposal.lead):  # nobody elsewhere can ask for a release of the site's own, or for its value
+        if own is bool(proposal.lead):  # a lead can neither request a site's own release nor read its value
             raise Refused(Reason.LEADS, asked=proposal.lead)
         with self._store.transaction():
             self._require_newest_policy()
@@ -148,13 +145,13 @@ class SiteLedger:
                 self._require_another_round(run, now)
             before_charge()
             attempt = run.attempts[round] + 1
-            # The salt makes two copies' charges of one request differ, also where a clock that is behind says one time.
+            # The salt distinguishes the charges of two copies of a ledger for one request, even at equal times.
             detail = {"event": events.to_json(run.plan.event()), "salt": secrets.token_hex(16)}
             granted = Reservation(run=proposal.run, round=round, request=request, attempt=attempt)
             cohort = ""
             if (cohorts := run.plan.cohorts) is not None:
-                # The digest always, since others learn the number of events, which must depend on no record; the salt
-                # hides it, since an anchor, which anybody may read, has the event's hash.
+                # The digest is always present, because others learn the number of events, which must not depend on
+                # records. The salt hides the digest, because anybody may read the event's hash in an anchor.
                 admitted, detail["register"] = self._store.admit_users(arrivals(), cohorts)
                 cohort, granted = str(cohorts), replace(granted, admitted=admitted)
             self._store.append_event(
@@ -163,14 +160,17 @@ class SiteLedger:
             return granted
 
     def commit(self, reservation: Reservation, reply: bytes, *, fingerprint: str = "", state: bytes = b"") -> None:
-        """Store the reply of a reserved round durably before it is sent; the run's earlier reply is deleted.
+        """Store the reply of a reserved round durably before it is sent, replacing the run's earlier reply.
 
-        `fingerprint` is an HMAC of the training records under `fingerprint_key`; it stays in the ledger.  `state` is
-        what the run's algorithm keeps for the site's next round, post-processing of the run's noised gradients; it
-        replaces the earlier one in the same transaction, so that it always belongs to the newest reply.
+        Args:
+            reservation: the newest reservation of the round.
+            reply: canonical bytes of the reply.
+            fingerprint: HMAC of the training records under `fingerprint_key`; remains in the ledger.
+            state: the algorithm's state for the site's next round, post-processing of the run's noised gradients. The
+                state is replaced in the same transaction, so that it always belongs to the newest reply.
 
         Raises:
-            Refused: the population was frozen or the run denied in the meantime, so the reply must not leave the site.
+            Refused: the population was frozen or the run denied during training, so the reply must not leave the site.
         """
         with self._store.transaction():
             run = self.history.runs[reservation.run]
@@ -185,20 +185,20 @@ class SiteLedger:
             self._store.append_event(Kind.COMMIT, detail, **reservation.event_fields, dataset=run.proposal.dataset)
 
     def algorithm_state(self, run: str) -> bytes:
-        """Return the `state` of the run's newest commit; empty if there was none."""
+        """Return the algorithm's state after the newest commit of a run; empty without a commit."""
         with self._store.transaction():
             return self._store.stored_state(run)
 
     def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
-        """Record the refusal of a lead's request; "awaiting approval" and "paused" are recorded once a day.
+        """Record the refusal of a lead's request, up to a daily limit.
 
-        Beyond a daily limit refusals are not recorded.
+        "Awaiting approval" and "paused" are recorded once a day.
         """
         with self._store.transaction():
             today = self._store.now().date()
             if refused.reason.is_waiting and (today, run, lead, refused.reason.value) in self.history.refused:
                 return
-            asked = refused.asked and refused.asked[:_MOST_TEXT]  # what is asked for comes from a server
+            asked = refused.asked and refused.asked[:_MOST_TEXT]  # untrusted text from a server
             detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed, "lead": lead}
             if self._may_record_answer(stranger=refused.reason.is_from_stranger):
                 self._store.append_event(Kind.REFUSAL, detail, run=run, round=round, request=request)
@@ -206,12 +206,12 @@ class SiteLedger:
     def end_run(self, run: str, *, lead: str = "", adapter_sha256: str = "") -> None:
         """Record the end of a run, which releases the unspent rest of its reservation.
 
-        A run that this site refused and never accepted can no longer be accepted from that lead, so that a receipt can
-        state for good that the lead's run is charged nothing.  A run of the same name from another lead is a different
+        After a refusal, a run that was never accepted can no longer be accepted from that lead, so that a receipt can
+        state permanently that the lead's run costs nothing. A run of the same name from another lead is a different
         run.
 
         Args:
-            run: name of the run that ended.
+            run: name of the run.
             lead: public key of the lead that reports the end; needed only for a run that was never accepted.
             adapter_sha256: digest of the final adapter, if the lead sent it.
         """
@@ -223,13 +223,13 @@ class SiteLedger:
                 self._store.append_note("run_ended", run=run, adapter_sha256=adapter_sha256, lead=lead)
 
     def approve(self, proposal: Proposal, *, by: str = "", ticket: str = "", why: str = "") -> None:
-        """Record that a person at the site approves exactly this proposal.
+        """Record a person's approval of exactly this proposal.
 
         Args:
             proposal: the run's proposal.
-            by: the person's name.
-            ticket: number of the request in the site's own records.
-            why: the reason.
+            by: name of the person.
+            ticket: case number in the site's own records.
+            why: reason for the approval.
 
         Raises:
             Refused: policy or budget would refuse the proposal despite the approval.
@@ -242,49 +242,45 @@ class SiteLedger:
             self._store.append_note("approved", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
     def deny(self, proposal: Proposal, why: str, *, by: str = "", ticket: str = "") -> None:
-        """Record that a person at the site denies exactly this proposal, for good; `why` never leaves the site.
+        """Record a person's permanent denial of exactly this proposal; `why` never leaves the site.
 
-        Guarantee: from then on no round of the run is charged here and no reply of the run leaves the site, not even
-        the reply of a round in progress.  A run that had begun ends at this site, and its reservation is released.
+        Guarantee: from then on the ledger charges no round of the run, and no reply of the run leaves the site, not
+        even the reply of a round in progress. A run in progress ends at this site, and its reservation is released.
         """
         with self._store.transaction():
             about = proposal.to_json()
             self._store.append_note("denied", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
     def freeze(self, why: str) -> None:
-        """End all training on the population, for good."""
+        """End all training on the population permanently."""
         with self._store.transaction():
             self._store.append_note("frozen", why=why)
 
     def set_server_time(self, server_time: float) -> None:
-        """Store the server's time at the current request, in seconds since 1970; an invalid time is ignored."""
+        """Set the server's time at the current request, in seconds since 1970; an invalid time is ignored."""
         try:
             self._store.server_time = datetime.fromtimestamp(server_time, UTC)
         except (ValueError, OverflowError, OSError):
             self._store.server_time = None
 
     def confirm_date(self) -> None:
-        """Record a person's confirmation that this machine's date is right, which begins the budget period of that
-        date.
-        """
+        """Record a person's confirmation of this machine's date, which opens the budget period of that date."""
         with self._store.transaction():
             self._store.append_note("date_confirmed", not_before=self.history.clock)
 
     @property
     def explain_pending_period(self) -> str:
-        """Why the clock's budget period has not begun and how to open it; empty if the period has begun."""
+        """Explanation why the clock's budget period has not begun and how to open it; empty if the period has begun."""
         return self.history.explain_pending_period(server=self._store.server_time)
 
     def sign_receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
-        """Sign a receipt for the charges of a lead's `run` so far, together with the digest of the accompanying
-        reply.
-        """
+        """Sign a receipt for the charges of a lead's run, optionally with the digest of the accompanying reply."""
         known = self.history.runs.get(run)
         fields: dict[str, Any] = {
             "site": self.policy.site,
             "run": run,
             "charged_rounds": self.history.charged_rounds(run),
-            # By an event alone: a clock that is ahead is set right again, and what is signed stays.
+            # Depends on events only: a clock may be corrected, a signature remains.
             "ended": build_never_accepted_mark(run, lead) in self.history.marks
             if known is None
             else known.expires is None,
@@ -300,16 +296,15 @@ class SiteLedger:
         return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.encode_signed_bytes()))
 
     def require_receipt(self, receipt: Receipt) -> None:
-        """Check that the ledger contains a receipt that this site once issued.
+        """Check that the ledger contains the event of a receipt that this site issued.
 
-        A ledger without its own receipt was lost or rolled back.
-
-        After a failed check no training is possible, for any lead, until `charge_gap` makes up for the missing events.
+        A ledger without its own receipt's event was lost or rolled back. After a failed check, training is blocked for
+        all leads until `charge_gap` charges the missing events.
 
         Raises:
             Refused: the receipt is not this site's, or the ledger does not contain its head.
         """
-        # The name, too, since populations of one organization may have ledgers under one key.
+        # Check the name, too: several populations of an organization may share one key.
         if (receipt.site, receipt.site_key) != (
             self.policy.site,
             self._key.public,
@@ -327,18 +322,17 @@ class SiteLedger:
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
         """Charge everything that the anchor records but this restored ledger lacks, and return the added charges.
 
-        The ledger also takes over everything else in the anchor: ended runs, permanent marks, denied proposals, earlier
-        caps, the columns that identify users, and receipts that prove missing events, unless both branches together
-        contain those events.
+        The ledger also adopts everything else in the anchor: ended runs, permanent marks, denied proposals, earlier
+        caps, user columns, and receipts for missing events, unless the two branches together contain those events.
 
         Raises:
-            RunError: the anchor belongs to another ledger, or was made for another user column than the policy names.
+            RunError: the anchor belongs to another ledger, or its user columns differ from the policy.
         """
         self._store.require_same_ledger(anchor)
         with self._store.transaction():
             if self.history.covers_head(anchor):
                 return Counter()
-            # What lies behind the last event that both know was charged on another branch, and makes up for nothing.
+            # Charges after the last common event are on another branch, and cover nothing of the anchor's.
             both = [n for n, hash in anchor.path if n <= self.history.length and self.history.hashes[n - 1] == hash]
             shared = max(both, default=0)
             there = iter_charges(anchor.charged, anchor.arrivals)
@@ -360,7 +354,7 @@ class SiteLedger:
             doubts = self.history.doubts.union(anchor.doubts)
             if len(doubts) < _MOST_DOUBTS:
                 doubts = frozenset(doubt for doubt in doubts if not self._store.covers_receipt(doubt, besides=restored))
-            # What was charged there counts in the anchor's period, or in a later one.
+            # The gap counts in the anchor's budget period, or in a later one.
             then = datetime.fromisoformat(anchor.time)
             self._store.append_note("restored", not_before=then, **replace(restored, doubts=doubts).to_json())
             self._require_fixed_settings()
@@ -371,18 +365,18 @@ class SiteLedger:
         return self._store.head()
 
     def make_offer(self, proposal: Proposal) -> Offer:
-        """Compute how much of a new run the site would accept now.
+        """Compute the largest part of a new run that the site would accept now.
 
         An offer is a release, and is recorded like a refusal.
 
         Raises:
-            Refused: nothing fits, with any number of rounds or any noise; names the rule.
-            RunError: the daily limit of refusals and offers is reached, or the ledger cannot be trusted or written.
+            Refused: no number of rounds and no noise multiplier is acceptable; names the rule.
+            RunError: the daily limit of refusals and offers is reached, or the ledger is damaged or not writable.
         """
         with self._store.transaction():
             self._require_newest_policy()
             if not self._may_record_answer():
-                raise RunError("too many refusals and offers were recorded today; no more are recorded until tomorrow")
+                raise RunError("the ledger reached today's limit of refusals and offers; try again tomorrow")
             rounds = spending.find_max_rounds(proposal, self._would_accept)
             noise = spending.find_min_noise(proposal, self._would_accept)
             if not rounds and noise is None:
@@ -392,8 +386,7 @@ class SiteLedger:
         return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
 
     def require_acceptable(self, proposal: Proposal, *, own: bool = False) -> None:
-        """Require that the site would accept the proposal as a new run, or as its `own` release, as of the last
-        transaction.
+        """Check that the site would accept a new run, or its own release (`own`), as of the last transaction.
 
         Raises:
             Refused: names the rule, the requested value and the allowed value.
@@ -401,11 +394,15 @@ class SiteLedger:
         spending.require_acceptable(self.history, self.policy, proposal, self._store.now(), own=own)
 
     def require_startable(self, proposal: Proposal, *, approved: bool = True, own: bool = False) -> None:
-        """Require that a run may start or continue; with `approved`, also that a person has approved a new run if
-        necessary.  A release of the site's `own` needs no approval: a person at the site asks for it.
+        """Check that a run may start or continue.
 
-        An accepted run may continue as it was proposed, as long as the ledger permits training and nobody has denied
-        the run.
+        An accepted run may continue with an unchanged proposal, as long as the ledger permits training and nobody has
+        denied the run.
+
+        Args:
+            proposal: the run's proposal.
+            approved: require a person's approval of a new run, if the policy demands approvals.
+            own: check the site's own release, which needs no approval, because a person at the site requests it.
 
         Raises:
             Refused: names the rule, the requested value and the allowed value.
@@ -421,12 +418,12 @@ class SiteLedger:
         if approved and not own and self.policy.approval == "manual":
             since = self.history.approved.get(proposal.digest())
             good_for = timedelta(days=self.policy.limits.run_expires_after_days)
-            # By the clock: a period that is held back keeps no approval, and below no run, alive.
+            # By the clock, so that a delayed budget period extends neither approvals nor runs.
             if since is None or self.history.clock - since > good_for:
                 raise Refused(Reason.AWAITING_APPROVAL)
 
     def require_another_round(self, proposal: Proposal) -> None:
-        """Require that an accepted run may be charged for one more round, as of the last transaction.
+        """Check that one more round of an accepted run may be charged, as of the last transaction.
 
         Raises:
             Refused: names the rule, the requested value and the allowed value.
@@ -435,10 +432,10 @@ class SiteLedger:
             self._require_another_round(known, self._store.now())
 
     def fingerprint_key(self) -> bytes:
-        """Return the secret key of the records' HMAC; a plain hash would let anybody test a candidate data set."""
+        """Return the secret HMAC key of record fingerprints; a plain hash would allow guesses at the data set."""
         return self._key.derive_secret("data fingerprint")
 
-    # What follows decides or writes inside a transaction.
+    # The methods below decide or write inside a transaction.
 
     def _would_accept(self, proposal: Proposal) -> bool:
         try:
@@ -448,9 +445,7 @@ class SiteLedger:
         return True
 
     def _require_another_round(self, run: AcceptedRun, now: datetime) -> None:
-        """Require that an accepted run may be charged for one more round.
-
-        Policy and period may have changed since the run was accepted.
+        """Check that one more round of an accepted run may be charged.
 
         Policy and period may have changed since the run was accepted.
         """
@@ -465,12 +460,12 @@ class SiteLedger:
         )
 
     def _lost_arrivals(self, anchor: Head, ranges: Sequence[str], *, shared: int) -> Arrivals | None:
-        """Return the cohorts of a gap, and the newest event whose register rows are complete after the restore.
+        """Return the cohorts of a gap, and the newest event with complete register rows after the restore.
 
-        Guarantee: the result depends on charges only, so that no refusal or figure after a restore reveals anything
-        about a record.  If the lost branch charged a round that this ledger lacks, people who are missing from this
-        register, or whose row belongs to an event after the split, may have been admitted there under any cohort.  The
-        same holds for people whose row is in doubt on one of the branches only.
+        Guarantee: the result depends only on charges, so that no refusal or figure after a restore reveals anything
+        about a record. If the lost branch charged a round that this ledger lacks, that branch may have admitted people
+        under any cohort if they have no row in this register, or a row from after the split. The same holds for people
+        whose row is in doubt on only one of the branches.
         """
         if (there := anchor.arrivals) is None:
             return None
@@ -481,10 +476,10 @@ class SiteLedger:
         return Arrivals(ranges=tuple(ranges), lost_after=min(unsure, default=None))
 
     def _find_stored_reply(self, run: AcceptedRun, proposal: Proposal, round: int, request: str) -> bytes | None:
-        """Return the stored reply to a repeated request; None for a round that is still to be trained.
+        """Return the stored reply to a repeated request; None for a round without training so far.
 
-        Guarantee: rounds never go back.  For a round before the newest charged one, the ledger returns the stored reply
-        or refuses, so that nobody can hold back a lead's request and have it charged after the lead has moved on.
+        Guarantee: rounds never go back. For a round before the newest charged one, the ledger returns the stored reply
+        or refuses, so that nobody can delay a lead's request and have it charged after the lead has moved on.
         """
         self.require_startable(proposal)
         if run.reserved.get(round, request) != request:
@@ -509,7 +504,7 @@ class SiteLedger:
             raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; reopen it")
 
     def _require_fixed_settings(self) -> None:
-        """Require the unit, delta, population, site, key and user columns with which the ledger was created."""
+        """Check that unit, delta, population, site, key and user columns match those at the creation of the ledger."""
         opened = self.history.opening
         differences = [("site_key", opened.site_key, self._key.public), *opened.differences(self.policy)]
         differences += self.history.iter_changed_user_columns(self.policy)
@@ -522,12 +517,12 @@ class SiteLedger:
 
 
 def _drop_common_prefix(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
-    """Return the items of `there` after the common prefix of both sequences."""
+    """Return the items of `there` after its common prefix with `here`."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))
     return tuple(there[sum(1 for _ in same) :])
 
 
 def _require_same_proposal(known: AcceptedRun, proposal: Proposal) -> None:
-    """Require the same settings as the accepted run; the lead may differ, because a run's name covers settings only."""
+    """Check that a proposal has the settings of the accepted run; only the lead may differ."""
     if known.proposal != proposal:
         raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=known.proposal.digest())

@@ -1,4 +1,4 @@
-"""Figures derived from a ledger's events on demand: the room left under a cap, and whether a new run fits."""
+"""The remaining budget of a ledger, and the checks whether a new run fits into it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedtune.privacy.site_policy import Policy
 
 
 def compute_spent_fraction(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
-    """Return the fraction of a lifetime cap's divergence that is spent; None for an infinite cap."""
+    """Compute the spent fraction of a lifetime cap, in Renyi divergence; None for an infinite cap."""
     if math.isinf(cap):
         return None
     room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
@@ -33,7 +33,12 @@ def require_acceptable(
 ) -> None:
     """Check that a new run breaks no rule, and that its whole plan fits next to the reservations of open runs.
 
-    `own` checks a release of the site's own instead, by `Policy.check_release`.
+    Args:
+        history: state of the ledger.
+        policy: the site's policy.
+        proposal: the new run.
+        now: the ledger's time.
+        own: check the site's own release instead, by `Policy.check_release`.
 
     Raises:
         Refused: names the rule, the requested value and the allowed value.
@@ -46,10 +51,10 @@ def require_acceptable(
 
 
 def require_usable_ledger(history: History) -> None:
-    """Require that the ledger is neither frozen nor in doubt.
+    """Check that the ledger is neither frozen nor in doubt.
 
     Raises:
-        Refused: it is, so that no training is possible.
+        Refused: the ledger permits no training.
     """
     if history.is_frozen:
         raise Refused(Reason.FROZEN)
@@ -58,7 +63,7 @@ def require_usable_ledger(history: History) -> None:
 
 
 def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetime) -> None:
-    """Require that the whole of `plan` fits next to the reservations of open runs.
+    """Check that a whole plan fits next to the reservations of open runs.
 
     Raises:
         Refused: names the cap, the resulting epsilon and the allowed epsilon.
@@ -70,9 +75,9 @@ def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetim
 def compute_remaining_divergence(
     history: History, policy: Policy, now: datetime, *, admitted: Cohorts | None = None
 ) -> float:
-    """Return the Renyi divergence that the lifetime cap leaves for new runs, at the ledger's order.
+    """Compute the Renyi divergence that the lifetime cap leaves for new runs, in nats at the ledger's order.
 
-    The result is the smallest over the cohorts in `admitted` (None: everybody).
+    The result is the minimum over the cohorts in `admitted` (None: all cohorts).
     """
     if history.is_frozen or history.furthest_doubt:
         return 0.0
@@ -91,7 +96,7 @@ def compute_remaining_divergence(
 def count_remaining_runs(
     history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
 ) -> int | None:
-    """Return how many more runs at the cost of `plan` the lifetime cap allows; None if any number."""
+    """Compute how many more runs at the cost of `plan` fit under the lifetime cap; None if unlimited."""
     left = compute_remaining_divergence(history, policy, now, admitted=admitted)
     return filter.compute_max_repeats(plan, left, order=history.order)
 
@@ -105,12 +110,18 @@ def require_budget_room(
     held: Callable[[int], Counter[DpEvent]],
     now: datetime,
 ) -> None:
-    """Check that `asked` fits every cap, in addition to earlier charges and the reservations in `held`.
+    """Check that a new charge fits every cap, in addition to earlier charges and reservations.
 
-    The check covers every cohort in `admitted` (None: everybody), whether or not it has members.
-
-    Guarantee: the stopping rule of the Renyi filter.  At the one order that was fixed when the ledger was created, the
+    Guarantee: the stopping rule of the Renyi filter. At the one order that was fixed when the ledger was created, the
     divergence of everything charged to a cohort, plus `asked`, stays within the divergence that each cap allows.
+
+    Args:
+        history: state of the ledger.
+        policy: the site's policy.
+        admitted: the cohorts to charge, even cohorts without members; None: all cohorts.
+        asked: mechanisms of the new charge, with counts.
+        held: function from a cohort to its reserved mechanisms.
+        now: the ledger's time.
 
     Raises:
         Refused: names the cap, the resulting epsilon and the allowed epsilon.
@@ -132,7 +143,7 @@ def require_budget_room(
 
 
 def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
-    """Return the largest accepted `num_rounds`, up to the proposal's own; 0 if none is accepted."""
+    """Find the largest accepted number of rounds, up to the proposal's own; 0 if none is accepted."""
 
     def is_refused(rounds: int) -> bool:
         return not accepts(dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=rounds)))
@@ -141,9 +152,9 @@ def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> 
 
 
 def find_min_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:
-    """Return the smallest accepted noise multiplier, to four decimals; None if none is accepted.
+    """Find the smallest accepted noise multiplier, to four decimals; None if none is accepted.
 
-    The result is never below the noise multiplier of the proposal.
+    The search starts at the noise multiplier of the proposal.
     """
 
     def with_noise(noise: float) -> Proposal:

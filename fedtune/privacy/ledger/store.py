@@ -1,6 +1,6 @@
-"""Storage of a ledger's events, on disk and in memory: durable, chained and signed.  This module makes no decisions.
+"""Durable storage of chained and signed events in SQLite. This module makes no decisions.
 
-The functions know only SQLite; `EventStore` keeps the file, the hash chain and the history consistent.
+The functions access SQLite only; `EventStore` keeps the file, the hash chain and the history consistent.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _COLUMNS = (
     "signature",
 )  # fmt: skip
 
-# The triggers keep a mistake from rewriting history; the hash chain shows it when somebody does it on purpose.
+# The triggers prevent accidental changes of events; the hash chain reveals deliberate ones.
 SCHEMA = (
     """CREATE TABLE events (
   sequence INTEGER PRIMARY KEY, kind TEXT NOT NULL, time TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
@@ -63,7 +63,7 @@ BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
 
 @contextmanager
 def open_for_writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open one transaction that locks the ledger at `path` against all other writers; a missing file is created.
+    """Open an exclusive transaction on the ledger at `path`, and create a missing file.
 
     The transaction is durable when the block ends, and is rolled back if the block raises.
 
@@ -76,10 +76,12 @@ def open_for_writing(path: Path) -> Iterator[sqlite3.Connection]:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         file = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
     except (sqlite3.Error, OSError) as error:
-        raise RunError(f"ledger {path} cannot be opened ({error}); nothing is trained without it") from error
+        raise RunError(
+            f"ledger {path} cannot be opened ({error}); training is not possible without a ledger"
+        ) from error
     try:
-        # The rollback journal, and not a write-ahead log: a copied file is whole.  EXTRA also syncs the folder after
-        # the journal is gone, without which a power cut could bring an undone state back.
+        # A rollback journal instead of a write-ahead log, so that a copied file is complete. EXTRA also syncs the
+        # folder after the journal is deleted; otherwise a power cut could undo a committed transaction.
         file.execute("PRAGMA journal_mode = DELETE")
         file.execute("PRAGMA synchronous = EXTRA")
         file.execute("BEGIN IMMEDIATE")
@@ -91,15 +93,17 @@ def open_for_writing(path: Path) -> Iterator[sqlite3.Connection]:
         _check_tables(file, path)
         yield file
         file.execute("COMMIT")
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # a message of SQLite's may quote what is no text
-        raise RunError(f"ledger {path} cannot be read or written ({error}); nothing is trained without it") from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote invalid UTF-8 in its message
+        raise RunError(
+            f"ledger {path} cannot be read or written ({error}); training is not possible without a ledger"
+        ) from error
     finally:
         file.close()  # a transaction that did not commit is rolled back
 
 
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open an existing ledger read-only, except that a transaction interrupted by a crash is rolled back.
+    """Open an existing ledger read-only, after rolling back a transaction that a crash interrupted.
 
     Raises:
         ConfigError: the ledger has the format of another version.
@@ -107,7 +111,7 @@ def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
     """
     if not path.is_file():
         raise RunError(f"ledger {path} does not exist")
-    # Only a writer may roll a journal back, and until that is done nobody can read.
+    # Only a writer can roll back a hot journal, which blocks all readers.
     mode = "rw" if path.resolve().with_name(f"{path.resolve().name}-journal").exists() else "ro"
     try:
         file = sqlite3.connect(
@@ -125,7 +129,7 @@ def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def insert_event(file: sqlite3.Connection, event: Event) -> None:
-    """Append one event as a row."""
+    """Insert an event as a row."""
     values = [getattr(event, name) for name in _COLUMNS]
     values[_COLUMNS.index("detail")] = to_canonical_json(event.detail).decode()
     values[_COLUMNS.index("kind")] = event.kind.value
@@ -134,50 +138,52 @@ def insert_event(file: sqlite3.Connection, event: Event) -> None:
 
 
 def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
-    """Read the events with a sequence above `after`, in order.
+    """Read the events after sequence number `after`, in order.
 
     Raises:
         RunError: a row is not a valid event.
     """
     query = f"SELECT {', '.join(_COLUMNS)} FROM events WHERE sequence > ? ORDER BY sequence"
-    rows = file.execute(query, (after,)).fetchall()  # a cursor left half-way would hold the lock after an error
+    rows = file.execute(query, (after,)).fetchall()  # an open cursor would keep the lock after an error
     return [_parse_event(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
 
 
 def read_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
-    """Return (run, request digest, reply) for each stored reply."""
+    """Read (run, request digest, reply) of each stored reply."""
     return file.execute("SELECT run, request, reply FROM replies").fetchall()
 
 
 def _parse_event(row: dict[str, object]) -> Event:
     try:
         detail = parse_json(str(row["detail"]), key="detail", bound="must be JSON")
-        # One event has one spelling, or a change of spelling would go unseen.
+        # The encoding is unique; otherwise a re-encoded row would go unnoticed.
         if to_canonical_json(detail).decode() != row["detail"]:
             raise ValueError("detail")
         return Event(**{**row, "kind": Kind(row["kind"]), "detail": detail})  # type: ignore[arg-type]
     except ValueError as error:
-        raise RunError(f"event {row['sequence']} was changed: it is not in the format of fedtune's events") from error
+        raise RunError(f"event {row['sequence']} was changed: its format is invalid") from error
 
 
 def _check_tables(file: sqlite3.Connection, path: Path) -> None:
-    """Refuse a file with tables, triggers or views other than fedtune's, or with the schema of another version."""
+    """Reject a file with foreign tables, triggers or views, or with the schema of another version."""
     (schema,) = file.execute("PRAGMA user_version").fetchone()
     (application,) = file.execute("PRAGMA application_id").fetchone()
     if application == _APPLICATION_ID:
         check_ledger_schema(path, schema)
     tables = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
     if tables not in (set(SCHEMA), {*SCHEMA, *register.SCHEMA}) or application != _APPLICATION_ID:
-        raise RunError(f"ledger {path} does not have the tables of a ledger: it was changed, or it is a different file")
+        raise RunError(
+            f"ledger {path} does not have the tables of a ledger: the file was changed, or is another database"
+        )
 
 
 @contextmanager
 def _name_anchor_in_errors(anchor: Path | None) -> Iterator[None]:
-    """Convert operating-system errors about the anchor into a RunError that names it."""
+    """Convert operating-system errors into a RunError that names the anchor."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"anchor {anchor} cannot be used ({error.strerror}); nothing is trained") from error
+        raise RunError(f"anchor {anchor} cannot be used ({error.strerror}); training is not possible") from error
 
 
 class EventStore:
@@ -186,11 +192,11 @@ class EventStore:
     Args:
         path: the SQLite file; created if it is missing.
         key: the site's key, which signs each event.
-        anchor: file outside the ledger that always holds the newest signed head; None: no anchor.
+        anchor: file for the newest signed head, outside the ledger; None: no anchor.
 
     Attributes:
-        history: the sum of the events, as of the last transaction.
-        server_time: the server's time of the newest request; None before the first request.
+        history: state of the ledger after the last transaction.
+        server_time: the server's time at the newest request; None before the first request.
     """
 
     def __init__(self, path: Path, key: SigningKey, anchor: Path | None) -> None:
@@ -202,18 +208,18 @@ class EventStore:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"ledger {path} cannot be created ({error.strerror}); nothing is trained without it"
+                f"ledger {path} cannot be created ({error.strerror}); training is not possible without a ledger"
             ) from error
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Lock the file, process events that other processes wrote, and write the block's events: all of them or none.
+        """Lock the file, process the events of other processes, and write the block's events atomically.
 
         Guarantee: when the block has ended, its events and the anchor are on disk.
 
         Raises:
             ConfigError: the ledger has the format of another version.
-            RunError: the file or the anchor is damaged, was changed or put back, or cannot be written.
+            RunError: the file or the anchor is damaged, was changed or rolled back, or cannot be written.
         """
         before = self.history.length
         try:
@@ -228,7 +234,7 @@ class EventStore:
                     self._write_anchor(self._anchor)
         except BaseException:
             if self.history.length != before:
-                self.history = History()  # what was followed may not have been written
+                self.history = History()  # applied events may not have been written
             raise
         finally:
             self._open_file = None
@@ -239,13 +245,13 @@ class EventStore:
         return self._open_file
 
     def now(self) -> datetime:
-        """Return the time of the next event; unless the server has sent its time, no budget period begins."""
+        """Return the time of the next event; without the server's time, no new budget period begins."""
         return self.history.now(server=self.server_time or self.history.last_time)
 
     def append_event(
         self, kind: Kind, detail: dict[str, Any], *, not_before: datetime | None = None, **about: str | int
     ) -> None:
-        """Append one event to the chain and process it; `about` sets further fields of `Event`."""
+        """Append an event to the chain, and apply it to the history; `about` sets further fields of `Event`."""
         now = self.now()
         unsigned: dict[str, Any] = {
             "sequence": self.history.length + 1,
@@ -261,11 +267,11 @@ class EventStore:
         self.history.apply_event(event)
 
     def append_note(self, what: str, *, run: str = "", not_before: datetime | None = None, **detail: Any) -> None:
-        """Append a note."""
+        """Append an event of kind "note"."""
         self.append_event(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
 
     def store_reply(self, *, run: str, request: str, reply: bytes, state: bytes = b"") -> None:
-        """Store the newest reply of `run` with the algorithm's state after it, replacing the previous ones."""
+        """Store the newest reply of a run with the algorithm's state, replacing the previous ones."""
         row = (run, request, reply, state)
         self._file.execute("INSERT OR REPLACE INTO replies (run, request, reply, state) VALUES (?, ?, ?, ?)", row)
 
@@ -275,20 +281,24 @@ class EventStore:
             self._file.execute(statement)
 
     def admit_users(self, own: Mapping[str, int], cohorts: Cohorts) -> tuple[frozenset[str], str]:
-        """Return the users whom the next charged round may sample, and the register's digest after their admission.
+        """Admit users to the next charged round, and record their cohorts in the register.
 
-        `own` maps each user to the cohort by the user's own records.
+        Args:
+            own: user -> cohort according to the user's records.
+            cohorts: cohorts that the run admits.
 
-        Guarantee: a user is admitted only under the one cohort that counts (`History.find_cohort`), and only if it is
-        in `cohorts`.  That cohort is then in the register, and stays the same in every later round, whatever `own`
-        becomes.
+        Returns:
+            The users that the round may sample, and the register's digest after their admission.
+
+        Guarantee: a user is admitted only if the cohort from `History.find_cohort` is in `cohorts`. The register then
+        has this cohort, which never changes in later rounds, even if `own` does.
 
         Raises:
             RunError: the register does not match the digest in the hash chain.
         """
         rows, key = register.read_rows(self._file), self._key.derive_secret("arrivals")
         if [START, *register.map_digests_by_event(rows).values()][-1] != self.history.register:
-            raise RunError(f"the register of arrivals in ledger {self.path} was changed; nothing is trained")
+            raise RunError(f"the register of arrivals in ledger {self.path} was changed; training is not possible")
         known, admitted, new = {row.unit: row for row in rows}, set[str](), list[register.Row]()
         for user, cohort in own.items():
             unit = register.pseudonymize(key, user)
@@ -302,12 +312,12 @@ class EventStore:
         return frozenset(admitted), register.digest_after(self.history.register, new)
 
     def read_stored_reply(self, request: str) -> bytes | None:
-        """Return the stored reply to a request; None if it is no longer stored."""
+        """Read the stored reply to a request; None if it has been replaced."""
         row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
 
     def stored_state(self, run: str) -> bytes:
-        """Return the algorithm's state after the newest reply of `run`; empty if there is none."""
+        """Return the algorithm's state after the newest reply of a run; empty without a reply."""
         row = self._file.execute("SELECT state FROM replies WHERE run = ?", (run,)).fetchone()
         return b"" if row is None else bytes(row[0])
 
@@ -316,20 +326,22 @@ class EventStore:
         return self.history.head(self._key)
 
     def compute_salted_head(self) -> str:
-        """Return the hash of the newest lasting event, salted with a secret of the site."""
+        """Compute the hash of the newest lasting event, salted with a secret of the site."""
         return self._add_salt_to_hash(self.history.path[-1][1])
 
     def covers_receipt(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
-        """Whether the ledger contains the receipt's event, or has made up for its loss.
+        """Whether the ledger contains a receipt's event, or has charged for the loss of that event.
 
-        `besides` is a restore note to assume in addition.
+        Args:
+            shown: the receipt.
+            besides: a restore note to assume in addition.
         """
         return self.history.covers_receipt(
             shown, lambda hash: hmac.compare_digest(self._add_salt_to_hash(hash), shown.head), besides=besides
         )
 
     def _require_anchor_head(self) -> None:
-        """Require that the ledger contains the head in its anchor.
+        """Check that the ledger contains the head in its anchor.
 
         Raises:
             RunError: the ledger is older than its anchor or has branched off, or one of the two files is missing or
@@ -339,18 +351,18 @@ class EventStore:
         if self._anchor is None:
             return
         if not self._anchor.exists():
-            # Without a charge the ledger is as good as new: a crash came before its first anchor was written.
+            # A ledger without charges counts as new: a crash may have preceded its first anchor.
             if self.history.count_total_charges():
                 raise RunError(
-                    f"anchor {self._anchor} is missing, and ledger {self.path} is not new; nothing is trained"
+                    f"anchor {self._anchor} is missing, and ledger {self.path} is not new; training is not possible"
                 )
             return
         try:
             anchor = Head.read(self._anchor)
         except ConfigError as error:
-            if error.key != "anchor":  # another version's format, which no backup mends
+            if error.key != "anchor":  # the format of another version: a backup would not help
                 raise
-            raise RunError(f"{error}; nothing is trained") from error
+            raise RunError(f"{error}; training is not possible") from error
         if not self.history.length:
             raise RunError(
                 f"ledger {self.path} is missing, but anchor {self._anchor} covers {anchor.sequence} of its events"
@@ -363,10 +375,10 @@ class EventStore:
             )
 
     def require_same_ledger(self, anchor: Head) -> None:
-        """Require that the anchor belongs to this ledger.
+        """Check that an anchor belongs to this ledger.
 
         Raises:
-            RunError: it belongs to another ledger.
+            RunError: the anchor belongs to another ledger.
         """
         if (anchor.ledger, anchor.site_key) != (self.history.opening.ledger, self._key.public):
             raise RunError(f"the anchor belongs to another ledger, not to {self.path}")
@@ -374,12 +386,12 @@ class EventStore:
     def _catch_up(self, file: sqlite3.Connection) -> None:
         """Process new events, after verifying that they continue the chain.
 
-        Only the newest event's signature is verified: its hash covers all earlier events.
+        Only the signature of the newest event is verified: its hash covers all earlier events.
         """
         known = self.history.length
         stored = file.execute("SELECT hash FROM events WHERE sequence = ?", (known,)).fetchone()
         if known and stored != (self.history.hash,):
-            raise RunError(f"ledger {self.path} was changed or rolled back while it was open; nothing is trained")
+            raise RunError(f"ledger {self.path} was changed or rolled back while it was open; training is not possible")
         try:
             new = read_events(file, after=known)
             check_chain(new, before=self.history.hash, first=known + 1)
@@ -388,11 +400,13 @@ class EventStore:
             for event in new:
                 self.history.apply_event(event)
         except RunError as error:
-            raise RunError(f"ledger {self.path}: {error}; nothing is trained on a ledger in doubt") from error
+            raise RunError(f"ledger {self.path}: {error}; training is not possible with a damaged ledger") from error
 
     def _write_anchor(self, anchor: Path) -> None:
-        """Update the anchor after the ledger, so that a crash can only leave the anchor behind the ledger."""
-        with open_for_writing(self.path) as file:  # or two processes could write their heads in the wrong order
+        """Update the anchor after the ledger, so that a crash can only leave an outdated anchor."""
+        with open_for_writing(
+            self.path
+        ) as file:  # locked, so that two processes cannot write their heads in the wrong order
             self._catch_up(file)
             write_durably(anchor, self.head().to_bytes())
 

@@ -15,12 +15,12 @@ from fedtune.spec import RunError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verified:
-    """A ledger in which every event was verified.
+    """A ledger with the results of its verification.
 
     Attributes:
-        key_expected: whether the caller supplied the site's key, directly or in an anchor, instead of reading it from
-            the ledger only.
-        anchor_sequence: no event up to this one is missing, according to the anchor; None without an anchor.
+        key_expected: whether the caller supplied the site's key, directly or in an anchor, instead of trusting the key
+            in the ledger.
+        anchor_sequence: sequence number up to which the anchor proves completeness; None without an anchor.
     """
 
     events: tuple[Event, ...]
@@ -30,18 +30,18 @@ class Verified:
 
     @property
     def site_key(self) -> str:
-        """The public key that signed all events."""
+        """Public key that signed all events."""
         return self.history.opening.site_key
 
 
 def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = None) -> Verified:
-    """Verify every event, every signature, and the stored replies.
+    """Verify every event, signature and stored reply of a ledger.
 
     Guarantee: on success nobody without the site's key has changed, deleted, inserted or reordered an event, and with
-    an anchor no event up to it is missing.  Without an anchor, events may be missing at the end.
+    an anchor no event up to it is missing. Without an anchor, events may be missing at the end.
 
     Raises:
-        RunError: names the first mismatch.
+        RunError: the ledger is inconsistent; names the first mismatch.
     """
     with store.open_for_reading(path) as file:
         (answer,) = file.execute("PRAGMA integrity_check(1)").fetchone()
@@ -68,7 +68,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     if bool(arrivals) != bool(history.opening.arrivals):
         raise RunError("its tables do not match its first event")
     _check_register(rows, events)
-    # Each run's newest reply is the one that was committed, and no other is stored.
+    # The ledger stores exactly the newest committed reply of each run.
     expected = {(name, *list(run.replies.items())[-1]) for name, run in history.runs.items() if run.replies}
     stored = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
     if sorted(stored) != sorted(expected):
@@ -92,7 +92,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
 
 
 def _check_register(rows: Sequence[register.Row], events: Sequence[Event]) -> None:
-    """Verify that each row of the register belongs to an event that charged a round, and that no row is missing."""
+    """Verify that each register row belongs to an event that charged a round, and that no row is missing."""
     digest, after = START, register.map_digests_by_event(rows)
     for event in events:
         if event.kind is Kind.RESERVE and event.cohort:
