@@ -1,1 +1,1 @@
-"""A site, simulated or real, without its transport: its files, its records, and its part of a round."""
+"""Simulated and real sites, independent of the transport: their files, records, and local work in a round."""

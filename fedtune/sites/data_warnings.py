@@ -1,7 +1,7 @@
-"""Warnings about a run's data, printed before it begins: nothing here is an error, but it is rarely intended.
+"""Warnings about a run's data, printed before the run begins: unusual, but not an error.
 
-Only the lead's own records and the records of simulated sites are inspected.  Figures about simulated sites' records
-are for the person at the keyboard; no privacy guarantee covers them, and runs with real sites do not have them.
+Only the lead's own records and the records of simulated sites are inspected. Figures about simulated sites' records are
+shown only to the local user; no privacy guarantee covers them, and runs with real sites do not have them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,18 @@ def list_lead_data_warnings(config: RunConfig, *, validation: LeadData | None, t
         if data is not None:
             yield from _warn_of_skipped_rows(data.left_out, f"data.{key}_file")
     if test is None:
-        yield "there are no test records, so the run has no final score: set data.test_file or data.test_fraction"
+        yield "no test records, so the run has no final score: set data.test_file or data.test_fraction"
         return
     if config.data.test_file is not None and is_training_file(config, config.data.test_file):
-        yield "data.test_file has the same records as data.train_file: the scores say nothing about new records"
+        yield "data.test_file has the same records as data.train_file: its scores do not measure generalization"
     if "label" in config.bound_task.roles:
         labels = {record.fields["label"] for record in test.records}
         if len(labels) == 1:
-            yield f"all test records have the label {labels.pop()!r}: always giving that label scores 1.0"
+            yield f"all test records have the label {labels.pop()!r}: a constant prediction scores 1.0"
 
 
 def check_decision_scores(config: RunConfig) -> None:
-    """Check that the scores used for early stopping, checkpoint selection or a search reveal nothing about a site's
-    records.
+    """Check that scores for early stopping, checkpoint selection or a search use no site's records.
 
     Raises:
         ConfigError: the lead has no validation file, or the file contains records that simulated sites train on.
@@ -62,7 +61,7 @@ def check_decision_scores(config: RunConfig) -> None:
 
 
 def scores_may_decide(config: RunConfig) -> bool:
-    """Return True if `check_decision_scores` accepts the run, so that its scores may be used for decisions."""
+    """Return True if `check_decision_scores` accepts the run's scores as a basis for decisions."""
     try:
         check_decision_scores(config)
     except ConfigError:
@@ -76,10 +75,7 @@ def _warn_of_skipped_rows(rows: SkippedRows, key: str) -> Iterator[str]:
 
 
 def is_training_file(config: RunConfig, file: str) -> bool:
-    """Return True if a file contains the training records of a run's simulated sites, or a part of them.
-
-    False if that cannot be determined.
-    """
+    """Return True if a file is known to contain training records of the run's simulated sites."""
     names = [name for name, key in RunRecords(config).files().items() if key == "data.train_file"]
     try:
         found = {name: resolve_file(name, find_shipped_folders(), key="data.train_file") for name in (*names, file)}
@@ -89,7 +85,7 @@ def is_training_file(config: RunConfig, file: str) -> bool:
         if about not in _COMPARED:
             _COMPARED[about] = _contains_records_of(config, names, file)
         return _COMPARED[about]
-    except DataError:  # who asks later may have moved it, and what cannot be read is told where it is needed
+    except DataError:  # the file was moved, or its error is reported where it is read
         return False
 
 
@@ -98,34 +94,32 @@ def _have_same_bytes(one: Path, other: Path) -> bool:
 
 
 def _contains_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
-    """Return True if all records of `file` are among those of the other files, or vice versa, as far as texts can
-    identify records.
-    """
+    """Return True if all records of `file` are among those of the other files, or vice versa, comparing texts."""
     own = [one for name in names for one in LeadRecords.read(name, config, key="data.train_file").records]
     said, theirs = (
         count_texts_by_role(own),
         count_texts_by_role(LeadRecords.read(file, config, key="data.train_file").records),
     )
-    # Not of fewer, such as features of two values: others have the same by chance.
+    # Only roles with many distinct texts, because few values coincide by chance.
     trained = [said[role].keys() for role in list_identifying_roles(said) if len(said[role]) > len(own) / 2]
     return any(other.keys() <= texts or texts <= other.keys() for texts in trained for other in theirs.values())
 
 
 def list_site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[str]:
-    """Yield warnings about the records of a simulation's sites."""
+    """Yield warnings about the records of simulated sites."""
     yield from _warn_of_skipped_rows(dealt.left_out, "data.train_file")
     if dealt.shared_users:
         yield (
-            f"{pluralize(dealt.shared_users, 'id')} of users are in several sites' files, and count as a different "
-            "person at each site: if they are one person, that person's epsilons add up over the sites"
+            f"{pluralize(dealt.shared_users, 'id')} of users occur at several sites, and each counts as a different "
+            "person at each site: if an id is one person, that person's epsilons add up over the sites"
         )
     far = list(_iter_sites_far_from_declared(config, dealt))
     if far:
         more = f", and {pluralize(len(far) - _MOST_NAMED, 'more site')}" if len(far) > _MOST_NAMED else ""
         yield (
-            f"data.declared_sizes is far from the number of {config.privacy.unit}s to train on: "
-            f"{', '.join(far[:_MOST_NAMED])}{more}. Training divides by the declared size: if it is too "
-            "large, each step is too small; if too small, too large"
+            f"data.declared_sizes differs greatly from the number of training {config.privacy.unit}s: "
+            f"{', '.join(far[:_MOST_NAMED])}{more}. Training divides by the declared size: too "
+            "large a size makes steps too small, and vice versa"
         )
 
 

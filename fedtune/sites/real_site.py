@@ -1,4 +1,4 @@
-"""A real site: its own files, records and models, and the runs that leads send to it."""
+"""A real site: its files, records and models, and its answers to the runs of leads."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class SiteProcess:
-    """The state of a real site's process between requests: model and records of the newest run, and the paths of its
-    files.
-    """
+    """The state of a real site's process between requests: file paths, and model and records of the newest run."""
 
     site_toml: Path  # its policy
     installed: Callable[[str], Path]  # the folder of an installed base model, by hash; raises ConfigError for none
@@ -50,21 +48,22 @@ class SiteProcess:
     parties: Parties = field(default_factory=Parties, init=False)
 
     def site(self, settings: str) -> Site:
-        """Open the site with its current files, for a run with these settings (unvalidated JSON, as sent by the lead).
+        """Open the site with its current files.
+
+        Args:
+            settings: the lead's run settings, as unvalidated JSON.
 
         Raises:
             ConfigError: the policy cannot be read, or belongs to a simulated site.
-            RunError: the ledger cannot be trusted or written.
+            RunError: the ledger is damaged or not writable.
         """
         files = SiteFiles.from_site_toml(self.site_toml)
         if files.policy.simulated:
-            raise ConfigError("simulated", True, "must be false: this is a real site").in_file(self.site_toml)
+            raise ConfigError("simulated", True, "must be false at a real site").in_file(self.site_toml)
         return RealSite(self, files, read_site_settings(self.site_toml).machine, settings)
 
     def work(self, run: str, shared: RunModel, files: SiteFiles) -> SiteWork:
-        """Return the run's records with the model; cached until another run arrives, or the file, the policy or the
-        machine changes.
-        """
+        """Return the run's records with the model, cached until run, file, policy or machine change."""
         version = fingerprint_files(Path(shared.config.data.train_file))
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
@@ -94,11 +93,12 @@ class SiteProcess:
         )
 
     def shared_model(self, config: RunConfig, policy: Policy) -> RunModel:
-        """Return the model, reused as long as runs need the same model on the same machine; only a model that passed
-        its tests is kept.
+        """Return the model of a run, reused as long as runs need the same model on the same machine.
+
+        Only a model that passed its batch-invariance test is cached.
 
         Guarantee: no record is freed here, because freeing takes time in proportion to the number of records, and a
-        sender who is charged nothing could measure it.  `work` frees them, within the padded reply time of a charged
+        sender could measure this time without any charge. `work` frees them, within the padded reply time of a charged
         round.
         """
         size, inexact = policy.declared_size(config.data.dataset), policy.allow.inexact_gradients
@@ -115,14 +115,14 @@ class SiteProcess:
         log.info("the base model is loaded", extra=about)
         if self._model.moved > 0:
             log.warning(
-                "other examples in a batch affect an example's rounding here; continuing, because the policy allows it",
+                "gradients depend on the rest of the batch by rounding; continuing, as the policy allows",
                 extra={"moved": self._model.moved},
             )
         return RunModel(self._model, config)
 
 
 class RealSite(WorkingSite):
-    """A site with the records of real people, opened for one request with the settings of a run."""
+    """A site with records of real people, opened for one request."""
 
     def __init__(self, process: SiteProcess, files: SiteFiles, machine: Machine, settings: str) -> None:
         super().__init__(files, files.open_ledger(), process.parties, members=files.policy.trust.members)
@@ -130,11 +130,11 @@ class RealSite(WorkingSite):
 
     @property
     def paused(self) -> bool:
-        """Whether a person at the site has paused it."""
+        """Whether a person at the site has paused all training."""
         return self._process.paused()
 
     def check_settings(self, proposal: Proposal) -> None:
-        """Check the settings that came with the request, without loading anything.
+        """Check the settings of a request, without loading model or records.
 
         Raises:
             Refused: the settings do not match the proposal, or cannot be used at this site.
@@ -142,7 +142,7 @@ class RealSite(WorkingSite):
         self._localize_settings(self._read_matching_settings(proposal))
 
     def _read_matching_settings(self, asked: Proposal) -> RunConfig:
-        """Return the settings that were sent, after checking that they match the run's name and proposal.
+        """Parse the settings of a request, and check that they match the run's name and proposal.
 
         Raises:
             Refused: the settings are unreadable, or belong to another run, site or plan.
@@ -165,7 +165,7 @@ class RealSite(WorkingSite):
         return localize_settings(sent, policy, self._machine, folder=folder, installed=installed)
 
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Check the settings, and load and test the model if this process has not done so yet."""
+        """Check the settings, then load and test the model if this process has not done so already."""
         config = self._localize_settings(self._read_matching_settings(proposal))
         Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
         require_reader(Path(config.data.train_file))
@@ -180,7 +180,7 @@ class RealSite(WorkingSite):
         )
 
     def store_run(self, proposal: Proposal) -> None:
-        """Store the settings of a run, and delete stored settings of runs that were never charged."""
+        """Store the settings of a run, and delete the stored settings of runs that were never charged."""
         # No longer than what they say: a lead may send as many spaces as it likes.
         shortest = json.dumps(json.loads(self._settings), ensure_ascii=False, separators=(",", ":"))
         write_durably(self._process.runs / f"{proposal.run}.json", shortest.encode())
@@ -189,11 +189,11 @@ class RealSite(WorkingSite):
                 file.unlink(missing_ok=True)
 
     def work(self, run: str) -> SiteWork:
-        """Return the site's records with the model, for a prepared run."""
+        """Return the site's records with the model of a prepared run."""
         return self._process.work(run, self._shared, self._files)
 
     def store_adapter(self, run: str, adapter: Adapter) -> None:
-        """Save the final adapter in a folder that `fedtune evaluate` accepts."""
+        """Save the final adapter in the folder format of `fedtune evaluate`."""
         settings = (self._process.runs / f"{run}.json").read_text(encoding="utf-8")
         asked = self.ledger.history.runs[run].proposal
         config = self._localize_settings(read_settings(settings, plan=asked.plan, task=asked.task))
@@ -207,11 +207,10 @@ class RealSite(WorkingSite):
         log.info("the final adapter is stored", extra={"run": run})
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:
-        """Submit the run to a person at the site for approval, with the settings behind its name and the lead's version
-        of fedtune.
+        """Submit a run for approval by a person at the site, with its settings and the lead's version of fedtune.
 
         Raises:
-            Refused: the settings that came with the request do not match the proposal, so there is nothing to show.
+            Refused: the settings of the request do not match the proposal.
         """
         self._process.awaits(
             proposal, json.dumps(self._read_matching_settings(proposal).decisive(), sort_keys=True), software
@@ -219,12 +218,11 @@ class RealSite(WorkingSite):
 
 
 def read_site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
-    """Read a site's records for a run: the training records and the held-out records.
+    """Read a site's training and held-out records for a run.
 
     Args:
-        config: the configuration of the run, with the site's own files.
-        files: the site's files; its key selects the held-out records, so that nobody outside can tell which records
-            they are.
+        config: the run's configuration, localized to the site.
+        files: files of the site; its secret key selects the held-out records.
     """
     key = files.load_key().derive_secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, config.bound_task

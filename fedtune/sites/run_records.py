@@ -1,6 +1,6 @@
-"""The records that the person who starts a run may inspect, read before the model is loaded.
+"""Records that the user who starts a run may inspect: those of the lead and of simulated sites.
 
-They belong to the lead and to simulated sites.
+All files are read before the model is loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WRITTEN = "written.sha256"  # in a run's folder: digests of the texts that it wr
 
 @dataclass(frozen=True, slots=True)
 class LeadRecords:
-    """Records that the lead may inspect, and the rows of their file that were skipped."""
+    """Records that the lead may inspect, with the skipped rows of their file."""
 
     records: list[Record]
     left_out: SkippedRows = NONE_LEFT_OUT
@@ -47,9 +47,14 @@ class LeadRecords:
     def read(
         cls, file: str, config: RunConfig, *, key: str, rows: int | None = None, unit: Unit = "record"
     ) -> LeadRecords:
-        """Read the records of a file, at most `rows` of them; with unit "user", each record includes its user.
+        """Read the records of a file; with unit "user", each record includes its user.
 
-        `key` is the setting that names the file, for error messages.
+        Args:
+            file: path of the file.
+            config: the run's configuration.
+            key: setting that names the file, for error messages.
+            rows: maximum number of rows; None: all rows.
+            unit: the privacy unit.
 
         Raises:
             DataError: the file cannot be read, or has unusable rows and the settings do not skip them.
@@ -63,7 +68,7 @@ class LeadRecords:
 
     @classmethod
     def read_for_scoring(cls, config: RunConfig, file: str | None) -> LeadRecords:
-        """Read the records of a file to be scored; without a file, return the run's own test records.
+        """Read the records of a file for scoring; None selects the run's own test records.
 
         Raises:
             ConfigError: no file is given, and the run has no test records.
@@ -76,7 +81,7 @@ class LeadRecords:
 
 
 class RunRecords:
-    """All records of a run; each file is read once."""
+    """All records of a run on this machine; each file is read once."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -85,7 +90,7 @@ class RunRecords:
         """Read all files, so that errors in a file are reported before a model is loaded.
 
         Raises:
-            DataError: as in `LeadRecords.read`, or a site would have no records.
+            DataError: a file cannot be read or has unusable rows, or a site would have no records.
         """
         _ = self.validation, self.test
         if self._config.runtime.kind != "deployment":
@@ -98,7 +103,7 @@ class RunRecords:
 
     @cached_property
     def validation(self) -> LeadRecords | None:
-        """The lead's validation records, if it has any."""
+        """The lead's validation records; None without a validation file."""
         data = self._config.data
         if data.validation_fraction:
             return LeadRecords(sample_rows(self.dealt.validation, data.validation_rows))
@@ -106,7 +111,7 @@ class RunRecords:
 
     @cached_property
     def test(self) -> LeadRecords | None:
-        """The lead's test records, if it has any."""
+        """The lead's test records; None without test data."""
         data = self._config.data
         if data.test_fraction:
             return LeadRecords(sample_rows(self.dealt.test, data.test_rows))
@@ -114,20 +119,18 @@ class RunRecords:
 
     @property
     def runs_folder(self) -> Path:
-        """The parent folder of all run folders."""
+        """Parent folder of all run folders."""
         return Path(self._config.tracking.output_dir)
 
     def read_records_by_setting(self) -> dict[str, list[Record]]:
-        """Return all records that the run reads on this machine, by the setting that names their file; real sites'
-        records are elsewhere.
-        """
+        """Return all of the run's records on this machine by the setting of their file, without those of real sites."""
         sites = () if self._config.runtime.kind == "deployment" else self.dealt.sites
         read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
         read |= {"data.validation_file": self.validation.records if self.validation else []}
         return read | {"data.test_file": self.test.records if self.test else []}
 
     def files(self) -> dict[str, str]:
-        """Return the files that the run reads on this machine, each with the setting that names it."""
+        """Return the files that the run reads on this machine: setting -> path."""
         config, data = self._config, self._config.data
         names = [] if config.runtime.kind == "deployment" else config.federation.names
         files = dict.fromkeys((data.train_file.replace(SITE, name) for name in names), "data.train_file")
@@ -135,7 +138,7 @@ class RunRecords:
         return files | {file: key for key, file in named.items() if file is not None and file not in files}
 
     def read_whole_files(self) -> Iterator[tuple[str, list[Record]]]:
-        """Yield the setting and all records of each file in `files`, whether or not the run uses the records."""
+        """Yield (setting, all records) of each file in `files`, including records that the run does not use."""
         for file, key in self.files().items():
             yield key, LeadRecords.read(file, self._config, key=key).records
 
@@ -154,10 +157,12 @@ def partition_run_records(config: RunConfig) -> Partitioned:
 
 
 def assign_sites(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
-    """Assign each test record to a simulated site by the rule that partitioned the training records.
+    """Assign each test record to a simulated site, by the rule that partitioned the training records.
 
-    Returns None if the assignment would be meaningless: the sites' records are alike, or the test file is separate from
-    the sites' own files.
+    Returns:
+        A site name per record. None if the assignment would be meaningless: the sites' records are alike, or the test
+            file
+        is separate from the sites' own files.
 
     Raises:
         DataError: the file lacks the column that the partition depends on.
@@ -185,17 +190,22 @@ def assign_sites(config: RunConfig, records: Sequence[Record]) -> list[str] | No
 
 
 def require_disjoint(records: Sequence[Record], own: RunRecords, *, key: str, file: str, may_owe: bool = False) -> None:
-    """Check that public records, from the file that `key` names, are neither the run's own records nor texts generated
-    by a run in the same folder.
+    """Check that public records overlap neither with the run's own records nor with texts generated by a run.
 
     Texts are compared in a normalized form (`normalize_text`), each role of the file with each role that identifies the
     run's records (`list_identifying_roles`): a prompt may be new even if its answer is not.
 
+    Args:
+        records: the public records.
+        own: records of the run. Real sites' records are elsewhere and are not compared.
+        key: setting that names the public file.
+        file: path of the public file.
+        may_owe: accept synthetic records of a run if the file has its card.
+
     Raises:
         ConfigError: the public records share more than `MOST_SHARED` of the texts that the run uses from a file, of all
-            texts in such a file, or of the public texts; real sites' records are elsewhere and are not compared.  Also
-            if more than that share of the public texts was written by a run, or a card next to the file says so, unless
-            `may_owe` is set and the file has its card.
+            texts in such a file, or of the public texts; or a run generated more than that share of the public texts,
+            or a card next to the file says so, unless `may_owe` allows it.
     """
     files = [*own.read_whole_files()]
     roles = list_identifying_roles(count_texts_by_role(record for _, others in files for record in others))
@@ -214,9 +224,7 @@ def require_disjoint(records: Sequence[Record], own: RunRecords, *, key: str, fi
 
 
 def count_texts_by_role(records: Iterable[Record]) -> Mapping[str, Counter[str]]:
-    """Count all normalized texts, by role; records without texts, such as features and images, count as one text
-    each.
-    """
+    """Count normalized texts by role; a record without texts, such as an image, counts as one text."""
     found = defaultdict[str, Counter[str]](Counter)
     for record in records:
         for role, text in [*record.texts()] or [("", record.full_text)]:
@@ -225,36 +233,35 @@ def count_texts_by_role(records: Iterable[Record]) -> Mapping[str, Counter[str]]
 
 
 def normalize_text(text: str) -> str:
-    """Normalize case, whitespace, Unicode form and invisible characters, so that trivially changed copies of a text
-    compare equal.
-    """
+    """Normalize case, whitespace, Unicode form and invisible characters, so that trivial variants compare equal."""
     return unicodedata.normalize("NFKC", normalize_name(text)).casefold()
 
 
 def list_identifying_roles(said: Mapping[str, Counter[str]]) -> list[str]:
-    """Return the roles that identify records: roles in which most texts are unique, and the role with the most distinct
-    texts.
+    """List the roles that identify records: those with mostly unique texts, and the one with the most distinct texts.
 
-    The other roles hold texts that many records share, such as a code that may be assigned again or a one-word answer.
+    Other roles have texts that many records share, such as codes or one-word answers.
+
+    Args:
+        said: role -> count of each normalized text.
     """
     most = max(map(len, said.values()), default=0)
     return [role for role, texts in said.items() if len(texts) == most or 2 * len(texts) > texts.total()]
 
 
 def find_card_path(file: Path, suffix: str) -> Path:
-    """Return the path of the card of a file with synthetic records: `.json` for programs, `.md` for people."""
+    """Return the path of the card for a file of synthetic records: `.json` for programs, `.md` for people."""
     return file.with_name(f"{file.name}.card{suffix}")
 
 
 def has_card(file: str, *, key: str) -> bool:
-    """Return True if a card exists next to a file of records, in any form."""
+    """Return True if a file of records has a card next to it, as JSON or Markdown."""
     path = resolve_file(expand_home(file, key=key), find_shipped_folders(), key=key).resolve()
     return os.path.lexists(find_card_path(path, ".json"))
 
 
 def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
-    """Check that a file declared public, or a site's own file, does not hold synthetic records, which inherit privacy
-    loss from runs.
+    """Check that a public file, or a site's own file, has no card of synthetic records, which inherit privacy loss.
 
     Raises:
         ConfigError: the file has a card.
@@ -267,8 +274,7 @@ def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
 
 
 def record_generated_texts(run: Path, texts: Iterable[str]) -> None:
-    """Store digests of the texts that a run wrote in its folder, so that a copy without its card does not pass as
-    public.
+    """Store digests of generated texts in the run folder, so that a copy without its card is recognized.
 
     Raises:
         ConfigError: the folder is not writable.
@@ -277,20 +283,22 @@ def record_generated_texts(run: Path, texts: Iterable[str]) -> None:
         known = (run / WRITTEN).read_text().split() if (run / WRITTEN).exists() else []
         write_durably(run / WRITTEN, "\n".join(sorted({*known, *map(_hash_text, texts)})).encode())
     except OSError as error:
-        raise ConfigError("RUN", str(run), f"must be a folder that can be written to ({error.strerror})") from None
+        raise ConfigError("RUN", str(run), f"must be a writable folder ({error.strerror})") from None
 
 
 def require_not_generated(records: Iterable[Record], folder: Path, *, key: str, file: str) -> None:
-    """Check that at most `MOST_SHARED` of the texts in each role were written by a run in `folder`.
+    """Check that runs in `folder` generated at most `MOST_SHARED` of the texts in each role.
 
     Raises:
-        ConfigError: more of them were, so the records are synthetic.
+        ConfigError: the records are synthetic.
     """
     found = {role: {_hash_text(text) for text in texts} for role, texts in count_texts_by_role(records).items()}
     for place in sorted(folder.glob(f"*/{WRITTEN}")):
         written = set(place.read_text().split())
         if any(len(said & written) > MOST_SHARED * len(said) for said in found.values()):
-            bound = f"must contain public records: {place.parent} wrote some of them. Put their card next to the file"
+            bound = (
+                f"must contain public records: {place.parent} generated some of them. Put their card next to the file"
+            )
             raise ConfigError(key, file, bound)
 
 
@@ -299,7 +307,11 @@ def _hash_text(text: str) -> str:
 
 
 def hash_file(file: Path, *, key: str) -> str:
-    """Return the SHA-256 of the file of records that `key` names, in hex, as its identity.
+    """Compute the SHA-256 of a file of records, in hex, as its identity.
+
+    Args:
+        file: path of the file.
+        key: setting that names the file, for error messages.
 
     Raises:
         DataError: the file cannot be read.
@@ -307,17 +319,19 @@ def hash_file(file: Path, *, key: str) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise DataError(key, str(file), f"must be one file, to record its SHA-256 ({error.strerror})") from None
+        raise DataError(
+            key, str(file), f"must be a single file, because its SHA-256 is recorded ({error.strerror})"
+        ) from None
 
 
 def read_prompts(config: RunConfig, name: str, *, key: str, columns: Mapping[str, str] | None = None) -> list[Record]:
-    """Read prompts from the file that the option `key` names, without answers; in a text file, each line is a prompt.
+    """Read prompts without answers from a file; in a text file, each line is a prompt.
 
     Args:
-        config: the configuration of the run.
-        name: the file.
-        key: the option that names the file, for error messages.
-        columns: role -> column, for columns with other names than in the run's own files.
+        config: the run's configuration.
+        name: path of the file.
+        key: option that names the file, for error messages.
+        columns: role -> column, if the columns differ from those of the run's own files.
 
     Raises:
         DataError: the file cannot be read, or has no prompts.
@@ -338,7 +352,7 @@ def _read_prompt_lines(config: RunConfig, path: Path, *, key: str) -> Iterator[R
         # As `wc -l` and other readers of lines count them: a form feed or a separator of Unicode's ends none.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
-        raise DataError(key, str(path), f"must be a file that can be read ({error.strerror})") from None
+        raise DataError(key, str(path), f"must be a readable file ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise DataError(key, str(path), f"must be UTF-8 text; byte {error.start + 1} is not") from None
     for number, line in enumerate(lines, 1):
@@ -348,7 +362,7 @@ def _read_prompt_lines(config: RunConfig, path: Path, *, key: str) -> Iterator[R
 
 
 def _strip_answers(record: Record) -> Record:
-    """Remove the assistant turns at the end of a conversation, which are to be generated."""
+    """Remove the assistant turns at the end of a conversation."""
     if "messages" not in record.fields:
         return record
     turns = json.loads(record.fields["messages"])

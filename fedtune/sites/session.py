@@ -1,10 +1,9 @@
-"""State that a process keeps between simulated runs: a loaded and tested model, and its results on records.
+"""A cache for consecutive simulated runs: a loaded and tested model, and its outputs on records.
 
-A sweep, a search or a comparison makes several runs that differ in noise, rates, rounds or sites.  Loading the model,
-testing it, running the frozen layers over the records and scoring the model before training give the same result in
-each of them, so each is done once.  The stored state depends only on public settings, the base model and individual
-records, and is bit-identical to what a run would compute itself.  A real site keeps nothing about its records between
-runs.
+The runs of a sweep, search or comparison differ in noise, rates, rounds or sites. Loading and testing the model,
+running the frozen layers over the records, and scoring the model before training give identical results in each run, so
+they are done once. The cached state depends only on public settings, the base model and individual records, and is
+bit-identical to what a run would compute itself. A real site caches nothing about its records between runs.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _M = TypeVar("_M")
 
 @dataclass
 class Session:
-    """A cache for several runs, passed by the caller to each run; as a context manager, it is cleared on exit."""
+    """A cache for several runs, passed by the caller to each run. As a context manager, it is cleared on exit."""
 
     # the `LoadedModel` of the newest run (typed Any, since its module imports this one); None before the first run
     model: Any = None
@@ -36,28 +35,39 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.clear()  # what comes next, such as scoring all runs, needs the memory
+        self.clear()  # free the memory for subsequent work, such as scoring all runs
 
     def clear(self) -> None:
-        """Drop the state of all earlier runs."""
+        """Drop the cached state of all runs."""
         self.model, self._num_tokens = None, 0
         self._states.clear()
         self._before.clear()
 
     def reuse_or_load_model(self, config: RunConfig, *, inexact_allowed: bool, load: Callable[[], _M]) -> _M:
-        """The model of the run before where it serves this one, or else what `load` gives."""
+        """Return the cached model if the run can use it, else load a new one.
+
+        Args:
+            config: the next run's configuration.
+            inexact_allowed: accept a model whose gradients depend on the rest of the batch by rounding.
+            load: function that loads a new model.
+        """
         if self.model is None or not self.model.is_reusable_for(
             config, declared_size=None, inexact_allowed=inexact_allowed
         ):
-            self.clear()  # with all that is kept, the old one goes before the new one comes
+            self.clear()  # free the old model and its cache before loading the new one
             self.model = load()
         found: _M = self.model
         return found
 
     def get_cached_states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
-        """Return the store for the frozen layers' outputs on a data set, from an earlier run or newly made.
+        """Return the cached store of the frozen layers' outputs on a data set, or create one.
 
-        If a new store exceeds the reserved memory, older stores are dropped; a running run keeps those in use.
+        If a new store exceeds the reserved memory, older stores are dropped from the cache.
+
+        Args:
+            about: kind of store, part of the cache key.
+            dataset: the data set.
+            make: function that creates a store.
         """
         key = f"{about} {_hash_dataset(dataset)}"
         if key not in self._states:
@@ -70,9 +80,12 @@ class Session:
         return found
 
     def get_cached_baseline(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
-        """Return the model's result on a data set before training, from an earlier run or newly made.
+        """Return the cached result of the model before training on a data set, or compute it.
 
-        `about` distinguishes scoring settings and references.
+        Args:
+            dataset: the data set.
+            about: scoring settings and references, part of the cache key.
+            make: function that computes the result.
         """
         key = f"{about} {_hash_dataset(dataset)}"
         if key not in self._before:

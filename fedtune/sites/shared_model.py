@@ -1,6 +1,4 @@
-"""One frozen base model with its tokenizer, shared by everybody in a process: the sites, and the lead with its own
-data.
-"""
+"""One frozen base model with its tokenizer, shared by all sites in a process and by the lead."""
 
 from __future__ import annotations
 
@@ -56,42 +54,43 @@ from fedtune.training.spec import Machine, RuntimeSpec
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
+"""Callback with a description of the current work, the number of finished items, and the total (0: unknown)."""
 _Facts = tuple[Hashable, ...]
-_MEANS_BYTES = 512 * 2**20  # at most, since more at once gain nothing
+_MEANS_BYTES = 512 * 2**20  # upper limit; larger batches are not faster
 _measured: dict[_Facts, tuple[Shapes, float]] = {}
-"""What trying a model came to in this process.  Asking again gives the same figure, not another draw."""
+"""Results of batch-invariance tests in this process, so that a repeated test returns the same figure."""
 
 
 def ignore_progress(what: str, done: int, total: int) -> None:
-    """Show no progress; real sites use this function, because progress would reveal the number of records."""
+    """Display no progress. Real sites use this function, because progress would reveal the number of records."""
 
 
 class LoadedModel:
-    """A task model on this machine's device, shared by every run that it serves; its constructor runs the trial.
+    """A task model on this machine's device, tested for batch invariance and shared by several runs.
 
-    It keeps no state of a run: whoever trains or scores loads an adapter first, which sets all that is trained.
+    The model has no state of a run: load an adapter before training or scoring, which sets all trainable tensors.
 
     Args:
-        config: of the run that it is loaded for.
-        declared_size: privacy units, as published, that train in this process; None: those of all sites.
-        inexact_allowed: take a machine whose kernels let an example's neighbors change how it is rounded.
-        trains: whether records are trained on here; a real lead only scores, and need not try the model.
-        leads: whether this is a simulation's lead, which refuses a run with too weak a signal before the trial.
-        alone: take one process where nobody chose a number.  Runs that keep what frozen layers made of the records
-            would not find it in another process.
-        progress: told what takes long.
+        config: configuration of the first run.
+        declared_size: declared number of privacy units that train in this process; None: the sum over all sites.
+        inexact_allowed: accept hardware where the rest of a batch affects an example's rounding.
+        trains: whether this process trains; a real lead only scores, and needs no batch-invariance test.
+        leads: whether this is the lead of a simulation, which refuses a run with too weak a signal before the test.
+        alone: use one process unless the settings give a number, because other processes would not share the cached
+            outputs of the frozen layers.
+        progress: callback for slow steps.
 
     Attributes:
-        config: the same, with the number of devices that was chosen.
-        initial_adapter: a new one, which changes nothing yet.
-        shapes: that micro-batches have.
-        keeps_states: whether what the frozen layers make of the records fits the memory or the folder set aside for it.
-        states_folder: that folder, where memory has no room.
-        moved: the most that an example's clipped contribution moved in other company, in clip norms; 0.0: not by a bit.
+        config: the configuration, with the selected number of devices.
+        initial_adapter: a new adapter, which does not change the model's outputs.
+        shapes: shapes of micro-batches.
+        keeps_states: whether the frozen layers' outputs fit into the memory or folder reserved for them.
+        states_folder: folder for these outputs if they do not fit into memory.
+        moved: largest change of an example's clipped gradient caused by other examples in the batch, in clip norms;
+            0.0: bitwise invariance.
 
     Raises:
-        ConfigError: the model cannot be loaded, or not be trained with per-example clipping.
+        ConfigError: the model cannot be loaded, or does not support per-example clipping.
     """
 
     def __init__(
@@ -124,11 +123,11 @@ class LoadedModel:
         self.states_folder: Final = states_folder
         self._facts: Final = self._build_model_key(given, declared_size)
         shapes, moved = choose_micro_batch_shapes(model, config.runtime, max_length=config.data.max_length), 0.0
-        # Trying the model takes minutes.
+        # Before the test of the model, which takes minutes.
         if tried and leads and config.resume is None and not config.training.ignore_weak_signal:
             check_signal(config.plan(), config.declared_sizes(), values=self.initial_adapter.num_values)
         devices: Devices | None = None
-        if tried and config.runtime.devices > 1:  # so that the others load the model while it is tried here
+        if tried and config.runtime.devices > 1:  # other devices load the model during the test
             devices = Devices(model, config.task_model(), config.runtime, max_length=config.data.max_length)
         self._devices: Final = devices
         self._may_be_one: Final = given.runtime.num_devices is None
@@ -139,21 +138,21 @@ class LoadedModel:
                 trial = self._make_trial(shapes)
                 devices.start_trials(trial, outcome or trial.run_trial(model, secrets.randbits(63)))
                 if not self._may_be_one:
-                    devices.prepare_crew()  # the error is the run's, before it begins
+                    devices.prepare_crew()  # raise errors before the run begins
         self.shapes: Final = shapes
         self.moved: Final = moved
 
     def is_reusable_for(self, config: RunConfig, *, declared_size: int | None, inexact_allowed: bool) -> bool:
-        """Another run wants the same model on the same machine, and may train on it as it was tried."""
+        """Return True if another run needs the same model on the same machine and accepts the test result."""
         return self._facts == self._build_model_key(config, declared_size) and (inexact_allowed or self.moved == 0)
 
     @cached_property
     def devices(self) -> Devices | None:
-        """The devices that share each step with the first one; None: there is one, or no privacy.
+        """Devices that share each step with the first device; None with a single device or without privacy.
 
         Raises:
-            ConfigError: those that were asked for cannot be used.
-            RunError: the process of one failed.
+            ConfigError: the configured devices cannot be used.
+            RunError: the process of a device failed.
         """
         try:
             if self._devices is not None:
@@ -166,7 +165,7 @@ class LoadedModel:
         return self._devices
 
     def _build_model_key(self, config: RunConfig, declared_size: int | None) -> _Facts:
-        """All that decides what a run's model is, and what comes of trying it."""
+        """Build the cache key of all settings that determine the model and its test result."""
         return (
             config.task_model(),
             *(getattr(config.runtime, one.name) for one in fields(Machine)),
@@ -180,15 +179,18 @@ class LoadedModel:
         )
 
     def has_room_for(self, num_tokens: int) -> bool:
-        """The frozen layers' outputs for `num_tokens` fit where they are kept."""
+        """Return True if the frozen layers' outputs for `num_tokens` tokens fit into the reserved memory or folder."""
         if self.states_folder is None:
             return do_frozen_states_fit(self.model, self.config.runtime, num_tokens=num_tokens)
         return find_frozen_states_folder(self.model, self.config.runtime, num_tokens=num_tokens) is not None
 
     def _test_model(self, plain: Shapes, progress: Progress) -> tuple[Shapes, float, Outcome | None]:
-        """The shapes in which no example's neighbors move it, else the plain ones and how far they do.
+        """Find micro-batch shapes with batch invariance, and measure the influence between examples.
 
-        Also the outcome of a trial made now, where other devices are to repeat it.
+        Returns:
+            The shapes, the largest influence in clip norms (0.0: invariant), and the outcome of a new trial if other
+                devices
+            are to repeat it.
         """
         outcome: Outcome | None = None
         if self._facts not in _measured:
@@ -196,11 +198,11 @@ class LoadedModel:
             shapes = self._choose_shapes(plain)
             moved, outcome = self._measure_influence(shapes, progress)
             if moved > 0 and self.device.type != "cpu" and not uses_unfused_attention():
-                attend_by_products()  # fused kernels may part their work by how many rows there are
+                attend_by_products()  # fused kernels may split their work by the number of rows
                 shapes = self._choose_shapes(plain)
                 moved, outcome = self._measure_influence(shapes, progress)
             if moved > 0 and len(shapes.row_shares) > 1:
-                # Kernels of some machines go by the number of rows: with one number for each length they cannot.
+                # Some kernels depend on the number of rows, so use one number of rows per length.
                 shapes = replace(shapes, row_shares=(1,))
                 moved, outcome = self._measure_influence(shapes, progress)
             _measured[self._facts] = shapes, moved
@@ -214,13 +216,13 @@ class LoadedModel:
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
-        # As the trial would find, which takes seconds.
+        # The trial would find the same in seconds.
         by_rows = depends_on_row_count(self.config.model.dtype, self.device)
         return replace(found, row_shares=(1,)) if by_rows else found
 
     @property
     def user_means_bytes(self) -> int:
-        """For the means of users that are made together, in float64; 0 where records are units."""
+        """Memory budget in bytes for the gradient means of users in one batch, in float64; 0 for unit "record"."""
         by_user = self.config.privacy.unit == "user"
         return min(_MEANS_BYTES, find_step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
@@ -243,20 +245,20 @@ class LoadedModel:
 
 
 def _estimate_tokens(config: RunConfig, declared_size: int | None) -> int:
-    """By public numbers, so that no record decides: full length, and of a user the records of a step."""
+    """Estimate the number of training tokens from public values only: declared sizes and maximum lengths."""
     size = sum(config.declared_sizes().values()) if declared_size is None else declared_size
     return size * config.privacy.contribution * config.data.max_length * config.task_model().texts
 
 
 class RunModel:
-    """A run's part in a loaded model: its settings, the adapter that it begins with, and the lead's data.
+    """A loaded model with the settings, the start adapter and the lead's data of one run.
 
     Args:
-        loaded: which other runs use, too.
-        config: of the run.
-        records: what was read of the run's records; None: nothing yet.
-        progress: told what takes long, also while records are trained on.
-        session: keeps what this model makes of records for runs to come; None: nothing does.
+        loaded: the model, which other runs may share.
+        config: the run's configuration.
+        records: the run's records, if they have already been read.
+        progress: callback for slow steps, also during training.
+        session: cache of results for later runs; None: no cache.
     """
 
     def __init__(
@@ -276,14 +278,14 @@ class RunModel:
 
     @property
     def states_mib(self) -> float:
-        """The memory that the frozen layers' outputs for all sites' records take, in MiB."""
+        """Memory for the frozen layers' outputs on all sites' records, in MiB."""
         return measure_frozen_states_mib(self.model, num_tokens=_estimate_tokens(self.config, None))
 
     def first_adapter(self) -> Adapter:
-        """The adapter that a run begins with: `model.adapter`, or a new one that changes nothing yet.
+        """Load the start adapter of the run: `model.adapter`, or a new adapter that does not change the model.
 
         Raises:
-            ConfigError: for `model.adapter`: it does not fit the run, or is not the one that the run was proposed with.
+            ConfigError: `model.adapter` does not fit the run, or differs from the adapter in the proposal.
         """
         named = self.config.model
         if named.adapter is None and named.adapter_sha256 is None:
@@ -295,23 +297,29 @@ class RunModel:
         return start.find_initial_adapter(self.model)
 
     def tokenize_records(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
-        """Records as this model reads them; `lenient`, or where a run leaves some out: whatever they are."""
+        """Tokenize records for this model.
+
+        Args:
+            records: the records.
+            lenient: turn a record that cannot be tokenized into an empty example, as with `data.on_bad_record=skip`,
+                instead of raising.
+        """
         within = self.model.num_ids if lenient or self.config.data.skips_bad_records else None
         data = self.config.data
         return tokenize_separately(self.model.task, records, self.tokenizer, data=data, lenient_within=within)
 
     @cached_property
     def validation(self) -> LeadData | None:
-        """The lead's validation data, if it has any."""
+        """The lead's validation data; None without a validation file."""
         return self._load_lead_data(self.records.validation)
 
     @cached_property
     def test(self) -> LeadData | None:
-        """The lead's test data, if it has any."""
+        """The lead's test data; None without test data."""
         return self._load_lead_data(self.records.test)
 
     def _load_lead_data(self, own: LeadRecords | None) -> LeadData | None:
-        """Tokenize the lead's records, and keep what the frozen layers make of them where there is room."""
+        """Tokenize the lead's records, and cache the frozen layers' outputs if they fit into memory."""
         if own is None:
             return None
         data = LeadData.build(own, self.config, self.tokenizer)
@@ -321,7 +329,7 @@ class RunModel:
         return replace(data, kept={} if session is None else session.get_cached_states(about, data.examples, dict))
 
     def make_site_examples(self, dataset: TextDataset) -> SiteExamples:
-        """Convert a site's records to training examples."""
+        """Convert a site's tokenized records to training examples."""
 
         def make() -> SiteExamples:
             pad_id = self.tokenizer.pad_token_id
@@ -330,14 +338,14 @@ class RunModel:
         return make() if self._session is None else self._session.get_cached_states("examples", dataset, make)
 
     def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
-        """Scores of `adapter` on the lead's data after a round; empty without data."""
+        """Score an adapter on the lead's data after a round; empty without data."""
         if data is None:
             return {}
         adapter.load_into(self.model)
         return Evaluation.build(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
 
     def evaluate_final(self, adapter: Adapter) -> Evaluation | None:
-        """Figures of `adapter` on the test data, with those of the texts that it wrote; None without data."""
+        """Evaluate an adapter on the test data, including generated texts; None without data."""
         if self.test is None:
             return None
         adapter.load_into(self.model)
@@ -353,9 +361,14 @@ class RunModel:
 
 
 def choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
-    """Return the run's runtime settings with a number of devices, chosen automatically if the settings give none.
+    """Determine the number of devices, unless the runtime settings give it.
 
-    `alone`: use a single device unless the settings give a number.
+    Args:
+        config: the run's configuration.
+        alone: use a single device unless the settings give a number.
+
+    Returns:
+        The runtime settings with a number of devices.
     """
     steps = config.federation.num_rounds * config.training.local_steps
     sampled = config.privacy.sampling_rate * config.privacy.contribution * sum(config.declared_sizes().values())
@@ -368,7 +381,7 @@ def choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
 
 @dataclass(frozen=True)
 class LeadData:
-    """Records that the lead may inspect, raw and tokenized; not covered by the privacy guarantee."""
+    """Records that the lead may inspect, raw and tokenized; outside the privacy guarantee."""
 
     records: list[Record]  # as they were read
     examples: TextDataset  # the same, tokenized
@@ -386,7 +399,7 @@ class LeadData:
 def load_tokenizer_and_model(
     config: RunConfig, build: Callable[[], TaskModel]
 ) -> tuple[PreTrainedTokenizerBase, TaskModel]:
-    """Load the tokenizer and the model, for training, for scoring, or for scoring a saved adapter.
+    """Load the tokenizer and the model for training or scoring.
 
     Raises:
         ConfigError: they cannot be loaded, or are incompatible with each other or with the settings.
@@ -399,7 +412,7 @@ def load_tokenizer_and_model(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures per record and per generated text from which a model's scores are computed."""
+    """Outputs per record and per generated text, from which scores are computed."""
 
     examples: Figures  # figures of each record, by name
     texts: Figures  # figures of the text that the model wrote for each prompt; empty: it wrote none
@@ -408,7 +421,7 @@ class Evaluation:
     def build(
         cls, model: TaskModel, tokenizer: PreTrainedTokenizerBase, data: LeadData, config: RunConfig, *, generate: bool
     ) -> Evaluation:
-        """Run the model on the data; with `generate`, also generate texts if the task and the settings allow it."""
+        """Run the model on the data, and optionally generate texts if task and settings allow it."""
         spec = config.evaluation
         pad_id, most = tokenizer.pad_token_id, spec.max_tokens
         examples = evaluate_examples(model, data.examples, pad_id=pad_id, max_tokens=most, kept=data.kept)
@@ -426,15 +439,15 @@ class Evaluation:
         return cls(examples, compute_text_statistics(texts, references))
 
     def scores(self, model: TaskModel) -> dict[str, float]:
-        """Compute the scores of a round, by name."""
+        """Compute the scores of a round: name -> value."""
         return model.task.scores(self.examples, spec=model.spec)
 
     def compute_final_scores(self, model: TaskModel) -> dict[str, float]:
-        """Compute the scores of a finished run, by name, including those of generated texts."""
+        """Compute the scores of a finished run, including those of generated texts: name -> value."""
         return model.task.compute_final_scores(self.examples, spec=model.spec) | (
             compute_text_scores(self.texts) if self.texts else {}
         )
 
     def detail(self, model: TaskModel) -> Detail | None:
-        """Compute the details behind the scores, such as scores per label; None if the task has none."""
+        """Compute detailed scores, such as per label; None if the task has none."""
         return model.task.detail(self.examples, spec=model.spec)

@@ -1,6 +1,6 @@
-"""The settings of a run on their way from the lead to the sites: what is sent, and what a site replaces.
+"""The run settings that a lead sends to sites, and their localization at a site.
 
-A lead names a data set, a task, a template, and a model by its hash.  Files, columns and devices are the site's own.
+A lead names a data set, a task, a template, and a model by its hash. Files, columns and devices are the site's own.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, Re
 
 
 def select_settings_for_sites(config: RunConfig) -> RunConfig:
-    """Return the part of a lead's configuration that is sent to sites: noise and weights are fixed, and nothing
-    describes the lead's machine.
+    """Select the settings that are sent to sites, with fixed noise and model hash, and without the lead's machine.
 
     Raises:
-        ConfigError: the model is not available, so it cannot be named by its hash.
+        ConfigError: the model is not available, so its hash is unknown.
     """
     columns = config.bound_task.columns(config.data, unit=config.privacy.unit)
     noise = config.plan().noise_multiplier
@@ -60,22 +59,22 @@ def select_settings_for_sites(config: RunConfig) -> RunConfig:
 
 
 def serialize_for_sites(sent: RunConfig) -> str:
-    """Return the settings as JSON text to send; `sent` is the result of `select_settings_for_sites`."""
+    """Serialize the result of `select_settings_for_sites` as JSON."""
     return json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
 
 
 @lru_cache(maxsize=4)
 def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
-    """Read the configuration that a lead sent.
+    """Parse the settings that a lead sent.
 
     Args:
-        text: untrusted JSON text, as received.
-        plan: the plan that the lead signed and that policy and budget allow.
-        task: the task that the policy allows: no package is imported for another one.
+        text: untrusted JSON.
+        plan: the signed plan, which policy and budget allow.
+        task: the task that the policy allows; packages of other tasks are never imported.
 
     Raises:
-        Refused: this version of fedtune does not know the settings, they do not match `plan` and `task`, or the task is
-            not installed here.
+        Refused: this version of fedtune does not know the settings, the settings contradict `plan` or `task`, or the
+            task is not installed here.
     """
     fields: dict[str, Any] = {}
     try:
@@ -92,15 +91,13 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
             raise Refused(Reason.TASKS, asked=task, allowed="a task that is installed at this site")
         return parse(fields)
     except _NO_SETTINGS as error:
-        # The lead's own word, in a file that two versions of fedtune read differently.
+        # `asked` contains only the lead's own keys, where the two versions of fedtune differ.
         asked = _list_unshared_keys(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
-        raise Refused(Reason.SETTINGS, asked=asked, allowed="what this site's fedtune knows") from error
+        raise Refused(Reason.SETTINGS, asked=asked, allowed="settings that this site's fedtune supports") from error
 
 
 def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
-    """List the settings that only one of the two versions of fedtune knows: the lead's, which sent the settings, or
-    this one.
-    """
+    """List the settings that only one of the two versions of fedtune supports, the lead's or this one."""
     hints = get_type_hints(RunConfig)
     apart = {*hints} ^ {*sent} if sent else set()
     for group, spec in hints.items():
@@ -110,10 +107,7 @@ def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
 
 
 def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
-    """Compute the plan from settings that have not been validated yet.
-
-    `bound` depends on the task and is checked with the proposal.
-    """
+    """Compute the plan from unvalidated settings; `bound` depends on the task and is checked with the proposal."""
     given, federation = dict(fields["privacy"]), fields["federation"]
     cohorts = given.pop("cohorts", None)
     privacy = PrivacySpec(**given, cohorts=None if cohorts is None else decode(Cohorts, cohorts))
@@ -122,7 +116,7 @@ def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
     counts = {key: federation[key] for key in ("num_rounds", "spare_rounds")}
     counts["local_steps"] = fields["training"]["local_steps"]
     if any(type(count) is not int for count in (*counts.values(), federation["num_sites"])):
-        raise ValueError("a count that is no whole number")
+        raise ValueError("a count that is not an integer")
     if federation["num_sites"] > MOST_SITES:
         raise ValueError("too many sites")
     together = None
@@ -135,17 +129,17 @@ def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
 def localize_settings(
     config: RunConfig, policy: Policy, machine: Machine, *, folder: Path, installed: Callable[[str], Path]
 ) -> RunConfig:
-    """Replace files, columns and machine in the received settings with the site's own.
+    """Replace files, columns and machine settings in a lead's configuration with the site's own.
 
     Args:
-        config: the received configuration, which policy and budget allow.
+        config: the lead's configuration, which policy and budget allow.
         policy: the site's policy.
-        machine: the machine on which the site trains.
-        folder: the folder of the policy file, from which its relative paths start.
-        installed: returns the folder of the base model with a given hash; raises ConfigError if it is not installed.
+        machine: machine settings of the site.
+        folder: folder of the policy file, where its relative paths start.
+        installed: function from a base model's hash to its local folder; raises ConfigError if it is not installed.
 
     Raises:
-        Refused: the site lacks the data set or the base model, or the run names no hash.
+        Refused: the site lacks the data set or the base model, or the run has no model hash.
     """
     dataset = next((declared for declared in policy.dataset if declared.id == config.data.dataset), None)
     if dataset is None:
@@ -165,7 +159,12 @@ def localize_settings(
 
 
 def derive_settings_for_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
-    """Return the configuration for an experiment on a real site's own file, as described by its policy in `folder`.
+    """Derive the configuration of an experiment on a real site's own file.
+
+    Args:
+        config: the experiment's configuration.
+        policy: the site's policy, which describes the file.
+        folder: folder of the policy file.
 
     Raises:
         ConfigError: the policy does not list the data set.
@@ -183,7 +182,7 @@ def derive_settings_for_own_site(config: RunConfig, policy: Policy, *, folder: P
 
 
 def _replace_path_by_hash(model: ModelSpec) -> ModelSpec:
-    """Return the model settings with the model's hash and without the lead's path."""
+    """Replace the lead's model path with the model's hash."""
     if (sha256 := model.sha256) is None:
         from fedtune.model.base_model import hash_model  # torch and transformers take seconds to import
 
@@ -193,7 +192,7 @@ def _replace_path_by_hash(model: ModelSpec) -> ModelSpec:
 
 
 def _find_local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
-    """Return the model settings with the local path of the model; its hash is checked when it is loaded."""
+    """Replace the model's hash with its local path; the hash is checked when the model is loaded."""
     model = replace(model, adapter=None)  # no path that a lead sent is opened: its first adapter comes with round 1
     if model.sha256 is None:
         raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")

@@ -1,4 +1,4 @@
-"""What a `site.toml` holds beside the site's policy: its machine, and words for a public registry."""
+"""Settings of a `site.toml` outside the policy: the machine, and descriptions for a public registry."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedtune.training.spec import Machine
 
 @spec
 class SiteSettings:
-    """Settings of a site that decide nothing about its records, so that no digest and no ledger has them.
+    """Settings of a site that have no effect on its records, and are part of no digest or ledger.
 
     Attributes:
-        machine: the machine on which the site trains.
+        machine: machine settings for training.
         about: descriptions of the site's records for a public registry.
     """
 
@@ -27,10 +27,10 @@ class SiteSettings:
 
 
 def read_site_settings(path: Path) -> SiteSettings:
-    """Read the tables of the `site.toml` at `path` that are not the policy's, which `read_policy` reads.
+    """Read the tables of a `site.toml` that are not part of the policy.
 
     Raises:
-        ConfigError: names the file, the key, its value and the accepted values.
+        ConfigError: a value is wrong; names the file, the key, its value and the accepted values.
     """
     table = read_toml(path, key="policy")
     with name_file_in_errors(path):

@@ -1,10 +1,8 @@
-"""All participants of a simulation in one process: virtual sites with their records and ledgers, and the lead with its
-own.
+"""Simulated participants in one process: virtual sites with records and ledgers, and the lead.
 
-A simulated site has the same policy, key and ledger as a real site, with defaults made for the run: a run that works on
-a laptop runs unchanged at a site.  The generated `site.toml` allows exactly the run that it was made for, and its
-lifetime cap is the cost of that run.  With `runtime.sites_dir`, the files are kept across runs and can be edited like
-those of a real site.
+A simulated site has the same policy, key and ledger as a real site, so that a run that works on a laptop works at real
+sites without changes. The generated `site.toml` allows exactly one run, and its lifetime cap is the cost of that run.
+With `runtime.sites_dir`, the files persist across runs and can be edited like those of a real site.
 """
 
 from __future__ import annotations
@@ -65,7 +63,7 @@ POLICY = "site.toml"
 
 @dataclass(frozen=True)
 class VirtualSites:
-    """The folder of a simulation's sites: `<site>/site.toml`, `site_key.pem`, `ledger.db`, and the lead's key."""
+    """The folder of simulated sites: `<site>/site.toml`, `site_key.pem` and `ledger.db`, and the lead's key."""
 
     config: RunConfig  # of the run
     folder: Path  # `runtime.sites_dir`, or `sites/` in the run folder.
@@ -76,7 +74,7 @@ class VirtualSites:
         """Locate the sites of a run.
 
         Raises:
-            ConfigError: `runtime.sites_dir` is not a folder, or lacks the sites of a run that is renewed.
+            ConfigError: `runtime.sites_dir` is not a folder, or lacks the sites of a renewed run.
         """
         kept = config.runtime.sites_dir
         if kept and os.path.lexists(kept) and not Path(kept).is_dir():
@@ -89,13 +87,12 @@ class VirtualSites:
         return cls(config, folder, plan)
 
     def check_partition(self) -> None:
-        """Record how the records were partitioned among sites that are kept across runs, or check that this run
-        partitions them the same way.
+        """Record the partition of records among persistent sites, or check that this run has the same partition.
 
-        Otherwise a record could move to another site, where the ledger does not know its prior spending.
+        Otherwise a record could move to another site, whose ledger does not contain its prior spending.
 
         Raises:
-            ConfigError: names the first setting that differs.
+            ConfigError: a setting of the partition differs; names the first such setting.
             RunError: the recorded partition cannot be read, or is missing although there is a ledger.
         """
         path, dealt = self.folder / DEALT, partition_settings(self.config)
@@ -110,14 +107,14 @@ class VirtualSites:
                 raise ConfigError(key, value, bound)
 
     def lead_key(self) -> SigningKey:
-        """Load or create the simulated lead's key, which every generated policy allows."""
+        """Load or create the key of the simulated lead, which every generated policy allows."""
         return SigningKey.load_or_create(self.folder / LEAD_KEY)
 
     def files(self, site: str) -> SiteFiles:
-        """Return the site's files, marked as simulated; a missing policy is generated for this run.
+        """Locate the files of a simulated site, and generate a missing policy.
 
         Raises:
-            ConfigError: `site.toml` exists but is not a policy, or belongs to another site.
+            ConfigError: `site.toml` is not a policy, or belongs to another site.
         """
         path = self.folder / site / POLICY
         if not path.exists():
@@ -131,20 +128,20 @@ class VirtualSites:
         return generate_policy(self.config, self.plan, site, lead=self.lead_key().public)
 
     def ledger(self, site: str) -> SiteLedger:
-        """Open the site's ledger under its policy, with both files as they are now."""
+        """Open the ledger of a site under its current policy."""
         ledger = self.files(site).open_ledger()
         ledger.set_server_time(time.time())  # by this machine, which is the server too
         return ledger
 
     def write_policies(self, *, within: Budget) -> None:
-        """Write policies that allow only this run, within a budget shared by several runs."""
+        """Write policies that allow only this run, under a budget that several runs share."""
         for site in self.config.federation.active:
             policy = self._policy(site)
             budget = replace(within, max_epsilon_per_run=policy.budget.max_epsilon_per_run)
             write_policy(replace(policy, budget=budget), self.folder / site / POLICY)
 
     def check_policies_exist(self) -> None:
-        """Check that the policy of every site exists.
+        """Check that every site has a policy.
 
         Raises:
             ConfigError: a policy is missing.
@@ -156,19 +153,19 @@ class VirtualSites:
                 raise ConfigError("runtime.sites_dir", str(self.folder), bound)
 
     def check_room(self, runs: Sequence[Proposal], *, asked: str, shapes: Sequence[Proposal] = ()) -> None:
-        """Check that every site would accept all of these runs, one after another; nothing is written.
+        """Check that every site would accept all of these runs in sequence; nothing is written.
 
         Args:
-            runs: the runs to check; a run that a ledger already contains is already paid for there.
-            asked: the command or study that needs these runs, which begins the error message.
-            shapes: proposals for runs that are not known yet, which the policies must allow as well.
+            runs: proposals of the runs; a run that is already in a ledger costs nothing more there.
+            asked: command or study that needs these runs, as the beginning of the error message.
+            shapes: examples of further proposals that the policies must also allow.
 
         Raises:
-            RefusedError: names the site, and the rule that a run breaks or the number of runs that fit.
+            RefusedError: names the site, and the broken rule or the number of runs that fit.
         """
         for site in self.config.federation.active:
             files = self.files(site)
-            history, spent, does = read_history(files), Counter[DpEvent](), "refuses such a trial"
+            history, spent, does = read_history(files), Counter[DpEvent](), "refuses these trials"
             now = history.now()
             held = partial(history.count_remaining_charges, now)
             try:
@@ -176,32 +173,32 @@ class VirtualSites:
                 for run in (*shapes, *runs):
                     files.policy.check(run)
                 for fit, run in enumerate(runs):
-                    does = f"has room for {fit} of these trials"
+                    does = f"has budget for {fit} of these trials"
                     if run.run not in history.runs:
                         spent += events.count_mechanisms([run.plan.full_event])
                         spending.require_budget_room(
                             history, files.policy, run.plan.cohorts, asked=spent, held=held, now=now
                         )
             except Refused as refused:
-                raise RefusedError(f"{asked}: site {site} {does}; nothing was begun ({refused})") from None
+                raise RefusedError(f"{asked}: site {site} {does}; nothing was started ({refused})") from None
 
 
 def fix_number_format(
     config: RunConfig, run_folder: Path, *, alone: bool = False, told: Callable[[str], None] = lambda text: None
 ) -> RunConfig:
-    """Return the run with a number format in place of `model.dtype=auto`; any other run is returned unchanged.
+    """Replace `model.dtype=auto` with the fastest number format on this machine that every existing policy allows.
 
-    A resumed run keeps the format that its folder records.  A new run gets the faster one of this machine, out of those
-    that the policies of all existing sites (`runtime.sites_dir`) allow; new sites allow what the run asks for.
+    A resumed run keeps the format recorded in its folder. A run with an explicit format is returned unchanged. Policies
+    of new sites allow whatever format is selected.
 
     Args:
-        config: the run.
-        run_folder: its folder.
-        alone: as for `choose_num_devices`, which decides how many threads a step has.
-        told: receives a sentence about the choice.
+        config: the run's configuration.
+        run_folder: folder of the run.
+        alone: as in `choose_num_devices`, which determines the number of threads.
+        told: receives a sentence about the selected format.
 
     Raises:
-        ConfigError: the base cannot be read, or a site's policy cannot.
+        ConfigError: the base model or a policy cannot be read.
     """
     if config.model.dtype != "auto":
         return config
@@ -217,15 +214,15 @@ def fix_number_format(
 
 
 def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
-    """Adapt `config` to the sites' budgets: with fewer rounds or more noise, depending on `if_over_budget`.
+    """Adapt a run to the sites' budgets with fewer rounds or more noise, depending on `if_over_budget`.
 
-    A site without any room is left to refuse by itself, as long as `min_sites` other sites have room.
+    A site without any budget may refuse later, as long as `min_sites` other sites have enough.
 
     Raises:
-        RefusedError: too few sites have room.
+        RefusedError: too few sites have enough budget.
     """
     if not config.may_be_fitted or config.runtime.sites_dir is None:
-        return config  # a ledger that is made for the run always has room for it
+        return config  # a new ledger always has room for its run
     sites = VirtualSites.create(config, run_folder, config.plan())
     sites.check_partition()
     proposal = config.proposal(lead=sites.lead_key().public, plan=sites.plan)
@@ -249,8 +246,9 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
 
 
 def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
-    """Generate a policy that allows `plan` and nothing more; its lifetime cap is the cost of the plan's runs by the
-    filter, rounded up.
+    """Generate a policy that allows only `plan`.
+
+    Its lifetime cap is the cost of all planned runs by the Renyi filter, rounded up.
     """
     proposal = config.proposal(lead=lead, plan=plan)
     budget = build_covering_budget([plan] * plan.runs)
@@ -298,7 +296,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
 
 
 def build_covering_budget(plans: Sequence[Plan]) -> Budget:
-    """Return a budget that covers these plans one after another, but none of them once more.
+    """Build a budget that covers these plans in sequence, but no plan a second time.
 
     All plans must have the same delta, and either all or none are private.
     """
@@ -315,7 +313,7 @@ def build_covering_budget(plans: Sequence[Plan]) -> Budget:
 
 
 def partition_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that determine how records are partitioned by site, as plain JSON."""
+    """Return the settings that determine the partition of records by site, as a JSON object."""
     data, unit = config.data, config.privacy.unit
     partition = {
         "privacy.unit": unit,
@@ -333,28 +331,27 @@ def partition_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
-    """Read the recorded partition of sites that are kept across runs: the values of these settings.
+    """Read the recorded partition settings of persistent sites.
 
     Raises:
-        RunError: the file cannot be read, or lacks a setting.
+        RunError: the file cannot be read, or lacks a setting in `keys`.
     """
     try:
         noted = json.loads(path.read_bytes())
         return {key: noted[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        bound = "restore it: it records which records each ledger has charged"
+        bound = "restore it: it shows which ledger has charged which records"
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 
 class Participants:
-    """All participants of a simulation: one frozen base model shared by every site and the lead; sites differ only in
-    records and ledger.
+    """All participants of a simulation: sites with their own records and ledgers, the lead, and one shared base model.
 
     Args:
-        config: the configuration of the run.
-        folder: the run folder, which contains each site's ledger unless the sites are kept elsewhere.
-        progress: called with the progress of slow work, beginning with the loading of the model.
-        session: caches the model and its results on records for the next run; None: no cache.
+        config: the run's configuration.
+        folder: the run folder, which contains the ledgers unless `runtime.sites_dir` is set.
+        progress: callback for slow steps, starting with the loading of the model.
+        session: cache for later runs; None: no cache.
     """
 
     def __init__(
@@ -368,13 +365,13 @@ class Participants:
 
     @cached_property
     def identities(self) -> dict[str, str]:
-        """The public key of each active site."""
+        """Public key of each active site."""
         files = {name: self.sites.files(name) for name in self.config.federation.active}
         return {name: own.load_key(make=True).public for name, own in files.items()}
 
     @cached_property
     def shared(self) -> RunModel:
-        """The shared model, loaded on first access."""
+        """Shared model of all participants, loaded on first access."""
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(policy.allow.inexact_gradients for policy in policies)
         config, session, progress = self.config, self._session, self._progress
@@ -385,7 +382,7 @@ class Participants:
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:
-        """Each active site's records, with the model that trains on them."""
+        """Records of each active site, with the shared model."""
         config, federation = self.config, self.config.federation
         sizes = config.declared_sizes()
         return {
@@ -401,7 +398,7 @@ class Participants:
         }
 
     def list_changed_sites(self) -> list[str]:
-        """List the sites where the records have changed since the newest committed round of this run."""
+        """List the sites whose records have changed since the newest committed round of this run."""
         return [name for name in self.work if self._has_changed(name)]
 
     def _has_changed(self, name: str) -> bool:
@@ -414,12 +411,12 @@ class Participants:
         return bool(events) and events[-1].detail.get("fingerprint") != self.work[name].fingerprint(key)
 
     def site(self, index: int) -> Site:
-        """Open a site, and load its ledger from the current file."""
+        """Open a site with its current policy and ledger."""
         return VirtualSite(self, self.config.federation.active[index])
 
 
 class VirtualSite(WorkingSite):
-    """A simulated site, which has its own policy, ledger and records and shares the model with the other sites."""
+    """A simulated site with its own policy, ledger and records, and a model shared with the other sites."""
 
     def __init__(self, everyone: Participants, name: str) -> None:
         ledger, self._everyone, self._work = everyone.sites.ledger(name), everyone, everyone.work[name]
@@ -429,7 +426,7 @@ class VirtualSite(WorkingSite):
         super().__init__(files, ledger, everyone.parties[name], members=members)
 
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Prepare the simulation's own run, regardless of the proposal."""
+        """Return the simulation's own run, independent of the proposal."""
         everyone, config = self._everyone, self._everyone.config
         return Prepared(
             proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
@@ -441,5 +438,5 @@ class VirtualSite(WorkingSite):
         )
 
     def work(self, run: str) -> SiteWork:
-        """Return the records that the simulation assigned to this site, with the shared model."""
+        """Return this site's part of the simulation's records, with the shared model."""
         return self._work

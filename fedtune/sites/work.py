@@ -1,4 +1,4 @@
-"""A site's work on its records during a round, with the model that its process has loaded."""
+"""Local computation of a site in a round: training, noised scores, and its share of secure aggregation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TrainingUnits = SiteExamples | UserExamples
 
 @dataclass
 class SiteWork:
-    """One site's records and the model that trains on them."""
+    """The records of a site with the model that trains on them."""
 
     site: str  # name of the site
     shared: RunModel  # the model, which the sites of one process use in turn
@@ -55,7 +55,7 @@ class SiteWork:
 
     @cached_property
     def examples(self) -> TrainingUnits:
-        """The tokenized training records, grouped by user if the user is the privacy unit."""
+        """Tokenized training records; grouped by user for unit "user"."""
         examples = self.shared.make_site_examples(
             self.shared.tokenize_records(self.records.training, lenient=self.lenient)
         )
@@ -73,14 +73,14 @@ class SiteWork:
         return self.around(users)
 
     def _split_units(self) -> TrainingUnits | DividedUnits:
-        """The same units, divided over the site's devices where it has several."""
+        """Return the training units, divided among the site's devices if there are several."""
         devices, max_grad_norm = self.shared.loaded.devices, self.shared.config.privacy.max_grad_norm
         if devices is not None and self._divided is None:
             self._divided = devices.divide_units(self.examples, max_grad_norm=max_grad_norm)
         return self.examples if self._divided is None else self._divided
 
     def drop_model(self) -> None:
-        """Let go of the model, also on other devices, and free no record."""
+        """Release the model, also on other devices, without freeing any record."""
         for work in (self,) if self._limited is None else (self, self._limited[1]):
             work._divided = None
             del work.shared
@@ -90,9 +90,7 @@ class SiteWork:
         return self.shared.tokenize_records(self.records.heldout, lenient=self.lenient)
 
     def find_user_cohorts(self) -> dict[str, int]:
-        """Return each user's cohort, by the earliest date in the user's own records; users without a date are in the
-        oldest cohort.
-        """
+        """Determine each user's cohort by the earliest date in the user's records; the oldest cohort without dates."""
         cohorts = self.shared.config.privacy.cohorts
         assert cohorts is not None, "a run that is limited to cohorts"
         months: dict[str, str] = {}
@@ -102,7 +100,7 @@ class SiteWork:
         return {user: compute_cohort_number(month, cohorts.period) for user, month in months.items()}
 
     def _restrict_to(self, admitted: frozenset[str]) -> SiteWork:
-        """Return a copy with only the records of the admitted users; it is cached for the next round."""
+        """Return a copy with only the admitted users' records; cached for the next round."""
         if self._limited is None or self._limited[0] != admitted:
             self._limited = None  # first, so that two rounds' states never fill the memory together
             training, heldout = (
@@ -122,22 +120,21 @@ class SiteWork:
         admitted: Collection[str] | None = None,
         state: bytes = b"",
     ) -> Trained:
-        """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on adapter
-        values.
+        """Score the lead's adapter if the plan includes scores, and train it within the site's bound on adapter values.
 
         With secure aggregation, the result is the site's share of the sum instead of an adapter.
 
-        Guarantee: what is released of the result is the round's `DpEvent`; the fingerprint is only for the site's
-        ledger.
+        Guarantee: the released part of the result satisfies the round's `DpEvent`; the fingerprint is only for the
+        site's ledger.
 
         Args:
             request: the lead's request for the round.
-            adapter: the adapter that came with the request, packed with the algorithm's arrays.
-            attempt: the number of the attempt at this round.
-            fingerprint_key: the site's key for fingerprints of its records.
-            admitted: the users to train on and score, if the plan is limited to cohorts.  All other users are silently
-                left out, and the fingerprint covers the records of the whole file.  None: all users.
-            state: what the ledger keeps of the algorithm since the last committed round.
+            adapter: adapter in the request, packed with the algorithm's arrays.
+            attempt: number of the attempt at this round, from 1.
+            fingerprint_key: secret key for the fingerprint of the records.
+            admitted: users to train on and score, if the plan is limited to cohorts. All other users are silently left
+                out, and the fingerprint covers the whole file. None: all users.
+            state: the algorithm's state after the last committed round, from the ledger.
         """
         plan = request.proposal.plan
         randomness = make_randomness(request.proposal.seeded_noise, self.shared.config.seed)
@@ -160,9 +157,7 @@ class SiteWork:
     def _prepare_round(
         self, request: RoundRequest, attempt: int, *, sent: Arrays, state: Arrays
     ) -> tuple[Units, RoundOfTraining]:
-        """Prepare the training units for a round, and collect everything else that the round needs besides the
-        model.
-        """
+        """Assemble the training units of a round, and its inputs other than the model."""
         work = RoundOfTraining(
             site=self.site,
             round=request.round,
@@ -177,7 +172,7 @@ class SiteWork:
         )
         units = self._split_units()
         if self.shared.loaded.keeps_states:
-            told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
+            told = partial(self.shared.progress, f"{self.site}: running the frozen layers over the records")
             units.keep_frozen_states(self.shared.model, folder=self.shared.loaded.states_folder, told=told)
         units.keep_reference(self.shared.model)
         return units, work
@@ -185,9 +180,7 @@ class SiteWork:
     def _compute_noised_scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> tuple[float, float]:
-        """Compute the adapter's noised score on the held-out records, and their noised count, as shares of the declared
-        size.
-        """
+        """Compute the noised score and count of the held-out records, as fractions of the declared size."""
         adapter.load_into(self.shared.model)
         exact = compute_unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
         users = group_by_user(self.records.heldout) if plan.unit == "user" else None
@@ -199,7 +192,7 @@ class SiteWork:
         )
 
     def fingerprint(self, key: bytes) -> str:
-        """Compute the HMAC-SHA256, in hex, of the site's training records, under the site's own key."""
+        """Compute the HMAC-SHA256 of the site's training records, in hex, under a secret key."""
         digest = hmac.new(key, digestmod="sha256")
         for record in self.records.training:
             digest.update(hashlib.sha256(record_key(record)).digest())
@@ -207,7 +200,7 @@ class SiteWork:
 
 
 class WorkingSite(Site):
-    """A site with its own files, simulated or real, that trains on its records with a model loaded by its process."""
+    """A site, simulated or real, that trains on its records with the model of its process."""
 
     def __init__(self, files: SiteFiles, ledger: SiteLedger, parties: Parties, *, members: Mapping[str, str]) -> None:
         super().__init__(ledger, sums=make_sums_at_site(files, parties, members=members))
@@ -217,22 +210,23 @@ class WorkingSite(Site):
         """Return the site's records with the model of a prepared run."""
 
     def find_user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
-        """Read the users' dates; policy and budget allow the round by now, and it is charged before any record is
-        sampled.
+        """Determine each user's cohort from the records.
+
+        The caller has already checked policy and budget, and charges the round before sampling any record.
         """
         return self.work(request.run).find_user_cohorts()
 
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
-        """Train on the site's records; the round is already charged, and only now is a record sampled."""
+        """Train on the site's records for a round that has already been charged."""
         key, state = self.ledger.fingerprint_key(), self.ledger.algorithm_state(request.run)
         work = self.work(request.run)
         return work.run_round(request, adapter, attempt, fingerprint_key=key, admitted=admitted, state=state)
 
 
 def _read_state(data: bytes) -> Arrays:
-    """Decode an algorithm's state; none is the same as a lost one."""
+    """Decode an algorithm's state; a missing state is empty."""
     try:
         return Adapter.from_bytes(data).tensors if data else {}
     except AdapterError:
@@ -240,12 +234,12 @@ def _read_state(data: bytes) -> Arrays:
 
 
 def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
-    """Return a site's part in secure aggregation.
+    """Create a site's participant in secure aggregation.
 
     Args:
-        files: the site's files; its promises are written next to the ledger.
-        parties: the parties of the site's process.
-        members: site -> public key, for the other sites that it may aggregate with.
+        files: files of the site; the confirmations in the protocol are stored next to the ledger.
+        parties: protocol parties of the process.
+        members: site -> public key of the other sites that the policy trusts.
     """
     trust, identity = files.policy.trust, files.load_key(make=True)
     return SumsAtSite(
@@ -259,7 +253,5 @@ def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[st
 
 
 def make_randomness(seeded: bool, seed: int) -> Randomness:
-    """Return the source of noise and sampling: the operating system or, in a study marked as seeded, a generator seeded
-    with `seed`.
-    """
+    """Create the source of noise and sampling: the operating system or, in a marked study, a seeded generator."""
     return SeededRandomness(seed) if seeded else SystemRandomness()

@@ -66,7 +66,7 @@ def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated_config: Run
     (note,) = list_lead_data_warnings(simulated_config, validation=make_lead_data("a"), test=None)
     assert note.startswith("there are no test records, so the run has no final score: set data.test_file or")
     (note,) = list_lead_data_warnings(simulated_config, validation=None, test=make_lead_data("a", "a"))
-    assert note == "all test records have the label 'a': always giving that label scores 1.0"
+    assert note == "all test records have the label 'a': a constant prediction scores 1.0"
     some, many = make_skipped(1, rows=10), make_skipped(1200, rows=9000)
     notes = list_lead_data_warnings(
         simulated_config, validation=make_lead_data("a", left_out=some), test=make_lead_data("a", "b", left_out=many)
@@ -100,7 +100,7 @@ def test_file_containing_training_data_is_refused(simulated_config: RunConfig, t
     kind = replace(simulated_config.data.partition, kind="file" if "{site}" in given else "iid")
     config = change_values(simulated_config, data={"train_file": given, "partition": kind, "test_file": str(file)})
     (note,) = list_lead_data_warnings(config, validation=None, test=make_lead_data("a", "b"))
-    assert note == "data.test_file has the same records as data.train_file: the scores say nothing about new records"
+    assert note == "data.test_file has the same records as data.train_file: its scores do not measure generalization"
     with pytest.raises(ConfigError, match=r"data\.validation_file = .*: has the same records as data\.train_file"):
         check_decision_scores(change_values(config, data={"validation_file": str(file)}))
 

@@ -59,7 +59,7 @@ def read_charged_rounds(reply: Reply) -> int:
 
 def test_simulated_policy_is_refused_at_a_real_site(site: Any) -> None:
     site.edit(simulated=True)
-    with pytest.raises(ConfigError, match="simulated = true: must be false: this is a real site"):
+    with pytest.raises(ConfigError, match="simulated = true: must be false at a real site"):
         site.ask()
 
 

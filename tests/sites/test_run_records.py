@@ -120,7 +120,7 @@ def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Pa
 
 def test_note_of_written_texts_requires_a_writable_folder(tmp_path: Path) -> None:
     (tmp_path / "writer").touch()  # no folder
-    with pytest.raises(ConfigError, match="must be a folder that can be written to"):
+    with pytest.raises(ConfigError, match="must be a writable folder"):
         record_generated_texts(tmp_path / "writer", ["a text"])
 
 

@@ -453,4 +453,4 @@ def test_slow_steps_are_reported_as_progress(config: Any, tmp_path: Path, monkey
     assert list(dict.fromkeys(told)) == ["loading the model", "checking the model on this machine"]
     request = make_first_request(everyone.config, everyone.sites.lead_key(), site="a")
     work.run_round(request, adapter, attempt=1, fingerprint_key=bytes(32))
-    assert told[-1] == "a: running the frozen layers over its records"
+    assert told[-1] == "a: running the frozen layers over the records"
