@@ -1,1 +1,1 @@
-"""A lead's records of its runs: results, environment, provenance, and comparisons of finished models."""
+"""The lead's side of a run: execution, results, environment, lineage, and comparisons of finished models."""

@@ -1,8 +1,8 @@
 """Energy use and carbon emissions of a run, measured or estimated by codecarbon.
 
 codecarbon (MIT license; the extra `cost`) only returns numbers here: it writes no file and makes no network call,
-regardless of its configuration files and environment variables say.  It reads the hardware counters of the machine if
-it can (RAPL, NVML), and otherwise estimates from the load and the model of the processor.
+regardless of its configuration files and environment variables. It reads the hardware counters of the machine if
+possible (RAPL, NVML), and otherwise estimates from the load and the model of the processor.
 
 Only the local machine is measured: the whole run in a simulation, the lead's part with real sites.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # who reads what was measured needs no settings, which take l
 
 
 def check_can_measure(spec: CostSpec) -> None:
-    """Check, before a run begins, that codecarbon can measure what the settings ask for.
+    """Check before a run that codecarbon is installed and supports the configured country.
 
     Raises:
         ConfigError: codecarbon is not installed, or does not know the country.
@@ -35,7 +35,9 @@ def check_can_measure(spec: CostSpec) -> None:
 
         known = DataSource().get_global_energy_mix_data()
         if spec.country not in known:
-            raise ConfigError("cost.country", spec.country, f"must be one of {len(known)} that codecarbon knows")
+            raise ConfigError(
+                "cost.country", spec.country, f"must be one of {len(known)} countries that codecarbon supports"
+            )
 
 
 @spec
@@ -44,8 +46,8 @@ class Energy:
 
     Attributes:
         kwh: kilowatt-hours of processor, memory and GPUs together.
-        carbon_kg: kilograms of CO2 equivalent; None if no country was given.
-        seconds: the measured time; for a resumed run, the time since it was resumed.
+        carbon_kg: kilograms of CO2 equivalent; None without a country.
+        seconds: duration of the measurement; for a resumed run, since it was resumed.
     """
 
     kwh: float
@@ -54,7 +56,7 @@ class Energy:
 
 
 class Meter:
-    """An energy meter that runs from its construction on, if the settings ask for it.
+    """An energy meter that starts with its construction, if the settings enable it.
 
     Call `check_can_measure` first.
     """
@@ -70,7 +72,7 @@ class Meter:
         self.stop()
 
     def stop(self) -> Energy | None:
-        """Stop the measurement and return the energy used; None if nothing was measured or the measurement failed."""
+        """Stop the measurement and return the used energy; None without a successful measurement."""
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return None
@@ -86,7 +88,7 @@ class Meter:
 
 
 def _start_tracker(country: str | None) -> Any:
-    """Start a codecarbon tracker that neither writes files nor sends anything."""
+    """Start a codecarbon tracker without file output and network access."""
     from codecarbon import OfflineEmissionsTracker
 
     logging.getLogger("codecarbon").disabled = True

@@ -1,6 +1,4 @@
-"""Files that a run writes to its folder for later: environment, search, and the lineage of its start adapter and base
-model.
-"""
+"""Records about a run in its folder: software environment, search, and the lineage of start adapter and base model."""
 
 from __future__ import annotations
 
@@ -46,19 +44,19 @@ _NOTED = ("cryptography", "dp-accounting", "flwr", "numpy", "opacus", "peft", "s
 
 @spec
 class Environment:
-    """The software and hardware of the process that ran the lead (and, in a simulation, the sites).
+    """Software and hardware of the process of the lead and, in a simulation, of the sites.
 
     Attributes:
-        since: the UTC time when the run was first started, or resumed, in this environment.
-        fedtune_version: the version of fedtune.
-        python: the version of Python.
-        system: the operating system.
-        machine: the architecture, such as "x86_64", with the number of cores.
-        device: the device of the model, with its numeric settings.
-        libraries: name -> version; and a task of one's own -> the package and the file that define it.
-        model_sha256: the digest of the loaded base model, see `fedtune.model.manifest`.
-        sampling: how units were sampled for a step, if this process trained; None: training took place elsewhere.
-        randomness: "operating_system" or "seeded", if this process trained; None: training took place elsewhere.
+        since: UTC time when the run was started or resumed in this environment.
+        fedtune_version: version of fedtune.
+        python: version of Python.
+        system: operating system.
+        machine: architecture, such as "x86_64", with the number of cores.
+        device: device of the model, with its numeric settings.
+        libraries: name -> version; for a user-defined task also its package and file.
+        model_sha256: digest of the loaded base model (`fedtune.model.manifest`).
+        sampling: sampling method of a step; None if training took place elsewhere.
+        randomness: "operating_system" or "seeded"; None if training took place elsewhere.
     """
 
     since: str
@@ -83,7 +81,7 @@ def record_environment(folder: Path, shared: RunModel) -> None:
 
 
 def read_environments(folder: Path) -> tuple[Environment, ...]:
-    """Read the environments of a run, oldest first; empty for a run without any.
+    """Read the environments of a run, oldest first; empty without a file.
 
     Raises:
         RunError: the file is damaged.
@@ -96,11 +94,11 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         check_schema("schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
         return tuple(decode(Environment, each) for each in fields["environments"])
     except (ConfigError, TypeError, KeyError) as error:
-        raise RunError(f"{path} is damaged, so the run's machine and model are unknown") from error
+        raise RunError(f"{path} is damaged; the run's machine and model are unknown") from error
 
 
 def read_selection(folder: Path) -> Selection | None:
-    """Read which search the run is a trial of; None if there is no such file.
+    """Read the selection record of a trial; None if the run belongs to no search.
 
     Raises:
         RunError: the file is damaged.
@@ -110,15 +108,15 @@ def read_selection(folder: Path) -> Selection | None:
     try:
         return decode(Selection, parse_json(path.read_bytes(), key=str(path), bound="must be an object"))
     except ConfigError as error:
-        raise RunError(f"{path} is damaged, so the search behind this run is unknown") from error
+        raise RunError(f"{path} is damaged; the run's search is unknown") from error
 
 
 def start_lineage(config: RunConfig) -> dict[str, Any] | None:
-    """Return the lineage of a run's starting point for `run.json`; None for a new adapter without prior spending.
+    """Build the lineage of a run's starting point for `run.json`; None for a new adapter without prior spending.
 
-    Prior spending comes from the run folder around the start adapter, from the mark in an exported base model, and from
-    the card of synthetic records.  It is "unknown" if the source is missing; an epsilon of None means that no finite
-    bound exists.
+    Prior spending comes from the run folder of the start adapter, from the mark in an exported base model, and from the
+    card of synthetic records. It is "unknown" if the source is missing; an epsilon of None means that no finite bound
+    exists.
     """
     of_base = read_base_lineage(config.model)
     earlier = [*of_base, *_iter_records_lineage(config)]
@@ -131,7 +129,7 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     about = {"digest": start.digest, "head": start.can_reuse_head(config.task_model()) if has_head else None}
     public, (of_run, learned) = config.public.train_file, _run_lineage(start)
     if public is not None and (learned != public or of_base):
-        bound = "must be null with public.train_file: it was trained on other records, too"
+        bound = "must be null with public.train_file: it was trained on other records as well"
         raise ConfigError("model.adapter", config.model.adapter, bound)
     if earlier:  # of a base, its run told it where that is on file
         of_run["start_adapter"] = build_lineage([*walk_lineage(of_run.get("start_adapter")), *earlier])
@@ -139,7 +137,7 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _iter_records_lineage(config: RunConfig) -> Iterator[Debt]:
-    """Yield the prior spending of the synthetic records among the files that a run reads on this machine."""
+    """Yield the prior spending behind synthetic records in the files of a run on this machine."""
     for file, key in RunRecords(config).files().items():
         path = resolve_file(file, find_shipped_folders(), key=key).resolve()
         if os.path.lexists(card := find_card_path(path, ".json")):
@@ -152,9 +150,7 @@ def _iter_records_lineage(config: RunConfig) -> Iterator[Debt]:
 
 
 def _run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
-    """Return the prior spending of an adapter's run, from its run folder, and the training file if the run has no
-    privacy and no lineage.
-    """
+    """Return the lineage of an adapter's run, and its training file if the run has neither privacy nor lineage."""
     owed: dict[str, Any] = dict.fromkeys(SPENT, UNKNOWN)
     try:
         folder = adapter.folder.resolve().parent
@@ -174,10 +170,14 @@ def _run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
 def mark_lineage(
     base: PreTrainedConfig, adapter: Path, *, private_to: str | None, texts: Sequence[Mapping[str, Any]] = ()
 ) -> None:
-    """Write the prior spending of a run's adapter into a model's settings, which are saved as config.json.
+    """Write the lineage of an adapter into a model's settings, which are saved as config.json.
 
-    `texts` are the runs behind synthetic texts that the model also learned from, as listed in their card.  A model that
-    is `private_to` a site gets only that mark: its privacy loss cannot be stated, and it cannot serve as a base.
+    Args:
+        base: settings of the model.
+        adapter: folder of the adapter.
+        private_to: site of a personalized adapter. Such a model gets only this mark: its privacy loss cannot be stated,
+            and it cannot be a base model.
+        texts: runs that generated synthetic training texts, as listed in the card of the texts.
     """
     if private_to is not None:
         setattr(base, PRIVATE_TO, private_to)

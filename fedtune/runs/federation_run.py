@@ -1,6 +1,4 @@
-"""A run from the lead's side, independent of what its sites run on: initial state, rounds over a transport, and the
-result.
-"""
+"""A run from the lead's side, independent of the sites' runtime: initial state, rounds over a transport, result."""
 
 from __future__ import annotations
 
@@ -34,22 +32,22 @@ from fedtune.tasks.saved import save_task_model
 
 
 class Listener(Protocol):
-    """An observer that displays the progress of a run."""
+    """An observer of a run's progress, such as a terminal display."""
 
     def on_preparing(self, what: str, done: int, total: int) -> None:
-        """Report a preparation step, with how much of it is done and the total (0: unknown)."""
+        """Report a preparation step with the number of finished items and the total (0: unknown)."""
 
     def note(self, text: str) -> None:
-        """Report a remark about the data that a person should read before training begins."""
+        """Report a remark about the data, to be read before training begins."""
 
     def on_prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
-        """Report that data and model are ready and training is about to begin."""
+        """Report that data and model are ready, before training begins."""
 
     def on_site_replied(self, number: int) -> None:
-        """Report that the `number`-th reply of the current round has arrived."""
+        """Report the arrival of reply `number` in the current round."""
 
     def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
-        """A real site answered: "update", or why there is none, and what its receipt says was charged in all."""
+        """Report a real site's answer: "update" or the reason of a refusal, with the charged rounds in its receipt."""
 
     def round_finished(self, state: LeadState) -> None:
         """Report that a round was aggregated, scored and checkpointed."""
@@ -82,7 +80,7 @@ Engine = Callable[[Callable[[Transport], LeadState]], LeadState]
 
 @dataclass(frozen=True, kw_only=True)
 class FederationRun:
-    """A run with the parts that depend on its runtime; everything else is the same for all runtimes."""
+    """A run with its runtime-dependent parts as fields."""
 
     config: RunConfig
     folder: Path  # the run folder
@@ -155,8 +153,7 @@ class FederationRun:
         return self._write_result(state, metrics=metrics, detail=detail, seconds=seconds, meter=meter, digest=digest)
 
     def _find_initial_state(self, listener: Listener) -> LeadState:
-        """Return the state to start from: the newest checkpoint, or the initial adapter with its scores on the test
-        file.
+        """Return the newest checkpoint, or the initial adapter with its scores on the test file.
 
         All files are read and tokenized here, so that errors in them end the run before anything is charged.
         """
@@ -229,7 +226,7 @@ class FederationRun:
         return result
 
     def _build_provenance(self, state: LeadState) -> RunProvenance:
-        """Return the provenance of the adapter, including the model as loaded here."""
+        """Build the provenance of the adapter, with the loaded model."""
         data, shared, model = self.config.data, self.shared, self.config.model
         template = None
         if shared.model.task.predicts_tokens or "text" in data.template_roles:

@@ -1,8 +1,8 @@
-"""What a run builds on owes to earlier records: the adapter that it begins in, its base, and synthetic records.
+"""The lineage of a run: inherited privacy loss of its start adapter, its base model and synthetic records.
 
-A debt has the fields of `provenance.start_adapter` in run.json: the digest of an adapter, what its training spent on
-which data, and as its own `start_adapter` the debt before it.  A model that an export writes has one in config.json.
-Anybody may have written either file.
+An entry (`Debt`) has the fields of `provenance.start_adapter` in run.json: digest of an adapter, privacy loss of its
+training and the data set, and as its own `start_adapter` the previous entry. An exported model has an entry in
+config.json. Both files are untrusted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from fedtune.model.spec import ModelSpec
 from fedtune.model.unsupported_models import OWED
 
-UNKNOWN = "unknown"  # for what no file says
+UNKNOWN = "unknown"  # value of a field without a source
 SPENT = ("from", "dataset", "unit", "delta", "epsilon")
 _NOBODY_KNOWS: Mapping[str, Any] = dict.fromkeys(("digest", *SPENT), UNKNOWN)
-_MOST = 24  # in one chain: of a config.json that is deeper than a model's, nothing is loaded
+_MOST = 24  # maximum length of a lineage; transformers rejects a more deeply nested config.json
 
 Debt = Mapping[str, Any]
 
@@ -37,9 +37,9 @@ PRIVATE_BASES: Mapping[str, Debt] = {
 
 
 def read_base_lineage(model: ModelSpec) -> list[Debt]:
-    """What the training of a base owes, newest first; empty: its config.json says nothing of it.
+    """Read the lineage of a base model from its config.json, newest entry first; empty without lineage.
 
-    What is damaged there tells of a debt that nobody knows.
+    A damaged file or entry counts as an unknown privacy loss.
     """
     if model.is_built_in:
         return []
@@ -47,7 +47,7 @@ def read_base_lineage(model: ModelSpec) -> list[Debt]:
 
     try:
         fields = json.loads((find_model_folder(model) / "config.json").read_bytes())
-    except FileNotFoundError:  # beside a GGUF file
+    except FileNotFoundError:  # a GGUF file has none
         return []
     except (OSError, ValueError, RecursionError):
         fields = {OWED: None}
@@ -57,7 +57,11 @@ def read_base_lineage(model: ModelSpec) -> list[Debt]:
 
 
 def read_texts_lineage(told: object) -> Iterator[Debt]:
-    """What texts owe, by the runs behind them as a card tells these; one that has another form is unknown."""
+    """Read the lineage of synthetic texts from the runs in their card; a malformed run counts as unknown.
+
+    Args:
+        told: list of runs in the card, unvalidated.
+    """
     runs: list[Any] = told if isinstance(told, list) and told else [None]
     for run in runs:
         try:
@@ -69,7 +73,11 @@ def read_texts_lineage(told: object) -> Iterator[Debt]:
 
 
 def walk_lineage(told: object) -> Iterator[Debt]:
-    """A debt and those before it, newest first, without what is public; one that has another form is unknown."""
+    """Walk a lineage, newest entry first, without public stages; a malformed entry counts as unknown.
+
+    Args:
+        told: the newest entry, unvalidated; None: no lineage.
+    """
     while told is not None:
         found = told if isinstance(told, Mapping) else {}
         told = found.get("start_adapter")
@@ -87,9 +95,9 @@ def walk_lineage(told: object) -> Iterator[Debt]:
 
 
 def build_lineage(debts: Iterable[Debt]) -> dict[str, Any] | None:
-    """Debts as one, the newest first, and each once: an adapter owes what it released once, however often it is used.
+    """Link entries to one lineage, newest first; None without entries.
 
-    None: there are none.
+    Equal entries are included once: a released adapter costs the same no matter how often it is used.
     """
     found: dict[Any, Debt] = {}
     for one in debts:

@@ -1,6 +1,4 @@
-"""Comparison of finished runs and their base model without an adapter on the same records: by score, by group, by
-site.
-"""
+"""Comparison of finished runs and their base model on the same records: by score, group and site."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ _MOST_GROUPS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """Several models, evaluated on the same records."""
+    """Evaluations of several models on the same records."""
 
     records: Sequence[Record] = field(repr=False)  # that were scored
     users: list[npt.NDArray[np.int64]] | None  # for each user the places of its records; None: each record is a unit
@@ -45,14 +43,12 @@ class SideBySide:
 
     @property
     def unit(self) -> Unit:
-        """The unit that the bootstrap intervals resample."""
+        """Resampling unit of the bootstrap intervals."""
         return "record" if self.users is None else "user"
 
     @cached_property
     def _drawn(self) -> tuple[Drawn, ...]:
-        """The bootstrap samples of the records and, if all models generated texts for the same prompts, of the
-        prompts.
-        """
+        """Bootstrap samples of the records and, if all models generated texts for the same prompts, of the prompts."""
         examples = {name: measured.examples for name, measured in self.measured.items()}
         sets = [score_draws(examples, scores=self.score, units=self.users)]
         if len({len(measured.texts.get("rouge_l", ())) for measured in self.measured.values()} | {0}) == 2:
@@ -64,21 +60,21 @@ class SideBySide:
 
     @property
     def num_units(self) -> int:
-        """The number of units that the bootstrap intervals resample."""
+        """Number of units that the bootstrap resamples."""
         return self._drawn[0].num_units
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The names of all scores, the primary score first."""
+        """Names of all scores, the primary metric first."""
         names = [score for drawing in self._drawn for score in next(iter(drawing.values.values()))]
         return tuple(sorted(names, key=lambda name: name != self.primary_metric))
 
     def estimate(self, model: str, score: str) -> Estimate:
-        """Return a model's score with its interval."""
+        """Estimate a model's score with its bootstrap interval."""
         return self._draw_for_score(score).estimate(model, score)
 
     def compare_models(self, base: str, tuned: str, score: str | None = None) -> Comparison:
-        """Compare two models by a score, by default the primary score."""
+        """Compare two models by a score, by default by the primary metric."""
         score = score or self.primary_metric
         return self._draw_for_score(score).compare_scores(base, tuned, score)
 
@@ -89,15 +85,15 @@ class SideBySide:
     def score_by_group(
         self, values: Sequence[str], *, smallest: int, pairs: Sequence[tuple[str, str]]
     ) -> GroupScores | None:
-        """Compute the primary score by group; None if there are fewer than two groups of at least `smallest` units.
+        """Compute the primary metric by group; None with fewer than two groups of at least `smallest` units.
 
         Args:
-            values: the group of each record, in their order.
-            smallest: the minimum number of units in a group; smaller groups are merged.
-            pairs: the models to compare within each group.
+            values: group of each record, in the order of the records.
+            smallest: minimum number of units in a group; smaller groups are merged.
+            pairs: pairs of models to compare within each group.
 
         Raises:
-            ConfigError: there are more than `_MOST_GROUPS` groups, too many to read or to score in a minute or two.
+            ConfigError: there are more than `_MOST_GROUPS` groups, which is too many to read or to score quickly.
         """
         groups: Groups = merge_values(values, smallest=smallest, units=self.users)
         if len(groups.names) > _MOST_GROUPS:
@@ -120,21 +116,21 @@ def compare_runs(
     final: bool = False,
     progress: Callable[[str, int, int], None] = ignore_progress,
 ) -> SideBySide:
-    """Score runs, and their base before training, on the same records.
+    """Score finished runs and their base model on the same records.
 
-    Models are loaded one after another; runs that differ in their adapter's values alone share one.
+    Models are loaded one at a time; runs that differ only in the values of the adapter share one model.
 
     Args:
-        runs: by name, at least one: the settings to score it by, and the folder of its adapter.  The first one's say
-            which the records are.
-        file: of records; None: the test records of the first run.
-        records: to score instead, a site's own: none of them ends the scoring, whatever it holds.
-        means: by name, runs whose mean counts as one more.
-        final: the scores of a finished run, of which some take longer; else those of a round.
-        progress: is told which of the models is scored.
+        runs: name -> (scoring settings, folder of the adapter), at least one. The first run's settings select the
+            records.
+        file: file of records; None: the test records of the first run.
+        records: a site's own records to score instead; records that cannot be used are skipped.
+        means: name -> names of runs whose average adapter is scored as an additional model.
+        final: compute the scores of a finished run, which take longer, instead of those of a round.
+        progress: callback for slow steps.
 
     Raises:
-        ConfigError: an adapter or the file cannot be used, or the runs' scores say nothing about each other.
+        ConfigError: an adapter or the file cannot be used, or the runs' scores are not comparable.
     """
     first, _ = next(iter(runs.values()))
     for name, (config, _) in runs.items():
@@ -158,7 +154,7 @@ def compare_runs(
             data = LeadData(rows, task.tokenize(rows, saved.tokenizer, data=config.data, lenient_within=within))
         places = places or [record.line for record in data.records]
         if places != [record.line for record in data.records]:
-            bound = "must have the first run's test records, but its settings choose others"
+            bound = "must select the first run's test records"
             raise ConfigError("run", names[0], f"{bound}; give both a file with --data")
         of_these = saved.evaluate_models(data)
         # An adapter that changes nothing yet has no part in the model before training.
@@ -186,13 +182,18 @@ def compare_runs(
 
 
 def _list_input_settings(config: RunConfig) -> Hashable:
-    """Return the settings, other than the model, that determine how a record becomes the model's input."""
+    """List the settings, other than the model, that determine the model's input for a record."""
     data = config.data
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
 
 
 def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
-    """Check that a run's scores on the same records are comparable with those of the first run.
+    """Check that a run's scores are comparable with those of the first run.
+
+    Args:
+        name: name of the run.
+        own: configuration of the run.
+        first: configuration of the first run.
 
     Raises:
         ConfigError: a setting differs that changes the meaning of the scores.
@@ -212,4 +213,4 @@ def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
         _list_input_settings(first),
     ):
         bound = "must have the first run's model.path, columns, template and data.max_length"
-        raise ConfigError("run", name, f"{bound}: their losses are means over other tokens")
+        raise ConfigError("run", name, f"{bound}: otherwise the losses are averages over different tokens")

@@ -1,4 +1,4 @@
-"""Checks that the optional packages for a run's settings are installed, before anything is read, loaded or charged."""
+"""Checks of optional packages, before anything is read, loaded or charged."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fedtune.runs.cost import check_can_measure
 
 
 def require_for_run(config: RunConfig) -> None:
-    """Check that the packages that a run needs are installed on the machine that starts it.
+    """Check that the optional packages of a run's settings are installed on this machine.
 
     Raises:
-        ConfigError: a package is not installed.
+        ConfigError: a package is missing.
     """
     check_can_measure(config.cost)
     if config.model.gguf_file is not None:
@@ -25,10 +25,10 @@ def require_for_run(config: RunConfig) -> None:
 
 
 def require_to_score(config: RunConfig) -> None:
-    """Check that the packages for scoring generated texts are installed, if a model with these settings generates any.
+    """Check that the packages for scoring generated texts are installed, if the task generates texts.
 
     Raises:
-        ConfigError: a package is not installed.
+        ConfigError: a package is missing.
     """
     plain = "text" in config.data.columns  # texts without a prompt, from which nothing is written
     if config.evaluation.generate and config.bound_task.predicts_tokens and not plain:

@@ -1,4 +1,4 @@
-"""Settings as plain data, and a single rule for overriding them, regardless of the source of the new value."""
+"""Overrides of settings in plain data, with the same rule for every source of overrides."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ FREE_MAPS = (
     *("data.columns", "data.partition.sites", "public.columns", "task_settings"),
     "federation.algorithm_settings",
 )
-"""Settings whose keys are the user's own: a new value replaces all of the old one."""
+"""Mappings with user-defined keys: a new value replaces the whole mapping."""
 
 
 def merge_settings(old: Any, new: Any, key: str = "") -> Any:
-    """Merge a new value over a setting's old value; groups are merged setting by setting."""
+    """Merge a new value into a setting; groups are merged key by key."""
     if not (isinstance(old, dict) and isinstance(new, dict)) or key in FREE_MAPS:
         return new
     return old | {
@@ -22,7 +22,7 @@ def merge_settings(old: Any, new: Any, key: str = "") -> Any:
 
 
 def set_by_key(settings: dict[str, Any], key: str, value: Any) -> bool:
-    """Set a dotted key in place; return False if there is no such setting."""
+    """Set a dotted key in place; return False if the setting does not exist."""
     if free := next((name for name in FREE_MAPS if key.startswith(f"{name}.")), None):
         before, entry = _get_by_key(settings, free), {key.removeprefix(f"{free}."): value}
         key, value = free, before | entry if isinstance(before, dict) else entry

@@ -1,6 +1,4 @@
-"""A warm start before a run: the lead alone trains on public records, without privacy, and the sites start from the
-result.
-"""
+"""Warm start of a run: the lead trains on public records without privacy, and the sites start from the result."""
 
 from __future__ import annotations
 
@@ -18,22 +16,21 @@ from fedtune.spec import ConfigError
 
 
 def needs_public_stage(config: RunConfig) -> bool:
-    """Return True if the run starts from an adapter that is yet to be trained on public records."""
+    """Return True if the run has a warm start on public records that has not been trained yet."""
     return config.public.train_file is not None and config.model.adapter is None
 
 
 def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Container[str]) -> RunConfig:
-    """Fill in the warm start's unset settings, and lower the run's learning rates.
+    """Add the default settings of the warm start, and lower the run's learning rates.
 
     The warm start uses a third of the rates without privacy, and the sites use a third of their own rates
     (simulations/warm_start).
 
     Args:
-        config: the configuration of the run.
-        plain: its settings before secure aggregation changed rounds, steps and rates, and before "auto" was replaced by
-            a number.
-        keep: dotted keys of learning rates that a person set for this start, and that stay unchanged; "auto" does not
-            count.
+        config: the run's configuration.
+        plain: the run's settings before secure aggregation changed rounds, steps and rates, and before "auto" became a
+            number.
+        keep: dotted keys of explicit learning rates, which stay unchanged; "auto" does not count as explicit.
 
     Raises:
         ConfigError: the run already has a start adapter, or the warm start is not possible with these settings.
@@ -57,14 +54,14 @@ def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Conta
 
 
 def build_public_stage_config(config: RunConfig) -> RunConfig:
-    """Return the warm start as a run of its own: one site, all records of the public file, and no privacy.
+    """Build the configuration of the warm start: one site, all records of the public file, no privacy.
 
-    The name of its data set includes a digest of the records, so that a warm start on another file cannot be resumed or
-    used in its place.
+    The name of its data set includes a digest of the records, so that a warm start on another file can neither be
+    resumed nor used instead.
 
     Raises:
         ConfigError: the file cannot be used, or shares texts with the run's own files (real sites' files are elsewhere
-            and are not compared); or the base model was exported by a run.
+            and are not compared); or a run exported the base model.
     """
     if read_base_lineage(config.model):
         bound = "must have no lineage with public.train_file, but its config.json names a run on other records"
@@ -83,7 +80,7 @@ def build_public_stage_config(config: RunConfig) -> RunConfig:
 
 
 def _stage_config(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of the warm start, before the number of its records is known."""
+    """Build the configuration of the warm start before the number of its records is known."""
     settings, public = config.to_json(), config.public
     data: dict[str, Any] = dict.fromkeys(("heldout_fraction", "validation_fraction", "test_fraction"), 0.0)
     data |= {"dataset": f"{config.data.dataset}-public", "train_file": public.train_file, "declared_sizes": 1}

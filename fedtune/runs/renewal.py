@@ -1,4 +1,4 @@
-"""A run that starts from the adapter of another run, for example to renew it for the people of the next period."""
+"""Runs that start from the adapter of another run, such as a renewal for the people of the next period."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 
 def add_start_adapter(config: RunConfig) -> RunConfig:
-    """Return the configuration with the digest of its start adapter, after checking that the adapter fits the run.
+    """Add the digest of the start adapter to a configuration, after checking that the adapter fits the run.
 
     Raises:
         ConfigError: the adapter is missing, has another digest, or does not fit the run.
@@ -41,20 +41,20 @@ def add_start_adapter(config: RunConfig) -> RunConfig:
 
 
 def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of the run that renews the run in `folder`.
+    """Build the configuration that renews the run in `folder`.
 
-    The configuration is copied except for the start, which is the final adapter of the run before, and the window of
-    cohorts, which moves on by one period.  The seed stays, because it determined how records were partitioned among
-    simulated sites, and the ledgers of those sites stay.  If the ledgers are on this machine, they show how many runs
-    came before, regardless of which run renewed which; for real sites, the chain of renewals does.
+    The configuration is copied, except that the run starts from the previous final adapter and the window of cohorts
+    shifts by one period. The seed stays, because it determined the partition of records among simulated sites, whose
+    ledgers persist. Local ledgers show the number of previous runs, regardless of which run renewed which; for real
+    sites, the chain of renewals does.
 
     Args:
-        folder: the folder of a finished run.
-        said: overrides, by dotted key, such as a name.
+        folder: folder of a finished run.
+        said: overrides by dotted key, such as a name.
 
     Raises:
-        ConfigError: the run is not finished, everybody was already in as many runs as share the budget, a warm start is
-            requested, or the window would move into a period that has not begun.
+        ConfigError: the run is not finished, all planned runs of these people are used up, a warm start is requested,
+            or the window would shift into a period that has not begun.
     """
     if public := [key for key in said if key.partition(".")[0] == "public"]:
         raise ConfigError(public[0], said[public[0]], "conflicts with --renew, which starts from the previous run")
@@ -71,7 +71,7 @@ def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     for key, value in (changes | dict(said)).items():
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
         if isinstance(settings.get(key), dict) or key == "federation.renewal" or not set_by_key(settings, key, value):
-            raise ConfigError(key, value, "must be one setting of the renewed run, such as privacy.epsilon")
+            raise ConfigError(key, value, "must be a setting of the renewed run, such as privacy.epsilon")
     settings["federation"]["renewal"] = max(
         before.federation.renewal + 1, find_max_charged_runs(settings["runtime"]["sites_dir"])
     )
@@ -81,8 +81,9 @@ def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
 
 
 def _check_runs_left(before: RunConfig, after: RunConfig, last: Path) -> None:
-    """Refuse another run for people who were in every run that shares their budget; a window of cohorts is left to the
-    ledgers.
+    """Check that a planned run is left for people who were in all previous runs.
+
+    A window of cohorts is not checked here, but by the ledgers.
 
     Raises:
         ConfigError: no run is left, or epsilon, delta or the number of runs changed.
@@ -92,11 +93,11 @@ def _check_runs_left(before: RunConfig, after: RunConfig, last: Path) -> None:
         return
     for name in ("epsilon", "delta", "planned_runs"):
         if (value := getattr(after.privacy, name)) != (was := getattr(shared, name)):
-            bound = f"must be {was:g}, as in the runs before: they share one budget"
+            bound = f"must be {was:g}, as in the previous runs: all runs share one budget"
             raise ConfigError(f"privacy.{name}", value, bound)
     if after.federation.renewal >= shared.planned_runs:
         bound = (
             f"was the last of privacy.planned_runs = {shared.planned_runs}, and admitted everyone: their epsilon of "
-            f"{shared.epsilon:g} is spent. Nothing was charged. Runs with privacy.cohorts continue with people who come"
+            f"{shared.epsilon:g} is spent. Nothing was charged. Runs with privacy.cohorts can continue with new people"
         )
         raise ConfigError("renew", str(last), bound)

@@ -1,6 +1,6 @@
-"""The content of `run.json`: the result of a run as one value that the lead writes and every reader reads.
+"""The content of `run.json`: the result of a run.
 
-Its keys, the fields below, are a public interface.  None represents a value that is not finite, because JSON cannot.
+Its keys, the fields below, are a public interface. None represents non-finite values, which JSON cannot express.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DATA_CHANGED = "data_changed"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinalResult:
-    """The finished run: test scores before and after training, total wall time, and peak memory of this process."""
+    """Test scores before and after training, total wall time, and peak memory of this process."""
 
     metrics: Scores
     metrics_before: Scores = field(default_factory=dict)
@@ -53,15 +53,15 @@ _LOST = 2.0  # a loss that has grown by this factor: noise and rates that suit t
 def find_problems(
     rounds: Sequence[RoundResult], before: Scores, after: Scores, *, primary_metric: str, guess: float | None, rows: int
 ) -> tuple[str, ...]:
-    """Return codes for problems that a run's scores reveal about its training.
+    """Detect training problems from a run's scores, and return their codes.
 
     Args:
         rounds: the finished rounds.
-        before: the scores on the test file before training; empty without a test file.
-        after: the scores on the test file after training; empty without a test file.
-        primary_metric: the name of the primary score.
-        guess: the primary score of the best constant answer; None if there is none.
-        rows: the number of records in the test file.
+        before: scores on the test file before training; empty without a test file.
+        after: scores on the test file after training; empty without a test file.
+        primary_metric: name of the primary metric.
+        guess: primary metric of the best constant prediction; None without one.
+        rows: number of records in the test file.
     """
     loss, was = after.get("loss"), before.get("loss")
     lost = bool(loss and was and loss > _LOST * was) or any(
@@ -81,16 +81,16 @@ def find_problems(
 
 
 def drop_infinite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
-    """Scores as JSON has them: a model that diverged may have a loss that is not a number."""
+    """Replace non-finite scores with None for JSON; a diverged model may have a loss of NaN."""
     return {name: convert_infinite_to_none(score) for name, score in scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyResult:
-    """The privacy guarantee of the run: `epsilon` is the largest epsilon that its plan costs any site that was charged.
+    """The privacy guarantee of the run; `epsilon` is the maximum over all charged sites.
 
-    If scores ended the run, `epsilon` is that of the whole plan: the scores chose when to stop, so no smaller value is
-    proved.
+    After early stopping, `epsilon` is that of the whole plan: the stopping time depends on scores, so no smaller value
+    is proved.
     """
 
     unit: str = "record"
@@ -104,7 +104,7 @@ class PrivacyResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseModel:
-    """The frozen base model."""
+    """The frozen base model of a run."""
 
     path: str  # without the folder on the lead's machine
     public_id: str | None = None  # at the Hugging Face hub, where the settings name one
@@ -116,7 +116,7 @@ class BaseModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """The prompt before an answer: its text with roles in braces, and the chat template that turns it into messages."""
+    """The prompt template: a text with roles in braces, and the chat template that renders its messages."""
 
     prompt: str
     chat: str
@@ -125,7 +125,7 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProvenance:
-    """The provenance of the adapter: data set, base model, start adapter and template."""
+    """The provenance of an adapter: data set, base model, start adapter and template."""
 
     dataset: str
     declared_sizes: Mapping[str, int]  # by site, in the units of `PrivacyResult`
@@ -139,7 +139,7 @@ class RunProvenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """The content of `run.json`; the digest identifies the final adapter, and is None while the run is unfinished."""
+    """The content of `run.json`; the digest of the final adapter is None while the run is unfinished."""
 
     schema_version: int = RUN_SCHEMA
     fedtune_version: str
@@ -155,9 +155,7 @@ class RunResult:
     def build(
         cls, config: RunConfig, plan: Plan, state: LeadState, *, final: FinalResult, provenance: RunProvenance
     ) -> RunResult:
-        """Build the result of the run in `state`; every epsilon is derived here from the charged rounds and the
-        plan.
-        """
+        """Build the result of a run from its state; every epsilon is derived here from charged rounds and plan."""
         charges = {site: compute_site_charge(state, site, plan) for site in config.federation.active}
         before, after = drop_infinite_scores(final.metrics_before), drop_infinite_scores(final.metrics)
         detail = final.detail if final.detail is None or final.detail.is_finite else None

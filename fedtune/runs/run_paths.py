@@ -1,4 +1,4 @@
-"""The folder of a run, new or resumed, whether the run in it is finished, and a default name."""
+"""Folders of runs: creation, resumption, completeness and default names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from fedtune.spec import ConfigError, format_value
 
 
 def find_run_folder(config: RunConfig) -> Path:
-    """Return the run's folder: a new folder, or the folder to resume if it has the same configuration.
+    """Create the folder of a new run, or find the folder of a run with the same configuration to resume.
 
     Raises:
         ConfigError: the name is taken, or the run cannot be resumed with this configuration.
     """
     if config.resume is None:
         if needs_public_stage(config):
-            bound = "works only for one fedtune simulate or fedtune run; start others from model.adapter=NAME-public"
+            bound = (
+                "works only for one fedtune simulate or fedtune run; start other runs with model.adapter=NAME-public"
+            )
             raise ConfigError("public.train_file", config.public.train_file, bound)
         folder = Path(config.tracking.output_dir) / config.name
         if folder.exists():
@@ -45,8 +47,10 @@ def find_run_folder(config: RunConfig) -> Path:
 
 
 def resume_config(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
-    """Return the configuration that resumes the run in `folder`; raises ConfigError if the folder belongs to another
-    run.
+    """Return the configuration that resumes the run in `folder`.
+
+    Raises:
+        ConfigError: the folder belongs to another run.
     """
     try:
         config = config.with_number_format(read_saved_config(folder).model.dtype)
@@ -57,7 +61,7 @@ def resume_config(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return True if the adapter has its model card and no checkpoint has rounds left."""
+    """Return True if the run has its model card, and no checkpoint with remaining rounds."""
     config, files = read_saved_config(folder), RunFolder(folder)
     has_card = (files.adapter / CARD).is_file()
     if not has_card or not files.saved_checkpoints:  # a run that has lost these cannot go on
@@ -67,5 +71,5 @@ def is_finished(folder: Path) -> bool:
 
 
 def make_default_run_name() -> str:
-    """Return the default name of a run: the current local time."""
+    """Make the default name of a run from the current local time."""
     return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

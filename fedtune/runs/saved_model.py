@@ -1,6 +1,4 @@
-"""The model of a finished run, ready to use: it generates texts, predicts labels, and is scored next to its starting
-point.
-"""
+"""The model of a finished run, for generation, prediction, and comparison with its starting point."""
 
 from __future__ import annotations
 
@@ -36,18 +34,18 @@ _TIMES_AS_MANY = 4
 
 
 class SavedModel:
-    """A run's model with several named adapters: one base model in memory, into which one adapter at a time is loaded.
+    """A run's base model in memory with several saved adapters, one of which is loaded at a time.
 
     Args:
-        config: the configuration of the run.
-        adapters: name -> the folder of a saved adapter, at least one; the first is the run's own.
+        config: the run's configuration.
+        adapters: name -> folder of a saved adapter, at least one; the first is the run's own.
 
     Attributes:
         names: `BASE`, and the names of the adapters.
-        positions: the maximum number of tokens that the model accepts in all; None if there is no limit.
+        positions: maximum sequence length of the model in tokens; None without a limit.
 
     Raises:
-        ConfigError: an adapter cannot be read, or belongs to another model; or a package for scoring its texts is
+        ConfigError: an adapter cannot be read, or belongs to another model; or a package for scoring generated texts is
             missing.
     """
 
@@ -66,7 +64,7 @@ class SavedModel:
             try:
                 adapter.load_into(self.model)
             except AdapterError as error:
-                bound = f"must be complete, and match the run's model: {error}"
+                bound = f"is incomplete or does not match the run's model: {error}"
                 raise ConfigError("adapter", str(adapter.folder), bound) from None
             self._tensors[name] = _copy_adapter_tensors(self.model)
         self.names = tuple(self._tensors)
@@ -74,23 +72,26 @@ class SavedModel:
 
     @cached_property
     def _end_ids(self) -> frozenset[int]:
-        """The tokens that end a generated text."""
+        """Ids of the tokens that end a generated text."""
         return self.model.task.end_ids(self.tokenizer, data=self.config.data)
 
     def use_adapter(self, name: str) -> None:
-        """Load an adapter, by its name, into the model."""
+        """Load a saved adapter into the model."""
         copy_tensors(self._tensors[name], _map_adapter_tensors(self.model))
 
     def parse_text_fields(self, text: str, *, at: str) -> dict[str, str]:
-        """Convert a text to the fields of a record to be answered; see `Task.prompt_fields`."""
+        """Parse a text into the fields of an unanswered record (`Task.prompt_fields`)."""
         return self.model.task.prompt_fields(text, self.config.data, at=at)
 
     def encode_prompt(self, fields: Mapping[str, str], *, at: str) -> npt.NDArray[np.int32]:
-        """Return the tokens of a prompt, from which an answer is generated.
+        """Tokenize a prompt for generation.
 
         Args:
             fields: role -> text, without the role to be generated.
-            at: the name of the prompt in error messages.
+            at: name of the prompt in error messages.
+
+        Returns:
+            (tokens,), the token ids of the prompt.
 
         Raises:
             DataError: the prompt has no tokens, or leaves no position for the answer.
@@ -99,19 +100,19 @@ class SavedModel:
         if not len(ids):
             raise DataError(at, "no tokens", "must contain at least one token")
         if self.positions is not None and len(ids) >= self.positions:
-            bound = f"must have at most {self.positions - 1}: the model takes {self.positions} tokens in all"
+            bound = f"must have at most {self.positions - 1}: the model accepts at most {self.positions} tokens"
             raise DataError(at, f"{len(ids)} tokens", bound)
         return ids
 
     def answer_ids(self, fields: Sequence[Mapping[str, str]]) -> list[npt.NDArray[np.int32]]:
-        """Return the tokens of each record's answer, as in training, without the prompt and the end tokens."""
+        """Tokenize each record's answer as in training, without the prompt and the end tokens."""
         task, data = self.model.task, self.config.data
         examples = task.tokenize([Record(one) for one in fields], self.tokenizer, data=data)
         pairs = zip(examples.input_ids, examples.targets, strict=True)
         return [ids[(learned != UNSUPERVISED) & ~np.isin(ids, list(self._end_ids))] for ids, learned in pairs]
 
     def generate_answer(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
-        """Generate the answer to a prompt with the current adapter, and yield it piece by piece; see `as_text`."""
+        """Generate the answer to a prompt with the current adapter, and yield it in pieces."""
         return decode_stream(stream_tokens(self.model, prompt, end_ids=self._end_ids, spec=spec), self.tokenizer)
 
     def sample_texts(
@@ -123,9 +124,7 @@ class SavedModel:
         against: Sequence[npt.NDArray[np.int32]] = (),
         begun: Sequence[npt.NDArray[np.int32]] = (),
     ) -> Iterator[tuple[int, str | None]]:
-        """Sample texts for many prompts with the current adapter; see
-        `fedtune.evaluation.generation.sample_completions`.
-        """
+        """Sample texts for many prompts with the current adapter (`generation.sample_completions`)."""
         return sample_completions(
             self.model,
             prompts,
@@ -139,7 +138,7 @@ class SavedModel:
         )
 
     def evaluate_models(self, data: LeadData) -> dict[str, Evaluation]:
-        """Evaluate the base and each adapter on the data; the frozen layers run once for all of them."""
+        """Evaluate the base model and each adapter on the data, with one pass through the frozen layers."""
         num_tokens = data.examples.num_tokens
         keeps = do_frozen_states_fit(self.model, self.config.runtime, num_tokens=num_tokens)
         data = replace(data, kept={} if keeps else None)
@@ -150,13 +149,13 @@ class SavedModel:
         return measured
 
     def answer_record(self, record: Record) -> tuple[str, object]:
-        """Answer a record, which needs no answer of its own, and return the answer as text and as JSON."""
+        """Predict the answer to a record, and return it as text and as JSON."""
         task, data = self.model.task, self.config.data
         asked = task.without_answer(record, data)
         return task.answer_to(asked, self.logits(asked), self.tokenizer, data=data, spec=self.model.spec)
 
     def logits(self, asked: Record) -> torch.Tensor:
-        """Return the logits (1, classes) of a record with any valid answer; the answer has no effect."""
+        """Compute the logits (1, classes) of a record; its answer is ignored, but must be valid."""
         examples = self.model.task.tokenize([asked], self.tokenizer, data=self.config.data)
         batch = collate(examples, [0], pad_id=self.tokenizer.pad_token_id)
         with enter_evaluation_mode(self.model):
@@ -164,7 +163,7 @@ class SavedModel:
 
 
 def _map_adapter_tensors(model: TaskModel) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model that a saved adapter overwrites, including the public constants of its head."""
+    """Map the name of each tensor in a saved adapter, public constants of the head included, to the model's tensor."""
     return {**model.collect_adapter_parameters(), **dict(model.named_buffers(recurse=False))}
 
 

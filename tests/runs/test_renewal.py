@@ -146,7 +146,7 @@ def test_renewal_of_unfinished_runs_and_changed_groups_is_refused(make_last_run:
     # A whole group would bring defaults, such as other sites, and another count would begin the budget anew.
     words = ("experiment", "privacyy.epsilon", "privacy.epsilonn", "privacy.epsilon.x", "federation.renewal", "runtime")
     for key in words:
-        with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be one setting of the renewed run"):
+        with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be a setting of the renewed run"):
             renew_config(folder, {key: "debug"})
     (folder / "adapter").rmdir()
     with pytest.raises(ConfigError, match="has no finished adapter/; resume the run first"):
