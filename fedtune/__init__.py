@@ -9,7 +9,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fedtune import process as process  # first: torch reads once what it sets
+from fedtune import process as process  # first, because torch reads these environment variables once
 from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:

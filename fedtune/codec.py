@@ -1,7 +1,7 @@
-"""Strict decoding of plain JSON or TOML into frozen dataclasses, by the types of their fields.
+"""Strict decoding of JSON or TOML data into frozen dataclasses, based on the types of their fields.
 
-An unknown key, a missing key or a wrong type is an error and never ignored, and the only conversion is from int to
-float.  The module needs only the standard library, so that `fedtune.privacy` can be audited with it.
+An unknown key, a missing key or a wrong type is an error, never ignored, and the only conversion is from int to float.
+The module needs only the standard library, so that `fedtune.privacy` can be audited with it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,13 @@ _hints = lru_cache(maxsize=256)(typing.get_type_hints)
 def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
     """Parse a JSON object from an untrusted source.
 
+    Args:
+        data: the JSON text.
+        key: name of the source, for error messages.
+        bound: the accepted form, for error messages.
+
     Raises:
-        ConfigError: the data is not a JSON object, or is nested too deeply.  The message quotes nothing of `data`,
+        ConfigError: the data is not a JSON object, or is nested too deeply. The message quotes nothing of `data`,
             because a link could point to another file.
     """
     try:
@@ -47,10 +52,14 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path, *, key: str) -> dict[str, Any]:
-    """Read the TOML file `path`; `key` is the name of the file in error messages.
+    """Read a TOML file.
+
+    Args:
+        path: path of the file.
+        key: name of the file, for error messages.
 
     Raises:
-        ConfigError: the file cannot be read, or is not TOML.  The message quotes nothing of the file, because a link
+        ConfigError: the file cannot be read, or is not TOML. The message quotes nothing of the file, because a link
             could point to another file.
     """
     try:
@@ -63,12 +72,16 @@ def read_toml(path: Path, *, key: str) -> dict[str, Any]:
 
 
 def decode(cls: type[T], table: object, *, default: T | None = None, skipped: Sequence[str] = ()) -> T:
-    """Decode a table into an instance of the dataclass `cls`; fields of `default` may be left out.
+    """Decode a table into an instance of the dataclass `cls`.
 
-    Keys in `skipped` are known too, and left to another reader.
+    Args:
+        cls: a frozen dataclass.
+        table: the decoded JSON or TOML table.
+        default: values of missing fields; None: fields without a default are required.
+        skipped: additional keys, which are ignored.
 
     Raises:
-        ConfigError: names the key, its value and the accepted values.
+        ConfigError: a key or value is wrong; names the key, its value and the accepted values.
     """
     if not isinstance(table, Mapping):
         raise ConfigError(cls.__name__.lower(), table, "must be a table")
@@ -88,10 +101,16 @@ def decode(cls: type[T], table: object, *, default: T | None = None, skipped: Se
 
 
 def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
-    """Decode `value` as the type `hint`.
+    """Decode a value as the type `hint`.
+
+    Args:
+        key: dotted key of the value, for error messages.
+        value: the decoded JSON or TOML value.
+        hint: a type annotation.
+        default: values of missing fields if the type is a dataclass.
 
     Raises:
-        ConfigError: the value does not match the type; as in `decode`.
+        ConfigError: the value does not match the type.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
@@ -114,7 +133,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
         require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
         return {name: decode_value(f"{key}.{name}", item, arguments[1]) for name, item in value.items()}
     if isinstance(hint, type) and issubclass(hint, Enum):
-        require(key, value, value in [member.value for member in hint], "must be a known word")
+        require(key, value, value in [member.value for member in hint], "must be a known value")
         return hint(value)
     if hint is Any:
         return value
@@ -125,7 +144,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
 
 
 def list_items(value: Any) -> Iterable[Any]:
-    """Return the values directly inside a dict or a list; nothing for any other value."""
+    """Return the direct items of a dict or list; empty for other values."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
@@ -155,13 +174,20 @@ def _decode_under(key: str, cls: Any, table: Mapping[str, Any], default: Any = N
 
 
 def require(key: str, value: object, right: bool, bound: str) -> None:
-    """Raise a ConfigError for the value unless `right` is true."""
+    """Raise a ConfigError unless a value is right.
+
+    Args:
+        key: dotted key of the value.
+        value: the value.
+        right: whether the value is accepted.
+        bound: the accepted values, as the end of a sentence.
+    """
     if not right:
         raise ConfigError(key, value, bound)
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """Serialize a table as TOML: plain values first, then nested tables; None is left out."""
+    """Serialize a table as TOML: plain values first, then nested tables; None is omitted."""
     return "\n".join(_iter_toml_lines(table)).lstrip("\n") + "\n"
 
 
@@ -189,5 +215,5 @@ def _toml(value: object) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, float):
         return repr(value)
-    # TOML's strings are JSON's, but for pairs of surrogates and a bare DEL.
+    # TOML strings equal JSON strings, except for surrogate pairs and DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,6 +1,4 @@
-"""`RunConfig`: the settings of one run, composed of each layer's spec, validated from plain data by pydantic, and
-hashed.
-"""
+"""`RunConfig`: the settings of one run, composed of the specs of all layers, validated by pydantic and hashed."""
 
 from __future__ import annotations
 
@@ -46,16 +44,16 @@ _MOST_YAML = 1 << 24  # bytes of a file of settings
 
 @spec
 class TrackingSpec:
-    """What a run displays and writes while it is in progress.
+    """Display, logs and trackers of a run.
 
     Attributes:
-        progress: show rounds, sites, scores, epsilon and remaining time on the terminal.
-        output_dir: the folder in which run folders are created.
-        log_level: the level of `log.txt`; "debug" also logs the RDP epsilon at the end of a run.
-        tracker: also record the run in "mlflow", "tensorboard" or "wandb" (each an extra), in a folder of that name in
+        progress: display rounds, sites, scores, epsilon and remaining time on the terminal.
+        output_dir: parent folder of run folders.
+        log_level: level of `log.txt`; "debug" also logs the RDP epsilon at the end of a run.
+        tracker: also log the run to "mlflow", "tensorboard" or "wandb" (each an extra), in a folder of that name in
             `output_dir`; "none": no tracker.
-        send_to: the address of an MLflow or wandb server that receives the run instead of that folder.  This releases
-            the content of run.json; null: nothing leaves this machine.
+        send_to: URL of an MLflow or wandb server that receives the run instead of that folder. This releases the
+            content of run.json; null: nothing leaves this machine.
     """
 
     progress: bool = True
@@ -75,23 +73,23 @@ class TrackingSpec:
 
 @spec
 class AboutSpec:
-    """Facts about a release for a public registry, supplied by a person.
+    """Facts about a release for a public registry, supplied by a person; no result depends on them.
 
-    An empty string means "not given".  No run depends on these facts.
+    An empty string means "not given".
 
     Attributes:
-        curator: the organization that is responsible for the release.
-        description: what was trained, for readers without background knowledge.
-        intended_use: what the model is for.
+        curator: organization that is responsible for the release.
+        description: purpose and content of the training, for a general audience.
+        intended_use: intended use of the model.
         sector: such as health, banking, public administration.
-        published: the release date, past or planned.
-        access: who receives the release: everybody, some organizations by contract, or nobody outside.
-        channel: how it is released: such as a hub, a download, or an interface for queries.
-        acceptable_use: what users may do with the release, and what they may not.
+        published: release date, past or planned.
+        access: recipients of the release: everybody, some organizations by contract, or nobody outside.
+        channel: form of the release: such as a hub, a download, or a query interface.
+        acceptable_use: permitted and prohibited uses of the release.
         dynamics: whether the records are static, or dynamic (added to or changed between runs).
-        preprocessing: how the records were processed before fedtune read them.
-        tuning: how the settings were chosen, and on which records, unless a fedtune search chose them.
-        justification: the reason for this privacy unit, this epsilon and this delta.
+        preprocessing: processing of the records before fedtune read them.
+        tuning: method of selecting the settings, and the records used for it, unless a fedtune search selected them.
+        justification: reason for this privacy unit, this epsilon and this delta.
     """
 
     curator: str = ""
@@ -109,7 +107,7 @@ class AboutSpec:
 
     @property
     def purpose(self) -> str | None:
-        """The purpose of the training: the intended use, or else the description; None if neither was given."""
+        """Purpose of the training: the intended use, or else the description; None without either."""
         return self.intended_use or self.description or None
 
 
@@ -118,7 +116,7 @@ class ReportSpec:
     """Settings of a run's report.
 
     Attributes:
-        language: the language of the page, "en" or "de"; report.json is the same in every language.
+        language: language of the page, "en" or "de"; report.json is identical in every language.
     """
 
     language: Literal["en", "de"] = "en"
@@ -127,12 +125,12 @@ class ReportSpec:
 
 @spec
 class CostSpec:
-    """Settings for measuring the energy use of a run; they change no result.
+    """Measurement of a run's energy use, which changes no result.
 
     Attributes:
-        energy: measure the energy that this machine uses, with codecarbon (the extra `cost`).
-        country: three-letter code (DEU, FRA, USA) of the country that supplies the electricity, used to compute the
-            carbon emissions; null: no carbon figure.
+        energy: measure the energy use of this machine with codecarbon (the extra `cost`).
+        country: three-letter code (DEU, FRA, USA) of the country whose power grid determines the carbon emissions;
+            null: no carbon figure.
     """
 
     energy: bool = False
@@ -147,15 +145,15 @@ class CostSpec:
 
 @spec
 class RunConfig:
-    """Everything that defines a run.
+    """The complete configuration of a run.
 
     Attributes:
-        name: the name of the run and of its folder.
-        task: what the model learns, as the README names it.
-        task_settings: the settings of the task alone, by their keys; null: its defaults, or it has none.
-        seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
+        name: name of the run and of its folder.
+        task: name of the task.
+        task_settings: settings specific to the task; null: its defaults, or none.
+        seed: seed of the adapter's random initialization and of the partition into sites; seed of the noise only in a
             marked study.
-        resume: the run folder to continue, or null.
+        resume: run folder to continue, or null.
     """
 
     name: str
@@ -206,11 +204,11 @@ class RunConfig:
 
     @property
     def bound_task(self) -> Task:
-        """The task, with this run's settings of its own."""
+        """The task with this run's task settings."""
         return get_task(self.task, self.task_settings)
 
     def task_model(self) -> TaskModelSpec:
-        """The specs that define the model."""
+        """Collect the specs that define the model."""
         return TaskModelSpec(
             # Where training begins is no part of what is trained: a model that is loaded serves every start.
             model=dataclasses.replace(self.model, adapter=None, adapter_sha256=None),
@@ -227,7 +225,7 @@ class RunConfig:
         )
 
     def plan(self) -> Plan:
-        """Return the plan that sites are asked to accept; missing noise is calibrated."""
+        """Build the plan that the lead proposes to sites, with calibrated noise."""
         return Plan.from_privacy(
             self.privacy,
             local_steps=self.training.local_steps,
@@ -238,7 +236,12 @@ class RunConfig:
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
-        """Return the proposal to the sites by the lead with public key `lead`: everything that a site decides on."""
+        """Build the proposal to the sites, on which their policies decide.
+
+        Args:
+            lead: public key of the lead, in hex.
+            plan: the plan of the run.
+        """
         has_head = self.bound_task.has_head
         return Proposal(
             run=self.run_id(),
@@ -261,10 +264,10 @@ class RunConfig:
         )
 
     def with_rates(self) -> RunConfig:
-        """Return a copy with numbers for learning rates of "auto".
+        """Return a copy with numbers instead of "auto" learning rates.
 
         Raises:
-            ConfigError: "auto" is not available for this task or this kind of adapter.
+            ConfigError: "auto" is not available for this task or this type of adapter.
         """
         if self.training.learning_rate != "auto":
             return self
@@ -288,7 +291,7 @@ class RunConfig:
         return dataclasses.replace(self, training=dataclasses.replace(self.training, **chosen))
 
     def with_number_format(self, dtype: str) -> RunConfig:
-        """Return a copy in which `dtype` replaces "auto"; any other number format stays."""
+        """Return a copy in which `dtype` replaces "auto"; an explicit number format stays."""
         if self.model.dtype != "auto":
             return self
         model: Any = dataclasses.replace(self.model, dtype=dtype)  # type: ignore[arg-type]
@@ -296,33 +299,31 @@ class RunConfig:
 
     @property
     def primary_metric(self) -> str:
-        """The score that decides which of two models is better."""
+        """Name of the score that ranks models."""
         return self.bound_task.primary_metric_for(self.data)
 
     def declared_sizes(self) -> dict[str, int]:
-        """Return the declared size of each participating site."""
+        """Return the declared size of each participating site: site -> number of units."""
         sizes = dict(zip(self.federation.names, self.data.list_site_sizes(self.federation.num_sites), strict=True))
         return {site: sizes[site] for site in self.federation.active}
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON, from which `parse` restores the same configuration."""
+        """Return the configuration as a JSON object, from which `parse` restores it."""
         return dataclasses.asdict(self)
 
     @property
     def may_be_fitted(self) -> bool:
-        """Whether rounds or noise may be adjusted to the sites' budgets."""
+        """Whether rounds or noise may be adapted to the sites' budgets."""
         return self.privacy.private and self.federation.if_over_budget != "stop"
 
     def can_use(self, offer: Offer) -> bool:
-        """Whether a site with this offer can take part, once rounds or noise are adjusted as
-        `federation.if_over_budget` allows.
-        """
+        """Return True if a site with this offer can participate after the adjustment in `federation.if_over_budget`."""
         if self.federation.if_over_budget == "fewer_rounds":
             return offer.most_rounds > 0
         return offer.least_noise is not None and 0 < offer.least_noise <= accountant.MOST_NOISE
 
     def fit_to_offers(self, offers: Sequence[Offer]) -> RunConfig:
-        """Return a copy with as many rounds, or as little noise, as the budgets of all these sites allow.
+        """Return a copy with the most rounds, or the least noise, within the budgets of all these sites.
 
         `federation.if_over_budget` selects rounds or noise; if rounds are reduced, the noise of the plan is kept.
         """
@@ -340,9 +341,9 @@ class RunConfig:
         return parse(settings)
 
     def decisive(self) -> dict[str, Any]:
-        """Return all settings that can change a result, as plain JSON: no names, paths or settings for speed.
+        """Return all settings that can change a result, as a JSON object: no names, paths or performance settings.
 
-        Whether noise is seeded is included, because it changes what the result is worth.
+        The object includes whether noise is seeded, because seeded noise voids the guarantee.
         """
         fields = self.to_json()
         for key in ("name", "resume", "tracking", "report", "cost", *(() if self.public.train_file else ("public",))):
@@ -363,7 +364,7 @@ class RunConfig:
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:
-        """Return the SHA-256, in hex, of all settings that can change a result."""
+        """Return the SHA-256 of all settings that can change a result, in hex."""
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
     def run_id(self) -> str:
@@ -385,9 +386,7 @@ _ONLY_YAML = re.compile(r"(?i)[-+]?0[\dxb].*|.*[:_].*|yes|no|on|off|\d+-.*|<<")
 
 
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """YAML loader for text, numbers, lists and mappings only; a few hundred bytes of aliases could exhaust the
-    memory.
-    """
+    """YAML loader for text, numbers, lists and mappings only, because a few aliases could exhaust the memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "tag", None) is not None:
@@ -407,17 +406,17 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
 
 
 def format_config_yaml(config: RunConfig) -> bytes:
-    """Serialize the configuration as a run folder's `config.yaml`, which `read_saved_settings` reads."""
+    """Serialize a configuration as the `config.yaml` of a run folder."""
     settings = {"schema_version": RUN_SCHEMA, **config.to_json()}
     as_it_is = "\x85" not in json.dumps(settings, ensure_ascii=False)  # which YAML would read back as a space
     return bytes(yaml.safe_dump(settings, allow_unicode=as_it_is, encoding="utf-8", sort_keys=False))
 
 
 def read_saved_settings(folder: Path) -> dict[str, Any]:
-    """Read a run folder's `config.yaml` without validating its settings.
+    """Read the `config.yaml` of a run folder without validating its settings.
 
     Raises:
-        ConfigError: the file is missing or not YAML with keys and values, or another version wrote it.
+        ConfigError: the file is missing, is not a YAML mapping, or was written by another version.
     """
     path = RunFolder(folder).config
     if not os.path.isfile(path):  # False for a name that is too long, too
@@ -428,20 +427,23 @@ def read_saved_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_saved_config(folder: Path) -> RunConfig:
-    """Read the configuration with which a run folder was created.
+    """Read the configuration of a run folder.
 
     Raises:
-        ConfigError: the folder has no configuration, or one that this version does not accept.
+        ConfigError: the folder has no configuration, or this version does not accept it.
     """
     return parse(read_saved_settings(folder))
 
 
 def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
-    """Read a YAML file of keys and values as plain data; `key` is the setting that names the file.
+    """Read a YAML mapping as plain data.
+
+    Args:
+        path: path of the file.
+        key: setting that names the file, for error messages.
 
     Raises:
-        ConfigError: the file is missing, too large or not YAML with keys and values; the message gives the line if
-            known.
+        ConfigError: the file is missing, too large or not a YAML mapping; the message contains the line if known.
     """
     try:
         if path.stat().st_size > _MOST_YAML:
@@ -450,26 +452,31 @@ def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
         if not isinstance(settings, dict):
             raise ValueError("no keys")
     except OSError as error:
-        raise ConfigError(key, str(path), f"must be a file that can be read ({error.strerror})") from None
+        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        why = next((words for kind, words in _NO_YAML.items() if isinstance(error, kind)), "no keys with values")
+        why = next(
+            (words for kind, words in _NO_YAML.items() if isinstance(error, kind)), "no mapping of keys to values"
+        )
         raise ConfigError(key, where, f"must contain a configuration as YAML ({why})") from None
     return {str(name): value for name, value in settings.items()}
 
 
 def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunConfig:
-    """Validate plain data into a `RunConfig`, with numbers for learning rates of "auto".
+    """Validate plain data into a `RunConfig`, with numbers instead of "auto" learning rates.
 
-    Integer labels are converted to text, as in records.  A number format of "auto" becomes float32, or stays for a
-    simulation, whose start measures it (`fedtune.sites.virtual_site.fix_number_format`); `for_real_sites` plans a
-    simulation as a run over real sites.
+    Integer labels become text, as in records. A number format of "auto" becomes float32, except in a simulation, which
+    selects it at its start (`fedtune.sites.virtual_site.fix_number_format`).
+
+    Args:
+        settings: nested plain data.
+        for_real_sites: plan a simulation as a run over real sites.
 
     Raises:
-        ConfigError: names the first wrong key, its value and the accepted values.
+        ConfigError: a setting is wrong; names the first wrong key, its value and the accepted values.
     """
     try:
         config = _ADAPTER.validate_python(_read_label_texts(expand_home_paths(settings)))
@@ -483,7 +490,7 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
 
 
 def expand_home_paths(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any]:
-    """Return a copy of the settings in which paths that begin with `~` start at the home folder.
+    """Return a copy of the settings with `~` expanded at the beginning of paths.
 
     Raises:
         ConfigError: a path names the home folder of an unknown user.
@@ -499,13 +506,13 @@ def expand_home_paths(settings: Mapping[str, Any], *, within: str = "") -> dict[
 def use_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:
     """Convert the settings of a plain run to a run with secure aggregation; `parse` validates the result.
 
-    Each step becomes a round, each sum covers all participating sites, and learning rates decay linearly to zero.  The
-    average has less noise than in a plain run, by the square root of the number of sites whose noise counts.  SGD's
-    learning rates grow by that factor, but at most as far as simulations/aggregation tested; Adam's learning rates do
-    not depend on the noise.
+    Each step becomes a round, each sum covers all participating sites, and learning rates decay linearly to zero. The
+    average has less noise than in a plain run, by the square root of the number of honest sites. SGD's learning rates
+    grow by that factor, up to the largest factor that simulations/aggregation tested; Adam's learning rates do not
+    depend on the noise.
 
     Args:
-        settings: settings in the form that `parse` accepts.
+        settings: nested plain data, as `parse` accepts it.
         keep: dotted keys that keep their values; with training.local_steps among them, all settings do.
     """
     settings = {**settings, "federation": {**settings["federation"], "aggregation": "secure"}}
@@ -541,7 +548,7 @@ def _read_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
-    """Check the bounds of privacy settings that depend on other settings."""
+    """Check privacy settings that depend on other settings."""
     privacy = config.privacy
     if privacy.delta >= 1 / largest_size:
         bound = f"must be below 1 / data.declared_sizes = {1 / largest_size:.3g}"
@@ -556,13 +563,11 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
 
 
 def _check_secure(config: RunConfig) -> None:
-    """Refuse settings that are incompatible with secure aggregation, beyond the checks of the federation's own
-    settings.
-    """
+    """Check the compatibility of all other settings with secure aggregation."""
     for key, given, only, why in (
         ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds only its share of the noise"),
         ("training.local_steps", config.training.local_steps, 1, "only one site's noise would protect further steps"),
-        ("lora.alternate", config.lora.alternate, False, "all tensors of a sum take the same step anyway"),
+        ("lora.alternate", config.lora.alternate, False, "all tensors of a sum share one step size"),
         ("runtime.ray_address", config.runtime.ray_address, None, "the sites' keys stay in one process"),
     ):
         if given != only:
@@ -571,7 +576,7 @@ def _check_secure(config: RunConfig) -> None:
 
 
 def _check_switches(given: Any, taken: Any, key: str = "") -> None:
-    """Refuse true and false where a number is required; pydantic would accept them as 1 and 0."""
+    """Reject booleans for numeric settings, which pydantic would convert to 1 and 0."""
     if isinstance(given, bool) and not isinstance(taken, bool):
         raise ConfigError(key, given, "must be a number")
     parts = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list | tuple) else ()
@@ -580,7 +585,7 @@ def _check_switches(given: Any, taken: Any, key: str = "") -> None:
 
 
 def convert_first_error(error: ValidationError) -> ConfigError:
-    """Convert the first of pydantic's errors to a ConfigError with a message for people who edit settings."""
+    """Convert the first pydantic error to a ConfigError with a user-facing message."""
     details = error.errors(include_url=False)[0]
     # pydantic adds the branch of a union that it tried to the location.
     loc, is_unknown = [str(part) for part in details["loc"]], details["type"] == "unexpected_keyword_argument"
@@ -604,9 +609,9 @@ _BOUNDS = {
     **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
     "string_type": "must be text; put quotes around it",
-    "invalid_key": "must be text, as every key is; put quotes around it",
+    "invalid_key": "must be text, like every key; put quotes around it",
     **dict.fromkeys(("dict_type", "mapping_type"), "must be keys and values, as in {text: body}"),
-    "dataclass_type": "must be keys and values; an option is chosen by defaults: [override /GROUP: OPTION]",
+    "dataclass_type": "must be keys and values; select an option with defaults: [override /GROUP: OPTION]",
 }
 """By pydantic's type of an error, where its own words are a programmer's."""
 _ADAPTER = TypeAdapter(RunConfig)

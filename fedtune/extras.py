@@ -1,6 +1,4 @@
-"""Other installed packages: whether an extra's packages are there, the command that installs them, and the classes that
-a package declares for fedtune.
-"""
+"""Optional packages: checks, install commands, and entry points of other packages."""
 
 from __future__ import annotations
 
@@ -15,19 +13,19 @@ from fedtune.spec import ConfigError
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported; does not import it."""
+    """Return True if a module is installed, without importing it."""
     return find_spec(module) is not None
 
 
 def require_extra(key: str, value: object, extra: str, *modules: str, or_else: str = "") -> None:
-    """Require modules of an extra before any work that needs them starts.
+    """Check that the modules of an extra are installed, before any work that needs them.
 
     Args:
-        key: the setting or option that needs the modules.
-        value: its value.
-        extra: the name of the extra in pyproject.toml.
+        key: setting or option that needs the modules.
+        value: value of that setting.
+        extra: name of the extra in pyproject.toml.
         modules: names of the modules; by default one module with the name of the extra.
-        or_else: an alternative to installing them, as the end of a sentence.
+        or_else: an alternative to the installation, as the end of a sentence.
 
     Raises:
         ConfigError: a module is missing; the message contains the command that installs it.
@@ -39,10 +37,10 @@ def require_extra(key: str, value: object, extra: str, *modules: str, or_else: s
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra's packages.
+    """Return the pip command that installs the packages of an extra.
 
-    The command names the packages themselves, from the metadata of this installation, so that it works for a checkout,
-    a wheel, a repository or an image that no package index knows.
+    The command lists the packages in this installation's metadata, so that it works for checkouts, wheels, repositories
+    and images outside any package index.
     """
     needed = (line.partition(";") for line in metadata.requires("fedtune") or ())
     packages = [package.strip() for package, _, when in needed if f"extra == '{extra}'" in when.replace('"', "'")]
@@ -50,10 +48,15 @@ def install_command(extra: str) -> str:
 
 
 def load_entry_point(group: str, name: str, *, key: str) -> object | None:
-    """Import what an installed package declares under this name in a group of entry points; None: no package does.
+    """Load the entry point with this name and group; None without one.
+
+    Args:
+        group: group of entry points.
+        name: name within the group.
+        key: setting that names the entry point, for error messages.
 
     Raises:
-        ConfigError: for `key`: several packages declare the name, or the import fails.
+        ConfigError: several packages declare the name, or the import fails.
     """
     found = [*metadata.entry_points(group=group, name=name)]
     if len(found) > 1:
@@ -67,7 +70,7 @@ def load_entry_point(group: str, name: str, *, key: str) -> object | None:
 
 
 def describe_code(defined: type) -> str:
-    """Describe which code defines a class: its file with the SHA-256, and the installed package with its version."""
+    """Describe the source of a class: its file with the SHA-256, and its installed package with the version."""
     top = defined.__module__.partition(".")[0]
     packages = [f"{name} {metadata.version(name)}" for name in metadata.packages_distributions().get(top, ())]
     try:

@@ -1,4 +1,4 @@
-"""Figures as every layer writes them: infinity in JSON, counts with their noun, sizes, keys to compare."""
+"""Formatting of figures and names, shared by all layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _ABBREVIATED = frozenset({"f1", "auroc", "ece", "mae", "rmse"})
 
 
 def convert_infinite_to_none(value: float | None) -> float | None:
-    """Convert a number for JSON, which has no infinity: None stands for an infinite or undefined value."""
+    """Convert an infinite or undefined number to None for JSON."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def convert_none_to_infinite(value: float | None) -> float:
-    """Undo `finite`: convert None back to infinity."""
+    """Convert None to infinity, the inverse of `convert_infinite_to_none`."""
     return math.inf if value is None else value
 
 
@@ -29,7 +29,7 @@ def total(figures: Iterable[float]) -> float:
 
 
 def group_hex(digits: str) -> str:
-    """Format a hex key or fingerprint for comparison by people, in groups of four digits.
+    """Format a hex key or fingerprint in groups of four digits, for comparison by people.
 
     An Ed25519 public key (of a lead or a site) is its own fingerprint, in policies, ledgers and reports.
 
@@ -40,12 +40,12 @@ def group_hex(digits: str) -> str:
 
 
 def group_hex_start(digits: str) -> str:
-    """Format the first four groups of a key, where the whole key would fill the line."""
+    """Format the first four groups of a hex key, for lines too short for the whole key."""
     return f"{group_hex(digits[:16])} ..."
 
 
 def convert_to_jsonable(value: Any) -> Any:
-    """Convert nested data and dataclasses for JSON; every number that is not finite becomes None."""
+    """Convert nested data and dataclasses for JSON; non-finite numbers become None."""
     match value:
         case Enum():
             return value.value
@@ -70,7 +70,7 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def format_score_name(name: str) -> str:
-    """Format the name of a score for people: macro F1, AUROC."""
+    """Format the name of a score for display, such as macro F1 or AUROC."""
     return " ".join(word.upper() if word in _ABBREVIATED else word for word in name.split("_"))
 
 
@@ -80,7 +80,7 @@ def pluralize(count: int, noun: str) -> str:
 
 
 def format_size(num_bytes: float) -> str:
-    """Format a size in bytes: `312 bytes`, `1.5 MiB`."""
+    """Format a number of bytes: `312 bytes`, `1.5 MiB`."""
     if num_bytes < 1024:
         return f"{num_bytes:.0f} bytes"
     for unit in ("KiB", "MiB"):
@@ -91,7 +91,7 @@ def format_size(num_bytes: float) -> str:
 
 
 def format_html_table(title: str, rows: Iterable[Sequence[object]]) -> str:
-    """Format a few rows of facts as an HTML table for a notebook; every text is escaped.
+    """Format rows of facts as an HTML table for a notebook, with all texts escaped.
 
     >>> format_html_table("a <b>", [("epsilon", 3)])
     '<table><caption>a &lt;b&gt;</caption><tr><td>epsilon</td><td>3</td></tr></table>'

@@ -1,4 +1,4 @@
-"""Process-wide environment settings, made once before torch first computes."""
+"""Environment variables of the process, set before torch computes anything."""
 
 import os
 import sys
@@ -6,18 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 torch_came_first = "torch" in sys.modules and "MKL_CBWR" not in os.environ
-"""Whether torch may have computed before these settings were made, which it reads once."""
+"""Whether torch may have read the environment before these settings were made."""
 
-# Before torch first computes: MKL otherwise chooses kernels, and parts sums among threads, by how many rows a product
-# has, and so rounds an example by its neighbors.  Whether it does is tried on each machine
-# (training/batch_invariance.py).
+# Without this setting, MKL selects kernels and splits sums among threads by the number of rows, so that the rounding of
+# an example depends on the rest of its batch. training/batch_invariance.py tests this on each machine.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# Read once CUDA starts: its products then compute the same bits each time (training/accelerators.py).
+# Read when CUDA starts: deterministic matrix products (training/accelerators.py).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# No threads that tokenizers would fork.
+# No threads in tokenizers, because processes fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the
-# speed where something else runs beside it (simulations/benchmarks).
+# Idle torch threads sleep instead of spinning: equally fast on an idle machine, two to four times as fast on a shared
+# machine (simulations/benchmarks).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
@@ -31,7 +30,7 @@ class _WhenUsed:
         return getattr(import_module(self._name), name)
 
 
-# torch takes a second to import: who only reads settings or records does not wait for it.
+# Lazy, because torch takes a second to import, and reading settings or records does not need it.
 if TYPE_CHECKING:
     import torch as torch
 else:

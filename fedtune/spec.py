@@ -1,7 +1,7 @@
 """Definitions that all layers share: the `spec` decorator, validators and the exception hierarchy.
 
-A *spec* is a small frozen settings class, defined next to the code that uses it.  It is a plain dataclass, so the
-privacy core needs no pydantic; the class attribute that `spec` sets makes pydantic forbid unknown keys when
+A *spec* is a small frozen settings class, defined next to the code that uses it. It is a plain dataclass, so that the
+privacy core needs no pydantic. The class attribute that `spec` sets makes pydantic forbid unknown keys when
 `fedtune.config` composes the specs into one `RunConfig`.
 """
 
@@ -21,31 +21,31 @@ from typing import Any, ClassVar, Final, Literal, TypeVar, dataclass_transform, 
 T = TypeVar("T")
 _NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 
-# One number for each format.  A change of what is written takes a new one, or a migration; a reader refuses all others.
+# Version numbers of the formats. A changed format needs a new number or a migration; readers reject other numbers.
 LEDGER_SCHEMA: Final = 8  # ledger.db and its anchor
 REPORT_SCHEMA: Final = 10  # report.json
 RUN_SCHEMA: Final = 6  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
-KIT_SCHEMA: Final = 3  # kit.toml, roster.json, join requests, and the lead's own files beside them
-WIRE_SCHEMA: Final = 9  # what lead and sites say to each other
+KIT_SCHEMA: Final = 3  # kit.toml, roster.json, join requests, and the lead's files next to them
+WIRE_SCHEMA: Final = 9  # messages between lead and sites
 
 
 class FedtuneError(Exception):
-    """Base class of all errors that fedtune raises deliberately; `exit_code` is the exit status of the command line."""
+    """Base class of all deliberate errors; `exit_code` is the exit status of the command line."""
 
     exit_code: ClassVar[int] = 1
 
 
-NOT_GIVEN: Final = object()  # in place of an error's value where there is none to show
+NOT_GIVEN: Final = object()  # the value of an error without a value
 
 
 class ConfigError(FedtuneError, ValueError):
-    """A person's input is wrong: names the key, the value that was given and the bound it breaks.
+    """Invalid user input, described by a key, its value and the accepted values.
 
     Attributes:
-        key: dotted key or file that is wrong, as the person would write it.
-        value: what was given; `NOT_GIVEN` for a key that is absent, and for an option that takes no value.
-        bound: what would be accepted, as the end of a sentence ("must be greater than 0").
-        remedy: what to do about it, as a command or the end of a sentence ("set the clock"); empty: the bound says it.
+        key: dotted key or file, as the user would write it.
+        value: the invalid value; `NOT_GIVEN` for a missing key, and for an option without a value.
+        bound: the accepted values, as the end of a sentence ("must be greater than 0").
+        remedy: a fix, as a command or the end of a sentence ("set the clock"); empty if `bound` suffices.
     """
 
     exit_code: ClassVar[int] = 2
@@ -65,30 +65,30 @@ class ConfigError(FedtuneError, ValueError):
 
 
 class DataError(ConfigError):
-    """A data file is missing or malformed; the key contains file, line and field."""
+    """A missing or malformed data file; the key contains file, line and field."""
 
 
 class RefusedError(FedtuneError):
-    """A policy or a budget refused a request."""
+    """The refusal of a request by a policy or a budget."""
 
     exit_code: ClassVar[int] = 3
 
 
 class RunError(FedtuneError):
-    """A run failed while in progress (too few sites, a checkpoint that cannot be written)."""
+    """A failure during a run, such as too few sites or an unwritable checkpoint."""
 
 
 class StuckError(RunError):
-    """A run cannot continue from its current state; resuming it would fail in the same way."""
+    """A failure that would recur if the run were resumed."""
 
 
 class LibraryPanic(Exception):
-    """A library raised something other than an `Exception`; `__cause__` holds it."""
+    """A library's `BaseException` that is no `Exception`; `__cause__` holds the original."""
 
 
 @contextmanager
 def name_file_in_errors(path: object) -> Iterator[None]:
-    """Add the file name to ConfigErrors about its content."""
+    """Add the file name to every ConfigError about the content of a file."""
     try:
         yield
     except ConfigError as error:
@@ -99,8 +99,8 @@ def name_file_in_errors(path: object) -> Iterator[None]:
 def translate_panics() -> Iterator[None]:
     """Convert a library's `BaseException`s into `LibraryPanic`; also usable as a decorator.
 
-    A panic in a Rust library is a `BaseException`, which `except Exception` does not catch: a record that causes one
-    could end a run, which no record may do.  KeyboardInterrupt, SystemExit and GeneratorExit are passed on unchanged.
+    A panic in a Rust library is a `BaseException`, which `except Exception` does not catch, so a malicious record could
+    end a run. KeyboardInterrupt, SystemExit and GeneratorExit pass through unchanged.
     """
     try:
         yield
@@ -112,11 +112,11 @@ def translate_panics() -> Iterator[None]:
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SAY_SO = (*map(os.strerror, _FULL), "database or disk is full")
-"""In the words of the operating system, which libraries in other languages repeat, and of SQLite."""
+"""Messages of the operating system, which libraries in other languages quote, and of SQLite."""
 
 
 def describe_full_disk(error: BaseException | None) -> str | None:
-    """Return a message if a full disk or quota caused the error, else None."""
+    """Return a message if a full disk or quota caused an error, else None."""
     for one in iter_causes(error):
         says_so = any(words in str(one) for words in _SAY_SO)
         if isinstance(one, RunError) and says_so:
@@ -129,7 +129,7 @@ def describe_full_disk(error: BaseException | None) -> str | None:
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and its causes, the most recent first."""
+    """Iterate over an error and its causes, starting with the error."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -137,11 +137,11 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def spec(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass that pydantic validates without extra keys.
+    """Turn a class into a frozen, keyword-only dataclass for which pydantic forbids extra keys.
 
-    Fields of type `Literal`, or `Literal` or None, are also checked when an instance is created in Python.
+    Fields of type `Literal`, or `Literal` or None, are also validated on construction in Python.
     """
-    own = getattr(cls, "__post_init__", None)  # a parent's, too, where it has none
+    own = getattr(cls, "__post_init__", None)  # possibly inherited
 
     def check(self: Any) -> None:
         for name, allowed in _list_literals(type(self)):  # type: ignore[arg-type]
@@ -157,9 +157,9 @@ def spec(cls: type[T]) -> type[T]:
 
 @cache
 def _list_literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
-    """Return each `Literal` field with its allowed values.
+    """List each `Literal` field with its allowed values.
 
-    Cached at the first instance, because only then can all names be resolved.
+    Called on first construction, when all forward references can be resolved.
     """
     found = []
     for name, hint in get_type_hints(cls).items():
@@ -170,79 +170,85 @@ def _list_literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
 
 
 def check_positive(key: str, value: float) -> None:
-    """Require a finite `value` > 0."""
+    """Check that a value is finite and greater than 0."""
     if not 0 < value <= sys.float_info.max:
         raise ConfigError(key, value, "must be a finite number greater than 0")
 
 
 def check_at_least(key: str, value: float, least: float) -> None:
-    """Require a finite `value` >= `least`."""
+    """Check that a value is finite and at least `least`."""
     if not least <= value <= sys.float_info.max:
         raise ConfigError(key, value, f"must be a finite number of at least {least:g}")
 
 
 def check_at_most(key: str, value: float, most: float) -> None:
-    """Require `value` <= `most`."""
+    """Check that a value is at most `most`."""
     if not value <= most:
         raise ConfigError(key, value, f"must be at most {most:g}")
 
 
 def check_whole(key: str, value: object) -> None:
-    """Require an int; `True` is refused, although it equals 1."""
+    """Check that a value is an int and not a bool."""
     if type(value) is not int:
         raise ConfigError(key, value, "must be a whole number")
 
 
 def check_fraction(key: str, value: float, *, zero: bool = False, one: bool = False) -> None:
-    """Require `value` in (0, 1); `zero` and `one` include the ends."""
+    """Check that a value is in (0, 1); `zero` and `one` include the endpoints."""
     inside = (value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)
     if not inside:
         raise ConfigError(key, value, f"must be in {'[' if zero else '('}0, 1{']' if one else ')'}")
 
 
 def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
-    """Require `value` to be one of `allowed`."""
+    """Check that a value is one of `allowed`."""
     if value not in tuple(allowed):  # a list or a map, which a file may hold, is in no set
         raise ConfigError(key, value, f"must be one of {', '.join(map(str, allowed))}")
 
 
 def check_schema(key: str, found: object, schema: int, *, of: str) -> None:
-    """Require the schema number that this version reads; `of` describes the file in the message."""
+    """Check the schema number of a file; `of` describes the file in the error message."""
     if type(found) is not int or found != schema:
         bound = f"must be {schema}: another version of fedtune wrote this {of}; read it with that version"
         raise ConfigError(key, found if type(found) is int else NOT_GIVEN, bound)
 
 
 def expand_home(path: str, *, key: str) -> str:
-    """Expand a `~` at the beginning of the path.
+    """Expand `~` at the beginning of a path.
 
     Raises:
-        ConfigError: the path names the home folder of a user who does not exist on this machine.
+        ConfigError: the path names the home folder of an unknown user.
     """
     found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.lexists(found):
-        raise ConfigError(key, path, "starts with the home folder of a user that does not exist on this machine")
+        raise ConfigError(key, path, "starts with the home folder of an unknown user")
     return found
 
 
 def check_name(key: str, name: str, *, most: int = 100, marks: str = "-_.") -> None:
-    """Require a name that can stand in a file, a message and a command line, and name a folder on every system.
+    """Check that a name is valid as a folder name on every system, and safe in messages and command lines.
 
-    A kit, a ledger's folder or a run may be copied to another system than the one on which it was named.
+    Kits, ledgers and runs may be copied between operating systems.
+
+    Args:
+        key: setting of the name, for error messages.
+        name: the name.
+        most: maximum length.
+        marks: allowed characters besides ASCII letters and digits.
     """
     if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9{re.escape(marks)}]*", name) or len(name) > most:
         allowed = f"letters, digits, {', '.join(map(repr, marks[:-1]))} and {marks[-1]!r}"
-        raise ConfigError(key, name, f"must be made of at most {most} {allowed}, and begin with a letter or digit")
+        raise ConfigError(key, name, f"must consist of at most {most} {allowed}, and begin with a letter or digit")
     if _NOT_ON_WINDOWS.fullmatch(name):
         raise ConfigError(
-            key, name, "cannot be the name of a folder on Windows: choose another, without a dot at its end"
+            key, name, "is not a valid folder name on Windows: choose another name without a dot at its end"
         )
 
 
 def format_value(value: object, most: int = 120) -> str:
-    """Format a value for a message in YAML or JSON notation, since people write null and true, not None and True.
+    """Format a value for an error message in YAML or JSON notation, with null and true instead of None and True.
 
-    >>> shown({"labels": ("a", None), "train": True})
+    >>> format_value({"labels": ("a", None), "train": True})
     "{'labels': ['a', null], 'train': true}"
     """
     text = _write_plain(value)

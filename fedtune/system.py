@@ -1,6 +1,6 @@
-"""What Windows or macOS lacks of Linux, each with its stand-in; no other file asks on which system it runs.
+"""Portability layer: substitutes for Linux functions on Windows and macOS. No other module checks the platform.
 
-docs/platforms.md says what a stand-in gives up.  Every stand-in refuses or does less; none lets something happen that
+docs/platforms.md describes the limitations. A substitute may refuse or do less, but never permits an operation that
 Linux would refuse.
 """
 
@@ -15,24 +15,24 @@ from pathlib import Path
 
 effective_user: Callable[[], int] = getattr(os, "geteuid", lambda: -1)
 effective_group: Callable[[], int] = getattr(os, "getegid", lambda: -1)
-"""The numbers of this process's account and group.  -1 owns no file: what is for a file's owner alone is refused."""
+"""User and group id of this process; -1 on Windows, which owns no file, so that owner-only operations are refused."""
 
 change_mode: Callable[[int, int], None] = getattr(os, "fchmod", lambda descriptor, mode: None)
 change_owner: Callable[[int, int, int], None] = getattr(os, "fchown", lambda descriptor, user, group: None)
-"""Of an open file.  On Windows a new file has the permissions of its folder."""
+"""Change mode or owner of an open file; no effect on Windows, where a file inherits the permissions of its folder."""
 
 cpu_affinity: Callable[[int], Sized] = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))
-"""The cores that a process may use; elsewhere than on Linux all of them."""
+"""The cores that a process may use; all cores except on Linux."""
 
 NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
 UNIX_SOCKETS: int = getattr(socket, "AF_UNIX", -1)
-"""The family of Unix sockets; -1, of which no socket can be made, where Python knows none."""
+"""Address family of Unix sockets; the invalid family -1 if unsupported."""
 
 PEER_CREDENTIALS: int = getattr(socket, "SO_PEERCRED", -1)
-"""The option by which Linux says which account is at the other end of a Unix socket; -1 elsewhere."""
+"""Socket option for the user id of the peer of a Unix socket; -1 except on Linux."""
 
 MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
-"""The bytes of one unit in which `resource` counts a process's most memory."""
+"""Unit in bytes of the peak memory in `resource.getrusage`."""
 
 if sys.platform == "win32":
     import msvcrt
@@ -40,20 +40,20 @@ if sys.platform == "win32":
     grp = pwd = resource = None
 
     def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> None:
-        """Lock an open file for this process; it waits ten seconds at most, and no lock is shared."""
-        # Windows lets nobody read a locked byte: one far behind the end of every file that is locked.
+        """Lock an open file exclusively; waits at most ten seconds, and ignores `shared`."""
+        # Windows makes locked bytes unreadable, so lock a byte far beyond the end of every file.
         os.lseek(descriptor, 1 << 30, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
 
     def open_to_lock(folder: Path) -> int:
-        """Open a file that stands for a folder, which cannot be opened."""
+        """Open a lock file in a folder, because Windows cannot open folders."""
         return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
 
     def fsync_folder(folder: Path) -> None:
-        """Do nothing: names in a folder are written when the file system chooses."""
+        """Do nothing, because Windows cannot flush a folder."""
 
     def send_signal(process: int, number: int) -> None:
-        """Send a signal to the current process.  Windows' os.kill would end any other process at once.
+        """Send a signal to the current process; os.kill on Windows would terminate any other process.
 
         Raises:
             OSError: `process` is another process.
@@ -71,19 +71,19 @@ else:
     send_signal = os.kill
 
     def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> None:
-        """Lock an open file or folder; the lock ends with the process, even if that is killed.
+        """Lock an open file or folder; the lock ends with the process, even after a kill.
 
         Raises:
-            OSError: another process holds it, or the file system has no locks.
+            OSError: another process holds the lock, or the file system does not support locks.
         """
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
 
     def open_to_lock(folder: Path) -> int:
-        """Open a folder, to lock it."""
+        """Open a folder for locking."""
         return os.open(folder, os.O_RDONLY)
 
     def fsync_folder(folder: Path) -> None:
-        """Wait until the names in a folder are on disk."""
+        """Flush the directory entries of a folder to disk."""
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,11 +1,11 @@
-"""Trackers: MLflow, TensorBoard or Weights & Biases, to compare runs.  No tracker is used unless the settings name one.
+"""Experiment trackers: MLflow, TensorBoard and Weights & Biases. No tracker is used unless the settings name one.
 
 Guarantee: a tracker receives the settings, the rounds and results in run.json, and the run's report, and nothing else
-that depends on a record.  It writes to a folder on this machine, whatever its own configuration files and environment
-variables say, unless `tracking.send_to` names a server: that releases the content of run.json.  The names of the
-machine and the person, code and commits, which these libraries add on their own, are withheld from them.
+that depends on a record. It writes to a local folder, regardless of its own configuration files and environment
+variables, unless `tracking.send_to` names a server: that releases the content of run.json. The trackers do not receive
+the names of machine and user, code and commits, which they would log by default.
 
-A tracker that fails does not end the run: that would waste charged privacy budget for the sake of a plot.
+A failing tracker does not end the run, because that would waste charged privacy budget.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _PROJECT = "fedtune"
 
 
 class Tracker(Protocol):
-    """The interface to an experiment tracker (MLflow, TensorBoard, Weights & Biases) for one run."""
+    """The interface of an experiment tracker for one run."""
 
     def begin(self, settings: Settings) -> int:
-        """Start or resume the run in the tracker, and return how many of its rounds the tracker already has."""
+        """Start or resume the run, and return the number of rounds that the tracker already has."""
 
     def round(self, number: int, figures: Figures) -> None:
         """Log the figures of a round."""
@@ -51,7 +51,7 @@ class Tracker(Protocol):
 
 
 class Mlflow:
-    """MLflow through its client API, which does not record user, source and commit on its own."""
+    """MLflow through its client API, which does not log user, source and commit by default."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -92,7 +92,7 @@ class Mlflow:
 
 
 class TensorBoard:
-    """TensorBoard through its record writer: the usual writer would include the machine's name in the file name."""
+    """TensorBoard through its record writer; the standard writer puts the machine's name into the file name."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -134,7 +134,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, offline unless a server is named.  Every start of a run logs all of its rounds."""
+    """Weights & Biases, offline without a server. Each start of a run logs all of its rounds."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         os.environ["WANDB_ERROR_REPORTING"] = "false"
@@ -175,11 +175,11 @@ _TRACKERS = {"mlflow": Mlflow, "tensorboard": TensorBoard, "wandb": WandB}
 
 
 class Tracked:
-    """Reports a run to its tracker, if the settings name one.
+    """Connects a run to its tracker, if the settings name one.
 
     Args:
         config: the run's configuration.
-        note: shows a message to the person at the terminal.
+        note: displays a message to the user.
     """
 
     def __init__(self, config: RunConfig, *, note: Callable[[str], None]) -> None:
@@ -194,10 +194,10 @@ class Tracked:
         self._try(lambda tracker: tracker.close("failed" if kind else "finished"))
 
     def begin(self) -> None:
-        """Start the tracker, before anything is charged.
+        """Start the tracker before anything is charged.
 
         Raises:
-            RunError: the tracker cannot start: a server cannot be reached, or a folder cannot be written.
+            RunError: the tracker cannot start, because a server is unreachable or a folder is not writable.
         """
         spec = self._config.tracking
         if (name := spec.tracker) == "none":
@@ -214,7 +214,7 @@ class Tracked:
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:
-        """Log the rounds that the tracker does not have yet."""
+        """Log all rounds that the tracker lacks."""
         if self._tracker is None:
             return
         rounds = state.rounds[self._known :]
@@ -224,7 +224,7 @@ class Tracked:
             self._try(lambda tracker: tracker.round(number, figures))  # noqa: B023 - it is called at once
 
     def finish(self, result: RunResult, folder: Path) -> None:
-        """Log the result, with the report in the run's folder."""
+        """Log the result and the report."""
         files = (folder / "report.html", folder / "report.json", RunFolder(folder).result)
         card = RunFolder(folder).adapter / "README.md"
         self._try(lambda tracker: tracker.result(dict(iter_final_figures(result)), (*files, card)))
@@ -243,14 +243,14 @@ class Tracked:
 
 
 def _describe_error(error: Exception) -> str:
-    """Return the type and the first line of a library's error."""
+    """Return the type and the first line of an exception's message."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 def list_settings(config: RunConfig) -> Settings:
-    """Return the run's name, its digest and all settings that can change the result, by dotted key.
+    """List the run's name, its digest and all settings that can change the result, by dotted key.
 
-    Paths are reduced to their last part, because the rest would reveal the layout of this machine.
+    Paths are reduced to their last component, because the rest would reveal this machine's folders.
     """
     found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
     for key, value in flatten(config.decisive()):
@@ -264,7 +264,7 @@ def list_settings(config: RunConfig) -> Settings:
 def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:
     """Yield the finite figures of a finished round in run.json, and the largest epsilon of any site up to that round.
 
-    If a site was charged for retries as well, the additional charges count as early as possible.
+    Additional charges for retries count as early as possible.
     """
     plan, result = config.plan(), state.rounds[number - 1]
     charges = {site: compute_site_charge(state, site, plan).rounds for site in config.federation.active}

@@ -1,4 +1,4 @@
-"""The version, the build and what ships, in a file that imports nothing of fedtune: every layer may read it."""
+"""The version, build and data folders of the package. The module imports nothing of fedtune."""
 
 import hashlib
 from functools import cache
@@ -10,9 +10,7 @@ _PACKAGE = Path(__file__).parent
 
 @cache
 def build() -> str:
-    """Return the version with a digest of the package's source files, which distinguishes builds and modified
-    copies.
-    """
+    """Return the version with a digest of the package's source files, which identifies modified copies."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
@@ -20,10 +18,10 @@ def build() -> str:
 
 
 def find_shipped_folders() -> tuple[Path, ...]:
-    """Return the folders that have `conf/` and `simulations/`: in a wheel, else beside the package in a checkout."""
+    """Return the parent folders of `conf/` and `simulations/`, in a wheel or in a checkout."""
     return tuple(folder for folder in (_PACKAGE / "share", _PACKAGE.parent) if folder.is_dir())
 
 
 def find_config_folder() -> Path:
-    """Return the folder `conf/`, in a checkout or inside the installed package."""
+    """Return the folder `conf/`, in a checkout or in the installed package."""
     return next(folder / "conf" for folder in find_shipped_folders() if (folder / "conf" / "config.yaml").is_file())

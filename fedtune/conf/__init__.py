@@ -1,7 +1,7 @@
-"""conf/ for your own Hydra application: `pkg://fedtune.conf` on the search path, and a schema in the config store.
+"""Support for Hydra applications: `pkg://fedtune.conf` as a search path, and a schema in the config store.
 
-If a configuration's defaults list begins with `fedtune_schema`, Hydra checks the type of each setting.
-`fedtune.simulate` always checks values and their combinations.
+If a defaults list begins with `fedtune_schema`, Hydra checks the type of each setting. `fedtune.simulate` always checks
+values and their combinations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, str)
 
 
 class _Reader:
-    """Resource reader that exposes the files of conf/ to importlib.resources."""
+    """A resource reader that exposes the files of conf/ to importlib.resources."""
 
     def get_resource_reader(self, name: str) -> Any:
         return self
@@ -31,9 +31,7 @@ class _Reader:
 
 
 def schema(cls: type = RunConfig) -> type:
-    """Return a dataclass with the fields of `cls`, all without values, in types that OmegaConf supports; others are
-    Any.
-    """
+    """Build a dataclass with the fields of `cls`, without values; types that OmegaConf does not support become Any."""
     hints = typing.get_type_hints(cls)
     fields = [
         (one.name, _convert_to_omegaconf_type(hints[one.name]), dataclasses.field(default=MISSING))

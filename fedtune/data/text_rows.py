@@ -445,4 +445,4 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
         )  # its own words quote the file
         raise DataError(format_location(path, line), found, "must be a complete gzip file") from None
     except OSError as error:
-        raise DataError(str(path), error.strerror, "must be a file that can be read") from None
+        raise DataError(str(path), error.strerror, "must be a readable file") from None

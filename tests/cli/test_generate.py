@@ -180,7 +180,7 @@ def test_adapter_with_different_shapes_is_refused(runs: Path, tmp_path: Path) ->
     wider = simulate(*LANGUAGE_MODEL, "lora.rank=6", "lora.alpha=12", "federation.num_rounds=1", into=tmp_path)
     message = run_command("generate", str(runs / "tables"), "--prompt", "a", "--adapter", f"wide={wider}").failed()
     assert re.search(
-        r"must be complete, and match the run's model: .* has shape \(6, \d+\), not the model's \(4, ", message
+        r"is incomplete or does not match the run's model: .* has shape \(6, \d+\), not the model's \(4, ", message
     )
 
 

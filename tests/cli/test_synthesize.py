@@ -138,7 +138,7 @@ def test_synthesized_texts_follow_prompt_shares_and_have_a_card(
     asked = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
     message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *asked).failed()
     assert "must contain public records" in message
-    assert "writer wrote some of them. Put their card next to the file" in message
+    assert "writer generated some of them. Put their card next to the file" in message
 
 
 @pytest.mark.nightly

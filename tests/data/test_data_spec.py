@@ -19,7 +19,7 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
     ("wrong", "message"),
     [
         *(
-            ({"dataset": name}, f"dataset = '{name}': must be made of at most")
+            ({"dataset": name}, f"dataset = '{name}': must consist of at most")
             for name in ("our patients", "../patients")
         ),
         ({"train_file": " "}, "train_file = ' ': must not be blank"),

@@ -68,7 +68,7 @@ def show_rounds(config: RunConfig, *states: LeadState, of: Any = None, every_s: 
         first: Any = {"round": 0, "adapter": Adapter({})} | begun
         display.on_prepared(of or make_model(), proposal, LeadState(**first))
         for done in (1, 2) if every_s else ():
-            display.on_preparing("site-1: running the frozen layers over its records", done, 2)
+            display.on_preparing("site-1: running the frozen layers over the records", done, 2)
         for state in states:
             display.on_site_replied(1)
             display.on_site_replied(2)

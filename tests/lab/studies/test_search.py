@@ -213,7 +213,7 @@ def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> No
     asked = [*words, SPACE[0]]
     for method in ("random", "tpe"):
         said = run_command("search", *asked, "--trials", "12", "--method", method).failed(3)
-        begun = "--trials = 12: site site-1 has room for 8 of these trials; nothing was begun (max_epsilon: asked "
+        begun = "--trials = 12: site site-1 has room for 8 of these trials; nothing was started (max_epsilon: asked "
         assert said.startswith(begun)
     learned = "training.learning_rate=" + ",".join(f"0.{number:02}" for number in range(1, 13))
     assert run_command("search", *words, learned, "--method", "grid").code == 3
@@ -227,7 +227,7 @@ def test_search_is_refused_if_its_trials_exceed_the_budget(tmp_path: Path) -> No
 def test_policy_limits_and_prior_spending_count_before_the_first_trial(tmp_path: Path) -> None:
     words = write_roomy_policies(2, list_tiny_overrides(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     refused = run_command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
-    said = "refuses such a trial; nothing was begun (max_rank: asked 64, allowed at most 4)"
+    said = "refuses these trials; nothing was started (max_rank: asked 64, allowed at most 4)"
     assert refused.failed(3) == f"--trials = 2: site site-1 {said}"
     missing = run_command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
     assert "runtime.sites_dir" in missing.failed()
