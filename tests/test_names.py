@@ -15,7 +15,7 @@ TEXTS = {".py", ".md", ".toml", ".yaml", ".j2", ".ipynb"}
 FOLDERS = ("conf", "docs", "fedtune", "tests")
 
 
-def test_names_given_up_do_not_come_back() -> None:
+def test_retired_names_do_not_reappear() -> None:
     table = tomllib.loads((ROOT / "tests/names.toml").read_text())
     old = {name for names in table.values() for name in names}
     word = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(old))})(?!\w)")
@@ -32,7 +32,7 @@ def test_names_given_up_do_not_come_back() -> None:
     assert not found
 
 
-def test_each_class_name_stands_for_one_class() -> None:
+def test_class_names_are_unique() -> None:
     files = defaultdict(set)
     for path in Path(fedtune.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

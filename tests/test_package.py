@@ -23,13 +23,13 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
         ("github-issue-config", [str(ISSUES / "config.yml")]),
     ],
 )
-def test_files_of_the_project_fit_their_schemas(schema: str, names: list[str]) -> None:
+def test_project_files_match_their_schemas(schema: str, names: list[str]) -> None:
     run_tool(
         find_tool("check-jsonschema"), "--builtin-schema", f"vendor.{schema}", *(REPOSITORY / name for name in names)
     )
 
 
-def test_every_file_names_this_version() -> None:
+def test_every_file_has_the_current_version() -> None:
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert citation["version"] == __version__
     for path in (REPOSITORY / "deployment").rglob("*.yaml"):
@@ -39,7 +39,7 @@ def test_every_file_names_this_version() -> None:
     assert [page.name for page in pages if re.search(r"\bunreleased\b", page.read_text())] == []
 
 
-def test_the_license_names_what_the_wheel_holds() -> None:
+def test_license_file_covers_the_contents_of_the_wheel() -> None:
     files = {path.relative_to(REPOSITORY) for pattern in PROJECT["license-files"] for path in REPOSITORY.glob(pattern)}
     assert len(files) == 6
     for page in (REPOSITORY / "simulations" / "data").glob("*/README.md"):
@@ -47,7 +47,7 @@ def test_the_license_names_what_the_wheel_holds() -> None:
             assert f"CC-{family}-{version}" in PROJECT["license"], page
 
 
-def test_hooks_before_a_commit_are_the_checks_of_make_test() -> None:
+def test_pre_commit_hooks_match_the_checks_of_make_test() -> None:
     hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     rule = (REPOSITORY / "Makefile").read_text().split("\nchecks:\n")[1].split("\n\n")[0]
     checks = [line.strip().replace("$(VENV)", ".venv") for line in rule.splitlines()]

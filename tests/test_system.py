@@ -38,7 +38,7 @@ assert fedtune.system.effective_user() == -1
 """The start of a program that sees what Python has on Windows; other libraries are told that it is Linux."""
 
 
-def test_one_file_knows_what_systems_lack() -> None:
+def test_platform_checks_are_confined_to_the_system_module() -> None:
     asked = re.compile(
         r"^ *(import|from) (fcntl|grp|pwd|resource|msvcrt)\b|sys\.platform|os\.name\b|AF_UNIX|SO_PEERCRED", re.MULTILINE
     )
@@ -52,7 +52,7 @@ def test_one_file_knows_what_systems_lack() -> None:
         assert lacking <= (OF_ROOT if path.name == "files.py" else set()), path
 
 
-def test_text_files_name_their_encoding() -> None:
+def test_text_files_are_opened_with_an_encoding() -> None:
     for path in (REPOSITORY / "fedtune").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
@@ -60,7 +60,7 @@ def test_text_files_name_their_encoding() -> None:
                     pytest.fail(f"{path}:{node.lineno}: write_text() takes the machine's encoding")
 
 
-def test_commands_start_and_a_ledger_is_written_without_modules_of_linux(tmp_path: Path) -> None:
+def test_commands_and_ledger_work_without_linux_modules(tmp_path: Path) -> None:
     code = f"""{WINDOWS}
 from pathlib import Path
 from fedtune.cli.main import main
@@ -98,7 +98,7 @@ print(get_account_name(7))
 
 
 @pytest.mark.nightly
-def test_a_run_finishes_without_modules_of_linux(tmp_path: Path) -> None:
+def test_run_finishes_without_linux_modules(tmp_path: Path) -> None:
     # torch and transformers need them where Linux runs below; fedtune.system has made its choice.
     code = f"""{WINDOWS}
 for name, value in kept.items():
@@ -115,7 +115,7 @@ sys.exit(main(["simulate", "experiment=debug", "name=one"]))
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("system", "lacking"), [("darwin", set()), ("win32", OF_ROOT - {"getuid"})])
-def test_types_hold_on_other_systems(system: str, lacking: set[str], tmp_path: Path) -> None:
+def test_type_checks_pass_on_other_platforms(system: str, lacking: set[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--platform", system, "--cache-dir", str(tmp_path)]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
     errors = [line for line in found.splitlines() if ": error: " in line]
@@ -124,6 +124,6 @@ def test_types_hold_on_other_systems(system: str, lacking: set[str], tmp_path: P
 
 
 @pytest.mark.parametrize("path", [r"C:\data\train.csv", "C:/data/train.csv", r"\\server\share\train.csv"])
-def test_paths_of_windows_are_settings(path: str) -> None:
+def test_windows_paths_are_valid_settings(path: str) -> None:
     config = compose_run(["experiment=debug", f"data.train_file={path}", f"tracking.output_dir={path}"])
     assert (config.data.train_file, config.tracking.output_dir) == (path, path)

@@ -60,7 +60,7 @@ FOUND = (
 
 
 @pytest.mark.parametrize(("name", "data"), FOUND, ids=lambda value: value if isinstance(value, str) else "")
-def test_earlier_fuzzing_findings_stay_fixed(name: str, data: bytes) -> None:
+def test_previous_fuzzing_findings_stay_fixed(name: str, data: bytes) -> None:
     target = TARGETS[name]
     target.check(data)
     with pytest.raises(target.errors):
@@ -102,7 +102,7 @@ def test_expanding_inputs_use_bounded_memory() -> None:
     assert {name: mib for name, mib in grown.items() if mib > MOST_MIB} == {}
 
 
-def test_ledger_with_a_non_text_schema_is_damaged() -> None:
+def test_ledger_with_a_non_text_schema_is_reported_as_damaged() -> None:
     data = seeds.make_ledger().replace(b"CREATE TABLE", b"CREATE \xa0ABLE")
     TARGETS["ledger"].check(data)
     with pytest.raises(RunError, match="cannot be read"):

@@ -29,7 +29,7 @@ def test_mutants_apply_cleanly_and_are_unique() -> None:
     assert len({mutant.fault for mutant in MUTANTS.values()}) == len(MUTANTS)
 
 
-def test_tests_that_mutants_name_exist() -> None:
+def test_tests_named_by_mutants_exist() -> None:
     for name, mutant in MUTANTS.items():
         for file, _, test in (one.partition("::") for one in mutant.tests):
             text = (ROOT / file).read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def test_table_has_one_row_for_each_mutant_and_escapes_bars() -> None:
 
 
 @pytest.mark.nightly
-def test_harmless_change_survives_and_broken_import_is_no_kill() -> None:
+def test_harmless_change_survives_and_broken_import_is_not_a_kill() -> None:
     assert hunt_mutant(HARMLESS)[0] is None
     with pytest.raises(NoResult, match=r"^harmless: "):
         hunt_mutant(replace(HARMLESS, new="from __future__ import annotations\n\nimport no_such_module\n"))

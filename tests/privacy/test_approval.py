@@ -172,7 +172,7 @@ def test_approving_under_an_outdated_policy_raises_an_error(open_ledger: Any, op
         ledger.approve(make_proposal())
 
 
-def test_waiting_runs_are_recorded_once_a_day_per_reason(open_manual: Any, path: Path) -> None:
+def test_waiting_runs_are_recorded_once_per_day_and_reason(open_manual: Any, path: Path) -> None:
     def refuse(reason: Reason, *runs: str) -> None:
         for run in runs:
             open_manual().record_refusal(Refused(reason), run=run, round=1, request=f"digest {run} 1")

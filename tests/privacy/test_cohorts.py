@@ -64,7 +64,7 @@ def charge_round(ledger: SiteLedger, asked: Proposal, own: Mapping[str, int], *,
 
 
 @pytest.mark.parametrize("period", ["month", "quarter", "year"])
-def test_cohort_names_match_the_period_and_have_one_spelling(period: Any) -> None:
+def test_cohort_names_match_the_period_and_are_unique(period: Any) -> None:
     names = {"2026-03": ("2026-03", "2026-Q1", "2026"), "2026-04": ("2026-04", "2026-Q2", "2026")}
     for month, each in (names | {"0001-12": ("0001-12", "0001-Q4", "0001")}).items():
         name, number = each[("month", "quarter", "year").index(period)], compute_cohort_number(month, period)

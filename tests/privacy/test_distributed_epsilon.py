@@ -75,7 +75,7 @@ def test_charge_of_one_release_tightly_bounds_the_exact_delta(rate: float, hones
 
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 @pytest.mark.parametrize("direction", [(1.0, 0.0), (0.6, 0.8), (-math.sqrt(0.5), math.sqrt(0.5))])
-def test_two_values_of_one_unit_cost_their_joint_norm(rate: float, direction: tuple[float, float]) -> None:
+def test_values_of_one_unit_are_charged_by_their_joint_norm(rate: float, direction: tuple[float, float]) -> None:
     honest, clip_norm = 2, 16.0
     event = build_secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     without = exact_sums.join_outcomes(*(compute_value_outcomes(0.0, [4.0]) for _ in direction))
@@ -90,7 +90,7 @@ def test_two_values_of_one_unit_cost_their_joint_norm(rate: float, direction: tu
     ) > compute_claimed_delta(event, 1.0)
 
 
-def test_two_releases_cost_their_composition() -> None:
+def test_two_releases_are_charged_as_a_composition() -> None:
     rate, honest, clip_norm = 0.3, 3, 16.0
     event = build_secure_aggregation_event(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
     without, with_unit = compute_value_outcomes(0.0, [1.0, 2.0]), compute_value_outcomes(clip_norm, [1.0, 2.0])

@@ -105,7 +105,7 @@ def test_shared_values_never_exceed_the_largest_value() -> None:
     ("num_sites", "threshold", "colluders", "least"),
     [(4, 2, 0, 3), (5, 3, 1, 4), (20, 10, 0, 11), (20, 13, 6, 14), (3, 2, 1, 3), (4, 5, 0, 3)],
 )
-def test_thresholds_that_let_a_server_read_two_sums_are_refused(
+def test_threshold_allowing_two_unmasked_sums_is_refused(
     num_sites: int, threshold: int, colluders: int, least: int
 ) -> None:
     sites = {"num_sites": num_sites, "threshold": threshold, "colluders": colluders}
@@ -121,7 +121,7 @@ def test_thresholds_that_let_a_server_read_two_sums_are_refused(
 
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4))
-def test_least_cell_bits_are_accepted_and_one_fewer_is_refused(noise: float) -> None:
+def test_cell_bits_below_the_minimum_are_refused(noise: float) -> None:
     bits = distributed_noise.compute_min_cell_bits(noise)
     assert dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits).cell_bits == bits
     if bits:

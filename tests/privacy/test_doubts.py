@@ -51,7 +51,7 @@ def test_doubt_about_an_event_in_the_backup_is_not_inherited(backups: Backups) -
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_anchor_clears_only_the_doubts_about_events_it_knows(backups: Backups, order: tuple[int, int]) -> None:
+def test_anchor_clears_only_doubts_about_its_own_events(backups: Backups, order: tuple[int, int]) -> None:
     ledger = backups.put_back()
     train(ledger, make_proposal(), 2)
     train(ledger, make_proposal(run="other"), 1)
@@ -124,7 +124,7 @@ def test_receipts_of_anchored_events_are_accepted_after_a_restore(backups: Backu
 
 
 @pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)], ids=["doubting", "doubting then lost", "lost then doubting"])
-def test_doubt_recorded_in_an_anchor_persists(backups: Backups, order: tuple[int, ...]) -> None:
+def test_doubt_in_an_anchor_survives_a_restore(backups: Backups, order: tuple[int, ...]) -> None:
     """It has all of its events, and so knows that it lacks this one."""
     lost, receipt = backups.branch(make_proposal(), 2)
     doubting = backups.put_back()
@@ -254,14 +254,14 @@ def test_forged_restore_entries_cannot_lower_the_charges(backups: Backups, key: 
         ledger._store.append_note("restored", **detail | {key: forged})
 
 
-def test_receipts_from_a_process_ahead_raise_no_doubt(backups: Backups) -> None:
+def test_receipt_from_a_newer_process_raises_no_doubt(backups: Backups) -> None:
     idle, busy = backups.open(), backups.open()
     train(busy, make_proposal(), 2)
     idle.require_receipt(busy.sign_receipt("r"))
     assert backups.open().history.furthest_doubt is None
 
 
-def test_every_receipt_of_a_long_lost_branch_is_accepted_after_restoring(backups: Backups) -> None:
+def test_receipts_of_a_long_lost_branch_are_accepted_after_a_restore(backups: Backups) -> None:
     ledger, receipts = backups.put_back(), []
     for _ in range(140):
         advance_head(ledger, 1)

@@ -11,7 +11,7 @@ from fedtune.privacy import dp_library
 from fedtune.privacy.loss_distribution import _accumulate
 
 
-def test_deferred_names_act_as_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deferred_names_forward_to_the_real_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "scipy.stats")
     with dp_library.defer_imports(("scipy.stats",)):
         stand_in = importlib.import_module("scipy.stats")
@@ -34,7 +34,7 @@ def test_loaded_modules_are_not_deferred() -> None:
     assert sys.modules["scipy.stats"] is before
 
 
-def test_failed_import_leaves_no_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_import_leaves_no_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "scipy.stats")
     with pytest.raises(ImportError, match="away"), dp_library.defer_imports(("scipy.stats",)):
         raise ImportError("away")

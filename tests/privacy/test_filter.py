@@ -41,7 +41,7 @@ def test_divergence_and_conversion_term_match_their_formulas(order: float) -> No
     assert filter.compute_epsilon_conversion_term(order, DELTA) == pytest.approx(written, rel=1e-12)
 
 
-def test_most_divergence_is_the_cap_minus_the_conversion_term() -> None:
+def test_max_divergence_is_the_cap_minus_the_conversion_term() -> None:
     room = filter.compute_max_divergence(9.1, order=3.0, delta=DELTA)
     assert room + filter.compute_epsilon_conversion_term(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
     assert filter.compute_max_divergence(1.0, order=1.5, delta=DELTA) < 0
@@ -63,7 +63,7 @@ REFERENCES = [
 ]
 
 
-def test_cheapest_finds_the_minimum_over_all_orders() -> None:
+def test_order_search_finds_the_minimum_over_all_orders() -> None:
     for plan in (
         GOLDEN,
         events.build_dp_sgd_event(sampling_rate=0.01, noise_multiplier=0.6, steps=3000),

@@ -143,7 +143,7 @@ def test_signature_is_valid_only_for_its_key_purpose_and_message() -> None:
     assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent")), "it is not cut elsewhere"
 
 
-def test_signatures_and_public_keys_have_one_spelling() -> None:
+def test_signature_and_public_key_encodings_are_unique() -> None:
     # Or a stored signature could be changed without being found.
     def list_other_spellings(text: str) -> tuple[str, ...]:
         return text.upper(), " " + text, text[:2] + " " + text[2:], text[:-2], text + "00", "", "x" * len(text)

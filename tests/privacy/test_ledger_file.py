@@ -263,7 +263,7 @@ def test_damaged_ledger_is_not_left_locked(open_ledger: Any, path: Path) -> None
     del of_opening, of_verifying  # until here they held their frames, and all that these hold
 
 
-def test_one_of_eight_racing_processes_gets_the_last_round(open_ledger: Any, path: Path) -> None:
+def test_last_round_is_granted_to_a_single_racing_process(open_ledger: Any, path: Path) -> None:
     """Twice: for the last room under the cap, each with a run of its own; then for the last round of one run."""
     processes, anchor = multiprocessing.get_context("fork"), path.with_name("anchor.json")
     gate, told = processes.Barrier(8), processes.SimpleQueue()

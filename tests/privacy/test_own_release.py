@@ -54,7 +54,7 @@ def test_rounded_laplace_has_the_probabilities_of_a_rounded_real_value() -> None
     st.floats(1e-3, 1e6),
     st.sampled_from(["gaussian", "laplace"]),
 )
-def test_a_row_never_exceeds_its_bound_in_whole_numbers(row: list[float], bound: float, noise: str) -> None:
+def test_clipped_row_never_exceeds_its_integer_bound(row: list[float], bound: float, noise: str) -> None:
     cells = clip_to_cells(row, plan(**QUERY | {"max_grad_norm": bound}, num_rounds=1, noise=noise))
     size = sum(cell**2 for cell in cells) if noise == "gaussian" else sum(map(abs, cells)) ** 2
     assert size <= 4**24
@@ -64,7 +64,7 @@ def test_a_row_never_exceeds_its_bound_in_whole_numbers(row: list[float], bound:
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "laplace"])
-def test_released_sum_has_noise_of_its_multiplier_around_the_sum(noise: str) -> None:
+def test_released_sum_has_the_planned_noise_around_the_true_sum(noise: str) -> None:
     about = plan(**QUERY | {"max_grad_norm": 4.0}, num_rounds=1, noise=noise, noise_multiplier=2.0)
     stream = SeededRandomness(3).stream(noise)
     found = np.array(release_sum([[3.0] * 4000, [4.0] + [0.0] * 3999], about, width=4000, stream=stream))
@@ -76,7 +76,7 @@ def test_released_sum_has_noise_of_its_multiplier_around_the_sum(noise: str) -> 
     assert len(set(found)) == 4000
 
 
-def test_composed_epsilon_agrees_with_dp_accounting_and_laplace_alone_with_its_formula() -> None:
+def test_composed_laplace_epsilon_matches_dp_accounting_and_the_closed_form() -> None:
     delta = 1e-6
     for noise in (0.2, 1.0, 30.0):
         exact = max(0.0, 1 / noise + 2 * math.log1p(-delta))
@@ -104,7 +104,7 @@ def test_laplace_divergence_is_an_upper_bound_at_every_order(noise: float) -> No
         assert exact <= found <= float(exact) * (1 + 1e-9) + 1e-12 / (order - 1)
 
 
-def test_own_release_is_charged_before_its_answer_and_answered_once(
+def test_own_release_is_charged_once_before_its_answer(
     path: Path, open_ledger: Callable[..., Any]
 ) -> None:
     ledger = open_ledger(anchor=path.with_name("anchor.json"))
@@ -123,7 +123,7 @@ def test_own_release_is_charged_before_its_answer_and_answered_once(
     assert verify(path).history.count_total_charges() == charged
 
 
-def test_nobody_elsewhere_can_ask_for_an_own_release_or_its_answer(open_ledger: Callable[..., Any]) -> None:
+def test_leads_cannot_request_own_releases_or_their_answers(open_ledger: Callable[..., Any]) -> None:
     ledger = open_ledger()
     assert read_refusal_reason(ask, ledger, propose_own_release("a"), itself=False) is Reason.LEADS
     ledger.commit(ask(ledger, propose_own_release("a")), b"[1.0]")
@@ -136,7 +136,7 @@ def test_nobody_elsewhere_can_ask_for_an_own_release_or_its_answer(open_ledger: 
         make_proposal(plan={"noise": "laplace", "sampling_rate": 1.0})
 
 
-def test_own_releases_and_runs_never_exceed_the_caps_together(open_ledger: Callable[..., Any]) -> None:
+def test_own_releases_and_runs_share_the_caps(open_ledger: Callable[..., Any]) -> None:
     ledger = open_ledger(policy=make_policy(budget={"max_epsilon_per_run": 8.0}))
     reserve(ledger, make_proposal())
     draw, charged, refused = np.random.default_rng(5), 0, Counter[Reason]()
@@ -160,7 +160,7 @@ def test_own_releases_and_runs_never_exceed_the_caps_together(open_ledger: Calla
     assert refused.keys() == {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_RUN}
 
 
-def test_a_population_with_arrivals_makes_no_own_release(open_ledger: Callable[..., Any]) -> None:
+def test_own_release_is_refused_for_populations_with_arrivals(open_ledger: Callable[..., Any]) -> None:
     columns = {"text": "body", "user": "who", "arrival": "since"}
     notes = make_policy().dataset[0]
     arriving = make_policy(

@@ -120,7 +120,7 @@ def test_invalid_toml_raises_a_config_error(tmp_path: Path, content: bytes) -> N
             decode_policy_json(fields)
 
 
-def test_a_mistake_beside_the_policy_is_named_by_its_own_reader(site_toml: Path) -> None:
+def test_errors_in_other_tables_are_reported_by_their_reader(site_toml: Path) -> None:
     write_policy(make_policy(), site_toml, others={"machine": {"num_threads": -1}, "about": {"curator": "north"}})
     assert read_policy(site_toml) == make_policy(), "neither decides on anything"
     with pytest.raises(ConfigError, match=r"site.toml: machine.num_threads = -1: must be a finite number of at least"):

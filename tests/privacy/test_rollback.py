@@ -113,7 +113,7 @@ def test_damaged_anchor_raises_a_run_error(open_anchored: Any, anchor: Path, dam
         open_anchored()
 
 
-def test_anchor_of_another_version_is_a_config_error(open_anchored: Any, anchor: Path) -> None:
+def test_anchor_of_another_version_raises_a_config_error(open_anchored: Any, anchor: Path) -> None:
     open_anchored()
     anchor.write_text(json.dumps(json.loads(anchor.read_text()) | {"schema": 99}))
     with pytest.raises(
@@ -270,7 +270,7 @@ def test_earlier_anchors_and_receipts_pass_after_the_gap_is_charged(
         assert verify(lost_ledger.path, anchor=head).anchor_sequence is not None
 
 
-def test_run_partly_lost_in_a_restore_cannot_continue(lost_ledger: Lost, open_ledger: Any) -> None:
+def test_run_with_lost_rounds_cannot_continue_after_a_restore(lost_ledger: Lost, open_ledger: Any) -> None:
     ledger = open_ledger()
     ledger.charge_gap(lost_ledger.newest)
     assert (ledger.sign_receipt("r").charged_rounds, ledger.sign_receipt("2").charged_rounds) == (2, 1)
@@ -279,7 +279,7 @@ def test_run_partly_lost_in_a_restore_cannot_continue(lost_ledger: Lost, open_le
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 0), (1, 3), (140, 0), (140, 150)])
-def test_long_lost_branch_is_charged_in_full(backups: Backups, before: int, after: int) -> None:
+def test_lost_branch_with_many_events_is_charged_in_full(backups: Backups, before: int, after: int) -> None:
     ledger = backups.open()
     advance_head(ledger, before)
     train(ledger, make_proposal(), 2)

@@ -29,7 +29,7 @@ def test_plan_and_proposal_digests_match_golden_values() -> None:
     ("name", "written"),
     [("max_grad_norm", 1), ("noise_multiplier", 2), ("sampling_rate", 1), ("metrics_noise_multiplier", -0.0)],
 )
-def test_equal_numbers_have_one_digest_regardless_of_notation(name: str, written: float) -> None:
+def test_plan_digest_is_independent_of_number_notation(name: str, written: float) -> None:
     """What was denied as 1.0 is denied as 1, too."""
     asked = plan(**{name: abs(float(written))})
     assert Plan.from_json(asked.to_json() | {name: written}).digest() == asked.digest()
@@ -87,7 +87,7 @@ def test_invalid_plan_json_raises_a_config_error() -> None:
             Plan.from_json(plan().to_json() | change)
 
 
-def test_plan_takes_over_every_privacy_setting() -> None:
+def test_plan_copies_every_privacy_setting() -> None:
     changes = {"delta": 1e-6, "noise_multiplier": 2.5, "max_grad_norm": 0.3, "sampling_rate": 0.15}
     rounds = {"local_steps": 4, "num_rounds": 6, "spare_rounds": 1}
     privacy = PrivacySpec(**changes, records_per_user=5)

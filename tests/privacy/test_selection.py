@@ -29,7 +29,7 @@ def compute_plan_rdp(plan: Plan) -> dict[int, float]:
     return {a: steps * compute_step_rdp(a, rate=plan.sampling_rate, noise=plan.noise_multiplier) for a in ORDERS}
 
 
-def test_search_trials_cost_the_composition_of_all_steps() -> None:
+def test_search_trials_are_charged_as_a_composition_of_all_steps() -> None:
     other = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
     price = compute_search_price([run_plan(), other, run_plan()])
     both = {a: 2 * one + compute_plan_rdp(other)[a] for a, one in compute_plan_rdp(run_plan()).items()}

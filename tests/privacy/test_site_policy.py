@@ -43,7 +43,7 @@ def test_proposal_within_all_rules_passes() -> None:
 
 
 @pytest.mark.parametrize(("rule", "one"), [(rule, one) for rule, each in RULES.items() for one in each])
-def test_broken_rule_is_the_only_one_reported(rule: str, one: Any) -> None:
+def test_broken_rule_is_reported_alone(rule: str, one: Any) -> None:
     assert list_broken_rules(make_policy(), make_proposal(**one["by"])) == [
         (Reason(rule), one["asked"], one["allowed"])
     ]
@@ -143,7 +143,7 @@ def test_periods_follow_the_calendar() -> None:
         assert found == [2030 * 12 + month - 1, 2030 * 4 + quarter, 2030]
 
 
-def test_policy_needs_distinct_data_sets_and_may_fix_one_clip_norm() -> None:
+def test_policy_requires_distinct_data_sets_and_allows_a_fixed_clip_norm() -> None:
     twice = (Dataset(id="d", declared_size=1), Dataset(id="d", declared_size=2))
     with pytest.raises(ConfigError, match=r"^dataset = .*must not repeat an id"):
         make_policy(dataset=twice)
@@ -226,7 +226,7 @@ def test_epsilon_if_all_others_collude_has_a_separate_cap() -> None:
     assert reason is Reason.MAX_EPSILON_IF_ALL_COLLUDE
 
 
-def test_counted_noise_is_that_of_the_fewest_honest_sites() -> None:
+def test_accounted_noise_uses_the_minimum_number_of_honest_sites() -> None:
     plan = propose_secure().plan
     assert plan.accounted_noise == pytest.approx(4.0 * math.sqrt(3 - 1))
     assert plan.with_noise(1.0).accounted_noise == pytest.approx(math.sqrt(3 - 1))

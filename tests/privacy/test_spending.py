@@ -33,7 +33,7 @@ def test_spent_epsilon_matches_the_charged_events(open_ledger: Any) -> None:
     ) == pytest.approx(whole)
 
 
-def test_share_of_cap_is_a_fraction_of_the_divergence(open_ledger: Any) -> None:
+def test_spent_fraction_is_measured_in_divergence(open_ledger: Any) -> None:
     ledger = open_ledger()
     train(ledger, make_proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
@@ -54,7 +54,7 @@ def test_nan_divergence_does_not_fit_the_budget(open_ledger: Any, monkeypatch: p
     assert read_refusal_reason(ledger.require_acceptable, make_proposal()) is Reason.MAX_EPSILON
 
 
-def test_remaining_budget_matches_what_would_be_accepted(open_ledger: Any) -> None:
+def test_remaining_budget_matches_accepted_runs(open_ledger: Any) -> None:
     ledger = open_ledger()
     five = make_proposal().plan.event(rounds=5)
     now = datetime.now(UTC)
@@ -81,7 +81,7 @@ def test_remaining_budget_matches_what_would_be_accepted(open_ledger: Any) -> No
 
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
-def test_most_rounds_is_the_largest_accepted_number(fits: int) -> None:
+def test_max_rounds_is_the_largest_accepted_number(fits: int) -> None:
     tried, asked = list[int](), make_proposal(plan={"num_rounds": 20, "spare_rounds": 2})
 
     def accepts(each: Proposal) -> bool:
@@ -95,14 +95,14 @@ def test_most_rounds_is_the_largest_accepted_number(fits: int) -> None:
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
-def test_least_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
+def test_min_noise_is_accepted_and_nearly_minimal(bound: float) -> None:
     found = spending.find_min_noise(make_proposal(), lambda each: each.plan.noise_multiplier >= bound)
     assert found >= max(bound, 1.0), "never less than was asked for"
     assert found <= max(bound, 1.0) * 1.0002 + 1e-4
     assert found == round(found, 4)
 
 
-def test_least_noise_is_none_if_no_noise_is_accepted() -> None:
+def test_min_noise_is_none_if_no_noise_is_accepted() -> None:
     assert spending.find_min_noise(make_proposal(), lambda each: False) is None
     silent = make_proposal(plan={"noise_multiplier": 0.0})
     found = spending.find_min_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)

@@ -82,7 +82,7 @@ def test_cohort_window_advances_unless_specified(make_last_run: Any) -> None:
 
 
 @pytest.mark.parametrize(("first", "named"), [(None, ""), ("2025", "privacy.cohorts.first=2026 ")])
-def test_future_cohort_of_real_people_must_be_named_explicitly(
+def test_future_cohort_at_real_sites_must_be_set_explicitly(
     make_last_run: Any, first: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedtune.privacy.cohorts.datetime", Mock(now=lambda _: datetime(2026, 12, 31, 23, tzinfo=UTC)))

@@ -26,7 +26,7 @@ def test_amx_product_of_a_row_depends_on_the_number_of_rows() -> None:
 
 @needs_minilm
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "nf4"])
-def test_each_length_has_a_fixed_row_count_and_is_tried_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_length_has_a_fixed_row_count_and_one_trial(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tries, moved = [], LoadedModel._measure_influence
     monkeypatch.setattr(
         LoadedModel,

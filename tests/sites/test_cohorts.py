@@ -104,7 +104,7 @@ def test_corrected_arrival_date_gives_no_new_budget(site: Any, sampled_users: li
     verify(site.folder / "ledger.db")
 
 
-def test_held_out_people_are_admitted_and_registered_too(
+def test_held_out_people_are_admitted_and_registered(
     station: Any, sampled_users: Any, exact_scores: list[Any]
 ) -> None:
     site = station(**make_cohort_settings("2024", "2024", metrics="noised"))
@@ -117,7 +117,7 @@ def test_held_out_people_are_admitted_and_registered_too(
         assert len(register.read_rows(file)) == 30
 
 
-def test_excluded_people_are_skipped_without_a_trace(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_excluded_people_are_skipped_silently(site: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     one = site.ask()
     write(site, {"eve": ["2026-01"]})
@@ -240,7 +240,7 @@ def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, ex
     assert exact_scores[0][0] == exact_scores[1][0], "nor does one user move another's score"
 
 
-def test_a_dropped_model_goes_from_the_work_of_a_cohort_and_its_records_stay() -> None:
+def test_dropping_the_model_keeps_the_records_of_a_cohort() -> None:
     of_site, shared = SiteRecords(training=make_records({"one": 2, "another": 1}), heldout=[]), Mock()
     work = site_work.SiteWork("north", shared, of_site, declared_size=3, max_adapter_value=2.0)
     limited = work._restrict_to(frozenset({"one"}))

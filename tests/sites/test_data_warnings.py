@@ -105,7 +105,7 @@ def test_file_containing_training_data_is_refused(simulated_config: RunConfig, t
         check_decision_scores(change_values(config, data={"validation_file": str(file)}))
 
 
-def test_file_comparison_follows_changes_and_tolerates_chance_overlap(simulated_config: RunConfig) -> None:
+def test_file_comparison_detects_changes_and_tolerates_chance_overlap(simulated_config: RunConfig) -> None:
     config = change_values(simulated_config, data={"validation_file": simulated_config.data.test_file})
 
     def is_decisive(trained_on: list[str], validated_on: list[str]) -> bool:

@@ -127,7 +127,7 @@ MARKED: dict[str, tuple[dict[str, str], dict[str, str | None]]] = {
 
 
 @pytest.mark.parametrize("case", MARKED)
-def test_marked_text_cannot_end_a_round(case: str, station: Any, tmp_path: Path) -> None:
+def test_annotated_text_cannot_end_a_round(case: str, station: Any, tmp_path: Path) -> None:
     columns, files = MARKED[case]
     run: dict[str, Any] = {
         "task": "token_classification",

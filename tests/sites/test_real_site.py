@@ -114,7 +114,7 @@ class Ours(Classification):
     name = "ours"
 
 
-def test_site_joins_with_an_own_task_that_it_allows_and_installed(
+def test_site_trains_an_allowed_and_installed_plugin_task(
     station: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TASKS, Ours.name, Ours())
@@ -128,7 +128,7 @@ def test_site_joins_with_an_own_task_that_it_allows_and_installed(
     assert (reply.body.reason, reply.body.allowed) == (Reason.TASKS, "a task that is installed at this site")
 
 
-def test_site_imports_no_package_by_the_settings_that_a_lead_sent(
+def test_settings_from_a_lead_never_import_a_package(
     station: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = station()

@@ -84,7 +84,7 @@ def test_public_file_with_private_completions_is_refused(codes: int, tmp_path: P
         (slice(0, 1), 0, True),
     ],
 )
-def test_public_file_may_share_one_twentieth_of_its_texts(
+def test_public_file_may_share_five_percent_of_its_texts(
     private: slice, foreign: int, refused: bool, tmp_path: Path
 ) -> None:
     public, own = [*PRIVATE[private], *FOREIGN[:foreign]], Own(tmp_path, sites=PRIVATE)
@@ -118,7 +118,7 @@ def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Pa
         check(written, own)
 
 
-def test_note_of_written_texts_requires_a_writable_folder(tmp_path: Path) -> None:
+def test_recording_generated_texts_requires_a_writable_folder(tmp_path: Path) -> None:
     (tmp_path / "writer").touch()  # no folder
     with pytest.raises(ConfigError, match="must be a writable folder"):
         record_generated_texts(tmp_path / "writer", ["a text"])

@@ -139,7 +139,7 @@ def test_states_cached_on_disk_give_the_same_run(tmp_path: Path, work_counts: di
 
 
 @pytest.mark.nightly
-def test_session_releases_everything_at_its_end(tmp_path: Path) -> None:
+def test_session_releases_all_state_on_exit(tmp_path: Path) -> None:
     with Session() as session:
         simulate_runs(tmp_path, (), session=session)
         assert session.model is not None

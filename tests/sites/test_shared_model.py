@@ -43,7 +43,7 @@ def trial_calls(monkeypatch: pytest.MonkeyPatch) -> Tries:
     return tries
 
 
-def test_model_is_tried_once_per_clip_norm_for_private_runs(trial_calls: Tries) -> None:
+def test_model_trial_runs_once_per_clip_norm_for_private_runs(trial_calls: Tries) -> None:
     assert LoadedModel(make_letters(privacy={"mechanism": "none", "noise_multiplier": None})).moved == 0
     assert trial_calls == []
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_site_refuses_requests_without_charge_if_the_trial_fails(station: Any, t
     assert site.ledger().history.runs == {}
 
 
-def test_model_is_tried_when_a_private_run_follows_a_plain_one(station: Any, trial_calls: Tries) -> None:
+def test_model_trial_runs_when_a_private_run_follows_a_plain_run(station: Any, trial_calls: Tries) -> None:
     site = station(privacy={"mechanism": "none", "noise_multiplier": None})
     shared_model._measured.clear()
     before = len(trial_calls)
@@ -206,7 +206,7 @@ def test_only_the_command_line_starts_extra_processes(
     assert asked == [pytest.approx(expected) if counts else 0.0, 0.0]
 
 
-def test_skipping_runs_ignore_unencodable_records() -> None:
+def test_unencodable_records_are_ignored_if_bad_records_are_skipped() -> None:
     def find_highest_id(*, leave_out: bool, lenient: bool = False) -> int | None:
         task = SimpleNamespace(tokenize=lambda records, tokenizer, *, data, lenient_within: lenient_within)
         model, data = SimpleNamespace(task=task, num_ids=7), SimpleNamespace(skips_bad_records=leave_out)

@@ -243,7 +243,7 @@ def formats_measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def test_number_format_is_chosen_among_those_that_kept_sites_allow(
+def test_number_format_is_chosen_among_formats_of_existing_policies(
     kept_sites_config: Any, tmp_path: Path, formats_measured: list[str]
 ) -> None:
     config = kept_sites_config("model.dtype=auto")
@@ -274,7 +274,7 @@ def test_site_without_room_is_excluded_if_enough_others_remain(kept_sites_config
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_no_room_at_all_is_refused_with_every_broken_rule(kept_sites_config: Any, tmp_path: Path, wanted: str) -> None:
+def test_run_without_room_at_any_site_is_refused_with_every_broken_rule(kept_sites_config: Any, tmp_path: Path, wanted: str) -> None:
     config = kept_sites_config(f"federation.if_over_budget={wanted}")
     sites = make_virtual_sites(config, tmp_path)
     for site in ("site-1", "site-2"):

@@ -48,7 +48,7 @@ def test_real_and_simulated_sites_train_identically(station: Any, tmp_path: Path
 
 
 @pytest.mark.nightly
-def test_several_devices_give_the_same_update_as_one(station: Any, tmp_path: Path) -> None:
+def test_update_is_independent_of_the_number_of_devices(station: Any, tmp_path: Path) -> None:
     site = station()
     first = Adapter(site.update().tensors)
     # A new ledger knows of no answer, so that the same round is trained again.

@@ -173,7 +173,7 @@ def test_no_seed_is_recovered_from_a_real_run(runs: tuple[Release, Release]) -> 
     assert [recover(release) for release in runs] == [None, None]
 
 
-def test_two_runs_with_one_configuration_share_no_noise(runs: tuple[Release, Release]) -> None:
+def test_identical_runs_draw_independent_noise(runs: tuple[Release, Release]) -> None:
     assert runs[0].before.digest() == runs[1].before.digest(), "all but the noise is the same"
     one, other = (np.concatenate([values.ravel() for values in release.moved]) for release in runs)
     test = Unrelated(one.size, FALSE_ALARM)
