@@ -220,7 +220,7 @@ class Tracked:
         rounds = state.rounds[self._known :]
         self._known += len(rounds)
         for result in rounds:
-            number, figures = result.round, dict(round_figures(self._config, state, result.round))
+            number, figures = result.round, dict(iter_round_figures(self._config, state, result.round))
             self._try(lambda tracker: tracker.round(number, figures))  # noqa: B023 - it is called at once
 
     def finish(self, result: RunResult, folder: Path) -> None:
@@ -261,7 +261,7 @@ def list_settings(config: RunConfig) -> Settings:
     return found
 
 
-def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:
+def iter_round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:
     """Yield the finite figures of a finished round in run.json, and the largest epsilon of any site up to that round.
 
     Additional charges for retries count as early as possible.

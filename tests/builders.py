@@ -86,7 +86,7 @@ DEVICE = torch.device(os.environ.get("FEDTUNE_TEST_DEVICE", "cpu"))
 """Of models and examples in tests of training; simulations/gpu/run.py has the tests run on an accelerator."""
 
 
-def leave_as_after_trial(shapes: Shapes) -> Shapes:
+def adapt_shapes_to_device(shapes: Shapes) -> Shapes:
     """As a run's trial leaves them on DEVICE: a GPU's kernels go by the number of rows, so each length has one."""
     return shapes if DEVICE.type == "cpu" else dataclasses.replace(shapes, row_shares=(1,))
 

@@ -80,7 +80,7 @@ def _cache_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
     return copy.deepcopy(_of_conf(path, key=key)) if in_conf else _plain_yaml(path, key=key)
 
 
-def _cache_judged_records(
+def _cache_validated_records(
     path: Path, columns: Mapping[str, str], *, fault: records.Fault = lambda record: None, lenient: bool = False
 ) -> Iterator[tuple[int, Record | DataError]]:
     if REPOSITORY not in path.absolute().parents:
@@ -126,7 +126,7 @@ def _replace_texts(value: Any, pairs: Mapping[str, str]) -> Any:
 compose.compose_settings = experiment_file.compose_settings = _cache_composed_settings  # type: ignore[assignment]
 experiment_file.read_plain_yaml = _cache_plain_yaml  # type: ignore[attr-defined]
 compose._parse_override = lru_cache(maxsize=2048)(compose._parse_override)  # type: ignore[assignment]
-records.validate_rows = _cache_judged_records
+records.validate_rows = _cache_validated_records
 partition.record_key = lambda record: _keys.get(id(record)) or _record_key(record)  # type: ignore[attr-defined]
 
 

@@ -110,7 +110,7 @@ def write_forked_commands(folder: Path) -> Iterator[Path]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         door.bind(address)
         door.listen()
-        threading.Thread(target=_let_in, args=(door, begun), daemon=True).start()
+        threading.Thread(target=_accept_connections, args=(door, begun), daemon=True).start()
         try:
             yield commands
         finally:
@@ -119,7 +119,7 @@ def write_forked_commands(folder: Path) -> Iterator[Path]:
                 process.kill()
 
 
-def _let_in(door: socket.socket, begun: list[Forked]) -> None:
+def _accept_connections(door: socket.socket, begun: list[Forked]) -> None:
     """Fork for each command that a shell starts, until the door is shut."""
     with contextlib.suppress(OSError):
         while True:
@@ -212,7 +212,7 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
             os.close(descriptor)
 
 
-def _take_on_state(request: dict[str, Any]) -> None:
+def _apply_process_state(request: dict[str, Any]) -> None:
     """Take on the state of a new process: session, network, folder, environment, streams, arguments, randomness."""
     if request["own_session"]:
         os.setsid()
@@ -271,7 +271,7 @@ def _run_server() -> None:
     gc.freeze()  # so that no collection in a child touches, and copies, what it shares with its siblings
     request = _serve(channel)
     if request is not None:
-        _take_on_state(request)
+        _apply_process_state(request)
         code: object = None
         try:
             _run(*request["words"])

@@ -23,7 +23,7 @@ LONG_FILES = {"lab/preparation/detect.py": 411}
 """Files that are longer yet; none is added, and none grows."""
 
 
-def name_of(path: Path) -> str:
+def get_relative_name(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
@@ -88,7 +88,7 @@ def test_package_contains_no_unused_code() -> None:
 
 
 def test_files_stay_below_the_line_limit() -> None:
-    lines = {name_of(path): count_code_lines(path) for path in MODULES}  # docstrings and comments are free
+    lines = {get_relative_name(path): count_code_lines(path) for path in MODULES}  # docstrings and comments are free
     assert {name for name, most in lines.items() if most > LONG_FILES.get(name, MOST_CODE_LINES_OF_A_FILE)} == set()
 
 
@@ -100,7 +100,7 @@ def test_spec_modules_contain_no_assert_statements() -> None:
 
 def test_commands_do_not_use_argparse() -> None:
     # A Namespace of argparse is Any to mypy: a misspelt option would be found by who types it.
-    assert [name_of(path) for path in MODULES if "argparse" in path.read_text()] == []
+    assert [get_relative_name(path) for path in MODULES if "argparse" in path.read_text()] == []
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def load(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def list_beside(group: str, option: str) -> list[str]:
+def list_required_options(group: str, option: str) -> list[str]:
     experiment = _WITHIN.get((group, option), option)
     if not experiment.startswith(("own", "votes")):
         return [f"experiment={experiment}"] if experiment != option else []
@@ -117,7 +117,7 @@ def test_options_of_a_group_set_the_same_keys(group: str) -> None:
 )
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(option) for option in OPTIONS])
 def test_every_option_composes_and_round_trips(group: str, option: str, tmp_path: Path) -> None:
-    overrides = [*list_beside(group, option), f"{group}={option}", "name=x"]
+    overrides = [*list_required_options(group, option), f"{group}={option}", "name=x"]
     config = compose_run(overrides)
     write_config(config, tmp_path / "x")
     assert read_saved_config(tmp_path / "x") == config

@@ -31,7 +31,7 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import format_epsilon
 from fedtune.privacy.keys import check_public_key
 from fedtune.process import torch_came_first
-from fedtune.runs.needed_packages import require_for_run
+from fedtune.runs.needed_packages import require_run_packages
 from fedtune.runs.public_stage import build_public_stage_config, needs_public_stage
 from fedtune.runs.renewal import add_start_adapter
 from fedtune.runs.run_paths import find_run_folder, is_finished, resume_config
@@ -296,7 +296,7 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
 
     If the run fails before its first checkpoint, a newly created folder is removed.
     """
-    require_for_run(config)
+    require_run_packages(config)
     from fedtune.report.run_page import UnfinishedReport
     from fedtune.runs.federation_run import Followed
     from fedtune.tracking import Tracked
@@ -332,7 +332,7 @@ def start_after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path
     if config.resume is not None or not needs_public_stage(config):
         return config
     find_run_folder(replace(config, public=PublicSpec()))  # before anything is trained
-    require_for_run(config)
+    require_run_packages(config)
     stage = build_public_stage_config(config)
     folder = Path(stage.tracking.output_dir) / stage.name
     if RunFolder(folder).has_begun():

@@ -216,7 +216,7 @@ def read_history(files: SiteFiles) -> History:
     verified = files.verify_ledger()
     if verified is None:
         return History.empty(files.policy)
-    for key, made_for, says in verified.history.opening.differences(files.policy):
+    for key, made_for, says in verified.history.opening.list_differences(files.policy):
         raise RunError(f"the ledger was created for {key} = {made_for}, but the policy says {says}")
     return verified.history
 

@@ -102,7 +102,7 @@ def distill(
     check_at_most("--passes", passes, 1_000)
     check_at_least("--seed", seed, 0)
     asked, own_records = read_prompts(config, texts, key="--texts", columns=columns), RunRecords(config)
-    require_disjoint(asked, own_records, key="--texts", file=texts, may_owe=True)
+    require_disjoint(asked, own_records, key="--texts", file=texts, allow_synthetic=True)
     sha256 = hash_file(file := Path(asked[0].file), key="--texts")
     if len(asked) < FEWEST:
         raise DataError("--texts", pluralize(len(asked), "text"), f"must be at least {FEWEST}")

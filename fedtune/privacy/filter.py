@@ -25,7 +25,7 @@ ORDERS = tuple(
 _MOST_DIGITS = 12  # maximum number of decimals of a cap
 
 
-def divergence(event: DpEvent, order: float) -> float:
+def compute_divergence(event: DpEvent, order: float) -> float:
     """Return the Renyi divergence of one mechanism at `order`, in nats; infinite without a guarantee."""
     return accountant.compute_renyi_divergence(event, order)
 
@@ -33,7 +33,7 @@ def divergence(event: DpEvent, order: float) -> float:
 def compute_total_divergence(spent: Spent, order: float) -> float:
     """Add up the Renyi divergences of all events at `order`, in nats; equal events are evaluated once."""
     # fsum does not depend on the order of its terms, so neither does the charge for a history.
-    return math.fsum(count * divergence(event, order) for event, count in count_mechanisms(spent).items())
+    return math.fsum(count * compute_divergence(event, order) for event, count in count_mechanisms(spent).items())
 
 
 def compute_epsilon_conversion_term(order: float, delta: float) -> float:

@@ -77,7 +77,7 @@ def discretize_sampled_gaussian(rate: float, noise: float, width: float, *, addi
 
 
 @lru_cache(maxsize=8)
-def laplace(noise: float, width: float) -> StepLosses:
+def discretize_laplace(noise: float, width: float) -> StepLosses:
     """Discretize the privacy loss of a Laplace mechanism, which is equal for adding and removing a unit.
 
     No loss exceeds 1 / noise, and half of all outputs have exactly this loss.
@@ -95,7 +95,9 @@ def laplace(noise: float, width: float) -> StepLosses:
 
 def _step_losses(rate: Rate, noise: float, width: float, *, adding: bool) -> StepLosses:
     return (
-        laplace(noise, width) if rate == "laplace" else discretize_sampled_gaussian(rate, noise, width, adding=adding)
+        discretize_laplace(noise, width)
+        if rate == "laplace"
+        else discretize_sampled_gaussian(rate, noise, width, adding=adding)
     )
 
 

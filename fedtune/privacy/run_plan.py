@@ -131,7 +131,7 @@ class Plan:
                 delta=privacy.delta,
                 sampling_rate=privacy.sampling_rate,
                 steps=local_steps * most,
-                also=score_events(privacy.metrics_noise, most),
+                also=build_score_events(privacy.metrics_noise, most),
             )
             noise = noise if together is None else together.share_for_total(noise)
         return cls(
@@ -215,7 +215,7 @@ class Plan:
             survivors={self.shared.threshold: rounds},
             sampling_rate=self.sampling_rate,
             delta=self.delta,
-            also=score_events(self.metrics_noise_multiplier, rounds),
+            also=build_score_events(self.metrics_noise_multiplier, rounds),
         )
 
     def event(self, *, rounds: int = 1) -> DpEvent:
@@ -230,7 +230,7 @@ class Plan:
         )
         if self.noise == "laplace":
             training = SelfComposedDpEvent(LaplaceDpEvent(self.noise_multiplier), self.local_steps * rounds)
-        scores = score_events(self.metrics_noise_multiplier, rounds)
+        scores = build_score_events(self.metrics_noise_multiplier, rounds)
         return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
     def to_json(self) -> dict[str, object]:
@@ -263,6 +263,6 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def score_events(noise_multiplier: float, rounds: int) -> list[DpEvent]:
+def build_score_events(noise_multiplier: float, rounds: int) -> list[DpEvent]:
     """Build the events of the scores that `rounds` rounds release; held-out records are charged like all others."""
     return [SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), rounds)] if noise_multiplier > 0 and rounds else []

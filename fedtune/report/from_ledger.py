@@ -71,7 +71,7 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
     except RunError as error:
         events, history = _read_consistent_events(ledger)
         problem = str(error).replace(str(ledger), ledger.name)  # folders are nobody else's business
-    for name, made_for, says in history.opening.differences(own) if own else []:
+    for name, made_for, says in history.opening.list_differences(own) if own else []:
         raise ConfigError(name, says, f"must be {made_for!r}, for which {ledger} was created").in_file(
             site_toml_or_ledger
         )

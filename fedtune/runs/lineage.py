@@ -56,13 +56,13 @@ def read_base_lineage(model: ModelSpec) -> list[Debt]:
     return [*own, dict(stated)] if stated and stated not in own else own
 
 
-def read_texts_lineage(told: object) -> Iterator[Debt]:
+def read_texts_lineage(entries: object) -> Iterator[Debt]:
     """Read the lineage of synthetic texts from the runs in their card; a malformed run counts as unknown.
 
     Args:
-        told: list of runs in the card, unvalidated.
+        entries: list of runs in the card, unvalidated.
     """
-    runs: list[Any] = told if isinstance(told, list) and told else [None]
+    runs: list[Any] = entries if isinstance(entries, list) and entries else [None]
     for run in runs:
         try:
             start = run["start"] and {**run["start"], "from": run["start"]["run"]}
@@ -72,15 +72,15 @@ def read_texts_lineage(told: object) -> Iterator[Debt]:
             yield _NOBODY_KNOWS
 
 
-def walk_lineage(told: object) -> Iterator[Debt]:
+def walk_lineage(entry: object) -> Iterator[Debt]:
     """Walk a lineage, newest entry first, without public stages; a malformed entry counts as unknown.
 
     Args:
-        told: the newest entry, unvalidated; None: no lineage.
+        entry: the newest entry, unvalidated; None: no lineage.
     """
-    while told is not None:
-        found = told if isinstance(told, Mapping) else {}
-        told = found.get("start_adapter")
+    while entry is not None:
+        found = entry if isinstance(entry, Mapping) else {}
+        entry = found.get("start_adapter")
         match found:
             case {"public": True}:
                 continue

@@ -7,7 +7,7 @@ from fedtune.extras import require_extra
 from fedtune.runs.cost import check_can_measure
 
 
-def require_for_run(config: RunConfig) -> None:
+def require_run_packages(config: RunConfig) -> None:
     """Check that the optional packages of a run's settings are installed on this machine.
 
     Raises:
@@ -21,10 +21,10 @@ def require_for_run(config: RunConfig) -> None:
     if config.runtime.kind == "ray":
         require_extra("runtime", "ray", "ray")
     if config.data.test_file or config.data.test_fraction:
-        require_to_score(config)
+        require_scoring_packages(config)
 
 
-def require_to_score(config: RunConfig) -> None:
+def require_scoring_packages(config: RunConfig) -> None:
     """Check that the packages for scoring generated texts are installed, if the task generates texts.
 
     Raises:

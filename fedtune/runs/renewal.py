@@ -40,7 +40,7 @@ def add_start_adapter(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
 
-def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
+def renew_config(folder: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
     """Build the configuration that renews the run in `folder`.
 
     The configuration is copied, except that the run starts from the previous final adapter and the window of cohorts
@@ -50,25 +50,25 @@ def renew_config(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
 
     Args:
         folder: folder of a finished run.
-        said: overrides by dotted key, such as a name.
+        overrides: overrides by dotted key, such as a name.
 
     Raises:
         ConfigError: the run is not finished, all planned runs of these people are used up, a warm start is requested,
             or the window would shift into a period that has not begun.
     """
-    if public := [key for key in said if key.partition(".")[0] == "public"]:
-        raise ConfigError(public[0], said[public[0]], "conflicts with --renew, which starts from the previous run")
+    if public := [key for key in overrides if key.partition(".")[0] == "public"]:
+        raise ConfigError(public[0], overrides[public[0]], "conflicts with --renew, which starts from the previous run")
     before = read_saved_config(last := Path(expand_home(str(folder), key="renew")))
     RunFolder(last).find_finished_adapter()
     changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
         changes["runtime.sites_dir"] = str(RunFolder(last).sites)
-    if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in said):
+    if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in overrides):
         changes["privacy.cohorts"] = asdict(
             shift_to_next_window(before.privacy.cohorts, real=before.runtime.kind == "deployment")
         )
     settings = before.to_json() | {"public": {}}
-    for key, value in (changes | dict(said)).items():
+    for key, value in (changes | dict(overrides)).items():
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
         if isinstance(settings.get(key), dict) or key == "federation.renewal" or not set_by_key(settings, key, value):
             raise ConfigError(key, value, "must be a setting of the renewed run, such as privacy.epsilon")

@@ -20,7 +20,7 @@ from fedtune.evaluation.scoring import enter_evaluation_mode
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
 from fedtune.model.compatibility import get_max_positions
-from fedtune.runs.needed_packages import require_to_score
+from fedtune.runs.needed_packages import require_scoring_packages
 from fedtune.sites.shared_model import Evaluation, LeadData, load_tokenizer_and_model
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.saved import SavedAdapter
@@ -50,7 +50,7 @@ class SavedModel:
     """
 
     def __init__(self, config: RunConfig, adapters: Mapping[str, Path]) -> None:
-        require_to_score(config)
+        require_scoring_packages(config)
         self.config = config
         saved = {name: SavedAdapter.read(folder, model=config.model, private=True) for name, folder in adapters.items()}
         own = next(iter(saved.values()))
@@ -104,7 +104,7 @@ class SavedModel:
             raise DataError(at, f"{len(ids)} tokens", bound)
         return ids
 
-    def answer_ids(self, fields: Sequence[Mapping[str, str]]) -> list[npt.NDArray[np.int32]]:
+    def tokenize_answers(self, fields: Sequence[Mapping[str, str]]) -> list[npt.NDArray[np.int32]]:
         """Tokenize each record's answer as in training, without the prompt and the end tokens."""
         task, data = self.model.task, self.config.data
         examples = task.tokenize([Record(one) for one in fields], self.tokenizer, data=data)

@@ -174,7 +174,7 @@ def compare_with_ledger(files: SiteFiles) -> tuple[Verified | None, Differences]
     if (verified := files.verify_ledger()) is None:
         return None, []
     opened = verified.history.opening
-    differences = opened.differences(files.policy)
+    differences = opened.list_differences(files.policy)
     if (public := files.public_key) not in (None, opened.site_key):
         differences.append(("site_key", opened.site_key, public))
     return verified, differences

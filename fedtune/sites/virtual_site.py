@@ -95,7 +95,7 @@ class VirtualSites:
             ConfigError: a setting of the partition differs; names the first such setting.
             RunError: the recorded partition cannot be read, or is missing although there is a ledger.
         """
-        path, dealt = self.folder / DEALT, partition_settings(self.config)
+        path, dealt = self.folder / DEALT, select_partition_settings(self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.folder):  # two runs may begin at the same new sites
             if not path.exists() and not any(self.folder.glob("*/ledger.db")):
@@ -312,7 +312,7 @@ def build_covering_budget(plans: Sequence[Plan]) -> Budget:
     return Budget(delta=first.delta, max_epsilon=cap, reference=typical)
 
 
-def partition_settings(config: RunConfig) -> dict[str, Any]:
+def select_partition_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that determine the partition of records by site, as a JSON object."""
     data, unit = config.data, config.privacy.unit
     partition = {

@@ -266,9 +266,7 @@ def test_paths_may_start_at_home_and_contain_commas(tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match="must be a run folder"):
         compose_run(["resume=~/none"])
     for given in ("experiment=~no one/x.yaml", "tracking.output_dir=~no one/o", "resume=~no one/x"):
-        with pytest.raises(
-            ConfigError, match="starts with the home folder of an unknown user"
-        ):
+        with pytest.raises(ConfigError, match="starts with the home folder of an unknown user"):
             compose_run([given] if given[0] != "t" else ["experiment=own_data", *OWN, given])
     write_config(config, tmp_path / "r" / "x")
     assert compose_run(["resume=~/r/x"]).resume == str(tmp_path / "r" / "x")

@@ -41,7 +41,7 @@ from fedtune.runs.environment import start_lineage
 from fedtune.runs.renewal import add_start_adapter
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
-from fedtune.sites.virtual_site import partition_settings
+from fedtune.sites.virtual_site import select_partition_settings
 from fedtune.spec import ConfigError
 
 from ..conftest import REPOSITORY, edit_json, run_command, simulate
@@ -483,7 +483,7 @@ def test_voting_experiment_keeps_the_unit_and_excludes_unusable_texts(runs: Path
     file.write_text(render_voting_experiment([*rows, {"messages": "a", "ref": "next\x85 ${line}"}], "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
     assert voting.head.label_texts == ("a blue one", "a red one", "next\x85 ${line}")
-    dealt, voters = partition_settings(config), partition_settings(voting)
+    dealt, voters = select_partition_settings(config), select_partition_settings(voting)
     assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != dealt.pop("data.columns")
     assert voters == dealt, "a user has a vote where it was trained on, and only there"
     assert {key: getattr(voting.data, key) for key in aside} == aside

@@ -121,7 +121,7 @@ def _list_valid_events() -> Any:
     return json.loads(json.dumps([asdict(event) for event in events]))
 
 
-def _sign_anew(data: bytes) -> None:
+def _resign_body(data: bytes) -> None:
     """A ledger whose owner writes into it what it likes, and signs that: whoever verifies it must not fall over."""
     rows, before = list[list[object]](), START
     try:
@@ -153,7 +153,7 @@ def _sign_anew(data: bytes) -> None:
     from_ledger.build_ledger_report(path)
 
 
-def _report(data: bytes) -> None:
+def _parse_report(data: bytes) -> None:
     report = signing.parse_report(data)
     check_report(Path("nowhere", "report.json"), report, Known())
 
@@ -194,7 +194,7 @@ def _make_pending_seed() -> dict[str, object]:
     return {"proposal": proposal, "settings": seeds.list_decisive_settings(), "since": "2026-11-20T10:00:00+00:00"}
 
 
-def _read_retired(path: Path) -> object:
+def _read_retired_keys(path: Path) -> object:
     return FederationFolder(folder=path.parent, settings=cast(Any, None), lead_key="").read_retired_keys()
 
 
@@ -231,7 +231,7 @@ def _feed_yaml(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[byt
     return lambda: mutate_json(yaml.safe_load(valid())) | mutate_bytes(valid()) | st.binary(max_size=64)
 
 
-def _run_file(name: str) -> Callable[[], Any]:
+def _feed_run_file(name: str) -> Callable[[], Any]:
     return lambda: json.loads(_read_run_file(name))
 
 
@@ -266,14 +266,14 @@ TARGETS = (
     ),
     _feed_json("anchor", seeds.anchor, _parse_as_file("ledger.anchor", Head.read)),
     _feed_bytes("ledger", seeds.make_ledger, _parse_as_file("ledger.db", _read_ledger)),
-    Target("ledger signed anew", lambda: mutate_json(_list_valid_events()), _sign_anew, _OURS),
-    _feed_json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build_run_report), cost=5),
-    _feed_json("environment.json", _run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
+    Target("ledger signed anew", lambda: mutate_json(_list_valid_events()), _resign_body, _OURS),
+    _feed_json("run.json", _feed_run_file("run.json"), _in_run("run.json", from_run.build_run_report), cost=5),
+    _feed_json("environment.json", _feed_run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
     *(
         Target(name, _feed_yaml(lambda: _read_run_file("config.yaml")), _in_run("config.yaml", read), _OURS, cost=5)
         for name, read in (("config.yaml", read_run), ("config.yaml of a resumed run", read_saved_config))
     ),
-    _feed_json("retired keys", _RETIRED, _parse_as_file("retired_keys.json", _read_retired)),
+    _feed_json("retired keys", _RETIRED, _parse_as_file("retired_keys.json", _read_retired_keys)),
     _feed_bytes(
         "checkpoint",
         lambda: _read_run_file(_find_newest_checkpoint()),
@@ -284,9 +284,9 @@ TARGETS = (
         partial(_read_run_file, "checkpoints/asked.jsonl"),
         _in_run("checkpoints/asked.jsonl", _read_checkpoint),
     ),
-    _feed_json("report.json", _run_file("report.json"), _report),
+    _feed_json("report.json", _feed_run_file("report.json"), _parse_report),
     _feed_json(
-        "saved adapter's settings", _run_file("adapter/fedtune.json"), _feed_adapter_file("fedtune.json"), _OF_ALL
+        "saved adapter's settings", _feed_run_file("adapter/fedtune.json"), _feed_adapter_file("fedtune.json"), _OF_ALL
     ),
     _feed_bytes(
         "saved adapter's head",

@@ -74,7 +74,7 @@ def _read_adapter(data: bytes) -> object:
     return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: record_from_bytes(data)}))
 
 
-def _reply(data: bytes) -> object:
+def _parse_reply(data: bytes) -> object:
     content = flower_records.from_reply(seeds.reply())
     content["reply"] = ConfigRecord({"json": _decode_text(data)})
     return flower_records.to_reply(content)
@@ -142,7 +142,7 @@ def _make_gate_seed() -> bytes:
     return b"\n".join(lines)
 
 
-def _join(data: bytes) -> object:
+def _parse_join_request(data: bytes) -> object:
     """Signed again by the site after the change, as somebody who means harm would do."""
     try:
         fields = json.loads(data)
@@ -186,7 +186,10 @@ TARGETS = (
         "adapter on the wire", mutate_bytes_like(lambda: seeds.make_adapter().to_bytes()), _read_adapter, (ConfigError,)
     ),
     Target(
-        "reply", mutate_json_like(_make_seed("reply", flower_records.from_reply, seeds.reply)), _reply, (ConfigError,)
+        "reply",
+        mutate_json_like(_make_seed("reply", flower_records.from_reply, seeds.reply)),
+        _parse_reply,
+        (ConfigError,),
     ),
     Target(
         "receipt",
@@ -196,5 +199,10 @@ TARGETS = (
     ),
     Target("records", lambda: st.binary(max_size=32), _read_records, ()),
     Target("gate", mutate_bytes_like(_make_gate_seed), _call_gate, ()),
-    Target("join request", mutate_json_like(lambda: json.loads(join_request().read_bytes())), _join, (ConfigError,)),
+    Target(
+        "join request",
+        mutate_json_like(lambda: json.loads(join_request().read_bytes())),
+        _parse_join_request,
+        (ConfigError,),
+    ),
 )

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 
-from .harness import MUTANTS, Mutant, NoResult, Rotten, hunt_mutant
+from .harness import MUTANTS, Mutant, NoResult, Rotten, evaluate_mutant
 
 
 def render_table(mutants: Iterable[Mutant]) -> str:
@@ -27,7 +27,7 @@ def run(names: Iterable[str]) -> int:
     killed = []
     for name in names:
         try:
-            test, seconds = hunt_mutant(MUTANTS[name])
+            test, seconds = evaluate_mutant(MUTANTS[name])
         except (NoResult, Rotten) as error:
             print(error, file=sys.stderr)
             test, seconds = None, 0.0

@@ -111,7 +111,7 @@ def find_killer(mutant: Mutant, seen: Seen, *, tree: Path) -> str | None:
     return seen.test
 
 
-def hunt_mutant(mutant: Mutant) -> tuple[str | None, float]:
+def evaluate_mutant(mutant: Mutant) -> tuple[str | None, float]:
     """The test that kills `mutant`, or None, and the seconds that took.
 
     Raises:
@@ -124,14 +124,14 @@ def hunt_mutant(mutant: Mutant) -> tuple[str | None, float]:
         seen = _run(mutant.tests, tree, module=mutant.module)
         found = find_killer(mutant, seen, tree=tree)
     for tests in mutant.tests:
-        _require_green(tests)
+        _require_passing_tests(tests)
         if found is not None and found.startswith(tests):
             break
     return found, seen.seconds
 
 
 @cache
-def _require_green(tests: str) -> None:
+def _require_passing_tests(tests: str) -> None:
     """Raise NoResult unless `tests` pass on an unchanged copy."""
     with _copy() as tree:
         seen = _run((tests,), tree, module="fedtune")

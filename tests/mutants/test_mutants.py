@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from .__main__ import render_table
-from .harness import MUTANTS, QUICK, ROOT, Mutant, NoResult, Rotten, Seen, find_killer, hunt_mutant
+from .harness import MUTANTS, QUICK, ROOT, Mutant, NoResult, Rotten, Seen, evaluate_mutant, find_killer
 
 
 @pytest.mark.by_day(*QUICK)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_killed_by_its_tests(name: str) -> None:
-    test, _ = hunt_mutant(MUTANTS[name])
+    test, _ = evaluate_mutant(MUTANTS[name])
     assert test is not None, f"{name} survived {', '.join(MUTANTS[name].tests)}: {MUTANTS[name].fault}"
 
 
@@ -54,9 +54,9 @@ def test_table_has_one_row_for_each_mutant_and_escapes_bars() -> None:
 
 @pytest.mark.nightly
 def test_harmless_change_survives_and_broken_import_is_not_a_kill() -> None:
-    assert hunt_mutant(HARMLESS)[0] is None
+    assert evaluate_mutant(HARMLESS)[0] is None
     with pytest.raises(NoResult, match=r"^harmless: "):
-        hunt_mutant(replace(HARMLESS, new="from __future__ import annotations\n\nimport no_such_module\n"))
+        evaluate_mutant(replace(HARMLESS, new="from __future__ import annotations\n\nimport no_such_module\n"))
 
 
 @pytest.mark.parametrize("old", ["no such text", "import "])
@@ -96,4 +96,4 @@ def test_tests_failing_without_a_fault_kill_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "test_red.py"
     broken.write_text("def test_red() -> None:\n    assert False\n")
     with pytest.raises(NoResult, match="must pass without a fault"):
-        hunt_mutant(replace(HARMLESS, tests=(str(broken),)))
+        evaluate_mutant(replace(HARMLESS, tests=(str(broken),)))

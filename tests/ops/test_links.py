@@ -34,7 +34,7 @@ CONTENTS = {
 }
 
 
-def _read_retired(path: Path) -> object:
+def _read_retired_keys(path: Path) -> object:
     folder = path.rename(path.with_name("retired_keys.json")).parent
     return FederationFolder(folder=folder, settings=SETTINGS, lead_key="").read_retired_keys()
 
@@ -45,7 +45,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "kit.toml": lambda path: Kit.read(path.rename(path.with_name("kit.toml")).parent, kind="site"),
     "join_request.json": JoinRequest.read,
     "roster.json": Roster.read,
-    "retired_keys.json": _read_retired,
+    "retired_keys.json": _read_retired_keys,
     "certificate": read_certificate,
     "connection key": read_connection_key,
     "site key": SigningKey.load,

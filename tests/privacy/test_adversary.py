@@ -64,7 +64,7 @@ class Game:
 
     def would_accept(self, proposal: Proposal) -> bool:
         """What the adversary computes from the site's own figures; nothing is asked of the site."""
-        self.hear()
+        self.receive_server_time()
         now = self.ledger.history.now(server=self.server or self.ledger.history.last_time)
         try:
             self.policy.check(proposal)
@@ -77,7 +77,7 @@ class Game:
         """One request; returns why it was refused."""
         new = proposal.run not in self.ledger.history.runs
         before = self.ledger.history.count_total_charges()
-        self.hear()
+        self.receive_server_time()
         try:
             granted = self.ledger.reserve(proposal, round=round, request=request)
         except Refused as refused:
@@ -96,7 +96,7 @@ class Game:
         self.check()
         return None
 
-    def hear(self) -> None:
+    def receive_server_time(self) -> None:
         """What the server says of the time comes with each request."""
         self.ledger.set_server_time(self.server.timestamp() if self.server else math.nan)
 

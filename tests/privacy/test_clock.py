@@ -141,9 +141,7 @@ MOMENTS = st.integers(-100, 1500).map(lambda days: JANUARY + timedelta(days=days
     period=st.sampled_from(["month", "quarter", "year"]),
     moves=st.lists(st.tuples(MOMENTS, st.none() | MOMENTS, st.sampled_from(["ask", "ask", "confirm", "end"]))),
 )
-def test_single_clock_never_opens_a_period(
-    tmp_path_factory: Any, period: Any, moves: Any
-) -> None:
+def test_single_clock_never_opens_a_period(tmp_path_factory: Any, period: Any, moves: Any) -> None:
     site: Policy = make_policy(budget={"max_epsilon_per_period": 5.0, "period": period})
     clock, path = Clock(JANUARY), tmp_path_factory.mktemp("clocks") / "ledger.db"
     with pytest.MonkeyPatch.context() as patched:

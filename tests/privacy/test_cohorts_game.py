@@ -105,7 +105,7 @@ class Site:
         before = self.ledger.history.length
         with pytest.MonkeyPatch.context() as patched:
             if self.chance.random() < 0.5:
-                patched.setattr(register, "digest_after", lambda *_: cut())
+                patched.setattr(register, "compute_register_digest", lambda *_: cut())
             try:
                 self.next(cut)
             except PowerCutError:

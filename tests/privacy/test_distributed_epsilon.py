@@ -193,7 +193,7 @@ def test_local_score_releases_raise_every_epsilon() -> None:
 # Credits that would be wrong.
 
 
-def attack_of_two_steps(sites: int, trials: int, *, unit: bool, threshold: float) -> float:
+def attack_two_steps(sites: int, trials: int, *, unit: bool, threshold: float) -> float:
     """How often a sum of two local steps each shows the unit: its site's second step shouts what the first became.
 
     The unit adds one clip norm to its site's first sum; the site's other records add a hundred to the second, up or
@@ -216,7 +216,7 @@ def attack_of_two_steps(sites: int, trials: int, *, unit: bool, threshold: float
 @pytest.mark.parametrize(("sites", "hit", "most"), [(10, 0.943, 0.434), (5, 0.868, 0.617)])
 def test_multiple_local_steps_get_no_credit_for_noise_of_other_sites(sites: int, hit: float, most: float) -> None:
     trials = 20_000
-    found, false_alarm = (attack_of_two_steps(sites, trials, unit=unit, threshold=0.0) for unit in (True, False))
+    found, false_alarm = (attack_two_steps(sites, trials, unit=unit, threshold=0.0) for unit in (True, False))
     assert found == pytest.approx(hit, abs=0.01)
     assert false_alarm == pytest.approx(1 - hit, abs=0.01)
 

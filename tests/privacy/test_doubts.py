@@ -18,7 +18,7 @@ from .builders import advance_head, make_policy, make_proposal, make_user_policy
 from .conftest import Backups, Clock
 
 
-def require_shown(ledger: SiteLedger, *receipts: Receipt) -> None:
+def require_missing_events(ledger: SiteLedger, *receipts: Receipt) -> None:
     """Each is genuine, and the ledger lacks it."""
     for receipt in receipts:
         assert read_refusal_reason(ledger.require_receipt, receipt) is Reason.LEDGER_BEHIND_RECEIPT
@@ -31,7 +31,7 @@ def require_in_doubt(ledger: SiteLedger, asked: Any) -> None:
 def test_restored_ledger_inherits_the_doubts_of_the_replaced_ledger(backups: Backups) -> None:
     lost, receipt = backups.branch(make_proposal(), 2, 3, 4)
     doubting = backups.put_back()
-    require_shown(doubting, receipt)
+    require_missing_events(doubting, receipt)
     again = backups.put_back(anchor=doubting.head())
     require_in_doubt(again, make_proposal(run="new"))
     assert again.history.furthest_doubt == (receipt.sequence, receipt.head, "r", 4)
@@ -43,7 +43,7 @@ def test_restored_ledger_inherits_the_doubts_of_the_replaced_ledger(backups: Bac
 def test_doubt_about_an_event_in_the_backup_is_not_inherited(backups: Backups) -> None:
     _, receipt = backups.branch(make_proposal(), 2, 3, 4)
     newer, doubting = backups.path.read_bytes(), backups.put_back()
-    require_shown(doubting, receipt)
+    require_missing_events(doubting, receipt)
     backups.path.write_bytes(newer)
     again = backups.open()
     again.charge_gap(doubting.head())
@@ -60,7 +60,7 @@ def test_anchor_clears_only_doubts_about_its_own_events(backups: Backups, order:
     newest, receipts = ledger.head(), [*receipts, ledger.sign_receipt("other")]
     behind = backups.put_back()
     for _ in range(3):
-        require_shown(behind, *(receipts[number] for number in order))
+        require_missing_events(behind, *(receipts[number] for number in order))
     assert len(behind.history.doubts) == 2, "each is noted once"
     behind.charge_gap(older)
     assert {doubt.run for doubt in behind.history.doubts} == {"other"}
@@ -76,7 +76,7 @@ def test_no_doubt_is_cleared_after_the_list_of_doubts_overflowed(backups: Backup
         train(ledger, make_proposal(plan={"num_rounds": 4}, run="s"), round)
         receipts.append(ledger.sign_receipt("s"))
     behind = backups.put_back()
-    require_shown(behind, *receipts)
+    require_missing_events(behind, *receipts)
     assert len(behind.history.doubts) == 2
     behind.charge_gap(ledger.head())
     require_in_doubt(behind, make_proposal(run="new"))
@@ -91,10 +91,10 @@ def test_rounds_of_an_unanchored_branch_do_not_count_for_another(backups: Backup
     lost = advance_head(backups.open())
     restored = backups.put_back()
     if doubted:
-        require_shown(restored, receipt)
+        require_missing_events(restored, receipt)
     restored.charge_gap(lost)
     assert restored.history.charged_rounds("r") == rounds, "what the anchor knows, and the first round once"
-    require_shown(restored, receipt)
+    require_missing_events(restored, receipt)
     require_in_doubt(restored, make_proposal(run="new"))
     restored.charge_gap(unseen)
     assert restored.history.charged_rounds("r") == 1 + 2 * (rounds - 1)
@@ -114,9 +114,9 @@ def test_receipts_of_anchored_events_are_accepted_after_a_restore(backups: Backu
     lost = advance_head(ledger)
     assert [receipt.sequence for receipt in receipts] == [4, 6, 6, 13]
     for receipt in receipts[1:]:
-        require_shown(backups.put_back(), receipt)
+        require_missing_events(backups.put_back(), receipt)
     restored = backups.put_back()
-    require_shown(restored, receipts[1], receipts[3])
+    require_missing_events(restored, receipts[1], receipts[3])
     restored.charge_gap(lost)
     for receipt in receipts:
         restored.require_receipt(receipt)
@@ -130,14 +130,14 @@ def test_doubt_in_an_anchor_survives_a_restore(backups: Backups, order: tuple[in
     doubting = backups.put_back()
     train(doubting, make_proposal(), 2)
     advance_head(doubting)
-    require_shown(doubting, receipt)
+    require_missing_events(doubting, receipt)
     anchor = doubting.head()
     again = backups.put_back()
     for number in order:
         again.charge_gap((anchor, lost)[number])
         if number == order[0] == 0:
             require_in_doubt(again, make_proposal(run="new"))
-            require_shown(again, receipt)
+            require_missing_events(again, receipt)
     if 1 in order:
         again.require_receipt(receipt)
         train(again, make_proposal(run="new"), 1)

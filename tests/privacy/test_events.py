@@ -42,13 +42,13 @@ def test_dp_sgd_composes_poisson_sampled_gaussian_steps() -> None:
     assert events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=0, steps=1) == NonPrivateDpEvent()
 
 
-def group_plainly(event: DpEvent) -> Counter[DpEvent]:
+def group_recursively(event: DpEvent) -> Counter[DpEvent]:
     """The mechanisms of an event, by doing what it says: each part again and again."""
     match event:
         case ComposedDpEvent():
-            return sum((group_plainly(part) for part in event.events), Counter())
+            return sum((group_recursively(part) for part in event.events), Counter())
         case SelfComposed():
-            return sum((group_plainly(event.event) for _ in range(event.count)), Counter())
+            return sum((group_recursively(event.event) for _ in range(event.count)), Counter())
     return Counter({event: 1})
 
 
@@ -67,7 +67,7 @@ compositions: st.SearchStrategy[DpEvent] = st.recursive(
 @given(st.lists(compositions, max_size=4))
 def test_grouping_counts_every_occurrence_of_a_mechanism(history: list[DpEvent]) -> None:
     grouped = events.count_mechanisms(history)
-    assert grouped == sum(map(group_plainly, history), Counter())
+    assert grouped == sum(map(group_recursively, history), Counter())
     assert all(count > 0 for count in grouped.values())
     assert events.count_mechanisms(grouped) == grouped
     tripled = Counter({event: 3 * count for event, count in grouped.items()})

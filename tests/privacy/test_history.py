@@ -18,7 +18,7 @@ NOW = datetime(2030, 1, 10, tzinfo=UTC)
 
 
 @pytest.fixture
-def told_events(open_ledger: Any, path: Any, clock: Any) -> list[Event]:
+def recorded_events(open_ledger: Any, path: Any, clock: Any) -> list[Event]:
     """opened, policy, plan, reserve 1, commit 1, reserve 2; a day between the rounds."""
     ledger = open_ledger()
     ledger.commit(reserve(ledger, make_proposal(), 1, "q1"), b"reply")
@@ -27,7 +27,7 @@ def told_events(open_ledger: Any, path: Any, clock: Any) -> list[Event]:
     return list(verify(path).events)
 
 
-def follow_events(told: list[Event]) -> History:
+def apply_events(told: list[Event]) -> History:
     history = History()
     for number, event in enumerate(told, 1):
         history.apply_event(replace(event, sequence=number))
@@ -74,14 +74,14 @@ NOTHING = events.to_json(events.build_dp_sgd_event(sampling_rate=0.25, noise_mul
         (lambda t: [t[0], change_detail(t[1], policy=t[1].detail["policy"] | {"budget": {}})], "is required"),
     ],
 )
-def test_inconsistent_events_raise_a_run_error(told_events: list[Event], retell: Any, message: str) -> None:
-    follow_events(told_events)
+def test_inconsistent_events_raise_a_run_error(recorded_events: list[Event], retell: Any, message: str) -> None:
+    apply_events(recorded_events)
     with pytest.raises(RunError, match=message):
-        follow_events(retell(told_events))
+        apply_events(retell(recorded_events))
 
 
-def test_history_adds_up_charges_replies_and_attempts(told_events: list[Event]) -> None:
-    history = follow_events(told_events)
+def test_history_adds_up_charges_replies_and_attempts(recorded_events: list[Event]) -> None:
+    history = apply_events(recorded_events)
     assert (history.length, history.last_time) == (6, NOW + timedelta(days=1))
     run = history.runs["r"]
     assert (run.proposal, run.charged_rounds, dict(run.attempts)) == (make_proposal(), 2, {1: 1, 2: 1})

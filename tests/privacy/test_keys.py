@@ -121,7 +121,9 @@ def test_key_command_without_a_valid_key_is_refused(
 
 def test_key_command_requires_an_absolute_path_and_sole_file_ownership(command_file: Path, monkeypatch: Any) -> None:
     for command in (("sh",), ("./sh",), ("/bin/sh", "a\0b")):
-        with pytest.raises(ConfigError, match="must begin with the absolute path of a program, and must not contain NUL bytes"):
+        with pytest.raises(
+            ConfigError, match="must begin with the absolute path of a program, and must not contain NUL bytes"
+        ):
             SigningKey.load(Path("key.pem"), command=command, named_in=command_file)
     monkeypatch.setattr(keys.system, "effective_user", lambda: command_file.stat().st_uid + 1)
     with pytest.raises(ConfigError, match=r"site\.toml: key_command = '/bin/cat': runs only for the owner"):
@@ -145,13 +147,15 @@ def test_signature_is_valid_only_for_its_key_purpose_and_message() -> None:
 
 def test_signature_and_public_key_encodings_are_unique() -> None:
     # Or a stored signature could be changed without being found.
-    def list_other_spellings(text: str) -> tuple[str, ...]:
+    def list_alternative_encodings(text: str) -> tuple[str, ...]:
         return text.upper(), " " + text, text[:2] + " " + text[2:], text[:-2], text + "00", "", "x" * len(text)
 
     key = make_key(1)
     assert is_public_key(key.public)
     signature = key.sign("receipt", b"message")
-    for other, other_signature in zip(list_other_spellings(key.public), list_other_spellings(signature), strict=True):
+    for other, other_signature in zip(
+        list_alternative_encodings(key.public), list_alternative_encodings(signature), strict=True
+    ):
         assert not is_public_key(other)
         assert not is_signed(key.public, "receipt", b"message", other_signature)
         assert not is_signed(other, "receipt", b"message", signature)

@@ -215,7 +215,9 @@ def test_ledger_locked_for_too_long_raises_a_run_error(open_ledger: Any, path: P
 def test_non_ledger_file_raises_a_run_error_and_stays_unchanged(open_ledger: Any, path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"training is not possible without a ledger|does not have the tables of a ledger"):
+    with pytest.raises(
+        RunError, match=r"training is not possible without a ledger|does not have the tables of a ledger"
+    ):
         open_ledger()
     assert path.read_bytes() == content
     with pytest.raises(RunError, match=r"cannot be read|does not have the tables of a ledger"):
@@ -325,7 +327,9 @@ def test_full_disk_error_names_the_file_and_leaves_no_partial_write(tmp_path: Pa
     refused.__context__ = caught.value
     assert what_is_full(refused) == f"the disk is full: no room for {tmp_path / 'file'}"
     assert what_is_full(ValueError("I/O error: No space left on device (os error 28)")) == "the disk is full"
-    ledger = RunError("ledger l.db cannot be read or written (database or disk is full); training is not possible without a ledger")
+    ledger = RunError(
+        "ledger l.db cannot be read or written (database or disk is full); training is not possible without a ledger"
+    )
     assert what_is_full(ledger) == str(ledger)
     assert what_is_full(OSError(errno.EACCES, os.strerror(errno.EACCES), "file")) is None
 
@@ -337,12 +341,12 @@ def test_durable_write_syncs_the_file_before_renaming_and_the_folder_after(tmp_p
     def fsync(handle: int) -> None:
         order.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "bytes")
 
-    def note_rename(source: Path, target: Path) -> None:
+    def record_rename(source: Path, target: Path) -> None:
         order.append("name")
         replace(source, target)
 
     monkeypatch.setattr(durable.os, "fsync", fsync)
-    monkeypatch.setattr(durable.os, "replace", note_rename)
+    monkeypatch.setattr(durable.os, "replace", record_rename)
     durable.write_durably(tmp_path / "file", b"x")
     assert order == ["bytes", "name", "folder"]
 

@@ -54,11 +54,11 @@ def test_noise_has_exactly_the_configured_standard_deviation(
     given = {} if sensitivity is None else {"sensitivity": sensitivity}  # a clip norm unless it is told otherwise
     zeros, asked = {name: make_zero_noise(shape) for name, shape in SHAPES.items()}, list[tuple[int, Fraction]]()
 
-    def note_deviation(self: RandomStream, count: int, deviation: float) -> npt.NDArray[np.int64]:
+    def record_deviation(self: RandomStream, count: int, deviation: float) -> npt.NDArray[np.int64]:
         asked.append((count, Fraction(deviation)))
         return make_zero_noise((count,))
 
-    monkeypatch.setattr(RandomStream, "draw_rounded_normal", note_deviation)
+    monkeypatch.setattr(RandomStream, "draw_rounded_normal", record_deviation)
     for noise_multiplier in (0.3, 1.0, 1.3, 17.1):
         noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("exactly"), **given)
         assert {name: value.shape for name, value in noisy.items()} == SHAPES

@@ -104,9 +104,7 @@ def test_laplace_divergence_is_an_upper_bound_at_every_order(noise: float) -> No
         assert exact <= found <= float(exact) * (1 + 1e-9) + 1e-12 / (order - 1)
 
 
-def test_own_release_is_charged_once_before_its_answer(
-    path: Path, open_ledger: Callable[..., Any]
-) -> None:
+def test_own_release_is_charged_once_before_its_answer(path: Path, open_ledger: Callable[..., Any]) -> None:
     ledger = open_ledger(anchor=path.with_name("anchor.json"))
     granted = ask(ledger, propose_own_release("a"))
     assert isinstance(granted, Reservation)

@@ -62,7 +62,7 @@ def test_rounded_normal_has_exact_cell_probabilities_at_small_deviations(deviati
 
 def test_rounded_normal_is_zero_without_deviation() -> None:
     assert not stream("nothing").draw_rounded_normal(1001, 0.0).any()
-    ends = make_fed_stream(0, 2**64 - 1, 1, 0, 2**64 - 1, 5, *[7] * 100)
+    ends = make_fixed_stream(0, 2**64 - 1, 1, 0, 2**64 - 1, 5, *[7] * 100)
     assert not ends.draw_rounded_normal(6, 0.0).any()
 
 
@@ -92,7 +92,7 @@ class Fed(RandomStream):
         return np.array([*some, *more], dtype=np.uint64)
 
 
-def make_fed_stream(*words: int) -> Fed:
+def make_fixed_stream(*words: int) -> Fed:
     return Fed(words, stream("fed"))
 
 
@@ -119,7 +119,7 @@ def round_pair(drawn: Sequence[int], deviation: float) -> tuple[int, int]:
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 37.5, 2.0**24, 1.3e9, 1e12])
 def test_rounded_normal_matches_exact_arithmetic_on_the_same_bits(deviation: float) -> None:
-    one = make_fed_stream()
+    one = make_fixed_stream()
     found = one.draw_rounded_normal(400, deviation).reshape(2, 200)
     for place, pair in enumerate(zip(one.drawn[:200], one.drawn[200:400], strict=True)):
         assert tuple(found[:, place]) == round_pair([*pair, *one.further.get(pair, [])], deviation)
@@ -133,7 +133,7 @@ def test_near_ties_in_rounding_are_resolved_by_further_bits() -> None:
         # At this deviation the cosine or sine of these words lies at a whole number and a half, but for rounding.
         pair = transform_pair(Fraction(2 * radius + 1, 2**65), Fraction(2 * angle + 1, 2**65), precision=200)
         deviation = float(((0, 1, 37, 2**20, 2**27)[number % 5] + 0.5) / abs(pair[number % 2]))
-        one = make_fed_stream(radius, angle)
+        one = make_fixed_stream(radius, angle)
         found = one.draw_rounded_normal(2, deviation).tolist()
         assert len(one.drawn) >= 6, "such a value is in doubt"
         assert tuple(found) == round_pair(one.drawn, deviation)
@@ -174,7 +174,7 @@ def test_box_muller_float_error_stays_within_its_bound(deviation: float) -> None
 @pytest.mark.parametrize("radius", [0, 2**64 - 1])
 def test_extreme_uniform_words_are_resolved_by_further_bits(radius: int) -> None:
     for angle in EXTREME:
-        one = make_fed_stream(radius, angle)
+        one = make_fixed_stream(radius, angle)
         found = tuple(one.draw_rounded_normal(2, 2.0**24).tolist())
         assert len(one.drawn) >= 6
         assert found == round_pair(one.drawn, 2.0**24)
@@ -183,26 +183,26 @@ def test_extreme_uniform_words_are_resolved_by_further_bits(radius: int) -> None
 def test_radius_near_zero_is_not_rounded_to_zero() -> None:
     """Bits that become 1.0 in float64, whose logarithm is zero: their radius is up to 1e-8 for all that."""
     for radius in (2**64 - 1024, 2**64 - 512, 2**64 - 2):
-        one = make_fed_stream(radius, 0)
+        one = make_fixed_stream(radius, 0)
         found = tuple(one.draw_rounded_normal(2, 1e12).tolist())
         assert found == round_pair(one.drawn, 1e12)
         assert found[0] > 100
 
 
 def test_all_zero_words_request_a_bounded_number_of_further_bits() -> None:
-    one = make_fed_stream(0, 0, 0, 0, 0, 0, 9)
+    one = make_fixed_stream(0, 0, 0, 0, 0, 0, 9)
     assert one.draw_rounded_normal(1, 1.0)[0] > 16
     assert len(one.drawn) == 2 + 2 * 4
     with pytest.raises(AssertionError, match="a thousand further bits"):
-        make_fed_stream(*[0] * 200).draw_rounded_normal(1, 1.0)
+        make_fixed_stream(*[0] * 200).draw_rounded_normal(1, 1.0)
 
 
 def test_rounded_normal_uses_one_word_per_value_and_more_for_ties() -> None:
     for count in (1, 2, 9, 1000):
-        one = make_fed_stream()
+        one = make_fixed_stream()
         one.draw_rounded_normal(count, 2.0**24)
         assert len(one.drawn) == count + count % 2, "none of these is in doubt"
-    in_doubt = make_fed_stream(0, 7, 1, 8)  # of two pairs the first
+    in_doubt = make_fixed_stream(0, 7, 1, 8)  # of two pairs the first
     in_doubt.draw_rounded_normal(4, 1e3)
     assert len(in_doubt.drawn) in (8, 12)
 

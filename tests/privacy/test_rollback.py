@@ -170,12 +170,12 @@ def test_anchor_keeps_the_newer_head_of_two_writers(open_anchored: Any, anchor: 
     first, second = open_anchored(), open_anchored()
     write = store.EventStore._write_anchor
 
-    def write_late(self: store.EventStore, to: Path) -> None:
+    def write_after_second_writer(self: store.EventStore, to: Path) -> None:
         if self is first._store:
             train(second, make_proposal(run="2"), 1)
         write(self, to)
 
-    monkeypatch.setattr(store.EventStore, "_write_anchor", write_late)
+    monkeypatch.setattr(store.EventStore, "_write_anchor", write_after_second_writer)
     first.reserve(make_proposal(), round=1, request="q")
     assert Head.read(anchor).sequence == 7
     assert Head.read(anchor) == open_anchored().head()

@@ -26,7 +26,7 @@ LATER = {"limits": {"max_rounds": 19}}
 
 
 @pytest.fixture(scope="module")
-def whole_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ledger with every kind of event and note that nobody may change; beside it a head of before its last five."""
     path = tmp_path_factory.mktemp("whole") / "ledger.db"
     ledger = SiteLedger(path, make_policy(), site_key)
@@ -54,13 +54,13 @@ def whole_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def victim_ledger(whole_ledger: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(whole_ledger, tmp_path / "victim.db"))
+def victim_ledger(complete_ledger: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(complete_ledger, tmp_path / "victim.db"))
 
 
 @pytest.fixture
-def newest_head(whole_ledger: Path) -> Head:
-    return Head.read(whole_ledger.with_name("newest.json"))
+def newest_head(complete_ledger: Path) -> Head:
+    return Head.read(complete_ledger.with_name("newest.json"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -94,20 +94,20 @@ def replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         file.commit()
 
 
-def test_untouched_ledger_passes_verification(whole_ledger: Path, newest_head: Head) -> None:
-    verified = verify(whole_ledger)
+def test_untouched_ledger_passes_verification(complete_ledger: Path, newest_head: Head) -> None:
+    verified = verify(complete_ledger)
     assert {event.kind for event in verified.events} == set(Kind)
     assert {event.detail["what"] for event in verified.events if event.kind is Kind.NOTE} == {
         *("opened", "policy", "restored", "run_ended", "frozen")
     }
     assert (verified.site_key, verified.history.hash) == (site_key.public, newest_head.hash)
     assert (verified.key_expected, verified.anchor_sequence) == (False, None)
-    expected = verify(whole_ledger, site_key=site_key.public)
+    expected = verify(complete_ledger, site_key=site_key.public)
     assert (expected.key_expected, expected.anchor_sequence) == (True, None)
-    anchored = verify(whole_ledger, anchor=newest_head)
+    anchored = verify(complete_ledger, anchor=newest_head)
     assert (anchored.key_expected, anchored.anchor_sequence) == (True, anchored.history.length)
     assert anchored.anchor_sequence == len(anchored.events)
-    older = verify(whole_ledger, anchor=Head.read(whole_ledger.with_name("older.json")))
+    older = verify(complete_ledger, anchor=Head.read(complete_ledger.with_name("older.json")))
     assert older.anchor_sequence == len(older.events) - 5
 
 
@@ -137,11 +137,11 @@ def list_other_values(column: str, value: Any) -> list[Any]:
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_tampered_value_is_detected_in_every_column_and_event_kind(
-    whole_ledger: Any, victim_ledger: Path, column: str
+    complete_ledger: Any, victim_ledger: Path, column: str
 ) -> None:
-    pristine = whole_ledger.read_bytes()
+    pristine = complete_ledger.read_bytes()
     tried = 0
-    for row in read_rows(whole_ledger):
+    for row in read_rows(complete_ledger):
         for other in list_other_values(column, row[column]):
             victim_ledger.write_bytes(pristine)
             try:
@@ -152,7 +152,7 @@ def test_tampered_value_is_detected_in_every_column_and_event_kind(
                 continue  # a sequence that another row has
             tried += 1
             read_verify_error(victim_ledger)
-    assert tried >= len(read_rows(whole_ledger))
+    assert tried >= len(read_rows(complete_ledger))
 
 
 @pytest.mark.parametrize("sql", read_cases(__file__, "replies"))
@@ -161,17 +161,19 @@ def test_tampered_reply_is_detected(victim_ledger: Path, sql: str) -> None:
     assert read_verify_error(victim_ledger) == "the stored replies are not the newest committed ones"
 
 
-def test_deleted_event_is_detected(whole_ledger: Path, victim_ledger: Path) -> None:
-    pristine = whole_ledger.read_bytes()
-    for row in read_rows(whole_ledger)[:-1]:
+def test_deleted_event_is_detected(complete_ledger: Path, victim_ledger: Path) -> None:
+    pristine = complete_ledger.read_bytes()
+    for row in read_rows(complete_ledger)[:-1]:
         victim_ledger.write_bytes(pristine)
         tamper(victim_ledger, f"DELETE FROM events WHERE sequence = {row['sequence']}")
         assert read_verify_error(victim_ledger).startswith(f"event {row['sequence']} is missing")
 
 
-def test_invalid_sequence_numbers_and_non_text_events_are_detected(whole_ledger: Path, victim_ledger: Path) -> None:
+def test_invalid_sequence_numbers_and_non_text_events_are_detected(complete_ledger: Path, victim_ledger: Path) -> None:
     for sequence in (0, -1, 10**6):
-        replace_rows(victim_ledger, [*read_rows(whole_ledger), read_rows(whole_ledger)[-1] | {"sequence": sequence}])
+        replace_rows(
+            victim_ledger, [*read_rows(complete_ledger), read_rows(complete_ledger)[-1] | {"sequence": sequence}]
+        )
         read_verify_error(victim_ledger)
     tamper(victim_ledger, "UPDATE events SET run = CAST(x'ff' AS TEXT) WHERE sequence = 3")
     assert "Could not decode to UTF-8" in read_verify_error(victim_ledger)
@@ -180,8 +182,8 @@ def test_invalid_sequence_numbers_and_non_text_events_are_detected(whole_ledger:
 # A forger who recomputes every hash, but has no key.
 
 
-def test_forged_deletion_reordering_or_insertion_is_detected(whole_ledger: Path, victim_ledger: Path) -> None:
-    rows = read_rows(whole_ledger)
+def test_forged_deletion_reordering_or_insertion_is_detected(complete_ledger: Path, victim_ledger: Path) -> None:
+    rows = read_rows(complete_ledger)
     for forged in (
         [row for row in rows if row["kind"] != "refusal"],  # what looks bad
         [*rows[:-1], rows[-2], rows[-1]],
@@ -205,8 +207,10 @@ def test_invalid_json_in_an_event_raises_a_run_error(victim_ledger: Path, text: 
 # A forger with a key of their own.
 
 
-def test_ledger_resigned_by_another_key_is_detected(whole_ledger: Path, victim_ledger: Path, newest_head: Head) -> None:
-    forger, (first, *rows, _) = make_key(9), read_rows(whole_ledger)
+def test_ledger_resigned_by_another_key_is_detected(
+    complete_ledger: Path, victim_ledger: Path, newest_head: Head
+) -> None:
+    forger, (first, *rows, _) = make_key(9), read_rows(complete_ledger)
     opening = chain.to_canonical_json(json.loads(first["detail"]) | {"site_key": forger.public}).decode()
     fitting = rehash_rows([first | {"detail": opening}, *rows])
     replace_rows(
@@ -222,22 +226,22 @@ def test_ledger_resigned_by_another_key_is_detected(whole_ledger: Path, victim_l
         SiteLedger(victim_ledger, make_policy(**LATER), site_key)
 
 
-def test_event_signed_by_another_key_is_detected(whole_ledger: Path, victim_ledger: Path) -> None:
-    rows = read_rows(whole_ledger)
+def test_event_signed_by_another_key_is_detected(complete_ledger: Path, victim_ledger: Path) -> None:
+    rows = read_rows(complete_ledger)
     for number in range(len(rows)):
         changed = [dict(row) for row in rows]
         changed[number]["signature"] = make_key(9).sign(chain.EVENT, rows[number]["hash"].encode())
         replace_rows(victim_ledger, changed)
-        key = group_hex_start(verify(whole_ledger).site_key)
+        key = group_hex_start(verify(complete_ledger).site_key)
         assert read_verify_error(victim_ledger) == f"event {number + 1} is not signed by the site's key {key}"
 
 
 def test_truncated_ledger_is_detected_only_with_an_anchor(
-    whole_ledger: Path, victim_ledger: Path, newest_head: Head
+    complete_ledger: Path, victim_ledger: Path, newest_head: Head
 ) -> None:
-    replace_rows(victim_ledger, read_rows(whole_ledger)[:-3])
+    replace_rows(victim_ledger, read_rows(complete_ledger)[:-3])
     assert verify(victim_ledger).anchor_sequence is None
-    length = len(read_rows(whole_ledger))
+    length = len(read_rows(complete_ledger))
     told = f"it ends at event {length - 3}, but the anchor covers event {length}"
     assert (
         read_verify_error(victim_ledger, anchor=newest_head) == f"the ledger was rolled back to an older copy: {told}"
@@ -254,8 +258,8 @@ def test_anchor_without_the_signature_of_its_site_key_is_refused(newest_head: He
         Head.read(path)
 
 
-def test_opening_a_ledger_for_training_detects_tampering(whole_ledger: Path, victim_ledger: Path) -> None:
-    rows = read_rows(whole_ledger)
+def test_opening_a_ledger_for_training_detects_tampering(complete_ledger: Path, victim_ledger: Path) -> None:
+    rows = read_rows(complete_ledger)
     SiteLedger(victim_ledger, make_policy(**LATER), site_key)
     for forged in (
         [rows[0] | {"code": "x"}, *rows[1:]],

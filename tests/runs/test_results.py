@@ -76,7 +76,9 @@ START = {"accuracy": 0.3, "loss": 1.0}
         ({}, GOOD, ()),
     ],
 )
-def test_findings_are_derived_from_scores_before_and_after_training(before: Any, after: Any, found: tuple[str, ...]) -> None:
+def test_findings_are_derived_from_scores_before_and_after_training(
+    before: Any, after: Any, found: tuple[str, ...]
+) -> None:
     assert find_problems((), before, after, primary_metric="accuracy", guess=0.5, rows=100) == found
 
 

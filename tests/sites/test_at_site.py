@@ -41,7 +41,7 @@ def policy(lead_key: SigningKey) -> Policy:
     return replace(made, dataset=(other, letters_of_north))
 
 
-def settle_here(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **about: Any) -> RunConfig:  # noqa: B008
+def localize_at_site(sent: RunConfig, policy: Policy, machine: Machine = Machine(), **about: Any) -> RunConfig:  # noqa: B008
     """At a site where no model is installed, unless a keyword says so."""
     nothing = Mock(side_effect=ConfigError("base model", "ab", "is not installed"))
     return localize_settings(sent, policy, machine, folder=FOLDER, **{"installed": nothing, **about})
@@ -56,7 +56,7 @@ def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -
     )
     sizes = {"num_devices": 2, "num_threads": 3, "micro_batch_tokens": 77, "kept_states_mib": 5}
     machine = Machine(device="cpu", gradient_checkpointing=True, **sizes)
-    config = settle_here(hostile, policy, machine)
+    config = localize_at_site(hostile, policy, machine)
     assert config.data.train_file == "/srv/site/private/mail.csv"
     assert config.data.columns == {"text": "body", "label": "kind"}
     runtime = config.runtime
@@ -64,11 +64,11 @@ def test_files_columns_and_machine_settings_come_from_the_site(policy: Policy) -
     assert runtime.micro_batch_tokens == 77
     assert runtime.kept_states_folder is None
     there = replace(machine, kept_states_folder="fast")
-    assert settle_here(hostile, policy, there).runtime.kept_states_folder == "/srv/site/fast"
+    assert localize_at_site(hostile, policy, there).runtime.kept_states_folder == "/srv/site/fast"
     assert runtime.onednn
-    assert not settle_here(hostile, policy, replace(machine, onednn=False)).runtime.onednn
+    assert not localize_at_site(hostile, policy, replace(machine, onednn=False)).runtime.onednn
     assert (runtime.kept_states_mib, runtime.gradient_checkpointing, runtime.sites_dir) == (5, True, None)
-    assert settle_here(make_letters(), policy).runtime.num_threads is None, "every core"
+    assert localize_at_site(make_letters(), policy).runtime.num_threads is None, "every core"
     assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
 
 
@@ -79,14 +79,16 @@ def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
     def read(*roles: str, **data: object) -> dict[str, str]:
         named = {"columns": {role: role for role in roles}, "labels": (), **data}
         return dict(
-            settle_here(select_settings_for_sites(make_letters(task="causal_lm", data=named)), several).data.columns
+            localize_at_site(
+                select_settings_for_sites(make_letters(task="causal_lm", data=named)), several
+            ).data.columns
         )
 
     assert read("messages", chat_template="plain") == {"messages": "chat"}
     assert read("text") == {"text": "body"}
     assert read("prompt", "completion") == {"prompt": "question", "completion": "answer"}
     prompted = make_letters(task="causal_lm", data={"columns": {"prompt": "p", "completion": "c"}, "labels": ()})
-    assert read_refusal_reason(settle_here, select_settings_for_sites(prompted), policy) is Reason.SETTINGS, (
+    assert read_refusal_reason(localize_at_site, select_settings_for_sites(prompted), policy) is Reason.SETTINGS, (
         "a role that the site's data has not got"
     )
 
@@ -94,23 +96,23 @@ def test_only_columns_required_by_the_layout_are_read(policy: Policy) -> None:
 def test_site_without_the_second_text_column_is_refused(policy: Policy) -> None:
     columns = {"text": "t", "text_pair": "other", "label": "l"}
     sent = select_settings_for_sites(make_letters(data={"columns": columns}))
-    assert read_refusal_reason(settle_here, sent, policy) is Reason.SETTINGS, (
+    assert read_refusal_reason(localize_at_site, sent, policy) is Reason.SETTINGS, (
         "its single texts would be learned in silence"
     )
     both = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
-    assert dict(settle_here(sent, both).data.columns) == columns
+    assert dict(localize_at_site(sent, both).data.columns) == columns
 
 
 def test_data_set_named_by_the_run_is_used(policy: Policy) -> None:
     columns = {"columns": {"text": "t", "label": "l"}}
     notes = replace(policy, dataset=(replace(policy.dataset[0], **columns), policy.dataset[1]))
-    assert settle_here(make_letters(data={"dataset": "notes"}), notes).data.train_file == "/elsewhere/notes.jsonl"
-    assert read_refusal_reason(settle_here, make_letters(data={"dataset": "unheard-of"}), policy) is Reason.DATASET
+    assert localize_at_site(make_letters(data={"dataset": "notes"}), notes).data.train_file == "/elsewhere/notes.jsonl"
+    assert read_refusal_reason(localize_at_site, make_letters(data={"dataset": "unheard-of"}), policy) is Reason.DATASET
 
 
 def test_training_settings_are_unchanged_at_the_site(policy: Policy) -> None:
     sent = select_settings_for_sites(make_letters(lora={"rank": 3}, training={"local_steps": 1}))
-    config = settle_here(sent, policy)
+    config = localize_at_site(sent, policy)
     same = ("name", "task", "lora", "head", "privacy", "training", "federation", "seed")
     assert all(getattr(config, key) == getattr(sent, key) for key in same)
 
@@ -121,19 +123,19 @@ PLACES = ["/", "/etc", "./models/x", "models/x", "../x", "~/x", "org/name", "min
 @pytest.mark.parametrize("path", PLACES)
 def test_local_paths_and_downloads_from_a_lead_are_refused(policy: Policy, path: str) -> None:
     with pytest.raises(Refused) as refused:
-        settle_here(make_letters(model={"path": path, "sha256": HASH}), policy)
+        localize_at_site(make_letters(model={"path": path, "sha256": HASH}), policy)
     assert (refused.value.reason, refused.value.asked) == (Reason.BASE_MODEL_MISSING, HASH)
 
 
 def test_start_adapter_folder_from_a_lead_is_never_opened(policy: Policy) -> None:
-    model = settle_here(make_letters(model={"adapter": "/etc", "adapter_sha256": HASH}), policy).model
+    model = localize_at_site(make_letters(model={"adapter": "/etc", "adapter_sha256": HASH}), policy).model
     assert (model.adapter, model.adapter_sha256) == (None, HASH)
 
 
 @pytest.mark.parametrize("path", ["random:bert", "package:some_weights/model", "/etc", "org/name"])
 def test_model_without_a_digest_is_refused(policy: Policy, path: str) -> None:
     assert (
-        read_refusal_reason(settle_here, make_letters(model={"path": path, "sha256": None}), policy)
+        read_refusal_reason(localize_at_site, make_letters(model={"path": path, "sha256": None}), policy)
         is Reason.BASE_MODELS
     )
 
@@ -142,16 +144,16 @@ def test_model_without_a_digest_is_refused(policy: Policy, path: str) -> None:
 def test_installed_model_replaces_the_path_of_the_lead(policy: Policy, path: str) -> None:
     model: dict[str, Any] = {"path": path, "sha256": HASH, "gguf_file": "a.gguf", "revision": "x", "cache_dir": "/etc"}
     model["adapter"] = "/etc"
-    taken = settle_here(make_letters(model=model), policy, installed=lambda sha256: STORE / sha256).model
+    taken = localize_at_site(make_letters(model=model), policy, installed=lambda sha256: STORE / sha256).model
     assert (taken.path, taken.sha256, taken.gguf_file) == (str(STORE / HASH), HASH, "a.gguf")
     assert (taken.revision, taken.cache_dir, taken.adapter) == (None, None, None)
 
 
 def test_package_and_random_models_need_no_installation(policy: Policy) -> None:
     packaged: dict[str, Any] = {"path": "package:some_weights/model", "sha256": HASH, "cache_dir": "/etc"}
-    taken = settle_here(make_letters(model={**packaged, "gguf_file": "a.gguf"}), policy).model
+    taken = localize_at_site(make_letters(model={**packaged, "gguf_file": "a.gguf"}), policy).model
     assert (taken.path, taken.cache_dir, taken.gguf_file) == ("package:some_weights/model", None, "a.gguf")
-    assert settle_here(make_letters(), policy).model.path == "random:bert"
+    assert localize_at_site(make_letters(), policy).model.path == "random:bert"
 
 
 # A table: the site's own names of the columns, its policy, and rows that cannot be used.

@@ -104,9 +104,7 @@ def test_corrected_arrival_date_gives_no_new_budget(site: Any, sampled_users: li
     verify(site.folder / "ledger.db")
 
 
-def test_held_out_people_are_admitted_and_registered(
-    station: Any, sampled_users: Any, exact_scores: list[Any]
-) -> None:
+def test_held_out_people_are_admitted_and_registered(station: Any, sampled_users: Any, exact_scores: list[Any]) -> None:
     site = station(**make_cohort_settings("2024", "2024", metrics="noised"))
     write(site, {f"person {n}": [("2024-05-01", "2026-01-01")[n % 2]] for n in range(60)})
     site.update()

@@ -79,11 +79,11 @@ def test_no_run_setting_makes_a_held_out_record_fail(station: Any) -> None:
 def test_records_are_opened_only_for_charged_rounds(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site, charged_then, read = station(), [], real_site.read_own_records
 
-    def note_reading(*args: Any, **rest: Any) -> Any:
+    def record_reads(*args: Any, **rest: Any) -> Any:
         charged_then.append(site.ledger().history.count_total_charges().total())
         return read(*args, **rest)
 
-    monkeypatch.setattr(real_site, "read_own_records", note_reading)
+    monkeypatch.setattr(real_site, "read_own_records", record_reads)
     useless = Adapter({"another": next(iter(site.first.tensors.values()))})
     assert site.refusal(adapter=useless) is Reason.ADAPTER_SHAPE
     assert charged_then == []

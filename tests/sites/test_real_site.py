@@ -114,9 +114,7 @@ class Ours(Classification):
     name = "ours"
 
 
-def test_site_trains_an_allowed_and_installed_plugin_task(
-    station: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_site_trains_an_allowed_and_installed_plugin_task(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, Ours.name, Ours())
     site, other = station(task=Ours.name), station("south")
     site.update()
@@ -128,9 +126,7 @@ def test_site_trains_an_allowed_and_installed_plugin_task(
     assert (reply.body.reason, reply.body.allowed) == (Reason.TASKS, "a task that is installed at this site")
 
 
-def test_settings_from_a_lead_never_import_a_package(
-    station: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_from_a_lead_never_import_a_package(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site = station()
     monkeypatch.setattr(registry, "load_entry_point", Mock(side_effect=AssertionError("imported")))
     sent = json.dumps(select_settings_for_sites(site.config).to_json() | {"task": Ours.name})

@@ -44,10 +44,12 @@ class Own(RunRecords):
         yield from ((name, make_records(texts)) for name, texts in self.texts.items())
 
 
-def check(public: Sequence[str], own: Own, *, role: str = "text", may_owe: bool = False) -> None:
+def check(public: Sequence[str], own: Own, *, role: str = "text", allow_synthetic: bool = False) -> None:
     file = own.folder / "public.jsonl"
     file.touch()
-    require_disjoint(make_records(public, role), own, key="public.train_file", file=str(file), may_owe=may_owe)
+    require_disjoint(
+        make_records(public, role), own, key="public.train_file", file=str(file), allow_synthetic=allow_synthetic
+    )
 
 
 @pytest.mark.parametrize("role", ["text", "prompt"])
@@ -108,12 +110,12 @@ def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Pa
     (tmp_path / "writer").mkdir()
     record_generated_texts(tmp_path / "writer", written[:20])
     record_generated_texts(tmp_path / "writer", written[20:])
-    for may_owe in (False, True):
+    for allow_synthetic in (False, True):
         with pytest.raises(ConfigError, match=r"must contain public records: .*writer wrote some of them"):
-            check([*map(str.upper, written[15:25]), *FOREIGN[:90]], own, may_owe=may_owe)
+            check([*map(str.upper, written[15:25]), *FOREIGN[:90]], own, allow_synthetic=allow_synthetic)
     check([*written[:2], *FOREIGN[:90]], own)
     find_card_path(tmp_path / "public.jsonl", ".json").touch()
-    check(written, own, may_owe=True)  # whose epsilon is read from it
+    check(written, own, allow_synthetic=True)  # whose epsilon is read from it
     with pytest.raises(ConfigError, match=r"public\.jsonl\.card\.json next to it lists the runs"):
         check(written, own)
 

@@ -274,7 +274,9 @@ def test_site_without_room_is_excluded_if_enough_others_remain(kept_sites_config
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_run_without_room_at_any_site_is_refused_with_every_broken_rule(kept_sites_config: Any, tmp_path: Path, wanted: str) -> None:
+def test_run_without_room_at_any_site_is_refused_with_every_broken_rule(
+    kept_sites_config: Any, tmp_path: Path, wanted: str
+) -> None:
     config = kept_sites_config(f"federation.if_over_budget={wanted}")
     sites = make_virtual_sites(config, tmp_path)
     for site in ("site-1", "site-2"):

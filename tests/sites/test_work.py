@@ -112,7 +112,7 @@ def shared_model() -> RunModel:
     return RunModel(LoadedModel(config), config)
 
 
-def do(shared: RunModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k") -> Trained:
+def train_at_north(shared: RunModel, lead: SigningKey, records: SiteRecords, *, key: bytes = b"k") -> Trained:
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=2.0)
     request = make_first_request(shared.config, lead)
@@ -127,19 +127,19 @@ RECORDS = SiteRecords(training=read(LETTERS[:20]), heldout=read(LETTERS[20:]))
 
 
 def test_scores_use_held_out_records_and_updates_use_the_others(shared_model: RunModel, lead_key: SigningKey) -> None:
-    whole = do(shared_model, lead_key, RECORDS)
-    others_held_out = do(shared_model, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
+    whole = train_at_north(shared_model, lead_key, RECORDS)
+    others_held_out = train_at_north(shared_model, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
     assert others_held_out.adapter.digest() == whole.adapter.digest()
     assert others_held_out.scores != whole.scores
-    fewer_trained = do(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[:5]))
+    fewer_trained = train_at_north(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[:5]))
     assert fewer_trained.scores == whole.scores
     assert fewer_trained.adapter.digest() != whole.adapter.digest()
 
 
 def test_fingerprint_covers_training_records_under_its_key(shared_model: RunModel, lead_key: Any) -> None:
-    one = do(shared_model, lead_key, RECORDS).fingerprint
-    without = do(shared_model, lead_key, replace(RECORDS, heldout=[]))
+    one = train_at_north(shared_model, lead_key, RECORDS).fingerprint
+    without = train_at_north(shared_model, lead_key, replace(RECORDS, heldout=[]))
     assert without.fingerprint == one
     assert all(without.scores), "noise is released all the same"
-    assert do(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint != one
-    assert do(shared_model, lead_key, RECORDS, key=b"another").fingerprint != one
+    assert train_at_north(shared_model, lead_key, replace(RECORDS, training=RECORDS.training[1:])).fingerprint != one
+    assert train_at_north(shared_model, lead_key, RECORDS, key=b"another").fingerprint != one

@@ -33,18 +33,18 @@ class Scale:
     false_alarm: float
 
     @cached_property
-    def _ends(self) -> tuple[float, float]:
+    def _compute_bounds(self) -> tuple[float, float]:
         half = self.false_alarm / 2
         return float(stats.chi2.ppf(half, self.count)), float(stats.chi2.isf(half, self.count))
 
     def accepts(self, values: Values, scale: float) -> bool:
         assert values.size == self.count
-        least, most = self._ends
+        least, most = self._compute_bounds
         return bool(least <= np.sum(np.square(values / scale)) <= most)
 
     def power(self, factor: float) -> float:
         """Against noise whose standard deviation is `factor` times the stated one."""
-        least, most = (end / factor**2 for end in self._ends)
+        least, most = (end / factor**2 for end in self._compute_bounds)
         return float(stats.chi2.cdf(least, self.count) + stats.chi2.sf(most, self.count))
 
 
@@ -57,15 +57,15 @@ class Shape:
 
     def accepts(self, values: Values, scale: float) -> bool:
         assert values.size == self.count
-        return bool(stats.kstest(values / scale, "norm", method="asymp").statistic <= self._most)
+        return bool(stats.kstest(values / scale, "norm", method="asymp").statistic <= self._compute_threshold)
 
     @cached_property
-    def _most(self) -> float:
+    def _compute_threshold(self) -> float:
         return float(stats.kstwo.isf(self.false_alarm, self.count))
 
     def power(self, distance: float) -> float:
         """At least this, against a distribution function `distance` from the normal one (Massart's bound, 1990)."""
-        spare = distance - self._most
+        spare = distance - self._compute_threshold
         return 1 - 2 * float(np.exp(-2 * self.count * spare**2)) if spare > 0 else 0.0
 
 
@@ -81,14 +81,14 @@ class Unrelated:
     false_alarm: float
 
     @cached_property
-    def _most(self) -> float:
+    def _compute_threshold(self) -> float:
         return float(stats.t.isf(self.false_alarm / self.count / 2, self.count - 1))
 
     def accepts(self, left: Values, right: Values) -> bool:
         assert left.size == right.size == self.count
         products = np.fft.irfft(np.conj(np.fft.rfft(left)) * np.fft.rfft(right), n=self.count)
         cosine = products / (np.linalg.norm(left) * np.linalg.norm(right))
-        return bool(np.max(np.abs(_compute_student_t(cosine, self.count))) <= self._most)
+        return bool(np.max(np.abs(_compute_student_t(cosine, self.count))) <= self._compute_threshold)
 
     def power(self, correlation: float) -> float:
         """At least this, against noise of which so much is shared (at one shift)."""
@@ -96,7 +96,7 @@ class Unrelated:
         # Given one release, t of the other is noncentral by that one's length, which is hardly ever shorter than this.
         length = np.sqrt(stats.chi2.ppf(rare, self.count))
         noncentral = correlation * length / np.sqrt(1 - correlation**2)
-        return (1 - rare) * float(stats.nct.sf(self._most, self.count - 1, noncentral))
+        return (1 - rare) * float(stats.nct.sf(self._compute_threshold, self.count - 1, noncentral))
 
 
 def _compute_student_t(cosine: Values, count: int) -> Values:
@@ -113,17 +113,17 @@ class Rate:
     false_alarm: float
 
     @cached_property
-    def _ends(self) -> tuple[int, int]:
+    def _compute_bounds(self) -> tuple[int, int]:
         half = self.false_alarm / 2
         least = int(stats.binom.ppf(half, self.trials, self.rate))
         return least, int(stats.binom.isf(half, self.trials, self.rate))
 
     def accepts(self, successes: int) -> bool:
-        least, most = self._ends
+        least, most = self._compute_bounds
         return bool(least <= successes <= most)
 
     def power(self, rate: float) -> float:
         """Against trials that succeed at another rate."""
-        least, most = self._ends
+        least, most = self._compute_bounds
         below = stats.binom.cdf(least - 1, self.trials, rate)
         return float(below + stats.binom.sf(most, self.trials, rate))

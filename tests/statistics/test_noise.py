@@ -30,21 +30,21 @@ def collect_noise() -> Arrays:
 
 
 @pytest.fixture(scope="module")
-def right_noise() -> Arrays:
+def correct_noise() -> Arrays:
     return collect_noise()
 
 
-def test_every_tensor_has_noise_of_the_stated_scale(right_noise: Arrays) -> None:
-    assert len(right_noise) == 25
-    for name, values in right_noise.items():
-        test = Scale(values.size, FALSE_ALARM / len(right_noise))
+def test_every_tensor_has_noise_of_the_stated_scale(correct_noise: Arrays) -> None:
+    assert len(correct_noise) == 25
+    for name, values in correct_noise.items():
+        test = Scale(values.size, FALSE_ALARM / len(correct_noise))
         assert min(test.power(0.9), test.power(1.1)) >= POWER, name
         assert test.accepts(values, SCALE), name
 
 
-def test_every_tensor_has_noise_of_the_stated_shape(right_noise: Arrays) -> None:
-    for name, values in right_noise.items():
-        test = Shape(values.size, FALSE_ALARM / len(right_noise))
+def test_every_tensor_has_noise_of_the_stated_shape(correct_noise: Arrays) -> None:
+    for name, values in correct_noise.items():
+        test = Shape(values.size, FALSE_ALARM / len(correct_noise))
         assert test.power(0.05) >= POWER, "of noise that one value in ten has not"
         assert test.accepts(values, SCALE), name
 

@@ -57,12 +57,12 @@ ALARM = FALSE_ALARM / 5
 """Of each of the five questions below."""
 
 
-def joins_at_rate(seen: Joined) -> bool:
+def has_total_sampling_rate(seen: Joined) -> bool:
     """All units and steps together."""
     return Rate(seen.size, RATE, ALARM).accepts(int(seen.sum()))
 
 
-def each_joins_at_rate(seen: Joined) -> bool:
+def has_unit_sampling_rates(seen: Joined) -> bool:
     test = Rate(len(seen), RATE, ALARM / seen.shape[1])
     return all(test.accepts(int(count)) for count in seen.sum(axis=0))
 
@@ -97,10 +97,16 @@ def has_independent_steps(seen: Joined) -> bool:
     return True
 
 
-QUESTIONS = (joins_at_rate, each_joins_at_rate, has_binomial_sizes, has_independent_neighbors, has_independent_steps)
+QUESTIONS = (
+    has_total_sampling_rate,
+    has_unit_sampling_rates,
+    has_binomial_sizes,
+    has_independent_neighbors,
+    has_independent_steps,
+)
 
 
-def list_failed(seen: Joined) -> set[str]:
+def list_failed_checks(seen: Joined) -> set[str]:
     return {question.__name__ for question in QUESTIONS if not question(seen)}
 
 
@@ -110,7 +116,7 @@ def real_participants() -> Joined:
 
 
 def test_sampled_units_form_a_poisson_sample(real_participants: Joined) -> None:
-    assert list_failed(real_participants) == set()
+    assert list_failed_checks(real_participants) == set()
 
 
 def test_ten_percent_deviations_would_be_detected() -> None:
@@ -156,7 +162,7 @@ WRONG: dict[str, tuple[Sampler, set[str]]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_sampler_is_rejected(wrong: str) -> None:
     sampler, questions = WRONG[wrong]
-    assert list_failed(draw_participants(sampler)) >= questions
+    assert list_failed_checks(draw_participants(sampler)) >= questions
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from fedtune.training.batch_invariance import max_batch_influence
 from fedtune.training.dp_step import sum_by_halves
 from fedtune.training.per_example import record_gradients
 
-from ..builders import leave_as_after_trial
+from ..builders import adapt_shapes_to_device
 from .conftest import KINDS, build_fresh, build_trained, make_dummy_examples, make_examples
 from .test_dp_step import compute_loop_gradient
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.nightly
 tasks = pytest.mark.parametrize(("path", "task"), KINDS)
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
-SHAPES = leave_as_after_trial(Shapes.from_limits(max_length=15, max_tokens=40))
+SHAPES = adapt_shapes_to_device(Shapes.from_limits(max_length=15, max_tokens=40))
 
 
 def make_lora(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:

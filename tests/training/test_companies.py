@@ -19,7 +19,7 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import record_gradients
 from fedtune.training.users import UserExamples, UserGradients
 
-from ..builders import leave_as_after_trial, pad_length, set_random_values
+from ..builders import adapt_shapes_to_device, pad_length, set_random_values
 from ..model.conftest import make_spec
 from .conftest import LAST, build_trained, make_examples
 
@@ -100,7 +100,7 @@ def test_record_gradient_is_bitwise_equal_in_any_batch(
     path: str, task: str, keeps: bool, dtype: str, threads: None
 ) -> None:
     model = build_trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
-    shapes = leave_as_after_trial(Shapes.from_limits(max_length=24, max_tokens=192))
+    shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=24, max_tokens=192))
     for length in shapes.lengths:
         lengths = list_lengths(shapes, length, 16, seed=length)
         dataset = make_records(model, lengths, seed=length)
@@ -112,7 +112,7 @@ def test_record_gradient_is_bitwise_equal_in_any_batch(
 def test_kept_states_do_not_depend_on_other_records(path: str, task: str, threads: None) -> None:
     model, shapes = (
         build_trained(path, task, lora=LAST),
-        leave_as_after_trial(Shapes.from_limits(max_length=30, max_tokens=256)),
+        adapt_shapes_to_device(Shapes.from_limits(max_length=30, max_tokens=256)),
     )
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
     dataset = make_records(model, lengths)
@@ -140,7 +140,7 @@ def test_records_of_mixed_lengths_are_batch_invariant(
     path: str, task: str, positions: Any, lora: LoraSpec, threads: None
 ) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
-    shapes = leave_as_after_trial(Shapes.from_limits(max_length=30, max_tokens=200, positions=positions))
+    shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=30, max_tokens=200, positions=positions))
     model = build_trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
     dataset = make_records(model, lengths)
@@ -149,7 +149,7 @@ def test_records_of_mixed_lengths_are_batch_invariant(
 
 @kinds
 def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: None) -> None:
-    model, shapes = build_trained(path, task), leave_as_after_trial(Shapes.from_limits(max_length=30, max_tokens=200))
+    model, shapes = build_trained(path, task), adapt_shapes_to_device(Shapes.from_limits(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)
     sizes = np.array([1, 4, 2, 6, 1, 3, 2])
     dataset = make_records(model, draws.integers(1, 31, size=sizes.sum()))
@@ -188,7 +188,7 @@ def build_packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
-    shapes = leave_as_after_trial(Shapes.from_limits(max_length=40, max_tokens=480, positions=512))
+    shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=40, max_tokens=480, positions=512))
     model = build_packaged(MINILM, "classification", dtype=dtype)
     if dtype != "float32" and torch.cpu._is_amx_tile_supported():
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
@@ -200,7 +200,7 @@ def test_minilm_is_batch_invariant(dtype: str, threads: None) -> None:
 def test_smollm2_is_batch_invariant() -> None:
     model, shapes = (
         build_packaged(SMOLLM2, "causal_lm"),
-        leave_as_after_trial(Shapes.from_limits(max_length=24, max_tokens=96, positions=8192)),
+        adapt_shapes_to_device(Shapes.from_limits(max_length=24, max_tokens=96, positions=8192)),
     )
     for length in shapes.lengths[:2]:
         dataset = make_records(model, list_lengths(shapes, length, 5))

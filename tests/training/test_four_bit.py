@@ -16,7 +16,7 @@ from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.batch_invariance import max_batch_influence
 
-from ..builders import leave_as_after_trial, record_example_gradients
+from ..builders import adapt_shapes_to_device, record_example_gradients
 from .conftest import KINDS, LAST, build_trained, make_dummy_examples, make_examples
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
@@ -44,7 +44,7 @@ def disable_onednn(model: TaskModel) -> TaskModel:
 
 def make_micro_batch(dataset: TextDataset) -> Batch:
     """In the shape that a step gives a data set, for shapes decide how sums are rounded."""
-    shapes = leave_as_after_trial(Shapes.from_limits(max_length=15, max_tokens=16 * len(dataset)))
+    shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=15, max_tokens=16 * len(dataset)))
     examples = make_examples(dataset, shapes)
     length = shapes.lengths[-1]
     return examples.batch(Part(np.arange(len(dataset)), shapes.rows(length)[0], length))
@@ -105,7 +105,7 @@ def test_trial_replaces_and_restores_nf4_codes(path: str, task: str) -> None:
     def see(_: Any) -> None:
         changed.append([not torch.equal(one, before) for one, before in zip(copy_codes(), own, strict=True)])
 
-    shapes = leave_as_after_trial(Shapes.from_limits(max_length=12, max_tokens=48))
+    shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=12, max_tokens=48))
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=0.1, see=see) == 0.0
     assert not any(changed[0]), "first with its own"
     assert all(changed[-1]), "then with random ones, in every layer"

@@ -309,7 +309,7 @@ def _count_extracted(target: Target, records: Sequence[Record], *, seed: int) ->
     found = tried = 0
     for place in draws.permutation(len(records)):
         fields = dict(records[place].fields)
-        (answer,) = saved.answer_ids([fields])
+        (answer,) = saved.tokenize_answers([fields])
         prompt = task.encode_prompt(fields, saved.tokenizer, data=data)
         if len(answer) < TOKENS or not len(prompt):
             continue

@@ -118,7 +118,7 @@ def synthesize(
     texts: dict[Prompt, dict[str, None]] = {prompt: {} for prompt in wanted}  # in order, each once
     varied: dict[Prompt, dict[str, npt.NDArray[np.int32]]] = defaultdict(dict)
     fields = [{role: row[column] for role, column in columns.items()} for row in variations_of]
-    for one, ids in zip(fields, saved.answer_ids(fields), strict=True):
+    for one, ids in zip(fields, saved.tokenize_answers(fields), strict=True):
         varied[tuple(one[role] for role in roles)][one["completion"]] = ids
     in_turn, draws = (
         {prompt: cycle(found.values()) for prompt, found in varied.items()},

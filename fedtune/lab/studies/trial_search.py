@@ -202,9 +202,11 @@ class Search:
         return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
 
     def _check_compatible(self, shapes: Sequence[RunConfig]) -> None:
-        from fedtune.sites.virtual_site import partition_settings  # torch takes seconds to import
+        from fedtune.sites.virtual_site import select_partition_settings  # torch takes seconds to import
 
-        dealt = [partition_settings(one) | {"federation.participants": list(one.federation.active)} for one in shapes]
+        dealt = [
+            select_partition_settings(one) | {"federation.participants": list(one.federation.active)} for one in shapes
+        ]
         for shape, settings in zip(shapes, dealt, strict=True):
             for key, value in settings.items():
                 if value != dealt[0][key]:

@@ -308,7 +308,7 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
 def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[DoctorCheck]:
     """Yield the reasons why an intact ledger would still prevent training."""
     name = "ledger"
-    for key, made_for, says in history.opening.differences(files.policy):
+    for key, made_for, says in history.opening.list_differences(files.policy):
         fix = f"Restore the old value of {key} in site.toml: it is fixed for the ledger's lifetime."
         yield failed(name, f"was created for {key} = {made_for}, but the policy says {says}", fix=fix)
     if files.anchor is not None and not files.anchor.is_file() and history.count_total_charges():

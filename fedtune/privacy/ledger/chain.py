@@ -280,7 +280,7 @@ def iter_charges(
     return ((dp_events.from_json(event), n, said) for (event, n), said in zip(charged, ranges, strict=True))
 
 
-def charge_rows(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, Any], int, str]]:
+def list_charge_rows(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, Any], int, str]]:
     """List the charges in a fixed order as rows (mechanism as JSON, count, charged cohorts)."""
     rows = [(dp_events.to_json(event), count, said) for (event, said), count in charges.items()]
     return sorted(rows, key=lambda row: (json.dumps(row[0], sort_keys=True), row[2]))

@@ -29,8 +29,8 @@ from fedtune.privacy.ledger.chain import (
     Head,
     Kind,
     Restored,
-    charge_rows,
     iter_charges,
+    list_charge_rows,
 )
 from fedtune.privacy.ledger.register import Opened, Row
 from fedtune.privacy.policy_file import build_never_accepted_mark, decode_policy_json, iter_permanent_marks
@@ -506,7 +506,7 @@ class History:
         """Create and sign the head of the newest event."""
         assert self.last_time is not None
         assert self.policy is not None
-        charged = charge_rows(self.charges())
+        charged = list_charge_rows(self.charges())
         arrivals = Arrivals(
             ranges=tuple(said for *_, said in charged),
             lost_after=min((last for last, _ in self.lost_rows), default=None),

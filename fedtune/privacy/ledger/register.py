@@ -92,7 +92,7 @@ class Opened:
         dp_events.from_json(opened.reference)
         return opened
 
-    def differences(self, policy: Policy) -> list[tuple[str, object, object]]:
+    def list_differences(self, policy: Policy) -> list[tuple[str, object, object]]:
         """List (key, value in the ledger, value in `policy`) for each fixed value that differs."""
         people = policy.population
         for_this = (self.site, self.population, self.unit, self.delta, self.arrivals or "none")
@@ -120,7 +120,7 @@ def pseudonymize(key: bytes, user: str) -> bytes:
     return hmac.digest(key, user.encode(), hashlib.sha256)[:UNIT_BYTES]
 
 
-def digest_after(before: str, rows: Iterable[Row]) -> str:
+def compute_register_digest(before: str, rows: Iterable[Row]) -> str:
     """Compute the register's digest after an event that adds `rows`; unchanged without rows."""
     packed = b"".join(struct.pack(f">Q{UNIT_BYTES}sQ", *row) for row in sorted(rows))
     return hashlib.sha256(b"fedtune arrivals\n" + before.encode() + packed).hexdigest() if packed else before
@@ -130,7 +130,7 @@ def map_digests_by_event(rows: Iterable[Row]) -> dict[int, str]:
     """Map the sequence number of each event that added rows to the register's digest after that event."""
     digest, made = START, dict[int, str]()
     for sequence, of_one in groupby(sorted(rows), key=lambda row: row.sequence):
-        made[sequence] = digest = digest_after(digest, of_one)
+        made[sequence] = digest = compute_register_digest(digest, of_one)
     return made
 
 

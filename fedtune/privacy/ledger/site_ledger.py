@@ -23,7 +23,7 @@ from fedtune.privacy import events
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
-from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charge_rows, iter_charges
+from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, iter_charges, list_charge_rows
 from fedtune.privacy.ledger.history import AcceptedRun, History
 from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
@@ -337,7 +337,7 @@ class SiteLedger:
             shared = max(both, default=0)
             there = iter_charges(anchor.charged, anchor.arrivals)
             gap = Counter({(event, said): count for event, count, said in there}) - self.history.charges(up_to=shared)
-            lost = charge_rows(gap)
+            lost = list_charge_rows(gap)
             restored = Restored(
                 shared=shared,
                 end=anchor.sequence,
@@ -349,7 +349,7 @@ class SiteLedger:
                 caps=_drop_common_prefix(self.history.caps, anchor.caps),
                 users=frozenset(anchor.users),
                 doubts=frozenset(anchor.doubts),
-                arrivals=self._lost_arrivals(anchor, [said for *_, said in lost], shared=shared),
+                arrivals=self._find_lost_arrivals(anchor, [said for *_, said in lost], shared=shared),
             )
             doubts = self.history.doubts.union(anchor.doubts)
             if len(doubts) < _MOST_DOUBTS:
@@ -459,7 +459,7 @@ class SiteLedger:
             self.history, self.policy, run.plan.cohorts, asked=asked, held=lambda _: Counter(), now=now
         )
 
-    def _lost_arrivals(self, anchor: Head, ranges: Sequence[str], *, shared: int) -> Arrivals | None:
+    def _find_lost_arrivals(self, anchor: Head, ranges: Sequence[str], *, shared: int) -> Arrivals | None:
         """Return the cohorts of a gap, and the newest event with complete register rows after the restore.
 
         Guarantee: the result depends only on charges, so that no refusal or figure after a restore reveals anything
@@ -506,7 +506,7 @@ class SiteLedger:
     def _require_fixed_settings(self) -> None:
         """Check that unit, delta, population, site, key and user columns match those at the creation of the ledger."""
         opened = self.history.opening
-        differences = [("site_key", opened.site_key, self._key.public), *opened.differences(self.policy)]
+        differences = [("site_key", opened.site_key, self._key.public), *opened.list_differences(self.policy)]
         differences += self.history.iter_changed_user_columns(self.policy)
         for key, made_for, says in differences:
             if made_for != says:

@@ -309,7 +309,7 @@ class EventStore:
                 if row is None:
                     new.append(register.Row(self.history.length + 1, unit, counted))
         self._file.executemany("INSERT INTO arrivals (sequence, unit, cohort) VALUES (?, ?, ?)", new)
-        return frozenset(admitted), register.digest_after(self.history.register, new)
+        return frozenset(admitted), register.compute_register_digest(self.history.register, new)
 
     def read_stored_reply(self, request: str) -> bytes | None:
         """Read the stored reply to a request; None if it has been replaced."""
