@@ -41,12 +41,12 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(data)
-    except (ValueError, RecursionError):  # ValueError: no JSON, no UTF-8, an integer of thousands of digits
+    except (ValueError, RecursionError):  # ValueError: invalid JSON or UTF-8, or a huge integer
         found = None
     inner = [found]
     for _ in range(_MOST_LEVELS):
         inner = [item for each in inner for item in list_items(each)]
-    if inner or not isinstance(found, dict):  # what is deeper can be parsed, and breaks who copies or writes it
+    if inner or not isinstance(found, dict):  # deeper nesting could be parsed, but neither copied nor written
         raise ConfigError(key, "something else", bound)
     return found
 
@@ -66,7 +66,7 @@ def read_toml(path: Path, *, key: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: invalid TOML or UTF-8, or a huge integer
         place = re.search(r" \((at [^()]*)\)$", str(error))
         raise ConfigError(key, str(path), f"must be TOML{f'; there is an error {place[1]}' if place else ''}") from None
 
@@ -89,7 +89,7 @@ def decode(cls: type[T], table: object, *, default: T | None = None, skipped: Se
     hints, fields = _hints(cls), {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in table:
         if key not in fields:
-            # Neither a value nor what only a file of another kind has as a key is quoted.
+            # The message quotes neither values nor unknown keys, which could come from another file.
             named = key if len(key) <= _LONGEST_KEY and _BARE_KEY.fullmatch(key) else "one of the keys"
             raise ConfigError(named, NOT_GIVEN, f"is not a known key; known keys: {', '.join([*fields, *skipped])}")
     for key, field in fields.items():
@@ -114,7 +114,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:  # JSON has it, TOML has not
+        if value is None and type(None) in arguments:  # null exists in JSON, but not in TOML
             return None
         kinds = [kind for kind in arguments if kind is not type(None)]
         words = [kind for kind in kinds if typing.get_origin(kind) is Literal and value in typing.get_args(kind)]
@@ -124,7 +124,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
         return _decode_under(key, hint, value, default if isinstance(default, hint) else None)
     if origin in (tuple, frozenset) or hasattr(hint, "_fields"):
         return _decode_sequence(key, value, hint)
-    if isinstance(hint, type) and issubclass(hint, tuple):  # a named tuple, which is written as a list
+    if isinstance(hint, type) and issubclass(hint, tuple):  # a NamedTuple, serialized as a list
         return hint(*_decode_sequence(key, value, tuple[tuple(_hints(hint).values())]))  # type: ignore[misc]
     if origin is Literal:
         require(key, value, value in arguments, f"must be one of {', '.join(map(str, arguments))}")
@@ -166,7 +166,7 @@ def _decode_sequence(key: str, value: Any, hint: Any) -> Any:
 
 def _decode_under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
     try:
-        if default is None and hasattr(cls, "from_json"):  # its values have rules beyond their types
+        if default is None and hasattr(cls, "from_json"):  # such classes have rules beyond types
             return cls.from_json(table)
         return decode(cls, table, default=default)
     except ConfigError as error:

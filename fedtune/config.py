@@ -34,12 +34,12 @@ MOST_NAME = 200
 """Characters of a run's name: a site's files are called after it, 33 characters of digest, an ending and the number of
 the process that writes them, and no file system takes more than 255."""
 
-MOST_SEED = 2**63 - 1  # generators take no more bits
+MOST_SEED = 2**63 - 1  # limit of random generators
 _FILES = frozenset({"public.train_file", *(f"data.{part}_file" for part in ("train", "validation", "test"))})
 _FOLDERS = {"resume", "tracking.output_dir", "model.adapter", "model.cache_dir", "runtime.sites_dir"}
 PATHS = _FILES | _FOLDERS | {"runtime.kept_states_folder"}
 """Settings that are paths on this machine.  `model.path` may be another name, and is looked up in `fedtune/model`."""
-_MOST_YAML = 1 << 24  # bytes of a file of settings
+_MOST_YAML = 1 << 24  # maximum size of a settings file in bytes
 
 
 @spec
@@ -210,7 +210,7 @@ class RunConfig:
     def task_model(self) -> TaskModelSpec:
         """Collect the specs that define the model."""
         return TaskModelSpec(
-            # Where training begins is no part of what is trained: a model that is loaded serves every start.
+            # Without the start adapter, because a loaded model can start from any adapter.
             model=dataclasses.replace(self.model, adapter=None, adapter_sha256=None),
             lora=self.lora,
             head=self.head,
@@ -350,7 +350,7 @@ class RunConfig:
             del fields[key]
         patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "straggler_grace_s", "renewal")]
         patience.append(("training", "ignore_weak_signal"))
-        # Where an adapter lies changes nothing: its digest says which it is.
+        # The path of an adapter is irrelevant; its digest identifies it.
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
         own = self.privacy
         unsaid = {
@@ -400,7 +400,7 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
         for (one, _), place in zip(node.value, range(len(node.value)), strict=True):
-            if isinstance(one, yaml.ScalarNode) and one.value in names[:place]:  # YAML would take the last
+            if isinstance(one, yaml.ScalarNode) and one.value in names[:place]:  # YAML would silently use the last one
                 raise yaml.MarkedYAMLError(problem="a key twice", problem_mark=one.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -408,7 +408,7 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
 def format_config_yaml(config: RunConfig) -> bytes:
     """Serialize a configuration as the `config.yaml` of a run folder."""
     settings = {"schema_version": RUN_SCHEMA, **config.to_json()}
-    as_it_is = "\x85" not in json.dumps(settings, ensure_ascii=False)  # which YAML would read back as a space
+    as_it_is = "\x85" not in json.dumps(settings, ensure_ascii=False)  # YAML would read U+0085 back as a space
     return bytes(yaml.safe_dump(settings, allow_unicode=as_it_is, encoding="utf-8", sort_keys=False))
 
 
@@ -419,7 +419,7 @@ def read_saved_settings(folder: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not a YAML mapping, or was written by another version.
     """
     path = RunFolder(folder).config
-    if not os.path.isfile(path):  # False for a name that is too long, too
+    if not os.path.isfile(path):  # also False for names that are too long
         raise ConfigError("run folder", str(folder), f"must contain a config.yaml{suggest_run_folders(folder)}")
     settings = read_plain_yaml(path, key="run folder")
     check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="run folder")
@@ -483,7 +483,7 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
     except ValidationError as error:
         raise convert_first_error(error) from None
     _check_switches(settings, config.to_json())
-    # Other machines may compute the others' runs, and a seeded run is repeated on any machine.
+    # Real sites compute on other machines, and a seeded run must be reproducible on any machine.
     if for_real_sites or config.runtime.kind != "simulation" or config.runtime.seeded_noise:
         config = config.with_number_format("float32")
     return config.with_rates()
@@ -520,7 +520,7 @@ def use_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] 
         federation = TypeAdapter(FederationSpec).validate_python(settings["federation"])
         training = TypeAdapter(TrainingSpec).validate_python(settings["training"])
     except (ValidationError, KeyError):
-        return settings  # parse names what is wrong
+        return settings  # `parse` reports the error
     if "training.local_steps" in keep:
         return settings
     threshold = federation.threshold or federation.enough_sites or len(federation.active)
@@ -536,7 +536,7 @@ def use_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] 
     return settings
 
 
-_FASTER = 5 / 3  # how far SGD's rates grow at most in secure aggregation: from 3 to 5 and from 24 to 40 with four banks
+_FASTER = 5 / 3  # largest tested increase of SGD's rates: from 3 to 5 and from 24 to 40 with four banks
 
 
 def _read_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -587,7 +587,7 @@ def _check_switches(given: Any, taken: Any, key: str = "") -> None:
 def convert_first_error(error: ValidationError) -> ConfigError:
     """Convert the first pydantic error to a ConfigError with a user-facing message."""
     details = error.errors(include_url=False)[0]
-    # pydantic adds the branch of a union that it tried to the location.
+    # For unions, pydantic appends the branch to the location.
     loc, is_unknown = [str(part) for part in details["loc"]], details["type"] == "unexpected_keyword_argument"
     ours = (part for part in loc if re.fullmatch(r"\w+", part, re.ASCII) or (is_unknown and part is loc[-1]))
     location = ".".join(part for part in ours if part not in ("int", "str", "float", "tuple"))

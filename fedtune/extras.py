@@ -64,7 +64,7 @@ def load_entry_point(group: str, name: str, *, key: str) -> object | None:
         raise ConfigError(key, name, f"is declared by several installed packages: keep one of {packages}")
     try:
         return found[0].load() if found else None
-    except Exception as error:  # whatever the package's own code raises
+    except Exception as error:  # the package's code may raise anything
         bound = f"cannot be imported from {found[0].value}: {type(error).__name__}: {error}"
         raise ConfigError(key, name, bound) from error
 
@@ -76,6 +76,6 @@ def describe_code(defined: type) -> str:
     try:
         file = Path(inspect.getfile(defined))
         source = f"{file.name} SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
-    except (OSError, TypeError):  # typed in a notebook or a console
+    except (OSError, TypeError):  # defined in a notebook or console
         source = "without a file"
     return ", ".join([*sorted({*packages}), source])

@@ -202,7 +202,7 @@ def check_fraction(key: str, value: float, *, zero: bool = False, one: bool = Fa
 
 def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
     """Check that a value is one of `allowed`."""
-    if value not in tuple(allowed):  # a list or a map, which a file may hold, is in no set
+    if value not in tuple(allowed):  # a tuple, because unhashable values cannot be looked up in a set
         raise ConfigError(key, value, f"must be one of {', '.join(map(str, allowed))}")
 
 

@@ -55,10 +55,12 @@ class Mlflow:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by itself it tries a lost server for minutes
+        os.environ.setdefault(
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
+        )  # the default retries an unreachable server for minutes
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)  # it tells of long settings that it cuts
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # warns about truncated settings
         logging.getLogger("alembic").setLevel(logging.WARNING)
         address = config.tracking.send_to
         self._artifacts = None if address else (folder / "artifacts").resolve().as_uri()
@@ -97,7 +99,7 @@ class TensorBoard:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._summary: Any = import_module("torch.utils.tensorboard.summary")  # it has no types
+        self._summary: Any = import_module("torch.utils.tensorboard.summary")  # no type stubs
         own = folder / config.name
         own.mkdir(parents=True, exist_ok=True)
         self._file = (own / f"events.out.tfevents.{time.time_ns()}").open("wb")
@@ -107,7 +109,7 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         self._write(file_version="brain.Event:2")
-        # What an earlier start of the run wrote makes room for this one, which writes all rounds.
+        # Remove the files of earlier starts, because this start logs all rounds.
         self._write(step=1, session_log=SessionLog(status=SessionLog.START))
         lines = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
         self._write(summary=self._summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
@@ -121,7 +123,7 @@ class TensorBoard:
     def result(self, figures: Figures, files: Sequence[Path]) -> None:
         self.round(0, figures)
         for path in files:
-            if path.suffix == ".md":  # TensorBoard keeps no files; the card repeats the report
+            if path.suffix == ".md":  # TensorBoard stores no files; the model card repeats the report
                 self._write(summary=self._summary.text("report", path.read_text(encoding="utf-8")))
 
     def close(self, how: Ending) -> None:
@@ -235,7 +237,7 @@ class Tracked:
         try:
             tell(self._tracker)
         except Exception as error:
-            log.info("the tracker failed", exc_info=True)  # the note is for the person
+            log.info("the tracker failed", exc_info=True)  # the note is for the user
             self._tracker = None
             self._note(
                 f"tracking={self._config.tracking.tracker} stopped, and the run continues: {_describe_error(error)}"
@@ -255,7 +257,7 @@ def list_settings(config: RunConfig) -> Settings:
     found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
     for key, value in flatten(config.decisive()):
         if value is not None:
-            # Of a path only the last part is shown: the rest says how this machine is laid out.
+            # Paths are reduced to their last component, to hide local folders.
             shown = Path(value).name if key in PATHS or key == "model.path" else value
             found[key] = shown if isinstance(shown, str | int | float | bool) else str(shown)
     return found

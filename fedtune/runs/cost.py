@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.extras import require_extra
 from fedtune.spec import ConfigError, spec
 
-if TYPE_CHECKING:  # who reads what was measured needs no settings, which take long to import
+if TYPE_CHECKING:  # slow import, which readers of measurements do not need
     from fedtune.config import CostSpec
 
 
@@ -94,7 +94,7 @@ def _start_tracker(country: str | None) -> Any:
     logging.getLogger("codecarbon").disabled = True
     tracker = OfflineEmissionsTracker(
         country_iso_code=country,
-        # All set here, because a file or an environment variable could otherwise set them and cause network calls.
+        # Set explicitly, because files or environment variables could otherwise cause network calls.
         output_methods=[],
         emissions_endpoint=None,
         electricitymaps_api_token="",

@@ -33,7 +33,7 @@ from fedtune.sites.run_records import RunRecords, find_card_path, hash_file
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
 from fedtune.version import __version__, find_shipped_folders
 
-if TYPE_CHECKING:  # they import torch, which a reader does not need
+if TYPE_CHECKING:  # these import torch, which readers do not need
     from transformers import PreTrainedConfig
 
     from fedtune.sites.shared_model import RunModel
@@ -131,9 +131,9 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     if public is not None and (learned != public or of_base):
         bound = "must be null with public.train_file: it was trained on other records as well"
         raise ConfigError("model.adapter", config.model.adapter, bound)
-    if earlier:  # of a base, its run told it where that is on file
+    if earlier:  # a base model with recorded lineage
         of_run["start_adapter"] = build_lineage([*walk_lineage(of_run.get("start_adapter")), *earlier])
-    return about | ({"public": True} if public else {}) | of_run  # the person who started the run declares it
+    return about | ({"public": True} if public else {}) | of_run  # declared by the user
 
 
 def _iter_records_lineage(config: RunConfig) -> Iterator[Debt]:
@@ -143,7 +143,7 @@ def _iter_records_lineage(config: RunConfig) -> Iterator[Debt]:
         if os.path.lexists(card := find_card_path(path, ".json")):
             try:
                 told = json.loads(card.read_bytes())
-                own = told["sha256"] == hash_file(path, key=key)  # else it is another file's
+                own = told["sha256"] == hash_file(path, key=key)  # otherwise the card belongs to another file
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
                 told, own = {}, False
             yield from read_texts_lineage(told.get("runs") if own else None)
@@ -204,9 +204,9 @@ def _describe_current_environment(shared: RunModel) -> Environment:
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         device=describe_device(shared.device),
-        libraries={name: version(name) for name in _NOTED} | own,  # fedtune needs all of them
+        libraries={name: version(name) for name in _NOTED} | own,  # all are required packages
         model_sha256=config.model.sha256 or hash_model(config.model),  # a pinned hash was checked at loading
-        # training.local knows one way to sample; tests/training/test_dp_step.py shows that it really happens.
+        # The only sampling method; tests/training/test_dp_step.py verifies it.
         sampling="poisson" if trains else None,
         randomness=("seeded" if config.runtime.seeded_noise else "operating_system") if trains else None,
     )

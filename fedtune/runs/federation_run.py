@@ -85,12 +85,12 @@ class FederationRun:
     config: RunConfig
     folder: Path  # the run folder
     shared: RunModel  # the lead's model and data
-    asked: ProposedRun  # who is asked about what
-    average: Aggregation  # makes the next adapter of plain updates
-    receipts: Path  # file with the sites' newest receipts, kept over runs
+    asked: ProposedRun  # the proposed run and its sites
+    average: Aggregation  # aggregates plain updates
+    receipts: Path  # file with the sites' newest receipts, shared by several runs
     engine: Engine  # runs the rounds
-    # reads and checks what only this runtime has, before anything is charged; returns what a person should know
-    # of the sites' records, and the sites whose records are others than in the run's earlier rounds
+    # runtime-specific checks before anything is charged; returns warnings about the sites' records, and the sites
+    # with changed records
     ready: Callable[[], tuple[Sequence[str], Sequence[str]]] = lambda: ((), ())
     gives_adapter: bool = False  # whether the sites receive the final adapter
 
@@ -141,7 +141,7 @@ class FederationRun:
         try:
             state = self.engine(lambda transport: run_rounds(transport, lead, state))
         except BaseException:
-            # What was charged is on record also for a run that ends early.
+            # Charges are recorded even for a run that ends early.
             self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed(), meter=meter)
             raise
         save_receipts(self.receipts, state.receipts)
@@ -209,7 +209,7 @@ class FederationRun:
             metrics_before=state.metrics_before,
             constant=guess,
             seconds=seconds,
-            # Of this process: Ray's actors are not its children.
+            # Of this process only; Ray actors are not its children.
             peak_memory_bytes=None
             if resource is None
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MEMORY_UNIT,

@@ -32,14 +32,14 @@ _MOST_GROUPS = 100
 class SideBySide:
     """Evaluations of several models on the same records."""
 
-    records: Sequence[Record] = field(repr=False)  # that were scored
-    users: list[npt.NDArray[np.int64]] | None  # for each user the places of its records; None: each record is a unit
-    primary_metric: str  # the score that counts
-    measured: Mapping[str, Evaluation] = field(repr=False)  # by model; the model before training comes first
-    means: Mapping[str, Sequence[str]]  # by name, models whose mean counts as one more
-    score: Scores  # from figures to scores
-    detailed: Callable[[Figures], Detail | None]  # from figures to the detail behind the scores; None: nothing
-    constant: float | None = None  # the score that counts of the best constant answer; None: there is no such
+    records: Sequence[Record] = field(repr=False)  # the scored records
+    users: list[npt.NDArray[np.int64]] | None  # record indices of each user; None: each record is a unit
+    primary_metric: str  # name of the primary metric
+    measured: Mapping[str, Evaluation] = field(repr=False)  # model -> evaluation, the untrained model first
+    means: Mapping[str, Sequence[str]]  # name -> models whose average is an additional model
+    score: Scores  # function from figures to scores
+    detailed: Callable[[Figures], Detail | None]  # function from figures to detailed scores
+    constant: float | None = None  # primary metric of the best constant prediction; None without one
 
     @property
     def unit(self) -> Unit:
@@ -144,7 +144,7 @@ def compare_runs(
     for done, names in enumerate(together.values()):
         progress(f"scoring {', '.join(names)}", done, len(together))
         config, _ = runs[names[0]]
-        # Before the model, whose loading takes longer.
+        # Before loading the model, which is slower.
         own = LeadRecords.read_for_scoring(config, file) if records is None else None
         saved = SavedModel(config, {name: runs[name][1] for name in names})
         if own is not None:
@@ -157,7 +157,7 @@ def compare_runs(
             bound = "must select the first run's test records"
             raise ConfigError("run", names[0], f"{bound}; give both a file with --data")
         of_these = saved.evaluate_models(data)
-        # An adapter that changes nothing yet has no part in the model before training.
+        # A new adapter does not change the model, so the base model is scored without one.
         base = replace(config.task_model(), lora=LoraSpec(), seed=0), _list_input_settings(config)
         if base not in bases:
             bases[base] = f"{BASE} of {names[0]}" if bases else BASE
@@ -165,7 +165,7 @@ def compare_runs(
         found |= {name: of_these[name] for name in names}
     users = None
     if first.privacy.unit == "user":
-        with suppress(DataError):  # where the records' file names no users
+        with suppress(DataError):  # the file of the records has no user column
             who = read_column_values(data.records, first.data.columns["user"], key="data.columns.user", role="user")
             users = group_by_user([Record({"user": user}) for user in who])
     scored = saved.model.task

@@ -30,6 +30,6 @@ def require_scoring_packages(config: RunConfig) -> None:
     Raises:
         ConfigError: a package is missing.
     """
-    plain = "text" in config.data.columns  # texts without a prompt, from which nothing is written
+    plain = "text" in config.data.columns  # plain texts have no prompts for generation
     if config.evaluation.generate and config.bound_task.predicts_tokens and not plain:
         require_extra("evaluation.generate", True, "text", "sacrebleu", "rouge_score")

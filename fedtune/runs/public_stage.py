@@ -85,7 +85,7 @@ def _stage_config(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
     data: dict[str, Any] = dict.fromkeys(("heldout_fraction", "validation_fraction", "test_fraction"), 0.0)
     data |= {"dataset": f"{config.data.dataset}-public", "train_file": public.train_file, "declared_sizes": 1}
     data |= {"partition": {}, "train_fraction": 1.0}
-    if public.columns is not None:  # which the lead's other files do not have
+    if public.columns is not None:  # the lead's other files have other columns
         data |= {"columns": public.columns, "validation_file": None, "test_file": None}
         data |= {"prompt_template": "{prompt}", "chat_template": "none"} if "text" in public.columns else {}
     privacy = {"mechanism": "none", "unit": "record", "planned_runs": 1, "metrics": "none"}

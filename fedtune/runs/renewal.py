@@ -69,7 +69,7 @@ def renew_config(folder: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
         )
     settings = before.to_json() | {"public": {}}
     for key, value in (changes | dict(overrides)).items():
-        # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
+        # Overriding a whole group would reset its other keys, and with them the number of runs.
         if isinstance(settings.get(key), dict) or key == "federation.renewal" or not set_by_key(settings, key, value):
             raise ConfigError(key, value, "must be a setting of the renewed run, such as privacy.epsilon")
     settings["federation"]["renewal"] = max(

@@ -21,7 +21,7 @@ from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.measures import Detail
 from fedtune.version import __version__
 
-if TYPE_CHECKING:  # it imports pydantic, which readers of results need not
+if TYPE_CHECKING:  # imports pydantic, which readers of results do not need
     from fedtune.config import RunConfig
 
 DIVERGED = "diverged"
@@ -38,16 +38,16 @@ class FinalResult:
     metrics_before: Scores = field(default_factory=dict)
     seconds: float | None = None
     peak_memory_bytes: int | None = None
-    constant: float | None = None  # the score that counts of the best constant answer to the test file; None: no such
-    findings: tuple[str, ...] = ()  # what the scores say against the training: codes, as `find_problems` gives them
-    # whose round's adapter was scored, where the settings let validation scores decide; None: the last one's
+    constant: float | None = None  # primary metric of the best constant prediction on the test file; None without one
+    findings: tuple[str, ...] = ()  # codes of detected problems (`find_problems`)
+    # round of the selected adapter; None: the last round
     kept: Kept | None = None
-    energy: Energy | None = None  # energy and carbon, where the settings ask for them
-    # what stands behind the scores after training; None: the task has no labels, or a figure is not finite
+    energy: Energy | None = None  # energy and carbon, if measured
+    # detailed scores after training; None without labels or with non-finite figures
     detail: Detail | None = None
 
 
-_LOST = 2.0  # a loss that has grown by this factor: noise and rates that suit the data do not do that
+_LOST = 2.0  # growth factor of the loss that indicates unsuitable noise or rates
 
 
 def find_problems(
@@ -72,7 +72,7 @@ def find_problems(
     score, started = after.get(primary_metric), before.get(primary_metric)
     if score is None:
         return ()
-    # One standard error, as if the score were a share of `rows`.
+    # One standard error of a proportion of `rows` records.
     error = 0.0 if primary_metric == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
     sign = score_direction(primary_metric)
     worse = started is not None and sign * score < sign * started - error
@@ -106,11 +106,11 @@ class PrivacyResult:
 class BaseModel:
     """The frozen base model of a run."""
 
-    path: str  # without the folder on the lead's machine
-    public_id: str | None = None  # at the Hugging Face hub, where the settings name one
-    # that the weights were expanded from, so that they are not those of `public_id` bit for bit
+    path: str  # without local folders
+    public_id: str | None = None  # id on the Hugging Face hub, if configured
+    # quantized source file, so that the weights differ from those of `public_id`
     gguf_file: str | None = None
-    sha256: str  # of its manifest
+    sha256: str  # digest of the manifest
     license: str | None = None
 
 
@@ -120,7 +120,7 @@ class Template:
 
     prompt: str
     chat: str
-    sha256: str  # of the model's own chat template where `chat` is "model", else of `prompt`
+    sha256: str  # digest of the model's chat template if `chat` is "model", else of `prompt`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,13 +128,13 @@ class RunProvenance:
     """The provenance of an adapter: data set, base model, start adapter and template."""
 
     dataset: str
-    declared_sizes: Mapping[str, int]  # by site, in the units of `PrivacyResult`
+    declared_sizes: Mapping[str, int]  # site -> number of units
     base_model: BaseModel
-    # which adapter training began in, by digest and by the name of its run, and what its own training spent on
-    # which data; None: in a new one
+    # lineage of the start adapter: digest, run, data set and privacy loss of its training; None: a new
+    # adapter
     start_adapter: Mapping[str, Any] | None = None
-    template: Template | None = None  # None: the task has none
-    test_rows: int | None = None  # records behind the final scores; None: none were scored
+    template: Template | None = None  # None for tasks without a template
+    test_rows: int | None = None  # number of test records; None without a test file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

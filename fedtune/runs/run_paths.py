@@ -35,7 +35,7 @@ def find_run_folder(config: RunConfig) -> Path:
     if RunFolder(folder).audit_mark.exists():
         raise ConfigError("resume", config.resume, "is an audit, with canaries in its data; an audit cannot be resumed")
     saved = read_saved_config(folder)
-    config = config.with_number_format(saved.model.dtype)  # the run keeps it
+    config = config.with_number_format(saved.model.dtype)  # a resumed run keeps its format
     if saved.digest() != config.digest():
         old, new = dict(flatten(saved.decisive())), dict(flatten(config.decisive()))
         differ = [key for key in old | new if old.get(key) != new.get(key)]
@@ -64,7 +64,7 @@ def is_finished(folder: Path) -> bool:
     """Return True if the run has its model card, and no checkpoint with remaining rounds."""
     config, files = read_saved_config(folder), RunFolder(folder)
     has_card = (files.adapter / CARD).is_file()
-    if not has_card or not files.saved_checkpoints:  # a run that has lost these cannot go on
+    if not has_card or not files.saved_checkpoints:  # without card or checkpoints, the run cannot continue
         return has_card
     rounds = Checkpoints(files.checkpoints, config.digest()).load().rounds
     return should_stop(rounds, config.federation, primary_metric=config.primary_metric)

@@ -22,7 +22,7 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.version import find_shipped_folders
 
 _MOST_NAMED = 3
-_COMPARED: dict[tuple[object, ...], bool] = {}  # by a run and files as they are: a sweep asks often, reading is slow
+_COMPARED: dict[tuple[object, ...], bool] = {}  # cache by run and file state, because sweeps repeat the check
 
 
 def list_lead_data_warnings(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:

@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 class SiteProcess:
     """The state of a real site's process between requests: file paths, and model and records of the newest run."""
 
-    site_toml: Path  # its policy
-    installed: Callable[[str], Path]  # the folder of an installed base model, by hash; raises ConfigError for none
+    site_toml: Path  # path of the policy
+    installed: Callable[[str], Path]  # base model hash -> installed folder; raises ConfigError if missing
     paused: Callable[[], bool]  # whether the site is paused
     runs: Path  # folder for the settings that leads sent
     adapters: Path  # folder for final adapters
-    # called for each run that waits for a person's approval, with its settings and its lead's version of fedtune
+    # callback for a run that awaits approval, with its settings and the lead's version of fedtune
     awaits: Callable[[Proposal, str, str], None]
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
     _model: LoadedModel | None = field(default=None, init=False)
@@ -65,10 +65,10 @@ class SiteProcess:
     def work(self, run: str, shared: RunModel, files: SiteFiles) -> SiteWork:
         """Return the run's records with the model, cached until run, file, policy or machine change."""
         version = fingerprint_files(Path(shared.config.data.train_file))
-        # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
+        # The whole policy is part of the key, so that every change takes effect; changes are rare.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:
-            self._warm = None  # first, so that two runs' records never fill the memory together
+            self._warm = None  # first, so that the records of two runs are never in memory together
             self._warm = key, self._load_work(shared, files)
             log.info("ready for a run", extra={"run": run})
         return self._warm[1]
@@ -76,7 +76,7 @@ class SiteProcess:
     def _load_work(self, shared: RunModel, files: SiteFiles) -> SiteWork:
         records = read_site_records(shared.config, files)
         left_out = records.left_out
-        if left_out.exceeds_threshold:  # for the site's own people: nothing of it is sent to anybody
+        if left_out.exceeds_threshold:  # logged at the site only; never sent
             about = {
                 "rows": left_out.rows,
                 "left_out": left_out.count,
@@ -105,10 +105,10 @@ class SiteProcess:
         kept = self._model
         if kept is not None and kept.is_reusable_for(config, declared_size=size, inexact_allowed=inexact):
             return RunModel(kept, config)
-        if self._warm is not None and self._warm[0]:  # from now on under no run's key, and without a model
+        if self._warm is not None and self._warm[0]:  # keep the records without a key and without the model
             self._warm = "", self._warm[1]
             self._warm[1].drop_model()
-        kept = self._model = None  # the old one goes before the new one comes
+        kept = self._model = None  # free the old model before loading the new one
         began = time.monotonic()
         self._model = LoadedModel(config, declared_size=size, inexact_allowed=inexact)
         about = {"sha256": config.model.sha256, "model_s": round(time.monotonic() - began, 3)}
@@ -149,11 +149,11 @@ class RealSite(WorkingSite):
         """
         sent, site = read_settings(self._settings, plan=asked.plan, task=asked.task), self._files.policy.site
         if sent.run_id() != asked.run:
-            # The run's name holds a digest of its settings, so that the lead's signature covers them.
+            # The run's name contains a digest of its settings, so that the lead's signature covers them.
             raise Refused(Reason.WRONG_RUN, asked=asked.run, allowed=sent.run_id())
         if site not in sent.declared_sizes():
             raise Refused(Reason.WRONG_SITE, asked=", ".join(sent.declared_sizes()), allowed=site)
-        # Made of the settings, since it is the request alone that the policy has judged.
+        # Derived from the settings, because the policy has checked only the request.
         proposal = sent.proposal(lead=asked.lead, plan=sent.plan())
         if proposal != asked:
             raise Refused(Reason.PLAN_CHANGED, asked=asked.digest(), allowed=proposal.digest())
@@ -167,7 +167,7 @@ class RealSite(WorkingSite):
     def prepare(self, proposal: Proposal) -> Prepared:
         """Check the settings, then load and test the model if this process has not done so already."""
         config = self._localize_settings(self._read_matching_settings(proposal))
-        Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
+        Path(config.data.train_file).stat()  # a file that is missing reveals no record, so it need not cost a round
         require_reader(Path(config.data.train_file))
         self._shared = self._process.shared_model(config, self._files.policy)
         return Prepared(
@@ -181,11 +181,11 @@ class RealSite(WorkingSite):
 
     def store_run(self, proposal: Proposal) -> None:
         """Store the settings of a run, and delete the stored settings of runs that were never charged."""
-        # No longer than what they say: a lead may send as many spaces as it likes.
+        # Serialized again, because a lead may add any amount of whitespace.
         shortest = json.dumps(json.loads(self._settings), ensure_ascii=False, separators=(",", ":"))
         write_durably(self._process.runs / f"{proposal.run}.json", shortest.encode())
         for file in set(self._process.runs.glob("*.json")):
-            if file.stem not in self.ledger.history.runs:  # it was never charged
+            if file.stem not in self.ledger.history.runs:  # never charged
                 file.unlink(missing_ok=True)
 
     def work(self, run: str) -> SiteWork:

@@ -33,7 +33,7 @@ from fedtune.version import find_shipped_folders
 
 MOST_SHARED = 1 / 20
 """Of a file's texts, those that a public file may have, too: public sets of one field share up to 1.5 %."""
-WRITTEN = "written.sha256"  # in a run's folder: digests of the texts that it wrote
+WRITTEN = "written.sha256"  # file in the run folder with digests of generated texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +351,7 @@ def read_prompts(config: RunConfig, name: str, *, key: str, columns: Mapping[str
 
 def _read_prompt_lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
     try:
-        # As `wc -l` and other readers of lines count them: a form feed or a separator of Unicode's ends none.
+        # Only newlines end a line, as in `wc -l`, not form feeds or Unicode separators.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(key, str(path), f"must be a readable file ({error.strerror})") from None

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-if TYPE_CHECKING:  # a command waits for none of them before it has looked at what was typed
+if TYPE_CHECKING:  # slow imports, which commands need only after validating their arguments
     from fedtune.config import RunConfig
     from fedtune.data import TextDataset
 
@@ -25,7 +25,7 @@ _M = TypeVar("_M")
 class Session:
     """A cache for several runs, passed by the caller to each run. As a context manager, it is cleared on exit."""
 
-    # the `LoadedModel` of the newest run (typed Any, since its module imports this one); None before the first run
+    # `LoadedModel` of the newest run, or None (Any, to avoid a circular import)
     model: Any = None
     _states: dict[str, Any] = field(default_factory=dict)
     _before: dict[str, Any] = field(default_factory=dict)

@@ -372,7 +372,7 @@ def choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
     """
     steps = config.federation.num_rounds * config.training.local_steps
     sampled = config.privacy.sampling_rate * config.privacy.contribution * sum(config.declared_sizes().values())
-    # Another process runs the main program's file again; of fedtune's own it is known that this does nothing.
+    # A child process imports the main module again, which has no side effects only in fedtune's own.
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     alone = alone or (main.name != "fedtune" and main.parts[-2:] != ("fedtune", "__main__.py"))
     chosen = choose_num_processes(config.runtime, gradients=0.0 if alone else steps * sampled)
@@ -383,11 +383,11 @@ def choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
 class LeadData:
     """Records that the lead may inspect, raw and tokenized; outside the privacy guarantee."""
 
-    records: list[Record]  # as they were read
-    examples: TextDataset  # the same, tokenized
-    # what one model's frozen base made of them, after they were scored; None keeps nothing
+    records: list[Record]  # raw
+    examples: TextDataset  # tokenized
+    # cached outputs of the frozen layers; None: no cache
     kept: KeptBatches | None = field(default=None, repr=False, compare=False)
-    left_out: SkippedRows = NONE_LEFT_OUT  # what of the file could not be used and is not among them
+    left_out: SkippedRows = NONE_LEFT_OUT  # skipped rows of the file
 
     @classmethod
     def build(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:
@@ -414,8 +414,8 @@ def load_tokenizer_and_model(
 class Evaluation:
     """Outputs per record and per generated text, from which scores are computed."""
 
-    examples: Figures  # figures of each record, by name
-    texts: Figures  # figures of the text that the model wrote for each prompt; empty: it wrote none
+    examples: Figures  # name -> figures per record
+    texts: Figures  # name -> figures per generated text; empty without generation
 
     @classmethod
     def build(

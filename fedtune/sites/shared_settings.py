@@ -29,7 +29,7 @@ from fedtune.tasks.registry import find_task
 from fedtune.training.spec import Machine, RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20
-_MOST_KEYS = 8  # that a refusal names
+_MOST_KEYS = 8  # maximum number of keys in a refusal
 _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
@@ -46,13 +46,13 @@ def select_settings_for_sites(config: RunConfig) -> RunConfig:
         model=_replace_path_by_hash(config.model),
         data=config.data.for_sites(columns),
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
-        # The lead alone decides by its scores when the run ends, and whose adapter it keeps.
+        # Early stopping and checkpoint selection concern only the lead.
         federation=replace(config.federation, early_stopping_patience=None, checkpoint_selection="last", renewal=0),
         runtime=RuntimeSpec(kind="deployment", seeded_noise=config.runtime.seeded_noise),
         tracking=TrackingSpec(output_dir=AT_SITE),
         report=ReportSpec(),
         cost=CostSpec(),
-        # That the first adapter learned from public records alone is the lead's word, which the run's name then holds.
+        # The origin of a start adapter is the lead's claim, which the run's name covers.
         public=PublicSpec(train_file=AT_SITE) if config.public.train_file else PublicSpec(),
         resume=None,
     )
@@ -81,8 +81,8 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
         if len(text) > MOST_CHARACTERS:
             raise ValueError("too long")
         fields = dict(json.loads(text))
-        # First, since to validate settings is to compute what they cost: of some plans that would take hours and all
-        # of the memory.
+        # First, because validation computes the privacy cost, which could take hours and all memory for a
+        # malicious plan.
         if _plan_from_fields(fields, bound=plan.secure_noise.bound if plan.shared else 1) != plan:
             raise Refused(Reason.PLAN_CHANGED)
         if fields["task"] != task:
@@ -154,7 +154,7 @@ def localize_settings(
     try:
         data = config.data.apply_to_site_dataset(dataset, folder=folder)
         return replace(config, model=_find_local_model(config.model, installed), data=data, runtime=runtime)
-    except ConfigError as error:  # a column that the site's data has not got
+    except ConfigError as error:  # a column that the site's data lacks
         raise Refused(Reason.SETTINGS) from error
 
 
@@ -193,7 +193,7 @@ def _replace_path_by_hash(model: ModelSpec) -> ModelSpec:
 
 def _find_local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
     """Replace the model's hash with its local path; the hash is checked when the model is loaded."""
-    model = replace(model, adapter=None)  # no path that a lead sent is opened: its first adapter comes with round 1
+    model = replace(model, adapter=None)  # never open a path from a lead; the start adapter arrives with round 1
     if model.sha256 is None:
         raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")
     if model.is_built_in:
@@ -201,7 +201,7 @@ def _find_local_model(model: ModelSpec, installed: Callable[[str], Path]) -> Mod
     try:
         return replace(model, path=str(installed(model.sha256)), revision=None, cache_dir=None)
     except ConfigError as error:
-        # Part of an installed Python package; a server names no other place of this machine.
+        # Part of an installed Python package; other local paths from a server are refused.
         if model.path.startswith(PACKAGE) and ".." not in model.path:
             return replace(model, cache_dir=None)
         raise Refused(Reason.BASE_MODEL_MISSING, asked=model.sha256) from error

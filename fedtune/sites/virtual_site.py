@@ -57,7 +57,7 @@ from fedtune.training.number_format import FLOAT32, MIXED, choose_number_format
 
 LEAD_KEY = "lead_key.pem"
 DEALT = "partition.json"
-RECEIPTS = "receipts.json"  # the newest ones of kept sites, which a new run of the same lead sends back
+RECEIPTS = "receipts.json"  # newest receipts of persistent sites, returned by the lead's next run
 POLICY = "site.toml"
 
 
@@ -65,9 +65,9 @@ POLICY = "site.toml"
 class VirtualSites:
     """The folder of simulated sites: `<site>/site.toml`, `site_key.pem` and `ledger.db`, and the lead's key."""
 
-    config: RunConfig  # of the run
+    config: RunConfig  # configuration of the run
     folder: Path  # `runtime.sites_dir`, or `sites/` in the run folder.
-    plan: Plan  # the run's
+    plan: Plan  # plan of the run
 
     @classmethod
     def create(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:
@@ -80,7 +80,7 @@ class VirtualSites:
         if kept and os.path.lexists(kept) and not Path(kept).is_dir():
             raise ConfigError("runtime.sites_dir", kept, "must be a folder, or not exist yet")
         folder = RunFolder(run_folder).locate_sites(kept)
-        # New ledgers would know nothing of what the runs before were charged.
+        # New ledgers would not contain the charges of the previous runs.
         if config.federation.renewal and not (folder / DEALT).is_file():
             bound = f"must be the ledger folder of the renewed run: no {DEALT} in {folder.absolute()}"
             raise ConfigError("runtime.sites_dir", kept, bound)
@@ -97,7 +97,7 @@ class VirtualSites:
         """
         path, dealt = self.folder / DEALT, select_partition_settings(self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(self.folder):  # two runs may begin at the same new sites
+        with lock_folder(self.folder):  # two runs may start at the same new sites
             if not path.exists() and not any(self.folder.glob("*/ledger.db")):
                 write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
         before = read_partition_settings(path, keys=dealt)
@@ -130,7 +130,7 @@ class VirtualSites:
     def ledger(self, site: str) -> SiteLedger:
         """Open the ledger of a site under its current policy."""
         ledger = self.files(site).open_ledger()
-        ledger.set_server_time(time.time())  # by this machine, which is the server too
+        ledger.set_server_time(time.time())  # this machine is also the server
         return ledger
 
     def write_policies(self, *, within: Budget) -> None:
@@ -253,7 +253,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
     proposal = config.proposal(lead=lead, plan=plan)
     budget = build_covering_budget([plan] * plan.runs)
     trust = Trust()
-    if (shared := plan.shared) is not None:  # the keys of simulated sites are all in one folder anyway
+    if (shared := plan.shared) is not None:  # all keys of simulated sites are in one folder
         trust = Trust(
             secure=True, least_sites=shared.num_sites, least_threshold=shared.threshold, colluders=shared.colluders
         )
@@ -274,7 +274,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
             max_records_per_user=plan.records_per_user,
             max_lora_scale=max(proposal.lora_scale, 1.0),
             max_head_scale=max(proposal.head_scale, 1.0),
-            # Nothing bounds an adapter that is trained without clipping, and nothing is promised for it.
+            # Training without clipping has unbounded adapters, and no guarantee.
             **({} if plan.private else {"max_adapter_value": 1e6}),
         ),
         allow=Allow(
@@ -288,7 +288,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
             dtypes=(proposal.dtype,),
             seeded_noise=proposal.seeded_noise,
         ),
-        # Nobody is there from whom the time of a reply could be hidden.
+        # No padding: in a simulation there is nobody from whom to hide response times.
         releases=Releases(metrics="noised" if plan.releases_metrics else "none", reply_after_s=0.0),
         trust=trust,
         simulated=True,
@@ -324,7 +324,7 @@ def select_partition_settings(config: RunConfig) -> dict[str, Any]:
         "data.partition": dataclasses.asdict(data.partition),
         "data.validation_fraction": data.validation_fraction,
         "data.test_fraction": data.test_fraction,
-        # Records are dealt out by a hash of the fields that the task and the partition need, users by their ids.
+        # Records are partitioned by a hash of the fields that task and partition use, users by their ids.
         "data.columns": config.bound_task.columns(data, partition=True, unit=unit),
     }
     return dict(json.loads(json.dumps(partition)))
@@ -357,7 +357,7 @@ class Participants:
     def __init__(
         self, config: RunConfig, folder: Path, *, progress: Progress = ignore_progress, session: Session | None = None
     ) -> None:
-        self.config, self.plan = config, config.plan()  # its noise is calibrated once in a process
+        self.config, self.plan = config, config.plan()  # the noise is calibrated once per process
         self._progress, self._session = progress, session
         self.sites = VirtualSites.create(config, folder, self.plan)
         self.records = RunRecords(config)
@@ -405,7 +405,7 @@ class Participants:
         try:
             known, key = self.sites.files(name).verify_ledger(), self.sites.ledger(name).fingerprint_key()
         except RunError:
-            return False  # its ledger is not in order, and it answers for itself
+            return False  # the ledger is damaged; the site reports this itself
         mine = (Kind.COMMIT, self.config.run_id())
         events = [event for event in known.events if (event.kind, event.run) == mine] if known else []
         return bool(events) and events[-1].detail.get("fingerprint") != self.work[name].fingerprint(key)
@@ -421,7 +421,7 @@ class VirtualSite(WorkingSite):
     def __init__(self, everyone: Participants, name: str) -> None:
         ledger, self._everyone, self._work = everyone.sites.ledger(name), everyone, everyone.work[name]
         files = everyone.sites.files(name)
-        # Kept sites may say themselves whom they sum with, as real ones do.
+        # Policies of persistent sites may restrict the members of a sum, as at real sites.
         members = files.policy.trust.members or everyone.identities
         super().__init__(files, ledger, everyone.parties[name], members=members)
 

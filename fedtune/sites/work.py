@@ -34,7 +34,7 @@ from fedtune.training.examples import SiteExamples, Units
 from fedtune.training.local import RoundOfTraining, compute_round_share, train_round
 from fedtune.training.users import UserExamples
 
-PROMISES = ".promises.jsonl"  # follows the ledger's whole name, since ledgers of several sites may share a folder
+PROMISES = ".promises.jsonl"  # suffix of the ledger's file name, because several ledgers may share a folder
 TrainingUnits = SiteExamples | UserExamples
 
 
@@ -43,12 +43,12 @@ class SiteWork:
     """The records of a site with the model that trains on them."""
 
     site: str  # name of the site
-    shared: RunModel  # the model, which the sites of one process use in turn
+    shared: RunModel  # the model, used alternately by all sites of a process
     records: SiteRecords  # the site's own records
-    declared_size: int  # the size that the site publishes, in privacy units
+    declared_size: int  # published size, in privacy units
     max_adapter_value: float  # the site's bound on values of the adapter
-    lenient: bool = False  # no record may make the work fail, since a lead that chose the settings would learn of it
-    # wraps the training units; only an audit uses it, to add canaries
+    lenient: bool = False  # no record may cause a failure, which would reveal it to the lead
+    # wrapper of the training units, with which an audit adds canaries
     around: Callable[[TrainingUnits], TrainingUnits] = lambda units: units
     _divided: DividedUnits | None = field(default=None, init=False, repr=False, compare=False)
     _limited: tuple[frozenset[str], SiteWork] | None = field(default=None, init=False, repr=False, compare=False)
@@ -62,7 +62,7 @@ class SiteWork:
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
             return self.around(examples)
-        # Bytes of a mean: 8 for each float64, and as many again for the copy without values that are not finite.
+        # 8 bytes per float64 of a mean, and 8 for its copy without non-finite values.
         of_each = 16 * sum(parameter.numel() for parameter in self.shared.model.trainable().values())
         users = UserExamples(
             examples,
@@ -102,7 +102,7 @@ class SiteWork:
     def _restrict_to(self, admitted: frozenset[str]) -> SiteWork:
         """Return a copy with only the admitted users' records; cached for the next round."""
         if self._limited is None or self._limited[0] != admitted:
-            self._limited = None  # first, so that two rounds' states never fill the memory together
+            self._limited = None  # first, so that the states of two rounds are never in memory together
             training, heldout = (
                 [record for record in records if record.fields["user"] in admitted]
                 for records in (self.records.training, self.records.heldout)
