@@ -59,7 +59,7 @@ if sys.platform == "win32":
             OSError: `process` is another process.
         """
         if process != os.getpid():
-            raise OSError(f"process {process} cannot be sent a signal")
+            raise OSError(f"signals to another process ({process}) are not supported on Windows")
         signal.raise_signal(number)
 
 else:

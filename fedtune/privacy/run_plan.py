@@ -81,7 +81,7 @@ class Plan:
         accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds * self.runs)
         by_user, most = self.unit == "user", self.records_per_user
         require("records_per_user", most, by_user or most == 1, "must be 1 for unit 'record'")
-        require("cohorts", str(self.cohorts), by_user or self.cohorts is None, "must be left out for unit 'record'")
+        require("cohorts", str(self.cohorts), by_user or self.cohorts is None, "must be omitted for unit 'record'")
         right = self.noise == "gaussian" or (self.sampling_rate == 1 and self.private and self.shared is None)
         require("noise", self.noise, right, "must be gaussian if units are sampled or noise is shared")
         if self.shared is not None:

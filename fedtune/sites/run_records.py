@@ -218,7 +218,7 @@ def require_disjoint(
         for of, texts in private:
             shared = len(said.keys() & texts)
             if shared > MOST_SHARED * len(texts) or (shared and len(said.keys() & every) > MOST_SHARED * len(said)):
-                bound = f"must not share records: it shares {pluralize(shared, 'text')} with {of}"
+                bound = f"must not contain records of the run: it shares {pluralize(shared, 'text')} with {of}"
                 raise ConfigError(key, file, bound)
     if not (allow_synthetic and has_card(file, key=key)):
         require_no_card(file, key=key)

@@ -246,7 +246,7 @@ def test_bad_records_are_reported_by_site_and_leave_no_file(settings: dict[str, 
     for sites in ({}, [make_tickets(3)]):
         with pytest.raises(ConfigError, match="must map each site to its records"):
             fedtune.simulate(settings=settings, sites=sites)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"sites = '\.\./north': must be made of"):
+    with pytest.raises(ConfigError, match=r"sites = '\.\./north': must consist of"):
         fedtune.simulate(settings=settings, sites={"../north": make_tickets(3)})
     with pytest.raises(ConfigError, match=r"data\.train_file = 'rows\.csv': cannot be combined with records in memory"):
         fedtune.simulate(settings=settings | {"data.train_file": "rows.csv"}, sites=SITES)

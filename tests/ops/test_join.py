@@ -135,11 +135,11 @@ def _read_point(public: bytes) -> bytes:
 def test_invalid_fields_of_a_signed_request_are_refused(request_of: Any) -> None:
     path = request_of("north")
     for change, message in (
-        ({"site": "../north"}, "site = '../north': must be made of"),
+        ({"site": "../north"}, "site = '../north': must consist of"),
         ({"site": "lead"}, "is a reserved name"),
         ({"site_key": "00" * 32}, "site_key = .*must be a public key"),
         ({"datasets": {}}, "must declare at least one data set"),
-        ({"datasets": {"../a": 5}}, "datasets = '../a': must be made of"),
+        ({"datasets": {"../a": 5}}, "datasets = '../a': must consist of"),
         ({"datasets": {"a": 0}}, "datasets.a = 0: must be at least 1"),
         ({"datasets": {"a": 2**60}}, "must be at least 1 and below 2"),
         ({"csr": make_csr(_P256, "north")}, "csr = .*must contain an EC P-384 key"),

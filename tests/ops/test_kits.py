@@ -53,7 +53,7 @@ def test_invalid_line_in_kit_toml_is_named(kits: dict[str, Path]) -> None:
     for key, value, message in (
         ("server", "fl.example.org", "server = 'fl.example.org': must be host:port"),
         ("lead", "00", "lead = '00': must be a public key"),
-        ("site", "../etc", "site = '../etc': must be made of"),
+        ("site", "../etc", "site = '../etc': must consist of"),
         ("collor", "red", "collor: is not a known key"),
     ):
         path.write_text("\n".join([f'{key} = "{value}"', *(one for one in right if not one.startswith(f"{key} ="))]))
@@ -118,7 +118,7 @@ def test_invalid_roster_is_refused(federation: Path, join_site: Any) -> None:
             lambda fields: fields["sites"].append(fields["sites"][0]),
             "site = 'north': has the name or connection key of another site",
         ),
-        (_swap("site", "../north"), "site = '../north': must be made of"),
+        (_swap("site", "../north"), "site = '../north': must consist of"),
         (_swap("site", "south"), "certificate = 'south': must be a certificate for this site's name"),
         (_swap("certificate", "none"), "certificate = 'north': must be a certificate in PEM format"),
         (_swap("site_key", "00" * 32), "site_key = .*must be a public key"),

@@ -70,7 +70,7 @@ def test_invalid_federation_file_creates_nothing(federation_toml: Path, now: dat
         ("127.0.0.1:9092", "127.0.0.1", "server = '127.0.0.1': must be host:port"),
         ('"localhost"', '"localhost:9092"', "also_known_as = 'localhost:9092': must be a DNS name"),
         ('"localhost"', '"*.example.org"', r"also_known_as = '\*.example.org': must be a DNS name"),
-        ("cardiology-2026", "../cardiology", "name = '../cardiology': must be made of"),
+        ("cardiology-2026", "../cardiology", "name = '../cardiology': must consist of"),
         ("cardiology-2026", "c" * 65, "name = 'c+': must have at most 64 characters"),
         ("[[model]]", "[certificates]\nsite_days = 0\n[[model]]", "certificates.site_days = 0: must be a number"),
         ("5353", "53", "sha256 = '(53)+': must be 64 lower-case hex digits"),

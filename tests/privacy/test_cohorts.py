@@ -109,7 +109,7 @@ def test_cohorts_enter_the_plan_digest_only_if_set() -> None:
     assert "cohorts" not in plan(unit="user").to_json()
     with pytest.raises(ConfigError, match="is only allowed with arrivals"):
         Plan.from_json(plan(unit="user").to_json() | {"cohorts": None})
-    with pytest.raises(ConfigError, match="must be left out for unit 'record'"):
+    with pytest.raises(ConfigError, match="must be omitted for unit 'record'"):
         plan(cohorts=make_years(None, "2026"))
 
 

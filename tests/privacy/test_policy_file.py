@@ -137,8 +137,8 @@ def test_policy_file_keys_match_the_policy_fields(site_toml: Path) -> None:
     "left_out", ["no_person_at_another_site = true\n", "[asserted]\nno_person_at_another_site = true\n"]
 )
 def test_real_sites_must_state_whether_anyone_is_at_another_site(site_toml: Path, left_out: str) -> None:
-    true = "true (nobody in this population is in another site's records)"
-    said = f"asserted.no_person_at_another_site: must be {true} or false (or unknown)"
+    true = "true (no person of this population has records at another site)"
+    said = f"asserted.no_person_at_another_site: must be {true} or false (otherwise, or if unknown)"
     site_toml.write_text(site_toml.read_text().replace(left_out, ""))
     for path in (site_toml, TEMPLATE):  # nobody states it by leaving the template as it is
         with pytest.raises(ConfigError) as caught:

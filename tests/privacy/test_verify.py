@@ -194,7 +194,7 @@ def test_forged_deletion_reordering_or_insertion_is_detected(complete_ledger: Pa
         message = read_verify_error(victim_ledger)
         assert (
             "is not signed by the site's key" in message
-            or "is invalid: its time is before the previous event's" in message
+            or "is invalid: the time is before that of the previous event" in message
         )
 
 

@@ -109,7 +109,7 @@ def test_renewal_without_a_window_ends_at_the_planned_runs(make_last_run: Any, g
     with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.planned_runs = 3.*Nothing was charged"):
         renew_config(make_last_run(**groups, federation={"renewal": 2}), {})
     for key, value in {"planned_runs": 4, "epsilon": 7.0, "delta": 1e-6}.items():
-        with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*: must be .*, as in the runs before"):
+        with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*: must be .*, as in the previous runs"):
             renew_config(make_last_run(**groups), {f"privacy.{key}": value})
     # Of a window that moves on the sites' ledgers know; and without privacy nothing is spent.
     assert (

@@ -64,7 +64,7 @@ def test_sound_data_gives_no_warnings(simulated_config: RunConfig) -> None:
 
 def test_lead_is_warned_of_missing_tests_and_unusable_rows(simulated_config: RunConfig, tmp_path: Path) -> None:
     (note,) = list_lead_data_warnings(simulated_config, validation=make_lead_data("a"), test=None)
-    assert note.startswith("there are no test records, so the run has no final score: set data.test_file or")
+    assert note.startswith("no test records, so the run has no final score: set data.test_file or")
     (note,) = list_lead_data_warnings(simulated_config, validation=None, test=make_lead_data("a", "a"))
     assert note == "all test records have the label 'a': a constant prediction scores 1.0"
     some, many = make_skipped(1, rows=10), make_skipped(1200, rows=9000)
@@ -125,7 +125,7 @@ def test_simulated_sites_are_warned_of_sizes_and_shared_users(simulated_config: 
     (note,) = list_site_data_warnings(simulated_config, make_partition(40, 40, left_out=make_skipped(2, rows=82)))
     assert note.startswith("data.train_file: 2 of 82 rows (2.4 %) cannot be used: 2 must not be blank")
     (note,) = list_site_data_warnings(simulated_config, make_partition(40, 40, shared_users=3))
-    assert note.startswith("3 ids of users are in several sites' files")
+    assert note.startswith("3 ids of users occur at several sites")
 
 
 def test_fractions_must_be_zero_with_real_sites() -> None:

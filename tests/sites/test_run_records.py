@@ -57,7 +57,7 @@ def check(public: Sequence[str], own: Own, *, role: str = "text", allow_syntheti
 def test_public_file_copied_from_private_texts_is_refused(copied: Any, role: str, tmp_path: Path) -> None:
     """Before, a file that was neither a part of the run's nor the whole of it passed for public."""
     own = Own(tmp_path, sites=PRIVATE)
-    with pytest.raises(ConfigError, match=r"must not share records: it shares 9\d+ texts with sites"):
+    with pytest.raises(ConfigError, match=r"must not contain records of the run: it shares 9\d+ texts with sites"):
         check([*map(copied, PRIVATE[1:]), FOREIGN[0]], own, role=role)
     check(FOREIGN, own, role=role)
 
@@ -91,7 +91,7 @@ def test_public_file_may_share_five_percent_of_its_texts(
 ) -> None:
     public, own = [*PRIVATE[private], *FOREIGN[:foreign]], Own(tmp_path, sites=PRIVATE)
     if refused:
-        with pytest.raises(ConfigError, match="must not share records"):
+        with pytest.raises(ConfigError, match="must not contain records of the run"):
             check(public, own)
     else:
         check(public, own)
@@ -111,7 +111,7 @@ def test_synthetic_texts_without_a_card_are_recognized_by_their_run(tmp_path: Pa
     record_generated_texts(tmp_path / "writer", written[:20])
     record_generated_texts(tmp_path / "writer", written[20:])
     for allow_synthetic in (False, True):
-        with pytest.raises(ConfigError, match=r"must contain public records: .*writer wrote some of them"):
+        with pytest.raises(ConfigError, match=r"must contain public records: .*writer generated some of them"):
             check([*map(str.upper, written[15:25]), *FOREIGN[:90]], own, allow_synthetic=allow_synthetic)
     check([*written[:2], *FOREIGN[:90]], own)
     find_card_path(tmp_path / "public.jsonl", ".json").touch()

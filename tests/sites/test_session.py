@@ -16,7 +16,7 @@ from fedtune.training.examples import SiteExamples
 
 from ..conftest import list_tiny_overrides, read_adapter_files, read_result
 
-pytestmark = pytest.mark.filterwarnings("ignore:data.declared_sizes is far from")
+pytestmark = pytest.mark.filterwarnings("ignore:data.declared_sizes differs greatly from")
 SEEDED = ("runtime.seeded_noise=true", "lora.layers=[1]", "lora.rank=2")
 """Of two layers the first is frozen, and what it makes of records is kept."""
 

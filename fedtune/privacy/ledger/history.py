@@ -175,7 +175,7 @@ class History:
     def _dispatch_event(self, event: Event) -> None:
         moment = datetime.fromisoformat(event.time)
         if self.last_time is not None and moment < self.last_time:
-            raise ValueError("its time is before the previous event's")
+            raise ValueError("the time is before that of the previous event")
         self.last_time = moment
         if event.sequence <= 2 and (event.kind, event.detail.get("what")) != (Kind.NOTE, _FIRST[event.sequence - 1]):
             raise ValueError(f"event {event.sequence} must be the note {_FIRST[event.sequence - 1]!r}")
@@ -185,7 +185,7 @@ class History:
                     raise ValueError("the run has already been accepted")
                 proposal = decode(Proposal, event.detail["proposal"])
                 if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opening.arrivals:
-                    raise ValueError("its cohorts do not match the ledger's calendar")
+                    raise ValueError("the cohorts of the plan do not match the ledger's calendar")
                 expires = datetime.fromisoformat(event.detail["expires"])
                 self.runs[event.run] = AcceptedRun(proposal=proposal, expires=expires)
                 self.marks |= {("seeded", "")} if proposal.seeded_noise else set()
@@ -194,7 +194,7 @@ class History:
             case Kind.COMMIT:
                 run = self.runs[event.run]
                 if run.reserved.get(event.round) != event.request or run.attempts[event.round] != event.attempt:
-                    raise ValueError("it commits a round that was not reserved")
+                    raise ValueError("the committed round was not reserved")
                 run.replies[event.request] = str(event.detail["reply_sha256"])
             case Kind.REFUSAL | Kind.RELEASE:
                 stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_from_stranger
@@ -212,13 +212,13 @@ class History:
             run.attempts[event.round] != event.attempt
             or run.reserved.setdefault(event.round, event.request) != event.request
         ):
-            raise ValueError("it contradicts the earlier reservations")
+            raise ValueError("the reservation contradicts earlier ones")
         charged = dp_events.from_json(event.detail["event"])
         if charged != run.plan.event():
-            raise ValueError("it does not charge a round of the run's plan")
+            raise ValueError("the charged event is not a round of the run's plan")
         cohorts = run.plan.cohorts
         if event.cohort != (str(cohorts) if cohorts else ""):
-            raise ValueError("it does not charge the cohorts of the run's plan")
+            raise ValueError("the charged cohorts are not those of the run's plan")
         if cohorts is not None:
             self.register = str(event.detail["register"])
         for part, count in dp_events.count_mechanisms([charged]).items():
