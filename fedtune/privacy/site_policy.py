@@ -350,7 +350,8 @@ class Policy:
         Raises:
             ConfigError: a statement is missing.
         """
-        bound = "must be true (no person of this population has records at another site) or false (otherwise, or if unknown)"
+        bound = "must be true (no person of this population has records at another site) or "
+        bound += "false (otherwise, or if unknown)"
         answered = self.simulated or self.asserted.no_person_at_another_site is not None
         require("asserted.no_person_at_another_site", NOT_GIVEN, answered, bound)
 
