@@ -66,7 +66,7 @@ class Dataset:
         check_name("id", self.id)
         check_at_least("declared_size", self.declared_size, 1)
         check_at_least("min_units", self.min_units, 0)
-        bound = f"must be at most declared_size = {self.declared_size}: a smaller data set takes no part"
+        bound = f"must be at most declared_size = {self.declared_size}: a smaller data set does not participate"
         require("min_units", self.min_units, self.min_units <= self.declared_size, bound)
 
 

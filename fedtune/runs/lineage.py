@@ -32,14 +32,15 @@ PRIVATE_BASES: Mapping[str, Debt] = {
         "epsilon": 2.0,
     }
 }
-"""What the pre-training of private base models spent, by `model_type`, as their authors state it.  VaultGemma: arXiv
-2510.15001, section 1.  The statement is the authors'; nothing here verifies it."""
+"""Privacy loss of privately pre-trained base models by `model_type`, as claimed by their authors and not verified here.
+VaultGemma: arXiv 2510.15001, section 1."""
 
 
 def read_base_lineage(model: ModelSpec) -> list[Debt]:
     """Read the lineage of a base model from its config.json, newest entry first; empty without lineage.
 
-    A damaged file or entry counts as an unknown privacy loss.
+    A damaged file or entry counts as an unknown privacy loss. Private pre-training is the oldest entry
+    (`PRIVATE_BASES`).
     """
     if model.is_built_in:
         return []
