@@ -1,11 +1,12 @@
-"""Tests, before anything is charged, whether an example's contribution depends on that example alone on this machine.
+"""Batch-invariance test: an example's contribution must not depend on the other examples in its micro-batch.
 
-Shapes are fixed (`fedtune.data.shapes`), so kernels cannot depend on the content of a batch.  Whether they treat every
-row and every number of rows alike is tested here, at every shape that a step may have: first with the run's own
-weights, then with random weights, since the run's own could have been chosen so that dummy examples reveal nothing.
-Dummy examples and weights are drawn anew each time, so that nobody can search for a model that happens to pass.
+The test runs before anything is charged.  Shapes are fixed (`fedtune.data.shapes`), so kernels cannot depend on the
+content of a batch.  The test checks at every shape of a step that kernels treat all rows and all numbers of rows alike:
+first with the run's own weights, then with random weights, because somebody could choose weights for which dummy
+examples reveal nothing.  Dummy examples and random weights are freshly drawn for each test, so nobody can search for a
+model that happens to pass.
 
-One part is not tested for each number of rows: a language model's output layer, which processes each record by itself
+The output layer of a language model is not tested for every number of rows, because it processes each record separately
 (`fedtune.tasks.causal_lm`).
 """
 
@@ -28,7 +29,7 @@ from fedtune.model.hf_logging import get_first_line
 from fedtune.model.quantized import FourBit
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.accelerators import total_memory
+from fedtune.training.accelerators import get_total_memory
 from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, compute_clipped_contributions, make_zero_sums
 from fedtune.training.examples import SiteExamples, Told, ignore_progress
 from fedtune.training.machine import measure_model_bytes, measure_peak_bytes
@@ -42,11 +43,17 @@ def ignore_gradients(gradients: Mapping[str, torch.Tensor]) -> None:
 
 
 _DECIDED_BY = "decided_by"
-"""Beside gradients' names: what a discrete choice was made by.  Another choice moves a whole contribution."""
+"""Key for the values behind a discrete choice, next to the names of gradients.  A different choice changes a whole
+contribution.
+"""
 _LARGEST_ROUNDING = 0.05
-"""In clip norms.  Rounding moves an example by less; one that moves further is mixed with others."""
+"""Largest change of a contribution, in clip norms, that rounding can explain; a larger change means that examples are
+mixed.
+"""
 _SIZE = 0.2
-"""Of the random values that the adapter is tried at: with B at zero, as training starts, the gradient of A is zero."""
+"""Standard deviation of the random adapter values in the test: with B at zero, as at the start of training, A has a
+zero gradient.
+"""
 
 
 def max_batch_influence(
@@ -65,25 +72,26 @@ def max_batch_influence(
 
     `require_batch_invariance` judges the result.
 
-    Dummy examples cover, for each padded length, the longest length and some shorter ones, over the whole vocabulary up
-    to its ends.  If records of such lengths and ids would cause failures of positions, losses or memory, the failure
-    occurs here, before a round is charged.
+    For each padded length, the dummy examples cover the longest and some shorter lengths, over the whole vocabulary
+    including its first and last ids.  If records of such lengths and ids would cause an error in position embeddings,
+    losses or memory allocation, the error occurs here, before a round is charged.
 
     Args:
         model: a model with adapters; its adapter values and weights are restored afterwards.
-        shapes: the shapes that steps will have.
+        shapes: the shapes of the run's micro-batches.
         keeps_states: whether steps will start from cached outputs of the frozen layers.
-        max_grad_norm: the run's clip norm, for the measured bound.
+        max_grad_norm: the run's clip norm, the unit of the result.
         pad_id: the token id that steps will use as padding.
         weights_chosen: whether somebody chose the weights; a randomly initialized model needs no second test with
             random weights.
         told: called with the number of finished trials and their total, which is the same for every data set.
-        seed: seed of all dummy data; None: a seed that nobody knows.
+        seed: the seed of all dummy data; None draws a secret seed.
         see: receives the gradients of each micro-batch and then their contributions to a sum, both on the CPU; the same
             seed yields the same dummy data.
 
     Returns:
-        The largest observed change of an example's clipped contribution, in clip norms; 0.0: bit-identical.
+        The largest observed change of an example's clipped contribution, in clip norms; 0.0 if contributions are
+        bit-identical.
 
     Raises:
         ConfigError: for `model.path`, or for any setting that prevents the training pass.
@@ -120,7 +128,7 @@ def _convert_model_errors(model: TaskModel, shapes: Shapes) -> Iterator[None]:
     except ConfigError:
         raise
     except torch.OutOfMemoryError as error:
-        bound = f"must be smaller: the device is out of memory for this micro-batch ({get_first_line(error)})"
+        bound = f"must be smaller: the device ran out of memory on a micro-batch ({get_first_line(error)})"
         raise ConfigError("runtime.micro_batch_tokens", shapes.max_tokens, bound) from None
     except Exception as error:
         bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {get_first_line(error)}"
@@ -128,19 +136,19 @@ def _convert_model_errors(model: TaskModel, shapes: Shapes) -> Iterator[None]:
 
 
 def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_states: bool, pad_id: int = 0) -> Shapes:
-    """Return the shapes, with as many rows for each length as fit into `most_bytes` of memory.
+    """Return the shapes, with the largest number of rows for each length that fits into `most_bytes` of memory.
 
-    The rows are found by measuring dummy examples of every length.
+    Every length is measured with dummy examples.
 
     Args:
         model: a model with adapters, whose values do not matter.
-        shapes: the shapes by tokens alone.
-        most_bytes: for a micro-batch, its per-example gradients and all temporary memory of clipping.
+        shapes: the shapes that the limit on tokens allows.
+        most_bytes: the memory for a micro-batch, its per-example gradients and all temporary memory of clipping.
         keeps_states: as in `max_batch_influence`.
         pad_id: the token id that steps will use as padding.
 
     Raises:
-        ConfigError: for `runtime.step_mib`: the smallest micro-batch needs more.
+        ConfigError: for `runtime.step_mib`, if the smallest micro-batch does not fit.
     """
     draws = np.random.default_rng()
 
@@ -157,21 +165,27 @@ def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_st
 
 
 def _compute_max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Callable[[int, int], int]) -> int:
-    """Return the most rows of a micro-batch of this length that fit; `needed` measures the bytes for a number of rows.
+    """Return the maximum number of rows of a micro-batch of this length that fits into memory.
+
+    Args:
+        most_bytes: the memory limit.
+        shapes: the shapes that the limit on tokens allows.
+        length: the padded length, in tokens.
+        needed: measures the bytes for a number of rows and a length.
 
     Raises:
-        ConfigError: for `runtime.step_mib`: the smallest micro-batch needs more.
+        ConfigError: for `runtime.step_mib`, if the smallest micro-batch does not fit.
     """
     fewest, rows = shapes.compute_min_rows(length), shapes.rows(length)[0]
     if (twice := needed(2 * fewest, length)) * rows <= most_bytes * 2 * fewest:
-        return rows  # more than enough, since what does not grow with the rows is counted several times
+        return rows  # an overestimate: memory that does not grow with the rows is counted several times
     if (least := needed(fewest, length)) > most_bytes:
         bound = (
-            f"must be at least {-(-least // 2**20)}: a micro-batch of {fewest} x {length} tokens needs "
-            "that much memory on this machine"
+            f"must be at least {-(-least // 2**20)} MiB, the memory for a micro-batch of {fewest} x {length} tokens "
+            "on this machine"
         )
         raise ConfigError("runtime.step_mib", most_bytes // 2**20, bound)
-    # By a straight line first, since a GPU may have no room to measure the whole.
+    # Interpolate first: a GPU may not have the memory to measure the full size.
     rows = min(rows, fewest + fewest * (most_bytes - least) // max(1, twice - least))
     while rows > fewest and (bytes_now := needed(rows, length)) > most_bytes:
         rows = min(rows - 1, fewest + (rows - fewest) * (most_bytes - least) // (bytes_now - least))
@@ -179,14 +193,14 @@ def _compute_max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Call
 
 
 def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
-    """Do a step's work on a micro-batch along the code path that takes the most memory.
+    """Run one step on a micro-batch along the code path that needs the most memory.
 
-    On this path one example fails, so that the others are computed one at a time, and another one becomes NaN: a record
-    that causes this needs no more memory than any other.
+    On this path one example fails, so the others are computed one at a time, and another example's gradient is NaN.  A
+    record that causes this in a run needs no more memory than any other record.
     """
     if keeps_states:
-        examples.keep_frozen_states(model, parts=[part], lenient=False)
-    examples.keep_reference(model, parts=[part], lenient=False)
+        examples.cache_frozen_states(model, parts=[part], lenient=False)
+    examples.cache_reference(model, parts=[part], lenient=False)
     with record_gradients(model) as gradients:
         batch, sums = examples.batch(part), make_zero_sums(model.trainable())
         gradients.compute_all_gradients(batch)
@@ -200,34 +214,36 @@ def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_s
 
 
 def require_batch_invariance(moved: float, *, path: str, inexact_allowed: bool) -> None:
-    """Require that an example's contribution to a sum is bit-identical whatever else is in its micro-batch.
+    """Require that contributions are bit-identical in every micro-batch, or that rounding explains the difference.
 
     Args:
         moved: the largest observed change of a contribution, in clip norms.
         path: the model's path.
-        inexact_allowed: accept different bits, as long as they are explained by rounding.
+        inexact_allowed: whether to accept differences that rounding explains.
 
     Raises:
         ConfigError: for `model.path`.
     """
     if moved > _LARGEST_ROUNDING:
-        bound = "mixes the examples of a batch or depends on their rounding, so examples cannot be clipped separately"
+        bound = (
+            "mixes the examples of a batch or amplifies their rounding errors, so per-example clipping is impossible"
+        )
         raise ConfigError("model.path", path, bound)
     if moved > 0 and not inexact_allowed:
         bound = (
-            "gives an example a different gradient when other examples share its micro-batch here (by up to "
-            f"{moved:.1e} clip norms), so the bound on one record is not exact here; a site may accept that: "
-            "inexact_gradients = true under [allow] in site.toml"
+            "computes an example's gradient differently depending on the other examples in its micro-batch (by up to "
+            f"{moved:.1e} clip norms), so the bound on one record is not exact on this machine; a site can accept this "
+            "with inexact_gradients = true under [allow] in site.toml"
         )
         raise ConfigError("model.path", path, bound)
 
 
 class _Trial:
-    """Dummy examples of every shape, each split into micro-batches in two different ways.
+    """Dummy examples of every shape, each cut into micro-batches in two different ways.
 
     Attributes:
-        tried: called whenever a length was tested.
-        see: receives the gradients of each micro-batch, and their contributions.
+        tried: called after each tested length.
+        see: receives the gradients of each micro-batch, and then their contributions.
     """
 
     def __init__(
@@ -243,17 +259,19 @@ class _Trial:
             most, room = shapes.compute_longest_record(length), self._compute_max_room(length)
             least = shapes.lengths[number - 1] if number else 1
             self._places[length] = np.arange(len(lengths), len(lengths) + room)
-            # The longest first; it is left out of the other companies, for models that choose by the longest example.
+            # The longest first.  It is tested in a batch of its own, for models that switch on the longest example.
             lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
         made_up = _make_dummy_examples(model, draw_text_lengths(lengths, model.spec.texts, draws), draws)
         self._whole = {length: self._make_full_part(places, length) for length, places in self._places.items()}
-        self._smaller = {length: tuple(self._regroup(places, length)) for length, places in self._places.items()}
-        # What the frozen base makes of the examples has the same two companies.
+        self._smaller = {
+            length: tuple(self._iter_regrouped_parts(places, length)) for length, places in self._places.items()
+        }
+        # The outputs of the frozen base are computed in the same two groupings.
         self._examples = self._prepare_examples(made_up, self._whole.values())
         self._again = self._prepare_examples(made_up, (part for parts in self._smaller.values() for part in parts))
 
     def _make_full_part(self, places: npt.NDArray[np.int64], length: int) -> Part:
-        """Return a micro-batch with as many examples as it may have."""
+        """Return a micro-batch with the maximum number of examples."""
         return Part(places, self._shapes.rows(length)[0], length)
 
     def _compute_max_room(self, length: int) -> int:
@@ -263,8 +281,8 @@ class _Trial:
         parts = tuple(parts)
         examples = SiteExamples(dataset, pad_id=self._pad_id, shapes=self._shapes, device=self._model.device)
         if self._keeps_states:
-            examples.keep_frozen_states(self._model, parts=parts, lenient=False)
-        examples.keep_reference(self._model, parts=parts, lenient=False)
+            examples.cache_frozen_states(self._model, parts=parts, lenient=False)
+        examples.cache_reference(self._model, parts=parts, lenient=False)
         return examples
 
     def measure_max_influence(self, max_grad_norm: float) -> float:
@@ -284,9 +302,9 @@ class _Trial:
         self.tried()
         return moved
 
-    def _regroup(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
-        """Yield the examples in other rows, in another order and with every other number of rows; the longest one
-        alone.
+    def _iter_regrouped_parts(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
+        """Yield micro-batches of the same examples in reverse order, in every other number of rows, and the longest
+        example alone.
         """
         most_rows, *fewer = self._shapes.rows(length)
         choices = fewer or [most_rows]
@@ -301,8 +319,8 @@ class _Trial:
     def measure_row_influence(self, max_grad_norm: float) -> float:
         """Return the largest difference, in clip norms, between one example's contributions in different rows.
 
-        The longest example of each length, with every token supervised, is copied to all rows: every position that a
-        kernel might round differently holds a token, and only the row distinguishes the copies.
+        The longest example of each length, with all its tokens supervised, is copied to all rows.  Every position that
+        a kernel might round differently then holds a token, and only the row index differs between the copies.
         """
         parts = [
             self._make_full_part(np.arange(self._compute_max_room(length)), length) for length in self._shapes.lengths
@@ -318,8 +336,8 @@ class _Trial:
         return moved
 
     def _compute_contributions(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
-        """Compute gradients and contributions on the model's device, clipped with the same rows together as in a
-        step.
+        """Compute gradients and contributions on the model's device, and clip the rows of a micro-batch together as in
+        a step.
         """
         there = gradients.compute_all_gradients(batch)
         chosen = {} if self._model.decided_by is None else {_DECIDED_BY: self._model.decided_by}
@@ -338,13 +356,19 @@ class _Trial:
 
 
 _Added: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-"""Gradients of n examples and what was chosen by, by name; what each adds (`dp_step.contributions`); on the CPU."""
+"""Gradients of n examples with the values behind discrete choices, by name; then the examples' contributions to a sum
+(`dp_step.compute_clipped_contributions`).  All tensors are on the CPU.
+"""
 
 
 def _compute_max_difference(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
-    """Return the largest difference, in clip norms, between contributions of the same examples.
+    """Return the largest difference, in clip norms, between two sets of contributions of the same examples.
 
-    The examples are in `rows` of `one`, and in `others` of `other`.
+    Args:
+        one: the first set of gradients and contributions.
+        rows: the row indices of the examples in `one`.
+        other: the second set.
+        others: the row indices of the examples in `other`.
     """
     (gradients, cells), (other_gradients, other_cells) = one, other
     squares = [(added[rows] - other_cells[name][others]).square().sum(dim=1) for name, added in cells.items()]
@@ -356,7 +380,7 @@ def _compute_max_difference(one: _Added, rows: torch.Tensor, other: _Added, othe
 
 
 def _make_longest(model: TaskModel, length: int, draws: np.random.Generator) -> TextDataset:
-    """Make one dummy example whose texts all have `length` tokens, all of them supervised."""
+    """Make one dummy example in which every text has `length` tokens, all of them supervised."""
     return _make_dummy_examples(model, [length] * model.spec.texts, draws, first=lambda _: 0)
 
 
@@ -373,7 +397,9 @@ def _make_dummy_examples(
 
 
 def draw_text_lengths(longest: list[int], texts: int, draws: np.random.Generator) -> list[int]:
-    """Draw the lengths of all texts of records with `texts` texts each; any text of a record may be the longest."""
+    """Draw the text lengths of records with `texts` texts each; the longest text is at a different index from record to
+    record.
+    """
     each = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
     return [int(length) for place, some in enumerate(each) for length in np.roll(some, place % texts)]
 
@@ -390,8 +416,9 @@ def _make_generator(draws: np.random.Generator, device: torch.device | str) -> t
 
 
 def list_frozen_values(model: TaskModel) -> dict[str, torch.Tensor]:
-    """Return the values of a model that a weights file sets and training does not change, by name: parameters, and
-    buffers that are saved (such as Gemma 4's factor of each layer).  The codes of 4-bit layers are not among them.
+    """Return a model's frozen parameters and saved buffers by name, such as Gemma 4's scale of each layer.
+
+    The codes of four-bit layers are excluded.
     """
     frozen: dict[str, torch.Tensor] = {name: one for name, one in model.named_parameters() if not one.requires_grad}
     coded = {id(each) for layer in model.modules() if isinstance(layer, FourBit) for each in layer.buffers()}
@@ -404,12 +431,12 @@ def list_frozen_values(model: TaskModel) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _randomize_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
-    """Replace the frozen weights by random ones, as in a new model, and restore them at the end of the block."""
+    """Replace the frozen weights by random ones, as in an untrained model, and restore them at the end of the block."""
     frozen = list_frozen_values(model)
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
-    # On the model's device if both leave room for a step, which has four fifths of what a model leaves free.
-    beside = model.device.type != "cpu" and 6 * measure_model_bytes(model) <= total_memory(model.device)
+    # The copy is on the model's device if both leave room for a step, which gets four fifths of the free memory.
+    beside = model.device.type != "cpu" and 6 * measure_model_bytes(model) <= get_total_memory(model.device)
     kept = [one.detach().to(model.device if beside else "cpu", copy=True) for one in own]
     generators = {one.device: _make_generator(draws, one.device) for one in frozen.values()}
     try:

@@ -1,17 +1,19 @@
-"""Several devices at one site: each sums the clipped contributions of its own units, in integers.
+"""Multi-GPU training at one site: each device sums the clipped contributions of its own units in integers.
 
-The first device belongs to the training process: it samples, draws the records of each user, adds the noise once and
-takes the step, exactly as at a site with one device.  Every other device has a process of its own, which holds the same
-model and its share of the records.  For each step such a process receives the adapter's values and the sampled units of
-its share, and returns one sum of integers.  It has no access to noise, ledger, key or policy.
+The first device belongs to the training process, which samples, draws the records of each user, adds the noise once and
+takes the step, exactly as at a site with one device.  Every other device has its own worker process with the same model
+and a shard of the records.  For each step a worker receives the adapter's values and the sampled units of its shard,
+and returns one integer sum.  It has no access to noise, ledger, key or policy.
 
-Guarantee: a step is bit-identical to a step on one device.  Each unit is on one device (`examples.assign_device`), the
-    step checks that every sampled unit was added once, integer addition is exact in any order, and devices that compute
-    dummy examples differently from the first one are refused.  If a process fails or sends nothing for `MOST_WAIT_S`,
-    the round ends with an error before any noise is added, so that nothing is released.
+Guarantee: a step is bit-identical to a step on one device.  Each unit is on exactly one device
+(`examples.assign_device`), the step checks that every sampled unit was added once, integer addition is exact in any
+order, and devices that compute dummy examples differently from the first one are refused.  If a worker fails or sends
+no heartbeat for `HEARTBEAT_TIMEOUT_S`, the round ends with an error before any noise is added, so that nothing is
+released.
 
-Values and sums are sent as arrays through each process's pipe, which nobody else on the machine can open.  Sums go to
-the CPU in any case, because noise is added there; so tests without a GPU cover the same code path as several GPUs.
+Values and sums are sent as arrays through each worker's pipe, which no other process on the machine can open.  Sums are
+copied to the CPU in any case, because noise is added there, so tests without a GPU cover the same code path as several
+GPUs.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
 from fedtune.system import UNIX_SOCKETS
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.accelerators import attend_by_products
+from fedtune.training.accelerators import disable_fused_attention
 from fedtune.training.batch_invariance import max_batch_influence
 from fedtune.training.dp_step import TensorSums, UnitGradients, add_batches, make_zero_sums
 from fedtune.training.examples import Places, SiteExamples, Told, Units, assign_device, ignore_progress
@@ -55,30 +57,35 @@ from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
-MOST_WAIT_S = 600.0
-"""Seconds without a sign from another device, which gives one after each micro-batch.  How long its work takes depends
-on where long records are, and must not decide whether a round ends."""
+HEARTBEAT_TIMEOUT_S = 600.0
+"""Timeout in seconds for the heartbeat of a worker, which is due after each micro-batch.  The duration of the work
+itself depends on the assignment of long records, and must not decide whether a round ends.
+"""
 _differ: set[tuple[TaskModelSpec, RuntimeSpec, int]] = set()
-"""Models for which this machine's devices came to other bits in this process.  Asking again is no other draw."""
-_SIGN_EVERY_S = 5.0
+"""Models for which this machine's devices computed different bits in this process; they are refused without another
+trial.
+"""
+_HEARTBEAT_S = 5.0
 _AT_WORK = "at work"
 _Examples = SiteExamples | UserExamples
 
 
 class DeviceTrial(NamedTuple):
-    """Parameters for testing a device: arguments of `batch_invariance.max_batch_influence`, and the attention kind."""
+    """Parameters of a device test: the arguments of `batch_invariance.max_batch_influence`, and the attention
+    kernels.
+    """
 
     shapes: Shapes
     keeps_states: bool
     max_grad_norm: float
     pad_id: int
     weights_chosen: bool
-    attend_by_products: bool = False
+    disable_fused_attention: bool = False
 
     @property
     def trial_arguments(self) -> dict[str, Any]:
         """The arguments for `max_batch_influence`."""
-        return {name: value for name, value in self._asdict().items() if name != "attend_by_products"}
+        return {name: value for name, value in self._asdict().items() if name != "disable_fused_attention"}
 
     def run_trial(self, model: TaskModel, seed: int, told: Told = ignore_progress) -> Outcome:
         """Run the trial with dummy examples and weights drawn from `seed`, and return its outcome."""
@@ -88,16 +95,14 @@ class DeviceTrial(NamedTuple):
             for one in gradients.values():
                 seen.update(one.contiguous().numpy().tobytes())
 
-        if self.attend_by_products:
-            attend_by_products()
+        if self.disable_fused_attention:
+            disable_fused_attention()
         moved = max_batch_influence(model, seed=seed, see=see, told=told, **self.trial_arguments)
         return Outcome(seed, moved, seen.hexdigest())
 
 
 class Outcome(NamedTuple):
-    """The outcome of a trial: the influence of other examples on an example, and the SHA-256, in hex, of all
-    results.
-    """
+    """The outcome of a trial: the measured batch influence, in clip norms, and the SHA-256 (hex) of all results."""
 
     seed: int
     moved: float
@@ -105,13 +110,14 @@ class Outcome(NamedTuple):
 
 
 class Devices:
-    """The devices of a site other than its first one, each with a process that starts at once and ends with this
-    object.
+    """The devices of a site, with one worker process for every device except the first one.
+
+    The workers start in the constructor, and end with this object.
 
     Args:
         model: the model on the first device, in this process.
-        spec: the spec from which the other processes load the same model.
-        runtime: settings with the number of devices, the first one included.
+        spec: the spec from which the workers load the same model.
+        runtime: settings with the number of devices, including the first one.
         max_length: the maximum length of an example, in tokens.
 
     Raises:
@@ -128,26 +134,26 @@ class Devices:
         self._expected: str | None = None
 
     def __len__(self) -> int:
-        """Return the number of devices, the first one included."""
+        """Return the number of devices, including the first one."""
         return len(self._places)
 
     def start_trials(self, trial: DeviceTrial, first: Outcome) -> None:
-        """Start the trial of the first device on all other devices; `prepare_crew` checks the outcome.
+        """Start the first device's trial on all other devices; `prepare_crew` compares the outcomes.
 
-        The trial is repeated whenever the processes are restarted.
+        The trial is repeated whenever the workers are restarted.
 
         Raises:
-            RunError: the process of a device failed.
+            RunError: a worker failed.
         """
         self._trial, self._expected = trial, first.bits
         self._crew.ask_all(_Device.compute_trial_bits, trial, first.seed)
 
     def prepare_crew(self) -> _Crew:
-        """Return the processes of the other devices, restarted after a failure and checked.
+        """Return the workers, after their trial was compared with the first device's; restart them after a failure.
 
         Raises:
             ConfigError: the devices do not compute the same bits, or did not in an earlier trial of this process.
-            RunError: the process of a device failed.
+            RunError: a worker failed.
         """
         assert self._trial is not None, "devices are tried before they are used"
         if self._expected is None and self._crew.is_broken:
@@ -158,64 +164,65 @@ class Devices:
         if expected is not None and (self._facts in _differ or set(self._crew.collect_answers()) != {expected}):
             _differ.add(self._facts)
             self._crew.end()
-            bound = "must be 1 on this machine, because its devices do not compute bitwise equal gradients"
+            bound = "must be 1 on this machine: its devices do not compute bit-identical gradients"
             raise ConfigError("runtime.num_devices", len(self), bound)
         return self._crew
 
     def divide_units(self, units: _Examples, *, max_grad_norm: float) -> DividedUnits:
-        """Divide a site's units among the devices, for steps that clip to `max_grad_norm`."""
+        """Divide a site's units among the devices, for steps with the clip norm `max_grad_norm`."""
         return DividedUnits(self, units, next(self._numbers), max_grad_norm=max_grad_norm)
 
-    def share(self, units: _Examples, rank: int) -> tuple[_Examples, Places]:
+    def select_shard(self, units: _Examples, rank: int) -> tuple[_Examples, Places]:
         """Return the units of one device, and the indices of their records."""
-        return units.share(rank, len(self), self._places[rank])
+        return units.select_shard(rank, len(self), self._places[rank])
 
 
 class DividedUnits(Units):
-    """A site's units, divided among its devices, in the form in which `fedtune.training.local` trains on them.
+    """A site's units, divided among its devices, with the interface that `fedtune.training.local` trains on.
 
     Args:
         devices: the site's devices.
-        units: all units; no cached states are stored in this object.
-        number: the number by which the other devices identify these units.
+        units: all units; cached states are stored per device, not in this object.
+        number: the number by which the workers identify these units.
         max_grad_norm: the clip norm of the steps.
     """
 
     def __init__(self, devices: Devices, units: _Examples, number: int, *, max_grad_norm: float) -> None:
         self._devices, self._units, self._number, self._max_grad_norm = devices, units, number, max_grad_norm
         self.unit = units.unit
-        self._own, self._own_records = devices.share(units, 0)
+        self._own, self._own_records = devices.select_shard(units, 0)
         self._records: list[Places] = []
         self._crew: _Crew | None = None
 
     def __len__(self) -> int:
         return len(self._units)
 
-    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = ignore_progress) -> None:
-        """Cache the frozen layers' outputs on every device for its own share, as `SiteExamples.keep_frozen_states`
-        does.
+    def cache_frozen_states(
+        self, model: TaskModel, *, folder: Path | None = None, told: Told = ignore_progress
+    ) -> None:
+        """Cache the frozen layers' outputs on every device for its own shard (see `SiteExamples.cache_frozen_states`).
 
         `told` receives the progress of the first device.
         """
-        crew = self._send_shares()
-        crew.ask_all(_Device.keep_frozen_states, self._number, folder)
-        self._own.keep_frozen_states(model, folder=folder, told=told)
+        crew = self._send_shards()
+        crew.ask_all(_Device.cache_frozen_states, self._number, folder)
+        self._own.cache_frozen_states(model, folder=folder, told=told)
         crew.collect_answers()
 
-    def keep_reference(self, model: TaskModel) -> None:
-        """Call `SiteExamples.keep_reference` on every device for its share."""
-        crew = self._send_shares()
-        crew.ask_all(_Device.keep_reference, self._number)
-        self._own.keep_reference(model)
+    def cache_reference(self, model: TaskModel) -> None:
+        """Cache the base model's outputs on every device for its own shard (see `SiteExamples.cache_reference`)."""
+        crew = self._send_shards()
+        crew.ask_all(_Device.cache_reference, self._number)
+        self._own.cache_reference(model)
         crew.collect_answers()
 
-    def _send_shares(self) -> _Crew:
-        """Return the other devices' processes, after sending each of them its share of the units."""
+    def _send_shards(self) -> _Crew:
+        """Send each worker its shard of the units, and return the workers."""
         crew = self._devices.prepare_crew()
         if crew is not self._crew:
             self._records = [self._own_records]
             for rank in range(1, len(self._devices)):
-                share, records = self._devices.share(self._units, rank)
+                share, records = self._devices.select_shard(self._units, rank)
                 crew.ask(rank, _Device.hold_units, self._number, share)
                 self._records.append(records)
             crew.collect_answers()
@@ -223,44 +230,45 @@ class DividedUnits(Units):
             self._crew = crew
         return crew
 
-    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterator[Any]]:
-        """Return a function that starts a step on the other devices, and cuts this device's units into
-        micro-batches.
-        """
+    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[Any]]:
+        """Return a function that starts a step on the workers, and cuts this device's units into micro-batches."""
 
         def cut(sampled: Places) -> Iterator[Any]:
             model, (mine, *others) = (
                 self._devices.model,
                 self._split_by_rank(sampled, self._units.draw_records(sampled, stream)),
             )
-            assert self._crew is not None, "nothing was handed out"
+            assert self._crew is not None, "the shards were not sent"
             values = _flatten(model.trainable()).numpy()
             for rank, theirs in enumerate(others, start=1):
                 about = (self._number, theirs, self._max_grad_norm, model.frozen, values)
                 self._crew.ask(rank, _Device.sum_contributions, *about)
-            return self._own.cut_drawn(mine)
+            return self._own.batch_units(mine)
 
         return cut
 
     def _split_by_rank(self, sampled: Places, drawn: Sequence[Places]) -> list[list[Places]]:
-        """Return for each device the record indices of its sampled units, relative to the device's own share."""
+        """Return the record indices of the sampled units for each device, relative to the device's own shard."""
         by_rank: list[list[Places]] = [[] for _ in self._records]
         for unit, records in zip(sampled.tolist(), drawn, strict=True):
             rank = assign_device(unit, len(self._devices))
             by_rank[rank].append(np.searchsorted(self._records[rank], records).astype(np.int64))
         return by_rank
 
-    def gradients(self, of_each: UnitGradients) -> UnitGradients:
+    def convert_gradients(self, of_each: UnitGradients) -> UnitGradients:
         """Convert per-example gradients to per-unit gradients."""
-        return self._own.gradients(of_each)
+        return self._own.convert_gradients(of_each)
 
     def add_other_devices(self, sums: TensorSums, max_grad_norm: float) -> int:
-        """Wait for the other devices' sums, and add them to `sums`; return the number of their units.
+        """Wait for the workers' sums, and add them to `sums`.
+
+        Returns:
+            The number of units in the workers' sums.
 
         Raises:
-            RunError: the process of a device failed.
+            RunError: a worker failed.
         """
-        assert self._crew is not None, "nothing was cut"
+        assert self._crew is not None, "no step was started"
         assert max_grad_norm == self._max_grad_norm, "devices clip to different norms"
         num_units, total = 0, _flatten(sums)
         for units, values in self._crew.collect_answers():
@@ -270,12 +278,12 @@ class DividedUnits(Units):
         return num_units
 
     def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
-        """Not supported on several devices: the gradients of a non-private step are not integers."""
+        """Raise an error: non-private gradients are not integers, so they are not supported on several devices."""
         raise AssertionError("a step without privacy is taken on one device")
 
 
 def choose_run_devices(runtime: RuntimeSpec) -> list[torch.device]:
-    """Return the devices of a run, the first one first; several "devices" on a CPU are processes that share it.
+    """Return the devices of a run, starting with the first device; on a CPU, "devices" are processes that share it.
 
     Raises:
         ConfigError: the machine has fewer GPUs.
@@ -284,12 +292,12 @@ def choose_run_devices(runtime: RuntimeSpec) -> list[torch.device]:
     if first.type == "cpu":
         return [first] * count
     if count > (there := torch.accelerator.device_count()):
-        raise ConfigError("runtime.num_devices", count, f"must be at most {there}, the number of GPUs")
+        raise ConfigError("runtime.num_devices", count, f"must be at most {there}, the number of GPUs of this machine")
     return [first, *(torch.device(first.type, number) for number in range(1, count))]
 
 
 def _flatten(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Copy all values into one flat tensor on the CPU, in the order of names that all devices share."""
+    """Copy all values into one flat tensor on the CPU, in the order of names that all devices use."""
     return torch.cat([one.detach().flatten().cpu() for one in tensors.values()])
 
 
@@ -301,18 +309,18 @@ def _copy_values(tensors: Mapping[str, torch.Tensor], values: torch.Tensor) -> N
 
 
 _Member: TypeAlias = tuple[SpawnProcess, Connection]
-"""Another device's process, and the pipe to it."""
+"""A worker process, and the pipe to it."""
 
 
 class _Crew:
-    """The processes of the other devices, by rank from 1.  If one of them fails, all are terminated.
+    """The worker processes by rank, starting at 1.  If a worker fails, all are terminated.
 
     Attributes:
-        end: terminates the processes; also called when this object or this process ends.
-        forgotten: numbers of units that will not be used again.
+        end: terminates the workers; also called when this object or this process ends.
+        forgotten: the numbers of units that workers can delete.
 
     Raises:
-        RunError: the process of a device failed, in the constructor and in every method.
+        RunError: a worker failed, in the constructor and in every method.
     """
 
     def __init__(self, places: Sequence[torch.device], load: Callable[[torch.device], TaskModel]) -> None:
@@ -326,17 +334,17 @@ class _Crew:
             _set_send_timeout(ours)
             process = start.Process(target=_serve, args=(theirs, place, load), daemon=True)
             process.start()
-            theirs.close()  # the process has the only other one, so that its end is seen here
+            theirs.close()  # only the worker holds the other end now, so a dead worker closes the pipe
             self._members.append((process, ours))
         self._asked: list[int] = []
 
     @property
     def is_broken(self) -> bool:
-        """Whether a process has ended, or the processes were interrupted in the middle of a step."""
+        """Whether a worker has ended, or the workers were interrupted during a step."""
         return bool(self._asked) or not self.end.alive or not all(process.is_alive() for process, _ in self._members)
 
     def ask(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
-        """Make one device call `what`, a method of `_Device`."""
+        """Make one worker call `what`, a method of `_Device`."""
         try:
             _, pipe = self._members[rank - 1]
             pipe.send((what, about, tuple(self.forgotten)))
@@ -345,7 +353,7 @@ class _Crew:
         self._asked.append(rank)
 
     def ask_all(self, what: Callable[..., Any], *about: Any) -> None:
-        """Make every device call `what`, a method of `_Device`."""
+        """Make every worker call `what`, a method of `_Device`."""
         for rank in range(1, 1 + len(self._members)):
             self.ask(rank, what, *about)
         self.forgotten.clear()
@@ -361,7 +369,11 @@ class _Crew:
         done: bool | str = _AT_WORK
         try:
             while done == _AT_WORK:
-                done, answer = pipe.recv() if pipe.poll(MOST_WAIT_S) else (False, f"no answer in {MOST_WAIT_S:g} s")
+                done, answer = (
+                    pipe.recv()
+                    if pipe.poll(HEARTBEAT_TIMEOUT_S)
+                    else (False, f"no answer in {HEARTBEAT_TIMEOUT_S:g} s")
+                )
         except (EOFError, OSError):
             process.join(1.0)  # for its exit code
             done, answer = False, f"its process ended with exit code {process.exitcode}"
@@ -371,19 +383,21 @@ class _Crew:
 
     def _fail(self, why: str) -> NoReturn:
         self.end()
-        raise RunError(f"a device of this machine failed, so nothing is released from this round ({why})")
+        raise RunError(f"a device of this machine failed ({why}); nothing is released from this round")
 
 
 def _set_send_timeout(pipe: Connection) -> None:
-    """Set a send timeout, so that a hung worker raises instead of blocking the sender; a pipe of Windows has none."""
+    """Set a send timeout, so that a hung worker raises instead of blocking the sender.  Pipes on Windows have no
+    timeout.
+    """
     if UNIX_SOCKETS < 0:
         return
-    with socket.socket(fileno=os.dup(pipe.fileno())) as end:  # the option is that of the pipe's end, whoever sets it
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(MOST_WAIT_S), 0))
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:  # a duplicate shares the option
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(HEARTBEAT_TIMEOUT_S), 0))
 
 
 def _kill_processes(members: Sequence[_Member]) -> None:
-    """Kill the processes at once: they hold nothing that must be saved."""
+    """Kill the workers immediately: they have no state to save."""
     for process, pipe in members:
         process.kill()
         pipe.close()
@@ -408,11 +422,11 @@ class _Device:
         for number in numbers:
             self._units.pop(number, None)
 
-    def keep_frozen_states(self, number: int, folder: Path | None) -> None:
-        self._units[number].keep_frozen_states(self._model, folder=folder, told=lambda *_: self._at_work())
+    def cache_frozen_states(self, number: int, folder: Path | None) -> None:
+        self._units[number].cache_frozen_states(self._model, folder=folder, told=lambda *_: self._at_work())
 
-    def keep_reference(self, number: int) -> None:
-        self._units[number].keep_reference(self._model)
+    def cache_reference(self, number: int) -> None:
+        self._units[number].cache_reference(self._model)
 
     def sum_contributions(
         self,
@@ -422,15 +436,17 @@ class _Device:
         frozen: frozenset[str],
         values: npt.NDArray[np.float32],
     ) -> tuple[int, npt.NDArray[np.int64]]:
-        """Sum the clipped contributions of the drawn units at the adapter values `values`; return their number and the
-        sum.
+        """Sum the clipped contributions of the drawn units at the adapter values `values`.
+
+        Returns:
+            The number of units, and the flat sum of their contributions.
         """
         units = self._units[number]
         _copy_values(self._model.trainable(), torch.from_numpy(values))
         with self._model.freeze_tensors(frozen), record_gradients(self._model) as gradients:
             sums = make_zero_sums(self._model.list_active_parameters())
             count = add_batches(
-                sums, units.gradients(gradients), self._report_progress(units.cut_drawn(drawn)), max_grad_norm
+                sums, units.convert_gradients(gradients), self._report_progress(units.batch_units(drawn)), max_grad_norm
             )
         return count, _flatten(sums).numpy()
 
@@ -441,14 +457,14 @@ class _Device:
 
 
 def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device], TaskModel]) -> None:
-    """Run the process of another device until its parent process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, which the first device's process answers
-    logging.disable(logging.CRITICAL)  # what a record makes fail is for the site's own log alone, which is not here
+    """Run the worker of another device until its parent process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first device's process handles Ctrl-C
+    logging.disable(logging.CRITICAL)  # errors caused by records belong in the site's own log only
     said = time.monotonic()
 
     def report_work() -> None:
         nonlocal said
-        if time.monotonic() - said > _SIGN_EVERY_S:
+        if time.monotonic() - said > _HEARTBEAT_S:
             said = time.monotonic()
             orders.send((_AT_WORK, None))
 
@@ -460,11 +476,11 @@ def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device
             device.forget_units(forgotten)
             orders.send((True, what(device, *about)))
     except Exception as error:
-        with suppress(OSError):  # there is nobody to be told
+        with suppress(OSError):  # the parent process has ended
             orders.send((False, f"{type(error).__name__}: {get_first_line(error)}"))
 
 
 def _load_on_device(spec: TaskModelSpec, runtime: RuntimeSpec, max_length: int, place: torch.device) -> TaskModel:
-    if resolve_device(runtime.device).type != "cpu":  # asked here too, so that this process computes as the first one
+    if resolve_device(runtime.device).type != "cpu":  # also makes this process deterministic
         torch.accelerator.set_device_index(place)
     return prepare_model(partial(build_task_model, spec, device=place), runtime, max_length=max_length)

@@ -1,10 +1,10 @@
 """One step of DP-SGD, written like Algorithm 1 of Abadi et al. 2016 (arXiv 1607.00133).
 
-Sample, clip each, sum, add noise, divide, step.  Together with `fedtune.privacy.mechanism`, this file is the complete
+Sample, clip, sum, add noise, divide, step.  Together with `fedtune.privacy.mechanism`, this file is the complete
 argument that one step is one `PoissonSampledDpEvent(rate, GaussianDpEvent(noise_multiplier))`.
 
 This file samples and clips privacy units.  A unit is a record, with the gradient of its own loss, or a user, with the
-mean of its records' gradients.  `Records` and `UnitGradients` abstract from the difference.
+mean gradient of the user's records.  `Records` and `UnitGradients` hide the difference.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from fedtune.training.algorithms.local_algorithm import Arrays, NoisedGradient
 
 TensorSums = dict[str, torch.Tensor]
 Correction = Callable[[NoisedGradient], Arrays]
-"""What an algorithm makes of the noised mean gradient of a step, before the optimizer steps."""
+"""An algorithm's correction of a step's noised mean gradient, before the optimizer steps."""
 
 SMALLEST_NORM = 1e-3
-"""Gradients are scaled as if their norm were at least this: below it they may be mostly rounding, and a tiny clip norm
-would blow that up to a whole contribution (measured in simulations/sensitivity)."""
+"""Lower limit on the gradient norm that clipping divides by.  A smaller gradient may be mostly rounding error, which a
+tiny clip norm would scale up to a full contribution (measured in simulations/sensitivity).
+"""
 # Clipping aims this far below the clip norm, so that rounding never lifts a contribution above it.
 _ROUNDING_ROOM = 1e-6
 CLIP_NORM_CELLS = 2.0**GRID_BITS  # a clip norm, in cells
@@ -38,12 +39,12 @@ _LANES = 1024  # in which an accelerator adds up a row's squares: a power of two
 
 
 def add_nothing(sums: TensorSums, max_grad_norm: float) -> int:
-    """Add nothing, and return 0 units: the `Records.add_others` of a site with one device."""
+    """Add nothing, and return 0 units: the default of `Records.add_others` for a site with one device."""
     return 0
 
 
 class UnitGradients(Protocol):
-    """Computes one gradient for each of the n units in a micro-batch: name -> (n, *parameter shape)."""
+    """Interface that computes one gradient for each of the n units in a micro-batch: name -> (n, *parameter shape)."""
 
     def compute_gradients(self, batch: Any, /) -> dict[str, torch.Tensor]:
         """Compute the gradients; rows without a unit are zero.
@@ -55,15 +56,14 @@ class UnitGradients(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """One site's training records, counted, sampled and cut in privacy units."""
+    """A site's training records, counted, sampled and batched in privacy units."""
 
-    count: int  # how many units there are; never leaves the site
-    declared_size: int  # the number the site publishes, in the step's denominator
-    # turns the indices of a logical batch into micro-batches, whose lengths are their numbers of units.  How it
-    # cuts changes no bit of a sum.
+    count: int  # number of units; never leaves the site
+    declared_size: int  # the size that the site publishes, used in the step's denominator
+    # cuts a logical batch, given by unit indices, into micro-batches, whose lengths are their numbers of units.
+    # The sums are bit-identical for every way of cutting.
     cut: Callable[[npt.NDArray[np.int64]], Iterable[Any]]
-    # adds the other devices' sums over the units that `cut` left to them, clipped to the same norm; returns the
-    # number of those units
+    # adds the other devices' sums over their own units, clipped to the same norm; returns the number of these units
     add_others: Callable[[TensorSums, float], int] = add_nothing
 
 
@@ -80,14 +80,22 @@ def take_dp_sgd_step(
 ) -> None:
     """Take one private step on `parameters`.
 
-    `correct` is the algorithm's correction of the noised gradient; None: the optimizer steps along it as it is.
-
     Guarantee: the changes depend on the records only through one Gaussian mechanism with standard deviation
     `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors, one per unit, whose joint L2 norm over all
     trainable tensors is at most `max_grad_norm`.  The bound is exact: each vector depends on its own unit alone, bit
     for bit (`fedtune.training.batch_invariance` tests this on the current machine), and is a vector of integers whose
-    norm is checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample adds
-    noise like any other.
+    norm is checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample receives
+    noise like any other sample.
+
+    Args:
+        gradients: computes the gradient of each unit.
+        records: the site's units.
+        plan: the sampling rate, the clip norm and the noise multiplier.
+        parameters: the trained tensors by name; exactly the tensors of `optimizer`.
+        optimizer: steps along the noised mean gradient.
+        sampling: the random stream of the Poisson sample.
+        noise: the random stream of the noise.
+        correct: the algorithm's correction of the noised gradient; None for no correction.
     """
     assert_same_tensors(parameters, optimizer)
     sums = sum_sampled_gradients(gradients, records, plan, parameters=parameters, sampling=sampling)
@@ -104,9 +112,9 @@ def sum_sampled_gradients(
     parameters: Mapping[str, nn.Parameter],
     sampling: RandomStream,
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the sum of a Poisson sample's clipped gradients, in cells and without noise.
+    """Return the sum of a Poisson sample's clipped gradients by name, in cells and without noise.
 
-    The caller must not release it.
+    The caller must not release the sum.
 
     Guarantee: adding or removing one unit changes the sum, for each outcome of the sampling, by a vector of L2 norm at
     most `plan.max_grad_norm`, or not at all.
@@ -115,12 +123,12 @@ def sum_sampled_gradients(
     sums = make_zero_sums(parameters)
     seen = add_batches(sums, gradients, records.cut(sampled), plan.max_grad_norm)
     seen += records.add_others(sums, plan.max_grad_norm)
-    assert seen == len(sampled), "each sampled unit counts exactly once"
+    assert seen == len(sampled), "each sampled unit must be counted exactly once"
     return {name: total.cpu().numpy() for name, total in sums.items()}
 
 
 def make_zero_sums(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
-    """Return zero sums in the parameters' shapes; they are int64, so that the order of addition does not matter."""
+    """Return zero sums in the parameters' shapes, in int64, so that the order of addition does not matter."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
 
@@ -137,7 +145,7 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
     """Scale each unit's gradient to a joint L2 norm of at most `max_grad_norm`, round it and add it to `sums`.
 
     Args:
-        sums: name -> (*shape) int64 in cells of the grid (`mechanism.cell`), changed in place.
+        sums: name -> (*shape) int64 in cells of the grid (`mechanism.compute_cell_width`), changed in place.
         gradients: name -> (n, *shape), with the same names as `sums`; n examples, or the means of n users.
         max_grad_norm: the clip norm C, over all tensors of a unit together.
 
@@ -162,9 +170,10 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
 def compute_clipped_contributions(
     gradients: Mapping[str, torch.Tensor], max_grad_norm: float
 ) -> dict[str, torch.Tensor]:
-    """Return each unit's contribution to a sum: name -> (n, values), integer cells in float64, which is exact.
+    """Return each unit's contribution to a sum: name -> (n, values), as whole numbers of cells in float64.
 
-    They are computed on the gradients' device, as in `add_clipped`, and copied to the CPU one tensor at a time.
+    The contributions are computed on the gradients' device, as in `add_clipped`, and copied to the CPU one tensor at a
+    time.
     """
     whole, squares = {}, []
     for name, contribution in _clip_to_cells(gradients, max_grad_norm):
@@ -175,11 +184,10 @@ def compute_clipped_contributions(
 
 
 def _clip_to_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, clipped gradients in cells), (n, values) in float64, rounded towards zero.
+    """Yield (name, clipped gradients): (n, values) in float64, in cells of the grid, rounded towards zero.
 
-    A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`).
-
-    The values are cells in float64.  Each row depends on its own unit alone, bit for bit, and may still be NaN.
+    A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`).  Each row depends on its own unit alone, bit for
+    bit, and may still be NaN.
     """
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
     cells = _compute_joint_norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (
@@ -197,9 +205,9 @@ def _compute_joint_norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _flatten_rows(gradient: torch.Tensor) -> torch.Tensor:
-    """Flatten to (n, values) in float64: in float32, a norm of 60,000 equal values was 1.6e-5 too small.
+    """Flatten to (n, values) in float64, because in float32 a norm of 60,000 equal values was 1.6e-5 too small.
 
-    The result is contiguous, because the memory layout determines the order of summation, and depends on the batch.
+    The result is contiguous, because the order of summation follows the memory layout, which depends on the batch.
     """
     return gradient.flatten(1).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
@@ -207,38 +215,41 @@ def _flatten_rows(gradient: torch.Tensor) -> torch.Tensor:
 def _compute_exact_squared_norms(whole: torch.Tensor) -> torch.Tensor:
     """Return the (n, lanes) squared norms of rows of integers.
 
-    A usable row has a squared norm of at most 2**48, so float64 sums it exactly, and squaring its root rounds back to
-    it.
+    A usable row has a squared norm of at most 2**48, so float64 sums it exactly.  The square of the root, rounded, is
+    the exact squared norm again.
     """
     return _compute_squared_row_norms(whole).round()
 
 
 def _is_within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return (n,) whether each unit may be added, from its tensors' squared norms (n, lanes); False for NaN."""
+    """Whether each unit (n,) is within the clip norm, from the squared norms (n, lanes) of its tensors; False for
+    NaN.
+    """
     return _sum_in_fixed_order(squares) <= CLIP_NORM_CELLS**2
 
 
 def _sum_in_fixed_order(each: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum tensors (n, lanes) to (n,) in a fixed order: torch's own order of summation depends on the number of rows."""
+    """Sum tensors (n, lanes) to (n,) in a fixed order, because torch's own order depends on the number of rows."""
     return sum_by_halves(reduce(torch.add, each))
 
 
 def _compute_squared_row_norms(values: torch.Tensor) -> torch.Tensor:
-    """Return (n, lanes) partial squared L2 norms of n float64 rows; none of them depends on the number of rows."""
+    """Return the (n, lanes) partial squared L2 norms of n float64 rows, independent of the number of rows."""
     if values.device.type != "cpu":
-        # An accelerator parts a row among its threads by how many rows there are.  Adding by element has one order.
+        # An accelerator splits a row among its threads by the number of rows.  Elementwise addition has a fixed order.
         squares = nn.functional.pad(values.square(), (0, -values.shape[1] % _LANES))
         return sum_by_halves(squares.view(len(values), squares.shape[1] // _LANES, _LANES))
-    # torch divides a single row among its threads, which changes the order of adding; of several rows each has one.
+    # torch splits a single row among its threads, which changes the order of addition; with several rows, it does not.
     rows = values if len(values) > 1 else values.repeat(2, 1)
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return norms[: len(values)].square()
 
 
 def sum_by_halves(values: torch.Tensor) -> torch.Tensor:
-    """Sum (n, t, ...) to (n, ...) by adding halves: the order in torch's own sum could depend on the number of rows.
+    """Sum (n, t, ...) to (n, ...) by pairwise halves, because the order of torch's own sum could depend on the number
+    of rows.
 
-    Each addition here has two operands and follows IEEE 754 on any device, and no other row enters.
+    Each addition has two operands and follows IEEE 754 on any device, and each sum uses its own row only.
     """
     while (length := values.shape[1]) > 1:
         half = length // 2
@@ -255,9 +266,16 @@ def apply_gradient_sum(
     denominator: float,
     correct: Correction | None = None,
 ) -> None:
-    """Divide by the public denominator, in cells, and take the optimizer's step: post-processing of the noisy sum.
+    """Divide the noised sum by the public denominator, and take the optimizer's step.
 
-    `correct` sees the noised mean only, after the division.
+    Guarantee: post-processing of the noised sum.
+
+    Args:
+        gradient_sum: the noised sum by name, in cells.
+        parameters: the trained tensors by name.
+        optimizer: steps along the mean gradient.
+        denominator: the public denominator, in cells.
+        correct: the algorithm's correction of the mean gradient; None for no correction.
     """
     mean: Mapping[str, npt.NDArray[np.floating]] = {name: gradient_sum[name] / denominator for name in parameters}
     if correct is not None:
@@ -269,6 +287,6 @@ def apply_gradient_sum(
 
 
 def assert_same_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Assert that exactly the same tensors are clipped, noised and stepped."""
+    """Assert that `optimizer` steps exactly the parameters that are clipped and noised."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert stepped == {id(p) for p in parameters.values()}, "stepped tensors and clipped tensors differ"

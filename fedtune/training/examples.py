@@ -1,4 +1,4 @@
-"""A site's tokenized records, prepared for training: in micro-batches, with cached outputs of the frozen layers."""
+"""A site's tokenized records for training: micro-batches, and cached outputs of the frozen layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Places = npt.NDArray[np.int64]
 
 
-Told = Callable[[int, int], None]  # called with how many parts of a long work are done, and of how many
+Told = Callable[[int, int], None]  # called with the number of finished steps of a long task, and their total
 
 
 def ignore_progress(done: int, total: int) -> None:
@@ -36,17 +36,17 @@ def ignore_progress(done: int, total: int) -> None:
 
 
 def assign_device(unit: int, num_devices: int) -> int:
-    """Return the device of a unit, which depends only on the unit's index."""
+    """Return the device index of a unit, a function of the unit's index only."""
     return unit % num_devices
 
 
 def select_units_on_device(rank: int, num_devices: int, count: int) -> Places:
-    """Return the indices of the units on device `rank`, if `count` units are spread over all devices."""
+    """Return the indices of the units on device `rank`, if `count` units are distributed over all devices."""
     return np.array([unit for unit in range(count) if assign_device(unit, num_devices) == rank], dtype=np.int64)
 
 
 class Units(ABC):
-    """A site's privacy units: a step samples them, cuts them into micro-batches and computes one gradient for each."""
+    """A site's privacy units: sampled by a step, cut into micro-batches, and each with one gradient."""
 
     unit: Unit  # the privacy unit
 
@@ -55,17 +55,18 @@ class Units(ABC):
         """Return the number of units."""
 
     @abstractmethod
-    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterable[Any]]:
-        """Return a function that cuts a step's sampled units into micro-batches; `stream` draws records within a
-        unit.
+    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterable[Any]]:
+        """Return a function that cuts a step's sampled units into micro-batches.
+
+        `stream` draws the records of each unit.
         """
 
-    def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """Convert per-example gradients to per-unit gradients; no change if each record is a unit."""
+    def convert_gradients(self, of_each: UnitGradients) -> UnitGradients:
+        """Convert per-example gradients to per-unit gradients; the default is the identity, for record units."""
         return of_each
 
     def add_other_devices(self, sums: TensorSums, max_grad_norm: float) -> int:
-        """Add the sums of other devices, as in `Records.add_other_devices`; most sites have one device."""
+        """Add the sums of other devices (`Records.add_others`); the default, for one device, adds nothing."""
         return add_nothing(sums, max_grad_norm)
 
     @abstractmethod
@@ -74,7 +75,7 @@ class Units(ABC):
 
 
 class SiteExamples(Units):
-    """The examples from which a training step samples: each record is a unit.
+    """A site's examples as privacy units, one per record.
 
     Args:
         dataset: the site's records.
@@ -97,29 +98,29 @@ class SiteExamples(Units):
 
     @property
     def num_tokens(self) -> int:
-        """The total number of tokens in all records."""
+        """Total number of tokens in all records."""
         return self._dataset.num_tokens
 
     def parts(self, indices: npt.NDArray[np.int64]) -> Iterator[Part]:
-        """Cut the chosen records into micro-batches of fixed shapes.
+        """Group the selected records into micro-batches of fixed shapes.
 
         Records of the same padded length keep their order.
         """
         return self._shapes.cut(indices, self._dataset.lengths)
 
     def cut(self, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-        """Cut the chosen records into micro-batches.
+        """Cut the selected records into micro-batches.
 
         A record's contribution to a sum is bit-identical in every micro-batch.
         """
         return map(self.batch, self.parts(indices))
 
     def batch(self, part: Part) -> Batch:
-        """Collate the records of `part` into one micro-batch, in their order."""
+        """Collate the records of `part` into one micro-batch, in order."""
         batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
         if self._states is not None:
             rows, columns, places = self._list_token_positions(part, batch)
-            states = self._states.new_zeros(*batch.attention_mask.shape, self._states.shape[1])  # zero where padding is
+            states = self._states.new_zeros(*batch.attention_mask.shape, self._states.shape[1])  # padding stays zero
             states[rows, columns] = self._states[places]
             batch = replace(batch, prefix=states)
         if self._reference is not None:
@@ -128,25 +129,25 @@ class SiteExamples(Units):
             batch = replace(batch, reference=reference)
         return batch.to(self.device)
 
-    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
-        """Return `cut`; a record unit needs no random draws."""
+    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
+        """Return `cut`, because record units need no random draws."""
         return self.cut
 
     def draw_records(self, records: Places, stream: RandomStream) -> Sequence[Places]:
-        """Return each record as a group of one, to match `UserExamples.draw_records`."""
+        """Return each record as a group of one record, the interface of `UserExamples.draw_records`."""
         return list(records[:, None])
 
-    def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[Batch]:
-        """Cut the records that `drawn` returned into micro-batches."""
+    def batch_units(self, drawn: Sequence[Places]) -> Iterator[Batch]:
+        """Cut the records that `draw_records` returned into micro-batches."""
         return self.cut(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
 
-    def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, Places]:
+    def select_shard(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, Places]:
         """Return the records of one of `num_devices` devices, and their indices."""
         records = select_units_on_device(rank, num_devices, len(self))
         return self.select_records(records, device), records
 
     def select_records(self, records: Places, device: torch.device | str) -> SiteExamples:
-        """Select records for another device; cached outputs are not copied."""
+        """Select records for another device, without cached outputs."""
         return SiteExamples(
             self._dataset.select_examples(records), pad_id=self._pad_id, shapes=self._shapes, device=device
         )
@@ -155,7 +156,7 @@ class SiteExamples(Units):
         """Add the examples' unclipped gradients to the parameters' `.grad`.  Guarantee: none."""
         model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
 
-    def keep_frozen_states(
+    def cache_frozen_states(
         self,
         model: TaskModel,
         *,
@@ -164,24 +165,24 @@ class SiteExamples(Units):
         lenient: bool = True,
         told: Told = ignore_progress,
     ) -> None:
-        """Cache the output of the layers below the first trained one for every record, so that later passes start from
-        it.
+        """Cache the output of the layers below the first trained layer for every record, so that later passes skip
+        these layers.
 
-        This trades memory (`num_tokens` times the hidden size) for speed.  Each record's states depend on that record
-        alone: they are zero if they cannot be computed or are not finite.  Such a record adds nothing to a step, just
-        as without cached states (`per_example`), and to its neighbors it looks like an empty row, which also has zero
-        states and with which the model was tested.  Does nothing if the states are already cached, if there are no such
-        layers, or if the disk is full.
+        The cache trades memory (`num_tokens` times the hidden size) for speed.  Each record's states depend on that
+        record alone; they are zero if they cannot be computed or are not finite.  Such a record adds nothing to a step,
+        just as without the cache (`per_example`).  In a micro-batch it looks like an empty row, whose states are zero
+        too and which the batch-invariance test covers.  The method does nothing if the states are already cached, if no
+        layer is frozen, or if the disk is full.
 
         Args:
             model: must not change below its first trained layer for the rest of the run.
-            folder: where to cache the states, in an unnamed file; None: in memory.
-            parts: all records once, in the micro-batches in which to compute them; None: as `parts` cuts them.
-            lenient: False for dummy examples: an example that cannot be computed raises.
-            told: called with the number of finished records; the number stays at the site.
+            folder: the folder of the cache, an unnamed file; None caches in memory.
+            parts: a partition of all records into micro-batches for the computation; None uses `self.parts`.
+            lenient: False, for dummy examples, raises on an example that cannot be computed.
+            told: called with the number of finished records, which stays at the site.
 
         Raises:
-            Exception: the machine failed; a record never causes it.
+            Exception: the machine failed; a record never causes an exception.
         """
         if self._states is not None:
             return
@@ -201,7 +202,7 @@ class SiteExamples(Units):
                 try:
                     kept = allocate_states(self.num_tokens, states.shape[-1], dtype=states.dtype, folder=folder)
                 except OSError:
-                    log.warning("the disk has no room for the outputs of the frozen layers", exc_info=True)
+                    log.warning("the disk is full; outputs of the frozen layers are not cached", exc_info=True)
                     return
             rows, columns, places = self._list_token_positions(part, batch)
             usable = (states.isfinite().all(dim=-1) | (batch.attention_mask == 0)).all(dim=1)
@@ -210,20 +211,20 @@ class SiteExamples(Units):
             told(done, len(self))
         self._states = kept
 
-    def keep_reference(self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True) -> None:
-        """Run the base model without adapters once over every record, if the task compares the model with it.
+    def cache_reference(self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True) -> None:
+        """Cache the outputs of the base model without adapters for every record, if the task compares against them.
 
-        The cached value of a record depends only on that record and the public base model.  It is NaN if it cannot be
-        computed: then the record's loss is NaN, and the record adds nothing to a step.  Does nothing if the values are
-        already cached.
+        A record's reference depends only on that record and the public base model.  It is NaN if it cannot be computed:
+        then the record's loss is NaN, and the record adds nothing to a step.  The method does nothing if the reference
+        is already cached.
 
         Args:
             model: must not change for the rest of the run, except for its adapter.
-            parts: all records once, in the micro-batches in which to compute them; None: as `parts` cuts them.
-            lenient: False for dummy examples: an example that cannot be computed raises.
+            parts: a partition of all records into micro-batches for the computation; None uses `self.parts`.
+            lenient: False, for dummy examples, raises on an example that cannot be computed.
 
         Raises:
-            Exception: the machine failed; a record never causes it.
+            Exception: the machine failed; a record never causes an exception.
         """
         if self._reference is not None or not model.task.has_reference:
             return
@@ -231,7 +232,7 @@ class SiteExamples(Units):
         for part in self._iter_all_parts() if parts is None else parts:
             batch = self.batch(part)
             found = _compute_each(model.reference, batch, missing=torch.nan) if lenient else model.reference(batch)
-            assert found is not None, "a task with a reference has one for each example"
+            assert found is not None, "the task returned no reference outputs"
             if kept is None:
                 kept = torch.empty(len(self), *found.shape[1:], dtype=found.dtype)
             kept[part.places] = found[: len(part.places)].cpu()
@@ -250,7 +251,7 @@ class SiteExamples(Units):
 def _compute_each(
     compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, missing: float
 ) -> torch.Tensor | None:
-    """Run `compute` on a batch; where an example cannot be computed, its values are `missing`.
+    """Run `compute` on a batch, and fill in `missing` for examples that cannot be computed.
 
     Returns:
         (rows or examples, ...), or None if `compute` returns None.
@@ -264,7 +265,7 @@ def _compute_each(
     if nothing is None:
         return None
     values = torch.full_like(nothing, missing)
-    share = len(nothing) * batch.texts // len(batch.input_ids)  # of one example: a row each of its texts, or one place
+    share = len(nothing) * batch.texts // len(batch.input_ids)  # rows per example: one per text, or 1
     for place, found in enumerate(each):
         if found is not None:
             values[place * share : (place + 1) * share] = found[:share]

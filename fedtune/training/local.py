@@ -1,4 +1,4 @@
-"""A site's part of a round: load the adapter, take the plan's steps, return the adapter."""
+"""Local training: a site's part of a round, from the received adapter to the adapter that it returns."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from fedtune.training.algorithms.fedavg import FEDAVG
 from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, NoisedGradient, SiteRound
 from fedtune.training.dp_step import Correction, Records, sum_sampled_gradients, take_dp_sgd_step
 from fedtune.training.examples import Units
-from fedtune.training.optimizer import make_optimizer, round_factors, set_learning_rate
+from fedtune.training.optimizer import compute_round_factors, make_optimizer, set_learning_rate
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import TrainingSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOfTraining:
-    """The inputs of one round of local training, apart from the model, the adapter and the units."""
+    """Inputs of one round of local training, apart from the model, the adapter and the units."""
 
     site: str
-    round: int  # from 1; places the round in the learning-rate schedule
+    round: int  # from 1; selects the learning rates in the schedule
     attempt: int  # from 1; a retry draws fresh noise
-    plan: Plan  # the run's, by which the site trains and is charged
+    plan: Plan  # the run's plan, which determines the training and the charge
     training: TrainingSpec
     declared_size: int
-    max_adapter_value: float  # the site's bound on absolute values of the adapter; training never leaves it
+    max_adapter_value: float  # the site's limit on absolute values of the adapter, enforced after each step
     algorithm: LocalAlgorithm = FEDAVG
-    sent: Arrays = field(default_factory=dict)  # the algorithm's arrays that came with the adapter
-    state: Arrays = field(default_factory=dict)  # of the site's half of the algorithm; empty: none is kept
+    sent: Arrays = field(default_factory=dict)  # the algorithm's arrays, received with the adapter
+    state: Arrays = field(default_factory=dict)  # the algorithm's state at this site; empty for a stateless algorithm
 
 
 def train_round(
@@ -47,18 +47,17 @@ def train_round(
 ) -> tuple[Adapter, Arrays]:
     """Train `adapter` on a site's `units` for one round of `work.plan`.
 
-    Returns:
-        The adapter that may be released, and the algorithm's state for the site's next round.
+    The received adapter and the adapter after each step are clamped to the site's limit on absolute values, so that no
+    received or trained value can stop the run and rounding error stays small.  Clamping does not depend on any record.
 
-    The received adapter and the adapter after each step are projected onto the site's limit on absolute values, so that
-    no received or trained value can stop the run and rounding error stays small.  The projection does not depend on any
-    record.
+    Returns:
+        The adapter, which may be released, and the algorithm's state for the site's next round.
 
     Guarantee: with noise, both results are post-processing of `work.plan.event()` on the units of `work.plan.unit`, of
-    what was sent and of the earlier state; without noise, there is no guarantee.
+    the received adapter and arrays, and of the earlier state.  Without noise there is no guarantee.
     """
-    assert work.plan.shared is None, "noise that is one share of several hides nothing by itself"
-    frozen = frozen_in_round(model.spec.lora, work.algorithm, model.trainable(), round=work.round, sent=work.sent)
+    assert work.plan.shared is None, "one share of the noise is not enough for a release of its own"
+    frozen = list_frozen_tensors(model.spec.lora, work.algorithm, model.trainable(), round=work.round, sent=work.sent)
     with model.freeze_tensors(frozen):
         parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
         optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
@@ -66,7 +65,7 @@ def train_round(
         correct = None if half is None else half.correct
 
         def take_steps(step: Callable[[], None]) -> None:
-            for factor in round_factors(work.training, work.plan, round=work.round):
+            for factor in compute_round_factors(work.training, work.plan, round=work.round):
                 set_learning_rate(optimizer, factor)
                 step()
                 clamp_parameters(parameters, work.max_adapter_value)
@@ -75,7 +74,7 @@ def train_round(
             with record_gradients(model) as gradients:
                 take_steps(
                     lambda: take_dp_sgd_step(
-                        units.gradients(gradients),
+                        units.convert_gradients(gradients),
                         records,
                         work.plan,
                         parameters=parameters,
@@ -95,27 +94,28 @@ def train_round(
 
 
 class SiteHalf:
-    """An algorithm's half at a site during one round: it corrects each noised gradient, and adds them up for the state.
+    """An algorithm's site half during one round: corrects each noised gradient, and accumulates gradients for the
+    state.
 
     Args:
-        work: the round, with the algorithm, what was sent and the site's state.
-        parameters: the tensors that train, with the values from which the round starts.
+        work: the round, with the algorithm, the received arrays and the site's state.
+        parameters: the trained tensors, at their values from the start of the round.
     """
 
     def __init__(self, work: RoundOfTraining, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self._algorithm, self._parameters, self._steps = work.algorithm, parameters, work.plan.local_steps
-        self._at = SiteRound(adapter=self._weights(), sent=work.sent, state=work.state)
+        self._at = SiteRound(adapter=self._copy_weights(), sent=work.sent, state=work.state)
         self._sums: dict[str, npt.NDArray[np.float32]] = {}
 
-    def _weights(self) -> Arrays:
+    def _copy_weights(self) -> Arrays:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._parameters.items()}
 
     def correct(self, gradient: NoisedGradient) -> Arrays:
-        """Return the gradient of the optimizer's step."""
+        """Return the corrected gradient for the optimizer's step."""
         if self._algorithm.keeps_state:
             for name, value in gradient.values.items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
-        return self._algorithm.correct_gradient(gradient, self._weights(), self._at)
+        return self._algorithm.correct_gradient(gradient, self._copy_weights(), self._at)
 
     def next_state(self) -> Arrays:
         """Return the state after the round's last step."""
@@ -124,10 +124,10 @@ class SiteHalf:
         return self._algorithm.next_state(mean, self._at)
 
 
-def frozen_in_round(
+def list_frozen_tensors(
     lora: LoraSpec, algorithm: LocalAlgorithm, names: Iterable[str], *, round: int, sent: Arrays
 ) -> frozenset[str]:
-    """Return the names of the adapter's tensors that do not train in a round, by public numbers alone."""
+    """Return the names of the adapter's tensors that do not train in a round, from public values alone."""
     names, part = list(names), lora.get_frozen_name_part(round)
     return algorithm.frozen_tensors(names, sent) | {name for name in names if part is not None and part in name}
 
@@ -135,22 +135,22 @@ def frozen_in_round(
 def compute_round_share(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Return a site's share of one secure aggregation: its clipped gradient sum at `adapter`, plus its share of the
-    noise.
+    """Return a site's share of one secure aggregation: the clipped gradient sum at `adapter`, plus the site's noise
+    share.
 
-    The received adapter is projected onto the site's limit on absolute values, as in `train_round`.
+    The received adapter is clamped to the site's limit on absolute values, as in `train_round`.
 
     Returns:
         Integers in cells of 2**-cell_bits of the clip norm, with the adapter's names and shapes.
 
     Guarantee: an observer who sees the share only inside a sum with the shares of as many honest sites as the plan
-    counts learns at most what `work.plan.event()` allows.  On its own, the share is hidden by one share of the noise
+    counts learns at most what `work.plan.event()` allows.  On its own, the share is protected by one share of the noise
     only.
     """
     parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
     with record_gradients(model) as gradients:
         sums = sum_sampled_gradients(
-            units.gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling
+            units.convert_gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling
         )
     return add_noise_share(sums, work.plan.secure_noise, noise)
 
@@ -158,28 +158,26 @@ def compute_round_share(
 def _prepare_round(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, randomness: Randomness
 ) -> tuple[dict[str, torch.nn.Parameter], Records, RandomStream, RandomStream]:
-    """Load the adapter, and return the trained parameters, the site's records, and the streams for sampling and
-    noise.
-    """
+    """Load the adapter, and return the trained parameters, the site's records, and the sampling and noise streams."""
     adapter.load_into(model)
     clamp_parameters(model.trainable(), work.max_adapter_value)
     parameters = model.list_active_parameters()
     everything = {id(p) for p in model.parameters() if p.requires_grad}
-    assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
+    assert everything == {id(p) for p in parameters.values()}, "a trainable tensor is not clipped"
     purpose = (work.site, work.round, work.attempt)
-    assert units.unit == work.plan.unit, "what is sampled and what the plan counts differ"
+    assert units.unit == work.plan.unit, "the sampled unit differs from the plan's privacy unit"
     sampling = randomness.stream(*purpose, "sampling")
     noise = randomness.stream(*purpose, "noise")
-    # A stream of its own, drawn from in every step: which of a sampled user's records take part.
-    cut = units.make_cutter(randomness.stream(*purpose, "records"))
+    # A separate stream, used in every step, selects the records of each sampled user.
+    cut = units.make_batcher(randomness.stream(*purpose, "records"))
     records = Records(count=len(units), declared_size=work.declared_size, cut=cut, add_others=units.add_other_devices)
     return parameters, records, sampling, noise
 
 
 def clamp_parameters(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:
-    """Clamp every value to [-most, most]; NaN becomes 0.
+    """Clamp every value to [-most, most], and replace NaN by 0.
 
-    This is post-processing of values that were released or are about to be.
+    Guarantee: post-processing of values that were released or are about to be released.
     """
     with torch.no_grad():
         for parameter in parameters.values():
@@ -205,7 +203,7 @@ def take_plain_step(
 
 
 def set_mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *, count: float) -> None:
-    """Set the parameters' `.grad` to the sum over micro-batches of `units`, divided by `count`.  Guarantee: none."""
+    """Set the parameters' `.grad` to the gradient sum over the micro-batches, divided by `count`.  Guarantee: none."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
         units.add_plain_gradient(model, batch)

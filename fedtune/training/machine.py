@@ -1,4 +1,4 @@
-"""Devices, memory and speed of this machine, and preparation of a task model for it."""
+"""Detection of this machine's devices, memory and speed, and preparation of a task model for it."""
 
 from __future__ import annotations
 
@@ -26,28 +26,31 @@ from fedtune.model.frozen_linear import switch_to_onednn
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.accelerators import find_accelerator, total_memory
+from fedtune.training.accelerators import find_accelerator, get_total_memory
 from fedtune.training.per_example import record_gradients
 from fedtune.training.spec import RuntimeSpec
 
-_ELSEWHERE_MIB = 1024.0  # for kept states where the system does not say how much memory is available
-_ELSEWHERE_BYTES = 4 * 2**30  # of all memory, likewise
+_ELSEWHERE_MIB = 1024.0  # default for cached states, on systems that do not report the available memory
+_ELSEWHERE_BYTES = 4 * 2**30  # default for the total memory on such systems
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_MOST_TIMED, _ENOUGH_S = 512, 0.7  # tokens of the micro-batch that is timed, and seconds of its passes
+_MOST_TIMED, _ENOUGH_S = 512, 0.7  # maximum tokens of the timed micro-batch, and total seconds of its passes
 _GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
 _TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 16384, 512, 2048
-"""Of a micro-batch: on a CPU each step takes as long with more, and the trial before the run longer
-(simulations/benchmarks); a GPU waits for its process with less (simulations/gpu)."""
+"""Default numbers of tokens in a micro-batch.  On a CPU a larger micro-batch is no faster, and the trial before the run
+takes longer (simulations/benchmarks); on a GPU a smaller one leaves the device idle (simulations/gpu).
+"""
 _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
-"""Of what a model leaves free: a GPU is the run's own, a CPU's memory is everybody's."""
+"""Shares of the memory that the model leaves free: a GPU belongs to the run, a CPU's memory is shared with other
+processes.
+"""
 
 
 def resolve_device(wanted: str, *, must_exist: bool = True) -> torch.device:
-    """Return the device that a run's `runtime.device` stands for on this machine.
+    """Return the device for `runtime.device` on this machine.
 
     Args:
-        wanted: "auto" (an accelerator of any vendor, if there is one), "cpu" or "cuda".
-        must_exist: False falls back to the CPU if a GPU is requested and missing, to plan for another machine.
+        wanted: "auto" (an accelerator of any vendor, or else the CPU), "cpu" or "cuda".
+        must_exist: False falls back to the CPU if a requested GPU is missing, to plan for another machine.
 
     Raises:
         ConfigError: a GPU is requested, and this torch build cannot use one.
@@ -55,7 +58,7 @@ def resolve_device(wanted: str, *, must_exist: bool = True) -> torch.device:
     there = None if wanted == "cpu" else find_accelerator()
     if wanted == "cuda" and (there is None or there.type != "cuda"):
         if must_exist:
-            bound = "needs a GPU and a torch build with CUDA; 'auto' and 'cpu' do not"
+            bound = "needs a GPU and a torch build with CUDA; set it to 'auto' or 'cpu' on this machine"
             raise ConfigError("runtime.device", wanted, bound)
         there = None
     return there or torch.device("cpu")
@@ -63,7 +66,7 @@ def resolve_device(wanted: str, *, must_exist: bool = True) -> torch.device:
 
 @contextmanager
 def use_threads(count: int) -> Iterator[None]:
-    """Compute on `count` threads for the duration of the block."""
+    """Set torch's number of threads to `count` for the duration of the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -73,7 +76,7 @@ def use_threads(count: int) -> Iterator[None]:
 
 
 def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_length: int) -> TaskModel:
-    """Build the task model with `build`, and configure it for this machine; also sets torch's number of threads.
+    """Build the task model with `build`, configure it for this machine, and set torch's number of threads.
 
     Raises:
         ConfigError: the model cannot be loaded, or does not accept examples of `max_length` tokens.
@@ -87,15 +90,15 @@ def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_l
         model.enable_gradient_checkpointing()
     positions = get_max_positions(model.base.get_base_model())
     if positions is not None and max_length > positions:
-        raise ConfigError("data.max_length", max_length, f"must be at most {positions}, the maximum of the model")
+        raise ConfigError("data.max_length", max_length, f"must be at most {positions}, the model's maximum length")
     return model
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees for the next step, instead of returning large blocks to the system.
+    """Keep freed memory in glibc for the next step, instead of returning large blocks to the system.
 
-    Returning them costs 8,000 page faults per step of MiniLM, and 4 % of its time (simulations/benchmarks).  The peak
-    memory of the process does not change, but the process holds it until it ends.
+    Returned blocks cost 8,000 page faults per step of MiniLM, and 4 % of its time (simulations/benchmarks).  The peak
+    memory of the process does not change, but it is held until the process ends.
     """
     with suppress(OSError, AttributeError):  # another C library
         allocator = ctypes.CDLL(None).mallopt
@@ -104,9 +107,9 @@ def _keep_freed_memory() -> None:
 
 
 def count_usable_cores() -> int:
-    """Return the number of cores that this process may use, which CPU affinity can limit.
+    """Return the number of cores that this process may use, limited by CPU affinity and OMP_NUM_THREADS.
 
-    OMP_NUM_THREADS can lower it further: threads that wait for each other on busy cores take several times as long.
+    The OMP_NUM_THREADS limit matters because threads that wait for each other on busy cores take several times as long.
     """
     cores = len(system.cpu_affinity(0))
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -114,15 +117,16 @@ def count_usable_cores() -> int:
 
 
 def count_threads(runtime: RuntimeSpec) -> int:
-    """Return the number of torch's threads in each process of a run."""
+    """Return the number of torch threads in each process of a run."""
     return runtime.num_threads or max(1, count_usable_cores() // runtime.devices)
 
 
 def choose_num_processes(runtime: RuntimeSpec, *, gradients: float) -> int:
-    """Return how many processes should share each step: `runtime.num_devices`, or a number for this CPU if it is null.
+    """Return the number of processes that share each step: `runtime.num_devices`, or a number for this CPU if it is
+    null.
 
-    Two threads are hardly faster on a micro-batch than one, but two processes on two micro-batches are; on the other
-    hand, starting a process takes as long as several thousand gradients.
+    Two threads are hardly faster on a micro-batch than one, but two processes are on two micro-batches.  Starting a
+    process, however, takes as long as several thousand gradients.
 
     Args:
         runtime: settings of a simulation.
@@ -147,8 +151,9 @@ def choose_micro_batch_shapes(model: TaskModel, runtime: RuntimeSpec, *, max_len
 
 
 def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
-    """Return the most padded tokens in a micro-batch on this device, given torch's threads as `prepare_model` sets
-    them.
+    """Return the maximum number of padded tokens in a micro-batch on this device.
+
+    The default for a CPU depends on the number of torch threads, which `prepare_model` sets.
     """
     if runtime.micro_batch_tokens is not None:
         return runtime.micro_batch_tokens
@@ -157,17 +162,16 @@ def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
     return min(_MOST_TOKENS, _TOKENS_OF_A_THREAD * torch.get_num_threads())
 
 
-def find_step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
-    """Return the memory for a micro-batch in bytes: by default a share of the machine's memory, minus the model.
+def compute_step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
+    """Return the memory budget of a micro-batch in bytes: by default a share of the machine's memory, minus the model.
 
-    The default does not depend on the memory that happens to be free, which could depend on the records of an earlier
-    run.
+    The default does not depend on the free memory at the moment, which could depend on the records of an earlier run.
     """
     if runtime.step_mib is not None:
         return runtime.step_mib * 2**20
     of_model = measure_model_bytes(model)
     if model.device.type != "cpu":
-        of_site = total_memory(model.device) / (runtime.sites_per_gpu or 1)
+        of_site = get_total_memory(model.device) / (runtime.sites_per_gpu or 1)
         return max(0, int(_SHARE_OF_GPU * (of_site - of_model)))
     return max(0, int(_SHARE_OF_MEMORY * (_measure_memory_bytes() / runtime.devices - of_model)))
 
@@ -178,7 +182,7 @@ def measure_model_bytes(model: nn.Module) -> int:
 
 
 def _measure_memory_bytes() -> int:
-    """Return the machine's memory in bytes, or the limit of the container if that is lower."""
+    """Return the machine's memory in bytes, or the container's limit if that is lower."""
     limits = []
     for path, unit in (("/proc/meminfo", 2**10), ("/sys/fs/cgroup/memory.max", 1)):
         try:
@@ -191,8 +195,8 @@ def _measure_memory_bytes() -> int:
 def measure_peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Return the peak memory in bytes of tensors during `work`, in addition to the memory used before.
 
-    On an accelerator the allocator reports it.  On a CPU the outputs of torch's operators are counted, which is
-    reproducible; temporary memory inside an operator is not included.
+    On an accelerator the allocator reports the peak.  On a CPU the outputs of torch's operators are counted, which is
+    reproducible but excludes temporary memory inside an operator.
     """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -207,7 +211,7 @@ def measure_peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors created in its context, from the time an operator returns them until they are freed.
+    """Counter of the bytes of tensors in its context, from their creation by an operator until they are freed.
 
     Attributes:
         peak: the peak number of bytes.
@@ -222,7 +226,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = kwargs or {}
         self._known.update(
             _iter_storages((args, *given.values()))
-        )  # what was there before, with what was made meanwhile
+        )  # tensors that existed before, with buffers created since
         made = func(*args, **given)
         for storage in _iter_storages((made,)):
             if storage not in self._known:
@@ -239,7 +243,8 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _iter_storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
     """Yield the storages of all tensors in `values` and its nested lists; oneDNN tensors have none and are skipped.
 
-    This is written by hand, because torch's generic tree traversal took a third of the time of `measure_peak_bytes`.
+    The traversal is written by hand, because torch's generic tree traversal took a third of the time of
+    `measure_peak_bytes`.
     """
     for one in values:
         if isinstance(one, torch.Tensor):
@@ -250,7 +255,7 @@ def _iter_storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
 
 
 def do_frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
-    """Whether the frozen layers' outputs for `num_tokens` tokens fit into the memory budget for them."""
+    """Whether the frozen layers' outputs for `num_tokens` tokens fit into the memory budget of the cache."""
     set_aside: float | None = runtime.kept_states_mib
     if set_aside is None:
         try:  # a quarter of what is available, so that a process leaves room for others
@@ -262,7 +267,8 @@ def do_frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: 
 
 
 def find_frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
-    """Return the folder for outputs that do not fit in memory; None if there is none, or too little space on its disk.
+    """Return the folder for cached outputs that do not fit in memory; None without a folder, or if its disk has too
+    little space.
 
     Raises:
         ConfigError: the folder does not exist, or is not writable.
@@ -280,7 +286,7 @@ def find_frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tok
 
 
 def choose_states_location(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> tuple[bool, Path | None]:
-    """Return whether the frozen layers' outputs for `num_tokens` tokens are cached, and the folder if not in memory.
+    """Return whether to cache the frozen layers' outputs for `num_tokens` tokens, and the folder (None for memory).
 
     Raises:
         ConfigError: as in `find_frozen_states_folder`, if the outputs do not fit in memory.
@@ -294,10 +300,10 @@ def choose_states_location(model: TaskModel, runtime: RuntimeSpec, *, num_tokens
 def allocate_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
     """Allocate an uninitialized (num_tokens, width) tensor on the CPU, in memory or in an unnamed file in `folder`.
 
-    Nobody else can open that file, and it disappears with the tensor or the process, however the process ends.
+    No other process can open that file, and it disappears with the tensor or the process, even after a crash.
 
     Raises:
-        OSError: the disk has no room.
+        OSError: the disk is full.
     """
     if folder is None or num_tokens == 0:
         return torch.empty(num_tokens, width, dtype=dtype)
@@ -305,7 +311,7 @@ def allocate_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: 
     num_bytes = num_tokens * width * dtype.itemsize
     try:
         if hasattr(os, "posix_fallocate"):
-            # All of it now: a disk that is full later would end the process in the middle of a round.
+            # Allocate all blocks now: a disk that fills up later would kill the process in the middle of a round.
             os.posix_fallocate(handle, 0, num_bytes)
         else:  # macOS has no such call
             os.truncate(handle, num_bytes)
@@ -316,9 +322,7 @@ def allocate_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: 
 
 
 def measure_frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
-    """Return the memory in MiB of the frozen layers' outputs for `num_tokens` tokens; 0 if the first layer is
-    trained.
-    """
+    """Return the memory in MiB of the frozen layers' outputs for `num_tokens` tokens; 0 if no layer is frozen."""
     width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
     return num_tokens * width / 2**20 if model.has_frozen_prefix else 0.0
 
@@ -326,7 +330,7 @@ def measure_frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
 def measure_example_seconds(
     model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool, draws: Any
 ) -> tuple[float, float]:
-    """Measure the seconds for one example of full length: for its one-time computation, and for its gradient in a step.
+    """Measure the seconds per example of full length: for the one-time computation, and for the gradient in a step.
 
     The one-time computation covers the frozen states, if they are cached (`kept`), and the reference of a preference
     task.  Each time is the minimum of a few passes over a micro-batch of dummy examples, drawn from the NumPy generator
@@ -352,7 +356,7 @@ def measure_example_seconds(
 def _measure_seconds(model: TaskModel, work: Callable[[], object]) -> float:
     """Return the shortest of a few passes of `work`, in seconds.
 
-    The first pass also warms up, and is the only one if it takes long.
+    The first pass also warms up; a slow first pass is the only one.
     """
     passes: list[float] = []
     while sum(passes) < _ENOUGH_S and len(passes) < 4:

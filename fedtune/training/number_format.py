@@ -1,8 +1,8 @@
-"""The number format that `model.dtype=auto` stands for: float32, or mixed if this machine multiplies faster in it.
+"""The number format for `model.dtype=auto`: float32, or mixed precision if this machine multiplies faster in it.
 
-A short measurement decides, because no list of CPU features does: two threads of one process can lose what one thread
-gains, and CPUs without instructions for bfloat16 round in vain.  The format changes the rounding of a run and not its
-guarantee: whether examples are computed alone is tested afterwards, in the chosen format
+A short measurement decides, because CPU feature lists do not predict the speed: two threads of one process can lose the
+gain of one thread, and CPUs without bfloat16 instructions only lose time by rounding.  The format changes the rounding
+of a run and not its guarantee: the batch-invariance test runs afterwards, in the selected format
 (`fedtune.training.batch_invariance`).
 """
 
@@ -24,9 +24,9 @@ from fedtune.training.machine import count_threads, micro_batch_tokens, resolve_
 from fedtune.training.spec import RuntimeSpec
 
 FLOAT32, MIXED = "float32", "mixed"
-_LEAST_GAIN = 1.05  # float32's time over mixed's above which mixed is taken
-_MOST_SECONDS = 0.3  # of all passes
-_MOST_OPERATIONS = 6e9  # of a pass over both formats, for the fewest tokens of a large model's products
+_LEAST_GAIN = 1.05  # minimum speedup of mixed over float32
+_MOST_SECONDS = 0.3  # time limit for all passes
+_MOST_OPERATIONS = 6e9  # limit on the operations of a pass over both formats; large models get fewer tokens
 _FEWEST_TOKENS = 16
 
 Seconds = Mapping[str, float]
@@ -39,20 +39,19 @@ def choose_number_format(
     allowed: Container[str] = (FLOAT32, MIXED),
     told: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """Return the format that `auto` stands for on this machine: "float32" or "mixed".
+    """Return the format for `model.dtype=auto` on this machine: "float32" or "mixed".
 
-    The measurement runs once for each model and machine setting in a process, so that runs which are compared get the
-    same answer.
+    The measurement runs once per process for each model and machine setting, so that compared runs use the same format.
 
     Args:
-        model: the base, whose products are measured.
+        model: the base model, whose matrix products are measured.
         runtime: the run's settings, with the number of devices that share a step.
-        allowed: the formats that every site accepts; a format outside is not measured, and float32 is the answer if
-            neither is inside.
-        told: receives a sentence for people about the choice.
+        allowed: the formats that every site accepts.  Formats outside are not measured; the result is float32 if
+            neither format is allowed.
+        told: receives a one-sentence summary of the choice, for the terminal.
 
     Raises:
-        ConfigError: for `model.path` or `model.sha256`: the base cannot be read.
+        ConfigError: for `model.path` or `model.sha256`, if the base model cannot be read.
     """
     if MIXED not in allowed or resolve_device(runtime.device).type != "cpu":
         return FLOAT32
@@ -73,7 +72,7 @@ def choose_faster(seconds: Seconds) -> str:
 
 @cache
 def _measure_model(model: ModelSpec, threads: int, onednn: bool, tokens: int | None) -> Seconds:
-    """Measure a model's products in the shape of a full micro-batch, on as many threads as a step has."""
+    """Measure a model's matrix products in the shape of a full micro-batch, with a step's number of threads."""
     with use_threads(threads):
         rows = micro_batch_tokens(RuntimeSpec(micro_batch_tokens=tokens), torch.device("cpu"))
         return measure_products(count_frozen_products(model), tokens=rows, onednn=onednn)
@@ -87,18 +86,18 @@ def measure_products(
     formats: Sequence[str] = (FLOAT32, MIXED),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Seconds:
-    """Measure the seconds of a model's frozen products, forward and backward, by number format.
+    """Measure the seconds of a model's frozen matrix products, forward and backward, by number format.
 
-    The formats take turns, so that other work on the machine slows both, and the fastest pass of each product counts.
+    The formats take turns, so that other load on the machine slows both, and the fastest pass of each product counts.
 
     Args:
         shapes: the number of products by (outputs, inputs).
-        tokens: the rows of each product; a large model's products get fewer rows.
-        onednn: whether float32 products use oneDNN, as `runtime.onednn`.
+        tokens: the number of rows of each product; products of large models get fewer rows.
+        onednn: whether float32 products use oneDNN, as in `runtime.onednn`.
         formats: the formats to measure.
         clock: returns the time in seconds.
     """
-    operations = 8 * sum(outputs * inputs for outputs, inputs in shapes)  # of one token, both ways, in two formats
+    operations = 8 * sum(outputs * inputs for outputs, inputs in shapes)  # per token: forward, backward, two formats
     rows = min(tokens, max(_FEWEST_TOKENS, int(_MOST_OPERATIONS / max(1, operations))))
     products = {name: _build_products(shapes, name, onednn=onednn) for name in formats}
     inputs = [torch.ones(rows, size, requires_grad=True) for _, size in shapes]
@@ -113,7 +112,7 @@ def measure_products(
                 torch.autograd.grad(products[name][place](values), values, gradient)
                 fastest[name][place] = min(fastest[name][place], clock() - begun)
         now = clock()
-        if 2 * now - pass_began - began > _MOST_SECONDS:  # another pass like this one would take too long
+        if 2 * now - pass_began - began > _MOST_SECONDS:  # another pass of the same duration would take too long
             break
     return {
         name: sum(count * seconds for count, seconds in zip(shapes.values(), best, strict=True))
@@ -122,12 +121,12 @@ def measure_products(
 
 
 def _build_products(shapes: Mapping[tuple[int, int], int], name: str, *, onednn: bool) -> nn.ModuleList:
-    """Build one frozen module for each shape, which computes as those of a base in the format `name`."""
-    build: Any = nn.utils.skip_init  # torch gives it no types
+    """Build one frozen linear module for each shape, with the arithmetic of a base model in the format `name`."""
+    build: Any = nn.utils.skip_init  # has no type annotations
     layers = nn.ModuleList(build(nn.Linear, inputs, outputs) for outputs, inputs in shapes)
     layers.requires_grad_(False)
     for parameter in layers.parameters():
-        parameter.fill_(0.01)  # an ordinary number: products of denormal ones are slower
+        parameter.fill_(0.01)  # a normal number: products of denormal numbers are slower
     if name == MIXED:
         convert_to_bfloat16(layers)
     if onednn:

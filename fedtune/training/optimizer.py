@@ -1,4 +1,4 @@
-"""The optimizer of a round and its learning-rate schedule."""
+"""The optimizer of local training, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from fedtune.training.spec import TrainingSpec
 def make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], spec: TrainingSpec, *, clipped: bool = True
 ) -> torch.optim.Optimizer:
-    """Create an optimizer over `parameters`, with one parameter group for LoRA and one for the head."""
+    """Create the optimizer of a round, with one parameter group for LoRA and one for the head.
+
+    Args:
+        parameters: the trained tensors by name; names of the head's tensors begin with "head.".
+        spec: optimizer and learning rates.
+        clipped: False selects the learning rates for unclipped gradients.
+    """
     lora_rate, head_rate = spec.compute_peak_rates(clipped=clipped)
     groups = [
         {"params": [p for name, p in parameters.items() if not name.startswith("head.")], "lr": lora_rate},
@@ -27,7 +33,7 @@ def make_optimizer(
 
 
 def compute_learning_rate_factor(spec: TrainingSpec, *, step: int, total_steps: int) -> float:
-    """Return the factor of the peak learning rate at global `step` (from 0) of `total_steps`, in [0, 1]."""
+    """Return the learning rate at global `step` (from 0) of `total_steps`, as a fraction of its peak in [0, 1]."""
     if step < spec.warmup_steps:
         return (step + 1) / spec.warmup_steps
     if spec.schedule == "constant":
@@ -37,8 +43,8 @@ def compute_learning_rate_factor(spec: TrainingSpec, *, step: int, total_steps: 
     return 1.0 - done if spec.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
-def round_factors(spec: TrainingSpec, plan: Plan, *, round: int) -> list[float]:
-    """Return the factor of the peak learning rate at each step of a round, counted from 1."""
+def compute_round_factors(spec: TrainingSpec, plan: Plan, *, round: int) -> list[float]:
+    """Return the learning rate at each step of a round, as a fraction of its peak; rounds are counted from 1."""
     total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
     steps = range(first, first + plan.local_steps)
     return [compute_learning_rate_factor(spec, step=step, total_steps=total) for step in steps]

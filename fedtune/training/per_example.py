@@ -1,4 +1,4 @@
-"""Per-example gradients of a batch, by Opacus's grad samplers for each layer type; `dp_step.py` clips and sums them.
+"""Per-example gradients of a batch by Opacus's grad samplers; `dp_step.py` clips and sums them.
 
 Opacus's own hooks are not used, because they also compute the gradient of the whole batch, and copy every example's
 gradient into a tensor of zeros.  With LoRA on all linear modules of MiniLM that took a fifth of a step
@@ -25,19 +25,19 @@ from fedtune.spec import ConfigError, translate_panics
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import sum_by_halves
 
-with defer_imports(RARELY_USED):  # Opacus's accountants, which nothing here calls, import them
+with defer_imports(RARELY_USED):  # imported by Opacus's accountants, which are not used here
     from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 
 log = logging.getLogger(__name__)
 
-Found = dict[nn.Parameter, torch.Tensor]  # parameter -> (rows, *shape): what a backward pass has found so far
+Found = dict[nn.Parameter, torch.Tensor]  # parameter -> (rows, *shape): per-example gradients of a backward pass
 
 
 class PerExampleGradients:
-    """Per-example gradients of a model inside an `record_gradients` block.
+    """Per-example gradients of a model inside a `record_gradients` block.
 
     Attributes:
-        found: filled by a backward pass; empty between two passes.
+        found: the gradients of the current backward pass; empty between two passes.
     """
 
     def __init__(self, model: TaskModel) -> None:
@@ -48,20 +48,19 @@ class PerExampleGradients:
     def compute_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the gradient of each example's own loss: name -> (rows, *parameter shape), float32.
 
-        Empty rows are zero.
+        Empty rows are zero.  Losses are summed over the batch, never averaged: a mean would let one example rescale
+        another.
 
-        Losses are summed over the batch, never averaged: a mean would let one example rescale another.
-
-        An example that makes the pass fail counts as zero, and changes no other example's gradient: a site's reply must
-        not depend on whether some record can be computed.  A failure of the machine, as opposed to an example, is
-        raised.
+        An example that makes the pass fail counts as zero, and changes no other example's gradient, because a site's
+        reply must not depend on whether some record can be computed.  A failure of the machine, as opposed to an
+        example, is raised.
 
         Raises:
-            ConfigError: a trainable tensor took no part in the forward pass.
+            ConfigError: the forward pass does not use a trainable tensor.
         """
         try:
             with translate_panics():
-                return _zero_unknown(batch, self.compute_all_gradients(batch))
+                return _zero_rows_without_states(batch, self.compute_all_gradients(batch))
         except ConfigError:
             raise
         except Exception:
@@ -73,20 +72,20 @@ class PerExampleGradients:
             if found is not None:
                 for name, of_rows in gradients.items():
                     of_rows[row] = found[name][0]
-            del found  # which would be there while the next one is computed; enumerate would keep it, too
-        return _zero_unknown(batch, gradients)
+            del found  # free the memory before the next example is computed; enumerate would keep a reference
+        return _zero_rows_without_states(batch, gradients)
 
     def compute_all_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the gradients as `compute_gradients` does, but let an example that makes the pass fail raise.
+        """Compute the gradients as `compute_gradients` does, but raise if an example makes the pass fail.
 
         Raises:
-            ConfigError: a trainable tensor took no part in the forward pass.
+            ConfigError: the forward pass does not use a trainable tensor.
         """
         try:
             self._model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
             return self._compute_gradients_by_name(batch)
         finally:
-            self.found.clear()  # also what a pass found that failed half-way
+            self.found.clear()  # also after a pass that failed half-way
 
     def _compute_gradients_by_name(self, batch: Batch) -> dict[str, torch.Tensor]:
         gradients = {}
@@ -104,18 +103,19 @@ class PerExampleGradients:
 def _scales_grad_sampler(
     layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Grad sampler for outputs x * (1 + offset): sum x times the output gradient over an example's tokens.
+    """Return the per-example gradient of the offset in x * (1 + offset): the sum of x times the output gradient over
+    tokens.
 
     x has the shape (n, t, k).
     """
     return {layer.offset: sum_by_halves(backprops * activations[0])}
 
 
-def _zero_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Zero the gradient of an example if the cached frozen states of any of its texts are missing.
+def _zero_rows_without_states(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Zero the gradient of every example whose cached frozen states are missing for any of its texts.
 
-    Such an example then counts as it does without cached states.  Only its own states decide this, and no other
-    gradient changes.
+    Such an example then counts as it does without cached states.  Only the example's own states decide this, and no
+    other gradient changes.
     """
     if batch.prefix is None:
         return gradients
@@ -127,17 +127,17 @@ def _zero_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str,
 
 @contextmanager
 def record_gradients(model: TaskModel) -> Iterator[PerExampleGradients]:
-    """Record per-example gradients for every trainable module of `model` until the end of the block.
+    """Record per-example gradients of every trainable module of `model` until the end of the block.
 
-    Modules that are not trained in this round use the same kernels as those that are: the kernels tested before the
-    run.
+    Modules that are frozen in this round use the same kernels as trained modules, the kernels that the batch-invariance
+    test covered.
     """
     gradients = PerExampleGradients(model)
     trained = {id(parameter) for parameter in model.trainable().values()}
     watched = [module for module in model.modules() if any(id(one) in trained for one in module._parameters.values())]
     for module in watched:
         assert type(module) in GradSampleHooks.GRAD_SAMPLERS, f"{type(module).__name__} has no per-example gradient"
-        assert "forward" not in vars(module), "the model is watched already"
+        assert "forward" not in vars(module), "gradients of this model are already being recorded"
     constant = nn.ModuleList(map(_copy_as_constants, watched))
     if uses_onednn(model):
         switch_to_onednn(constant)
@@ -152,9 +152,10 @@ def record_gradients(model: TaskModel) -> Iterator[PerExampleGradients]:
 
 
 def _copy_as_constants(module: nn.Module) -> nn.Module:
-    """Copy the module with its parameters as constants.
+    """Copy the module with detached parameters.
 
-    Otherwise every backward pass would also compute the gradient of the whole batch, which is never used.
+    With attached parameters, every backward pass would also compute the gradient of the whole batch, which is never
+    used.
     """
     same = copy(module)
     vars(same)["_parameters"] = _detach_parameters(module)
@@ -167,7 +168,7 @@ def _detach_parameters(module: nn.Module) -> dict[str, torch.Tensor | None]:
 
 def _run_watched_forward(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
     """Return the output (n, ..., k) for `values` (n, ..., j); its backward pass records per-example gradients."""
-    vars(constant)["_parameters"] = _detach_parameters(module)  # as they are now, after a step or whatever else
+    vars(constant)["_parameters"] = _detach_parameters(module)  # the current values, for example after a step
     output: torch.Tensor = constant.forward(values)
     trained = next(module.parameters())
     if not (torch.is_grad_enabled() and trained.requires_grad):
@@ -176,7 +177,7 @@ def _run_watched_forward(module: nn.Module, constant: nn.Module, found: Found, v
 
 
 class _Watch(torch.autograd.Function):
-    """Passes a module's output through; the backward pass adds the per-example gradients to `found`."""
+    """Identity function whose backward pass adds the module's per-example gradients to `found`."""
 
     @staticmethod
     def forward(

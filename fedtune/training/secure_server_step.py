@@ -1,4 +1,4 @@
-"""The lead's optimizer step with secure aggregation: post-processing of the released sum."""
+"""The lead's optimizer step in secure aggregation: post-processing of the released sum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedtune.training.spec import TrainingSpec
 log = logging.getLogger(__name__)
 
 State = Mapping[str, npt.NDArray[np.float32]]
-_DEVIATIONS = 8  # standard deviations: a sum of honest sites passes the bound with a probability below 1e-14
+_DEVIATIONS = 8  # standard deviations; a sum of honest sites exceeds the limit with a probability below 1e-14
 
 
 def take_secure_server_step(
@@ -35,20 +35,23 @@ def take_secure_server_step(
     most: float,
     declared_size: int,
 ) -> tuple[Adapter, dict[str, npt.NDArray[np.float32]]]:
-    """Take one optimizer step on the lead's side, and return the new adapter and the optimizer state for the next step.
+    """Take one optimizer step at the lead, along the sum of the sites' clipped and noised gradients.
+
+    Guarantee: post-processing of the released sum.
 
     Args:
         adapter: the adapter at which the sites computed their gradients.
         total: the sum of the sites' shares, in cells of the plan's shared noise, in the order of the adapter's tensors.
-        state: the optimizer state that the previous step returned; empty at first.
+        state: the optimizer state that the previous step returned; empty before the first step.
         training: optimizer, learning rates and their schedule.
         plan: the run's plan; its rounds are the steps of the schedule.
         step: the number of previous steps; selects the learning rate in the schedule.
         sites: the number of sites in the sum.
-        most: limit on the adapter's absolute values, which sites enforce as well.
+        most: the limit on the adapter's absolute values, which sites enforce as well.
         declared_size: the total declared size of these sites, the public denominator.
 
-    Guarantee: post-processing of the released sum.
+    Returns:
+        The new adapter, and the optimizer state for the next step.
     """
     parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in adapter.tensors.items()}
     optimizer = make_optimizer(parameters, training)
@@ -75,11 +78,11 @@ def take_secure_server_step(
 def limit_sum_length(
     total: npt.NDArray[np.int64], plan: Plan, *, sites: int, declared_size: int
 ) -> npt.NDArray[np.int64]:
-    """Scale the sum down to the greatest length that a sum of honest sites can have; shorter sums are unchanged.
+    """Scale the sum down to the largest L2 norm that a sum of honest sites can have; smaller sums are unchanged.
 
-    Nobody can check a single site's share, so this limit bounds the effect of a forged one.  The limit is public: the
-    expected sample of the declared units, with some slack and with all clipped gradients in one direction, plus the
-    noise of all sites.
+    Nobody can check a single site's share, so this limit bounds the effect of a forged share.  The limit is public: the
+    expected sample of the declared units, with some slack and with all clipped gradients in the same direction, plus
+    the noise of all sites.
     """
     sampled = plan.sampling_rate * declared_size
     units = sampled + _DEVIATIONS * (math.sqrt(sampled) + 1)
@@ -89,7 +92,8 @@ def limit_sum_length(
     if length <= longest:
         return total
     log.warning(
-        "a secure aggregate is %.3g times as long as honest sites can produce; it is withheld", length / longest
+        "the norm of a secure aggregate is %.3g times the maximum for honest sites; the sum is scaled down",
+        length / longest,
     )
     shorter: npt.NDArray[np.int64] = np.rint(total * (longest / length)).astype(np.int64)
     return shorter

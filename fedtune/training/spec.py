@@ -1,4 +1,4 @@
-"""Settings of local training, and of the machine on which it runs: the latter only affect how a result is rounded."""
+"""Settings of local training and of the machine; settings of the machine affect only rounding and speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, spec
 
-_LARGEST_RATE = 1e9  # beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round
+_LARGEST_RATE = 1e9  # with larger rates, a product of rates overflows float32 and a round fails half-way
 
 
 @spec
@@ -17,9 +17,9 @@ class TrainingSpec:
 
     Attributes:
         local_steps: optimizer steps per round.
-        optimizer: "adamw" or "sgd"; its state starts anew each round.
-        learning_rate: the peak learning rate of the LoRA tensors; "auto" (AdamW only) chooses it and the head's from
-            public numbers before the run begins (docs/own_data.md).
+        optimizer: "adamw" or "sgd"; its state is reset every round.
+        learning_rate: the peak learning rate of the LoRA tensors; "auto" (AdamW only) chooses the rates of LoRA and
+            head from public numbers before the run begins (docs/own_data.md).
         head_learning_rate: the peak learning rate of the task head; null: `learning_rate`.
         unclipped_learning_rate: replaces `learning_rate` in a run without privacy, whose unclipped gradients are
             several times larger; null: `learning_rate`.
@@ -29,8 +29,8 @@ class TrainingSpec:
         betas: AdamW's betas.
         schedule: the shape of the learning rate over the run's global steps, after the warm-up.
         warmup_steps: the number of global steps over which the learning rate rises linearly.
-        ignore_weak_signal: true trains even if a run is unlikely to learn anything, because noise moves the adapter
-            much further than all records together can (docs/planning.md); false stops before round 1.
+        ignore_weak_signal: true trains even if a run is unlikely to learn anything, because the noise moves the adapter
+            much further than all records together can (docs/planning.md); false stops the run before round 1.
     """
 
     local_steps: int = 5
@@ -90,29 +90,32 @@ class TrainingSpec:
         return lora, head or lora
 
 
-_ADAM_PATH = 0.18  # the rate of a run of one step whose signal and noise are alike (simulations/own_data)
+_ADAM_PATH = 0.18  # the rate for a run of one step with a signal-to-noise ratio of 1 (simulations/own_data)
 STUDIED_SCALE = 0.5
-"""`lora.scale` of the study.  LoRA adds this times B A: with another scale, another rate moves the weights as far."""
+"""`lora.scale` in the study.  LoRA multiplies B A by this scale, so with another scale another learning rate moves the
+weights equally far.
+"""
 _CLEAR, _WITHOUT_NOISE = 4.0, 1.5
-"""Signal over noise from which on the rate stays, and what it is taken for without noise, where 4 lost up to 0.4 points
-of accuracy (simulations/own_data)."""
+"""Signal-to-noise ratio above which the rate no longer grows, and the ratio assumed without noise, where a ratio of 4
+lost up to 0.4 points of accuracy (simulations/own_data).
+"""
 
 
 def choose_learning_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:
     """Choose AdamW's peak learning rate for a linear head on normalized embeddings, from public numbers alone.
 
-    Adam moves a value by about the learning rate in each step, whatever the size of gradients and noise.  Over a run,
-    moves that follow the noise add up to rate * sqrt(steps); how much of this is harmless depends on the
+    Adam moves a value by about the learning rate in each step, regardless of the size of gradients and noise.  Over a
+    run, moves along the noise add up to rate * sqrt(steps).  How much of this is harmless depends on the
     signal-to-noise ratio of the whole run.  For clip norm C and `outputs` rows of several hundred values, the signal is
     at most C in the mean gradient of each of n sites, and the noise is noise_multiplier * C / `sampled` in each value.
     Both constants come from the study in simulations/own_data, whose README names its data.
 
     Args:
-        steps: noisy steps of the whole run.
-        sampled: expected number of privacy units in a step at a site.
+        steps: the number of noisy steps in the whole run.
+        sampled: the expected number of privacy units in a step at a site.
         noise_multiplier: the plan's noise multiplier; 0 without privacy.
-        outputs: rows of the head: the number of labels, or 1.
-        num_sites: number of sites whose updates are averaged.
+        outputs: the number of rows of the head: the number of labels, or 1.
+        num_sites: the number of sites whose updates are averaged.
     """
     clear = _WITHOUT_NOISE
     if noise_multiplier > 0:
@@ -128,33 +131,35 @@ def _check_rate(key: str, value: float) -> None:
 
 @spec
 class Machine:
-    """The machine of a run or of a site; in a `site.toml` 0 or "" stand for null.
+    """Settings of the machine of a run or a site, which affect only rounding and speed.
 
-    These settings only affect rounding and speed.
+    In a `site.toml`, 0 or "" means null.
 
     Attributes:
         device: "auto" (an accelerator if the torch build can use one), "cpu" or "cuda".
-        num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, the number
-            of processes.  The result is bit-identical.  A run without privacy uses one.  null: one; for `fedtune
-            simulate` on a CPU one per core, at most 4, if the run has enough gradients to make up for the start of the
-            processes.
+        num_devices: the number of GPUs that share each step of a site, with one process per GPU; on a CPU, the number
+            of processes.  The result is bit-identical.  A run without privacy uses one device.  null: 1, except for
+            `fedtune simulate` on a CPU, which uses one process per core, at most 4, if the run has enough gradients to
+            outweigh the start of the processes.
         num_threads: the number of torch threads in every process; null: one per core, divided among the processes, or
             the value of OMP_NUM_THREADS if that is lower.
-        micro_batch_tokens: the most padded tokens in a micro-batch; it does not change a single bit of a private run.
-            null: 512 per CPU thread, at most 2,048, since larger micro-batches are no faster and take longer to test;
-            16,384 on a GPU.
-        step_mib: the memory in MiB for a micro-batch with its per-example gradients, and for the means of users.
-            Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of
-            the machine's memory, divided among the processes, or four fifths of a GPU's memory, both minus the model.
+        micro_batch_tokens: the maximum number of padded tokens in a micro-batch; the results of a private run are
+            bit-identical for every value.  null: 512 per CPU thread, at most 2,048, because larger micro-batches are no
+            faster and take longer to test; 16,384 on a GPU.
+        step_mib: the memory in MiB for a micro-batch with its per-example gradients, and for the mean gradients of
+            users.  Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit.  null: a
+            quarter of the machine's memory, divided among the processes, or four fifths of a GPU's memory, both minus
+            the model.
         kept_states_mib: the memory in MiB for caching each record's output of the frozen layers below the adapters, for
-            all sites of a process together, and as much again for each of the lead's data sets.  If the outputs do not
-            fit, they go to `kept_states_folder`; without that folder nothing is cached, which takes several times as
-            long, and a run reports it at its start.  null: a quarter of the machine's available memory.  0 caches
-            nothing in memory.
-        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of its free
-            space.  Nobody can open the cached data, which disappears with the process, however it ends.
+            all sites of a process together, and the same again for each of the lead's data sets.  If the outputs do not
+            fit, they are written to `kept_states_folder`.  Without that folder nothing is cached: the run takes several
+            times as long, and prints a warning at its start.  null: a quarter of the machine's available memory.  0
+            caches nothing in memory.
+        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, limited to half of the
+            free space.  No other process can open the cached data, which disappears with the process, even after a
+            crash.
         onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD CPUs
-            and as exact; false leaves it to torch.
+            and equally exact; false uses torch's default.
         gradient_checkpointing: true recomputes activations in the backward pass, for large models.
     """
 
@@ -170,7 +175,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("micro_batch_tokens", "step_mib", "kept_states_mib"), (0, math.inf))
-        # Each device takes a process with a model of its own; a system runs out of threads somewhere above.
+        # Each device needs a process with its own copy of the model; above these limits a system runs out of threads.
         for key, (least, most) in {"num_devices": (1, 64), "num_threads": (0, 1024), **sizes}.items():
             if (number := getattr(self, key)) is not None:
                 check_at_least(key, number, least)
@@ -179,18 +184,18 @@ class Machine:
 
 @spec
 class RuntimeSpec(Machine):
-    """Where a run happens and how fast.  Only `seeded_noise` affects the guarantee, and it marks the run.
+    """Settings of where and how fast a run executes.  Only `seeded_noise` affects the guarantee, and it marks the run.
 
     Attributes:
         kind: "simulation" (in this process), "ray" (Flower's simulation engine, by `flwr run`) or "deployment" (real
             sites).
-        seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
-        sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
-            makes new ones in its run folder.
-        ray_address: of a Ray cluster that runs and has a node on this machine, "HOST:PORT" or "auto"; null: with
-            runtime=ray one is started for the run, on this machine alone.
-        sites_per_gpu: how many sites share a GPU with runtime=ray; null: as few as it takes for all to train at a time
-            on this machine's GPUs, and no GPU of a Ray cluster.
+        seeded_noise: true derives noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
+        sites_dir: the folder in which simulated sites keep policy, key and ledger across runs; null: each run creates
+            them in its run folder.
+        ray_address: the address of a running Ray cluster with a node on this machine, "HOST:PORT" or "auto"; null: with
+            runtime=ray, a cluster is started for the run, on this machine only.
+        sites_per_gpu: the number of sites that share a GPU with runtime=ray; null: the smallest number with which all
+            sites train at the same time on this machine's GPUs, and no GPU on a Ray cluster.
     """
 
     kind: Literal["simulation", "ray", "deployment"] = "simulation"
@@ -200,7 +205,7 @@ class RuntimeSpec(Machine):
     sites_per_gpu: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("num_threads", "micro_batch_tokens", "step_mib"):  # 0 is a site's word alone
+        for key in ("num_threads", "micro_batch_tokens", "step_mib"):  # 0 for null is allowed in a site.toml only
             if getattr(self, key) is not None:
                 check_at_least(key, getattr(self, key), 1)
         Machine.__post_init__(self)
@@ -211,7 +216,7 @@ class RuntimeSpec(Machine):
             if not re.fullmatch(r"auto|[^\s/]+:\d+", self.ray_address):
                 raise ConfigError("ray_address", self.ray_address, "must be HOST:PORT, or auto")
             if self.num_threads is None:
-                bound = "must be a number with runtime.ray_address: the CPUs of the node for each site"
+                bound = "must be the number of CPUs per site on a node if runtime.ray_address is set"
                 raise ConfigError("num_threads", None, bound)
         if self.sites_per_gpu is not None:
             check_at_least("sites_per_gpu", self.sites_per_gpu, 1)

@@ -1,8 +1,8 @@
 """Users as privacy units: the mean gradient of a user's records is clipped once, like the gradient of one example.
 
-A user is sampled as a whole and adds one vector to a step's sum, however many records the user has and however these
-are cut into micro-batches.  `dp_step` clips that vector; so adding or removing one user changes the sum by at most the
-clip norm.
+A user is sampled as a whole and adds one vector to a step's sum, regardless of the number of records and their
+distribution over micro-batches.  `dp_step` clips that vector, so adding or removing one user changes the sum by at most
+the clip norm.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from fedtune.training.examples import Places, SiteExamples, Told, Units, ignore_
 
 @dataclass(frozen=True, eq=False)
 class UserBatch:
-    """Complete users, whose mean gradients are computed together, in as many micro-batches as needed."""
+    """A group of users with all their sampled records, whose mean gradients are computed over one or more
+    micro-batches.
+    """
 
-    contributions: Sequence[Places]  # for each user, the places of its records that take part
+    contributions: Sequence[Places]  # for each user, the indices of the sampled records
     examples: SiteExamples  # the site's records
 
     def __len__(self) -> int:
@@ -62,13 +64,13 @@ class UserGradients:
     def compute_gradients(self, batch: UserBatch) -> dict[str, torch.Tensor]:
         """Compute the mean gradients: name -> (users, *parameter shape), in float64.
 
-        Records are added one at a time, in an order that depends on the user's records alone.  Each record's gradient
-        depends on that record alone, bit for bit.  So the mean depends on its user alone, even if the records'
+        Records are added one at a time, in an order that depends on the user's records alone, and each record's
+        gradient depends on that record alone, bit for bit.  So the mean depends on its user alone, even if the records'
         gradients cancel and only rounding error is left.
 
         If any record's gradient is not finite, its user's mean is not finite and counts as zero in the step.  Other
-        users are not affected, since rows are added one by one.  (Leaving out only that record would be equally
-        private; leaving out the user is the simpler rule, and such gradients mean that training has diverged anyway.)
+        users are not affected, because rows are added one by one.  (Skipping only that record would be equally private;
+        skipping the user is the simpler rule, and such gradients mean that training has diverged anyway.)
         """
         means: dict[str, torch.Tensor] = {}
         for examples, users, shares in batch.parts():
@@ -81,7 +83,7 @@ class UserGradients:
 
 
 class UserExamples(Units):
-    """The users from which a training step samples: each user is a unit.
+    """A site's users as privacy units, sampled by a training step.
 
     Args:
         examples: the site's records.
@@ -95,16 +97,16 @@ class UserExamples(Units):
     def __init__(
         self, examples: SiteExamples, users: Sequence[Places], *, most_records: int, most_users: int = 64
     ) -> None:
-        assert all(len(records) for records in users), "a user without records is none"
-        assert sum(map(len, users)) == len(examples), "each record has exactly one user"
+        assert all(len(records) for records in users), "each user needs at least one record"
+        assert sum(map(len, users)) == len(examples), "each record must belong to exactly one user"
         self.examples, self.most_records, self.most_users, self._users = examples, most_records, most_users, users
 
     def __len__(self) -> int:
         """Return the number of users, not of records."""
         return len(self._users)
 
-    def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """Compute per-user gradients for batches of `cut_drawn`, from per-example gradients."""
+    def convert_gradients(self, of_each: UnitGradients) -> UnitGradients:
+        """Convert per-example gradients to mean gradients of users, for the batches of `batch_units`."""
         return UserGradients(of_each)
 
     def add_plain_gradient(self, model: TaskModel, batch: UserBatch) -> None:
@@ -113,34 +115,34 @@ class UserExamples(Units):
             losses = model.losses(records)
             (losses * torch.from_numpy(shares).to(losses)).sum().backward()  # type: ignore[no-untyped-call]
 
-    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = ignore_progress) -> None:
-        """Cache the frozen layers' outputs, as `SiteExamples.keep_frozen_states` does."""
-        self.examples.keep_frozen_states(model, folder=folder, told=told)
+    def cache_frozen_states(
+        self, model: TaskModel, *, folder: Path | None = None, told: Told = ignore_progress
+    ) -> None:
+        """Cache the frozen layers' outputs (see `SiteExamples.cache_frozen_states`)."""
+        self.examples.cache_frozen_states(model, folder=folder, told=told)
 
-    def keep_reference(self, model: TaskModel) -> None:
-        """Cache the base model's outputs, as `SiteExamples.keep_reference` does."""
-        self.examples.keep_reference(model)
+    def cache_reference(self, model: TaskModel) -> None:
+        """Cache the base model's outputs (see `SiteExamples.cache_reference`)."""
+        self.examples.cache_reference(model)
 
-    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
-        """Return a function that draws the records of each sampled user from `stream`, and cuts the users into
-        batches.
-        """
-        return lambda users: self.cut_drawn(self.draw_records(users, stream))
+    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+        """Return a function that draws the records of each sampled user from `stream`, and batches the users."""
+        return lambda users: self.batch_units(self.draw_records(users, stream))
 
     def draw_records(self, users: Places, stream: RandomStream) -> list[Places]:
-        """Draw the records of each user that take part in a step, in the order of the users."""
+        """Draw the records of each user for one step, in the order of the users."""
         each = (self._users[user] for user in users)
         return [records[choose_records(len(records), self.most_records, stream)] for records in each]
 
-    def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[UserBatch]:
-        """Cut users, each given by its participating records, into batches.
+    def batch_units(self, drawn: Sequence[Places]) -> Iterator[UserBatch]:
+        """Cut users, each given by its sampled records, into batches.
 
         A user's contribution to a sum is bit-identical in every batch.
         """
         for first in range(0, len(drawn), self.most_users):
             yield UserBatch(drawn[first : first + self.most_users], self.examples)
 
-    def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, Places]:
+    def select_shard(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, Places]:
         """Return the users of one of `num_devices` devices, and the indices of their records."""
         users = [self._users[place] for place in select_units_on_device(rank, num_devices, len(self))]
         records = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *users]))

@@ -1,4 +1,4 @@
-"""Tiny models, random examples, and the parts of a private step, for every test of local training."""
+"""Shared helpers for tests of local training: tiny models, random examples, and the parts of a private step."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -59,7 +59,7 @@ def build_trained(*given: Any, size: float = 0.2, **changes: Any) -> TaskModel:
 
 
 class Table:
-    """Made-up gradients, looked up by a record's first token; stands in for `PerExampleGradients`."""
+    """Dummy gradients, looked up by a record's first token, in place of `PerExampleGradients`."""
 
     def __init__(self, gradients: dict[str, torch.Tensor]) -> None:
         self._gradients = gradients
@@ -72,7 +72,7 @@ class Table:
 
 
 def make_dummy_examples(task: str, count: int = 9, *, seed: int = 5) -> TextDataset:
-    """`count` random examples of texts of 2 to 12 tokens; the last has no target, but where that is a class."""
+    """Make `count` random examples of 2 to 12 tokens; the last example has no target, except in classification."""
     generator, texts = np.random.default_rng(seed), 2 if task == "preference" else TEXTS.get(task, 1)
     input_ids = tuple(
         generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32) for _ in range(count * texts)
@@ -94,14 +94,14 @@ BAD = 199
 
 
 def insert_token(dataset: TextDataset, *texts: int) -> TextDataset:
-    """The same with this token at the end of these texts, and nowhere else."""
+    """Append the bad token to the given texts of a data set."""
     ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
     for text in texts:
         ids[text][-1] = BAD
     return TextDataset(tuple(ids), dataset.targets, dataset.texts)
 
 
-def plan_of(**changes: object) -> Plan:
+def make_plan(**changes: object) -> Plan:
     values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 1.0, "noise_multiplier": 0.0}
     values |= {"max_grad_norm": 1.0, "local_steps": 2, "num_rounds": 3}
     return Plan(**(values | changes))  # type: ignore[arg-type]
@@ -115,15 +115,15 @@ def make_examples(
     max_length: int = 15,
     kept_by: TaskModel | None = None,
 ) -> SiteExamples:
-    """Records as training reads them, in micro-batches of so many tokens; 1: a row each.
+    """Make site examples in micro-batches of at most `max_tokens` tokens; 1 gives one row per micro-batch.
 
-    `kept_by`: a model whose frozen states, and what its base says of the records, are kept.
+    `kept_by` is a model whose frozen states and reference outputs are cached.
     """
     shapes = shapes or Shapes.from_limits(max_length=max_length, max_tokens=max_tokens)
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
     if kept_by:
-        examples.keep_frozen_states(kept_by)
-        examples.keep_reference(kept_by)
+        examples.cache_frozen_states(kept_by)
+        examples.cache_reference(kept_by)
         kept = all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
         assert kept == kept_by.has_frozen_prefix
     return examples
@@ -139,7 +139,7 @@ def make_work(**changes: Any) -> RoundOfTraining:
         "site": "bank_a",
         "round": 1,
         "attempt": 1,
-        "plan": plan_of(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5),
+        "plan": make_plan(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5),
         "training": TrainingSpec(local_steps=2, learning_rate=0.01),
         "declared_size": 10,
         "max_adapter_value": 100.0,
@@ -155,14 +155,14 @@ def release_round(
     randomness: Randomness | None = None,
     adapter: Adapter | None = None,
 ) -> Adapter:
-    """What a round over a dataset, or over records or users as training reads them, releases."""
+    """Return the adapter that a round releases, for a data set, records or users."""
     units = make_examples(units) if isinstance(units, TextDataset) else units
     start = adapter or Adapter.from_task_model(model)
     return train_round(model, start, units, work, randomness=randomness or SeededRandomness(5))[0]
 
 
 def sum_examples(model: TaskModel, examples: SiteExamples, clip: float, chosen: Any = None) -> dict[str, torch.Tensor]:
-    """The clipped sum of the chosen examples, or of all, in cells."""
+    """Return the clipped sum of the selected examples, or of all examples, in cells."""
     sums = make_zero_sums(model.trainable())
     with record_gradients(model) as gradients:
         for batch in examples.cut(np.array(range(len(examples)) if chosen is None else chosen)):
@@ -180,9 +180,9 @@ def take_private_steps(
     sampling: RandomStream | None = None,
     **training: Any,
 ) -> dict[str, torch.Tensor]:
-    """What private steps make of a model, by plain SGD of rate 1 unless told otherwise; streams are seeded alike.
+    """Take private steps on a model, by default with plain SGD at rate 1 and equally seeded streams.
 
-    `units`: of the gradients of single records, those of the units that are clipped.
+    `units` converts the gradients of single records to the gradients of the clipped units.
     """
     parameters = model.trainable()
     optimizer = make_optimizer(parameters, TrainingSpec(**({"optimizer": "sgd", "learning_rate": 1.0} | training)))

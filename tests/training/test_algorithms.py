@@ -1,4 +1,4 @@
-"""Federated algorithms: what each makes of noised gradients, and that it sees nothing else."""
+"""Federated algorithms: their corrections of noised gradients, and that they receive nothing else."""
 
 import ast
 import json
@@ -22,22 +22,22 @@ from fedtune.spec import ConfigError
 from fedtune.training import dp_step
 from fedtune.training.algorithms.algorithm_registry import ALGORITHMS, get_algorithm
 from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, NoisedGradient, RoundOutcome, SiteRound
-from fedtune.training.local import RoundOfTraining, frozen_in_round, train_round
+from fedtune.training.local import RoundOfTraining, list_frozen_tensors, train_round
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.update_bound import bound_round_update
 
-from .conftest import build_trained, make_dummy_examples, make_examples, make_work, plan_of
+from .conftest import build_trained, make_dummy_examples, make_examples, make_plan, make_work
 
 PACKAGE = Path(dp_step.__file__).parents[1]
 SIZES = {"a": 10, "b": 30}
-PLAN = plan_of(sampling_rate=0.5, noise_multiplier=0.5, max_grad_norm=0.5, local_steps=3, num_rounds=4)
+PLAN = make_plan(sampling_rate=0.5, noise_multiplier=0.5, max_grad_norm=0.5, local_steps=3, num_rounds=4)
 SGD = TrainingSpec(optimizer="sgd", learning_rate=0.5, local_steps=3)
 
 
 def run_federation(
     name: str, *, rounds: int = 3, lost_in: int | None = None, plan: Any = PLAN, **own: float
 ) -> tuple[Adapter, Mapping[str, Arrays]]:
-    """Train two sites for some rounds as a federation does, with seeded noise; return the adapter and their states."""
+    """Train two sites for several rounds with seeded noise; return the adapter and the sites' states."""
     algorithm, model = get_algorithm(name, own or None), build_trained()
     data = {
         site: make_examples(make_dummy_examples("classification", seed=number)) for number, site in enumerate(SIZES)
@@ -46,7 +46,7 @@ def run_federation(
     kept = algorithm.initial_arrays(adapter.tensors)
     for round in range(1, rounds + 1):
         sent, updates = algorithm.sent_arrays(kept), {}
-        frozen = frozen_in_round(model.spec.lora, algorithm, adapter.tensors, round=round, sent=sent)
+        frozen = list_frozen_tensors(model.spec.lora, algorithm, adapter.tensors, round=round, sent=sent)
         for site, size in SIZES.items():
             state = {} if round == lost_in else states.get(site, {})
             about = {"site": site, "round": round, "plan": plan, "training": SGD, "declared_size": size}
@@ -111,7 +111,7 @@ def test_lost_scaffold_state_counts_as_zero() -> None:
 
 
 class Spy(LocalAlgorithm):
-    """Stores everything that an algorithm is given in a round."""
+    """Algorithm that stores all of its inputs in a round."""
 
     name = "spy"
     seen: ClassVar[list[tuple[NoisedGradient, Arrays, SiteRound]]] = []
@@ -121,7 +121,7 @@ class Spy(LocalAlgorithm):
         return gradient.values
 
 
-def test_algorithm_sees_each_gradient_only_after_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_algorithm_receives_gradients_only_after_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[tuple[Any, Any]] = []
 
     def record_noise(given: Any, **about: Any) -> Any:
@@ -145,8 +145,8 @@ def test_algorithm_sees_each_gradient_only_after_its_noise(monkeypatch: pytest.M
             assert (value != (bare[name] / cells).astype(np.float32)).any()
 
 
-def test_only_a_noisy_step_makes_a_noised_gradient() -> None:
-    """The plain step of a run without privacy makes one, too; the third place averages noised ones."""
+def test_only_noisy_steps_create_noised_gradients() -> None:
+    """The plain step of a run without privacy also creates one, and the third place averages noised gradients."""
     made = {
         (path.relative_to(PACKAGE).as_posix(), function.name)
         for path in PACKAGE.rglob("*.py")
@@ -181,14 +181,14 @@ def make_round(**arrays: Arrays) -> SiteRound:
 ONE, TWO, THREE = (np.full(2, value, np.float32) for value in (1, 2, 3))
 
 
-def test_fedprox_pulls_towards_the_adapter_that_was_sent() -> None:
+def test_fedprox_pulls_towards_the_received_adapter() -> None:
     pulled = get_algorithm("fedprox", {"mu": 0.5}).correct_gradient(
         NoisedGradient({"w": ONE}), {"w": THREE}, make_round(adapter={"w": TWO})
     )
     np.testing.assert_array_equal(pulled["w"], [1.5, 1.5])
 
 
-def test_scaffold_replaces_a_sites_control_variate_by_that_of_all() -> None:
+def test_scaffold_subtracts_site_and_adds_global_control_variate() -> None:
     scaffold, gradient = get_algorithm("scaffold"), NoisedGradient({"w": ONE})
     at = make_round(sent={"w": TWO}, state={"w": 3 * THREE, "rests": THREE})
     np.testing.assert_array_equal(scaffold.correct_gradient(gradient, {}, at)["w"], [-6, -6])
@@ -198,8 +198,8 @@ def test_scaffold_replaces_a_sites_control_variate_by_that_of_all() -> None:
     np.testing.assert_array_equal(state["rests"], THREE)
 
 
-def test_leads_control_variate_is_the_mean_of_the_sites() -> None:
-    """All sites take part, so the lead's arrays are the weighted mean of what the sites keep."""
+def test_lead_control_variate_is_the_mean_of_site_variates() -> None:
+    """All sites take part, so the lead's arrays are the weighted mean of the sites' states."""
     _, states = run_federation("scaffold", rounds=2, plan=replace(PLAN, num_rounds=8))
     mean = {name: (states["a"][name] + 3 * states["b"][name]) / 4 for name in states["a"]}
     assert mean
@@ -221,7 +221,7 @@ FACTORS = {
 } | {"head.weight": np.ones(2, np.float32)}
 
 
-def test_aslora_trains_each_factor_once_and_then_the_one_with_the_higher_score() -> None:
+def test_aslora_trains_each_factor_once_then_follows_the_score() -> None:
     aslora = get_algorithm("aslora", {"retry_after": 3})
     arrays, chosen = aslora.initial_arrays(FACTORS), []
     # Mean gradient of each factor: in the layer q that of A is larger, in v that of B.
@@ -241,7 +241,7 @@ def test_aslora_trains_each_factor_once_and_then_the_one_with_the_higher_score()
     )
 
 
-def test_aslora_score_leaves_the_expected_noise_out() -> None:
+def test_aslora_score_subtracts_the_expected_noise() -> None:
     aslora = get_algorithm("aslora")
     average = {name: value - np.float32(0.1) for name, value in FACTORS.items()}
     sizes = dict.fromkeys([name for name in FACTORS if "lora_A" not in name], 1.0)
@@ -249,7 +249,7 @@ def test_aslora_score_leaves_the_expected_noise_out() -> None:
     assert not aslora.next_arrays(aslora.initial_arrays(FACTORS), outcome)["score"].any()
 
 
-def test_arrays_travel_with_the_adapter_under_one_digest() -> None:
+def test_algorithm_arrays_share_one_digest_with_the_adapter() -> None:
     adapter, arrays = Adapter({"head.weight": ONE}), {"head.weight": TWO}
     packed = pack_adapter(adapter, arrays)
     again, own = unpack_adapter(packed)
@@ -271,7 +271,7 @@ def parse_federation(**changes: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"fedavg"}))
-def test_secure_aggregation_refuses_algorithms_that_a_sum_cannot_carry(name: str) -> None:
+def test_secure_aggregation_refuses_unsupported_algorithms(name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_federation(aggregation="secure", algorithm=name, num_sites=3)
     why = ALGORITHMS[name].not_in_sums
@@ -295,20 +295,20 @@ def test_secure_aggregation_refuses_algorithms_that_a_sum_cannot_carry(name: str
         ({"algorithm": "aslora", "algorithm_settings": {"retry_after": 1}}, "algorithm_settings.retry_after = 1: must"),
     ],
 )
-def test_wrong_algorithm_settings_are_refused_with_one_message(changes: dict[str, Any], message: str) -> None:
+def test_invalid_algorithm_settings_are_refused_with_one_message(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_federation(**changes)
     assert str(refused.value).startswith(f"federation.{message}")
 
 
-def test_settings_of_an_algorithm_change_the_runs_name() -> None:
+def test_algorithm_settings_change_the_run_name() -> None:
     weak, strong = (parse_federation(algorithm="fedprox", algorithm_settings={"mu": mu}) for mu in (0.1, 0.2))
     assert weak.run_id() != strong.run_id()
     assert parse(json.loads(json.dumps(weak.to_json()))) == weak
     assert weak.federation.bound_algorithm.own.mu == 0.1
 
 
-def test_update_beyond_an_algorithms_bound_is_refused() -> None:
+def test_update_beyond_the_algorithm_bound_is_refused() -> None:
     sent = Adapter({"head.weight": np.zeros(2, np.float32)})
     bounds = [
         bound_round_update(SGD, PLAN, round=1, declared_size=10, sent=sent, algorithm=algorithm, arrays=arrays)

@@ -1,4 +1,4 @@
-"""Every architecture that is taken computes each example by itself, bit for bit; tiny random models of each."""
+"""Batch invariance of every supported architecture, bit for bit, with tiny random models."""
 
 import dataclasses
 from pathlib import Path

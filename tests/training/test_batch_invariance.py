@@ -1,4 +1,4 @@
-"""A model in which an example's company moves it is refused before anything is charged."""
+"""Models whose examples influence each other are refused before anything is charged."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.algorithms.fedavg import FEDAVG
 from fedtune.training.batch_invariance import _Trial, max_batch_influence, require_batch_invariance
-from fedtune.training.local import frozen_in_round
+from fedtune.training.local import list_frozen_tensors
 from fedtune.training.machine import prepare_model
 from fedtune.training.per_example import PerExampleGradients
 from fedtune.training.spec import RuntimeSpec
@@ -73,7 +73,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.by_day("True")
 @pytest.mark.parametrize("onednn", [True, False])
 def test_training_uses_only_matrix_shapes_covered_by_the_trial(onednn: bool) -> None:
-    """Also in rounds in which A or B rests: its product is not left to other kernels then."""
+    """Also covers rounds in which A or B is frozen, whose products must use the same kernels."""
     lora = LoraSpec(rank=4, alpha=8.0, alternate=True)
     model = prepare_model(lambda: build_fresh(lora=lora), RuntimeSpec(onednn=onednn), max_length=12)
 
@@ -84,7 +84,7 @@ def test_training_uses_only_matrix_shapes_covered_by_the_trial(onednn: bool) -> 
 
     tried = record_products()
     for round in (1, 2):
-        with model.freeze_tensors(frozen_in_round(lora, FEDAVG, model.trainable(), round=round, sent={})):
+        with model.freeze_tensors(list_frozen_tensors(lora, FEDAVG, model.trainable(), round=round, sent={})):
             assert (seen := record_products()) <= tried
         assert seen
 
@@ -195,7 +195,9 @@ def test_last_bit_dependence_is_refused_or_measured() -> None:
 @pytest.mark.parametrize("accepted", [False, True], ids=["", "inexact gradients are accepted"])
 @pytest.mark.parametrize("task", ["classification", "votes"])
 def test_rounding_dependence_is_detected_for_every_task(task: str, accepted: bool) -> None:
-    """A vote's gradient shows the nearest candidate alone, which so little changes for next to no made-up record."""
+    """Rounding changes the gradient of a vote for hardly any dummy record, because only the nearest candidate
+    matters.
+    """
 
     def round_by_batch(hidden: torch.Tensor) -> torch.Tensor:
         return hidden * (1 + 2.0**-22) if len(hidden) >= 6 else hidden
@@ -242,7 +244,7 @@ def test_last_bit_change_in_one_gradient_value_is_detected(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_frozen_layers_with_kept_states_are_checked_in_varied_batches(keeps: bool) -> None:
+def test_frozen_layers_with_cached_states_are_tested_in_varied_batches(keeps: bool) -> None:
     model = build_last_layer()
     embeddings = model.base.get_base_model().embeddings
     embeddings.register_forward_hook(lambda module, inputs, hidden: add_batch_mean(hidden))
@@ -300,7 +302,7 @@ def test_record_dependent_failure_is_a_configuration_error(error: type[Exception
 
 
 def test_frozen_layers_failing_on_an_example_are_refused() -> None:
-    """At a site such an example counts as zero; in the try it would make every other one look exact."""
+    """At a site such an example counts as zero; in the trial it would make all other examples look exact."""
 
     def fail_on_example(_: Any, inputs: Any, hidden: tuple[torch.Tensor, ...]) -> None:
         if not torch.equal(hidden[0][0, 0], hidden[0][-1, 0]):  # rows of no example are all alike
@@ -324,7 +326,7 @@ def test_length_without_positions_is_refused_before_training() -> None:
 
 
 def test_model_weights_cannot_hide_kernel_rounding() -> None:
-    """An outside review's model subtracted what most tokens lead to, and enlarged the last bit of what was left."""
+    """In an external review, a model subtracted the output of most tokens, and amplified the last bit of the rest."""
 
     def enlarge_row(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
         # As the last numbers of a tensor, which the last row holds, are rounded otherwise.
@@ -341,7 +343,7 @@ def test_model_weights_cannot_hide_kernel_rounding() -> None:
 
 @kinds
 def test_trial_covers_every_token_position_in_every_row(path: str, task: str) -> None:
-    """Where most of a trial is padding, a kernel that rounds the last numbers of a thread's share could pass it."""
+    """In a trial that is mostly padding, a kernel that rounds the end of a thread's share differently could pass."""
     model = build_last_layer(path, task)
 
     def round_one_token(row: int, token: int, _: Any, inputs: Any) -> Any:

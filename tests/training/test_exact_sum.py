@@ -1,4 +1,4 @@
-"""What one unit adds to a sum has a norm of at most the clip norm: exactly, in whole numbers, whatever its gradient."""
+"""Each unit's contribution to a sum has a norm of at most the clip norm, exactly, in integers."""
 
 from typing import Any
 from unittest.mock import Mock
@@ -34,7 +34,7 @@ def compute_squares(cells: Cells) -> list[int]:
 
 
 def make_dummy_gradients(draws: np.random.Generator, kind: str, size: float, units: int) -> npt.NDArray[np.float32]:
-    """Gradients of a kind, (units, values); some values are not finite in the last kind but one."""
+    """Make gradients of a given kind, (units, values); the second-last kind has some non-finite values."""
     count = sum(SIZES.values())
     values = draws.standard_normal((units, count)) * size
     if kind == "alike":
@@ -131,7 +131,7 @@ def test_removing_a_unit_changes_the_sum_by_exactly_its_contribution(
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("values", [31, 4096, 100_003])
 def test_contribution_does_not_depend_on_the_number_of_rows(threads: int, values: int) -> None:
-    """Nor of many tensors: a sum over them by torch, whose order goes by the rows, moved the last bit of norms."""
+    """With many tensors, torch's sum over tensors once depended on the number of rows in the last bit of norms."""
     torch.set_num_threads(threads)  # put back by the fixture of every test here
     generator = torch.Generator().manual_seed(2)
     gradient = torch.randn((13, values), generator=generator)
@@ -180,7 +180,7 @@ def test_user_changes_the_sum_by_only_its_contribution(
 
     def sum_users(chosen: list[int]) -> Cells:
         sums = empty()
-        for batch in by_user.cut_drawn([users[user] for user in chosen]):
+        for batch in by_user.batch_units([users[user] for user in chosen]):
             add_clipped(sums, UserGradients(table).compute_gradients(batch), clip)
         return sums
 
@@ -195,7 +195,7 @@ def test_user_changes_the_sum_by_only_its_contribution(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_sum_equals_its_contributions_despite_non_finite_gradients(bad: float) -> None:
-    """A sum goes over one tensor after the other, and drops units only when it has seen all of them."""
+    """A sum processes one tensor at a time, and drops units only after the last tensor."""
     gradients = split_tensors(np.random.default_rng(6).normal(size=(9, sum(SIZES.values()))).astype(np.float32))
     gradients["base.lora_B.weight"][2, 3] = gradients["base.lora_A.weight"][7, 0, 0] = bad
     for clip in (0.5, 1e-9, 100.0):

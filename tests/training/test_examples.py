@@ -1,4 +1,4 @@
-"""Keeping what the frozen layers make of each record changes no result beyond rounding."""
+"""Cached outputs of the frozen layers change no result beyond rounding."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ CHOSEN = [5, 1, 7, 2]
 
 
 def require_same_sum(model: TaskModel, plain: SiteExamples, keeping: SiteExamples, *, within: float) -> None:
-    """Clipped sums of chosen records, to so much of a clip norm for each."""
+    """Require equal clipped sums of the selected records, within a tolerance per record in clip norms."""
     expected = sum_examples(model, plain, CLIP, CHOSEN)
     for name, total in sum_examples(model, keeping, CLIP, CHOSEN).items():
         assert int((total - expected[name]).abs().max()) <= within * CELLS * len(CHOSEN)
@@ -42,24 +42,26 @@ def require_same_sum(model: TaskModel, plain: SiteExamples, keeping: SiteExample
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("path", "task"), KINDS)
-def test_kept_states_give_the_same_clipped_sum(path: str, task: str, checkpointing: bool) -> None:
+def test_cached_states_give_the_same_clipped_sum(path: str, task: str, checkpointing: bool) -> None:
     model = build_trained(path, task, lora=LAST)
     if checkpointing:
         model.enable_gradient_checkpointing()
     dataset = make_dummy_examples(task)
     plain, keeping = make_examples(dataset), make_examples(dataset)
-    keeping.keep_frozen_states(model)
+    keeping.cache_frozen_states(model)
     assert all(batch.prefix is not None for batch in keeping.cut(np.array(CHOSEN)))
     assert all(batch.prefix is None for batch in plain.cut(np.array(CHOSEN)))
     # Padding has other states, so a record is not always the same to the last bit with and without.
     require_same_sum(model, plain, keeping, within=1e-5)
 
 
-def test_states_kept_on_disk_match_memory_in_an_unnamed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_cached_on_disk_match_memory_without_a_file_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, dataset = build_trained(lora=LAST), make_dummy_examples("classification")
     in_memory, on_disk, without_room = (make_examples(dataset) for _ in range(3))
-    in_memory.keep_frozen_states(model)
-    on_disk.keep_frozen_states(model, folder=tmp_path)
+    in_memory.cache_frozen_states(model)
+    on_disk.cache_frozen_states(model, folder=tmp_path)
     assert on_disk._states.equal(in_memory._states)
     held = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert held, "it is a file, and no memory"
@@ -68,7 +70,7 @@ def test_states_kept_on_disk_match_memory_in_an_unnamed_file(tmp_path: Path, mon
         assert batch.prefix.equal(other.prefix)
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    without_room.keep_frozen_states(model, folder=tmp_path)
+    without_room.cache_frozen_states(model, folder=tmp_path)
     assert all(batch.prefix is None for batch in without_room.cut(np.arange(4))), "and that fails nobody"
     assert list(tmp_path.iterdir()) == []
 
@@ -76,12 +78,12 @@ def test_states_kept_on_disk_match_memory_in_an_unnamed_file(tmp_path: Path, mon
 def test_padding_contains_no_states_and_progress_is_reported() -> None:
     model, dataset = build_fresh(lora=LAST), make_dummy_examples("classification")
     told: list[tuple[int, int]] = []
-    make_examples(dataset).keep_frozen_states(model, told=lambda *so_far: told.append(so_far))
+    make_examples(dataset).cache_frozen_states(model, told=lambda *so_far: told.append(so_far))
     assert len(told) > 1
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     assert {total for _, total in told} == {len(dataset)} == {told[-1][0]}
     keeping = make_examples(dataset, max_tokens=10_000)
-    keeping.keep_frozen_states(model)
+    keeping.cache_frozen_states(model)
     for batch in keeping.cut(np.arange(len(dataset))):
         assert (batch.attention_mask == 0).any()
         assert not batch.prefix[batch.attention_mask == 0].any()
@@ -89,7 +91,7 @@ def test_padding_contains_no_states_and_progress_is_reported() -> None:
 
 
 def make_bad_examples(task: str) -> tuple[TextDataset, int]:
-    """Records of which one has the token in its last text, and its place."""
+    """Make examples of which one has the bad token in its last text; return them with its index."""
     dataset, place = make_dummy_examples(task), 3
     here, next_to_it = (dataset.find_text_indices([one]) for one in (place, place + 1))
     ids = list(dataset.input_ids)
@@ -98,8 +100,10 @@ def make_bad_examples(task: str) -> tuple[TextDataset, int]:
     return insert_token(TextDataset(tuple(ids), dataset.targets, dataset.texts), here[-1]), place
 
 
-def require_nothing_of(place: int, model: TaskModel, keeping: SiteExamples, mended: dict[str, torch.Tensor]) -> None:
-    """This record adds nothing, and the others what they add, all together, beside a mended one."""
+def require_no_effect(place: int, model: TaskModel, keeping: SiteExamples, mended: dict[str, torch.Tensor]) -> None:
+    """Require that the bad record adds nothing, and that the other records add the same as next to a repaired
+    record.
+    """
     others = [index for index in range(len(keeping)) if index != place]
     assert not any(total.any() for total in sum_examples(model, keeping, CLIP, [place]).values())
     assert any(total.any() for total in mended.values())
@@ -109,19 +113,19 @@ def require_nothing_of(place: int, model: TaskModel, keeping: SiteExamples, mend
 
 
 class Panic(BaseException):
-    """As a library written in Rust raises it."""
+    """Exception like the panics of Rust libraries."""
 
 
-def spoil(model: TaskModel, how: str) -> None:
-    """Make the embedding of a batch with the token fail, or not finite."""
+def break_record(model: TaskModel, how: str) -> None:
+    """Make the embedding of the bad token fail or return NaN."""
 
-    def look(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def fail_on_bad_token(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         bad = inputs[0] == BAD
         if bad.any() and how != "not finite":
             raise {"an error": RuntimeError, "a panic": Panic}[how]("no such token")
         return output.masked_fill(bad[..., None], float("nan"))
 
-    model.base.get_base_model().get_input_embeddings().register_forward_hook(look)
+    model.base.get_base_model().get_input_embeddings().register_forward_hook(fail_on_bad_token)
 
 
 @pytest.mark.by_day(
@@ -140,45 +144,45 @@ def test_record_with_failed_states_adds_nothing_and_affects_no_other(task: str, 
     plain = make_examples(dataset, max_tokens=max_tokens)
     keeping = make_examples(dataset, max_tokens=max_tokens)
     mended = make_examples(insert_token(dataset), max_tokens=max_tokens)
-    mended.keep_frozen_states(model)
-    spoil(model, how)
-    keeping.keep_frozen_states(model)
+    mended.cache_frozen_states(model)
+    break_record(model, how)
+    keeping.cache_frozen_states(model)
     (alone,) = keeping.cut(np.array([place]))
     assert not alone.prefix[dataset.texts - 1].any()
     assert not any(total.any() for total in sum_examples(model, plain, CLIP, [place]).values()), (
         "nor without kept states"
     )
-    require_nothing_of(place, model, keeping, sum_examples(model, mended, CLIP, others))
+    require_no_effect(place, model, keeping, sum_examples(model, mended, CLIP, others))
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
-def test_machine_failure_discards_all_kept_states(error: type[Exception]) -> None:
+def test_machine_failure_discards_all_cached_states(error: type[Exception]) -> None:
     model = build_fresh(lora=LAST)
     fails = Mock(side_effect=error("out of memory"))
     handle = model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(fails)
     keeping = make_examples(make_dummy_examples("classification"))
     with pytest.raises(error, match="out of memory"):
-        keeping.keep_frozen_states(model)
+        keeping.cache_frozen_states(model)
     assert all(batch.prefix is None for batch in keeping.cut(np.array([0, 1])))
     handle.remove()
-    keeping.keep_frozen_states(build_fresh())
-    keeping.keep_reference(build_fresh())
+    keeping.cache_frozen_states(build_fresh())
+    keeping.cache_reference(build_fresh())
     assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1]))), (
         "the first layer trains"
     )
-    keeping.keep_frozen_states(model)
+    keeping.cache_frozen_states(model)
     assert all(batch.prefix is not None and batch.prefix.any() for batch in keeping.cut(np.array([0, 1])))
 
 
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
-def test_kept_reference_gives_the_same_clipped_sum(
+def test_cached_reference_gives_the_same_clipped_sum(
     layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
     plain, keeping = (make_examples(make_dummy_examples("preference")) for _ in range(2))
     if layers is not None:
-        keeping.keep_frozen_states(model)
-    keeping.keep_reference(model)
+        keeping.cache_frozen_states(model)
+    keeping.cache_reference(model)
     assert all(batch.reference is not None for batch in keeping.cut(np.array(CHOSEN)))
     for factor in (1.0, -2.0):
         with torch.no_grad():
@@ -186,7 +190,7 @@ def test_kept_reference_gives_the_same_clipped_sum(
                 parameter.mul_(factor)
         require_same_sum(model, plain, keeping, within=1e-4)
     monkeypatch.setattr(TaskModel, "reference", lambda *_: pytest.fail("the base is asked again"))
-    keeping.keep_reference(model)
+    keeping.cache_reference(model)
     assert any(total.any() for total in sum_examples(model, keeping, CLIP, [1, 2, 3]).values())
 
 
@@ -200,10 +204,10 @@ def test_record_with_a_failed_reference_adds_nothing(how: str, max_tokens: int) 
         make_examples(one, max_tokens=max_tokens)
         for one in (insert_token(dataset), insert_token(dataset, 2 * place + 1))
     )
-    mended.keep_reference(model)
+    mended.cache_reference(model)
     expected = sum_examples(model, mended, CLIP, others)
-    spoil(model, how)
-    keeping.keep_reference(model)
+    break_record(model, how)
+    keeping.cache_reference(model)
     (alone,) = keeping.cut(np.array([place]))
     assert not alone.reference[0].isfinite().all()
-    require_nothing_of(place, model, keeping, expected)
+    require_no_effect(place, model, keeping, expected)

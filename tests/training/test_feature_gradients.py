@@ -1,4 +1,4 @@
-"""Models of features and of images: per-example gradients, the same in any company; and what a bad record adds."""
+"""Per-example gradients of feature and image models: batch invariance, and bad records."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,7 @@ def make_spec(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: 
 
 
 def build_trained(spec: TaskModelSpec, *, max_length: int = 1) -> TaskModel:
-    """As after some training, so that every tensor has a gradient."""
+    """Build a model with moved parameters, so that every tensor has a gradient."""
     model = prepare_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=max_length)
     return set_random_values(model, 0.3)
 
@@ -72,7 +72,7 @@ def make_records(model: TaskModel, count: int) -> TextDataset:
 
 
 def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol: float, atol: float) -> Gradients:
-    """Of all the examples at once, none of them zero throughout, found to be those of each alone."""
+    """Require that the gradients of all examples, none of them zero, match the gradients of single examples."""
     count = len(dataset)
     found = record_example_gradients(model, collate(dataset, range(count), pad_id=0).to(DEVICE))
     assert list(found) == list(model.trainable())
@@ -152,7 +152,7 @@ def test_bad_feature_record_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def require_nothing_added(
     model: TaskModel, bad: Record, good: list[Record], reader: Any, spec: DataSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bad record in the place of the second good one, and the other three what they add beside that."""
+    """Require that a bad record adds nothing, and that the other three records' contributions do not change."""
     task = model.task
     assert [task.record_validator(spec)(one) for one in good] == [None] * 4
     with monkeypatch.context() as patched:  # as if the reading had let it by

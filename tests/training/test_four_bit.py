@@ -1,4 +1,4 @@
-"""A frozen base in four bits: gradients by example are those of the weights it stands for, each record's its own."""
+"""Four-bit base models: per-example gradients match the dequantized weights, and records are independent."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
 
 
 def dequantize_model(model: TaskModel, coarse: TaskModel) -> TaskModel:
-    """The bfloat16 model `coarse` with the weights that `model` stands for, and torch's own gradient of products."""
+    """Return the bfloat16 model `coarse` with the dequantized weights of `model` and torch's own gradients."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             coarse.get_parameter(name).copy_(parameter)  # also where DoRA starts, which follows from the weights
@@ -36,14 +36,14 @@ def dequantize_model(model: TaskModel, coarse: TaskModel) -> TaskModel:
 
 
 def disable_onednn(model: TaskModel) -> TaskModel:
-    """The same without oneDNN, by which a watched model would multiply and another one would not."""
+    """Disable oneDNN, which only a model with recorded gradients would use."""
     for module in (one for one in model.modules() if isinstance(one, FrozenLinear)):
         module.__class__ = nn.Linear
     return model
 
 
 def make_micro_batch(dataset: TextDataset) -> Batch:
-    """In the shape that a step gives a data set, for shapes decide how sums are rounded."""
+    """Make a micro-batch in the shape of a step, because shapes determine rounding."""
     shapes = adapt_shapes_to_device(Shapes.from_limits(max_length=15, max_tokens=16 * len(dataset)))
     examples = make_examples(dataset, shapes)
     length = shapes.lengths[-1]
@@ -83,7 +83,7 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
 
 
 @kinds
-def test_nf4_checkpointing_and_kept_states_change_nothing(path: str, task: str) -> None:
+def test_nf4_checkpointing_and_cached_states_change_nothing(path: str, task: str) -> None:
     batch = make_micro_batch(make_dummy_examples(task, 8))
     plain, recomputed = (build_trained(path, task, dtype="nf4", lora=LAST) for _ in range(2))
     recomputed.enable_gradient_checkpointing()

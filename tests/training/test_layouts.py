@@ -1,4 +1,4 @@
-"""Gradients of what records become in each layout are those of a loop, and the same bits in every company."""
+"""Gradients of every record layout match a loop and are batch-invariant."""
 
 from functools import partial
 from pathlib import Path

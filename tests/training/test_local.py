@@ -1,4 +1,4 @@
-"""A round of local training as a whole."""
+"""Complete rounds of local training."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.local import compute_round_share
 from fedtune.training.spec import TrainingSpec
 
-from .conftest import KINDS, build_fresh, make_dummy_examples, make_examples, make_work, plan_of, release_round
+from .conftest import KINDS, build_fresh, make_dummy_examples, make_examples, make_plan, make_work, release_round
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
 
 
 def watch_cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[int]]]:
-    """Gives the places that were cut into micro-batches, call by call."""
+    """Record the indices of each cut into micro-batches."""
     cut = create_autospec(what.cut, side_effect=what.cut)
     monkeypatch.setattr(what, "cut", cut)
     return lambda: [np.asarray(call.args[1]).tolist() for call in cut.call_args_list]
@@ -52,7 +52,7 @@ def test_only_trainable_tensors_change_in_a_round(path: str, task: str) -> None:
 
 
 def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
-    """Of secure aggregation, over so many records."""
+    """Return a site's share of secure aggregation over this number of records."""
     model, units = build_fresh(), make_examples(make_dummy_examples("classification", records))
     asked = make_work(plan=plan, **changes)
     return compute_round_share(model, Adapter.from_task_model(model), units, asked, randomness=SeededRandomness(5))
@@ -63,7 +63,7 @@ TOGETHER = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
 
 @pytest.mark.parametrize("change", [{"site": "bank_b"}, {"round": 2}, {"attempt": 2}])
 def test_secure_aggregation_share_repeats_from_its_seed(change: dict[str, Any]) -> None:
-    """Draw other noise; which streams a round draws from is below."""
+    """Changed settings draw other noise; tests below cover the streams of a round."""
     plan = dataclasses.replace(make_work().plan, local_steps=1, shared=TOGETHER)
     one, again, other = share(0, plan), share(0, plan), share(0, plan, **change)
     for name in one:
@@ -75,7 +75,7 @@ def test_secure_aggregation_share_repeats_from_its_seed(change: dict[str, Any]) 
 def test_each_step_draws_a_new_poisson_sample(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
     # One sample for all local steps would be accounted as four independent ones.
     drawn = watch_cuts(SiteExamples, monkeypatch)
-    planned = plan_of(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
+    planned = make_plan(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
     release_round(build_fresh(), make_dummy_examples("classification", 30), make_work(plan=planned))
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
     assert drawn() == [draw_poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
@@ -107,14 +107,14 @@ def test_learning_rate_schedule_continues_across_rounds(
     factor = Mock(return_value=1.0)
     monkeypatch.setattr(optimizer, "compute_learning_rate_factor", factor)
     # The plan that was charged decides, not the training settings beside it.
-    planned = plan_of(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
+    planned = make_plan(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
     release_round(build_fresh(), make_dummy_examples("classification"), make_work(plan=planned, round=2))
     asked = [call.kwargs for call in factor.call_args_list]
     assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
 
-def test_round_keeps_no_state_from_the_previous_one() -> None:
-    """Neither an optimizer's state nor what the model held: a fresh process gives the same bytes."""
+def test_round_keeps_no_optimizer_state_from_the_previous_round() -> None:
+    """Neither optimizer state nor earlier model values remain: a fresh process gives the same bytes."""
     model, dataset = build_fresh(), make_dummy_examples("classification")
     first = release_round(model, dataset, make_work())
     second, anew = (release_round(one, dataset, make_work(round=2), adapter=first) for one in (model, build_fresh()))
@@ -126,7 +126,7 @@ TURNS = LoraSpec(rank=2, alpha=4.0, alternate=True)
 
 @pytest.mark.parametrize("noise", [0.5, 0.0])
 def test_alternating_rounds_train_a_and_b_in_turn(noise: float) -> None:
-    planned = plan_of(sampling_rate=0.6, noise_multiplier=noise, local_steps=2, num_rounds=3)
+    planned = make_plan(sampling_rate=0.6, noise_multiplier=noise, local_steps=2, num_rounds=3)
     model, dataset = build_fresh(lora=TURNS), make_dummy_examples("classification")
     before = Adapter.from_task_model(model)
     for round, rests in ((1, ".lora_A."), (2, ".lora_B."), (3, ".lora_A.")):
@@ -150,7 +150,7 @@ def test_b_round_matches_training_with_frozen_a() -> None:
 
 def test_a_round_clips_only_lora_a_and_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **_: sums)
-    one_record = plan_of(noise_multiplier=0.5, max_grad_norm=1e-3, local_steps=1, num_rounds=2)
+    one_record = make_plan(noise_multiplier=0.5, max_grad_norm=1e-3, local_steps=1, num_rounds=2)
     dataset = make_dummy_examples("classification", 1)
     model = build_fresh(lora=TURNS)
     before = release_round(model, dataset, make_work(round=1))  # else no A has a gradient
@@ -163,7 +163,7 @@ def test_a_round_clips_only_lora_a_and_the_head(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_noiseless_round_matches_plain_training() -> None:
-    silent = plan_of(sampling_rate=0.5, max_grad_norm=1e-9)  # which a private step would clip to nothing
+    silent = make_plan(sampling_rate=0.5, max_grad_norm=1e-9)  # which a private step would clip to nothing
     sgd = TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1)
     dataset = make_dummy_examples("classification")
     after = release_round(build_fresh(), dataset, make_work(plan=silent, training=sgd))

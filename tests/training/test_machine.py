@@ -1,4 +1,4 @@
-"""A model is made ready for this machine, or a clear message says why it cannot be."""
+"""Preparation of a model for this machine, and its error messages."""
 
 import os
 import platform
@@ -30,14 +30,14 @@ def prepare_spec(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: 
 
 
 def test_length_beyond_the_position_limit_is_refused(tmp_path: Path) -> None:
-    """RoBERTa has 514 rows of positions for 512 tokens: behind the 512th a record made a site fail."""
+    """RoBERTa has 514 position rows for 512 tokens; a longer record once made a site fail."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaModel(RobertaConfig(vocab_size=32, max_position_embeddings=514, **shape)).save_pretrained(tmp_path)
     spec = replace(TINY, model=ModelSpec(path=str(tmp_path)))
     most = prepare_spec().base.config.max_position_embeddings
     for each, length, last in ((TINY, most + 1, most), (spec, 513, 512), (spec, 514, 512)):
         with pytest.raises(
-            ConfigError, match=rf"data\.max_length = {length}: must be at most {last}, the maximum of the model"
+            ConfigError, match=rf"data\.max_length = {length}: must be at most {last}, the model's maximum length"
         ):
             prepare_spec(each, max_length=length)
     shapes = choose_micro_batch_shapes(prepare_spec(spec, max_length=512), RuntimeSpec(), max_length=512)
@@ -66,7 +66,7 @@ def test_onednn_can_be_disabled(onednn: bool) -> None:
     assert uses_onednn(prepare_spec(onednn=onednn)) == (onednn and has_onednn)
 
 
-def test_frozen_states_are_kept_while_they_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_states_are_cached_if_they_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, trains = prepare_spec(SKIPS), prepare_spec()
     a_mib = 2**20 // (4 * model.base.config.hidden_size)
 

@@ -1,4 +1,4 @@
-"""Which number format `model.dtype=auto` stands for, by a stand-in clock: no test here asserts a time."""
+"""Selection of the number format for `model.dtype=auto`, with a fake clock instead of measured times."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ SHAPES = {(8, 4): 3, (4, 8): 1}
 
 
 class Clock:
-    """A clock that only the frozen products move."""
+    """Fake clock that advances only in frozen products."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -27,7 +27,7 @@ class Clock:
         return self.now
 
     def time(self, multiply: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        """Return the product, which takes this long by the clock."""
+        """Run the product and advance the clock."""
 
         def multiply_slowly(*given: Any) -> Any:
             self.now += seconds
@@ -38,7 +38,7 @@ class Clock:
 
 @pytest.fixture
 def set_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
-    """Set what a product takes by the clock in each format."""
+    """Set the fake duration of a product in each format."""
     plain, rounded = frozen_linear.multiply_frozen, frozen_linear.multiply_bfloat16
 
     def set_both(*, float32: float, mixed: float) -> Clock:
@@ -56,7 +56,7 @@ def set_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
 
 @pytest.fixture(autouse=True)
 def without_memory() -> Any:
-    """No test learns what another one measured."""
+    """Clear cached measurements before each test."""
     yield
     number_format._measure_model.cache_clear()
 
@@ -71,7 +71,7 @@ def test_faster_format_wins_by_more_than_five_percent(set_seconds: Any, gain: fl
     assert number_format.choose_faster(seconds) == chosen
 
 
-def test_products_count_as_often_as_the_model_has_them(set_seconds: Any) -> None:
+def test_product_times_are_weighted_by_module_count(set_seconds: Any) -> None:
     set_seconds(float32=0.01, mixed=0.02)
     found = number_format.measure_products(SHAPES, tokens=16, formats=("float32",))
     assert found == {"float32": pytest.approx(0.04)}
@@ -97,7 +97,7 @@ def test_large_products_get_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows == [30, 30, 16]
 
 
-def test_choice_is_measured_once_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_format_is_measured_once_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     seconds = {"float32": 1.06, "mixed": 1.0}
     monkeypatch.setattr(number_format, "measure_products", lambda shapes, **how: asked.append((shapes, how)) or seconds)
@@ -120,7 +120,7 @@ def test_choice_is_measured_once_and_explained(monkeypatch: pytest.MonkeyPatch) 
     ("allowed", "device", "chosen"),
     [({"float32", "nf4"}, "cpu", "float32"), ({"mixed"}, "cpu", "mixed"), ({"mixed", "float32"}, "meta", "float32")],
 )
-def test_choice_without_alternative_is_not_measured(
+def test_number_format_without_alternative_is_not_measured(
     monkeypatch: pytest.MonkeyPatch, allowed: set[str], device: str, chosen: str
 ) -> None:
     monkeypatch.setattr(number_format, "resolve_device", lambda _: torch.device(device))
@@ -129,7 +129,7 @@ def test_choice_without_alternative_is_not_measured(
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_counted_products_are_those_that_mixed_converts(path: str) -> None:
+def test_counted_products_match_the_layers_converted_to_mixed(path: str) -> None:
     base = load_base(ModelSpec(path=path, dtype="mixed"))
     converted = [module for module in base.modules() if isinstance(module, frozen_linear.RoundedLinear)]
     counted = count_frozen_products(ModelSpec(path=path, dtype="auto"))
@@ -138,5 +138,5 @@ def test_counted_products_are_those_that_mixed_converts(path: str) -> None:
 
 
 def test_unfixed_number_format_is_refused_at_loading() -> None:
-    with pytest.raises(ConfigError, match=r"model\.dtype = 'auto': must be a number format by now"):
+    with pytest.raises(ConfigError, match=r"model\.dtype = 'auto': must be a number format: call"):
         load_base(ModelSpec(path="random:bert", dtype="auto"))

@@ -1,4 +1,4 @@
-"""Gradients by example: what a watched model yields, and that nothing is left of the watching."""
+"""Per-example gradients of a watched model, and the removal of all hooks."""
 
 from typing import Any
 from unittest.mock import Mock
@@ -24,8 +24,8 @@ from .conftest import (
     insert_token,
     make_dummy_examples,
     make_examples,
+    make_plan,
     make_records,
-    plan_of,
     sum_examples,
     take_private_steps,
 )
@@ -33,7 +33,7 @@ from .test_dp_step import compute_loop_gradient
 
 
 def count_watched(model: TaskModel) -> int:
-    """How many of its modules run another forward pass than their own, or have a hook."""
+    """Count the modules with a replaced forward pass or a hook."""
     return sum(
         ("forward" in vars(module)) + len(module._forward_hooks) + len(module._backward_hooks)
         for module in model.modules()
@@ -111,10 +111,10 @@ def test_frozen_tensors_have_no_gradient_and_unused_ones_are_refused() -> None:
 
 # A record that cannot be computed counts as zero; the answer must not depend on whether there is one.
 def fail_on(model: TaskModel, within: str) -> Any:
-    """Make a pass fail where the token `BAD` is in the batch."""
+    """Make a pass fail if the token `BAD` is in the batch."""
     seen = [False]
 
-    def look(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    def detect_bad_token(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         seen[0] = bool((inputs[0] == BAD).any())
         if seen[0] and within == "the embedding":
             raise IndexError("no such token")
@@ -123,7 +123,7 @@ def fail_on(model: TaskModel, within: str) -> Any:
         if seen[0]:
             raise RuntimeError("no such state")
 
-    handles = [model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(look)]
+    handles = [model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(detect_bad_token)]
     return handles if within == "the embedding" else [*handles, add_hook(model, within)(fail_once_seen)]
 
 
@@ -141,7 +141,7 @@ BAD_TEXTS = ((0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4))
     ids=str,
 )
 def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: str, bad: tuple[int, ...]) -> None:
-    """Also where one of its texts cannot."""
+    """Also covers examples of which only one text fails."""
     model, dataset = build_trained(task=task), make_dummy_examples(task, 6)
     shape, without = (8, 16), {text // dataset.texts for text in bad}
     before = count_watched(model)
@@ -217,7 +217,7 @@ def test_adapters_and_sums_stay_float32_in_low_precision_bases(path: str, task: 
     assert {total.dtype for total in sum_examples(model, make_examples(make_dummy_examples(task)), 1.0).values()} == {
         torch.int64
     }
-    after = take_private_steps(model, make_records(make_dummy_examples(task)), plan_of(noise_multiplier=1.0))
+    after = take_private_steps(model, make_records(make_dummy_examples(task)), make_plan(noise_multiplier=1.0))
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert {tensor.dtype for tensor in Adapter.from_task_model(model).tensors.values()} == {np.dtype(np.float32)}
     for name, tensor in after.items():  # not rounded to bfloat16 on the way

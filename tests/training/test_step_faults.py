@@ -1,4 +1,4 @@
-"""Small tests of a private step, most of them for one fault that tests/mutants puts into it."""
+"""Small tests of a private step, most of them for one mutant in tests/mutants."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ Places = npt.NDArray[np.int64]
 
 
 def draw_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients:
-    """Of two tensors, every unit ten times as large as the one before, about `size` in the middle."""
+    """Draw gradients of two tensors with norms around `size`, each unit ten times as large as the previous unit."""
     generator = torch.Generator().manual_seed(seed)
     sizes = size * 10.0 ** (torch.arange(count) - count // 2)
     return {
@@ -77,12 +77,12 @@ def test_non_finite_gradient_counts_as_zero_and_affects_no_other(bad: float) -> 
     assert 0.99 * CELLS**2 < float(found[0].square().sum()) <= CELLS**2
 
 
-plan_of = partial(conftest.plan_of, sampling_rate=0.5, max_grad_norm=0.7, local_steps=1)
+make_plan = partial(conftest.make_plan, sampling_rate=0.5, max_grad_norm=0.7, local_steps=1)
 
 
 @dataclass
 class MadeUp:
-    """Units with these gradients, a few in a micro-batch; remembers who was drawn in each step."""
+    """Units with given gradients, a few per micro-batch; stores the sampled units of each step."""
 
     gradients: Gradients
     drawn: list[list[int]] = field(default_factory=list)
@@ -100,7 +100,7 @@ class MadeUp:
 
 
 def measure_moves(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> npt.NDArray[np.float64]:
-    """How far steps of plain descent at rate one go against every coordinate of the joint vector."""
+    """Measure the moves of plain gradient descent at rate 1 along each coordinate of the joint vector."""
     parameters = {
         name: nn.Parameter(torch.zeros(each.shape[1:], dtype=torch.float64)) for name, each in units.gradients.items()
     }
@@ -117,7 +117,7 @@ def test_step_is_the_sampled_sum_over_the_declared_size() -> None:
     rows = [np.asarray(one, dtype=np.float64).reshape(len(one), -1) for one in units.gradients.values()]
     exact = np.concatenate(rows, axis=1)  # (n, all values of a unit)
     clipped = exact * np.minimum(1, 0.7 / np.linalg.norm(exact, axis=1))[:, None]
-    found = measure_moves(units, plan_of(), declared_size=40)
+    found = measure_moves(units, make_plan(), declared_size=40)
     drawn = draw_poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
     assert units.drawn == [drawn.tolist()]
     assert len(drawn) not in (0, 20, 28)
@@ -128,7 +128,7 @@ def test_step_is_the_sampled_sum_over_the_declared_size() -> None:
 def test_step_adds_noise_once_for_any_sample(count: int) -> None:
     silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
     found, of_two = (
-        measure_moves(silent, plan_of(noise_multiplier=1.3), declared_size=40, steps=steps) for steps in (1, 2)
+        measure_moves(silent, make_plan(noise_multiplier=1.3), declared_size=40, steps=steps) for steps in (1, 2)
     )
     assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
     scale = 1.3 * 0.7 / (0.5 * 40)
@@ -140,7 +140,7 @@ def test_step_adds_noise_once_for_any_sample(count: int) -> None:
 
 
 def make_numbered_records(*lengths: int) -> TextDataset:
-    """Records of these lengths whose first token is their place."""
+    """Make records with these lengths, whose first token is their index."""
     ids = tuple(np.array([number, *[1] * (length - 1)], dtype=np.int32) for number, length in enumerate(lengths))
     return TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
 
@@ -163,7 +163,7 @@ def test_adapter_values_never_exceed_the_site_bound(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(local, "take_dp_sgd_step", note_largest)
     sgd = TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0)
-    plan = plan_of(noise_multiplier=1.0, local_steps=6)
+    plan = make_plan(noise_multiplier=1.0, local_steps=6)
     after = release_round(model, examples, make_work(max_adapter_value=bound, plan=plan, training=sgd))
     most = float(np.float32(bound))
     assert before[0] <= most, "what came is brought within it before a record meets it"
@@ -191,8 +191,8 @@ def test_micro_batch_shape_is_independent_of_its_contents() -> None:
 
 
 @pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])
-def test_user_mean_is_bitwise_equal_regardless_of_batch_company(beside: list[int]) -> None:
-    """Of records of several lengths, that cancel: in another order another bit of rounding would be left of them."""
+def test_cancelling_user_mean_is_bitwise_equal_in_any_batch(beside: list[int]) -> None:
+    """Records of several lengths cancel, so another order of addition would leave another rounding error."""
     rows = torch.tensor([-1e8, 1e8, 1.0, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
     lengths = [5, 13, 9, 30, *[13] * 8, *[30] * 5, *[5] * 3]
     places = ([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20))
@@ -201,7 +201,7 @@ def test_user_mean_is_bitwise_equal_regardless_of_batch_company(beside: list[int
     )
 
     def compute_last_mean(*chosen: int) -> torch.Tensor:
-        (batch,) = users.make_cutter(SeededRandomness(1).stream("records"))(np.array(chosen))
+        (batch,) = users.make_batcher(SeededRandomness(1).stream("records"))(np.array(chosen))
         return UserGradients(Table({"a": rows})).compute_gradients(batch)["a"][-1]  # type: ignore[arg-type]
 
     assert torch.equal(compute_last_mean(*beside, 0), compute_last_mean(0))

@@ -1,4 +1,4 @@
-"""What a step takes of memory: bounded in bytes, found by made-up examples, and of no influence on a bit."""
+"""Memory of a step: limited in bytes, measured with dummy examples, and without effect on results."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,12 +18,12 @@ from fedtune.training.batch_invariance import fit_to_memory
 from fedtune.training.dp_step import add_clipped, make_zero_sums
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import train_round
-from fedtune.training.machine import find_step_bytes, measure_peak_bytes
+from fedtune.training.machine import compute_step_bytes, measure_peak_bytes
 from fedtune.training.per_example import PerExampleGradients, record_gradients
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 from fedtune.training.users import UserExamples
 
-from .conftest import build_fresh, build_trained, make_dummy_examples, make_work, plan_of
+from .conftest import build_fresh, build_trained, make_dummy_examples, make_plan, make_work
 
 pytestmark = pytest.mark.nightly
 
@@ -50,13 +50,13 @@ def make_dataset(model: TaskModel, length: int, count: int) -> TextDataset:
 
 
 def measure_step(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part) -> int:
-    """The bytes that a micro-batch of a step takes, from the first frozen layer to the sum."""
+    """Measure the bytes of a micro-batch in a step, from the first frozen layer to the sum."""
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
 
     def take_step() -> None:
         if model.has_frozen_prefix:
-            examples.keep_frozen_states(model, parts=[part])
-        examples.keep_reference(model, parts=[part])
+            examples.cache_frozen_states(model, parts=[part])
+        examples.cache_reference(model, parts=[part])
         with record_gradients(model) as gradients:
             add_clipped(make_zero_sums(model.trainable()), gradients.compute_gradients(examples.batch(part)), 1.0)
 
@@ -102,14 +102,14 @@ def test_default_step_memory_is_a_share_excluding_the_model(monkeypatch: pytest.
     model = build_fresh()
     of_model = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     monkeypatch.setattr(machine, "_measure_memory_bytes", lambda: 8 * 2**30)
-    assert find_step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
-    assert find_step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
-    assert find_step_bytes(model, RuntimeSpec(step_mib=77)) == 77 * MIB
-    monkeypatch.setattr(machine, "total_memory", lambda device: 24 * 2**30)
+    assert compute_step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
+    assert compute_step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
+    assert compute_step_bytes(model, RuntimeSpec(step_mib=77)) == 77 * MIB
+    monkeypatch.setattr(machine, "get_total_memory", lambda device: 24 * 2**30)
     monkeypatch.setattr(TaskModel, "device", torch.device("cuda"))
-    assert find_step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
+    assert compute_step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
     shared = RuntimeSpec(kind="ray", sites_per_gpu=3)
-    assert find_step_bytes(model, shared) == int(0.8 * (8 * 2**30 - of_model)), (
+    assert compute_step_bytes(model, shared) == int(0.8 * (8 * 2**30 - of_model)), (
         "sites that share a GPU share its memory"
     )
 
@@ -169,7 +169,9 @@ def test_failed_record_needs_no_extra_memory(path: str, task: str, monkeypatch: 
 
 def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_fresh()
-    with pytest.raises(ConfigError, match=r"step_mib = 0: must be at least \d+: a micro-batch of 1 x 12 tokens"):
+    with pytest.raises(
+        ConfigError, match=r"step_mib = 0: must be at least \d+ MiB, the memory for a micro-batch of 1 x 12 tokens"
+    ):
         fit_within(model, 1000)
     least = fit_within(model, 1.5 * measure_step(model, SHAPES, make_dataset(model, 24, 1), Part(np.arange(1), 1, 24)))
     assert min(list_rows(least)) >= 1
@@ -188,7 +190,7 @@ def test_insufficient_step_memory_error_names_the_setting(monkeypatch: pytest.Mo
 def test_step_memory_does_not_change_the_round_result(path: str, task: str, unit: str) -> None:
     model, dataset = build_trained(path, task), make_dummy_examples(task, 40)
     start = Adapter.from_task_model(model)
-    planned = plan_of(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
+    planned = make_plan(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
     asked = make_work(plan=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()
     for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):

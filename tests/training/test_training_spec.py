@@ -1,4 +1,4 @@
-"""Settings of training and of the machine; the schedule's golden values, and the optimizer's groups."""
+"""Settings of training and of the machine, golden values of the schedule, and the optimizer's parameter groups."""
 
 from collections.abc import Callable
 from functools import partial

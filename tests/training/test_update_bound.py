@@ -1,4 +1,4 @@
-"""How far honest training can go: real optimizers, on the largest gradients that a plan allows, stay within it."""
+"""Real optimizers on the largest gradients of a plan stay within the update bound."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.algorithms.fedavg import FEDAVG
-from fedtune.training.local import frozen_in_round
+from fedtune.training.local import list_frozen_tensors
 from fedtune.training.optimizer import compute_learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.update_bound import UpdateBound, bound_round_update
@@ -39,7 +39,7 @@ def sent_adapter() -> Adapter:
 
 
 def train_optimizer(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) -> dict[str, np.ndarray]:
-    """What the real optimizer makes of these gradients, a function of step, name and shape."""
+    """Run the real optimizer on gradients given as a function of step, name and shape."""
     parameters = {n: torch.nn.Parameter(torch.from_numpy(np.array(v))) for n, v in sent.tensors.items()}
     optimizer = make_optimizer(parameters, spec)
     first, total = (round - 1) * PLAN.local_steps, PLAN.local_steps * PLAN.num_rounds
@@ -118,12 +118,12 @@ SGD = TrainingSpec(optimizer="sgd", learning_rate=1.0)
 
 @pytest.mark.parametrize("settings", [SGD, TrainingSpec(weight_decay=0.1)], ids=["sgd", "adamw"])
 def test_frozen_tensors_may_only_shrink(settings: TrainingSpec, sent_adapter: Adapter) -> None:
-    """With lora.alternate A rests in round 1, and in no round has it a part of what the others may move."""
+    """With lora.alternate, A is frozen in round 1 and never counts towards the bound of the other tensors."""
     sent_adapter = Adapter(
         {name.replace("lora_A", "lora_A.weight"): value for name, value in sent_adapter.tensors.items()}
     )
     resting = "a.lora_A.weight"
-    frozen = frozen_in_round(LoraSpec(alternate=True), FEDAVG, sent_adapter.tensors, round=1, sent={})
+    frozen = list_frozen_tensors(LoraSpec(alternate=True), FEDAVG, sent_adapter.tensors, round=1, sent={})
     assert frozen == {resting}
     bound = bound_round_update(settings, PLAN, round=1, declared_size=SIZE, sent=sent_adapter, frozen=frozen)
     for move in (0.01, -0.01):

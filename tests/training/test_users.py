@@ -1,4 +1,4 @@
-"""Users as privacy units: sampled whole, the mean of their records' gradients clipped once."""
+"""Users as privacy units: sampled as a whole, with the mean of their gradients clipped once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +22,8 @@ from .conftest import (
     build_trained,
     make_dummy_examples,
     make_examples,
+    make_plan,
     make_work,
-    plan_of,
     release_round,
     take_private_steps,
 )
@@ -35,7 +35,7 @@ Gradients = dict[str, npt.NDArray[np.float64]]
 
 
 def make_users(*sizes: int) -> list[npt.NDArray[np.int64]]:
-    """The places of each user's records, dealt out in turns so that no user's lie side by side."""
+    """Return each user's record indices, interleaved so that no user's records are adjacent."""
     owners = [user for turn in range(max(sizes, default=0)) for user, size in enumerate(sizes) if turn < size]
     return [np.flatnonzero(np.array(owners) == user) for user in range(len(sizes))]
 
@@ -46,7 +46,7 @@ def compute_norm(gradient: Gradients) -> float:
 
 # The definition once more, in numpy: for each user that joins, the mean over its records that take part, clipped.
 def define_sum(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: float) -> Gradients:
-    """The sum before noise, from the gradient of every record and the records that each joining user brings."""
+    """Compute the sum before noise from all record gradients and the sampled records of each participating user."""
     total = {name: np.zeros_like(value) for name, value in each[0].items()}
     for records in users:
         mean = {name: sum(each[record][name] for record in records) / len(records) for name in total}
@@ -72,7 +72,7 @@ def test_user_level_sum_matches_its_definition(path: str, task: str, most: int) 
         by_user = UserExamples(make_examples(dataset, max_tokens=max_tokens), users, most_records=most)
         sums = dp_step.make_zero_sums(model.trainable())
         with record_gradients(model) as of_each:
-            for batch in by_user.cut_drawn([users[user][:most] for user in chosen]):
+            for batch in by_user.batch_units([users[user][:most] for user in chosen]):
                 add_clipped(sums, UserGradients(of_each).compute_gradients(batch), clip)
         found = {name: total.numpy() * compute_cell_width(clip) for name, total in sums.items()}
         assert compute_norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
@@ -90,7 +90,7 @@ def test_micro_batches_keep_users_whole_within_the_limit() -> None:
             most_users=most_users,
         )
         seen: list[int] = []
-        batches = list(by_user.cut_drawn(users))
+        batches = list(by_user.batch_units(users))
         assert [len(batch) for batch in batches] == [
             min(most_users, len(sizes) - start) for start in range(0, len(sizes), most_users)
         ], "as many means are open at a time as memory was set aside for, whatever the records are"
@@ -118,13 +118,13 @@ def test_group_sampling_matches_its_definition() -> None:
     taken: list[list[tuple[int, ...]]] = []
 
     def cut(chosen: npt.NDArray[np.int64]) -> Any:
-        batches = list(by_user.make_cutter(choosing)(chosen))
+        batches = list(by_user.make_batcher(choosing)(chosen))
         taken.append(sorted(tuple(records.tolist()) for batch in batches for records in batch.contributions))
         return batches
 
     choosing, record_bits = stream("choosing"), stream("choosing")
     records = dp_step.Records(count=len(by_user), declared_size=10, cut=cut)
-    plan, users_bits = plan_of(sampling_rate=rate, unit="user", records_per_user=most), stream("sampling")
+    plan, users_bits = make_plan(sampling_rate=rate, unit="user", records_per_user=most), stream("sampling")
     take_private_steps(build_trained(), records, plan, steps=5, units=UserGradients, sampling=stream("sampling"))
 
     for step in taken:
@@ -145,9 +145,9 @@ def test_group_sampling_matches_its_definition() -> None:
     assert one.uniform64(1) == untouched.uniform64(1)
 
 
-def round_of(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
+def make_round(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
     values = {"sampling_rate": 0.6, "noise_multiplier": 0.5, "max_grad_norm": 0.5} | changes
-    planned = plan_of(unit=unit, records_per_user=most if unit == "user" else 1, **values)
+    planned = make_plan(unit=unit, records_per_user=most if unit == "user" else 1, **values)
     return make_work(plan=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
 
 
@@ -160,8 +160,8 @@ def test_users_with_one_record_train_like_records(path: str, task: str, noise: f
     dataset = make_dummy_examples(task, 9)
     alone = UserExamples(make_examples(dataset), make_users(*[1] * 9), most_records=3)
     changes = {"noise_multiplier": noise}
-    by_user = release_round(build_trained(path, task), alone, round_of(**changes))
-    by_record = release_round(build_trained(path, task), make_examples(dataset), round_of(unit="record", **changes))
+    by_user = release_round(build_trained(path, task), alone, make_round(**changes))
+    by_record = release_round(build_trained(path, task), make_examples(dataset), make_round(unit="record", **changes))
     assert by_user.digest() == by_record.digest(), "the same bits, sums, noise and steps"
     assert by_user.digest() != Adapter.from_task_model(build_trained(path, task)).digest()
 
@@ -176,7 +176,7 @@ def test_plain_training_also_averages_per_user() -> None:
         model = build_trained("random:llama", "causal_lm")
         before = Adapter.from_task_model(model)
         by_user = UserExamples(make_examples(dataset, max_tokens=max_tokens), users, most_records=9)
-        after = release_round(model, by_user, round_of(most=9, **quiet))
+        after = release_round(model, by_user, make_round(most=9, **quiet))
         for name, total in expected.items():
             moved = after.tensors[name].astype(np.float64) - before.tensors[name]
             np.testing.assert_allclose(moved, -0.5 * total / 10, rtol=2e-3, atol=1e-6)
@@ -186,8 +186,8 @@ def test_mismatched_units_and_shared_records_are_rejected() -> None:
     dataset = make_dummy_examples("classification", 4)
     by_user = UserExamples(make_examples(dataset), make_users(3, 1), most_records=2)
     for wrong, unit in ((by_user, "record"), (make_examples(dataset), "user")):
-        with pytest.raises(AssertionError, match="what is sampled and what the plan counts differ"):
-            release_round(build_trained(), wrong, round_of(unit=unit))
+        with pytest.raises(AssertionError, match="the sampled unit differs from the plan's privacy unit"):
+            release_round(build_trained(), wrong, make_round(unit=unit))
     for users in ([np.arange(3)], [np.arange(4), np.array([], dtype=np.int64)]):
         with pytest.raises(AssertionError):
             UserExamples(make_examples(dataset), users, most_records=2)

@@ -1,1 +1,1 @@
-"""Federated algorithms: one file each, with the site's half, the lead's half and the settings."""
+"""Federated algorithms, one module each with the site's half, the lead's half and the settings."""

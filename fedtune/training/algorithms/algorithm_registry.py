@@ -1,4 +1,4 @@
-"""The list of algorithms; `fedtune/training/algorithms/local_algorithm.py` explains how to add one."""
+"""Registry of federated algorithms; `fedtune/training/algorithms/local_algorithm.py` explains how to add one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ALGORITHMS: dict[str, LocalAlgorithm] = {algorithm.name: algorithm() for algorit
 
 
 def get_algorithm(name: str, given: object = None) -> LocalAlgorithm:
-    """Return the algorithm that settings call `name`, with these settings of its own; None: their defaults.
+    """Return the algorithm with this name and these settings; None selects its default settings.
 
     Raises:
-        ConfigError: for `algorithm`, if there is none of this name, or for one of `algorithm_settings`.
+        ConfigError: for `algorithm`, if the name is unknown, or for one of `algorithm_settings`.
     """
     check_one_of("algorithm", name, ALGORITHMS)
     algorithm = ALGORITHMS[name]

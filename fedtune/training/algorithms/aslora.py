@@ -1,12 +1,13 @@
-"""AS-LoRA (Kim et al. 2026, arXiv 2605.05769): each layer trains one factor, A or B, in a round, chosen by a score.
+"""AS-LoRA (Kim et al. 2026, arXiv 2605.05769): in each round every layer trains one factor, A or B, selected by a
+score.
 
 With one factor fixed, the average of the sites' products B A is exact, and noise enters one factor only.  The lead
-scores both factors of each layer by what the noised updates show, and tells the sites which factor trains.
+scores both factors of each layer from the noised updates, and tells the sites which factor to train.
 
-The score is the decrease that a second-order model of the loss predicts, |g|**2 / curvature.  The layer's product
-gives a factor the curvature of the loss in W times the other factor's squared norm, and the former is the same for
-both.  So |g_B|**2 / |A|**2 is compared with |g_A|**2 / |B|**2, each without the expected square of the noise and
-smoothed over the rounds in which the factor trained.
+The score is the decrease of the loss predicted by a second-order model, |g|**2 / curvature.  In the product B A, the
+curvature of a factor is the curvature of the loss in W times the other factor's squared norm, and the curvature in W is
+the same for both factors.  The lead therefore compares |g_B|**2 / |A|**2 with |g_A|**2 / |B|**2, each minus the
+expected squared norm of the noise and smoothed over the rounds in which the factor trained.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, 
 
 _A, _B = ".lora_A.", ".lora_B."
 _SGD = "an update of another optimizer does not show the mean gradient"
-_SMALLEST = 1e-12  # of a factor's squared norm: B starts at zero
+_SMALLEST = 1e-12  # lower limit on a factor's squared norm, because B starts at zero
 
 
 @spec
@@ -30,7 +31,7 @@ class AsLoraSettings:
 
     Attributes:
         smoothing: the weight of earlier rounds in a factor's score.
-        retry_after: a factor trains again, whatever its score, after this many rounds without.
+        retry_after: the number of idle rounds after which a factor trains again regardless of its score.
     """
 
     smoothing: float = 0.5
@@ -42,7 +43,7 @@ class AsLoraSettings:
 
 
 class AsLora(LocalAlgorithm):
-    """FedAvg of one factor in each layer and round."""
+    """FedAvg that trains one LoRA factor per layer and round."""
 
     name = "aslora"
     settings = AsLoraSettings
@@ -76,7 +77,7 @@ class AsLora(LocalAlgorithm):
             gradient = outcome.mean_gradient(factors[column]).astype(np.float64)
             energy = max(0.0, float(np.square(gradient).sum()) - gradient.size * outcome.noise**2)
             other = float(np.square(outcome.adapter[factors[1 - column]].astype(np.float64)).sum())
-            keep = self.own.smoothing if score[row, column] else 0.0  # the first estimate counts whole
+            keep = self.own.smoothing if score[row, column] else 0.0  # the first estimate gets full weight
             score[row, column] = keep * score[row, column] + (1 - keep) * energy / max(other, _SMALLEST)
             idle[row, column] = 0
         return {"score": score, "idle": idle}

@@ -1,4 +1,4 @@
-"""FedAdam (Reddi et al. 2020, arXiv 2003.00295): the lead steps with Adam along the average of the updates."""
+"""FedAdam (Reddi et al. 2020, arXiv 2003.00295): the lead takes an Adam step along the average update."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FedAdamSettings:
 
 
 class FedAdam(LocalAlgorithm):
-    """Adam at the lead."""
+    """FedAvg with Adam as the lead's optimizer."""
 
     name = "fedadam"
     settings = FedAdamSettings

@@ -1,4 +1,4 @@
-"""FedAvg (McMahan et al. 2017, arXiv 1602.05629), and its robust relative: the lead averages, sites only step."""
+"""FedAvg (McMahan et al. 2017, arXiv 1602.05629) and FedMedian, its robust variant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ FEDAVG = FedAvg()
 
 
 class FedMedian(LocalAlgorithm):
-    """The median of each value over the updates (Yin et al. 2018, arXiv 1803.01498), which resists a few bad ones."""
+    """The coordinate-wise median of the updates (Yin et al. 2018, arXiv 1803.01498), which is robust to a few bad
+    updates.
+    """
 
     name = "fedmedian"
     not_in_sums = "a sum has no median"

@@ -1,4 +1,4 @@
-"""FedAvgM (Hsu et al. 2019, arXiv 1909.06335): the lead steps with momentum along the average of the updates."""
+"""FedAvgM (Hsu et al. 2019, arXiv 1909.06335): the lead takes a momentum step along the average update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FedAvgMSettings:
 
 
 class FedAvgM(LocalAlgorithm):
-    """Momentum at the lead."""
+    """FedAvg with momentum at the lead."""
 
     name = "fedavgm"
     settings = FedAvgMSettings

@@ -1,7 +1,7 @@
-"""FedProx (Li et al. 2020, arXiv 1812.06127): each site is pulled towards the adapter that it was sent.
+"""FedProx (Li et al. 2020, arXiv 1812.06127): a proximal term pulls each site towards the adapter that it received.
 
 The proximal term mu / 2 * |w - w_sent|**2 has the gradient mu * (w - w_sent), which depends on no record.  It is added
-after clipping and noise, so it takes no part of the clip norm, and a step stays post-processing of its noisy sum.
+after clipping and noise, so it uses none of the clip norm, and a step stays post-processing of its noised sum.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class FedProxSettings:
     """Settings of FedProx.
 
     Attributes:
-        mu: the strength of the pull; a step of SGD with learning rate lr goes lr * mu of the way back, so lr * mu stays
-            below 1.
+        mu: the weight of the proximal term.  An SGD step with learning rate lr moves a fraction lr * mu of the way back
+            to the received adapter, so keep lr * mu below 1.
     """
 
     mu: float = 0.01
@@ -28,7 +28,7 @@ class FedProxSettings:
 
 
 class FedProx(LocalAlgorithm):
-    """FedAvg with a proximal pull in every local step; the first step of a round has none."""
+    """FedAvg with a proximal term in every local step; it is zero in the first step of a round."""
 
     name = "fedprox"
     settings = FedProxSettings

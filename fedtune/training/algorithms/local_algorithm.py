@@ -1,12 +1,11 @@
-"""The interface of a federated algorithm: what a site does around its noisy steps, and what the lead does with the
-results.
+"""Interface of a federated algorithm: a site's correction of its noised steps, and the lead's part after a round.
 
-To add one: write its file in this folder, with the class of its settings if it has any, and name it in
-`fedtune.training.algorithms.algorithm_registry`.  Nothing else in fedtune asks which algorithm a run has.
+To add an algorithm, write a module in this folder, with a class for its settings if it has any, and list it in
+`fedtune.training.algorithms.algorithm_registry`.  No other code of fedtune depends on the algorithm of a run.
 
-Guarantee: both halves are post-processing.  They see noised gradients, adapters that were sent, public settings and
-what they computed from these before; no record, no gradient before its noise and no random stream reaches them.  The
-types say so, import-linter keeps everything else out of this folder, and docs/guarantee.md has the argument.
+Guarantee: both halves are post-processing.  They see noised gradients, sent adapters, public settings and their own
+earlier results; no record, no gradient before its noise and no random stream reaches them.  The types enforce this,
+import-linter keeps other imports out of this folder, and docs/guarantee.md has the argument.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ import numpy.typing as npt
 from fedtune.codec import decode_value, require
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
-"""Arrays by name; those with the names of an adapter's tensors have their shapes."""
+"""Arrays by name; arrays with the name of an adapter tensor have its shape."""
 Requirements = Mapping[str, tuple[object, str]]
-"""Setting of a run -> the only value with which an algorithm works, and why."""
+"""Setting of a run -> the only value that the algorithm supports, and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoisedGradient:
     """The mean gradient of a step after clipping, noise and division by the public denominator.
 
-    This is an algorithm's only view of a site's records.  `fedtune.training.dp_step` makes it of a sum that has its
-    noise, and nothing else does; a run without privacy has no noise and no guarantee.
+    This is an algorithm's only view of a site's records.  Only `fedtune.training.dp_step` creates it, from a sum with
+    noise; in a run without privacy there is no noise and no guarantee.
 
     Attributes:
         values: name of a trained tensor -> its mean gradient, float32.
@@ -42,13 +41,13 @@ class NoisedGradient:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteRound:
-    """The inputs of a site's half in one round, all public or noised.
+    """Inputs of an algorithm's site half in one round, all public or noised.
 
     Attributes:
-        adapter: the adapter from which the round starts, within the site's bound on values.
-        sent: the arrays that the lead's half sent (`sent_arrays`); untrusted, but finite and of the right shapes.
-        state: what this site's half returned in the run's last committed round (`next_state`); empty in the first
-            round, and if the state was lost.
+        adapter: the adapter at the start of the round, within the site's limit on values.
+        sent: the arrays of the lead's half (`sent_arrays`); untrusted, but finite and of the right shapes.
+        state: the site half's state after the run's last committed round (`next_state`); empty in the first round, and
+            if the state was lost.
     """
 
     adapter: Arrays
@@ -58,13 +57,13 @@ class SiteRound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundOutcome:
-    """The inputs of the lead's half after a round, all of them public.
+    """Inputs of an algorithm's lead half after a round, all of them public.
 
     Attributes:
-        adapter: the adapter that the sites were sent.
-        average: the adapter that the server's strategy made of their updates.
-        step_sizes: name of a tensor that trained -> the sum of its learning rates over the round's steps.
-        share: the participants' part of all sites' declared size, in (0, 1].
+        adapter: the adapter that the sites received.
+        average: the adapter that the server's strategy computed from the sites' updates.
+        step_sizes: name of a trained tensor -> the sum of its learning rates over the round's steps.
+        share: the participants' fraction of all sites' declared size, in (0, 1].
         noise: standard deviation of the noise in one value of (adapter - average) / step size, with SGD.
     """
 
@@ -75,23 +74,23 @@ class RoundOutcome:
     noise: float
 
     def mean_gradient(self, name: str) -> npt.NDArray[np.float32]:
-        """Return the participants' mean gradient of a tensor that trained, over the steps of SGD without momentum."""
+        """Return the participants' mean gradient of a trained tensor over the steps of SGD without momentum."""
         moved: npt.NDArray[np.float32] = self.adapter[name] - self.average[name]
         return moved / np.float32(self.step_sizes[name])
 
 
 class LocalAlgorithm:
-    """The base class of algorithms, which is FedAvg: no method changes anything.
+    """Base class of the algorithms, equivalent to FedAvg: its methods change nothing.
 
     Methods are pure functions of their arguments and of `own`, so that a resumed run has the same result.  Arrays are
-    NumPy's, and a method returns new ones instead of changing its arguments.
+    NumPy arrays, and a method returns new arrays instead of changing its arguments.
     """
 
     name: ClassVar[str]  # in settings, proposals, policies and reports
-    # the class of the algorithm's settings (`federation.algorithm_settings`), each with a default; None: it has none
+    # the class of the algorithm's settings (`federation.algorithm_settings`), each with a default; None: no settings
     settings: ClassVar[type[Any] | None] = None
     requires: ClassVar[Requirements] = {}
-    # why secure aggregation cannot carry it, as the end of a sentence; empty: it can
+    # the reason why secure aggregation does not support it, as the end of a sentence; empty if it does
     not_in_sums: ClassVar[str] = "a site takes no step of its own there"
     own: Any  # an instance of `settings`, or None
 
@@ -99,10 +98,10 @@ class LocalAlgorithm:
         self.own = self.settings() if own is None and self.settings else own
 
     def with_settings(self, given: object) -> Self:
-        """Return the same algorithm with these settings of its own, by their keys; others keep their default.
+        """Return a copy of the algorithm with the given settings, by key; other settings keep their defaults.
 
         Raises:
-            ConfigError: a key is unknown, or a value is out of its bound.
+            ConfigError: a key is unknown, or a value is out of range.
         """
         within = "algorithm_settings"
         table: Any = asdict(given) if is_dataclass(given) and not isinstance(given, type) else given
@@ -115,35 +114,35 @@ class LocalAlgorithm:
 
     @property
     def flower_strategy(self) -> tuple[str, Mapping[str, float]]:
-        """The class of `flwr.serverapp.strategy` that combines the updates, and its arguments."""
+        """The class name in `flwr.serverapp.strategy` that combines the updates, and its arguments."""
         return "FedAvg", {}
 
     # The lead's half
 
     def initial_arrays(self, adapter: Arrays) -> Arrays:
-        """Return the arrays that the lead keeps before round 1."""
+        """Return the lead's arrays before round 1."""
         return {}
 
     def sent_arrays(self, arrays: Arrays) -> Arrays:
-        """Return the arrays that go to the sites with the next adapter; names and shapes are those of every round."""
+        """Return the arrays for the sites, sent with the next adapter; names and shapes are the same in every round."""
         return {}
 
     def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
-        """Return the arrays that the lead keeps after a round that was averaged."""
+        """Return the lead's arrays after an averaged round."""
         return arrays
 
     # The site's half
 
     def frozen_tensors(self, names: Iterable[str], sent: Arrays) -> frozenset[str]:
-        """Return the adapter's tensors that do not train in a round; lead and site compute them alike."""
+        """Return the adapter's tensors that do not train in a round; lead and sites compute the same set."""
         return frozenset()
 
     def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, at: SiteRound) -> Arrays:
-        """Return the gradient with which the optimizer steps from `weights`, by the names of `gradient`."""
+        """Return the gradient for the optimizer's step from `weights`, with the names of `gradient`."""
         return gradient.values
 
     def next_state(self, mean: NoisedGradient, at: SiteRound) -> Arrays:
-        """Return the state that the site keeps for the next round, of the mean of the round's noised gradients."""
+        """Return the site's state for the next round, from the mean of the round's noised gradients."""
         return {}
 
     def bound_gradient(self, noised: float, *, moved: float, sent: float) -> float:
@@ -151,17 +150,17 @@ class LocalAlgorithm:
 
         Args:
             noised: the bound on every noised gradient of the run.
-            moved: the bound on the distance from the adapter that was sent.
-            sent: the size of the arrays that were sent.
+            moved: the bound on the distance from the received adapter.
+            sent: the size of the received arrays.
         """
         return noised
 
     @property
     def corrects_gradients(self) -> bool:
-        """Whether the site's half does anything in a step; otherwise training takes the shorter way."""
+        """Whether the site's half corrects gradients or keeps a state; otherwise training skips it."""
         return type(self).correct_gradient is not LocalAlgorithm.correct_gradient or self.keeps_state
 
     @property
     def keeps_state(self) -> bool:
-        """Whether a site keeps arrays from one round to the next."""
+        """Whether a site stores arrays from one round to the next."""
         return type(self).next_state is not LocalAlgorithm.next_state

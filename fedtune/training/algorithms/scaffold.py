@@ -1,9 +1,9 @@
 """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378) from noised gradients, as in DP-SCAFFOLD (Noble et al. 2022,
 arXiv 2111.09278).
 
-A site steps along its noised gradient, minus its own control variate, plus that of all sites.  Its control variate is
-the mean of its noised gradients in the last round in which it took part.  The lead need not be told: the mean update
-shows how far the average of these means is from the control variate that was sent.
+A site steps along its noised gradient, minus its own control variate, plus the control variate of all sites.  Its
+control variate is the mean of its noised gradients in its last round.  Sites do not send control variates: the mean
+update shows the lead the difference between the average of these means and the control variate that it sent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SGD = "an update of another optimizer does not show the mean gradient"
 
 
 class Scaffold(LocalAlgorithm):
-    """FedAvg whose sites correct the drift of their local steps by control variates."""
+    """FedAvg with control variates, which correct the drift of the sites' local steps."""
 
     name = "scaffold"
     not_in_sums = "the corrections of all sites cancel in a sum"
@@ -42,10 +42,10 @@ class Scaffold(LocalAlgorithm):
         return arrays
 
     def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
-        """Add the participants' mean change of their control variates, by their share of all records.
+        """Add the participants' mean change of their control variates, weighted by their fraction of all records.
 
         With c_i' = mean noised gradient, a site moves by -step_size * (c_i' - c_i + c), so the mean of c_i' - c_i is
-        the mean gradient that the average shows, minus c.
+        the mean gradient from the average update, minus c.
         """
         share = np.float32(outcome.share)
         trained = {
