@@ -1,1 +1,1 @@
-"""The model layer: a frozen base, adapters by PEFT, and the adapter file that sites exchange."""
+"""Frozen base models, PEFT adapters on them, and the adapter format that sites exchange."""

@@ -1,4 +1,4 @@
-"""The adapter: only the trained tensors, as arrays that can be hashed, sent and loaded."""
+"""The adapter: the trained tensors of a model as arrays that can be hashed, sent and loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:  # a lead's `run status` and `run stop` read adapters, and nee
 
 
 class _Trained(Protocol):
-    """The protocol of a model with trainable tensors, such as `fedtune.tasks.TaskModel`."""
+    """Protocol of a model with trainable tensors, such as `fedtune.tasks.TaskModel`."""
 
     def trainable(self) -> dict[str, nn.Parameter]: ...
 
 
 class AdapterError(FedtuneError, ValueError):
-    """An adapter is malformed, or does not fit the model that should load it."""
+    """Error for an adapter that is malformed, or does not fit the model that loads it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,14 +60,14 @@ class Adapter:
 
     @property
     def num_values(self) -> int:
-        """The number of values in all tensors together."""
+        """Total number of values in all tensors."""
         return sum(value.size for value in self.tensors.values())
 
     def load_into(self, model: _Trained) -> None:
-        """Copy the tensors into the model's trainable parameters; the frozen base is not touched.
+        """Copy the tensors into the model's trainable parameters, without changing the frozen base.
 
         Raises:
-            AdapterError: the names or shapes differ from the model's; nothing is copied then.
+            AdapterError: the names or shapes differ from the model's, and nothing was copied.
         """
         copy_tensors(self.tensors, model.trainable())
 
@@ -80,7 +80,7 @@ class Adapter:
         return {n: value.shape for n, value in self.tensors.items()} == {n: v.shape for n, v in other.tensors.items()}
 
     def digest(self) -> str:
-        """The SHA-256 of the adapter, in hexadecimal, which identifies it in requests and receipts.
+        """Return the SHA-256 of the adapter in hexadecimal, its identifier in requests and receipts.
 
         The tensors are hashed in the order of their names (by code point): for each, one line of JSON, `["name",
         "float32", [shape]]` without spaces and ASCII only, a newline, then the values as little-endian float32 in
@@ -99,10 +99,10 @@ class Adapter:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Adapter:
-        """Parse an adapter that `to_bytes` wrote.
+        """Parse the output of `to_bytes`.
 
         Raises:
-            AdapterError: the bytes are anything else.
+            AdapterError: the bytes are not an adapter in safetensors format.
         """
         try:
             return cls(load(data))
@@ -114,7 +114,7 @@ def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, tor
     """Copy arrays into the parameters with the same names.
 
     Raises:
-        AdapterError: the names or shapes differ; nothing is copied then.
+        AdapterError: the names or shapes differ, and nothing was copied.
     """
     for name in sorted(set(parameters) ^ set(tensors)):
         raise AdapterError(f"the adapter {'lacks the' if name in parameters else 'has an unexpected'} tensor {name}")

@@ -1,7 +1,7 @@
-"""The frozen base model and its tokenizer: from pinned files, from a GGUF file (expanded once), or random and tiny.
+"""The frozen base model and its tokenizer: from pinned files, from an expanded GGUF file, or random and tiny.
 
-Loading first checks the files against `model.sha256`.  A GGUF file is dequantized to float32, and the logits are
-bitwise equal to those of the quantized file.  The expanded copy loads a hundred times faster.
+Loading first checks the files against `model.sha256`.  A GGUF file is dequantized to float32 once and cached, because
+the expanded copy loads a hundred times faster; its logits are bitwise equal to those of the quantized file.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ from fedtune.model.unsupported_models import PROCESSOR, PROCESSOR_KIND, VISION, 
 from fedtune.spec import ConfigError
 
 _DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
-_OWN = {"local_files_only": True, "trust_remote_code": False}  # nothing is fetched, and no code of a model's own runs
+_OWN = {"local_files_only": True, "trust_remote_code": False}  # no downloads, and no code from a model's folder
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer, always with a padding token.
 
-    A padding token only fills up the rows of a batch.  Only the attention mask marks padding, because in many chat
+    The padding token fills the rows of a batch.  Only the attention mask identifies padding, because in many chat
     models the padding token is also the end-of-turn token.
 
     Raises:
-        ConfigError: for `model.path`, if it has no usable tokenizer, or for `model.sha256`.
+        ConfigError: for `model.path`, if the model has no usable tokenizer, or for `model.sha256`.
     """
     if spec.path.startswith(RANDOM):
         return build_tiny_tokenizer(spec.path)
     with _provide_pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN)
-    # The rules that the library made: from an older file than tokenizer.json, they stand in none.
+    # Check the rules of the loaded tokenizer: from files older than tokenizer.json, the library derives them.
     if not tokenizer.is_fast:
-        bound = "its tokenizer is not from the tokenizers library, so fedtune cannot bound the cost of a record"
+        bound = "its tokenizer must be from the tokenizers library, whose cost per record fedtune can bound"
         raise ConfigError("model.path", spec.path, bound)
     if (reason := explain_tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))) is not None:
         raise ConfigError("model.path", spec.path, f"its tokenizer {reason}")
@@ -79,26 +79,27 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
-    """Load the image processor in the base's folder, in transformers' PIL version.
+    """Load the image processor from the base's folder, in transformers' PIL version.
 
     Returns:
         The processor, the side length of its square output images, the side length of a patch, and the number of
-        special tokens that the model puts before the patch tokens.
+        special tokens before the patch tokens.
 
     Raises:
-        ConfigError: for `model.path`, if it has no processor whose output is square three-channel images of whole
-            patches, or for `model.sha256`.
+        ConfigError: for `model.path`, if the folder has no processor whose output is square three-channel images of
+            whole patches, or for `model.sha256`.
     """
     with _provide_pinned_files(spec, with_weights=False) as folder, _report_loading_errors(spec):
         config = AutoConfig.from_pretrained(folder, **_OWN)
         require_modality(config, images=True, path=spec.path)
         if not (folder / PROCESSOR).is_file():
-            raise ConfigError("model.path", spec.path, f"must have {PROCESSOR}, which defines how images are read")
+            bound = f"lacks {PROCESSOR}; add the model's image processor settings to its folder"
+            raise ConfigError("model.path", spec.path, bound)
         fields = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
         kind = PROCESSOR_KIND.fullmatch(fields.get("image_processor_type") or fields["feature_extractor_type"])
-        assert kind is not None, "as it was staged"
+        assert kind is not None, "staging checked the processor"
         made = getattr(transformers, f"{kind[1]}ImageProcessorPil").from_pretrained(folder, local_files_only=True)
-        # Higher than wide, which a processor that keeps the form would show.
+        # A portrait image, to detect a processor that keeps the aspect ratio.
         (found,) = made(images=np.zeros((96, 64, 3), np.uint8), return_tensors="np")["pixel_values"]
     side, patch = found.shape[-1], config.patch_size
     if found.shape != (3, side, side) or side % patch or not np.isfinite(found).all():
@@ -115,15 +116,15 @@ def load_base(
 
     Args:
         spec: the model's settings.
-        predicts_tokens: True loads the output layer too; False only the bare encoder or decoder.
+        predicts_tokens: whether to load the output layer in addition to the encoder or decoder.
         images: True requires an image model, False a text model; None accepts either.
-        device: the device to which the base is moved before any adapter is attached (opacus#820).
+        device: the device of the base, set before any adapter is attached (opacus#820).
 
     Raises:
         ConfigError: for `model.path`, `model.sha256` or `model.dtype`.
     """
     if spec.dtype == "auto":
-        bound = "must be a number format by now: see fedtune.sites.virtual_site.fix_number_format"
+        bound = "must be a number format: call fedtune.sites.virtual_site.fix_number_format first"
         raise ConfigError("model.dtype", "auto", bound)
     if spec.path.startswith(RANDOM):
         if spec.sha256 is not None:
@@ -135,7 +136,7 @@ def load_base(
     check_ignores_batch_length(model, path=spec.path)
     make_activations_rowwise(model)
     compute_norms_by_rsqrt(model)
-    # Training never reads the key-value cache; a generator asks for it by argument.
+    # Training never uses the key-value cache; generation enables it by argument.
     model.config.use_cache = False
     model.requires_grad_(False).eval()
     if spec.dtype == "mixed":
@@ -146,7 +147,7 @@ def load_base(
 
 
 def count_frozen_products(spec: ModelSpec) -> dict[tuple[int, int], int]:
-    """Count the linear modules in the base's layers by (outputs, inputs); no weights are loaded.
+    """Count the linear modules in the base's layers by (outputs, inputs), without loading weights.
 
     Raises:
         ConfigError: for `model.path` or `model.sha256`.
@@ -165,8 +166,8 @@ def count_frozen_products(spec: ModelSpec) -> dict[tuple[int, int], int]:
 def hash_model(spec: ModelSpec) -> str:
     """Compute the model's hash: of its manifest (see `fedtune.model.manifest`), or the `sha256sum` of its GGUF file.
 
-    A random model is hashed over its tensors' bytes, in the order of their names.  Without a base, the hash is that of
-    no bytes.
+    The hash of a random model covers its tensors' bytes, in the order of their names.  Without a base, it is the hash
+    of an empty byte string.
     """
     if not spec.is_built_in:
         return build_manifest(find_model_folder(spec), gguf_file=spec.gguf_file).sha256
@@ -178,7 +179,7 @@ def hash_model(spec: ModelSpec) -> str:
 
 @contextmanager
 def _provide_pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
-    """Provide a folder that holds exactly the files of the manifest, after checking its hash against `spec.sha256`."""
+    """Check the model's hash against `spec.sha256`, and provide a folder with exactly the files of its manifest."""
     if spec.gguf_file is not None:
         require_extra("model.gguf_file", spec.gguf_file, "gguf")
     reads_weights = with_weights or bool(spec.gguf_file)
@@ -187,7 +188,7 @@ def _provide_pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iter
         if not spec.gguf_file:
             yield own
             return
-        # Derived from the pinned file, by us, into the cache of this account, which is trusted as its Python is.
+        # The expanded copy is derived from the pinned file, in this account's cache, which is trusted like its Python.
         expanded = expand_gguf(own / spec.gguf_file, sha256=manifest.sha256, cache=find_cache_folder(spec))
         with stage_files(expanded, with_weights=with_weights) as (derived, _):
             yield derived
@@ -206,17 +207,17 @@ def _load_pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, im
             folder, dtype=_DTYPES[spec.dtype], use_safetensors=True, output_loading_info=True, **_OWN
         )
     model.config.name_or_path = spec.path
-    # Transformers fills what a checkpoint lacks with random numbers. We pool ourselves, so a missing pooler is fine.
+    # Transformers fills missing weights with random numbers.  fedtune pools itself, so a missing pooler is harmless.
     if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name):
-        raise ConfigError("model.path", spec.path, f"must contain all weights for its task; it lacks {missing[0]}")
+        raise ConfigError("model.path", spec.path, f"lacks weights for its task, such as {missing[0]}")
     if model.config.is_encoder_decoder:
-        raise ConfigError("model.path", spec.path, "must be an encoder or a decoder, not both")
+        raise ConfigError("model.path", spec.path, "must be an encoder or a decoder, not an encoder-decoder model")
     return model
 
 
 def _require_pinned(spec: ModelSpec, found: str) -> None:
     if spec.sha256 not in (None, found):
-        raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
+        raise ConfigError("model.sha256", spec.sha256, f"does not match {spec.path}, whose hash is {found}")
 
 
 def _report_loading_errors(spec: ModelSpec) -> AbstractContextManager[None]:
@@ -227,12 +228,11 @@ _log = logging.getLogger(__name__)
 
 
 def expand_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
-    """Return the folder with the model and tokenizer of a GGUF file in safetensors format, from the cache or newly
-    expanded.
+    """Return a folder with a GGUF file's model and tokenizer in safetensors format, from the cache or newly expanded.
 
     Args:
         file: the GGUF file, alone in its folder, because transformers also reads other files there.
-        sha256: the file's hash, which names the cache entry.
+        sha256: the file's hash, the name of the cache entry.
         cache: fedtune's cache folder.
 
     Raises:
@@ -250,11 +250,11 @@ def expand_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
             _convert_gguf(file, draft)
             try:
                 os.rename(draft, target)
-            except OSError:  # another process that was faster has written the same
+            except OSError:  # another process has already written the same entry
                 if not target.is_dir():
                     raise
     except OSError as error:
-        bound = f"must be a folder that can be written ({get_first_line(error)})"
+        bound = f"must be a writable folder ({get_first_line(error)})"
         raise ConfigError("model.cache_dir", str(cache), bound) from error
     return target
 
@@ -267,8 +267,8 @@ def load_gguf(file: Path) -> PreTrainedModel:
 def save_as_plain_model(model: PreTrainedModel, folder: Path) -> None:
     """Save a model as an ordinary instance of its class, for other programs to load.
 
-    Transformers treats a model from a GGUF file as quantized, and its `save_pretrained` refuses it.  A frozen base has
-    fedtune's own activations, and its key-value cache is switched off in the config; both are undone in the saved copy.
+    Transformers treats a model from a GGUF file as quantized and refuses to save it.  A frozen base also has fedtune's
+    row-wise activations and a config that disables the key-value cache; the saved copy has neither.
     """
     config = copy.deepcopy(model.config)
     config.use_cache = True
@@ -284,11 +284,11 @@ def save_as_plain_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:
-    # One progress bar asks no setting whether it may show.
+    # One progress bar ignores the setting that disables progress bars.
     bound = "must be a GGUF causal language model ({})"
     with translate_library_errors("model.gguf_file", file.name, bound), redirect_stderr(StringIO()):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
-        # What a config.json would be refused for, before memory is set aside for it.
+        # Apply the rules for a config.json before any memory is allocated.
         fields = json.loads(config.to_json_string(use_diff=False))
         if reason := explain_config_refusal(fields | {"quantization_config": None}):
             raise ConfigError("model.gguf_file", file.name, f"its metadata {reason}")
@@ -331,14 +331,14 @@ def build_tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
         names = {f"{token[1:-1].lower()}_token": token for token in _BERT_SPECIAL}
     else:
         names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    takes = ["input_ids", "attention_mask"]  # more than these the llama refuses
+    takes = ["input_ids", "attention_mask"]  # llama refuses other arguments
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=_POSITIONS, model_input_names=takes, **names
     )
 
 
 def _build_tiny_config(path: str) -> PreTrainedConfig:
-    # Wider than the usual 0.02: in a model this narrow the input would otherwise hardly reach the output.
+    # Larger than the usual 0.02: with it, the input would hardly affect the output of such a narrow model.
     shape = {
         "hidden_size": _HIDDEN,
         "intermediate_size": 2 * _HIDDEN,

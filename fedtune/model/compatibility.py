@@ -1,4 +1,4 @@
-"""Compatibility checks for a loaded model: its parts fit together, and it keeps examples apart, as clipping
+"""Compatibility checks for a loaded model: its parts fit together, and it keeps examples separate, as clipping
 requires.
 """
 
@@ -18,17 +18,17 @@ from fedtune.model.unsupported_models import ENCODERS, VISION, explain_rotary_re
 from fedtune.spec import ConfigError
 
 _BYTES_FOR_ONE = 8
-"""Most bytes of a built float32 model for one byte of weights: 2 for bfloat16, and 2 more for each tied copy."""
+"""Maximum bytes of a built float32 model per byte of weights: 2 for bfloat16, and 2 more for each tied copy."""
 _SPARE_BYTES = 256 << 20
 _NEEDED = "must be a decoder for causal_lm"
 _POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe", "pos_embed"})
 
 
 def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) -> None:
-    """Require the weights files to be about as large as the model in `config`, which is built without allocating
-    memory.
+    """Require that the weights files are about as large as the model that `config` describes.
 
-    Transformers allocates tensors that a checkpoint lacks, or has in other shapes, before it reports them.
+    The model is built without allocating memory.  Transformers allocates tensors that a checkpoint lacks, or has in
+    other shapes, before it reports them.
 
     Raises:
         ConfigError: for `model.path`.
@@ -38,16 +38,16 @@ def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) 
     needed = sum(one.numel() * one.itemsize for one in itertools.chain(model.parameters(), model.buffers()))
     held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if needed > _BYTES_FOR_ONE * held + _SPARE_BYTES:
-        bound = f"its config.json describes a model of {needed >> 20} MiB, but it has {held >> 20} MiB of weights"
+        bound = f"its config.json describes a model of {needed >> 20} MiB, but its weights have only {held >> 20} MiB"
         raise ConfigError("model.path", path, bound)
 
 
 def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
-    """Require that no rotary embedding of the built model depends on a batch's length, whatever its config calls the
-    type.
+    """Require that no rotary embedding of the built model depends on a batch's length.
 
     Training pads to fixed lengths, but such a model may keep state from the longest batch so far, and scoring pads to
-    the longest example.  One record would then change the model's output for the others.
+    the longest example.  One record would then change the model's output for the others.  The check looks at the built
+    modules, because a config may use another name for the type.
 
     Raises:
         ConfigError: for `model.path`.
@@ -62,26 +62,27 @@ def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, *, path: str) -> None:
     """Require an embedding row for every id that the tokenizer can produce.
 
-    Otherwise a record with such a token would make the site fail, and the lead would learn that the record exists.
+    Without this check, a record with a larger id would make the site fail, and reveal to the lead that the record
+    exists.
 
     Raises:
         ConfigError: for `model.path`.
     """
     if tokenizer.pad_token_id is None:
         raise ConfigError("model.path", path, "its tokenizer must have a padding token or an end-of-text token")
-    # What a template adds to a text stands in no vocabulary; it is the same for every text.
+    # The tokens that a template adds are in no vocabulary; they are the same for every text.
     added = tokenize_public_text(tokenizer, "a", path=path) + tokenize_public_text(tokenizer, "", path=path)
     known = itertools.chain(tokenizer.get_vocab().values(), tokenizer.added_tokens_decoder, tokenizer.all_special_ids)
     rows, largest = base.get_input_embeddings().weight.shape[0], max(itertools.chain(known, added))
     if largest >= rows:
-        bound = f"its tokenizer gives ids up to {largest}, and its embedding has {rows} rows: some records would fail"
+        bound = f"its tokenizer has ids up to {largest}, but its embedding has only {rows} rows"
         raise ConfigError("model.path", path, bound)
 
 
 def tokenize_public_text(
     tokenizer: PreTrainedTokenizerBase, text: str, *, path: str, max_length: int | None = None
 ) -> list[int]:
-    """Tokenize a public text.
+    """Tokenize a public text, truncated to `max_length` tokens if it is given.
 
     Raises:
         ConfigError: for `model.path`, if the tokenizer cannot encode the text.
@@ -92,10 +93,10 @@ def tokenize_public_text(
 
 
 def get_max_positions(base: nn.Module) -> int | None:
-    """Return the maximum number of tokens of an example, or None if there is no limit.
+    """Return the maximum number of tokens of an example, or None without a limit.
 
-    A position table with a padding row starts after that row (RoBERTa: 514 rows, 512 positions), and one with an offset
-    starts after the offset (OPT).
+    A position table with a padding row starts after that row (RoBERTa: 514 rows, 512 positions), and a table with an
+    offset starts after the offset (OPT).
     """
     config = getattr(base, "config", None)
     text = config.get_text_config() if config is not None else None
@@ -114,15 +115,15 @@ _TOKEN_IDS = ((1, 2, 3), (3, 2, 1))  # two examples of three tokens, which every
 
 
 def check_examples_independent(base: nn.Module, run: Callable[[], Any] | None = None, *, places: int = 3) -> None:
-    """Require that every trainable module runs, on inputs whose first axis is the example.
+    """Require that every trainable module runs, and that the first axis of its inputs is the example.
 
-    A module that flattens (examples x tokens), as some feed-forward blocks and all routed experts do, loses track of
-    which token belongs to which example: hooks would clip tokens instead of examples, and the guarantee would be void.
-    A trainable module that never runs has no gradient to clip.
+    A module that flattens (examples x tokens), as some feed-forward blocks and all routed experts do, loses the
+    assignment of tokens to examples: hooks would clip tokens instead of examples, and the guarantee would be void.  A
+    trainable module that never runs has no gradient to clip.
 
     Args:
         base: the model with its adapters.
-        run: runs the model on two examples; None: on two examples of three tokens.
+        run: runs the model on two examples; None uses two examples of three tokens.
         places: the number of positions of each of these examples.
 
     Raises:
@@ -145,9 +146,9 @@ def check_examples_independent(base: nn.Module, run: Callable[[], Any] | None = 
         for handle in handles:
             handle.remove()
     for name, seen in shapes.items():
-        bound = "" if seen else "is never used by the base's forward pass; leave it out"
+        bound = "" if seen else "is not used in the base's forward pass; remove it"
         if any(shape[:2] != (2, places) for shape in seen):
-            bound = "mixes tokens of several examples, so single examples cannot be clipped"
+            bound = "mixes tokens of several examples, so per-example clipping is impossible; remove it"
         if bound:
             raise ConfigError("lora.target_modules", name.replace(".default", ""), bound)
 
@@ -156,7 +157,7 @@ def check_causal(base: PreTrainedModel, *, path: str) -> None:
     """Require that a token's logits do not depend on later tokens, which the model learns to predict.
 
     An encoder that is configured as a decoder is refused as well: its head calls GELU as a function, which cannot be
-    replaced by an activation that rounds row by row (`fedtune.model.layers`).
+    replaced by a row-wise activation (`fedtune.model.layers`).
 
     Raises:
         ConfigError: for `model.path`; transformers loads an encoder as a causal language model without complaint.
@@ -172,17 +173,17 @@ def check_causal(base: PreTrainedModel, *, path: str) -> None:
 
 
 def require_modality(config: PreTrainedConfig, *, images: bool, path: str) -> None:
-    """Require an image model for image records, and a text model for all others.
+    """Require an image model for image records, and a text model for all other records.
 
     Raises:
         ConfigError: for `model.path`.
     """
     kind = type(config).model_type
     if images and (kind not in VISION or config.num_channels != 3 or type(config.patch_size) is not int):
-        bound = f"must be a model of images in three colors ({', '.join(VISION)}) for data.input = image"
+        bound = f"must be a model of three-channel images ({', '.join(VISION)}) for data.input = image"
         raise ConfigError("model.path", path, f"{bound}; it is {kind}")
     if kind in VISION and not images:
-        raise ConfigError("model.path", path, f"must be a text model: {kind} is an image model (data.input = image)")
+        raise ConfigError("model.path", path, f"must be a text model: {kind} is an image model; set data.input = image")
 
 
 def require_decoder(config: PreTrainedConfig, *, path: str) -> None:

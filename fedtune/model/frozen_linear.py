@@ -1,17 +1,17 @@
-"""Matrix products with frozen weights, most of the cost of a step: in float32 by oneDNN on a CPU, or in bfloat16.
+"""Matrix products with frozen weights, which dominate a step's cost: in float32 by oneDNN on a CPU, or in bfloat16.
 
 On x86, torch multiplies float32 matrices by MKL.  It also ships oneDNN, which is more than twice as fast in float32 on
-AMD CPUs (simulations/benchmarks).  Torch exposes oneDNN by an operator of its compiler that has no gradient, so this
-module implements the gradient, and computes none for the weights.
+AMD CPUs (simulations/benchmarks).  Torch exposes oneDNN through an operator of its compiler that has no gradient, so
+this module implements the gradient, and computes none for the weights.
 
 A row's product has the same bits for every number of rows except one; `fedtune.training.batch_invariance` tests this.
-In bfloat16, Intel's AMX splits long products by the number of rows.  The test detects this, and all micro-batches of a
-length then get the same number of rows.
+In bfloat16, Intel's AMX splits long products by the number of rows.  The test detects this, and then all micro-batches
+of a length get the same number of rows.
 
 With `model.dtype=mixed`, weights and inputs are rounded to bfloat16, products are accumulated in float32, and each sum
 is rounded once, in the forward and in the backward pass.  A CPU with bfloat16 instructions takes half the time
 (simulations/benchmarks).  Every other CPU computes the same products in float32 from the rounded numbers.  The product
-of two of these numbers is exact in float32, so results differ only by the order of summation.
+of two such numbers is exact in float32, so results differ only by the order of summation.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def is_slow_on_cpu(dtype: str) -> bool:
 
 
 def depends_on_row_count(dtype: str, device: torch.device) -> bool:
-    """Whether a row's product depends on the number of rows, as with AMX in bfloat16, and on every GPU."""
+    """Whether a row's product depends on the number of rows, as with AMX in bfloat16 and on every GPU."""
     amx = dtype in ("mixed", "bfloat16", "nf4") and device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return amx or device.type == "cuda"  # in every number format that was tried (simulations/gpu)
+    return amx or device.type == "cuda"  # in every tested number format (simulations/gpu)
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -58,28 +58,28 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear module whose weights never train."""
+    """Linear module with frozen float32 weights, multiplied by oneDNN."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return multiply_frozen(values, self.weight, self.bias)
 
 
 class FrozenConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types for it
-    """A frozen linear module with transposed weights, as in GPT-2."""
+    """Frozen linear module with transposed weights, as in GPT-2, multiplied by oneDNN."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return multiply_frozen(values, self.weight.t(), self.bias)
 
 
 class RoundedLinear(nn.Linear):
-    """A frozen linear module that computes in bfloat16, with float32 inputs and outputs."""
+    """Frozen linear module that computes in bfloat16, with float32 inputs and outputs."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return multiply_bfloat16(values, self.weight, self.bias)
 
 
 class RoundedConv1D(Conv1D):  # type: ignore[misc]  # as above
-    """A frozen bfloat16 linear module with transposed weights, as in GPT-2."""
+    """Frozen bfloat16 linear module with transposed weights, as in GPT-2."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return multiply_bfloat16(values, self.weight.t(), self.bias)
@@ -92,11 +92,11 @@ _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RoundedLinear, Co
 def multiply_bfloat16(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Multiply `values` (..., k) by bfloat16 `weight` (n, k) transposed, and add bfloat16 `bias` (n,).
 
-    The result has the dtype of `values`.  Each value is rounded separately, so that no row depends on another.
+    The result has the dtype of `values`.  Each value is rounded separately, so that rows stay independent.
     """
     rounded = values.bfloat16()
     if values.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        # By oneDNN here too: MKL's product of a row differs between 2, 3 and more rows on some CPUs.
+        # oneDNN again, because on some CPUs MKL's product of a row differs between 2, 3 and more rows.
         exact = multiply_frozen(rounded.float(), weight.float(), None if bias is None else bias.float())
         return exact.bfloat16().to(values.dtype)
     return nn.functional.linear(rounded, weight, bias).to(values.dtype)
@@ -114,14 +114,15 @@ def convert_to_bfloat16(layers: nn.Module) -> None:
     """Convert every frozen linear module of `layers` to bfloat16 weights and products."""
     for module in layers.modules():
         if (kind := _ROUNDED.get(type(module))) is not None:
-            assert not any(parameter.requires_grad for parameter in module.parameters()), "it is yet to get its adapter"
+            assert not any(parameter.requires_grad for parameter in module.parameters()), "adapters come later"
             module.__class__ = kind
             module.bfloat16()
 
 
 def multiply_frozen(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Multiply `values` (..., k) by `weight` (n, k) transposed, and add `bias` (n,); equals torch's product up to
-    rounding.
+    """Multiply `values` (..., k) by `weight` (n, k) transposed, and add `bias` (n,).
+
+    The result equals torch's product up to rounding.
     """
     float32 = weight.dtype == values.dtype == torch.float32
     if weight.requires_grad or not float32 or not values.numel() or not _HAS_ONEDNN:
@@ -130,26 +131,26 @@ def multiply_frozen(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def switch_to_onednn(base: nn.Module) -> None:
-    """Make every frozen linear module of `base` multiply by oneDNN, if torch has it and the CPU is x86.
+    """Make every frozen linear module of `base` multiply by oneDNN, if torch supports it and the CPU is x86.
 
-    On other machines nothing changes, because it is untested there whether a row's product depends on the other rows.
+    Other machines are left unchanged, because the independence of rows is untested there.
     """
     if not _HAS_ONEDNN:
         return
     for module in base.modules():
         if any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in module.parameters()):
             continue
-        # Their class alone changes: weights, names and hooks stay what and where they are.
+        # Only the class changes; weights, names and hooks stay in place.
         module.__class__ = _FROZEN.get(type(module), type(module))
 
 
 def uses_onednn(model: nn.Module) -> bool:
-    """Return True if `switch_to_onednn` has changed any module of `model`."""
+    """Return True if `switch_to_onednn` changed any module of `model`."""
     return any(isinstance(module, FrozenLinear | FrozenConv1D) for module in model.modules())
 
 
 def _multiply_onednn(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    # It reads a bias as if its values lay side by side.
+    # The operator ignores the bias's strides.
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
         values, weight, None if bias is None else bias.contiguous(), "none", [], ""
     )

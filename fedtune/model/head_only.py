@@ -1,4 +1,4 @@
-"""A stand-in for a base model: passes a record's feature vector to the head unchanged."""
+"""Placeholder base for models without a base: passes a record's feature vector to the head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class NoBase(nn.Module):
-    """A base without layers: the feature vector, of `width` values, is the hidden state of the only position."""
+    """Base without layers, whose hidden state is the feature vector of `width` values at a single position."""
 
     dtype = torch.float32
 
@@ -21,9 +21,9 @@ class NoBase(nn.Module):
         self.register_buffer("place", torch.zeros(0, device=device), persistent=False)  # says where it is
 
     def get_base_model(self) -> NoBase:
-        """Return the module itself, because no adapter wraps it."""
+        """Return the module itself, because it has no adapter wrapper."""
         return self
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
-        """Return the vectors, (n, 1, width), unchanged."""
+        """Return the feature vectors (n, 1, width) unchanged."""
         return SimpleNamespace(last_hidden_state=input_ids)

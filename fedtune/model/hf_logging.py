@@ -1,4 +1,4 @@
-"""Control of transformers' output: no progress bars or advice while a model loads, and errors in one line."""
+"""Control of transformers' output: no progress bars or advice during loading, and one-line errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def silence_transformers() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # PEFT 0.21 still asks transformers 5 for a property by its old name.
+            # PEFT 0.21 still uses a deprecated property of transformers 5.
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
             )
@@ -32,13 +32,16 @@ def silence_transformers() -> Iterator[None]:
 
 @contextmanager
 def translate_library_errors(key: str, value: object, bound: str) -> Iterator[None]:
-    """Like `quiet`, and turn any library error into a ConfigError; `{}` in `bound` becomes its first line."""
+    """Silence transformers inside the block, and convert any library error to a ConfigError.
+
+    A `{}` in `bound` is replaced by the first line of the error.
+    """
     try:
         with silence_transformers(), translate_panics():
             yield
     except ConfigError:
         raise
-    except Exception as error:  # of any kind: a model's files and texts cause it, and no record is among them
+    except Exception as error:  # any exception: its text comes from a model's files and public texts, never a record
         raise ConfigError(key, value, bound.format(get_first_line(error))) from error
 
 

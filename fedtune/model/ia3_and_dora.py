@@ -1,11 +1,11 @@
-"""Adapters that scale: IA3, one factor per output of a module, and DoRA, one factor per row of a LoRA module.
+"""Adapters that scale: IA3, with one factor per output of a module, and DoRA, with one factor per row of a LoRA module.
 
-PEFT keeps these factors inside the adapted module's forward pass.  They are not the parameters of a module of their
-own, so their per-example gradients cannot be computed by hooks.  Here each adapted module gets a `Scales` module.  It
-trains the relative offset of the factor from PEFT's initial value.  Like LoRA's B the offset starts at zero, and zero
-changes nothing, so that a site's bound on values, weight decay and averaging over sites have the same meaning for every
-kind of adapter.  PEFT's own tensor keeps its initial value; multiplied by 1 + the offset, it is the tensor that PEFT
-reads from a saved adapter and merges.
+PEFT keeps these factors inside the adapted module's forward pass.  They are not parameters of a module of their own, so
+hooks cannot compute their per-example gradients.  Here each adapted module gets a `Scales` module, which trains the
+relative offset of the factor from PEFT's initial value.  Like LoRA's B, the offset starts at zero, where it changes
+nothing, so that a site's limit on values, weight decay and averaging over sites have the same meaning for every kind of
+adapter.  PEFT's own tensor keeps its initial value; multiplied by 1 + the offset, it is the tensor that PEFT reads from
+a saved adapter and merges.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import nn
 from fedtune.spec import ConfigError
 
 PEFT_SCALES = (".ia3_l", ".lora_magnitude_vector")
-"""Endings of the names of PEFT's own scales in a saved adapter: of IA3, and of DoRA."""
+"""Name suffixes of PEFT's own scales in a saved adapter: of IA3, and of DoRA."""
 
 
 class Scales(nn.Module):
-    """A module that multiplies the last axis by 1 + `offset`, its only trainable parameter.
+    """Module that multiplies the last axis by 1 + `offset`, its only trainable parameter.
 
     Args:
         start: PEFT's own tensor, which determines the number of values and the device.
@@ -43,10 +43,10 @@ class Scales(nn.Module):
 
 
 def scale_modules(model: PeftModel) -> None:
-    """Attach a `Scales` module to each of PEFT's IA3 and DoRA modules, in float32 whatever the base's dtype.
+    """Attach a float32 `Scales` module to each of PEFT's IA3 and DoRA modules, for a base of any dtype.
 
     Raises:
-        ConfigError: for `lora.kind`: the weights of a DoRA module have a row of zeros, which has no direction.
+        ConfigError: for `lora.kind`, if the weights of a DoRA module have a row of zeros, which has no direction.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, ia3.Linear):
@@ -55,7 +55,7 @@ def scale_modules(model: PeftModel) -> None:
             layer.lora_variant["default"] = _Dora()
             lengths = _compute_row_norms(layer)
             if not lengths.all():
-                bound = f"cannot scale {name}: its weights have a row of zeros"
+                bound = f"is not available for this base: the weights of {name} have a row of zeros"
                 raise ConfigError("lora.kind", "dora", bound)
             layer.lora_magnitude_vector["default"].weight = nn.Parameter(lengths)
         else:
@@ -74,8 +74,9 @@ def iter_peft_scales(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, torc
 
 
 def merge_adapter(model: PeftModel) -> Any:
-    """Merge the adapter into the base's weights by PEFT and return the plain base; `model` must not be used
-    afterwards.
+    """Merge the adapter into the base's weights with PEFT, and return the plain base.
+
+    `model` must not be used afterwards.
     """
     with torch.no_grad():
         for _, start, values in iter_peft_scales(model):
@@ -111,7 +112,7 @@ class _Dora(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no types
         own = (result if bias is None else result - bias).float()
         start = module.lora_magnitude_vector[active_adapter].weight
         scaled = module.scales((own + low_rank) * (start / _compute_row_norms(module)))
-        return result + (scaled - own)  # at the start this adds zero, exactly
+        return result + (scaled - own)  # at the initial offset of zero this adds exactly zero
 
 
 def _compute_row_norms(module: lora.Linear) -> torch.Tensor:

@@ -1,22 +1,24 @@
-"""The base's layers: adapters, the frozen prefix, the output layer, gradient checkpointing, and row-wise activations.
+"""Changes to the base's layers: adapters, the frozen prefix, the output layer, checkpointing, row-wise activations.
 
-**Adapters** are attached by PEFT, to the linear modules of chosen layers.
+**Adapters** are attached by PEFT to the linear modules of selected layers.
 
-**The frozen prefix.**  Adapters on the last layers of a base leave the earlier layers unchanged.  The output of those
-layers depends only on the record and the public base, so a site can compute it once and start every later pass there.
+**The frozen prefix.** Adapters on the last layers of a base leave the earlier layers unchanged.  The output of the
+earlier layers depends only on the record and the public base, so a site can compute it once and start every later pass
+there.
 
 **The output layer** of a language model costs as much as eight of SmolLM2's layers, and training needs it only at
 positions with a target token.  These positions depend on the private record, so they are computed separately for each
 record.
 
-**Gradient checkpointing.**  A checkpointed layer stores only its input and is recomputed in the backward pass (Chen et
+**Gradient checkpointing.** A checkpointed layer stores only its input and is recomputed in the backward pass (Chen et
 al. 2016, arXiv 1604.06174).  Re-entrant checkpointing runs the first pass without gradients, so no per-example
-gradients are collected there, and the second one inside the backward pass as an ordinary forward and backward pass.
+gradients are collected there, and runs the second pass inside the backward pass as an ordinary forward and backward
+pass.
 
-**Row-wise activations.**  On a CPU, torch computes most elements of a tensor with vector instructions, and the last few
+**Row-wise activations.** On a CPU, torch computes most elements of a tensor with vector instructions, and the last few
 elements of each thread's share by a scalar function that rounds some values differently (3 in 100 for sigmoid, 35 in
 100 for GELU).  The bits of a record's activations would then depend on its position in the batch, and a model's weights
-could amplify a difference in the last bit arbitrarily.
+could amplify a difference in the last bit without limit.
 """
 
 from __future__ import annotations
@@ -42,17 +44,17 @@ from fedtune.spec import ConfigError
 
 
 def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool, seed: int) -> PeftModel:
-    """Wrap `base`, already on its device, in float32 adapters: A is random, B and the scales are zero.
+    """Wrap `base`, already on its device, in float32 adapters with a random A; B and the scales are zero.
 
     Args:
         base: the frozen model; changed in place.
         spec: the kind of adapter and the target modules.
         predicts_tokens: selects PEFT's wrapper for causal language models.
-        seed: the seed of A's initial values, which are drawn on the CPU, so that they are the same for every device.
+        seed: the seed of A's initial values, which are drawn on the CPU, so that they are identical on every device.
 
     Raises:
-        ConfigError: for `lora.layers` or `lora.target_modules` that the base does not have, or a `lora.rank` above that
-            of all adapted modules.
+        ConfigError: for `lora.layers` or `lora.target_modules` outside the base, or for a `lora.rank` above the rank of
+            every adapted module.
     """
     config = _build_peft_config(base, spec, TaskType.CAUSAL_LM if predicts_tokens else TaskType.FEATURE_EXTRACTION)
     with silence_transformers(), torch.random.fork_rng(devices=[]):
@@ -70,7 +72,7 @@ def _build_peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftC
     stack_name, stack = find_layer_stack(base)
     count = len(stack)
     if not all(-count <= layer < count for layer in spec.layers or ()):
-        bound = f"must be from {-count} to {count - 1}: the base has {count} layers; lora.layers=null adapts them all"
+        bound = f"must be from {-count} to {count - 1}: the base has {count} layers (null adapts all of them)"
         raise ConfigError("lora.layers", spec.layers, bound)
     layers = sorted({layer % count for layer in (range(count) if spec.layers is None else spec.layers)})
     linear = {
@@ -81,16 +83,16 @@ def _build_peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftC
     }
     targets = sorted({name.rpartition(".")[2] for name in linear})
     if not isinstance(spec.target_modules, str):
-        for name in spec.target_modules:  # PEFT would pass over a misspelt one in silence
+        for name in spec.target_modules:  # PEFT silently ignores a misspelled name
             if not any(f".{full}".endswith(f".{name}") for full in linear):
                 bound = f"must be among the base's modules: {', '.join(targets)}"
                 raise ConfigError("lora.target_modules", name, bound)
         targets = sorted(spec.target_modules)
     adapted = [full for full in linear if any(f".{full}".endswith(f".{name}") for name in targets)]
     transposed = any(isinstance(module, Conv1D) for module in linear.values())
-    if spec.kind == "ia3":  # which PEFT cannot be told the layers of
+    if spec.kind == "ia3":  # PEFT's IA3 has no setting for layers
         return IA3Config(task_type=kind, target_modules=adapted, feedforward_modules=[], fan_in_fan_out=transposed)
-    # Before memory is taken: the product of both matrices gains nothing by a rank above every module's own.
+    # Checked before memory is allocated; a rank above every module's own rank adds nothing to the product B A.
     most = max((min(cast(torch.Tensor, linear[full].weight).shape) for full in adapted), default=spec.rank)
     if spec.rank > most:
         raise ConfigError("lora.rank", spec.rank, f"must be at most {most}, the rank of the largest adapted module")
@@ -108,10 +110,10 @@ def _build_peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftC
 
 
 def find_layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name of the base's transformer layers, and the layers.
+    """Return the name of the base's stack of transformer layers, and the layers.
 
     Raises:
-        ConfigError: for `model.path`: the base is not a plain stack of layers.
+        ConfigError: for `model.path`, if the base is not a plain stack of layers.
     """
     count = base.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
     for name, module in base.named_modules():
@@ -122,11 +124,11 @@ def find_layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
 
 @contextmanager
 def suspend_adapters(base: PeftModel) -> Iterator[None]:
-    """Disable the adapters inside the block; which parameters train does not change."""
+    """Disable the adapters inside the block, without changing which parameters train."""
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     try:
         for layer in layers:
-            # PEFT's own switch also changes what requires a gradient, and turns on what FFA-LoRA has frozen.
+            # PEFT's own switch also changes requires_grad, and unfreezes the tensors that FFA-LoRA freezes.
             layer._disable_adapters = True
         yield
     finally:
@@ -135,13 +137,13 @@ def suspend_adapters(base: PeftModel) -> Iterator[None]:
 
 
 class FrozenPrefix:
-    """The frozen first layers of a base, which a forward pass can skip if their output is already known.
+    """The frozen first layers of a base, which a forward pass skips if their output is cached.
 
     Args:
-        layers: the base's stack of layers; the layers before the first trainable one become skippable.
+        layers: the base's stack of layers; the layers before the first trainable layer can be skipped.
 
     Attributes:
-        depth: the number of skippable layers; 0 if the first layer trains.
+        depth: the number of layers that can be skipped; 0 if the first layer trains.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -155,7 +157,7 @@ class FrozenPrefix:
 
     @contextmanager
     def use_states(self, states: torch.Tensor | None) -> Iterator[None]:
-        """Use a cached output, (n, t, h), of the skippable layers inside the block; None skips nothing."""
+        """Replace the skippable layers by their cached output (n, t, h) inside the block; None runs them."""
         before, self._given = self._given, states
         try:
             yield
@@ -163,10 +165,10 @@ class FrozenPrefix:
             self._given = before
 
     def compute_states(self, run: Callable[[], object]) -> torch.Tensor | None:
-        """Compute the output of the skippable layers, (n, t, h), by calling the base with `run` and stopping after
-        them.
+        """Compute the output (n, t, h) of the skippable layers, by running the base with `run` up to the last of them.
 
-        Return None if no layer can be skipped, or if the layers return more than one tensor.
+        Returns:
+            The output; None if no layer can be skipped, or if the layers return more than one tensor.
         """
         if not self.depth:
             return None
@@ -190,11 +192,11 @@ class FrozenPrefix:
 
 
 class OutputLayer:
-    """A language model's output layer, which scores every token of the vocabulary, computed only at chosen positions.
+    """A language model's output layer over the vocabulary, computed only at selected positions.
 
     Args:
-        base: the language model.  A base that changes the scores afterwards (by a cap or a scale), or that has no such
-            layer, is always run as a whole.
+        base: the language model.  If the base changes the scores after this layer (by a cap or a scale), or has no such
+            layer, it is always run as a whole.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -202,8 +204,8 @@ class OutputLayer:
         self._apart = isinstance(self._layer, nn.Linear) and self._is_final_output(base)
 
     def compute_inputs(self, run: Callable[[], Any]) -> torch.Tensor:
-        """Compute the layer's input, (n, t, h), by calling the base with `run`; if the base runs as a whole, return its
-        scores.
+        """Compute the layer's input (n, t, h) by running the base with `run`; for a base that runs as a whole, return
+        its scores.
         """
         if not self._apart:
             return run().logits  # type: ignore[no-any-return]
@@ -218,14 +220,14 @@ class OutputLayer:
             return cast(torch.Tensor, reached.output)
         finally:
             hook.remove()
-        raise AssertionError("the base did not come to its output layer")
+        raise AssertionError("the base did not run its output layer")
 
     def scores(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Compute float32 scores, (p, vocabulary), from p positions of the layer's input."""
+        """Compute float32 scores (p, vocabulary) from p positions of the layer's input."""
         return (self._layer(inputs) if self._apart else inputs).float()
 
     def _is_final_output(self, base: PreTrainedModel) -> bool:
-        """Whether the base returns this layer's output as it is, without changing it in place."""
+        """Whether the base returns this layer's output itself, unmodified."""
         seen: list[tuple[torch.Tensor, int]] = []
         hook = self._layer.register_forward_hook(lambda layer, inputs, output: seen.append((output, output._version)))
         try:
@@ -237,7 +239,7 @@ class OutputLayer:
 
 
 class _Reached(Exception):
-    """Raised to stop a forward pass at a given layer; carries that layer's input or output."""
+    """Exception that stops a forward pass at a layer and carries the layer's input or output."""
 
     def __init__(self, output: object) -> None:
         super().__init__()
@@ -245,7 +247,7 @@ class _Reached(Exception):
 
 
 def checkpoint_layers(layers: nn.ModuleList) -> None:
-    """Make each layer from the first trainable one onwards recompute its forward pass during the backward pass."""
+    """Make each layer from the first trainable layer onwards recompute its forward pass during the backward pass."""
     for layer in layers:
         if "forward" not in vars(layer):
             trains = any(parameter.requires_grad for parameter in layer.parameters())
@@ -257,24 +259,25 @@ def _recompute(forward: Callable[..., Any], trains: bool, hidden: torch.Tensor, 
         return forward(hidden, *args, **kwargs)
     # Re-entrant checkpointing follows gradients through its positional tensors only.
     if any(isinstance(value, torch.Tensor) and value.requires_grad for value in kwargs.values()):
-        bound = "is not available for this base: its layers also pass gradients outside the main path"
+        bound = (
+            "is not available for this base, whose layers also pass gradients outside the main path; set it to false"
+        )
         raise ConfigError("runtime.gradient_checkpointing", True, bound)
-    # None flow into the first adapted layer from the frozen ones before it, so they have to start here.
+    # No gradient flows into the first adapted layer from the frozen layers before it, so it must start here.
     if not hidden.requires_grad:
         hidden = hidden.detach().requires_grad_()
-    # No random layer is on in a frozen base, so there is no random state to keep.
+    # A frozen base has no active dropout, so there is no random state to preserve.
     return checkpoint(partial(forward, **kwargs), hidden, *args, use_reentrant=True, preserve_rng_state=False)
 
 
-_LANES = 64  # a multiple of the elements that a vectorised loop takes at once, on every CPU and for every number format
+_LANES = 64  # a multiple of the vector width in elements, on every CPU and for every number format
 _HOMES = ("torch.nn.modules.activation", "transformers.activations")
 
 
 class RowByRow(nn.Module):
-    """An activation whose value for a row has the same bits in every position of every batch of the same length.
+    """Activation whose value for a row is bit-identical at every position of every batch of the same length.
 
-    If vector instructions never cross the boundary of a row, all rows are computed at once; otherwise one after the
-    other.
+    If vector instructions never cross a row boundary, all rows are computed at once, and otherwise one at a time.
     """
 
     def __init__(self, activation: nn.Module) -> None:
@@ -282,8 +285,8 @@ class RowByRow(nn.Module):
         self.activation = activation
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Apply the activation to `values`, (rows, ...); the shape is kept."""
-        # Whether each row begins and ends with a vector, however many rows there are and threads that share them.
+        """Apply the activation to `values` (rows, ...), preserving the shape."""
+        # Whether rows begin and end at vector boundaries, for any number of rows and threads.
         shares, row = math.lcm(*range(1, torch.get_num_threads() + 1)), values.shape[1:].numel()
         whole = values.is_contiguous() and values.shape[-1] % _LANES == 0 and row % (_LANES * shares) == 0
         if values.device.type != "cpu" or whole:
@@ -292,10 +295,10 @@ class RowByRow(nn.Module):
 
 
 def compute_norms_by_rsqrt(base: nn.Module) -> None:
-    """Let Gemma 4's RMS norms divide by `torch.rsqrt`, as all other RMS norms do, instead of by `torch.pow`.
+    """Replace `torch.pow` by `torch.rsqrt` in Gemma 4's RMS norms, which makes them like all other RMS norms.
 
-    The gradient of `torch.pow` has other bits in the last elements of a tensor than in the others, so an example's
-    gradient would depend on its position in the batch.
+    The gradient of `torch.pow` rounds the last elements of a tensor differently, so an example's gradient would depend
+    on its position in the batch.
     """
     for module in cast(Any, base.modules()):
         if type(module).__name__ == "Gemma4RMSNorm":
@@ -303,7 +306,7 @@ def compute_norms_by_rsqrt(base: nn.Module) -> None:
 
 
 def _normalize(values: torch.Tensor, *, eps: float) -> torch.Tensor:
-    """Divide `values`, (..., width), by their root mean square over the last dimension."""
+    """Divide `values` (..., width) by their root mean square over the last dimension."""
     return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
 
 

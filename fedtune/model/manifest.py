@@ -1,4 +1,4 @@
-"""Pinning of a model by one hash over all files that loading may read; other files in the folder are never read.
+"""Model pinning by one hash over all files that loading may read; other files in the folder are never read.
 
 The hash of a GGUF file is the output of `sha256sum`.  The hash of a folder with safetensors is the SHA-256 of a text: a
 first line that identifies the format, a second line for the kind of image processor if there is one, then the line that
@@ -31,32 +31,32 @@ SETTINGS_FILES = frozenset(
         "sentencepiece.model", "sentencepiece.bpe.model",
     }
 )  # fmt: skip
-"""Every file beside the weights that AutoConfig, AutoTokenizer, AutoModel and AutoModelForCausalLM of transformers 5.23
-may read from a folder, for a model of text, and what an image processor reads.  Read there and left out on
-purpose: `adapter_config.json` (it redirects), `tekken.json` (a package that is not pinned reads it),
-`additional_chat_templates/`, `processor_config.json` (of several processors at once), `*.py` and pickles."""
+"""All files except the weights that AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM and the image processors
+of transformers 5.23 may read from a folder.  Excluded on purpose: `adapter_config.json` (it redirects loading),
+`tekken.json` (read by a package that is not pinned), `additional_chat_templates/`, `processor_config.json` (for
+multimodal processors), `*.py` and pickles."""
 
-_FIRST_LINE = "fedtune model manifest 1\n"  # so that no other list of hashes can be taken for a manifest
+_FIRST_LINE = "fedtune model manifest 1\n"  # distinguishes a manifest from other lists of hashes
 _PROCESSOR_LINE = "images are processed by transformers' classes for PIL\n"
-"""The second line of a model with an image processor: those for torchvision make other pixels of the same image."""
+"""Second line for a model with an image processor, because the torchvision processors compute different pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The names and hashes of the files that a model's hash covers."""
+    """Names and hashes of the files that a model's hash covers."""
 
     files: tuple[tuple[str, str], ...]  # name and SHA-256 of each file, in the order of the names
 
     @property
     def text(self) -> str:
-        """The text whose SHA-256 is the model's hash; for a GGUF file, only its own line."""
+        """Text whose SHA-256 is the model's hash; for a GGUF file, only its own line."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in self.files)
         second = _PROCESSOR_LINE if PROCESSOR in dict(self.files) else ""
         return lines if self._gguf else _FIRST_LINE + second + lines
 
     @property
     def sha256(self) -> str:
-        """The model's hash, in hexadecimal."""
+        """Model hash in hexadecimal."""
         return self.files[0][1] if self._gguf else hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
@@ -68,36 +68,37 @@ class Manifest:
 def stage_files(
     folder: Path, *, gguf_file: str | None = None, with_weights: bool = True
 ) -> Iterator[tuple[Path, Manifest]]:
-    """Put exactly the files of a model's manifest into a temporary folder for the duration of the block, and hash them.
+    """Copy or link exactly the files of a model's manifest into a temporary folder for the block, and hash them.
 
     All files except the weights are read once: the bytes that are checked and hashed are the bytes that are loaded.
-    Weights are linked, because copying gigabytes in every run is too slow; on exit the block checks that the linked
-    files are unchanged since they were hashed.  One gap remains.  Torch may map the file into memory, so a user with
+    Weights are linked, because copying gigabytes in every run is too slow; at its end the block checks that the linked
+    files did not change after they were hashed.  One gap remains: torch may map a file into memory, so a user with
     write access could change the weights later, or reset the clock in between.  Only the site's own account and its
     administrator have such access, and this function does not protect against them.
 
     Args:
         folder: the model's folder.
-        gguf_file: the GGUF file in it that holds the model; None: its safetensors files.
-        with_weights: False for the tokenizer alone.  Weights are not linked then, and their hash may come from an
-            earlier call in this process, for a file with the same inode, size and times.
+        gguf_file: the name of the model's GGUF file in the folder; None selects the safetensors files.
+        with_weights: False provides the tokenizer only.  Weights are not linked then, and their hash may come from an
+            earlier call in this process for a file with the same inode, size and times.
 
     Raises:
-        ConfigError: for `model.path`: files are missing, lead out of the folder, are refused, or changed meanwhile.
+        ConfigError: for `model.path`, if files are missing, link to a target outside the folder, are refused, or change
+            during the block.
         RunError: the folder for temporary files is full, or not writable.
     """
     try:
         made = TemporaryDirectory(prefix="fedtune-model-")
     except OSError as error:
-        raise RunError(f"there is no writable folder for temporary files ({error.strerror})") from error
+        raise RunError(f"no folder for temporary files is writable ({error.strerror}); set TMPDIR") from error
     with made as scratch:
-        # A folder's own name tells transformers of some models which tokenizer to take: here all have the same.
+        # For some models transformers selects the tokenizer by the folder's name, so every staged folder has one name.
         place = Path(scratch, "model")
         place.mkdir()
         hashes, weights = {}, {}
         for name in () if gguf_file else _list_settings_files(folder):
             if name == PROCESSOR and json.loads((place / "config.json").read_bytes()).get("model_type") not in VISION:
-                continue  # beside a model of texts nothing reads it
+                continue  # text models do not read it
             content = _read_checked(folder, name)
             try:
                 (place / name).write_bytes(content)
@@ -123,7 +124,7 @@ def stage_files(
 
 
 def build_manifest(folder: Path, *, gguf_file: str | None = None) -> Manifest:
-    """Return the manifest of the model in a folder; every file is read and checked.
+    """Read and check every file of the model in a folder, and return its manifest.
 
     Raises:
         ConfigError: as in `stage_files`.
@@ -133,23 +134,23 @@ def build_manifest(folder: Path, *, gguf_file: str | None = None) -> Manifest:
 
 
 def _list_settings_files(folder: Path) -> list[str]:
-    """List the files next to the weights, after checking the folder's listing."""
+    """List the files other than the weights, after checking the folder's file names."""
     try:
         listed = sorted(os.listdir(folder))
     except OSError as error:
         raise ConfigError("model.path", str(folder), "must be a readable folder") from error
     known = SETTINGS_FILES | {WEIGHTS, SHARD_INDEX}
     if "adapter_config.json" in listed:
-        bound = "must not contain adapter_config.json, which points the loader at other weights"
-        raise ConfigError("model.path", str(folder), bound, remedy="give the base model alone")
+        bound = "must not contain adapter_config.json, which redirects loading to other weights"
+        raise ConfigError("model.path", str(folder), bound, remedy="use a folder with the base model only")
     for name in listed:
         if name not in known and (meant := name.casefold()) in known:
-            bound = f"must not contain {name}, whose name differs from {meant} only in case: some machines confuse them"
+            bound = f"must not contain {name}: its name differs from {meant} only in case, which some systems ignore"
             raise ConfigError("model.path", str(folder), bound)
     names = [name for name in listed if name in SETTINGS_FILES]
     if "config.json" not in names:
         raise ConfigError("model.path", str(folder), "must contain config.json")
-    # Of a model with both, the single file is the one that is loaded.
+    # If a folder has both, the single file is loaded.
     return names if WEIGHTS in listed else [*names, SHARD_INDEX]
 
 
@@ -180,7 +181,9 @@ def _read_checked(folder: Path, name: str) -> bytes:
 
 
 def _resolve_inside(folder: Path, name: str) -> Path:
-    """Resolve a file's path, which must be in the folder, or in the hub's cache if the folder is a snapshot of it."""
+    """Resolve a file's path, and require that it is in the folder, or in the hub's cache if the folder is a hub
+    snapshot.
+    """
     inside = folder.resolve()
     if inside.parent.name == "snapshots" and (inside.parent.parent / "blobs").is_dir():
         inside = inside.parent.parent
@@ -190,13 +193,13 @@ def _resolve_inside(folder: Path, name: str) -> Path:
         raise ConfigError("model.path", str(folder), f"must have a readable {name}") from error
     if not file.is_relative_to(inside):
         bound = f"must not contain {name}, a link to a file outside the folder"
-        raise ConfigError("model.path", str(folder), bound, remedy="give a real copy of the folder (cp -rL)")
+        raise ConfigError("model.path", str(folder), bound, remedy="use a copy of the folder without links (cp -rL)")
     if not file.is_file():
         raise ConfigError("model.path", str(folder), f"must have {name} as a regular file")
     return file
 
 
-_hashed: dict[tuple[Path, tuple[int, ...]], str] = {}  # of weights, by what `_stat_fingerprint` says of them
+_hashed: dict[tuple[Path, tuple[int, ...]], str] = {}  # hashes of weights, by path and `_stat_fingerprint`
 
 
 def _stat_fingerprint(file: Path) -> tuple[int, ...]:

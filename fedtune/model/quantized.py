@@ -1,14 +1,14 @@
 """Frozen linear layers with four bits per weight (nf4: Dettmers et al. 2023, QLoRA, arXiv 2305.14314).
 
 Every 64 adjacent weights form a block with one scale, their largest absolute value.  Each weight is stored as the index
-of the level, of 16, that is closest to weight / scale.  With float32 scales that is 4.5 bits per weight.
+of the closest of 16 levels to weight / scale.  With float32 scales that is 4.5 bits per weight.
 
-Every product, in the forward and in the backward pass, dequantizes the layer's weights to bfloat16 and discards them
-afterwards.  It is computed as in a bfloat16 base.  Dequantization depends only on the layer, so quantization does not
-couple rows; `fedtune.training.batch_invariance` tests whether the products do, as for every base.
+Every product, in the forward and in the backward pass, dequantizes the layer's weights to bfloat16, discards them
+afterwards, and is computed as in a bfloat16 base.  Dequantization depends only on the layer, so quantization does not
+couple rows; `fedtune.training.batch_invariance` tests the products themselves, as for every base.
 
-Codes, scales and weights equal those of bitsandbytes bit for bit, on every device, because each value results from a
-few float32 operations that IEEE 754 rounds identically everywhere.  bitsandbytes itself is not used: on a CPU, its
+Codes, scales and weights are bit-identical to those of bitsandbytes on every device, because each value results from a
+few float32 operations that IEEE 754 rounds identically everywhere. bitsandbytes itself is not used: on a CPU, its
 release 0.50.2 computes no gradient for the input of a model in evaluation mode.
 """
 
@@ -25,18 +25,18 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.model.frozen_linear import multiply_bfloat16
 from fedtune.spec import ConfigError
 
-BLOCK = 64  # weights with one scale
+BLOCK = 64  # weights per scale
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-"""Quantiles of a normal distribution whose largest is 1, and zero: appendix E of the paper."""
+"""Quantiles of a normal distribution, scaled to a maximum of 1, and zero: appendix E of the paper."""
 
 
 def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize weights: return the codes (weights / 2,), two per byte, and the float32 scales (weights / 64,)."""
+    """Quantize weights to codes (weights / 2,), two per byte, and float32 scales (weights / 64,)."""
     blocks = weight.detach().float().reshape(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
     shares = blocks * (1 / scales.clamp(min=torch.finfo(torch.float32).tiny)).unsqueeze(1)
@@ -56,21 +56,23 @@ def dequantize_nf4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _build_pair_lookup_table(device: torch.device) -> torch.Tensor:
-    """Return a lookup table, (256,), with both levels of each byte in one 64-bit word, for a single memory access."""
+    """Return a lookup table (256,) with both levels of each byte in one 64-bit word, for a single memory access per
+    byte.
+    """
     levels = torch.tensor(LEVELS)
     both = torch.stack([levels.repeat_interleave(len(levels)), levels.repeat(len(levels))], dim=1)
     return both.view(torch.int64).flatten().to(device)
 
 
 class FourBit(nn.Module):
-    """A frozen linear module that stores quantized weights (see `quantize_nf4`), and dequantizes `weight` on access.
+    """Frozen linear module that stores quantized weights (see `quantize_nf4`), and dequantizes `weight` on access.
 
     Args:
-        module: the frozen module to replace; its bias is kept unquantized.
-        device: where the weights are quantized and stored.
+        module: the frozen module to replace; its bias stays unquantized.
+        device: the device on which the weights are quantized and stored.
 
     Raises:
-        ConfigError: for `model.dtype`: the number of weights is not a multiple of the block size.
+        ConfigError: for `model.dtype`, if the number of weights is not a multiple of the block size.
     """
 
     codes: torch.Tensor
@@ -85,10 +87,10 @@ class FourBit(nn.Module):
             else:
                 Conv1D.__init__(self, module.nf, module.nx)
         weight = module.get_parameter("weight")
-        assert not weight.requires_grad, "it is yet to get its adapter"
+        assert not weight.requires_grad, "adapters are attached after quantization"
         if weight.numel() % BLOCK:
             shape = " x ".join(map(str, weight.shape))
-            bound = f"needs multiples of {BLOCK} weights, but a layer has {shape}"
+            bound = f"requires a multiple of {BLOCK} weights in each layer, but a layer has {shape}; use bfloat16"
             raise ConfigError("model.dtype", "nf4", bound)
         del self.weight
         self.shape, self.bias = weight.shape, module.bias
@@ -98,38 +100,38 @@ class FourBit(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weights, as a new tensor: changes to it have no effect on the module."""
+        """Dequantized weights as a new tensor; changes to it have no effect on the module."""
         return dequantize_nf4(self.codes, self.scales).view(self.shape)
 
     def get_output_first_weight(self) -> torch.Tensor:
         """Return the weights as (out, in); GPT-2's Conv1D stores them transposed."""
         return self.weight if isinstance(self, nn.Linear) else self.weight.t()
 
-    def keep(self, weight: torch.Tensor) -> None:
+    def store_weight(self, weight: torch.Tensor) -> None:
         """Quantize and store new weights of the same shape."""
         codes, scales = quantize_nf4(weight)
         self.codes.copy_(codes)
         self.scales.copy_(scales)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Apply the layer, (..., in) -> (..., out)."""
+        """Apply the layer: (..., in) -> (..., out)."""
         return _QuantizedLinearFunction.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class FourBitLinear(FourBit, nn.Linear):  # type: ignore[misc, override]  # whose weights are no parameter
-    """A four-bit `nn.Linear`."""
+class FourBitLinear(FourBit, nn.Linear):  # type: ignore[misc, override]  # its weights are not a parameter
+    """Four-bit version of `nn.Linear`."""
 
 
 class FourBitConv1D(FourBit, Conv1D):  # type: ignore[misc]  # transformers has no types for it
-    """A four-bit version of GPT-2's Conv1D, whose weights are (in, out)."""
+    """Four-bit version of GPT-2's Conv1D, whose weights are (in, out)."""
 
 
 class _QuantizedLinearFunction(torch.autograd.Function):
-    """The product of `values` (..., in) and a layer's weights, plus its bias, in the dtype of `values`."""
+    """Product of `values` (..., in) and a layer's weights, plus its bias, in the dtype of `values`."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: FourBit) -> torch.Tensor:
-        ctx.layer = layer  # not its weights, or all layers' would be there until the way back is over
+        ctx.layer = layer  # not its weights, which would stay in memory for all layers until the backward pass
         return multiply_bfloat16(values, layer.get_output_first_weight(), layer.bias)
 
     @staticmethod
@@ -143,10 +145,10 @@ class _QuantizedLinearFunction(torch.autograd.Function):
 def quantize_linear_layers(layers: nn.Module, *, device: torch.device | str) -> None:
     """Replace every frozen linear module of `layers` by a four-bit version on `device`.
 
-    The modules are moved one after the other, so that the device never holds all of the unquantized weights.
+    The modules are moved one at a time, so that the device never holds all of the unquantized weights.
 
     Raises:
-        ConfigError: for `model.dtype`: a module's number of weights is not a multiple of the block size.
+        ConfigError: for `model.dtype`, if a module's number of weights is not a multiple of the block size.
     """
     kinds = {nn.Linear: FourBitLinear, Conv1D: FourBitConv1D}
     for parent in list(layers.modules()):

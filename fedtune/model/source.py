@@ -1,4 +1,4 @@
-"""The location of a base model's files: a local folder, an installed package, or the Hugging Face hub."""
+"""Location of a base model's files: a local folder, an installed package, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _HUB_TIMEOUT_S = 5.0
 
 
 def find_model_folder(spec: ModelSpec) -> Path:
-    """Return the local folder with the model's files; download them from the hub if they are not cached.
+    """Return the local folder with the model's files, downloaded from the hub if they are not cached.
+
+    Pickled weights are never read, because reading them executes code.
 
     Raises:
-        ConfigError: for `model.path` or `model.gguf_file`: there is no such model, or it has no safetensors weights.
-            Pickled weights are never read, because reading them executes code.
+        ConfigError: for `model.path` or `model.gguf_file`, if the model does not exist or has no safetensors weights.
     """
     local = Path(expand_home(spec.path, key="model.path"))
     if spec.path.startswith(PACKAGE):
@@ -33,7 +34,7 @@ def find_model_folder(spec: ModelSpec) -> Path:
     elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec.path):
         folder = _find_hub_folder(spec)
     else:
-        raise ConfigError("model.path", spec.path, "is neither a local folder nor a hub id")
+        raise ConfigError("model.path", spec.path, "must be an existing local folder or a hub id")
     if not _has_weights(folder, spec):
         missing = spec.gguf_file or f"{WEIGHTS} or {SHARD_INDEX}"
         raise ConfigError("model.path", spec.path, f"must be a folder that contains {missing}")
@@ -41,18 +42,16 @@ def find_model_folder(spec: ModelSpec) -> Path:
 
 
 def find_public_location(spec: ModelSpec) -> str:
-    """Return the path or id for loading the base with plain transformers: its public id, its path, or its package's
-    folder.
-    """
+    """Return the path or id for loading the base with plain transformers: its public id, path, or package folder."""
     inside = spec.public_id is None and spec.path.startswith(PACKAGE)
     return str(find_model_folder(spec)) if inside else spec.public_id or spec.path
 
 
 def resolve_model(path: str) -> ModelSpec:
-    """Resolve a path that a person gave: a folder, a folder with a single GGUF file, a GGUF file, or any `model.path`.
+    """Resolve a user's model path: a folder, a folder with a single GGUF file, a GGUF file, or any `model.path`.
 
     Raises:
-        ConfigError: for `model.path` or `model.gguf_file`: there is no such model.
+        ConfigError: for `model.path` or `model.gguf_file`, if the model does not exist.
     """
     if path == NO_BASE or path.startswith(RANDOM):
         return ModelSpec(path=path)
@@ -65,17 +64,17 @@ def resolve_model(path: str) -> ModelSpec:
 
 
 def find_single_gguf(folder: Path) -> str | None:
-    """Return the name of a folder's only GGUF file, or None if the folder holds safetensors weights, which take
+    """Return the name of a folder's only GGUF file, or None for a folder with safetensors weights, which take
     precedence.
 
     Raises:
-        ConfigError: for `model.path`: it holds neither safetensors weights nor exactly one GGUF file.
+        ConfigError: for `model.path`, if the folder has neither safetensors weights nor exactly one GGUF file.
     """
     if any((folder / name).is_file() for name in (WEIGHTS, SHARD_INDEX)):
         return None
     found = sorted(file.name for file in folder.glob("*.gguf"))
     if len(found) != 1:
-        bound = f"must contain safetensors weights, or exactly one GGUF file; it holds {len(found)}"
+        bound = f"must contain safetensors weights, or exactly one GGUF file, not {len(found)}"
         raise ConfigError("model.path", str(folder), bound)
     return found[0]
 
@@ -92,15 +91,15 @@ def _has_weights(folder: Path, spec: ModelSpec) -> bool:
 
 def _find_package_folder(path: str) -> Path:
     module, _, inside = path.removeprefix(PACKAGE).partition("/")
-    # Looked up, not imported: the packages that carry weights want others that we don't need.
+    # Located without an import, because packages with weights import other packages that are not needed here.
     found = find_spec(module)
     if found is None or found.origin is None:
-        raise ConfigError("model.path", path, f"needs the Python package {module}, which is not installed")
+        raise ConfigError("model.path", path, f"requires the Python package {module}, which is not installed")
     return Path(found.origin).parent / inside
 
 
 def _find_hub_folder(spec: ModelSpec) -> Path:
-    """Return the model's folder in the hub's cache, downloading it if needed.
+    """Return the model's folder in the hub's cache, and download it if needed.
 
     The cache is searched first, so that a cached model works offline and without contacting the hub.
     """
@@ -108,19 +107,19 @@ def _find_hub_folder(spec: ModelSpec) -> Path:
     for fetch in (False, True):
         try:
             if fetch:
-                # Asked first because it keeps to its time limit; a download waits minutes for a hub that hangs.
+                # This request has a working timeout; a download waits minutes for a hub that hangs.
                 HfApi().model_info(spec.path, revision=spec.revision, timeout=_HUB_TIMEOUT_S)
             patterns = [spec.gguf_file] if spec.gguf_file else _HUB_FILES
             about: Any = {"revision": spec.revision, "cache_dir": spec.cache_dir, "local_files_only": not fetch}
             folder = Path(snapshot_download(spec.path, allow_patterns=patterns, ignore_patterns=["*/*"], **about))
-        # The hub's client raises errors of several libraries; all of them mean that the model cannot be had.
+        # The hub's client raises errors of several libraries, all of which mean that the model is not available.
         except Exception as error:
             problem = error
             continue
         if _has_weights(folder, spec):
             return folder
-    from fedtune.model.hf_logging import get_first_line  # here, because transformers takes seconds to import
+    from fedtune.model.hf_logging import get_first_line  # imported late: transformers takes seconds
 
     why = f" ({type(problem).__name__}: {get_first_line(problem)})" if problem else ""
-    bound = f"is not a local folder, and its safetensors weights could not be loaded from the hub{why}"
+    bound = f"is not a local folder, and its safetensors weights could not be downloaded from the hub{why}"
     raise ConfigError("model.path", spec.path, bound) from problem

@@ -16,16 +16,16 @@ from fedtune.spec import ConfigError, check_at_least, check_at_most, check_one_o
 PACKAGE = "package:"
 RANDOM = "random:"
 RANDOM_MODELS = ("random:bert", "random:llama")
-NO_BASE, NO_ADAPTER = "none", "none"  # a model of its head alone, and its `lora.kind`
+NO_BASE, NO_ADAPTER = "none", "none"  # `model.path` and `lora.kind` of a model that consists of its head
 ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 adapter", NO_ADAPTER: "A model"}
-"""The kinds of adapters, in words."""
+"""Names of the adapter kinds for sentences."""
 _WIDEST, _MOST_LAYERS = 4096, 8
 _NOT_PROVEN = {
-    "prompt": "virtual tokens change every layer's output, and use up positions of the record's own tokens",
-    "prefix": "virtual keys and values reach a layer through its cache, which training does not use",
-    "adalora": "it drops ranks according to gradients, and no noise would cover that choice",
+    "prompt": "virtual tokens change every layer's output, and occupy positions of the record's own tokens",
+    "prefix": "virtual keys and values enter a layer through its cache, which training does not use",
+    "adalora": "it drops ranks based on gradients, and that choice would be released without noise",
 }
-"""Kinds that PEFT has and fedtune refuses, with the reason."""
+"""PEFT's adapter kinds that fedtune refuses, with the reason."""
 
 
 @spec
@@ -36,23 +36,23 @@ class ModelSpec:
         path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an installed Python
             package, `random:bert` / `random:llama` for a tiny untrained model, or `none`: the model consists of the
             head alone (data.input=features).
-        sha256: the required hash of the model, as `fedtune model-hash` prints it; null accepts any model.
-        gguf_file: a GGUF file inside `path` (the extra `gguf`); it is expanded to fp32 once and cached.
+        sha256: the required hash of the model, as printed by `fedtune model-hash`; null accepts any model.
+        gguf_file: the name of a GGUF file inside `path` (needs the extra `gguf`), expanded to float32 once and cached.
         revision: the branch, tag or commit at the hub.
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which computes products inside its
             layers in bfloat16 and everything else in float32; "nf4", bfloat16 with the weights of its layers quantized
             to four bits (not for a GGUF file); or "auto", which `fedtune.training.number_format` replaces before a run.
-            A simulation on a CPU measures the model's own products for at most 0.3 s, and takes mixed if they are more
-            than 5 % faster than in float32 and every site allows it; all other runs take float32, also real sites,
-            whose machines differ, and runs with `runtime.seeded_noise`, which can be repeated anywhere.  A resumed run
-            keeps its format.  Adapter, head and losses are float32.
+            A simulation on a CPU measures the model's matrix products for at most 0.3 s, and uses mixed if they are
+            more than 5 % faster than in float32 and every site allows it.  All other runs use float32, including real
+            sites, whose machines differ, and runs with `runtime.seeded_noise`, which must be reproducible on any
+            machine.  A resumed run keeps its format.  Adapter, head and losses are always float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and `FEDTUNE_CACHE` or
             `~/.cache/fedtune`.
         license: the license of the weights, for reports.
-        public_id: the weights' id at the Hugging Face hub, if `path` is not that id: saved adapters and model cards
-            name it, so that others can load the base.
-        adapter: the folder of a trained adapter with which this run starts: a run folder, or its `adapter/`.  Base,
-            task and LoRA settings must be the same; null: a new adapter that changes nothing yet.
+        public_id: the weights' id at the Hugging Face hub if `path` is not that id, written into saved adapters and
+            model cards so that others can load the base.
+        adapter: the folder of a trained adapter as the starting point: a run folder, or its `adapter/`.  Base, task
+            and LoRA settings must be the same; null: a new adapter, with no effect at its initial values.
         adapter_sha256: the required digest of this adapter; null: recorded when the run starts.
     """
 
@@ -87,12 +87,14 @@ class ModelSpec:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the model is built from these settings alone: no file is read, and nobody chose its weights."""
+        """Whether the model is built from these settings alone, without files and without weights that somebody
+        chose.
+        """
         return self.path == NO_BASE or self.path.startswith(RANDOM)
 
     @property
     def public_path(self) -> str:
-        """The path for publication: the last name of a local folder, without its location on this machine."""
+        """Path for publication: the last part of a local path, without its location on this machine."""
         return Path(self.path).name if self.path.startswith(("/", "~", ".")) else self.path
 
 
@@ -134,18 +136,18 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
-        """The factor of the product B A; 1 for adapters without these matrices."""
+        """Factor of the product B A; 1 for adapters without these matrices."""
         without = self.kind in ("ia3", NO_ADAPTER)
         return 1.0 if without else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def effective_rank(self) -> int:
-        """The rank for a site's limits; 1 for adapters without low-rank matrices."""
+        """Rank that counts towards a site's limits; 1 for adapters without low-rank matrices."""
         return 1 if self.kind in ("ia3", NO_ADAPTER) else self.rank
 
     @property
     def adapted_modules(self) -> tuple[str, ...]:
-        """The names of the adapted modules, as in the request to a site; empty without adapters."""
+        """Names of the adapted modules, as in the request to a site; empty without adapters."""
         named = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
         return () if self.kind == NO_ADAPTER else named
 
@@ -161,28 +163,29 @@ class LoraSpec:
         elif not self.target_modules or not all(self.target_modules):
             raise ConfigError("target_modules", self.target_modules, "must name at least one module")
         if self.layers is not None and not self.layers:
-            raise ConfigError("layers", self.layers, "must name at least one layer; leave it out for all of them")
+            raise ConfigError("layers", self.layers, "must name at least one layer; use null for all layers")
         if self.alternate and (self.kind != "lora" or not self.train_a):
             raise ConfigError("alternate", True, "needs lora.kind=lora and lora.train_a=true")
 
 
 @spec
 class HeadSpec:
-    """The bias-free head of tasks that predict labels or a number: scale * W x, where x is mean-pooled with L2 norm 1.
+    """Head of tasks that predict labels or a number: scale * W x for the mean-pooled and L2-normalized hidden state x.
 
-    For features, x is the record's vector, and each layer has a bias.
+    The head has no bias.  For features, x is the record's vector, and each layer has a bias.
 
     Attributes:
         scale: the scale of the logits (an inverse temperature).
         center: true subtracts the mean embedding of the labels' texts from x and normalizes the result again.  Sentence
-            embeddings share a large common part that does not depend on the class; this estimate of it is public.
-        init: "zero", or "label_names": each row starts as the frozen base's embedding of the label's text.  Label names
-            are declared and public, so this costs no privacy.
+            embeddings share a large component that does not depend on the class, and this mean is a public estimate of
+            it.
+        init: "zero", or "label_names", which initializes each row with the frozen base's embedding of the label's text.
+            Label names are declared and public, so this costs no privacy.
         train: false freezes the head at its initial values.
-        label_texts: a description for each label, in the order of the labels; "label_names" then embeds it instead of
-            the label's name.
-        hidden: for features, the widths of hidden layers, each followed by a ReLU; their initial values are random,
-            from the run's seed.
+        label_texts: a description of each label, in the order of the labels, which "label_names" embeds instead of the
+            label's name.
+        hidden: for features, the widths of the hidden layers, each followed by a ReLU and initialized randomly from the
+            run's seed.
     """
 
     scale: float = 20.0
@@ -202,21 +205,21 @@ class HeadSpec:
 
 @spec
 class TaskModelSpec:
-    """All that defines a task model; a saved adapter carries it.
+    """Complete definition of a task model, stored with each saved adapter.
 
     Attributes:
         model: the frozen base.
         lora: its adapters.
-        head: for tasks that have one.
-        task: what is learned, see `fedtune.tasks`.
-        labels: the declared label set, in its order; empty where the task has none.
-        target_range: the declared range of a number to learn; null where the task has none.
-        seed: of the adapters' random start, which is public.
-        texts: of a record, which go through the base each by itself: 1, those that a record compares, or the windows of
-            a long one.
-        input: what a record is, as `data.input`.
-        values: what each value of a record's vector stands for, with its range; empty for a text.
-        task_settings: the task's own settings, an instance of its class of them; null where it has none.
+        head: the head, for tasks that have one.
+        task: the name of the task, see `fedtune.tasks`.
+        labels: the declared labels, in order; empty for a task without labels.
+        target_range: the declared range of a numeric target; null for a task without one.
+        seed: the public seed of the adapters' initial values.
+        texts: the number of texts per record, each of which the base processes separately: 1, the number of compared
+            texts, or the number of windows of a long text.
+        input: the kind of input, as `data.input`.
+        values: the name and range of each value in a record's feature vector; empty for text.
+        task_settings: the task's own settings, an instance of its settings class; null for a task without settings.
     """
 
     model: ModelSpec

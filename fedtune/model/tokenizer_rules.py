@@ -1,8 +1,8 @@
-"""Rules for tokenizers: only known steps are allowed, which take linear time and lengthen a text only up to a limit.
+"""Rules for tokenizers: only known steps are allowed, which run in linear time and lengthen a text by a bounded factor.
 
-An attacker who may choose a regular expression, or a chain of rules that each lengthen a text, could pick words for
-which a tokenizer takes minutes, exhausts the memory or fails.  The mere answer of a site would then reveal whether one
-of its records contains those words.
+An attacker who can choose a regular expression, or a chain of rules that each lengthen a text, could select words for
+which a tokenizer takes minutes, exhausts the memory or fails.  A site's reply alone would then reveal whether one of
+its records contains these words.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from typing import Any
 from fedtune.spec import format_value
 
 _MOST_PARTS = 16
-_MOST_GROWTH = 300  # of characters behind the last step for one character of a text. ALBERT's steps come to 288.
-_MOST_REPLACED = 18  # characters that a SentencePiece table makes of one; what Unicode's own (NFKC) make of U+FDFA
+_MOST_GROWTH = 300  # maximum output characters of all steps per input character; ALBERT's steps reach 288
+_MOST_REPLACED = 18  # maximum replacement length in a SentencePiece table, the NFKC expansion of U+FDFA
 _MOST_PREPENDED, _MOST_SPECIAL, _MOST_PATTERN, _MOST_PIECE, _MOST_AFFIX = 4, 16, 64, 512, 16
 _MOST_WORD, _MOST_UNIGRAM = 200, 128
-"""Characters of a word that WordPiece looks at (BERT: 100), whose time grows with their cube, and of a piece of
-Unigram (usually 16), which tries that many at each character."""
+"""Maximum length of a word for WordPiece (BERT: 100), whose time grows with the cube of the length, and of a Unigram
+piece (usually 16), because Unigram tries that many pieces at each character.
+"""
 
 _NORMALIZERS = {
     "Strip": 1, "StripAccents": 1, "Nmt": 1, "Replace": 1, "Prepend": 1,
     "Lowercase": 2, "NFC": 3, "NFD": 4, "NFKC": 4, "NFKD": 4, "ByteLevel": 4, "BertNormalizer": 8, "Precompiled": 1,
 }  # fmt: skip
-"""Known steps, and the most characters that each makes of one.
+"""Known normalizers, and the maximum number of characters that each produces from one character.
 
-Replace and Precompiled are looked into.  NFKC and NFKD make 18 of a few rare ones, which count where an earlier step
-can put them into any text."""
+Replace and Precompiled are inspected separately.  NFKC and NFKD expand a few rare characters to 18, which count where
+an earlier step can insert them into any text.
+"""
 _COMPATIBLE = ("NFKC", "NFKD")
 _MOST_COMPATIBLE = 18
 
@@ -36,9 +38,11 @@ _PRE_TOKENIZERS = {
     "BertPreTokenizer": 1, "CharDelimiterSplit": 1, "Digits": 1, "Punctuation": 1, "Split": 1, "UnicodeScripts": 1,
     "Whitespace": 1, "WhitespaceSplit": 1, "Metaspace": 2, "ByteLevel": 5,
 }  # fmt: skip
-"""The same. A prefix goes before each piece, and a piece may be one character."""
+"""Known pre-tokenizers, with their maximum growth.  A prefix is added to each piece, and a piece may be a single
+character.
+"""
 
-_MODELS = frozenset({"BPE", "Unigram", "WordLevel", "WordPiece", None})  # old files name none
+_MODELS = frozenset({"BPE", "Unigram", "WordLevel", "WordPiece", None})  # None: old files have no type
 _POST_PROCESSORS = frozenset({"BertProcessing", "RobertaProcessing", "ByteLevel", "TemplateProcessing"})
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -73,25 +77,28 @@ PUBLISHED = frozenset(
         r"^▁+$",
     }
 )
-"""Regular expressions of published models.  Each finds its matches in linear time: where a repetition gives back what
-it took, it does so once for a stretch of text."""
+"""Regular expressions of published models.  Each matches in linear time: a repetition that backtracks does so once per
+stretch of text.
+"""
 
 _ESCAPED = r"\\(?:[sSdDwWnrt]|[pP]\{\^?[A-Z][a-z]?\}|[^\w\s])"
 _IN_CLASS = rf"(?:{_ESCAPED}|[^\\\[\]&^-])"
 _ATOM = rf"(?:\[\^?(?:{_IN_CLASS}(?:-{_IN_CLASS})?)+\]|{_ESCAPED}|\.|[^\\\[\](){{}}.^$|?*+])"
 _SIMPLE = re.compile(rf"(?:{_ATOM}\?)?{_ATOM}(?:\+|\{{(?P<least>[1-9]\d?)(?P<range>,(?P<most>\d\d?)?)?\}})?")
-"""One kind of character, once or often, and perhaps one character before it: no match is tried in two ways."""
+"""Pattern of one character class, possibly repeated and with an optional character before it, which never
+backtracks.
+"""
 
 
 class _Unknown(ValueError):
-    """The reason for refusing a tokenizer, as the end of a sentence about its file."""
+    """Reason for refusing a tokenizer, as the end of a sentence about its file."""
 
 
 def explain_tokenizer_refusal(fields: dict[str, Any]) -> str | None:
     """Return the reason for refusing a tokenizer.json, as the end of a sentence, or None if the file is acceptable.
 
-    Decoders are not checked, because they never process a record, and neither are the settings for padding and
-    truncation, because each call sets them anew.
+    Decoders are not checked, because they never process a record.  Settings for padding and truncation are not checked
+    either, because each call overrides them.
     """
     try:
         growth = _compute_max_growth(fields.get("normalizer"))
@@ -108,29 +115,27 @@ def explain_tokenizer_refusal(fields: dict[str, Any]) -> str | None:
         _check_pieces(token.get("content") for token in fields.get("added_tokens") or ())
     except _Unknown as error:
         return str(error)
-    # A field has another type than the library writes.
+    # A field has a type that the library never writes.
     except (AttributeError, KeyError, TypeError, ValueError):
         return "is not a tokenizer that fedtune can read"
     return None
 
 
 def quote(value: object) -> str:
-    """Shorten a value from a file for an error message, because such values can be long or contain unprintable
-    characters.
-    """
+    """Shorten a value from a file for an error message; such values can be long or contain unprintable characters."""
     text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else format_value(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _flatten_steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]:
-    """Flatten a part of a tokenizer into its steps; `inner` is the key under which a sequence stores its steps."""
+    """Flatten a part of a tokenizer into its steps; `inner` is the key of the steps of a sequence."""
     steps, waiting = [], [part] if part is not None else []
     while waiting:
         step = waiting.pop(0)
         if step["type"] == "Sequence":
             waiting = [*step[inner], *waiting]
         elif step["type"] not in known:
-            raise _Unknown(f"has a step {quote(step['type'])}, which fedtune does not know")
+            raise _Unknown(f"has the step {quote(step['type'])}, which fedtune does not support")
         else:
             steps.append(step)
         if len(steps) + len(waiting) > _MOST_PARTS:
@@ -139,7 +144,7 @@ def _flatten_steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]
 
 
 def _compute_max_growth(normalizer: Any) -> int:
-    """Return the maximum number of characters into which the normalizers can turn one character."""
+    """Return the maximum number of characters that the normalizers produce from one character."""
     growth, chosen = 1, False
     for step in _flatten_steps(normalizer, "normalizers", known=_NORMALIZERS):
         kind = step["type"]
@@ -147,9 +152,9 @@ def _compute_max_growth(normalizer: Any) -> int:
         if kind == "Replace":
             least, put = _compute_min_match_length(step["pattern"]), len(step["content"])
             if put > least:
-                raise _Unknown(f"replaces {least} characters by {put}, which makes a text longer")
+                raise _Unknown(f"replaces {least} characters by {put}, which lengthens a text")
         elif kind == "Prepend" and len(step["prepend"]) > _MOST_PREPENDED:
-            raise _Unknown(f"puts more than {_MOST_PREPENDED} characters before a text")
+            raise _Unknown(f"prepends more than {_MOST_PREPENDED} characters to a text")
         elif kind == "Precompiled":
             growth *= _find_longest_replacement(step.get("precompiled_charsmap") or "")
         chosen |= kind == "Precompiled" or not (step.get("content") or step.get("prepend") or "").isascii()
@@ -177,7 +182,7 @@ def _compute_min_match_length(pattern: Any) -> int:
     ((kind, text),) = pattern.items()
     if kind == "String" and 0 < len(text) <= _MOST_PATTERN:
         return len(text)
-    # Some files hold the line breaks themselves.
+    # Some files contain literal line breaks.
     text = text.replace("\r", r"\r").replace("\n", r"\n")
     if kind == "Regex" and text in PUBLISHED:
         return 1
@@ -201,10 +206,10 @@ def _check_template(step: dict[str, Any]) -> None:
 
 def _check_model(model: dict[str, Any]) -> None:
     if model.get("type") not in _MODELS:
-        raise _Unknown(f"has a model {quote(model['type'])}, which fedtune does not know")
-    # BPE-dropout would draw a record's tokens anew in each pass.
+        raise _Unknown(f"has the model {quote(model['type'])}, which fedtune does not support")
+    # BPE-dropout would change a record's tokens in each pass.
     if model.get("dropout"):
-        raise _Unknown(f"has dropout = {quote(model['dropout'])}, so the same text gives different tokens each time")
+        raise _Unknown(f"has dropout = {quote(model['dropout'])}, so a text has different tokens in each pass")
     if model.get("max_input_chars_per_word", 0) > _MOST_WORD:
         raise _Unknown(f"accepts words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
     vocabulary = model.get("vocab") or ()
@@ -213,7 +218,7 @@ def _check_model(model: dict[str, Any]) -> None:
     else:
         _check_pieces((piece for piece, _ in vocabulary), most=_MOST_UNIGRAM)
     affixes = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
-    _check_pieces(affixes, most=_MOST_AFFIX)  # one goes before each piece that WordPiece tries
+    _check_pieces(affixes, most=_MOST_AFFIX)  # WordPiece adds an affix to each candidate piece
 
 
 def _check_pieces(pieces: Any, *, most: int = _MOST_PIECE) -> None:

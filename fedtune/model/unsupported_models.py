@@ -1,6 +1,6 @@
-"""Refusals of model files that redirect loading, exhaust a machine's resources, or let examples influence each other.
+"""Refusals of model files that redirect loading, exhaust a machine's resources, or couple the examples of a batch.
 
-Each file is checked as the bytes that will be loaded, before a library parses them.  The allowed keys are listed,
+Each file is checked as the bytes that will be loaded, before a library parses them.  Only listed keys are allowed,
 because transformers accepts any other key as well and acts on some of them.
 """
 
@@ -18,35 +18,36 @@ from fedtune.model.tokenizer_rules import explain_tokenizer_refusal, quote
 from fedtune.spec import ConfigError
 
 OF_ANY_CONFIG = frozenset(
-    # Of every config, or of every older one.
+    # In every config, or in every older config.
     {"model_type", "_name_or_path", "_model_name_or_path", "torch_dtype", "num_labels", "output_attentions"}
     | {"attn_implementation", "finetuning_task", "gradient_checkpointing", "position_embedding_type", "prefix"}
     | {"tokenizer_class", "torchscript", "use_bfloat16", "transformers.js_config", "task_specific_params"}
     | {"sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id", "use_cache"}
     | {"tie_encoder_decoder", "output_past"}
-    # How to generate: transformers leaves these out.
+    # Generation settings, which transformers ignores here.
     | {"max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"}
     | {"temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"}
     | {"encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores"}
     | {"return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"}
     | {"exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"}
-    # Positions by rotation, which transformers makes `rope_parameters` of, and attention to the nearest tokens.
+    # Rotary embeddings, which transformers converts to `rope_parameters`, and sliding-window attention.
     | {"rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved", "partial_rotary_factor", "rotary_pct"}
     | {"rotary_emb_base", "rope_local_base_freq", "global_rope_theta", "local_rope_theta", "head_dim"}
     | {"sliding_window_pattern", "_sliding_window_pattern"}
-    # In well-known models, and read by no code.
+    # In well-known models, but not used by any code.
     | {"directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"}
     | {"pooler_size_per_head", "pooler_type", "n_ctx", "is_llama_config", "use_mrope", "tie_weights_"}
     | {"pretraining_tp", "feed_forward_length"}
-    # Of a backbone, which is another class than the one that is loaded.
+    # Settings of a backbone class, which is not loaded.
     | {"out_features", "out_indices", "stage_names"}
 )
-"""Keys of config.json that are taken beside those that an architecture's own config declares.  A list, since
-transformers makes an attribute of any other: with `attribute_map` an innocent key is read as `transformers_weights`,
-and `fusion_config` or `distributed_config` bring other code."""
+"""Allowed keys of config.json in addition to the keys that an architecture's own config declares.  An allowlist is
+needed, because transformers turns any other key into an attribute: through `attribute_map` a harmless key can be read
+as `transformers_weights`, and `fusion_config` or `distributed_config` load other code.
+"""
 
 WITHOUT_EFFECT = frozenset({"special_tokens_map_file", "tokenizer_file", "tokenizer_config_file", "added_tokens_file"})
-"""Old releases wrote where these lay. transformers puts the folder's own files in their places, always."""
+"""File locations written by old releases, which transformers always overrides with the folder's own files."""
 
 OF_TOKENIZER_CONFIG = WITHOUT_EFFECT | frozenset(
     {"add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "additional_special_tokens"}
@@ -60,35 +61,41 @@ OF_TOKENIZER_CONFIG = WITHOUT_EFFECT | frozenset(
     | {"truncation", "truncation_side", "truncation_strategy", "use_default_system_prompt", "use_fast", "verbose"}
     | {"vocab_size", "wordpieces_prefix"}
 )
-"""Keys of tokenizer_config.json, beside tokens such as `eos_token`: each is an argument of the library's tokenizer."""
+"""Allowed keys of tokenizer_config.json in addition to tokens such as `eos_token`; each is an argument of the library's
+tokenizer.
+"""
 
 OF_SPECIAL_TOKENS_MAP = frozenset(
     {f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
     | {"additional_special_tokens", "extra_special_tokens"}
 )
-"""Keys of special_tokens_map.json. transformers hands each of its keys to the tokenizer, after it has put the folder's
-own name in place: another one would name a folder or a repository to read, and say that a hub may be asked."""
+"""Allowed keys of special_tokens_map.json.  Transformers passes every key to the tokenizer and overrides the folder's
+own name, so another key could name a folder or a repository to read, and allow access to the hub.
+"""
 
 
 PRIVATE_TO = "private_to"
-"""In the settings of what was trained without noise on one site's records (`fedtune.lab.personalization`): the site.
+"""Key for the site in the settings of a model that was trained without noise on one site's records
+(`fedtune.lab.personalization`).
 """
 OWED = "fedtune_owed"
-"""In the config.json of an exported model: what its training owes to records (`fedtune.runs.environment`)."""
+"""Key in the config.json of an exported model for the privacy loss of its training (`fedtune.runs.environment`)."""
 PROCESSOR = "preprocessor_config.json"  # the settings of an image processor
 PROCESSOR_KIND = re.compile("(ViT|DeiT|Bit|Siglip)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)")
-"""What settings call a processor that is taken, whose class for PIL is that of the first part."""
+"""Class names of the supported image processors; the first group is the prefix of the class for PIL."""
 OF_PROCESSOR = frozenset(
     {"crop_size", "data_format", "default_to_square", "device", "disable_grouping", "do_center_crop", "do_convert_rgb"}
     | {"do_normalize", "do_pad", "do_rescale", "do_resize", "feature_extractor_type", "image_mean"}
     | {"image_processor_type", "image_std", "input_data_format", "pad_size", "processor_class", "resample"}
     | {"rescale_factor", "return_tensors", "size", "_valid_processor_keys"}
 )
-"""Keys of preprocessor_config.json: transformers makes an attribute of any other, a method's name among them."""
+"""Allowed keys of preprocessor_config.json; transformers turns any other key into an attribute, even the name of a
+method.
+"""
 _OF_EVERY_PROCESSOR = {"data_format": (None, "channels_first"), "do_pad": (None, False)} | dict.fromkeys(
     ("device", "input_data_format", "pad_size", "return_tensors"), (None,)
 )
-_MOST_SIDE = 1024  # of an image before its middle is cut out: how large it becomes decides about memory and time
+_MOST_SIDE = 1024  # maximum side of an image before the center crop, which determines memory and time
 
 _MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
 _MOST_BYTES |= {PROCESSOR: 1 << 20}
@@ -102,8 +109,9 @@ _REDIRECTING = frozenset(
     {"transformers_weights", "auto_map", "quantization_config", "custom_pipelines", "configuration_files"}
     | {"backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"}
 )
-"""Keys of config.json, at any depth, that make transformers read other files, ask a hub, run other code or change the
-weights."""
+"""Keys of config.json, at any depth, that make transformers read other files, contact a hub, run other code or change
+the weights.
+"""
 
 ENCODERS = frozenset({"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"})
 ARCHITECTURES = ENCODERS | frozenset(
@@ -111,34 +119,41 @@ ARCHITECTURES = ENCODERS | frozenset(
     | {"mistral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"}
     | {"vaultgemma"}
 )
-"""`model_type` of the models that are taken: dense transformers over text whose code, in transformers 5.23, computes
-each example of a batch without looking at the others.  A list, since weights can hide from any try what the rest of the
-library does: patches as many as the richest example has (BLT), experts that round by how many tokens reach them
-(GPT-OSS, every mixture of experts), a scale from the largest value of the batch (Nystromformer), a state kept from one
-batch to the next (RecurrentGemma).  Who adds one reads its `modeling_*.py` for such things first."""
+"""`model_type` of the supported models: dense text transformers whose code, in transformers 5.23, computes each example
+of a batch independently of the others.
+
+An allowlist is needed, because weights can hide the coupling in other architectures from any test: as many patches as
+the longest example has (BLT), experts whose rounding depends on their number of tokens (GPT-OSS, every mixture of
+experts), a scale from the largest value in the batch (Nystromformer), state carried from batch to batch
+(RecurrentGemma).  Before adding an architecture, read its `modeling_*.py` for such code.
+"""
 
 _KEYS_OF = {"gemma4_text": {"global_head_dim", "num_global_key_value_heads", "per_layer_config"}}
-"""Further keys of an architecture's config: for Gemma 4 the attention sizes of layers that differ from the others."""
+"""Additional config keys of an architecture: for Gemma 4 the attention sizes of layers that differ from the others."""
 _SIZES_OF_A_LAYER = {"head_dim", "num_key_value_heads"}
 _ATTENTION = (None, "eager", "sdpa")
-"""Implementations of attention.  Others are fetched from a hub as compiled code ("kernels-community/..."), or need
-packages that sites may lack."""
+"""Allowed attention implementations.  Others are downloaded from a hub as compiled code ("kernels-community/..."), or
+require packages that sites may lack.
+"""
 VISION = {"deit": 2, "dinov2": 1, "siglip_vision_model": 0, "vit": 1}
-"""`model_type` of the models of images that are taken, for the same reason, and how many places of their own stand
-before those of an image's patches."""
+"""`model_type` of the supported image models, selected by the same rule, and the number of special tokens before the
+patch tokens.
+"""
 _BATCH_NORM = frozenset({"efficientnet", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit", "regnet", "resnet"})
 
 STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"})
-"""Rope types whose frequencies follow from the config alone; transformers 5.23 has two more: "dynamic", "longrope"."""
+"""Rope types with frequencies that depend only on the config; transformers 5.23 has two others, "dynamic" and
+"longrope".
+"""
 
 
 def get_max_file_bytes(name: str) -> int:
-    """Return the maximum size, in bytes, of a file other than weights."""
+    """Return the maximum size in bytes of a model file other than weights."""
     return _MOST_BYTES.get(name, _MOST_BYTES_ELSE)
 
 
 def check_content(name: str, content: bytes, *, folder: str) -> None:
-    """Check the content of one of a model's files other than its weights.
+    """Check the content of a model file other than weights.
 
     Raises:
         ConfigError: for `model.path`; the message names the file and the reason.
@@ -160,9 +175,9 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
 
 
 def explain_config_refusal(fields: dict[str, Any]) -> str | None:
-    """Return the reason for refusing a config, as the end of a sentence, or None if the config is acceptable."""
+    """Return the reason for refusing a config.json, as the end of a sentence, or None if it is acceptable."""
     if (site := fields.get(PRIVATE_TO)) is not None:
-        return f"belongs to a model that is private to {quote(site)}, without a guarantee: no run may start from it"
+        return f"belongs to a model that is private to {quote(site)} and has no guarantee; start from another model"
     layers = 0
     for key, value in _iter_entries(fields):
         if key in _REDIRECTING and value is not None:
@@ -172,11 +187,11 @@ def explain_config_refusal(fields: dict[str, Any]) -> str | None:
         ):
             return f"has {key} = {quote(value)}, which can load code; leave it out"
         if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
-            return f"has {quote(key)} = {quote(value)}; nothing in a model is larger than {_LARGEST_INTEGER}"
+            return f"has {quote(key)} = {quote(value)}; the limit is {_LARGEST_INTEGER}"
         if type(value) is int and "layer" in key and "size" not in key and "dim" not in key:
             layers = max(layers, value)
     if layers > _MOST_LAYERS:
-        return f"describes {layers} layers, which is more than any model has"
+        return f"describes {layers} layers; the limit is {_MOST_LAYERS}"
     return (
         _explain_rope_refusal(fields) or _explain_architecture_refusal(fields) or _explain_unknown_key_refusal(fields)
     )
@@ -192,10 +207,10 @@ def _explain_architecture_refusal(fields: dict[str, Any]) -> str | None:
         None,
     )
     if inner is not None:
-        return f"has {quote(inner)}, a model within the model; only models of texts, or of images, are supported"
+        return f"has {quote(inner)}, a nested model; only text models and image models are supported"
     model_type = fields.get("model_type")
     if fields.get("enable_moe_block"):
-        return "has enable_moe_block: a mixture of experts rounds by how many tokens of the batch reach each expert"
+        return "has enable_moe_block; in a mixture of experts, rounding depends on the number of tokens per expert"
     if isinstance(model_type, str) and model_type in ARCHITECTURES | VISION.keys():
         return None
     if isinstance(model_type, str) and model_type in _BATCH_NORM:
@@ -208,7 +223,7 @@ def _explain_architecture_refusal(fields: dict[str, Any]) -> str | None:
 
 
 def _is_layer_table(key: str, value: dict[str, Any]) -> bool:
-    """Return True for Gemma 4's table of attention sizes by layer number, which holds no model."""
+    """Return True for Gemma 4's table of attention sizes by layer number, which does not contain a nested model."""
     return key == "per_layer_config" and all(
         isinstance(sizes, dict)
         and sizes.keys() <= _SIZES_OF_A_LAYER
@@ -230,14 +245,13 @@ def explain_rotary_refusal(rope_type: object) -> str | None:
 
 
 def _explain_unknown_key_refusal(fields: dict[str, Any]) -> str | None:
-    """Return the reason for refusing a key that is not a setting of this (known) architecture, or None."""
-    # Here, so that who reads settings does not wait for it.
+    """Return the reason for refusing a key that is not a setting of this (supported) architecture, or None."""
+    # Imported late, because reading settings should not wait for it.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     declared = {field.name for field in dataclasses.fields(CONFIG_MAPPING[fields["model_type"]])}
-    known = (
-        declared | _KEYS_OF.get(fields["model_type"], set()) | OF_ANY_CONFIG | {OWED} | _REDIRECTING
-    )  # of the last, null alone has come so far
+    # Redirecting keys were checked: their value is null.
+    known = declared | _KEYS_OF.get(fields["model_type"], set()) | OF_ANY_CONFIG | {OWED} | _REDIRECTING
     unknown = next((key for key in fields if key not in known), None)
     if unknown is None:
         return None
@@ -283,7 +297,7 @@ def _explain_special_tokens_refusal(fields: dict[str, Any]) -> str | None:
 def _explain_processor_refusal(fields: dict[str, Any]) -> str | None:
     named = [fields.get(key) for key in ("image_processor_type", "feature_extractor_type") if fields.get(key)]
     if not named or not all(isinstance(one, str) and PROCESSOR_KIND.fullmatch(one) for one in named):
-        return f"has image_processor_type {quote(named)}; supported are those of ViT, DeiT, Bit (DINOv2) and Siglip"
+        return f"has image_processor_type {quote(named)}; supported types: ViT, DeiT, Bit (DINOv2) and Siglip"
     for key, value in fields.items():
         if key not in OF_PROCESSOR or value not in _OF_EVERY_PROCESSOR.get(key, (value,)):
             return f"has {quote(key)} = {quote(value)}, an unknown image processor setting; leave it out"
@@ -292,7 +306,7 @@ def _explain_processor_refusal(fields: dict[str, Any]) -> str | None:
             return f"has {key} = {quote(value)}; each side must be a whole number of at most {_MOST_SIDE}"
         three = isinstance(value, list) and len(value) == 3 and all(type(one) in (int, float) for one in value)
         if key in ("image_mean", "image_std") and not (three and (key == "image_mean" or all(value))):
-            return f"has {key} = {quote(value)}; it must be three numbers, one per color, and no deviation of 0"
+            return f"has {key} = {quote(value)}; it must be three numbers, one per channel, and no deviation of 0"
     return None
 
 
@@ -311,7 +325,7 @@ def _is_token(value: Any) -> bool:
 
 
 class _NotPlain(ValueError):
-    """JSON with duplicate keys, numbers that are not finite, or too deep nesting."""
+    """Error for JSON with duplicate keys, non-finite numbers or too deep nesting."""
 
 
 def _parse_json(content: bytes) -> Any:
@@ -325,7 +339,7 @@ def _parse_json(content: bytes) -> Any:
 
     def parse_finite(text: str) -> float:
         if not math.isfinite(value := float(text)):
-            raise _NotPlain(f"holds {text[:20]}, which is not a finite number")
+            raise _NotPlain(f"contains {text[:20]}, which is not a finite number")
         return value
 
     text = content.decode("utf-8")
@@ -341,7 +355,7 @@ def _parse_json(content: bytes) -> Any:
 
 
 def _iter_entries(fields: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every key and value at any depth; a list's items count under the key of the list."""
+    """Yield every key and value at any depth; items of a list have the key of the list."""
     for key, value in fields.items():
         yield key, value
         for part in value if isinstance(value, list) else (value,):

@@ -1,4 +1,4 @@
-"""Tiny models and batches that every test of the model layer uses."""
+"""Tiny models and batches for all tests of the model layer."""
 
 import shutil
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def folder(clean: Path, tmp_path: Path) -> Path:
 def is_same_beside_others(
     product: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, *, threads: int, fewest: int = 2
 ) -> bool:
-    """Whether each row's product has the same bits in every number of rows."""
+    """Whether each row's product is bit-identical for every number of rows."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -63,7 +63,7 @@ def is_same_beside_others(
 def multiply_both_ways(
     layer: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, direction: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product, and the gradient of what came in."""
+    """Return the product and the gradient of its input."""
     values = values.clone().requires_grad_()
     found = layer(values)
     return found.detach(), torch.autograd.grad(found, values, direction)[0]
@@ -72,12 +72,12 @@ def multiply_both_ways(
 def multiply_backwards(
     layer: Callable[[torch.Tensor], torch.Tensor], size: int, gradients: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of what came in, of values of this size and the gradients' format."""
+    """Return the gradient of an input of this size, in the dtype of the output gradients."""
     return multiply_both_ways(layer, torch.zeros(len(gradients), size, dtype=gradients.dtype), gradients)[1]
 
 
 def multiply_exactly(layer: Any, values: torch.Tensor, direction: torch.Tensor, *, transposed: bool) -> Any:
-    """The same in float64, of a layer's weight and bias."""
+    """Return the product and the input's gradient in float64, for a layer's weight and bias."""
     weight = layer.weight.detach().double()
     bias = None if layer.bias is None else layer.bias.detach().double()
     linear = partial(nn.functional.linear, weight=weight.t() if transposed else weight, bias=bias)
@@ -85,7 +85,7 @@ def multiply_exactly(layer: Any, values: torch.Tensor, direction: torch.Tensor, 
 
 
 def cut_example(batch: Batch, place: int) -> Batch:
-    """An example alone, without padding but what its own texts need."""
+    """Return a single example, with padding only between its own texts."""
     rows = slice(place * batch.texts, (place + 1) * batch.texts)
     length = int(batch.attention_mask[rows].sum(dim=1).max())
     targets = batch.targets[place : place + 1]
@@ -105,7 +105,7 @@ def make_trained(*given: Any, **changes: Any) -> TaskModel:
 
 
 def make_batch(task: str) -> Batch:
-    """Four examples of different lengths; the last causal one has no supervised token."""
+    """Make four examples of different lengths; the last causal example has no supervised token."""
     spec, draws = make_spec(task=task), np.random.default_rng(8)
     ids = tuple(draws.integers(5, 200, size=size).astype(np.int32) for size in (7, 3, 5, 4) * spec.texts)
     targets = TASKS[spec.task].dummy_targets(ids, spec=spec, draws=draws, first=lambda length: 2)

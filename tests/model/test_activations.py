@@ -1,4 +1,4 @@
-"""An activation's value for a row is the same bits wherever the row stands."""
+"""Row-wise activations are bit-identical at every position of a row."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def has_moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether some row's bits are not those that it has by itself."""
+    """Whether any row's bits differ from those of the row alone."""
     draws = torch.Generator().manual_seed(3)
     row, slope = (3 * torch.randn(1, *shape, generator=draws) for _ in range(2))
     alone = multiply_both_ways(activation, row, slope)
@@ -61,7 +61,7 @@ def test_every_activation_of_a_loaded_model_is_row_by_row() -> None:
 
 
 def test_narrow_sigmoid_model_computes_rows_independently() -> None:
-    """The shape of the model by which a review moved a sum by 74 clip norms."""
+    """With a model of this shape, a review moved a sum by 74 clip norms."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 2}
     torch.manual_seed(5)
     config = BertConfig(vocab_size=99, hidden_act="sigmoid", max_position_embeddings=64, pad_token_id=0, **shape)

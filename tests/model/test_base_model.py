@@ -1,4 +1,4 @@
-"""Loading the base: where it lies, what its hash is, and what a person is told when it cannot be had."""
+"""Loading of base models: location, hash, and error messages."""
 
 import dataclasses
 import hashlib
@@ -104,7 +104,7 @@ def test_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[st
 
 @pytest.fixture
 def quantized_model(tmp_path: Path) -> Path:
-    """A tiny llama in four bits a weight, with its tokenizer of one token a byte, and one of two."""
+    """A tiny four-bit llama, with a tokenizer of one token per byte and one token of two bytes."""
     gguf = pytest.importorskip("gguf")
     base = build_tiny_base("random:llama", predicts_tokens=True)
     tokens = base_model.build_tiny_tokenizer("random:llama").get_vocab()

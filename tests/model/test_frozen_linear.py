@@ -1,4 +1,4 @@
-"""Products with frozen weights: what torch computes but for rounding, and the same beside any other rows."""
+"""Products with frozen weights match torch up to rounding, and rows are independent."""
 
 import platform
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""Model folders that somebody prepared: each is refused with its reason, or what was added to it is never read."""
+"""Hostile model folders are refused with a reason, and additional files are never read."""
 
 import json
 import os
@@ -33,7 +33,7 @@ CASES |= {
 
 
 def set_json_fields(folder: Path, name: str, **changes: Any) -> None:
-    """Set fields of a JSON file, which is made where there is none."""
+    """Set fields of a JSON file, creating the file if needed."""
     file = folder / name
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
 
@@ -139,7 +139,7 @@ def fits(folder: Path) -> None:
 )
 def test_token_beyond_the_embedding_is_refused(folder: Path, change: Callable[[Path], None]) -> None:
     change(folder)
-    with pytest.raises(ConfigError, match=r"gives ids up to \d+, and its embedding has 261 rows") as caught:
+    with pytest.raises(ConfigError, match=r"has ids up to \d+, but its embedding has only 261 rows") as caught:
         fits(folder)
     assert caught.value.key == "model.path"
 
@@ -191,7 +191,7 @@ def test_static_rope_types_are_accepted(tmp_path: Path, rope: dict[str, Any]) ->
 
 
 def test_rope_type_depending_on_batch_length_is_refused() -> None:
-    """Phi-3 takes the old name "yarn" for longrope: what counts is what was built."""
+    """Phi-3 accepts the old name "yarn" for longrope, so the check inspects the built model."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     settings = {"original_max_position_embeddings": 8, "max_position_embeddings": 16, "pad_token_id": 0}
     base = make_tiny_base(Phi3Model, Phi3Config, rope_parameters=rope, **settings)

@@ -1,4 +1,4 @@
-"""LoRA, IA3 and DoRA: which tensors train, where they start, and what PEFT makes of them."""
+"""LoRA, IA3 and DoRA: trained tensors, initial values, and compatibility with PEFT."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def test_zero_adapter_leaves_outputs_bitwise_unchanged(path: str, dtype: Any, ki
 
 
 def adapt_query(**lora: Any) -> tuple[TaskModel, Any]:
-    """A model of which one module is adapted, and that module."""
+    """Return a model with a single adapted module, and that module."""
     model = build_task_model(make_spec(lora=LoraSpec(target_modules=("query",), layers=(0,), **lora)))
     return model, next(one for name, one in model.named_modules() if name.endswith("layer.0.attention.self.query"))
 
@@ -120,9 +120,7 @@ def test_dora_refuses_weights_with_a_zero_row() -> None:
     base = load_base(ModelSpec(path="random:bert"))
     with torch.no_grad():
         base.get_parameter("encoder.layer.1.output.dense.weight")[3] = 0
-    with pytest.raises(
-        ConfigError, match=r"lora\.kind = 'dora': cannot scale .*layer\.1\.output\.dense: .*row of zeros"
-    ):
+    with pytest.raises(ConfigError, match=r"lora\.kind = 'dora': .*layer\.1\.output\.dense: .*row of zeros"):
         attach_adapters(base, spec=LoraSpec(kind="dora", rank=2), predicts_tokens=False, seed=0)
 
 
@@ -159,7 +157,7 @@ def test_all_linear_selects_modules_only_within_the_chosen_layers(path: str, tas
 
 @snapshots.parametrize_mistakes("mistakes-lora")
 def test_invalid_lora_targets_and_ranks_are_refused(typed: str) -> None:
-    """Before memory is taken: a rank of a million took 21 GB, and the machine ended the process."""
+    """Ranks are checked before allocation, because a rank of a million took 21 GB and the process was killed."""
     with pytest.raises(ConfigError) as error:
         build_task_model(make_spec(lora=LoraSpec(**json.loads(typed))))
     snapshots.check_message("mistakes-lora", typed, str(error.value))

@@ -1,4 +1,4 @@
-"""The output layer runs at the places that learn a token, and whole where a base changes its scores afterwards."""
+"""The output layer runs only at target positions, unless the base changes its scores afterwards."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Settings refuse what cannot work, and import without torch."""
+"""Invalid model settings are refused, and the settings import without torch."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tokenizers as published models have them are accepted; those that one text can break are refused with a reason."""
+"""Published tokenizers are accepted, and tokenizers that a text can break are refused with a reason."""
 
 import base64
 import json
@@ -128,7 +128,7 @@ HARD = {
 
 @pytest.mark.parametrize("text", HARD)
 def test_published_patterns_are_fast_on_adversarial_text(text: str) -> None:
-    """A pattern that starts anew at each character takes a second and more: " +▁" on the spaces does."""
+    """A pattern that restarts at each character takes more than a second, such as " +▁" on spaces."""
     for pattern in PUBLISHED:
         start = time.process_time()
         pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(HARD[text])
@@ -146,7 +146,7 @@ def test_padding_and_truncation_in_tokenizer_files_are_ignored(folder: Path) -> 
 
 
 def test_rules_of_older_tokenizer_files_are_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no tokenizer.json, the library makes the rules: nobody else has read them."""
+    """Without a tokenizer.json, the library derives the rules, which no earlier check has seen."""
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a")))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')

@@ -1,4 +1,4 @@
-"""Models of images and the processors beside them: pinned together, of transformers' kind for PIL, and no others."""
+"""Image models and their processors: pinned together, and limited to transformers' PIL processors."""
 
 import hashlib
 import json
@@ -53,9 +53,9 @@ def test_image_embeddings_match_transformers(kind: str, tmp_path: Path) -> None:
     spec = ModelSpec(path=str(folder))
     model = build_task_model(make_task_spec(spec))
     reader = ImageReader(*load_processor(spec))
-    assert len(reader.nothing()) == MODELS[kind][2]
+    assert len(reader.make_blank()) == MODELS[kind][2]
     image = make_picture(size=(31, 20))
-    rows = torch.from_numpy(reader.patches(image))[None]
+    rows = torch.from_numpy(reader.cut_patches(image))[None]
     found = get_input("image").embed_rows(model.base, rows, torch.ones(rows.shape[:2]))
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     hidden = AutoModel.from_pretrained(folder)(**processor(images=image, return_tensors="pt")).last_hidden_state
@@ -74,13 +74,13 @@ def test_model_digest_covers_the_image_processor(folder: Path) -> None:
     load_processor(spec)
     change(folder, image_mean=[0.5, 0.5, 0.25])
     for load in (lambda: load_processor(spec), lambda: load_base(spec, images=True)):
-        with pytest.raises(ConfigError, match="is not the hash of"):
+        with pytest.raises(ConfigError, match="does not match"):
             load()
 
 
 def test_older_image_processor_names_are_recognized(folder: Path) -> None:
     def read_pixels() -> Any:
-        return ImageReader(*load_processor(ModelSpec(path=str(folder)))).pixels(make_picture())
+        return ImageReader(*load_processor(ModelSpec(path=str(folder)))).preprocess(make_picture())
 
     new = read_pixels()
     change(folder, image_processor_type="gone", feature_extractor_type="ViTFeatureExtractor")
@@ -101,7 +101,7 @@ def test_vision_model_must_match_its_processor_and_mix_no_images(folder: Path, t
         build_task_model(make_task_spec(ModelSpec(path=str(folder))))
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text("{}")
-    assert "must have preprocessor_config.json" in read_refusal(folder)
+    assert "lacks preprocessor_config.json" in read_refusal(folder)
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path / "mixes")
     assert "has model_type resnet, which has BatchNorm and so mixes the examples of a batch" in read_refusal(
         tmp_path / "mixes"
