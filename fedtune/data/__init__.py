@@ -1,4 +1,4 @@
-"""Reading, partitioning, tokenizing and collating records, each record independently of the others.
+"""Reading, partitioning, tokenizing and batching of records, each record independently of the others.
 
 Whether a record is used, held out or assigned to a site, and how it is tokenized, depends only on that record (or its
 user) and on public settings, so no record can change the treatment of another.

@@ -1,4 +1,4 @@
-"""Unusable rows, counted by reason; no content of a record is stored or reported."""
+"""Counts of unusable rows by reason, without any content of a record."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from fedtune.formatting import pluralize
 from fedtune.spec import DataError
 
-MUCH = 0.1  # of a file's rows: if a larger share cannot be used, a setting or the file is likely wrong
-_MOST_REASONS, _MOST_LINES = 3, 5  # shown of them in a message
+MUCH = 0.1  # share of a file's rows; if more are unusable, a setting or the file is probably wrong
+_MOST_REASONS, _MOST_LINES = 3, 5  # maximum numbers in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedRows:
-    """The number of rows in data files, and the number of unusable rows by reason."""
+    """Total number of rows in data files, and the number of unusable rows by reason."""
 
-    rows: int = 0  # that the files have in all
-    # how many cannot be used, by what a run needs of a row, most first
+    rows: int = 0  # total number of rows in the files
+    # reason -> number of unusable rows, most frequent first
     reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -34,9 +34,7 @@ class SkippedRows:
         return SkippedRows(rows=self.rows + other.rows, reasons=dict(reasons.most_common()))
 
     def __str__(self) -> str:
-        """Format as `30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 must be there (role
-        label)`.
-        """
+        """Format the counts: `30 of 900 rows (3.3 %) cannot be used: 20 must not be blank (role text); 10 ...`."""
         rows = f"{self.count:,} of {pluralize(self.rows, 'row')} ({100 * self.count / max(1, self.rows):.1f} %)"
         said = f"A LARGE PART, {rows}," if self.exceeds_threshold else rows
         return f"{said} cannot be used: {_format_reasons(self.reasons)}"
@@ -46,7 +44,7 @@ NONE_LEFT_OUT = SkippedRows()
 
 
 class Faults:
-    """A counter of unusable rows, filled while a file is read."""
+    """Counter of unusable rows, filled while a file is read."""
 
     def __init__(self) -> None:
         self._first: DataError | None = None
@@ -58,18 +56,19 @@ class Faults:
 
     def add(self, error: DataError, line: int) -> None:
         self._first = self._first or error
-        # What stands behind a semicolon is advice, and may go by the row.
+        # The part after a semicolon is advice, which may differ from row to row.
         self._reasons[error.bound.partition("; ")[0]] += 1
         if len(self._lines) < _MOST_LINES and line not in self._lines:
             self._lines.append(line)
 
     def summarize(self, *, used: int) -> SkippedRows:
-        """Return the counts so far; `used` is the number of usable rows."""
+        """Return the counts; `used` is the number of usable rows."""
         return SkippedRows(rows=used + self._reasons.total(), reasons=dict(self._reasons.most_common()))
 
     def raise_if_any(self) -> None:
-        """Raise a DataError if any row is unusable: about the first one, with the total, the first line numbers and the
-        reasons.
+        """Raise a DataError if any row is unusable.
+
+        The error describes the first unusable row, and lists the total, the first line numbers and the reasons.
         """
         if self._first is None:
             return

@@ -1,4 +1,4 @@
-"""Padded batches of tokenized examples, and the cutting of a data set into micro-batches for scoring."""
+"""Padded batches of tokenized examples, and micro-batches of a data set for scoring."""
 
 from __future__ import annotations
 
@@ -23,27 +23,25 @@ Computed = TypeVar("Computed")
 class Batch:
     """Examples padded on the right to t tokens; empty rows come last, each with one attended token.
 
-    A row holds one text.  An example of several texts has one row for each, in order, but one loss and one gradient, so
-    a missing example leaves that many rows empty.
+    A row holds one text.  An example with several texts has one row per text, in order, but one loss and one gradient,
+    so a missing example leaves as many rows empty as it has texts.
     """
 
-    # (n, t) int64; or (n, t, w) float32: of a vector, which takes one place, or of an image's patches
+    # (n, t) int64 token ids; or (n, t, w) float32: feature vectors (t = 1) or image patches
     input_ids: torch.Tensor
     attention_mask: torch.Tensor  # (n, t) int64, 1 for a token and 0 for padding
     # (n / texts, ...) one per example, such as its int64 class; or (n, t) int64, one per token, `UNSUPERVISED`
     # for padding
     targets: torch.Tensor
-    # (n, t, h) cached output of the model's frozen first layers for these texts; all zero for a text that they
-    # cannot compute
+    # (n, t, h) cached output of the model's frozen first layers for these texts; all zero if it cannot be computed
     prefix: torch.Tensor | None = None
-    # (n / texts, ...) cached output of the base without adapters for these examples; NaN for one that it cannot
-    # compute
+    # (n / texts, ...) cached output of the base without adapters for these examples; NaN if it cannot be computed
     reference: torch.Tensor | None = None
-    empty_rows: int = 0  # rows without an example: they fill a fixed shape, and have no loss
+    empty_rows: int = 0  # rows without an example, which fill a fixed shape and have no loss
     texts: int = 1  # texts per example
 
     def __len__(self) -> int:
-        """Return the number of examples, without the empty rows."""
+        """Return the number of examples, without empty rows."""
         return (len(self.input_ids) - self.empty_rows) // self.texts
 
     def to(self, device: torch.device | str) -> Batch:
@@ -59,18 +57,24 @@ def collate(
     pad_id: int,
     shape: tuple[int, int] | None = None,
 ) -> Batch:
-    """Pad the chosen examples into one batch.
+    """Pad the selected examples into one batch.
 
     Padding is determined by each example's length, never by `pad_id`, which in many chat models is also the end-of-text
-    token.  Empty `indices` give a batch of shape (0, 1) with the same dtypes.  `shape` is the number of examples and
-    tokens for which the batch has room, at least the required numbers; None: exactly the required numbers.
+    token.  Empty `indices` give a batch of shape (0, 1) with the same dtypes.
+
+    Args:
+        dataset: the tokenized examples.
+        indices: the indices of the examples, in the order of the rows.
+        pad_id: the token id for padding.
+        shape: the numbers of examples and tokens of the batch, at least the required numbers; None uses the required
+            numbers.
     """
     chosen = np.asarray(indices, dtype=np.int64)
     lengths = dataset.text_lengths[chosen].ravel()
     room, num_tokens = shape or (len(chosen), lengths.max(initial=1))
     empty = room - len(chosen)
     filled = np.append(lengths, np.ones(empty * dataset.texts, dtype=lengths.dtype))
-    # An empty row attends to one token, since attention over none would divide zero by zero.
+    # An empty row attends to one token, because attention over zero tokens would divide zero by zero.
     attended = np.arange(num_tokens) < filled[:, None]  # (n, t)
 
     def pad_rows(rows: Sequence[NDArray[Any]], fill: int) -> torch.Tensor:
@@ -91,7 +95,7 @@ def collate(
 
 
 def isolate_example(batch: Batch, place: int | None) -> Batch:
-    """Return a batch of the same shape that contains one example, in its first row, or no example at all."""
+    """Return a batch of the same shape with the example at `place` in its first row, or without any example."""
     num_rows, taken = len(batch.input_ids), 0 if place is None else 1
 
     def select_example(values: torch.Tensor) -> torch.Tensor:
@@ -110,15 +114,15 @@ def isolate_example(batch: Batch, place: int | None) -> Batch:
 def compute_each_alone(
     compute: Callable[[Batch], Computed], batch: Batch
 ) -> tuple[Computed, Iterator[Computed | None]]:
-    """Recompute a failed batch one example at a time, in the shape of the batch, after a trial without any example.
+    """Recompute a failed batch one example at a time in the batch's shape, after a trial without examples.
 
-    An example that cannot be computed yields None and does not affect the others.  If the machine is at fault, and not
-    an example, the computation without examples fails too, and its error is raised.  All tokens of its rows have a
+    An example that cannot be computed yields None and does not affect the others.  If the machine fails, as opposed to
+    an example, the trial without examples fails too, and its error is raised.  All tokens of the trial's rows have a
     target, so it needs as much memory as any example (`isolate_example`).  The result of an example is in the first
     row.
 
     Returns:
-        The result without examples, and an iterator over the result of each example.
+        The result without examples, and an iterator over the results of the examples.
     """
     return compute(isolate_example(batch, None)), (
         _try_compute(compute, isolate_example(batch, row)) for row in range(len(batch))
@@ -139,12 +143,12 @@ def cut_micro_batches(
 ) -> list[NDArray[np.int64]]:
     """Cut examples into micro-batches of similar lengths for scoring, with a limit on padded tokens.
 
-    Training uses `fedtune.data.shapes` instead.  Every index is returned exactly once: cutting changes what is computed
-    together, never what is sampled.  Sorting by length keeps padding to a few percent.  An example longer than the
-    limit gets a micro-batch of its own; an empty logical batch gives no micro-batch.  `lengths` covers the whole data
-    set.
+    Training uses `fedtune.data.shapes` instead.  Every index is returned exactly once: the cut determines which
+    examples are computed together, never which are sampled.  Sorting by length keeps padding to a few percent.  An
+    example longer than the limit gets its own micro-batch; an empty logical batch gives no micro-batch.  `lengths`
+    covers the whole data set.
 
-    >>> micro_batches([0, 1, 2, 3], np.array([5, 1, 2, 6]), max_tokens=6)
+    >> cut_micro_batches([0, 1, 2, 3], np.array([5, 1, 2, 6]), max_tokens=6)
     [array([1, 2]), array([0]), array([3])]
     """
     chosen = np.asarray(indices, dtype=np.int64)

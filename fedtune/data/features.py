@@ -1,8 +1,8 @@
-"""Columns of numbers and categories as a feature vector per record, scaled only by declared ranges.
+"""Feature vectors from columns of numbers and categories, scaled only by declared ranges.
 
 A vector's norm is at most 1: each number is scaled to [-1, 1] by its declared range, each category is one-hot, and the
 vector is divided by the square root of the number of numbers and categories.  No value of a record changes the vector
-of another.
+of another record.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from fedtune.data.values import FEATURE, NO_NAME, normalize_category, parse_numb
 from fedtune.formatting import pluralize
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most, spec
 
-MOST_VALUES = 65_536  # of a vector: a record keeps four bytes for each, and a step as many for each trained on it
-_MOST_NAMES = 10_000  # worked through for each record, or at each site, before it has answered
+MOST_VALUES = 65_536  # maximum vector length; each value takes four bytes per record, and again in a step
+_MOST_NAMES = 10_000  # limit on names, which are processed for each record or at each site before its reply
 _LARGEST, _LEAST_WIDTH, _LEAST_SHARE = 1e12, 1e-6, 2.5e-4
-"""Of a range; the width is also a share of its largest number, so that a number in float32, which has seven digits, and
-as which an exported graph takes it, is scaled to within 0.001."""
+"""Limits on a range: the largest number, the minimum width, and the minimum width as a share of the largest number.
+With them a number in float32, the format of an exported graph with seven digits, is scaled to within 0.001.
+"""
 
 
 @spec
 class FeatureSpec:
-    """Columns of the data files that become values of the feature vector, all encoded in the same way.
+    """Columns of the data files that become values of the feature vector, all with the same encoding.
 
     Ranges and categories are public.  They must come from domain knowledge, never from the records.
 
@@ -40,7 +41,7 @@ class FeatureSpec:
         range: the smallest and the largest number; values outside are clipped; null: categories.
         categories: the declared values of a categorical column; every other value is encoded as "other".
         size: the length of the list in each row, for a column of lists; null: a single number.
-        missing: how a row without a value is treated: "unusable" (the record cannot be used), or "indicator" (the
+        missing: the treatment of a row without a value: "unusable" (the record cannot be used), or "indicator" (the
             middle of the range, or no category, and a 1 in an additional indicator value).
     """
 
@@ -54,7 +55,7 @@ class FeatureSpec:
         check_names("columns", self.columns)
         check_names("categories", self.categories)
         for name in self.categories:
-            if name != normalize_category(name):  # no value would be it
+            if name != normalize_category(name):  # no value would match it
                 raise ConfigError("categories", name, f"must be written as {normalize_category(name)}")
         if not self.columns:
             raise ConfigError("columns", self.columns, "must name at least one column")
@@ -71,7 +72,7 @@ class FeatureSpec:
 
     @property
     def num_numbers(self) -> int:
-        """The number of values or categories per row: an upper bound on the squared norm before scaling."""
+        """Number of values or categories per row: an upper bound on the squared norm before scaling."""
         return len(self.columns) * (self.size or 1)
 
     @property
@@ -97,17 +98,18 @@ class FeatureSpec:
         """Parse one column's field of a record: numbers, or the index of a category; NaN if the value is missing.
 
         Raises:
-            DataError: the field is not as declared, or is missing although `missing` is "unusable".
+            DataError: the field does not match its declaration, or is missing although `missing` is "unusable".
         """
         if not text or (text in NO_NAME and text not in self.categories):
             if self.missing == "unusable":
-                raise DataError(at, "nothing", "must have a value, or missing = indicator in data.features")
+                raise DataError(at, "nothing", "must have a value (or set missing = indicator in data.features)")
             return [math.nan] * (self.size or 1)
         if self.categories:
             return [float(self.categories.index(text) if text in self.categories else len(self.categories))]
         numbers = [float(read_number(text, at, role="feature"))] if self.size is None else parse_numbers(text, at)
         if len(numbers) != (self.size or 1):
-            raise DataError(at, pluralize(len(numbers), "number"), f"must be {self.size or 1}, as data.features says")
+            bound = f"must be {self.size or 1}, the size in data.features"
+            raise DataError(at, pluralize(len(numbers), "number"), bound)
         return numbers
 
     def encode_field(self, text: str, *, at: str) -> NDArray[np.float64]:
@@ -127,7 +129,9 @@ class FeatureSpec:
         return found
 
     def describe_oddity(self, text: str) -> str | None:
-        """Describe an unusual but usable field as "missing", "not declared" or "beyond its range", or return None."""
+        """Describe an unusual but usable field as "missing", "not declared" or "beyond its range"; None for a usual
+        field.
+        """
         raw = self.parse_field(text, at="")
         if math.isnan(raw[0]):
             return "missing"
@@ -139,17 +143,17 @@ class FeatureSpec:
         """Generate a random field; `draw(n)` returns a random integer below n."""
         if self.categories:
             return self.categories[draw(len(self.categories))]
-        assert self.range is not None, "as in the settings"
+        assert self.range is not None, "checked in the settings"
         low, high = self.range
         numbers = [low + (high - low) * int(draw(1001)) / 1000 for _ in range(self.size or 1)]
         return repr(numbers[0]) if self.size is None else json.dumps(numbers)
 
 
 def encode_features(record: Record, features: Sequence[FeatureSpec]) -> NDArray[np.float32]:
-    """Encode a record's features as one vector, of the features' total width.
+    """Encode a record's features as one float32 vector.
 
     Raises:
-        DataError: a column is not as declared.
+        DataError: a column does not match its declaration.
     """
     found = [
         one.encode_field(record.fields[FEATURE + column], at=record.at(FEATURE + column))
@@ -160,7 +164,7 @@ def encode_features(record: Record, features: Sequence[FeatureSpec]) -> NDArray[
 
 
 def check_range(key: str, bounds: tuple[float, float]) -> None:
-    """Require a range of two numbers in ascending order that is not too narrow, because features are divided by its
+    """Require a range of two ascending numbers that are not too close, because features are divided by the range's
     width.
 
     Raises:
@@ -170,8 +174,8 @@ def check_range(key: str, bounds: tuple[float, float]) -> None:
     largest = max(abs(low), abs(high))
     if not (largest <= _LARGEST and high - low >= max(_LEAST_WIDTH, _LEAST_SHARE * largest)):
         bound = (
-            f"must be two numbers of at most {_LARGEST:g}, the lower one first, at least {_LEAST_WIDTH:g} and a "
-            f"{1 / _LEAST_SHARE:.0f}th of the larger one apart: measure from a nearer origin, as in seconds since a day"
+            f"must be two ascending numbers of at most {_LARGEST:g} that differ by at least {_LEAST_WIDTH:g} and by a "
+            f"{1 / _LEAST_SHARE:.0f}th of the larger one; use a closer origin, such as seconds since the start of a day"
         )
         raise ConfigError(key, list(bounds), bound)
 
@@ -186,12 +190,12 @@ def check_names(key: str, names: Sequence[str]) -> None:
         raise ConfigError(key, f"{len(names)} {key}", f"must be at most {_MOST_NAMES}")
     for name, times in Counter(names).items():
         if not name or name != name.strip():
-            raise ConfigError(key, name, "must not be blank or have spaces around it")
+            raise ConfigError(key, name, "must not be blank or have surrounding spaces")
         if times > 1:
             raise ConfigError(key, name, "is declared twice")
 
 
 def map_feature_columns(features: Sequence[FeatureSpec], named: Mapping[str, str]) -> dict[str, str]:
-    """Map the role of every feature to its column; `named` overrides the names of columns."""
+    """Map each feature's role to its column; `named` overrides column names."""
     roles = (FEATURE + column for one in features for column in one.columns)
     return {role: named.get(role, role.removeprefix(FEATURE)) for role in roles}

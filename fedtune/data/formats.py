@@ -1,4 +1,5 @@
-"""Rows of data files in all supported formats; each row is parsed separately, so that an unusable row affects no other.
+"""Reading of rows from all supported file formats; each row is parsed separately, so an unusable row affects no other
+row.
 
 Error messages name file, line and column but never quote the content of a row, because messages end up in logs.
 """
@@ -36,41 +37,43 @@ from fedtune.spec import NOT_GIVEN, DataError, check_name
 SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc (optionally with .gz), or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
-_OF_A_SET = (_STATE, _SPLITS, "*.arrow", "*.parquet")
-"""Files of a folder that is a set of Hugging Face's, or meant to be one; any other folder is brat's."""
+_SAVED_SET_FILES = (_STATE, _SPLITS, "*.arrow", "*.parquet")
+"""Files that identify a saved Hugging Face data set, complete or not; any other folder is brat's."""
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
 _IN_LINES = dict.fromkeys((".conll", ".bio", ".iob"), span_formats.parse_conll_sentence) | {
-    ".pubtator": span_formats.document
+    ".pubtator": span_formats.parse_pubtator
 }
 _BIOC, _BRAT, _CLASSES = (".bioc", ".biocjson"), "brat", "classes"
 OF_RECORDS = frozenset({".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".json", ".ann"})
-"""Endings of files with records, beside which images are no records of their own."""
-_BATCH_ROWS = 256  # of Parquet, in memory at once
+"""Suffixes of files with records; images next to such files are not records of their own."""
+_BATCH_ROWS = 256  # rows of a Parquet file in memory
 
 
 def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: bool = False) -> RawRows:
     """Yield (position, row) for each row of a file; an unusable row is replaced by a DataError that describes it.
 
-    Text is UTF-8, with or without a byte order mark.  JSON lines hold one object each, `.json` one array of objects;
-    CSV and TSV have a header and double quotes (RFC 4180, so a quoted cell may span lines).  CSV may use semicolons if
-    the header contains no other separator.  Blank lines are skipped.  Labels that a Hugging Face data set stores as
-    numbers are replaced by their names.
+    Text is UTF-8, with or without a byte order mark.  JSON lines contain one object each, and `.json` one array of
+    objects.  CSV and TSV have a header and double quotes (RFC 4180, so a quoted cell may span lines).  CSV may use
+    semicolons if the header contains no other separator.  Blank lines are skipped.  Labels that a Hugging Face data set
+    stores as numbers are replaced by their names.
 
     Args:
         path: `.jsonl`, `.json`, `.csv`, `.tsv`, `.conll`, `.pubtator` or `.bioc`, each optionally followed by `.gz`;
             `.parquet`; a folder written by `save_to_disk` of Hugging Face `datasets`; a folder in brat's format; or a
             folder with a subfolder of images for each class.
-        columns: role to column: the columns that a table's header must have, and the only ones read; None: all columns.
-        lenient: treat a truncated JSON array as an unusable row, as real sites do, instead of an unusable file.
+        columns: role to column: the required columns of a table, and the only columns that are read; None reads all
+            columns.
+        lenient: whether to treat a truncated JSON array as an unusable row, as real sites do, instead of an unusable
+            file.
 
     Yields:
         The position of a row, which is its first line, or its number in Parquet files and saved sets (from 1); and the
         row.
 
     Raises:
-        DataError: the file as a whole is unusable: it cannot be opened, is no complete gzip, Parquet or Arrow file,
-            holds no complete JSON array where one is required, or its header is unreadable or lacks a column.
+        DataError: the file as a whole is unusable: it cannot be opened, is not a complete gzip, Parquet or Arrow file,
+            contains no complete JSON array where one is required, or its header is unreadable or lacks a column.
         ConfigError: the package that reads the format is not installed.
     """
     if detect_format(path) not in (_BRAT, _CLASSES):
@@ -87,8 +90,8 @@ def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenie
             raise DataError(str(path), ".parquet.gz", "must end in .parquet: Parquet is already compressed")
         case ".parquet":
             return _iter_arrow_rows(path, _iter_parquet_batches(path, columns))
-        case ".npy":  # in whose order rows would have their vectors: one row more or less would move all others
-            raise DataError(str(path), ".npy", "must be a column of lists in a Parquet file (docs/features.md)")
+        case ".npy":  # vectors matched to rows by order: adding or removing one row would shift all others
+            raise DataError(str(path), ".npy", "must be a Parquet file with a column of lists (docs/features.md)")
         case "folder":
             return _iter_arrow_rows(path, _iter_saved_batches(path, columns))
         case suffix if suffix in _IN_LINES:
@@ -105,30 +108,30 @@ def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenie
 
 
 def detect_format(path: Path) -> str:
-    """Return the suffix that determines the format, without `.gz`, or "folder" (saved set), "classes" (images) or
-    "brat".
-    """
-    if path.is_dir():  # that there are no records yet, or no more, changes nothing: then brat's has none, either
+    """Return the suffix of the format without `.gz`, or "folder" (a saved set), "classes" (images) or "brat"."""
+    if path.is_dir():  # an empty folder counts as an empty brat folder
         others = _CLASSES if list_image_files(path) else _BRAT
-        return "folder" if any(next(path.glob(name), None) for name in _OF_A_SET) else others
+        return "folder" if any(next(path.glob(name), None) for name in _SAVED_SET_FILES) else others
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
 def require_reader(path: Path) -> None:
-    """Require the optional dependency for a Parquet file or a saved set; other formats need none.
+    """Require the optional dependency of a Parquet file or a saved set; other formats need none.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the package is not installed.
     """
     if detect_format(path) in (".parquet", "folder"):
         require_extra(str(path), NOT_GIVEN, "data", "pyarrow")
 
 
-# What there is under a name.
+# Paths.
 
 
 def describe_path(path: Path) -> str | None:
-    """Describe what a path is, or return None for a data file, a saved set, or a folder of brat files or images."""
+    """Describe a path that is not data, such as "a pipe"; None for a data file, a saved set, or a folder of brat files
+    or images.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -148,8 +151,12 @@ def describe_path(path: Path) -> str | None:
 def require_data_file(path: Path, *, key: str | None = None, value: str | None = None) -> None:
     """Require a data file before it is opened, because opening a pipe would block forever.
 
-    `key` and `value` are the setting that named the file.  For a folder of several saved sets, the message lists the
-    paths of the sets.
+    For a folder with several saved sets, the message lists their paths.
+
+    Args:
+        path: the path to check.
+        key: the setting that contains the path, for the message.
+        value: the value of this setting.
 
     Raises:
         DataError: the path is not a data file.
@@ -160,17 +167,15 @@ def require_data_file(path: Path, *, key: str | None = None, value: str | None =
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         splits = [str(path / str(name)) for name in json.loads((path / _SPLITS).read_bytes())["splits"][:10]]
     if found == "a folder" and splits:
-        bound = f"holds several splits; name one of them: {', '.join(splits)}"
+        bound = f"contains several splits; select one of them: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
-        bound = f"holds {pluralize(len(parts), 'part')} of one table or several: put one table's parts (train-*) into"
-        bound += " a folder of their own, and write one file: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
+        bound = f"contains {pluralize(len(parts), 'Parquet file')}: put the parts of one table (train-*) into a"
+        bound += " separate folder, and merge them: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
 
 
 def list_data_files(path: Path) -> list[Path]:
-    """List the files of a data set: the file itself, or the files in the folder of a saved set, none of them outside
-    it.
-    """
+    """List the files of a data set: the file itself, or the files in a saved set's folder, never files outside it."""
     if not path.is_dir():
         return [path]
     if detect_format(path) in (_BRAT, _CLASSES):
@@ -182,16 +187,16 @@ def list_data_files(path: Path) -> list[Path]:
         for name in names:
             check_name("filename", name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        bound = f"must name the files of the set, as {_STATE} in {_SAVED} does"
+        bound = f"must list the files of the set, as {_STATE} does in {_SAVED}"
         raise DataError(str(path / _STATE), "damaged", bound) from None
     if selected:
-        bound = "must be written with all its rows: call flatten_indices() before save_to_disk"
-        raise DataError(str(path), "a selection of rows stored next to it", bound)
+        bound = "must be saved without a row selection: call flatten_indices() before save_to_disk"
+        raise DataError(str(path), "a stored selection of rows", bound)
     return [path / name for name in names]
 
 
 def list_image_files(folder: Path) -> list[Path]:
-    """List the images of a folder with one subfolder per class, sorted by class and name; empty if it holds other
+    """List the images of a folder with one subfolder per class, sorted by class and name; empty for a folder with other
     records.
     """
     if any(file.suffix.lower() in OF_RECORDS for file in folder.glob("*")):
@@ -205,7 +210,9 @@ def _build_image_row(folder: Path, _: int, file: Path) -> Row:
 
 
 def fingerprint_files(path: Path) -> list[object]:
-    """Return a fingerprint that changes whenever a file of the data set changes; unreadable files are part of it."""
+    """Return a fingerprint that changes with every file of the data set; unreadable files are included without their
+    status.
+    """
     found: list[object] = []
     for file in list_data_files(path):
         about = catch_row_error("", file.stat)
@@ -220,8 +227,8 @@ def fingerprint_files(path: Path) -> list[object]:
 def _iter_parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
     from pyarrow import parquet
 
-    with _convert_damage(path, "Parquet"):
-        # Page by page: a group of rows may be larger than the memory.
+    with _translate_arrow_errors(path, "Parquet"):
+        # Read page by page: a row group may be larger than the memory.
         file = parquet.ParquetFile(path, metadata=_read_footer(path), buffer_size=1 << 20, pre_buffer=False)
         check_header(file.schema_arrow.names, columns or {}, at=str(path))
         wanted = None if columns is None else sorted(set(columns.values()))
@@ -231,7 +238,7 @@ def _iter_parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iter
 def _read_footer(path: Path) -> Any:
     """Read a Parquet file's metadata without the writer's Arrow types.
 
-    With these types, dictionary columns reject text that is not UTF-8, so that one bad record would make the whole file
+    With these types, dictionary columns reject text that is not UTF-8, so one bad record would make the whole file
     unusable.
     """
     from pyarrow import parquet
@@ -253,14 +260,14 @@ def _iter_saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterat
 
     for file in list_data_files(path):
         with (
-            _convert_damage(file, "Arrow"),
+            _translate_arrow_errors(file, "Arrow"),
             pyarrow.memory_map(str(file)) as source,
             pyarrow.ipc.open_stream(source) as stream,
         ):
             check_header(stream.schema.names, columns or {}, at=str(file))
             for batch in stream:
-                # A reader of Arrow believes its offsets, and reads beyond its memory where they are damaged.  Text is
-                # looked at as bytes: that one is no UTF-8 is a fault of its row.
+                # Arrow trusts offsets and reads out of bounds if they are damaged, so validate them.  Text is
+                # validated as bytes: invalid UTF-8 is an error of its row only.
                 wanted = batch if columns is None else batch.select(sorted(set(columns.values())))
                 wanted.validate()
                 for column in wanted.columns:
@@ -269,8 +276,8 @@ def _iter_saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterat
 
 
 @contextlib.contextmanager
-def _convert_damage(path: Path, kind: str) -> Iterator[None]:
-    """Turn Arrow's errors about a damaged file into a DataError, because Arrow's own messages may quote the file."""
+def _translate_arrow_errors(path: Path, kind: str) -> Iterator[None]:
+    """Convert Arrow's errors about a damaged file to a DataError, because Arrow's own messages may quote the file."""
     import pyarrow
 
     try:
@@ -282,7 +289,7 @@ def _convert_damage(path: Path, kind: str) -> Iterator[None]:
 
 
 def _view_as_bytes(array: Any) -> Any:
-    """Reinterpret text as bytes, also within lists and structs, without copying or inspecting the values."""
+    """Reinterpret text as bytes, including text in lists and structs, without copying or inspecting the values."""
     import pyarrow
 
     texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
@@ -291,7 +298,9 @@ def _view_as_bytes(array: Any) -> Any:
 
 
 def _replace_types(kind: Any, others: Mapping[Any, Any], *, decode: bool = False) -> Any:
-    """Substitute some types within an Arrow type, also within lists and structs; `decode` also removes dictionaries."""
+    """Replace some types within an Arrow type, including types in lists and structs; `decode` also removes
+    dictionaries.
+    """
     import pyarrow
     from pyarrow import types
 
@@ -316,7 +325,7 @@ def _replace_types(kind: Any, others: Mapping[Any, Any], *, decode: bool = False
 def _iter_arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
     number, names = 0, None
     for batch in batches:
-        names = _label_names(batch.schema) if names is None else names
+        names = _read_label_names(batch.schema) if names is None else names
         for place in range(batch.num_rows):
             number += 1
             at = format_location(path, number)
@@ -325,7 +334,7 @@ def _iter_arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
 
 @lru_cache(maxsize=4)
 def _list_standalone_types(schema: Any) -> list[Any]:
-    """Return each column's type without dictionaries and views, so that a row's values do not share memory with other
+    """Return each column's type without dictionaries and views, so that a row's values share no memory with other
     rows.
     """
     import pyarrow
@@ -337,7 +346,7 @@ def _list_standalone_types(schema: Any) -> list[Any]:
 def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
     one = batch.slice(place, 1)
     try:
-        # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
+        # A dictionary or view buffer contains values of other rows, which must not count towards this row's size.
         columns = [
             column if column.type == kind else column.cast(kind)
             for column, kind in zip(one.columns, _list_standalone_types(batch.schema), strict=True)
@@ -349,15 +358,17 @@ def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]],
         }
     except UnicodeDecodeError:
         raise DataError(at, "bytes of another encoding", "must be UTF-8 text") from None
-    except Exception as error:  # a time beyond Python's, for instance: whatever the library cannot give
-        raise DataError(at, type(error).__name__, "must have values that Python can hold") from None
+    except Exception as error:  # values that Python cannot represent, such as times out of range
+        raise DataError(at, type(error).__name__, "must have values that Python can represent") from None
     if num_bytes > MOST_BYTES:
         raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes per record")
-    return row | {column: _label_name(row[column], of_label) for column, of_label in names.items() if column in row}
+    return row | {
+        column: _replace_label_number(row[column], of_label) for column, of_label in names.items() if column in row
+    }
 
 
 def _to_plain_value(value: Any) -> Any:
-    """Convert a database's decimals to numbers, and its bytes to text if they are valid UTF-8."""
+    """Convert a database's decimals to numbers, and bytes to text if they are valid UTF-8."""
     if isinstance(value, list):
         return [_to_plain_value(one) for one in value]
     if isinstance(value, Decimal):
@@ -368,16 +379,16 @@ def _to_plain_value(value: Any) -> Any:
     return value
 
 
-def _label_name(value: Any, names: Sequence[str]) -> Any:
-    """Replace a label's number by its name, also within lists; -1 means null, an example without a label."""
+def _replace_label_number(value: Any, names: Sequence[str]) -> Any:
+    """Replace a label's number by its name, also within lists; -1 becomes null, an example without a label."""
     if isinstance(value, list):
-        return [_label_name(one, names) for one in value]
+        return [_replace_label_number(one, names) for one in value]
     if type(value) is not int or value >= len(names):
         return value
     return names[value] if value >= 0 else None if value == -1 else value
 
 
-def _label_names(schema: Any) -> dict[str, Sequence[str]]:
+def _read_label_names(schema: Any) -> dict[str, Sequence[str]]:
     """Read the names of labels that Hugging Face `datasets` stores as numbers, by column, from the schema's
     metadata.
     """

@@ -1,4 +1,4 @@
-"""Images as patches of pixels, from files next to a record's file or from the record itself, each decoded separately.
+"""Decoding of images into patches of pixels, each image separately, from files or from the records themselves.
 
 Decoding an untrusted image can take any amount of memory and time.  The size of the file, its format, its number of
 pixels and its aspect ratio are therefore checked, from the header, before the image is decoded.
@@ -21,16 +21,17 @@ from fedtune.extras import require_extra
 from fedtune.spec import DataError
 
 FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP"), (".jpg", ".jpeg", ".png", ".webp")
-MOST_PIXELS = 50_000_000  # of an image: more than a camera's, and up to 1 GB while it is decoded
-MOST_TIMES = 20  # that one side may be as long as the other: a processor brings the shorter one to its size
-_MOST_SCANS = 100  # of a JPEG, each of which costs a pass over all pixels: a progressive one has about ten
+MOST_PIXELS = 50_000_000  # more than a camera's resolution, and up to 1 GB during decoding
+MOST_TIMES = 20  # maximum aspect ratio, because a processor resizes the shorter side
+_MOST_SCANS = 100  # maximum scans of a JPEG, each a pass over all pixels; progressive JPEGs have about ten
 WITHIN = "data:;base64,"
-"""Begins the field of an image that its record holds, as an address does that holds what it names (RFC 2397)."""
+"""Prefix for the field of an image that is stored in its record, as a data URL (RFC 2397)."""
 _BOUND = f"must be a complete {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"
 
 
 def read_image_field(value: object, at: str) -> str:
-    """Read the field of an image: a path unchanged, or the image's bytes as text; {bytes, path} prefers the bytes.
+    """Read an image field: a path unchanged, or the image's bytes as text; from {bytes, path} the bytes take
+    precedence.
 
     Raises:
         DataError: the value is neither a path nor bytes.
@@ -48,13 +49,13 @@ def read_image_field(value: object, at: str) -> str:
 def decode_image(field: str, *, file: str, at: str) -> Any:
     """Decode a record's image to RGB (`PIL.Image.Image`), rotated by its EXIF orientation.
 
-    16-bit gray images are reduced to their upper 8 bits, transparency is dropped, as in transformers, and only the
-    first frame counts.
+    16-bit gray images are reduced to their upper 8 bits, transparency is dropped as in transformers, and only the first
+    frame is used.
 
     Args:
         field: the field from `read_image_field`.
-        file: the record's file; image paths must stay below its folder.  Empty: any path is allowed.
-        at: the name of the field in messages.
+        file: the record's file; image paths must stay below its folder.  An empty string allows any path.
+        at: the position of the field, for messages.
 
     Raises:
         DataError: the image is missing, too large or cannot be decoded.
@@ -65,10 +66,10 @@ def decode_image(field: str, *, file: str, at: str) -> Any:
     content = _read_content(field, file, at=at)
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MOST_SCANS:
         raise DataError(at, f"more than {_MOST_SCANS} scans", f"must have at most {_MOST_SCANS} scans, as a JPEG")
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library of this process wants
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library in this process may have changed it
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused below, and of odd marks beside the pixels
+            warnings.simplefilter("ignore")  # about images that are refused below, and about unusual metadata
             with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 width, height = opened.size
                 if width * height > MOST_PIXELS:
@@ -78,7 +79,7 @@ def decode_image(field: str, *, file: str, at: str) -> Any:
                     raise DataError(at, f"{width} by {height} pixels", bound)
                 opened.load()
                 turned: Any = opened
-                with suppress(Exception):  # marks beside the pixels are no reason to do without these
+                with suppress(Exception):  # broken metadata does not make an image unusable
                     turned = ImageOps.exif_transpose(opened)
                 if turned.mode.startswith("I"):
                     turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
@@ -87,12 +88,12 @@ def decode_image(field: str, *, file: str, at: str) -> Any:
         raise
     except Image.DecompressionBombError:
         raise DataError(at, "far too many pixels", _BOUND) from None
-    except Exception:  # whatever a decoder raises; its own words may quote the file
+    except Exception:  # any decoder error; its message may quote the file
         raise DataError(at, "not a decodable image", _BOUND) from None
 
 
 def _read_content(field: str, file: str, *, at: str) -> bytes:
-    """Return the bytes of an image file.  Relative paths must stay below the folder of the data file."""
+    """Return the bytes of an image.  Relative paths must stay below the folder of the data file."""
     is_within = field.startswith(WITHIN)
     try:
         if is_within:
@@ -108,7 +109,7 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
                 found = stream.read(MOST_BYTES + 1)
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError):  # no permission; a null byte, or no base64; links in a circle
+    except (OSError, ValueError, RuntimeError):  # no permission; a null byte or invalid base64; circular links
         kind = "text that is not base64" if is_within else "a file that cannot be read"
         raise DataError(at, kind, _BOUND) from None
     if len(found) > MOST_BYTES:
@@ -117,7 +118,7 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
 
 
 def _explain_missing(path: Path, field: str) -> str:
-    """Return the message for a missing image file, with a hint at the likeliest mistake."""
+    """Return the message for a missing image file, with a hint about the most likely mistake."""
     if "\\" in field:
         return "must separate folders with /, not with \\ as in Windows"
     spelt = {path.name.lower(), path.name.upper(), path.stem + path.suffix.lower(), path.stem + path.suffix.upper()}
@@ -135,7 +136,7 @@ def generate_image_field(draw: Callable[[int], int]) -> str:
 
 
 def require_pillow() -> None:
-    """Require Pillow, which decodes images.
+    """Require Pillow, the image decoder.
 
     Raises:
         ConfigError: Pillow is not installed.

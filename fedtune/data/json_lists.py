@@ -1,4 +1,4 @@
-"""Lists in cells of data files: as JSON, as Python prints them, or as objects with a list under each name."""
+"""Parsing of lists in cells of data files: JSON, printed Python lists, and objects of lists."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ITEMS = rf"\s*+(?:(?:{_PRINTED.pattern})(?:[\s,]++|(?=[\])}}])))*+"
 _PRINTED_LIST = re.compile(
     rf"(?:array\()?\[(?:{_ITEMS})\](?:(?:, dtype=\w+)?\))?|\((?:{_ITEMS})\)|\{{(?:{_ITEMS})\}}|set\(\)", re.ASCII
 )
-"""A list, tuple, set or array as Python and numpy print it, with or without commas, and as pandas writes it."""
+"""A list, tuple, set or array as printed by Python, numpy and pandas, with or without commas."""
 
 
 def parse_list(value: object) -> list[Any] | None:
     """Parse a value as a list (blank text is an empty list); return None for text that is not a list.
 
-    A value that is neither a text nor a list becomes a list of one item.
+    A value that is neither text nor a list becomes a list of one item.
     """
     try:
         listed = parse_json_list(value.strip() or "[]") if isinstance(value, str) else value
@@ -38,7 +38,7 @@ def parse_list(value: object) -> list[Any] | None:
 
 
 def parse_json_list(text: str) -> list[Any] | None:
-    """Parse a text as a JSON list; return None for any other text."""
+    """Parse text as a JSON list; return None for any other text."""
     if not text.startswith("["):
         return None
     try:
@@ -49,9 +49,9 @@ def parse_json_list(text: str) -> list[Any] | None:
 
 
 def convert_columns_to_rows(value: object) -> object:
-    """Convert an object with a list under each name, Hugging Face's form of a list of objects, to that list of objects.
+    """Convert an object of lists, Hugging Face's form of a list of objects, to that list of objects.
 
-    OpenAI's object of messages is converted to the messages, unless it also has tools.  Other values are returned
+    OpenAI's object with messages is converted to the messages, unless it also has tools.  Other values are returned
     unchanged.
     """
     if isinstance(value, dict) and "messages" in value and not value.get("tools"):
@@ -64,5 +64,5 @@ def convert_columns_to_rows(value: object) -> object:
 
 
 def to_compact_json(values: Sequence[object]) -> str:
-    """Format a list as a record's field: JSON without spaces."""
+    """Format a list as compact JSON, the form of a record's field."""
     return json.dumps(values, separators=(",", ":"), ensure_ascii=False)

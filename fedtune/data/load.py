@@ -1,4 +1,4 @@
-"""Loading of records by the settings: for simulated sites, for a real site, and for the lead."""
+"""Loading of records for simulated sites, for a real site, and for the lead."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
 from fedtune.version import find_shipped_folders
 
-_ROWS_KEY = b"fedtune rows"  # one for all runs, so that a score on some rows of a file is about the same rows in each
+_ROWS_KEY = b"fedtune rows"  # the same key in all runs, so that scores on a sample use the same rows of a file
 
 
 def is_far_from_declared(true: int, declared: int) -> bool:
-    """Whether a declared size differs from the true one by a factor of 1.5 or more."""
+    """Whether a declared size differs from the true size by a factor of 1.5 or more."""
     return not 1 / 1.5 < true / declared < 1.5
 
 
-def split_key(seed: int) -> bytes:
-    """Return the key for a simulation's hashes.
+def derive_split_key(seed: int) -> bytes:
+    """Derive the key of a simulation's hashes from its seed.
 
     A real site has its own secret key, which never leaves the site.
     """
@@ -35,9 +35,7 @@ def split_key(seed: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SiteRecords:
-    """A site's records, for training and held out, and its count of skipped rows, which only the site itself may
-    see.
-    """
+    """A site's training and held-out records, and its count of skipped rows, which must not leave the site."""
 
     training: list[Record]
     heldout: list[Record]
@@ -46,13 +44,13 @@ class SiteRecords:
 
 @dataclass(frozen=True, slots=True)
 class Partitioned:
-    """The partition of a simulation's training files."""
+    """Result of partitioning a simulation's training files."""
 
     sites: tuple[SiteRecords, ...]  # the records of each site, in the order of the sites
-    validation: list[Record]  # those that are the lead's instead, by `validation_fraction`
-    test: list[Record]  # the same by `test_fraction`
-    left_out: SkippedRows  # what could not be used and was left out
-    # with unit "user", how many ids are in the files of several sites, each a user at each of them
+    validation: list[Record]  # the lead's validation records, by `validation_fraction`
+    test: list[Record]  # the lead's test records, by `test_fraction`
+    left_out: SkippedRows  # skipped rows
+    # with unit "user", the number of ids in the files of several sites, each counted as a user at each of these sites
     shared_users: int = 0
 
 
@@ -65,20 +63,21 @@ def partition_training_files(
     unit: Unit = "record",
     fault: Fault = lambda record: None,
 ) -> Partitioned:
-    """Read a simulation's files, and assign each record to the lead or to a site by its hash, or by its user's.
+    """Read a simulation's files, and assign each record to the lead or to a site by its hash, or by its user's hash.
 
     Args:
         spec: the settings of the data.
-        columns: role to column, including the role on which the partition depends.
+        columns: role to column, including the role that the partition uses.
         names: the sites' names.
         seed: the seed of the partition.
         unit: "user" keeps all records of a user at one site.
-        fault: returns why the task cannot use a record, or None.
+        fault: returns the reason why the task cannot use a record, or None.
 
     Raises:
-        DataError: a file is missing or malformed, a site would get no record, or a user would be at two sites.
+        DataError: a file is missing or malformed, a site would get no record, or a user's records would be at two
+            sites.
     """
-    key = split_key(seed)
+    key = derive_split_key(seed)
     lead: dict[str, list[Record]] = {"validation": [], "test": []}
     of_files, left_out, by_file = list[list[Record]](), NONE_LEFT_OUT, spec.partition.kind == "file"
     for site in names if by_file else names[:1]:
@@ -97,7 +96,7 @@ def partition_training_files(
         if by_file
         else partition_records(of_files[0], spec.partition, num_sites=len(names), key=key, unit=unit)
     )
-    # By user, the sites that have records of it.
+    # Number of sites with records of each user.
     users = Counter(user for site in sites for user in {one.fields.get("user") for one in site} if unit == "user")
     split = []
     for number, records in enumerate(sites):
@@ -121,7 +120,7 @@ def assign_to_lead(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) ->
     """
     if spec.test_fraction and hash_unit(record, purpose="test", key=key, unit=unit) < spec.test_fraction:
         return "test"
-    # Of what the test leaves, so that the shares are those of the whole file.
+    # Relative to the records outside the test set, so that both fractions refer to the whole file.
     share = spec.validation_fraction / (1 - spec.test_fraction)
     if share and hash_unit(record, purpose="validation", key=key, unit=unit) < share:
         return "validation"
@@ -131,11 +130,11 @@ def assign_to_lead(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) ->
 def read_own_records(
     spec: DataSpec, *, columns: Mapping[str, str], fault: Fault, key: bytes, unit: Unit = "record"
 ) -> SiteRecords:
-    """Read a real site's records; the held-out records are chosen by a hash of each record (or user) with the secret
-    `key`.
+    """Read a real site's training and held-out records; a hash of each record (or user) with the secret `key` splits
+    them.
 
     A record that the run cannot use (a missing value, a `fault`, or with unit "user" not exactly one user) is skipped
-    by itself, and a file without any usable record is allowed: otherwise a lead's request could make the site's answer
+    alone, and a file without any usable record is allowed.  Otherwise a lead's request could make the site's reply
     depend on whether some record satisfies it.
     """
     faults = Faults()
@@ -147,10 +146,17 @@ def read_own_records(
 def read_lead_records(
     name: str, *, columns: Mapping[str, str], key: str, fault: Fault = lambda record: None, leave_out: bool = False
 ) -> tuple[list[Record], SkippedRows]:
-    """Read the lead's own records from the file `name`, which the setting `key` names, and count the skipped rows.
+    """Read the lead's own records from a file, and count the skipped rows.
+
+    Args:
+        name: the file.
+        columns: role to column.
+        key: the setting that contains the file's name, for messages.
+        fault: returns the reason why the task cannot use a record, or None.
+        leave_out: whether to skip unusable records.
 
     Raises:
-        DataError: no record is usable; or, without `leave_out`, some record is not.
+        DataError: no record is usable; or, without `leave_out`, some record is unusable.
     """
     path, faults = resolve_file(name, find_shipped_folders(), key=key), Faults()
     records = list(iter_usable_records(path, columns, fault=fault, faults=faults, lenient=False))
@@ -162,7 +168,7 @@ def read_lead_records(
 
 
 def sample_rows(records: Sequence[Record], rows: int | None) -> list[Record]:
-    """Select the `rows` records with the smallest hashes, in their order, or all records if `rows` is None."""
+    """Select the `rows` records with the smallest hashes, in their original order; None selects all records."""
     if rows is None or rows >= len(records):
         return list(records)
     hashes = [hash_unit(record, purpose="rows", key=_ROWS_KEY) for record in records]

@@ -1,8 +1,8 @@
-"""Assignment of records to sites and to the held-out set: a function of each privacy unit alone.
+"""Assignment of records to sites and to the held-out set, as a function of each privacy unit alone.
 
-Each decision compares a keyed hash of the unit with fixed bounds.  The unit is the record, or its user, whose records
-then stay together.  Adding or removing a unit therefore moves no other unit.  The privacy guarantee requires this, and
-a shuffled, stratified or balanced split does not provide it.  Equal records are always assigned together.
+Each decision compares a keyed hash of the unit with fixed bounds.  The unit is a record, or a user with all its
+records.  Adding or removing a unit therefore moves no other unit.  The privacy guarantee requires this, and a shuffled,
+stratified or balanced split does not provide it.  Equal records are always assigned together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedtune.spec import ConfigError, DataError, check_positive, spec
 
 @spec
 class PartitionSpec:
-    """How a simulation partitions the records of one file over its sites.
+    """Partition of a simulation's records over its sites.
 
     Attributes:
         kind: "iid" (by hash alone), "dirichlet" (each label has its own shares of the sites), "column" (by the record's
@@ -47,7 +47,7 @@ class PartitionSpec:
         for proportion in self.proportions:
             check_positive("proportions", proportion)
         if (self.kind == "column") != bool(self.sites):
-            bound = 'must map each value to a site for kind "column", and be empty for the others'
+            bound = 'must map each value to a site for kind "column", and be empty for other kinds'
             raise ConfigError("sites", dict(self.sites), bound)
         if self.kind in ("column", "file") and self.proportions:
             raise ConfigError("proportions", self.proportions, f'must be empty for kind "{self.kind}"')
@@ -68,27 +68,27 @@ class PartitionSpec:
 def hash_unit(record: Record, *, purpose: str, key: bytes, unit: Unit = "record") -> float:
     """Hash a record, or its user, to a number in [0, 1): the top 53 bits of HMAC-SHA256 of purpose and unit.
 
-    Different purposes give independent numbers, so that one decision reveals nothing about another.
+    Different purposes give independent numbers, so one decision reveals nothing about another.
     """
     whole = record if unit == "record" else Record({"user": record.fields["user"]})
     digest = hmac.digest(key, purpose.encode() + b"\0" + record_key(whole), "sha256")
-    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53  # 53 bits: all are exact in float64, and 1.0 is not hit
+    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53  # 53 bits are exact in float64 and below 1.0
 
 
 def is_heldout(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
-    """Whether the record's unit belongs to the `fraction` (in expectation) that is held out from training."""
+    """Whether the record's unit belongs to the expected `fraction` that is held out from training."""
     return hash_unit(record, purpose="heldout", key=key, unit=unit) < fraction
 
 
 def is_selected(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
-    """Whether the record's unit belongs to the `fraction` (in expectation) that a smaller run uses."""
+    """Whether the record's unit belongs to the expected `fraction` that a smaller run uses."""
     return hash_unit(record, purpose="selected", key=key, unit=unit) < fraction
 
 
 def split_heldout(
     records: Iterable[Record], *, fraction: float, key: bytes, unit: Unit = "record"
 ) -> tuple[list[Record], list[Record]]:
-    """Split records into training and held-out records, each in the given order."""
+    """Split records into training and held-out records, in the given order."""
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record in records:
         sides[is_heldout(record, fraction=fraction, key=key, unit=unit)].append(record)
@@ -111,19 +111,19 @@ def partition_records(
             torn.setdefault(record.fields["user"], record)
         sites[site].append(record)
     if torn:
-        # Each site protects its own part alone, so the person's total loss would be the sum over sites.
+        # Each site protects only its own records, so the person's total loss would be the sum over sites.
         first = next(iter(torn.values()))
         bound = (
-            f"must assign all records of a user to one site, as privacy.unit is user; {pluralize(len(torn), 'user')} "
-            "here would be split. Give one person's records the same value; if an id means different people at "
-            "different sites, give each site its own file (data.partition.kind=file)"
+            "must be the same for all records of a user, because privacy.unit is user; "
+            f"{pluralize(len(torn), 'user')} would be split. Use one site per person; if an id means different people "
+            "at different sites, use one file per site (data.partition.kind=file)"
         )
         raise DataError(first.at("site"), first.fields["site"], bound)
     return sites
 
 
 def group_by_user(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
-    """Return the ascending indices of each user's records, for the users in the order of their first records."""
+    """Return the ascending record indices of each user, in the order of the users' first records."""
     places: dict[str, list[int]] = {}
     for place, record in enumerate(records):
         places.setdefault(record.fields["user"], []).append(place)
@@ -131,7 +131,7 @@ def group_by_user(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
 
 
 def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record") -> int:
-    """Return the site index, in [0, num_sites), of a record, or with unit "user" of its user.
+    """Return the site index in [0, num_sites) of a record, or with unit "user" of its user.
 
     Raises:
         DataError: with kind "column", the record's value is not in `spec.sites`.
@@ -155,7 +155,7 @@ def _draw_dirichlet_bounds(
 ) -> tuple[float, ...]:
     """Return the upper bounds of the sites' shares of one label, drawn from Dirichlet(alpha x sites x proportions).
 
-    The generator is seeded from key and label, never from the data: the shares are fixed before any record is read.
+    The generator is seeded from key and label, never from the data, so the shares are fixed before any record is read.
     Scaling the concentration keeps each site's expected share at its proportion (Hsu et al. 2019, arXiv 1909.06335,
     with the prior over sites instead of labels).
     """
@@ -167,8 +167,9 @@ def _draw_dirichlet_bounds(
 
 @lru_cache(maxsize=64)
 def _compute_share_bounds(shares: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the upper bounds of the sites' parts of [0, 1), without the last bound, so that rounding cannot exclude a
-    hash.
+    """Return the upper bounds of the sites' intervals in [0, 1).
+
+    The last bound is omitted, so that rounding cannot exclude a hash.
     """
     total = sum(shares)
     return tuple(end / total for end in accumulate(shares[:-1]))

@@ -1,6 +1,6 @@
 """Conversion of data rows to records, each checked separately.
 
-There is no step over a whole file (no shuffling, balancing or duplicate removal), so no record affects another.  Error
+No step covers a whole file (no shuffling, balancing or duplicate removal), so no record affects another.  Error
 messages name file, line and column but never quote a record's text, because messages end up in logs.
 """
 
@@ -18,26 +18,26 @@ from typing import TypeAlias
 from fedtune.data.bad_rows import Faults
 from fedtune.data.formats import describe_path, iter_raw_rows, require_data_file
 from fedtune.data.text_rows import Row, build_missing_column_error, catch_row_error, format_location
-from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_missing, is_whole, read_value, split_texts
+from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_integral, is_missing, read_value, split_texts
 from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
 IN_MEMORY = "in-memory"
-"""The folder in a setting that names records which the caller of `fedtune.simulate` has in memory."""
+"""Folder name, in a setting, for records that the caller of `fedtune.simulate` keeps in memory."""
 memory_folder: ContextVar[Path | None] = ContextVar("memory_folder", default=None)
-"""The private folder that contains `IN_MEMORY` while such a run is in progress."""
-Fault: TypeAlias = Callable[["Record"], DataError | None]  # record -> the reason why a task cannot use it; None: it can
+"""Private folder that contains `IN_MEMORY` during such a run."""
+Fault: TypeAlias = Callable[["Record"], DataError | None]  # record -> the reason why a task cannot use it, or None
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example, as read from a data file."""
+    """One example from a data file."""
 
-    # role (`text`, `label`, `prompt`, ...) to text; no repr shows it, nor one of what holds records
+    # role (`text`, `label`, `prompt`, ...) to text; excluded from every repr
     fields: Mapping[str, str] = field(repr=False)
-    # the file it was read from, for messages and scores by site; not part of the record's identity
+    # the source file, for messages and scores by site; not part of the record's identity
     file: str = field(default="", compare=False)
-    line: int = field(default=0, compare=False)  # the line on which it starts, counted from 1
+    line: int = field(default=0, compare=False)  # first line in the file, from 1
 
     def at(self, role: str) -> str:
         """Format the position of a field for messages: `train.jsonl:12, label`."""
@@ -52,32 +52,32 @@ class Record:
     def full_text(self) -> str:
         """All texts of the record joined into one, or its features or image if it has no text."""
         found = [text for _, text in self.texts()]
-        if not found:  # as JSON: which of two features has no value is told by its place
+        if not found:  # as JSON, which shows which of two features has no value
             found = [json.dumps([text for role, text in self.fields.items() if role.startswith((FEATURE, "image"))])]
         return " ".join(" ".join(found).split())
 
     @property
     def target_key(self) -> str:
-        """The record's targets other than text, as JSON by role; records with different targets are not duplicates."""
+        """The record's non-text targets, as JSON by role; records with different targets are not duplicates."""
         return json.dumps({role: text for role, text in self.fields.items() if role in ANSWERS}, sort_keys=True)
 
 
 def record_key(record: Record) -> bytes:
-    """Return a record's canonical bytes, which are equal for two records if and only if their fields are equal."""
+    """Return the canonical bytes of a record, which are equal exactly for records with equal fields."""
     return json.dumps(dict(record.fields), sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:
-    """Find a data file: relative to the working directory, or else below the first of `roots` that contains it.
+    """Find a data file relative to the working directory, or else below the first of `roots` that contains it.
 
-    A name that starts with `IN_MEMORY` is looked up in `memory_folder` alone.
+    A name that starts with `IN_MEMORY` is looked up in `memory_folder` only.
 
     Raises:
-        DataError: there is no such data file.
+        DataError: the data file does not exist.
     """
     if Path(name).parts[:1] == (IN_MEMORY,):
         if (own := memory_folder.get()) is None or not (own / name).exists():
-            bound = "was in memory, and fedtune keeps no copy: pass the same records again (sites=, validation=, test=)"
+            bound = "is no longer in memory: pass the same records again (sites=, validation=, test=)"
             raise DataError(key, name, bound)
         return own / name
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
@@ -88,7 +88,7 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
     for path, other in found.items():
         if other != "no such file":
             require_data_file(path, key=key, value=name)
-    raise DataError(key, name, f"no such file, looked in {', '.join(map(str, folders))}")
+    raise DataError(key, name, f"no such file in {', '.join(map(str, folders))}")
 
 
 def chunk_records(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -98,14 +98,14 @@ def chunk_records(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-NO_VALUE = "(none)"  # the value of a record that has none in a column, or that has a list or an object there
+NO_VALUE = "(none)"  # the value of a record without a value in a column, or with a list or an object
 
 
 def read_column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:
-    """Read the values of one more column, as text, for records that were already read; `NO_VALUE` if a value is
-    missing.
+    """Read one more column, as text, for records that were already read; missing values become `NO_VALUE`.
 
-    With a `role`, values are read as in a run, so that a user has the same id; without one, any number is accepted too.
+    With a `role`, values are converted as in a run, so that a user has the same id; without a role, any number is
+    accepted too.
     """
     values: dict[tuple[str, int], str] = {}
     for file in dict.fromkeys(record.file for record in records):
@@ -119,7 +119,7 @@ def read_column_values(records: Sequence[Record], column: str, *, key: str, role
                 if role:
                     values[file, line] = read_value(value, role, at="")
                 elif isinstance(value, str | int | float) and not is_missing(value):
-                    values[file, line] = str(int(value) if is_whole(value) else value).strip()
+                    values[file, line] = str(int(value) if is_integral(value) else value).strip()
         if column not in present:
             names = ", ".join(repr(name) for name in present)
             raise DataError(key, column, f"must be a column of {file}, which has {names}")
@@ -133,13 +133,13 @@ def build_empty_file_error(path: Path) -> DataError:
 
 
 def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    """Yield the records of a file that `fedtune.data.formats.iter_raw_rows` can read, with the given `columns` (role to
+    """Yield the records of a file in any format of `fedtune.data.formats.iter_raw_rows`, with `columns` (role to
     column).
 
     Raises:
         DataError: the file or a row cannot be read, or a value is missing, blank, or of the wrong type: neither text
             nor (for a label, a site or a user) an integer, nor (for messages) a conversation.  The error describes the
-            first such row and counts the others.
+            first unusable row and counts the others.
     """
     faults = Faults()
     for record in iter_usable_records(path, columns, faults=faults, lenient=False):
@@ -156,22 +156,22 @@ def iter_usable_records(
     faults: Faults | None = None,
     lenient: bool = True,
 ) -> Iterator[Record]:
-    """Yield the records of a file like `iter_records`, but skip unusable records, so that no record's content stops
-    reading.
+    """Yield the records of a file like `iter_records`, but skip unusable records, so that no record's content stops the
+    run.
 
     A row is skipped if it lacks a value, has more than 16 MiB, is not UTF-8, is not a JSON object, has a number or a
     nesting depth that Python cannot parse, has broken quotes or another number of cells than its table's header, or has
-    a conversation that `messages_of` rejects.
+    an invalid conversation (`values.read_messages`).
 
-    Each record is judged separately, so that adding or removing one changes nothing for the others.  Rows are cut
-    before they are judged: a table's row ends at the first line end outside quotes, an array's element at the comma
-    after it. Only a quote or bracket that is never closed can swallow other rows.  No record's text does that in a file
-    whose writer doubles quotes (RFC 4180) or escapes them (JSON); without such quoting, rows cannot be told apart.
+    Each record is checked separately, so adding or removing one changes nothing for the others.  Rows are separated
+    before they are checked: a table's row ends at the first line end outside quotes, an array's element at the comma
+    after it.  Only an unclosed quote or bracket can swallow other rows.  No record's text contains one in a file whose
+    writer doubles quotes (RFC 4180) or escapes them (JSON); without such quoting, rows cannot be separated reliably.
 
     Args:
         path: the file.
         columns: role to column.
-        fault: returns why the task cannot use a record, or None.
+        fault: returns the reason why the task cannot use a record, or None.
         faults: counts the skipped rows.
         lenient: as in `iter_raw_rows`.
 
@@ -188,7 +188,9 @@ def iter_usable_records(
 def validate_rows(
     path: Path, columns: Mapping[str, str], *, fault: Fault = lambda record: None, lenient: bool = False
 ) -> Iterator[tuple[int, Record | DataError]]:
-    """Yield (line, record) for each row of a file, or (line, error) if it is unusable; see `iter_usable_records`."""
+    """Yield (line, record) for each usable row of a file, and (line, error) for each unusable row; see
+    `iter_usable_records`.
+    """
     for line, row in iter_raw_rows(path, columns, lenient=lenient):
         if isinstance(row, DataError):
             yield line, row
@@ -198,7 +200,7 @@ def validate_rows(
 
 
 def make_validator(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
-    """A function from a record to the error that `read` raises about it; None: nothing."""
+    """Return a function that returns the error that `read` raises for a record, or None."""
 
     def find_error(record: Record) -> DataError | None:
         target = catch_row_error(record.at("record"), read, record)
@@ -211,7 +213,7 @@ def parse_record(row: Row, columns: Mapping[str, str], *, file: str, line: int) 
     """Convert a row to a record, with the `columns` (role to column).
 
     Raises:
-        DataError: a value is missing or does not suit its role.
+        DataError: a value is missing or does not match its role.
     """
     at, fields = format_location(file, line), {}
     for role, column in columns.items():
@@ -220,7 +222,7 @@ def parse_record(row: Row, columns: Mapping[str, str], *, file: str, line: int) 
         elif column not in row:
             raise build_missing_column_error(row, column, role=role, at=at)
         else:
-            # A task of Label Studio that nobody has annotated is no text without spans.
+            # A Label Studio task without annotations is unlabeled, which differs from a text without spans.
             of_studio = role == "spans" and isinstance(row.get(columns.get("text", "")), dict)
             value = None if of_studio and row[column] == [] else row[column]
             fields[role] = read_value(value, role, at=f"{at}, column {column!r}")

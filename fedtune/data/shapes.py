@@ -1,7 +1,7 @@
 """A small set of micro-batch shapes, fixed by public settings, so that no record changes the kernels used for another.
 
-Rounding depends on the shapes of a computation.  So a record is padded to a length that follows only from its own
-number of tokens, and each micro-batch has one of a few numbers of rows, filled up with empty rows.
+Rounding depends on the shapes of a computation.  Therefore a record is padded to a length that depends only on its own
+number of tokens, and each micro-batch has one of a few numbers of rows and is filled up with empty rows.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy.typing as npt
 
 _SHORTEST = 12
 _STEPS = (4, 5, 6)
-"""Lengths grow by these quarters of a power of two.  A record is padded by a third of itself at most, by half before
-the last length; one below `_SHORTEST` is padded to `_SHORTEST`."""
-_TOKENS_OF_A_CALL = 100  # what each micro-batch costs beside its tokens: gives MiniLM's fastest steps
+"""Padded lengths are these multiples of powers of two.  Padding adds at most a third to a record, and at most half
+below the last length; shorter records are padded to `_SHORTEST`.
+"""
+_TOKENS_OF_A_CALL = 100  # fixed cost of a micro-batch, in tokens; tuned for the fastest steps with MiniLM
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A micro-batch: the records that are computed together, and its shape."""
+    """Record indices and shape of one micro-batch."""
 
-    places: npt.NDArray[np.int64]  # of the records, in the order of the rows; at most `rows` of them
-    rows: int  # of the micro-batch, one per record, the rest empty.  A row holds all texts of its record.
-    # tokens of each text, with padding.  It follows from the record's own tokens, and never from those of the
-    # records beside it.
+    places: npt.NDArray[np.int64]  # indices of at most `rows` records, in the order of the rows
+    rows: int  # number of rows, one per record with all its texts; the remaining rows are empty
+    # padded length of each text in tokens, which depends on the record's own tokens only
     length: int
 
 
@@ -35,19 +35,19 @@ class Part:
 class Shapes:
     """The allowed shapes of a run's micro-batches.
 
-    Every micro-batch contains at least one padding token.  Attention without padding takes another code path, so a
-    record would otherwise be computed differently in a batch with shorter records.
+    Every micro-batch contains at least one padding token.  Attention without padding uses another code path, so without
+    this rule a record would be computed differently in a batch with shorter records.
     """
 
-    lengths: tuple[int, ...]  # the padded lengths, ascending.  The last one holds the longest record.
-    max_tokens: int  # rows times length is at most this, unless the fewest rows (1, or 2 at `full`) need more
-    # the length that a record may fill whole, since the model has no position beyond it; 0: none.  A
-    # micro-batch of that length always has an empty row.
+    lengths: tuple[int, ...]  # the padded lengths, ascending; the last length fits the longest record
+    max_tokens: int  # maximum of rows times length, unless the minimum of rows (1, or 2 at `full`) exceeds it
+    # the length that a record may fill completely, because the model has no further position; 0: no such length.
+    # A micro-batch of this length always has an empty row.
     full: int = 0
-    most_rows: tuple[int, ...] = ()  # rows that memory has room for, by length; empty: `max_tokens` alone decides
-    # a micro-batch has the rows that `max_tokens` allows or, for the remainder, one of these fractions
+    most_rows: tuple[int, ...] = ()  # maximum rows that fit into memory, by length; empty: limited by `max_tokens`
+    # a micro-batch has the number of rows that `max_tokens` allows or, for the remainder, one of these fractions
     row_shares: tuple[int, ...] = (1, 2, 4, 8)
-    fixed: bool = False  # every record is as long as any: there is no padding, no mask, and so one code path
+    fixed: bool = False  # all records have the same length, so without padding there is a single code path
 
     @classmethod
     def from_limits(
@@ -62,13 +62,13 @@ class Shapes:
         roomy = 8 * (max_length // 8 + 1)  # room for at least one token of padding
         if positions is not None:
             roomy = max(max_length, min(roomy, positions))
-        # A length nearer to the last one would hold few records, and still cost a call of its own.
+        # A length closer to the last length would fit few additional records, and still cost a call of its own.
         steps = (2**power * step for power in range(roomy.bit_length()) for step in _STEPS)
         shorter = tuple(step for step in steps if _SHORTEST <= step < 0.8 * roomy and step % 4 == 0)
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
     def compute_longest_record(self, length: int) -> int:
-        """Return the number of tokens of the longest record that is padded to `length`."""
+        """Return the maximum number of tokens of a record that is padded to `length`."""
         return length - (length != self.full)
 
     def rows(self, length: int) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class Shapes:
         return 1 + self._count_padding_rows(length)
 
     def capacity(self, length: int, rows: int) -> int:
-        """Return the number of records that fit a micro-batch of this shape."""
+        """Return the number of records that fit into a micro-batch of this shape."""
         return rows - self._count_padding_rows(length)
 
     def _count_padding_rows(self, length: int) -> int:
@@ -95,10 +95,10 @@ class Shapes:
 
         Args:
             places: indices of records in the data set.
-            num_tokens: the number of tokens of the longest text of each record in the data set.
+            num_tokens: the number of tokens in the longest text of each record of the data set.
         """
         bucket = np.searchsorted([self.compute_longest_record(length) for length in self.lengths], num_tokens[places])
-        assert (bucket < len(self.lengths)).all(), "a record is longer than tokenizing may leave it"
+        assert (bucket < len(self.lengths)).all(), "a record exceeds the maximum length of tokenization"
         for number, length in enumerate(self.lengths):
             yield from self._cut(places[bucket == number], length)
 
@@ -116,7 +116,7 @@ class Shapes:
 
 @cache
 def _find_cheapest_rows(shapes: Shapes, length: int, count: int) -> tuple[int, ...]:
-    """Return the numbers of rows of the cheapest micro-batches for `count` records, the largest first."""
+    """Return the numbers of rows of the cheapest micro-batches for `count` records, in descending order."""
     if count <= 0:
         return ()
     ways = (

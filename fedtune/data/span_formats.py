@@ -1,6 +1,6 @@
-"""Annotated texts: tokens with a tag each, or a text with spans, in the file formats of other programs.
+"""Annotated texts in the file formats of other programs: tokens with one tag each, or a text with spans.
 
-Files are cut into records before any of them is parsed, so that an unreadable record affects no other.
+Files are split into records before any record is parsed, so an unreadable record affects no other record.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from fedtune.data.json_lists import convert_columns_to_rows, parse_list, to_comp
 from fedtune.data.text_rows import MOST_BYTES, Cut, Row, cut_rows, decode_text, format_location, name_json_type
 from fedtune.spec import DataError
 
-_TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)  # a token's tag in a scheme: its letter, and the type
+_TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)  # a tag: the letter of the tagging scheme, and the type
 _BEGINS, _ENDS, _GOES_ON = frozenset("BSU"), frozenset("ELSU"), frozenset("ILEM")
-"""Letters of the tags of an entity's first and last token, and of those behind the first (IOB2, BILOU, BIOES)."""
+"""Letters of the tags of an entity's first token, its last token, and its tokens after the first (IOB2, BILOU,
+BIOES).
+"""
 _BEGINS_DOCUMENT, _LIKE_TAG = "-DOCSTART-", re.compile(r"O|[BIESLUM][-_].+")
 _PARTS = (
     ("start", "start_offset", "startOffset", "begin", "begin_offset", "beginOffset", "start_char"),
     ("end", "end_offset", "endOffset", "end_char"),
     ("label", "type", "entity_group", "entity", "tag", "category", "displayName", "labels"),
 )
-"""Names of a span's first character, of its end, and of its label."""
+"""Names of a span's start, end and label."""
 DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
-"""Where the documents of a file of BioC as JSON begin; PubTator's own server calls them otherwise."""
+"""Start of the document list in a BioC JSON file; PubTator's own server uses another key."""
 _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 
 
 def read_words(value: object, at: str, role: str = "tokens") -> str:
-    """Read the tokens of a record, or their tags, from a list or its text form (as in `read_labels`); one per line."""
+    """Read a record's tokens or tags, from a list or its text form (as in `read_labels`), as text with one per line."""
     listed = parse_list(value)
     if role == "tags" and listed and any(type(one) is int for one in listed):
         raise DataError(at, "numbers", "must be tag names, such as B-PER and O, not numbers (role tags)")
@@ -47,9 +49,10 @@ def read_words(value: object, at: str, role: str = "tokens") -> str:
 def read_spans(value: object, at: str) -> str:
     """Read the spans of a text as a JSON list of [start, end, label], `end` exclusive; an empty list is allowed.
 
-    Accepted are such lists (doccano); objects with start, end and label under one of the names in `_PARTS` (Prodigy,
-    doccano, spaCy, pipelines of transformers); and Label Studio's exports, in full or as JSON_MIN, with a list
-    `labels`. Label Studio's offsets count UTF-16 code units, which a fourth value records.  A label may be an integer.
+    Accepted forms are such lists (doccano); objects with start, end and label under one of the names in `_PARTS`
+    (Prodigy, doccano, spaCy, pipelines of transformers); and Label Studio's exports, in full or as JSON_MIN, with a
+    list `labels`.  Label Studio's offsets count UTF-16 code units, which is recorded as a fourth value.  A label may be
+    an integer.
 
     Raises:
         DataError: the value has another form.
@@ -67,7 +70,7 @@ def read_spans(value: object, at: str) -> str:
             given[2] = given[2][0] if isinstance(given[2], list) and len(given[2]) == 1 else given[2]
         kinds = [type(part) for part in given] if isinstance(given, list) else []
         if kinds not in ([int, int, str], [int, int, int]):
-            bound = "must have start and end, whole numbers, and label, a text (role spans)"
+            bound = "must have whole numbers start and end, and a text label (role spans)"
             raise DataError(f"{at}, span {number}", name_json_type(one), bound)
         unit = ["utf-16"] if isinstance(one, dict) and "labels" in one else []
         found.append([*given[:2], str(given[2]), *unit])
@@ -77,7 +80,7 @@ def read_spans(value: object, at: str) -> str:
 def convert_labels(value: object, at: str) -> object:
     """Convert the labels of another annotation program to a list; return any other value unchanged.
 
-    Converted are spaCy's `cats` (an object of names with 1 or 0), Label Studio's choices, and doccano's objects with a
+    Supported are spaCy's `cats` (an object of names with 1 or 0), Label Studio's choices, and doccano's objects with a
     label.
     """
     if isinstance(value, dict):
@@ -108,11 +111,11 @@ def _find_first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Ma
 
 
 def split_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
-    """Split a token's tag into the letter of its scheme (empty without one) and its type; "O" gives ("O", "").
+    """Split a token's tag into the letter of its scheme (empty without a scheme) and its type; "O" gives ("O", "").
 
     A tag that is one of the declared `types` has no scheme, whatever its first letter.
 
-    >>> read_tag("S-protein"), read_tag("S-protein", ["S-protein"])
+    >> split_tag("S-protein"), split_tag("S-protein", ["S-protein"])
     (('S', 'protein'), ('', 'S-protein'))
     """
     if tag == "O":
@@ -122,7 +125,7 @@ def split_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
 
 
 def decode_tags(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
-    """Decode tags into entities (first token, end, type); the second value is True if a tag continues no open
+    """Decode tags into entities (first token, end, type), and return whether a continuation tag follows no open
     entity.
     """
     found: list[tuple[int, int, str]] = []
@@ -140,7 +143,7 @@ def decode_tags(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[
 
 
 def count_entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict[str, int]:
-    """Count a record's entities by type, in the order of their first appearance, from its tags or spans."""
+    """Count a record's entities by type, in order of first appearance, from its tags or spans."""
     if "tags" in fields:
         return dict(Counter(name for *_, name in decode_tags(fields["tags"].split("\n"), types)[0]))
     return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
@@ -150,14 +153,15 @@ def count_entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -
 
 
 def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
-    """Parse a CoNLL sentence, with a token and its tag on each line (`_tagged`).
+    """Parse a CoNLL sentence, with a token and its tag on each line (`_read_tagged_lines`).
 
-    Columns are separated by tabs or spaces.  Lines -DOCSTART- and comments are skipped.  A comment starts with # and a
-    space, and its number of columns differs from the other lines', or it lacks a tag where those all have one.
+    Columns are separated by tabs or spaces.  Lines with -DOCSTART- and comments are skipped.  A comment starts with #
+    and a space, and differs from the other lines in its number of columns or, if those all have a tag, in the missing
+    tag.
     """
     lines = [one for one in _split_lines(raw, at=format_location(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
     others = [one for one in lines if not one.startswith("# ")]
-    # A token may hold any other kind of space, and where there are tabs a plain one.
+    # A token may contain other kinds of spaces, and plain spaces if tabs separate the columns.
     tabs = bool(others) and all("\t" in one for one in others)
     cells = [one.strip(" ").split("\t") if tabs else re.split("[ \t]+", one.strip(" \t")) for one in lines]
     of_others = [one for one, said in zip(cells, lines, strict=True) if not said.startswith("# ")]
@@ -173,11 +177,12 @@ def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None
 
 
 def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
-    """The tokens and tags of a sentence's lines: tags are in the last column that holds a scheme's, or else the last.
+    """Return a sentence's tokens and tags: tags are in the last column with tags of a scheme, or else in the last
+    column.
 
-    Tokens are in the first other column behind those that name or count them (`_find_token_column`).  CoNLL-U's lines
-    3-4 and 3.1 are of no token of their own.  Nothing but the sentence's own lines decides: how a record is read must
-    not depend on others.
+    Tokens are in the first other column after the columns that name or count them (`_find_token_column`).  CoNLL-U's
+    lines 3-4 and 3.1 have no token of their own.  The sentence's own lines alone decide, because reading a record must
+    not depend on other records.
     """
     lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])] or cells
     columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
@@ -188,14 +193,14 @@ def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     if first and not tagged:
         bound = "must have tags such as B-PER and O, or only a token and its tag on each line"
         raise DataError(at, "no column of tags", bound)
-    kept = lines if _counts(columns[0], of=len(others)) else cells
+    kept = lines if _is_counter(columns[0], of=len(others)) else cells
     return {"tokens": [one[others[first]] for one in kept], "tags": [one[tag].strip() for one in kept]}
 
 
 def _find_token_column(columns: Sequence[Sequence[str]]) -> int:
-    """The place of the first column that holds tokens, behind counters, offsets, and names that all lines share."""
+    """Return the index of the first column with tokens, after counters, offsets, and names that all lines share."""
     whole = [all(map(str.isdecimal, column)) for column in columns]
-    counts = [_counts(column, of=len(columns)) for column in columns]
+    counts = [_is_counter(column, of=len(columns)) for column in columns]
     for place, column in enumerate(columns[:-1]):
         is_id = any(map(str.isdigit, column[0])) and not whole[place] and (len(column) > 1 or whole[place + 1])
         is_shared = len({*column}) == 1 and (is_id or any(len({*other}) > 1 for other in columns[place + 1 :]))
@@ -205,15 +210,19 @@ def _find_token_column(columns: Sequence[Sequence[str]]) -> int:
     return len(columns) - 1
 
 
-def _counts(column: Sequence[str], *, of: int) -> bool:
-    """Numbers behind one name, if any, that rise by one; few of them from 0 or 1, and one beside `of` cells."""
+def _is_counter(column: Sequence[str], *, of: int) -> bool:
+    """Whether a column counts by one from line to line, after a common prefix if any.
+
+    A column of at most two lines must also start at 0 or 1, and needs more than one of `of` columns, or more than three
+    for a single line.
+    """
     found = [re.fullmatch(r"(.*[\W_])?(\d{1,9})", one) for one in column]
     numbers = [int(one[2]) for one in found if one] or [-1]
     rises = len({one and one[1] for one in found}) == 1 and numbers == [*range(numbers[0], numbers[0] + len(column))]
     return rises and (len(column) > 2 or (0 <= numbers[0] < 2 and of > (1 if len(column) > 1 else 3)))
 
 
-def document(path: Path, line: int, raw: bytes | None) -> Row:
+def parse_pubtator(path: Path, line: int, raw: bytes | None) -> Row:
     """Parse a PubTator document: a title and an abstract, followed by a line for each span."""
     at, parts, spans = format_location(path, line), {}, []
     for one in _split_lines(raw, at=at):
@@ -227,7 +236,7 @@ def document(path: Path, line: int, raw: bytes | None) -> Row:
             raise DataError(
                 at,
                 "a line of another kind",
-                "must begin with id|t| or id|a|, or be a span with tabs between its fields (PubTator)",
+                "must start with id|t| or id|a|, or be a span with tab-separated fields (PubTator)",
             )
     if "t" not in parts:
         raise DataError(at, "no title", "must have a line id|t| (PubTator)")
@@ -235,9 +244,7 @@ def document(path: Path, line: int, raw: bytes | None) -> Row:
 
 
 def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
-    """Convert a BioC JSON document; its offsets are relative to the document, with any number of spaces between
-    passages.
-    """
+    """Convert a BioC JSON document, whose offsets refer to the document with any number of spaces between passages."""
     if isinstance(document, DataError):
         raise document
     at, text, spans, begins = format_location(path, line), "", [], []
@@ -275,7 +282,7 @@ def read_brat(_: int, marks: Path) -> Row:
             if file.is_file() and file.stat().st_size <= MOST_BYTES:
                 texts.append(file.read_bytes().decode("utf-8-sig"))
     if len(texts) < 2:
-        bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text next to it in a .txt file"
+        bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text in a .txt file of the same name"
         raise DataError(at, "a file that cannot be read", bound)
     spans = [line for line in texts[1].splitlines() if line.startswith("T")]
     found = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
@@ -290,11 +297,9 @@ def read_brat(_: int, marks: Path) -> Row:
 
 
 def _build_spans_row(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
-    """Build a row with spans, after checking that each span's text matches its position."""
+    """Build a row with spans, after checking that each span's text matches its offsets."""
     if any(text[start:end] != said for start, end, _, said in spans):
-        raise DataError(
-            at, "a span that does not match its text", "must give its offsets in characters, and its exact text"
-        )
+        raise DataError(at, "a span that does not match its text", "must have offsets in characters and the exact text")
     return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
 
 

@@ -26,64 +26,64 @@ from fedtune.spec import (
 )
 
 _MOST_TEMPLATE = 4096
-"""Of characters, which are worked through for each record, or at each site, before it has answered."""
+"""Maximum number of characters; the template is processed for each record, or at each site before its reply."""
 _MOST_WINDOWS = 8
-AT_SITE = "at-site"  # stands in what is sent to sites for every file and folder
-SITE = "{site}"  # stands in `train_file` for a site's name
+AT_SITE = "at-site"  # replaces every file and folder in the settings that are sent to sites
+SITE = "{site}"  # placeholder for a site's name in `train_file`
 _OF_THE_LEAD = {"partition", "on_bad_record", "train_fraction"}
 _OF_THE_LEAD |= {f"{file}_{what}" for file in ("validation", "test") for what in ("file", "rows", "fraction")}
-"""Settings of the lead's own files and of simulations: sites are sent them as if nobody had said any."""
+"""Settings of the lead's own files and of simulations, which are sent to sites with their default values."""
 _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
 
 
 @spec
 class DataSpec:
-    """Which files, which columns, which labels, and how they are dealt out.
+    """Files, columns, labels and partition of a run's data.
 
     Attributes:
-        dataset: the name by which sites and ledgers know the data.
-        train_file: the sites' records; in a simulation one file, dealt out by `partition`, or with `{site}` in its name
-            one for each site.
-        validation_file: the lead's own records, scored after each round; or none.
-        test_file: the lead's own records, scored before and after the run only; or none.
-        columns: the column name in the files for each role.  Roles: those of the task (`text`, or `image`, and `label`,
-            `labels` or `target`, with `text_pair` where a record is two texts; `tokens` and `tags`, or `text` and
-            `spans`; or `prompt`, `completion` and all other names in `prompt_template`); `label` (partition
-            "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one
-            for each record; `arrival` (`privacy.cohorts`), an ISO date or month, of which each user's earliest counts.
+        dataset: the name of the data set at sites and in ledgers.
+        train_file: the sites' records; in a simulation one file, partitioned by `partition`, or with `{site}` in its
+            name one file for each site.
+        validation_file: the lead's own records, scored after each round; null: none.
+        test_file: the lead's own records, scored only before and after the run; null: none.
+        columns: the column name in the files for each role.  Roles are the task's own: `text` (or `image`) with
+            `label`, `labels` or `target`, and `text_pair` for records of two texts; `tokens` and `tags`, or `text` and
+            `spans`; or `prompt`, `completion` and all other names in `prompt_template`.  Additional roles are `label`
+            (partition "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), one opaque id per
+            record; and `arrival` (`privacy.cohorts`), an ISO date or month, of which each user's earliest counts.
         labels: the declared label set, in the order of the classes; never discovered from records.
         declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
             one number for all sites, or one for each site.
-        label_separator: what stands between the labels of a record that has several, where they are one text and no
-            JSON list.
-        target_range: the least and the largest number that a target may be, where the task learns one; declared, and
-            never taken from records.  A record outside it cannot be used.  Of two texts with a score, an embedding
-            learns the cosine 0 for the one and 1 for the other.
-        event_values: the two values of the role `event`: that of records that were followed no longer, and that of
-            records to which the event came; none: 0 and 1, or false and true.
-        prompt_template: the text before the completion, with roles in braces; write a literal brace twice.  Of a task
-            that answers to one text, `{text}` and other roles in it: all that is read.
-        chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
-            (User and Assistant, in words), or "none" (a prompt and its completion as they are).
-        input: what a record is to the model: "text"; "features", the columns that `features` declares; or "image", in a
-            file beside the records' own, or in that.
-        features: the columns of numbers and categories that are a record's vector, with their declared ranges.
-        max_length: the most tokens of an example, or of each of its texts or windows where it has several; 1 for
-            features; for an image just as many as its model has places: its patches and the model's own.
-        windows: how many windows of `max_length` tokens a record has room for, where the task reads long texts piece
-            by piece; what is behind the last is not read.  Each costs its time, also where a record is short.
-        stride: how many tokens two windows share, each of which is learned in one of them.
-        partition: how a simulation deals out `train_file`.
-        heldout_fraction: the share of each site's records that is held out from training, by the hash of each record or
-            of its user.
-        train_fraction: the share of `train_file` that a smaller run uses, chosen by the same hash.
-        validation_fraction: in a simulation without `validation_file`: the share of `train_file` that is the lead's
-            instead, chosen by the same hash.
-        test_fraction: the same instead of `test_file`.
-        validation_rows: score only this many of the validation records, chosen by their hash; null: all.
-        test_rows: the same for the test records.
-        on_bad_record: what a record that cannot be used does in a simulation, and in the lead's own files: "error" ends
-            the command and counts all such records, "skip" goes on without them.  A real site always skips them.
+        label_separator: the separator between the labels of a multi-label record, if they are one text and not a JSON
+            list.
+        target_range: the smallest and the largest target of a task that learns a number; declared, and never taken from
+            records.  A record outside the range is unusable.  An embedding of text pairs with scores maps this range to
+            cosines from 0 to 1.
+        event_values: the two values of the role `event`: for censored records, and for records with an event; empty: 0
+            and 1, or false and true.
+        prompt_template: the text before the completion, with roles in braces; write a literal brace twice.  A task that
+            reads one text can use `{text}` and other roles in it.
+        chat_template: the conversion of a conversation to text: "model" (the model's own chat template), "plain" (turns
+            labeled User and Assistant), or "none" (prompt and completion unchanged).
+        input: the kind of record: "text"; "features", the columns in `features`; or "image", stored in the record or in
+            a file next to the records' file.
+        features: the columns of numbers and categories in a record's feature vector, with their declared ranges.
+        max_length: the maximum number of tokens of an example, or of each of its texts or windows; 1 for features; for
+            an image exactly the number of positions of its model: patches and special tokens.
+        windows: the maximum number of windows of `max_length` tokens per record, for a task that splits long texts;
+            tokens after the last window are not read.  Each window takes its time, even for short records.
+        stride: the number of tokens that two adjacent windows share, each of which is learned in one of them.
+        partition: the partition of `train_file` in a simulation.
+        heldout_fraction: the fraction of each site's records that is held out from training, selected by the hash of
+            each record or of its user.
+        train_fraction: the fraction of `train_file` that a smaller run uses, selected by the same hash.
+        validation_fraction: in a simulation without `validation_file`, the fraction of `train_file` that belongs to the
+            lead, selected by the same hash.
+        test_fraction: the same fraction for the test records, in a simulation without `test_file`.
+        validation_rows: the number of validation records to score, selected by their hash; null: all.
+        test_rows: the number of test records to score, selected by their hash; null: all.
+        on_bad_record: the treatment of unusable records in a simulation and in the lead's own files: "error" stops the
+            command and counts all such records, "skip" continues without them.  A real site always skips them.
     """
 
     dataset: str
@@ -121,7 +121,7 @@ class DataSpec:
         for key in ("validation_rows", "test_rows"):
             if getattr(self, key) is not None:
                 check_at_least(key, getattr(self, key), 1)
-        if self.max_length != 1:  # a vector's place; of a text room for one token between [CLS] and [SEP]
+        if self.max_length != 1:  # 1 for feature vectors; a text needs one token between [CLS] and [SEP]
             check_at_least("max_length", self.max_length, 3)
         check_one_of("windows", self.windows, range(1, _MOST_WINDOWS + 1))
         check_at_least("stride", self.stride, 0)
@@ -142,7 +142,7 @@ class DataSpec:
             )
         check_names("labels", self.labels)
         if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
-            raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
+            raise ConfigError("label_separator", self.label_separator, 'must be one character other than []"\\')
         if self.target_range is not None:
             check_range("target_range", self.target_range)
         if len(set(self.event_values)) != len(self.event_values) or len(self.event_values) not in (0, 2):
@@ -160,7 +160,7 @@ class DataSpec:
         if role is not None and role not in self.columns:
             raise ConfigError("partition.kind", kind, f"needs data.columns.{role}")
         if (kind == "file") != (SITE in self.train_file):
-            bound = f"must have {SITE} in its name for data.partition.kind = file, and only then"
+            bound = f"must contain {SITE} if data.partition.kind = file, and must not otherwise"
             raise ConfigError("train_file", self.train_file, bound)
 
     @property
@@ -169,7 +169,7 @@ class DataSpec:
 
     @property
     def skips_bad_records(self) -> bool:
-        """Whether unusable records in the lead's and in simulated files are skipped."""
+        """Whether unusable records in the lead's files and in simulated files are skipped."""
         return self.on_bad_record == "skip"
 
     def check_unit(self, unit: Unit, *, arrivals: bool = False) -> None:
@@ -188,11 +188,11 @@ class DataSpec:
             bound = "has no column for role 'arrival', which privacy.cohorts requires"
             raise ConfigError("columns", dict(self.columns), bound)
         if unit == "user" and self.partition.kind == "dirichlet":
-            bound = "partitions records by label, which would split users; with privacy.unit = user: iid, column"
+            bound = "partitions records by label, which would split users; use iid or column if privacy.unit = user"
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
     def require_decisive_validation(self) -> None:
-        """Require a validation file of the lead's own, whose exact scores may decide early stopping, checkpoints or a
+        """Require a validation file of the lead, because its exact scores may decide early stopping, checkpoints or a
         search.
 
         Raises:
@@ -200,13 +200,13 @@ class DataSpec:
         """
         if self.validation_file is None:
             bound = (
-                "must be the lead's own file if its scores decide (early_stopping_patience, best checkpoint, "
-                "a search); data.validation_fraction uses the sites' records, and no noise protects them in a score"
+                "must be the lead's own file if its scores select anything (early_stopping_patience, best checkpoint, "
+                "a search); data.validation_fraction uses the sites' records, which exact scores would not protect"
             )
             raise ConfigError("validation_file", self.validation_file, bound)
 
     def require_lead_files(self) -> None:
-        """Require that validation and test records come from the lead's own files: the lead has no access to real
+        """Require that validation and test records come from the lead's own files, because it has no access to real
         sites' files.
 
         Raises:
@@ -220,7 +220,7 @@ class DataSpec:
     def map_required_columns(
         self, roles: Collection[str], *, partition: bool = False, unit: Unit = "record"
     ) -> dict[str, str]:
-        """Map each required role to its column: `roles`, the privacy unit, the role for the partition, and all
+        """Map each required role to its column: `roles`, the roles of the privacy unit and the partition, and all
         features.
         """
         needed = {*roles, *(("user", "arrival") if unit == "user" else ())}
@@ -230,7 +230,7 @@ class DataSpec:
         return own | map_feature_columns(self.features, self.columns)
 
     def for_sites(self, roles: Collection[str]) -> DataSpec:
-        """Return the settings that are sent to sites: columns by `roles`, all records, and none of the lead's files."""
+        """Return the settings for sites: columns named by `roles`, all records, and without the lead's files."""
         unsaid: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_THE_LEAD}
         return replace(self, **unsaid, train_file=AT_SITE, columns={role: role for role in roles})
 
@@ -238,9 +238,9 @@ class DataSpec:
         """Apply the settings to a site's own file, whose path in the policy is relative to `folder`.
 
         Raises:
-            ConfigError: the site has no column for a role of the run; records without it would be of another kind.
+            ConfigError: the site has no column for a role of the run, so its records would be of another kind.
         """
-        # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
+        # Only the run's roles: a data set may have columns for several tasks, or for several kinds of record.
         columns = {role: dataset.columns[role] for role in self.columns if role in dataset.columns}
         for role in self.columns.keys() - columns.keys() - OPTIONAL_ROLES:
             if not role.startswith(FEATURE):
@@ -251,7 +251,7 @@ class DataSpec:
         """Return the declared size of each site.
 
         Raises:
-            ConfigError: for a key of this spec: the settings are for another number of sites.
+            ConfigError: for a key of this spec, if the settings are for another number of sites.
         """
         try:
             self.partition.check_sites(num_sites)
@@ -267,7 +267,7 @@ class DataSpec:
 
 @lru_cache(maxsize=64)
 def list_template_roles(template: str) -> tuple[str, ...]:
-    """Return the roles in a template, which must be in plain braces, because `str.format` fields could access
+    """Return the roles in a template; they must be in plain braces, because `str.format` fields could access
     attributes.
 
     Raises:
@@ -293,7 +293,7 @@ def list_template_roles(template: str) -> tuple[str, ...]:
 
 
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
-    """The template with a record's texts, without the paragraphs whose roles are all blank."""
+    """Fill a template with a record's texts, and drop paragraphs whose roles are all blank."""
     texts = {role: fields.get(role, "") for role in list_template_roles(template)}
     paragraphs = [(one, list_template_roles(one)) for one in template.split("\n\n")]
     kept = (one for one, roles in paragraphs if not roles or any(texts[role].strip() for role in roles))

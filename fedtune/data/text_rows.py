@@ -1,6 +1,6 @@
-"""Rows of text files (JSON lines, JSON arrays, CSV and TSV), cut from the bytes before any row is parsed.
+"""Rows of text files (JSON lines, JSON arrays, CSV and TSV), split into rows before any row is parsed.
 
-The end of a row does not depend on whether the row can be parsed, so that an unusable row affects no other.
+The end of a row does not depend on whether the row can be parsed, so an unusable row affects no other row.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from typing import ParamSpec, TypeAlias, TypeVar, cast
 from fedtune.formatting import pluralize
 from fedtune.spec import DataError
 
-Row: TypeAlias = Mapping[str, object]  # column to value, as a file has it
+Row: TypeAlias = Mapping[str, object]  # column to value, as in the file
 RawRows: TypeAlias = Iterator[tuple[int, Row | DataError]]
 Made = TypeVar("Made")
 Piece = TypeVar("Piece")
 Given = ParamSpec("Given")
 Cut: TypeAlias = Iterator[tuple[int, bytes | None]]
-"""(first line, bytes) of each row; None for the bytes of one that is too long, of which no more is kept."""
-MOST_BYTES = 1 << 24  # of a row: far above any that a model reads
+"""(first line, bytes) of each row; the bytes are None for a row that is too long, and are not kept."""
+MOST_BYTES = 1 << 24  # maximum bytes of a row, far above the input of any model
 _MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16 does
+    codecs.BOM_UTF32_LE: "UTF-32",  # has the prefix of UTF-16
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
     b"PK\x03\x04": "the start of a ZIP or Excel file",
     b"\x1f\x8b": "the start of a gzip file, whose name must end in .gz",
 }
-"""Beginnings of files that are no text in UTF-8, and their kind."""
+"""First bytes of files that are not UTF-8 text, and the kind of file."""
 _UTF_8 = "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252"
-_BLANK = b" \t\r\n,;"  # of a table's line that holds nothing
-_BLOCK_BYTES = 1 << 20  # read at once: a few kilobytes of gzip can hold a line that fills the memory
+_BLANK = b" \t\r\n,;"  # characters of a blank line in a table
+_BLOCK_BYTES = 1 << 20  # read in blocks, because a few kilobytes of gzip can contain a line that fills the memory
 
 
 def format_location(file: Path | str, line: int) -> str:
@@ -58,9 +58,9 @@ def build_missing_column_error(present: Iterable[str], column: str, *, role: str
 def catch_row_error(
     at: str, read: Callable[Given, Made], /, *args: Given.args, **options: Given.kwargs
 ) -> Made | DataError:
-    """Return the result of `read` on one row or record, or a DataError for whatever it raises.
+    """Return the result of `read` on one row or record, or a DataError for any exception.
 
-    An exception other than a DataError would be a bug in fedtune.  If it stopped the reading, a site's answer would
+    An exception other than a DataError would be a bug in fedtune.  If it stopped the reading, a site's reply would
     reveal something about a record.
     """
     try:
@@ -68,11 +68,11 @@ def catch_row_error(
     except DataError as error:
         return error
     except Exception as error:
-        return DataError(at, type(error).__name__, "must be a record that can be read")
+        return DataError(at, type(error).__name__, "must be a readable record")
 
 
 def parse_pieces(path: Path, pieces: Iterable[tuple[int, Piece]], parse: Callable[[int, Piece], Row | None]) -> RawRows:
-    """Yield the parsed row of each piece of a file, or its error; a piece that `parse` turns into None is skipped."""
+    """Yield the parsed row of each piece of a file, or its error; pieces that parse to None are skipped."""
     for line, piece in pieces:
         row = catch_row_error(format_location(path, line), parse, line, piece)
         if row is not None:
@@ -104,7 +104,7 @@ def read_json_lines(path: Path) -> RawRows:
             "must be one complete JSON object per line",
         )
         if text[:1] == "[":
-            bound += "; a file that is an array of objects ends in .json"
+            bound += "; for an array of objects, use a file name that ends in .json"
         return _parse_json_object(text, path, line, bound=bound) if text else None
 
     return parse_pieces(path, cut_rows(path), parse)
@@ -129,7 +129,7 @@ def _parse_json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
     except json.JSONDecodeError as error:
         found = f"{error.msg} at position {error.pos + 1} of the record"
         raise DataError(format_location(path, line + error.lineno - 1), found, bound) from None
-    except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
+    except (ValueError, RecursionError):  # an integer with thousands of digits, or very deep nesting
         raise DataError(format_location(path, line), "a value that is too large", bound) from None
     if not isinstance(row, dict):
         raise DataError(format_location(path, line), name_json_type(row), bound)
@@ -150,7 +150,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> 
 
     Semicolons are accepted instead of commas, because spreadsheets write them in locales with decimal commas.
     """
-    if comma == ",":  # or a semicolon, where it parts the first line that is not blank into most cells
+    if comma == ",":  # or a semicolon, if it splits the first nonblank line into the most cells
         lines = (raw for _, raw in cut_rows(path) if raw is None or raw.strip(_BLANK))
         first = re.sub(rb'"[^"]*"', b"", next(lines, None) or b"")
         comma = ";" if first.count(b";") > max(map(first.count, (b",", b"\t", b"|"))) else ","
@@ -164,25 +164,25 @@ def _parse_table_row(path: Path, line: int, raw: bytes | None, *, header: Sequen
     try:
         cells = _split_cells(text, comma=comma, at=at)
         if cells and len(cells) != len(header):
-            hint = "; a quote after a comma and a space does not open a cell" if f'{comma} "' in text else ""
+            hint = "; remove the space between a comma and a quote" if f'{comma} "' in text else ""
             hint = "; the header starts with #, like a comment" if header[0].startswith("#") else hint
             bound = f"must have {pluralize(len(header), 'cell')}, like the header{hint}"
             raise DataError(at, pluralize(len(cells), "cell"), bound)
     except DataError as error:
         if not (more := text.rstrip().count("\n")):
             raise
-        # In a table that was written without quoting, a quote takes whole rows along.
-        bound = f"{error.bound}; a quote at the start of a cell includes all lines up to the next quote"
+        # In a table without quoting, a stray quote swallows whole rows.
+        bound = f"{error.bound}; a quote at the start of a cell swallows all lines up to the next quote"
         raise DataError(at, f"{error.value}, over {more + 1} lines", bound) from None
     return dict(zip(header, cells, strict=True)) if cells else None
 
 
 def _read_header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) -> Sequence[str]:
-    """Return the names in the first row that is not blank; an error in this row is an error of the whole file."""
+    """Return the names in the first nonblank row; an error in this row is an error of the whole file."""
     for line, raw in rows:
         at = format_location(path, line)
         if cells := _split_cells(decode_text(raw, at=at), comma=comma, at=at):
-            # A table may have columns without a name; each is one of its own.
+            # A table may have several unnamed columns, which need distinct names.
             header = [name.strip() or (f"(column {place})" if place > 1 else "") for place, name in enumerate(cells, 1)]
             _require_separated(header, comma=comma, at=at)
             check_header(header, columns, at=at)
@@ -194,18 +194,18 @@ def _read_header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: st
 
 
 def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
-    """Refuse a header of one cell that contains another separator, and one with null bytes or a `sep=` line for
-    Excel.
+    """Refuse a header with null bytes or an Excel `sep=` line, and a one-cell header that contains another
+    separator.
     """
-    if any("\0" in name for name in header):  # every other byte of UTF-16 that does not say so
+    if any("\0" in name for name in header):  # UTF-16 without a byte order mark
         raise DataError(at, "null bytes", _UTF_8)
     if header[0].lower().startswith("sep="):
         raise DataError(at, "an Excel separator line (sep=)", "must be the header; remove this line")
     named = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
     for mark in (mark for mark in named if mark != comma and len(header) == 1 and mark in header[0]):
         other = {"\t": ".tsv", "|": ""}.get(mark, ".csv")
-        remedy = f"give the file the ending {other}" if other else "save it so"
-        bound = f"must have {named[comma]} between the columns: {remedy}"
+        remedy = f"rename the file to end in {other}" if other else "export the table again"
+        bound = f"must be separated by {named[comma]}: {remedy}"
         raise DataError(at, f"a header that looks separated by {named[mark]}", bound)
 
 
@@ -224,25 +224,25 @@ def check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) 
 
 def _split_cells(text: str, *, comma: str, at: str) -> list[str]:
     """Split a row into cells; a blank line, or a row of empty cells, gives none."""
-    # The csv module's own bound on a cell is 131,072 characters, and belongs to the whole process: anybody may have set
-    # it.  A record is bounded already, so it is raised out of the way, and never lowered for others.
+    # The csv module's limit of 131,072 characters per cell is global to the process, and other code may have set it.
+    # Records are limited already, so the limit is raised, but never lowered for other code.
     csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))
     try:
         cells = next(csv.reader([text], delimiter=comma, strict=True))
     except csv.Error as error:
         if "new-line" in str(error):
-            bound = "must end its lines with a line feed (only old Macs did not)"
-            raise DataError(at, "a carriage return alone, outside double quotes", bound) from None
+            bound = "must end its lines with a line feed"
+            raise DataError(at, "a single carriage return outside double quotes", bound) from None
         found = "text after a closing quote" if "expected after" in str(error) else "a quote that is not closed"
-        bound = "must have double quotes around the whole cell, and doubled quotes within it"
+        bound = "must have double quotes around the whole cell, and doubled quotes inside it"
         raise DataError(at, found, bound) from None
     return cells if any(cell.strip() for cell in cells) else []
 
 
-# Cutting.
+# Splitting into rows.
 
 
-class _Growing:
+class _RowBuffer:
     """A row under construction: its first line, and its bytes unless there are too many."""
 
     def __init__(self) -> None:
@@ -259,26 +259,27 @@ class _Growing:
             self.kept.clear()
 
     def take_row(self) -> tuple[int, bytes | None]:
-        """Return the finished row, and start the next one."""
+        """Return the finished row, and start the next row."""
         row = self.first, bytes(self.kept) if self.size <= MOST_BYTES else None
         self.first, self.size = self.line, 0
         self.kept.clear()
         return row
 
 
-_LINES = re.compile(rb"[^\n]*\n|[^\n]+")  # the lines of a block, or what it has of them
+_LINES = re.compile(rb"[^\n]*\n|[^\n]+")  # complete and partial lines of a block
 
 
 def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:
-    """Cut a text file into rows, including blank ones; `comma` separates a table's cells, and quoted cells may span
-    lines.
+    """Split a text file into rows, including blank rows.
+
+    With `comma`, a table's separator, quoted cells may span lines.
     """
-    row, begins = _Growing(), comma or b""
+    row, begins = _RowBuffer(), comma or b""
     quoted, state = begins + b'"', begins
     for block in _read_blocks(path):
-        # A block without a quote, within a quoted cell, is one piece: a cell may have millions of lines.
+        # Inside a quoted cell, a block without a quote is one piece, because a cell may have millions of lines.
         for piece in [block] if comma and state == quoted and b'"' not in block else _LINES.findall(block):
-            state = quote_state(piece, state, comma=comma) if comma else begins
+            state = compute_quote_state(piece, state, comma=comma) if comma else begins
             row.add(piece)
             if piece.endswith(b"\n") and not (comma and state == quoted):
                 yield row.take_row()
@@ -287,7 +288,7 @@ def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:
         yield row.take_row()
 
 
-def quote_state(piece: bytes, before: bytes, *, comma: bytes) -> bytes:
+def compute_quote_state(piece: bytes, before: bytes, *, comma: bytes) -> bytes:
     """Return the parser state after `piece`: the shortest text that leads to the same state from the start of a row.
 
     The states are: start of a cell (a comma), in an unquoted cell (x), in a quoted cell (comma, quote), and after a
@@ -309,9 +310,11 @@ def quote_state(piece: bytes, before: bytes, *, comma: bytes) -> bytes:
 
 
 _OUTSIDE = {True: re.compile(rb'["\[\]{},]'), False: re.compile(rb'["\[\]{}]')}
-"""Marks outside strings that decide where an array's element ends: directly in the array, and further in."""
+"""Characters outside strings that determine the end of an array's element: directly in the array, and in nested
+values.
+"""
 _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
-"""The rest of a string, up to its quote, or to the end of the block or a backslash there."""
+"""Rest of a string, up to its quote, to the end of the block, or to a backslash at the end of the block."""
 
 
 def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator[tuple[int, bytes | None, bytes]]:
@@ -320,10 +323,10 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
     The terminator is `,` or `]`, or empty for the rest of the file.  The array is the whole file, or starts after the
     match of `opens`.
 
-    Only strings and brackets are recognized; nothing else is inspected.  Only a string or bracket that is never closed
-    can swallow other elements, and no JSON writer produces one from a record's text.
+    Only strings and brackets are recognized; nothing else is inspected.  Only an unclosed string or bracket can swallow
+    other elements, and no JSON writer produces one from a record's text.
     """
-    row, depth, in_string, escaped = _Growing(), 1, False, False
+    row, depth, in_string, escaped = _RowBuffer(), 1, False, False
     for block in _iter_array_blocks(path, row) if opens is None else _iter_object_blocks(path, row, opens):
         begin = place = 0
         while place < len(block) and depth:
@@ -347,7 +350,7 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
     yield *row.take_row(), b""
 
 
-def _iter_array_blocks(path: Path, row: _Growing) -> Iterator[bytes]:
+def _iter_array_blocks(path: Path, row: _RowBuffer) -> Iterator[bytes]:
     """Yield the blocks of a file after the bracket that opens its array; none for an empty file."""
     opened = False
     for block in _read_blocks(path):
@@ -356,16 +359,14 @@ def _iter_array_blocks(path: Path, row: _Growing) -> Iterator[bytes]:
             row.first = row.line = row.line + block[: len(block) - len(text)].count(b"\n")
             if text and not text.startswith(b"["):
                 found = "an object" if text.startswith(b"{") else "no bracket"
-                bound = "must begin with [, as an array of objects; a file with one object on each line ends in .jsonl"
+                bound = "must start with [, as an array of objects (for one object per line, use the suffix .jsonl)"
                 raise DataError(format_location(path, row.line), found, bound)
         yield text if opened else text[1:]
         opened = opened or bool(text)
 
 
-def _iter_object_blocks(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[bytes]:
-    """Yield the blocks of a file after the match of `opens`, which must be near its beginning; none for an empty
-    file.
-    """
+def _iter_object_blocks(path: Path, row: _RowBuffer, opens: re.Pattern[bytes]) -> Iterator[bytes]:
+    """Yield the blocks of a file after the match of `opens`, which must be near its start; none for an empty file."""
     before, found = b"", None
     for block in _read_blocks(path):
         if found is None:
@@ -379,7 +380,7 @@ def _iter_object_blocks(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> 
         yield block
     if found is None and before.strip():
         raise DataError(
-            format_location(path, 1), "another form", "must be an object with an array of documents (BioC as JSON)"
+            format_location(path, 1), "another format", "must be an object with an array of documents (BioC JSON)"
         )
 
 
@@ -405,7 +406,7 @@ def read_json_array(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | Non
             between=(before, mark),
         )
         if isinstance(row, DataError) and not mark and not lenient:
-            raise row  # what is missing may be any number of records
+            raise row  # any number of records may be missing
         if row is not None:
             yield line, row
         before = before if before == b"]" else mark
@@ -442,7 +443,7 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         found = (
             "an early end" if isinstance(error, EOFError) else "not a gzip file, or a damaged one"
-        )  # its own words quote the file
+        )  # the library's messages quote the file
         raise DataError(format_location(path, line), found, "must be a complete gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a readable file") from None

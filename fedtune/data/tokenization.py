@@ -1,4 +1,4 @@
-"""Tokenization of texts, each independently of the others; `fedtune.tasks` chooses the texts and the targets."""
+"""Tokenization of texts, each independently of the others; `fedtune.tasks` selects the texts and the targets."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _CHARACTERS_A_TOKEN = 64
-"""A text is cut to this many characters for each token of an example, before it is encoded: what is longer would decide
-how much memory and time a site needs.  Words have about four characters a token, and the longest tokens are lines and
-spaces.  Only a text in which such long tokens, or spaces that give no token, take most of the room loses any."""
+"""Maximum number of characters per token of an example; longer texts are truncated before tokenization, because their
+length would determine the memory and time of a site.  Words have about four characters per token, and the longest
+tokens are lines and spaces.  Only a text that consists mostly of such long tokens, or of spaces without tokens, loses
+any content.
+"""
 _MOST_LONGER, _ROOM = 4, 256
-"""A normalizer may make a text this many times as long, and this many characters longer.  Unicode's own make three
-characters of a letter of Hangul; a table that a lead chose could fill the memory with a text of one letter."""
+"""Limits on the lengthening of a text by a normalizer: the factor, and the additional characters.  Unicode's own
+normalizers produce three characters from a Hangul letter; a table that a lead chose could fill the memory from a text
+of one letter.
+"""
 _CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 18
 
-UNSUPERVISED = -100  # target of a token without a loss; what torch's cross_entropy ignores by default
+UNSUPERVISED = -100  # target of a token without a loss, the default ignore_index of torch's cross_entropy
 
 
 Text: TypeAlias = str | tuple[str, ...]
-"""A text, or two that the tokenizer encodes as a pair, with its marks between them."""
+"""A text, or two texts that the tokenizer encodes as a pair, with special tokens between them."""
 Encoded: TypeAlias = tuple[list[int], Sequence[tuple[int, int]]]
-"""Of a text its token ids, and the characters (first, end) of each, where they were asked for."""
+"""Token ids of a text, and the character span (start, end) of each token if requested."""
 Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | NDArray[np.int8] | tuple[NDArray[np.int64], ...]
 
 
@@ -52,7 +56,7 @@ class Tokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: int) -> str: ...
     def num_special_tokens_to_add(self, *, pair: bool) -> int: ...
-    def __hash__(self) -> int: ...  # of the tokenizer itself: what was made of it once is kept
+    def __hash__(self) -> int: ...  # by identity, because objects derived from a tokenizer are cached
     def __call__(self, text: list[Text], **options: Any) -> Mapping[str, Any]: ...
 
 
@@ -60,19 +64,19 @@ class Tokenizer(Protocol):
 class TextDataset:
     """Tokenized examples, unpadded, in the order of their records."""
 
-    # (t_i,) token ids of each text, t_i at least 1; those of one example stand one after the other.  Of a
-    # vector (1, w) its values in float32, of an image (t_i, w) the pixels of its patches.
+    # (t_i,) token ids of each text, t_i at least 1; the texts of an example are adjacent.  Feature vectors are
+    # (1, w) float32 values, images are (t_i, w) float32 pixels of their patches.
     input_ids: tuple[NDArray[np.int32] | NDArray[np.float32], ...]
-    # one of each example, (n, ...), such as its class; or for each text one target a token, (t_i,) each: the
-    # token itself where it is supervised and `UNSUPERVISED` elsewhere, not shifted.
+    # (n, ...) one target per example, such as its class; or (t_i,) one target per token for each text: the token
+    # itself, not shifted, or `UNSUPERVISED`
     targets: Targets
-    texts: int = 1  # of each example
-    text_lengths: NDArray[np.int32] = field(init=False)  # (n, texts) the t_i, padding not counted
-    lengths: NDArray[np.int32] = field(init=False)  # (n,) of each example's longest text
+    texts: int = 1  # texts per example
+    text_lengths: NDArray[np.int32] = field(init=False)  # (n, texts) the t_i, without padding
+    lengths: NDArray[np.int32] = field(init=False)  # (n,) length of each example's longest text
 
     def __post_init__(self) -> None:
         of_each = self.texts if isinstance(self.targets, tuple) else 1
-        assert len(self.input_ids) * of_each == len(self.targets) * self.texts, "one target an example, or a token"
+        assert len(self.input_ids) * of_each == len(self.targets) * self.texts, "one target per example or token"
         lengths = np.array([len(ids) for ids in self.input_ids], dtype=np.int32).reshape(-1, self.texts)
         object.__setattr__(self, "text_lengths", lengths)
         object.__setattr__(self, "lengths", lengths.max(axis=1))
@@ -85,7 +89,7 @@ class TextDataset:
         return int(self.text_lengths.sum())
 
     def find_text_indices(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return the indices of these examples' texts among the texts of the data set."""
+        """Return the indices of the examples' texts among all texts of the data set."""
         of_each = np.asarray(places, dtype=np.int64)[:, None] * self.texts + np.arange(self.texts)
         return of_each.ravel()
 
@@ -97,7 +101,7 @@ class TextDataset:
 
 
 def compute_max_characters(max_length: int) -> int:
-    """Return the maximum number of characters of a text that are encoded for an example of `max_length` tokens."""
+    """Return the maximum number of characters of a text to tokenize for an example of `max_length` tokens."""
     return _CHARACTERS_A_TOKEN * max_length
 
 
@@ -109,11 +113,11 @@ def encode(
     max_length: int | None = None,
     within: int | None = None,
 ) -> Iterator[list[int]]:
-    """Yield the token ids of each text or pair of texts, encoded in chunks without padding, so that no text affects
-    another.
+    """Yield the token ids of each text or pair of texts, encoded in chunks without padding, so texts do not affect each
+    other.
 
     With `within`, the ids are empty for a text that cannot be encoded or has an id of `within` or above.  They are also
-    empty for a text that the tokenizer's normalizer would lengthen many times, because the tokenizers library aborts
+    empty for a text that the tokenizer's normalizer would lengthen excessively, because the tokenizers library aborts
     the whole process when memory runs out.
     """
 
@@ -126,7 +130,7 @@ def encode(
             padding=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # no warning about the model's longest input: the caller cuts
+            verbose=False,  # no warning about the model's maximum length: the caller truncates
         )["input_ids"]
         return [(ids, ()) for ids in found]
 
@@ -140,10 +144,13 @@ def tokenize_whole_texts(
     max_length: int,
     lenient_within: int | None,
 ) -> tuple[list[NDArray[np.int32]], list[bool]]:
-    """Token ids of the texts of some records' roles with the tokenizer's own special tokens, `max_length` at most.
+    """Tokenize the texts of records with the tokenizer's special tokens, to at most `max_length` tokens.
 
-    Texts of two roles are encoded as a pair.  And whether each could be encoded: with `lenient_within`, as
-    `Task.tokenize` has it, what cannot is one token, 0; otherwise it is a DataError.
+    Texts of two roles are encoded as a pair.  With `lenient_within` (see `Task.tokenize`), a text that cannot be
+    encoded becomes the single token 0; otherwise it raises a DataError.
+
+    Returns:
+        The token ids of each record, and whether each record could be encoded.
     """
     most = compute_max_characters(max_length)
     cuts = [tuple(record.fields[role][:most] for role in roles) for record, roles in fields]
@@ -155,7 +162,7 @@ def tokenize_whole_texts(
             raise DataError(
                 record.at(roles[0]), "no tokens", f"must contain a token of the tokenizer {tokenizer.name_or_path!r}"
             )
-        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
+        # Truncate again: a tokenizer does not truncate if its special tokens alone exceed `max_length`.
         input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
         found.append(bool(ids))
     return input_ids, found
@@ -164,10 +171,10 @@ def tokenize_whole_texts(
 def encode_words(
     texts: Sequence[str], tokenizer: Tokenizer, *, max_length: int, within: int | None = None
 ) -> Iterator[Encoded]:
-    """Yield each text's token ids, without special tokens, and for each token the character span of the word that it
+    """Yield each text's token ids without special tokens, and for each token the character span of the word that it
     starts.
 
-    Words are those of the tokenizer; a token that starts no word has (0, 0).  The other arguments are those of
+    Words are the tokenizer's words; a token that does not start a word has (0, 0).  The other arguments are those of
     `encode`.
     """
 
@@ -187,7 +194,7 @@ def _map_tokens_to_words(encoding: Any, text: str) -> list[tuple[int, int]]:
     ends = {word: end for word, (_, end) in zip(encoding.word_ids, encoding.offsets, strict=True)}
     rests = encoding.overflowing
     last = encoding.word_ids[-1] if rests else None
-    for rest in rests:  # of the word at which reading stops
+    for rest in rests:  # the rest of the word at the truncation point
         its = takewhile(lambda one: one[0] == last, zip(rest.word_ids, rest.offsets, strict=True))
         ends |= {word: end for word, (_, end) in its}
         if rest.word_ids[-1] != last:
@@ -195,7 +202,7 @@ def _map_tokens_to_words(encoding: Any, text: str) -> list[tuple[int, int]]:
     found, before = [], None
     for word, (start, _) in zip(encoding.word_ids, encoding.offsets, strict=True):
         piece = text[start : ends[word]]
-        start += len(piece) - len(piece.lstrip())  # some tokens have the space before them
+        start += len(piece) - len(piece.lstrip())  # some tokens include the preceding space
         found.append((start, ends[word]) if word is not None and word != before and piece.strip() else (0, 0))
         before = word
     return found
@@ -203,17 +210,17 @@ def _map_tokens_to_words(encoding: Any, text: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MarkedTokenizer:
-    """A copy of a tokenizer in which some tokens, its marks, have random names that change with each process.
+    """Copy of a tokenizer in which some tokens, its marks, have random names that change with each process.
 
-    A text can then never contain a mark, whatever the mark is called in the tokenizer's own file.
+    A text can then never contain a mark, whatever the name of the mark in the tokenizer's own file.
     """
 
-    names: Mapping[int, str]  # what stands for each mark in a text that is encoded, by its id
+    names: Mapping[int, str]  # id of a mark -> its random name in an encoded text
     _backend: Backend
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, marks: Collection[int]) -> MarkedTokenizer:
-        """Copy a tokenizer with these tokens, and all special tokens, as marks."""
+        """Copy a tokenizer, with these tokens and all special tokens as marks."""
         from tokenizers import Tokenizer as Backend
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -229,18 +236,18 @@ class MarkedTokenizer:
         else:
             pieces = enumerate(model["vocab"])
             model["vocab"] = [[names.get(number, piece), score] for number, (piece, score) in pieces]
-        if "merges" in model:  # of letters into a mark, or of a mark into more
+        if "merges" in model:  # remove merges that produce or contain a mark
             halves = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
             model["merges"] = [pair for pair in halves if not texts.keys() & {*pair, "".join(pair)}]
         if model.get("unk_token"):
             model["unk_token"] = texts.get(model["unk_token"], model["unk_token"])
         added_tokens = [added[number] for number in sorted(added)]
-        # What is put around a text is written into it, and places are those before any trimming.
+        # Surrounding tokens are part of the text itself, and offsets must refer to the untrimmed text.
         state |= {"added_tokens": added_tokens, "post_processor": None, "truncation": None, "padding": None}
         return cls(names, Backend.from_str(json.dumps(state)))
 
     def encode(self, texts: Sequence[str], *, within: int | None = None) -> Iterator[Encoded]:
-        """Yield each text's token ids and the character span of each token; `within` is that of `encode`."""
+        """Yield each text's token ids and the character span of each token; `within` is as in `encode`."""
 
         def encode_pieces(some: Sequence[str]) -> list[Encoded]:
             found = self._backend.encode_batch(list(some), add_special_tokens=False)
@@ -260,7 +267,7 @@ def _encode_each(
         fits = [all(_has_bounded_length(part, normalizer) for part in _to_tuple(text)) for text in some]
         bounded = [text for text, short in zip(some, fits, strict=True) if short]
         found = catch_row_error("", encoded, bounded)
-        if isinstance(found, DataError):  # about one text, whatever the tokenizer's library raised
+        if isinstance(found, DataError):  # one of the texts failed, so encode them one at a time
             alone = (catch_row_error("", encoded, [text]) for text in bounded)
             found = [([], ()) if isinstance(one, DataError) else one[0] for one in alone]
         left = iter(found)
@@ -269,9 +276,7 @@ def _encode_each(
 
 
 def _has_bounded_length(text: str, normalizer: Any) -> bool:
-    """Whether a tokenizer's normalizer lengthens a text only within fixed limits; None means that there is no
-    normalizer.
-    """
+    """Whether a tokenizer's normalizer (None: no normalizer) lengthens a text only within fixed limits."""
     if normalizer is None:
         return True
     made = catch_row_error("", translate_panics()(normalizer.normalize_str), text)
@@ -283,7 +288,7 @@ def _to_tuple(text: Text) -> tuple[str, ...]:
 
 
 def _chunk_texts(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
-    """Yield the texts in order, in chunks, to bound the tokenizer's memory."""
+    """Yield the texts in order, in chunks, to limit the tokenizer's memory."""
     first, characters = 0, 0
     for place, text in enumerate(texts):
         length = sum(map(len, _to_tuple(text)))

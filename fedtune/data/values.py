@@ -1,6 +1,6 @@
 """Conversion of one value of a data file to the form that its role requires, for runs and for data inspection.
 
-Each value is read separately, and a DataError reports a value that does not suit its role.  Error messages name the
+Each value is read separately, and a DataError reports a value that does not match its role.  Error messages name the
 position and never quote the value, because messages end up in logs.
 """
 
@@ -21,81 +21,81 @@ from fedtune.data.span_formats import convert_labels, read_spans, read_words
 from fedtune.data.text_rows import name_json_type
 from fedtune.spec import DataError
 
-# Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
+# Roles with values from a small set of names: integers become text, and surrounding spaces are removed.
 CATEGORY_ROLES = frozenset({"label", "site", "user", "event"})
 ANSWERS = frozenset({"label", "labels", "target", "tags", "spans", "time", "event"})
-"""Roles that are learned of a record, where they are no texts."""
+"""Roles with targets that are not texts."""
 _NO_TEXT = ANSWERS | CATEGORY_ROLES | {"image", "arrival"}
-SAID = ("chosen", "rejected")  # roles whose values are texts or turns
+TURN_ROLES = ("chosen", "rejected")  # roles with texts or turns as values
 FEATURE = "feature:"
-"""Before the name of a column that is a value of a record's vector, as its role (`fedtune.data.features`)."""
-OPTIONAL_ROLES = frozenset({"input", "system", "arrival"})  # roles that a record may lack, or have blank
+"""Role prefix of a feature column (`fedtune.data.features`)."""
+OPTIONAL_ROLES = frozenset({"input", "system", "arrival"})  # roles that may be missing or blank
 _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
-"""Separators in lists of names, and so no part of a user's id; a message's word for a record of several."""
+"""Separators in lists of names, which cannot be part of a user id, and the description of such a value in messages."""
 NO_NAME = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none", "-", "?"})
-"""Words that tables write where there is no value: all such rows together are of no one person."""
+"""Words for missing values in tables; rows with such a word do not all belong to one person."""
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Letters of scripts without spaces, such as Chinese, for a pattern's set."""
+"""Letters of scripts without spaces between words, such as Chinese, for a character class."""
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
 )
-"""Letters without a shape of their own (Unicode's Default_Ignorable_Code_Point)."""
+"""Invisible characters (Unicode's Default_Ignorable_Code_Point)."""
 _WHOLE_DECIMAL = re.compile(r"\A([+-]?\d+)\.0+\Z", re.ASCII)
 _WITH_EXPONENT = re.compile(r"\d+(\.\d+[eE]\+?|[eE]\+)\d+", re.ASCII)
-"""How spreadsheets write long ids, without their last digits."""
+"""Format in which spreadsheets write long ids, without their last digits."""
 _SPEAKERS = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 _TRAINED = ("weight", "train", "training", "loss")
-"""Other programs' names for whether an answer is learned: 0 or false for one that is not."""
+"""Other programs' names for a turn's training weight: 0 or false excludes an answer from training."""
 _PARTS_TRAINED = ("train_detail", "training_detail")
 _CALLS = ("tool_calls", "function_call")
-READ_OF_TURNS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PARTS_TRAINED, *_CALLS})
-"""Fields of a turn that a run looks at."""
+TURN_FIELDS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PARTS_TRAINED, *_CALLS})
+"""Fields of a turn that fedtune reads."""
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(r"\(?[$€£¥]? ?[+\u2212-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?\)?", re.ASCII)
-_LONGEST_NUMBER = 400  # characters of a number: every float has a shorter one, and no text may keep a site busy
+_LONGEST_NUMBER = 400  # maximum characters of a number; every float has a shorter form, and parsing stays cheap
 _MONTH = re.compile(r"\d{4}-\d{2}", re.ASCII)
 _LONGEST_DATE = 64
 _LIKE_TURNS = re.compile(r"\s*\[\s*\{")
-"""How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
+"""Start of turns as JSON text; other texts are not parsed, because parsing a long text takes seconds."""
 _PRINTED_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*'(?:role|from|content|value)'\s*:")
-"""How Python and pandas print turns, which nothing reads safely."""
-_WRITTEN_TURNS = '[{"role":"'  # the same as this file writes them
+"""Start of turns as printed by Python and pandas, which cannot be parsed safely."""
+_WRITTEN_TURNS = '[{"role":"'  # start of turns as written by this module
 
 
 def read_value(value: object, role: str, *, at: str) -> str:
     """Check a value and convert it to text, as its role requires; NaN counts as null.
 
     Raises:
-        DataError: the value does not suit the role.
+        DataError: the value does not match the role.
     """
     if role.startswith(FEATURE):
         text = read_feature(value, at)
     elif is_null(value):
         raise DataError(at, "null", f"must not be null (role {role})")
-    elif role in _READ_ALONE:
-        text = _READ_ALONE[role](value, at)
+    elif role in _READERS:
+        text = _READERS[role](value, at)
     elif role in CATEGORY_ROLES:
         text = _read_name(value, role, at=at)
     else:
         text = _read_text_value(value, role, accepted="text", at=at)
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which tokenizers reject
         raise DataError(at, "an unpaired surrogate", f"must be valid Unicode (role {role})") from None
     return text
 
 
 def is_free_text(role: str) -> bool:
-    """Whether a role's values are texts that a person wrote, which may contain names and may be masked."""
+    """Whether a role's values are free text, which may contain names and may be masked."""
     return role not in _NO_TEXT and not role.startswith(FEATURE)
 
 
 def split_texts(role: str, text: str) -> list[str]:
     """Return the texts in a record's field: one per turn of a conversation, and none for an answer or a feature."""
-    turns = json.loads(text) if role == "messages" else parse_continuation(text) if role in SAID else None
+    turns = json.loads(text) if role == "messages" else parse_continuation(text) if role in TURN_ROLES else None
     if turns is not None:
         return [turn["content"] for turn in turns]
     return [text] if is_free_text(role) else []
@@ -107,11 +107,11 @@ def is_null(value: object) -> bool:
 
 
 def is_missing(value: object) -> bool:
-    """Return True if the value is missing or blank."""
+    """Return True if a value is null or blank."""
     return is_null(value) or (isinstance(value, str) and not value.strip())
 
 
-def is_whole(value: object) -> TypeGuard[float]:
+def is_integral(value: object) -> TypeGuard[float]:
     """Return True if a float is an integer: tables store an integer column as floats if a value is missing.
 
     Values of 2**53 or more are rejected, because two different ids may have been rounded to the same float.
@@ -122,7 +122,7 @@ def is_whole(value: object) -> TypeGuard[float]:
 def normalize_name(text: str) -> str:
     r"""Normalize a name: composed (NFC), without invisible characters, with single spaces.
 
-    >>> one_form("Jose\u0301\u200b ") == "Jos\u00e9"
+    >>> normalize_name("Jose\u0301\u200b ") == "Jos\u00e9"
     True
     """
     return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
@@ -130,7 +130,7 @@ def normalize_name(text: str) -> str:
 
 def _read_text_value(value: object, role: str, *, accepted: str, at: str) -> str:
     if role == "text" and isinstance(value, dict) and isinstance(value.get("text"), str):
-        value = value["text"]  # as Label Studio has it
+        value = value["text"]  # Label Studio's format
     if not isinstance(value, str):
         raise DataError(at, name_json_type(value), f"must be {accepted} (role {role})")
     if not value.strip():
@@ -141,11 +141,11 @@ def _read_text_value(value: object, role: str, *, accepted: str, at: str) -> str
 def _read_name(value: object, role: str, *, at: str) -> str:
     """Read a label, a site or a user; user ids are normalized, so that no person counts as several users."""
     if role == "user" and (isinstance(value, list) or (isinstance(value, str) and set(_BETWEEN_NAMES) & set(value))):
-        # It would count for one of them, and the others would not be protected.
+        # The record would count for one of the users only, and the others would not be protected.
         marks = " ".join(_BETWEEN_NAMES)
-        bound = f"must name one user (role user): a value with one of {marks} is read as several, and a record of"
-        raise DataError(at, SEVERAL_USERS, f"{bound} several users cannot be used here (docs/user_level.md)")
-    if type(value) is int or is_whole(value):
+        bound = f"must name one user (role user): a value with one of {marks} is a list, and records of several users"
+        raise DataError(at, SEVERAL_USERS, f"{bound} are not supported (docs/user_level.md)")
+    if type(value) is int or is_integral(value):
         value = str(int(value))
     elif role in ("label", "event") and isinstance(value, bool):
         value = str(value).lower()
@@ -162,15 +162,15 @@ def _read_name(value: object, role: str, *, at: str) -> str:
 
 # Turns.
 
-_JSON_TURNS = "must be a JSON list of turns (as json.dumps writes it, unlike str or pandas)"
+_JSON_TURNS = "must be a JSON list of turns (written by json.dumps, not by str or pandas)"
 
 
 def read_messages(value: object, *, at: str) -> str:
-    """Read a conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
+    """Convert a conversation to canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
 
-    An answer that is excluded from training also has "train": false.  Accepted are turns with `role` and `content`
-    (OpenAI) or `from` and `value` (ShareGPT), an object with a list of each (Hugging Face), and the JSON text of any of
-    these.  An optional system turn comes first; then user and assistant turns alternate.
+    An answer that is excluded from training also has "train": false.  Accepted forms are turns with `role` and
+    `content` (OpenAI) or `from` and `value` (ShareGPT), an object with a list of each (Hugging Face), and JSON text of
+    any of these forms.  An optional system turn comes first; then user and assistant turns alternate.
 
     Raises:
         DataError: the value is not such a conversation.
@@ -195,9 +195,7 @@ def read_messages(value: object, *, at: str) -> str:
 
 
 def read_continuation(value: object, at: str) -> str:
-    """Read the continuation of a prompt or a conversation: a text unchanged, or turns (also a single one) as canonical
-    JSON.
-    """
+    """Read the continuation of a prompt or a conversation: text unchanged, or one or more turns as canonical JSON."""
     value = convert_columns_to_rows(value)
     if isinstance(value, dict):
         value = [value]
@@ -206,10 +204,10 @@ def read_continuation(value: object, at: str) -> str:
     if not isinstance(value, str):
         raise DataError(at, name_json_type(value), "must be text, or a list of at least one turn")
     if not value.strip():
-        raise DataError(at, "blank", "must not be blank: the model learns to write it, or to avoid it")
+        raise DataError(at, "blank", "must not be blank, because it is the text that the model learns")
     try:
         turns = _parse_turns_text(value)
-    except RecursionError:  # taken as text here, it might be turns where the stack is less deep
+    except RecursionError:  # read as text, because whether it parses as turns would depend on the stack depth
         raise DataError(at, "nested brackets", "must be text, or a list of turns") from None
     if turns is None and _PRINTED_TURNS.match(value):
         raise DataError(at, "text that is not JSON", _JSON_TURNS)
@@ -217,22 +215,20 @@ def read_continuation(value: object, at: str) -> str:
 
 
 def parse_continuation(text: str) -> list[dict[str, Any]] | None:
-    """Parse the turns in a field of role `chosen` or `rejected`, as written by `read_continuation`; return None if it
-    is a text.
+    """Parse the turns in a field of role `chosen` or `rejected`, as written by `read_continuation`; None for a plain
+    text.
     """
     if not text.startswith(_WRITTEN_TURNS):
         return None
-    with suppress(RecursionError):  # turns that were written once are not deep
+    with suppress(RecursionError):  # turns in this form are never deeply nested
         return _parse_turns_text(text)
     return None
 
 
 def guess_turns(value: object) -> list[dict[str, Any]]:
-    """Return the turns that a value seems to contain, valid or not, also as JSON text; empty if it is something
-    else.
-    """
+    """Return the turns that a value seems to contain, valid or not, also from JSON text; empty for other values."""
     if isinstance(value, str) and _PRINTED_TURNS.match(value):
-        return [{"role": "printed"}]  # a run says what is wrong with it
+        return [{"role": "printed"}]  # reading it in a run raises a specific error
     if isinstance(value, str) and _LIKE_TURNS.match(value):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
@@ -243,7 +239,7 @@ def guess_turns(value: object) -> list[dict[str, Any]]:
 
 
 def parse_speaker_role(name: object) -> str:
-    """Map a file's name for a speaker to its role: `system`, `user`, `assistant`, or the name itself if it is
+    """Map a file's name for a speaker to its role: `system`, `user`, `assistant`, or the lower-case name if it is
     unknown.
     """
     said = str(name).strip().lower()
@@ -265,13 +261,13 @@ def _read_turns(values: Sequence[object], *, at: str) -> list[dict[str, Any]]:
 def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise DataError(at, name_json_type(turn), "must be an object with role and content, or from and value")
-    # A table has one set of columns: beside a turn of the other form, a turn has nulls under that form's names.
+    # In a table with turns of both forms, each turn has nulls in the columns of the other form.
     who, what = ("from", "value") if turn.get("role") is None and "from" in turn else ("role", "content")
     if who not in turn or what not in turn:
         raise DataError(at, "no speaker or no text", "must have role and content, or from and value")
     speaker, content = turn[who], turn[what]
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
-        content = content[0].get("text", content)  # a list of one part, which is a text
+        content = content[0].get("text", content)  # a list with a single text part
     role = parse_speaker_role(speaker)
     calls = [name for name in _CALLS if turn.get(name)]
     if calls:
@@ -285,8 +281,8 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     if role != "assistant":
         return {"role": role, "content": content}
     if not content.strip():
-        raise DataError(f"{at}, {what}", "blank", "must not be blank: the model learns to write it")
-    # Whether an answer is to be learned, by the marks of other programs.
+        raise DataError(f"{at}, {what}", "blank", "must not be blank, because it is the text that the model learns")
+    # Training weights in the formats of other programs.
     for mark in _PARTS_TRAINED:
         if turn.get(mark):
             raise DataError(f"{at}, {mark}", "marked parts", "is not supported: the model learns whole answers")
@@ -301,22 +297,22 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
 
 
 def read_labels(value: object, at: str) -> str:
-    """Read the labels of a record that may have several: a list as JSON, or a text unchanged.
+    """Read the labels of a multi-label record: a list as JSON, or a text unchanged.
 
-    No label is `[]` or a blank text; null is an error, because it means that the record was not labeled.  A list may
-    also be text, as JSON or as Python prints it, or have the form of another program (`convert_labels`).  It is
-    rewritten as
-    a flat list: the maximum nesting depth depends on the parser, and `split_labels` must find the same labels.
+    An empty label set is `[]` or a blank text; null is an error, because it means that the record was not labeled.  A
+    list may also be text, as JSON or as printed by Python, or have the form of another program (`convert_labels`).  It
+    is rewritten as a flat list: the maximum nesting depth depends on the parser, and `split_labels` must find the same
+    labels.
     """
     value = convert_labels(value, at)
     listed = parse_list(value)
     if listed is None:
         return str(value).strip()
-    if not all(type(one) is int or is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
+    if not all(type(one) is int or is_integral(one) or (isinstance(one, str) and one.strip()) for one in listed):
         raise DataError(at, name_json_type(value), "must be text or a list of texts or whole numbers (role labels)")
     labels = [one.strip() if isinstance(one, str) else str(int(one)) for one in listed]
     if len(set(labels)) < len(labels):
-        bound = "must list each label once (role labels); for a vector of 0 and 1, write the labels' names instead"
+        bound = "must list each label once (role labels); instead of a vector of 0 and 1, use the labels' names"
         raise DataError(at, "a duplicate label", bound)
     return to_compact_json(labels)
 
@@ -324,9 +320,9 @@ def read_labels(value: object, at: str) -> str:
 def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
     """Split a field of the role `labels` into its labels.
 
-    >>> split_labels("late; damaged", separator=";")
+    >> split_labels("late; damaged", separator=";")
     ('late', 'damaged')
-    >>> split_labels('["late","damaged"]', separator=";")
+    >> split_labels('["late","damaged"]', separator=";")
     ('late', 'damaged')
     """
     listed = parse_json_list(text)
@@ -334,7 +330,7 @@ def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
 
 
 def read_number(value: object, at: str, *, role: str = "target") -> str:
-    """Read a finite number, and return it as Python prints it."""
+    """Convert a finite number to text, in the format of Python's repr."""
     number = math.nan
     if type(value) in (int, float) or (isinstance(value, str) and _is_number(value.strip())):
         with suppress(OverflowError):
@@ -350,7 +346,8 @@ def parse_arrival_month(value: object, at: str) -> str:
 
     Nothing is raised: when dates are read, the round is already charged, so no record may stop it.
 
-    >>> arrival_of("2026-03-14 09:30", ""), arrival_of("2026-03", ""), arrival_of("14.3.2026", "")
+    >> parse_arrival_month("2026-03-14 09:30", ""), parse_arrival_month("2026-03", ""), parse_arrival_month("14.3.2026",
+    "")
     ('2026-03', '2026-03', '')
     """
     found = value if isinstance(value, date) else None
@@ -362,7 +359,7 @@ def parse_arrival_month(value: object, at: str) -> str:
 
 
 def read_feature(value: object, at: str) -> str:
-    """Read the field of a feature: a number, a name, a list of numbers as JSON, or "" if the value is missing."""
+    """Convert a feature to its field: a number, a name, a list of numbers as JSON, or "" if the value is missing."""
     if is_missing(value):
         return ""
     if isinstance(value, list):
@@ -370,14 +367,14 @@ def read_feature(value: object, at: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
-        return str(int(value)) if type(value) is int or is_whole(value) else read_number(value, at, role="feature")
+        return str(int(value)) if type(value) is int or is_integral(value) else read_number(value, at, role="feature")
     return normalize_category(
         _read_text_value(value, "feature", accepted="a number, a text or a list of numbers", at=at).strip()
     )
 
 
 def normalize_category(text: str) -> str:
-    """Normalize a category's name to its JSON form: a program may have written 1 as 1.0, and true as True or TRUE."""
+    """Normalize a category's name to its JSON form: 1.0 becomes 1, and True or TRUE becomes true."""
     return text.lower() if text.lower() in ("true", "false") else _WHOLE_DECIMAL.sub(r"\1", text)
 
 
@@ -389,10 +386,10 @@ def parse_numbers(text: str, at: str) -> list[float]:
     """
     listed = parse_list(text)
     if listed is None:
-        raise DataError(at, "no list", "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)")
+        raise DataError(at, "no list", "must be a JSON list of numbers, such as [0.5, 1] (role feature)")
     if all(
         type(one) is float and math.isfinite(one) for one in listed
-    ):  # as `read_feature` wrote it: thousands of them
+    ):  # fast path for the output of `read_feature`, which may have thousands of numbers
         return listed
     return [float(read_number(one, at, role="feature")) for one in listed]
 
@@ -402,11 +399,11 @@ def _is_number(text: str) -> bool:
 
 
 def is_localized_number(value: object) -> bool:
-    """Whether a text is a number for people but not for fedtune: 3,5 or $1,200 or 50%."""
+    """Whether a text is a number for people but not for fedtune, such as 3,5 or $1,200 or 50%."""
     return isinstance(value, str) and not _is_number(value.strip()) and bool(_OTHER_NUMBER.fullmatch(value.strip()))
 
 
-_READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
+_READERS: Mapping[str, Callable[[object, str], str]] = {
     "messages": lambda value, at: read_messages(value, at=at),
     "labels": read_labels,
     "target": read_number,
@@ -416,13 +413,15 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "tokens": read_words,
     "tags": lambda value, at: read_words(value, at, "tags"),
     "spans": read_spans,
-    **dict.fromkeys(SAID, read_continuation),
+    **dict.fromkeys(TURN_ROLES, read_continuation),
 }
-"""Roles whose values need not be texts in a file, and how they become some."""
+"""Conversion to text for roles whose values in a file need not be texts."""
 
 
 def find_misplaced_spans(fields: Mapping[str, str]) -> list[str]:
-    """How a record's spans seem to be counted, if some begin or end within a word, as the end of a sentence."""
+    """Guess the convention of a record's span offsets, if some spans start or end inside a word, as the end of a
+    sentence.
+    """
     places = [place for span in json.loads(fields.get("spans", "[]")) if len(span) == 3 for place in span[:2]]
     text, within_word = fields.get("text", ""), re.compile(rf"(?<=[^\W_{UNSPACED}])(?=[^\W_{UNSPACED}])")
 

@@ -1,4 +1,4 @@
-"""A tiny tokenizer in memory: words and single characters, [CLS] ... [SEP] around a text."""
+"""A tiny in-memory tokenizer of words and single characters, with [CLS] ... [SEP] around a text."""
 
 import json
 import string
@@ -26,20 +26,20 @@ CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = range(2, 11)
 
 
 def make_data_spec(*roles: str, **given: Any) -> DataSpec:
-    """Settings of data, with a column for each role that is called as it is."""
+    """Make data settings in which each role has a column of the same name."""
     usual = {"dataset": "d", "train_file": "f", "columns": {role: role for role in roles}, "declared_sizes": 9}
     return DataSpec(**(usual | {"max_length": 12} | given))
 
 
 def build_chat(*contents: str, first: str = "user", system: str | None = None) -> list[dict[str, str]]:
-    """Turns of user and assistant."""
+    """Build turns of user and assistant."""
     roles = ("user", "assistant") if first == "user" else ("assistant", "user")
     turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(contents)]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
 def encode_turns(turns: Sequence[dict[str, str]]) -> str:
-    """As a record holds them."""
+    """Encode turns as the field of a record."""
     return json.dumps(list(turns), separators=(",", ":"), ensure_ascii=False)
 
 
@@ -54,12 +54,12 @@ def encode_parquet(table: pyarrow.Table, **how: Any) -> bytes:
 
 
 def list_rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
-    """Of each text its ids, and its targets."""
+    """Return the ids and targets of each text."""
     return [(ids.tolist(), row.tolist()) for ids, row in zip(dataset.input_ids, dataset.targets, strict=True)]
 
 
 def make_tokenizer(*, post: str | None) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer; `post` is the template of special tokens around a text, if any."""
+    """Make a word-level tokenizer; `post` is the template of special tokens around a text."""
     specials = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
     backend = Tokenizer(WordLevel(specials | {word: 4 + i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     backend.pre_tokenizer = WhitespaceSplit()

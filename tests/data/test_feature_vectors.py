@@ -1,4 +1,4 @@
-"""A table's row as a vector: by declared ranges and categories alone, each row by itself."""
+"""Feature vectors of table rows, from declared ranges and categories alone and row by row."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def make_data(*features: FeatureSpec, **changes: Any) -> DataSpec:
 
 
 def read_vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:
-    """A row's vector times the root that all are divided by."""
+    """Return a row's vector without its normalization."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [row])
     (record,) = iter_records(rows, make_data(*features).map_required_columns(()))
     found = encode_features(record, features)
@@ -61,10 +61,10 @@ def test_numbers_are_clipped_to_their_range(tmp_path: Path, value: Any, found: f
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "NA", "nan", math.nan, "?"])
-def test_missing_values_are_faults_or_set_their_indicator(tmp_path: Path, value: Any) -> None:
+def test_missing_values_are_errors_or_set_the_indicator(tmp_path: Path, value: Any) -> None:
     assert read_vector(tmp_path, {"crp": value, "ldh": 1}, LAB) == [0, 1, 1, 0]
     assert read_vector(tmp_path, {"sex": value}, SEX) == [0, 0, 0, 1]
-    with pytest.raises(DataError, match="must have a value, or missing = indicator"):
+    with pytest.raises(DataError, match=r"must have a value \(or set missing = indicator"):
         read_vector(tmp_path, {"age": value}, AGE)
 
 

@@ -1,4 +1,4 @@
-"""Every format gives the same rows, and a row that cannot be used is one fault among whole ones."""
+"""Every file format gives the same rows, and an unusable row is one error among valid rows."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 
 
 def save_dataset(folder: Path, table: Any) -> Path:
-    """A folder as save_to_disk of Hugging Face datasets writes it, in two files."""
+    """Write a folder like save_to_disk of Hugging Face datasets, in two files."""
     folder.mkdir()
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, part in zip(names, (table[:1], table[1:]), strict=True):

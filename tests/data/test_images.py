@@ -1,4 +1,4 @@
-"""Images out of files and rows: found below their table's folder alone, decoded within bounds, each by itself."""
+"""Images in files and rows: paths below the table's folder, limits on decoding, and independence."""
 
 import os
 import struct
@@ -68,7 +68,7 @@ WHOLE, JPEG = encode_image(make_picture()), encode_image(make_picture(size=(90, 
 
 
 def make_png_header(width: int, height: int) -> bytes:
-    """A PNG of so many pixels, by its header; there are few bytes behind it."""
+    """Make a PNG that declares this number of pixels but has few bytes."""
     header = b"IHDR" + struct.pack(">II", width, height) + WHOLE[24:29]
     return WHOLE[:12] + header + struct.pack(">I", zlib.crc32(header)) + WHOLE[33:]
 
@@ -88,7 +88,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_unusable_image_is_one_fault_without_quotation(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_unusable_image_gives_one_error_without_content(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # another library's leave to cut does not count
     content, found = BROKEN[name]
     (tmp_path / "secret.png").write_bytes(content)
@@ -167,7 +167,7 @@ def test_class_folders_give_one_record_per_image(tmp_path: Path, monkeypatch: py
     assert detect_format(tmp_path / "scans") == "brat", "beside a table they are no records of their own"
 
 
-def test_parquet_rows_hold_image_bytes_or_paths(tmp_path: Path) -> None:
+def test_parquet_rows_contain_image_bytes_or_paths(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(encode_image(make_picture(seed=2)))
     given = [
         {
@@ -192,7 +192,7 @@ def test_parquet_rows_hold_image_bytes_or_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_image_metadata_uses_bounded_memory(format: str) -> None:
-    """Four thousand tags that each hold the same 9 kB; Pillow before 13 made a copy for each."""
+    """Four thousand tags refer to the same 9 kB; Pillow before 13 copied the bytes for each tag."""
     count, shared = 4000, 9_000
     begin = 8 + 2 + 12 * count + 4
     tags = b"".join(struct.pack("<HHII", tag, 7, shared, begin) for tag in range(1, count + 1))

@@ -1,4 +1,4 @@
-"""A simulation's records: the lead's share, a file for each site, and what cannot be used."""
+"""Loading of a simulation's records: the lead's fraction, a file per site, and unusable records."""
 
 import json
 from dataclasses import replace

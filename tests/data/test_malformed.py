@@ -1,4 +1,4 @@
-"""Files that are damaged, or of another shape than was asked for: each is named with file, place, field and bound."""
+"""Damaged or unsuitable files are reported with file, position, field and rule."""
 
 import contextlib
 import gzip
@@ -46,8 +46,8 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b" [ ] ", "", "'no records'"),
         (b"[\n" + GOOD + b',\n{"question": "caf', ":3", "it is truncated, and lacks the rest of this record"),
         (b"[" + GOOD + b",", ":1", "'the end of the file'"),
-        (b'{"data": [' + GOOD + b"]}", ":1", "must begin with [, as an"),
-        (b"\n" + GOOD, ":2", "one object on each line ends in .jsonl"),
+        (b'{"data": [' + GOOD + b"]}", ":1", "must start with [, as an"),
+        (b"\n" + GOOD, ":2", "for one object per line, use the suffix .jsonl"),
         (b"caf", ":1", "'no bracket'"),
         (b"[" + GOOD + b"]\n[" + GOOD + b"]", ":2", "more text after the end of the array"),
     ],
@@ -63,17 +63,17 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"question|intent\na|b\n", ":1", "looks separated by bars"),
         (b"question;intent|x\na;b|c\n", ":1", "looks separated by semicolons"),
         (b"question\tintent\na\tb\n", ":1", "looks separated by tabs"),
-        (b"question,intent\ra,b\r", ":1", "'a carriage return alone, outside double quotes': must end its lines"),
+        (b"question,intent\ra,b\r", ":1", "'a single carriage return outside double quotes': must end its lines"),
         (b"body,intent\na,b\n", ":1, column 'question'", OTHERS),
         (b"question,intent,intent\na,b,c\n", ":1, column 'intent'", "must appear once"),
         (b'"question,intent\na,b\n', ":1", "a quote that is not closed"),
-        (HEAD + b'"a", "b, c"\n', ":2", "must have 2 cells, like the header; a quote after a comma and a space"),
+        (HEAD + b'"a", "b, c"\n', ":2", "must have 2 cells, like the header; remove the space between a comma"),
         (b"#question,intent,more\na,b\n", ":1, column 'question'", "is missing"),
         (b"x" * (1 << 24) + b"\n" + HEAD, ":1", "must have at most 16777216 bytes per record"),
     ],
     "a.tsv": [
-        (b"question;intent\na;b\n", ":1", "give the file the ending .csv"),
-        (HEAD, ":1", "tabs between the columns: give the file"),
+        (b"question;intent\na;b\n", ":1", "rename the file to end in .csv"),
+        (HEAD, ":1", "separated by tabs: rename the file"),
     ],
     "b.jsonl.gz": [(GOOD, ":1", "'not a gzip file, or a damaged one': must be a complete gzip")],
     "b.json.gz": [(gzip.compress(b"[" + GOOD)[:-9], ":1", "'an early end'")],
@@ -96,7 +96,7 @@ CASES = [(name, number) for name, cases in FILES.items() for number in range(len
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
-def test_malformed_file_is_reported_with_its_place_and_bound(tmp_path: Path, name: str, number: int) -> None:
+def test_malformed_file_error_gives_position_and_rule(tmp_path: Path, name: str, number: int) -> None:
     content, where, why = FILES[name][number]
     path = tmp_path / name
     path.write_bytes(content)
@@ -136,7 +136,7 @@ SEVERAL = make_folder("dataset_dict.json", b'{"splits": ["train", "test"]}')
 PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: None, "no such file"),
     "a folder": (Path.mkdir, "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets"),
-    "several saved sets": (SEVERAL, "holds several splits; name one of them: {path}/train, {path}/test"),
+    "several saved sets": (SEVERAL, "contains several splits; select one of them: {path}/train, {path}/test"),
     "parts of a table": (make_folder("part-0.parquet", WHOLE), "is a folder; holds 1 part of one table or several"),
     "a pipe": (lambda path: os.mkfifo(path), "is a pipe; must be a file"),
     "a socket": (listen_at, "is a socket; must be a file"),
@@ -146,7 +146,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_unsuitable_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_unsuitable_path_errors_describe_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     make, why = PLACES[case]
     monkeypatch.chdir(tmp_path)  # a socket's name is short
     path = Path("a.jsonl")
@@ -168,7 +168,7 @@ def test_damaged_data_set_index_is_refused(tmp_path: Path, state: str) -> None:
         chosen["_indices_data_files"] = [{"filename": "indices.arrow"}]
     (tmp_path / "state.json").write_text(state if state in ("[", "{}") else json.dumps(chosen))
     told = (
-        "call flatten_indices" if state == "a selection" else r"state\.json = 'damaged': must name the files of the set"
+        "call flatten_indices" if state == "a selection" else r"state\.json = 'damaged': must list the files of the set"
     )
     with pytest.raises(DataError, match=told):
         list(iter_records(tmp_path, COLUMNS))

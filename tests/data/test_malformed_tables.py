@@ -1,4 +1,4 @@
-"""Malformed files of a table: one message with file, row and column, exit 2, and nothing half-written."""
+"""Malformed table files give one message with file, row and column, exit code 2, and no partial output."""
 
 import datetime
 import json
@@ -19,23 +19,23 @@ FEATURES = (
 GOOD: dict[str, Any] = {"age": 50.5, "ward": "a", "states": [0.5, 1.0], "label": "sick"}
 HEADER, ROW = "age,ward,states,label\n", '50.5,a,"[0.5, 1]",sick\n'
 NUMBER = "must be a finite number, with a decimal point (role feature)"
-LIST = "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)"
-VALUE = "must have a value, or missing = indicator in data.features"
+LIST = "must be a JSON list of numbers, such as [0.5, 1] (role feature)"
+VALUE = "must have a value (or set missing = indicator in data.features)"
 KIND = "must be a number, a text or a list of numbers (role feature)"
 
 
 def make_csv(row: str) -> bytes:
-    """A row in line 3, among whole ones."""
+    """Make a CSV file with the given row in line 3, among valid rows."""
     return f"{HEADER}{ROW}{row}\n{ROW}".encode()
 
 
 def make_jsonl(**other: object) -> bytes:
-    """A record in line 2 with other values, among whole ones."""
+    """Make a JSON lines file with changed values in line 2, among valid records."""
     return "".join(json.dumps(one) + "\n" for one in (GOOD, GOOD | other, GOOD)).encode()
 
 
 def make_parquet(**columns: list[Any]) -> bytes:
-    """Two rows as Parquet, with other columns."""
+    """Make a Parquet file with two rows and changed columns."""
     return encode_parquet(pa.table({name: [value, value] for name, value in GOOD.items()} | columns))
 
 
@@ -73,7 +73,7 @@ ROWS: dict[str, tuple[str, bytes, str, str]] = {
 
 @pytest.fixture
 def read_message(tmp_path: Path) -> Callable[..., Any]:
-    """What `data check` or `simulate` says of a file; neither writes anything."""
+    """Return the message of `data check` or `simulate` about a file, and require that nothing is written."""
 
     def run(file: str, content: bytes, *words: str) -> Any:
         (tmp_path / file).write_bytes(content)
@@ -92,7 +92,7 @@ SIMULATE, CHECK = ("simulate", "experiment=own_features"), ("data", "check", "ow
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_malformed_table_row_is_named_with_its_place(read_message: Any, tmp_path: Path, name: str) -> None:
+def test_malformed_table_row_error_gives_its_position(read_message: Any, tmp_path: Path, name: str) -> None:
     file, content, place, bound = ROWS[name]
     outcome = read_message(file, content, *SIMULATE)
     assert outcome.failed().startswith(f"{tmp_path / file}:{place} = ")

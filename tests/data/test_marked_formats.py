@@ -1,4 +1,4 @@
-"""Files in which parts of texts are marked: each format gives the same record, and each that is wrong one message."""
+"""Annotation formats: each format gives the same record, and each invalid file gives one message."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from fedtune.data.records import Record, iter_records, validate_rows
 from fedtune.data.text_rows import MOST_BYTES
 from fedtune.spec import DataError
 from fedtune.tasks.registry import get_task
-from fedtune.tasks.token_classification import make_marks_reader
+from fedtune.tasks.token_classification import make_entity_reader
 
 from .conftest import make_data_spec
 
@@ -39,7 +39,7 @@ def write_conll(*tags: str, columns: str = "", comma: str = " ") -> str:
 
 
 def count_tokens_from(*tags: str) -> str:
-    """Tokens with their numbers before them, of which 1-2 and 3.1 are of no token of its own."""
+    """Return numbered tokens, in which 1-2 and 3.1 have no token of their own."""
     lines = [f"{place}\t{word}\tN\t{tag}\t_\n" for place, (word, tag) in enumerate(zip(TOKENS, tags, strict=True), 1)]
     return "".join([lines[0].replace("1", "1-2", 1), *lines[:3], lines[0].replace("1", "3.1", 1), *lines[3:]])
 
@@ -58,7 +58,7 @@ PUBTATOR = "7|t|Aspirin cures 😀\n7|a|colds, not asthma\n" + "".join(
 
 
 def make_bioc_document(*marks: tuple[int, int, str], sentences: bool = False, **other: Any) -> dict[str, Any]:
-    """A document of two passages, between which two characters are no part of any."""
+    """Make a document with two passages that are separated by two characters."""
     noted = [
         {
             "id": str(first),
@@ -115,7 +115,7 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
 def find_spans(record: Record) -> list[tuple[str, str]]:
     layout = SPANNED if "text" in record.fields else TAGGED
     labels = ("disease", "drug")
-    text, entities = make_marks_reader(make_data_spec(columns=layout, labels=labels))(record)
+    text, entities = make_entity_reader(make_data_spec(columns=layout, labels=labels))(record)
     return [(text[first:end], labels[label]) for first, end, label in entities]
 
 
@@ -168,7 +168,7 @@ def test_brat_folder_gives_one_record_per_text(tmp_path: Path) -> None:
 
 
 def list_sentence_tokens(path: Path, text: str) -> list[tuple[int, Any]]:
-    """Of each sentence its line and its tokens."""
+    """Return the line and the tokens of each sentence."""
     path.write_text(text)
     return [(line, dict(row)["tokens"]) for line, row in iter_raw_rows(path) if not isinstance(row, DataError)]
 
@@ -188,7 +188,7 @@ def test_conll_sentences_are_separated_only_by_blank_lines(tmp_path: Path) -> No
     assert [tokens for _, tokens in found] == [*sentences.values()]
 
 
-def test_unreadable_document_is_one_fault_among_valid_ones(tmp_path: Path) -> None:
+def test_unreadable_document_gives_one_error_among_valid_documents(tmp_path: Path) -> None:
     whole, long = b"a O\n\n", b"x" * MOST_BYTES + b" O\n"
     (tmp_path / "a.conll").write_bytes(whole + b"secret\n\n" + whole + b"\xff O\n\n" + long + b"b O\n\n" + whole)
     rows = [*iter_raw_rows(tmp_path / "a.conll")]
@@ -265,7 +265,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
         "a.pubtator",
         "7|t|my card\nstray\n",
         SPANNED,
-        "must begin with id|t| or id|a|, or be a span",
+        "must start with id|t| or id|a|, or be a span",
     ),
     "no title": ("a.pubtator", "7\t0\t2\tmy\tdrug\n", SPANNED, "must have a line id|t|"),
     "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must give its offsets"),
@@ -273,7 +273,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
 
 
 def read_refusal(path: Path, columns: dict[str, str]) -> str:
-    """What the lead is told of a file of its own."""
+    """Return the lead's error message about one of its own files."""
     fault = get_task("token_classification").record_validator(
         make_data_spec(columns=columns, labels=("drug", "disease"))
     )
@@ -296,8 +296,8 @@ def test_invalid_brat_folder_is_refused(tmp_path: Path) -> None:
     for marked, bound in (
         ("T1\tdrug 0 3;5 7\tmy rd\n", "must be one contiguous part of the text"),
         ("T1 drug 0 2 my\n", "must be one contiguous part of the text"),
-        ("T1\tdrug 3 7\tcord\n", "must give its offsets in characters, and its exact text"),
+        ("T1\tdrug 3 7\tcord\n", "must have offsets in characters and the exact text"),
     ):
         assert bound in read_refusal(write_brat(folder, "my card", marked), SPANNED)
     (folder / "a.txt").unlink()
-    assert "with its text next to it in a .txt file" in read_refusal(folder, SPANNED)
+    assert "with its text in a .txt file of the same name" in read_refusal(folder, SPANNED)

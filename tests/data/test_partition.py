@@ -47,7 +47,7 @@ def make_records(count: int, *, labels: int = 1) -> list[Record]:
 def test_added_record_does_not_move_any_other(
     rows: list[Record], new: Record, place: int, spec: PartitionSpec, encoder_tokenizer: Any
 ) -> None:
-    """Site, side and tokens of all records, with and without one more anywhere among them."""
+    """Compares site, side and tokens of all records with and without an additional record at any position."""
 
     def trace_records(given: list[Record]) -> list[tuple[int, list[Record], list[list[int]], list[int]]]:
         return [
@@ -71,7 +71,7 @@ def test_added_record_does_not_move_any_other(
 
 
 def test_partition_assignments_match_golden_values() -> None:
-    """Where records go is part of what a run can be repeated from: these may not move."""
+    """Reproducing a run depends on these assignments, so they must not change."""
     record = Record({"text": "where is my card", "label": "arrival"})
     assert hash_unit(record, purpose="site", key=KEY) == 0.25777897070972655
     rows = make_records(12, labels=3)

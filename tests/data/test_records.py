@@ -60,7 +60,7 @@ def test_resolve_file_searches_the_listed_folders(tmp_path: Path, monkeypatch: p
     write(tmp_path / "here", "a.jsonl", GOOD)
     assert resolve_file("a.jsonl", [tmp_path / "there"]) == tmp_path / "here" / "a.jsonl"
     assert resolve_file(str(tmp_path / "there" / "a.jsonl")) == tmp_path / "there" / "a.jsonl"
-    with pytest.raises(DataError, match=r"data\.test_file = 'b\.jsonl': no such file, looked in .*here, .*there"):
+    with pytest.raises(DataError, match=r"data\.test_file = 'b\.jsonl': no such file in .*here, .*there"):
         resolve_file("b.jsonl", [tmp_path / "there"], key="data.test_file")
 
 
@@ -201,7 +201,7 @@ def test_csv_rows_are_split_like_the_csv_module(
 
 
 def test_repr_shows_no_record_contents() -> None:
-    """A notebook cell or a log line that ends in a comparison would print every record that was scored."""
+    """A notebook cell or a log line that ends in a comparison would otherwise print every scored record."""
     record = Record({"text": "canary of patient 4711", "label": "canary"}, file="a.csv", line=3)
     comparison = SideBySide(
         records=[record], users=None, primary_metric="loss", measured={}, means={}, score=dict, detailed=lambda _: None

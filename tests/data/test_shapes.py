@@ -1,4 +1,4 @@
-"""The shapes of micro-batches: fixed by public settings, and a record's own by that record alone."""
+"""Shapes of micro-batches: fixed by public settings, and a record's shape by that record alone."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ quick = settings(max_examples=80, deadline=None, derandomize=True)
 
 @st.composite
 def draw_run_shapes(draw: st.DrawFn) -> tuple[Shapes, int]:
-    """Shapes and the longest record that they are for."""
+    """Draw shapes and the length of their longest record."""
     longest = draw(st.integers(2, 600))
     positions = draw(st.one_of(st.none(), st.just(longest), st.integers(longest, longest + 20)))
     return Shapes.from_limits(max_length=longest, max_tokens=draw(st.integers(1, 5000)), positions=positions), longest
@@ -25,7 +25,7 @@ def draw_run_shapes(draw: st.DrawFn) -> tuple[Shapes, int]:
 
 @st.composite
 def draw_run_records(draw: st.DrawFn) -> tuple[Shapes, np.ndarray]:
-    """Shapes, and tokens of some records."""
+    """Draw shapes and the lengths of some records."""
     shapes, longest = draw(draw_run_shapes())
     count = draw(st.integers(1, 60))
     lengths = draw(st.lists(st.sampled_from([1, longest // 2, longest - 1, longest]), min_size=count, max_size=count))

@@ -1,4 +1,4 @@
-"""The simulations' data files: complete, readable, without overlap, and what `make_slices.py` makes."""
+"""The simulations' data files are complete, readable, disjoint, and reproducible by `make_slices.py`."""
 
 import gzip
 import importlib.util

@@ -1,4 +1,4 @@
-"""Users: whose a record is, and that no user can change another's place, nor lie at two of them."""
+"""Assignment of records to users: no user can move another user, or be at two sites."""
 
 import hmac
 from dataclasses import replace
@@ -31,7 +31,7 @@ RECORD = st.builds(
 
 
 def trace_users(rows: list[Record], spec: PartitionSpec) -> dict[str, list[tuple[int, int, bool]]]:
-    """For each user, in order, where each record went: site, side, and whether a smaller run would use it."""
+    """Return each user's record assignments in order: site, side, and whether a smaller run would use the record."""
     found: dict[str, list[tuple[int, int, bool]]] = {}
     for site, held in enumerate(partition_records(rows, spec, num_sites=3, key=KEY, unit="user")):
         for side, records in enumerate(split_heldout(held, fraction=0.5, key=KEY, unit="user")):
@@ -73,10 +73,10 @@ def test_user_assignment_depends_only_on_the_hashed_id() -> None:
 def test_user_at_two_sites_is_refused_and_counted() -> None:
     rows = [Record({"user": who, "site": site}) for who in "xyz" for site in ("north", "south")][:5]
     rows = [replace(row, file="all.jsonl", line=line) for line, row in enumerate(rows)]
-    message = r"all\.jsonl:1, site = 'south': must assign all records of a user to one site, as privacy\.unit is user"
+    message = r"all\.jsonl:1, site = 'south': must be the same for all records of a user, because privacy\.unit is user"
     with pytest.raises(DataError, match=message) as error:
         partition_records(rows, SPECS[2], num_sites=3, key=KEY, unit="user")
-    assert "2 users here would be split" in str(error.value)
+    assert "2 users would be split" in str(error.value)
     assert "data.partition.kind=file" in str(error.value)
     sites = partition_records(rows, SPECS[2], num_sites=3, key=KEY)
     assert [len(site) for site in sites] == [3, 0, 2], "by record that is nothing special"

@@ -1,4 +1,4 @@
-"""One value as a role needs it, in the forms in which other programs write values."""
+"""Conversion of single values for their roles, from the formats of other programs."""
 
 import json
 import unicodedata
@@ -19,12 +19,12 @@ from fedtune.spec import DataError
 
 from .conftest import write_jsonl
 
-ASKED, SAID = {"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}
+ASKED, TURN_ROLES = {"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}
 CHAT = '[{"role":"user","content":"where?"},{"role":"assistant","content":"here"}]'
 NOT_LEARNED = CHAT.replace('"here"', '"here","train":false')
 ONE = '[{"role":"assistant","content":"here"}]'
 NAN, DEEP = float("nan"), "[" * 100_000
-PRINTED = str([ASKED, SAID])
+PRINTED = str([ASKED, TURN_ROLES])
 LISTED = '["late","lost"]'
 SECRET = "secret"
 """Part of values that no message may quote."""
@@ -49,8 +49,8 @@ READ: dict[str, list[tuple[object, str]]] = {
         (build_answer("here"), CHAT),
         ([{"from": "human", "value": "where?"}, {"from": "gpt", "value": "here"}], CHAT),
         ([{"role": " User", "content": "where?"}, {"role": "Assistant", "content": "here"}], CHAT),
-        ([{"role": "user", "content": [{"type": "text", "text": "where?"}]}, SAID | {"role": "model"}], CHAT),
-        ([{**turn, "name": None, "from": None} for turn in (ASKED, SAID)], CHAT),
+        ([{"role": "user", "content": [{"type": "text", "text": "where?"}]}, TURN_ROLES | {"role": "model"}], CHAT),
+        ([{**turn, "name": None, "from": None} for turn in (ASKED, TURN_ROLES)], CHAT),
         ({"role": ["user", "assistant"], "content": ["where?", "here"]}, CHAT),
         ({"from": ["human", "gpt"], "value": ["where?", "here"]}, CHAT),
         (json.dumps({"role": ["user", "assistant"], "content": ["where?", "here"]}), CHAT),
@@ -117,7 +117,7 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
         *((value, "a list of turns (role messages)") for value in (3, {"role": ["user"], "content": []})),
         *((value, "must be a JSON list of turns") for value in (SECRET, PRINTED, f"array({[ASKED]})")),
         ([ASKED, ASKED], "turn 2 = 'user': must be assistant: user and assistant must alternate"),
-        ([SAID], "turn 1 = 'assistant': must be user"),
+        ([TURN_ROLES], "turn 1 = 'assistant': must be user"),
         ([ASKED, {"role": "system", "content": "a"}], "turn 2 = 'system': must be assistant"),
         ([ASKED, {"role": "tool", "content": SECRET}], "turn 2, role = 'another speaker'"),
         ([{"who": "user"}], "turn 1 = 'no speaker or no text': must have role and content, or from and value"),
@@ -142,7 +142,10 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
     "chosen": [
         *(([{"role": "tool", "content": SECRET}], "another speaker"), ([{"role": "user"}], "no speaker or no text")),
         *((value, "must be text, or a list of at least one turn") for value in ([], 7)),
-        *((" ", "must not be blank: the model learns"), ("\ud800", "must be valid Unicode")),
+        *(
+            (" ", "must not be blank, because it is the text that the model learns"),
+            ("\ud800", "must be valid Unicode"),
+        ),
         *((PRINTED, "must be a JSON list of turns"), ('[{"role":"assistant","more":' + DEEP, "nested brackets")),
     ],
     "labels": [
@@ -211,14 +214,14 @@ def test_unicode_variants_of_an_id_are_one_user(tmp_path: Path) -> None:
 
 
 def call_deeper(deeper: int, reader: Callable[..., Any], *given: str) -> Any:
-    """What the reader makes of this on a deeper stack, which must not decide it; None if it refuses it."""
+    """Call the reader on a deeper stack, which must not change its result; None if it refuses the value."""
     try:
         return call_deeper(deeper - 1, reader, *given) if deeper else reader(*given)
     except DataError:
         return None
 
 
-def test_nested_answers_are_read_alike_at_any_stack_depth() -> None:
+def test_nested_answers_are_parsed_equally_at_any_stack_depth() -> None:
     found = set()
     for depth in range(880, 1050, 3):
         nested = "[" * depth + "]" * depth
@@ -233,7 +236,7 @@ def test_nested_answers_are_read_alike_at_any_stack_depth() -> None:
     assert found == {None, ONE}
 
 
-def test_answer_that_is_no_turn_list_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_text_answer_is_not_parsed_as_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json, "loads", None)
     for text in ("[[],[]]", DEEP, "[1, 2]", "lost"):
         assert read_continuation(text, "chosen") == text
@@ -279,7 +282,7 @@ CLASSES = {"_type": "ClassLabel", "names": ["joy", "anger"]}
 def test_class_indices_are_replaced_by_class_names(
     tmp_path: Path, role: str, feature: Any, values: Any, expected: list[str]
 ) -> None:
-    """-1 stands for null: nobody said; what a schema notes may be anything."""
+    """-1 means null, an unlabeled record; a schema's metadata may contain anything."""
     noted = json.dumps({"info": {"features": {"c": feature}}})
     rows = pyarrow.table({"c": values}).replace_schema_metadata({"huggingface": noted})
     parquet.write_table(rows, tmp_path / "a.parquet")
