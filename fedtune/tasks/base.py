@@ -1,9 +1,9 @@
-"""The interface of a task: all that settings, training, scoring and reports need to know of it.
+"""Interface of a task: everything that settings, training, scoring and reports need from it.
 
-A task is one object, with nothing in it but its own settings.  To add one: write its file in this folder, with the
-class of its settings if it has any, name it in `fedtune.tasks.registry`, and give it an experiment in conf/.  Nothing
-else in fedtune asks which task a run has.  A task of one's own lives outside this folder: it needs only the names of
-`fedtune.tasks` (docs/own_task.md; tests/tasks/test_third_task.py runs one that fedtune does not know).
+A task object has no state except its own settings.  To add a task, write its module in this folder, with a class for
+its settings if it has any, list it in `fedtune.tasks.registry`, and give it an experiment in conf/.  No other code of
+fedtune depends on the task of a run.  A custom task outside this folder needs only the names of `fedtune.tasks`
+(docs/own_task.md; tests/tasks/test_third_task.py runs one that fedtune does not know).
 """
 
 from __future__ import annotations
@@ -41,24 +41,26 @@ if TYPE_CHECKING:
 
 
 Draws: TypeAlias = np.random.Generator
-Ids: TypeAlias = Sequence[Row]  # token ids, (t_i,) of each example; or (1, w), its vector
+Ids: TypeAlias = Sequence[Row]  # (t_i,) token ids or (1, w) feature vector of each example
 _ROLES_OF_ALL = ("label", "site", "user", "arrival")
-"""Roles by which records can be dealt out or counted, whatever the task."""
+"""Roles by which records of any task can be partitioned or counted."""
 _OF_SOME_TASKS = frozenset({"prompt_template", "chat_template", "target_range", "windows", "stride"})
 _OF_SOME_TASKS |= {"label_separator", "event_values"}
-"""Settings of `data` that only tasks with them among their `data_settings` use; for others they keep their default."""
+"""Settings of `data` that are used only by tasks that list them in `data_settings`; for other tasks they keep their
+default.
+"""
 FirstTarget: TypeAlias = Callable[[int], int]
-"""From an example's length to the place of its first target, where targets belong to tokens."""
+"""Function from an example's length to the index of its first target, for targets that belong to tokens."""
 
 Readout: TypeAlias = "tuple[tuple[torch.Tensor, torch.Tensor | None], ...]"
-"""Linear layers by weight (out, in) and bias (out,), in their order."""
+"""Linear layers in order, as weight (out, in) and bias (out,)."""
 
 
 class Model(Protocol):
     """The part of `fedtune.tasks.task_model.TaskModel` that tasks use.
 
     A task that makes a discrete choice for an example, such as an argmax, stores every float on which the choice
-    depends in `decided_by`: (rows, ...), one row for each example of the batch, then one for each row of padding.
+    depends in `decided_by`: (rows, ...), one row for each example of the batch, then one row for each padding row.
     Gradients reveal only the choice, so the trial before a run also compares these floats
     (`fedtune.training.batch_invariance`).
     """
@@ -79,57 +81,59 @@ class Model(Protocol):
 
 
 class Task(ABC):
-    """The base class of tasks.
+    """Base class of the tasks.
 
     `fedtune.process` delays the import of torch until a method needs it, so that commands that only read settings start
     fast.
     """
 
     name: ClassVar[str]  # in settings, policies and reports
-    roles: ClassVar[tuple[str, ...]]  # that every record must have, in the first of the task's layouts
-    # roles that the tuned model answers with, so that who asks it leaves them out; empty: it only scores
+    roles: ClassVar[tuple[str, ...]]  # required roles of a record, in the first of the task's layouts
+    # roles that the tuned model predicts, which a prompt therefore lacks; empty: the model only scores
     answers: ClassVar[frozenset[str]] = frozenset()
-    # the class of the task's own settings (`task_settings` of a run), each with a default; None: it has none
+    # the class of the task's own settings (`task_settings` of a run), each with a default; None: no settings
     settings: ClassVar[type[Any] | None] = None
-    data_settings: ClassVar[frozenset[str]] = frozenset()  # keys of `data` that not every task uses, and this one does
-    # what a record may be to the model (`fedtune.tasks.inputs`).
+    data_settings: ClassVar[frozenset[str]] = frozenset()  # optional keys of `data` that this task uses
+    # supported kinds of records (`fedtune.tasks.inputs`)
     inputs: ClassVar[frozenset[str]] = frozenset({"text"})
-    has_labels: ClassVar[bool] = False  # whether `data.labels` declares the classes.
-    fewest_labels: ClassVar[int] = 2  # that must be declared then
-    has_head: ClassVar[bool] = False  # whether a head is trained beside the adapters, by the settings under `head`
+    has_labels: ClassVar[bool] = False  # whether `data.labels` declares the classes
+    fewest_labels: ClassVar[int] = 2  # minimum number of labels, if the task has labels
+    has_head: ClassVar[bool] = False  # whether a head is trained with the adapters, by the settings under `head`
     # whether losses compare the model with its base without adapters (`reference`)
     has_reference: ClassVar[bool] = False
-    # whether the base is a decoder with its output layer; otherwise it ends in hidden states
+    # whether the base is a decoder with its output layer; otherwise its output is the hidden states
     predicts_tokens: ClassVar[bool] = False
-    hub_name: ClassVar[str] = ""  # what the Hugging Face hub calls it; empty: it has no name there
-    # that a tuned model can be exported in: the adapter, then the whole model as most load it, then others; a
-    # whole model has an output layer of its base's own, or a `list_readout_layers`
+    hub_name: ClassVar[str] = ""  # the task's name at the Hugging Face hub; empty: none
+    # export formats: the adapter, then the most common format of the whole model, then other formats.  A whole
+    # model has its base's output layer, or `list_readout_layers`
     formats: ClassVar[tuple[str, ...]] = ("peft",)
-    # whether all units may put their whole gradient into one value, so that sums are as large
+    # whether all units may put their full gradient into the same value, so that sums are larger than usual
     counts_units: ClassVar[bool] = False
-    # the score that says whether training helped: the larger the better, but for "loss"
+    # the score that measures the benefit of training; higher is better, except for "loss"
     primary_metric: ClassVar[str] = "loss"
-    # `primary_metric` of the best constant answer, where it is one number whatever the data set; None: it is not
+    # `primary_metric` of the best constant answer, if it is the same number for every data set; None: it is not
     baseline: ClassVar[float | None] = None
-    # what LoRA and the head take of the automatic learning rate; None: it was not studied for the task
+    # the factors of LoRA and head on the automatic learning rate; None: not studied for the task
     auto_lr_shares: ClassVar[tuple[float, float] | None] = None
     studied: ClassVar[Mapping[float, str]] = {}
-    """By a run's signal to noise: what studies kept of the gain of training without privacy (docs/planning.md)."""
-    reads_tokens: ClassVar[bool] = False  # whether the readout is of each token's hidden state, and not of their mean
+    """By the signal-to-noise ratio of a run: the part of the non-private gain that private runs kept in studies
+    (docs/planning.md).
+    """
+    reads_tokens: ClassVar[bool] = False  # whether the readout applies to each token's hidden state instead of the mean
     auto_class: ClassVar[str] = "AutoModel"  # the class of transformers that loads a whole model
-    own: Any  # an instance of `settings`, or None; a task that has settings declares their class
+    own: Any  # an instance of `settings`, or None
 
     def __init__(self, own: object = None) -> None:
         self.own = self.settings() if own is None and self.settings else own
 
     def with_settings(self, given: object) -> Self:
-        """The same task with these settings of its own, by their keys; others keep their default.
+        """Return a copy of the task with the given settings, by key; other settings keep their defaults.
 
         Raises:
-            ConfigError: a key is unknown, or a value is out of its bound; errors name keys of the run.
+            ConfigError: a key is unknown, or a value is out of range; errors name keys of the run.
         """
         table: Any = asdict(given) if is_dataclass(given) and not isinstance(given, type) else given
-        require("task_settings", table, isinstance(table, Mapping), "must be keys and values, as in {text: body}")
+        require("task_settings", table, isinstance(table, Mapping), "must be keys and values, such as {text: body}")
         known = [one.name for one in fields(self.settings)] if self.settings else []
         for key in table:
             bound = f"is not a setting of task {self.name}; its own settings: {', '.join(known) or 'none'}"
@@ -138,9 +142,7 @@ class Task(ABC):
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
-        """The supported layouts: the roles of each kind of record that the task can read.  `data.columns` must match
-        one of them.
-        """
+        """Supported layouts, each a tuple of roles; `data.columns` must match one of them."""
         return (self.roles,)
 
     def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
@@ -148,7 +150,7 @@ class Task(ABC):
         return self.roles
 
     def count_texts_per_record(self, data: DataSpec) -> int:
-        """Return the number of texts per record, 1 to 8, that pass through the base separately.
+        """Return the number of texts per record, 1 to 8, that the base processes separately.
 
         The trainable modules must see these rows: hooks compute one gradient per row, and a record's gradient is their
         sum.
@@ -156,12 +158,12 @@ class Task(ABC):
         return 1
 
     def primary_metric_for(self, data: DataSpec) -> str:
-        """Return the score `primary_metric`, which may depend on the layout of the records."""
+        """Return the name of the primary metric, which may depend on the layout of the records."""
         return self.primary_metric
 
     def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
-        """Map each role that is read from a file to its column: the task's roles, the privacy unit's and the
-        partition's.
+        """Map each role that is read from a file to its column: the roles of the task, the privacy unit and the
+        partition.
         """
         return data.map_required_columns(self.list_required_roles(data), partition=partition, unit=unit)
 
@@ -170,10 +172,10 @@ class Task(ABC):
         return data.map_required_columns(set(self.list_required_roles(data)) - self.answers)
 
     def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
-        """Turn a text from a person into the fields of a record; `at` names the text in messages.
+        """Convert a person's text to the fields of a record; `at` names the text in messages.
 
         Raises:
-            ConfigError: the text is blank or not valid text, or a record of the run has several input roles.
+            ConfigError: the text is blank or not valid text, or records of the run have several input roles.
         """
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(at, text, "must not be blank" if isinstance(text, str) else "must be a text")
@@ -187,15 +189,15 @@ class Task(ABC):
         main = next((role for role in ("text", "prompt", "image", "tokens") if role in roles), None)
         if main is None or set(roles) - OPTIONAL_ROLES != {main}:
             wanted = ", ".join(roles)
-            bound = f"is one text or path, but a prompt of this run has {wanted}: give them in a file (--file)"
+            bound = f"is one text or path, but a prompt of this run has {wanted}: use a file (--file)"
             raise ConfigError(at, text, bound)
         return {role: text if role == main else "" for role in roles}
 
     def check_data(self, data: DataSpec) -> None:
-        """Check that columns and labels fit the task.
+        """Check that columns and labels match the task.
 
         Raises:
-            ConfigError: for a key of `data`: a role has no column, a column has a role that is not read, labels are
+            ConfigError: for a key of `data`, if a role has no column, a column has a role that is not read, labels are
                 declared for a task without labels, or another setting has no effect.
         """
         self.check_input(data)
@@ -205,7 +207,7 @@ class Task(ABC):
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
         if answer := [role for role in data.template_roles if role in self.answers | {"completion"}]:
-            raise ConfigError("prompt_template", data.prompt_template, f"must not name the answer, {{{answer[0]}}}")
+            raise ConfigError("prompt_template", data.prompt_template, f"must not contain the answer, {{{answer[0]}}}")
         known = {*self.list_required_roles(data), *_ROLES_OF_ALL, *map_feature_columns(data.features, {})}
         if unknown := [role for role in data.columns if role not in known]:
             bound = f"is not a role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
@@ -217,7 +219,7 @@ class Task(ABC):
                 raise ConfigError(setting.name, given, f"must stay {only}: task {self.name} does not use it")
 
     def check_input(self, data: DataSpec) -> None:
-        """Check that the task supports this kind of record, and that its settings are complete.
+        """Check that the task supports this kind of record, and that the settings of the records are complete.
 
         Raises:
             ConfigError: for a key of `data`.
@@ -227,7 +229,7 @@ class Task(ABC):
         get_input_for(data).check_data(data)
 
     def check_own(self, data: DataSpec) -> None:  # noqa: B027
-        """Check that the task's own settings suit those of `data`; errors name keys of the run."""
+        """Check the task's own settings against those of `data`; errors name keys of the run."""
 
     def check_spec(self, spec: TaskModelSpec) -> None:
         """Check a model's settings for the input, the labels and the task (`check_model`).
@@ -242,7 +244,7 @@ class Task(ABC):
         self.check_model(spec)
 
     def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
-        """Check the task's settings of a new or saved model.
+        """Check the settings of a new or saved model for this task.
 
         Raises:
             ConfigError: for a key of the run's settings.
@@ -256,17 +258,16 @@ class Task(ABC):
         """
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:  # noqa: B027
-        """Check a loaded tokenizer in advance, so that no record is the first to reveal what the tokenizer lacks.
+        """Check a loaded tokenizer in advance, so that no record reveals a missing feature of the tokenizer.
 
         Raises:
-            ConfigError: for `model.path`, or for the setting of `data` that the tokenizer does not support.
+            ConfigError: for `model.path`, or for a setting of `data` that the tokenizer does not support.
         """
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        """Return a function from a record to the reason why the run cannot use it, or None; the reason quotes no
-        content.
+        """Return a function from a record to the reason why the run cannot use it, or None.
 
-        A real site skips such records.
+        The reason quotes no content.  A real site skips such records.
         """
         return lambda record: None
 
@@ -280,17 +281,17 @@ class Task(ABC):
             records: the records; may be empty.
             tokenizer: the base's tokenizer.
             data: the maximum length of an example, and the task's other settings.
-            lenient_within: an upper bound for token ids.  A record with an id at or above it, or one that cannot be
-                encoded, becomes an example without effect, so that no record can stop the others.  None: such a record
-                raises an error.
+            lenient_within: an upper bound for token ids.  A record with an id at or above it, or a record that cannot
+                be encoded, becomes an example without effect, so that no record can stop the others.  None: such a
+                record raises an error.
 
         Raises:
-            DataError: a record does not fit the settings.
+            DataError: a record does not match the settings.
         """
 
     def find_ignored_annotations(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
-        """Whether each example has an annotation that training ignores (an entity whose word has another entity's
-        label).
+        """Whether each example has an annotation that training ignores, such as an entity in a word with another
+        entity's label.
         """
         return [False] * len(dataset)
 
@@ -311,7 +312,7 @@ class Task(ABC):
     def prompts_and_references(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
-        """Return each record's prompt, as token ids, and its reference text, or None if there is no text to score."""
+        """Return each record's prompt, as token ids, and its reference text; None for a task without texts to score."""
         return None
 
     def num_outputs(self, spec: TaskModelSpec) -> int:
@@ -319,9 +320,9 @@ class Task(ABC):
         return len(spec.labels)
 
     def add_head(self, model: Model) -> None:
-        """Add the task's own tensors to a new model: trainable ones under `model.head`, public constants as buffers.
+        """Add the task's own tensors to a new model: trainable tensors under `model.head`, public constants as buffers.
 
-        They must depend only on the model's settings, because a saved adapter is loaded into them.
+        The tensors must depend only on the model's settings, because a saved adapter is loaded into them.
         """
         if self.has_head:
             spec, width = model.spec, model.base.config.get_text_config().hidden_size
@@ -335,11 +336,11 @@ class Task(ABC):
 
     @abstractmethod
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Compute float32 logits; the first axis is the row, which is an example or one of its texts."""
+        """Compute float32 logits, whose first axis is the row: an example or one of its texts."""
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Compute the part of the losses that needs the base with adapters disabled, (examples, ...), empty rows
-        included.
+        """Compute the part of the losses that needs the base with disabled adapters: (examples, ...), including empty
+        rows.
 
         Each example's values depend on that example alone; they are computed once and passed back as `batch.reference`.
         """
@@ -347,14 +348,14 @@ class Task(ABC):
 
     @abstractmethod
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Compute each example's own loss, (examples,) float32, which depends on that example alone, as does its
-        gradient.
+        """Compute each example's own loss, (examples,) float32.
 
-        Empty rows of the batch are included; their losses are ignored, but must be finite.
+        A loss and its gradient depend on their own example alone.  Empty rows of the batch are included; their losses
+        are ignored, but must be finite.
         """
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the per-example inputs of `scores`, (examples, ...) by name."""
+        """Compute the per-example inputs of `scores`: name -> (examples, ...)."""
         return {"loss": model.losses(batch)}
 
     def postprocess_dataset(
@@ -364,12 +365,12 @@ class Task(ABC):
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Compute the scores of a data set, by name, from the figures of all its examples, (examples, ...) each.
+        """Compute the scores of a data set by name, from the outputs of all its examples, (examples, ...) each.
 
-        The scores are those of `compute_task_scores`, followed by `loss`, the mean.
+        The scores are those of `compute_task_scores`, followed by `loss`, the mean loss.
 
         Raises:
-            DataError: there is nothing to score.
+            DataError: the data set has nothing to score.
         """
         return {**self.compute_task_scores(figures, spec=spec), "loss": float(np.mean(figures["loss"]))}
 
@@ -386,18 +387,16 @@ class Task(ABC):
         return self.scores(figures, spec=spec)
 
     def detail(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> Detail | None:
-        """Compute details behind the scores, to help a person decide; None if the task has none."""
+        """Compute details behind the scores to support a person's decision; None for a task without details."""
         return None
 
     def majority_baseline(self, dataset: TextDataset) -> float | None:
-        """Return the score `primary_metric` of the majority baseline, the best constant answer for `dataset`; None if
-        there is none.
-        """
+        """Return the primary metric of the best constant answer for `dataset`; None if it is not defined."""
         return self.baseline
 
     @abstractmethod
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Score the only example in `batch` in [0, 1], for a sum over examples that is noised and released."""
+        """Score the only example in `batch` in [0, 1]; the sum over examples is released with noise."""
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """Return the answer for one record from its logits, as text and as JSON, for tasks that do not generate
@@ -406,22 +405,22 @@ class Task(ABC):
         raise NotImplementedError
 
     def without_answer(self, record: Record, data: DataSpec) -> Record:
-        """Replace a record's answer by a valid but unused placeholder, so that the record can be tokenized."""
+        """Replace a record's answer by a valid placeholder, so that the record can be tokenized."""
         stand_in = {role: self.dummy_field(role, data, draw=lambda _: 0) or "" for role in self.answers}
         return replace(record, fields={**record.fields, **stand_in})
 
-    def answer_to(
+    def answer_record(
         self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec
     ) -> tuple[str, object]:
         """Return the answer for one record, as `answer` does, for tasks whose answers quote parts of the record."""
         return self.answer(logits[0], spec=spec)
 
     def max_aggregated_value(self, sizes: Iterable[int]) -> int:
-        """Return the largest value of a site's part of secure aggregation, in clip norms, given the sites' declared
+        """Return the largest value of a site's share in secure aggregation, in clip norms, from the sites' declared
         sizes.
 
-        For tasks that count units, all units of a site may be of one kind; twice the declared size leaves none of them
-        out.
+        In a task that counts units, all units of a site may have the same value; twice the declared size leaves room
+        for all of them.
         """
         return max(USUAL_BOUND, 2 * max(sizes)) if self.counts_units else USUAL_BOUND
 
@@ -436,15 +435,15 @@ class Task(ABC):
     def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         """Generate targets for synthetic examples, which are used to test a model and to measure its cost.
 
-        Each example has as many texts as the model's settings say.
+        The number of texts per example is that of the model's settings.
         """
 
     def list_readout_layers(self, model: Model) -> Readout:
-        """Return the linear layers from the base's mean hidden state to `compute_exported_output`; each layer's input
-        is L2-normalized.
+        """Return the linear layers from the base's mean hidden state to `compute_exported_output`.
 
-        With `reads_tokens`, the layers apply to each hidden state, without normalization.  No layers: the output is the
-        normalized state itself, or that of the base's own output layer.
+        Each layer's input is L2-normalized.  With `reads_tokens`, the layers apply to each hidden state, without
+        normalization.  Without layers, the output is the normalized state itself, or the output of the base's own
+        output layer.
         """
         return ()
 
@@ -453,11 +452,13 @@ class Task(ABC):
         return logits
 
     def name_outputs(self, labels: Sequence[str]) -> Sequence[str]:
-        """Return the meaning of each logit of an exported model, for tasks with labels."""
+        """Return the name of each logit of an exported model, for tasks with labels."""
         return labels
 
     def export_model(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
-        """Return an exported base as a model that `auto` can load: the base alone, or with transformers' own head."""
+        """Return an exported base as a model that `auto_class` can load: the base alone, or with transformers' own
+        head.
+        """
         return base
 
 
@@ -465,10 +466,10 @@ def require_target_range(data: DataSpec) -> tuple[float, float]:
     """Return the declared range of a numeric target.
 
     Raises:
-        ConfigError: for `target_range`: none was declared.
+        ConfigError: for `target_range`, if it is not declared.
     """
     if data.target_range is None:
-        raise ConfigError("target_range", None, "must be the smallest and the largest number allowed for a target")
+        raise ConfigError("target_range", None, "must be the smallest and the largest allowed target")
     return data.target_range
 
 

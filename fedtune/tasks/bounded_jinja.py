@@ -1,9 +1,9 @@
-"""Chat templates with a limit on the work of a rendering, which is deterministic on every machine.
+"""Chat templates with a deterministic limit on the work of a rendering.
 
 A template is a program that comes with a model.  A nested loop, or a text that doubles forty times, would hang a site
-or exhaust its memory.  Here each step costs the characters and items that it reads and writes, counted before the value
-is built; a template that exceeds the limit is refused.  The limit does not depend on time, so a slow machine refuses
-the same templates as a fast one.
+or exhaust its memory.  Here each step costs the number of characters and items that it reads and writes, counted before
+the value is built; a template that exceeds the limit is refused.  The limit does not depend on time, so a slow machine
+refuses the same templates as a fast machine.
 """
 
 from __future__ import annotations
@@ -22,30 +22,34 @@ from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 _A_TURN, _A_CHARACTER = 1 << 17, 1 << 6
-"""Characters and items that one rendering may read and make, for each turn and each character of its conversation.
-Known templates need about 2,000 a turn."""
+"""Work limit of a rendering in characters and items, for each turn and each character of its conversation.  Known
+templates need about 2,000 per turn.
+"""
 _MOST_MADE = 1 << 25
-"""The most that one call could make, if each of its arguments multiplied the others: 'a' * 5, or replace in a text."""
+"""Maximum size of a call's result, assuming that the sizes of its arguments multiply: 'a' * 5, or replace in a text."""
 _MOST_NUMBER = 1 << 10
-"""Given to a filter: how wide to indent, how many parts to cut.  Known templates name single digits."""
-_COUNTED = "counted work"  # a filter of our own, under a name that no template can spell
+"""Maximum number in a filter's arguments, such as an indentation or a number of parts.  Known templates use single
+digits.
+"""
+_COUNTED = "counted work"  # fedtune's own filter, with a name that no template can contain
 _WITHHELD = ("format", "random", "sum", "striptags", "urlize", "wordwrap")
-"""Filters: one makes a text as long as a number in a text says, one draws, one copies a list for each item, and three
-may take the square of a text's length."""
+"""Excluded filters: format makes a text of any length, random draws, sum copies a list for each item, and the others
+may need time quadratic in a text's length.
+"""
 
 
 class TooMuchWork(TemplateError):
-    """A template exceeded its work limit."""
+    """Error for a template that exceeded its work limit."""
 
     def __init__(self, most: int) -> None:
         super().__init__(f"takes more than {most} steps for a short conversation")
 
 
 class StepLimitedTemplate:
-    """A compiled chat template, with the functions and filters that transformers provides and a limit on its work.
+    """A compiled chat template with the functions and filters of transformers, and a limit on its work.
 
     Attributes:
-        texts: its string constants, for which it may search the contents.
+        texts: the template's string constants, for which it may search the contents.
         work: the number of steps of the last rendering.
 
     Raises:
@@ -61,7 +65,7 @@ class StepLimitedTemplate:
         self._one_at_a_time = Lock()
 
     def render(self, given: Mapping[str, Any]) -> str:
-        """Render the template for `messages` whose contents are texts.
+        """Render the template for `messages` with text contents.
 
         Exceptions from the template are passed on unchanged.
         """
@@ -76,7 +80,7 @@ class StepLimitedTemplate:
 
 
 class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
-    """A Jinja sandbox with the extensions, filters and functions of another environment, and a work counter.
+    """Jinja sandbox with the extensions, filters and functions of another environment, and a work counter.
 
     Attributes:
         work: the work since the counter was last reset to 0.
@@ -90,7 +94,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=like.trim_blocks,
             lstrip_blocks=like.lstrip_blocks,
             extensions=list(map(type, like.extensions.values())),
-            optimized=False,  # or filters of constants would be called, uncounted, while it is read
+            optimized=False,  # otherwise filters of constants run uncounted at compile time
         )
         self.work = self.most = 0
         self.globals.update(like.globals)
@@ -106,7 +110,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         return found
 
     def spend(self, value: object = None, steps: int = 1) -> int:
-        """Add steps and the size of a value to the counter, and return the amount added.
+        """Add `steps` and the size of a value to the counter, and return the added amount.
 
         Raises:
             TooMuchWork: the limit is exceeded.
@@ -145,7 +149,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         """Count the arguments of a call, and refuse a call whose result could be very large.
 
         Raises:
-            TooMuchWork: the limit is exceeded, or could be.
+            TooMuchWork: the limit is exceeded, or could be exceeded by the result.
         """
         sizes = [self.spend(one) for one in given]
         factors = (abs(one) if _is_number(one) else size for one, size in zip(given, sizes, strict=True))
@@ -158,7 +162,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         self._check_call(given)
 
     def _charge_result(self, made: Any) -> Any:
-        # Such as what map and select give: counted now, not one by one where nobody sees.
+        # Generators, for example from map and select, are counted now, because lazy items would not be counted.
         if isinstance(made, Iterator) and type(made).__name__ == "generator":
             made = list(made)
         self.spend(made)
@@ -177,7 +181,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
     def _charge_output(self, value: Any) -> Any:
         """Count a value that the template outputs: a text, a number or nothing."""
         if isinstance(value, list | tuple | dict | Namespace):
-            raise TemplateError(f"it writes a {type(value).__name__} as it is")
+            raise TemplateError(f"it outputs a {type(value).__name__} without formatting")
         return self._count_value(value)
 
     def _count_value(self, value: Any, steps: int = 1) -> Any:
@@ -186,7 +190,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Hooks(NodeTransformer):
-    """A transformer that adds counting where the sandbox has no hooks: loops, macros, concatenation and list
+    """Node transformer that adds counting where the sandbox has no hooks: loops, macros, concatenation and list
     literals.
     """
 
@@ -218,7 +222,7 @@ def _is_number(value: object) -> bool:
 
 
 def _measure_size(value: object) -> int:
-    """Length of a string or container; for an int, the cost of squaring it."""
+    """Return the length of a string or container, or the cost of squaring an int."""
     if isinstance(value, str | bytes | list | tuple | Mapping | range):
         return len(value)
     return value.bit_length() ** 2 // 4096 if isinstance(value, int) else 0

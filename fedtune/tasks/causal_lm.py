@@ -1,4 +1,4 @@
-"""Causal language modeling: the model learns to write the answers of chats, completions of prompts, or whole texts."""
+"""Causal language modeling on the answers of chats, completions of prompts, or whole texts."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """Next-token prediction; the loss is the mean over an example's own supervised tokens, and 0 if it has none.
+    """Next-token prediction; the loss is the mean over an example's own supervised tokens, and 0 without supervised
+    tokens.
 
-    A record is a prompt with its completion, a chat whose assistant turns are all supervised, or a plain text that is
-    supervised as a whole.  `data.columns` determines which.
+    A record is a prompt with its completion, a chat with supervised assistant turns, or a fully supervised plain text.
+    `data.columns` determines the kind.
     """
 
     name = "causal_lm"
@@ -61,11 +62,11 @@ class CausalLM(Task):
     hub_name = "text-generation"
     formats = ("peft", "merged", "onnx")
     one_of: ClassVar[tuple[str, ...]] = ("messages", "text", "prompt")
-    """Roles of which columns name one at most: each is another kind of record."""
+    """Roles that determine the kind of record; columns may contain at most one of them."""
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (roles, ("messages",), ("text",))
 
     def list_required_roles(self, data: DataSpec) -> tuple[str, ...]:
-        """Return the roles of the layout, with the roles in a prompt's template, and the system role if there are
+        """Return the roles of the layout, the roles in a prompt's template, and the system role for records with
         turns.
         """
         system = (SYSTEM,) if SYSTEM in data.columns and data.chat_template != "none" else ()
@@ -76,19 +77,19 @@ class CausalLM(Task):
     def check_data(self, data: DataSpec) -> None:
         named = [role for role in self.one_of if role in data.columns]
         if len(named) > 1:
-            bound = f"must name one of {', '.join(named)}: the model learns a chat, a text, or an answer to a prompt"
+            bound = f"must contain only one of {', '.join(named)}: records are chats, texts, or prompts with answers"
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
         if named == ["text"] and data.chat_template != "none":
             raise ConfigError(
-                "chat_template", data.chat_template, "must be none for data.columns with a text, which has no turns"
+                "chat_template", data.chat_template, "must be none if data.columns has a text, which has no turns"
             )
         if named not in (["text"], ["prompt"]) and data.chat_template == "none":
-            bound = "must be model or plain for conversations, because data.columns names no prompt"
+            bound = "must be model or plain for conversations, because data.columns has no prompt"
             raise ConfigError("chat_template", "none", bound)
         if named != ["prompt"] and data.prompt_template != "{prompt}":
             raise ConfigError(
-                "prompt_template", data.prompt_template, "must stay {prompt}, because data.columns names no prompt"
+                "prompt_template", data.prompt_template, "must stay {prompt}, because data.columns has no prompt"
             )
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
@@ -108,10 +109,10 @@ class CausalLM(Task):
     ) -> TextDataset:
         """Encode the context, the answer, and the tokens that end the answer; the last two are supervised.
 
-        A chat is encoded as a whole, as its template renders it; a prompt and its completion are encoded separately.
+        A chat is encoded as a whole, as rendered by its template; a prompt and its completion are encoded separately.
         The begin-of-text token comes first if the tokenizer adds one.  An example longer than `data.max_length` is
-        truncated, but keeps its answer: a prompt loses the middle of its longest text, and a chat the beginning before
-        its last answer.  An answer that alone is too long, and a plain text, are truncated at the end.
+        truncated, but keeps its answer: a prompt loses the middle of its longest text, and a chat loses its start.
+        Answers that are too long themselves, and plain texts, are truncated at the end.
 
         Raises:
             ConfigError: the tokenizer has no end-of-text token, or the model's chat template is not supported.
@@ -124,7 +125,7 @@ class CausalLM(Task):
             fitted = tokens.truncate(data.max_length)
             input_ids.append(np.array(fitted.numbers or [layout.end], dtype=np.int32))
             learned = np.array(fitted.learned or [False])
-            learned[0] = False  # nothing stands before it
+            learned[0] = False  # the first token has no context
             targets.append(np.where(learned, input_ids[-1], UNSUPERVISED).astype(np.int64))
         return TextDataset(tuple(input_ids), tuple(targets))
 
@@ -137,7 +138,7 @@ class CausalLM(Task):
 
         Raises:
             ConfigError: as in `tokenize`, or the run has no chat template for messages.
-            DataError: the messages cannot be answered.
+            DataError: the messages do not end with a user turn.
         """
         layout = ExampleFormat.from_tokenizer(tokenizer, data)
         try:
@@ -149,14 +150,14 @@ class CausalLM(Task):
         return np.array(tokens.numbers[: tokens.context], dtype=np.int32)
 
     def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
-        """Return the end-of-text token and, for chats, the token that ends the assistant's turn."""
+        """Return the end-of-text token and, for chats, the token that ends an assistant turn."""
         layout = ExampleFormat.from_tokenizer(tokenizer, data)
         return frozenset({layout.end, layout.chat.end} if layout.chat else {layout.end})
 
     def prompts_and_references(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
-        """Return the prompts, truncated to `data.max_length` tokens, and the answers, or None for plain texts."""
+        """Return the prompts, truncated to `data.max_length` tokens, and the answers; None for plain texts."""
         if "text" in data.columns:
             return None
         layout = ExampleFormat.from_tokenizer(tokenizer, data)
@@ -186,8 +187,8 @@ class CausalLM(Task):
         """Compute `loss`, the mean over examples in nats, and `perplexity`, exp of the mean over all supervised tokens.
 
         The two are weighted differently on purpose.  `loss` is the training objective: each example counts once, with
-        the mean over its own supervised tokens (0 if truncation left it none).  `perplexity` is the usual measure of
-        language models: each supervised token counts once.  It is infinite if it overflows.
+        the mean over its own supervised tokens (0 if truncation removed them all).  `perplexity` is the usual measure
+        of language models: each supervised token counts once.  It is infinite if it overflows.
 
         Raises:
             DataError: no token is supervised.
@@ -204,7 +205,7 @@ class CausalLM(Task):
         }
 
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Return the geometric mean of the probabilities of the answer's tokens; 0 if truncation left none of them."""
+        """Return the geometric mean of the probabilities of the answer's tokens; 0 if truncation removed them all."""
         learned = bool((_shift_targets(batch)[: batch.texts] != UNSUPERVISED).any())
         return float(np.exp(-float(model.losses(batch)[0]))) if learned else 0.0
 
@@ -220,17 +221,17 @@ def sum_token_losses(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor,
     on the row, and in a joint computation the results would depend on the other rows.  A row without targets has loss
     0.
     """
-    assert model.output is not None, "the base predicts no tokens"
+    assert model.output is not None, "the base has no output layer"
     inputs = model.output.compute_inputs(
         lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     )
-    # Found for all rows on the host, so that a device is waited for once.
+    # Positions are computed on the host for all rows, so that the device synchronizes only once.
     learned = [row.nonzero().flatten() for row in (_shift_targets(batch) != UNSUPERVISED).cpu()]
     places_of_rows = torch.split(torch.cat(learned).to(inputs.device), [len(places) for places in learned])
-    # Not by index, which would add up each row's gradient with the zeros of all others.
+    # unbind instead of indexing, which would add zero gradients of all other rows to each row's gradient.
     for row, targets, places in zip(inputs[:, :-1].unbind(), _shift_targets(batch), places_of_rows, strict=True):
         if not len(places):
-            yield row[:0].float().sum(), row.new_zeros(1)  # with a gradient of zero, whatever stands there
+            yield row[:0].float().sum(), row.new_zeros(1)  # a loss with a gradient of zero
             continue
         scores = model.output.scores(row[places])
         yield torch.nn.functional.cross_entropy(scores, targets[places], reduction="sum"), places
@@ -243,16 +244,16 @@ def _shift_targets(batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """A record as pieces of text, before it is encoded."""
+    """A record as pieces of text, before tokenization."""
 
-    context: Sequence[Piece]  # what stands before the last answer; a plain text has nothing
-    answer: Sequence[Piece] = ()  # what is learned last; in a chat with what ends it
-    reference: str = ""  # the answer as the record has it
-    longest: str = ""  # of the texts of a prompt
+    context: Sequence[Piece]  # the text before the last answer; empty for a plain text
+    answer: Sequence[Piece] = ()  # the last supervised text; in a chat including its end mark
+    reference: str = ""  # the answer in the record
+    longest: str = ""  # the longest text of a prompt
 
     @property
     def text_parts(self) -> tuple[str, str, str]:
-        """Three texts: the context up to the middle of its longest text (or empty), the context, and the answer."""
+        """The context up to the middle of its longest text (or an empty text), the context, and the answer."""
         context, answer = ("".join(piece.text for piece in part) for part in (self.context, self.answer))
         at = context.find(self.longest) if self.longest else -1
         return context[: at + len(self.longest) // 2] if at >= 0 else "", context, answer
@@ -262,11 +263,11 @@ class _Example:
 class _Tokens:
     """An encoded example."""
 
-    numbers: Sequence[int] = ()  # (t,) its token ids
-    learned: Sequence[bool] = ()  # (t,) whether each is supervised
-    context: int = 0  # how many stand before the last answer
-    start: int = 0  # how many of these stay in any case
-    half: int = 0  # how many stand up to the middle of the longest text of a prompt
+    numbers: Sequence[int] = ()  # (t,) token ids
+    learned: Sequence[bool] = ()  # (t,) whether each token is supervised
+    context: int = 0  # number of tokens before the last answer
+    start: int = 0  # number of leading tokens that truncation always keeps
+    half: int = 0  # number of tokens up to the middle of a prompt's longest text
 
     @property
     def answer(self) -> int:
@@ -277,8 +278,8 @@ class _Tokens:
         """Truncate to at most `length` tokens, keeping at least one token before the answer if there is any.
 
         A prompt is truncated in the middle of its longest text, so that instructions before and after the text stay,
-        and a conversation at its beginning.  Room is left for an answer of at least `room_for` tokens, so that the
-        contexts of two answers are truncated alike.
+        and a conversation at its start.  Room is left for an answer of at least `room_for` tokens, so that the contexts
+        of two answers are truncated equally.
         """
         most = length - max(self.start, min(1, self.context))
         answer = min(self.answer, most)
@@ -292,12 +293,12 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class ExampleFormat:
-    """How a run turns its records into examples."""
+    """Format in which a run converts its records to examples."""
 
-    start: tuple[int, ...]  # the begin-of-text token, where the tokenizer puts one before a text
+    start: tuple[int, ...]  # the begin-of-text token, if the tokenizer adds one
     end: int  # the end-of-text token
-    chat: ChatFormat | None  # how turns are written; None: a prompt and its completion as they are
-    # encodes a plain text, in which no name makes a special token; None: records are no plain texts
+    chat: ChatFormat | None  # the format of turns; None: prompt and completion unchanged
+    # encodes plain texts, in which names of special tokens are ordinary text; None: records are not plain texts
     literal: MarkedTokenizer | None
     data: DataSpec  # the run's settings
 
@@ -334,7 +335,7 @@ class ExampleFormat:
         return self.chat.build_prompt(_collect_conversation_turns(fields))
 
     def build_example(self, fields: Mapping[str, str]) -> _Example:
-        """Format a whole record, with its texts cut to the characters that an example may need.
+        """Format a complete record, with its texts cut to the number of characters that an example may need.
 
         Raises:
             NoConversation: the messages are not turns, or contain no answer.
@@ -369,7 +370,7 @@ class ExampleFormat:
             encoded = self.chat.tokenizer.encode(texts, within=within)
             lead, begins = self.chat.lead, len(self.chat.lead) + bool(self.chat.start)
             for example, (ids, places) in zip(examples, encoded, strict=True):
-                # A token before the text belongs to what comes first in it.
+                # A token before the text belongs to the first piece.
                 places = [*[(0, 0)] * len(lead), *places]
                 yield align_tokens(example, [*lead, *ids], places, start=begins) if ids else _Tokens()
             return
@@ -377,7 +378,7 @@ class ExampleFormat:
         if self.literal is not None:
             ids_of_parts: Iterator[list[int]] = (ids for ids, _ in self.literal.encode(parts, within=within))
         else:
-            # These may hold special tokens by name: a template may write turns so.
+            # These texts may contain names of special tokens: a prompt template may use them to mark turns.
             ids_of_parts = (ids for ids in encode(parts, tokenizer, special_tokens=False, within=within))
         whole = ((ids, bool(ids) or not part.strip()) for ids, part in zip(ids_of_parts, parts, strict=True))
         for (half, _), (context, one), (answer, other) in zip(whole, whole, whole, strict=True):
@@ -391,7 +392,7 @@ class ExampleFormat:
 def align_tokens(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, int]], *, start: int) -> _Tokens:
     """Assign the tokens of a conversation to its pieces; a token belongs to the piece that contains its last character.
 
-    The result is empty if a piece that is not blank has no token.
+    The result is empty if a nonblank piece has no token.
     """
     pieces = [*example.context, *example.answer]
     ends = np.cumsum([len(piece.text) for piece in pieces], dtype=np.int64)
@@ -413,7 +414,9 @@ def _require_answer(record: Record) -> None:
 
 
 def _collect_conversation_turns(fields: Mapping[str, str]) -> list[Turn]:
-    """Return the turns of a conversation, starting with the record's system text if the turns contain none."""
+    """Return the turns of a conversation, starting with the record's system text if the turns contain no system
+    turn.
+    """
     turns, system = parse_turns(fields["messages"]), fields.get(SYSTEM, "")
     return [Turn(SYSTEM, system), *turns] if system.strip() and turns[:1] and turns[0].role != SYSTEM else turns
 
@@ -422,7 +425,8 @@ def build_examples(layout: ExampleFormat, records: Iterable[Record], *, lenient:
     """Convert records to examples; an unusable conversation becomes an empty example.
 
     Raises:
-        DataError: a conversation is unusable and `lenient` is False; the error describes the first one and counts all.
+        DataError: a conversation is unusable and `lenient` is False; the error describes the first unusable
+            conversation and counts all of them.
     """
     examples, faults = [], Faults()
     for record in records:
@@ -440,7 +444,8 @@ def build_examples(layout: ExampleFormat, records: Iterable[Record], *, lenient:
 def _keep_last_pieces(pieces: Sequence[Piece], length: int) -> list[Piece]:
     """Return the pieces that can contribute to the last `length` tokens of a context, and the template's first piece.
 
-    The record's own texts are cut to the characters that an example may need; the template's texts stay whole.
+    The record's own texts are cut to the number of characters that an example may need; the template's texts stay
+    complete.
     """
     room, kept = compute_max_characters(length), []
     for piece in reversed(pieces):

@@ -1,10 +1,10 @@
 """Rendering of conversations as single texts, with fixed separators that are derived once from a model's chat template.
 
 A template is a program that comes with the model.  Most templates write the same text between a user's content and the
-assistant's, whatever the contents and wherever in the conversation.  These separators are derived from synthetic
+assistant's, for all contents and at every position in the conversation.  These separators are derived from synthetic
 conversations and tested on others; a template without fixed separators is refused.  A record's contents are then joined
-by the separators, and the template is rendered once for the record: if the two differ, the record is not used. All
-renderings are limited in work, and each sees only one conversation, so that no record affects another.
+by the separators, and the template is rendered once for the record: if the two texts differ, the record is skipped.
+All renderings are limited in work, and each rendering sees only one conversation, so that no record affects another.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from fedtune.spec import ConfigError
 if TYPE_CHECKING:
     from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 
-Joint: TypeAlias = tuple[str, str]  # both sides of a fixed text: the roles of two turns, or one of the three below
+Joint: TypeAlias = tuple[str, str]  # roles before and after a separator, or one of the three names below
 START, END, ANSWER = "start", "end", "answer"
-"""A conversation's start and end, and the place behind a user's turn where the model is to write."""
+"""Names of a conversation's start and end, and of the position after a user turn where the model starts to write."""
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
-_MOST_TEMPLATE = 1 << 16  # characters; the longest of well-known models have about ten thousand
+_MOST_TEMPLATE = 1 << 16  # maximum characters; the longest templates of well-known models have about ten thousand
 _MOST_TRIED = 1 << 24
-"""Steps of all made-up conversations together, as `StepLimitedTemplate` counts them; short templates need 200,000."""
+"""Limit on the steps of all synthetic conversations together, counted by `StepLimitedTemplate`; short templates need
+200,000.
+"""
 
 
 class NoConversation(ValueError):
-    """Messages without an answer to learn, or that cannot be answered."""
+    """Error for messages without a supervised answer, or without a user turn to answer."""
 
 
 class Turn(NamedTuple):
-    """A turn of a conversation; `train` is whether an assistant's turn is supervised."""
+    """A turn of a conversation; `train` is whether an assistant turn is supervised."""
 
     role: str
     content: str
@@ -48,25 +50,27 @@ class Turn(NamedTuple):
 class Piece(NamedTuple):
     """A part of an example's text, from the record or from the template."""
 
-    text: str  # in the names of a `MarkedTokenizer`
-    said: bool = False  # whether a record says it; otherwise a template does
+    text: str  # with the random names of a `MarkedTokenizer`
+    said: bool = False  # whether the text is from the record instead of the template
     learned: bool = False  # whether its tokens are supervised
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChatFormat:
-    """A format that joins a conversation to one text, which is encoded as a whole, with the template's own tokens."""
+    """Format that joins a conversation to one text, which is encoded as a whole with the template's own special
+    tokens.
+    """
 
-    tokenizer: MarkedTokenizer  # encodes that text
-    lead: tuple[int, ...]  # the tokens that go before that text
-    start: str  # the begin-of-text token's name, where the template itself begins with it
-    joints: Mapping[Joint, str]  # the texts between two contents; that behind `start` where it begins with it
-    contents: Mapping[str, Callable[[str], str]]  # what is written of a turn's content, by role
-    ending: str  # what ends the last answer, always taught
-    between: str  # what ends an answer with turns behind it, taught too; blank where the template ends it by no mark
-    end: int  # the token that says that an answer has ended
-    has_system: bool  # otherwise a system turn is put before the first user's content, with a blank line between them
-    # whether the template writes these turns as `joints` and `contents` do
+    tokenizer: MarkedTokenizer  # encodes the text
+    lead: tuple[int, ...]  # tokens before the text
+    start: str  # the name of the begin-of-text token, if the template starts with it
+    joints: Mapping[Joint, str]  # separators between two contents, without `start`
+    contents: Mapping[str, Callable[[str], str]]  # conversion of a turn's content to the rendered content, by role
+    ending: str  # supervised text that ends the last answer
+    between: str  # supervised text that ends earlier answers; empty if the template has no end mark there
+    end: int  # the token that ends an answer
+    has_system: bool  # False: the system text is prepended to the first user content, separated by a blank line
+    # whether the template renders these turns exactly as `joints` and `contents` do
     writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
     def build_prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
@@ -76,7 +80,7 @@ class ChatFormat:
 
         Raises:
             NoConversation: user and assistant turns do not alternate from a first to a last user turn, after at most
-                one system turn; or the template does not write the turns one after another.
+                one system turn; or the template does not render the turns one after another.
         """
         placed = self._merge_system_turn(turns)
         pieces, before, learned = [Piece(self.start)], START, False
@@ -102,7 +106,7 @@ class ChatFormat:
         return Piece(self.contents[turn.role](turn.content), said=True, learned=turn.role == ASSISTANT and turn.train)
 
     def _merge_system_turn(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        """Return the turns with the system text where the format allows it; a blank system turn is dropped."""
+        """Return the turns with the system text where the format allows it; a blank system turn is removed."""
         if not turns or turns[0].role != SYSTEM:
             return turns
         system, *others = turns
@@ -133,7 +137,7 @@ def split_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     """Split a conversation into the turns before the last supervised assistant turn, and the content of that turn.
 
     Raises:
-        NoConversation: there is no such turn.
+        NoConversation: no assistant turn is supervised.
     """
     places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT and turn.train]
     if not places:
@@ -146,11 +150,14 @@ def build_chat_format(
 ) -> ChatFormat:
     """Return the format that `data.chat_template` selects: the tokenizer's own, or plain role names and blank lines.
 
-    `start` are the tokens that the tokenizer puts before a text; a model's own template writes them itself.  `end` is
-    the end-of-text token, which ends an answer if the template has no mark for that.
+    Args:
+        kind: "model" or "plain".
+        tokenizer: the base's tokenizer.
+        start: the tokens that the tokenizer adds before a text; a model's own template writes them itself.
+        end: the end-of-text token, which ends an answer if the template has no end mark.
 
     Raises:
-        ConfigError: for `data.chat_template`: the model has no template, or an unsupported one.
+        ConfigError: for `data.chat_template`, if the model's template is missing or not supported.
     """
     if kind == "plain":
         return _build_plain_format(tokenizer, start, end)
@@ -158,16 +165,16 @@ def build_chat_format(
     template = template.get("default") if isinstance(template, dict) else template
     try:
         if not isinstance(template, str):
-            raise _NoChain("is missing")
+            raise _UnsupportedTemplate("is missing")
         return _build_template_format(tokenizer, template, end)
-    except _NoChain as error:
+    except _UnsupportedTemplate as error:
         bound = f"the model's own template {error}; use data.chat_template=plain"
         raise ConfigError("data.chat_template", "model", bound) from None
 
 
 @lru_cache(maxsize=4)
 def _build_plain_format(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
-    """Build the format `System: ...`, `User: ...`, `Assistant: ...`; contents start with a space, for the usual
+    """Build the format `System: ...`, `User: ...`, `Assistant: ...`; contents start with a space, for usual
     tokenization.
     """
     marked = MarkedTokenizer.from_tokenizer(tokenizer, {end})
@@ -185,7 +192,7 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
     """Build the format of a model's own chat template.
 
     Raises:
-        _NoChain: the template is not supported.
+        _UnsupportedTemplate: the template is not supported.
     """
     special = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     compiled = _compile_template(template)
@@ -195,15 +202,15 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
         tokenizer, {number for marks in found.values() for number, *_ in marks} | {end}
     )
     joints = {joint: _rename_marks(text, found[joint], marked) for joint, text in chain.items()}
-    # Conversations that are encoded whole have the tokens that transformers gives them.  A content that names a mark is
-    # text for us, and a mark for transformers.
+    # Conversations that are encoded as a whole must have the same tokens as in transformers.  Contents with the name
+    # of a special token are excluded: they are text here, and a special token in transformers.
     by_name = {
         text for text in {turn.content for turns in tried for turn in turns} if _find_special_tokens(text, tokenizer)
     }
     plain = {turns: text for turns, text in tried.items() if by_name.isdisjoint(turn.content for turn in turns)}
     ours = [ids for ids, _ in marked.encode([_join_turns(joints, contents, turns) for turns in plain])]
     if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
-        raise _NoChain("marks turns with tokens that the tokenizer finds in only some conversations")
+        raise _UnsupportedTemplate("marks turns with tokens that the tokenizer finds in only some conversations")
 
     behind, last = joints.pop((ASSISTANT, END)), next(iter(found[ASSISTANT, END]), None)
     if last is not None:
@@ -222,7 +229,7 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
     def writes(turns: Sequence[Turn]) -> bool:
         try:
             return _render_turns(compiled, turns, special) == _join_turns(chain, contents, turns)
-        except _NoChain:
+        except _UnsupportedTemplate:
             return False
 
     has_system = (START, SYSTEM) in joints
@@ -235,7 +242,7 @@ def _find_special_tokens(text: str, tokenizer: Tokenizer) -> list[tuple[int, int
     encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
     for number, (first, end) in zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True):
         name = added[number].content if number in added else ""
-        # Some take the spaces beside them along; the one for unknown letters stands for what it is not called.
+        # Some tokens include adjacent spaces; the unknown token replaces text without its name.
         if name.strip() and name in text[first:end]:
             place = text.index(name, first)
             found.append((number, place, place + len(name)))
@@ -248,10 +255,10 @@ def _rename_marks(text: str, marks: Sequence[tuple[int, int, int]], marked: Mark
     return text
 
 
-# What a model's own template writes, as texts.
+# Analysis of a model's own template.
 
 _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.rstrip, str.lstrip)
-"""Changes that templates make to a content: none, or they take spaces off its ends."""
+"""Trimming of contents by templates: none, or removal of surrounding whitespace."""
 _Conversation: TypeAlias = tuple[Turn, ...]
 _Contents: TypeAlias = Mapping[str, Callable[[str], str]]
 
@@ -263,8 +270,8 @@ def _join_turns(joints: Mapping[Joint, str], contents: _Contents, turns: Sequenc
     return "".join(joints[joint] + text for joint, text in zip(pairwise(roles), said, strict=True))
 
 
-class _NoChain(Exception):
-    """The reason for refusing a template, as the end of a sentence about it."""
+class _UnsupportedTemplate(Exception):
+    """Reason for refusing a template, as the end of a sentence about it."""
 
 
 def _derive_format(
@@ -272,7 +279,8 @@ def _derive_format(
 ) -> tuple[Mapping[Joint, str], _Contents, Mapping[_Conversation, str]]:
     """Derive the separators between turns, and the trimming of their contents, from a chat template.
 
-    Also returns the template's renderings of the test conversations.
+    Returns:
+        The separators, the trimming by role, and the template's renderings of the test conversations.
     """
     spent = 0
 
@@ -281,27 +289,27 @@ def _derive_format(
         text = _render_turns(template, turns, special)
         spent += template.work
         if spent > _MOST_TRIED:
-            raise _NoChain(f"takes more than {_MOST_TRIED} steps for all trial conversations")
+            raise _UnsupportedTemplate(f"takes more than {_MOST_TRIED} steps for all trial conversations")
         return text
 
     one, more = (USER, ASSISTANT), (USER, ASSISTANT, USER)
     joints = _derive_separators(render_counted, one) | _derive_separators(render_counted, more)
-    # Some templates know no system turn: they say so, or leave it out.
+    # Some templates have no system turn: they raise an error, or omit it.
     try:
         joints |= _derive_separators(render_counted, (SYSTEM, *one))
-    except _NoChain:  # some write it before the last user's content alone
+    except _UnsupportedTemplate:  # some templates write it only before the last user content
         turns, keeps = (Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b")), False
-        with suppress(_NoChain):
+        with suppress(_UnsupportedTemplate):
             keeps = any("qzxw" in render_counted(turns[:count]) for count in (2, 3))
         if keeps:
             raise
     prompt, written = joints[USER, ANSWER], joints[USER, ASSISTANT]
     lead = written.removeprefix(prompt)
     if not written.startswith(prompt) or lead.strip():
-        raise _NoChain("writes different text before an answer than in the generation prompt")
+        raise _UnsupportedTemplate("writes different text before an answer than in the generation prompt")
     joints[USER, ASSISTANT] = prompt
     roles = [role for role in (SYSTEM, USER, ASSISTANT) if role != SYSTEM or (START, SYSTEM) in joints]
-    # Spaces before an assistant's content, but not before an answer yet to be written, are the model's to write.
+    # The model must generate spaces that precede an assistant's content but not the generation position.
     contents: dict[str, Callable[[str], str]] = dict.fromkeys(roles, str) | {ASSISTANT: lambda content: lead + content}
     for role in roles:
         contents[role] = _detect_trimming(render_counted, joints, contents, role)
@@ -310,17 +318,17 @@ def _derive_format(
         for turns in _test_conversations((*template.texts, *special.values()), has_system=SYSTEM in roles)
     }
     if any(text != _join_turns(joints, contents, turns) for turns, text in tried.items()):
-        raise _NoChain("does not render turns independently: a turn depends on its position or content")
+        raise _UnsupportedTemplate("does not render turns independently: a turn depends on its position or content")
     return joints, contents, tried
 
 
 def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
-    """Derive the separators from one rendering whose contents are unmistakable."""
+    """Derive the separators from one rendering with unique contents."""
     turns = tuple(Turn(role, f"qz{place}xw") for place, role in enumerate(roles))
     texts, rest = [], rendered(turns)
     for turn in turns:
         if rest.count(turn.content) != 1:
-            raise _NoChain(f"does not write the {turn.role}'s text exactly once, in place")
+            raise _UnsupportedTemplate(f"does not write the {turn.role}'s text exactly once, in place")
         before, _, rest = rest.partition(turn.content)
         texts.append(before)
     ends = END if roles[-1] == ASSISTANT else ANSWER
@@ -341,17 +349,17 @@ def _detect_trimming(
 
         if _join_turns(joints, {**contents, role: render_trimmed}, turns) == text:
             return render_trimmed
-    raise _NoChain(f"changes the {role}'s text")
+    raise _UnsupportedTemplate(f"changes the {role}'s text")
 
 
 def _test_conversations(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:
-    """Yield synthetic conversations of several lengths, with contents to which a template might give special treatment.
+    """Yield synthetic conversations of several lengths, with contents that a template might treat specially.
 
     One content consists of all string constants of the template, because a template that removes a part of a content,
     such as a thought, must search for one of them.
     """
     odd = ('\n\nLines\n\nof "text", <b> & {{ x }}\n', "Ünï: 文字 [INST] #1", " two words\n", "word")
-    unsaid = ("", "  ", *odd)  # of a user, who may say nothing
+    unsaid = ("", "  ", *odd)  # user contents may be blank
     for shift in range(len(unsaid)):
         turns: _Conversation = ()
         for place in range(3):
@@ -365,8 +373,9 @@ def _test_conversations(own_texts: Sequence[str], *, has_system: bool) -> Iterat
 
 
 _WITHHELD = ("strftime_now", "lipsum")
-"""Calls of transformers' templates on which no record may depend: a clock, chance.  Where it asks whether they
-are there, it hears no."""
+"""Functions of transformers' templates on which no record may depend: the clock and randomness.  Templates that check
+for these functions see them as undefined.
+"""
 
 
 def _compile_template(template: str) -> StepLimitedTemplate:
@@ -375,18 +384,19 @@ def _compile_template(template: str) -> StepLimitedTemplate:
     from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 
     if len(template) > _MOST_TEMPLATE:
-        raise _NoChain(f"has {len(template)} characters, more than {_MOST_TEMPLATE}")
+        raise _UnsupportedTemplate(f"has {len(template)} characters, more than {_MOST_TEMPLATE}")
     try:
         return StepLimitedTemplate(template)
-    except Exception as error:  # whatever its own words make of Jinja and of Python's compiler
-        raise _NoChain(f"cannot be read ({get_first_line(error)})") from None
+    except Exception as error:  # any error of Jinja or of Python's compiler
+        raise _UnsupportedTemplate(f"cannot be read ({get_first_line(error)})") from None
 
 
 def _render_turns(template: StepLimitedTemplate, turns: Sequence[Turn], special: Mapping[str, str]) -> str:
     """Render turns with a template.
 
     Raises:
-        _NoChain: rendering failed.  Its message is shown only for synthetic conversations, never for a record.
+        _UnsupportedTemplate: rendering failed.  Its message is shown only for synthetic conversations, never for a
+            record.
     """
     from jinja2 import Undefined
 
@@ -401,7 +411,7 @@ def _render_turns(template: StepLimitedTemplate, turns: Sequence[Turn], special:
     try:
         return template.render(given)
     except TooMuchWork as error:
-        raise _NoChain(str(error)) from None
-    except Exception as error:  # whatever the template raises
+        raise _UnsupportedTemplate(str(error)) from None
+    except Exception as error:  # any error of the template
         roles = ", ".join(turn.role for turn in turns)
-        raise _NoChain(f"refuses turns of {roles} ({get_first_line(error)})") from None
+        raise _UnsupportedTemplate(f"refuses turns of {roles} ({get_first_line(error)})") from None

@@ -1,4 +1,4 @@
-"""Classification: one of a declared set of labels for each text, by a linear head on the mean of the hidden states."""
+"""Classification: one of a declared set of labels for each text, by a linear head on the mean hidden state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedtune.tasks.pooled import OneLabelTask
 
 
 class Classification(OneLabelTask):
-    """Single-label classification: the head has one output per label, and the loss is the softmax cross-entropy."""
+    """Single-label classification with one output per label and the softmax cross-entropy as loss."""
 
     name = "classification"
     primary_metric = "accuracy"
@@ -25,7 +25,7 @@ class Classification(OneLabelTask):
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
-    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"predicted": logits.argmax(dim=1), "probabilities": logits.softmax(dim=1)}
 
     def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:

@@ -1,10 +1,10 @@
-"""Embedding: texts that belong together get similar embeddings, by the cosine of their mean hidden states.
+"""Embedding models for text pairs: related texts get similar mean hidden states, compared by cosine.
 
 Each record has its own loss.  Losses with in-batch negatives are not offered: the gradient of a record would depend on
 the other records of the batch, and clipping it would not bound that record's influence.
 
-There is no head.  The results are the embeddings themselves, which the adapters can change.  A projection matrix on top
-of them, of the hidden size squared, would have more values to add noise to than all adapters together.
+There is no head; the results are the embeddings themselves, which the adapters change.  A projection matrix on top of
+them, of the hidden size squared, would have more values to add noise to than all adapters together.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ from fedtune.tasks.inputs import mean_pool
 from fedtune.tasks.measures import rank_correlation
 
 _TIE = 1e-6
-"""Cosines that differ by less are the same: those of one text differ so, by the batches that it is computed in."""
+"""Cosines that differ by less are equal: cosines of the same text differ by rounding from batch to batch."""
 _CHUNK = 256
 _COUPLED = (
-    "couples records: a record's gradient would depend on those that were drawn with it, and clipping each would not "
-    "bound what one record does; give a list of public texts, or each record its own column negative"
+    "couples records: a record's gradient would depend on the other sampled records, and clipping would not bound one "
+    "record's influence; use a list of public texts, or a column negative"
 )
 
 
 @spec
 class PairSettings:
-    """How texts are compared that belong together, or do not.
+    """Settings for the comparison of text pairs.
 
     Attributes:
-        negatives: where the text comes from that does not belong to the anchor: "record", its own column `negative`; or
-            a list of public texts, of which the record's own hash chooses one.  From other records of the batch
-            ("batch") is refused.
-        margin: by how much the cosine with the positive is to be above that with the negative.
+        negatives: the source of the text that is unrelated to the anchor: "record", the column `negative`; or a list of
+            public texts, from which the record's hash selects one.  In-batch negatives ("batch") are refused.
+        margin: the required difference between the cosine with the positive and the cosine with the negative.
     """
 
     negatives: tuple[str, ...] | Literal["record", "batch"] = "record"
@@ -65,12 +64,12 @@ class PairSettings:
 
 
 class Embedding(Task):
-    """Mean-pooled, normalized hidden states, compared by their cosine; the loss is each record's own.
+    """Embeddings as mean-pooled, normalized hidden states, compared by cosine, with a loss per record.
 
-    * `text`, `other` and `target`, a score: the squared difference between their cosine and the score, brought from its
+    * `text`, `other` and `target`, a score: the squared difference between the cosine and the score, scaled from its
       range (`data.target_range`) to [0, 1];
-    * `anchor`, `positive` and `negative`: by how much the cosine with the positive is less than `task_settings.margin`
-      above that with the negative, or 0.  Without the last column the negative is a public text.
+    * `anchor`, `positive` and `negative`: the triplet loss, the shortfall of the difference between both cosines below
+      `task_settings.margin`, or 0.  Without the column `negative`, the negative is a public text.
     """
 
     name = "embedding"
@@ -97,7 +96,7 @@ class Embedding(Task):
     def check_data(self, data: DataSpec) -> None:
         self.check_input(data)
         if ("anchor" in data.columns) == ("text" in data.columns):
-            bound = "must name either text, other and target, or anchor and positive with negatives"
+            bound = "must have either text, other and target, or anchor and positive with negatives"
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
         if "text" in data.columns:
@@ -139,12 +138,12 @@ class Embedding(Task):
         return mean_pool(hidden, batch.attention_mask)
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        return _losses(_compute_cosines(self.logits(model, batch), batch), batch)
+        return _compute_losses(_compute_cosines(self.logits(model, batch), batch), batch)
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         embeddings = model.logits(batch)
         cosines = _compute_cosines(embeddings, batch)
-        figures = {"loss": _losses(cosines, batch)}
+        figures = {"loss": _compute_losses(cosines, batch)}
         if batch.texts == 2:
             return figures | {"cosine": cosines[0], "truth": batch.targets}
         nearer = (cosines[0] > cosines[1]).float()
@@ -153,7 +152,7 @@ class Embedding(Task):
     def postprocess_dataset(
         self, figures: Mapping[str, npt.NDArray[np.float64]]
     ) -> Mapping[str, npt.NDArray[np.float64]]:
-        """Replace the embeddings by the rank of each record's positive for its anchor, among the positives of all
+        """Replace the embeddings by the rank of each record's positive for its anchor among the positives of all
         records.
         """
         if "anchor" not in figures:
@@ -167,9 +166,9 @@ class Embedding(Task):
         """Compute `spearman`, the rank correlation in [-1, 1], for scored pairs, and retrieval scores in [0, 1]
         otherwise.
 
-        `ndcg_at_10`, `recall_at_1` and `recall_at_10`: how high an anchor ranks its own positive among the positives of
-        all records, where every other positive counts as wrong.  `nearer`: the share of records whose positive is
-        closer to the anchor than their negative.
+        `ndcg_at_10`, `recall_at_1` and `recall_at_10` rank an anchor's own positive among the positives of all records;
+        every other positive counts as wrong.  `nearer` is the share of records whose positive is closer to the anchor
+        than their negative.
         """
         if "truth" in figures:
             return {"spearman": rank_correlation(figures["cosine"], figures["truth"])}
@@ -179,8 +178,8 @@ class Embedding(Task):
         return found | {"nearer": float(np.mean(figures["nearer"]))}
 
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Return 1 minus the error of the cosine (at least 0); for triplets, 1 if the positive is closer than the
-        negative, else 0.
+        """Return 1 minus the error of the cosine (at least 0), or for triplets whether the positive is closer than the
+        negative.
         """
         cosines = _compute_cosines(model.logits(batch), batch)
         if batch.texts == 3:
@@ -188,18 +187,20 @@ class Embedding(Task):
         return max(0.0, 1 - abs(float(cosines[0][0] - batch.targets[0])))
 
     def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
-        # Of three texts up to the largest margin, so that most of them have a gradient.
+        # Triplets get margins up to the maximum of 2, so that most of them have a gradient.
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
 
     def _make_target_reader(self, data: DataSpec) -> Callable[[Record], float]:
-        """A function from a record to the cosine to learn, or the margin between two."""
+        """Return a function from a record to the cosine to learn, or to the margin between two cosines."""
         if "anchor" in data.columns:
             return lambda record: self.own.margin
         low, high = bounds = require_target_range(data)
         return lambda record: (read_target_number(record, bounds) - low) / (high - low)
 
     def _make_negative_adder(self, record: Record) -> Record:
-        """Give a record its negative from the public list, if there is one; which one follows from it alone."""
+        """Add a negative from the public list to a record, selected by the record's hash; without a list, return the
+        record.
+        """
         texts = self.own.negatives
         if isinstance(texts, str):
             return record
@@ -215,7 +216,7 @@ def _compute_cosines(embeddings: torch.Tensor, batch: Batch) -> tuple[torch.Tens
     return tuple((first * embeddings[other :: batch.texts]).sum(dim=1) for other in range(1, batch.texts))
 
 
-def _losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
+def _compute_losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
     known = ~batch.targets.isnan()
     missing = batch.targets.nan_to_num() - cosines[0]
     losses = missing.square() if batch.texts == 2 else (missing + cosines[1]).clamp(min=0.0)
@@ -225,8 +226,8 @@ def _losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
 def rank_own_positives(anchors: npt.NDArray[np.float64], positives: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Rank each anchor's own positive among all positives, from 1, (n,); ties get the mean rank.
 
-    An embedding that maps all texts to one point therefore gains nothing.  The rank is infinite for values that are not
-    finite.  Both inputs are (n, h), L2-normalized and in the same order.
+    An embedding that maps all texts to one point therefore gains nothing.  Non-finite values get an infinite rank.
+    Both inputs are (n, h), L2-normalized and in the same order.
     """
     own = (anchors * positives).sum(axis=1)
     ranks = np.full(len(own), np.inf)

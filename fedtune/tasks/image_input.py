@@ -1,4 +1,4 @@
-"""Images as records: a vision transformer with adapters, and the conversion from images to patches."""
+"""Image input: a vision transformer with adapters, and the conversion from images to patches."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from fedtune.tasks.inputs import Input, NoTokenizer, Row, Rows, Text, mean_pool,
 
 @dataclass(frozen=True)
 class ImageReader(NoTokenizer):
-    """A converter from images to patches, in the role of a tokenizer."""
+    """Converter from images to patches, with the interface of a tokenizer."""
 
-    process: Any  # the model's processor, as `fedtune.model.base_model.load_processor` finds it
-    side: int  # of the square images that it makes
-    patch: int  # the side of a patch
-    before: int  # places of the model's own before those of the patches
+    process: Any  # the model's processor from `fedtune.model.base_model.load_processor`
+    side: int  # side length of its square output images
+    patch: int  # side length of a patch
+    before: int  # number of special tokens before the patch tokens
 
-    def nothing(self) -> NDArray[np.float32]:
-        """Return the patches of an empty image, (places, 3 * patch * patch) zeros."""
+    def make_blank(self) -> NDArray[np.float32]:
+        """Return the patches of a blank image, (positions, 3 * patch * patch) zeros."""
         return np.zeros((self.before + (self.side // self.patch) ** 2, 3 * self.patch**2), dtype=np.float32)
 
-    def patches(self, image: Any) -> NDArray[np.float32]:
-        """Cut an image into patches, (places, 3 * patch * patch): for each patch its red, green and blue pixels, row by
+    def cut_patches(self, image: Any) -> NDArray[np.float32]:
+        """Cut an image into patches, (positions, 3 * patch * patch): red, green and blue pixels of each patch, row by
         row.
         """
-        pixels, count, found = self.pixels(image), self.side // self.patch, self.nothing()
+        pixels, count, found = self.preprocess(image), self.side // self.patch, self.make_blank()
         cut = pixels.reshape(3, count, self.patch, count, self.patch)
         found[self.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
         return found
 
-    def pixels(self, image: Any) -> NDArray[np.float32]:
-        """Preprocess an image to (3, side, side)."""
+    def preprocess(self, image: Any) -> NDArray[np.float32]:
+        """Preprocess an image to (3, side, side) float32."""
         found: NDArray[Any] = self.process(images=image, return_tensors="np")["pixel_values"][0]
         return found.astype(np.float32)
 
@@ -51,7 +51,7 @@ class ImageReader(NoTokenizer):
 
 
 class Image(Text):
-    """Images for a vision transformer; the embedding of an image is the mean over its patches."""
+    """Input for vision transformers; the embedding of an image is the mean over its patches."""
 
     modality = "image"
     is_fixed = True
@@ -71,7 +71,7 @@ class Image(Text):
 
         require_pillow()
         reader = ImageReader(*load_processor(model))
-        if base is not None and data.max_length != (places := len(reader.nothing())):
+        if base is not None and data.max_length != (places := len(reader.make_blank())):
             bound = f"must be {places}, the number of positions of an image in this model"
             raise ConfigError("data.max_length", data.max_length, bound)
         return reader
@@ -83,10 +83,10 @@ class Image(Text):
     def encode_records(
         self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
     ) -> Rows:
-        def patches(record: Record) -> Any:  # at a real site a file may have changed since it was judged
-            return reader.patches(_decode_image(record))
+        def patches(record: Record) -> Any:  # at a real site a file may have changed since it was validated
+            return reader.cut_patches(_decode_image(record))
 
-        return read_each(patches, records, nothing=reader.nothing(), lenient=lenient_within is not None)
+        return read_each(patches, records, nothing=reader.make_blank(), lenient=lenient_within is not None)
 
     def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
         from fedtune.model.base_model import load_processor
@@ -94,8 +94,8 @@ class Image(Text):
         from fedtune.model.hf_logging import get_first_line
 
         reader, frozen = ImageReader(*load_processor(model)), base.get_base_model()
-        blank = torch.from_numpy(np.stack(2 * [reader.nothing()])).to(frozen.device)
-        frozen.places = blank.shape[1]  # for what is made up
+        blank = torch.from_numpy(np.stack(2 * [reader.make_blank()])).to(frozen.device)
+        frozen.places = blank.shape[1]  # for dummy inputs
 
         def run() -> None:
             try:
@@ -111,7 +111,7 @@ class Image(Text):
 
         frozen = getattr(base, "get_base_model", lambda: base)()  # an exported base is plain
         before = VISION[frozen.config.model_type]
-        # Without a mask: every row is a whole image, an empty one a gray one.
+        # Without a mask, because every row is a complete image; an empty row is a gray image.
         hidden = frozen(pixel_values=_join_patches(input_ids[:, before:])).last_hidden_state
         return mean_pool(hidden[:, before:], attention_mask[:, before:])
 
@@ -135,8 +135,8 @@ def _decode_image(record: Record) -> Any:
 
 
 def _join_patches(patches: torch.Tensor) -> torch.Tensor:
-    """Reassemble patches, (n, count * count, 3 * patch * patch), to pixels, (n, 3, side, side); inverts
-    `ImageReader.patches`.
+    """Reassemble patches (n, count * count, 3 * patch * patch) to pixels (n, 3, side, side), inverting
+    `ImageReader.cut_patches`.
     """
     count, patch = int(patches.shape[1] ** 0.5), int((patches.shape[2] // 3) ** 0.5)
     cut = patches.reshape(-1, count, count, 3, patch, patch)

@@ -1,7 +1,7 @@
-"""The kinds of model input: a text, the features of a table row, or an image.  No other module depends on the kind.
+"""Kinds of model input: text, features of a table row, or images.  No other module depends on the kind.
 
-An input defines the roles of its records, how records are read, the base and the head of its model, and random inputs
-for trials.  To add one: write its class in a module of its own, and add it to `fedtune.tasks.registry`.
+An input defines the roles of its records, the reading of records, the base and the head of its model, and random inputs
+for trials.  To add an input, write its class in a module of its own, and add it to `fedtune.tasks.registry`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, format_value
 
 Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
-"""(t,) token ids, (1, w) the values of a vector, or (t, w) the pixels of an image's patches."""
+"""(t,) token ids, a (1, w) feature vector, or the (t, w) pixels of an image's patches."""
 Rows: TypeAlias = tuple[Sequence[Row], list[bool]]
-"""Of each record its input, and whether it could be made: what could not is a harmless one (`Task.tokenize`)."""
+"""The input of each record, and whether the record could be encoded; a harmless input replaces a failed record
+(`Task.tokenize`).
+"""
 
 
 class NoTokenizer:
-    """A stand-in for a tokenizer, with an empty vocabulary, for records without text."""
+    """Placeholder tokenizer with an empty vocabulary, for records without text."""
 
     pad_token_id = 0
 
@@ -41,14 +43,16 @@ class NoTokenizer:
 
 
 class Input(ABC):
-    """The base class of model inputs."""
+    """Base class of model inputs."""
 
-    modality: ClassVar[str | None] = None  # the code by which a report says what the records are, where it is not text
-    # whether every record has just `data.max_length` places in the model, so that nothing is padded.
+    modality: ClassVar[str | None] = None  # the kind of record in reports; None: text
+    # whether every record has exactly `data.max_length` positions, so that nothing is padded
     is_fixed: ClassVar[bool] = False
 
     def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the task's roles as `data.columns` names them; other columns are named by the input's own settings."""
+        """Return the task's roles for this input in `data.columns`; other columns are named by the input's own
+        settings.
+        """
         return of_task
 
     @abstractmethod
@@ -69,7 +73,7 @@ class Input(ABC):
 
     @abstractmethod
     def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
-        """Return the object that reads records for the model, such as a tokenizer, after checking that it fits the
+        """Return the object that reads records for the model, such as a tokenizer, after checking that it matches the
         base.
         """
 
@@ -78,7 +82,7 @@ class Input(ABC):
         return lambda record: None
 
     def find_oddities(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
-        """Yield (oddity, column) for each value of a usable record that is not as declared."""
+        """Yield (oddity, column) for each value of a usable record that differs from its declaration."""
         yield from ()
 
     @abstractmethod
@@ -91,7 +95,7 @@ class Input(ABC):
     def build_base(
         self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any
     ) -> Any:
-        """Load the frozen base with its adapters on a device; `check` is called with the base before they are
+        """Load the frozen base with its adapters on a device; `check` is called with the base before adapters are
         attached.
         """
 
@@ -101,7 +105,7 @@ class Input(ABC):
 
     @abstractmethod
     def embed_rows(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Compute the base's embedding of each row, (rows, h) float32, of L2 norm at most 1."""
+        """Compute the base's embedding of each row, (rows, h) float32, with an L2 norm of at most 1."""
 
     @abstractmethod
     def build_head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
@@ -118,12 +122,12 @@ class Input(ABC):
         return None
 
     def list_supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the export formats of a tuned model, given the task's formats for texts."""
+        """Return the export formats of a tuned model, from the task's formats for texts."""
         return of_task
 
 
 class Text(Input):
-    """Texts, read by a tokenizer and a transformer."""
+    """Text input, read by a tokenizer and a transformer."""
 
     def check_data(self, data: DataSpec) -> None:
         if data.features:
@@ -173,7 +177,7 @@ class Text(Input):
         return base
 
     def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
-        """Check that a base with adapters keeps the examples of a batch apart."""
+        """Check that a base with adapters keeps the examples of a batch separate."""
         from fedtune.model.compatibility import check_examples_independent
 
         check_examples_independent(base)
@@ -193,7 +197,7 @@ class Text(Input):
     def generate_dummies(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         num_ids = self.num_ids(base)
         found = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
-        for ids in found[::2]:  # not all, or every example would begin with the same token
+        for ids in found[::2]:  # only half of them, so that examples start with different tokens
             ids[0], ids[-1] = num_ids - 1, 0
         return found
 
@@ -208,19 +212,19 @@ class Features(Input):
 
     def check_data(self, data: DataSpec) -> None:
         if not data.features:
-            raise ConfigError("features", [], "is empty: declare the columns of the record's vector")
+            raise ConfigError("features", [], "is empty: declare the columns of the feature vector")
         if data.max_length != 1:
-            raise ConfigError("max_length", data.max_length, "must be 1 for data.input = features: no vector is cut")
+            raise ConfigError("max_length", data.max_length, "must be 1 for data.input = features")
 
     def check_model(self, spec: TaskModelSpec) -> None:
         require_values(
-            "for data.input = features, whose model is its head alone",
+            "for data.input = features, whose model consists of the head",
             ("model.path", spec.model.path, NO_BASE),
             ("model.dtype", spec.model.dtype, "float32"),
             ("lora.kind", spec.lora.kind, NO_ADAPTER),
             ("head.train", spec.head.train, True),
         )
-        require_no_label_texts(spec.head, "for data.input = features, whose model is its head alone")
+        require_no_label_texts(spec.head, "for data.input = features, whose model consists of the head")
 
     def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         return NoTokenizer()
@@ -253,16 +257,16 @@ class Features(Input):
         return hidden[:, 0]
 
     def build_head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
-        """Build a linear layer, or linear layers with ReLU, which rounds no values, so that a row's position does not
+        """Build a linear layer, or linear layers with ReLU, which does not round, so that a row's position does not
         matter.
         """
         layers: list[torch.nn.Module] = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # drawn on the CPU, so that it is the same for every device
+            torch.manual_seed(seed)  # drawn on the CPU, so that it is identical on every device
             for size in spec.hidden:
                 layer = torch.nn.Linear(width, size)
                 torch.nn.init.zeros_(layer.bias)
-                torch.nn.init.uniform_(layer.weight, -((6 / size) ** 0.5), (6 / size) ** 0.5)  # norms stay as they are
+                torch.nn.init.uniform_(layer.weight, -((6 / size) ** 0.5), (6 / size) ** 0.5)  # preserves norms
                 layers += [layer, torch.nn.ReLU()]
                 width = size
             last = torch.nn.Linear(width, outputs)
@@ -288,7 +292,7 @@ class Features(Input):
 
 
 INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
-"""Those of this file; `fedtune.tasks.registry` adds what has a file of its own."""
+"""Inputs of this module; `fedtune.tasks.registry` adds inputs from other modules."""
 
 
 def get_input_for(settings: DataSpec | TaskModelSpec) -> Input:
@@ -300,7 +304,7 @@ def get_input(name: str) -> Input:
     """Return the input with this name.
 
     Raises:
-        ConfigError: for `input`: there is none.
+        ConfigError: for `input`, if the name is unknown.
     """
     check_one_of("input", name, INPUTS)
     return INPUTS[name]
@@ -328,7 +332,7 @@ def require_no_label_texts(head: HeadSpec, why: str) -> None:
 
 
 def read_each(read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool) -> Rows:
-    """Apply `read` to each record separately; return the results and whether each succeeded.
+    """Apply `read` to each record separately, and return the results and whether each call succeeded.
 
     With `lenient`, `nothing` replaces the result of a failed record; otherwise its error is raised.
     """
@@ -338,10 +342,11 @@ def read_each(read: Callable[[Record], Row], records: Sequence[Record], *, nothi
 
 
 def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Average the hidden states of real tokens and L2-normalize the result, (n, h) float32; zeros if there are no
-    tokens.
+    """Average the hidden states of real tokens and L2-normalize the result, (n, h) float32; zeros without tokens.
 
-    `hidden` is (n, t, h) in any float type, and `attention_mask` is (n, t), 1 for real tokens.
+    Args:
+        hidden: (n, t, h) hidden states in any float dtype.
+        attention_mask: (n, t), 1 for real tokens.
     """
     mask = attention_mask.unsqueeze(-1).to(torch.float32)
     total = (hidden.to(torch.float32) * mask).sum(dim=1)

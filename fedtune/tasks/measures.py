@@ -1,6 +1,6 @@
-"""Quality measures, computed from predictions and true values, or from records alone; no model is run.
+"""Quality metrics, computed from predictions and true values, without running a model.
 
-Each measure is defined for any predictions: a constant prediction, or a bootstrap sample without one of the classes,
+Each metric is defined for any predictions: a constant prediction, or a bootstrap sample without one of the classes,
 must not abort an evaluation.
 """
 
@@ -17,10 +17,10 @@ import numpy.typing as npt
 from fedtune.spec import spec
 
 Floats = npt.NDArray[np.float64]
-Classes = npt.NDArray[np.int64]  # (n,) places in the declared label set, which has `num_labels`
-Marks = npt.NDArray[np.bool_]  # (n, labels): the labels that each record has, or is predicted to have
+Classes = npt.NDArray[np.int64]  # (n,) indices into the declared labels, below `num_labels`
+Marks = npt.NDArray[np.bool_]  # (n, labels) multi-hot true or predicted labels of each record
 Entity: TypeAlias = tuple[int, int, int]
-"""Where an entity begins and ends, in words or characters, and the place of its label."""
+"""Start and end of an entity, in words or characters, and the index of its label."""
 BINS = 10  # bins of the calibration error
 
 
@@ -45,7 +45,7 @@ class ClassScores:
 
 @spec
 class ReliabilityBin:
-    """Answers of similar confidence.
+    """A bin of answers with similar confidence.
 
     Attributes:
         confidence: the mean predicted probability.
@@ -60,14 +60,16 @@ class ReliabilityBin:
 
 @spec
 class Detail:
-    """Details of the scores of a task with labels: scores by label, and calibration if the task has probabilities."""
+    """Details behind the scores of a task with labels: scores by label, and calibration if the task has
+    probabilities.
+    """
 
     classes: tuple[ClassScores, ...]
     reliability: tuple[ReliabilityBin, ...]
 
     @property
     def is_finite(self) -> bool:
-        """Whether all values are finite, as JSON requires; a model that has diverged gives NaN."""
+        """Whether all values are finite, as JSON requires; a diverged model gives NaN."""
         return all(math.isfinite(one.confidence) for one in self.reliability)
 
 
@@ -78,9 +80,9 @@ def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
     in scikit-learn's `f1_score(truth, predicted, average="macro", labels=range(num_labels), zero_division=0)`.  Without
     `labels`, scikit-learn would leave that class out, and the meaning of the score would change with the sample.
 
-    >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=2)  # both classes have 2/3
+    >> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=2)  # both classes have 2/3
     0.6666666666666666
-    >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=4)  # classes 2 and 3 never occur
+    >> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=4)  # classes 2 and 3 never occur
     0.3333333333333333
     """
     counts = (np.bincount(one, minlength=num_labels) for one in (truth[truth == predicted], truth, predicted))
@@ -93,38 +95,36 @@ def multilabel_macro_f1(truth: Marks, predicted: Marks) -> float:
 
 
 def micro_f1(truth: Marks, predicted: Marks) -> float:
-    """Compute F1 over all pairs of a record and a label, in [0, 1]; 0 if there is neither a true nor a predicted
-    label.
-    """
+    """Compute F1 over all record-label pairs, in [0, 1]; 0 if there is neither a true nor a predicted label."""
     return float(_compute_f1((truth & predicted).sum(), truth.sum(), predicted.sum()))
 
 
-def _compute_f1(right: npt.ArrayLike, true: npt.ArrayLike, said: npt.ArrayLike) -> Floats:
+def _compute_f1(correct: npt.ArrayLike, actual: npt.ArrayLike, predicted: npt.ArrayLike) -> Floats:
     # 2 TP + FP + FN is the number of predictions of a class plus the number of its true records.
-    found: Floats = 2.0 * np.asarray(right) / np.maximum(np.asarray(true) + np.asarray(said), 1)
+    found: Floats = 2.0 * np.asarray(correct) / np.maximum(np.asarray(actual) + np.asarray(predicted), 1)
     return found
 
 
-def class_scores(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[ClassScores, ...]:
+def compute_class_scores(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[ClassScores, ...]:
     """Compute precision, recall and F1 of each label, in the order of the labels."""
-    right, true, said = (one.sum(axis=0) for one in (truth & predicted, truth, predicted))
-    precision, recall = right / np.maximum(said, 1), right / np.maximum(true, 1)
-    figures = zip(labels, precision, recall, _compute_f1(right, true, said), true, strict=True)
+    num_correct, num_true, num_predicted = (one.sum(axis=0) for one in (truth & predicted, truth, predicted))
+    precision, recall = num_correct / np.maximum(num_predicted, 1), num_correct / np.maximum(num_true, 1)
+    figures = zip(labels, precision, recall, _compute_f1(num_correct, num_true, num_predicted), num_true, strict=True)
     return tuple(
         ClassScores(label=label, precision=float(p), recall=float(r), f1=float(f), support=int(count))
         for label, p, r, f, count in figures
     )
 
 
-def entity_counts(truth: Sequence[Entity], said: Sequence[Entity], *, num_labels: int) -> Floats:
+def count_entities(truth: Sequence[Entity], predicted: Sequence[Entity], *, num_labels: int) -> Floats:
     """Count the entities of one record by label, and in a last row with all labels merged: (num_labels + 1, 5).
 
     The columns are: true entities, predicted entities, entities that are both, true entities that share a word with a
-    predicted entity of the same label, and predicted entities that share a word with a true one.
+    predicted entity of the same label, and predicted entities that share a word with a true entity.
     """
     counts = np.zeros((num_labels + 1, 5))
     for label in range(num_labels + 1):
-        real, given = ([one[:2] for one in each if label in (one[2], num_labels)] for each in (truth, said))
+        real, given = ([one[:2] for one in each if label in (one[2], num_labels)] for each in (truth, predicted))
         both = (Counter(real) & Counter(given)).total()
         counts[label] = len(real), len(given), both, _count_overlapping(real, given), _count_overlapping(given, real)
     return counts
@@ -135,28 +135,29 @@ def _count_overlapping(some: Sequence[tuple[int, int]], others: Sequence[tuple[i
     if not some or not others:
         return 0
     (first, end), (firsts, ends) = (np.array(each).T for each in (some, others))
-    # Of the others, fewer end before it than begin before its end.
+    # An interval overlaps if fewer of the others end before its start than start before its end.
     met = np.searchsorted(np.sort(ends), first, side="right") < np.searchsorted(np.sort(firsts), end)
     return int(met.sum())
 
 
 def recall_precision_f1(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
-    """Compute recall, precision and F1 from (5,) counts of `entity_counts`; 0 instead of a division by zero.
+    """Compute recall, precision and F1 from (5,) counts of `count_entities`; a division by zero gives 0.
 
-    `found` is the index of the true entities that were found, `right` that of the correct predicted entities.
+    `found` is the column of the true entities that were found, and `right` the column of the correct predictions.
     """
     recall, precision = counts[found] / max(counts[0], 1), counts[right] / max(counts[1], 1)
     return float(recall), float(precision), float(2 * recall * precision / max(recall + precision, 1e-12))
 
 
 def auroc(probabilities: Floats, truth: Marks) -> float:
-    """Compute the macro AUROC, one label against the rest: how often a record with a label ranks above one without it.
+    """Compute the macro AUROC, one label against the rest: the probability that a record with a label ranks above one
+    without.
 
-    The mean is over labels that some records have and others lack; 0.5, as for chance, if there is no such label.  A
+    The mean is over labels that some records have and others lack; it is 0.5, as for chance, without such a label.  A
     tie counts as one half (Mann and Whitney).  `probabilities` (n, labels) may be any increasing function of
     probabilities.
 
-    >>> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
+    >> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
     0.5
     """
     positive = truth.sum(axis=0)
@@ -170,14 +171,14 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
     for in_order, label in zip(sorted_ones, told, strict=True):
         own, count = probabilities[truth[:, label], label], int(positive[label])
         below = (np.searchsorted(in_order, own, side) for side in ("left", "right"))
-        # Pairs among these records themselves add count * count / 2: ties at one half, each with itself included.
+        # Pairs among these records themselves add count * count / 2: ties count one half, including self-pairs.
         pairs = sum(float(one.sum()) for one in below) / 2 - count * count / 2
         areas.append(pairs / (count * (len(truth) - count)))
     return float(np.mean(areas))
 
 
 def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
-    """Sort answers by their predicted probability, (answers,), into `BINS` bins of equal size; compute each bin's
+    """Sort answers by predicted probability, (answers,), into `BINS` bins of equal size, and compute each bin's
     accuracy.
 
     The bins have equal mass (Nguyen and O'Connor 2015): with bins of equal width, most answers of a confident model are
@@ -192,7 +193,7 @@ def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
 
 
 def compute_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """Compute the expected calibration error (ECE), in [0, 1]: the mean gap between a bin's confidence and its
+    """Compute the expected calibration error (ECE) in [0, 1]: the mean gap between a bin's confidence and its
     accuracy.
     """
     apart = [one.count * abs(one.confidence - one.right) for one in bins]
@@ -200,24 +201,25 @@ def compute_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def compute_quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
-    """Compute Cohen's kappa with quadratic weights, at most 1: 1 minus the ratio of the squared error to that of
-    chance.
+    """Compute Cohen's kappa with quadratic weights, at most 1: 1 minus the ratio of the squared error to chance level.
 
     Chance pairs the same predictions and true classes at random.  The result is 0 if all records are of one class, or
     the prediction is constant.
 
-    >>> quadratic_kappa(np.array([0, 1, 2]), np.array([0, 1, 1]), num_labels=3)
+    >> compute_quadratic_kappa(np.array([0, 1, 2]), np.array([0, 1, 1]), num_labels=3)
     0.6666666666666667
     """
     steps = np.arange(num_labels)
     squares = np.square(steps[:, None] - steps)
-    true, said = (np.bincount(one, minlength=num_labels) for one in (truth, predicted))
-    by_chance = int(true @ squares @ said)  # in integers, so that a constant prediction has exactly 0
+    true_counts, predicted_counts = (np.bincount(one, minlength=num_labels) for one in (truth, predicted))
+    by_chance = int(
+        true_counts @ squares @ predicted_counts
+    )  # in integers, so that a constant prediction has exactly 0
     return 1 - len(truth) * int(np.square(truth - predicted).sum()) / by_chance if by_chance else 0.0
 
 
 def correlation(one: Floats, other: Floats) -> float:
-    """Compute the Pearson correlation of two (n,) arrays, in [-1, 1]; 0 if either is constant."""
+    """Compute the Pearson correlation of two (n,) arrays, in [-1, 1]; 0 if either array is constant."""
     left, right = one - one.mean(), other - other.mean()
     size = float(np.sqrt((left @ left) * (right @ right)))
     return float(left @ right) / size if size != 0 else 0.0
@@ -225,6 +227,6 @@ def correlation(one: Floats, other: Floats) -> float:
 
 def rank_correlation(one: Floats, other: Floats) -> float:
     """Compute the Spearman correlation: the Pearson correlation of the ranks."""
-    from scipy.stats import rankdata  # here: it takes a moment, and settings are read without it
+    from scipy.stats import rankdata  # imported late, because reading settings should not wait for it
 
     return correlation(rankdata(one), rankdata(other))

@@ -22,15 +22,17 @@ from fedtune.tasks.measures import Floats, Marks
 from fedtune.tasks.pooled import LabelTask, TargetOf, find_label_index, format_labels
 
 MOST_LABELS = 1_000
-"""A record keeps a byte for each: with more, a lead could choose how many records of a label a site has memory for."""
+"""Maximum number of labels.  Each record takes a byte per label, so a lead could otherwise probe how many records a
+site has memory for.
+"""
 
 
 class MultiLabel(LabelTask):
-    """Multi-label classification: one output per label; the loss is the mean binary cross-entropy over the labels.
+    """Multi-label classification with one output per label and the mean binary cross-entropy over the labels as loss.
 
     A record's labels are a JSON list, or one text with `data.label_separator` between the labels.  A label is predicted
     if its probability is above one half.  A record with an undeclared label is skipped as a whole: training on its
-    other labels would teach the model that the record has no more.
+    other labels would teach the model that the record has no other label.
     """
 
     name = "multi_label"
@@ -59,51 +61,51 @@ class MultiLabel(LabelTask):
     def get_target_shape(self, data: DataSpec) -> tuple[int, ...]:
         return (len(data.labels),)
 
-    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"probabilities": logits.sigmoid()}
 
     def label_indicators(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
         return figures["truth"] > 0, figures["probabilities"] > 0.5
 
-    def confidence(self, figures: Mapping[str, Floats], truth: Marks, said: Marks) -> tuple[Floats, Marks]:
-        """Return the predicted probability for each pair of a record and a label, and whether the record has the
-        label.
-        """
+    def confidence(self, figures: Mapping[str, Floats], truth: Marks, predicted: Marks) -> tuple[Floats, Marks]:
+        """Return the predicted probability of each record-label pair, and whether the record has the label."""
         return figures["probabilities"].ravel(), truth.ravel()
 
     def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `micro_f1`, `macro_f1` and `exact`, the share of records with exactly the right labels, all in [0,
         1].
         """
-        truth, said = self.label_indicators(figures, spec=spec)
+        truth, predicted = self.label_indicators(figures, spec=spec)
         return {
-            "micro_f1": measures.micro_f1(truth, said),
-            "macro_f1": measures.multilabel_macro_f1(truth, said),
-            "exact": float((truth == said).all(axis=1).mean()),
+            "micro_f1": measures.micro_f1(truth, predicted),
+            "macro_f1": measures.multilabel_macro_f1(truth, predicted),
+            "exact": float((truth == predicted).all(axis=1).mean()),
         }
 
     def majority_baseline(self, dataset: TextDataset) -> float:
         """Return the micro F1 of the best constant prediction."""
         truth = np.asarray(dataset.targets, dtype=np.float64) > 0
-        found = np.cumsum(np.sort(truth.sum(axis=0))[::-1])  # pairs that are right with the first label, two, ...
-        said = len(dataset) * np.arange(1, len(found) + 1)
-        return float((2.0 * found / (said + truth.sum())).max())
+        found = np.cumsum(
+            np.sort(truth.sum(axis=0))[::-1]
+        )  # correct pairs with the most frequent label, with two labels, ...
+        predicted = len(dataset) * np.arange(1, len(found) + 1)
+        return float((2.0 * found / (predicted + truth.sum())).max())
 
     def score_unit(self, model: Model, batch: Batch) -> float:
         """Return the F1 of the record's labels; 1 if it has no label and none is predicted."""
-        truth, said = batch.targets[0] > 0, model.logits(batch)[0] > 0
-        named = int(truth.sum() + said.sum())
-        return 2 * int((truth & said).sum()) / named if named else 1.0
+        truth, predicted = batch.targets[0] > 0, model.logits(batch)[0] > 0
+        named = int(truth.sum() + predicted.sum())
+        return 2 * int((truth & predicted).sum()) / named if named else 1.0
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
-        """Return the labels with a probability above one half, the likeliest first; if there is none, "none" and the
-        likeliest.
+        """Return the labels with a probability above one half, the likeliest first, or "none" with the likeliest
+        label.
         """
         chances = logits.sigmoid()
         found = [(spec.labels[place], float(chances[place])) for place in (-chances).argsort(stable=True).tolist()]
-        said = [one for one in found if one[1] > 0.5]
-        listed = ", ".join(f"{label} {chance:.3f}" for label, chance in said or found[:1])
-        return listed if said else f"none ({listed})", format_labels(said)
+        predicted = [one for one in found if one[1] > 0.5]
+        listed = ", ".join(f"{label} {chance:.3f}" for label, chance in predicted or found[:1])
+        return listed if predicted else f"none ({listed})", format_labels(predicted)
 
     def dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return json.dumps([data.labels[draw(len(data.labels))]]) if role == "labels" else None

@@ -40,7 +40,9 @@ class Ordinal(OneLabelTask):
         return len(spec.labels) - 1
 
     def compute_initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Initialize each threshold by the direction from the labels below it to those above it."""
+        """Initialize each threshold's row with the direction from the mean of the labels below it to the mean of those
+        above it.
+        """
         rows = [embeddings[k:].mean(dim=0) - embeddings[:k].mean(dim=0) for k in range(1, len(embeddings))]
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
@@ -49,11 +51,11 @@ class Ordinal(OneLabelTask):
         above = (targets[:, None] > questions).long()  # (rows, K - 1)
         return compute_binary_losses(logits, torch.where(targets[:, None] == UNSUPERVISED, UNSUPERVISED, above))
 
-    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         above = logits.sigmoid().sort(dim=1, descending=True).values
         ends = torch.ones_like(above[:, :1]), torch.zeros_like(above[:, :1])
         falling = torch.cat([ends[0], above, ends[1]], dim=1)  # (rows, K + 1) from 1 to 0
-        return {"predicted": _classes(logits), "probabilities": falling[:, :-1] - falling[:, 1:]}
+        return {"predicted": _predict_classes(logits), "probabilities": falling[:, :-1] - falling[:, 1:]}
 
     def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute `quadratic_kappa`, at most 1, `accuracy` in [0, 1], and `mae` in steps between labels."""
@@ -65,11 +67,11 @@ class Ordinal(OneLabelTask):
         }
 
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Return 1 minus the error as a share of the largest possible error."""
-        steps = abs(int(_classes(model.logits(batch))[0]) - int(batch.targets[0]))
+        """Return 1 minus the error in steps, as a fraction of the largest possible error."""
+        steps = abs(int(_predict_classes(model.logits(batch))[0]) - int(batch.targets[0]))
         return 1 - steps / self.num_outputs(model.spec)
 
 
-def _classes(logits: torch.Tensor) -> torch.Tensor:
-    """Count the positive answers, from logits (rows, K - 1) to classes (rows,)."""
+def _predict_classes(logits: torch.Tensor) -> torch.Tensor:
+    """Count the positive answers: from logits (rows, K - 1) to classes (rows,)."""
     return (logits > 0).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The base class of tasks with a head on one pooled embedding per record: of a text, a table row or an image."""
+"""Base class of tasks with a head on one pooled embedding per record: of a text, a table row or an image."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from fedtune.tasks.inputs import get_input, get_input_for, require_no_label_text
 from fedtune.tasks.measures import Detail, Floats, Marks
 
 TargetOf: TypeAlias = Callable[[Record], npt.ArrayLike]
-"""A record's own target; raises DataError where it has none that was declared."""
-_LABEL_TOKENS = 64  # a label's text is cut here: a name or a sentence, which bounds the memory for thousands of labels
+"""Function from a record to its target; raises a DataError for a record without a declared target."""
+_LABEL_TOKENS = 64  # maximum tokens of a label's text, which limits the memory for thousands of labels
 _LABELS_AT_ONCE = 64
-_HEAD_ROWS = 32  # embeddings are filled up to a multiple of this many rows before they are scored
-_SHOWN = 3  # labels in an answer to a person
+_HEAD_ROWS = 32  # the head multiplies a multiple of this number of rows
+_SHOWN = 3  # maximum number of labels in an answer
 
 
 class PooledTask(Task):
-    """Mean-pooled, L2-normalized hidden states x, with scores = scale * W x, from which a task computes loss and
+    """Task with a head on mean-pooled, L2-normalized hidden states x: scores = scale * W x determine the loss and the
     answer.
 
     For features, x is the feature vector, and the head may have hidden layers.  A model's `head` is W, and its buffer
@@ -42,10 +42,10 @@ class PooledTask(Task):
     inputs = frozenset({"text", "features", "image"})
     hub_name = "text-classification"
     formats: ClassVar[tuple[str, ...]] = ("peft", "sentence-transformers", "onnx")
-    # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
-    # takes until a study of their own says otherwise.
+    # Studied for classification.  Other tasks train a head of the same form on the same embeddings, and use the same
+    # values until they are studied themselves.
     auto_lr_shares: ClassVar[tuple[float, float] | None] = (1 / 8, 1.0)
-    target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64  # of one value of a target
+    target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64  # dtype of a target
 
     @abstractmethod
     def target(self, data: DataSpec) -> TargetOf:
@@ -56,17 +56,15 @@ class PooledTask(Task):
         return ()
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """Compute each row's loss, (rows,), from logits (rows, outputs); a row with target `UNSUPERVISED` has loss
-        0.
-        """
+        """Compute each row's loss, (rows,), from logits (rows, outputs); 0 for a row with target `UNSUPERVISED`."""
         return compute_binary_losses(logits, targets)
 
     @abstractmethod
-    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         """Compute the predictions for each row from its logits, by name."""
 
-    def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """Compute the true values, in the units of the predictions, from the targets."""
+    def true_values(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        """Convert targets to true values in the units of the predictions."""
         return targets
 
     @property
@@ -81,7 +79,7 @@ class PooledTask(Task):
 
     def check_data(self, data: DataSpec) -> None:
         if data.prompt_template != "{prompt}" and (data.input != "text" or "text" not in data.template_roles):
-            bound = "must stay {prompt}, or for texts name {text} and the roles of the other texts"
+            bound = "must stay {prompt}, or for texts contain {text} and other roles"
             raise ConfigError("prompt_template", data.prompt_template, bound)
         super().check_data(data)
 
@@ -89,15 +87,14 @@ class PooledTask(Task):
         require_no_label_texts(spec.head, f"for {self.name}, which has no labels")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
-        """Require a separator token between the two texts of a record, without which the model could not tell them
-        apart.
+        """Require a separator token between the two texts of a record, which tells the model where the first text ends.
 
         Raises:
             ConfigError: for `model.path`.
         """
         marks = tokenizer.num_special_tokens_to_add if "text_pair" in data.columns else None
         if marks and marks(pair=True) <= marks(pair=False):
-            bound = "has a tokenizer without a separator between two texts, which data.columns.text_pair needs"
+            bound = "its tokenizer has no separator between two texts, which data.columns.text_pair requires"
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
@@ -121,13 +118,13 @@ class PooledTask(Task):
 
     def add_head(self, model: Model) -> None:
         super().add_head(model)
-        if get_input_for(model.spec).modality is None:  # a label's text is read as a record's is
+        if get_input_for(model.spec).modality is None:  # only text models can embed the labels' texts
             # A public constant, not trained and never part of an update.
             nothing = torch.zeros(model.base.config.get_text_config().hidden_size, device=model.device)
             model.register_buffer("center", nothing, persistent=False)
 
     def init_head(self, model: Model) -> None:
-        """Initialize the center and the rows of the head from the labels' texts, as `spec.head` requires."""
+        """Initialize the center and the head's rows from the labels' texts, as `spec.head` requires."""
         head = model.spec.head
         if not head.center and head.init != "label_names":
             return
@@ -137,7 +134,7 @@ class PooledTask(Task):
                 model.get_parameter("head.weight").copy_(self.compute_initial_head_rows(rows))
 
     def embed_labels(self, model: Model) -> torch.Tensor:
-        """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized; also set the center if
+        """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized, and set the center if
         used.
 
         A label's text is its declared description, or its name with spaces for underscores.  Both are public, and no
@@ -153,7 +150,7 @@ class PooledTask(Task):
         ids = [tokenize_public_text(tokenizer, text, path=path, max_length=_LABEL_TOKENS) for text in texts]
         found: dict[int, torch.Tensor] = {}
         with torch.no_grad():
-            # Texts of one length at a time, which need no padding.
+            # Texts of equal length are batched, so that no padding is needed.
             for length in sorted(set(map(len, ids))):
                 alike = [place for place, one in enumerate(ids) if len(one) == length]
                 for first in range(0, len(alike), _LABELS_AT_ONCE):
@@ -167,11 +164,11 @@ class PooledTask(Task):
         return torch.nn.functional.normalize(rows - center, dim=-1)
 
     def compute_initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Compute the initial head, (outputs, h), from the labels' embeddings, (labels, h) of L2 norm 1."""
+        """Compute the initial head, (outputs, h), from the labels' embeddings, (labels, h) with L2 norm 1."""
         return embeddings
 
     def embed(self, model: Model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Compute embeddings, (n, h) float32, from a batch's inputs and attention mask (n, t); text embeddings have L2
+        """Compute embeddings (n, h) float32 from a batch's inputs and attention mask (n, t); text embeddings have L2
         norm 1.
         """
         pooled = get_input_for(model.spec).embed_rows(model.base, input_ids, attention_mask)
@@ -179,14 +176,14 @@ class PooledTask(Task):
         return torch.nn.functional.normalize(pooled - model.get_buffer("center"), dim=-1) if centered else pooled
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Compute logits, (rows, outputs)."""
+        """Compute logits (rows, outputs)."""
         embeddings = self.embed(model, batch.input_ids, batch.attention_mask)
-        # A product with few rows takes another kernel, which rounds otherwise (measured below 13 rows on a CPU).
+        # Products with few rows use another kernel with different rounding (measured below 13 rows on a CPU).
         rows = torch.nn.functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
         return self.score_embeddings(model, rows)[: len(embeddings)]
 
     def score_embeddings(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
-        """Compute logits, (rows, outputs), from embeddings, (rows, h), each row independently."""
+        """Compute logits (rows, outputs) from embeddings (rows, h), each row independently."""
         assert model.head is not None
         scores: torch.Tensor = model.head(embeddings)
         return model.spec.head.scale * scores
@@ -197,8 +194,8 @@ class PooledTask(Task):
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         # The loss comes from the same logits: `model.losses` would run the base once more.
         logits, spec = model.logits(batch), model.spec
-        truth = {"truth": self.true(batch.targets, spec=spec)}
-        return {"loss": self.loss(logits, batch.targets, spec=spec), **self.said(logits, spec=spec), **truth}
+        truth = {"truth": self.true_values(batch.targets, spec=spec)}
+        return {"loss": self.loss(logits, batch.targets, spec=spec), **self.predictions(logits, spec=spec), **truth}
 
     def list_readout_layers(self, model: Model) -> Readout:
         scores = model.spec.head.scale * model.get_parameter("head.weight").detach()
@@ -209,7 +206,7 @@ class PooledTask(Task):
 
 
 class LabelTask(PooledTask):
-    """The base class of pooled tasks that predict labels from a declared set."""
+    """Base class of pooled tasks that predict labels from a declared set."""
 
     has_labels = True
 
@@ -223,17 +220,17 @@ class LabelTask(PooledTask):
         classes = np.arange(len(spec.labels))
         return figures["truth"][:, None] == classes, figures["predicted"][:, None] == classes
 
-    def confidence(self, figures: Mapping[str, Floats], truth: Marks, said: Marks) -> tuple[Floats, Marks]:
+    def confidence(self, figures: Mapping[str, Floats], truth: Marks, predicted: Marks) -> tuple[Floats, Marks]:
         """Return the predicted probability of each answer, (answers,), and whether the answer is correct."""
-        right = np.asarray((truth & said).any(axis=1))
-        return (figures["probabilities"] * said).sum(axis=1), right
+        right = np.asarray((truth & predicted).any(axis=1))
+        return (figures["probabilities"] * predicted).sum(axis=1), right
 
     def compute_final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
         """Compute the scores of every round, and `auroc` (macro, each label against the rest) and `ece`, both in [0,
         1].
         """
-        truth, said = self.label_indicators(figures, spec=spec)
-        bins = measures.reliability(*self.confidence(figures, truth, said))
+        truth, predicted = self.label_indicators(figures, spec=spec)
+        bins = measures.reliability(*self.confidence(figures, truth, predicted))
         told = {
             "auroc": measures.auroc(figures["probabilities"], truth),
             "ece": measures.compute_calibration_error(bins),
@@ -241,16 +238,16 @@ class LabelTask(PooledTask):
         return self.compute_task_scores(figures, spec=spec) | told | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail | None:
-        truth, said = self.label_indicators(figures, spec=spec)
+        truth, predicted = self.label_indicators(figures, spec=spec)
         return Detail(
-            classes=measures.class_scores(truth, said, labels=spec.labels),
-            reliability=measures.reliability(*self.confidence(figures, truth, said)),
+            classes=measures.compute_class_scores(truth, predicted, labels=spec.labels),
+            reliability=measures.reliability(*self.confidence(figures, truth, predicted)),
         )
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """Return the likeliest labels with their probabilities, the predicted label first."""
-        said = self.said(logits[None], spec=spec)
-        chances, first = said["probabilities"][0], int(said["predicted"][0])
+        predicted = self.predictions(logits[None], spec=spec)
+        chances, first = predicted["probabilities"][0], int(predicted["predicted"][0])
         others = (place for place in (-chances).argsort(stable=True).tolist() if place != first)
         found = [(spec.labels[place], float(chances[place])) for place in [first, *others][:_SHOWN]]
         (label, chance), *rest = found
@@ -259,7 +256,7 @@ class LabelTask(PooledTask):
 
 
 class OneLabelTask(LabelTask):
-    """The base class of single-label tasks.  The class is the label's index in `data.labels`."""
+    """Base class of single-label tasks.  The class is the label's index in `data.labels`."""
 
     roles = ("text", "label")
     answers = frozenset({"label"})
@@ -281,7 +278,7 @@ def format_labels(found: Sequence[tuple[str, float]]) -> list[dict[str, object]]
 
 
 def compute_binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """Compute each row's mean binary cross-entropy, (rows,), over its (rows, outputs) yes-or-no answers; 0 if
+    """Compute each row's mean binary cross-entropy, (rows,), over its (rows, outputs) binary answers; 0 if
     unsupervised.
 
     Each answer is computed as a choice between two classes with logits 0 and z.  Torch's own binary cross-entropy takes
@@ -294,10 +291,11 @@ def compute_binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Te
 
 
 def find_label_index(label: str, places: Mapping[str, int], record: Record, *, role: str) -> int:
-    """The place of a record's label among the declared ones.
+    """Return the index of a record's label among the declared labels.
 
-    The DataError about one that nobody declared does not name it: with another column for it, what is there is a
-    record's text.
+    Raises:
+        DataError: the label is not declared.  The message does not quote it, because with a wrong column it may be a
+            record's text.
     """
     if label not in places:
         declared = ", ".join([*places][:5]) + (", ..." if len(places) > 5 else "")

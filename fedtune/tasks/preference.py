@@ -1,13 +1,13 @@
-"""Preferences: given two answers to a prompt, the model learns to assign more probability to the preferred one (DPO).
+"""Preference tuning (DPO): the model learns to assign more probability to the preferred of two answers to a prompt.
 
 Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290).  An answer's reward is `beta` times the change
 of its log-probability due to the adapters.  The loss of a pair is -log sigmoid(reward of the chosen answer - reward of
 the rejected answer).
 
 **The reference is the frozen base with its adapters disabled**, even if a run starts from an earlier adapter, so a run
-that continues another has the same reference.  A site needs only the base, whichever round it joins.  The reference
-values of a record never change, so they are computed once.  To use a tuned model as the reference, make it the base:
-`fedtune export --merge` writes it.
+that continues another run has the same reference.  A site needs only the base, regardless of the round that it joins.
+The reference values of a record never change, so they are computed once.  To use a tuned model as the reference, make
+it the base with `fedtune export --merge`.
 
 Each pair has its own loss, from its own two answers, so no record affects the loss of another.
 """
@@ -33,18 +33,18 @@ from fedtune.tasks.causal_lm import CausalLM, ExampleFormat, build_examples, sum
 from fedtune.tasks.chat_template import ASSISTANT, parse_turns, split_last_answer
 
 _ANSWERS = ("chosen", "rejected")
-_TIE = 1e-4  # rewards that differ by less are a tie: even without adapters, rounding makes them differ by this much
+_TIE = 1e-4  # smaller reward differences are ties, because rounding causes them even without adapters
 
 
 @spec
 class PreferenceSettings:
-    """How a model learns which of two answers is preferred (DPO, Rafailov et al. 2023, arXiv 2305.18290).
+    """Settings of preference tuning (DPO, Rafailov et al. 2023, arXiv 2305.18290).
 
     Attributes:
         beta: an answer's reward is beta times the difference between its log-probability under the model and under the
-            base.  A larger beta counts a pair as learned sooner, and keeps the model nearer to its base.
-        per_token: true divides an answer's log-probabilities by its number of tokens, so that a long answer earns no
-            more than a short one; `beta` must then be larger, as 2.
+            base.  A larger beta counts a pair as learned sooner, and keeps the model closer to its base.
+        per_token: true divides an answer's log-probability by its number of tokens, so that long answers earn no more
+            than short ones; this needs a larger `beta`, such as 2.
     """
 
     beta: float = 0.1
@@ -53,18 +53,18 @@ class PreferenceSettings:
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
         if self.beta > 1000:
-            raise ConfigError("beta", self.beta, "must be at most 1000: every pair would count as learned")
+            raise ConfigError("beta", self.beta, "must be at most 1000, because every pair would count as learned")
 
 
 class Preference(CausalLM):
-    """A pair's loss is -log sigmoid(beta * ((chosen - its reference) - (rejected - its reference))).
+    """Preference pairs with the DPO loss -log sigmoid(beta * ((chosen - its reference) - (rejected - its reference))).
 
-    Each of the four is the log-probability of the answer's own tokens behind the prompt, the end of the answer among
-    them; with `task_settings.per_token` divided by how many they are.  A record is
+    Each of the four terms is the log-probability of an answer's own tokens after the prompt, including its end mark;
+    with `task_settings.per_token` it is divided by the number of tokens.  A record is
 
-    * a `prompt` with the texts `chosen` and `rejected`, laid out as causal_lm lays out a prompt and its completion;
-    * a conversation up to a user's turn, `messages`, with the turns `chosen` and `rejected` that go on with it;
-    * two whole conversations, `chosen` and `rejected`, which are the same but for their last answer.
+    * a `prompt` with the texts `chosen` and `rejected`, formatted like a prompt and its completion in causal_lm;
+    * a conversation up to a user turn, `messages`, with `chosen` and `rejected` continuations;
+    * two complete conversations, `chosen` and `rejected`, that differ only in their last answer.
     """
 
     name = "preference"
@@ -153,19 +153,19 @@ class Preference(CausalLM):
         """Check that some pair has two different answers, and return the per-pair values unchanged.
 
         Raises:
-            DataError: there is no such pair.
+            DataError: no pair has two different answers.
         """
         if not figures["learned"].any():
-            bound = "needs two answers that differ within data.max_length"
-            raise DataError("evaluation data", "no pair to tell apart", bound)
+            bound = "must have a pair whose answers differ within data.max_length"
+            raise DataError("evaluation data", "no distinguishable pair", bound)
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Compute scores of the rewards, over the pairs whose answers differ; the rewards of the base are 0.
+        """Compute scores of the rewards over the pairs with different answers; all rewards of the base are 0.
 
-        `accuracy`: the share of pairs whose chosen answer has the larger reward; a tie counts as one half, so that the
-        base has 0.5.  `margin`: the mean difference of the rewards.  Both also with the suffix `_length_controlled`,
-        see `compute_length_controlled_mean`.  `loss`: the mean loss.
+        `accuracy` is the share of pairs whose chosen answer has the larger reward; a tie counts as one half, so the
+        base has 0.5.  `margin` is the mean difference of the rewards.  Both also exist with the suffix
+        `_length_controlled` (`compute_length_controlled_mean`).  `loss` is the mean loss.
         """
         told = figures["learned"] > 0
         told |= not told.any()  # a bootstrap sample without such pairs: all count as ties
@@ -180,8 +180,10 @@ class Preference(CausalLM):
         }
 
     def _compute_reward_margins(self, model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
-        """For each pair, the reward of the chosen answer minus that of the rejected one, and both answers' tokens."""
-        assert batch.reference is not None, "what the base says of a pair is known before its loss"
+        """Yield, for each pair, the reward of the chosen answer minus the reward of the rejected answer, and both token
+        counts.
+        """
+        assert batch.reference is not None, "the reference is computed before the losses"
         rows = sum_token_losses(model, batch)
         for (chosen, its), (rejected, other), base in zip(rows, rows, batch.reference, strict=True):
             gains = -chosen - base[0], -rejected - base[1]
@@ -196,16 +198,16 @@ def compute_length_controlled_mean(
 ) -> float:
     """Average over pairs, controlling for length, so that a model that only considers length gains nothing.
 
-    Pairs whose chosen answer is longer and pairs whose rejected answer is longer have equal total weight, however many
-    there are of each kind.  Pairs of equal length count as in the plain mean.
+    Pairs with a longer chosen answer and pairs with a longer rejected answer have equal total weight, regardless of
+    their numbers.  Pairs of equal length count as in the plain mean.
 
     Args:
         values: the value of each pair.
-        longer: by how many tokens the chosen answer is longer.
+        longer: the number of additional tokens of the chosen answer.
         neutral: the value of a random guess, which replaces the pairs of unequal length if the longer answer is always
-            the chosen one, or always the rejected one.
+            the chosen answer, or always the rejected answer.
 
-    >>> length_controlled(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
+    >> compute_length_controlled_mean(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
     0.5
     """
     above, below, alike = (values[some] for some in (longer > 0, longer < 0, longer == 0))
@@ -245,7 +247,7 @@ def _to_conversation(record: Record, role: str) -> Record:
     """Return a conversation that ends with the answer in `role`."""
     said = parse_continuation(record.fields[role])
     if said is None:
-        raise DataError(record.at(role), "text", "must be a list of turns, because data.columns names no prompt")
+        raise DataError(record.at(role), "text", "must be a list of turns, because data.columns has no prompt")
     turns = [turn._asdict() for turn in parse_turns(record.fields.get("messages", "[]"))] + said
     if turns[-1]["role"] != ASSISTANT:
         raise DataError(record.at(role), turns[-1]["role"], "must end with an assistant turn")

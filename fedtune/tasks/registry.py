@@ -1,4 +1,4 @@
-"""The lists of tasks and of inputs, fedtune's own and those that a user or a site's staff installed.
+"""Registries of tasks and inputs: fedtune's own, and those that users or a site's staff installed.
 
 `fedtune/tasks/base.py` and `inputs.py` explain how to add one.  The import is fast: models are built in other modules,
 because importing torch and its dependencies takes seconds.
@@ -37,35 +37,35 @@ INPUTS["image"] = Image()
 
 
 ENTRY_POINTS = "fedtune.tasks"
-"""The group in which an installed package declares its tasks: `name = "module:Class"`."""
+"""Entry point group in which an installed package declares its tasks: `name = "module:Class"`."""
 _OwnTask = TypeVar("_OwnTask", bound=type[Task])
 
 
 def register(task: _OwnTask) -> _OwnTask:
-    """Register a task of one's own under its `name`, for settings and policies in this process.
+    """Register a custom task under its `name`, for settings and policies in this process.
 
-    It serves as a decorator.  A notebook may register a changed class of the same name again.
+    Usable as a decorator.  A notebook may register a changed class of the same name again.
 
     Raises:
-        ConfigError: for `task`: the name is invalid, or another task already has it.
+        ConfigError: for `task`, if the name is invalid, or another task already has it.
     """
     check_name("task", task.name)
     known = type(TASKS.get(task.name, task))
     if task.name in TASKS and (known.__module__, known.__qualname__) != (task.__module__, task.__qualname__):
-        taken = f"is already the name of {known.__module__}.{known.__qualname__}: give the class another `name`"
+        taken = f"is already the name of {known.__module__}.{known.__qualname__}; choose another `name`"
         raise ConfigError("task", task.name, taken)
     TASKS[task.name] = task()
     return task
 
 
 def find_task(name: str) -> Task | None:
-    """Return the task of this name: fedtune's, a registered one, or that of an installed package; None: there is none.
+    """Return the task with this name, from fedtune, `register` or an installed package, or None.
 
-    A package's module is imported only here, by the name under which its entry point declares the task.  fedtune's own
-    names come first.
+    A package's module is imported only here, through the entry point that declares the task. fedtune's own names take
+    precedence.
 
     Raises:
-        ConfigError: for `task`: the package cannot be used.
+        ConfigError: for `task`, if the package cannot be used.
     """
     if name not in TASKS and (declared := load_entry_point(ENTRY_POINTS, name, key="task")) is not None:
         if not (isinstance(declared, type) and issubclass(declared, Task) and declared.name == name):
@@ -76,16 +76,16 @@ def find_task(name: str) -> Task | None:
 
 
 def get_task(name: str, given: object = None) -> Task:
-    """The task that settings call `name`, with these settings of its own; None: their defaults.
+    """Return the task with this name and these settings; None selects its default settings.
 
     Raises:
-        ConfigError: for `task`, where there is none, or for one of `task_settings`.
+        ConfigError: for `task`, if the name is unknown, or for one of `task_settings`.
     """
     if name == "cox":
         bound = "couples records: each partial likelihood depends on all records still at risk, so clipping "
         raise ConfigError("task", name, f"{bound}would not bound one record's influence; use task=survival")
     if (task := find_task(name)) is None:
-        bound = f"must be one of {', '.join(TASKS)}, or a task of your own that is installed here (docs/own_task.md)"
+        bound = f"must be one of {', '.join(TASKS)}, or an installed custom task (docs/own_task.md)"
         raise ConfigError("task", name, bound)
     return task if given is None else task.with_settings(given)
 
@@ -93,19 +93,19 @@ def get_task(name: str, given: object = None) -> Task:
 def tokenize_separately(
     task: Task, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
 ) -> TextDataset:
-    """Tokenize records as `Task.tokenize` does; a task that is not fedtune's own gets one record at a time.
+    """Tokenize records as `Task.tokenize` does; a custom task gets one record at a time.
 
     Guarantee: a record becomes exactly one example, which depends on that record alone.  Code in the task that keeps
     records from one call to the next would break the guarantee.
 
     Raises:
-        ConfigError: for `task`: a record became several examples, or none.
+        ConfigError: for `task`, if a record became several examples, or none.
     """
     if not records or type(task).__module__.startswith("fedtune."):
         return task.tokenize(records, tokenizer, data=data, lenient_within=lenient_within)
     each = [task.tokenize([record], tokenizer, data=data, lenient_within=lenient_within) for record in records]
     if any(len(one) != 1 for one in each):
-        raise ConfigError("task", task.name, "must make exactly one example of each record: see `Task.tokenize`")
+        raise ConfigError("task", task.name, "must return exactly one example per record: see `Task.tokenize`")
     texts = tuple(ids for one in each for ids in one.input_ids)
     if isinstance(each[0].targets, tuple):
         return TextDataset(texts, tuple(target for one in each for target in one.targets), each[0].texts)

@@ -1,4 +1,4 @@
-"""Regression: a number for each text, in a declared range, by a linear head on the mean of the hidden states."""
+"""Regression: a number in a declared range for each text, by a linear head on the mean hidden state."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fedtune.tasks.pooled import PooledTask, TargetOf
 
 
 class Regression(PooledTask):
-    """The prediction is the middle of `data.target_range` + half its width * scale * W x.
+    """Regression with the prediction: middle of `data.target_range` + half its width * scale * W x.
 
     The loss is the squared error in units of half the width: targets are in [-1, 1], and a new head, all zeros,
     predicts the middle.  A Huber loss is not needed, because clipping already bounds the contribution of an outlier to
-    a step.  A record whose number is outside the range is skipped, like one with an undeclared label: clamping it to
+    a step.  A record with a number outside the range is skipped, like a record with an undeclared label: clamping it to
     the range would score against a false target.
     """
 
@@ -46,11 +46,11 @@ class Regression(PooledTask):
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return torch.where(targets == UNSUPERVISED, 0.0, (logits[:, 0] - targets).square())
 
-    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         """Compute predictions, clamped to the range of the targets."""
         return {"predicted": _to_target_units(logits[:, 0].clamp(-1, 1), spec)}
 
-    def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+    def true_values(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return _to_target_units(targets, spec)
 
     def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
@@ -68,12 +68,12 @@ class Regression(PooledTask):
         return float(np.var(np.asarray(dataset.targets, dtype=np.float64)))
 
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Return 1 minus the absolute error as a share of the range."""
+        """Return 1 minus the absolute error as a fraction of the range."""
         return 1 - abs(float(model.logits(batch)[0, 0].clamp(-1, 1) - batch.targets[0])) / 2
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """Return the predicted number, as text and as JSON."""
-        number = float(self.said(logits[None], spec=spec)["predicted"][0])
+        number = float(self.predictions(logits[None], spec=spec)["predicted"][0])
         return f"{number:.5g}", {"number": number}
 
     def list_readout_layers(self, model: Model) -> Readout:
@@ -91,7 +91,7 @@ class Regression(PooledTask):
 
 def _compute_middle_and_half(bounds: tuple[float, float] | None) -> tuple[float, float]:
     """Return the middle of the range, and half its width."""
-    assert bounds is not None, "as in the settings of the data"
+    assert bounds is not None, "checked in the settings of the data"
     low, high = bounds
     return (low + high) / 2, (high - low) / 2
 

@@ -40,24 +40,24 @@ from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, assemble
 
 _SETTINGS = "fedtune.json"
-_SAME = 1e-4  # two machines' values from the same seed, or the same labels, differ by less
+_SAME = 1e-4  # tolerance for values that two machines compute from the same seed or labels
 _HEAD = "head."  # prefix of the task's own tensors; its public constants are buffers of the model itself
 _CONSTANTS = ("center", "candidates")
-"""What is public and not trained among the head's tensors: buffers of the model itself."""
+"""Public, untrained tensors in the head's file, which are buffers of the model itself."""
 _MEANING = {
     **{key: key for key in ("task", "task_settings", "model.sha256", "lora.kind", "head.scale", "head.center")},
     **{key: f"data.{key}" for key in ("labels", "target_range")},
     "values": "data.features",
     "lora.scale": "the scale of LoRA",
 }
-"""Settings without which a model's tensors mean nothing, and their names in a message; the shapes say the rest."""
+"""Settings that give a model's tensors their meaning, with their names in messages; the shapes determine the rest."""
 
 
 def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
     """Write the adapter folder atomically.
 
     Matrices that were frozen at random initial values (FFA-LoRA) are saved too, so that the folder is complete.
-    `private_to` names the site whose records trained the adapter without noise; None: the adapter of a run.
+    `private_to` names the site whose records trained the adapter without noise; None for the adapter of a run.
     """
     with replace_folder(folder) as complete:
         write_task_model(model, complete, private_to=private_to)
@@ -79,54 +79,54 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """The settings in a folder that `save_task_model` wrote; tensors are read on first use, and no model is loaded."""
+    """Settings of a saved adapter folder; tensors are read on first use, and no model is loaded."""
 
-    folder: Path  # where it lies
-    spec: TaskModelSpec  # of the model that it was saved from, with the base pinned
-    digest: str  # of the trained tensors, as the folder states it
-    private_to: str | None = None  # the site whose records trained it without noise; None: a run's own
+    folder: Path
+    spec: TaskModelSpec  # the spec of the saved model, with the base pinned
+    digest: str  # the digest of the trained tensors in the folder's settings
+    private_to: str | None = None  # the site whose records trained it without noise; None: the adapter of a run
 
     @classmethod
     def read(cls, folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> SavedAdapter:
-        """Read the settings in a folder that `save_task_model` wrote.
+        """Read the settings of an adapter folder that `save_task_model` wrote.
 
         Args:
             folder: the adapter folder.
             model: the location of the base, if it has moved; it must be the same model.
-            private: True also accepts an adapter that is private to a site, for uses whose results stay at that site.
+            private: whether to accept an adapter that is private to a site, for uses whose results stay at that site.
 
         Raises:
             ConfigError: the settings are missing or malformed, or the adapter is private to a site.
         """
-        path, bound = folder / _SETTINGS, "must be an adapter's settings"
+        path, bound = folder / _SETTINGS, "must contain an adapter's settings"
         try:
-            settings = parse_json(path.read_bytes(), key=str(path), bound=f"{bound}, in JSON")
+            settings = parse_json(path.read_bytes(), key=str(path), bound=f"{bound} in JSON")
         except OSError as error:
             raise ConfigError("adapter", str(path), f"{bound} ({error.strerror})") from error
         check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="adapter")
         if (site := settings.pop(PRIVATE_TO, None)) is not None and not private:
             bound = (
-                f"is private to {format_value(site)}, without a guarantee: nothing derived from it may leave that site"
+                f"is private to {format_value(site)} and has no guarantee: nothing derived from it may leave that site"
             )
             raise ConfigError("adapter", str(folder), bound)
         with name_file_in_errors(path):
             digest, own = str(settings.pop("adapter_digest", None)), settings.pop("task_settings", {})
             spec = decode(TaskModelSpec, settings)
             spec = replace(spec, task_settings=get_task(spec.task, own).own)
-        if model is not None:  # a base that lies elsewhere is still the one that the adapter was trained on
+        if model is not None:  # a base at another location must be the model that the adapter was trained on
             spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
         return cls(folder, spec, digest, site)
 
     @classmethod
     def read_initial(cls, name: str) -> SavedAdapter:
-        """Read the adapter with which a run should start, from a run's folder or from its adapter folder.
+        """Read the initial adapter of a run, from a run's folder or from its adapter folder.
 
         Raises:
             ConfigError: for `model.adapter`.
         """
         folder = next((inner for inner in (Path(name, "adapter"), Path(name)) if (inner / _SETTINGS).is_file()), None)
         if folder is None:
-            bound = f"must be the folder of a finished run, or of its adapter (no {_SETTINGS} in it)"
+            bound = f"must be the folder of a finished run or of its adapter, but has no {_SETTINGS}"
             raise ConfigError("model.adapter", name, bound)
         try:
             return cls.read(folder)
@@ -138,7 +138,7 @@ class SavedAdapter:
 
     @cached_property
     def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The adapters' tensors by their public names, and the task's own tensors, without the prefix `head.`.
+        """Adapter tensors by their public names, and the task's own tensors without the prefix `head.`.
 
         Raises:
             ConfigError: a file is missing or damaged, or its tensors do not match the rank and digest in the settings.
@@ -150,16 +150,16 @@ class SavedAdapter:
         for name in [name for name, is_wanted in wanted.items() if is_wanted]:
             file = self.folder / f"{name}.safetensors"
             if not file.is_file():
-                raise self._build_invalid_adapter_error(f"has no {file.name} with the adapter's tensors")
+                raise self._build_invalid_adapter_error(f"lacks {file.name} with the adapter's tensors")
             try:
                 read[name] = load_file(file)
             except (OSError, SafetensorError) as error:
-                raise self._build_invalid_adapter_error("has a damaged file of the adapter's tensors") from error
+                raise self._build_invalid_adapter_error(f"has a damaged {file.name}; copy the folder again") from error
         tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
         tensors |= read["offsets"]
         if lora.effective_rank not in {1, *(length for array in tensors.values() for length in array.shape)}:
             raise ConfigError("lora.rank", lora.rank, "must match the rank of the saved matrices")
-        # Without an A that FFA-LoRA froze, all that votes leave as it is, and a head that was left so.
+        # Excludes an A that FFA-LoRA froze, everything that votes do not train, and a frozen head.
         moves = {name for name in tensors if not task.counts_units and (lora.train_a or ".lora_A." not in name)}
         trained = {name: tensors[name] for name in moves}
         if self.spec.head.train:
@@ -173,10 +173,10 @@ class SavedAdapter:
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
-        """Build the model to which the adapter belongs, on its own base, with a head that is not yet initialized or
-        loaded.
-        """
-        _ = self.tensors  # before matrices of that rank are made: any number can stand in a file, and fill the memory
+        """Build the adapter's model on its own base, with a head that is not yet initialized or loaded."""
+        _ = (
+            self.tensors
+        )  # check the rank before matrices are allocated: a file could claim a rank that fills the memory
         return assemble(self.spec, device=device)
 
     def load_into(self, model: TaskModel) -> None:
@@ -202,17 +202,17 @@ class SavedAdapter:
             raise self._build_invalid_adapter_error(f"was tuned on a different model: {difference}")
 
     def can_reuse_head(self, spec: TaskModelSpec) -> bool:
-        """Whether a run of this model, which may declare more labels, can reuse the head; otherwise its head starts
-        anew.
+        """Whether a run of this model, which may declare more labels, can reuse the head; otherwise its head is
+        reinitialized.
         """
         was = self.spec
         same = (was.target_range, was.task_settings) == (spec.target_range, spec.task_settings)
-        # A row of an ordinal head is a step from one label to the next.
+        # A row of an ordinal head is a threshold between two adjacent labels.
         known = was.labels == spec.labels or (spec.task != "ordinal" and set(was.labels) <= set(spec.labels))
         return get_task(spec.task).has_head and same and known
 
     def require_compatible(self, spec: TaskModelSpec) -> None:
-        """Check that the adapter fits the settings of a run, as far as is possible without the base.
+        """Check that the adapter matches the settings of a run, as far as possible without the base.
 
         Raises:
             ConfigError: for `model.adapter`; the message lists all differences.
@@ -230,15 +230,15 @@ class SavedAdapter:
             raise ConfigError("model.adapter", str(self.folder), bound)
 
     def find_initial_adapter(self, model: TaskModel) -> Adapter:
-        """Return the adapter with which a run of `model` starts.
+        """Return the initial adapter for a run of `model`.
 
         Raises:
-            ConfigError: for `model.adapter`: it does not fit, is damaged, or has values that are not finite.
+            ConfigError: for `model.adapter`, if it does not match, is damaged, or has non-finite values.
         """
         self.require_compatible(model.spec)
         was, now = self.spec.model.sha256, hash_model(model.spec.model)
         if was != now:
-            bound = f"was tuned for base model {was}, but the run's is {now}"
+            bound = f"was tuned for base model {was}, but the run uses {now}"
             raise ConfigError("model.adapter", str(self.folder), bound)
         parameters = model.collect_adapter_parameters()
         try:
@@ -247,7 +247,7 @@ class SavedAdapter:
             with_head = self.can_reuse_head(model.spec)
             taken = {name: one for name, one in saved.items() if with_head or not name.startswith(_HEAD)}
             here = Adapter({name: one.detach().cpu().numpy() for name, one in parameters.items()}).tensors
-            # A row of the last layer goes where its label is now; a new label's begins as it would without the adapter.
+            # Rows of the last layer move to the current index of their label; rows of new labels are initialized.
             was_of, now_of = (get_task(one.task).name_outputs(one.labels) for one in (self.spec, model.spec))
             last = next((name.rpartition(".")[0] for name in reversed(parameters) if name.startswith(_HEAD)), "")
             for name in (f"{last}.weight", f"{last}.bias"):
@@ -258,11 +258,11 @@ class SavedAdapter:
             if not start.has_same_shapes(Adapter(here)):
                 raise AdapterError("its tensors differ from the run's")
             if not all(bool(np.isfinite(one).all()) for one in taken.values()):
-                raise AdapterError("it has values that are not finite")
+                raise AdapterError("it has non-finite values")
             for name, one in taken.items():
                 if not parameters[name].requires_grad and not np.allclose(one, here[name], atol=_SAME):
                     raise AdapterError(
-                        f"the run does not train {name}, and has a different one (saved with seed {self.spec.seed})"
+                        f"the run does not train {name}, and its value differs (the adapter has seed {self.spec.seed})"
                     )
         except (ConfigError, AdapterError) as error:
             raise ConfigError("model.adapter", str(self.folder), f"cannot be the starting point: {error}") from error
@@ -306,7 +306,7 @@ def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None =
     base, files = model.spec.model, {}
     if adapted:
         peft = dict(model.base.peft_config["default"].to_dict())
-        # A base that others can load, where there is one: its public id, else as the user named it.
+        # The base's public id if it has one, so that others can load it; otherwise the user's path.
         peft |= {
             "base_model_name_or_path": find_public_location(base),
             "revision": base.revision,
@@ -314,7 +314,7 @@ def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None =
         }
         peft |= {key: sorted(value) for key, value in peft.items() if isinstance(value, set)}
         files["adapter_config.json"] = peft
-    # Its start's digest stays; the folder where that lay is nobody else's.
+    # The initial adapter's digest stays, but not its local folder.
     pinned = replace(base, sha256=base.sha256 or hash_model(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
     files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.from_task_model(model).digest()}

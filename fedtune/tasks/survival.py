@@ -4,7 +4,7 @@ The head has one output per interval: given that the event has not occurred befo
 loss is the mean binary cross-entropy over all intervals, in which unknown intervals count 0.  The known intervals are
 those up to the event or, without an event, those that ended before censoring (Gensheimer and Narasimhan 2019, arXiv
 1805.00917).  The loss depends only on its own record.  Cox's partial likelihood compares each record with all records
-still at risk, and so couples them.
+still at risk, and so couples records.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _EVENTS = {"1": True, "true": True, "0": False, "false": False}
 
 @spec
 class SurvivalSettings:
-    """When an event may come.
+    """Settings of survival analysis: the intervals of event times.
 
     Attributes:
-        intervals: the end of each interval in which the event may come, ascending, in the unit of the role `time`.
+        intervals: the end of each interval in which the event may occur, ascending, in the unit of the role `time`.
     """
 
     intervals: tuple[float, ...] = ()
@@ -45,14 +45,16 @@ class SurvivalSettings:
     def __post_init__(self) -> None:
         ascend = all(start < end for start, end in pairwise((0.0, *self.intervals)))
         if len(self.intervals) > _MOST_INTERVALS or not ascend:
-            bound = f"must be at most {_MOST_INTERVALS} numbers above 0, each larger than the one before"
+            bound = f"must be at most {_MOST_INTERVALS} ascending numbers above 0"
             raise ConfigError("intervals", list(self.intervals), bound)
         if self.intervals:
             check_range("intervals", (0.0, self.intervals[-1]))
 
 
 class Survival(PooledTask):
-    """The head has a row for each interval; a target is 1 where the event came, 0 where it did not."""
+    """Discrete-time survival model with a head row for each interval; a target is 1 for the event, and 0 for
+    survival.
+    """
 
     name = "survival"
     roles = ("text", "time", "event")
@@ -62,13 +64,13 @@ class Survival(PooledTask):
     own: SurvivalSettings
     hub_name = ""
     primary_metric = "concordance"
-    baseline = 0.5  # a constant answer orders nobody
+    baseline = 0.5  # a constant answer does not rank records
     target_type = np.int8
 
     def check_own(self, data: DataSpec) -> None:
         if not self.own.intervals:
             raise ConfigError(
-                "task_settings.intervals", [], "must contain each interval's end, in the unit of role time"
+                "task_settings.intervals", [], "is empty: list the end of each interval, in the unit of the role time"
             )
 
     def target(self, data: DataSpec) -> TargetOf:
@@ -78,7 +80,7 @@ class Survival(PooledTask):
         def read_target(record: Record) -> npt.NDArray[np.int8]:
             time, event = float(record.fields["time"]), came.get(normalize_category(record.fields["event"]))
             if event is None:
-                bound = "must be 1 or true for an event, else 0 or false; or one of data.event_values"
+                bound = "must be 1 or true for an event and 0 or false otherwise, or one of data.event_values"
                 raise DataError(record.at("event"), "another value", bound)
             if time < 0:
                 raise DataError(record.at("time"), "a number below 0", "must be the time since the start of the record")
@@ -96,7 +98,7 @@ class Survival(PooledTask):
     def num_outputs(self, spec: TaskModelSpec) -> int:
         return len(self.own.intervals)
 
-    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"survival": (1 - logits.sigmoid()).cumprod(dim=1)}
 
     def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
@@ -108,7 +110,7 @@ class Survival(PooledTask):
         }
 
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Return the geometric mean, over the known intervals, of the probability of the observation; 0 if none is
+        """Return the geometric mean probability of the observation over the known intervals; 0 if no interval is
         known.
         """
         known = int((batch.targets[0] != UNSUPERVISED).sum())
@@ -116,7 +118,7 @@ class Survival(PooledTask):
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """Return the probability that the event has not occurred by the end of each interval."""
-        chances = self.said(logits[None], spec=spec)["survival"][0].tolist()
+        chances = self.predictions(logits[None], spec=spec)["survival"][0].tolist()
         found = [{"until": end, "survival": chance} for end, chance in zip(self.own.intervals, chances, strict=True)]
         return ", ".join(f"{one['survival']:.3f} until {one['until']:g}" for one in found), found
 
@@ -133,8 +135,8 @@ class Survival(PooledTask):
 
 
 def count_observed_intervals(truth: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return, from (records, intervals) targets, the number of intervals without the event, and whether the event
-    followed.
+    """Return the number of intervals without the event, and whether the event followed, from (records, intervals)
+    targets.
     """
     return (truth == 0).sum(axis=1), np.asarray((truth == 1).any(axis=1))
 
@@ -143,10 +145,10 @@ def concordance(risk: Floats, followed: npt.NDArray[np.int64], event: npt.NDArra
     """Compute the share of comparable pairs in which the record with the earlier event has the higher risk.
 
     A pair is comparable if one record is known to have the event earlier.  A tie of risks counts as one half; the
-    result is 0.5 if there is no comparable pair.
+    result is 0.5 without comparable pairs.
     """
     right = pairs = 0.0
-    for passed in np.unique(followed[event]):  # before the interval of the event, which `later` ones passed too
+    for passed in np.unique(followed[event]):  # intervals before the event; `later` records survived one more
         later, own = np.sort(risk[followed > passed]), risk[event & (followed == passed)]
         pairs += len(later) * len(own)
         right += float((np.searchsorted(later, own) + np.searchsorted(later, own, side="right")).sum()) / 2
@@ -158,10 +160,10 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
 
     Records with a known state at the end of an interval are weighted by the inverse of the Kaplan-Meier estimate of
     remaining uncensored (Graf et al. 1999).  Within an interval, events precede censoring.  The mean is over the
-    intervals that some record was followed through: for later intervals, nobody without an event is known.
+    intervals that some record was followed through: in later intervals, no record without an event is known.
 
     Raises:
-        DataError: there is no such interval.
+        DataError: no interval has a known state at its end.
     """
     count = survival.shape[1]
     stays = np.ones(count + 1)
@@ -172,7 +174,7 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
         stays[place + 1] = stays[place] * (1 - lost / at_risk if at_risk else 1.0)
     known = [place for place in range(count) if stays[place + 1] > 0]
     if not known:
-        bound = "needs records that were followed through the first interval, or had their events in it"
+        bound = "must have records that were followed through the first interval, or had their events in it"
         raise DataError("evaluation data", "no interval with a known state at its end", bound)
     total = 0.0
     for place in known:

@@ -1,4 +1,4 @@
-"""A frozen base with adapters and a task: per-example losses, logits, and the trainable parameters."""
+"""Task models: a frozen base with adapters and a task, with per-example losses, logits and trainable parameters."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from fedtune.tasks.registry import get_task
 
 
 class TaskModel(nn.Module):
-    """A frozen base, and the few tensors that are trained, noised, sent and saved.
+    """Frozen base with the few tensors that are trained, noised, sent and saved.
 
-    Every module stays in evaluation mode, except those with trainable parameters of their own: dropout inside the base
-    would change an example's gradient from pass to pass.
+    Every module stays in evaluation mode, except modules with trainable parameters of their own: dropout inside the
+    base would change an example's gradient from pass to pass.
 
     Attributes:
         spec: the settings from which the model was built.
-        task: the task for which it is trained.
+        task: the model's task.
         base: PEFT's wrapper around the base; call it for the base's own output.
-        head: the task's own tensors; None if it has none.
+        head: the task's own tensors; None for a task without a head.
         output: the base's output layer, if it predicts tokens.
-        frozen: the names of the trained tensors that rest in the current round (`freeze_tensors`); empty otherwise.
+        frozen: the names of the trained tensors that are frozen in the current round (`freeze_tensors`).
         decided_by: see `tasks.base.Model`.
     """
 
@@ -51,7 +51,7 @@ class TaskModel(nn.Module):
         self.train()
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Compute the task's float32 logits; the first axis is the row, or the example."""
+        """Compute the task's float32 logits, whose first axis is the row or the example."""
         with self._prefix.use_states(batch.prefix):
             return self.task.logits(self, batch)
 
@@ -68,16 +68,15 @@ class TaskModel(nn.Module):
             return self.task.losses(self, batch)[: len(batch)]
 
     def figures(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the per-example inputs of the scores, see `Task.figures`."""
+        """Compute the per-example inputs of the scores (see `Task.outputs_per_example`)."""
         batch = self._add_reference(batch)
         with self._prefix.use_states(batch.prefix):
             return self.task.outputs_per_example(self, batch)
 
     def reference(self, batch: Batch) -> torch.Tensor | None:
-        """Compute the task's reference values for each example, by the base without adapters; None if the task has
-        none.
+        """Compute the task's reference values for each example, from the base without adapters; None for other tasks.
 
-        They do not depend on the adapter.  A batch that contains them as `reference` skips this second pass.
+        The values do not depend on the adapter.  A batch that contains them as `reference` skips this second pass.
         """
         if not self.task.has_reference:
             return None
@@ -90,7 +89,7 @@ class TaskModel(nn.Module):
         return replace(batch, reference=self.reference(batch))
 
     def compute_frozen_states(self, batch: Batch) -> torch.Tensor | None:
-        """Compute the output of the layers below the first trained one, (n, t, h), which does not depend on the
+        """Compute the output of the layers below the first trained layer, (n, t, h), which does not depend on the
         adapter.
 
         A batch that contains it as `prefix` skips those layers.  The result is None if no layers can be skipped.
@@ -109,17 +108,17 @@ class TaskModel(nn.Module):
 
     @property
     def has_frozen_prefix(self) -> bool:
-        """Whether there are layers below the first trained one, whose output can be cached."""
+        """Whether there are frozen layers below the first trained layer, whose output can be cached."""
         return self._prefix.depth > 0
 
     @property
     def device(self) -> torch.device:
-        """The model's device."""
+        """Device of the model."""
         return next(chain(self.parameters(), self.buffers())).device
 
     @property
     def num_ids(self) -> int:
-        """The number of token ids for which the base has embeddings."""
+        """Number of token ids with an embedding in the base."""
         return get_input_for(self.spec).num_ids(self.base)
 
     def generate_dummies(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
@@ -127,7 +126,7 @@ class TaskModel(nn.Module):
         return get_input_for(self.spec).generate_dummies(self.base, lengths, draws)
 
     def collect_adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Return all adapter and head tensors by their public names, sorted by name; frozen ones too.
+        """Return all adapter and head tensors by their public names, sorted by name, including frozen tensors.
 
         The names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), "....scales.offset" for
         scales (`fedtune.model.ia3_and_dora`), and "head.weight".
@@ -140,14 +139,12 @@ class TaskModel(nn.Module):
         return dict(sorted(named.items()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return the tensors that are trained and released, sorted by name, including those that are frozen in this
-        round.
-        """
+        """Return the trained and released tensors, sorted by name, including tensors that are frozen in this round."""
         parameters = self.collect_adapter_parameters().items()
         return {name: one for name, one in parameters if one.requires_grad or name in self.frozen}
 
     def list_active_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the tensors that are clipped, noised and updated: all trained tensors, unless some rest in the current
+        """Return the tensors that are clipped, noised and updated: the trained tensors without those frozen in this
         round.
         """
         return {name: one for name, one in self.collect_adapter_parameters().items() if one.requires_grad}
@@ -167,7 +164,7 @@ class TaskModel(nn.Module):
             self.frozen = frozenset()
 
     def enable_gradient_checkpointing(self) -> None:
-        """Store only the layers' inputs in the forward pass: less memory, about a third more time.
+        """Store only the layers' inputs in the forward pass, which takes less memory and about a third more time.
 
         Losses and per-example gradients do not change.
 
@@ -179,10 +176,10 @@ class TaskModel(nn.Module):
 
 
 def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu") -> TaskModel:
-    """Load the base, attach adapters that have no effect yet, and initialize the head.
+    """Load the base, attach adapters at their initial values, and initialize the head.
 
     Raises:
-        ConfigError: the base is not available, or does not suit the task, the adapters or per-example clipping.
+        ConfigError: the base is not available, or does not support the task, the adapters or per-example clipping.
     """
     model = assemble(spec, device=device)
     model.task.init_head(model)
@@ -190,7 +187,7 @@ def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu")
 
 
 def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
-    """Build the model with an uninitialized head, after checking that it keeps examples apart."""
+    """Build the model with an uninitialized head, after checking that it keeps examples separate."""
     task = get_task(spec.task, spec.task_settings)
     task.check_spec(spec)
     check = partial(task.check_base, path=spec.model.path)

@@ -1,10 +1,10 @@
 """Token classification: entities of declared types in a text, by a linear head on each token.
 
-Two kinds of files are supported alike: tokens with one tag each, joined by spaces to a text, and texts with spans.  The
-model labels the words that the base's tokenizer finds, by the first token of each word, so that a later reader of texts
-finds the same words.  Tags are O, and B- and I- of each type (IOB2), whatever the scheme of the file.
+Files with tokens and tags, whose tokens are joined by spaces, and files with texts and spans are treated alike.  The
+model labels the words of the base's tokenizer, by the first token of each word, so that a later reader of texts finds
+the same words.  Tags are O, and B- and I- of each type (IOB2), regardless of the file's tagging scheme.
 
-A long text is cut into windows, all of one record, which has one loss and so one gradient to clip.
+A long text is split into windows of one record, with one loss and therefore one gradient to clip.
 """
 
 from __future__ import annotations
@@ -47,18 +47,21 @@ if TYPE_CHECKING:
 
 _NO_WORD = (0, 0)
 _MOST_OF_A_WORD = 1 << 40
-"""A target from which on a word's further entities are not counted: five of a hundred labels, or more of fewer."""
+"""Targets above this value do not count further entities of a word: the limit is five entities with a hundred labels,
+and more with fewer labels.
+"""
 _HEAD_ROWS = 4
-"""Windows are filled up to a multiple of this many: with fewer than 13 tokens another kernel multiplies (`PooledTask`),
-and the shortest window of a step has 12."""
+"""The head processes a multiple of this number of windows: with fewer than 13 tokens, matrix products use another
+kernel (`PooledTask`), and the shortest window of a step has 12 tokens.
+"""
 
 
 Marked: TypeAlias = tuple[str, list[Entity]]
-"""A text, and its entities by characters, in their order."""
+"""A text, and its entities by character offsets, in order."""
 
 
 class TokenClassification(Task):
-    """Token classification; a record's loss is the mean cross-entropy over the words of all its windows.
+    """Token classification with the mean cross-entropy over the words of all windows of a record as loss.
 
     scores = head.scale / sqrt(h) * W x for each hidden state x, without a bias, so that a scale has about the same
     effect as in tasks whose x has L2 norm 1.
@@ -76,7 +79,7 @@ class TokenClassification(Task):
     reads_tokens = True
     auto_class = "AutoModelForTokenClassification"
     primary_metric = "strict_f1"
-    baseline = 0.0  # of no entity anywhere: nothing is found
+    baseline = 0.0  # predicting no entities
     studied = {10: "three fifths", 5: "three eighths", 2.4: "a fifth"}  # noqa: RUF012
     layouts = (roles, ("text", "spans"))
 
@@ -94,10 +97,10 @@ class TokenClassification(Task):
         for label in spec.labels:
             if label == "O" or re.match(r"[BI]-", label):
                 raise ConfigError("data.labels", label, "must be an entity type without B- or I-, and not O")
-        require_no_label_texts(spec.head, f"for {self.name}, whose head is one of tokens")
+        require_no_label_texts(spec.head, f"for {self.name}, whose head classifies tokens")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
-        """Require a tokenizer that reports which tokens belong to one word.
+        """Require a tokenizer that reports which tokens belong to the same word.
 
         Raises:
             ConfigError: for `model.path`.
@@ -106,21 +109,21 @@ class TokenClassification(Task):
         if getattr(tokenizer, "backend_tokenizer", None) is not None:
             words = [word for word in next(encode_words(["a b"], tokenizer, max_length=9))[1] if word != _NO_WORD]
         if len(words) < 2:
-            bound = f"must be a model whose tokenizer reports word boundaries, for task {self.name}"
+            bound = f"its tokenizer must report word boundaries for task {self.name}"
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return make_validator(make_marks_reader(data))
+        return make_validator(make_entity_reader(data))
 
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """Cut each text into windows, each with the tokenizer's own special tokens around it.
+        """Split each text into windows, each surrounded by the tokenizer's own special tokens.
 
         Every record has `data.windows` windows; an unused window is a single token without a target.  All windows of a
         text that cannot be encoded are unused.
         """
-        read = [*map(make_marks_reader(data), records)]
+        read = [*map(make_entity_reader(data), records)]
         before, behind = _find_surrounding_tokens(tokenizer)
         room, step, most = _compute_window_sizes(data, len(before) + len(behind))
         texts = [text[: compute_max_characters(most)] for text, _ in read]
@@ -136,11 +139,11 @@ class TokenClassification(Task):
                 first = window * step
                 end = min(first + room, len(ids))
                 shared = room - step if window else 0
-                if end <= first + shared:  # nothing, or what the one before has
+                if end <= first + shared:  # empty, or covered by the previous window
                     input_ids.append(np.zeros(1, dtype=np.int32))
                     targets.append(np.full(1, UNSUPERVISED))
                     continue
-                # What two windows share is learned by halves, each in the one where more stands around it.
+                # Each half of the overlap is supervised in the window that contains more of its context.
                 own = tags[first:end].copy()
                 own[: (shared + 1) // 2] = UNSUPERVISED
                 if window + 1 < data.windows and len(ids) > first + room:
@@ -157,7 +160,7 @@ class TokenClassification(Task):
         return 1 + 2 * len(spec.labels)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Compute logits, (rows, t, 1 + 2 labels): O, then B- and I- of each label."""
+        """Compute logits (rows, t, 1 + 2 labels): O, then B- and I- of each label."""
         assert model.head is not None
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float()
         rows = torch.nn.functional.pad(hidden, (0, 0, 0, 0, 0, -len(hidden) % _HEAD_ROWS))
@@ -165,19 +168,17 @@ class TokenClassification(Task):
         return scores * (model.spec.head.scale / math.sqrt(hidden.shape[-1]))
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        return _losses(self.logits(model, batch), batch)
+        return _compute_losses(self.logits(model, batch), batch)
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the losses, and `entities`, (examples, labels + 1, 5): the counts of `measures.entity_counts`."""
+        """Compute the losses, and `entities`, the counts of `measures.count_entities`: (examples, labels + 1, 5)."""
         logits = model.logits(batch)
-        count = partial(measures.entity_counts, num_labels=len(model.spec.labels))
+        count = partial(measures.count_entities, num_labels=len(model.spec.labels))
         counts = [count(*both) for both in _decode_batch(logits, batch)]
-        return {"loss": _losses(logits, batch), "entities": torch.from_numpy(np.stack(counts))}
+        return {"loss": _compute_losses(logits, batch), "entities": torch.from_numpy(np.stack(counts))}
 
     def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Compute `strict_f1` (entities with the right type and boundaries), `overlap_f1` (a shared word suffices) and
-        `loss`.
-        """
+        """Compute `strict_f1` (correct type and boundaries), `overlap_f1` (a shared word is enough) and `loss`."""
         every = self.compute_final_scores(figures, spec=spec)
         return {name: every[name] for name in ("strict_f1", "overlap_f1", "loss")}
 
@@ -207,26 +208,26 @@ class TokenClassification(Task):
 
     def score_unit(self, model: Model, batch: Batch) -> float:
         """Return the strict F1 of the record; 1 if it has no entity and none is predicted."""
-        ((truth, said),) = _decode_batch(model.logits(batch), batch)
-        counts = measures.entity_counts(truth, said, num_labels=len(model.spec.labels))[:-1].sum(axis=0)
-        return measures.recall_precision_f1(counts, 2, 2)[2] if truth or said else 1.0
+        ((truth, predicted),) = _decode_batch(model.logits(batch), batch)
+        counts = measures.count_entities(truth, predicted, num_labels=len(model.spec.labels))[:-1].sum(axis=0)
+        return measures.recall_precision_f1(counts, 2, 2)[2] if truth or predicted else 1.0
 
-    def answer_to(
+    def answer_record(
         self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec
     ) -> tuple[str, object]:
-        """Return the text with [label: ...] around each entity, and as JSON the entities with their character
-        offsets.
+        """Return the text with [label: ...] around each entity, and the entities with their character offsets as
+        JSON.
         """
-        (asked, _), rows = make_marks_reader(data)(record), self.tokenize([record], tokenizer, data=data).targets
+        (asked, _), rows = make_entity_reader(data)(record), self.tokenize([record], tokenizer, data=data).targets
         assert isinstance(rows, tuple), "each token has a target"
         each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
-        said = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
+        predicted = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
         *_, most = _compute_window_sizes(data, sum(map(len, _find_surrounding_tokens(tokenizer))))
         _, words = next(encode_words([asked[: compute_max_characters(most)]], tokenizer, max_length=most))
         words = [word for word in words if word != _NO_WORD]
         found: list[dict[str, Any]] = []
         marked = asked
-        for first, end, label in decode_entities(said):
+        for first, end, label in decode_entities(predicted):
             start, stop = words[first][0], words[end - 1][1]
             found.append({"start": start, "end": stop, "label": spec.labels[label], "text": asked[start:stop]})
         for one in reversed(found):
@@ -246,9 +247,11 @@ class TokenClassification(Task):
         ((weight, _),) = readout
         model = AutoModelForTokenClassification.from_config(base.config, dtype=torch.float32)
         inner = getattr(model, model.base_model_prefix)
-        unfilled = inner.load_state_dict(base.state_dict(), strict=False).missing_keys  # a pooler may be left over
+        unfilled = inner.load_state_dict(
+            base.state_dict(), strict=False
+        ).missing_keys  # the base may have an unused pooler
         (head,) = (one for name, one in model.named_children() if isinstance(one, torch.nn.Linear))
-        assert not unfilled, "each weight of the base has its place"
+        assert not unfilled, "each weight of the model comes from the base"
         with torch.no_grad():
             head.weight.copy_(weight)
             if head.bias is not None:
@@ -264,7 +267,7 @@ class TokenClassification(Task):
         return tuple(np.where(np.arange(len(one)) < first(len(one)), UNSUPERVISED, one) for one in tags)
 
 
-def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _compute_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Compute each example's mean loss over its words, (examples,), from logits (rows, t, tags); 0 without words."""
     tags = torch.where(batch.targets < 0, batch.targets, batch.targets % logits.shape[-1])
     each = torch.nn.functional.cross_entropy(
@@ -282,20 +285,20 @@ def _decode_batch(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Ent
     num_tags = logits.shape[-1]
     of_examples = (-1, batch.texts * logits.shape[1])
     targets, predicted = (one.view(of_examples).cpu().numpy() for one in (batch.targets, logits.argmax(dim=-1)))
-    for truth, said in zip(targets, predicted, strict=True):
+    for truth, classes in zip(targets, predicted, strict=True):
         words = truth != UNSUPERVISED
         entities = decode_entities((truth[words] % num_tags).tolist())
         for place, more in enumerate((truth[words] // num_tags).tolist()):
             while more:  # the labels that `_assign_tags` wrote above the class
                 more, label = divmod(more, (num_tags + 1) // 2)
                 entities.append((place, place + 1, label - 1))
-        yield entities, decode_entities(said[words].tolist())
+        yield entities, decode_entities(classes[words].tolist())
 
 
 def decode_entities(tags: Sequence[int]) -> list[Entity]:
     """Decode the classes of words' tags into entities (first, end, label); I- after another type starts a new entity.
 
-    >>> entities_in([0, 1, 2, 1, 4, 2])
+    >> decode_entities([0, 1, 2, 1, 4, 2])
     [(1, 3, 0), (3, 4, 0), (4, 5, 1), (5, 6, 0)]
     """
     found: list[Entity] = []
@@ -311,7 +314,7 @@ def decode_entities(tags: Sequence[int]) -> list[Entity]:
 def _assign_tags(
     words: Sequence[tuple[int, int]], entities: Sequence[Entity], *, num_tags: int
 ) -> npt.NDArray[np.int64]:
-    """Return the class of each token's word, that of the first entity that overlaps the word.
+    """Return the class of each token's word, determined by the first entity that overlaps the word.
 
     An entity without a word of its own is ignored in training, but must count as a true entity in the scores.  It is
     encoded in its word's target, as digits above the class: in base 1 + labels, each digit is 1 + the entity's label.
@@ -339,11 +342,11 @@ def _assign_tags(
     return tags
 
 
-def make_marks_reader(data: DataSpec) -> Callable[[Record], Marked]:
+def make_entity_reader(data: DataSpec) -> Callable[[Record], Marked]:
     """Return a function that reads a record's text and entities.
 
     The function raises a DataError if the numbers of tags and tokens differ, a span is outside the text or overlaps
-    another, or a label was not declared.
+    another span, or a label is not declared.
     """
     places = {label: place for place, label in enumerate(data.labels)}
 
@@ -364,7 +367,7 @@ def make_marks_reader(data: DataSpec) -> Callable[[Record], Marked]:
         text, at = record.fields["text"], record.at("spans")
         spans = json.loads(record.fields["spans"])
         if any(len(one) > 3 for one in spans):
-            # How many characters end within each number of units of UTF-16, from none: the first half of two ends none.
+            # Number of characters that end within the first 0, 1, ... UTF-16 units; a high surrogate ends no character.
             units = np.frombuffer(b"\0\xd8" + text.encode("utf-16-le"), dtype="<u2")
             characters = np.cumsum((units < 0xD800) | (units > 0xDBFF), dtype=np.int32)
         entities = []

@@ -1,16 +1,17 @@
-"""Votes: each record or person votes for the declared text closest to its own; the adapter holds the noisy vote shares.
+"""Private voting: each record or person votes for the closest of several declared texts.
 
-A vote is a step of DP-SGD.  The loss of a record is minus the weight of its candidate, so its gradient has a single
-entry, -1, and norm 1 = `privacy.max_grad_norm`: clipping does not change it, and adding or removing a record changes
-the sum by 1.  With every record in the step (`privacy.sampling_rate=1`) and a single step, the weights are the
-candidates' shares of all votes, with the noise of one Gaussian mechanism (the private histogram of Lin et al. 2024,
-arXiv 2305.15560).  Rounds, secure aggregation, ledgers and reports are the same as for any run.
+The adapter contains the noisy vote shares.  A vote is a step of DP-SGD.  The loss of a record is minus the weight of
+its candidate, so its gradient has a single entry, -1, and norm 1 = `privacy.max_grad_norm`: clipping does not change
+it, and adding or removing a record changes the sum by 1.  With every record in the step (`privacy.sampling_rate=1`) and
+a single step, the weights are the candidates' shares of all votes, with the noise of one Gaussian mechanism (the
+private histogram of Lin et al. 2024, arXiv 2305.15560).  Rounds, secure aggregation, ledgers and reports are the same
+as for any run.
 
 The frozen base determines the closest candidate.  The vote of a record that is almost equally close to two candidates
 could depend on its batch, if other records changed its similarities by rounding.  A gradient reveals only the closest
 candidate, so the trial before a run (`fedtune.training.batch_invariance`) compares the similarities of synthetic
-records alone and in a batch, bit for bit.  A machine on which a single bit differs is refused, whatever a site's policy
-accepts.
+records alone and in a batch, bit for bit.  A machine on which a single bit differs is refused, even if a site's policy
+accepts inexact gradients.
 
 A histogram of a column, such as label frequencies, is a vote too: the column is the text, and its declared values are
 the candidates.
@@ -30,11 +31,11 @@ from fedtune.tasks.pooled import LabelTask, TargetOf
 
 
 class Votes(LabelTask):
-    """Voting: `data.labels` name the candidates, `head.label_texts` are their texts; the head is a weight per
+    """Voting: `data.labels` name the candidates, `head.label_texts` are their texts; the head is one weight per
     candidate.
 
     A person with several records (`privacy.unit=user`) has one vote in total: their gradient is the mean over the
-    records, of norm at most 1.
+    records, with norm at most 1.
     """
 
     name = "votes"
@@ -72,7 +73,7 @@ class Votes(LabelTask):
         """Compute minus the weight of each record's candidate, (rows,)."""
         return -logits[:, 0] * (targets != UNSUPERVISED)
 
-    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+    def predictions(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {}
 
     compute_final_scores = Task.compute_final_scores

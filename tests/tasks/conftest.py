@@ -1,4 +1,4 @@
-"""The tokenizers of the layer below."""
+"""Tokenizer fixtures from the data layer."""
 
 from ..data.conftest import decoder_tokenizer, encoder_tokenizer, leading_tokenizer, make_tokenizer
 

@@ -1,4 +1,4 @@
-"""Layouts of a language model's records: what is learned, what is cut off, and what a record cannot do."""
+"""Layouts of language-model records: supervision, truncation, and hostile records."""
 
 import json
 from typing import Any
@@ -101,7 +101,7 @@ def test_long_chat_is_truncated_before_its_last_answer(leading_tokenizer: Any) -
 
 
 @pytest.mark.parametrize("contents", [(), ("where",)])
-def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tuple[str, ...]) -> None:
+def test_chat_without_an_answer_is_unusable(leading_tokenizer: Any, contents: tuple[str, ...]) -> None:
     data = make_settings("messages", chat_template="plain")
     silent = Record(make_chat(*contents), file="a.jsonl", line=3)
     assert LM.record_validator(data)(silent) is not None
@@ -111,7 +111,7 @@ def test_chat_without_an_answer_is_a_fault(leading_tokenizer: Any, contents: tup
 
 
 def test_masked_assistant_turns_are_context_but_not_targets(leading_tokenizer: Any) -> None:
-    """Such marks are `weight: 0` and `train: false` of other programs; what stands behind the last answer is left."""
+    """The marks are `weight: 0` and `train: false` of other programs; turns after the last answer are dropped."""
     data = make_settings("messages", chat_template="plain")
     turns = turns_of("where", "lost", "is", "there")
 

@@ -1,4 +1,4 @@
-"""A model's chat template as a chain of fixed texts: found out over made-up turns, or refused."""
+"""Chat templates as fixed separators, derived from synthetic conversations or refused."""
 
 import tomllib
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ WITHOUT_SYSTEM, IGNORES_SYSTEM = WITHOUT = [TEMPLATES[name] for name in ("withou
 TAKEN = [CHATML, DATED, WITHOUT_SYSTEM, SYSTEM_IN_FIRST, IGNORES_SYSTEM]
 
 
-def says(content: str) -> str:
+def write_template(content: str) -> str:
     return CHATML.replace("message['content'] +", f"{content} +")
 
 
@@ -40,14 +40,14 @@ OTHER = "different text before an answer"
 REFUSED = {
     "a system turn before the last user's": (TEMPLATES["system_in_last"], "the system's text exactly once"),
     "numbers of turns": (CHATML.replace("'<|im_start|>' +", "loop.index ~ '<|im_start|>' +"), OTHER),
-    "thoughts in the last answer": (says("('<t></t>' if loop.last else '') + message['content']"), OTHER),
-    "capital letters": (says("message['content'] | upper"), "exactly once"),
-    "escaped contents": (says("message['content'] | e"), OTHER),
+    "thoughts in the last answer": (write_template("('<t></t>' if loop.last else '') + message['content']"), OTHER),
+    "capital letters": (write_template("message['content'] | upper"), "exactly once"),
+    "escaped contents": (write_template("message['content'] | e"), OTHER),
     "contents cut off": (
-        says("message['content'][:9]"),
+        write_template("message['content'][:9]"),
         "does not render turns independently: a turn depends on its position or content",
     ),
-    "contents twice": (says("message['content'] * 2"), "exactly once"),
+    "contents twice": (write_template("message['content'] * 2"), "exactly once"),
     "no empty content": (
         CHATML.replace("{{'<|im", "{% if message['content'] %}{{'<|im").replace("'\\n'}}", "'\\n'}}{% endif %}"),
         "does not render turns independently: a turn depends on its position or content",
@@ -55,15 +55,15 @@ REFUSED = {
     "no prompt for an answer": (CHATML[: CHATML.index("{% if add_gen")], OTHER),
     "the clock": (DATED.replace("strftime_now is defined", "true"), "refuses turns of user, assistant"),
     "thoughts cut off": (
-        says("message['content'].split('</' ~ 'think>')[-1]"),
+        write_template("message['content'].split('</' ~ 'think>')[-1]"),
         "does not render turns independently: a turn depends on its position or content",
     ),
     "words of its own cut off": (
-        says("message['content'].replace('[TOOL]', '')"),
+        write_template("message['content'].replace('[TOOL]', '')"),
         "does not render turns independently: a turn depends on its position or content",
     ),
     "long contents cut off": (
-        says("message['content'][:4000]"),
+        write_template("message['content'][:4000]"),
         "does not render turns independently: a turn depends on its position or content",
     ),
     **{
@@ -194,17 +194,29 @@ def test_special_tokens_in_records_are_encoded_as_text(kind: str, special: bool)
 
 
 CHANGES_SOME = {
-    "many turns": (says("('again' if loop.index > 8 else '') + message['content']"), build_chat(*"abcdefghij")),
+    "many turns": (
+        write_template("('again' if loop.index > 8 else '') + message['content']"),
+        build_chat(*"abcdefghij"),
+    ),
     "many turns, by an error": (
         "{% if messages | length > 8 %}{{ raise_exception('no') }}{% endif %}" + CHATML,
         build_chat(*"abcdefghij"),
     ),
-    "lines of Windows": (says("message['content'].split('\\r' ~ '\\n') | join('\\n')"), build_chat("a\r\nb", "c")),
-    "a content": (says("('' if message['content'] == 'No' ~ 'ne' else message['content'])"), build_chat("a", "None")),
-    "a beginning": (says("message['content'].removeprefix('<tool>')"), build_chat("<tool>a", "c")),
-    "the last answer": (says("(message['content'] | replace(7 | string, ''))"), build_chat("a", "b", "c", "7")),
+    "lines of Windows": (
+        write_template("message['content'].split('\\r' ~ '\\n') | join('\\n')"),
+        build_chat("a\r\nb", "c"),
+    ),
+    "a content": (
+        write_template("('' if message['content'] == 'No' ~ 'ne' else message['content'])"),
+        build_chat("a", "None"),
+    ),
+    "a beginning": (write_template("message['content'].removeprefix('<tool>')"), build_chat("<tool>a", "c")),
+    "the last answer": (
+        write_template("(message['content'] | replace(7 | string, ''))"),
+        build_chat("a", "b", "c", "7"),
+    ),
     "a content, by a loop": (
-        says("(range(9999999) | length if 7 | string in message['content'] else '') ~ message['content']"),
+        write_template("(range(9999999) | length if 7 | string in message['content'] else '') ~ message['content']"),
         build_chat("7", "b"),
     ),
 }

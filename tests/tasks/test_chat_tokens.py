@@ -1,4 +1,4 @@
-"""The tokens of a conversation are those that transformers gives it, whatever kind of tokenizer the model has."""
+"""Tokens of conversations match transformers for every kind of tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -140,7 +140,9 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
 
 
 def list_cases() -> Iterator[Any]:
-    """Every kind of tokenizer with every template, by day with one of three ways to add marks, at night with all."""
+    """List every kind of tokenizer with every template; by day with one of three ways to add special tokens, at night
+    with all.
+    """
     for place, (kind, template) in enumerate(product(KINDS, USED)):
         for number, added in enumerate(("special", "plain", "strips")):
             marks = () if number == place % 3 else pytest.mark.nightly

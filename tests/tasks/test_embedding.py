@@ -1,4 +1,4 @@
-"""Task embedding: which records it takes, what they cost, what its scores say, and whole runs of it."""
+"""Embedding task: accepted records, losses, scores, and complete runs."""
 
 import json
 from pathlib import Path

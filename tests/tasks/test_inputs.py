@@ -1,4 +1,4 @@
-"""What the inputs say of themselves: the lines that read a row where fedtune is not installed."""
+"""The documented preprocessing code of inputs, for readers without fedtune."""
 
 import math
 from collections.abc import Callable

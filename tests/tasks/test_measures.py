@@ -1,4 +1,4 @@
-"""Measures against scikit-learn and scipy, by hand, and where there is nothing to measure."""
+"""Metrics against scikit-learn, scipy and manual calculations, including degenerate data."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def reference() -> Any:
 
 
 def draw_answers(seed: int, *, rows: int = 60, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, LABELS) probabilities that tell something, and marks; each label is somewhere and not everywhere."""
+    """Draw informative (rows, LABELS) probabilities and marks, in which each label both occurs and is missing."""
     draws = np.random.default_rng(seed)
     marks = draws.random((rows, LABELS)) < 0.3
     marks[0], marks[1] = True, False
@@ -59,7 +59,7 @@ def test_per_label_scores_match_scikit_learn(reference: Any) -> None:
     marks[:, 3] = False
     said = chances > 0.5
     said[:, 2] = False
-    found = measures.class_scores(marks, said, labels="abcd")
+    found = measures.compute_class_scores(marks, said, labels="abcd")
     expected = reference.precision_recall_fscore_support(marks, said, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [getattr(one, name) for one in found] == pytest.approx(column.tolist())

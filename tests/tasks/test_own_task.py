@@ -1,4 +1,4 @@
-"""A task of one's own, as in docs/own_task.md: it runs, is refused if it mixes records, and its code is recorded."""
+"""A custom task as in docs/own_task.md: it runs, it is refused if it mixes records, and its code is recorded."""
 
 import hashlib
 import importlib
@@ -34,7 +34,7 @@ TINY = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the page's task in it, from which the task is imported; the task is forgotten afterwards."""
+    """A folder with the documented task, from which it is imported; the task is unregistered afterwards."""
     (tmp_path / "quantile.py").write_text(CLASS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -45,7 +45,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def small(work: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Settings that each `fedtune.simulate` of the test takes beside its own, such as a tiny model."""
+    """Additional settings of each `fedtune.simulate` call, such as a tiny model."""
     rows = [f"case {n} of ward {n % 7},{n % 60},{('north', 'south')[n % 2]}" for n in range(120)]
     (work / "cases.csv").write_text("\n".join(["report,days,clinic", *rows]))
     added, simulate = dict[str, Any](), fedtune.simulate
@@ -88,7 +88,7 @@ def test_task_whose_loss_mixes_records_is_refused_before_the_run(work: Path, sma
 @pytest.mark.nightly
 @pytest.mark.by_day("torch")
 @pytest.mark.parametrize("script", SCRIPTS, ids=["TRL", "torch"])
-def test_script_becomes_two_sites_in_at_most_15_changed_lines(script: str, work: Path, small: dict[str, Any]) -> None:
+def test_script_needs_at_most_15_changed_lines_for_two_sites(script: str, work: Path, small: dict[str, Any]) -> None:
     assert all(sum(line.startswith(mark) for line in script.splitlines()) <= 15 for mark in "+-")
     turns = '[{"role": "user", "content": "lost card %d"}, {"role": "assistant", "content": "we send one"}]'
     (work / "chats.jsonl").write_text("\n".join('{"messages": ' + turns % n + "}" for n in range(1000)))
@@ -104,7 +104,7 @@ def test_script_becomes_two_sites_in_at_most_15_changed_lines(script: str, work:
     assert [ledger.spending.epsilon > 0 for ledger in ledgers] == [True, True]
 
 
-def test_installed_package_declares_a_task_and_is_imported_by_its_name_alone(work: Path) -> None:
+def test_installed_task_package_is_imported_only_by_name(work: Path) -> None:
     declare(work, "quantile-task", "quantile = quantile:Quantile\nclassification = quantile:Quantile")
     assert type(get_task("classification")) is Classification, "fedtune's own names come first"
     assert (find_task("quantiles"), sys.modules.get("quantile")) == (None, None)
@@ -127,19 +127,19 @@ def test_unusable_package_is_refused(work: Path, entries: list[str], message: st
         get_task("median")
 
 
-def test_registered_name_must_be_free_and_a_changed_class_replaces_itself(work: Path) -> None:
+def test_register_refuses_taken_names_and_replaces_changed_classes(work: Path) -> None:
     first = importlib.import_module("quantile").Quantile
     del sys.modules["quantile"]
     changed = importlib.import_module("quantile").Quantile
     assert type(TASKS["quantile"]) is changed is not first
-    with pytest.raises(ConfigError, match=r"fedtune\.tasks\.classification\.Classification: give the class another"):
+    with pytest.raises(ConfigError, match=r"fedtune\.tasks\.classification\.Classification; choose another"):
         register(type("Mine", (Classification,), {}))
     with pytest.raises(ConfigError, match=r"task = 'my task'"):
         register(type("Mine", (Classification,), {"name": "my task"}))
 
 
 class Shared(Classification):
-    """Makes targets of all records together, and one example more where a text is long."""
+    """Task whose targets depend on all records together, and which makes an additional example of a long text."""
 
     name = "shared"
 
@@ -154,5 +154,5 @@ def test_own_task_tokenizes_one_record_at_a_time_into_one_example(encoder_tokeni
     tokenize = partial(tokenize_separately, tokenizer=encoder_tokenizer, data=data)
     short = [Record({"text": text, "label": "a"}) for text in ("my", "my card", "where")]
     assert tokenize(Shared(), short).targets.tolist() == [1, 1, 1]
-    with pytest.raises(ConfigError, match="exactly one example of each record"):
+    with pytest.raises(ConfigError, match="exactly one example per record"):
         tokenize(Shared(), [Record({"text": "card " * 20, "label": "a"})])

@@ -1,4 +1,4 @@
-"""Pairs of answers: how they are laid out, what they are measured against, and what their scores mean."""
+"""Preference pairs: layouts, references, and the meaning of their scores."""
 
 import tracemalloc
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record:
         (
             make_chat_pair("lost", make_turns("where", "card")),
             WHOLE,
-            "chosen = 'text': must be a list of turns, because data.columns names no prompt",
+            "chosen = 'text': must be a list of turns, because data.columns has no prompt",
         ),
         (
             make_chat_pair(make_turns("where", "lost"), make_turns("is", "card")),
@@ -160,7 +160,7 @@ def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record:
         ),
     ],
 )
-def test_malformed_pair_is_a_fault_and_named_in_the_error(
+def test_malformed_pair_is_unusable_and_named_in_the_error(
     leading_tokenizer: Any, record: Record, data: DataSpec, message: str
 ) -> None:
     PAIRS.check_data(data)
@@ -171,7 +171,7 @@ def test_malformed_pair_is_a_fault_and_named_in_the_error(
 
 
 def test_long_pairs_are_truncated_one_at_a_time(leading_tokenizer: Any) -> None:
-    """Before it is cut a text may be 64 times as long as it may be in the end, and its tokens are objects."""
+    """Before truncation a text may be 64 times its final length, and its tokens are Python objects."""
 
     def measure_peak(count: int) -> int:
         long = " ".join(["where"] * 1200)
@@ -294,7 +294,7 @@ def test_indistinguishable_pairs_are_not_scored(model: TaskModel) -> None:
     assert model.task.scores(with_nothing, spec=model.spec) == model.task.scores(of_four, spec=model.spec)
     drawn = {name: values[4:] for name, values in with_nothing.items()}
     assert model.task.scores(drawn, spec=model.spec)["accuracy"] == 0.5, "a draw of a bootstrap ends no evaluation"
-    with pytest.raises(DataError, match="no pair to tell apart"):
+    with pytest.raises(DataError, match="no distinguishable pair"):
         evaluate_examples(model, TextDataset(dataset.input_ids[8:], targets[8:], 2), pad_id=0, max_tokens=1)
 
 

@@ -1,4 +1,4 @@
-"""Adapters travel and are saved without loss, and nothing else passes for one."""
+"""Adapters are sent and saved without loss, and anything else is refused."""
 
 import hashlib
 import json

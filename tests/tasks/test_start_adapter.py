@@ -1,4 +1,4 @@
-"""An adapter tuned before begins a run of the same kind, and nothing else does."""
+"""A tuned adapter starts runs of the same kind only."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ OTHER_LABELS = ("billing", "technical", "sales")
 
 
 def build_moved(spec: TaskModelSpec) -> TaskModel:
-    """A model whose trained tensors are all 0.5 away from where they start."""
+    """Build a model whose trained tensors are all 0.5 away from their initial values."""
     model = build_task_model(spec)
     Adapter({name: value + 0.5 for name, value in Adapter.from_task_model(model).tensors.items()}).load_into(model)
     return model
@@ -88,7 +88,7 @@ def test_head_is_reinitialized_for_other_labels(tuned_adapter: Path) -> None:
 
 @pytest.mark.parametrize("labels", [OTHER_LABELS, SPEC.labels[::-1]])
 @pytest.mark.parametrize("changes", [{}, {"task": "token_classification", "head": HeadSpec()}, TABLE], ids=str)
-def test_matching_labels_keep_their_head_rows_and_new_ones_are_initialized(
+def test_matching_labels_keep_head_rows_and_new_labels_are_initialized(
     tmp_path: Path, changes: dict[str, Any], labels: tuple[str, ...]
 ) -> None:
     was, now = replace(SPEC, **changes), replace(SPEC, **changes, labels=labels)
@@ -155,7 +155,7 @@ def test_damaged_or_non_finite_start_adapter_is_refused(
     settings = json.loads((tuned_adapter / "fedtune.json").read_text())  # nor is another base taken, by its hash
     other_base = settings | {"model": settings["model"] | {"sha256": "ab" * 32}}
     (copied / "fedtune.json").write_text(json.dumps(other_base))
-    with pytest.raises(ConfigError, match=r"model\.adapter.*was tuned for base model abab.*, but the run's is"):
+    with pytest.raises(ConfigError, match=r"model\.adapter.*was tuned for base model abab.*, but the run uses"):
         begin_adapter(copied)
 
 

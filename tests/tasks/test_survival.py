@@ -1,4 +1,4 @@
-"""Survival: what is known of a record by its time, scores worked by hand, and a run that learns."""
+"""Survival task: censored targets, manually computed scores, and a complete run."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Tasks of a pooled head beyond one label: what a target is, the loss, the answer, and the scores."""
+"""Pooled tasks beyond single labels: targets, losses, answers and scores."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +83,7 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
     assert fault(Record({"text": "a", role: "2.5" if task == "regression" else "mid"})) is None
     # Were a mistake of ours to end the answer of a site, the answer would tell of the record.
     error = make_validator(lambda record: record.fields["nothing"])(Record({"text": "secret"}, "a.csv", 3))
-    assert str(error) == "a.csv:3, record = 'KeyError': must be a record that can be read"
+    assert str(error) == "a.csv:3, record = 'KeyError': must be a readable record"
 
 
 @pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
@@ -116,7 +116,7 @@ def test_multi_label_and_ordinal_losses_match_their_definitions() -> None:
 
 def test_ordinal_probabilities_sum_to_one_and_the_median_is_predicted() -> None:
     logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(3)) * 3  # in no order at all
-    said = TASKS["ordinal"].said(logits, spec=make_spec("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
+    said = TASKS["ordinal"].predictions(logits, spec=make_spec("ordinal", labels=tuple("abcdef")))  # type: ignore[attr-defined]
     chances, predicted = said["probabilities"], said["predicted"]
     assert (chances >= 0).all()
     torch.testing.assert_close(chances.sum(dim=1), torch.ones(200))
@@ -137,9 +137,9 @@ def test_regression_targets_are_scaled_to_their_range(encoder_tokenizer: Any) ->
     assert targets.tolist() == [-1, 0, 1]
     logits = torch.tensor([[0.0], [0.5], [7.0]])
     assert task.loss(logits, targets, spec=spec).tolist() == [1, 0.25, 36]  # type: ignore[attr-defined]
-    assert task.said(logits, spec=spec)["predicted"].tolist() == [3, 4, 5], "no target lies beyond the range"  # type: ignore[attr-defined]
+    assert task.predictions(logits, spec=spec)["predicted"].tolist() == [3, 4, 5], "no target lies beyond the range"  # type: ignore[attr-defined]
     assert task.compute_exported_output(logits, spec=spec).flatten().tolist() == [3, 4, 17]
-    assert task.true(targets, spec=spec).tolist() == [1, 3, 5]  # type: ignore[attr-defined]
+    assert task.true_values(targets, spec=spec).tolist() == [1, 3, 5]  # type: ignore[attr-defined]
     assert task.answer(torch.tensor([0.25]), spec=spec) == ("3.5", {"number": 3.5})
 
 
@@ -190,7 +190,7 @@ def test_final_scores_and_details_match_manual_calculations() -> None:
     assert {name: scores[name] for name in expected} == pytest.approx(expected), "in its own unit"
     assert TASKS["regression"].detail(of_number, spec=make_spec("regression")) is None
     task, spec = TASKS["ordinal"], make_spec("ordinal")
-    said = task.said(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
+    said = task.predictions(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
     figures = {name: one.numpy().astype(np.float64) for name, one in said.items()}
     figures |= {"truth": np.array([1.0, 0, 1]), "loss": np.array([0.1, 0.2, 0.3])}
     scores = task.compute_final_scores(figures, spec=spec)

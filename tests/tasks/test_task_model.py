@@ -1,4 +1,4 @@
-"""Losses, the head, and what trains; per-example gradients against a loop over examples."""
+"""Task models: losses, head and trainable parameters, with per-example gradients against a loop."""
 
 import copy
 from collections.abc import Callable
@@ -32,7 +32,7 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 @pytest.mark.parametrize("task", ["classification", "multi_label", "regression", "ordinal", "token_classification"])
 def test_head_pads_small_batches_to_full_row_blocks(task: str) -> None:
-    """Where few rows take another kernel, it rounds otherwise; this machine's may be the same, so rows are counted."""
+    """The test counts rows, because this machine may use the same kernel for small batches."""
     model, batch, seen = make_trained("random:bert", task), make_batch(task), set()
     hook = model.head.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[0]))
     for some in (batch, *(cut_example(batch, place) for place in range(len(batch)))):
@@ -178,7 +178,7 @@ def test_head_center_is_the_mean_label_embedding_and_stays_frozen() -> None:
 
 @pytest.mark.parametrize("kind", [RobertaForCausalLM, BertLMHeadModel])
 def test_encoder_configured_as_decoder_is_refused(kind: Any) -> None:
-    """It sees no later token, but its head rounds a place by where that lies in the batch."""
+    """The encoder sees no later token, but its head rounds a position by its index in the batch."""
     small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = kind.config_class(**small, intermediate_size=32, is_decoder=True)
     with pytest.raises(ConfigError, match=r"model\.path .*must be a decoder for causal_lm: [a-z-]+ is an encoder"):

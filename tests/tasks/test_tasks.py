@@ -1,4 +1,4 @@
-"""Which settings each task takes, and that reading them waits for no model library."""
+"""Settings that each task accepts, and reading them without importing model libraries."""
 
 import ast
 import random
@@ -65,7 +65,7 @@ FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
 
 
 def draw_value(draws: random.Random) -> object:
-    """A value of any kind, in which nearly every number and name is another one each time."""
+    """Draw a value of any kind, with mostly distinct numbers and names."""
     number, name = draws.randrange(-5, 10_000), f"{draws.choice('abx')}{draws.randrange(10_000)}"
     turn = {"role": draws.choice(["user", "assistant", "system", name]), "content": draws.choice([name, "", number])}
     span = [draws.randrange(-1, 9), draws.randrange(5000), draws.choice(["a", name])]
@@ -133,7 +133,7 @@ def test_label_texts_must_match_the_number_of_labels() -> None:
 
 
 def test_task_names_appear_only_in_the_tasks_package() -> None:
-    """A new task then touches its own file, the list of tasks and an experiment's settings."""
+    """Adding a task therefore needs only its own module, the registry and an experiment's settings."""
     package = Path(fedtune.__file__).parent
     for path in package.rglob("*.py"):
         if path.parent != package / "tasks":

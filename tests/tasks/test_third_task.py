@@ -1,4 +1,4 @@
-"""A third task, defined here alone by public names: commands run it as they run the tasks of fedtune itself."""
+"""A custom task, defined here with public names only, works in all commands."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,7 +108,7 @@ def test_third_party_task_is_simulated_and_reported(folder: Path) -> None:
     assert "text_length" in (folder / "report.html").read_text()
 
 
-def test_its_own_setting_reaches_sites_and_adapter_and_a_wrong_one_is_refused(folder: Path) -> None:
+def test_custom_task_setting_is_sent_to_sites_and_validated(folder: Path) -> None:
     sent = select_settings_for_sites(read_saved_config(folder))
     assert read_settings(serialize_for_sites(sent), plan=sent.plan(), task=sent.task).bound_task.own == LengthSettings(
         longest=20
@@ -137,4 +137,4 @@ def test_third_party_task_is_evaluated_planned_and_exported(folder: Path, tmp_pa
     refused = run_command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
     assert refused == "--merge: is not available for task text_length, which has only adapters"
     refused = run_command("simulate", *list_tiny_overrides("task=riddles", into=tmp_path)).failed()
-    assert refused.startswith(f"task = 'riddles': must be one of {', '.join(TASKS)}, or a task of your own")
+    assert refused.startswith(f"task = 'riddles': must be one of {', '.join(TASKS)}, or an installed custom task")

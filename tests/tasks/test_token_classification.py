@@ -1,4 +1,4 @@
-"""Token labels: what a record is, words and windows, the loss, what scores count, and what is refused."""
+"""Token classification: records, words and windows, loss, scores, and refusals."""
 
 import json
 import time
@@ -17,9 +17,9 @@ from fedtune.evaluation.scoring import compute_unit_scores, evaluate_examples
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.measures import entity_counts, recall_precision_f1
+from fedtune.tasks.measures import count_entities, recall_precision_f1
 from fedtune.tasks.registry import get_task
-from fedtune.tasks.token_classification import decode_entities, make_marks_reader
+from fedtune.tasks.token_classification import decode_entities, make_entity_reader
 
 from ..data.conftest import make_data_spec
 from ..model.conftest import make_trained
@@ -51,25 +51,25 @@ def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> R
 )
 def test_tag_schemes_decode_to_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
     words = [f"w{place}" for place in range(len(tags))]
-    _, marked = make_marks_reader(make_data())(record(words, [*tags]))
+    _, marked = make_entity_reader(make_data())(record(words, [*tags]))
     assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == found
     # A declared type may begin as a tag of a scheme.
     labels = ("S-protein", "M_protein", "U-boot", "drug")
-    _, read = make_marks_reader(make_data(labels=labels))(
+    _, read = make_entity_reader(make_data(labels=labels))(
         record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"])
     )
     assert [labels[label] for *_, label in read] == ["S-protein", "M_protein", "drug", "U-boot"]
 
 
 def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
-    assert make_marks_reader(make_data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"])) == (
+    assert make_entity_reader(make_data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"])) == (
         "a b cd ",
         [(0, 6, 0)],
     )
     spans = [{"start": 4, "end": 6, "label": "dose"}, {"start": 0, "end": 3, "label": "drug"}]
     given = make_data(SPANNED)
-    assert make_marks_reader(given)(record("a b cd ", spans, SPANNED))[1] == [(0, 3, 0), (4, 6, 1)]
-    assert make_marks_reader(given)(record("a b", "[]", SPANNED))[1] == []
+    assert make_entity_reader(given)(record("a b cd ", spans, SPANNED))[1] == [(0, 3, 0), (4, 6, 1)]
+    assert make_entity_reader(given)(record("a b", "[]", SPANNED))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_unusable_record_is_reported_without_its_text(
     words: object, answer: object, columns: dict[str, str], message: str
 ) -> None:
     with pytest.raises(DataError) as caught:
-        make_marks_reader(make_data(columns))(record(words, answer, columns))
+        make_entity_reader(make_data(columns))(record(words, answer, columns))
     assert str(caught.value).startswith(message)
     assert not any(text in str(caught.value) for text in ("secret", "card", "drug I"))
 
@@ -203,7 +203,7 @@ COUNTED: list[tuple[Any, Any, Any, Any]] = [
 
 def test_entity_counts_match_manual_counts_in_linear_time() -> None:
     for truth, said, of_label, every in COUNTED:
-        counts = entity_counts(truth, said, num_labels=2)
+        counts = count_entities(truth, said, num_labels=2)
         assert counts.shape == (3, 5)
         assert (tuple(counts[0]), tuple(counts[2])) == (of_label, every)
     draws = np.random.default_rng(0)
@@ -213,7 +213,7 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
         return [(first, first + int(draws.integers(1, 5)), int(draws.integers(2))) for first in firsts]
 
     for truth, said in ((draw_spans(), draw_spans()) for _ in range(300)):
-        compute_all_gradients = entity_counts(truth, said, num_labels=2)[2]
+        compute_all_gradients = count_entities(truth, said, num_labels=2)[2]
         met, right = (
             sum(any(one[0] < other[1] and other[0] < one[1] for other in others) for one in each)
             for each, others in ((truth, said), (said, truth))
@@ -226,12 +226,12 @@ def test_entity_counts_match_manual_counts_in_linear_time() -> None:
         ) == (len(truth), len(said), met, right)
     began = time.process_time()
     many = [(place, place + 1, place % 2) for place in range(20_000)]
-    assert entity_counts(many, many[::2], num_labels=2)[2].tolist() == [20_000, 10_000, 10_000, 10_000, 10_000]
+    assert count_entities(many, many[::2], num_labels=2)[2].tolist() == [20_000, 10_000, 10_000, 10_000, 10_000]
     assert time.process_time() - began < 3
     spans = [{"start": 3 * place, "end": 3 * place + 3, "labels": ["drug"]} for place in range(0, 400_000, 100)]
     of_units = record("a\U0001f600" * 400_000, spans, SPANNED)
     began = time.process_time()
-    assert make_marks_reader(make_data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
+    assert make_entity_reader(make_data(SPANNED))(of_units)[1][-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
     assert time.process_time() - began < 3, "offsets in units, too"
 
 
@@ -255,7 +255,7 @@ def test_entity_scores_match_their_counts() -> None:
 
 
 def test_predicted_entities_are_merged_across_windows(encoder_tokenizer: Any) -> None:
-    """A model that always says B-drug: each word is an entity of its own, also where a window ends."""
+    """The model always predicts B-drug, so each word is an entity of its own, also at the end of a window."""
     assert decode_entities([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
     model = make_trained("random:bert", TASK.name, texts=2)
     labels = model.spec.labels
@@ -300,7 +300,7 @@ def test_predicted_entity_ends_with_its_word_despite_truncation() -> None:
         asked = TASK.without_answer(Record({"text": text}), given)
         (row,) = TASK.tokenize([asked], tokenizer, data=given).targets
         logits = functional.one_hot(torch.ones(1, len(row), dtype=torch.long), 1 + 2 * len(model.spec.labels)).float()
-        _, found = TASK.answer_to(asked, logits, tokenizer, data=given, spec=model.spec)
+        _, found = TASK.answer_record(asked, logits, tokenizer, data=given, spec=model.spec)
         words = text.split()[: len(found)]  # type: ignore[arg-type]
         assert [one["text"] for one in found] == words, max_length  # type: ignore[attr-defined]
 
@@ -318,5 +318,5 @@ def test_prompts_omit_answers_and_dummy_records_are_usable(encoder_tokenizer: An
         roles = TASK.list_required_roles(given)
         made = {role: TASK.dummy_field(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
         assert TASK.record_validator(given)(Record(made)) is None
-        assert len(make_marks_reader(given)(Record(made))[1]) == 1
+        assert len(make_entity_reader(given)(Record(made))[1]) == 1
     assert json.loads(made["spans"]) == [[0, 1, "dose"]]

@@ -85,7 +85,7 @@ def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_to
     assert get_task(task).list_required_roles(settings) == ("text", "text_pair", *get_task(task).roles[1:])
     get_task(task).check_tokenizer(encoder_tokenizer, data=settings)
     get_task(task).check_tokenizer(leading_tokenizer, data=one)
-    with pytest.raises(ConfigError, match="has a tokenizer without a separator between two texts"):
+    with pytest.raises(ConfigError, match="its tokenizer has no separator between two texts"):
         get_task(task).check_tokenizer(leading_tokenizer, data=settings)
 
 
@@ -147,7 +147,7 @@ class Failing:
 
 
 def raise_panic() -> object:
-    """The library's own exception, which is no `Exception`."""
+    """Raise the library's own exception, which is not an `Exception`."""
     return FixedLength(length=0).pre_tokenize_str("a")
 
 
@@ -195,7 +195,9 @@ def test_tokenizer_chunks_are_bounded_in_characters(encoder_tokenizer: Any) -> N
 
 @pytest.mark.parametrize(("to", "left_out"), [("card" * 1000, True), (" card", False)])
 def test_text_expanded_by_normalization_is_skipped_alone(to: str, left_out: bool) -> None:
-    """A normalizer that makes gigabytes of one record's letters would end the process, exactly where it has them."""
+    """A normalizer that expands one record's letters to gigabytes would kill the process only if such a record
+    exists.
+    """
     rows, tokenizer = (
         make_labeled_records(("lost card", "a"), ("my ß", "a"), ("my card", "b")),
         make_tokenizer(post=None),

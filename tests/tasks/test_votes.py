@@ -1,4 +1,4 @@
-"""Votes: a record's gradient is one vote for its nearest candidate, and a run's weights are the shares of all votes."""
+"""Votes: a record's gradient is one vote for the nearest candidate, and a run's weights are the vote shares."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_histogram_counts_votes_from_its_column(shares: Path, tmp_path: Path, ag
 def test_repeated_votes_give_shares_and_are_charged_per_round(
     shares: Path, tmp_path: Path, changes: tuple[str, ...]
 ) -> None:
-    """Before, weights were cut at the bound on an adapter's values: 0.50, 0.38 and 0.12 after three rounds."""
+    """An earlier version clamped weights to the limit on adapter values: 0.50, 0.38 and 0.12 after three rounds."""
     folder = simulate(*list_overrides(shares), "privacy.epsilon=20", *changes, into=tmp_path)
     weights = load_file(folder / "adapter" / "head.safetensors")["weight"][0]
     assert weights / weights.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
