@@ -1,3 +1,3 @@
-"""Evaluation of a task model: scores (`scoring`), scores by group (`groups`), confidence intervals (`bootstrap`), text
-generation with BLEU and ROUGE-L (`generation`), and the settings (`spec`).
+"""Evaluation of a task model: scores, scores by group, confidence intervals, and text generation with BLEU and
+ROUGE-L.
 """

@@ -6,10 +6,10 @@ canaries.  If training is (epsilon, delta)-differentially private, the attacker 
 of a coin with bias e^epsilon / (1 + e^epsilon).  The module needs only numpy, so that it can be audited alone.
 
 The number of guesses r must be fixed before anybody looks at the results; the choice of the r canaries and of the
-guesses may depend on everything that was released.  fedtune uses one r per audit (`audit.guesses`), so no correction
-for multiple tests is needed.  A caller who computes bounds for k values of r and keeps the largest must ask for
-confidence 1 - (1 - confidence) / k each time (Bonferroni), and so must a caller who judges a run by the worst of its k
-sites (`split_error_probability`).
+guesses may depend on everything that was released. fedtune uses one r per audit (`audit.guesses`), so no correction for
+multiple tests is needed.  A caller who computes bounds for k values of r and keeps the largest needs confidence 1 - (1
+- confidence) / k each time (Bonferroni), and so does a caller who judges a run by the worst of its k sites
+(`split_error_probability`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-LEAST_CONFIDENCE = 0.9  # with less, a sound implementation would be called wrong too often
+LEAST_CONFIDENCE = 0.9  # with less confidence, audits would too often reject a sound implementation
 _PRECISION = 1e-6
 _SHARE_OF_SITES = 0.9
 
@@ -28,11 +28,11 @@ def compute_p_value(canaries: int, guesses: int, right: int, *, epsilon: float, 
     """Bound the probability of `right` or more correct guesses if training is (epsilon, delta)-DP.
 
     Theorem 5.2 of the paper, in the form with abstentions (Corollary 5.4).  Let W be Binomial(r, q) with q = e^epsilon
-    / (1 + e^epsilon).  With delta = 0, each guess is right with probability at most q, whatever the other coins were,
-    so the number of right guesses is stochastically dominated by W.  With delta > 0, the theorem gives the bound W + F.
-    Here F counts the coins on which training failed to be epsilon-DP; for any fixed outcome of training, F is an
-    integer independent of W.  Each of the m coins fails with probability at most delta on either of its sides, so the
-    mean of F is at most 2 m delta; all m coins count, guessed or not.  Hence
+    / (1 + e^epsilon).  With delta = 0, each guess is right with probability at most q for any outcome of the other
+    coins, so the number of right guesses is stochastically dominated by W.  With delta > 0, the theorem gives the bound
+    W + F.  Here F counts the coins for which training failed to be epsilon-DP; for any fixed outcome of training, F is
+    an integer independent of W.  Each of the m coins fails with probability at most delta on either of its sides, so
+    the mean of F is at most 2 m delta; all m coins count, guessed or not.  Hence
 
         P[right >= v]  <=  P[W + F >= v]  =  P[W >= v] + sum_i P[F = i] P[v > W >= v - i]
                        <=  beta + E[F] max_i P[v > W >= v - i] / i  <=  beta + 2 m delta alpha
@@ -59,7 +59,7 @@ def compute_epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delt
 
     Guarantee: if training is (epsilon, delta)-DP, the bound exceeds epsilon with probability at most 1 - confidence.
 
-    >>> round(compute_epsilon_lower_bound(1000, 100, 75, delta=1e-4, confidence=0.95), 3)  # Appendix D of the paper
+    >> round(compute_epsilon_lower_bound(1000, 100, 75, delta=1e-4, confidence=0.95), 3)  # Appendix D of the paper
     0.673
     """
     error = 1 - confidence
@@ -81,10 +81,10 @@ def compute_epsilon_lower_bound(canaries: int, guesses: int, right: int, *, delt
 def split_error_probability(confidence: float, sites: Sequence[str | None]) -> list[float]:
     """Split the error probability 1 - `confidence` over several bounds, so that all of them hold together (Bonferroni).
 
-    An attacker at a site sees most of what there is to see, so the sites share nine tenths of the error probability,
-    and the averaged adapter (None) gets the rest.  The split does not depend on any result.
+    An attacker at a site sees most of the released information, so the sites share nine tenths of the error
+    probability, and the averaged adapter (None) gets the rest.  The split does not depend on any result.
 
-    >>> [round(error, 4) for error in allowed_errors(0.95, ["a", "b", None])]
+    >> [round(error, 4) for error in split_error_probability(0.95, ["a", "b", None])]
     [0.0225, 0.0225, 0.005]
     """
     error, num_sites = 1 - confidence, sum(site is not None for site in sites)
@@ -94,9 +94,9 @@ def split_error_probability(confidence: float, sites: Sequence[str | None]) -> l
 
 
 def compute_max_lower_bound(canaries: int, *, delta: float, confidence: float, guesses: int | None = None) -> float:
-    """Return the bound for an attacker whose guesses are all correct: the most that an audit with `canaries` can show.
+    """Return the largest bound that an audit with `canaries` can show: all guesses of the attacker are correct.
 
-    >>> [round(best_possible(m, delta=1e-5, confidence=0.95), 2) for m in (1000, 5000, 15000)]
+    >> [round(compute_max_lower_bound(m, delta=1e-5, confidence=0.95), 2) for m in (1000, 5000, 15000)]
     [5.78, 7.28, 8.08]
     """
     guesses = canaries if guesses is None else guesses
@@ -104,9 +104,9 @@ def compute_max_lower_bound(canaries: int, *, delta: float, confidence: float, g
 
 
 def compute_binomial_probabilities(count: int, *, log_odds: float) -> npt.NDArray[np.float64]:
-    """Return the binomial probabilities of 0 to `count` hits, shape (count + 1,).
+    """Return the binomial probabilities of 0 to `count` hits, shape (count + 1,), computed through logarithms.
 
-    They are computed through logarithms; the success probability is 1 / (1 + e^-log_odds).
+    The success probability is 1 / (1 + e^-log_odds).
     """
     log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     hits = np.arange(count + 1)

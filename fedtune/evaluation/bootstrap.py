@@ -1,14 +1,14 @@
-"""Percentile bootstrap confidence intervals for scores and for the paired differences between models.
+"""Percentile bootstrap confidence intervals for scores and for paired differences between models.
 
 Efron 1979; Efron and Tibshirani 1993, chapter 13.  The units (records, or users with all their records) are resampled
-with replacement, with the same draws for all models, and the scores are computed anew from each draw, so a score need
-not be a mean.  An interval shows how much a score would vary with another sample of units.  It does not cover the
-variation between training runs.
+with replacement, with the same draws for all models, and the scores are recomputed for each draw, so a score need not
+be a mean.  An interval shows the variation of a score between samples of units.  It does not cover the variation
+between training runs.
 
 Macro F1 is biased downwards on a sample with few records of a class.  The bootstrap draws are below the sample's score
-by about as much as the sample's score is below the true one, so the interval is shifted up by twice that bias (chapter
-10).  The bias cancels in the difference of two models.  Other scores are not corrected: for ECE, which is biased as
-well, the correction led to wrong verdicts.  simulations/intervals measures the coverage of the intervals.
+by about as much as the sample's score is below the true score, so the interval is shifted up by twice that bias
+(chapter 10).  The bias cancels in the difference of two models.  Other scores are not corrected: for ECE, which is
+biased as well, the correction led to wrong verdicts. simulations/intervals measures the coverage of the intervals.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ NO_DIFFERENCE: Verdict = "cannot be told apart"
 RESAMPLES = 1000
 LEVEL = 0.95
 FEWEST_UNITS = 10
-"""With fewer, an interval is far too narrow (of one unit it has no width), and nothing is called better or worse."""
+"""Minimum number of units for a verdict.  With fewer units an interval is far too narrow; with one unit it has no
+width.
+"""
 _TOO_LOW = frozenset({"macro_f1"})
-"""Scores of samples that lie below the truth by about as much as draws lie below the sample."""
+"""Scores with a downward bias on samples that equals the bias of bootstrap draws."""
 _LOWER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "mae", "rmse", "integrated_brier"})
 
 
@@ -50,21 +52,21 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The comparison of two models by one score, on the same units."""
+    """Comparison of two models by one score, on the same units."""
 
-    base: Estimate  # of the model before
-    tuned: Estimate  # of the model after
-    difference: Estimate  # tuned less base, from the same draws of units
-    verdict: Verdict  # what the difference's interval says of the tuned one
+    base: Estimate  # the model before training
+    tuned: Estimate  # the model after training
+    difference: Estimate  # tuned minus base, from the same draws of units
+    verdict: Verdict  # the tuned model's verdict, by the interval of the difference
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """Scores of several models on the same bootstrap draws of units."""
 
-    values: Mapping[str, Mapping[str, float]]  # by model and score, on the records as they are
-    draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]  # likewise, (draws,) each
-    num_units: int  # that were drawn from
+    values: Mapping[str, Mapping[str, float]]  # by model and score, on the original records
+    draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]  # by model and score, (draws,) each
+    num_units: int  # number of units in the data set
 
     def estimate(self, model: str, score: str) -> Estimate:
         """Return a model's score with its confidence interval."""
@@ -72,7 +74,7 @@ class Drawn:
         found = _estimate(value, draws)
         if score not in _TOO_LOW:
             return found
-        # Draws of a score of at most 1 lie off it: the interval moves back, and holds the score all the same.
+        # The draws are biased: shift the interval back, limit it to 1, and keep the score inside.
         bias = float(draws.mean()) - value
         low, high = found.low - 2 * bias, min(1.0, found.high - 2 * bias)
         return Estimate(value, min(low, value), max(high, value))
@@ -81,17 +83,17 @@ class Drawn:
         """Compare two models by one score.
 
         Args:
-            base: name of the model before.
-            tuned: name of the model after.
+            base: name of the model before training.
+            tuned: name of the model after training.
             score: name of the score.
-            judged: name of the score that decides whether higher or lower is better; None: `score` itself.
+            judged: name of the score that decides whether higher or lower is better; None uses `score`.
         """
         values = [self.values[model][score] for model in (base, tuned)]
         draws = [self.draws[model][score] for model in (base, tuned)]
-        with np.errstate(invalid="ignore"):  # infinity less infinity
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
             difference = _estimate(float(np.subtract(values[1], values[0])), draws[1] - draws[0])
         one, other = self.estimate(base, score), self.estimate(tuned, score)
-        sign, verdict = score_direction(judged or score), NO_DIFFERENCE
+        sign, verdict = get_score_direction(judged or score), NO_DIFFERENCE
         ends = sorted((sign * difference.low, sign * difference.high))
         if self.num_units >= FEWEST_UNITS and math.isfinite(one.value) != math.isfinite(other.value):
             verdict = "better" if math.isfinite(other.value) else "worse"
@@ -132,7 +134,7 @@ def score_draws(
     for _ in range(resamples):
         chosen = generator.integers(0, num_units, size=num_units)
         places = chosen if units is None else np.concatenate([units[unit] for unit in chosen])
-        # A draw may hold no record that can be scored, such as one with a token to predict.
+        # A draw may contain no record that can be scored, for example no supervised token.
         with suppress(DataError):
             each = {
                 model: scores({name: values[places] for name, values in figures.items()})
@@ -156,7 +158,7 @@ def compare_by_scores(
     units: Sequence[npt.NDArray[np.int64]] | None = None,
     resamples: int = RESAMPLES,
 ) -> dict[str, Comparison]:
-    """Compare two models by every score; the arguments are those of `drawn`."""
+    """Compare two models by every score; the arguments are those of `score_draws`."""
     found = score_draws({"base": base, "tuned": tuned}, scores=scores, units=units, resamples=resamples)
     return {score: found.compare_scores("base", "tuned", score) for score in found.values["base"]}
 
@@ -173,13 +175,13 @@ def describe_against_constant(model: str, found: Estimate, constant: float, *, s
 
     The score of the constant answer, on the same units, is treated as known exactly.
     """
-    ends = sorted(score_direction(score) * (end - constant) for end in (found.low, found.high))
+    ends = sorted(get_score_direction(score) * (end - constant) for end in (found.low, found.high))
     is_told = num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0)
     what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_told else f"{NO_DIFFERENCE} from"
     told = f"{format_score_name(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
     return f"{model[:1].upper()}{model[1:]} {what} the best constant answer: {told}."
 
 
-def score_direction(name: str) -> int:
-    """Return 1 if higher values of a score are better, and -1 if lower values are."""
+def get_score_direction(name: str) -> int:
+    """Return 1 if higher values of a score are better, and -1 if lower values are better."""
     return -1 if name in _LOWER_IS_BETTER else 1

@@ -2,13 +2,14 @@
 
 Mahloujifar, Melis and Chaudhuri 2024, "Auditing f-Differential Privacy in One Run" (arXiv 2410.22235).  The experiment
 and the counts are those of `audit_bound`: m canaries, each included by its own fair coin toss, r guesses, v of them
-right.  `audit_bound` knows (epsilon, delta) alone, and therefore allows for the worst mechanism with this pair:
-randomized response, which reveals as much about every canary as it ever may.  A Gaussian mechanism reveals that much
-about very few.  This module tests a whole trade-off curve, so its bound is about twice as large.
+right.  `audit_bound` uses only (epsilon, delta), and therefore allows for the worst mechanism with this pair:
+randomized response, which reveals the maximum about every canary.  A Gaussian mechanism reveals that much about very
+few canaries.  This module tests a complete trade-off curve, so its bound is about twice as large.
 
-The price is an assumption.  `fdp_lower_bound` is the epsilon of the *Gaussian mechanism* that the counts refute; for
-another mechanism it is an estimate.  `refutes_profile` tests a given curve, such as that of a plan's privacy loss
-distribution, and needs no such assumption.  As in `audit_bound`, r is fixed before anybody looks at results.
+The price is an assumption.  `compute_fdp_lower_bound` is the epsilon of the *Gaussian mechanism* that the counts
+refute; for another mechanism it is an estimate.  `refutes_profile` tests a given curve, such as that of a plan's
+privacy loss distribution, and needs no such assumption.  As in `audit_bound`, r is fixed before anybody looks at
+results.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from fedtune.privacy.loss_distribution import compute_hockey_stick
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-_MOST_MU = 40.0  # of a Gaussian mechanism with an epsilon of about 1,000: more than any canaries can show
-_CANDIDATES = 64  # tested at once; each search divides its interval by as many
+_MOST_MU = 40.0  # mu of a Gaussian mechanism with an epsilon of about 1,000, beyond any audit
+_CANDIDATES = 64  # values tested at once; each search divides its interval by this number minus 1
 _SEARCHES = 5  # 40 / 63^5: mu to eight digits
 _MOST_EPSILON = 1000.0
 
 
-def fdp_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
+def compute_fdp_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, confidence: float) -> float:
     """Return the largest epsilon, at `delta`, of a Gaussian mechanism that this number of right guesses refutes, or 0.
 
     Guarantee: if training is mu-Gaussian differentially private, the bound exceeds its epsilon with probability at most
@@ -40,21 +41,21 @@ def fdp_lower_bound(canaries: int, guesses: int, right: int, *, delta: float, co
         canaries: m, the number of canaries, each included by its own fair coin toss.
         guesses: r, the number of canaries for which the attacker did not abstain.
         right: v, the number of correct guesses.
-        delta: the delta at which epsilon is stated, above 0.
-        confidence: of the bound.
+        delta: the delta of the epsilon, above 0.
+        confidence: the confidence of the bound.
 
-    >>> round(fdp_lower_bound(20_000, 2099, 1818, delta=1e-6, confidence=0.95), 2)
+    >> round(compute_fdp_lower_bound(20_000, 2099, 1818, delta=1e-6, confidence=0.95), 2)
     2.68
     """
     low, high = 0.0, _MOST_MU
     for _ in range(_SEARCHES):
         candidates = np.linspace(low, high, _CANDIDATES)
         refuted = refutes_gaussian(canaries, guesses, right, candidates, error=1 - confidence)
-        held = int(np.argmin(refuted))  # the first that is not refuted; 0 if all are
+        held = int(np.argmin(refuted))  # the first value that is not refuted; 0 if all are refuted
         if held == 0:
-            return gaussian_epsilon(low if not refuted[0] else high, delta)
+            return compute_gaussian_epsilon(low if not refuted[0] else high, delta)
         low, high = float(candidates[held - 1]), float(candidates[held])
-    return gaussian_epsilon(low, delta)
+    return compute_gaussian_epsilon(low, delta)
 
 
 def refutes_gaussian(
@@ -73,45 +74,45 @@ def refutes_gaussian(
     """
     all_guesses, all_right, all_mu = np.broadcast_arrays(guesses, right, mu)
 
-    def least_blown_up(probabilities: Floats, places: Integers) -> Floats:
+    def inverse_blow_up(probabilities: Floats, places: Integers) -> Floats:
         shifted: Floats = ndtr(ndtri(probabilities) - all_mu.ravel()[places])
         return shifted
 
-    found = _refute(canaries, all_guesses.ravel(), all_right.ravel(), least_blown_up, error=error)
+    found = _refute(canaries, all_guesses.ravel(), all_right.ravel(), inverse_blow_up, error=error)
     return found.reshape(all_mu.shape)
 
 
 def refutes_profile(canaries: int, guesses: int, right: int, *, epsilons: Floats, deltas: Floats, error: float) -> bool:
     """Return whether counts refute that training is (epsilon, delta)-DP for every pair of a privacy profile at once.
 
-    Guarantee: a true claim is refuted with probability at most `error`.  Nothing is assumed about the mechanism; few
-    points make a weaker test and never a wrong one.
+    Guarantee: a true claim is refuted with probability at most `error`.  The test makes no assumption about the
+    mechanism; a profile with few points only makes it weaker.
 
     Args:
         canaries: m.
         guesses: r, at most m.
         right: v, at most r.
-        epsilons: (points,) of the profile.
-        deltas: (points,) of the profile, an upper bound of delta at each epsilon.
+        epsilons: (points,) epsilons of the profile.
+        deltas: (points,) upper bounds of delta at each epsilon.
         error: the allowed probability of refuting a true claim.
     """
     shrunk = np.exp(-epsilons)
 
-    def least_blown_up(probabilities: Floats, places: Integers) -> Floats:
-        # P[E] <= e^epsilon Q[E] + delta bounds Q[E] from below, and, for the complement, so does the second line.
+    def inverse_blow_up(probabilities: Floats, places: Integers) -> Floats:
+        # P[E] <= e^epsilon Q[E] + delta bounds Q[E] from below; the second line applies it to the complement of E.
         first = (probabilities[:, None] - deltas) * shrunk
         second = 1 - deltas - (1 - probabilities[:, None]) / shrunk
         least: Floats = np.maximum(first, second).max(axis=1)
         return np.maximum(0.0, least)
 
-    return bool(_refute(canaries, np.array([guesses]), np.array([right]), least_blown_up, error=error)[0])
+    return bool(_refute(canaries, np.array([guesses]), np.array([right]), inverse_blow_up, error=error)[0])
 
 
 def _refute(
     canaries: int,
     guesses: Integers,
     right: Integers,
-    least_blown_up: Callable[[Floats, Integers], Floats],
+    inverse_blow_up: Callable[[Floats, Integers], Floats],
     *,
     error: float,
 ) -> npt.NDArray[np.bool_]:
@@ -121,18 +122,18 @@ def _refute(
 
         hit_i = sum of j p_j / m    and    miss_i = sum of (r - j) p_j / m.
 
-    These are the probabilities that a canary drawn at random is guessed right, or wrong, in an outcome with i or more
-    right guesses.  The curve allows no miss_i below `least_blown_up(hit_i)` (the paper's Theorem 9): who is right so
-    often must be wrong at least so often.  The recursion starts at i = v and finds the least that both can be at i = 0,
-    where they add up to r / m exactly.  If they exceed that, the claim is refuted.
+    These are the probabilities that a random canary is guessed right, or wrong, in an outcome with i or more right
+    guesses.  The curve requires miss_i >= `inverse_blow_up(hit_i)` (the paper's Theorem 9): this many right guesses
+    imply a minimum of wrong guesses.  The recursion starts at i = v and computes the minimum of both at i = 0, where
+    they add up to r / m exactly.  If the minimum exceeds r / m, the claim is refuted.
 
     Args:
         canaries: m.
         guesses: (tests,) r.
         right: (tests,) v.
-        least_blown_up: from probabilities, and the places of the tests that they belong to, to the least probability
-            that the curve allows for the same event if the canary's coin had fallen the other way.
-        error: the probability that is tested.
+        inverse_blow_up: maps probabilities, and the indices of their tests, to the minimum probability that the curve
+            allows for the same event if the canary's coin had landed on the other side.
+        error: the probability under test.
     """
     refuted = np.zeros(right.shape, dtype=bool)
     going = np.arange(right.size)
@@ -141,8 +142,8 @@ def _refute(
     while going.size:
         refuted[going] = hits + misses > asked / canaries
         left = left - 1
-        grown = np.maximum(misses, least_blown_up(hits, going)) - misses
-        # Where nothing grew, nothing ever will: the claim stands.  What is refuted stays so.
+        grown = np.maximum(misses, inverse_blow_up(hits, going)) - misses
+        # A test without growth never grows again, so its claim is not refuted.  Refuted claims stay refuted.
         more = (grown > 0) & (left >= 0) & ~refuted[going]
         if not more.all():
             going, asked, left = going[more], asked[more], left[more]
@@ -152,7 +153,7 @@ def _refute(
     return refuted
 
 
-def gaussian_epsilon(mu: float, delta: float) -> float:
+def compute_gaussian_epsilon(mu: float, delta: float) -> float:
     """Return epsilon at `delta` of a Gaussian mechanism with noise multiplier 1 / `mu`."""
 
     def excess(epsilon: float) -> float:
@@ -160,6 +161,6 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
     if mu == 0 or excess(0.0) <= 0:
         return 0.0
-    from scipy.optimize import brentq  # takes as long to import as a report to read
+    from scipy.optimize import brentq  # slow to import
 
     return float(brentq(excess, 0.0, _MOST_EPSILON, xtol=1e-9))

@@ -1,4 +1,4 @@
-"""Text generation: token by token for one prompt, or in batches, with BLEU and ROUGE-L as scores."""
+"""Text generation, token by token for one prompt or in batches, with BLEU and ROUGE-L as scores."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from fedtune.tasks.task_model import TaskModel
 
 Places: TypeAlias = npt.NDArray[np.int64]
 Choose: TypeAlias = Callable[[torch.Tensor, Places], torch.Tensor]
-_LIKELIEST = 1024  # tokens that nearly always have `top_p` together; a whole vocabulary takes ten times as long to sort
-_LEAVE = 3 / 4  # rows whose texts have ended leave their batch when this share or less goes on
+_LIKELIEST = 1024  # tokens that nearly always cover `top_p`; sorting a whole vocabulary takes ten times as long
+_LEAVE = 3 / 4  # finished rows are removed from a batch when at most this fraction of rows is unfinished
 
 
 def choose_greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
@@ -37,29 +37,29 @@ def choose_greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
 def stream_tokens(
     task_model: TaskModel, prompt: npt.NDArray[np.int32], *, end_ids: Collection[int], spec: WritingSpec
 ) -> Iterator[int]:
-    """Continue one prompt, token by token, until one of `end_ids`, `spec.max_new_tokens` or the model's last position.
+    """Continue one prompt token by token, up to one of `end_ids`, `spec.max_new_tokens` or the model's last position.
 
-    A key-value cache lets each token cost a forward pass over a single position.  The same seed gives the same text on
-    the same machine.  As in `generate`, the model's own generation settings are ignored.
+    With a key-value cache, each token costs a forward pass over a single position.  The same seed gives the same text
+    on the same machine.  As in `generate`, the model's own generation settings are ignored.
 
     Args:
-        task_model: a model whose task writes text; its adapter must not change between two tokens.
+        task_model: a model whose task generates text; its adapter must not change between two tokens.
         prompt: (t,) token ids, t at least 1.
         end_ids: tokens that end the text; they are not part of it.
-        spec: how the next token is chosen.
+        spec: the settings for choosing the next token.
 
     Yields:
         The new token ids.
 
     Raises:
-        ConfigError: for `adapter`: the logits are not finite, so its training diverged.
+        ConfigError: for `adapter`, if the logits are not finite, so training has diverged.
     """
     positions = get_max_positions(task_model.base.get_base_model())
     room = spec.max_new_tokens if positions is None else min(spec.max_new_tokens, positions - len(prompt))
     draws = torch.Generator().manual_seed(spec.seed)
     token_ids, cache = torch.as_tensor(prompt, dtype=torch.int64, device=task_model.device)[None], None
     for _ in range(room):
-        # Entered for each token: between two of them the caller's own code runs, which may want gradients.
+        # Entered for each token, because the caller's code between two tokens may need gradients.
         with enter_evaluation_mode(task_model):
             output = task_model.base(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
@@ -73,15 +73,15 @@ def stream_tokens(
 def decode_stream(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield the text that each token adds, without special tokens and surrounding space.
 
-    A character that takes several tokens appears with the last of them, and a space with the text that follows it.  The
-    parts together equal the decoding of all tokens at once.
+    A character that takes several tokens is yielded with the last of them, and a space with the text that follows it.
+    The concatenated parts equal the decoding of all tokens at once.
     """
     kept: list[int] = []
     shown = ""
     for token in token_ids:
         kept.append(token)
         text = _decode_tokens(kept, tokenizer)
-        # The tokenizer decodes the first bytes of a character to the mark of a broken one.
+        # The tokenizer decodes an incomplete character to the replacement character.
         if not text.endswith(_BROKEN) and text.startswith(shown) and len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
@@ -100,16 +100,16 @@ def _decode_tokens(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> 
 def _choose_token(
     logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator, *, against: torch.Tensor | None = None
 ) -> int:
-    """Choose the next token from its logits, (vocabulary,); `against` has the logits for another prompt and the same
-    text.
+    """Choose the next token from its logits (vocabulary,); `against` are the logits for a contrasting prompt with the
+    same text.
     """
     if not logits.max().isfinite():
         raise ConfigError(
-            "adapter", float(logits.max()), "must give finite scores for the next token: its training diverged"
+            "adapter", float(logits.max()), "must give finite scores for the next token; its training has diverged"
         )
     if spec.temperature == 0:
         return int(logits.argmax())
-    # In float64, and nothing above zero is divided: the smallest temperature overflows nothing.
+    # float64, and no positive value is divided, so that the smallest temperature does not overflow.
     scaled = (logits - logits.max()).double() / spec.temperature
     chances = torch.softmax(scaled, dim=-1)
     if spec.top_p == 1 and against is None:
@@ -117,10 +117,10 @@ def _choose_token(
     likeliest, order = chances.topk(min(_LIKELIEST, len(chances)))
     if likeliest.sum() < spec.top_p:
         likeliest, order = chances.sort(descending=True, stable=True)
-    # Those before which less than top_p has been reached: the likeliest always stays.
+    # Drop tokens after a cumulative probability of top_p; the likeliest token always stays.
     likeliest[likeliest.cumsum(dim=-1) - likeliest >= spec.top_p] = 0.0
     if against is not None:
-        # Among the likeliest alone: what neither prompt makes likely would win by its difference.
+        # Only among the likeliest tokens: an unlikely token could win by its difference alone.
         kept = order[likeliest > 0]
         lift = (logits[kept] - against[kept]).double() * (spec.guidance / spec.temperature)
         likeliest[likeliest > 0] *= (lift - lift.max()).exp()
@@ -133,7 +133,7 @@ def group_by_prompt(
     """Group n references by the token ids of their prompts.
 
     Args:
-        prompts: the prompt of each reference; prompts that truncation made equal are merged.
+        prompts: the prompt of each reference; prompts that are equal after truncation are merged.
         references: the reference texts.
         rows: keep only the first `rows` distinct prompts, with all their references.
 
@@ -168,12 +168,12 @@ def generate(
     penalties) are ignored.
 
     Args:
-        task_model: a model whose task writes text.
+        task_model: a model whose task generates text.
         prompts: the (t,) token ids of each prompt, t at least 1.
         tokenizer: decodes the new tokens.
         end_ids: tokens that end a text, as in training.
-        max_new_tokens: the longest text, in tokens.
-        max_tokens: padded tokens per batch, prompt and text together.
+        max_new_tokens: the maximum length of a text, in tokens.
+        max_tokens: the maximum number of padded tokens per batch, prompt and text together.
 
     Returns:
         One text per prompt, in order, without special tokens and surrounding space.
@@ -208,15 +208,15 @@ def sample_completions(
     """Sample a text for each prompt, in batches; each text has its own random generator.
 
     Args:
-        task_model: a model whose task writes text.
+        task_model: a model whose task generates text.
         prompts: the (t,) token ids of each prompt, t at least 1.
         tokenizer: decodes the new tokens.
         end_ids: tokens that end a text.
-        spec: how the next token is chosen.
+        spec: the settings for choosing the next token.
         first: the number of the first text; together with `spec.seed`, a text's number seeds its generator.
-        max_tokens: padded tokens per batch, prompt and text together.
+        max_tokens: the maximum number of padded tokens per batch, prompt and text together.
         against: one contrasting prompt per prompt, for `spec.guidance`; empty: no guidance.
-        begun: the tokens with which each text begins; empty: the whole text is sampled.
+        begun: the initial tokens of each text; empty: the whole text is sampled.
 
     Yields:
         (index of the prompt, text), in no particular order; the text is None if it did not end within
@@ -264,7 +264,7 @@ def generate_batches(
     against: Sequence[np.ndarray] = (),
     begun: Sequence[np.ndarray] = (),
 ) -> Iterator[tuple[int, str, bool]]:
-    """Write a text for each prompt, in batches of similar length.
+    """Generate a text for each prompt, in batches of similar length.
 
     Yields:
         (index of the prompt, text with its given beginning, whether the text ended).
@@ -279,7 +279,7 @@ def generate_batches(
     lengths = np.array([max(map(len, pair)) for pair in both], dtype=np.int32) + max_new_tokens
     longest, most = int(lengths.max(initial=0)), get_max_positions(task_model.base.get_base_model())
     if most is not None and longest > most:
-        bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
+        bound = f"must be smaller: the longest prompt has {longest - max_new_tokens} of the model's {most} tokens"
         raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
     rows_each = 2 if against else 1
     for indices in cut_micro_batches(np.arange(len(prompts)), lengths * rows_each, max_tokens=max_tokens):
@@ -307,8 +307,7 @@ def generate_batches(
 def compute_text_statistics(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Compute the inputs of `compute_text_scores` for each text: one hypothesis per prompt, against all references of
-    that prompt.
+    """Compute the inputs of `compute_text_scores` for each text, against all references of its prompt.
 
     Args:
         hypotheses: n texts.
@@ -320,7 +319,7 @@ def compute_text_statistics(
         `rouge_l`: (n,) by rouge-score, in [0, 1]: F1 of the longest common subsequence with the best reference.  Its
             tokenizer lower-cases and keeps only a-z and 0-9, without stemming: use it for English.
     """
-    # Imported here: only a run that generates needs the two libraries, and rouge-score loads nltk.
+    # Imported late: only a run that generates text needs the two libraries, and rouge-score loads nltk.
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
@@ -337,7 +336,7 @@ def compute_text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[
     """Compute corpus BLEU with exponential smoothing, in [0, 100], and mean ROUGE-L, in [0, 1].
 
     Args:
-        figures: the values that `compute_text_statistics` returns for n texts, n at least 1.
+        figures: the values of `compute_text_statistics` for n texts, n at least 1.
 
     Returns:
         The scores `bleu` and `rouge_l`.
@@ -362,15 +361,15 @@ def generate_batch(
 ) -> list[list[int]]:
     """Append tokens to each prompt until each text has one of `end_ids`, or `max_new_tokens`.
 
-    Transformers' own `generate` would apply the sampling settings and penalties that a checkpoint ships, even under an
-    explicit greedy configuration; this loop ignores them.
+    Transformers' own `generate` would apply a checkpoint's sampling settings and penalties, even under an explicit
+    greedy configuration; this loop ignores them.
 
     Args:
         model: the base with its adapter.
         prompts: the (t,) token ids of each prompt.
         end_ids: tokens that end a text.
         pad_id: pads shorter prompts.
-        max_new_tokens: the longest text, in tokens.
+        max_new_tokens: the maximum length of a text, in tokens.
         device: the model's device.
         choose: chooses each row's next token from (n, vocabulary) logits and the rows' indices among the prompts.  With
             `against`, it gets (2n, vocabulary) logits: those of the prompts, then those of the contrasting prompts.
@@ -379,20 +378,20 @@ def generate_batch(
     Returns:
         The new token ids of each prompt, including the token that ends the text and any tokens after it.
     """
-    begun, halves = [*prompts, *against], 2 if against else 1  # both write the same text
+    begun, halves = [*prompts, *against], 2 if against else 1  # both halves continue with the same text
     # Right-aligned, (n, longest), so that every row's last token is real.
     ids = [torch.from_numpy(prompt).long() for prompt in begun]
     token_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    # Families that read distances off the mask (ALiBi) take no position ids.
+    # Models that derive distances from the mask (ALiBi) have no position ids.
     takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
     cache = None
     rows: list[list[int]] = [[] for _ in prompts]
-    places = np.arange(len(prompts))  # of the rows that are still computed
+    places = np.arange(len(prompts))  # indices of the unfinished rows
     for _ in range(max_new_tokens):
         placed = {"position_ids": positions} if takes_positions else {}
-        # Only the last position's logits are read; all of them would take prompt length x vocabulary.
+        # Only the last position's logits are computed; all of them would need prompt length x vocabulary.
         output = model(
             input_ids=token_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
         )
@@ -406,7 +405,7 @@ def generate_batch(
         goes_on = [end_ids.isdisjoint(rows[place]) for place in places]
         if not any(goes_on):
             break
-        if sum(goes_on) <= _LEAVE * len(places):  # one long text does not make all others wait
+        if sum(goes_on) <= _LEAVE * len(places):  # a few long texts should not carry finished rows along
             kept = torch.tensor(goes_on * halves, device=device).nonzero()[:, 0]
             cache.batch_select_indices(kept)
             token_ids, mask, positions, places = token_ids[kept], mask[kept], positions[kept], places[goes_on]

@@ -1,11 +1,11 @@
 """Scores by group: by site, hospital ward, age band, or any other column of the test file.
 
 Each group gets its score, and its gap: the score inside the group minus the score of all records outside it.  The gap
-between the best and the worst group is not used.  It grows by chance alone with the number of groups and with their
-smallness, and an interval that treats the two groups as chosen in advance would be wrong.
+between the best and the worst group is not used.  It grows by chance alone with more and smaller groups, and an
+interval that treats the two groups as chosen in advance would be wrong.
 
-Small groups are merged by a rule that depends on their sizes and on no score (`merged`), so that nobody can choose the
-groups by the results.
+Small groups are merged by a rule that depends on their sizes and on no score (`merge_values`), so that nobody can
+choose the groups by the results.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import numpy.typing as npt
 from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, score_draws
 from fedtune.spec import DataError
 
-OTHERS = "all others"  # the group of all units that belong to no group of its own
-_GROUP = "group"  # beside a model's figures: the number of each record's group
+OTHERS = "all others"  # the group of merged small groups
+_GROUP = "group"  # key of each record's group index, next to a model's figures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Groups:
-    """The assignment of records to groups."""
+    """Assignment of records to groups."""
 
-    names: tuple[str, ...]  # of the groups, the largest first and `OTHERS` last
-    codes: npt.NDArray[np.int64]  # (records,) the place of each record's group in `names`
+    names: tuple[str, ...]  # group names, the largest group first and `OTHERS` last
+    codes: npt.NDArray[np.int64]  # (records,) index of each record's group in `names`
     sizes: tuple[int, ...]  # units of each group; a user with records in two groups counts in both
-    merged: tuple[str, ...] = ()  # the names that became `OTHERS`
+    merged: tuple[str, ...] = ()  # names of the groups in `OTHERS`
 
     @property
     def smallest(self) -> str:
-        """The name of the smallest group."""
+        """Name of the smallest group."""
         return min(zip(self.sizes, self.names, strict=True))[1]
 
 
@@ -43,10 +43,10 @@ class Groups:
 class GroupScores:
     """One score of several models, by group."""
 
-    groups: Groups  # that they were scored in
+    groups: Groups
     scores: Mapping[str, Mapping[str, Estimate]]  # by group and model
-    gaps: Mapping[str, Mapping[str, Estimate]]  # likewise, to all other groups
-    # by group and pair of models, the second beside the first
+    gaps: Mapping[str, Mapping[str, Estimate]]  # gap to all other groups, by group and model
+    # by group and pair of models, the second compared with the first
     changes: Mapping[str, Mapping[tuple[str, str], Comparison]]
 
 
@@ -123,7 +123,7 @@ def score_groups(
         score_draws(coded, scores=score_each, units=units),
         {name: n for n, name in enumerate(groups.names)},
     )
-    # The group's own units are what must be enough.
+    # The minimum number of units applies to the group's own units.
     of_group = {n: Drawn(found.values, found.draws, num_units=size) for n, size in enumerate(groups.sizes)}
     return GroupScores(
         groups=groups,

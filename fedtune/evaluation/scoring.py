@@ -1,4 +1,4 @@
-"""Scores of a task model: over data that the lead may see, and for each held-out record or person at a site."""
+"""Scores of a task model: on data that the lead may see, and for each held-out record or person at a site."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ from fedtune.spec import ConfigError, DataError, translate_panics
 from fedtune.tasks.task_model import TaskModel
 
 _MOST_ON_CPU = 2048
-"""Padded tokens of a batch on a CPU: for what is computed of more, the allocator asks the system for new memory each
-time, which took MiniLM up to a third longer at 8192 (simulations/benchmarks)."""
+"""Maximum padded tokens of a batch on a CPU: for larger batches the allocator requests new system memory each time,
+which took MiniLM up to a third longer at 8192 (simulations/benchmarks).
+"""
 KeptBatches = dict[int, Batch]
-"""A data set in batches, with what the frozen base made of each: by the first example's place, on the CPU."""
+"""Batches of a data set with cached outputs of the frozen base, on the CPU, by the index of the first example."""
 
 
 def evaluate_examples(
     task_model: TaskModel, dataset: TextDataset, *, pad_id: int, max_tokens: int, kept: KeptBatches | None = None
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Compute the inputs of `Task.scores` for every example of `dataset`: arrays of shape (examples, ...), by name.
+    """Compute the inputs of `Task.scores` for every example of `dataset`: name -> (examples, ...).
 
     No gradients are computed, and the model's training flags are restored.  The values are exact and not covered by any
     privacy guarantee, and neither are the scores: they must not leave a site if the data is private.
 
     Args:
-        task_model: the model; its task defines the outputs and the scores (`Task.figures`, `Task.scores`).
+        task_model: the model; its task defines the outputs and the scores (`Task.outputs_per_example`, `Task.scores`).
         dataset: the tokenized examples, at least one.
         pad_id: any valid token id.
-        max_tokens: padded tokens per batch.
-        kept: a cache of the frozen base's outputs for `dataset`, shared between evaluations; empty before the first.
+        max_tokens: the maximum number of padded tokens per batch.
+        kept: a cache of the frozen base's outputs for `dataset`, shared between evaluations; empty before the first
+            evaluation.
 
     Raises:
-        DataError: there is nothing to score.
-        ConfigError: for `evaluation.max_tokens`: a batch does not fit into the device's memory.
+        DataError: the data set has nothing to score.
+        ConfigError: for `evaluation.max_tokens`, if a batch does not fit into the device's memory.
     """
     figures: dict[str, npt.NDArray[np.float64]] = {}
     with enter_evaluation_mode(task_model), report_out_of_memory(max_tokens):
@@ -57,9 +59,9 @@ def evaluate_examples(
 def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: int) -> npt.NDArray[np.float64]:
     """Score each record in [0, 1], shape (records,); see `Task.score_unit`.
 
-    Each record is passed through the model alone.  In a shared batch, the length of one record would change the others'
-    logits by rounding, and a prediction at the decision boundary could flip, so that one record would change more than
-    its own score.  A record whose computation fails gets score 0.
+    Each record passes through the model alone.  In a shared batch, the length of one record would change the others'
+    logits by rounding, and a prediction at the decision boundary could flip, so one record would change more than its
+    own score.  A record whose computation fails gets score 0.
 
     The scores themselves are exact and must not leave the site.
     """
@@ -67,7 +69,7 @@ def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: 
     with enter_evaluation_mode(task_model):
         for index in range(len(dataset)):
             batch = collate(dataset, np.array([index]), pad_id=pad_id).to(task_model.device)
-            # Of a record that cannot be computed: 0, and the others as they are.
+            # A failed record keeps score 0, and the other records are not affected.
             with suppress(Exception), translate_panics():
                 scores[index] = task_model.task.score_unit(task_model, batch)
     return scores
@@ -76,10 +78,10 @@ def compute_unit_scores(task_model: TaskModel, dataset: TextDataset, *, pad_id: 
 def compute_user_scores(
     scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.int64]]
 ) -> npt.NDArray[np.float64]:
-    """Score each user in [0, 1] by the mean over all of the user's records, shape (users,); scores that are not finite
-    are 0.
+    """Score each user in [0, 1] by the mean over all of the user's records, shape (users,); non-finite scores count as
+    0.
 
-    However many records a user has, the user contributes one score in [0, 1], as `mechanism.noised_scores` requires.
+    A user with any number of records contributes one score in [0, 1], as the noised sum of scores requires.
 
     Args:
         scores: one score per record.
@@ -93,7 +95,7 @@ def compute_user_scores(
 def enter_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of `model` into evaluation mode without gradients, and restore each module's flag on exit.
 
-    The flags are set and restored one by one, and not by `eval()` and `train()`: the trainable leaves of a task model
+    The flags are set and restored one by one instead of by `eval()` and `train()`: the trainable leaves of a task model
     stay in training mode inside a frozen base on purpose, and those two calls would lose that state.  Hooks for
     per-example gradients ignore a module in evaluation mode.  `no_grad` is used instead of `inference_mode`: a buffer
     that a model creates in its first forward pass would be an inference tensor, and the next training step could not
@@ -112,11 +114,11 @@ def enter_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def report_out_of_memory(max_tokens: int) -> Iterator[None]:
-    """Turn an out-of-memory error of the accelerator into a ConfigError for `evaluation.max_tokens`."""
+    """Convert an out-of-memory error of the accelerator to a ConfigError for `evaluation.max_tokens`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        bound = f"must be smaller: the device is out of memory for one batch ({get_first_line(error)})"
+        bound = f"must be smaller: the device ran out of memory on one batch ({get_first_line(error)})"
         raise ConfigError("evaluation.max_tokens", max_tokens, bound) from None
 
 
@@ -125,7 +127,7 @@ def iter_batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int
     batch.
 
     Raises:
-        DataError: there is nothing to score.
+        DataError: the data set has nothing to score.
     """
     if len(dataset) == 0:
         raise DataError("evaluation data", 0, "must contain at least one example")
@@ -143,7 +145,7 @@ def iter_batches_with_cache(
         model: the model; a cache belongs to one model.
         dataset: the examples; a cache belongs to one data set, and to fixed values of the other arguments.
         pad_id: any valid token id.
-        max_tokens: padded tokens per batch; a CPU uses at most 2048.
+        max_tokens: the maximum number of padded tokens per batch; a CPU uses at most 2048.
         kept: the cache, filled in the first pass; None: no cache.
     """
     most = min(max_tokens, _MOST_ON_CPU) if model.device.type == "cpu" else max_tokens

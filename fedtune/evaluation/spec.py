@@ -1,34 +1,36 @@
-"""Settings of an evaluation, and of the writing of a text."""
+"""Settings of evaluation and text generation."""
 
 from __future__ import annotations
 
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, spec
 
 MOST_NEW_TOKENS = 1_000_000
-SMALLEST = 20  # units of the smallest group that is scored by itself, unless somebody asks for another number
+SMALLEST = 20  # default minimum number of units in a group with its own score
 
 
 def build_missing_test_records_error() -> ConfigError:
-    """Return the error for a comparison without test records: the runs hold none out, and no data file is given."""
-    bound = "is required to compare (or data.test_fraction, or --data FILE): records that no run trains on"
+    """Return the error for a comparison without test records: no run has held-out records, and no data file is
+    given.
+    """
+    bound = "is missing: a comparison needs records that no run trains on (or data.test_fraction, or --data FILE)"
     return ConfigError("data.test_file", None, bound)
 
 
 @spec
 class EvaluationSpec:
-    """How the lead's own data is scored.
+    """Settings for the scoring of the lead's own data.
 
-    None of these settings touches a private record; `max_tokens` affects speed and memory, and changes scores by no
-    more than rounding.
+    None of these settings touches a private record; `max_tokens` affects speed and memory, and changes scores only by
+    rounding.
 
     Attributes:
-        max_tokens: the maximum of padded tokens in a forward pass (rows times longest row); a longer example still
-            runs, alone.  Except for generation, a CPU uses at most 2048.
-        generate: true also writes texts, if the model's task can, and scores them with BLEU and ROUGE-L (the extra
-            `text`).
-        max_new_tokens: the longest text to write, in tokens.
-        generation_rows: write texts for this many distinct prompts only, the first ones, each with all of its
-            references; null: for every prompt.
+        max_tokens: the maximum number of padded tokens in a forward pass (rows times longest row); a longer example is
+            processed alone.  Except for generation, a CPU uses at most 2048.
+        generate: true also generates texts, if the model's task can, and scores them with BLEU and ROUGE-L (needs the
+            extra `text`).
+        max_new_tokens: the maximum length of a generated text, in tokens.
+        generation_rows: the number of distinct prompts to generate texts for, the first ones in the file, each with all
+            of its references; null: all prompts.
     """
 
     max_tokens: int = 4096
@@ -46,14 +48,14 @@ class EvaluationSpec:
 
 @spec
 class WritingSpec:
-    """How a text is written; the fields are also command-line options.
+    """Settings of text generation; the fields are also command-line options.
 
     Attributes:
-        max_new_tokens: the longest text, in tokens.
-        temperature: divides the logits before a token is drawn; 0 takes the likeliest token.
+        max_new_tokens: the maximum length of the text, in tokens.
+        temperature: divides the logits before a token is drawn; 0 selects the likeliest token.
         top_p: draw from the smallest set of likeliest tokens with this total probability (Holtzman et al. 2020, arXiv
             1904.09751); 1: from all tokens.
-        guidance: above 0, when many texts are written, prefer tokens that another text's prompt makes less likely: the
+        guidance: above 0, when generating many texts, prefer tokens that another text's prompt makes less likely: the
             difference of the log-probabilities, times this factor, is added to the likeliest tokens' log-probabilities
             (Sanchez et al. 2023, arXiv 2306.17806).
         seed: the seed of the random draws.

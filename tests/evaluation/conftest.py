@@ -1,4 +1,4 @@
-"""Tiny random models, built without any file, and data to score them on."""
+"""Tiny random models without files, and data to score."""
 
 import warnings
 from functools import partial
@@ -32,7 +32,7 @@ SIZES |= {"vocab_size": VOCABULARY}
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w3, w4, ... with the ids in their names; padding and end of text share an id, as in many chat models."""
+    """Words w3, w4, ... named by their ids; padding and end of text share an id, as in many chat models."""
     words = {"<unk>": 0, "<bos>": 1, "<end>": END} | {f"w{i}": i for i in range(3, VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -42,7 +42,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_tiny_model(kind: Any, config: Any, lora: LoraSpec) -> TaskModel:
-    """Its adapters change the outputs: B is not zero."""
+    """Build a tiny model whose adapters change the output, because B is not zero."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5.23 has renamed.
@@ -69,7 +69,7 @@ def build_llama(lora: LoraSpec) -> TaskModel:
 
 @pytest.fixture
 def language_model_without_positions() -> TaskModel:
-    """Bloom: its attention falls off with distance (ALiBi), and its forward pass takes no position ids."""
+    """Bloom, whose attention decays with distance (ALiBi) and whose forward pass has no position ids."""
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
     return build_tiny_model(transformers.BloomForCausalLM, config, LoraSpec(rank=2))
 
@@ -84,7 +84,7 @@ def labeled_texts() -> TextDataset:
 
 @pytest.fixture
 def completion_texts() -> TextDataset:
-    """Twenty texts of 4 to 15 tokens, of which the first 3 are a prompt; the last one was cut inside its prompt."""
+    """Twenty texts of 4 to 15 tokens with prompts of 3 tokens; the last text was truncated inside its prompt."""
     generator = np.random.default_rng(2)
     input_ids = tuple(draw_ids(generator, length) for length in generator.integers(4, 16, size=20))
     targets = [ids.astype(np.int64) for ids in input_ids]

@@ -1,4 +1,4 @@
-"""The auditor itself: printed figures of the paper, another implementation's goldens, and how often it is wrong."""
+"""Audit bounds: figures from the paper, golden values of another implementation, and error rates."""
 
 from functools import cache
 
@@ -69,7 +69,7 @@ def bound_epsilon(canaries: int, guesses: int, right: int, delta: float) -> floa
 
 
 def max_failures(trials: int) -> int:
-    """More failures than a bound with 95 % confidence has in so many trials, but with `CHANCE`."""
+    """Return the number of failures of a 95 % bound that is exceeded only with probability `CHANCE`."""
     return int(stats.binom(trials, 0.05).isf(CHANCE))
 
 
@@ -103,7 +103,7 @@ def simulate_gaussian_bounds(sigma: float, trials: int, canaries: int, guesses: 
 
 @pytest.mark.parametrize(("shift", "golden"), [(1, 1.13346), (2, 2.311945), (4, 4.395568)])
 def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> None:
-    """Its auditor on exact normal scores: "in" above a threshold, the best one on the ROC's hull, by Bonferroni."""
+    """The other auditor used exact normal scores: "in" above the best threshold on the ROC's hull, with Bonferroni."""
     quantiles = stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
     thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
     found = 10_000 - np.searchsorted(quantiles + shift, thresholds)

@@ -42,7 +42,7 @@ def test_scores_use_all_records_and_lower_losses_are_better() -> None:
 
 
 def test_bootstrap_is_paired_across_models() -> None:
-    """Paired: what all records have in common does not widen the interval of the difference."""
+    """Variation that all models share does not widen the interval of a paired difference."""
     common = np.random.default_rng(1).normal(0.0, 10.0, size=100)
     found = compare_by_scores(make_figures(common), make_figures(common + 1.0), scores=compute_mean)["accuracy"]
     assert found.difference.low == pytest.approx(1.0)
@@ -61,7 +61,9 @@ def test_bootstrap_is_paired_across_models() -> None:
 
 
 def test_bootstrap_resamples_whole_users() -> None:
-    """Records of a user that agree are no evidence of their own: by record the interval would be far too narrow."""
+    """Agreeing records of a user are not independent evidence; resampling records would give far too narrow an
+    interval.
+    """
     users = [np.arange(first, first + 10) for first in range(0, 200, 10)]
     values = make_figures(np.repeat(np.random.default_rng(2).normal(size=20), 10))
     zero = make_figures(np.zeros(200))
@@ -120,7 +122,7 @@ def test_diverged_model_is_worse_and_unscorable_resamples_are_skipped() -> None:
 
 @pytest.mark.nightly
 def test_confidence_intervals_have_their_nominal_coverage() -> None:
-    """Of two models that are right on 60 % and 70 % of all records, not independently; 95 % within 4 deviations."""
+    """Two dependent models are right on 60 % and 70 % of all records; coverage is 95 % within 4 standard deviations."""
     draws, number, held = np.random.default_rng(5), 400, 0
     for _ in range(number):
         hard = draws.random(100)
@@ -133,7 +135,7 @@ def test_confidence_intervals_have_their_nominal_coverage() -> None:
 
 
 def test_intervals_are_corrected_for_bootstrap_bias() -> None:
-    """Macro-F1 of few records of each class: draws lack some, so that they lie too low, as the sample does."""
+    """With few records per class, draws lack some classes, so their macro F1 is biased downwards like the sample's."""
     draws, held, plain = np.random.default_rng(4), 0, 0
     for _ in range(200):
         found = score_draws({"base": draw_answers(draws, draws.integers(0, 40, 400))}, scores=compute_f1, resamples=200)
@@ -158,7 +160,7 @@ def compute_f1(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def draw_answers(draws: np.random.Generator, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """Of a model that is right on 70 % of records."""
+    """Draw the answers of a model that is right on 70 % of records."""
     wrong = (truth + draws.integers(1, 40, len(truth))) % 40
     predicted = np.where(draws.random(len(truth)) < 0.7, truth, wrong)
     return {"truth": truth.astype(np.float64), "predicted": predicted.astype(np.float64)}
@@ -166,8 +168,8 @@ def draw_answers(draws: np.random.Generator, truth: np.ndarray) -> dict[str, np.
 
 @pytest.mark.by_day("100")
 @pytest.mark.parametrize("number", [20, 100, 400])
-def test_equivalent_models_are_rarely_called_different(number: int) -> None:
-    """Where a few records stand for 40 classes the bias is larger than the interval: it must not become a verdict."""
+def test_equivalent_models_rarely_get_a_verdict(number: int) -> None:
+    """With few records in 40 classes the bias exceeds the interval, and must not give a verdict."""
     draws, different = np.random.default_rng(6), 0
     for _ in range(100):
         truth = draws.integers(0, 40, number)

@@ -1,4 +1,4 @@
-"""The f-DP bound: another implementation's goldens, how often it is wrong, and what it shows at a real size."""
+"""The f-DP bound: golden values of another implementation, error rates, and bounds at a realistic size."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from scipy.spatial import ConvexHull
 
 from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound
 from fedtune.evaluation.fdp_bound import (
-    fdp_lower_bound,
-    gaussian_epsilon,
+    compute_fdp_lower_bound,
+    compute_gaussian_epsilon,
     refutes_gaussian,
     refutes_profile,
 )
@@ -21,7 +21,9 @@ MU_AT_CLAIM = 1.6660306  # of the Gaussian mechanism with epsilon 8 at delta 1e-
 
 
 def count_gaussian_guesses(mu: float, *, canaries: int, guesses: int, seed: int) -> tuple[int, int, int]:
-    """Counts of the best attack on a Gaussian mechanism: the likelihood ratio of its exact scores."""
+    """Count the correct guesses of the optimal attack on a Gaussian mechanism, a likelihood-ratio test of exact
+    scores.
+    """
     generator = np.random.default_rng(seed)
     inserted = generator.random(canaries) < 0.5
     scores = mu * inserted + generator.normal(size=canaries)
@@ -30,9 +32,9 @@ def count_gaussian_guesses(mu: float, *, canaries: int, guesses: int, seed: int)
 
 @pytest.mark.parametrize(("shift", "golden"), [(1, 2.164749), (2, 4.7218075), (4, 9.133752)])
 def test_bounds_match_jax_privacy_golden_values(shift: int, golden: float) -> None:
-    """Its auditor on exact normal scores: "in" above a threshold, the best one on the ROC's hull, by Bonferroni.
+    """The other auditor used exact normal scores: "in" above the best threshold on the ROC's hull, with Bonferroni.
 
-    Of all corners of the hull at once: a claim that is smaller by 1e-5 is refuted by some, one that is larger by none.
+    All corners of the hull are tested at once: some refute a claim that is smaller by 1e-5, and none a larger claim.
     """
     quantiles = stats.norm.ppf((np.arange(10_000) + 0.5) / 10_000)
     thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
@@ -54,16 +56,18 @@ def calibrate_mu(epsilon: float, *, delta: float) -> float:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_bound_at_15_000_canaries_shows_half_of_a_claim_of_eight(seed: int) -> None:
-    """The strongest attack on a Gaussian mechanism, with a tenth of all guesses: 5.2 to 5.6, and 3.6 to 3.9 before."""
+def test_bound_with_15_000_canaries_reaches_half_of_epsilon_8(seed: int) -> None:
+    """The optimal attack on a Gaussian mechanism, with a tenth of all guesses: 5.2 to 5.6, against 3.6 to 3.9
+    before.
+    """
     counts = count_gaussian_guesses(MU_AT_CLAIM, canaries=15_000, guesses=1500, seed=seed)
-    shown = fdp_lower_bound(*counts, delta=DELTA, confidence=0.95)
+    shown = compute_fdp_lower_bound(*counts, delta=DELTA, confidence=0.95)
     assert 0.6 * CLAIM < shown < CLAIM
     assert shown > 1.3 * compute_epsilon_lower_bound(*counts, delta=DELTA, confidence=0.95)
 
 
 @pytest.mark.parametrize("guesses", [40, 400])
-def test_true_gaussian_claim_is_refuted_no_more_often_than_allowed(guesses: int) -> None:
+def test_true_gaussian_claim_is_refuted_within_the_error_rate(guesses: int) -> None:
     trials, mu = 400, 1.0
     counts = [count_gaussian_guesses(mu, canaries=400, guesses=guesses, seed=seed) for seed in range(trials)]
     right = np.array([count[2] for count in counts])
@@ -74,7 +78,7 @@ def test_true_gaussian_claim_is_refuted_no_more_often_than_allowed(guesses: int)
     assert refutes_gaussian(400, 400, found, mu, error=0.05)
 
 
-def test_test_of_a_profile_agrees_with_the_test_of_its_gaussian() -> None:
+def test_profile_test_matches_gaussian_test() -> None:
     mu, guesses = 1.5, 500
     epsilons = np.linspace(-12, 12, 2001)
     deltas = compute_hockey_stick(1.0, 1 / mu, epsilons, adding=False)
@@ -88,7 +92,7 @@ def test_test_of_a_profile_agrees_with_the_test_of_its_gaussian() -> None:
 
 
 def test_refutation_matches_the_recursion_of_the_paper() -> None:
-    """One scalar step after another, as its Algorithm 3 has them."""
+    """The reference takes scalar steps, as in the paper's Algorithm 3."""
 
     def refutes(canaries: int, guesses: int, right: int, mu: float, error: float) -> bool:
         hits, misses = error * right / canaries, error * (guesses - right) / canaries
@@ -103,8 +107,8 @@ def test_refutation_matches_the_recursion_of_the_paper() -> None:
             assert bool(refutes_gaussian(100, 40, right, mu, error=0.05)) == expected
 
 
-def test_random_guesses_and_few_canaries_show_nothing() -> None:
-    assert fdp_lower_bound(1000, 1000, 500, delta=DELTA, confidence=0.95) == 0
-    assert fdp_lower_bound(1000, 1000, 0, delta=DELTA, confidence=0.95) == 0
-    assert fdp_lower_bound(4, 4, 4, delta=DELTA, confidence=0.95) == 0
-    assert gaussian_epsilon(0.0, DELTA) == 0
+def test_random_guesses_and_few_canaries_give_zero_bounds() -> None:
+    assert compute_fdp_lower_bound(1000, 1000, 500, delta=DELTA, confidence=0.95) == 0
+    assert compute_fdp_lower_bound(1000, 1000, 0, delta=DELTA, confidence=0.95) == 0
+    assert compute_fdp_lower_bound(4, 4, 4, delta=DELTA, confidence=0.95) == 0
+    assert compute_gaussian_epsilon(0.0, DELTA) == 0

@@ -37,7 +37,7 @@ def prompts(completion_texts: TextDataset) -> Prompts:
 
 
 def write_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int) -> list[int]:
-    """Greedy text by whole forward passes over one unpadded row."""
+    """Generate text greedily by complete forward passes over one unpadded row."""
     token_ids = torch.as_tensor(prompt, dtype=torch.int64)[None]
     with torch.no_grad():
         for _ in range(num_tokens):
@@ -92,7 +92,7 @@ def compute_next_logits(model: TaskModel, token_ids: list[int]) -> torch.Tensor:
 def test_full_guidance_selects_tokens_least_likely_under_the_other_prompt(
     language_model: TaskModel, prompts: Prompts, tokenizer: Any, share: float
 ) -> None:
-    """Of the nucleus, the likeliest tokens that have 0.9 together."""
+    """Only tokens of the nucleus with total probability 0.9 compete."""
     prompts = prompts[:8]
     against = [*prompts[1:], prompts[0]]
     begun = [prompt[: int(share * len(prompt))] for prompt in reversed(prompts)]

@@ -161,7 +161,7 @@ def test_batched_scores_match_single_examples(
 
 
 def compute_token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
-    """Each example's supervised token losses, from the plain base model, one example at a time."""
+    """Compute each example's supervised token losses from the plain base model, one example at a time."""
     found = []
     for input_ids, target in zip(dataset.input_ids, dataset.targets, strict=True):
         with torch.no_grad():
