@@ -35,7 +35,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
     before, made_up = len(known) + len(scored), False
     states_of, keep_states, measured_of = (
         TaskModel.compute_frozen_states,
-        SiteExamples.keep_frozen_states,
+        SiteExamples.cache_frozen_states,
         Evaluation.build,
     )
 
@@ -75,7 +75,7 @@ def shared_frozen_states(file: Path | None = None) -> Iterator[None]:
 
     with (
         patch.object(TaskModel, "compute_frozen_states", states),
-        patch.object(SiteExamples, "keep_frozen_states", keep),
+        patch.object(SiteExamples, "cache_frozen_states", keep),
         patch.object(Evaluation, "build", measured),
     ):
         yield

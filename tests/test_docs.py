@@ -152,7 +152,7 @@ def test_documented_code_converts_npy_vectors_to_a_column(tmp_path: Path, monkey
     roles = {"label": "label", "feature:states": "states"}
     read = [json.loads(one.fields["feature:states"]) for one in iter_records(Path("slides.parquet"), roles)]
     assert read == vectors.tolist()
-    with pytest.raises(DataError, match=r"\.npy.*must be a column of lists in a Parquet file"):
+    with pytest.raises(DataError, match=r"\.npy.*must be a Parquet file with a column of lists"):
         iter_raw_rows(Path("vectors.npy"))
     Path("labels.csv").write_text("label\na\n")
     with pytest.raises(ValueError, match="length"):

@@ -336,7 +336,7 @@ class Searched:
     log: bool = False  # whether numbers are drawn evenly by their logarithm
 
     @property
-    def is_whole(self) -> bool:
+    def is_integral(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 

@@ -418,7 +418,7 @@ class Run:
         if not isinstance(model.task, LabelTask) or model.task.counts_units:
             raise ConfigError("task", self.config.task, "predicts no probabilities of labels: use predict")
         asked = (model.task.without_answer(one, self.config.data) for one in self._read_inputs(data))
-        rows = [model.task.said(self._model.logits(one), spec=model.spec)["probabilities"][0] for one in asked]
+        rows = [model.task.predictions(self._model.logits(one), spec=model.spec)["probabilities"][0] for one in asked]
         return np.array([row.double().numpy() for row in rows]).reshape(-1, len(self.config.data.labels))
 
     def _read_inputs(self, data: Data) -> list[Record]:

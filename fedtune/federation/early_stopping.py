@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedtune.evaluation.bootstrap import score_direction
+from fedtune.evaluation.bootstrap import get_score_direction
 from fedtune.federation.spec import FederationSpec
 from fedtune.formatting import convert_infinite_to_none
 from fedtune.privacy.release import Reason
@@ -46,7 +46,7 @@ def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *
     """
     if not federation.uses_validation_scores or not rounds:
         return None
-    sign = score_direction(primary_metric)
+    sign = get_score_direction(primary_metric)
 
     def compute_gain(result: RoundResult) -> float:
         score = convert_infinite_to_none(result.metrics.get(primary_metric))

@@ -29,8 +29,8 @@ from fedtune.privacy.release import Reason, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RefusedError, RunError, StuckError
 from fedtune.training.algorithms.local_algorithm import RoundOutcome
-from fedtune.training.local import frozen_in_round
-from fedtune.training.optimizer import round_factors
+from fedtune.training.local import list_frozen_tensors
+from fedtune.training.optimizer import compute_round_factors
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.update_bound import bound_round_update
 
@@ -86,7 +86,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     arrays = algorithm.sent_arrays(kept)
     packed = pack_adapter(state.adapter, arrays)
     questions = _build_requests(lead, state, sent=packed, session=aggregation.session, sites=sites)
-    frozen = frozen_in_round(lead.lora, algorithm, tensors, round=round, sent=arrays)
+    frozen = list_frozen_tensors(lead.lora, algorithm, tensors, round=round, sent=arrays)
     reaches = {
         site: bound_round_update(
             lead.training,
@@ -191,7 +191,7 @@ def describe_outcome(
         round: the number of the round.
         frozen: the tensors that did not train.
     """
-    factors, total = round_factors(training, plan, round=round), sum(sizes[site] for site in sites)
+    factors, total = compute_round_factors(training, plan, round=round), sum(sizes[site] for site in sites)
     lora, head = training.compute_peak_rates(clipped=plan.private)
     step_sizes = {
         name: (head if name.startswith("head.") else lora) * sum(factors) for name in sent.tensors if name not in frozen

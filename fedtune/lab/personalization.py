@@ -134,8 +134,8 @@ def personalize(
     shared = RunModel(loaded, config, progress=progress)
     examples = shared.make_site_examples(shared.tokenize_records([*parts.training, *parts.choosing], lenient=lenient))
     if loaded.keeps_states:
-        examples.keep_frozen_states(shared.model, folder=loaded.states_folder)
-    examples.keep_reference(shared.model)
+        examples.cache_frozen_states(shared.model, folder=loaded.states_folder)
+    examples.cache_reference(shared.model)
     training, choosing = np.split(np.arange(len(examples)), [len(parts.training)])
     fit = _Fit(shared, examples, training, choosing)
     fit.fit_best_adapter(shared.first_adapter(), what=f"{site}: training alone")

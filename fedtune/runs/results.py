@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fedtune.evaluation.bootstrap import score_direction
+from fedtune.evaluation.bootstrap import get_score_direction
 from fedtune.federation.early_stopping import Kept
 from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, compute_site_charge
 from fedtune.formatting import convert_infinite_to_none, convert_none_to_infinite
@@ -74,7 +74,7 @@ def find_problems(
         return ()
     # One standard error of a proportion of `rows` records.
     error = 0.0 if primary_metric == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
-    sign = score_direction(primary_metric)
+    sign = get_score_direction(primary_metric)
     worse = started is not None and sign * score < sign * started - error
     guessed = guess is not None and sign * score <= sign * guess + error
     return tuple(code for code, holds in ((WORSE, worse), (GUESS, guessed)) if holds)

@@ -152,7 +152,7 @@ class SavedModel:
         """Predict the answer to a record, and return it as text and as JSON."""
         task, data = self.model.task, self.config.data
         asked = task.without_answer(record, data)
-        return task.answer_to(asked, self.logits(asked), self.tokenizer, data=data, spec=self.model.spec)
+        return task.answer_record(asked, self.logits(asked), self.tokenizer, data=data, spec=self.model.spec)
 
     def logits(self, asked: Record) -> torch.Tensor:
         """Compute the logits (1, classes) of a record; its answer is ignored, but must be valid."""

@@ -19,7 +19,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.bad_rows import NONE_LEFT_OUT, SkippedRows
 from fedtune.data.json_lists import to_compact_json
-from fedtune.data.load import Partitioned, partition_training_files, read_lead_records, sample_rows, split_key
+from fedtune.data.load import Partitioned, derive_split_key, partition_training_files, read_lead_records, sample_rows
 from fedtune.data.partition import assign_site
 from fedtune.data.records import NO_VALUE, iter_records, read_column_values, resolve_file
 from fedtune.data.spec import SITE
@@ -175,7 +175,7 @@ def assign_sites(config: RunConfig, records: Sequence[Record]) -> list[str] | No
             return [known.get(value, NO_VALUE) for value in values]
         case "dirichlet":
             labels = read_column_values(records, config.data.columns["label"], key="data.columns.label")
-            key = split_key(config.seed)
+            key = derive_split_key(config.seed)
             labeled = (Record({**record.fields, "label": label}) for record, label in zip(records, labels, strict=True))
             place = partial(assign_site, spec=partition, num_sites=len(names), key=key)
             return [names[place(record)] for record in labeled]

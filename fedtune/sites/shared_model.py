@@ -34,7 +34,7 @@ from fedtune.tasks.measures import Detail
 from fedtune.tasks.registry import tokenize_separately
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.accelerators import attend_by_products, uses_unfused_attention
+from fedtune.training.accelerators import disable_fused_attention, uses_unfused_attention
 from fedtune.training.batch_invariance import fit_to_memory, max_batch_influence, require_batch_invariance
 from fedtune.training.devices import Devices, DeviceTrial, Outcome
 from fedtune.training.examples import SiteExamples
@@ -42,9 +42,9 @@ from fedtune.training.machine import (
     choose_micro_batch_shapes,
     choose_num_processes,
     choose_states_location,
+    compute_step_bytes,
     do_frozen_states_fit,
     find_frozen_states_folder,
-    find_step_bytes,
     measure_frozen_states_mib,
     prepare_model,
     resolve_device,
@@ -198,7 +198,7 @@ class LoadedModel:
             shapes = self._choose_shapes(plain)
             moved, outcome = self._measure_influence(shapes, progress)
             if moved > 0 and self.device.type != "cpu" and not uses_unfused_attention():
-                attend_by_products()  # fused kernels may split their work by the number of rows
+                disable_fused_attention()  # fused kernels may split their work by the number of rows
                 shapes = self._choose_shapes(plain)
                 moved, outcome = self._measure_influence(shapes, progress)
             if moved > 0 and len(shapes.row_shares) > 1:
@@ -212,7 +212,7 @@ class LoadedModel:
         found = fit_to_memory(
             self.model,
             shapes,
-            most_bytes=find_step_bytes(self.model, self.config.runtime) - self.user_means_bytes,
+            most_bytes=compute_step_bytes(self.model, self.config.runtime) - self.user_means_bytes,
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
@@ -224,7 +224,7 @@ class LoadedModel:
     def user_means_bytes(self) -> int:
         """Memory budget in bytes for the gradient means of users in one batch, in float64; 0 for unit "record"."""
         by_user = self.config.privacy.unit == "user"
-        return min(_MEANS_BYTES, find_step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
+        return min(_MEANS_BYTES, compute_step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
     def _measure_influence(self, shapes: Shapes, progress: Progress) -> tuple[float, Outcome | None]:
         trial, told = self._make_trial(shapes), partial(progress, "checking the model on this machine")
@@ -240,7 +240,7 @@ class LoadedModel:
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.is_built_in,
-            attend_by_products=uses_unfused_attention(),
+            disable_fused_attention=uses_unfused_attention(),
         )
 
 

@@ -68,7 +68,7 @@ def prepared(case: str, *, onednn: bool = True, dtype: str = "float32") -> tuple
         shared = RunModel(LoadedModel(config), config)
     examples = shared.examples_of(shared.tokenized(shared.records.dealt.sites[0].training[:count], lenient=True))
     if shared.model.has_frozen_prefix:
-        examples.keep_frozen_states(shared.model)
+        examples.cache_frozen_states(shared.model)
     return shared.model, list(examples.cut(np.arange(count))), config.privacy.max_grad_norm
 
 

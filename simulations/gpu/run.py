@@ -243,9 +243,9 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
     examples = shared.examples_of(sensitivity.generate_random_examples(shared.model, lengths, draws))
     max_grad_norm = config.privacy.max_grad_norm
     units = examples if loaded.devices is None else loaded.devices.divided(examples, max_grad_norm=max_grad_norm)
-    units.keep_reference(shared.model)
+    units.cache_reference(shared.model)
     if loaded.keeps_states:
-        units.keep_frozen_states(shared.model)
+        units.cache_frozen_states(shared.model)
     work = RoundOfTraining(
         site="north",
         round=1,

@@ -25,7 +25,7 @@ import numpy as np
 
 from fedtune.api.compose import compose_recipe
 from fedtune.config import read_saved_config
-from fedtune.data.load import split_key
+from fedtune.data.load import derive_split_key
 from fedtune.lab.personalization import Parts, personalize
 from fedtune.runs.model_comparison import compare_runs
 from fedtune.sites.run_records import partition_run_records
@@ -64,7 +64,7 @@ def sites(runs: Path, *, recipe: str, settings: dict[str, Any], seed: int, name:
 def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
     """The adapters of one site beside each other."""
     config, adapter = read_saved_config(folder), folder / "adapter"
-    parts = Parts.split(records, key=split_key(config.seed), unit=config.privacy.unit)
+    parts = Parts.split(records, key=derive_split_key(config.seed), unit=config.privacy.unit)
     with tempfile.TemporaryDirectory() as scratch:
         into, alone = Path(scratch, "own"), Path(scratch, "alone")
         beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch), "label": ""}

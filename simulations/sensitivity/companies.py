@@ -71,7 +71,7 @@ def bucket(shared: LoadedModel, length: int, *, companies: int, seed: int) -> di
         generate_random_examples(shared.model, lengths, draws), pad_id=0, shapes=shapes, device=shared.device
     )
     if shared.keeps_states:
-        records.keep_frozen_states(shared.model)
+        records.cache_frozen_states(shared.model)
     generator = torch.Generator().manual_seed(length)
     with torch.no_grad():
         for parameter in shared.model.trainable().values():

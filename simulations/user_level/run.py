@@ -41,7 +41,7 @@ import study
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record, group_by_user
-from fedtune.data.load import partition_training_files, split_key
+from fedtune.data.load import derive_split_key, partition_training_files
 from fedtune.data.partition import hash_unit
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import format_epsilon
@@ -152,7 +152,7 @@ def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) 
 
     Which ones: those with the smallest keyed hashes, so that it is a matter of that user's records alone.
     """
-    key = split_key(config.seed)
+    key = derive_split_key(config.seed)
     columns = config.bound_task.columns(config.data, partition=True, unit="user")
     sites = partition_training_files(config.data, columns, config.federation.names, seed=config.seed, unit="user").sites
     rows = []

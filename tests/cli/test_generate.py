@@ -166,7 +166,7 @@ def test_damaged_audited_or_unfinished_run_cannot_generate(runs: Path, tmp_path:
     tensors = tmp_path / "run/adapter/adapter_model.safetensors"
     whole = tensors.read_bytes()
     for damaged, told in (
-        (whole[:-1], "a damaged file of"),
+        (whole[:-1], "has a damaged"),
         (whole[:-4] + b"\0\0\0@", "must contain the tensors with the digest"),
     ):
         tensors.write_bytes(damaged)

@@ -45,7 +45,7 @@ def test_personalized_adapter_cannot_start_a_run_and_needs_export_consent(
     personalized_run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     own, out, whole = find_own_adapter(personalized_run[0]), tmp_path / "out", tmp_path / "whole"
-    refused = "is private to 'site-1', without a guarantee"
+    refused = "is private to 'site-1'"
     for folder in (own, own / "adapter"):
         message = run_command(
             "simulate", *list_tiny_overrides(into=tmp_path, name="two"), f"model.adapter={folder}"
@@ -61,7 +61,7 @@ def test_personalized_adapter_cannot_start_a_run_and_needs_export_consent(
     assert run_command("export", str(own), "--to", str(whole), "--private", "--merge").code == 0
     begun = ("simulate", *list_tiny_overrides(into=tmp_path, name="three"), f"model.path={whole}")
     for asked in (("model-hash", str(whole)), begun):
-        assert f"{refused}: no run may start from it" in run_command(*asked).failed()
+        assert f"{refused} and has no guarantee; start from another model" in run_command(*asked).failed()
 
 
 def test_personalized_adapter_works_in_generate_evaluate_and_compare(

@@ -115,7 +115,7 @@ class Member:
         self.send(question, inflatable_object.get_object_tree(message), objects)
 
     def send(self, question: Question, tree: Any, objects: dict[str, bytes]) -> None:
-        request = self.answer_to(question, message_id=tree.object_id)
+        request = self.answer_record(question, message_id=tree.object_id)
         request.message_object_trees[0].CopyFrom(tree)
         session = self.read_session(self.push(request))
         for content in objects.values():
@@ -125,7 +125,7 @@ class Member:
         assert answer.status_code == 200, answer.text
         return fleet_pb2.PushMessagesResponse.FromString(answer.content).session_id
 
-    def answer_to(self, question: Question, *objects: bytes, **changed: Any) -> Any:
+    def answer_record(self, question: Question, *objects: bytes, **changed: Any) -> Any:
         """An answer in the right form, but for the fields of its metadata that are `changed`."""
         root = make_object(8)
         fields = {

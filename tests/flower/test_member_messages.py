@@ -108,7 +108,7 @@ def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback,
         (403, "of a different type than the question", {"group_id": "other"}),
         (403, "too many objects, or objects without a name", {"message_id": "x"}),
     ):
-        request = member.answer_to(question, **changed)
+        request = member.answer_record(question, **changed)
         answer = member.push(request)
         assert (answer.status_code, answer.json()["reason"]) == (status, reason), changed
         sent.add((request.messages_list[0].metadata.message_id,))
@@ -124,7 +124,7 @@ def test_objects_of_the_lead_cannot_be_redefined(member: Member, round_: Round) 
     # Flower believes who names an object first: the lead's settings are one in every round, and with other parts
     # announced for it the lead could ask nobody any more.
     for id in round_.question.object_ids:
-        request = member.answer_to(round_.question)
+        request = member.answer_record(round_.question)
         request.message_object_trees[0].children.add(object_id=id).children.add(object_id="ab" * 32)
         answer = member.push(request)
         assert (answer.status_code, answer.json()["reason"]) == (403, "an object of the lead's, made of other parts")
@@ -132,7 +132,7 @@ def test_objects_of_the_lead_cannot_be_redefined(member: Member, round_: Round) 
 
 
 def test_answer_must_have_one_message_and_one_tree_without_content(member: Member, question: Question) -> None:
-    right = member.answer_to(question)
+    right = member.answer_record(question)
     (message,), (tree,) = right.messages_list, right.message_object_trees
     parts = {"node": member.node, "messages_list": [message], "message_object_trees": [tree]}
     with_content, with_error = message_pb2.Message(), message_pb2.Message(metadata=message.metadata)
@@ -159,9 +159,9 @@ def test_only_announced_objects_within_the_size_limit_are_accepted(
     before = network.rows(stored)[0][0]
     junk, large = make_object(1 << 16), make_object(1 << 21)
     assert member.push_object(question, "", junk).status_code == 409, "not announced"
-    announced = member.answer_to(question, large)
+    announced = member.answer_record(question, large)
     session = member.read_session(member.push(announced))
-    second = member.push(member.answer_to(question))
+    second = member.push(member.answer_record(question))
     assert (second.status_code, second.json()["reason"]) == (409, "the question is answered")
     assert member.push(announced).status_code == 200, "the same again, as after a call that was cut off"
     assert member.push_object(question, session, junk).status_code == 409, "of no announced answer"
@@ -180,7 +180,7 @@ def test_partially_uploaded_answer_is_not_passed_to_the_lead(network: Loopback, 
     asked = PullAppMessagesRequest(message_ids=[round_.question.metadata.message_id, "unknown"]).SerializeToString()
     for announced in (False, True):
         if announced:
-            member.read_session(member.push(member.answer_to(round_.question, make_object(8))))
+            member.read_session(member.push(member.answer_record(round_.question, make_object(8))))
         passed = PullAppMessagesRequest.FromString(SiteCalls(state).keep_complete_answers(asked))
         assert list(passed.message_ids) == ["unknown"], "which Flower answers for"
 
@@ -240,7 +240,7 @@ def test_upload_started_before_a_server_restart_can_finish(
     network: Loopback, member: Member, question: Question
 ) -> None:
     part, other = make_object(100), make_object(101)
-    session = member.read_session(member.push(member.answer_to(question, part, other)))
+    session = member.read_session(member.push(member.answer_record(question, part, other)))
     assert member.push_object(question, session, part).status_code == 200
     network.process.kill()
     network.start()

@@ -142,7 +142,7 @@ def test_gguf_file_is_installed_with_its_license(tmp_path: Path, kit: Any) -> No
     (folder / "a.gguf").write_bytes(b"GGUF a")
     assert list_names(install_to_store(folder, kit(hash_file(folder / "a.gguf")))) == {"a.gguf"}
     (folder / "b.gguf").write_bytes(b"GGUF b")
-    with pytest.raises(ConfigError, match="exactly one GGUF file; it holds 2"):
+    with pytest.raises(ConfigError, match="exactly one GGUF file, not 2"):
         install_model(folder, kit("0" * 64))
 
 

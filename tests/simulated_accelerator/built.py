@@ -1,4 +1,4 @@
-"""Builds the simulated accelerator once for a machine, and runs Python with it."""
+"""Build the simulated accelerator once per machine, and run Python with it."""
 
 import fcntl
 import hashlib
@@ -24,7 +24,7 @@ _BEGIN = "import sys, torch; sys.path.insert(0, {folder!r}); import torch_sim; t
 
 @cache
 def build_folder() -> Path:
-    """For PYTHONPATH: with it on it, a process of Python has the device; tests without a compiler are skipped."""
+    """Return the folder for PYTHONPATH that provides the device; skip the test without a compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if sys.platform != "linux" or compiler is None:
         pytest.skip("there is no C++ compiler to build the simulated accelerator with")
@@ -58,7 +58,7 @@ def _build(compiler: str, into: Path) -> None:
 
 
 def run_on_it(code: str, *, timeout_s: float = 300, **settings: object) -> str:
-    """Run `code` in a process that has the device, with these SIM_... settings; returns what it prints."""
+    """Run `code` in a process with the device and these SIM_... settings; return its output."""
     here = str(build_folder())
     environment = os.environ | {name: str(value) for name, value in settings.items()}
     environment |= {"PYTHONPATH": os.pathsep.join([here, str(REPOSITORY)]), "OMP_NUM_THREADS": "1"}

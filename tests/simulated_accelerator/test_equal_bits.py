@@ -1,6 +1,7 @@
-"""Runs on the simulated accelerator, whose kernels are the CPU's, give the CPU's bits: every task, format and unit.
+"""Runs on the simulated accelerator, whose kernels are the CPU's, are bit-identical to CPU runs for tasks, formats and
+units.
 
-Tensors of two devices in one operator raise, as they do on a GPU.
+Tensors of two devices in one operator raise an error, as on a GPU.
 """
 
 import json
@@ -42,7 +43,7 @@ TASKS = {
 
 @pytest.fixture
 def write_task_overrides(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
-    """The overrides of a tiny seeded run of a task, on a file that has something for each of them."""
+    """Return a function for the overrides of a tiny seeded run of a task, with a file that suits every task."""
     draws = np.random.default_rng(4)
 
     def record(number: int) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def write_task_overrides(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
 
 
 def run_commands_on_device(*commands: list[str], **settings: object) -> str:
-    """Commands of fedtune, one after the other in a process that has the device; what they print."""
+    """Run commands of fedtune one after the other in a process with the device; return their output."""
     code = f"from fedtune.cli.main import main\nfor words in {list(commands)!r}: assert main(words) == 0, words\n"
     return run_on_it(code, **{"SIM_SDPA": "fused", **settings})
 
@@ -76,7 +77,7 @@ def run_commands_on_device(*commands: list[str], **settings: object) -> str:
 def require_same_bits(
     write_task_overrides: Any, adapter_of: Any, result_of: Any, tmp_path: Path
 ) -> Callable[..., None]:
-    """A run of a task on the CPU and one on as many simulated devices end in the same adapter and scores."""
+    """Require the same adapter and scores from a run on the CPU and a run on simulated devices."""
 
     def require(task: str, *overrides: str, devices: int = 1) -> None:
         counted = {"cpu": "runtime.num_devices=1", "auto": f"runtime.num_devices={devices}"}
@@ -128,7 +129,9 @@ def test_every_dtype_and_training_mode_gives_cpu_bits(
 @pytest.mark.nightly
 @pytest.mark.parametrize("overrides", [(), KEPT, BY_USER], ids=str)
 @pytest.mark.parametrize("task", ["classification", "causal_lm", "preference"])
-def test_two_devices_give_the_bits_of_one(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
+def test_two_devices_give_the_bits_of_a_single_device(
+    require_same_bits: Any, task: str, overrides: tuple[str, ...]
+) -> None:
     require_same_bits(task, *overrides, devices=2)
 
 
@@ -180,7 +183,7 @@ def test_batch_dependent_attention_falls_back_to_products(
         SIM_SDPA="by_rows",
         SIM_DEVICES=devices,
     )
-    assert read_device(tmp_path / "run").endswith("no TF32, attention by products")
+    assert read_device(tmp_path / "run").endswith("no TF32, unfused attention")
 
 
 @pytest.mark.nightly
@@ -191,7 +194,7 @@ def test_device_without_float64_falls_back_to_the_cpu(write_task_overrides: Any,
     ]
     run_commands_on_device(run, SIM_NO_FLOAT64=1)
     assert read_device(tmp_path / "run") == "cpu"
-    assert "the device 'sim' is not used, because it has no float64" in (tmp_path / "run" / "log.txt").read_text()
+    assert "device 'sim' does not support float64 and is not used" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""What is computed on the device, as a step and a scoring do: its clipping, its waits and its memory."""
+"""Clipping, synchronization and memory of training and scoring on the device."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_trial_stores_weights_on_the_device_if_memory_allows() -> None:
 
 def test_scoring_without_memory_names_the_setting() -> None:
     (line,) = run_tried("print_scoring_error", SIM_MEMORY_MIB=64)
-    assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device is out of memory")
+    assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device ran out of memory")
 
 
 def test_accelerator_is_configured_for_deterministic_computation() -> None:

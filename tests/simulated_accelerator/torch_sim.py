@@ -55,7 +55,7 @@ class _Sim(types.ModuleType):
         return [torch.float16, torch.bfloat16]
 
     def counters(self) -> dict[str, int]:
-        """How many launches, waits and copies there were since the last call, and of which operators."""
+        """Return the launches, synchronizations and copies since the last call, by operator."""
         found = dict(zip(*torch.ops.sim.counters(), strict=True))
         torch.ops.sim.reset_counters()
         return found
@@ -63,7 +63,7 @@ class _Sim(types.ModuleType):
 
 @cache
 def load() -> None:
-    """Make "sim" a device of this process; once."""
+    """Register the device "sim" in this process, once."""
     torch.utils.rename_privateuse1_backend("sim")
     torch.ops.load_library(str(Path(__file__).with_name("sim.so")))
     torch._register_device_module("sim", _Sim("torch.sim"))

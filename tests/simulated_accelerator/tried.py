@@ -1,4 +1,4 @@
-"""What tests have a process do that has the simulated accelerator: `run_on_it` calls these."""
+"""Functions that `run_on_it` calls in a process with the simulated accelerator."""
 
 from typing import Any
 
@@ -25,7 +25,9 @@ _MOST_THREADS, _WARP = 512, 32  # of a block
 
 
 def compute_norms(rows: Values) -> Values:
-    """(n,) norms of n rows of 128 to some 100,000 values, a multiple of four, each of which one block adds up."""
+    """Return the (n,) norms of n rows with 128 to about 100,000 values, a multiple of four, each reduced by one
+    block.
+    """
     return np.array([np.sqrt(_sum_of_squares(row, len(rows))) for row in rows])
 
 
@@ -65,7 +67,9 @@ def measure_influence(within: TaskModel) -> float:
 
 
 def print_clipping_by_batch() -> None:
-    """Print how far the trial sees a contribution move: as it is, and where a norm goes by how many rows there are."""
+    """Print the change of a contribution in the trial: with fedtune's norm, and with a norm that depends on the row
+    count.
+    """
     within = build_model()
     print(measure_influence(within))
     own: Any = dp_step._compute_squared_row_norms
@@ -79,17 +83,17 @@ def print_clipping_by_batch() -> None:
 
 
 def print_weights_moved() -> None:
-    """Print the bytes that random weights for a trial bring to the host: where two models have room, and without."""
-    within, memory = build_model(), batch_invariance.total_memory(SIM)
+    """Print the bytes that the random weights of a trial copy to the host, with and without memory for two models."""
+    within, memory = build_model(), batch_invariance.get_total_memory(SIM)
     for free in (memory, 0):
-        batch_invariance.total_memory = lambda device, free=free: free  # type: ignore[misc]
+        batch_invariance.get_total_memory = lambda device, free=free: free  # type: ignore[misc]
         torch.sim.counters()  # type: ignore[attr-defined]
         with batch_invariance._randomize_weights(within, np.random.default_rng(0)):
             print(torch.sim.counters().get("bytes to host", 0))  # type: ignore[attr-defined]
 
 
 def print_scoring_error() -> None:
-    """Print what is said where the device has no room for what is scored."""
+    """Print the error message of a scoring that exceeds the device's memory."""
     within = build_model()
     draws = np.random.default_rng(0)
     dataset = sensitivity.generate_random_examples(within, [31] * 64, draws)
@@ -102,7 +106,7 @@ def print_scoring_error() -> None:
 
 
 def print_unusable_units() -> None:
-    """What one to three units add that are all not finite: on the CPU and on the device."""
+    """Print the contributions of one to three non-finite units, on the CPU and on the device."""
     for place in ("cpu", SIM):
         for units in (1, 2, 3):
             sums = dp_step.make_zero_sums({"a": torch.nn.Parameter(torch.zeros(3000, device=place))})
@@ -111,7 +115,7 @@ def print_unusable_units() -> None:
 
 
 def waits_for_the_device() -> None:
-    """Print how often users' means wait for the device, and the gradients of the same records by themselves."""
+    """Print the number of synchronizations for users' means, and for the gradients of the same records."""
     within = build_model()
     draws = np.random.default_rng(0)
     shapes = Shapes.from_limits(max_length=31, max_tokens=256)
@@ -120,9 +124,9 @@ def waits_for_the_device() -> None:
     )
     users = UserExamples(records, [np.arange(first, first + 4) for first in range(0, 16, 4)], most_records=4)
     with record_gradients(within) as gradients:
-        (batch,) = users.cut_drawn([np.arange(first, first + 4) for first in range(0, 16, 4)])
+        (batch,) = users.batch_units([np.arange(first, first + 4) for first in range(0, 16, 4)])
         torch.sim.counters()  # type: ignore[attr-defined]
-        users.gradients(gradients).compute_gradients(batch)
+        users.convert_gradients(gradients).compute_gradients(batch)
         of_users = torch.sim.counters()["waits"]  # type: ignore[attr-defined]
         for one in records.cut(np.arange(16)):
             gradients.compute_gradients(one)
@@ -130,7 +134,7 @@ def waits_for_the_device() -> None:
 
 
 def print_norm_differences() -> None:
-    """Print how many of 32 rows' norms differ alone and in company: by CUDA's reduction, and as clipping has them."""
+    """Print the number of 32 rows whose norms differ alone and in a batch, for CUDA's reduction and for clipping."""
 
     def compute_as_cuda(values: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
         found = torch.from_numpy(compute_norms(values.cpu().numpy())).to(values.device)

@@ -44,13 +44,13 @@ def work_counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             return real(*args, **rest)
 
         monkeypatch.setattr(shared_model, function, count_call)
-    keep = SiteExamples.keep_frozen_states
+    keep = SiteExamples.cache_frozen_states
 
     def count_kept_states(self: SiteExamples, model: TaskModel, **rest: Any) -> None:
         counts["states"] += self._states is None and "parts" not in rest
         keep(self, model, **rest)
 
-    monkeypatch.setattr(SiteExamples, "keep_frozen_states", count_kept_states)
+    monkeypatch.setattr(SiteExamples, "cache_frozen_states", count_kept_states)
     monkeypatch.setattr(shared_model, "_measured", {})
     return counts
 

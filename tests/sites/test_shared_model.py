@@ -175,10 +175,10 @@ def test_unusable_optional_devices_fall_back_to_one_process(monkeypatch: Any, ca
     others.prepare_crew.side_effect = ConfigError(
         "runtime.num_devices",
         2,
-        "must be 1 on this machine, because its devices do not compute bitwise equal gradients",
+        "must be 1 on this machine: its devices do not compute bit-identical gradients",
     )
     monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
-    with pytest.raises(ConfigError, match="num_devices = 2: must be 1 on this machine, because its devices"):
+    with pytest.raises(ConfigError, match="num_devices = 2: must be 1 on this machine: its devices"):
         LoadedModel(make_letters(runtime={"num_devices": 2}))
     monkeypatch.setattr(shared_model, "choose_num_processes", lambda *_, **__: 2)
     others.start_trials.reset_mock()

@@ -14,7 +14,7 @@ from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.api.public import Progress, Run, Teller, load, run_in_folder
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound, compute_max_lower_bound
-from fedtune.evaluation.fdp_bound import fdp_lower_bound
+from fedtune.evaluation.fdp_bound import compute_fdp_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.simulation import simulate
@@ -151,7 +151,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
             canaries=canaries,
             guesses=guesses,
             right=right,
-            fdp_bound=fdp_lower_bound(canaries, guesses, right, **known),
+            fdp_bound=compute_fdp_lower_bound(canaries, guesses, right, **known),
         )
         for place, (canaries, guesses, right) in counts.items()
     )

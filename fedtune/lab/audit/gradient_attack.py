@@ -147,7 +147,7 @@ class Canaries:
             for (name, parameter), part in zip(parameters.items(), torch.split(dense, sizes, dim=1), strict=True)
         }
 
-    def gradients(self, units: TrainingUnits, of_each: UnitGradients) -> UnitGradients:
+    def convert_gradients(self, units: TrainingUnits, of_each: UnitGradients) -> UnitGradients:
         """Return per-unit gradients: those of `units`, also added to the tally, and dense artificial ones for
         canaries.
         """
@@ -161,7 +161,7 @@ class Canaries:
                     else of_each.compute_gradients(batch)
                 )
 
-        of_units = units.gradients(WithCanaries())
+        of_units = units.convert_gradients(WithCanaries())
 
         class Watched:
             def compute_gradients(self, batch: Any) -> dict[str, torch.Tensor]:
@@ -188,17 +188,17 @@ class _Behind:
     def __len__(self) -> int:
         return len(self._real) + len(self._canaries)
 
-    def gradients(self, of_each: UnitGradients) -> UnitGradients:
+    def convert_gradients(self, of_each: UnitGradients) -> UnitGradients:
         """Return the gradients of units and canaries."""
-        return self._canaries.gradients(self._real, of_each)
+        return self._canaries.convert_gradients(self._real, of_each)
 
-    def keep_frozen_states(self, model: TaskModel, **how: Any) -> None:
+    def cache_frozen_states(self, model: TaskModel, **how: Any) -> None:
         """Keep the frozen states of the records; canaries have none."""
-        self._real.keep_frozen_states(model, **how)
+        self._real.cache_frozen_states(model, **how)
 
-    def keep_reference(self, model: TaskModel, **how: Any) -> None:
+    def cache_reference(self, model: TaskModel, **how: Any) -> None:
         """Keep the reference outputs of the records; canaries have none."""
-        self._real.keep_reference(model, **how)
+        self._real.cache_reference(model, **how)
 
 
 class CanaryExamples(_Behind, SiteExamples):
@@ -229,9 +229,9 @@ class CanaryUserBatch(UserBatch):
 class CanaryUsers(_Behind, UserExamples):
     """A site's users, followed by its canary users, each with the maximum number of records per user."""
 
-    def make_cutter(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
+    def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
         """Return a function that yields micro-batches of the sampled users, then of the sampled canaries."""
-        cut = self._real.make_cutter(stream)
+        cut = self._real.make_batcher(stream)
 
         def with_canaries(indices: Places) -> Iterator[UserBatch]:
             real, parts = self._canaries.register_step(indices, len(self._real))

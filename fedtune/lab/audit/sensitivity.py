@@ -113,8 +113,8 @@ class _Search:
         dataset = generate_random_examples(self._shared.model, [int(length) for length in lengths], self._draws)
         examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.loaded.shapes, device=self._shared.device)
         if self._shared.loaded.keeps_states:
-            examples.keep_frozen_states(self._shared.model)
-        examples.keep_reference(self._shared.model)
+            examples.cache_frozen_states(self._shared.model)
+        examples.cache_reference(self._shared.model)
         adapter = self._fill_adapter(examples)
         max_grad_norm = float(10.0 ** self._draws.uniform(_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM))
 
@@ -167,8 +167,8 @@ class _Search:
         else:
             users = np.split(np.arange(sum(units), dtype=np.int64), np.cumsum(units)[:-1])
             everyone = UserExamples(examples, users, most_records=_MOST_OF_A_USER, most_users=16)
-            batches = everyone.cut_drawn([users[place] for place in chosen])
-            of_units = everyone.gradients(self._gradients)
+            batches = everyone.batch_units([users[place] for place in chosen])
+            of_units = everyone.convert_gradients(self._gradients)
         for batch in batches:
             dp_step.add_clipped(sums, of_units.compute_gradients(batch), max_grad_norm)
         return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound
-from fedtune.evaluation.fdp_bound import fdp_lower_bound, refutes_profile
+from fedtune.evaluation.fdp_bound import compute_fdp_lower_bound, refutes_profile
 from fedtune.lab.audit.guesses import Values, compute_centered_ranks, count_right_guesses
 from fedtune.privacy.accountant import COARSE, compose_pld
 from fedtune.privacy.events import build_dp_sgd_event, count_mechanisms
@@ -147,7 +147,7 @@ def audit_training(
             TrainingAudit(
                 claimed_epsilon=curve.epsilon(delta),
                 lower_bound=compute_epsilon_lower_bound(*counts, delta=delta, confidence=1 - each),
-                fdp_bound=fdp_lower_bound(*counts, delta=delta, confidence=1 - each),
+                fdp_bound=compute_fdp_lower_bound(*counts, delta=delta, confidence=1 - each),
                 refuted=refuted,
                 attack=attack,
                 canaries=canaries,

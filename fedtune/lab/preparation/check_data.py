@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fedtune.config import RunConfig
 from fedtune.data.bad_rows import Faults
 from fedtune.data.formats import detect_format, iter_raw_rows
-from fedtune.data.load import assign_to_lead, split_key
+from fedtune.data.load import assign_to_lead, derive_split_key
 from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunk_records, resolve_file, validate_rows
 from fedtune.data.span_formats import count_entity_types, decode_tags
@@ -142,7 +142,7 @@ class _Look:
         self.task, self._config, self._data = config.bound_task, config, config.data
         self.task.check_tokenizer(tokenizer, data=config.data)
         self._tokenizer, self._within = tokenizer, within
-        self._fault, self._key = self.task.record_validator(config.data), split_key(config.seed)
+        self._fault, self._key = self.task.record_validator(config.data), derive_split_key(config.seed)
         self.earlier = Earlier(alike=is_installed("datasketch"))
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
 

@@ -199,7 +199,7 @@ class DataColumn:
     def _count_objects(self, value: object) -> None:
         """Classify a list or object, also as JSON text: chat turns, numbers, tokens, tags of a scheme, or spans."""
         turns = read.guess_turns(value)
-        self.beside.update(key for turn in turns for key in turn if key not in read.READ_OF_TURNS and turn[key])
+        self.beside.update(key for turn in turns for key in turn if key not in read.TURN_FIELDS and turn[key])
         first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
         self.reads["messages"] += bool(turns)
         self.reads["whole chat"] += read.parse_speaker_role(first) != "assistant"  # it begins with what is answered
@@ -382,11 +382,11 @@ class DataColumn:
         The column's name, few gaps, or equal length as in ids are the evidence.
         """
         count, distinct = self.reads["whole"], np.unique(self.numbers)
-        is_whole = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
+        is_integral = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
         is_named = not {*self.words}.isdisjoint(NAMES["numbered"])
-        is_id = is_whole and len(distinct) == self.filled and distinct[0] >= _LEAST_ID
+        is_id = is_integral and len(distinct) == self.filled and distinct[0] >= _LEAST_ID
         is_id = is_id and len(f"{distinct[0]:.0f}") == len(f"{distinct[-1]:.0f}")
-        return is_whole and (is_named or is_id or bool(distinct[-1] - distinct[0] < 2 * count))
+        return is_integral and (is_named or is_id or bool(distinct[-1] - distinct[0] < 2 * count))
 
     def _detect_separator(self) -> str | None:
         """Return the separator of a multi-label column; "[" for lists; None if it is not a multi-label column."""

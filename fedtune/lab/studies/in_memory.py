@@ -178,7 +178,7 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
         raise DataError("sites", "no records", f"must have rows that a run can use: {plan.left_out}")
     plan = replace(plan, model=model if isinstance(model, str) else None, model_path=of_model.get("model.path"))
     file.write_text(render_experiment(found, plan, file=file), encoding="utf-8")
-    is_whole = len(known) == len(chosen)  # then the file has the caller's columns, and those that were detected
+    is_integral = len(known) == len(chosen)  # then the file has the caller's columns, and those that were detected
     return str(file), {
-        key: value for key, value in settings.items() if not (is_whole and f"{key}.".startswith(_COLUMNS))
+        key: value for key, value in settings.items() if not (is_integral and f"{key}.".startswith(_COLUMNS))
     }

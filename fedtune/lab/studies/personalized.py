@@ -76,12 +76,12 @@ def split_site_records(config: RunConfig, sites: Sequence[str] = ()) -> dict[str
         raise ConfigError("run", config.name, bound)
     for site in sites:
         check_one_of("SITE", site, config.federation.active)
-    from fedtune.data.load import split_key
+    from fedtune.data.load import derive_split_key
     from fedtune.lab.personalization import Parts
     from fedtune.sites.run_records import partition_run_records
 
     dealt = dict(zip(config.federation.names, partition_run_records(config).sites, strict=True))
-    key, unit = split_key(config.seed), config.privacy.unit
+    key, unit = derive_split_key(config.seed), config.privacy.unit
     return {site: Parts.split(dealt[site], key=key, unit=unit) for site in sites or config.federation.active}
 
 

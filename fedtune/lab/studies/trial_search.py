@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import Searched, compose_run, split_searched
 from fedtune.config import RunConfig, read_saved_config
-from fedtune.evaluation.bootstrap import score_direction
+from fedtune.evaluation.bootstrap import get_score_direction
 from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_to_jsonable, pluralize
@@ -180,7 +180,9 @@ class Search:
             if trial.error is not None and (trial.can_resume or not isinstance(trial.error, FedtuneError)):
                 raise trial.error
             if tpe:
-                tpe.tell(None if trial.score is None else score_direction(trial.config.primary_metric) * trial.score)
+                tpe.tell(
+                    None if trial.score is None else get_score_direction(trial.config.primary_metric) * trial.score
+                )
         if (best := trials.best) is not None:
             self._record_selection(best)
 
@@ -374,7 +376,7 @@ def _format_values(searched: Sequence[Searched], values: Mapping[str, Any]) -> V
 
 def _format_number(one: Searched, value: float) -> str:
     """Format a drawn value; four significant digits are enough to tell trials apart."""
-    return str(value) if one.is_whole else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
+    return str(value) if one.is_integral else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
 
 
 def _make_distribution(one: Searched) -> BaseDistribution:
@@ -382,7 +384,7 @@ def _make_distribution(one: Searched) -> BaseDistribution:
 
     if one.choices:
         return distributions.CategoricalDistribution(one.choices)
-    if one.is_whole:
+    if one.is_integral:
         return distributions.IntDistribution(int(one.low), int(one.high), log=one.log)
     return distributions.FloatDistribution(one.low, one.high, log=one.log)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fedtune.api.compose import MOST_RUNS, Searched, compose_run, override_key, override_value, split_searched
 from fedtune.config import RunConfig
-from fedtune.evaluation.bootstrap import score_direction
+from fedtune.evaluation.bootstrap import get_score_direction
 from fedtune.federation.lead import Scores
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_none_to_infinite, pluralize
@@ -263,7 +263,7 @@ class Trials:
         scored = [(score, trial) for trial in self.rows.values() if (score := trial.score) is not None]
         if len(scored) < self.fewest or len({build_comparability_key(trial.config) for _, trial in scored}) > 1:
             return None
-        sign = score_direction(scored[0][1].config.primary_metric)
+        sign = get_score_direction(scored[0][1].config.primary_metric)
         return max(scored, key=lambda pair: sign * pair[0])[1]
 
     def _check_table(self) -> None:

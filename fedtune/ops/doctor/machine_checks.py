@@ -202,13 +202,17 @@ def check_gpu(
 
 def probe_gpu() -> str:
     """Return name and memory of the GPU that torch would train on; empty if a small test computation fails on it."""
-    from fedtune.training.accelerators import find_accelerator, name_of, total_memory
+    from fedtune.training.accelerators import find_accelerator, get_device_name, get_total_memory
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a driver that is too old; the line says it
         try:
             device = find_accelerator()
-            return f"{name_of(device)} with {total_memory(device) / _GIB:.0f} GiB" if device is not None else ""
+            return (
+                f"{get_device_name(device)} with {get_total_memory(device) / _GIB:.0f} GiB"
+                if device is not None
+                else ""
+            )
         except RuntimeError:  # a driver that fails
             return ""
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
-from fedtune.evaluation.fdp_bound import fdp_lower_bound
+from fedtune.evaluation.fdp_bound import compute_fdp_lower_bound
 from fedtune.federation.run_folder import RunFolder
 from fedtune.formatting import convert_none_to_infinite
 from fedtune.report.derive import profile
@@ -240,7 +240,7 @@ def find_audit_problems(report: Report) -> Iterator[Problem]:
                 yield Problem(f"{where}.{key}", getattr(bound, key), found)
         if bound.fdp_bound is not None:
             counts = bound.canaries, bound.guesses, bound.right
-            found = fdp_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
+            found = compute_fdp_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
             if not abs(bound.fdp_bound - found) <= _AUDIT_DIGITS * max(1.0, found):
                 yield Problem(f"{where}.fdp_bound", bound.fdp_bound, found)
     if not audit.exceeded and list_refuted_bounds(audit, report.sites):

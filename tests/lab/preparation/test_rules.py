@@ -168,18 +168,18 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "other keys": (
         {"text": make_own_text, "sigma": make_spans("von bis typ"), "kappa": WARD},
-        "must have start and end, whole",
+        "must have whole numbers start",
     ),
     "lengths": (
         {"text": make_own_text, "sigma": [{"of": {"at": 0, "length": 1}}]},
-        "must have start and end, whole numbers",
+        "must have whole numbers start and end",
     ),
     "beyond the text": ({"text": make_own_text, "sigma": [{"width": 640, "height": 480}]}, "text: text; not sigma"),
     "tags of any name": ({"sigma": [*"abc"], "kappa": ["B-x", "O", "O"]}, "entities: tokens=sigma tags=kappa"),
     "two of tags": ({"sigma": [*"abc"], "kappa": ["B-x", "O", "O"], "rho": ["B-y", "O", "O"]}, "must be a label, a"),
     "no type": (
         {"text": make_own_text, "entities": [{"start": 0, "stop": 1}]},
-        "must have start and end, whole numbers",
+        "must have whole numbers start and end",
     ),
     "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be tag names, such as B-PER"),
     "tags without types": ({"tokens": [*"abc"], "ner_tags": ["B", "O", "O"]}, "must be a letter and"),
