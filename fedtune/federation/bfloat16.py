@@ -1,4 +1,4 @@
-"""Updates in bfloat16: the site rounds the difference to the adapter that it received, and the lead adds it back.
+"""Rounding of updates to bfloat16: a site sends the rounded difference, and the lead adds it to the adapter it sent.
 
 Guarantee: post-processing.  The site rounds the release of its noised training, relative to the adapter that it
 received.
@@ -11,11 +11,11 @@ import numpy as np
 from fedtune.privacy.release import Difference, Tensors
 
 MOST_ROUNDING = 2.0**-8
-"""The most that a difference is rounded by, relative to the rounded one: half of the last of 8 binary digits."""
+"""The largest relative rounding error of a difference: half a unit in the last place of an 8-bit significand."""
 
 
 def round_difference(trained: Tensors, sent: Tensors) -> Difference:
-    """Subtract `sent` from `trained` and round each value to the nearest bfloat16, ties to even; NaN stays NaN."""
+    """Subtract `sent` from `trained` and round every value to bfloat16, ties to even; NaN is preserved."""
     halves = {}
     for name, value in trained.items():
         moved = value - sent[name]
@@ -26,8 +26,8 @@ def round_difference(trained: Tensors, sent: Tensors) -> Difference:
 
 
 def add_difference(sent: Tensors, difference: Difference) -> Tensors:
-    """Add a difference to `sent` and return the adapter in float32; the names and shapes must match."""
-    with np.errstate(over="ignore", invalid="ignore"):  # a lead refuses values that are not finite
+    """Add a bfloat16 difference to `sent` and return the adapter in float32; names and shapes must match."""
+    with np.errstate(over="ignore", invalid="ignore"):  # the lead rejects non-finite values
         return {
             name: sent[name] + (half.astype(np.uint32) << 16).view(np.float32)
             for name, half in difference.halves.items()

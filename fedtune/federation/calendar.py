@@ -1,8 +1,8 @@
-"""A calendar of runs over years under one privacy budget, and the epsilon that each run costs the people it admits.
+"""A multi-year calendar of runs under one privacy budget, with the epsilon of each run for the people it admits.
 
-The rule is stateless: if `privacy.planned_runs` is R, each run gets the noise at which R runs like it add up to
-`privacy.epsilon`.  A person who takes part in at most R runs stays within that epsilon, whichever runs these are.  The
-caps of the sites, which apply per cohort, ensure that nobody takes part in more than R runs.
+The rule is stateless: if `privacy.planned_runs` is R, the noise of each run is calibrated so that R identical runs
+compose to `privacy.epsilon`.  A person who takes part in at most R runs stays within that epsilon, whichever runs these
+are.  The caps of the sites, which apply per cohort, ensure that nobody takes part in more than R runs.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ _MOST_SHOWN = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalendarRun:
-    """One run of a calendar, with the people it admits and the epsilon that they have reached after it."""
+    """One run of a calendar, with the cohorts it admits and the cumulative epsilon after it."""
 
-    number: int  # 1 for the first run of all
-    cohorts: Cohorts | None  # that it admits; None: everybody
-    oldest: float  # epsilon by PLD, after it, of the admitted who were in most runs; `newest` of those in fewest
-    newest: float
+    number: int  # from 1
+    cohorts: Cohorts | None  # the admitted cohorts; None: everybody
+    oldest: float  # cumulative PLD epsilon of the oldest admitted cohort, which has been in the most runs
+    newest: float  # cumulative PLD epsilon of the newest admitted cohort
 
 
 def compute_max_runs_per_person(plan: Plan) -> int | None:
-    """Return the largest number of runs that a person can take part in if the cohort window moves by one period per
-    run.
+    """Return the maximum number of runs that admit the same person, if the cohort window advances one period per run.
 
-    Returns None without cohorts, or if their window has no first cohort: then a person can take part in every run.
+    Returns None without cohorts, or if the window has no first cohort, because then every run admits the person.
     """
     if plan.cohorts is None or plan.cohorts.first is None:
         return None
@@ -43,19 +42,19 @@ def compute_max_runs_per_person(plan: Plan) -> int | None:
 
 
 def compute_epsilon_over_runs(plan: Plan, *, runs: int) -> float:
-    """Compute the PLD epsilon of `runs` runs with this plan for a person who takes part in all of them."""
+    """Compute the PLD epsilon of `runs` runs of this plan for a person who takes part in every run."""
     return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds * runs)], plan.delta)
 
 
 def list_calendar_runs(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
-    """List the next `plan.runs` runs of the calendar, at most 24.
+    """List the upcoming runs of a plan's calendar, at most 24.
 
-    Without cohorts, or if their window has no first cohort, the list holds only the runs that are left.  Empty for a
-    plan without privacy, or with a single run.
+    Without cohorts, or if the window has no first cohort, the list contains only the remaining runs.  It is empty for a
+    plan without privacy or with a single run.
 
     Args:
         plan: the plan of the next run.
-        before: how many runs of the calendar are already over.
+        before: the number of finished runs of the calendar.
     """
     if not plan.private or plan.runs == 1:
         return ()
@@ -71,8 +70,8 @@ def list_calendar_runs(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...
 
 
 def list_calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str, ...]]:
-    """Yield a table row for each run: its number, the cohorts it admits, its own epsilon, and the epsilon of the oldest
-    and the newest cohort after it.
+    """Yield one table row per run: number, admitted cohorts, epsilon of the run, and cumulative epsilon of the oldest
+    and the newest cohort.
     """
     for one in runs:
         admits = "everybody"
@@ -86,7 +85,7 @@ def list_calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tupl
 
 
 def describe_shared_epsilon(plan: Plan) -> str:
-    """Return the clause that follows a plan's noise and says how many runs share an epsilon; empty for a single run."""
+    """Return a clause about the runs that share one epsilon, to append to the plan's noise; empty for a single run."""
     if plan.runs == 1 or not plan.private:
         return ""
     epsilon = format_epsilon(compute_epsilon_over_runs(plan, runs=plan.runs))
@@ -94,7 +93,7 @@ def describe_shared_epsilon(plan: Plan) -> str:
 
 
 def describe_calendar(plan: Plan) -> Iterator[str]:
-    """Yield sentences that describe the calendar of a plan with several runs; the first sentence is a summary."""
+    """Yield sentences about the calendar of a plan with several runs; the first sentence is a summary."""
     window = compute_max_runs_per_person(plan)
     most = plan.runs if window is None else min(window, plan.runs)
     often = _OFTEN[plan.cohorts.period] if plan.cohorts else pluralize(plan.runs, "run")
@@ -103,7 +102,7 @@ def describe_calendar(plan: Plan) -> Iterator[str]:
     yield f"{often} at epsilon {alone} each: {who} {pluralize(most, 'run')}, epsilon {whole} in all."
     many = plan.event(rounds=plan.most_rounds * most)
     cap = filter.find_tightest_cap(many, more=plan.full_event, reference=plan.full_event, delta=plan.delta, digits=3)
-    yield f"A ledger made for such runs needs a lifetime cap (max_epsilon) of {cap:.12g}, by its filter."
+    yield f"A new ledger for these runs needs a lifetime cap (max_epsilon) of {cap:.12g}, by its privacy filter."
     if plan.cohorts and (window is None or window > plan.runs):
         who = "who have no date or came before it," if window is None else f"of {pluralize(window, 'period')}"
         yield (

@@ -1,5 +1,4 @@
-"""Drift detection: whether the model does worse on recent records, from the sites' noised held-out scores over a series
-of renewals.
+"""Drift detection on recent records, by a z-test on the noised held-out scores of a series of renewals.
 
 Guarantee: post-processing of noised releases that the runs have already paid for, so it has no further privacy cost.
 """
@@ -18,9 +17,7 @@ FELL = "held_out_fell"  # a finding's code
 
 @spec
 class HeldOut:
-    """The mean score of the sites' held-out records in one run, computed from noised sums, and its standard
-    deviation.
-    """
+    """Mean held-out score of one run over all sites, estimated from noised sums, with its standard deviation."""
 
     run: str
     date: str
@@ -28,14 +25,14 @@ class HeldOut:
     deviation: float
 
     def __post_init__(self) -> None:
-        for name, least in (("deviation", 1e-50), ("mean", -1e50)):  # it may be from another's folder, and is squared
+        for name, least in (("deviation", 1e-50), ("mean", -1e50)):  # untrusted run folders; both values are squared
             check_at_least(name, getattr(self, name), least)
             check_at_most(name, getattr(self, name), 1e50)
 
 
 @spec
 class Fall:
-    """The change from the mean score of all earlier runs to the mean of the newest two.
+    """Result of the drift test: the change from the mean score of all earlier runs to that of the newest two.
 
     `smallest` is the drop that the test detects with 80 % power.
     """
@@ -48,24 +45,25 @@ class Fall:
 def pool_held_out_scores(
     rounds: Sequence[RoundResult], sizes: Mapping[str, float], *, noise: float, run: str
 ) -> HeldOut | None:
-    """Pool the noised held-out scores of all rounds and sites of a run into one mean.
+    """Pool the noised held-out scores of all rounds and sites of a run into one mean score.
 
-    The noised figures of a site are shares of the held-out size that it declares; `noise` is the noise multiplier of
-    each release.  Returns None if there are no scores, or too few records for the amount of noise.
+    A site's noised score and count are shares of its size in `sizes`; `noise` is the noise multiplier of each release.
+    Returns None if there are no scores, or too few records for this noise.
     """
     parts = [(sizes[site], *shares) for one in rounds for site, shares in one.site_scores.items()]
     scores, units = sum(size * score for size, score, _ in parts), sum(size * count for size, _, count in parts)
     deviation = noise * math.sqrt(2 * len(parts))
-    if units <= 5 * deviation:  # the mean would be anybody's guess
+    if units <= 5 * deviation:  # the mean would be dominated by noise
         return None
     mean, each_round = scores / units, units / sum(bool(one.site_scores) for one in rounds)
-    # Of the noise in both sums; and of which units are held out, for all rounds: one score varies most as 0 or 1.
+    # Variance of the noise in both sums, plus sampling variance of the held-out units: at most p (1 - p) per score.
     variance = (1 + mean**2) * (deviation / units) ** 2 + max(0.0, mean * (1 - mean)) / each_round
     return HeldOut(run=run, date=max(one.ended for one in rounds), mean=mean, deviation=math.sqrt(variance))
 
 
 def detect_score_drop(line: Sequence[HeldOut]) -> Fall | None:
-    """Test whether the score dropped in the newest two runs, compared with all runs before (with two runs: the newest).
+    """Test for a score drop in the newest two runs against all earlier runs (with only two runs: the newest against the
+    other).
 
     A one-sided z-test on means, at a false alarm rate of 5 %, or less if runs share held-out records.  `line` is
     ordered from the oldest run to the newest.  Returns None for fewer than two runs.
@@ -80,5 +78,5 @@ def detect_score_drop(line: Sequence[HeldOut]) -> Fall | None:
 
 
 def _compute_weighted_mean(line: Sequence[HeldOut]) -> tuple[float, float]:
-    weights = [one.deviation**-2 for one in line]  # which make the mean's own deviation least
+    weights = [one.deviation**-2 for one in line]  # inverse-variance weighting
     return fmean([one.mean for one in line], weights), sum(weights) ** -0.5

@@ -1,9 +1,8 @@
-"""Checkpoint selection and early stopping, from scores on the lead's own validation file.
+"""Checkpoint selection and early stopping by scores on the lead's own validation file.
 
-Guarantee: the decision depends only on adapters that the sites have released and on a file without any site's records.
-It therefore has no privacy cost, and the epsilon of the whole plan holds regardless of the decision.  If the scores
-ended the run, the epsilon of the charged rounds alone is not proved, because the scores chose when to stop
-(docs/guarantee.md).
+Guarantee: the decision depends only on released adapters and on a file without any site's records, so it has no privacy
+cost, and the epsilon of the whole plan holds regardless of the decision.  After early stopping, the epsilon of the
+charged rounds alone is not proved, because the scores chose when to stop (docs/guarantee.md).
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ if TYPE_CHECKING:  # importing it loads adapter code, which a reader of reports 
 
 @spec
 class Kept:
-    """The round that checkpoint selection chose.
+    """Result of checkpoint selection: the selected round and its validation score.
 
     Attributes:
         round: the round that produced the run's adapter.
-        primary_metric: the name of the score that decided.
+        primary_metric: the metric used for the selection.
         score: the score of that round on the lead's validation file; None if it is not finite.
         ended_early: whether early stopping (`federation.early_stopping_patience` rounds without a better score) ended
             the run before its last round.
@@ -40,9 +39,9 @@ class Kept:
 
 
 def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *, primary_metric: str) -> Kept | None:
-    """Choose the round to keep, and decide on early stopping, from the scores of the finished rounds.
+    """Select the checkpoint to keep and decide on early stopping, from the scores of the finished rounds.
 
-    Returns None if the settings use neither, or no round is finished.
+    Returns None if the settings use neither feature, or no round is finished.
     """
     if not federation.uses_validation_scores or not rounds:
         return None
@@ -52,8 +51,8 @@ def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *
         score = convert_infinite_to_none(result.metrics.get(primary_metric))
         return -float("inf") if score is None else sign * score
 
-    best = max(rounds, key=compute_gain)  # of equals the first: later ones brought nothing
-    # A round without a usable update keeps the score before it, so it is no failed try.
+    best = max(rounds, key=compute_gain)  # the earliest on ties
+    # A round without a usable update does not change the score, so it does not count against the patience.
     waited = sum(one.round > best.round for one in rounds if one.sites)
     stops = federation.early_stopping_patience is not None and waited >= federation.early_stopping_patience
     kept = best if federation.checkpoint_selection == "best" else rounds[-1]
@@ -66,12 +65,12 @@ def find_kept_round(rounds: Sequence[RoundResult], federation: FederationSpec, *
 
 
 def count_rounds(rounds: Sequence[RoundResult], federation: FederationSpec) -> int:
-    """Count the rounds of a run as things stand; spare rounds replace rounds without a usable update."""
+    """Count the rounds of a run, including one spare round for each round without a usable update so far."""
     return federation.num_rounds + min(federation.spare_rounds, sum(not one.sites for one in rounds))
 
 
 def should_stop(rounds: Sequence[RoundResult], federation: FederationSpec, *, primary_metric: str) -> bool:
-    """Return True if a run with these finished rounds has no further round."""
+    """Return True if a run with these finished rounds is complete and starts no further round."""
     if is_budget_used_up(rounds):
         return True
     kept = find_kept_round(rounds, federation, primary_metric=primary_metric)
@@ -79,32 +78,32 @@ def should_stop(rounds: Sequence[RoundResult], federation: FederationSpec, *, pr
 
 
 def is_budget_used_up(rounds: Sequence[RoundResult]) -> bool:
-    """Return True if the newest round failed because too few sites had a round of the plan left.
+    """Return True if the newest round failed because too few sites had a round left in their plan.
 
-    A site charges a round before it trains, so an interrupted round counts, and is charged again when it is repeated.
-    The last round of the plan is then missing, unless the plan has a spare round.
+    A site charges a round before training, so an interrupted round is charged twice when it is repeated.  The plan then
+    lacks its last round, unless it has a spare round.
     """
     return bool(rounds) and not rounds[-1].sites and Reason.PLAN_EXHAUSTED in rounds[-1].failed_sites.values()
 
 
 def explain_used_up(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
-    """Explain which round is missing because the plan was used up, and which setting would have kept it; empty if none
-    is missing.
+    """Explain which round is missing because sites exhausted their plan, and which setting avoids it; empty if none is
+    missing.
     """
     if not is_budget_used_up(rounds):
         return ""
     missing, spare = rounds[-1], federation.spare_rounds
     sites = ", ".join(site for site, reason in missing.failed_sites.items() if reason == Reason.PLAN_EXHAUSTED)
     return (
-        f"Round {missing.round} of {federation.num_rounds + spare} is missing, and the run ended without it: an "
-        f"earlier round was interrupted after it was charged, and charged again, which used up the plan of {sites}. "
-        f"federation.spare_rounds={spare + 1} would have avoided this"
+        f"Round {missing.round} of {federation.num_rounds + spare} is missing: an earlier round was interrupted after "
+        f"it was charged, and was charged again, which exhausted the plan of {sites}. Set "
+        f"federation.spare_rounds={spare + 1} in the next run to allow for an interruption"
     )
 
 
 def warn_of_interrupted_round(round: int) -> str:
-    """Return the warning that a resumed run prints about an interrupted round."""
+    """Return the warning about an interrupted round for a resumed run."""
     return (
-        f"Round {round} was interrupted: a site that was charged for it but did not answer is charged again. If no "
-        "spare round is left (federation.spare_rounds), its plan's last round will be missing."
+        f"Round {round} was interrupted: sites that were charged for it but did not answer are charged again. If no "
+        "spare round is left (federation.spare_rounds), their plan will lack its last round."
     )

@@ -1,4 +1,4 @@
-"""Bytes and time of a run, from the model and made-up examples: nothing here reads a record."""
+"""Forecast of a run's time and traffic from the model and dummy examples; it reads no record."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fedtune.training.spec import RuntimeSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """The time and bytes of a run on this machine and on the wire, spare rounds left out.
+    """Estimated time and traffic of a run on this machine, without spare rounds.
 
-    Times are upper estimates for this machine: every example has full length, and every user as many records as may
-    take part.  Evaluation, start-up and the way over a network are not in them.
+    Times are upper estimates for this machine: every example has the maximum length, and every user has the maximum
+    number of records.  Evaluation, start-up and network latency are excluded.
     """
 
     values: int  # trained parameters
-    model_bytes: int  # of memory that base, adapter and head take where they lie, in the run's number format
-    bytes_down: int  # of all messages of a round to a site, with settings and signatures
-    bytes_up: int  # of all its answers in a round
-    bytes_total: int  # both ways, all sites and rounds; without invitation and end
-    # whether the layers below the first adapter run once for each record, and not in each step
+    model_bytes: int  # memory of base model, adapter and head, in the run's number format
+    bytes_down: int  # messages to one site in one round, including settings and signatures
+    bytes_up: int  # answers from one site in one round
+    bytes_total: int  # both directions, all sites and rounds; without the invitation and the notice of the end
+    # whether the layers below the first adapter are computed once per record instead of in every step
     frozen_states_kept: bool
-    first_seconds: float  # of what is computed once, for all sites
-    step_seconds: Mapping[str, float]  # of one step, by site
-    round_seconds: Mapping[str, float]  # of one round, by site; real sites work at the same time
-    seconds_one_after_another: float  # of all training where one machine plays all sites, as a simulation does
+    first_seconds: float  # one-time computation for all sites
+    step_seconds: Mapping[str, float]  # site -> time of one step
+    round_seconds: Mapping[str, float]  # site -> time of one round; real sites train in parallel
+    seconds_one_after_another: float  # total training time if one machine simulates all sites in sequence
 
 
 def forecast(
@@ -43,18 +43,18 @@ def forecast(
     runtime: RuntimeSpec,
     traffic: tuple[int, int],
 ) -> Forecast:
-    """Bytes and time for `plan` at sites of these declared sizes.
+    """Estimate the time and traffic of `plan` by timing the model on dummy examples.
 
     Args:
-        plan: the run's.
-        model: lies on the device that trains.
-        declared_sizes: of the sites that take part.
-        max_length: tokens of each text of a full example.
-        runtime: how this machine trains.
-        traffic: bytes of a round to a site and from it.
+        plan: the plan of the run.
+        model: the model, on the device that trains.
+        declared_sizes: site -> its declared size, for the participating sites.
+        max_length: the number of tokens in each text of a full-length example.
+        runtime: the runtime settings of this machine.
+        traffic: bytes per round to a site and from a site.
 
     Raises:
-        ConfigError: for `runtime.kept_states_folder`.
+        ConfigError: `runtime.kept_states_folder` cannot be used.
     """
     num_values, draws = sum(one.numel() for one in model.trainable().values()), np.random.default_rng(0)
     num_records = sum(declared_sizes.values()) * plan.records_per_user

@@ -1,4 +1,4 @@
-"""A run that sites are invited to, and the sites' answers before anybody pays."""
+"""Invitation of sites to a run, and their answers, before any budget is charged."""
 
 from __future__ import annotations
 
@@ -22,45 +22,43 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ProposedRun:
-    """A run that the lead proposes to the sites."""
+    """A run that the lead proposes to the sites, with the keys to sign requests and verify replies."""
 
-    proposal: Proposal  # what every site is asked to take part in
-    key: SigningKey  # the lead's, which signs each question and request
+    proposal: Proposal  # the proposal, identical for every site
+    key: SigningKey  # the lead's signing key, for invitations and requests
     federation: FederationSpec
-    settings: str = ""  # JSON of the run's configuration, for sites that do not have it; or empty
-    # site -> the public key under which it signs, where that is known beforehand
+    settings: str = ""  # JSON of the run's configuration for sites without it; otherwise empty
+    # site -> its public signing key, if the lead has a roster
     site_keys: Mapping[str, str] = field(default_factory=dict)
 
     def drop_foreign_receipt(self, site: str, reply: Reply) -> Reply:
-        """Return a site's reply, with the receipt removed if it is signed with a key other than the site's known
-        key.
-        """
+        """Remove the receipt from a site's reply if it is signed with a key other than the site's key in the roster."""
         if reply.receipt and reply.receipt.site_key != self.site_keys.get(site, reply.receipt.site_key):
-            log.warning("%s: its receipt is signed with a key that is not in the roster", site)
+            log.warning("site %s: the receipt is signed with a key that is not in the roster", site)
             return replace(reply, receipt=None)
         return reply
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """The sites' answers to an invitation."""
+    """Answers of the sites to an invitation, grouped into offers, refusals and silent sites."""
 
-    offers: Mapping[str, Offer]  # of the sites that would take part, in all of it or in less
-    refusals: Mapping[str, Refusal]  # of those that would not, or not before a person there has decided
-    silent: Mapping[str, str]  # site -> why it counts as silent
+    offers: Mapping[str, Offer]  # site -> its offer, for the whole plan or for a part of it
+    refusals: Mapping[str, Refusal]  # site -> its refusal; it may await a person's approval
+    silent: Mapping[str, str]  # site -> the reason why it counts as silent
 
     def require_enough(self, federation: FederationSpec, *, takes_part: Callable[[Offer], object]) -> None:
-        """Check that at least `least_sites` sites made an offer that `takes_part` accepts.
+        """Check that at least `federation.least_sites` sites made an offer that `takes_part` accepts.
 
         Raises:
-            RefusedError: policies and budgets leave fewer sites than that.
+            RefusedError: the policies and budgets of the sites leave fewer than `least_sites`.
             RunError: too few sites have answered so far.
         """
         ready = [site for site, offer in self.offers.items() if takes_part(offer)]
         if len(ready) >= federation.least_sites:
             return
         rooms = {site: offer.most_rounds for site, offer in self.offers.items() if site not in ready}
-        less = {site: f"has room for {rounds} rounds" for site, rounds in rooms.items()}
+        less = {site: f"budget left for {rounds} rounds" for site, rounds in rooms.items()}
         refused = [*less, *(site for site, refusal in self.refusals.items() if refusal.reason.is_final)]
         error = RefusedError if len(federation.active) - len(refused) < federation.least_sites else RunError
         others = {site: refusal.as_text for site, refusal in self.refusals.items()} | dict(self.silent) | less
@@ -69,12 +67,12 @@ class Answers:
 
 
 def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> Answers:
-    """Invite every site to a run, and sort the answers into offers, refusals and silent sites; no site is charged.
+    """Invite every site to a run and sort the answers into offers, refusals and silent sites; nothing is charged.
 
     Args:
         transport: the connection to the sites.
         asked: the proposed run, with the sites to invite.
-        less: whether a site without room for the whole plan should offer as much as its budget has room for.
+        less: whether a site whose budget cannot cover the whole plan should offer the part that fits.
     """
     timeout_s, nonce = asked.federation.round_timeout_s, secrets.token_hex(16)
     expires, questions = time.time() + timeout_s, []
@@ -94,13 +92,13 @@ def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> A
         own = reply.is_signed() and reply.about == (site, asked.proposal.run, 0)
         if own and isinstance(reply.body, Offer) and reply.body.nonce == nonce:
             offers[site] = reply.body
-            log.info("%s would take part, with fedtune %s", site, reply.body.software)
+            log.info("site %s offers to take part, with fedtune %s", site, reply.body.software)
         elif own and isinstance(reply.body, Refusal):
             refusals[site] = reply.body
         elif isinstance(reply.body, Refusal) and not reply.receipt:
-            silent[site] = reply.body.reason.value  # it is shown, and may change
+            silent[site] = reply.body.reason.value  # unsigned: shown to people, but not trusted as final
         else:
             silent[site] = UNSIGNED_REPLY
     for site, why in {**{site: body.as_text for site, body in refusals.items()}, **silent}.items():
-        log.warning("%s does not take part: %s", site, why)
+        log.warning("site %s does not take part: %s", site, why)
     return Answers(offers=offers, refusals=refusals, silent=silent)

@@ -1,4 +1,4 @@
-"""The lead: its part in a run, its knowledge between two rounds, what sites were charged by it, and how it is kept."""
+"""The lead's state between rounds, its checkpoints, and the privacy cost of a run at each site."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Scores = Mapping[str, float | None]
-"""Name -> score on a file of the lead; None, or a number that is not finite: the model diverged."""
+"""Metric name -> score on a file of the lead; None or a non-finite number means that the model diverged."""
 
 
 @spec
 class RoundResult:
-    """The outcome of one round, as stored in `run.json`.
+    """Outcome of one round, as stored in `run.json`.
 
     Attributes:
         round: the number of the round, from 1.
         seconds: the time from the first request to the score of the aggregated adapter.
         sites: the sites that contributed an update.
-        failed_sites: site -> the reason why it contributed none.
+        failed_sites: site -> the reason for its missing update.
         bytes_down, bytes_up: the payload sent to the sites and received from them.
         metrics: the scores of the aggregated adapter on the lead's validation file.
         site_scores: with `privacy.metrics=noised`, site -> the noised score of its held-out records and their noised
             count, both as shares of the declared size, for the adapter that the round started from.
         ended: the UTC time at which the round was aggregated and scored.
-        diverged: whether the average, or its score, was not finite.  The run then went back to the adapter before the
-            round, and `metrics` are the scores of that adapter.  The round is charged all the same.
+        diverged: whether the average or its score was not finite.  The run was then rolled back to the previous
+            adapter, and `metrics` are the scores of that adapter.  The round stays charged.
     """
 
     round: int
@@ -68,38 +68,36 @@ class RoundResult:
     diverged: bool = False
 
     def has_update_from(self, site: str) -> bool:
-        """Return True if the site sent an update in this round, and so was charged, even if the lead rejected the
-        update.
-        """
+        """Return True if the site sent an update in this round, valid or rejected, and was therefore charged."""
         return site in self.sites or self.failed_sites.get(site) in (INVALID_UPDATE, BEYOND_PLAN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeadState:
-    """The state of a run between two rounds: everything that a resumed run needs."""
+    """State of a run between two rounds: everything that is needed to resume the run."""
 
-    round: int  # rounds finished so far
-    adapter: Adapter  # aggregated after that round
-    best: Adapter | None = None  # of the round that the run keeps, where that is not the newest; None: it is
-    strategy: Arrays = field(default_factory=dict)  # arrays of the server optimizer, empty for plain averaging
-    algorithm: Arrays = field(default_factory=dict)  # arrays of the algorithm's lead half, empty before round 1
+    round: int  # the number of finished rounds
+    adapter: Adapter  # the adapter after that round
+    best: Adapter | None = None  # the adapter of the selected round; None: the newest round is selected
+    strategy: Arrays = field(default_factory=dict)  # state of the server optimizer, empty for plain averaging
+    algorithm: Arrays = field(default_factory=dict)  # state of the algorithm at the lead, empty before round 1
     receipts: Mapping[str, Receipt] = field(default_factory=dict)  # site -> its newest receipt
-    unanswered: Mapping[str, int] = field(default_factory=dict)  # site -> rounds asked of it since that receipt
+    unanswered: Mapping[str, int] = field(default_factory=dict)  # site -> rounds requested since that receipt
     rounds: tuple[RoundResult, ...] = ()  # one result for each finished round
     seconds: float = 0.0  # wall time so far, over all starts of the run
     metrics_before: Scores = field(default_factory=dict)  # of the initial adapter on the test file
-    # of an adapter that the run began in, what `run.json` says of it; None: it began in a new one.
+    # the entry in `run.json` about the adapter that the run started from; None: a freshly initialized adapter
     start_adapter: Mapping[str, Any] | None = None
-    data_changed: tuple[str, ...] = ()  # simulated sites whose records were others when the run was resumed
+    data_changed: tuple[str, ...] = ()  # simulated sites whose records had changed when the run was resumed
 
     @property
     def kept_adapter(self) -> Adapter:
-        """The adapter that the run would keep if it ended now."""
+        """The adapter of the selected round, which the run would keep if it ended now."""
         return self.adapter if self.best is None else self.best
 
     @property
     def seconds_per_round(self) -> float | None:
-        """The expected time for another round with its scores, in seconds; None after fewer than two rounds.
+        """The expected duration of another round including its scores, in seconds; None after fewer than two rounds.
 
         The first round is ignored because it includes one-time work.  The median leaves out interruptions.
         """
@@ -110,24 +108,23 @@ class LeadState:
         return max(between, median(one.seconds for one in self.rounds[1:]))  # ends are in whole seconds
 
     def with_requests_to(self, sites: Sequence[str]) -> LeadState:
-        """Return the state after a round was requested from `sites`: each of them may be charged until it answers."""
+        """Return the state after requesting a round from `sites`; each site may be charged until it answers."""
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
         return replace(self, unanswered=counts)
 
     def with_receipt(
         self, site: str, receipt: Receipt | None, *, run: str, plan: Plan, update: bool = False
     ) -> LeadState | None:
-        """Return the state with a site's new receipt, which shows what the site was charged; None if the receipt is
-        invalid.
+        """Return the state with a site's newest receipt, the proof of its charges; None if the receipt is invalid.
 
-        A receipt is invalid if it belongs to another run or site, if it is unsigned or signed with a new key, if it
-        counts more rounds than the plan has or fewer than the updates that the site sent, or if its counters went
-        backwards because the ledger was lost or restored from a backup.  The site then counts as silent, and an
-        `update` that came with the receipt is discarded.
+        A receipt is invalid if it belongs to another run or site, is unsigned, is signed with a new key, counts more
+        rounds than the plan has or fewer rounds than the site's updates, or has lower counters than an earlier receipt
+        because the ledger was lost or restored from a backup.  The site then counts as silent, and an `update` sent
+        with the receipt is discarded.
         """
         if receipt is None or (receipt.run, receipt.site) != (run, site):
             return None
-        # Each update was charged: a receipt that counts fewer is an old one, which a server put in a newer one's place.
+        # Each update was charged, so a receipt that counts fewer rounds is stale: a server may have replayed it.
         updates = update + sum(result.has_update_from(site) for result in self.rounds)
         # No ledger grants a run more rounds than its plan has.
         if not (updates <= receipt.charged_rounds <= plan.most_rounds and receipt.has_valid_signature()):
@@ -141,9 +138,9 @@ class LeadState:
 
 
 def merge_receipts(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:
-    """Merge two sets of receipts, and keep the newer receipt of each site.
+    """Merge two mappings of receipts by site; the newer receipt of each site wins.
 
-    If the keys differ, the ledgers differ too, and the receipt in `other` is kept.
+    If the keys of the two receipts differ, the ledgers differ too, and the receipt in `other` wins.
     """
     newest = dict(one)
     for site, receipt in other.items():
@@ -156,8 +153,7 @@ def merge_receipts(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> 
 def read_receipts(path: Path) -> dict[str, Receipt]:
     """Read the newest receipt of each site from a JSON file; empty if the file does not exist.
 
-    The next request sends each receipt back to its site, which can thus detect that its ledger was lost or restored
-    from a backup.
+    The next request returns each receipt to its site, so that the site can detect a lost or restored ledger.
 
     Raises:
         RunError: the file is damaged.
@@ -168,45 +164,46 @@ def read_receipts(path: Path) -> dict[str, Receipt]:
         known = parse_json(path.read_bytes(), key=str(path), bound="must map sites to their receipts")
         return dict(decode_value("receipts", known, Mapping[str, Receipt]))
     except ConfigError as error:
-        raise RunError(f"{path} is damaged; the sites' last receipts are unknown") from error
+        raise RunError(
+            f"the receipts file {path} is damaged; restore it from a backup, since the sites' last receipts are unknown"
+        ) from error
 
 
 def save_receipts(path: Path, receipts: Mapping[str, Receipt]) -> None:
-    """Merge `receipts` into the file, and keep the newer receipt of each site."""
+    """Merge `receipts` into the file; the newer receipt of each site wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock_folder(path.parent):  # two runs of a lead may end at once
+    with lock_folder(path.parent):  # two runs of one lead may end at the same time
         newest = {site: receipt.to_json() for site, receipt in merge_receipts(read_receipts(path), receipts).items()}
         write_durably(path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteCharge:
-    """The privacy cost of a run at one site, derived from the site's receipts and the numbers of the plan.
+    """Privacy cost of a run at one site, derived from the site's receipts and the plan.
 
     An epsilon of None means that no finite bound exists.
     """
 
-    epsilon: float | None = None  # by PLD, at the plan's delta; `epsilon_rdp` by RDP
-    epsilon_rdp: float | None = None
-    rounds: int  # charged, retries included; `steps` are theirs
-    # of the whole plan, by PLD: the figure that is proved whatever made the run end.  `epsilon` is one only where that
-    # did not depend on what the run had released.
+    epsilon: float | None = None  # of the charged rounds, by PLD, at the plan's delta
+    epsilon_rdp: float | None = None  # the same by RDP
+    rounds: int  # charged rounds, including retries
+    # epsilon of the whole plan, by PLD, proved however the run ended; `epsilon` is proved only if the end of the run
+    # did not depend on its releases.
     planned_epsilon: float | None = None
-    steps: int
+    steps: int  # steps in the charged rounds
     sampling_rate: float
     noise_multiplier: float
     metrics_noise_multiplier: float
-    upper_bound: bool  # the site fell silent, so every round asked of it since its last receipt is counted as charged
+    upper_bound: bool  # the site is silent, so every round requested since its last receipt counts as charged
 
     @property
     def proven_epsilon(self) -> float | None:
-        """The proven epsilon, valid however the run ended: that of the whole plan, or 0 if no round was charged."""
+        """The proved epsilon however the run ended: that of the whole plan, or 0 if no round was charged."""
         return self.planned_epsilon if self.rounds else self.epsilon
 
 
 def compute_site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
-    """Derive the privacy cost of this run at `site` from its charged rounds; only `planned_epsilon` covers the whole
-    plan.
+    """Compute the privacy cost of this run at `site` from its charged rounds; `planned_epsilon` covers the whole plan.
 
     A silent site may have been charged for every round requested since its last receipt, but never for more rounds than
     the plan has, because its ledger grants no more.
@@ -232,7 +229,7 @@ def compute_site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
 @lru_cache(maxsize=256)
 def compute_charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
     """Compute the epsilon of `rounds` charged rounds of a plan, by PLD and by RDP."""
-    # Cached: sites mostly stand at the same count, and composing takes a moment.
+    # Cached, because most sites have the same count and the composition is slow.
     if rounds == 0:
         return 0.0, 0.0
     spent = [plan.event(rounds=rounds)]
@@ -244,7 +241,7 @@ _ARRAY_FIELDS = ("adapter", "best", "strategy", "algorithm")  # of `LeadState`
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: `round-0003.safetensors`, and the journal of requested rounds.
+    """Checkpoint folder of a run: `checkpoints/round-0003.safetensors` and the journal of requested rounds.
 
     Args:
         folder: the folder; created if it does not exist.
@@ -257,24 +254,26 @@ class Checkpoints:
 
     @property
     def updates_folder(self) -> Path:
-        """The folder that holds the updates of a round until they are averaged."""
+        """The folder that stores the updates of a round until they are averaged."""
         return self._folder / "arrived"
 
     def save_session(self, session: bytes) -> None:
-        """Store the state of secure aggregation: the current session, and the sites accused of wrong shares."""
+        """Store the secure aggregation state: the current session and the sites accused of wrong shares."""
         write_durably(self._session, session)
 
-    def session(self) -> bytes:
-        """Read the session stored last by `save_session`; empty if none was stored."""
+    def load_session(self) -> bytes:
+        """Read the session stored by `save_session`; empty if there is none."""
         return self._session.read_bytes() if self._session.exists() else b""
 
     def record_request(self, round: int, sites: list[str]) -> None:
-        """Record in the journal, before a request is sent, that `sites` may be charged for `round`."""
+        """Append a round and its sites to the journal before the request is sent, because the sites may be charged for
+        it.
+        """
         line = json.dumps([round, sites]).encode() + b"\n"
         write_durably(self._asked, b"".join(self._complete_lines()) + line)
 
-    def asked(self, *, after: int) -> list[tuple[int, tuple[str, ...]]]:
-        """List the requested rounds later than `after`, each with its sites.
+    def list_requests(self, *, after: int) -> list[tuple[int, tuple[str, ...]]]:
+        """List the requested rounds later than `after`, each with its sites, from the journal.
 
         Raises:
             RunError: the journal is damaged.
@@ -284,10 +283,14 @@ class Checkpoints:
             rounds = [decode_value("asked", line, tuple[int, tuple[str, ...]]) for line in lines]
             return [(round, sites) for round, sites in rounds if round > after]
         except (ValueError, RecursionError) as error:
-            raise RunError(f"{self._asked} is damaged; the rounds that were requested are unknown") from error
+            raise RunError(
+                f"the journal {self._asked} is damaged; restore it from a backup, since requested rounds are unknown"
+            ) from error
 
     def save(self, state: LeadState) -> None:
-        """Write a checkpoint of `state`; after a crash, the previous checkpoint is still intact."""
+        """Write a checkpoint of `state` atomically and delete old checkpoints; a crash leaves the previous checkpoint
+        intact.
+        """
         best = None if state.best is None else state.best.tensors
         arrays = {
             "adapter": state.adapter.tensors,
@@ -306,7 +309,7 @@ class Checkpoints:
             old.unlink()
 
     def load(self) -> LeadState:
-        """Load the newest checkpoint, and count every round requested after it as unanswered.
+        """Load the newest checkpoint and count every later requested round as unanswered.
 
         Raises:
             ConfigError: there is no checkpoint, or it belongs to another configuration.
@@ -314,7 +317,7 @@ class Checkpoints:
         """
         found = list_checkpoints(self._folder)
         if not found:
-            raise ConfigError("resume", str(self._folder.parent), "must be a run folder with a checkpoint")
+            raise ConfigError("resume", str(self._folder.parent), "has no checkpoint: start a new run")
         data = found[-1].read_bytes()
         try:
             tensors = load_tensors(data)
@@ -333,44 +336,45 @@ class Checkpoints:
         except Exception as error:
             raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_explain_recovery(found)}") from error
         if other:
-            raise ConfigError("resume", str(self._folder.parent), "has a different configuration")
-        for _, sites in self.asked(after=state.round):
+            raise ConfigError("resume", str(self._folder.parent), "has a checkpoint of a different configuration")
+        for _, sites in self.list_requests(after=state.round):
             state = state.with_requests_to(sites)
         return state
 
     def _complete_lines(self) -> list[bytes]:
-        """Return the complete lines of the journal.
+        """Read the complete lines of the journal.
 
-        An incomplete last line was cut short by a crash, before any request of its round was sent.
+        A crash can truncate the last line, but only before any request of its round is sent.
         """
         lines = self._asked.read_bytes().splitlines(keepends=True) if self._asked.exists() else []
         return [line for line in lines if line.endswith(b"\n")]
 
 
 def _explain_recovery(found: Sequence[Path]) -> str:
-    """Say how to continue when the newest checkpoint is damaged.
+    """Return the recovery advice for a damaged newest checkpoint.
 
-    A run resumed from the checkpoint before it repeats the requests of the later rounds, which are not charged again.
+    A run resumed from the previous checkpoint repeats the requests of the later rounds, which are not charged again.
     """
     if len(found) < 2:
-        return "there is no other: start a new run under another name"
+        return "there is no earlier checkpoint: start a new run under another name"
     return f"move it away, and resume the run from {found[-2].name}"
 
 
 def _list_non_array_fields() -> Mapping[str, Any]:
-    """Return the fields of `LeadState` that hold no arrays, with their types."""
+    """Return the fields of `LeadState` without arrays, mapped to their types."""
     hints = get_type_hints(LeadState)
     return {name: hint for name, hint in hints.items() if name not in _ARRAY_FIELDS}
 
 
 @dataclass(frozen=True, slots=True)
 class AggregationResult:
-    """The result of one round.
+    """Result of aggregating one round.
 
     Attributes:
-        sites: the sites whose updates it combines.
-        failures: site -> why its update was left out.
-        strategy: the server optimizer's state, for a checkpoint.
+        adapter: the new adapter.
+        sites: the sites with an update in the aggregate.
+        failures: site -> the reason why its update is not included.
+        strategy: the state of the server optimizer, for a checkpoint.
     """
 
     adapter: Adapter
@@ -380,13 +384,14 @@ class AggregationResult:
 
 
 class Aggregation(Protocol):
-    """How a round's updates become the next adapter: the lead's half, for one run, of plain and of secure averages.
+    """Interface of the lead's aggregation rule, plain or secure, which combines a round's updates into the next
+    adapter.
 
     The site's half is `_protect` in `site_round.py`.
 
     Attributes:
-        session: name of the secure aggregation session that the next round belongs to; empty for plain averages.
-        left_out: sites that are not asked any more.
+        session: the name of the current secure aggregation session; empty for plain averages.
+        left_out: the sites excluded from all further rounds.
     """
 
     @property
@@ -396,13 +401,13 @@ class Aggregation(Protocol):
     def left_out(self) -> Collection[str]: ...
 
     def resume(self, state: LeadState) -> LeadState:
-        """Start, or resume after an interruption, at `state`; returns the state to continue from."""
+        """Prepare the first round, or recover from an interruption; return the state to continue from."""
 
     def prepare(self) -> Sequence[str]:
-        """Choose the sites of the next round, before any is charged; raises RunError if they are too few."""
+        """Choose the sites of the next round before any site is charged; raise RunError if there are too few."""
 
     def combine(self, state: LeadState, replies: RoundReplies) -> AggregationResult:
-        """Combine a round's valid updates into the next adapter; raises RunError if rounds cannot go on."""
+        """Combine a round's valid updates into the next adapter; raise RunError if the run cannot continue."""
 
     def restore(self, strategy: Arrays) -> None:
         """Restore an earlier state of the server optimizer."""
@@ -410,30 +415,28 @@ class Aggregation(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Lead:
-    """The lead's part in a run."""
+    """The lead of one run: the proposed run, the public settings, and the callbacks of the round loop."""
 
-    asked: ProposedRun  # who is asked about what
-    training: TrainingSpec  # how each site steps, which bounds how far an update can be from the adapter that was sent
-    lora: LoraSpec  # which tensors rest in a round
-    declared_sizes: Mapping[str, int]  # site -> the size it publishes; the weights of the average
-    average: Aggregation  # makes the next adapter of plain updates
+    asked: ProposedRun  # the proposal, the sites and the lead's key
+    training: TrainingSpec  # the sites' training settings, which bound the distance of an update from the sent adapter
+    lora: LoraSpec  # the LoRA settings, which determine the frozen tensors of a round
+    declared_sizes: Mapping[str, int]  # site -> its declared size; the weights of the average
+    average: Aggregation  # the aggregation rule for plain updates
     checkpoints: Checkpoints
     evaluate: Callable[[Adapter], Mapping[str, float]]  # scores an adapter on the lead's own validation data
     finished: Callable[[LeadState], None]  # called with the state after each round
-    elapsed: Callable[[], float]  # seconds since the run began, interruptions left out
-    # site -> the newest one of earlier runs, to be sent back until this run has one
+    elapsed: Callable[[], float]  # seconds since the start of the run, without interruptions
+    # site -> its newest receipt from earlier runs, sent back until this run has a receipt
     earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
     gives_adapter: bool = False  # whether the sites receive the final adapter
-    primary_metric: str = (
-        "loss"  # of these scores the one that may decide when the run ends, and whose adapter it keeps
-    )
+    primary_metric: str = "loss"  # the metric for early stopping and checkpoint selection
 
     @property
     def run(self) -> str:
-        """The run's name at its sites."""
+        """The name of the run."""
         return self.asked.proposal.run
 
     @property
     def plan(self) -> Plan:
-        """The run's plan."""
+        """The plan of the run."""
         return self.asked.proposal.plan

@@ -1,9 +1,9 @@
-"""The price of a run, from public numbers alone: nothing here reads a record.
+"""Price of a run in privacy, computed from public numbers alone; no record is read.
 
-`price` gives the cost of a plan by site and by round, and `price_alternatives` that of other plans.  `solve_rounds`,
-`solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every result was checked against the target,
-on the coarse grid that calibration uses.  `policy_dry_run.py` tells whether a site would accept the plan; `forecast.py`
-gives bytes and time, which need the model.
+`price` gives the cost of a plan by site and by round, and `price_alternatives` the cost of modified plans.
+`solve_rounds`, `solve_sampling_rate` and `find_least_noise` derive a plan from a target epsilon, on the coarse grid of
+the calibration.  `policy_dry_run.py` predicts whether a site would accept the plan; `forecast.py` estimates time and
+traffic, which need the model.
 """
 
 from __future__ import annotations
@@ -30,55 +30,52 @@ MOST_ROUNDS = 1_000_000  # the search for rounds ends here
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SitePrice:
-    """The cost of a plan at one site, without epsilon, which is the same at every site that takes part in all
-    rounds.
-    """
+    """Cost of a plan at one site, without epsilon, which is equal for all sites that take part in every round."""
 
     declared_size: int
-    weight: float  # of the site in the average
+    weight: float  # weight of the site in the average
     expected_batch: float  # mean number of units in a step, if the declared size is true
-    # delta times declared size: on average, at most this many units reveal something that could not have been
-    # released without them
+    # delta times declared size: an upper bound on the expected number of units for which the guarantee fails
     expected_failures: float
     step_noise: float  # standard deviation of the noise in each coordinate of a step's mean gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundPrice:
-    """The epsilon of all rounds up to this one, by each accountant."""
+    """Cumulative epsilon after a round, by each accountant."""
 
     round: int
     steps: int
-    pld: float  # the run's figure
-    rdp: float  # at the order that is best for these rounds
-    filter: float  # what a ledger's filter has counted by then, at the one order that is best for the whole plan
-    spare: bool  # whether it is a spare round, budgeted in case another is interrupted
+    pld: float  # the reported figure
+    rdp: float  # at the best order for these rounds
+    filter: float  # by the ledger's privacy filter, at the best order for the whole plan
+    spare: bool  # whether this is a spare round, budgeted in case another round is interrupted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """The price of a plan; the default values apply to a plan without noise."""
+    """Privacy cost of a plan; the default values apply to a plan without noise."""
 
     plan: Plan
-    sites: Mapping[str, SitePrice]  # name -> figures
-    # sites with the largest declared size.  They have the most weight and the most expected failures, and one
-    # over their size bounds delta.
+    sites: Mapping[str, SitePrice]  # site -> its price
+    # sites with the largest declared size: they have the most weight and the most expected failures, and delta should
+    # be below 1 / this size
     largest: tuple[str, ...]
-    rounds: tuple[RoundPrice, ...] = ()  # every round, or about twenty of many, the last one included
-    epsilon: float = math.inf  # of the whole plan, spare rounds included, by PLD; a run's report never shows more
-    # of all `plan.runs` that share the target; `calendar` has them one by one, if they are more.
+    rounds: tuple[RoundPrice, ...] = ()  # all rounds, or about twenty of them, always including the last
+    epsilon: float = math.inf  # whole plan including spare rounds, by PLD; a run's report never shows more
+    # all `plan.runs` runs that share the target; `calendar` lists them one by one, if there are several
     epsilon_of_all_runs: float = math.inf
-    epsilon_rdp: float = math.inf  # the same by RDP
-    epsilon_filter: float = math.inf  # the least lifetime cap of a new ledger under which the plan fits
-    filter_order: float | None = None  # the order at which it does
-    # what an accountant that restarts each round would show; no bound on the run
+    epsilon_rdp: float = math.inf  # whole plan, by RDP
+    epsilon_filter: float = math.inf  # the smallest lifetime cap of a new ledger that admits the plan
+    filter_order: float | None = None  # the Renyi order for that cap
+    # epsilon of a single round, as an accountant that restarts each round would show it; no bound on the run
     epsilon_of_one_round: float = math.inf
-    by_trust: Epsilons | None = None  # epsilon of the whole plan by adversary, where sites share the noise
+    by_trust: Epsilons | None = None  # epsilon of the whole plan by adversary, if the sites share the noise
     calendar: tuple[CalendarRun, ...] = ()
 
     @property
     def steps(self) -> int:
-        """The number of noisy steps that each site may be charged for."""
+        """The maximum number of noisy steps that each site is charged for."""
         return self.plan.local_steps * self.plan.most_rounds
 
     def _repr_html_(self) -> str:
@@ -89,25 +86,25 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A changed plan, and its price."""
+    """A modified plan with its price."""
 
-    what: str  # the change in words
-    plan: Plan  # the changed plan, at the noise of the original one
-    epsilon: float  # the target
-    noise_needed: float | None  # the least noise multiplier that meets it; None: no noise does
-    same_noise_epsilon: float  # epsilon at the noise of the original plan
+    what: str  # a description of the modification
+    plan: Plan  # the modified plan, with the noise multiplier of the original plan
+    epsilon: float  # the target epsilon
+    noise_needed: float | None  # the smallest noise multiplier that meets the target; None: no noise is enough
+    same_noise_epsilon: float  # epsilon at the noise multiplier of the original plan
     step_noise: float | None  # noise in a step's mean gradient with `noise_needed`, relative to the original plan
 
 
 def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Price:
-    """Compute the price of `plan` for sites with these declared sizes.
+    """Compute the privacy cost of `plan` for sites with these declared sizes.
 
     Guarantee: every epsilon is an upper bound, except `epsilon_of_one_round`, which bounds a single round only.
 
     Args:
         plan: the plan of one run.
         declared_sizes: site -> its declared size in records or persons.
-        before: how many runs of the plan's calendar are already over.
+        before: the number of finished runs in the plan's calendar.
     """
     sites = {site: _price_site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
     largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
@@ -135,34 +132,35 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
 
 
 LEAST_SIGNAL = 0.5
-"""The `signal_to_noise` below which a run is unlikely to learn; simulations/own_data has the runs behind it."""
+"""The `compute_signal_to_noise` below which a run is unlikely to learn, measured in simulations/own_data."""
 
 
 def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> None:
-    """Reject a plan that is unlikely to learn anything, from public numbers alone and before any site is charged.
+    """Check that a plan is likely to learn anything, from public numbers and before any site is charged.
 
     Raises:
-        ConfigError: `signal_to_noise` is below `LEAST_SIGNAL`.
+        ConfigError: `compute_signal_to_noise` is below `LEAST_SIGNAL`.
     """
-    ratio = signal_to_noise(plan, declared_sizes, values=values)
+    ratio = compute_signal_to_noise(plan, declared_sizes, values=values)
     if ratio < LEAST_SIGNAL:
         bound = (
-            "at this size and epsilon the run will likely learn nothing, since noise moves the adapter "
-            f"{1 / ratio:.3g} times as far as all records together can (docs/planning.md, Signal). Nothing was "
-            "charged. More or larger sites, a larger epsilon or secure aggregation help; true trains anyway"
+            "the signal is too weak at this size and epsilon: noise moves the adapter "
+            f"{1 / ratio:.3g} times as far as all records together can, so the run will likely learn nothing "
+            "(docs/planning.md, Signal). Nothing was charged. Use more or larger sites, a larger epsilon or secure "
+            "aggregation, or set true to train anyway"
         )
         raise ConfigError("training.ignore_weak_signal", False, bound)
 
 
-def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> float:
-    """Compute how far clipped records can move the adapter at most, relative to how far the noise moves it; infinite
-    without noise.
+def compute_signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> float:
+    """Compute an upper bound on the signal-to-noise ratio of the aggregated update; infinite without noise.
 
-    Both are measured in gradients, averaged over all sites and steps.  The signal is at most the clipping norm C,
-    reached if all records agree.  Each of K sites has weight n / N, so each of the `values` coordinates has noise of
-    standard deviation z C sqrt(K) / (q N) in a step, and 1 / sqrt(T) times that in the mean of T steps.
+    Signal and noise are L2 norms of the mean gradient over all sites and steps.  The signal is at most the clipping
+    norm C, reached if all per-example gradients are aligned.  Each of K sites has weight n / N, so each of the `values`
+    coordinates has noise of standard deviation z C sqrt(K) / (q N) in a step, and 1 / sqrt(T) times that in the mean of
+    T steps.
 
-    The ratio is an upper bound, not a forecast: records seldom agree.
+    The ratio is an upper bound, not a forecast, because gradients are rarely aligned.
     """
     if not plan.private:
         return math.inf
@@ -171,14 +169,13 @@ def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: in
 
 
 def price_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
-    """Price alternatives to a plan: more rounds, a smaller delta, larger batches, and half of `epsilon`, over all
-    `plan.runs`.
+    """Price alternatives to a plan: more rounds, a smaller delta, larger batches, and half of `epsilon`.
 
-    Alternatives for which no epsilon can be computed are left out.
+    Alternatives without a computable epsilon are skipped.
 
     Args:
         plan: a plan with privacy.
-        epsilon: the target epsilon of the plan's noise, or the plan's own epsilon.
+        epsilon: the target epsilon over all `plan.runs` runs, or the epsilon of the plan itself.
     """
     changes: list[tuple[str, dict[str, Any], float]] = [
         (f"{rounds} rounds", {"num_rounds": rounds}, epsilon)
@@ -197,14 +194,14 @@ def price_alternatives(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
 
 
 def _price_change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
-    noise = least_noise(plan, epsilon=epsilon)
+    noise = find_least_noise(plan, epsilon=epsilon)
     before = original.noise_multiplier / original.sampling_rate
     return Change(
         what=what,
         plan=plan,
         epsilon=epsilon,
         noise_needed=noise,
-        same_noise_epsilon=target_epsilon(plan),
+        same_noise_epsilon=compute_target_epsilon(plan),
         step_noise=None if noise is None else noise / plan.sampling_rate / before,
     )
 
@@ -233,23 +230,23 @@ def _price_round(plan: Plan, number: int, order: float) -> RoundPrice:
 
 
 @lru_cache(maxsize=1024)
-def target_epsilon(plan: Plan) -> float:
+def compute_target_epsilon(plan: Plan) -> float:
     """Compute the PLD epsilon of all `plan.runs` runs, which `privacy.epsilon` limits.
 
-    Uses the coarse grid of the calibration, which is never far above the fine grid.
+    Uses the coarse grid of the calibration; the result is slightly above that of the fine grid.
     """
     return accountant.epsilon_pld([plan.all_runs_event], plan.delta, interval=accountant.COARSE)
 
 
 def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
-    """Return `plan` with the largest number of rounds, spare rounds not counted, that stays within `epsilon`.
+    """Return `plan` with the largest number of rounds that keeps it within `epsilon`; spare rounds stay as planned.
 
     Raises:
         ConfigError: even a single round exceeds `epsilon`.
     """
 
     def is_within_target(count: int) -> bool:
-        return target_epsilon(dataclasses.replace(plan, num_rounds=count)) <= epsilon
+        return compute_target_epsilon(dataclasses.replace(plan, num_rounds=count)) <= epsilon
 
     fits, too_many = 0, 1
     while is_within_target(too_many):
@@ -259,46 +256,52 @@ def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
     fits += bisect(range(fits + 1, too_many), False, key=lambda count: not is_within_target(count))
     if not fits:
         spare = f" and {plan.spare_rounds} spare ones" if plan.spare_rounds else ""
-        bound = f"exceeds privacy.epsilon = {epsilon:g} with one round of {plan.local_steps} steps{spare}"
+        bound = (
+            f"exceeds privacy.epsilon = {epsilon:g} with one round of {plan.local_steps} steps{spare}; increase the "
+            "noise or epsilon"
+        )
         raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
     return dataclasses.replace(plan, num_rounds=fits)
 
 
 def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
-    """Return `plan` with the largest sampling rate, rounded down to four digits, that stays within `epsilon`.
+    """Return `plan` with the largest sampling rate, rounded down to four digits, that keeps it within `epsilon`.
 
     Raises:
-        ConfigError: every rate from `least` upwards exceeds `epsilon`.
+        ConfigError: even the rate `least` exceeds `epsilon`.
     """
 
     def set_rate(rate: float) -> Plan:
         return dataclasses.replace(plan, sampling_rate=rate)
 
     rate = accountant.find_boundary(
-        lambda rate: target_epsilon(set_rate(rate)),
+        lambda rate: compute_target_epsilon(set_rate(rate)),
         epsilon,
         start=max(plan.sampling_rate, least),
         bounds=(least, 1.0),
         rising=True,
     )
     if rate is None:
-        bound = f"exceeds privacy.epsilon = {epsilon:g} at every sampling rate down to {least:.3g}"
+        bound = (
+            f"exceeds privacy.epsilon = {epsilon:g} at every sampling rate down to {least:.3g}; increase the noise or "
+            "epsilon"
+        )
         raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
     scale = 10.0 ** (3 - math.floor(math.log10(rate)))
     return set_rate(math.floor(rate * scale) / scale)
 
 
-def least_noise(plan: Plan, *, epsilon: float) -> float | None:
-    """Find the smallest noise multiplier, rounded up to four digits, that keeps `plan` within `epsilon`; None if no
+def find_least_noise(plan: Plan, *, epsilon: float) -> float | None:
+    """Find the smallest noise multiplier, rounded up to four decimals, that keeps `plan` within `epsilon`; None if no
     noise is enough.
 
-    Works like `accountant.calibrate_noise`, but starts the search near the answer, at the noise of `plan`.
+    Works like `accountant.calibrate_noise`, but starts the search at the noise multiplier of `plan`.
     """
     most = plan.with_noise(accountant.MOST_NOISE)
-    if plan.releases_metrics and target_epsilon(most) > epsilon:
-        return None  # the released scores alone exceed it; a search would try a thousand noises in vain
+    if plan.releases_metrics and compute_target_epsilon(most) > epsilon:
+        return None  # the released scores alone exceed the target, so the search would fail
     noise = accountant.find_boundary(
-        lambda noise: target_epsilon(plan.with_noise(noise)),
+        lambda noise: compute_target_epsilon(plan.with_noise(noise)),
         epsilon,
         start=plan.noise_multiplier,
         bounds=(accountant.LEAST_NOISE, accountant.MOST_NOISE),

@@ -1,4 +1,4 @@
-"""A dry run of a proposed run against a site's policy and budget; nothing is binding.
+"""Dry run of a proposal against a site's policy and remaining budget; the result is not binding.
 
 The site decides when the first request of the run arrives, and its ledger may have changed by then.
 """
@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedtune.federation.planner import least_noise, target_epsilon
+from fedtune.federation.planner import compute_target_epsilon, find_least_noise
 from fedtune.privacy import accountant, events
 from fedtune.privacy.dp_library import DpEvent
 from fedtune.privacy.ledger import spending
@@ -32,25 +32,25 @@ _LESS_NOISE = 0.97  # of the least noise that is accepted: so much less that the
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRun:
-    """The expected answer of one site to a run that the site does not know yet.
+    """Predicted answer of one site to a proposed run.
 
     Attributes:
         policy: the path of the policy file.
         site: the name of the site.
         lead: the lead's public key.
-        broken: every broken rule, including those of the budget; empty: the site would accept.
-        ledger: "read", "new" (there is no file, and the site would create one), or "in doubt".
-        taken: the epsilon already charged or reserved for open runs, by the filter.
-        would_be: the same epsilon including the whole plan of this run.
+        broken: every violated rule of the policy and the budget; empty: the site would accept the run.
+        ledger: "read", "new" (no file yet; the site would create one), or "in doubt" (inconsistent).
+        taken: the epsilon charged so far or reserved for open runs, by the privacy filter.
+        would_be: the epsilon including the whole plan of this run, by the privacy filter.
         max_epsilon: the lifetime cap; infinite: no cap.
-        runs_left: how many runs like this one still fit the lifetime cap, one after another; None without a cap.
+        runs_left: the number of further runs of this kind under the lifetime cap; None without a cap.
         most_rounds: the largest number of rounds, up to the run's own, that the site would accept.
         least_noise: the smallest noise multiplier, from the run's own upwards, that the site would accept; None: more
             noise alone does not help.
-        note: a further remark, in one sentence.
-        most_epsilon: the largest `privacy.epsilon`, up to `MOST_EPSILON`, that the site would accept, everything else
-            as planned; None: the site accepts no epsilon, or none was searched for.
-        limit: the rule that a larger epsilon breaks; None: no rule.
+        note: an additional remark, in one sentence.
+        most_epsilon: the largest `privacy.epsilon`, up to `MOST_EPSILON`, that the site would accept for an otherwise
+            unchanged plan; None: the site accepts no epsilon, or the search was not requested.
+        limit: the rule that a larger epsilon violates; None: no rule.
     """
 
     policy: str
@@ -70,34 +70,34 @@ class DryRun:
 
     @property
     def allowed(self) -> bool:
-        """Whether the site would accept the run as planned."""
+        """Whether the site would accept the run unchanged."""
         return not self.broken
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain JSON, with each broken rule by its name."""
+        """Return the fields as JSON values, with broken rules in their JSON form."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         limit = self.limit and self.limit.to_json()
         return fields | {"broken": [one.to_json() for one in self.broken], "limit": limit, "allowed": self.allowed}
 
 
 def find_strictest_dry_run(verdicts: Sequence[DryRun]) -> DryRun:
-    """Return the verdict with the smallest `most_epsilon`, an epsilon at which every site accepts the run."""
+    """Return the dry run with the smallest `most_epsilon`, which every site accepts."""
     return min(verdicts, key=lambda one: 0.0 if one.most_epsilon is None else one.most_epsilon)
 
 
 def dry_run(
     path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int], find_most_epsilon: bool = False
 ) -> DryRun:
-    """Check a proposal against the policy file at `path`; the ledger is read if it exists, and never written.
+    """Check a proposal against the policy file at `path`; an existing ledger is read but never written.
 
     Args:
-        path: a site.toml.
+        path: the site.toml file with the policy.
         proposal: the proposal of the run.
-        declared_sizes: site -> its size according to the run.
-        find_most_epsilon: whether to search for the largest epsilon that the site accepts; takes some seconds.
+        declared_sizes: site -> its declared size in the run's settings.
+        find_most_epsilon: whether to search for the largest epsilon that the site accepts; takes several seconds.
 
     Raises:
-        ConfigError: the file is not a policy.
+        ConfigError: the file is not a valid policy.
     """
     files = SiteFiles.from_site_toml(path)
     policy, plan = files.policy, proposal.plan
@@ -106,8 +106,8 @@ def dry_run(
     try:
         budget = _PolicyBudget(policy, read_history(files))
     except FedtuneError as error:  # an inconsistent ledger: the site would train nothing
-        note = f"the site would not start: {error}"
-    against = budget.refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
+        note = f"the site would refuse to start: {error}"
+    against = budget.list_refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
     wrong_size = _list_size_refusals(policy, proposal, declared_sizes)
     broken = [*policy.find_broken_rules(proposal), *against, *wrong_size]
     may_fit = budget is not None and not wrong_size
@@ -115,17 +115,19 @@ def dry_run(
     if budget and may_fit and broken:
         most_rounds = spending.find_max_rounds(proposal, budget.accepts)
         least_noise = spending.find_min_noise(proposal, budget.accepts)
-    most_epsilon, limit = budget.most_epsilon(proposal) if budget and may_fit and find_most_epsilon else (None, None)
+    most_epsilon, limit = (
+        budget.find_most_epsilon(proposal) if budget and may_fit and find_most_epsilon else (None, None)
+    )
     return DryRun(
         policy=str(path),
         site=policy.site,
         lead=proposal.lead,
         broken=tuple(broken),
         ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
-        taken=budget.epsilon(plan, Counter()) if budget else None,
-        would_be=budget.epsilon(plan, events.count_mechanisms([plan.full_event])) if budget else None,
+        taken=budget.compute_epsilon(plan, Counter()) if budget else None,
+        would_be=budget.compute_epsilon(plan, events.count_mechanisms([plan.full_event])) if budget else None,
         max_epsilon=policy.budget.max_epsilon,
-        runs_left=budget.runs_left(plan) if budget else None,
+        runs_left=budget.count_runs_left(plan) if budget else None,
         most_rounds=most_rounds,
         least_noise=least_noise,
         note=note,
@@ -135,18 +137,18 @@ def dry_run(
 
 
 class _PolicyBudget:
-    """A policy and the rest of its budget at one moment."""
+    """Policy of a site and its remaining budget at one point in time."""
 
     def __init__(self, policy: Policy, history: History) -> None:
         self._now = history.now()
         self._policy, self._history = policy, history
-        # The cap on a run's epsilon is checked on the coarse grid below: many plans are tried, and the fine one takes
-        # ten times as long for an answer that differs in the fifth digit.
+        # `accepts` checks the cap per run on the coarse grid, because many plans are tried and the fine grid takes ten
+        # times as long for a difference in the fifth digit.
         uncapped = dataclasses.replace(policy.budget, max_epsilon_per_run=None)
         self._rules = dataclasses.replace(policy, budget=uncapped)
 
-    def refusals(self, proposal: Proposal) -> Iterator[Refused]:
-        """Yield the ledger's reasons to refuse `proposal`."""
+    def list_refusals(self, proposal: Proposal) -> Iterator[Refused]:
+        """Yield every reason of the ledger to refuse `proposal`."""
         try:
             spending.require_usable_ledger(self._history)
         except Refused as refused:
@@ -157,17 +159,17 @@ class _PolicyBudget:
             yield refused
 
     def accepts(self, proposal: Proposal) -> bool:
-        """Return True if rules and budget accept `proposal`; conservative for a plan just below a cap."""
-        if next(self.refusals(proposal), None) or self._rules.find_broken_rules(proposal):
+        """Return True if policy and budget accept `proposal`; conservative for plans just below a cap."""
+        if next(self.list_refusals(proposal), None) or self._rules.find_broken_rules(proposal):
             return False
         most = self._policy.budget.max_epsilon_per_run
-        return most is None or target_epsilon(dataclasses.replace(proposal.plan, runs=1)) <= most
+        return most is None or compute_target_epsilon(dataclasses.replace(proposal.plan, runs=1)) <= most
 
-    def most_epsilon(self, proposal: Proposal) -> tuple[float | None, Refused | None]:
-        """Find the largest acceptable epsilon for a run like `proposal`, and the rule that a larger epsilon breaks.
+    def find_most_epsilon(self, proposal: Proposal) -> tuple[float | None, Refused | None]:
+        """Find the largest acceptable epsilon for `proposal`, and the rule that a larger epsilon violates.
 
-        The result is rounded down to four digits, or to the nearest three digits if that is accepted as well: a cap is
-        usually a round number, and the noise search stops just short of it.
+        The result is rounded down to four digits, or to the nearest three digits if that is acceptable as well: a cap
+        is usually a round number, and the noise search stops just below it.
         """
 
         def set_noise(noise: float) -> Proposal:
@@ -176,23 +178,23 @@ class _PolicyBudget:
         tried = proposal
         while self.accepts(tried):
             noise = tried.plan.noise_multiplier
-            if noise <= accountant.LEAST_SOUGHT or target_epsilon(tried.plan) >= MOST_EPSILON:
+            if noise <= accountant.LEAST_SOUGHT or compute_target_epsilon(tried.plan) >= MOST_EPSILON:
                 return MOST_EPSILON, None
             tried = set_noise(max(noise / 2, accountant.LEAST_SOUGHT))
         least = spending.find_min_noise(tried, self.accepts)
         if least is None:
             return None, None
-        most = target_epsilon(set_noise(least).plan)
+        most = compute_target_epsilon(set_noise(least).plan)
         digits = -math.floor(math.log10(most))
         even, scale = round(most, digits + 2), 10.0 ** (digits + 3)
-        needed = least_noise(proposal.plan, epsilon=even)
+        needed = find_least_noise(proposal.plan, epsilon=even)
         found = even if needed is not None and self.accepts(set_noise(needed)) else math.floor(most * scale) / scale
         less = set_noise(_LESS_NOISE * least)
-        return found, next(chain(self._policy.find_broken_rules(less), self.refusals(less)), None)
+        return found, next(chain(self._policy.find_broken_rules(less), self.list_refusals(less)), None)
 
-    def epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
-        """Compute the epsilon of everything charged or reserved plus `asked`, by the ledger's filter, for the plan's
-        cohort with the highest spending.
+    def compute_epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
+        """Compute the epsilon of all charges and reservations plus `asked`, by the ledger's filter, for the cohort of
+        the plan with the highest spending.
         """
         cohorts = self._history.cohorts(plan.cohorts)
         return max(
@@ -200,18 +202,18 @@ class _PolicyBudget:
             for cohort in cohorts
         )
 
-    def runs_left(self, plan: Plan) -> int | None:
-        """Count how many runs with this plan still fit the lifetime cap; None without a cap."""
+    def count_runs_left(self, plan: Plan) -> int | None:
+        """Count the further runs with this plan that fit under the lifetime cap; None without a cap."""
         return spending.count_remaining_runs(
             self._history, self._policy, plan.full_event, self._now, admitted=plan.cohorts
         )
 
 
 def read_history(files: SiteFiles) -> History:
-    """Load the history of a site's ledger, with every event verified; empty if there is no ledger yet.
+    """Load and verify the history of a site's ledger; empty if there is no ledger yet.
 
     Raises:
-        RunError: the ledger is inconsistent, or was made for another policy.
+        RunError: the ledger is inconsistent, or was created for another policy.
     """
     verified = files.verify_ledger()
     if verified is None:
@@ -222,7 +224,7 @@ def read_history(files: SiteFiles) -> History:
 
 
 def _list_size_refusals(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> list[Refused]:
-    """Return a refusal if the run's size for the site differs from the size that the site declares; both sizes are
+    """Return a refusal if the declared size of the site in the run differs from the site's policy; both sizes are
     public.
     """
     own = {dataset.id: dataset.declared_size for dataset in policy.dataset}.get(proposal.dataset)

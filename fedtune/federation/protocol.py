@@ -1,4 +1,4 @@
-"""The messages between lead and site: questions signed by the lead, and the answers of a site."""
+"""Messages between lead and site: signed requests from the lead, and the replies of a site with their receipts."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ from fedtune.spec import WIRE_SCHEMA, ConfigError, check_name
 from fedtune.version import build
 
 _MOST_CHARACTERS = 1 << 16
-"""Of a signed text: what a server asks for is kept in the ledger, and must not fill a site's disk."""
-_MOST_ROUNDS = 1 << 31  # far beyond any plan's, and what every table can hold
+"""Limit on a signed text: the ledger stores requests, and a server must not fill a site's disk."""
+_MOST_ROUNDS = 1 << 31  # far above any plan
 _SHA256, _NONCE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 _SOFTWARE = re.compile(r"[\w.+-]{1,80}", re.ASCII)
 OTHER_PROTOCOL = re.compile(r"protocol \d{1,10} \(fedtune [\w.+-]{1,80}\): upgrade the (site|lead)", re.ASCII)
-"""What a site says it speaks where it refuses another protocol; without a signature, so that no other text is shown."""
+"""The form of a refusal of another protocol version.  It is unsigned, so the lead shows only text of this form."""
 
 
 def explain_upgrade(*, site: int, lead: int) -> str:
-    """Say which side must be upgraded before a site and a lead can communicate; empty if both use the same protocol
-    version.
+    """Return which side must be upgraded before a site and a lead can communicate; empty if their protocol versions are
+    equal.
 
-    Only the protocol version matters: different versions and builds of fedtune with the same protocol version can
-    continue each other's runs.
+    Versions and builds of fedtune with the same protocol version are compatible, even within one run.
     """
     return "" if site == lead else f"upgrade the {'site' if site < lead else 'lead'}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signed:
-    """A message text with a lead's signature, in the form in which both are sent."""
+    """Serialized message with the lead's signature."""
 
     text: str
     signature: str
 
 
 class _Word(ABC):
-    """A message from a lead that is signed for a single purpose."""
+    """A message from a lead, signed for a single purpose."""
 
     __slots__ = ()
     purpose: ClassVar[str]
@@ -59,50 +58,50 @@ class _Word(ABC):
 
     @abstractmethod
     def _to_json(self) -> dict[str, Any]:
-        """Return the fields as a JSON object, in the form that is signed."""
+        """Return the fields as a JSON object, the content that is signed."""
 
     @classmethod
     @abstractmethod
     def _from_json(cls, fields: dict[str, Any]) -> Self:
-        """Build the message from the object that `_to_json` returns; raises ConfigError for anything else."""
+        """Build the message from the output of `_to_json`; raise ConfigError for any other object."""
 
     def sign_with(self, lead: SigningKey) -> Signed:
-        """Return the message as it is sent, with the lead's signature."""
+        """Serialize the message and sign it with the lead's key."""
         text = json.dumps(self._to_json(), sort_keys=True)
         return Signed(text=text, signature=lead.sign(self.purpose, text.encode()))
 
     @classmethod
     def from_signed(cls, signed: Signed) -> Self:
-        """Read a signed message and verify the signature of the lead that it names.
+        """Parse a signed message and verify the signature of the lead that it names.
 
         Raises:
-            ConfigError: the text is not a message of this kind.
-            Refused: the signature is not from the lead that the message names, or the message uses another protocol
+            ConfigError: the text is not a message of this type.
+            Refused: the signature is not from the lead that the message names, or the message has another protocol
                 version.
         """
         try:
             _require("text", len(signed.text) <= _MOST_CHARACTERS)
-            text = signed.text.encode()  # a ValueError for half of a surrogate pair: what is signed are bytes
-            said = cls._from_json(parse_json(text, key="text", bound="must be an object"))
+            text = signed.text.encode()  # raises ValueError for an unpaired surrogate
+            message = cls._from_json(parse_json(text, key="text", bound="must be an object"))
         except ValueError as error:
             raise ConfigError(cls.purpose, signed.text[:80], f"must be a lead's {cls.purpose}") from error
-        if not is_signed(said.signer_key, cls.purpose, text, signed.signature):
+        if not is_signed(message.signer_key, cls.purpose, text, signed.signature):
             raise Refused(Reason.WRONG_SIGNATURE)
-        return said
+        return message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Question(_Word):
-    """A question from the lead about a run."""
+    """A message from the lead to one site about a run."""
 
-    proposal: Proposal  # of the run
-    site: str  # who is asked
-    expires: float  # seconds since 1970 after which the question is void
-    software: str = field(default_factory=build)  # the lead's fedtune, version and build; nothing depends on it
+    proposal: Proposal  # the proposal of the run
+    site: str  # the name of the receiving site
+    expires: float  # Unix time, in seconds, after which the message is void
+    software: str = field(default_factory=build)  # version and build of fedtune at the lead, for information only
 
     @property
     def run(self) -> str:
-        """The name of the run that the question is about."""
+        """The name of the run."""
         return self.proposal.run
 
     @property
@@ -110,7 +109,7 @@ class _Question(_Word):
         return self.proposal.lead
 
     def digest(self) -> str:
-        """Return the SHA-256, in hex, of the proposal; the expiry is not included."""
+        """Return the SHA-256 of the proposal, in hex, without the expiry of the message."""
         return self.proposal.digest()
 
     def _to_json(self) -> dict[str, Any]:
@@ -119,7 +118,7 @@ class _Question(_Word):
 
     @classmethod
     def _from_json(cls, fields: dict[str, Any]) -> Self:
-        # Whatever else a later protocol changes, these two fields and the form of a refusal stay as they are.
+        # Every protocol version keeps these two fields and the form of a refusal.
         spoken, software = fields.pop("protocol", None), fields.setdefault("software", "unknown")
         _require("protocol", type(spoken) is int and 0 < spoken < _MOST_ROUNDS)
         _require("software", type(software) is str and _SOFTWARE.fullmatch(software))
@@ -134,17 +133,17 @@ class _Question(_Word):
 
     @abstractmethod
     def _check(self) -> None:
-        """Check that all fields are within their limits; raises ConfigError."""
+        """Check that all fields are within their limits; raise ConfigError otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Invitation(_Question):
-    """The lead's question whether a site would take part in a run, asked before any site is charged."""
+    """The lead's invitation of a site to a run, sent before any site is charged."""
 
     purpose: ClassVar[str] = "invitation"
-    round: ClassVar[int] = 0  # it is charged to none
-    nonce: str  # 32 random hexadecimal digits, which come back in an offer
-    less: bool = False  # whether a site whose budget has no room for all of it is to say how much it has room for
+    round: ClassVar[int] = 0  # no round is charged
+    nonce: str  # 32 random hex digits, repeated in the offer
+    less: bool = False  # whether a site should offer a part of the plan if its budget cannot cover the whole plan
 
     def _check(self) -> None:
         _require("nonce", _NONCE.fullmatch(self.nonce))
@@ -156,12 +155,10 @@ class RoundRequest(_Question):
 
     purpose: ClassVar[str] = "round request"
     round: int  # from 1
-    adapter_digest: str  # of the adapter that travels with the request
-    # the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back
+    adapter_digest: str  # SHA-256 of the adapter that is sent with the request
+    # the site's last receipt at the lead, or None; a ledger without it was lost or restored from a backup
     receipt: Receipt | None
-    session: str = (
-        ""  # the lead's name for the session of secure aggregation that the round is a release of; else empty
-    )
+    session: str = ""  # the lead's name for the secure aggregation session; empty for plain aggregation
 
     def _to_json(self) -> dict[str, Any]:
         return _Question._to_json(self) | {"receipt": self.receipt and self.receipt.to_json()}
@@ -173,10 +170,10 @@ class RoundRequest(_Question):
         _require("session", _NONCE.fullmatch(self.session) if secure else self.session == "")
 
     def digest(self) -> str:
-        """Return the SHA-256, in hex, of the request's content: two requests with equal digests ask for the same round.
+        """Return the SHA-256 of the request's content, in hex; requests with equal digests are idempotent repeats of
+        one round.
 
-        The receipt, the expiry and the lead's software version are not included, and may differ when the lead asks
-        again.
+        The receipt, the expiry and the lead's software version are excluded, because they may change in a repeat.
         """
         asked = self._to_json() | dict.fromkeys(("protocol", "receipt", "expires"))
         del asked["software"]
@@ -187,7 +184,7 @@ ANNOUNCE, JOIN, CONFIRM, UNMASK = "announce", "join", "confirm", "unmask"
 
 
 def derive_terms(proposal: Proposal, *, members: Mapping[str, str], length: int) -> Terms:
-    """Build the terms of a run's secure aggregation; the lead and every site derive identical terms.
+    """Derive the terms of a run's secure aggregation; the lead and every site derive identical terms.
 
     Args:
         proposal: the proposal of the run.
@@ -207,14 +204,13 @@ def derive_terms(proposal: Proposal, *, members: Mapping[str, str], length: int)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SumRequest(_Question):
-    """The lead's request for a step of secure aggregation, other than the upload, which is the update of a round."""
+    """The lead's request for a step of secure aggregation other than the upload, which is part of a round's update."""
 
     purpose: ClassVar[str] = "step of secure aggregation"
-    round: ClassVar[int] = 0  # it is charged to none
+    round: ClassVar[int] = 0  # no round is charged
     step: str  # "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum
-    session: str  # 32 random hexadecimal digits, the lead's name for the session that is announced
-    # `hash_parts` of the messages that travel with the question.  A carrier who changes one cannot make a
-    # site answer what the lead did not ask.
+    session: str  # 32 random hex digits, the lead's name for the session
+    # `hash_parts` of the attached messages, so that a relay cannot change them
     parts_digest: str
 
     def _check(self) -> None:
@@ -224,18 +220,18 @@ class SumRequest(_Question):
 
 
 def hash_parts(parts: Iterable[bytes]) -> str:
-    """Return the SHA-256, in hex, of the messages sent with a `SumRequest`, in their order."""
+    """Return the SHA-256, in hex, of the messages attached to a `SumRequest`, in order."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndOfRun(_Word):
-    """The lead's notice that a run is over, so that a site can release the budget it reserved for the run."""
+    """The lead's notice of the end of a run, upon which a site releases the run's unused reservation."""
 
     purpose: ClassVar[str] = "end of run"
     run: str
     lead: str
-    adapter_digest: str = ""  # of the final adapter that travels with the notice; empty: none does
+    adapter_digest: str = ""  # SHA-256 of the final adapter sent with the notice; empty: no adapter is sent
 
     @property
     def signer_key(self) -> str:
@@ -253,25 +249,25 @@ class EndOfRun(_Word):
 
 def _require(key: str, right: object) -> None:
     if not right:
-        raise ConfigError(key, "a value of another type or range", "must have the declared type and be in range")
+        raise ConfigError(key, "an invalid value", "must have the declared type and be in range")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """A site's answer: its release or refusal, and a receipt of what its ledger has charged so far."""
+    """A site's answer to a message, with a receipt of the charges in its ledger so far."""
 
     body: Answer
-    receipt: Receipt | None  # None where the site cannot read its ledger, or tells a stranger nothing of it
+    receipt: Receipt | None  # None if the ledger is unreadable or the sender is not an allowed lead
 
     def is_signed(self) -> bool:
-        """Return True if the receipt is signed and covers exactly this answer, bit for bit.
+        """Return True if the receipt has a valid signature over exactly this answer.
 
-        Nobody who relays an answer, the federation's server included, can therefore change it.
+        No relay, including the federation's server, can therefore change an answer.
         """
         try:
             return (
                 self.receipt is not None
-                and self.receipt.reply == answer_digest(self.body)
+                and self.receipt.reply == compute_answer_digest(self.body)
                 and self.receipt.has_valid_signature()
             )
         except Exception:  # arrays of texts, for instance: numpy alone raises five kinds
@@ -279,12 +275,10 @@ class Reply:
 
     @property
     def about(self) -> tuple[str, str, int]:
-        """The site, run and round (0: before the run) named in the answer; authentic only if `is_signed`."""
+        """The site, run and round (0: before the run) in the answer; authentic only if `is_signed`."""
         return self.body.site, self.body.run, self.body.round
 
 
-def answer_digest(body: Answer) -> str:
-    """Return the SHA-256, in hex, of an answer's canonical bytes; for an update, the site's ledger records the same
-    digest.
-    """
+def compute_answer_digest(body: Answer) -> str:
+    """Return the SHA-256 of an answer's canonical bytes, in hex; the ledger records the same digest for an update."""
     return hashlib.sha256(body.to_bytes()).hexdigest()

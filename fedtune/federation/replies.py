@@ -1,4 +1,4 @@
-"""A round's replies at the lead: when to stop waiting for them, and which of them enter the average."""
+"""Replies to a round at the lead: the stopping rule for stragglers, and the validation of updates."""
 
 from __future__ import annotations
 
@@ -24,37 +24,38 @@ if TYPE_CHECKING:  # it imports torch
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
-LEFT_OUT = "left_out"  # of a site that is asked no more, since its shares in secure aggregation were wrong
-NOT_SUMMED = "not_summed"  # of a site whose upload is in no sum: it is charged, and the round moved nothing by it
-UNSIGNED_REPLY = "unsigned_reply"  # or signed about something else, which shows no charge
+LEFT_OUT = "left_out"  # the site is excluded, because its shares in secure aggregation were wrong
+NOT_SUMMED = "not_summed"  # the site was charged, but its upload is not in the sum
+UNSIGNED_REPLY = "unsigned_reply"  # no signature, or a signature for another round, which proves no charge
 _MOST_SHARE = 1e9
-"""The largest share of the declared number that a score or a count may be, with any noise and any true number."""
-BEYOND_PLAN = "beyond_plan"  # of an update that moves the adapter further than the plan's training can
+"""The largest plausible noised score or count, as a share of the declared size."""
+BEYOND_PLAN = "beyond_plan"  # the update is further from the sent adapter than the plan's training allows
 
 
 @dataclass
 class StoppingRule:
-    """A stopping rule for waiting on sites; it depends on who has answered, never on the content of an answer.
+    """Rule for when to stop waiting for stragglers; it depends on who has answered, never on the content of an answer.
 
-    The wait ends `straggler_grace_s` seconds after `enough_sites` usable answers have arrived, or `straggler_grace_s`
-    seconds after `least_sites` usable answers have arrived and no other site is working, because every other site is
-    offline, paused, waiting for a person or has refused.  It ends at once when no site is working and too many sites
-    have refused for `least_sites` usable answers to be possible.
+    The wait ends `straggler_grace_s` seconds after either of two events: `enough_sites` usable answers have arrived, or
+    `least_sites` usable answers have arrived and all other sites are idle (offline, paused, awaiting a person's
+    approval, or refusing).  It ends at once if no site is working and too many sites have refused for `least_sites`
+    usable answers.
     """
 
     spec: FederationSpec
-    clock: Callable[[], float] = time.monotonic  # seconds, of which only differences count
+    clock: Callable[[], float] = time.monotonic  # seconds; only differences matter
     _since: float | None = field(default=None, init=False)
 
     def is_over(self, *, good: int, at_work: int, others: int) -> bool:
-        """Return True if it is time to stop waiting; call it repeatedly during an exchange.
+        """Return True if the wait is over; poll it during an exchange.
 
         Args:
             good: the number of sites with a usable answer.
-            at_work: the number of sites that are online, were asked and have not answered; before a run begins, it
-                includes sites where a person has yet to approve the run.
-            others: the number of sites that are offline, paused or, during a round, not approved yet; an answer may
-                still come from them.
+            at_work: the number of online sites without an answer; before a run begins, it includes sites where a person
+                has yet
+                to approve the run.
+            others: the number of sites that are offline, paused or, during a round, not approved yet; they may still
+                answer.
         """
         if not at_work and good + others < self.spec.least_sites:
             return True
@@ -69,9 +70,9 @@ class StoppingRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Outcome:
-    """The outcome of a site's reply.
+    """Outcome of validating a site's reply.
 
-    `failure` is the reason why the reply brought no usable update; it is empty for a usable update.
+    `failure` is the reason for rejecting the reply; it is empty for a usable update.
     """
 
     failure: str = ""
@@ -81,26 +82,26 @@ class _Outcome:
 
 @dataclass(kw_only=True)
 class RoundReplies:
-    """The replies to a round, each validated on arrival.
+    """Replies to a round, each validated on arrival.
 
-    An update is valid if its site signed it and if the plan's training can have produced it.
+    An update is valid if it is signed by its site and within the reach of the plan's training.
     """
 
-    proposal: Proposal  # of the run
-    round: int  # of the run
-    sent: Adapter  # the adapter that the round began in
-    reaches: Mapping[str, UpdateBound]  # asked site -> how far its training may take the adapter, in the sites' order
-    arrived: UpdateStore  # where the valid updates are kept
-    update_dtype: str  # the number format in which plain updates come
-    left_out: Collection[str] = ()  # sites that are asked no more, and not heard
-    # site -> its upload to secure aggregation, which nothing can be said of by itself
+    proposal: Proposal  # the proposal of the run
+    round: int  # the number of the round
+    sent: Adapter  # the adapter that was sent to the sites
+    reaches: Mapping[str, UpdateBound]  # requested site -> bound on its update, in the order of the sites
+    arrived: UpdateStore  # the store for valid updates
+    update_dtype: str  # the number format of plain updates on the wire
+    left_out: Collection[str] = ()  # excluded sites, whose replies are ignored
+    # site -> its upload to secure aggregation, which cannot be validated on its own
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 
     def add_reply(self, site: str, reply: Reply) -> None:
-        """Validate a reply from a site that was asked, and store its update if it is valid.
+        """Validate a reply from a requested site, and store its update if it is valid.
 
-        A later reply from the same site replaces the earlier one.
+        A later reply replaces the earlier reply of the same site.
         """
         if site not in self.reaches or site in self.left_out:
             return
@@ -113,22 +114,22 @@ class RoundReplies:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites with a valid update, in a fixed order, so that floating-point sums are reproducible."""
+        """The sites with a valid update, in a fixed order for reproducible floating-point sums."""
         return tuple(site for site, outcome in self._list_outcomes() if not outcome.failure)
 
     @property
     def scores(self) -> dict[str, tuple[float, float]]:
-        """The noised score and count of each site's held-out records, by site, if the plan releases them."""
+        """The noised score and count of held-out records by site, if the plan releases them."""
         return {site: outcome.scores for site, outcome in self._list_outcomes() if outcome.scores is not None}
 
     @property
     def failures(self) -> dict[str, str]:
-        """The reason for each site that was asked and has no usable update, by site."""
+        """The reason for each missing update, by site."""
         return {site: outcome.failure for site, outcome in self._list_outcomes() if outcome.failure}
 
     @property
     def refusals(self) -> dict[str, Refusal]:
-        """The signed refusals, by site, with the requested and the allowed value."""
+        """The signed refusals by site, each with the requested and the allowed value."""
         return {site: outcome.refusal for site, outcome in self._list_outcomes() if outcome.refusal is not None}
 
     def _list_outcomes(self) -> list[tuple[str, _Outcome]]:
@@ -136,12 +137,14 @@ class RoundReplies:
         return [(site, self._outcomes.get(site, why)) for site, why in silent.items()]
 
     def _validate_reply(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
-        """Return the outcome of a reply, with the adapter of a valid update or the upload to secure aggregation."""
+        """Validate a reply; return its outcome, and the adapter of a valid update or the upload to secure
+        aggregation.
+        """
         body, own = reply.body, reply.is_signed()
         about_this = reply.about == (site, self.proposal.run, self.round)
         if isinstance(body, Refusal):
-            # A site gives a stranger no receipt, and none of a ledger that it cannot read: such a refusal's reason is
-            # shown, and it counts as no answer.
+            # A site gives no receipt to a stranger or with an unreadable ledger.  The reason of such a refusal is
+            # shown, but the refusal counts as no answer.
             own = own and about_this
             shown = own or not reply.receipt
             return _Outcome(failure=body.reason.value if shown else UNSIGNED_REPLY, refusal=body if own else None), None
@@ -162,7 +165,7 @@ class RoundReplies:
 
 
 def _are_valid_scores(plan: Plan, scores: tuple[float, float] | None) -> bool:
-    """Return True if scores are present exactly when the plan releases them, and are within a plausible range.
+    """Return True if scores are present exactly if the plan releases them, and within a plausible range.
 
     Scores and counts are shares of the declared size.
     """
@@ -170,7 +173,7 @@ def _are_valid_scores(plan: Plan, scores: tuple[float, float] | None) -> bool:
 
 
 def _decode_update(came: Tensors | Difference | Masked, sent: Adapter) -> Tensors | None:
-    """Return the adapter of an update; None if its names, order, shapes or dtype differ from `sent`, or a value is not
+    """Decode an update to an adapter; None if names, order, shapes or dtype differ from `sent`, or a value is not
     finite.
 
     A bfloat16 difference is added to `sent` here, once, so that bounds and averages see the resulting adapter.

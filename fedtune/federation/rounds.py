@@ -1,6 +1,6 @@
-"""The lead's main loop: invite the sites, train and aggregate round by round, and announce the end of the run.
+"""The lead's main loop: invite the sites, train and aggregate in each round, and announce the end of the run.
 
-An invitation charges nothing: each site answers whether it would take part, and why not.  Every round ends with a
+An invitation charges nothing: each site offers to take part, or refuses with a reason.  Every round ends with a
 checkpoint.
 """
 
@@ -40,43 +40,43 @@ _END_TIMEOUT_S = 60.0
 
 
 def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
-    """Run the remaining rounds of a run, and return its final state.
+    """Run the remaining rounds of a run and return its final state.
 
     Raises:
-        RunError: fewer than `min_sites` sites would take part, or sent an update in a round; the previous checkpoint
-            can be resumed.
-        RefusedError: so many sites refuse, or have used up their plan, that no round can succeed.
-        StuckError: two rounds in a row diverged; a resumed run would fail again.
+        RunError: fewer than `min_sites` sites would take part or sent an update; the run can be resumed from the
+            previous checkpoint.
+        RefusedError: too many sites refuse or have exhausted their plan for any round to succeed.
+        StuckError: two consecutive rounds diverged; a resumed run would diverge again.
     """
     there = transport.wait_for_sites(lead.declared_sizes, timeout_s=lead.asked.federation.round_timeout_s)
     if missing := sorted(set(lead.declared_sizes) - set(there)):
-        raise RunError(f"no answer from these sites, so the run did not start: {', '.join(missing)}")
+        raise RunError(f"the run did not start, because these sites did not answer: {', '.join(missing)}")
     if state.round == 0:
-        # Invite first, so that no site is charged for a run that other sites' policies would end.
+        # Invite first, so that no site is charged for a run that other sites refuse.
         answers, rounds = invite(transport, lead.asked), lead.plan.num_rounds
         answers.require_enough(lead.asked.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
     aggregation = lead.average if lead.plan.shared is None else SecureSums(transport, lead, state)
     state = aggregation.resume(state)
-    transport.traffic()  # reset the counter: invitations belong to no round
+    transport.take_traffic()  # reset the counter: invitations belong to no round
     try:
         while not should_stop(state.rounds, lead.asked.federation, primary_metric=lead.primary_metric):
             state = _run_round(transport, lead, state, aggregation)
             lead.checkpoints.save(state)
             lead.finished(state)
     except (RefusedError, StuckError):
-        # No round can succeed any more: let the sites that accepted release the budget they set aside.
+        # No further round can succeed, so let the sites release their reservations.
         lead.checkpoints.save(_announce_end(transport, lead, state, adapter=None))
         raise
     trained = any(result.sites for result in state.rounds)
     state = _announce_end(transport, lead, state, adapter=state.kept_adapter if trained else None)
     lead.checkpoints.save(state)
     if not trained:
-        raise RunError(f"no round of {lead.run} had a result; nothing was trained")
+        raise RunError(f"no round of run {lead.run} had a result; nothing was trained")
     return state
 
 
 def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: Aggregation) -> LeadState:
-    """Run one more round and return the new state."""
+    """Run one more round and return the resulting state."""
     round, started = state.round + 1, time.monotonic()
     sites = list(aggregation.prepare())
     lead.checkpoints.record_request(round, sites)
@@ -114,19 +114,19 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             receipt, update = lead.asked.drop_foreign_receipt(site, reply).receipt, isinstance(reply.body, Update)
             if receipt and (receipt.site, receipt.run) != (site, lead.run):
                 receipt = None
-            # A server may attach a receipt for another answer, which does not show what this round was charged.
+            # A server may attach the receipt of another answer, which does not prove the charge of this round.
             own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
             after = state.with_receipt(site, own, run=lead.run, plan=lead.plan, update=update)
             # An update without its receipt does not count: the lead could not derive the site's epsilon.
             replies.add_reply(site, replace(reply, receipt=receipt if after or not own else None))
             state = after or state
         if any(result.sites for result in state.rounds) and _is_plan_spent(replies, lead):
-            # The rounds before are the run: resumed, it would be refused for ever.
+            # End the run with the previous rounds, because a resumed run would be refused again.
             made = AggregationResult(state.adapter, (), replies.failures, state.strategy)
         else:
             _require_enough_updates(replies, lead, round)
             made = aggregation.combine(state, replies)
-    bytes_down, bytes_up = transport.traffic()
+    bytes_down, bytes_up = transport.take_traffic()
     metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_finite(adapter, metrics):
         adapter, metrics = _roll_back(lead, state, aggregation, metrics)
@@ -179,25 +179,25 @@ def describe_outcome(
     round: int,
     frozen: frozenset[str],
 ) -> RoundOutcome:
-    """Describe a round to the lead's half of the algorithm, by public numbers alone.
+    """Summarize a round for the algorithm at the lead, from public numbers alone.
 
     Args:
-        average: the adapter that the server's strategy made of the updates.
-        sent: the adapter that the sites were sent.
+        average: the aggregated adapter.
+        sent: the adapter that was sent to the sites.
         sites: the sites with an update.
-        sizes: the declared size of every site.
-        training: how the sites stepped.
-        plan: the run's plan.
+        sizes: site -> its declared size, for all sites.
+        training: the training settings of the sites.
+        plan: the plan of the run.
         round: the number of the round.
-        frozen: the tensors that did not train.
+        frozen: the names of the tensors that are frozen in this round.
     """
     factors, total = compute_round_factors(training, plan, round=round), sum(sizes[site] for site in sites)
     lora, head = training.compute_peak_rates(clipped=plan.private)
     step_sizes = {
         name: (head if name.startswith("head.") else lora) * sum(factors) for name in sent.tensors if name not in frozen
     }
-    # A site's noise in one value of a step has this standard deviation over its declared size, its weight is that
-    # size over the total, and the steps' noise adds up with the weights of their learning rates.
+    # Standard deviation of a site's noise in one coordinate of a step, times its declared size.  The weight of the site
+    # is its size over the total, and the noise of the steps is weighted by their learning rates.
     of_step = plan.noise_multiplier * plan.max_grad_norm / plan.sampling_rate
     noise = of_step * math.sqrt(len(sites)) / total * math.hypot(*factors) / (sum(factors) or 1.0)
     return RoundOutcome(
@@ -215,11 +215,10 @@ def _is_finite(adapter: Adapter, metrics: Scores) -> bool:
 
 
 def _roll_back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores) -> tuple[Adapter, Scores]:
-    """Roll back a round that diverged: return the adapter before the round, with its scores, and restore the server
-    optimizer.
+    """Roll back a diverged round: restore the server optimizer, and return the previous adapter with its scores.
 
     Raises:
-        StuckError: the round before diverged as well.
+        StuckError: the previous round diverged as well.
     """
     shown = ", ".join(f"{name} {score:g}" for name, score in scores.items())
     text = f"round {state.round + 1} diverged ({shown or 'the average has values that are not finite'})"
@@ -228,10 +227,10 @@ def _roll_back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: S
         lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
         raise StuckError(
             f"{text}, like the previous round; the checkpoint of round {state.round} has the last good adapter.  "
-            "The learning rates are too high, and resuming would diverge again: the cost stays charged; "
+            "The learning rates are too high, and a resumed run would diverge again. The cost stays charged; "
             f"start a new run with {lower}"
         )
-    log.error("%s; restoring the adapter from its start", text)
+    log.error("%s; restoring the adapter of the previous round", text)
     aggregation.restore(state.strategy)
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
@@ -257,7 +256,7 @@ def _build_requests(
 
 
 def _is_plan_spent(replies: RoundReplies, lead: Lead) -> bool:
-    """Return True if so many sites have used up the run's plan that no further round can succeed."""
+    """Return True if too many sites have exhausted the run's plan for another round to succeed."""
     spent = sum(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
     return len(lead.declared_sizes) - spent < lead.asked.federation.least_sites
 
@@ -271,15 +270,15 @@ def _require_enough_updates(replies: RoundReplies, lead: Lead, round: int) -> No
     too_few = lead.asked.federation.explain_too_few(len(replies.sites), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < least:
-        hint = "; interrupted rounds count; plan some federation.spare_rounds" if _is_plan_spent(replies, lead) else ""
+        hint = "; interrupted rounds are charged: set federation.spare_rounds" if _is_plan_spent(replies, lead) else ""
         raise RefusedError(f"round {round}: refused by a policy or budget; {too_few}{hint}")
     raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
 
 
 def _announce_end(transport: Transport, lead: Lead, state: LeadState, *, adapter: Adapter | None) -> LeadState:
-    """Notify every site that the run is over, and add the receipts from their answers to the state.
+    """Announce the end of the run to every site, and add the receipts in their answers to the state.
 
-    Sites that miss the notice let the run expire.
+    A site that misses the notice releases its reservation when the run expires.
     """
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.asked.key.public, adapter_digest=given.digest() if given else "")

@@ -1,6 +1,6 @@
-"""The run folder `runs/<name>/`: the layout of its files, its lock, and its log.
+"""The run folder `runs/<name>/`: its file layout, its lock, and its log.
 
-This module imports almost nothing, so that a command that only looks up a file does not wait for torch.
+The module imports little, so that commands which only look up a file need not wait for torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fedtune.spec import ConfigError, RunError, StuckError, describe_full_disk
 from fedtune.system import lock, open_to_lock
 
 _MOST_NAMED = 10
-CARD, LABEL = "README.md", "label.svg"  # of an adapter, and the privacy label beside it
-ASKED = "asked.jsonl"  # the journal of rounds that were asked for, in the folder of a run's checkpoints
+CARD, LABEL = "README.md", "label.svg"  # an adapter's model card and its privacy label
+ASKED = "asked.jsonl"  # the journal of requested rounds, in the checkpoint folder
 
 
 def format_checkpoint_name(round: int | None = None) -> str:
@@ -32,14 +32,13 @@ def format_checkpoint_name(round: int | None = None) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the files in a run's checkpoint folder, oldest first."""
-    # By length first: after round 9999 come names with a digit more.
+    """List the checkpoints in a folder, oldest first."""
+    # By length first, because names after round 9999 have an additional digit.
     return sorted(folder.glob(format_checkpoint_name()), key=lambda path: (len(path.name), path.name))
 
 
 def suggest_run_folders(folder: Path) -> str:
-    """Return the end of an error message about a folder without a run: the run that was probably meant, or the existing
-    runs.
+    """Return a suffix for an error about a folder without a run: the most similar run, or a list of the existing runs.
 
     Searches the parent of `folder`, `folder` itself and runs/; empty if there are no runs.
     """
@@ -54,7 +53,7 @@ def suggest_run_folders(folder: Path) -> str:
 
 
 def _read_adapter_digest(file: Path) -> str | None:
-    """Read the adapter digest from a JSON file; None if the file has none or cannot be read."""
+    """Read the adapter digest from a JSON file; None if the file is unreadable or lacks the digest."""
     with contextlib.suppress(OSError, ConfigError):
         found = parse_json(file.read_bytes(), key=str(file), bound="must be an object").get("adapter_digest")
         return found if isinstance(found, str) else None
@@ -63,7 +62,7 @@ def _read_adapter_digest(file: Path) -> str | None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock `folder` for this process; wait while another process holds the lock.
+    """Hold an exclusive lock on `folder`; wait while another process holds it.
 
     Raises:
         ConfigError: the folder, or its file system, does not support locks.
@@ -79,9 +78,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that tolerates a full disk: a logging error must not end a run or print anything."""
+    """A log handler that tolerates a full disk, because a logging error must neither end a run nor print anything."""
 
-    full: str | None = None  # the full-disk error of a simulated site, which tells the lead only that it failed
+    full: str | None = None  # the full-disk error of a simulated site, whose refusal has no details
 
     def emit(self, record: logging.LogRecord) -> None:
         self.full = self.full or describe_full_disk(record.exc_info and record.exc_info[1])
@@ -96,25 +95,25 @@ class _LogFile(logging.FileHandler):
 
 
 class RunFolder:
-    """The paths of one run's files; none of the files needs to exist.
+    """Paths of a run's files; none of the files needs to exist.
 
     Attributes:
         path: the run folder.
         config: the composed configuration, as YAML.
         result: the result of the run (`fedtune.runs.results`).
-        log: the log, locked by the process that runs the folder.
+        log: the log, locked by the running process.
         adapter: the folder of the final adapter, including the task head.
-        checkpoints: the folder of the files that a resumed run needs (`fedtune.federation.lead.Checkpoints`).
+        checkpoints: the checkpoint folder (`fedtune.federation.lead.Checkpoints`).
         asked: the journal of requested rounds.
         sites: the folder of a simulation's sites, unless they are stored elsewhere.
         environment: the hardware and software of the run.
         answers: the latest answer from each real site.
-        site_reports: the folder of the reports that sites released.
-        selection: the search that the run is a trial of (`fedtune.privacy.selection`); in a folder of trials, the cost
-            of the search to each trial.
+        site_reports: the folder of reports released by sites.
+        selection: the search to which the run belongs as a trial (`fedtune.privacy.selection`); in a folder of trials,
+            the privacy cost of the search per trial.
         audit: the findings of an audit of the run.
-        exports: the files written by `fedtune export`: file -> its SHA-256.
-        audit_mark: a marker file, written before an audit trains: the training data contain canaries.
+        exports: the hashes of exported files: file -> SHA-256.
+        audit_mark: a marker that the training data contain canaries, written before an audit trains.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,8 +138,7 @@ class RunFolder:
         return Path(sites_dir) if sites_dir else self.sites
 
     def create(self, config: bytes) -> list[Path]:
-        """Create the folder and write its configuration as YAML; return the newly created folders, the run's own first
-        and then its parents.
+        """Create the folder with its configuration; return the newly created folders, innermost first.
 
         Raises:
             ConfigError: the folder exists already, or cannot be created.
@@ -148,7 +146,7 @@ class RunFolder:
         new = [each for each in (self.path, *self.path.parents) if not each.exists()]
         try:
             self.path.mkdir(parents=True)
-            if (owed := RunFolder(self.path.parent).selection).is_file():  # a trial owes what all do before it trains
+            if (owed := RunFolder(self.path.parent).selection).is_file():  # a trial inherits the cost of the search
                 write_durably(self.selection, owed.read_bytes())
             write_durably(self.config, config)
         except FileExistsError:
@@ -160,18 +158,17 @@ class RunFolder:
         return new
 
     def remove(self, new: Sequence[Path]) -> None:
-        """Undo `create`: delete the folder with its content, and each new parent that is empty."""
-        shutil.rmtree(self.path, ignore_errors=True)  # without a checkpoint no site was asked, so no ledger has begun
+        """Undo `create`: delete the folder with its content, and every new parent that is empty."""
+        shutil.rmtree(self.path, ignore_errors=True)  # without a checkpoint, no site was charged
         with contextlib.suppress(OSError):
             for parent in new[1:]:
                 parent.rmdir()
 
     def find_finished_adapter(self) -> Path:
-        """Return the path `adapter`, after checking that the run has finished and its adapter may be used.
+        """Return the adapter folder of a finished run, after verifying that its adapter may be used.
 
         Raises:
-            ConfigError: the run has not finished, belongs to an audit, or holds an adapter with another digest than in
-                run.json.
+            ConfigError: the run is unfinished or belongs to an audit, or its adapter has another digest than run.json.
         """
         if not self.adapter.is_dir():
             raise ConfigError("run folder", str(self.path), "has no finished adapter/; resume the run first")
@@ -179,30 +176,30 @@ class RunFolder:
         return self.adapter
 
     def read_exports(self) -> dict[str, str]:
-        """Read the record of exports: file name, relative to the parent of its export folder -> SHA-256."""
+        """Read the hashes of exported files: path relative to the parent of the export folder -> SHA-256."""
         if not self.exports.is_file():
             return {}
         noted = parse_json(self.exports.read_bytes(), key=str(self.exports), bound="must be an object")
         return {str(name): str(digest) for name, digest in noted.items()}
 
     def record_export(self, target: Path) -> None:
-        """Record the hashes of an export's files, so that the run's report can list them."""
+        """Record the hashes of an export's files, which the run's report lists."""
         new = hash_files(target, besides=(CARD, LABEL))
         noted = self.read_exports() | {f"{target.name}/{name}": digest for name, digest in new.items()}
         write_durably(self.exports, json.dumps(noted, indent=1).encode() + b"\n")
 
     def require_own_adapter(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
-        """Check that the adapter with this digest is the result of this run.
+        """Check that the adapter with this digest is the result of this run, and that the run is not an audit.
 
         Raises:
             ConfigError: the adapter comes from an audit, or run.json has another digest.
         """
         bound, mark, named = "", self.audit_mark.name, _read_adapter_digest(self.result)
         if self.audit_mark.exists():
-            bound = f"is an audit: made-up records were planted in its training data ({mark}); ignore its scores"
-        elif not self.result.exists():  # beside a site's copy are no checkpoints either: it has no report, and no card
-            said = "has no run.json with its adapter's digest; resume the run, or restore the file"
-            bound = said if self.saved_checkpoints else ""
+            bound = f"is an audit: its training data contain canaries ({mark}); do not use its adapter or scores"
+        elif not self.result.exists():  # a site's copy of an adapter has neither run.json nor checkpoints
+            missing = "has no run.json with its adapter's digest; resume the run, or restore the file"
+            bound = missing if self.saved_checkpoints else ""
         elif digest is None or named != digest:
             bound = "its adapter does not match adapter_digest in run.json; resume the run, or restore the adapter"
         if bound:
@@ -214,35 +211,34 @@ class RunFolder:
         return list_checkpoints(self.checkpoints)
 
     def has_begun(self) -> bool:
-        """Return True if the folder holds a run with a checkpoint or a result.
+        """Return True if the folder contains a run with a checkpoint or a result.
 
-        If the folder was left by a process that was killed before the first checkpoint, and none is running, it is
-        deleted.
+        Deletes the folder if a killed process left it without a checkpoint and no process is running it.
         """
         if self.saved_checkpoints or self.result.exists():
             return True
-        if self.config.is_file() and self.log.is_file():  # whatever has no log was no run
+        if self.config.is_file() and self.log.is_file():  # a run always has a log
             with self.hold_lock():
-                shutil.rmtree(self.path)  # without a checkpoint no site was asked, so no ledger has begun
+                shutil.rmtree(self.path)  # without a checkpoint, no site was charged
         return False
 
     @contextlib.contextmanager
     def hold_lock(self) -> Iterator[None]:
-        """Hold the lock of the folder, because two processes that run it would mix their ledgers and checkpoints.
+        """Hold the lock of the folder, because two processes in one folder would mix their ledgers and checkpoints.
 
         Raises:
             ConfigError: another process is running the folder.
         """
-        with self.log.open("a") as held:  # the lock ends with the process, even if that is killed
+        with self.log.open("a") as held:  # the lock is released with the process, even if the process is killed
             try:
                 lock(held.fileno())
             except OSError:
-                raise ConfigError("resume", str(self.path), "is running in another process") from None
+                raise ConfigError("resume", str(self.path), "is running in another process: wait, or stop it") from None
             yield
 
     @property
     def is_running(self) -> bool:
-        """True if a process holds the lock of the folder; checking it changes nothing."""
+        """True if a process holds the lock of the folder; the check changes nothing."""
         if not self.log.is_file():
             return False
         with self.log.open() as held:
@@ -254,7 +250,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def log_to_file(self, level: str) -> Iterator[None]:
-        """Send the logs of fedtune and Flower to a file, so that the terminal shows only the progress of the run."""
+        """Redirect the logs of fedtune and Flower to a file, so that the terminal shows only the run's progress."""
         handler = _LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]

@@ -1,5 +1,5 @@
-"""The lead's side of secure aggregation: a session of all sites, and in each round one sum of their noisy gradient
-sums.
+"""The lead's side of secure aggregation: one session of all sites, and one release of their noisy gradient sum per
+round.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from fedtune.training.secure_server_step import take_secure_server_step
 log = logging.getLogger(__name__)
 
 _SESSIONS = 3
-"""Sessions that the lead tries to begin before it goes on without a site, or gives up; a site may restart in one."""
+"""Attempts to begin a session before the lead continues without a site or gives up; a site may restart during one."""
 
 MOST_LOST = 5
-"""Releases without a sum that end a run, in all: where two sites accuse each other, nobody can tell who is at fault."""
+"""Number of releases without a sum that ends a run: if two sites accuse each other, the lead cannot tell who is at
+fault."""
 
 
 class SecureSums:
-    """The aggregation of a run that uses secure aggregation.
+    """Aggregation rule of a run with secure aggregation.
 
     Args:
         transport: the connection to the sites.
-        lead: the lead of the run; its checkpoints store the session for a lead that is restarted.
-        state: the state of the run, which gives the length of its adapter.
+        lead: the lead of the run; its checkpoints store the session for a restart.
+        state: the state of the run, which determines the number of values in the adapter.
 
     Attributes:
         session: the lead's name for the current session; empty before the first one.
@@ -57,14 +58,14 @@ class SecureSums:
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
         self.session, self.left_out = "", frozenset[str]()
-        self._announced: tuple[bytes, ...] = ()  # by each member, in the members' order
-        self._begun: KeyAgreement | None = None  # None: a session has to begin
-        self._accused: set[frozenset[str]] = set()  # two sites each, of which one is at fault for a wrong share
-        if kept := lead.checkpoints.session():
+        self._announced: tuple[bytes, ...] = ()  # the announcements, in the order of the members
+        self._begun: KeyAgreement | None = None  # the current session; None before the first session
+        self._accused: set[frozenset[str]] = set()  # pairs of sites, one of which is at fault for a wrong share
+        if kept := lead.checkpoints.load_session():
             self._restore_session(kept)
 
     def _restore_session(self, kept: bytes) -> None:
-        """Restore the state that an earlier lead stored; its session is dropped if it does not match the terms."""
+        """Restore the stored state after a restart; a session that does not match the terms is dropped."""
         try:
             fields = parse_json(kept, key="session", bound="must be JSON")
             self.left_out = frozenset(map(str, fields["left_out"]))
@@ -73,10 +74,10 @@ class SecureSums:
             begun = build_session(self._terms, dict(zip(self._terms.sites, announced, strict=True)))
             self.session, self._announced, self._begun = str(fields["name"]), announced, begun
         except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("no session of secure aggregation to resume: %s", error)
+            log.warning("the stored session of secure aggregation cannot be resumed: %s", error)
 
     def _save_session(self) -> None:
-        """Store the state, all of it public, for a lead that is restarted."""
+        """Store the state, all of it public, for a restart of the lead."""
         fields = {
             "left_out": sorted(self.left_out),
             "accused": sorted(map(sorted, self._accused)),
@@ -86,12 +87,12 @@ class SecureSums:
         self._lead.checkpoints.save_session(json.dumps(fields).encode())
 
     def resume(self, state: LeadState) -> LeadState:
-        """Count every round that an earlier lead requested as lost; none of these releases is restarted.
+        """Count every round that was requested before a restart as lost, because its release cannot be completed.
 
-        A site confirms only the survivors that it was first asked about, and a restarted lead does not know them.
+        A site confirms only the first set of survivors that it receives, and a restarted lead does not know that set.
         """
         lead = self._lead
-        for round, sites in sorted(dict(lead.checkpoints.asked(after=state.round)).items()):
+        for round, sites in sorted(dict(lead.checkpoints.list_requests(after=state.round)).items()):
             not_asked = {site: LEFT_OUT if site in self.left_out else NO_REPLY for site in lead.declared_sizes}
             lost = RoundResult(
                 round=round,
@@ -107,20 +108,19 @@ class SecureSums:
         return state
 
     def restore(self, strategy: Arrays) -> None:
-        """Do nothing: the optimizer's state is part of the run's state."""
+        """Do nothing: the state of the optimizer is part of the run's state."""
 
     def combine(self, state: LeadState, replies: RoundReplies) -> AggregationResult:
-        """Apply an optimizer step with the sum of a round's uploads; if the sum cannot be computed, keep the previous
-        adapter.
+        """Apply an optimizer step with the sum of the uploads; keep the previous adapter if the sum cannot be computed.
 
         Raises:
-            RunError: two rounds in a row, or `MOST_LOST` rounds in all, had no sum.
+            RunError: two consecutive rounds, or `MOST_LOST` rounds in total, had no sum.
         """
         lead, adapter, strategy = self._lead, state.adapter, state.strategy
         sites: tuple[str, ...] = ()
         try:
             uploads = {site: upload for site, upload in replies.masked.items() if site in replies.sites}
-            total, sites = self.total(replies.round, uploads)
+            total, sites = self.compute_total(replies.round, uploads)
             adapter, strategy = take_secure_server_step(
                 state.adapter,
                 total,
@@ -137,7 +137,7 @@ class SecureSums:
             if state.round in lost or len(lost) + 1 >= MOST_LOST:
                 pairs = sorted(" and ".join(sorted(pair)) for pair in self._accused)
                 accused = f"; wrong shares between {', '.join(pairs)}" if pairs else ""
-                before = f"as before in round {', '.join(map(str, lost))}, and each is charged{accused}"
+                before = f"as in round {', '.join(map(str, lost))}, and each round is charged{accused}"
                 raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
             log.error("%s; continuing with the next round", error)
         failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
@@ -146,8 +146,8 @@ class SecureSums:
     def prepare(self) -> tuple[str, ...]:
         """Return the members that can take part in a round, all in one session, before any site is charged.
 
-        A new session begins if there is none yet, or if a restarted member has lost its part in the current one.  If a
-        member does not join the new session, the old session continues without that member.
+        Begins a new session if there is none yet, or if a restarted member has lost its keys for the current session.
+        If a member does not join the new session, the old session continues without that member.
 
         Raises:
             RunError: fewer members than the threshold are ready.
@@ -171,9 +171,7 @@ class SecureSums:
         return ready
 
     def _rejoin(self) -> tuple[list[str], dict[str, Refusal | None]]:
-        """Return the sites in the session, and the reasons for the others: they do not answer, or have lost their part
-        in it.
-        """
+        """Return the sites in the current session, and the refusals of the other sites (None for no answer)."""
         if self._begun is None:
             return [], {}
         joined, missing = self._request_step(JOIN, self.session, dict.fromkeys(self._terms.sites, self._announced))
@@ -202,16 +200,16 @@ class SecureSums:
                 self.session, self._announced, self._begun = name, parts, session
                 self._save_session()
                 return {}
-            if missing:  # each further try would take the others from the session that they came from
+            if missing:  # another attempt would take the other sites out of their current session
                 why = _describe_missing(missing)
                 break
             other = (site for site, digest in joined.items() if digest != session.digest.encode())
             why = dict.fromkeys(other, "received different keys")
-        log.warning("no new session of secure aggregation: %s", why)
+        log.warning("a new session of secure aggregation could not begin: %s", why)
         return why
 
-    def total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-        """Compute the sum of a round's uploads, shape (values,), and return it with the sites that it includes.
+    def compute_total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+        """Compute the sum of a round's uploads, shape (values,), and return it with the included sites.
 
         Raises:
             Unreadable: too few sites completed the protocol; the next round may succeed.
@@ -221,34 +219,36 @@ class SecureSums:
         _add_messages(uploads, release.add_upload)
         if (uploaded := len(release.survivors)) < (least := self._lead.asked.federation.least_sites):
             raise Unreadable(round, f"{uploaded} sites uploaded, but {least} are required")
-        request = release.confirm_request()
-        # Sites that did not upload may help, too.
+        request = release.build_confirm_request()
+        # Sites without an upload may also confirm and reveal shares.
         confirmed, _ = self._request_step(CONFIRM, self.session, dict.fromkeys(self._ready, (request,)))
         _add_messages(confirmed, release.add_confirmation)
-        requests = {site: (release.unmask_request(site),) for site in confirmed}
+        requests = {site: (release.build_unmask_request(site),) for site in confirmed}
         revealed, _ = self._request_step(UNMASK, self.session, requests)
         _add_messages(revealed, release.add_revealed)
         try:
-            return release.total(), tuple(release.survivors)
+            return release.compute_total(), tuple(release.survivors)
         except Unreadable as error:
             self._exclude_suspect(error.site, release.wrong_shares)
             raise
         finally:
             for holder, dealer in sorted(release.wrong_shares):
-                log.warning("secure aggregation: a wrong share of %s's, by %s", dealer, holder)
+                log.warning(
+                    "secure aggregation: wrong or missing share, dealt by site %s and held by site %s", dealer, holder
+                )
 
     def _exclude_suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
-        """Exclude the site that made a sum unreadable, if it can be identified.
+        """Exclude the site that made a sum unreadable, if the site can be identified.
 
-        Either the holder or the dealer of a wrong share is at fault.  A site is excluded if it is involved in wrong
-        shares with more other sites than can collude, and with more than any other site is.  Pairs with an already
-        excluded site do not count.
+        Either the holder or the dealer of a wrong share is at fault.  A site is excluded if it has wrong shares with
+        more sites than can collude, and with more sites than any other suspect.  Pairs with an excluded site are
+        ignored.
         """
         self._accused |= {frozenset(pair) for pair in wrong_shares}
         pairs = [pair for pair in self._accused if len(pair) > 1 and not pair & self.left_out]
         most = Counter(site for pair in pairs for site in pair).most_common(2)
         if dealer is None and most:
-            (first, count), (_, next_count) = most  # a pair has two ends
+            (first, count), (_, next_count) = most  # a pair contributes two sites
             dealer = first if count > max(1, self._lead.asked.federation.colluders, next_count) else None
         if dealer is not None:
             log.error("%s is excluded from all further secure aggregation: its shares are wrong", dealer)
@@ -258,8 +258,8 @@ class SecureSums:
     def _request_step(
         self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
     ) -> tuple[dict[str, bytes], dict[str, Refusal | None]]:
-        """Send one step's request to the sites; return their answers, in the members' order, and the refusals of the
-        others.
+        """Send the request of one protocol step; return the sites' answers, in the order of the members, and the
+        refusals.
 
         A refusal of None means that the site did not answer.
         """
@@ -278,7 +278,7 @@ class SecureSums:
                 session=session,
                 parts_digest=hash_parts(own),
             )
-            # A site that has a part in the session knows them; one that has lost it says so, and announces again.
+            # Later steps need no settings: a site without the session refuses, and announces again.
             settings = run.settings if step == ANNOUNCE else ""
             questions.append(Question(site=site, signed=asked.sign_with(run.key), settings=settings, parts=own))
         answers: dict[str, bytes] = {}
@@ -300,5 +300,5 @@ def _add_messages(messages: Mapping[str, bytes], add: Callable[[str, bytes], Non
     for site, data in messages.items():
         try:
             add(site, data)
-        except Rejected as rejected:  # a bad message costs its own site's part alone
-            log.warning("%s: %s", site, rejected)
+        except Rejected as rejected:  # an invalid message excludes only its sender
+            log.warning("message of site %s: %s", site, rejected)

@@ -1,7 +1,7 @@
-"""The tensors of a round on their way to the sites.
+"""Packing of a round's tensors for the sites: the adapter, and arrays that the algorithm sends.
 
-An algorithm may send arrays of its own with the adapter.  They travel as further tensors of the same record, so that
-one digest in the signed request covers both.
+The algorithm's arrays are additional tensors in the record of the adapter, so that one digest in the signed request
+covers both.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ _PREFIX = "algorithm/"  # no tensor of an adapter begins with it
 
 
 def pack_adapter(adapter: Adapter, arrays: Arrays) -> Adapter:
-    """Return the adapter together with the algorithm's arrays; the adapter itself if there are none."""
+    """Pack the adapter and the algorithm's arrays into one adapter; return the adapter unchanged if there are no
+    arrays.
+    """
     own = {f"{_PREFIX}{name}": value for name, value in arrays.items()}
     return Adapter({**adapter.tensors, **own}) if own else adapter
 
 
 def unpack_adapter(sent: Adapter) -> tuple[Adapter, Arrays]:
-    """Return the adapter and the algorithm's arrays; the inverse of `pack_adapter`."""
+    """Unpack the adapter and the algorithm's arrays; the inverse of `pack_adapter`."""
     own = {name.removeprefix(_PREFIX): value for name, value in sent.tensors.items() if name.startswith(_PREFIX)}
     if not own:
         return sent, own
@@ -27,5 +29,5 @@ def unpack_adapter(sent: Adapter) -> tuple[Adapter, Arrays]:
 
 
 def pack_initial(adapter: Adapter, algorithm: LocalAlgorithm) -> Adapter:
-    """Return what round 1 of a run sends, whose names and shapes every round has."""
+    """Pack the initial adapter and arrays for round 1; all rounds have the same names and shapes."""
     return pack_adapter(adapter, algorithm.sent_arrays(algorithm.initial_arrays(adapter.tensors)))

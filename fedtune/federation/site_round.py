@@ -27,7 +27,7 @@ from fedtune.federation.protocol import (
     RoundRequest,
     Signed,
     SumRequest,
-    answer_digest,
+    compute_answer_digest,
     derive_terms,
     hash_parts,
 )
@@ -50,15 +50,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """The result of training a round at a site."""
+    """Result of a round of training at a site."""
 
-    adapter: Adapter | None = None  # after the plan's noisy steps; None where the plan has secure aggregation
-    share: npt.NDArray[np.int64] | None = (
-        None  # of secure aggregation: the site's noisy gradient sum in integers, (values,)
-    )
-    scores: tuple[float, float] | None = None  # noised score and count of held-out units, where the plan releases them
-    fingerprint: str = ""  # of the records, for the ledger alone
-    state: Arrays = field(default_factory=dict)  # of the algorithm, for the site's next round; never leaves the site
+    adapter: Adapter | None = None  # after the plan's noisy steps; None with secure aggregation
+    share: npt.NDArray[np.int64] | None = None  # noisy gradient sum for secure aggregation, shape (values,)
+    scores: tuple[float, float] | None = None  # noised score and count of held-out units, if the plan releases them
+    fingerprint: str = ""  # fingerprint of the records, only for the ledger
+    state: Arrays = field(default_factory=dict)  # state of the algorithm for the next round; never leaves the site
 
 
 Request = RoundRequest | Invitation | SumRequest
@@ -68,22 +66,22 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A run that policy and budget allow, derived by the site itself from the lead's configuration."""
+    """A run that policy and budget allow, derived by the site from the lead's configuration."""
 
-    proposal: Proposal  # derived from the configuration; a request with another one is refused
-    template: Adapter  # an adapter with the names and shapes that this run trains
-    declared_size: int  # the site's size in this run; it must equal the size that the policy declares
-    update_dtype: str  # the number format in which a plain update leaves
+    proposal: Proposal  # derived from the configuration; requests with another proposal are refused
+    template: Adapter  # an adapter with the names and shapes of the trained tensors
+    declared_size: int  # the site's size in this run; it must equal the declared size in the policy
+    update_dtype: str  # the number format of a plain update on the wire
     members: tuple[str, ...] = ()  # the sites of a run with secure aggregation
     algorithm: LocalAlgorithm = FEDAVG
 
 
 class Site(ABC):
-    """The interface of a site during a round, opened for one request; methods with an empty body are optional.
+    """Interface of a site for one request; methods with an empty body are optional.
 
     Args:
-        ledger: the site's own record of what was charged, under its own policy.
-        sums: the site's state in secure aggregation; None if it takes part in none.
+        ledger: the site's ledger, opened with the site's policy.
+        sums: the site's state in secure aggregation; None without secure aggregation.
     """
 
     def __init__(self, ledger: SiteLedger, *, sums: SumsAtSite | None = None) -> None:
@@ -95,7 +93,7 @@ class Site(ABC):
         return False
 
     def check_settings(self, proposal: Proposal) -> None:  # noqa: B027
-        """Check the lead's settings of the run, before a person is asked to approve it.
+        """Check the settings of the run before a person is asked to approve it.
 
         Raises:
             Refused: the site does not accept the settings.
@@ -103,46 +101,49 @@ class Site(ABC):
 
     @abstractmethod
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Prepare a run that policy, budget and person allow; this may take long.
+        """Load the model and derive the plan of a run that the policy, the budget and a person allow; may be slow.
 
-        No record is read here: otherwise a request that is refused later would reveal something about the records.
+        Reads no record, because a request that is refused later must not reveal anything about the records.
 
         Raises:
             Refused: the site cannot take part in the run.
         """
 
     def store_run(self, proposal: Proposal) -> None:  # noqa: B027
-        """Write the run's files before a round is charged, so that a failed write charges nothing."""
+        """Write the run's files before a round is charged, so that a failed write causes no charge."""
 
     def find_user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
-        """Determine each user's cohort from the user's own records, for a run that is limited to cohorts."""
+        """Determine each user's cohort from the user's records, for a run that admits only some cohorts."""
         raise NotImplementedError
 
     @abstractmethod
     def train(
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
-        """Train the adapter in a round of a prepared run; `attempt` numbers the tries of the round.
+        """Train the adapter in one round of a prepared run.
 
-        `adapter` is what came with the request: the adapter, packed with the algorithm's arrays.
+        Only this method and `find_user_cohorts` read records.
 
-        Only this method and `find_user_cohorts` read records.  Training uses the records of the users in `admitted`,
-        of all users if it is None.
+        Args:
+            request: the lead's request.
+            adapter: the adapter from the request, packed with the algorithm's arrays.
+            attempt: the number of the attempt at this round.
+            admitted: the users whose records are used; None: all users.
         """
 
     def store_adapter(self, run: str, adapter: Adapter) -> None:  # noqa: B027
         """Store the final adapter of a run."""
 
     def await_approval(self, proposal: Proposal, *, software: str) -> None:  # noqa: B027
-        """Ask a person at the site to approve a run; `software` is the version of fedtune at the lead."""
+        """Queue a run for approval by a person at the site; `software` is the fedtune version at the lead."""
 
 
 def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
-    """Answer a round request with an update, or with a refusal for a reason from the closed list.
+    """Answer a round request with an update, or with a refusal whose reason is from the closed list.
 
-    Guarantee: the site trains on records only after its ledger has durably charged the round, and no exception text
-    leaves the site: an unexpected failure becomes `site_error`, and its details stay in the site's log.  A sender that
-    is not an allowed lead learns nothing about the ledger.
+    Guarantee: the site trains on records only after its ledger has durably charged the round.  No exception text leaves
+    the site: an unexpected error becomes `site_error`, and its details stay in the site's log.  A sender that is not an
+    allowed lead learns nothing about the ledger.
     """
     return _make_reply(
         site, signed, RoundRequest.from_signed, lambda request: _train_and_commit(site, request, adapter)
@@ -150,16 +151,15 @@ def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
 
 
 def answer_invitation(site: Site, signed: Signed) -> Reply:
-    """Answer an invitation with an offer, or with a refusal for a reason from the closed list.
+    """Answer an invitation with an offer, or with a refusal whose reason is from the closed list.
 
-    Guarantee: as for `answer`, and nothing is charged or reserved.
+    Guarantee: as for `answer`; in addition, nothing is charged or reserved.
     """
     return _make_reply(site, signed, Invitation.from_signed, lambda asked: _make_offer(site, asked))
 
 
 def answer_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Refusal:
-    """Perform a step of secure aggregation, and return a protocol message or a refusal for a reason from the closed
-    list.
+    """Perform a step of secure aggregation and return its message, or a refusal whose reason is from the closed list.
 
     Guarantee: nothing is charged and no record is read; the answer depends only on keys, seeds and the lead's messages
     (`fedtune.federation.secure`).
@@ -178,11 +178,11 @@ def _run_step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
         return sums.announce(
             request.session, run.members, lambda members: derive_terms(asked, members=members, length=length)
         )
-    # Shares help to unmask uploads, so a site gives none if its policy has forbidden the run since.
+    # Shares help to unmask uploads, so check again that the policy still allows the run.
     site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal)
     if request.step == JOIN:
-        # Checked before each round: a site that refused later would waste what the others are charged.
+        # Checked before each round, because a later refusal would waste the other sites' charges.
         if site.paused:
             raise Refused(Reason.PAUSED)
         site.ledger.require_another_round(request.proposal)
@@ -208,16 +208,16 @@ def _make_reply(
 ) -> Reply:
     request, body = _answer_or_refuse(site, signed, read, body_for)
     if request is None or (isinstance(body, Refusal) and body.reason.is_from_stranger):
-        return Reply(body=body, receipt=None)  # a receipt would tell a stranger what the ledger holds
-    return Reply(body=body, receipt=_make_receipt(site, request.run, request.signer_key, reply=answer_digest(body)))
+        return Reply(body=body, receipt=None)  # a receipt would reveal the ledger's charges to a stranger
+    return Reply(
+        body=body, receipt=_make_receipt(site, request.run, request.signer_key, reply=compute_answer_digest(body))
+    )
 
 
 def _answer_or_refuse(
     site: Site, signed: Signed, read: Callable[[Signed], _R], work: Callable[[_R], _T]
 ) -> tuple[_R | None, _T | Refusal]:
-    """Read a request and run `work` on it; return the request (None if unreadable) and the result, or a refusal for a
-    reason from the closed list.
-    """
+    """Parse a request and run `work` on it; return the request (None if unreadable) and the result or a refusal."""
     request: _R | None = None
     try:
         with translate_panics():
@@ -236,16 +236,16 @@ def _answer_or_refuse(
 
 
 def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | None:
-    """Release the budget that a finished run reserved and did not spend; only the run's own lead can end it.
+    """Release the unused reservation of a finished run; only the run's own lead can end it.
 
     Args:
-        site: the site that received the notice.
+        site: the receiving site.
         signed: the lead's notice.
-        adapter: the final adapter, if the notice came with one; stored if the policy says so.
+        adapter: the final adapter, if one was sent; stored if the policy says "keep".
 
     Returns:
-        A receipt for everything that the run was charged, which also records its end; None if the site was never asked
-        about the run, or cannot read its ledger.
+        A receipt for all charges of the run, which also records its end; None if the site does not know the run, or
+        cannot read its ledger.
 
     Raises:
         Refused: the sender is not the run's lead, or the adapter does not match the notice.
@@ -259,7 +259,7 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     if adapter is not None and adapter.digest() != notice.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=notice.adapter_digest, allowed=adapter.digest())
     site.ledger.end_run(notice.run, lead=notice.lead, adapter_sha256=notice.adapter_digest)
-    # The first notice counts, so that the kept adapter is the one that the ledger names.
+    # Only the first notice counts, so that the stored adapter matches the ledger.
     kept = known is not None and known.adapter == notice.adapter_digest
     if adapter is not None and kept and site.ledger.policy.final_adapter == "keep":
         site.store_adapter(notice.run, adapter)
@@ -267,7 +267,7 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
 
 
 def _make_receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receipt | None:
-    # After a failed write the ledger has forgotten what it read; it must not claim that nothing was charged.
+    # After a failed write, the ledger is empty in memory and must not certify that nothing was charged.
     return site.ledger.sign_receipt(run, lead=lead, reply=reply) if site.ledger.history.length else None
 
 
@@ -280,16 +280,16 @@ def _make_offer(site: Site, asked: Invitation) -> Offer:
         if not (asked.less and refused.reason.concerns_budget):
             raise
         offer = site.ledger.make_offer(proposal)
-    log.info("%s would take part in %s, requested by a lead with fedtune %s", site.name, asked.run, asked.software)
+    log.info("site %s offers to take part in %s; the lead has fedtune %s", site.name, asked.run, asked.software)
     return replace(offer, nonce=asked.nonce, software=build())
 
 
 def _prepare_run(site: Site, request: Request) -> Prepared:
-    """Prepare a run that the site may take part in, without charging anything; raises Refused if the site may not."""
+    """Check and prepare a run without charging anything; raise Refused if the site may not take part."""
     _check_asker(site, request)
     if site.paused:
         raise Refused(Reason.PAUSED)
-    # Policy first, so that a request for too much is refused with the rule it breaks, before any costly work.
+    # Policy first, so that an excessive request is refused with the violated rule before any costly work.
     site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal, approved=False)
     site.check_settings(request.proposal)
@@ -306,7 +306,7 @@ def _prepare_run(site: Site, request: Request) -> Prepared:
 
 
 def _check_asker(site: Site, request: Request) -> None:
-    # The lead is checked first, so that a stranger learns nothing else and costs nothing.
+    # Check the lead first, so that a stranger learns nothing and causes no work.
     if request.proposal.lead not in site.ledger.policy.allow.leads:
         raise Refused(Reason.LEADS, asked=request.proposal.lead)
     if request.site != site.name:
@@ -323,11 +323,11 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
 
     def make_ready() -> None:
         if request.session:
-            # A restarted site has lost its keys, and must not be charged for what it could not upload.
+            # A restarted site has lost its keys, and must not be charged for a round without an upload.
             _get_current_party(site, request).require_open(request.round)
-        # Not before, so that a request that is never charged writes nothing.
+        # Not earlier, so that a request without a charge writes no files.
         site.store_run(request.proposal)
-        # Require room on disk now: a round whose reply could not be stored would be charged for nothing.
+        # Check the disk space now, because a round whose reply cannot be stored would be charged in vain.
         require_disk_space(site.ledger.folder, (32 if run.algorithm.keeps_state else 16) * run.template.num_values)
 
     with ExitStack() as schedule:
@@ -336,7 +336,7 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
             schedule.enter_context(_pad_duration(site.ledger.policy.releases.reply_after_s))
 
         def find_arrivals() -> Mapping[str, int]:
-            begin()  # since dates are read of records
+            begin()  # the dates are read from records
             return site.find_user_cohorts(request)
 
         granted = site.ledger.reserve(
@@ -366,14 +366,14 @@ def _train_and_commit(site: Site, request: RoundRequest, adapter: Adapter) -> Up
 def _protect(
     site: Site, request: RoundRequest, trained: Trained, *, sent: Adapter, dtype: str
 ) -> Tensors | Difference | Masked:
-    """Protect the result of training before it leaves the site.
+    """Encode the result of training for the lead.
 
-    A plain update already has the site's own noise, and is rounded to bfloat16 if the run says so; a share for secure
-    aggregation gets the masks of the session.
+    A plain update, which has the site's own noise, is rounded to bfloat16 if the run uses it; a share for secure
+    aggregation is masked with the session's masks.
     """
     if request.session:  # set if and only if the plan has secure aggregation
         assert trained.share is not None
-        assert trained.adapter is None, "a share hides nothing by itself"
+        assert trained.adapter is None, "the noise of one share does not protect an adapter"
         return _get_current_party(site, request).upload(request.round, trained.share)
     assert trained.adapter is not None
     after = trained.adapter.tensors
@@ -385,7 +385,7 @@ def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != request.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
-    # Finite values may be of any size: SiteWork.do clips them to the site's bound before use.
+    # Finite values may have any size, because SiteWork.do clips them to the site's bound before use.
     if not all(bool(np.isfinite(value).all()) for value in adapter.tensors.values()):
         raise Refused(Reason.MAX_ADAPTER_VALUE, asked="values that are not finite", allowed="finite values")
 
@@ -395,7 +395,7 @@ def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
     if request and refused.reason in (Reason.SETTINGS, Reason.PLAN_CHANGED) and request.software != build():
         asked = f"{refused.asked or 'these settings'} (fedtune {request.software})"
         refused = Refused(refused.reason, asked=asked, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
-    log.warning("%s refused %s: %s", site.name, _describe_request(request), refused)
+    log.warning("site %s refused %s: %s", site.name, _describe_request(request), refused)
     if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.explain_pending_period):
         log.warning("%s: %s", site.name, why)
     if request is not None:
@@ -405,7 +405,7 @@ def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
             )
             if refused.reason is Reason.AWAITING_APPROVAL:
                 site.await_approval(request.proposal, software=request.software)
-        except Exception:  # the refusal stands, even if it cannot be recorded
+        except Exception:  # refuse even if the refusal cannot be recorded
             log.exception("%s could not record a refusal", site.name)
     return _make_refusal(site, request, refused)
 
@@ -415,7 +415,7 @@ def _describe_request(request: Request | None) -> str:
         return "to take part"
     if isinstance(request, SumRequest):
         return f"secure aggregation's step {request.step}"
-    return f"round {request.round}" if request else "a question"
+    return f"round {request.round}" if request else "a message"
 
 
 def _make_refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:
@@ -431,10 +431,10 @@ def _make_refusal(site: Site, request: Request | None, refused: Refused) -> Refu
 
 @contextmanager
 def _pad_duration(every_s: float) -> Iterator[None]:
-    """Pad the time spent on records to a multiple of `every_s`, even on failure, because the duration reveals how many
-    there are.
+    """Pad the time spent on records to a multiple of `every_s` seconds, even on failure, because the duration reveals
+    the number of records.
 
-    A refusal before this point need not wait, because no record was read.
+    A refusal before this point needs no padding, because no record was read.
     """
     began = time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""Settings of a federation: the sites, the number of rounds, and the rule that combines updates into one adapter."""
+"""Settings of a federation: sites, rounds, aggregation rule, and a public warm start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedtune.spec import (
 from fedtune.training.algorithms.algorithm_registry import get_algorithm
 from fedtune.training.algorithms.local_algorithm import LocalAlgorithm
 
-MOST_SITES = 10_000  # each has a name and a declared size, and settings also come from others
+MOST_SITES = 10_000  # a limit on settings from untrusted sources
 
 
 @spec
@@ -34,10 +34,11 @@ class FederationSpec:
         num_rounds: the number of exchanges between server and sites.
         num_sites: the number of sites in a simulation.
         site_names: the names of the sites in a simulation; empty: site-1, site-2, ...
-        participants: the names of the sites that take part in a simulation; empty: all of them.
-        min_sites: the fewest updates that a round needs; with fewer the run ends.
-        if_over_budget: what to do when a site's budget has no room for the plan: "stop" (the site refuses),
-            "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
+        participants: the names of the participating sites in a simulation; empty: all sites.
+        min_sites: the minimum number of updates in a round; with fewer the run ends.
+        if_over_budget: what to do when a site's budget cannot cover the plan: "stop" (the site refuses),
+            "fewer_rounds" (the most rounds that every site allows) or "more_noise" (the least noise that every site
+            allows).
         spare_rounds: additional rounds covered by the noise calibration, so that an interrupted round can be retried,
             and an unreadable sum of secure aggregation can be replaced by another release.
         early_stopping_patience: early stopping: end the run after this many rounds without a better score on the lead's
@@ -52,20 +53,20 @@ class FederationSpec:
         update_dtype: the number format of a plain update on its way to the lead: "bfloat16" sends the rounded
             difference to the adapter that the site received, "float32" takes twice the bytes.  Has no effect on secure
             aggregation, which sends integers.
-        threshold: the fewest sites that a sum of secure aggregation may include; null: as many as withstand a malicious
-            server, or `enough_sites`, or else all sites, where training.local_steps is not given either.
+        threshold: the minimum number of sites in a sum of secure aggregation; null: as many as withstand a malicious
+            server, or, if training.local_steps is not set either, `enough_sites` or else all sites.
         colluders: the number of sites that may reveal their noise to the server; in secure aggregation, the noise of
             the other sites must suffice.
-        algorithm: what sites do around their noisy steps, and how the lead combines the updates, which are weighted by
-            declared size: "fedavg", "fedprox", "scaffold" or another one of docs/algorithms.md.  None changes the
-            guarantee.
-        algorithm_settings: the settings of the algorithm alone, by their keys; null: its defaults, or it has none.
+        algorithm: the federated algorithm, which determines local training at the sites and aggregation at the lead:
+            "fedavg", "fedprox", "scaffold" or another algorithm of docs/algorithms.md.  Updates are weighted by
+            declared size.  The privacy guarantee is the same for every algorithm.
+        algorithm_settings: the algorithm's own settings, by key; null: the defaults.
         renewal: the number of earlier runs in this series of renewals; `--renew` increments it.
-        round_timeout_s: how long the server waits for the replies of a round, in seconds.
+        round_timeout_s: the timeout for the replies of a round, in seconds.
         enough_sites: the number of updates after which a round waits only `straggler_grace_s` for stragglers; null: a
             round waits for every site that is working.
-        straggler_grace_s: how much longer, in seconds, a round waits once it has enough updates, or once it has
-            `min_sites` updates and all other sites are offline, paused, waiting for a person or have refused.
+        straggler_grace_s: the additional wait for stragglers, in seconds, after a round has `enough_sites` updates, or
+            has `min_sites` updates and all other sites are offline, paused, awaiting approval or have refused.
     """
 
     num_rounds: int = 5
@@ -95,12 +96,12 @@ class FederationSpec:
         for name in ("spare_rounds", "renewal"):
             check_at_least(name, getattr(self, name), 0)
         if self.site_names and len(self.site_names) != self.num_sites:
-            raise ConfigError("site_names", list(self.site_names), f"must have num_sites = {self.num_sites} names")
+            raise ConfigError("site_names", list(self.site_names), f"must list num_sites = {self.num_sites} names")
         for name in self.site_names:
             if "." in name:
                 raise ConfigError("site_names", name, "must not contain a '.'")
             check_name("site_names", name)
-        if len({name.lower() for name in self.site_names}) != len(self.site_names):  # one folder each on every disk
+        if len({name.lower() for name in self.site_names}) != len(self.site_names):  # folders on case-insensitive disks
             raise ConfigError("site_names", list(self.site_names), "must not repeat a name, ignoring case")
         names = set(self.names)
         for name in self.participants:
@@ -108,7 +109,7 @@ class FederationSpec:
                 check_one_of("participants", name, self.names)
         if self.min_sites > len(self.active):
             raise ConfigError(
-                "min_sites", self.min_sites, f"must be at most {len(self.active)}, the number of sites that take part"
+                "min_sites", self.min_sites, f"must be at most {len(self.active)}, the number of participating sites"
             )
         if self.early_stopping_patience is not None:
             check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
@@ -117,41 +118,41 @@ class FederationSpec:
         check_positive("round_timeout_s", self.round_timeout_s)
         check_at_least("straggler_grace_s", self.straggler_grace_s, 0)
         if self.enough_sites is not None and not self.least_sites <= self.enough_sites <= len(self.active):
-            bound = f"must be from {self.least_sites} (the minimum) to {len(self.active)} (the sites that take part)"
+            bound = f"must be from {self.least_sites} (the minimum) to {len(self.active)} (all participating sites)"
             raise ConfigError("enough_sites", self.enough_sites, bound)
 
     def _check_sums(self) -> None:
-        together = self.together  # raises for sites of which a server could read two sums
+        together = self.together  # raises if a malicious server could unmask two sums
         if together is None:
             for name, none in (("threshold", None), ("colluders", 0)):
                 if getattr(self, name) != none:
                     raise ConfigError(name, getattr(self, name), "requires federation.aggregation = secure")
             return
         if together.num_sites > MOST_SITES_OF_SUM:
-            bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
+            bound = f"must be at most {MOST_SITES_OF_SUM} participating sites with federation.aggregation = secure"
             raise ConfigError("num_sites", together.num_sites, bound)
         if why := self.bound_algorithm.not_in_sums:
-            raise ConfigError("algorithm", self.algorithm, f"needs federation.aggregation = plain: {why}")
+            raise ConfigError("algorithm", self.algorithm, f"requires federation.aggregation = plain: {why}")
 
     def check_requirements(self, run: object) -> None:
-        """Check that the settings of a run suit its algorithm.
+        """Check that the settings of a run meet the requirements of its algorithm.
 
         Raises:
-            ConfigError: the algorithm needs another value of a setting.
+            ConfigError: a setting has another value than the algorithm requires.
         """
         for key, (only, why) in self.bound_algorithm.requires.items():
             if attrgetter(key)(run) != only:
                 shown = only if isinstance(only, str) else format_value(only)
-                raise ConfigError("federation.algorithm", self.algorithm, f"needs {key} = {shown}: {why}")
+                raise ConfigError("federation.algorithm", self.algorithm, f"requires {key} = {shown}: {why}")
 
     @property
     def bound_algorithm(self) -> LocalAlgorithm:
-        """The algorithm, with this run's settings of its own."""
+        """The algorithm, with its own settings from this run."""
         return get_algorithm(self.algorithm, self.algorithm_settings)
 
     @property
     def least_sites(self) -> int:
-        """The fewest sites with which a round can succeed."""
+        """The minimum number of sites with an update for a round to succeed."""
         together = self.together
         return self.min_sites if together is None else max(self.min_sites, together.threshold)
 
@@ -167,7 +168,7 @@ class FederationSpec:
 
     @property
     def uses_validation_scores(self) -> bool:
-        """Whether validation scores decide when the run ends, or which adapter it keeps."""
+        """Whether early stopping or checkpoint selection uses validation scores."""
         return self.early_stopping_patience is not None or self.checkpoint_selection == "best"
 
     @property
@@ -177,23 +178,27 @@ class FederationSpec:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The participating sites, in the order of `names`."""
+        """The names of the participating sites, in the order of `names`."""
         chosen = set(self.participants or self.names)
         return tuple(name for name in self.names if name in chosen)
 
     def explain_too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
-        """Return an error text saying that fewer than `least_sites` sites did something, with the reasons of the other
-        sites.
+        """Return an error text about fewer than `least_sites` sites, with the reasons of the other sites.
+
+        Args:
+            count: the number of sites that succeeded.
+            did: what these sites did, for example "sent an update".
+            others: site -> the reason for its failure.
         """
         reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
         key = "min_sites" if self.least_sites == self.min_sites else "threshold"
-        needed = f"federation.{key} = {self.least_sites} are needed"
-        return f"{count} of {len(self.active)} sites {did}, and {needed} ({reasons})"
+        needed = f"federation.{key} = {self.least_sites} are required"
+        return f"{count} of {len(self.active)} sites {did}, but {needed} ({reasons})"
 
 
 @spec
 class PublicSpec:
-    """A warm start before round 1: the lead trains on public records, without privacy, and the sites start from the
+    """Warm start before round 1: the lead trains without privacy on public records, and the sites start from the
     result.
 
     A value of null is chosen when the run is composed (docs/warm_start.md).

@@ -1,6 +1,4 @@
-"""The interface between the round logic and the network: how the lead's questions reach the sites, and the answers come
-back.
-"""
+"""Interface between the round loop and the network: requests to the sites, and their answers."""
 
 from __future__ import annotations
 
@@ -15,33 +13,33 @@ from fedtune.privacy.release import Receipt, Refusal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A lead's signed question for one site, with its attachments."""
+    """A signed message from the lead to one site, with its attachments."""
 
     site: str
     signed: Signed
-    adapter: Adapter | None = None  # that a round begins in, or that a run ends with
-    settings: str = ""  # JSON of the run's configuration, for a site that does not have it
-    # the sites' messages that a step of secure aggregation goes by; None: it is no such step
+    adapter: Adapter | None = None  # the adapter to train, or the final adapter of the run
+    settings: str = ""  # JSON of the run's configuration, for a site without it
+    # messages of other sites, attached to a step of secure aggregation; None for any other message
     parts: Sequence[bytes] | None = None
 
 
 class Transport(Protocol):
-    """A connection that sends questions to sites and yields each answer as it arrives, so that memory holds one answer
-    at a time.
+    """A connection that sends messages to sites and yields each answer on arrival, so that memory holds one answer at a
+    time.
 
-    An exchange ends when all sites have answered or `timeout_s` is over; with real sites it can end sooner, by the rule
-    in `StoppingRule`.  A site that answers with a message of another type counts as silent.  No message is trusted
-    without a site's signature.
+    An exchange ends when all sites have answered or after `timeout_s` seconds; with real sites it can end earlier, by
+    `StoppingRule`.  A site that answers with a message of another type counts as silent.  No message is trusted without
+    a site's signature.
     """
 
     def wait_for_sites(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
-        """Wait for `sites`, and return all sites that can be asked."""
+        """Wait until `sites` are connected, and return all connected sites."""
 
     def invite(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        """Ask sites whether they would take part in a run."""
+        """Send invitations to a run."""
 
     def train(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
-        """Request updates from sites."""
+        """Request updates of a round from sites."""
 
     def take_sum_step(
         self, questions: Sequence[Question], *, timeout_s: float
@@ -49,7 +47,7 @@ class Transport(Protocol):
         """Request a step of secure aggregation from sites."""
 
     def end(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Receipt | None]]:
-        """Notify sites that a run is over; each answer is a receipt of what the run was charged."""
+        """Announce the end of a run; each answer is a receipt of the run's charges."""
 
-    def traffic(self) -> tuple[int, int]:
-        """Return the payload sent to the sites and received from them since the last call, in bytes."""
+    def take_traffic(self) -> tuple[int, int]:
+        """Return the payload bytes sent to the sites and received from them since the last call."""

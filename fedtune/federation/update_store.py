@@ -1,6 +1,4 @@
-"""A disk store for a round's valid updates, from their arrival until they are averaged, so that memory holds one update
-at a time.
-"""
+"""Disk store for the valid updates of a round until they are averaged, so that memory holds one update at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +15,14 @@ from fedtune.spec import RunError
 
 
 class UpdateStore:
-    """Updates with the names and shapes of `sent`, each stored as one flat vector.
+    """On-disk store of updates with the names and shapes of `sent`, one flat float32 vector per site.
 
-    A context manager, which deletes the store on exit; files left by a killed process are removed by the next one.  The
-    lead sees every update anyway, so a folder that only its own user can read reveals nothing new.
+    A context manager that deletes the store on exit; the next store removes files left by a killed process.  The folder
+    is readable only by its own user, and the lead sees every update anyway.
 
     Args:
         folder: the folder of this round; created, and emptied first.
-        sent: the adapter that the round started from.
+        sent: the adapter that was sent to the sites.
     """
 
     def __init__(self, folder: Path, sent: Adapter) -> None:
@@ -39,10 +37,10 @@ class UpdateStore:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def put(self, site: str, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Store a site's update.
+        """Write a site's update to disk.
 
         Raises:
-            RunError: the update cannot be written to disk.
+            RunError: the update cannot be written.
         """
         try:
             with self._path(site).open("wb") as file:
@@ -50,14 +48,14 @@ class UpdateStore:
                     file.write(np.ascontiguousarray(tensors[name], dtype="<f4").data)
         except OSError as error:
             needed = f"{4 * self.sent.num_values} bytes for each site's update"
-            raise RunError(f"{self._folder} cannot store the updates ({error.strerror}): it needs {needed}") from error
+            raise RunError(f"{self._folder} cannot store the updates ({error.strerror}): free {needed}") from error
 
-    def values(self, site: str, *, start: int, count: int) -> npt.NDArray[np.float32]:
-        """Read `count` values of a site's update, starting at index `start`; shape (count,)."""
+    def read_values(self, site: str, *, start: int, count: int) -> npt.NDArray[np.float32]:
+        """Read `count` values of a site's update from index `start` on; shape (count,)."""
         return np.fromfile(self._path(site), dtype="<f4", count=count, offset=4 * start)
 
-    def adapter(self, values: npt.NDArray[np.float32]) -> Adapter:
-        """Build an adapter from a flat vector of all values, in the storage order; shape (num_values,)."""
+    def build_adapter(self, values: npt.NDArray[np.float32]) -> Adapter:
+        """Reshape a flat vector of all values, in storage order, into an adapter; shape (num_values,)."""
         ends = np.cumsum([value.size for value in self.sent.tensors.values()])
         parts = np.split(values, ends[:-1])
         named = zip(self.sent.tensors.items(), parts, strict=True)

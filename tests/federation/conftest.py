@@ -1,4 +1,4 @@
-"""A small adapter, a site with a real ledger, and what such a site says."""
+"""A small adapter, and a site with a real ledger that answers signed requests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ NONCE = "0a" * 16
 
 
 def round_of(number: int, **changes: Any) -> RoundResult:
-    """A round of the site `a` without scores."""
+    """Build the result of a round with the single site `a` and no scores."""
     about = {"round": number, "seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 2}
     return RoundResult(**about | {"metrics": {}, "ended": "2026-01-01T00:00:00+00:00"} | changes)
 
@@ -47,7 +47,7 @@ def make_adapter() -> Adapter:
 _adapter = pytest.fixture(name="adapter")(make_adapter)
 
 
-def update_of(**changes: Any) -> Update:
+def make_update(**changes: Any) -> Update:
     return Update(**({"site": "a", "run": "r", "round": 1, "tensors": make_adapter().tensors} | changes))
 
 
@@ -56,7 +56,7 @@ def make_site_key(site: str) -> SigningKey:
 
 
 def make_receipt(site: str = "a", *, charged: int = 1, run: str = "r", key: Any = None, **more: Any) -> Receipt:
-    """A receipt that its site signed; `key` signs in its place."""
+    """Build a receipt signed by its site; `key` replaces the site's key."""
     key = key or make_site_key(site)
     said: dict[str, Any] = {"charged_rounds": charged, "sequence": 3 * charged}
     said |= {"ended": False, "plan": "", "seeded_noise": False, "simulated": False} | more
@@ -66,7 +66,7 @@ def make_receipt(site: str = "a", *, charged: int = 1, run: str = "r", key: Any 
 
 @dataclass
 class Station:
-    """The site `a` on its disk, opened anew for every request as after a restart; it trains by adding one."""
+    """The site `a` on disk, reopened for every request as after a restart; its training adds one to each value."""
 
     folder: Path
     policy: Policy
@@ -116,7 +116,7 @@ class Station:
         return Trained(adapter=moved, fingerprint="hmac of the records")
 
     def request(self, round: int = 1, *, adapter: Any = None, about: Any = None, **changes: Any) -> RoundRequest:
-        """A request of the lead; `changes` are those of the proposal, `about` other fields of the request."""
+        """Build a request of the lead; `changes` apply to the proposal, `about` to other fields."""
         fields = {"round": round, "site": self.policy.site, "adapter_digest": (adapter or self.template).digest()}
         return round_request(self.propose(**changes), **fields | (about or {}))
 
@@ -128,13 +128,13 @@ class Station:
         return answer(self.open(train), signed, adapter or self.template)
 
     def invite(self, *, key: SigningKey | None = None, about: dict[str, Any] | None = None, **changes: Any) -> Reply:
-        """The site's answer to an invitation; `changes` are those of the proposal, `about` other fields."""
+        """Answer an invitation; `changes` apply to the proposal, `about` to other fields."""
         fields: dict[str, Any] = {"proposal": self.propose(**changes), "site": self.policy.site}
         fields |= {"expires": 1e12, "nonce": NONCE}
         return answer_invitation(self.open(), Invitation(**(fields | (about or {}))).sign_with(key or self.lead))
 
     def end(self, *, run: str = "r", key: Any = None, adapter: Any = None, digest: str = "") -> Receipt | None:
-        """Tell the site that a run is over, signed by the lead, or by `key`; `adapter` travels with the notice."""
+        """Send the site an end-of-run notice signed by the lead, or by `key`; `adapter` is attached."""
         lead = key or self.lead
         notice = EndOfRun(run=run, lead=lead.public, adapter_digest=digest)
         return end_run(self.open(), notice.sign_with(lead), adapter)
@@ -143,13 +143,13 @@ class Station:
         return verify(self.path, site_key=self.key.public).events if self.path.exists() else ()
 
     def kinds(self) -> list[Kind]:
-        """What the ledger says beside its opening and its policy."""
+        """List the kinds of the ledger's events after its opening and its policy."""
         return [event.kind for event in self.events() if event.detail.get("what") not in ("opened", "policy")]
 
 
 @pytest.fixture
 def station(tmp_path: Path, adapter: Adapter) -> Callable[..., Station]:
-    """A site of its own; keywords change its policy."""
+    """A factory of separate sites; keywords change the policy."""
 
     def make(**changes: Any) -> Station:
         return Station(tmp_path / "site", make_site_policy(**changes), run_proposal, lead_key, adapter)

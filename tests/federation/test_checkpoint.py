@@ -1,4 +1,4 @@
-"""What a lead keeps of its run in the run's folder, and which folders may be meant where there is none."""
+"""Checkpoints in a run folder, and suggestions for a folder without a run."""
 
 import json
 from dataclasses import replace
@@ -100,10 +100,10 @@ def test_rounds_requested_after_the_checkpoint_count_as_unanswered(checkpoints: 
 
 
 def test_missing_or_mismatched_checkpoint_is_refused(checkpoints: Checkpoints, folder: Path) -> None:
-    with pytest.raises(ConfigError, match="must be a run folder with a checkpoint"):
+    with pytest.raises(ConfigError, match="has no checkpoint: start a new run"):
         checkpoints.load()
     checkpoints.save(state(1))
-    with pytest.raises(ConfigError, match="has a different configuration"):
+    with pytest.raises(ConfigError, match="has a checkpoint of a different configuration"):
         Checkpoints(folder, "other").load()
     (folder / "round-0002.safetensors.partial").write_bytes(b"half")
     assert checkpoints.load().round == 1, "a half-written one does not count"
@@ -135,7 +135,7 @@ def test_truncated_journal_line_is_dropped_by_the_next_request(checkpoints: Chec
 
 @pytest.fixture
 def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with runs/mails and runs/chats, and one that is no run."""
+    """A folder with runs/mails and runs/chats, and one folder without a run."""
     monkeypatch.chdir(tmp_path)
     for name in ("mails", "chats", "neither"):
         (tmp_path / "runs" / name).mkdir(parents=True)

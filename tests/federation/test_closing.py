@@ -1,4 +1,4 @@
-"""When a lead stops waiting: k of n and a grace period, and who is known to be away; and settings that misfit."""
+"""The stopping rule of a lead: k of n, grace period and idle sites; and contradictory federation settings."""
 
 import json
 from unittest.mock import Mock

@@ -1,4 +1,4 @@
-"""Scores over runs: the mean and its deviation as they are by hand and in made-up runs, and falls that are found."""
+"""Held-out scores over runs: pooled mean and deviation, by hand and by simulation, and detected drops."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_reported_deviation_matches_simulated_runs() -> None:
     assert np.std(means) == pytest.approx(np.mean(deviations), rel=0.06)
 
 
-def test_newest_two_runs_are_compared_with_all_earlier_ones() -> None:
+def test_newest_two_runs_are_compared_with_all_earlier_runs() -> None:
     assert detect_score_drop([]) is detect_score_drop(make_runs(0.8)) is None
     two, five = detect_score_drop(make_runs(0.8, 0.7)), detect_score_drop(make_runs(0.8, 0.8, 0.8, 0.8, 0.76))
     assert (two.change, two.found) == (pytest.approx(-0.1), True)

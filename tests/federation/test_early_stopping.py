@@ -1,4 +1,4 @@
-"""Which round a run keeps, and when its validation scores end it."""
+"""Checkpoint selection and early stopping by validation scores."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from .conftest import round_of
 
 
 def make_rounds(*scores: float | None, name: str = "accuracy", lost: Collection[int] = ()) -> Sequence[RoundResult]:
-    """Of one site, whose updates did not come in the rounds `lost`."""
+    """Build rounds of one site, without an update in the rounds `lost`."""
     return [
         round_of(number, sites=() if number in lost else ("a",), metrics={name: score})
         for number, score in enumerate(scores, 1)
@@ -60,7 +60,7 @@ def test_early_stopping_ends_after_rounds_without_improvement() -> None:
 
 
 def test_rounds_without_updates_do_not_count_toward_early_stopping() -> None:
-    """It has the score of the round before it; after a lead's restart there may be several in a row."""
+    """Such a round keeps the previous score; a restart of the lead can cause several in a row."""
     federation = FederationSpec(num_rounds=9, early_stopping_patience=1)
     for lost, over in (((3, 4), False), ((), True), ((4,), True)):
         found = find_kept_round(make_rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, primary_metric="accuracy")
@@ -85,8 +85,8 @@ def test_exhausted_plan_ends_the_run_and_the_missing_round_is_explained() -> Non
     assert should_stop([*make_rounds(0.5, 0.5), last], federation, primary_metric="accuracy")
     said = explain_used_up([*make_rounds(0.5, 0.5), last], federation)
     assert "Round 3 of 4 is missing" in said
-    assert "which used up the plan of a." in said
-    assert "federation.spare_rounds=2 would have avoided this" in said
+    assert "which exhausted the plan of a." in said
+    assert "Set federation.spare_rounds=2 in the next run" in said
     for others in (
         make_rounds(0.5, 0.5),
         make_rounds(0.5, 0.5, 0.5, lost=(3,)),

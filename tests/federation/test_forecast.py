@@ -1,4 +1,4 @@
-"""Bytes are counted, time is measured; nothing here looks at how long anything took."""
+"""Forecasts of traffic and time; no test depends on measured durations."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A lead that asks for what the site does not allow is told which rule stands against it, and gets nothing else."""
+"""Requests beyond a site's policy, each refused with the violated rule and no other effect."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ _TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
 
 @contextmanager
 def expect_only_refusal(site: Any, rule: Reason) -> Iterator[None]:
-    """Within it one refusal is appended to the ledger; nothing is charged, set aside or trained."""
+    """Check that the block appends one refusal to the ledger, and charges, reserves and trains nothing."""
     site.ledger()
     before, trained = site.events(), list(site.trained)
     yield
@@ -69,7 +69,7 @@ def test_excessive_requests_are_refused_with_the_broken_rule(
 @pytest.mark.parametrize(
     "about", [{}, {"site": "b"}, {"expires": 1.0}, {"round": 99}, {"adapter_digest": "0" * 64}], ids=str
 )
-def test_unknown_lead_learns_only_that_it_is_not_allowed(site: Any, about: dict[str, Any]) -> None:
+def test_unknown_lead_receives_only_a_refusal(site: Any, about: dict[str, Any]) -> None:
     with expect_only_refusal(site, Reason.LEADS):
         reply = site.ask(1, key=stranger_key, lead=stranger_key.public, about=about, run="another", rank=64)
     assert read_reason(reply) is Reason.LEADS
@@ -122,7 +122,7 @@ def test_misaddressed_expired_or_mismatched_request_is_refused(site: Any, about:
     assert site.prepared == ([] if rule is not Reason.ADAPTER_DIFFERS else ["r"])
 
 
-def test_replayed_request_returns_the_same_bytes_and_later_nothing(site: Any) -> None:
+def test_replayed_request_returns_the_stored_reply_until_the_next_round(site: Any) -> None:
     overheard = site.request().sign_with(site.lead)
     first = site.send(overheard)
     before = site.events()
@@ -137,7 +137,7 @@ def test_replayed_request_returns_the_same_bytes_and_later_nothing(site: Any) ->
 
 
 def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply: Reply) -> None:
-    """The ledger lacks a receipt that the site gave: it says so, and nothing is trained any more for anybody."""
+    """Check that a ledger without one of its receipts reports doubt and refuses all training."""
     assert read_reason(reply) is Reason.LEDGER_BEHIND_RECEIPT
     assert reply.body.asked == str(receipt.sequence)
     after = site.events()
@@ -152,7 +152,7 @@ def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_ledger_behind_the_receipt_of_the_lead_does_not_train(site: Any, left: int) -> None:
+def test_ledger_older_than_the_leads_receipt_stops_training(site: Any, left: int) -> None:
     backup = site.path.parent / "backup"
     for round in (1, 2):
         if round == left + 1:
@@ -167,7 +167,7 @@ def test_ledger_behind_the_receipt_of_the_lead_does_not_train(site: Any, left: i
 
 
 def test_receipt_not_issued_by_the_ledger_is_refused(site: Any, tmp_path: Any) -> None:
-    """How a receipt may be forged: tests/privacy/test_rollback.py."""
+    """Other forged receipts: tests/privacy/test_rollback.py."""
     forged = replace(site.ask().receipt, charged_rounds=0)
     for other in (forged, make_receipt("a")):
         with expect_only_refusal(site, Reason.WRONG_SIGNATURE):

@@ -1,4 +1,4 @@
-"""A site is asked about a run before it begins: what it says, and that saying it costs nothing."""
+"""Invitations before a run begins: the site's answers, which charge nothing."""
 
 import json
 from dataclasses import replace

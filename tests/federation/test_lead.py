@@ -16,7 +16,7 @@ from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import RunError
 
 from ..conftest import run_plan
-from .conftest import make_receipt, make_site_key, round_of, update_of
+from .conftest import make_receipt, make_site_key, make_update, round_of
 
 RUN: Any = {"run": "r", "plan": run_plan()}
 
@@ -27,7 +27,7 @@ def state(adapter: Adapter) -> LeadState:
 
 
 def answer(receipt: Receipt | None, site: str = "a") -> dict[str, Reply]:
-    """Receipts count whatever the reply is, so a refusal will do."""
+    """Build a reply with a receipt; a refusal is enough, because receipts count with any reply."""
     return {site: Reply(body=Refusal(site=site, run="r", round=1, reason=Reason.SITE_ERROR), receipt=receipt)}
 
 
@@ -38,12 +38,12 @@ def add_answers(state: LeadState, replies: dict[str, Reply]) -> LeadState:
 
 
 def read_charged_steps(state: LeadState, site: str = "a") -> tuple[int, bool]:
-    """Steps of a site, and whether they are an upper bound."""
+    """Return the charged steps of a site, and whether they are an upper bound."""
     charge = compute_site_charge(state, site, run_plan())
     return charge.steps, charge.upper_bound
 
 
-def test_site_charge_follows_its_receipt_and_is_zero_if_never_asked(state: LeadState) -> None:
+def test_site_charge_matches_its_receipt_and_is_zero_without_requests(state: LeadState) -> None:
     charge = compute_site_charge(state, "a", run_plan())
     assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
     state = add_answers(state.with_requests_to(["a"]), answer(make_receipt(charged=2)))
@@ -88,13 +88,13 @@ def test_receipt_under_a_changed_site_key_is_ignored(state: LeadState) -> None:
 def test_receipt_counting_fewer_rounds_than_updates_is_rejected(state: LeadState, came: Any) -> None:
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
     old = make_receipt(charged=1)
-    state = add_answers(state.with_requests_to(["a"]), {"a": Reply(body=update_of(), receipt=old)})
+    state = add_answers(state.with_requests_to(["a"]), {"a": Reply(body=make_update(), receipt=old)})
     state = replace(state, rounds=(round_of(1, **came),))
     assert compute_site_charge(state, "a", run_plan()).upper_bound is False
-    replayed = add_answers(state.with_requests_to(["a"]), {"a": Reply(body=update_of(round=2), receipt=old)})
+    replayed = add_answers(state.with_requests_to(["a"]), {"a": Reply(body=make_update(round=2), receipt=old)})
     assert read_charged_steps(replayed) == (4, True)
     honest = add_answers(
-        state.with_requests_to(["a"]), {"a": Reply(body=update_of(round=2), receipt=make_receipt(charged=2))}
+        state.with_requests_to(["a"]), {"a": Reply(body=make_update(round=2), receipt=make_receipt(charged=2))}
     )
     assert read_charged_steps(honest) == (4, False)
     assert honest.with_receipt("a", old, **RUN) is None
@@ -109,7 +109,7 @@ def test_receipt_counting_more_rounds_than_the_plan_is_rejected(state: LeadState
 
 
 def test_remaining_time_is_estimated_from_rounds_without_one_time_work() -> None:
-    """The first estimate is within half of the truth, however long the first round and the first scores take."""
+    """The first estimate is within a factor of two, however slow the first round and its scores are."""
 
     def make_state(done: int, *, first_s: float = 60.0, gap_s: float = 0.0) -> LeadState:
         ends = [first_s + 20 * n + gap_s * (n > 2) for n in range(done)]

@@ -1,4 +1,4 @@
-"""Prices from public numbers, against figures that were checked elsewhere and against the accountant itself."""
+"""Prices from public numbers, compared with reference figures and with the accountant."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ golden = partial(
 """The plan whose epsilon is 1.43 for one round and 5.62 for all of them."""
 
 
-def test_price_shows_both_one_round_and_all_rounds() -> None:
+def test_price_includes_one_round_and_all_rounds() -> None:
     price = planner.price(golden(), SIZES, before=0)
     assert price.epsilon_of_one_round == pytest.approx(1.43, abs=0.005)
     assert price.epsilon == pytest.approx(5.62, abs=0.005)
@@ -73,16 +73,16 @@ def test_noiseless_plan_has_infinite_epsilon() -> None:
     assert price.sites["b"].expected_batch == pytest.approx(112)
 
 
-def test_what_if_lists_changes_that_stay_within_epsilon() -> None:
+def test_alternatives_stay_within_epsilon() -> None:
     plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
-    epsilon = planner.target_epsilon(plan)
+    epsilon = planner.compute_target_epsilon(plan)
     changes = {change.what: change for change in planner.price_alternatives(plan, epsilon=epsilon)}
     batches = ["batches x 1.5 (rate 0.15)", "batches x 2 (rate 0.2)"]
     assert list(changes) == ["5 rounds", "6 rounds", *batches, "delta 1e-06", f"epsilon {epsilon / 2:.4g}"]
     for change in changes.values():
         needed = replace(change.plan, noise_multiplier=change.noise_needed)
         assert accountant.epsilon_pld([needed.event(rounds=needed.most_rounds)], needed.delta) <= change.epsilon
-        assert change.same_noise_epsilon == planner.target_epsilon(change.plan)
+        assert change.same_noise_epsilon == planner.compute_target_epsilon(change.plan)
     assert changes["5 rounds"].plan.num_rounds == 5
     assert changes["delta 1e-06"].plan.delta == pytest.approx(1e-6)
     # What a larger batch does to the mean gradient.
@@ -91,14 +91,14 @@ def test_what_if_lists_changes_that_stay_within_epsilon() -> None:
     assert doubled.noise_needed / 2.0 > 1 > doubled.noise_needed / 4.0, "more noise on the sum, less on the mean"
 
 
-def test_what_if_sampling_rate_is_capped_at_one() -> None:
+def test_alternative_sampling_rate_is_capped_at_one() -> None:
     plan = golden(noise_multiplier=8.0, sampling_rate=0.8, local_steps=2, num_rounds=2)
     assert {change.plan.sampling_rate for change in planner.price_alternatives(plan, epsilon=2.0)} == {0.8, 1.0}
     full = replace(plan, sampling_rate=1.0)
     assert {change.plan.sampling_rate for change in planner.price_alternatives(full, epsilon=3.0)} == {1.0}
 
 
-def test_what_if_omits_changes_with_uncomputable_epsilon() -> None:
+def test_alternatives_without_a_computable_epsilon_are_skipped() -> None:
     plan = golden(delta=1e-21 * 2 * 4, noise_multiplier=8.0, local_steps=2, num_rounds=2)
     whats = [change.what for change in planner.price_alternatives(plan, epsilon=2.0)]
     assert whats[0] == "3 rounds"
@@ -113,25 +113,27 @@ def test_signal_to_noise_matches_simulated_noise() -> None:
         for size in sizes.values():
             noise = draws.normal(0, plan.noise_multiplier * plan.max_grad_norm, values) / (plan.sampling_rate * size)
             moved += size / 400 * noise / 20
-    ratio = planner.signal_to_noise(plan, sizes, values=values)
+    ratio = planner.compute_signal_to_noise(plan, sizes, values=values)
     assert ratio == pytest.approx(plan.max_grad_norm / np.linalg.norm(moved), rel=0.15)
 
 
 def test_signal_to_noise_scales_with_rounds_noise_and_parameters() -> None:
-    plain = planner.signal_to_noise(golden(), SIZES, values=1000)
-    assert planner.signal_to_noise(golden(), SIZES, values=4000) == pytest.approx(plain / 2)
-    assert planner.signal_to_noise(golden(num_rounds=80), SIZES, values=1000) == pytest.approx(plain * 2)
-    assert planner.signal_to_noise(golden(noise_multiplier=2.0), SIZES, values=1000) == pytest.approx(plain / 2)
-    assert planner.signal_to_noise(golden(max_grad_norm=9.0), SIZES, values=1000) == pytest.approx(plain)
-    assert planner.signal_to_noise(golden(noise_multiplier=0.0), SIZES, values=1000) == math.inf
+    plain = planner.compute_signal_to_noise(golden(), SIZES, values=1000)
+    assert planner.compute_signal_to_noise(golden(), SIZES, values=4000) == pytest.approx(plain / 2)
+    assert planner.compute_signal_to_noise(golden(num_rounds=80), SIZES, values=1000) == pytest.approx(plain * 2)
+    assert planner.compute_signal_to_noise(golden(noise_multiplier=2.0), SIZES, values=1000) == pytest.approx(plain / 2)
+    assert planner.compute_signal_to_noise(golden(max_grad_norm=9.0), SIZES, values=1000) == pytest.approx(plain)
+    assert planner.compute_signal_to_noise(golden(noise_multiplier=0.0), SIZES, values=1000) == math.inf
 
 
-def test_run_with_too_weak_a_signal_is_refused() -> None:
-    clear = planner.signal_to_noise(golden(), SIZES, values=1000)
+def test_run_with_a_weak_signal_is_refused() -> None:
+    clear = planner.compute_signal_to_noise(golden(), SIZES, values=1000)
     just_enough = golden(noise_multiplier=clear / planner.LEAST_SIGNAL)
     planner.check_signal(just_enough, SIZES, values=1000)
     planner.check_signal(golden(noise_multiplier=0.0), SIZES, values=10**9)
-    with pytest.raises(ConfigError, match=r"false: at this size and epsilon the run will .*help; true trains anyway$"):
+    with pytest.raises(
+        ConfigError, match=r"false: the signal is too weak at this size and epsilon.* set true to train anyway$"
+    ):
         planner.check_signal(just_enough, SIZES, values=1010)
 
 
@@ -139,7 +141,7 @@ def test_run_with_too_weak_a_signal_is_refused() -> None:
 
 
 def compute_epsilon(plan: Plan) -> float:
-    """By the fine grid, as a run reports it."""
+    """Compute epsilon on the fine grid, as a run reports it."""
     return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds)], plan.delta)
 
 
@@ -157,7 +159,7 @@ def test_least_noise_meets_the_target_tightly(
 ) -> None:
     changes = {"local_steps": 4, "num_rounds": 2, "metrics_noise_multiplier": scores}
     planned = replace(plan, sampling_rate=rate, noise_multiplier=start, **changes)
-    noise = planner.least_noise(planned, epsilon=target)
+    noise = planner.find_least_noise(planned, epsilon=target)
     if noise is None:
         assert compute_epsilon(replace(planned, noise_multiplier=1e4)) > target
         return
@@ -167,10 +169,10 @@ def test_least_noise_meets_the_target_tightly(
 
 
 def test_least_noise_is_none_if_scores_exceed_the_target(plan: Plan) -> None:
-    assert planner.least_noise(replace(plan, metrics_noise_multiplier=1.0), epsilon=1.0) is None
+    assert planner.find_least_noise(replace(plan, metrics_noise_multiplier=1.0), epsilon=1.0) is None
 
 
-def test_solved_rounds_are_the_most_within_epsilon(plan: Plan) -> None:
+def test_solved_rounds_are_the_maximum_within_epsilon(plan: Plan) -> None:
     solved = planner.solve_rounds(plan, epsilon=5.0)
     assert compute_epsilon(solved) <= 5.0 < compute_epsilon(replace(solved, num_rounds=solved.num_rounds + 1))
     assert replace(solved, num_rounds=plan.num_rounds) == plan
@@ -258,7 +260,7 @@ def test_solved_plans_meet_the_target_over_all_planned_runs() -> None:
     for solved in (
         planner.solve_rounds(plan, epsilon=8.0),
         planner.solve_sampling_rate(plan, epsilon=8.0, least=0.01),
-        replace(plan, noise_multiplier=planner.least_noise(plan, epsilon=8.0)),
+        replace(plan, noise_multiplier=planner.find_least_noise(plan, epsilon=8.0)),
     ):
         assert 6.0 < list_spent(solved, 3)[0] <= 8.0
     assert planner.price_alternatives(plan, epsilon=6.0)[-1].same_noise_epsilon == pytest.approx(6.0, abs=0.02)

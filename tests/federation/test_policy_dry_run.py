@@ -1,4 +1,4 @@
-"""What policies would say, asked beforehand, beside what ledgers really do."""
+"""Predicted answers of site policies, compared with the decisions of real ledgers."""
 
 from collections.abc import Callable
 from pathlib import Path

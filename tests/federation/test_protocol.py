@@ -52,7 +52,7 @@ def test_session_is_required_exactly_for_secure_aggregation(request_: RoundReque
 
 
 def resign_request(request: RoundRequest, change: Callable[[dict[str, Any]], str]) -> Signed:
-    """Another text, and the lead's true signature on it."""
+    """Change the text of a request and sign it with the lead's true key."""
     text = change(json.loads(request.sign_with(lead_key).text))
     return Signed(text=text, signature=lead_key.sign(RoundRequest.purpose, text.encode()))
 

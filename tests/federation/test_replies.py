@@ -1,4 +1,4 @@
-"""Which updates and refusals a lead takes, and how they are rounded on the way."""
+"""Validation of updates and refusals at the lead, and rounding on the wire."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedtune.federation.bfloat16 import MOST_ROUNDING, add_difference, round_difference
-from fedtune.federation.protocol import Reply, answer_digest
+from fedtune.federation.protocol import Reply, compute_answer_digest
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY, RoundReplies
 from fedtune.federation.update_store import UpdateStore
 from fedtune.model.adapter import Adapter
@@ -23,16 +23,16 @@ from fedtune.spec import RunError
 from fedtune.training.update_bound import UpdateBound
 
 from ..conftest import run_proposal
-from .conftest import make_receipt, update_of
+from .conftest import make_receipt, make_update
 
 Sort = Callable[..., RoundReplies]
 ANYWHERE = UpdateBound(value=defaultdict(lambda: math.inf), norm=math.inf)
 
 
 def sign_body(body: Update | Refusal) -> Reply:
-    """The reply with this body, as its site would sign it."""
+    """Build a reply with this body, signed by its site."""
     try:
-        digest = answer_digest(body)
+        digest = compute_answer_digest(body)
     except ValueError:  # no site could sign it
         digest = "00" * 32
     return Reply(body=body, receipt=make_receipt(body.site, reply=digest))
@@ -40,7 +40,7 @@ def sign_body(body: Update | Refusal) -> Reply:
 
 @pytest.fixture
 def sort(adapter: Adapter, tmp_path: Path) -> Iterator[Sort]:
-    """What becomes of replies, or of the site a's body, in round 1."""
+    """Validate replies, or the body of site a, in round 1."""
     arrived = UpdateStore(tmp_path / "arrived", adapter)
 
     def make(
@@ -60,23 +60,23 @@ def sort(adapter: Adapter, tmp_path: Path) -> Iterator[Sort]:
 
 
 def test_matching_update_is_accepted(adapter: Adapter, sort: Sort) -> None:
-    sorted_out = sort(update_of(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
+    sorted_out = sort(make_update(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
     assert sorted_out.failures == {}
     arrived = sorted_out.arrived
-    kept = arrived.adapter(arrived.values("a", start=0, count=arrived.sent.num_values))
+    kept = arrived.build_adapter(arrived.read_values("a", start=0, count=arrived.sent.num_values))
     np.testing.assert_array_equal(kept.tensors["head"], 2 * adapter.tensors["head"])
 
 
 def test_released_scores_are_kept_with_their_update(sort: Sort) -> None:
-    assert sort(update_of()).scores == {}
-    assert sort(update_of(scores=(0.5, -0.25)), noise=3.0).scores == {"a": (0.5, -0.25)}
-    assert sort(update_of(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "an invalid update has none either"
-    assert sort(update_of(scores=(0.5, 1e6)), noise=3.0).failures == {}
+    assert sort(make_update()).scores == {}
+    assert sort(make_update(scores=(0.5, -0.25)), noise=3.0).scores == {"a": (0.5, -0.25)}
+    assert sort(make_update(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "an invalid update has none either"
+    assert sort(make_update(scores=(0.5, 1e6)), noise=3.0).failures == {}
     for value in (1e10, -1e10, 1e200, 1.7e308):  # with which nobody can reckon
-        assert sort(update_of(scores=(0.5, value)), noise=3.0).failures == {"a": INVALID_UPDATE}
+        assert sort(make_update(scores=(0.5, value)), noise=3.0).failures == {"a": INVALID_UPDATE}
     # They come where the plan releases them and nowhere else.
-    assert sort(update_of(scores=(0.5, 0.5)), noise=0.0).failures == {"a": INVALID_UPDATE}
-    assert sort(update_of(scores=None), noise=3.0).failures == {"a": INVALID_UPDATE}
+    assert sort(make_update(scores=(0.5, 0.5)), noise=0.0).failures == {"a": INVALID_UPDATE}
+    assert sort(make_update(scores=None), noise=3.0).failures == {"a": INVALID_UPDATE}
 
 
 def test_unsigned_or_mismatched_refusal_is_not_final(sort: Sort) -> None:
@@ -109,7 +109,7 @@ _FAULTS: dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {
 
 @pytest.mark.parametrize("fault", list(_FAULTS))
 def test_update_with_invalid_tensors_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
-    sorted_out = sort(update_of(tensors=_FAULTS[fault](dict(adapter.tensors))))
+    sorted_out = sort(make_update(tensors=_FAULTS[fault](dict(adapter.tensors))))
     # Texts have no canonical bytes, so that nobody can have signed them.
     reason = UNSIGNED_REPLY if fault == "texts" else INVALID_UPDATE
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": reason})
@@ -117,26 +117,26 @@ def test_update_with_invalid_tensors_is_dropped(adapter: Adapter, sort: Sort, fa
 
 @pytest.mark.parametrize("changes", [{"run": "other"}, {"round": 2}, {"site": "b"}])
 def test_update_of_another_round_run_or_site_is_dropped(sort: Sort, changes: dict[str, object]) -> None:
-    assert sort(update_of(**changes)).failures == {"a": UNSIGNED_REPLY}, "nothing shows that this round was charged"
+    assert sort(make_update(**changes)).failures == {"a": UNSIGNED_REPLY}, "nothing shows that this round was charged"
 
 
 @pytest.mark.parametrize("what", ["no receipt", "of another answer", "of no answer", "not signed", "one value changed"])
 def test_update_without_a_matching_receipt_is_rejected(sort: Sort, adapter: Adapter, what: str) -> None:
-    reply = sign_body(update_of())
+    reply = sign_body(make_update())
     changed = dict(adapter.tensors) | {"head": np.array([1, 1, 1, 1.25], np.float32)}
     reply = {
         "no receipt": replace(reply, receipt=None),
-        "of another answer": replace(reply, receipt=make_receipt(reply=answer_digest(update_of(round=2)))),
+        "of another answer": replace(reply, receipt=make_receipt(reply=compute_answer_digest(make_update(round=2)))),
         "of no answer": replace(reply, receipt=make_receipt()),
         "not signed": replace(reply, receipt=replace(reply.receipt, charged_rounds=9)),
-        "one value changed": replace(reply, body=update_of(tensors=changed)),
+        "one value changed": replace(reply, body=make_update(tensors=changed)),
     }[what]
     sorted_out = sort({"a": reply})
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": UNSIGNED_REPLY})
 
 
 def test_update_exceeding_the_plan_bound_counts_as_a_site_failure(adapter: Adapter, sort: Sort) -> None:
-    moved = update_of(tensors={name: value + np.float32(0.5) for name, value in adapter.tensors.items()})
+    moved = make_update(tensors={name: value + np.float32(0.5) for name, value in adapter.tensors.items()})
     assert sort(moved, UpdateBound(value=dict.fromkeys(adapter.tensors, 0.5), norm=2.0)).failures == {}
     for value, norm in ((0.49, math.inf), (1.0, 1.5)):
         reach = UpdateBound(value=dict.fromkeys(adapter.tensors, value), norm=norm)
@@ -144,15 +144,15 @@ def test_update_exceeding_the_plan_bound_counts_as_a_site_failure(adapter: Adapt
 
 
 def move_update(adapter: Adapter, value: float) -> Difference:
-    """An update in bfloat16 whose values all moved this far."""
+    """Build a bfloat16 update that moves every value by the same amount."""
     bits = np.float32(value).view(np.uint32) >> 16
     return Difference({name: np.full(sent.shape, bits, np.uint16) for name, sent in adapter.tensors.items()})
 
 
 def test_received_difference_is_added_to_the_sent_adapter(adapter: Adapter, sort: Sort) -> None:
-    found = sort(update_of(tensors=move_update(adapter, 0.5)), update_dtype="bfloat16")
+    found = sort(make_update(tensors=move_update(adapter, 0.5)), update_dtype="bfloat16")
     assert found.failures == {}
-    kept = found.arrived.adapter(found.arrived.values("a", start=0, count=adapter.num_values))
+    kept = found.arrived.build_adapter(found.arrived.read_values("a", start=0, count=adapter.num_values))
     for name, value in adapter.tensors.items():
         np.testing.assert_array_equal(kept.tensors[name], value + np.float32(0.5))
 
@@ -169,7 +169,7 @@ def test_update_in_another_format_is_dropped(adapter: Adapter, sort: Sort, fault
         "unasked": right,
         "masked": b"0" * 20,
     }[fault]
-    found = sort(update_of(tensors=tensors), update_dtype="float32" if fault == "unasked" else "bfloat16")
+    found = sort(make_update(tensors=tensors), update_dtype="float32" if fault == "unasked" else "bfloat16")
     assert (found.sites, found.failures) == ((), {"a": INVALID_UPDATE})
 
 
@@ -184,12 +184,12 @@ def test_update_bound_allows_only_bfloat16_rounding(adapter: Adapter, sort: Sort
         (move_update(adapter, 0.5 + 2.0**-8), {}),
         (move_update(adapter, 0.5 + 2.0**-7), {"a": BEYOND_PLAN}),
     ):
-        assert sort(update_of(tensors=moved), honest, update_dtype="bfloat16").failures == failures
+        assert sort(make_update(tensors=moved), honest, update_dtype="bfloat16").failures == failures
     # Where a value comes towards 0, which is free, rounding may take it past 0.
     still = UpdateBound(value=dict.fromkeys(adapter.tensors, 0.0), norm=0.0)
     large = Adapter({name: np.full_like(value, 1001.7) for name, value in adapter.tensors.items()})
     to_zero = round_difference({name: np.zeros_like(value) for name, value in large.tensors.items()}, large.tensors)
-    assert sort(update_of(tensors=to_zero), still, sent=large, update_dtype="bfloat16").failures == {}
+    assert sort(make_update(tensors=to_zero), still, sent=large, update_dtype="bfloat16").failures == {}
 
 
 @pytest.mark.parametrize("reason", list(Reason))
@@ -202,7 +202,7 @@ def test_refusal_is_reported_with_its_reason(sort: Sort, reason: Reason) -> None
 
 def test_replies_keep_site_order_and_ignore_excluded_or_unknown_sites(sort: Sort) -> None:
     def sort_replies(*answering: str, **asked: str) -> tuple[tuple[str, ...], dict[str, str]]:
-        found = sort({site: sign_body(update_of(site=site)) for site in answering}, **asked)
+        found = sort({site: sign_body(make_update(site=site)) for site in answering}, **asked)
         return found.sites, found.failures
 
     assert sort_replies("c", "a", "b", sites="abcd") == (("a", "b", "c"), {"d": NO_REPLY})
@@ -212,7 +212,7 @@ def test_replies_keep_site_order_and_ignore_excluded_or_unknown_sites(sort: Sort
 
 
 def round_trip_values(values: np.ndarray) -> np.ndarray:
-    """The values that arrive where the adapter that was sent is 0."""
+    """Return the decoded values of an update relative to a zero adapter."""
     sent = {"w": np.zeros_like(values)}
     return add_difference(sent, round_difference({"w": values}, sent))["w"]
 
@@ -228,7 +228,7 @@ def test_bfloat16_rounding_matches_torch() -> None:
     assert np.isnan(round_trip_values(np.array([0x7FC00001, 0x7FFFFFFF, 0xFFC00000], np.uint32).view(np.float32))).all()
 
 
-def test_received_adapter_is_the_sent_one_plus_the_rounded_change() -> None:
+def test_received_adapter_equals_the_sent_adapter_plus_the_rounded_difference() -> None:
     draws = np.random.default_rng(1)
     sent = {name: draws.normal(size=shape).astype(np.float32) for name, shape in (("a", (3, 5)), ("b", (4,)))}
     trained = {name: value + np.float32(1e-3) * draws.normal(size=value.shape) for name, value in sent.items()}
@@ -246,11 +246,11 @@ def test_stored_updates_are_read_back_in_pieces(tmp_path: Path, adapter: Adapter
     with UpdateStore(tmp_path / "arrived", adapter) as arrived:
         arrived.put("a", adapter.tensors)
         arrived.put("b", {name: value + 1 for name, value in adapter.tensors.items()})
-        whole = arrived.values("a", start=0, count=arrived.sent.num_values)
-        assert arrived.adapter(whole).digest() == adapter.digest()
-        pieces = [arrived.values("a", start=start, count=3) for start in range(0, arrived.sent.num_values, 3)]
+        whole = arrived.read_values("a", start=0, count=arrived.sent.num_values)
+        assert arrived.build_adapter(whole).digest() == adapter.digest()
+        pieces = [arrived.read_values("a", start=start, count=3) for start in range(0, arrived.sent.num_values, 3)]
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
-        np.testing.assert_array_equal(arrived.values("b", start=0, count=arrived.sent.num_values), whole + 1)
+        np.testing.assert_array_equal(arrived.read_values("b", start=0, count=arrived.sent.num_values), whole + 1)
 
 
 def test_update_folder_is_private_and_removed_after_the_round(tmp_path: Path, adapter: Adapter) -> None:

@@ -1,4 +1,4 @@
-"""Whatever a lead asks of sites with ledgers, and whatever happens to these: nothing leaves that was not charged."""
+"""No upload leaves a site without a charge, for any requests of a lead and any restarts."""
 
 import random
 import secrets
@@ -30,7 +30,7 @@ CHANCE = st.randoms(use_true_random=True)
 
 @dataclass
 class WatchedSite(SecureSite):
-    """Trains to another vector each time, and remembers all of them; or fails, once it is told to."""
+    """A site that trains to a new vector each time and records all of them, or fails on demand."""
 
     vectors: list[np.ndarray] = field(default_factory=list)
     fails: bool = False
@@ -44,7 +44,7 @@ class WatchedSite(SecureSite):
 
 
 class Charges(RuleBasedStateMachine):
-    """A lead that asks what it likes, and sites that restart and fail."""
+    """A lead that sends arbitrary requests to sites that restart and fail."""
 
     made: ClassVar[Callable[[], Federation]]
     sums_read: ClassVar[int] = 0
@@ -62,14 +62,14 @@ class Charges(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def begin_another_session(self, chance: random.Random) -> None:
-        self._begin_a_session(*self._draw_some(chance))
+        self._begin_a_session(*self._draw_sites(chance))
 
     @rule(chance=CHANCE)
     def restore_earlier_session(self, chance: random.Random) -> None:
         if self.sessions:
             name, _, announced = chance.choice(self.sessions)
             self.federation.name = name
-            for site in self._draw_some(chance):
+            for site in self._draw_sites(chance):
                 self.federation.step(site, JOIN, *announced)
 
     @rule(chance=CHANCE)
@@ -83,22 +83,22 @@ class Charges(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def ask_for_uploads(self, chance: random.Random) -> None:
-        for site in self._draw_some(chance):
+        for site in self._draw_sites(chance):
             self._upload(site, chance.randint(1, 9))
 
     @rule(chance=CHANCE)
     def ask_to_confirm(self, chance: random.Random) -> None:
-        """Some survivors to some sites, before there is anything to confirm."""
+        """Request confirmations of arbitrary survivors from some sites, before any upload."""
         if self.sessions:
             session = self.sessions[-1][1]
             survivors = sorted(chance.sample(NAMES, chance.choice([2, 3])))
             asked = ConfirmRequest(session=session.digest, release=chance.randint(1, 9), survivors=survivors)
-            for site in self._draw_some(chance):
+            for site in self._draw_sites(chance):
                 self.federation.step(site, CONFIRM, asked.to_bytes())
 
     @rule(chance=CHANCE)
-    def play_a_release(self, chance: random.Random) -> None:
-        """From uploads, some of them asked for twice, to the sum, if it comes to one; often in a new session."""
+    def run_release(self, chance: random.Random) -> None:
+        """Run a release from uploads, some requested twice, to the sum if possible; often in a new session."""
         if chance.random() < 0.6:
             self._begin_a_session()
         self._play(self.newest + 1 if chance.random() < 0.7 else chance.randint(1, 8), chance)
@@ -110,18 +110,18 @@ class Charges(RuleBasedStateMachine):
             return
         made, of_sum = Summation(current[0], release=release), list[tuple[str, bytes]]()
         try:
-            for site in NAMES + self._draw_some(chance):
+            for site in NAMES + self._draw_sites(chance):
                 if (data := self._upload(site, release)) is not None and site not in dict(of_sum):
                     made.add_upload(site, data)
                     of_sum.append((site, data))
-            question = made.confirm_request()
+            question = made.build_confirm_request()
             for site in NAMES:
                 if isinstance(said := self.federation.step(site, CONFIRM, question), bytes):
                     made.add_confirmation(site, said)
             for site in NAMES:
-                if isinstance(said := self.federation.step(site, UNMASK, made.unmask_request(site)), bytes):
+                if isinstance(said := self.federation.step(site, UNMASK, made.build_unmask_request(site)), bytes):
                     made.add_revealed(site, said)
-            total = made.total()
+            total = made.compute_total()
         except (Rejected, Unreadable):
             return
         np.testing.assert_array_equal(total, sum(self.left[site][data] for site, data in of_sum))
@@ -142,7 +142,7 @@ class Charges(RuleBasedStateMachine):
             federation.step(site, JOIN, *announced.values(), name=name)
 
     def _upload(self, site: str, release: int) -> bytes | None:
-        """What left, if anything did, noted with the vector that is in it: the newest, if it was not known before."""
+        """Request an upload and record it with its vector, the newest vector unless the upload is a repeat."""
         body = self.federation.upload(site, release).body
         if not isinstance(body, Update):
             return None
@@ -151,7 +151,7 @@ class Charges(RuleBasedStateMachine):
         self.left[site].setdefault(body.tensors, watched.vectors[-1])
         return body.tensors
 
-    def _draw_some(self, chance: random.Random) -> tuple[str, ...]:
+    def _draw_sites(self, chance: random.Random) -> tuple[str, ...]:
         return NAMES if chance.random() < 0.5 else tuple(site for site in NAMES if chance.random() < 0.7)
 
     # What must hold, always.

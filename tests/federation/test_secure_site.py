@@ -1,4 +1,4 @@
-"""What sites with ledgers answer in the steps of secure aggregation, to leads and servers that do what they like."""
+"""Answers of sites with ledgers in the steps of secure aggregation, to malicious leads and servers."""
 
 import contextlib
 import itertools
@@ -44,7 +44,7 @@ DIFFERS = (Reason.SECURE_STEP, "session_differs")
 
 @dataclass
 class SecureSite(Station):
-    """A site that trains by handing out one vector; what a restart forgets is in `parties`."""
+    """A site whose training returns a fixed vector; `parties` contains the state that a restart loses."""
 
     ready: dict[str, Any] = field(default_factory=lambda: {"update_dtype": "bfloat16", "members": NAMES})
     members: dict[str, str] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class SecureSite(Station):
 
 @dataclass
 class Federation:
-    """Three sites, their lead's keys, and what it asks of them."""
+    """Three sites, their lead's keys, and the lead's requests."""
 
     sites: dict[str, SecureSite]
     asked: Callable[..., Proposal]
@@ -80,7 +80,7 @@ class Federation:
     """Of the session that the lead is in."""
 
     def step(self, site: str, kind: str, *parts: bytes, name: str = "", lead: Any = None, of: Any = None) -> Any:
-        """What a site answers to these parts; `of` are those that the lead signed, where somebody changed them."""
+        """Return a site's answer to these parts; `of` are the parts that the lead signed, if a relay changed them."""
         key, signed = lead or self.lead, protocol.hash_parts(parts if of is None else of)
         about = {"expires": 1e12, "step": kind, "session": name or self.name, "parts_digest": signed}
         request = protocol.SumRequest(proposal=self.asked(lead=key.public), site=site, **about)
@@ -97,7 +97,7 @@ class Federation:
         return said.reason, said.asked
 
     def begin_session(self) -> tuple[KeyAgreement, str, list[bytes]]:
-        """A session of all, its name, and what was announced in it."""
+        """Begin a session of all sites; return its name and announcements."""
         name, proposal = secrets.token_hex(16), self.asked()
         self.name = name
         keys = {site: one.key.public for site, one in self.sites.items()}
@@ -124,14 +124,14 @@ class Federation:
 
     def confirm_release(self, made: Summation) -> Summation:
         for site in NAMES:
-            made.add_confirmation(site, self.ask_site(site, CONFIRM, made.confirm_request()))
+            made.add_confirmation(site, self.ask_site(site, CONFIRM, made.build_confirm_request()))
         return made
 
     def read(self, made: Summation) -> np.ndarray:
         self.confirm_release(made)
         for site in NAMES:
-            made.add_revealed(site, self.ask_site(site, UNMASK, made.unmask_request(site)))
-        return made.total()
+            made.add_revealed(site, self.ask_site(site, UNMASK, made.build_unmask_request(site)))
+        return made.compute_total()
 
     def count_charged_rounds(self, site: str) -> int:
         return self.sites[site].ledger().history.charged_rounds(self.asked().run)
@@ -149,7 +149,7 @@ def read_reason(reply: Reply) -> tuple[Reason, object]:
 
 
 def make_federation(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
-    """A federation in an empty folder, with sites of a class; keywords override its plan."""
+    """Create a federation in an empty folder, with sites of a class; keywords override its plan."""
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan().noise_multiplier)
     plan = replace(run_plan(), **{"local_steps": 1, "spare_rounds": 0, "shared": shared, **of_plan})
 
@@ -175,7 +175,7 @@ def federation(tmp_path: Path) -> Federation:
 
 
 def test_unapproved_lead_cannot_take_over_a_run(federation: Federation) -> None:
-    """A run's name holds its settings and not its lead, so that another allowed lead can ask for the same one."""
+    """A run's name depends on its settings but not on its lead, so another allowed lead can request the same name."""
     for site in federation.sites.values():
         site.policy = replace(site.policy, approval="manual")
         site.ledger().approve(federation.asked())
@@ -227,7 +227,7 @@ def test_round_in_another_session_is_not_charged(federation: Federation) -> None
 
 
 def test_round_cannot_be_requested_in_two_sessions(federation: Federation) -> None:
-    """What a site stored of it is in the first one, and its retry in another would be another question."""
+    """The stored reply belongs to the first session, and a request in another session is a different request."""
     federation.begin_session()
     federation.upload("north")
     federation.begin_session()
@@ -257,10 +257,10 @@ def test_stored_upload_is_resent_after_a_restart_without_a_charge(federation: Fe
 
 
 def test_tampered_request_is_not_answered(federation: Federation) -> None:
-    """Of sealed shares that somebody changed a site would give none, and that would be held against it."""
+    """A site would give no shares for tampered ciphertexts, and would be blamed for it."""
     session, name, announced = federation.begin_session()
     made = federation.make_summation(session)
-    question = made.confirm_request()
+    question = made.build_confirm_request()
     other = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES[:2])).to_bytes()
     changed = (Reason.SECURE_STEP, "request_changed")
     for parts in ((other,), (), (question, b""), (question[:-1],)):
@@ -269,13 +269,13 @@ def test_tampered_request_is_not_answered(federation: Federation) -> None:
         assert federation.get_refusal("north", JOIN, *parts, of=tuple(announced)) == changed
     assert federation.get_refusal("north", ANNOUNCE, b"", of=(), name=name) == changed
     assert not federation.sites["north"].promises.exists(), "nothing is promised for it either"
-    asked = federation.confirm_release(made).unmask_request("north")
+    asked = federation.confirm_release(made).build_unmask_request("north")
     fields = json.loads(asked)
     fields["sealed"]["east"] = fields["sealed"]["south"]
     assert federation.get_refusal("north", UNMASK, to_canonical_json(fields), of=(asked,)) == changed
     for site in NAMES:
-        made.add_revealed(site, federation.ask_site(site, UNMASK, made.unmask_request(site)))
-    np.testing.assert_array_equal(made.total(), 3 * VECTOR)
+        made.add_revealed(site, federation.ask_site(site, UNMASK, made.build_unmask_request(site)))
+    np.testing.assert_array_equal(made.compute_total(), 3 * VECTOR)
 
 
 CHANGES: dict[str, Callable[[SecureSite], None]] = {
@@ -295,14 +295,14 @@ def test_policy_change_ends_the_participation_of_a_site(federation: Federation, 
     session, _, _ = federation.begin_session()
     made = federation.confirm_release(federation.make_summation(session))
     change(federation.sites["north"])
-    federation.get_refusal("north", UNMASK, made.unmask_request("north"))
-    federation.get_refusal("north", CONFIRM, made.confirm_request())
+    federation.get_refusal("north", UNMASK, made.build_unmask_request("north"))
+    federation.get_refusal("north", CONFIRM, made.build_confirm_request())
     assert isinstance(federation.upload("north", 2).body, Refusal)
     assert federation.count_charged_rounds("north") == 1
 
 
 def test_site_that_would_refuse_the_round_joins_no_session(federation: Federation) -> None:
-    """Else the others would pay for a round that it takes no part in."""
+    """Otherwise the other sites would be charged for a round without this site."""
     session, name, announced = federation.begin_session()
     plan = federation.asked().plan
     for round in range(1, plan.num_rounds + 1):
@@ -313,7 +313,7 @@ def test_site_that_would_refuse_the_round_joins_no_session(federation: Federatio
 
 
 def test_settings_are_needed_only_for_the_first_step_of_a_session(federation: Federation, monkeypatch: Any) -> None:
-    """A lead sends them with that: whoever has lost its part says so, and is asked to announce again."""
+    """The lead sends settings only with the announce step; a site that lost its party refuses, and announces again."""
     session, name, announced = federation.begin_session()
     made = federation.make_summation(session)
 
@@ -335,19 +335,19 @@ def test_repeated_confirmation_is_stored_once(federation: Federation) -> None:
     session, _, _ = federation.begin_session()
     made = federation.make_summation(session)
     for _ in range(20):
-        federation.ask_site("north", CONFIRM, made.confirm_request())
+        federation.ask_site("north", CONFIRM, made.build_confirm_request())
     assert len(federation.sites["north"].promises.read_text().splitlines()) == 1
     federation.read(made)
     assert list_promises(federation.sites["north"]) == [(session.digest, 1, True)]
     replaced = federation.sites["north"].promises.stat().st_mtime_ns
     for _ in range(20):
-        federation.ask_site("north", CONFIRM, made.confirm_request())
-        federation.ask_site("north", UNMASK, made.unmask_request("north"))
+        federation.ask_site("north", CONFIRM, made.build_confirm_request())
+        federation.ask_site("north", UNMASK, made.build_unmask_request("north"))
     assert federation.sites["north"].promises.stat().st_mtime_ns == replaced
 
 
 def list_promises(site: SecureSite) -> list[tuple[str, int, bool]]:
-    """Session, release and whether it is confirmed, of each promise on disk."""
+    """List session, release and confirmation state of each promise on disk."""
     promises = map(json.loads, site.promises.read_text().splitlines())
     return [(one["session"], one["release"], one["confirmed"]) for one in promises]
 
@@ -364,13 +364,13 @@ def test_newest_confirmation_per_session_is_stored(federation: Federation, monke
 
 
 @pytest.mark.parametrize("cut_at", [0, 1, 2, None], ids=["unwritten", "not in place", "in place", "answered"])
-def test_crash_while_storing_a_confirmation_leaves_the_old_or_new_one(
+def test_crash_while_storing_a_confirmation_leaves_the_old_or_new_confirmation(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, cut_at: int | None
 ) -> None:
-    """Before each step that makes the new one durable: its bytes, its name, the folder's."""
+    """Crashes before each step of the durable write: content, name and folder."""
     session, _, _ = federation.begin_session()
     federation.read(federation.make_summation(session))
-    question = federation.make_summation(session, 2).confirm_request()
+    question = federation.make_summation(session, 2).build_confirm_request()
     steps = itertools.count()
 
     def cut_after(step: Callable[..., None]) -> Callable[..., None]:

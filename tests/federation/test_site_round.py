@@ -1,4 +1,4 @@
-"""What a site answers, what it must have written before it reads a record, and what it keeps at the end of a run."""
+"""A site's answers, its writes before any record is read, and the adapter stored at the end of a run."""
 
 import contextlib
 import logging
@@ -86,7 +86,7 @@ def test_unstored_update_is_not_sent_but_stays_charged(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Time that passes only while somebody sleeps, or trains."""
+    """A clock that advances only during sleeps and training."""
     clock = SimpleNamespace(now=17.25, sleeps=[])
 
     def sleep(seconds: float) -> None:

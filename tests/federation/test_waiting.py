@@ -1,4 +1,4 @@
-"""Before anything is loaded or prepared: who asks, whether the site is paused, its rules, its budget, its people."""
+"""Checks before anything is loaded: the sender, pause, policy, budget and approval."""
 
 from dataclasses import replace
 from typing import Any
@@ -101,7 +101,7 @@ def test_denied_run_is_refused_and_the_reason_stays_at_the_site(manual_site: Any
 
 @pytest.fixture
 def reading_times(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """In the place of how a site reads a run's settings."""
+    """The number of times that the site read a run's settings."""
     monkeypatch.setattr(MadeSite, "check_settings", made := Mock())
     return made
 

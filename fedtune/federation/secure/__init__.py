@@ -1,3 +1,1 @@
-"""Secure aggregation: the lead learns the sum of the sites' vectors and nothing else; docs/secure_aggregation.md has
-the proof.
-"""
+"""Secure aggregation: the lead learns only the sum of the sites' vectors; docs/secure_aggregation.md has the proof."""

@@ -1,8 +1,7 @@
-"""Session setup for secure aggregation: before the first release, the sites agree on terms, a threshold, and one key
-per site.
+"""Session setup for secure aggregation: terms, threshold, and one key per site, agreed before the first release.
 
 Nothing here trusts the lead.  A site accepts only members from its own roster, terms within its own limits, and keys
-signed by their owners; every later message is bound to the digest of exactly these (`KeyAgreement.digest`).
+signed by their owners; every later message is bound to the digest of these terms and keys (`KeyAgreement.digest`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from fedtune.privacy.threshold import least_threshold as safe_threshold
 from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_whole
 
 MOST_SITES_OF_SUM = 20
-"""Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
+"""Limit on the number of sites, because the messages grow with its square."""
 MOST_BITS = 64
 MOST_LENGTH = 1 << 28  # values of a vector
 KEY, CONFIRMATION, SHARES = "secure aggregation key", "secure aggregation survivors", "secure aggregation shares"
@@ -29,7 +28,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Wrong(StrEnum):
-    """The reason why a message from another party is rejected.
+    """Reason for rejecting a message from another party.
 
     The list is closed, so that no exception text leaves the site with a reason.
     """
@@ -54,11 +53,11 @@ class Wrong(StrEnum):
 
 
 class Rejected(RefusedError):
-    """A message from another party was rejected, for a reason from the closed list and without further text.
+    """Rejection of a message from another party, with a reason from the closed list and no other text.
 
     Attributes:
         wrong: the reason.
-        site: the sender of the message, where the lead checks the messages of all sites together; otherwise empty.
+        site: the sender of the message, if the lead checks the messages of all sites together; otherwise empty.
     """
 
     def __init__(self, wrong: Wrong, *, site: str = "") -> None:
@@ -67,27 +66,26 @@ class Rejected(RefusedError):
 
 
 def compute_modulus_bits(num_sites: int, largest: int) -> int:
-    """Return the number of bits of the smallest modulus that can represent every sum of values from -largest to
-    largest.
+    """Compute the bit length of the smallest power-of-two modulus for sums of `num_sites` values in [-largest,
+    largest].
     """
     return (num_sites * largest).bit_length() + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
-    """The terms of a run's secure aggregation, which the lead and every site derive from the run's proposal.
+    """Terms of a run's secure aggregation, which the lead and every site derive from the run's proposal.
 
     Attributes:
         run: the name of the run.
         proposal: the SHA-256 of the run's proposal, in hex.
         members: site -> its public identity key (Ed25519, hex), for all participating sites.
-        threshold: t, the number of sites that must help to unmask a release; also the smallest number of survivors.
+        threshold: t, the number of sites that must help to unmask a release; also the minimum number of survivors.
         length: the number of values in a vector.
-        largest: the bound on the absolute value of every entry of a site's vector, which holds except with negligible
-            probability.
+        largest: a bound on the absolute value of every entry of a site's vector, exceeded with negligible probability.
 
     Raises:
-        ConfigError: a value is outside the range that any run can have.
+        ConfigError: a value is out of range.
     """
 
     run: str
@@ -98,7 +96,7 @@ class Terms:
     largest: int
 
     def __post_init__(self) -> None:
-        if not (1 <= len(self.run) <= 300 and self.run.isprintable()):  # as a proposal's, of which it is
+        if not (1 <= len(self.run) <= 300 and self.run.isprintable()):  # the limits of a proposal
             raise ConfigError("run", self.run, "must be printable text of 1 to 300 characters")
         if not _SHA256.fullmatch(self.proposal):
             raise ConfigError("proposal", self.proposal, "must be a SHA-256 in hex")
@@ -108,7 +106,7 @@ class Terms:
         if not 2 <= len(self.members) <= MOST_SITES_OF_SUM:
             raise ConfigError("members", len(self.members), f"must be from 2 to {MOST_SITES_OF_SUM} sites")
         if len(set(self.members.values())) < len(self.members):
-            raise ConfigError("members", list(self.members), "must have distinct keys; two sites have the same key")
+            raise ConfigError("members", list(self.members), "must have distinct keys, but two sites share a key")
         check_whole("largest", self.largest)
         check_at_least("largest", self.largest, 1)
         for name, most in (("threshold", len(self.members)), ("length", MOST_LENGTH), ("bits", MOST_BITS)):
@@ -119,25 +117,26 @@ class Terms:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The members in sorted order, which every message that lists members uses."""
+        """The members in sorted order, the order of all lists in messages."""
         return tuple(sorted(self.members))
 
     @property
     def bits(self) -> int:
-        """The bits of the modulus 2**bits: the fewest for which no sum overflows."""
+        """The bit length of the modulus 2**bits, the smallest for which no sum overflows."""
         return compute_modulus_bits(len(self.members), self.largest)
 
     def digest(self) -> str:
         """Return the SHA-256 of the terms and the protocol version, in hex."""
-        # The number of the wire format is in it, since masks of two versions would not cancel.
+        # Includes the protocol version, because masks of two versions might not cancel.
         fields = {**asdict(self), "members": dict(self.members), "protocol": WIRE_SCHEMA}
         return hashlib.sha256(to_canonical_json(fields)).hexdigest()
 
     def check_survivors(self, survivors: Sequence[str]) -> None:
-        """Check a list of survivors: members only, at least `threshold` of them, each once and in sorted order.
+        """Check that a list of survivors is sorted, has no duplicates, and contains only members and at least
+        `threshold` of them.
 
         Raises:
-            Rejected: the list breaks one of these rules.
+            Rejected: the list violates one of these rules.
         """
         if not set(survivors) <= set(self.members):
             raise Rejected(Wrong.NOT_A_MEMBER)
@@ -147,13 +146,13 @@ class Terms:
             raise Rejected(Wrong.TOO_FEW_SURVIVORS)
 
 
-Demand = Callable[[Terms], None]  # raises Rejected for terms that a site does not join
+Demand = Callable[[Terms], None]  # raises Rejected for terms that a site does not accept
 
 
 def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int = 3, colluders: int = 0) -> None:
-    """Check that the terms meet a site's own minimum requirements, regardless of what the lead proposes.
+    """Check that the terms meet a site's own minimum requirements, whatever the lead proposes.
 
-    The default minimum threshold is three: in a sum of two vectors, each of the two sites learns the other's vector by
+    The default minimum threshold is three, because each site of a sum of two learns the other site's vector by
     subtraction.
 
     Args:
@@ -163,7 +162,7 @@ def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int
         colluders: the number of other sites that may collude with the server.
 
     Raises:
-        Rejected: the terms fall short of a requirement.
+        Rejected: the terms do not meet a requirement.
     """
     if len(terms.members) < max(least_sites, colluders + 1):
         raise Rejected(Wrong.TOO_FEW_SITES)
@@ -172,10 +171,10 @@ def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int
 
 
 def require_pinned(terms: Terms, roster: Mapping[str, str]) -> None:
-    """Check that the identity key of every member matches this site's own roster.
+    """Check that the identity key of every member matches this site's roster.
 
     Raises:
-        Rejected: the roster lacks a member, or has another key for it.
+        Rejected: a member is missing from the roster or has another key there.
     """
     if not terms.members.items() <= dict(roster).items():
         raise Rejected(Wrong.ROSTER_DIFFERS)
@@ -183,7 +182,7 @@ def require_pinned(terms: Terms, roster: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Announcement:
-    """A site's X25519 key for one session, signed for these terms only."""
+    """A site's X25519 key for one session, signed for the session's terms."""
 
     site: str
     terms: str
@@ -192,19 +191,19 @@ class Announcement:
 
     @classmethod
     def create_signed(cls, site: str, terms: Terms, key: str, *, identity: SigningKey) -> Announcement:
-        """Build a site's announcement and sign it with the site's identity key."""
+        """Create an announcement and sign it with the site's identity key."""
         unsigned = cls(site=site, terms=terms.digest(), key=key, signature="")
         return replace(unsigned, signature=identity.sign(KEY, unsigned.to_bytes()))
 
     def to_bytes(self) -> bytes:
-        """Encode the announcement as it is sent; with an empty signature, these are the bytes to sign."""
+        """Encode the announcement as it is sent; with an empty signature, the result is the signed content."""
         return to_canonical_json(asdict(self))
 
     def require_genuine(self, terms: Terms) -> None:
-        """Check that the announcement is signed by a member and refers to these terms.
+        """Check that the announcement is for these terms and is signed by a member.
 
         Raises:
-            Rejected: it is not.
+            Rejected: one of the checks failed.
         """
         if self.site not in terms.members:
             raise Rejected(Wrong.NOT_A_MEMBER)
@@ -219,17 +218,17 @@ class Announcement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyAgreement:
-    """A secure aggregation session: the terms, and the key that each member announced under them."""
+    """Secure aggregation session: the terms, and the key that each member announced under these terms."""
 
     terms: Terms
     keys: Mapping[str, str]
-    # SHA-256, in hex, of terms and keys.  Masks, shares and confirmations are bound to it, so that sites to
-    # which different keys were shown have nothing in common that could be unmasked.
+    # SHA-256, in hex, of terms and keys.  Masks, shares and confirmations are bound to it, so that nothing can be
+    # unmasked across sites that received different keys.
     digest: str
 
     @classmethod
     def from_announcements(cls, terms: Terms, announcements: Collection[Announcement]) -> KeyAgreement:
-        """Build a session from announcements: exactly one per member, each with a valid signature.
+        """Build a session from exactly one validly signed announcement per member.
 
         Raises:
             Rejected: an announcement is missing, duplicated, or not genuine.

@@ -1,4 +1,4 @@
-"""A site's side of secure aggregation: one party per session, kept only in memory, and the site's own requirements."""
+"""A site's side of secure aggregation: one in-memory party per session, and the site's own requirements."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from fedtune.federation.secure.party import Keep, Party, SumConfirmation
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 
-_MOST_NOTED = 64  # sessions whose newest promises are on disk; a site has long lost the keys of older ones
+_MOST_NOTED = 64  # sessions with a promise on disk; the keys of older sessions no longer exist
 
 
 def make_promise_writer(path: Path) -> Keep:
-    """Return a function that writes promises to `path`; each promise replaces the earlier one of its session and is
-    flushed to disk.
+    """Return a function that durably stores the newest promise of each session in the file at `path`.
 
-    The file has one line of JSON per session, the newest last, and is replaced atomically: after a crash it holds
-    either the earlier promise or the new one, and it holds the new one before any answer that depends on it leaves the
-    site.
+    The file has one line of JSON per session, newest last, and is replaced atomically: after a crash it contains either
+    the earlier promise or the new promise.  The new promise is flushed to disk before any answer that depends on it
+    leaves the site.
     """
 
     def keep(promise: SumConfirmation) -> None:
@@ -33,29 +32,27 @@ def make_promise_writer(path: Path) -> Keep:
     return keep
 
 
-_MOST_RUNS = 16  # whose parties are kept; a run whose parties are gone begins a new session
-_MOST_SESSIONS = 3  # of a run: the one that goes on, and others that a lead tries to begin beside it
+_MOST_RUNS = 16  # runs with parties in memory; a run without parties begins a new session
+_MOST_SESSIONS = 3  # sessions per run: the current session, and further sessions that a lead tries to begin
 
 
 class Parties:
-    """The parties of a process, by the digest of a run's proposal and the lead's name for a session, oldest first.
+    """The parties of a process by proposal digest and session name, oldest first.
 
     Each run has one current session.  Its previous session is kept, because a lead that cannot begin a new session
-    returns to it.  A restart deletes all parties, on purpose.
+    returns to it.  A restart deliberately loses all parties.
     """
 
     def __init__(self) -> None:
         self.of_proposal: dict[str, dict[str, Party]] = {}
-        self.joined: dict[str, str] = {}  # of a run, the session that goes on
+        self.joined: dict[str, str] = {}  # proposal digest -> the current session
 
     def find(self, proposal: str, session: str) -> Party | None:
         """Return the party of a session; None if there is none."""
         return self.of_proposal.get(proposal, {}).get(session)
 
     def add(self, proposal: str, session: str, party: Party) -> None:
-        """Add a party; drop the oldest idle sessions of a run that has too many, and the oldest run if there are too
-        many runs.
-        """
+        """Add a party, and evict the oldest idle sessions of its run or the oldest run when a limit is exceeded."""
         runs = self.of_proposal
         while proposal not in runs and len(runs) >= _MOST_RUNS:
             dropped = next((one for one in runs if one not in self.joined), next(iter(runs)))
@@ -70,26 +67,26 @@ class Parties:
 
 @dataclass(frozen=True, kw_only=True)
 class SumsAtSite:
-    """A site's answers to the steps of secure aggregation."""
+    """A site's handler for the steps of secure aggregation."""
 
     site: str
     identity: SigningKey
     parties: Parties  # shared by all requests to this process
-    demand: Demand  # that every run's terms must meet
-    # public identity keys by site, itself included, as this site has them from the sites themselves
+    demand: Demand  # the requirements for the terms of every run
+    # site -> its public identity key, including this site, obtained from the sites themselves
     roster: Mapping[str, str]
-    keep: Keep  # writes a promise before the answer that makes it
+    keep: Keep  # stores a promise before the answer with the promise is sent
 
     def announce(self, session: str, members: Sequence[str], terms: Callable[[Mapping[str, str]], Terms]) -> bytes:
-        """Announce this site's key for a session; repeated calls for one session return the same announcement.
+        """Announce this site's key for a session; idempotent within a session.
 
         Args:
             session: the lead's name for the session.
             members: the sites in the run.
-            terms: builds the terms of the run from the members' public keys, as this site knows them.
+            terms: builds the terms of the run from the members' public keys in this site's roster.
 
         Raises:
-            Rejected: the roster lacks a member, or the terms do not meet the site's requirements.
+            Rejected: a member is missing from the roster, or the terms do not meet the site's requirements.
         """
         if not set(members) <= set(self.roster):
             raise Rejected(Wrong.ROSTER_DIFFERS)
@@ -103,14 +100,13 @@ class SumsAtSite:
         return party.announce()
 
     def join(self, proposal: str, session: str, announcements: Sequence[bytes]) -> bytes:
-        """Accept the keys of all members, make this session the current one, and return its digest.
+        """Accept the keys of all members, make this session the current session, and return its digest.
 
-        A request for an earlier session switches back to it.  That is safe, because each session has its own keys,
-        masks, releases and promises.
+        A request for an earlier session makes that session the current session again.  That is safe, because sessions
+        share no keys, masks, releases or promises.
 
         Raises:
-            Rejected: the session is unknown, a key is not genuine, or the site no longer accepts the members or the
-                terms.
+            Rejected: the session is unknown, a key is not genuine, or the site no longer accepts the members or terms.
         """
         digest = self._find_party(proposal, session).join(announcements)
         self.parties.joined[proposal] = session

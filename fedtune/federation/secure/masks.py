@@ -1,4 +1,4 @@
-"""Masks and the keys behind them: X25519 between two sites, HKDF for each release, ChaCha20 for each value.
+"""Pairwise masks and their keys: X25519 between two sites, HKDF-SHA256 per release, ChaCha20 keystream per vector.
 
 No seed is used in two releases, and one seed reveals nothing about another: each seed is either 32 fresh random bytes,
 or HKDF-SHA256 of a key agreed between two sites, bound to session, release and purpose.
@@ -25,7 +25,7 @@ TAG_BYTES = 16
 
 
 class MaskKey:
-    """A site's X25519 key, kept only in memory and never written to disk, so that no backup can restore it."""
+    """A site's X25519 private key, kept only in memory, so that no backup can restore it."""
 
     def __init__(self) -> None:
         self._private = X25519PrivateKey.generate()
@@ -40,15 +40,15 @@ class MaskKey:
 
         Args:
             session: the digest of the session.
-            keys: site -> its public key, each accepted by `is_mask_key`.
+            keys: site -> its public key, validated by `is_mask_key`.
         """
         return PairSecrets(session, {site: self._private.exchange(_load_public_key(key)) for site, key in keys.items()})
 
 
 def is_mask_key(text: str) -> bool:
-    """Return True if `text` can be a public key: 64 lower-case hex digits that do not encode a point of small order.
+    """Return True if `text` is a valid public key: 64 lower-case hex digits that do not encode a point of small order.
 
-    With a point of small order, every shared secret would be zero, and therefore known to everybody.
+    With a point of small order, every shared secret would be zero, and therefore public.
     """
     try:
         X25519PrivateKey.generate().exchange(_load_public_key(text))
@@ -62,23 +62,25 @@ def _load_public_key(key: str) -> X25519PublicKey:
 
 
 class PairSecrets:
-    """The secrets that a site shares with each member of a session, itself included."""
+    """The pairwise secrets of a site with every member of a session, including itself."""
 
     def __init__(self, session: str, agreed: Mapping[str, bytes]) -> None:
         self._session, self._agreed = session, agreed
 
-    def mask_seed(self, site: str, other: str, *, release: int) -> bytes:
-        """Return the seed of the mask that two sites share in one release; both sites derive the same seed."""
+    def derive_mask_seed(self, site: str, other: str, *, release: int) -> bytes:
+        """Derive the seed of the mask that two sites share in one release; both sites derive the same seed."""
         return self._derive_key(other, "mask", release, *sorted((site, other)))
 
     def seal(self, text: bytes, *, sender: str, receiver: str, release: int) -> bytes:
-        """Encrypt a message from `sender` to `receiver` in one release; call it once, because the key is used with a
-        single nonce.
+        """Encrypt a message from `sender` to `receiver` in one release; call it only once per release, because the
+        nonce is constant.
         """
         return self._make_cipher(receiver, sender, receiver, release).encrypt(bytes(12), text, None)
 
     def unseal(self, sealed: bytes, *, sender: str, receiver: str, release: int) -> bytes | None:
-        """Decrypt what `sender` sealed for `receiver` in this release; None if the ciphertext is anything else."""
+        """Decrypt a message that `sender` sealed for `receiver` in this release; None if the ciphertext is not
+        authentic.
+        """
         try:
             return self._make_cipher(sender, sender, receiver, release).decrypt(bytes(12), sealed, None)
         except InvalidTag:
@@ -93,14 +95,14 @@ class PairSecrets:
 
 
 def sum_masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
-    """Sum the masks that `site` adds to its vector in a release, modulo 2**64; shape (length,).
+    """Compute the sum of the masks that `site` adds to its vector in a release, modulo 2**64; shape (length,).
 
-    Of the mask shared by two sites, the first by name adds it and the other subtracts it, so that it cancels in the sum
-    of both.  The same holds modulo every smaller power of two.
+    Of two sites that share a mask, the first in name order adds it and the second subtracts it, so that the mask
+    cancels in their sum.  This also holds modulo every smaller power of two.
 
     Args:
         site: the site that applies the masks.
-        seeds: seeds by the site that the mask is shared with; the site's own mask is under its own name.
+        seeds: peer site -> the seed of the shared mask; the seed of the site's own mask is under its own name.
         length: the number of values in a vector.
     """
     total = np.zeros(length, np.uint64)
@@ -114,9 +116,7 @@ def sum_masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDAr
 
 
 def _generate_keystream(seed: bytes, length: int) -> npt.NDArray[np.uint64]:
-    """Generate a ChaCha20 keystream of `length` values; the nonce may be constant because each seed has one stream
-    only.
-    """
+    """Generate a ChaCha20 keystream of `length` uint64 values; the nonce is constant because each seed is used once."""
     assert len(seed) == SEED_BYTES
     cipher = Cipher(ChaCha20(seed, bytes(16)), mode=None).encryptor()
     return np.frombuffer(cipher.update(bytes(8 * length)), dtype="<u8")

@@ -1,5 +1,4 @@
-"""The messages of secure aggregation, each with a single valid encoding; any other bytes are rejected before they are
-parsed.
+"""Messages of secure aggregation, each with a unique canonical encoding; any other bytes are rejected before parsing.
 
 A release takes three requests from the lead to each site:
 
@@ -25,7 +24,7 @@ from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.ledger.chain import to_canonical_json
 
-MOST_JSON_BYTES = 1 << 17  # of a message but an upload; the largest that 20 sites need is far smaller
+MOST_JSON_BYTES = 1 << 17  # limit for all messages except uploads; 20 sites need far less
 MOST_RELEASES = 1 << 31
 _UPLOAD = b"fedtune-secure-upload-1\n"
 _HEAD = struct.Struct(">32sIB")
@@ -34,30 +33,30 @@ _SHARE = re.compile(f"[0-9a-f]{{{2 * SHARE_BYTES}}}")
 
 
 def read_announcement(data: bytes) -> Announcement:
-    """Decode an announcement; raises Rejected for any other bytes."""
+    """Decode an announcement; raise Rejected for any other bytes."""
     return Announcement(**_decode_fields(data, Announcement))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConfirmRequest:
-    """The lead's question whether a site will help to unmask the sum of exactly these survivors.
+    """The lead's request to confirm the survivors of a release.
 
-    Every later message of the release repeats these fields; all are sent as the canonical JSON of their fields.
+    Every later message of the release repeats these fields; all messages are sent as canonical JSON.
     """
 
-    session: str  # its digest
-    release: int  # which sum
-    survivors: list[str]  # sites whose uploads are in the sum, in order
+    session: str  # digest of the session
+    release: int  # number of the release
+    survivors: list[str]  # sites with an upload in the sum, in sorted order
 
     def to_bytes(self) -> bytes:
-        """Encode the message as it is sent; for a `ConfirmRequest`, these are also the bytes that a site signs to
-        confirm.
+        """Encode the message as canonical JSON; for a `ConfirmRequest`, the result is also the signed content of a
+        confirmation.
         """
         return to_canonical_json(asdict(self))
 
     @classmethod
     def from_bytes(cls, data: bytes, session: KeyAgreement) -> Self:
-        """Decode a message that belongs to this session; raises Rejected for any other bytes."""
+        """Decode a message of this session; raise Rejected for any other bytes."""
         message = cls(**_decode_fields(data, cls))
         _check_texts(message.survivors)
         if message.session != session.digest:
@@ -69,18 +68,18 @@ class ConfirmRequest:
         return message
 
     def check(self, terms: Terms) -> None:
-        """Check the fields that a subclass adds; raises Rejected if one is wrong."""
+        """Check the additional fields of a subclass; raise Rejected if a field is invalid."""
 
     @property
     def asked(self) -> ConfirmRequest:
-        """The part of the message that a site confirms: session, release and survivors."""
+        """The fields that a site confirms: session, release and survivors."""
         return ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors)
 
     def require_confirmed(self, signatures: Mapping[str, str], terms: Terms) -> None:
         """Check that each signature, by site, comes from a member and covers exactly these survivors.
 
         Raises:
-            Rejected: a signer is not a member, or a signature is wrong.
+            Rejected: a signer is not a member, or a signature is invalid.
         """
         for site, signature in signatures.items():
             if site not in terms.members:
@@ -98,7 +97,7 @@ class Confirmation(ConfirmRequest):
 
     @classmethod
     def create_signed(cls, asked: ConfirmRequest, site: str, *, identity: SigningKey) -> Confirmation:
-        """Build a site's confirmation and sign it with the site's identity key."""
+        """Create a confirmation and sign it with the site's identity key."""
         return cls(**asdict(asked), site=site, signature=identity.sign(CONFIRMATION, asked.to_bytes()))
 
     def check(self, terms: Terms) -> None:
@@ -107,10 +106,10 @@ class Confirmation(ConfirmRequest):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnmaskRequest(ConfirmRequest):
-    """The lead's request for a site's shares, with the proof that enough sites confirmed the same survivors."""
+    """The lead's request for a site's shares, with proof that enough sites confirmed the survivors."""
 
-    confirmations: dict[str, str]  # signature by site
-    sealed: dict[str, str]  # what each survivor sealed for the site that is asked, in base64, by survivor
+    confirmations: dict[str, str]  # site -> its signature
+    sealed: dict[str, str]  # survivor -> its shares, sealed for the receiving site, in base64
 
     def check(self, terms: Terms) -> None:
         """Check that at least `threshold` sites confirmed exactly these survivors.
@@ -126,9 +125,7 @@ class UnmaskRequest(ConfirmRequest):
             raise Rejected(Wrong.MALFORMED)
 
     def get_shares_sealed_by(self, survivor: str) -> bytes:
-        """Return the shares that this survivor sealed, decoded from base64; empty bytes, which nobody sealed, if the
-        text is invalid.
-        """
+        """Decode a survivor's sealed shares from base64; empty if the text is invalid."""
         try:
             return base64.b64decode(self.sealed[survivor], validate=True)
         except ValueError:
@@ -143,8 +140,8 @@ class Revealed(ConfirmRequest):
     """
 
     site: str
-    # by survivor, whose seeds they are, and by the site that the mask is shared with (its own mask's by its own
-    # name), in hex.  Shares that the survivor did not deal are left out.
+    # survivor -> peer site -> share in hex of the seed of their mask; a survivor's own mask is under its own name.
+    # Shares that the survivor did not deal are missing.
     shares: dict[str, dict[str, str]]
     signature: str
 
@@ -152,12 +149,12 @@ class Revealed(ConfirmRequest):
     def create_signed(
         cls, asked: ConfirmRequest, site: str, *, shares: dict[str, dict[str, str]], identity: SigningKey
     ) -> Revealed:
-        """Build the message with a site's shares and sign it with the site's identity key."""
+        """Create a message with a site's shares and sign it with the site's identity key."""
         unsigned = cls(**asdict(asked), site=site, shares=shares, signature="")
         return replace(unsigned, signature=identity.sign(SHARES, unsigned.to_bytes()))
 
     def check(self, terms: Terms) -> None:
-        """Check that the message holds only well-formed shares and is signed by a member; raises Rejected otherwise."""
+        """Check that the shares are well-formed and signed by a member; raise Rejected otherwise."""
         if self.site not in terms.members:
             raise Rejected(Wrong.NOT_A_MEMBER)
         for shares in self.shares.values():
@@ -171,35 +168,34 @@ class Revealed(ConfirmRequest):
             raise Rejected(Wrong.WRONG_SIGNATURE)
 
     def share(self, survivor: str, other: str) -> int | None:
-        """Return one share; None if the site did not send it."""
+        """Return one share as an integer; None if it is missing."""
         found = self.shares.get(survivor, {}).get(other)
         return None if found is None else int(found, 16)
 
 
 def list_needed_seeds(survivor: str, survivors: list[str], terms: Terms) -> list[str]:
-    """List which of a survivor's masks must be removed from the survivors' sum, by the site that the mask is shared
-    with.
+    """List the peers of a survivor's masks that must be removed from the survivors' sum.
 
-    These are the survivor's own mask and the masks that it shares with sites that dropped out.  Masks shared by two
-    survivors cancel in the sum and are never revealed.  Nothing that a dropped site dealt is revealed either, so that
-    its upload stays masked if it arrives late.  No site has both its own mask and its masks with survivors revealed:
-    the former only if it survived, the latter only if it did not.
+    These masks are the survivor's own mask and its shared masks with dropped sites.  Masks shared by two survivors
+    cancel in the sum and are never revealed.  Shares dealt by a dropped site are never revealed either, so that its
+    upload stays masked if it arrives late.  Thus a site's own mask is revealed only if it survived, and its masks with
+    survivors only if it did not, never both.
     """
     return [other for other in terms.sites if other == survivor or other not in survivors]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Upload:
-    """A site's masked vector, with the sealed shares that will unmask the sum."""
+    """A site's masked vector, with the sealed shares for unmasking the sum."""
 
     session: str
-    release: int  # which sum it belongs to
-    site: str  # whose it is
-    # of the site's seeds and their shares: for each member in order, that the mask is shared with, of the
-    # values at 0 (the seed) and at each member's place; (K, K + 1) of 32 bytes
+    release: int  # number of the release
+    site: str  # name of the uploading site
+    # SHA-256 digests, shape (K, K + 1): row i for the mask shared with member i, column 0 for its seed, column j for
+    # the share of member j
     digests: tuple[tuple[bytes, ...], ...]
-    sealed: tuple[bytes, ...]  # the shares of all seeds for each member in order, encrypted to it
-    vector: bytes  # the masked vector's residues, packed
+    sealed: tuple[bytes, ...]  # shares of all seeds, one ciphertext per member in order
+    vector: bytes  # packed residues of the masked vector
 
     def to_bytes(self, terms: Terms) -> bytes:
         """Encode header, digests, sealed shares and vector; the terms determine the length of each part."""
@@ -208,9 +204,9 @@ class Upload:
 
     @classmethod
     def from_bytes(cls, data: bytes, session: KeyAgreement) -> Upload:
-        """Decode an upload that belongs to this session; raises Rejected for any other bytes."""
+        """Decode an upload of this session; raise Rejected for any other bytes."""
         terms = session.terms
-        size = upload_size(len(terms.members), length=terms.length, bits=terms.bits)
+        size = compute_upload_size(len(terms.members), length=terms.length, bits=terms.bits)
         if len(data) != size or not data.startswith(_UPLOAD):
             raise Rejected(Wrong.MALFORMED)
         digest, release, index = _HEAD.unpack_from(data, len(_UPLOAD))
@@ -226,26 +222,28 @@ class Upload:
         return cls(session=session.digest, release=release, site=site, digests=rows, sealed=sealed, vector=vector)
 
 
-def upload_size(num_sites: int, *, length: int, bits: int) -> int:
-    """Return the size in bytes of an upload of `length` values; all uploads of a run have the same size."""
+def compute_upload_size(num_sites: int, *, length: int, bits: int) -> int:
+    """Return the size in bytes of an upload of `length` values, which is equal for all sites of a run."""
     shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + compute_sealed_size(num_sites))
     return len(_UPLOAD) + _HEAD.size + shares + compute_packed_size(length, bits)
 
 
 def compute_sealed_size(num_sites: int) -> int:
-    """Return the size in bytes of the ciphertext from one site to another: a share of each of the sender's seeds."""
+    """Return the size in bytes of a ciphertext between two sites, which contains one share of each of the sender's
+    seeds.
+    """
     return num_sites * SHARE_BYTES + TAG_BYTES
 
 
 def _split_pieces(data: bytes, start: int, count: int, size: int) -> tuple[tuple[bytes, ...], int]:
-    """Cut `count` pieces of `size` bytes each, from `start` on; return the pieces and the offset after them."""
+    """Split `count` pieces of `size` bytes from offset `start` on; return the pieces and the end offset."""
     end = start + count * size
     return tuple(data[place : place + size] for place in range(start, end, size)), end
 
 
 def _decode_fields(data: bytes, message: Any) -> dict[str, Any]:
-    """Decode the fields of a message: exactly the expected names and types, in canonical JSON; raises Rejected
-    otherwise.
+    """Decode the fields of a canonical JSON message with the expected names and types; raise Rejected for any other
+    bytes.
     """
     if len(data) > MOST_JSON_BYTES:
         raise Rejected(Wrong.MALFORMED)

@@ -1,4 +1,4 @@
-"""Packing of integers modulo a power of two into bytes, with as many bits per integer as the modulus has."""
+"""Bit packing of integers modulo 2**bits, with `bits` bits per integer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 Residues = npt.NDArray[np.uint64]
-_AT_ONCE = 1 << 16  # values whose bits are in memory as bytes; a multiple of 8, so that each piece ends with a byte
+_AT_ONCE = 1 << 16  # values unpacked to bits at a time; a multiple of 8, so that every piece ends at a byte boundary
 
 
 def reduce_residues(numbers: Residues, bits: int) -> Residues:
-    """Reduce numbers modulo 2**64 to numbers modulo 2**bits."""
+    """Reduce uint64 numbers modulo 2**bits."""
     return numbers & np.uint64(2**bits - 1)
 
 
@@ -21,12 +21,12 @@ def to_signed_integers(numbers: Residues, bits: int) -> npt.NDArray[np.int64]:
 
 
 def compute_packed_size(count: int, bits: int) -> int:
-    """Return how many bytes `count` packed residues take."""
+    """Return the number of bytes for `count` packed residues."""
     return -(-count * bits // 8)
 
 
 def pack_residues(numbers: Residues, bits: int) -> bytes:
-    """Pack residues back to back, lowest bit first; the unused bits of the last byte are zero."""
+    """Pack residues contiguously, lowest bit first; unused bits of the last byte are zero."""
     octets = -(-bits // 8)
     pieces = []
     for start in range(0, len(numbers), _AT_ONCE):
@@ -37,10 +37,10 @@ def pack_residues(numbers: Residues, bits: int) -> bytes:
 
 
 def unpack_residues(data: bytes | memoryview, count: int, bits: int) -> Residues:
-    """Unpack `count` residues written by `pack_residues`; shape (count,).
+    """Unpack `count` residues packed by `pack_residues`; shape (count,).
 
     Raises:
-        ValueError: the bytes are not a valid packing.
+        ValueError: the bytes have another length, or unused bits are set.
     """
     if len(data) != compute_packed_size(count, bits):
         raise ValueError("length")

@@ -1,8 +1,7 @@
-"""A site's part in secure aggregation: it masks its vector, confirms one set of survivors, and helps to unmask their
-sum.
+"""A site's part in secure aggregation: mask its vector, confirm one set of survivors, and help to unmask their sum.
 
-A party is the site's state in one session, and its keys exist nowhere else.  A site that was restarted, or restored
-from a backup, has no party: it can no longer confirm or reveal anything in the session, and joins a new one.
+A party is the site's state in one session, and its keys exist only in memory.  After a restart, or a restore from a
+backup, the site has no party: it can no longer confirm or reveal anything in the session, and joins a new session.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ from fedtune.privacy.keys import SigningKey
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SumConfirmation:
-    """A promise that binds a site, stored before the site answers.
+    """A binding promise of a site, stored before the site answers.
 
     Attributes:
         session: the digest of the session.
         release: the number of the release.
         survivors: the only set of survivors that the site will help to unmask in this release.
-        confirmed: whether the site has seen enough confirmations of this set from other sites.  If so, no other set of
-            the release can be unmasked by anybody; before that, another set may be.
+        confirmed: whether the site has verified enough confirmations of this set from other sites.  If so, no other set
+            of the release can be unmasked by anybody; otherwise another set still may be.
     """
 
     session: str
@@ -57,22 +56,22 @@ class SumConfirmation:
     confirmed: bool
 
 
-Keep = Callable[[SumConfirmation], None]  # writes a promise so that it is on disk when the call returns, or raises
+Keep = Callable[[SumConfirmation], None]  # durably stores a promise before the call returns, or raises
 
 
 class Party:
-    """One site in one session.
+    """Protocol state of one site in one session.
 
     Args:
         site: the name of the site.
         identity: the site's long-term signing key.
-        terms: the terms of the run, which the site itself derived from the proposal.
-        roster: site -> its public identity key, as received from the sites themselves.
+        terms: the terms of the run, derived from the proposal by the site itself.
+        roster: site -> its public identity key, obtained from the sites themselves.
         demand: checks that the terms meet the site's requirements.
-        keep: stores each promise before the answer that makes the promise.
+        keep: stores each promise before the answer with the promise is sent.
 
     Raises:
-        Rejected: the terms do not meet the site's requirements, or name members that the roster lacks.
+        Rejected: the terms do not meet the site's requirements, or a member is missing from the roster.
     """
 
     def __init__(
@@ -95,12 +94,13 @@ class Party:
         return self._terms
 
     def announce(self) -> bytes:
-        """Return the site's signed key for this session."""
+        """Return the site's signed public key for this session."""
         return Announcement.create_signed(self._site, self._terms, self._key.public, identity=self._identity).to_bytes()
 
     def join(self, announcements: Sequence[bytes]) -> str:
-        """Accept the keys of all members, once, and return the session's digest, which is equal at all sites that
-        accepted equal keys.
+        """Accept the keys of all members, once, and return the digest of the session.
+
+        The digest is equal at all sites that accepted equal keys.
 
         Raises:
             Rejected: a key is missing or not signed by its owner, or this site has already joined with other keys.
@@ -117,23 +117,25 @@ class Party:
         return session.digest
 
     def require_open(self, release: int) -> None:
-        """Raise Rejected if an upload to this release is no longer possible; checked before any budget is spent."""
+        """Check that an upload to this release is still possible before any budget is spent; raise Rejected
+        otherwise.
+        """
         if self._joined is None:
             raise Rejected(Wrong.SESSION_DIFFERS)
         if not self._release < release < MOST_RELEASES:
             raise Rejected(Wrong.RELEASE_OVER)
 
     def upload(self, release: int, vector: npt.NDArray[np.int64]) -> bytes:
-        """Mask a vector for a release; each release accepts one vector.
+        """Mask a vector for a release and return the encoded upload; each release accepts one vector.
 
-        Guarantee: the lead and as many colluding sites as the limits allow for learn nothing about the vector except
-        its sum with the vectors of one set of survivors (docs/secure_aggregation.md).  The returned bytes may be sent
-        again; the vector must not be used for another release, because a retry draws its own noise.
+        Guarantee: the lead and the permitted number of colluding sites learn nothing about the vector except its sum
+        with the vectors of one set of survivors (docs/secure_aggregation.md).  The returned bytes may be resent, but
+        the vector must not be reused in another release, because a retry draws fresh noise.
 
         Args:
-            release: the number of the release, larger than any that this party has seen.
-            vector: integers, shape (terms.length,), int64.  Noise may exceed terms.largest: no value is clipped or
-                rejected, because privacy holds for the sum of unclipped values modulo 2**bits.
+            release: the number of the release, larger than that of every earlier release.
+            vector: integers, shape (terms.length,), int64.  Values above terms.largest, due to noise, are neither
+                clipped nor rejected, because privacy holds for the sum of unclipped values modulo 2**bits.
 
         Raises:
             Rejected: the release is over, or has already begun.
@@ -143,10 +145,10 @@ class Party:
         self.require_open(release)
         (session, pairs), sites = self._require_joined(), self._terms.sites
         self._release, self._promised = release, None
-        seeds = {other: pairs.mask_seed(self._site, other, release=release) for other in sites}
+        seeds = {other: pairs.derive_mask_seed(self._site, other, release=release) for other in sites}
         seeds[self._site] = os.urandom(SEED_BYTES)
         masked = vector.astype(np.uint64) + sum_masks(self._site, seeds, length=self._terms.length)  # modulo 2**64
-        # By the site that a mask is shared with: the seed at place 0, and a share for each member at its place.
+        # For each peer of a mask: the seed at index 0, and the share of member j at index j.
         dealt = [
             shares.split_secret(seeds[other], threshold=self._terms.threshold, num_shares=len(sites)) for other in sites
         ]
@@ -156,7 +158,7 @@ class Party:
             site=self._site,
             digests=tuple(
                 tuple(
-                    shares.share_digest(share, session.digest, release, self._site, other, place)
+                    shares.hash_share(share, session.digest, release, self._site, other, place)
                     for place, share in enumerate(values)
                 )
                 for other, values in zip(sites, dealt, strict=True)
@@ -174,10 +176,11 @@ class Party:
         ).to_bytes(self._terms)
 
     def confirm(self, request: bytes) -> bytes:
-        """Promise, durably and signed, to help unmask the sum of these survivors and no other sum of this release.
+        """Make a durable, signed promise to help unmask the sum of these survivors and no other sum of this release.
 
         Raises:
-            Rejected: there are too few survivors, the site has promised another set, or the release is over.
+            Rejected: there are too few survivors, the site has promised another set of survivors, or the release is
+                over.
         """
         session, _ = self._require_joined()
         asked = ConfirmRequest.from_bytes(request, session)
@@ -187,13 +190,12 @@ class Party:
             self._release, self._promised = asked.release, None
         if self._promised not in (None, asked):
             raise Rejected(Wrong.SURVIVORS_CHANGED)
-        self._promised = asked  # before it is written: if that fails half-way, no other set is promised either
+        self._promised = asked  # before the write, so that a failed write cannot lead to a second promise
         self._record_promise(asked, confirmed=False)
         return Confirmation.create_signed(asked, self._site, identity=self._identity).to_bytes()
 
     def unmask(self, request: bytes) -> bytes:
-        """Reveal the shares that unmask the sum of the survivors, which this site and enough other sites have
-        confirmed.
+        """Reveal the shares that unmask the sum of the confirmed survivors.
 
         Raises:
             Rejected: the request differs from this site's promise, or fewer sites than the threshold confirmed it.
@@ -207,8 +209,8 @@ class Party:
         return Revealed.create_signed(asked.asked, self._site, shares=given, identity=self._identity).to_bytes()
 
     def _open_shares(self, survivor: str, asked: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
-        """Return shares of the seeds to remove from a survivor's upload; empty if the survivor sealed none for this
-        site.
+        """Decrypt the shares of the seeds to remove from a survivor's upload; empty if the survivor sealed none for
+        this site.
         """
         sealed = asked.get_shares_sealed_by(survivor)
         text = pairs.unseal(sealed, sender=survivor, receiver=self._site, release=asked.release)

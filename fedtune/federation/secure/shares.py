@@ -1,6 +1,4 @@
-"""Shamir secret sharing of 256-bit secrets over a prime field: t shares determine the secret, t - 1 reveal nothing
-about it.
-"""
+"""Shamir secret sharing of 256-bit secrets over a prime field: t shares determine the secret, t - 1 reveal nothing."""
 
 from __future__ import annotations
 
@@ -11,20 +9,21 @@ from functools import lru_cache
 
 from fedtune.privacy.ledger.chain import to_canonical_json
 
-PRIME = 2**256 + 297  # the smallest prime above 2**256, so that every 32 bytes are a secret
+PRIME = 2**256 + 297  # the smallest prime above 2**256, so that any 32 bytes are a valid secret
 SHARE_BYTES = 33
 
 
 def split_secret(secret: bytes, *, threshold: int, num_shares: int) -> list[int]:
-    """Split a secret: return the values at 0, 1, ..., num_shares of a random polynomial of degree threshold - 1 that is
-    equal to the secret at 0.
+    """Split a secret into the values at 0, 1, ..., num_shares of a random polynomial of degree threshold - 1.
 
-    Guarantee: the values at any threshold - 1 places other than 0 are uniform and independent of the secret.
+    The value at 0 is the secret; the share at point i is the value at index i.
+
+    Guarantee: the values at any threshold - 1 points other than 0 are uniform and independent of the secret.
 
     Args:
         secret: 32 bytes.
-        threshold: how many shares determine the secret.
-        num_shares: the number of shares; the share at place i is the value at index i.
+        threshold: the number of shares that determine the secret.
+        num_shares: the number of shares.
     """
     assert len(secret) == 32
     assert 1 <= threshold <= num_shares
@@ -33,16 +32,16 @@ def split_secret(secret: bytes, *, threshold: int, num_shares: int) -> list[int]
 
 
 def combine_shares(shares: Mapping[int, int]) -> int:
-    """Interpolate the shares, place -> value, and return the value at 0; no place may be 0."""
+    """Interpolate shares, a mapping from nonzero point to value, and return the value at 0."""
     weights = _compute_lagrange_weights(tuple(shares))
     return sum(weight * share for weight, share in zip(weights, shares.values(), strict=True)) % PRIME
 
 
-def share_digest(share: int, *about: str | int) -> bytes:
-    """Return the SHA-256 of a share, bound to `about`, which says what the share belongs to.
+def hash_share(share: int, *about: str | int) -> bytes:
+    """Return the SHA-256 of a share, bound to its context `about`.
 
-    A site publishes the digest of every share that it deals, so that wrong shares can be detected.  Secrets and shares
-    have 256 random bits, so that a digest does not allow guessing them.
+    A site publishes the digest of every share that it deals, so that wrong shares can be detected.  A digest does not
+    help to guess a share, because secrets and shares have 256 random bits.
     """
     return hashlib.sha256(b"fedtune share\0" + to_canonical_json(about) + share.to_bytes(SHARE_BYTES)).digest()
 
@@ -56,7 +55,7 @@ def _evaluate_polynomial(place: int, coefficients: list[int]) -> int:
 
 @lru_cache(maxsize=64)
 def _compute_lagrange_weights(places: tuple[int, ...]) -> tuple[int, ...]:
-    """Compute the Lagrange weights at 0; they depend only on the sites that contribute shares."""
+    """Compute the Lagrange weights at 0 for a set of points."""
     weights = []
     for place in places:
         above = below = 1

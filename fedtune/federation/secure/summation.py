@@ -28,11 +28,11 @@ from fedtune.spec import RunError
 
 
 def build_session(terms: Terms, announcements: dict[str, bytes]) -> KeyAgreement:
-    """Build the session from the members' announcements, by member; every site builds the same session from them.
+    """Build the session from the announcements of the members, by member; every site builds an identical session.
 
     Raises:
-        Rejected: an announcement is missing, duplicated or not genuine, or a site announced a key for another site; the
-            error names the site, unless an announcement is missing.
+        Rejected: an announcement is missing, duplicated or not genuine, or names another site than its sender; the
+            error names the sender, unless an announcement is missing.
     """
     return KeyAgreement.from_announcements(
         terms, [_verify_announcement(terms, site, data) for site, data in announcements.items()]
@@ -40,39 +40,40 @@ def build_session(terms: Terms, announcements: dict[str, bytes]) -> KeyAgreement
 
 
 def _verify_announcement(terms: Terms, site: str, data: bytes) -> Announcement:
-    """Decode and verify the announcement that `site` sent for itself."""
+    """Decode and verify an announcement from `site`."""
     try:
         announced = read_announcement(data)
         announced.require_genuine(terms)
         if announced.site != site:
             raise Rejected(Wrong.WRONG_KEY)
-    except Rejected as rejected:  # one of them is enough to keep all from a sum, so that people must know which
+    except Rejected as rejected:  # name the site, because one invalid announcement blocks the whole session
         raise Rejected(rejected.wrong, site=site) from None
     return announced
 
 
 class Unreadable(RunError):
-    """The sum of a release cannot be computed; a retry is a new release, with other masks and other noise.
+    """Failure to compute the sum of a release; a retry is a new release with other masks and other noise.
 
     Attributes:
-        site: the survivor that certainly sent inconsistent shares; None if there were too few correct shares, and then
-            `Summation.wrong_shares` lists the pairs of sites involved.
+        site: the survivor that provably sent inconsistent shares; None if there were too few correct shares, in which
+            case `Summation.wrong_shares` lists the pairs of sites involved.
     """
 
     def __init__(self, release: int, what: str, *, site: str | None = None) -> None:
         self.site = site
-        super().__init__(f"release {release} of the secure aggregation cannot be read: {what}")
+        super().__init__(f"the sum of secure aggregation release {release} cannot be computed: {what}")
 
 
 class Summation:
-    """One release at the lead.
+    """State of one release at the lead.
 
-    The survivors are the sites that uploaded before the first `confirm_request`.  A restarted lead either feeds the
-    same messages to a new object or begins another release, because no site confirms other survivors for this one.
+    The survivors are the sites that uploaded before the first `build_confirm_request`.  A restarted lead either feeds
+    the same messages to a new object or begins another release, because no site confirms other survivors for this
+    release.
 
     Attributes:
-        survivors: the sites with vectors in the sum.
-        wrong_shares: pairs (holder, dealer) for each share that is wrong or missing; one of the two sites is at fault.
+        survivors: the sites with a vector in the sum, in sorted order.
+        wrong_shares: a pair (holder, dealer) for each wrong or missing share; one of the two sites is at fault.
     """
 
     def __init__(self, session: KeyAgreement, *, release: int) -> None:
@@ -92,7 +93,7 @@ class Summation:
         """Add a site's masked vector to the sum.
 
         Raises:
-            Rejected: the upload is late, repeated, or belongs to another site or release.
+            Rejected: the upload is late, duplicated, or from another site or release.
         """
         upload = Upload.from_bytes(data, self._session)
         self._check_sender(site, upload.site, upload.release)
@@ -106,8 +107,8 @@ class Summation:
             raise Rejected(Wrong.MALFORMED) from None
         self._uploads[site] = upload
 
-    def confirm_request(self) -> bytes:
-        """Fix the survivors, and return the confirmation request for every member, whether or not it survived.
+    def build_confirm_request(self) -> bytes:
+        """Fix the survivors, and build the confirmation request for all members, including dropped sites.
 
         Raises:
             Unreadable: there are fewer survivors than the threshold.
@@ -118,15 +119,15 @@ class Summation:
         return self._asked.to_bytes()
 
     def add_confirmation(self, site: str, data: bytes) -> None:
-        """Add a site's confirmation; raises Rejected if it names other survivors or comes from another site."""
+        """Add a site's confirmation; raise Rejected if it names other survivors or comes from another site."""
         confirmation = Confirmation.from_bytes(data, self._session)
         self._check_sender(site, confirmation.site, confirmation.release)
         if confirmation.asked != self._asked:
             raise Rejected(Wrong.SURVIVORS_CHANGED)
         self._confirmed[site] = confirmation.signature
 
-    def unmask_request(self, site: str) -> bytes:
-        """Return the request to a member for its shares.
+    def build_unmask_request(self, site: str) -> bytes:
+        """Build the request to a member for its shares.
 
         Raises:
             Unreadable: fewer sites than the threshold confirmed the survivors.
@@ -147,14 +148,14 @@ class Summation:
         ).to_bytes()
 
     def add_revealed(self, site: str, data: bytes) -> None:
-        """Add a site's shares; raises Rejected if they are for other survivors or not signed by the site."""
+        """Add a site's shares; raise Rejected if they are for other survivors or not signed by the site."""
         revealed = Revealed.from_bytes(data, self._session)
         self._check_sender(site, revealed.site, revealed.release)
         if revealed.survivors != self.survivors:
             raise Rejected(Wrong.SURVIVORS_CHANGED)
         self._revealed[site] = revealed
 
-    def total(self) -> npt.NDArray[np.int64]:
+    def compute_total(self) -> npt.NDArray[np.int64]:
         """Unmask and return the sum of the survivors' vectors; shape (terms.length,), int64.
 
         Raises:
@@ -162,7 +163,7 @@ class Summation:
         """
         if len(self._revealed) < self._terms.threshold:
             raise Unreadable(self._release, f"{len(self._revealed)} sites sent shares{self._threshold_clause}")
-        # All of them first, so that every wrong share is known before the first one ends it.
+        # Check all shares first, so that every wrong share is recorded before an error.
         right = {
             survivor: {
                 other: self._select_correct_shares(survivor, other)
@@ -177,7 +178,7 @@ class Summation:
         return to_signed_integers(reduce_residues(total, self._terms.bits), self._terms.bits)
 
     def _select_correct_shares(self, survivor: str, other: str) -> dict[int, int]:
-        """Return the correct shares of a survivor's seed, by the place of their holder; wrong shares are recorded in
+        """Select the correct shares of a survivor's seed, by evaluation point of the holder; record wrong shares in
         `wrong_shares`.
         """
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
@@ -187,21 +188,21 @@ class Summation:
             if holder not in self._revealed:
                 continue
             share = self._revealed[holder].share(survivor, other)
-            if share is not None and shares.share_digest(share, *about, place) == digests[place]:
+            if share is not None and shares.hash_share(share, *about, place) == digests[place]:
                 right[place] = share
             else:
                 self.wrong_shares.add((holder, survivor))
         return right
 
     def _reconstruct_seed(self, survivor: str, other: str, right: dict[int, int]) -> bytes:
-        """Reconstruct a survivor's seed from correct shares."""
+        """Reconstruct a survivor's seed from correct shares; raise Unreadable if there are too few."""
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
         about = (self._session.digest, self._release, survivor, other)
         if len(right) < self._terms.threshold:
             what = f"{len(right)} sites sent correct unmasking shares for {survivor}{self._threshold_clause}"
             raise Unreadable(self._release, what)
         seed = shares.combine_shares(dict(list(right.items())[: self._terms.threshold]))
-        if shares.share_digest(seed, *about, 0) != digests[0] or seed >> 8 * SEED_BYTES:
+        if shares.hash_share(seed, *about, 0) != digests[0] or seed >> 8 * SEED_BYTES:
             raise Unreadable(self._release, f"{survivor} sent inconsistent shares of its secret", site=survivor)
         return seed.to_bytes(SEED_BYTES)
 

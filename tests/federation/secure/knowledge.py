@@ -1,8 +1,9 @@
-"""What an adversary can compute from a transcript: every seed that it can get, and every combination that is readable.
+"""An adversary's knowledge from a transcript: every seed it can obtain, and every combination of uploads it can unmask.
 
-The adversary is the server with its colluders.  It has each message that any site ever sent, and what colluders know.
-It reads a combination of uploads if all masks whose seeds it lacks cancel in it.  That is linear algebra over the
-masks that really went into the uploads, as a test watches them being made: a mask that is used twice is one unknown.
+The adversary consists of the server and its colluders.  It has every message of every site, and the secrets of the
+colluders.  It can unmask a combination of uploads if all masks with unknown seeds cancel in the combination.  This is
+linear algebra over the true masks, which a test records when they are generated: a mask that is used twice is a single
+unknown.
 """
 
 import json
@@ -26,7 +27,7 @@ PRIME = 2**61 - 1
 
 @dataclass
 class Sent:
-    """An upload of an honest site: the bytes, and what a test alone knows of them."""
+    """An upload of an honest site, with its plain vector for the test."""
 
     site: str
     upload: Upload
@@ -36,7 +37,7 @@ class Sent:
 
 @dataclass
 class Knowledge:
-    """Of a server with colluders.
+    """Knowledge of a server with colluders.
 
     Attributes:
         sent: all uploads of honest sites.
@@ -61,7 +62,7 @@ class Knowledge:
         known.update({self.sites.index(holder) + 1: value for holder, value in values.items()})
 
     def seeds(self) -> set[bytes]:
-        """Every seed that the shares give, tried for each degree that the polynomial could have."""
+        """Reconstruct every seed from the revealed shares, for each possible degree of the polynomial."""
         found = set()
         for (session, release, dealer, other), values in self.revealed.items():
             row = self.sites.index(other)
@@ -73,12 +74,14 @@ class Knowledge:
             places = sorted(values)
             for degree in range(len(places)):
                 seed = shares.combine_shares({place: values[place] for place in places[: degree + 1]})
-                if shares.share_digest(seed, session, release, dealer, other, 0) in published and seed < 2**256:
+                if shares.hash_share(seed, session, release, dealer, other, 0) in published and seed < 2**256:
                     found.add(seed.to_bytes(32))
         return found
 
     def find_readable_sums(self) -> list[dict[int, int]]:
-        """A basis, in reduced form, of the combinations of uploads whose masks are all known: coefficient by upload."""
+        """Compute a reduced basis of the combinations of uploads whose masks are all known, as coefficient by
+        upload.
+        """
         known, rows = self.seeds(), list[dict[str | int, int]]()
         for number, one in enumerate(self.sent):
             unknown = {
@@ -90,7 +93,7 @@ class Knowledge:
         return _find_kernel(rows)
 
     def read(self, combination: Mapping[int, int]) -> npt.NDArray[np.int64]:
-        """What the adversary learns of a readable combination: the bytes without the masks that it knows.
+        """Remove the known masks from a combination of uploads.
 
         Masks that it does not know are taken away too, and must come to nothing, or this would not be readable.
         """
@@ -105,7 +108,7 @@ class Knowledge:
 
 
 def _mask_sign(site: str, other: str, seed: bytes) -> int:
-    """+1, -1 or 0: how a mask enters the upload of a site."""
+    """Return the sign (+1, -1 or 0) of a mask in the upload of a site."""
     alone, stream = sum_masks(site, {other: seed}, length=4), sum_masks("a", {"a": seed}, length=4)
     if not alone.any():
         return 0
@@ -113,7 +116,7 @@ def _mask_sign(site: str, other: str, seed: bytes) -> int:
 
 
 def _find_kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
-    """Combinations of rows in which no text is left, in reduced form, with coefficients next to zero.
+    """Compute the reduced kernel: combinations of rows that cancel all text keys, with coefficients next to zero.
 
     By Gauss over a prime field, where texts come before numbers.
     """
@@ -140,7 +143,7 @@ def _subtract_row(row: dict[Any, int], other: dict[Any, int], factor: int) -> di
 
 @contextmanager
 def watch_seeds() -> Iterator[list[dict[str, bytes]]]:
-    """The seeds of every mask that a site adds while this lasts."""
+    """Record the seeds of all masks that a site adds during the block."""
     seen: list[dict[str, bytes]] = []
 
     def record_seeds(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:

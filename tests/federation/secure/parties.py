@@ -1,4 +1,4 @@
-"""A run's sites and lead in one process, for tests that take any step of secure aggregation in any order."""
+"""Sites and lead of a run in one process, for tests that take the steps of secure aggregation in any order."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def make_terms(num_sites: int, threshold: int, **changes: Any) -> Terms:
 
 @dataclass
 class Federation:
-    """Sites that have joined one session, and what they kept."""
+    """Sites that have joined one session, with their stored promises."""
 
     terms: Terms
     demand: Demand = ANY
@@ -50,52 +50,52 @@ class Federation:
         self.set_up()
 
     def restart(self, site: str) -> Party:
-        """A site's new process: nothing of the old one's memory is left."""
+        """Replace a site's process; all of its memory is lost."""
         kept = self.kept.setdefault(site, [])
         about = {"terms": self.terms, "roster": self.terms.members, "demand": self.demand}
         self.parties[site] = Party(site, identity=make_identity(site), keep=kept.append, **about)
         return self.parties[site]
 
     def set_up(self) -> None:
-        """A new session of all sites as they are now."""
+        """Begin a new session of all current sites."""
         announced = {site: party.announce() for site, party in self.parties.items()}
         self.session = build_session(self.terms, announced)
         for party in self.parties.values():
             assert party.join(list(announced.values())) == self.session.digest
 
     def make_vector(self, site: str) -> npt.NDArray[np.int64]:
-        """A power of two for each site, so that a sum tells whose vectors are in it."""
+        """Build a vector with a distinct power of two per site, so that a sum identifies its sites."""
         return np.full(self.terms.length, 1 << self.terms.sites.index(site))
 
     def start_release(self, release: int, sites: Collection[str]) -> Summation:
-        """A release to which these sites have uploaded."""
+        """Start a release with uploads of these sites."""
         summation = Summation(self.session, release=release)
         for site in sites:
             summation.add_upload(site, self.parties[site].upload(release, self.make_vector(site)))
         return summation
 
     def add_confirmations(self, summation: Summation, by: Collection[str]) -> Summation:
-        """The same release, with confirmations of these sites."""
-        request = summation.confirm_request()
+        """Add the confirmations of these sites to the release."""
+        request = summation.build_confirm_request()
         for site in by:
             summation.add_confirmation(site, self.parties[site].confirm(request))
         return summation
 
     def add_shares(self, summation: Summation, by: Collection[str]) -> Summation:
-        """The same release, with shares of these sites."""
+        """Add the shares of these sites to the release."""
         for site in by:
-            summation.add_revealed(site, self.parties[site].unmask(summation.unmask_request(site)))
+            summation.add_revealed(site, self.parties[site].unmask(summation.build_unmask_request(site)))
         return summation
 
     def add_vectors(self, sites: Collection[str]) -> npt.NDArray[np.int64]:
-        """What the lead is to learn."""
+        """Compute the expected sum at the lead."""
         return np.sum([self.make_vector(site) for site in sites], axis=0)
 
     def asked(self, release: int, survivors: Sequence[str]) -> ConfirmRequest:
         return ConfirmRequest(session=self.session.digest, release=release, survivors=list(survivors))
 
     def forge_question(self, asked: ConfirmRequest, signers: Collection[str], sealed: dict[str, str]) -> bytes:
-        """A question for shares with signatures of these sites, whoever made them."""
+        """Build an unmask request with signatures in the name of these sites."""
         signatures = {site: make_identity(site).sign(CONFIRMATION, asked.to_bytes()) for site in signers}
         about = {"session": asked.session, "release": asked.release, "survivors": asked.survivors}
         return UnmaskRequest(**about, confirmations=signatures, sealed=sealed).to_bytes()
@@ -106,7 +106,7 @@ def change_message(message: bytes, **fields: Any) -> bytes:
 
 
 def resign_answer(answer: bytes, **fields: Any) -> bytes:
-    """A site's shares with other fields, as the site itself would say them."""
+    """Change the fields of a site's shares and sign them again with the site's key."""
     unsigned = change_message(answer, **fields, signature="")
     return change_message(unsigned, signature=make_identity(json.loads(answer)["site"]).sign(SHARES, unsigned))
 

@@ -1,4 +1,4 @@
-"""Terms that a run can have, limits that a site sets, keys that it takes."""
+"""Terms, site limits and announced keys of a secure aggregation session."""
 
 from dataclasses import replace
 from functools import partial
@@ -183,7 +183,7 @@ def test_site_that_has_not_joined_rejects_every_request() -> None:
     party = federation.restart("a")
     for ask in (
         lambda: party.upload(2, federation.make_vector("a")),
-        lambda: party.confirm(summation.confirm_request()),
+        lambda: party.confirm(summation.build_confirm_request()),
     ):
         with expect_rejection(Wrong.SESSION_DIFFERS):
             ask()

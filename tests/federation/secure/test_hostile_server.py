@@ -1,4 +1,4 @@
-"""What a server tries at honest sites, one attack at a time; each works where the rule that it is about is missing."""
+"""Attacks of a server on honest sites, each of which succeeds without the tested rule."""
 
 import json
 from collections.abc import Collection
@@ -18,7 +18,7 @@ from .parties import Federation, change_message, expect_rejection, make_identity
 
 
 class Adversary:
-    """A federation whose server keeps all that it sees, and a test that watches the masks."""
+    """A federation whose server records all messages, with the true masks for the test."""
 
     def __init__(self, num_sites: int, threshold: int, *, colluders: Collection[str] = ()) -> None:
         self.federation = Federation(make_terms(num_sites, threshold))
@@ -45,12 +45,12 @@ class Adversary:
         return signatures
 
     def request(self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str) -> bytes:
-        """A question for shares, with what was sealed for the site."""
+        """Build an unmask request with the shares that are sealed for the site."""
         summation = Summation(self.federation.session, release=release)
         for survivor in survivors:
             summation.add_upload(survivor, self.uploads[release, survivor])
         summation._confirmed = dict.fromkeys(self.federation.terms.sites, "")
-        return change_message(summation.unmask_request(site), confirmations=signatures)
+        return change_message(summation.build_unmask_request(site), confirmations=signatures)
 
     def unmask(self, release: int, survivors: Collection[str], signatures: dict[str, str], by: Collection[str]) -> None:
         for site in by:
@@ -106,7 +106,7 @@ def test_conflicting_survivor_sets_never_reach_the_threshold() -> None:
 
 
 def test_skipping_confirmation_would_let_a_server_unmask_two_sites() -> None:
-    """Why sites wait for each other: no set here has enough helpers, and yet their shares add up to a sum of a and b.
+    """Motivates the confirmations: no set has enough helpers here, but their combined shares unmask a sum of a and b.
 
     Each of c, d and e is left out of three sets at least, so that three sites reveal its masks with a and with b.
     """
@@ -182,7 +182,7 @@ def test_invalid_survivor_sets_are_rejected(change: dict[str, Any], reason: Wron
         federation.parties["a"].confirm(change_message(federation.asked(1, "abc").to_bytes(), **change))
 
 
-def test_only_one_kind_of_share_is_revealed_per_site() -> None:
+def test_site_reveals_only_one_kind_of_share_per_survivor() -> None:
     server = Adversary(5, 3)
     server.upload(1, "abcde")
     signatures = server.confirm(1, "abcd", by="abcde")
@@ -198,7 +198,7 @@ def test_only_one_kind_of_share_is_revealed_per_site() -> None:
 
 
 def test_shares_of_an_earlier_release_are_not_revealed_later() -> None:
-    """A dropped site's seeds of release 1, asked for when it has survived release 2."""
+    """The server requests a dropped site's seeds of release 1 after the site has survived release 2."""
     server = Adversary(4, 3)
     server.upload(1, "abcd")
     server.unmask(1, "abc", server.confirm(1, "abc", by="abcd"), by="abc")
@@ -234,11 +234,11 @@ def list_messages(federation: Federation) -> dict[str, bytes]:
     summation = federation.add_confirmations(federation.start_release(1, "ab"), by="ab")
     return {
         "join": federation.parties["b"].announce(),
-        "confirm": summation.confirm_request(),
-        "unmask": summation.unmask_request("a"),
+        "confirm": summation.build_confirm_request(),
+        "unmask": summation.build_unmask_request("a"),
         "add_upload": federation.parties["c"].upload(1, federation.make_vector("c")),
-        "add_confirmation": federation.parties["b"].confirm(summation.confirm_request()),
-        "add_revealed": federation.parties["b"].unmask(summation.unmask_request("b")),
+        "add_confirmation": federation.parties["b"].confirm(summation.build_confirm_request()),
+        "add_revealed": federation.parties["b"].unmask(summation.build_unmask_request("b")),
     }
 
 

@@ -1,4 +1,4 @@
-"""Masks: no two alike, none that is seen twice, all of them gone in the sum; how they travel; and shares of seeds."""
+"""Masks, their packing and their seeds: uniqueness, cancellation in the sum, and secret sharing."""
 
 import hmac
 import itertools
@@ -23,7 +23,7 @@ from fedtune.federation.secure.packing import (
     to_signed_integers,
     unpack_residues,
 )
-from fedtune.federation.secure.shares import PRIME, combine_shares, share_digest, split_secret
+from fedtune.federation.secure.shares import PRIME, combine_shares, hash_share, split_secret
 
 from .parties import Federation, make_terms
 
@@ -38,21 +38,23 @@ def make_pair(session: str = SESSION, other_session: str = SESSION) -> tuple[Pai
 
 def test_two_sites_derive_the_same_seed_per_release() -> None:
     at_a, at_b = make_pair()
-    seeds = [at_a.mask_seed("a", "b", release=release) for release in (1, 2, 3)]
-    assert seeds == [at_b.mask_seed("b", "a", release=release) for release in (1, 2, 3)]
+    seeds = [at_a.derive_mask_seed("a", "b", release=release) for release in (1, 2, 3)]
+    assert seeds == [at_b.derive_mask_seed("b", "a", release=release) for release in (1, 2, 3)]
     assert len(set(seeds)) == 3
     assert all(len(seed) == 32 for seed in seeds)
     at_a, at_b = make_pair(other_session="cd" * 32)
-    assert at_a.mask_seed("a", "b", release=1) != at_b.mask_seed("b", "a", release=1)
+    assert at_a.derive_mask_seed("a", "b", release=1) != at_b.derive_mask_seed("b", "a", release=1)
 
 
 def test_mask_seed_matches_plain_hkdf() -> None:
-    """HKDF with the standard library alone (RFC 5869): two sites of one protocol version must derive the same."""
+    """Compares with HKDF from the standard library (RFC 5869), because sites of one protocol version must derive equal
+    seeds.
+    """
     private = X25519PrivateKey.from_private_bytes(bytes(range(32)))
     other = X25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
     key = MaskKey()
     key._private = private
-    seed = key.derive_secrets(SESSION, {"b": other.public_key().public_bytes_raw().hex()}).mask_seed(
+    seed = key.derive_secrets(SESSION, {"b": other.public_key().public_bytes_raw().hex()}).derive_mask_seed(
         "b", "b", release=7
     )
     extracted = hmac.digest(bytes.fromhex(SESSION), other.exchange(private.public_key()), "sha256")
@@ -101,7 +103,7 @@ def mask_vector(federation: Federation, release: int, site: str = "a") -> np.nda
 
 
 def test_masked_uploads_and_their_differences_are_uniform() -> None:
-    """By chi-square over 2^8 cells of the lowest and of the highest bits; a false alarm once in 10^7 each."""
+    """A chi-square test over 2^8 cells of the lowest and of the highest bits, with a false alarm rate of 10^-7 each."""
     federation = Federation(make_terms(3, 2, length=1 << 16, largest=10_000))
     assert federation.terms.bits == 16
     one, two, other = mask_vector(federation, 1), mask_vector(federation, 2), mask_vector(federation, 2, "b")
@@ -198,6 +200,6 @@ def test_fewer_shares_than_the_threshold_reveal_nothing(monkeypatch: pytest.Monk
 def test_wrong_share_changes_the_secret_and_its_digest() -> None:
     values = split_secret(os.urandom(32), threshold=2, num_shares=3)
     assert combine_shares({1: values[1], 2: (values[2] + 1) % PRIME}) != values[0]
-    assert share_digest(values[1], "a", 1) == share_digest(values[1], "a", 1)
-    others = [share_digest(values[1] ^ 1, "a", 1), share_digest(values[1], "a", 2), share_digest(values[1], "b", 1)]
-    assert share_digest(values[1], "a", 1) not in others
+    assert hash_share(values[1], "a", 1) == hash_share(values[1], "a", 1)
+    others = [hash_share(values[1] ^ 1, "a", 1), hash_share(values[1], "a", 2), hash_share(values[1], "b", 1)]
+    assert hash_share(values[1], "a", 1) not in others

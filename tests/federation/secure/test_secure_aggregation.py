@@ -1,4 +1,4 @@
-"""The lead learns the survivors' sum, exactly, whoever drops and when; or a release fails and says why."""
+"""The lead learns exactly the survivors' sum for every pattern of dropouts, or the release fails with a reason."""
 
 import contextlib
 import itertools
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.federation.secure.agreement import Rejected, Wrong
-from fedtune.federation.secure.messages import MOST_JSON_BYTES, upload_size
+from fedtune.federation.secure.messages import MOST_JSON_BYTES, compute_upload_size
 from fedtune.federation.secure.party import Party, SumConfirmation
 from fedtune.federation.secure.shares import PRIME
 from fedtune.federation.secure.summation import Summation, Unreadable
@@ -29,7 +29,7 @@ def test_masks_cancel_for_all_survivor_and_helper_sets(num_sites: int, threshold
     sets = [chosen for size in range(threshold, num_sites + 1) for chosen in itertools.combinations(sites, size)]
     for release, (survivors, helpers) in enumerate(itertools.product(sets, sets), start=1):
         summation = federation.add_confirmations(federation.start_release(release, survivors), by=helpers)
-        total = federation.add_shares(summation, by=helpers).total()
+        total = federation.add_shares(summation, by=helpers).compute_total()
         assert total.tolist() == federation.add_vectors(survivors).tolist()
         assert not summation.wrong_shares
 
@@ -44,7 +44,7 @@ def test_secure_aggregation_is_exact_up_to_the_largest_value(num_sites: int, lar
     for site, vector in zip(federation.terms.sites, vectors, strict=True):
         summation.add_upload(site, federation.parties[site].upload(1, vector))
     sites = federation.terms.sites
-    total = federation.add_shares(federation.add_confirmations(summation, by=sites), by=sites).total()
+    total = federation.add_shares(federation.add_confirmations(summation, by=sites), by=sites).compute_total()
     assert total.tolist() == np.sum(vectors, axis=0).tolist()
 
 
@@ -52,25 +52,25 @@ def test_messages_fit_twenty_sites_with_the_longest_names() -> None:
     names = [f"{'x' * 98}{number:02}" for number in range(20)]
     federation = Federation(make_terms(20, 14, members={name: make_identity(name).public for name in names}))
     summation = federation.add_confirmations(federation.start_release(1, names[:14]), by=names)
-    request = summation.unmask_request(names[0])
+    request = summation.build_unmask_request(names[0])
     assert len(request) < MOST_JSON_BYTES / 2
     assert len(federation.parties[names[0]].unmask(request)) < MOST_JSON_BYTES / 2
-    assert federation.add_shares(summation, by=names).total().tolist() == [2**14 - 1] * 4
+    assert federation.add_shares(summation, by=names).compute_total().tolist() == [2**14 - 1] * 4
     # An upload takes the bytes that its terms say, few of them beside the vector.
     terms = make_terms(4, 3, length=1001)
     sites = Federation(terms)
     size = len(sites.parties["a"].upload(1, sites.make_vector("a")))
-    assert size == upload_size(len(terms.members), length=terms.length, bits=terms.bits)
+    assert size == compute_upload_size(len(terms.members), length=terms.length, bits=terms.bits)
     assert size - (1001 * terms.bits + 7) // 8 < 2000
 
 
 def test_out_of_range_values_are_not_clipped_before_summation() -> None:
-    """A sum of values that were cut off one by one is no function of the sum, which is all that noise protects."""
+    """A sum of individually clipped values is not a function of the true sum, which is all that the noise protects."""
     federation = Federation(make_terms(2, 2, length=2))
     summation = Summation(federation.session, release=1)
     summation.add_upload("a", federation.parties["a"].upload(1, np.array([2**62, 3 * LARGEST])))
     summation.add_upload("b", federation.parties["b"].upload(1, np.array([5 - 2**62, -2 * LARGEST])))
-    total = federation.add_shares(federation.add_confirmations(summation, by="ab"), by="ab").total()
+    total = federation.add_shares(federation.add_confirmations(summation, by="ab"), by="ab").compute_total()
     assert total.tolist() == [5, LARGEST]
 
 
@@ -79,21 +79,21 @@ def test_out_of_range_values_are_not_clipped_before_summation() -> None:
 
 def test_too_few_messages_end_only_the_current_release() -> None:
     with pytest.raises(Unreadable, match=r"release 1 .* 2 sites uploaded, but 3 are required"):
-        Federation(make_terms(4, 3)).start_release(1, "ab").confirm_request()
+        Federation(make_terms(4, 3)).start_release(1, "ab").build_confirm_request()
     federation = Federation(make_terms(4, 3))
     few = federation.add_confirmations(federation.start_release(1, "abcd"), by="ab")
     with pytest.raises(Unreadable, match="2 sites confirmed the survivors, but 3 are required"):
-        few.unmask_request("a")
+        few.build_unmask_request("a")
     summation = federation.add_shares(
         federation.add_confirmations(federation.start_release(2, "abcd"), by="abc"), by="ab"
     )
     with pytest.raises(Unreadable, match="2 sites sent shares, but 3 are required") as error:
-        summation.total()
+        summation.compute_total()
     assert error.value.site is None
     summation = federation.add_confirmations(
         federation.start_release(3, "abc"), by="abd"
     )  # d helps, though it did not upload
-    assert federation.add_shares(summation, by="abd").total().tolist() == federation.add_vectors("abc").tolist()
+    assert federation.add_shares(summation, by="abd").compute_total().tolist() == federation.add_vectors("abc").tolist()
 
 
 def test_restarted_site_is_excluded_until_a_new_session() -> None:
@@ -101,8 +101,8 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
     summation = federation.start_release(1, "abc")
     party = federation.restart("c")
     with pytest.raises(Rejected):
-        party.confirm(summation.confirm_request())
-    total = federation.add_shares(federation.add_confirmations(summation, by="ab"), by="ab").total()
+        party.confirm(summation.build_confirm_request())
+    total = federation.add_shares(federation.add_confirmations(summation, by="ab"), by="ab").compute_total()
     assert total.tolist() == federation.add_vectors("abc").tolist()  # it had uploaded; two of three are enough
     old = federation.session.digest
     for site in "ab":
@@ -110,7 +110,7 @@ def test_restarted_site_is_excluded_until_a_new_session() -> None:
     federation.set_up()
     assert federation.session.digest != old
     summation = federation.add_confirmations(federation.start_release(2, "abc"), by="abc")
-    assert federation.add_shares(summation, by="abc").total().tolist() == federation.add_vectors("abc").tolist()
+    assert federation.add_shares(summation, by="abc").compute_total().tolist() == federation.add_vectors("abc").tolist()
 
 
 # A site that says what is wrong.
@@ -121,12 +121,12 @@ def test_wrong_shares_are_detected_attributed_and_ignored() -> None:
     summation = federation.add_confirmations(federation.start_release(1, "abcd"), by="abcde")
     federation.add_shares(summation, by="abc")
     for liar in "de":
-        answer = federation.parties[liar].unmask(summation.unmask_request(liar))
+        answer = federation.parties[liar].unmask(summation.build_unmask_request(liar))
         given_shares = json.loads(answer)["shares"]
         given_shares["a"]["e"] = f"{(int(given_shares['a']['e'], 16) + 1) % PRIME:066x}"
         given_shares["b"]["b"] = f"{PRIME - 1:066x}"
         summation.add_revealed(liar, resign_answer(answer, shares=given_shares))
-    assert summation.total().tolist() == federation.add_vectors("abcd").tolist()
+    assert summation.compute_total().tolist() == federation.add_vectors("abcd").tolist()
     assert summation.wrong_shares == {("d", "a"), ("d", "b"), ("e", "a"), ("e", "b")}
 
 
@@ -135,18 +135,18 @@ def test_too_many_wrong_shares_end_the_release() -> None:
     summation = federation.add_confirmations(federation.start_release(1, "abc"), by="abc")
     federation.add_shares(summation, by="a")
     for liar in "bc":
-        answer = federation.parties[liar].unmask(summation.unmask_request(liar))
+        answer = federation.parties[liar].unmask(summation.build_unmask_request(liar))
         summation.add_revealed(
             liar, resign_answer(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}})
         )
     with pytest.raises(Unreadable, match="1 sites sent correct unmasking shares for c, but 2 are required") as error:
-        summation.total()
+        summation.compute_total()
     assert error.value.site is None, "it may be c's doing, or that of the two"
     assert summation.wrong_shares == {("b", "c"), ("c", "c")}
 
 
 def flip_upload_bit(number: int) -> tuple[Federation, Summation]:
-    """A release of a, b and c that is revealed; in c's upload the 32 bytes of this number behind its head differ."""
+    """Complete a release of a, b and c in which one 32-byte block of c's upload has a flipped bit."""
     federation = Federation(make_terms(3, 2))
     summation = federation.start_release(1, "ab")
     data = bytearray(federation.parties["c"].upload(1, federation.make_vector("c")))
@@ -158,10 +158,10 @@ def flip_upload_bit(number: int) -> tuple[Federation, Summation]:
 def test_dealer_of_inconsistent_shares_is_named() -> None:
     _, summation = flip_upload_bit(2 * 4)  # the digest of its own mask's seed
     with pytest.raises(Unreadable, match="c sent inconsistent shares") as error:
-        summation.total()
+        summation.compute_total()
     assert error.value.site == "c"
     federation, summation = flip_upload_bit(3 * 4)  # what it sealed for a
-    assert summation.total().tolist() == federation.add_vectors("abc").tolist()
+    assert summation.compute_total().tolist() == federation.add_vectors("abc").tolist()
     assert summation.wrong_shares == {("a", "c")}
 
 
@@ -188,11 +188,11 @@ def test_lead_accepts_each_message_once_from_its_own_site() -> None:
     federation.add_confirmations(summation, by="bc")
     with expect_rejection(Wrong.RELEASE_OVER):
         summation.add_upload("d", late)
-    own = federation.parties["d"].confirm(summation.confirm_request())
+    own = federation.parties["d"].confirm(summation.build_confirm_request())
     with expect_rejection(Wrong.NOT_A_MEMBER):
         summation.add_confirmation("a", own)
     summation.add_confirmation("d", own)
-    answer = federation.parties["d"].unmask(summation.unmask_request("d"))
+    answer = federation.parties["d"].unmask(summation.build_unmask_request("d"))
     with expect_rejection(Wrong.NOT_A_MEMBER):
         summation.add_revealed("b", answer)
     for change in ({"shares": {"a": []}}, {"shares": {"a": {"a": "xx"}}}, {"shares": {"a": {"a": 1}}}):
@@ -201,14 +201,14 @@ def test_lead_accepts_each_message_once_from_its_own_site() -> None:
 
 
 def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
-    """Whoever carries an answer could else make wrong shares of right ones, which are held against the site."""
+    """Without signatures, a relay could replace correct shares by wrong shares and get the site blamed."""
     federation = Federation(make_terms(4, 3))
     summation = federation.add_confirmations(federation.start_release(1, "abcd"), by="abcd")
     federation.add_shares(summation, by="abc")
-    answer = federation.parties["d"].unmask(summation.unmask_request("d"))
+    answer = federation.parties["d"].unmask(summation.build_unmask_request("d"))
     shares, signature = json.loads(answer)["shares"], json.loads(answer)["signature"]
-    other_s = json.loads(federation.parties["c"].unmask(summation.unmask_request("c")))["signature"]
-    confirmation = json.loads(federation.parties["d"].confirm(summation.confirm_request()))["signature"]
+    other_s = json.loads(federation.parties["c"].unmask(summation.build_unmask_request("c")))["signature"]
+    confirmation = json.loads(federation.parties["d"].confirm(summation.build_confirm_request()))["signature"]
     changes: list[dict[str, Any]] = [
         {"shares": {**shares, "a": {"a": "0" * 66}}},
         {"shares": {**shares, "a": {}}},
@@ -218,14 +218,14 @@ def test_shares_are_accepted_only_with_the_signature_of_their_site() -> None:
     for change in changes:
         with expect_rejection(Wrong.WRONG_SIGNATURE):
             summation.add_revealed("d", change_message(answer, **change))
-    assert summation.total().tolist() == federation.add_vectors("abcd").tolist()
+    assert summation.compute_total().tolist() == federation.add_vectors("abcd").tolist()
     assert not summation.wrong_shares
     with expect_rejection(Wrong.WRONG_SIGNATURE):  # of another release
         summation.add_revealed("d", change_message(answer, release=2))
 
 
 class Faulty:
-    """What goes wrong with a site's messages, at random, and the lead's honest way through a release."""
+    """A release with random faults in the sites' messages and an honest lead."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -235,7 +235,7 @@ class Faulty:
         self.summation = Summation(self.federation.session, release=1)
 
     def send(self, add: Callable[[str, bytes], None], site: str, made: Callable[[Party], bytes]) -> None:
-        """One message, or what became of it; what is rejected is as good as lost."""
+        """Deliver one message, possibly modified; a rejected message counts as lost."""
         fault = (
             self.chance.choice(["drops", "restarts", "garbage", "flips", "swaps", ""]) if site in self.faulty else ""
         )
@@ -254,19 +254,19 @@ class Faulty:
         for site in self.sites:
             vector = self.federation.make_vector(site)
             self.send(self.summation.add_upload, site, lambda party, vector=vector: party.upload(1, vector))
-        request = self.summation.confirm_request()
+        request = self.summation.build_confirm_request()
         for site in self.sites:
             self.send(self.summation.add_confirmation, site, lambda party: party.confirm(request))
         for site in self.sites:
-            asked = self.summation.unmask_request(site)
+            asked = self.summation.build_unmask_request(site)
             self.send(self.summation.add_revealed, site, lambda party, asked=asked: party.unmask(asked))
-        return self.summation.total()
+        return self.summation.compute_total()
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32))
 def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) -> None:
-    """Sites drop in any phase, restart, send garbage, wrong shares or messages in another's name."""
+    """Sites drop out in any phase, restart, and send garbage, wrong shares or messages in another site's name."""
     run = Faulty(seed)
     error = None
     try:
@@ -275,7 +275,7 @@ def test_release_with_faulty_sites_is_correct_or_raises_unreadable(seed: int) ->
         error = unreadable
     honest = set(run.sites) - set(run.faulty)
     if error is not None:
-        assert str(error).startswith("release 1 of the secure aggregation cannot be read: ")
+        assert str(error).startswith("the sum of secure aggregation release 1 cannot be computed: ")
         assert run.faulty
         # Where three are honest, a faulty one's own seeds are amiss; who is named for certain is faulty.
         assert len(honest) < 3 or error.site is not None or run.summation.wrong_shares
@@ -309,7 +309,7 @@ def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
 
     federation.parties["a"]._keep = fail
     with pytest.raises(OSError, match="disk full"):
-        federation.parties["a"].confirm(summation.confirm_request())
+        federation.parties["a"].confirm(summation.build_confirm_request())
     federation.parties["a"]._keep = full.append
     with expect_rejection(Wrong.SURVIVORS_CHANGED):
         federation.parties["a"].confirm(federation.asked(1, "abc").to_bytes())
@@ -317,4 +317,4 @@ def test_confirmation_that_cannot_be_stored_is_not_sent() -> None:
     assert len(full) == 1
     federation.parties["a"]._keep = fail
     with pytest.raises(OSError, match="disk full"):
-        federation.parties["a"].unmask(summation.unmask_request("a"))
+        federation.parties["a"].unmask(summation.build_unmask_request("a"))

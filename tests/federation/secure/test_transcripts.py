@@ -1,4 +1,4 @@
-"""No transcript lets the server learn two sums that differ by one site, whatever it asks and in which order."""
+"""No transcript lets the server learn two sums that differ by one site, for any requests in any order."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ CHANCE = st.randoms(use_true_random=True)
 
 
 class Transcript(RuleBasedStateMachine):
-    """A malicious server with colluders, which asks honest sites whatever it likes."""
+    """A malicious server with colluders that sends honest sites arbitrary requests."""
 
     @initialize(num_sites=st.integers(3, 5), colluders=st.integers(0, 1))
     def begin(self, num_sites: int, colluders: int) -> None:
@@ -51,13 +51,13 @@ class Transcript(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def restart(self, chance: random.Random) -> None:
-        """A site begins anew, or from a backup: nothing of a session is in either."""
+        """Restart a site, or restore it from a backup; in both cases it loses all sessions."""
         site = chance.choice(self.honest)
         self.keys[site].append(self.federation.restart(site).announce())
         self.joined.pop(site, None)
 
     @rule()
-    def equivocate(self) -> None:
+    def show_two_keys(self) -> None:
         for site in self.colluders:
             key = self.second.setdefault(site, MaskKey())
             other = Announcement.create_signed(site, self.federation.terms, key.public, identity=make_identity(site))
@@ -65,10 +65,10 @@ class Transcript(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def join(self, chance: random.Random) -> None:
-        """Some sites are shown keys, old and new ones as the server likes."""
+        """Show some sites old and new keys of the server's choice."""
         newest = chance.random() < 0.7
         chosen = [keys[-1] if newest else chance.choice(keys) for keys in self.keys.values()]
-        for site in self._draw_some(chance):
+        for site in self._draw_sites(chance):
             try:
                 digest = self.federation.parties[site].join(chosen)
             except Rejected:
@@ -86,38 +86,38 @@ class Transcript(RuleBasedStateMachine):
                     self.secrets[colluder][digest] = own.derive_secrets(digest, session.keys)
 
     @rule(chance=CHANCE)
-    def play_a_release(self, chance: random.Random) -> None:
-        """All steps of a release, twice, with a set of survivors each: one behind the other, or side by side."""
+    def run_release(self, chance: random.Random) -> None:
+        """Run all steps of a release twice, with one set of survivors each, in sequence or interleaved."""
         self.release += chance.random() < 0.7
         first, second = self._draw_set(chance, self.release), self._draw_set(chance, self.release)
-        self._upload(self.release, self._draw_some(chance), chance)
-        self._confirm(first, self._draw_some(chance))
+        self._upload(self.release, self._draw_sites(chance), chance)
+        self._confirm(first, self._draw_sites(chance))
         if chance.random() < 0.5:
-            self._unmask(first, self._draw_some(chance), stuffed=chance.random() < 0.3)
-        self._upload(self.release, self._draw_some(chance), chance)
-        self._confirm(second, self._draw_some(chance))
+            self._unmask(first, self._draw_sites(chance), stuffed=chance.random() < 0.3)
+        self._upload(self.release, self._draw_sites(chance), chance)
+        self._confirm(second, self._draw_sites(chance))
         for asked in (second, first):
-            self._unmask(asked, self._draw_some(chance), stuffed=chance.random() < 0.3)
+            self._unmask(asked, self._draw_sites(chance), stuffed=chance.random() < 0.3)
 
     @rule(chance=CHANCE)
     def ask_for_uploads(self, chance: random.Random) -> None:
-        """Of this release or of one that is over."""
-        self._upload(chance.randint(1, self.release), self._draw_some(chance), chance)
+        """Request uploads for the current or a past release."""
+        self._upload(chance.randint(1, self.release), self._draw_sites(chance), chance)
 
     @rule(chance=CHANCE)
     def ask_to_confirm(self, chance: random.Random) -> None:
-        """One set to some sites, of this release or of one that is over; and for their shares at once."""
+        """Request confirmations of one set from some sites for the current or a past release, and then their shares."""
         asked = self._draw_set(chance, chance.randint(1, self.release))
-        self._confirm(asked, self._draw_some(chance))
-        self._unmask(asked, self._draw_some(chance), stuffed=False)
+        self._confirm(asked, self._draw_sites(chance))
+        self._unmask(asked, self._draw_sites(chance), stuffed=False)
 
     @rule(chance=CHANCE)
     def ask_to_unmask(self, chance: random.Random) -> None:
-        """A set that somebody has confirmed, or any."""
+        """Request shares for a set that some site has confirmed, or for any set."""
         asked = self._draw_set(chance, chance.randint(1, self.release))
         if self.signatures and chance.random() < 0.7:
             asked = ConfirmRequest(**json.loads(chance.choice(sorted(self.signatures))))
-        self._unmask(asked, self._draw_some(chance), stuffed=chance.random() < 0.3)
+        self._unmask(asked, self._draw_sites(chance), stuffed=chance.random() < 0.3)
 
     @rule(chance=CHANCE)
     def ask_again(self, chance: random.Random) -> None:
@@ -139,7 +139,7 @@ class Transcript(RuleBasedStateMachine):
             self._open(upload, session)
 
     def _open(self, upload: Upload, session: KeyAgreement) -> None:
-        """Colluders read the shares that are sealed for them."""
+        """Open the shares that are sealed for the colluders."""
         sites = self.federation.terms.sites
         for colluder in self.colluders:
             pairs = self.secrets[colluder][session.digest]
@@ -155,7 +155,9 @@ class Transcript(RuleBasedStateMachine):
             self._ask(site, "confirm", asked.to_bytes())
 
     def _unmask(self, asked: ConfirmRequest, sites: list[str], *, stuffed: bool) -> None:
-        """With all confirmations that there are; stuffed: and for other sites what they signed of something else."""
+        """Send an unmask request with all known confirmations, optionally padded with other signatures of the same
+        sites.
+        """
         signed = dict(self.signatures.get(asked.to_bytes(), {}))
         for others in self.signatures.values() if stuffed else ():
             signed = {**others, **signed}
@@ -186,11 +188,11 @@ class Transcript(RuleBasedStateMachine):
         else:
             self.knowledge.hear(answer)
 
-    def _draw_some(self, chance: random.Random) -> list[str]:
+    def _draw_sites(self, chance: random.Random) -> list[str]:
         return self.honest if chance.random() < 0.5 else [site for site in self.honest if chance.random() < 0.7]
 
     def _draw_set(self, chance: random.Random, release: int) -> ConfirmRequest:
-        """Of the session that sites are in, most of the time; often of all sites, or of all but one."""
+        """Draw a set of survivors, mostly from the sites' session, often all sites or all but one."""
         joined = sorted(self.joined.values())
         session = chance.choice(joined if joined and chance.random() < 0.9 else sorted(self.sessions))
         sites = self.federation.terms.sites
@@ -201,7 +203,7 @@ class Transcript(RuleBasedStateMachine):
     # What must hold, always.
 
     @invariant()
-    def each_release_has_one_sum_and_each_site_is_in_one(self) -> None:
+    def check_one_sum_per_release(self) -> None:
         if not hasattr(self, "knowledge"):
             return
         seen: set[int] = set()
