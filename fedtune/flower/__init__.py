@@ -1,6 +1,6 @@
-"""The only layer that depends on Flower: apps, strategies, grids, and the simulation."""
+"""The only layer that depends on Flower: apps, strategies, grids and the simulation."""
 
 import os
 
-# Flower reports usage to its makers unless told not to.
+# Flower sends usage telemetry unless it is disabled.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

@@ -1,11 +1,11 @@
-"""The lead's questions to its sites, each open until it is answered or times out, over any of Flower's servers.
+"""The lead's questions to its sites over a Flower server, each open until it is answered or times out.
 
-A question is repeated when its site comes back online, when its answer was lost in transit, or when a person at the
-site has not decided yet.  Repeating it is safe, because a site answers the same request twice with the same bytes and
-charges it once.
+A question is repeated when its site comes back online, when its answer was lost in transit, or while a person at the
+site has not decided yet.  Requests are idempotent: a site answers a repeated request with the same bytes and charges it
+once.
 
-`AskingGrid` implements the rule; its subclasses transport the messages.  `FlowerGrid` uses only Flower's public Grid,
-in a ServerApp that a SuperExec starts (`bundle.py`).  `fedtune.ops.wire.remote_grid` is fedtune's own wire protocol.
+`AskingGrid` implements the retries; its subclasses transport the messages.  `FlowerGrid` uses only Flower's public
+Grid, in a ServerApp that a SuperExec starts (`bundle.py`).  `fedtune.ops.wire.remote_grid` uses fedtune's own protocol.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ from fedtune.spec import RunError
 log = logging.getLogger(__name__)
 
 _POLL_S, RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
-_LOST_S = 3.0  # how soon to ask again for an answer that did not come whole
-CLOCKS_S = 120.0  # how far the clocks of lead and server may differ
+_LOST_S = 3.0  # delay before the retry for an incomplete answer
+CLOCKS_S = 120.0  # tolerated difference between the clocks of lead and server
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heard:
-    """The meaning of an answer for the exchange that it belongs to."""
+    """Classification of an answer for its exchange."""
 
-    good: bool  # it is of the kind that was hoped for
-    again_s: float | None = None  # seconds after which to ask once more, since it may change; None: it is final
-    idle: bool = False  # until it changes, the exchange need not wait for this site
+    good: bool  # whether the answer is usable
+    again_s: float | None = None  # delay before the question is repeated; None: the answer is final
+    idle: bool = False  # whether the exchange may end without another answer from this site
 
 
 @dataclass
 class OpenQuestion:
-    """The question to one site, open until the site has answered."""
+    """A question to one site, open until the site has answered."""
 
     question: Message
-    message_ids: set[str]  # under which it was asked; an answer to any of them will do
-    # when the site had last come online as it was asked; a later one means that it may have forgotten
+    message_ids: set[str]  # ids of all copies sent; an answer to any copy is accepted
+    # the site's activation time at the last attempt; after a later activation the site may have lost the question
     activation: str = ""
-    # a message that may have reached the server in part: the site waits for the rest of it
+    # a message that may be only partly uploaded to the server
     unsent: Message | None = None
-    not_before: float = 0.0  # earliest moment, by the monotonic clock, to ask again
-    asked: float = 0.0  # by the monotonic clock, when it was asked last
-    provisional: Message | None = None  # an answer that asking again may change
-    idle: bool = False  # so far it says that nobody needs to wait
+    not_before: float = 0.0  # monotonic time of the next attempt, at the earliest
+    asked: float = 0.0  # monotonic time of the last attempt
+    provisional: Message | None = None  # an answer that a retry may change
+    idle: bool = False  # whether the provisional answer is idle, see `Heard`
 
     @property
     def has_begun(self) -> bool:
-        """True if the site has not answered within `_SAYS_SO_AGAIN_S` seconds of the last request: it is working, and
+        """True if the site has been silent for `_SAYS_SO_AGAIN_S` seconds since the last request: it is working, and
         may already be charged.
         """
         return bool(self.message_ids) and time.monotonic() - self.asked >= _SAYS_SO_AGAIN_S
@@ -65,12 +65,11 @@ class OpenQuestion:
 
 Questions = Mapping[int, OpenQuestion]
 Pulled = tuple[str, Message | None, bool]
-"""The id of a question, as the server says, and its answer; None where it is none, or a part of it did not come: then
-it is lost, and who sent it can send it again."""
+"""(message id of the question, the answer or None, whether the answer was lost in transit and can be sent again)."""
 
 
 class AskingGrid(ABC):
-    """The lead's open questions; nodes are numbered 1, 2, ... in the order of `sites`, online or not.
+    """Base class of the lead's grids; nodes are numbered 1, 2, ... in the order of `sites`, online or not.
 
     Args:
         sites: name -> the public part of the site's connection key, as PEM, from the roster.
@@ -79,7 +78,7 @@ class AskingGrid(ABC):
     """
 
     troubles: tuple[type[Exception], ...]
-    """What the methods below raise while the server is away, or has no time."""
+    """The exceptions that the methods below raise while the server is unreachable or overloaded."""
 
     def __init__(
         self,
@@ -93,12 +92,12 @@ class AskingGrid(ABC):
 
     @abstractmethod
     def _list_nodes(self) -> Mapping[int, Any]:
-        """Return Flower's information about the nodes that are online, by number."""
+        """Return Flower's information about the online nodes, by number."""
 
     @abstractmethod
     def _push(self, message: Message) -> str | None:
-        """Send a question; return its id, an empty id if the node is gone, or None if the message is too large for the
-        server.
+        """Send a question; return its message id, an empty id if the node is gone, or None if the message exceeds the
+        server's size limit.
         """
 
     @abstractmethod
@@ -107,18 +106,18 @@ class AskingGrid(ABC):
 
     @abstractmethod
     def _recover(self, trouble: Exception, questions: Questions) -> None:
-        """Wait or reconnect after one of `troubles`; raise an error if waiting cannot help."""
+        """Wait or reconnect after one of `troubles`; raise an error if a retry cannot help."""
 
     def get_node_ids(self) -> Sequence[int]:
         return list(self._numbers.values())
 
     def list_online_nodes(self) -> list[int]:
-        """Return the nodes that are connected to the server now."""
+        """Return the numbers of the nodes that are connected to the server."""
         return sorted(self._list_nodes())
 
     def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Yield the answers that arrive within `timeout` seconds, or until the stopping rule ends the exchange; each
-        from its own node.
+        """Send messages and yield the answers, until `timeout` seconds have passed or the stopping rule ends the
+        exchange.
         """
         open_ = {message.metadata.dst_node_id: OpenQuestion(message, set()) for message in messages}
         closing, good = self._closing(), 0
@@ -139,9 +138,7 @@ class AskingGrid(ABC):
         yield from [one.provisional for one in open_.values() if one.provisional and not one.has_begun]
 
     def _send_open_questions(self, questions: Questions, *, ttl: float) -> Mapping[int, Any]:
-        """Send each question that was not sent yet, or may have been forgotten, to its site if that is online; return
-        the online nodes.
-        """
+        """Send every new or possibly lost question to its site if the site is online; return the online nodes."""
         online, now = self._list_nodes(), time.monotonic()
         for number, node in online.items():
             question = questions.get(number)
@@ -155,7 +152,7 @@ class AskingGrid(ABC):
             )
             message_id = self._push(question.unsent)
             if message_id is None:
-                raise RunError("the server, or a proxy in between, does not accept a message of this size")
+                raise RunError("the server or a proxy rejected a message because of its size: raise its size limit")
             question.unsent = None
             if message_id:
                 question.message_ids.add(message_id)
@@ -175,18 +172,18 @@ class AskingGrid(ABC):
                 continue
             question = questions.get(number)
             if question is None:
-                continue  # its second answer
+                continue  # a duplicate answer
             question.message_ids.discard(message_id)
-            if is_lost:  # by now it may have begun, whatever it said before
+            if is_lost:  # the site may have begun to work since its provisional answer
                 question.provisional, question.not_before = None, time.monotonic() + _LOST_S
                 continue
             if found is None:
-                del questions[number]  # what it sent is no reply, and would be none again
+                del questions[number]  # an invalid answer, which a retry would not change
                 continue
             if found.has_error():
                 question.provisional = None
-                continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
-            # Its sender is the node by our own number, whatever number it has at the server now.
+                continue  # the site is offline or lost the question, which is repeated when the site is online
+            # Use our own node number as the sender, because the server's number may have changed.
             answer = Message(found.content, reply_to=question.question)
             heard = self._hear(number, question.question, answer)
             if heard.again_s is None:
@@ -202,7 +199,7 @@ class AskingGrid(ABC):
         try:
             yield from self._pull(message_ids, questions, left_s=left_s)
         except self.troubles:
-            # The server gives an answer once: one that was on its way is lost, unless its site is asked again.
+            # The server delivers an answer only once, so an answer in transit is lost unless the question is repeated.
             for question in questions.values():
                 question.activation = ""
             raise
@@ -213,7 +210,7 @@ class _Away(Exception):
 
 
 class FlowerGrid(AskingGrid):
-    """A grid of sites behind unmodified SuperNodes, over the public Grid that Flower passes to a ServerApp."""
+    """Grid of sites behind unmodified SuperNodes, over the public Grid that Flower passes to a ServerApp."""
 
     troubles = (_Away,)
 
@@ -235,13 +232,13 @@ class FlowerGrid(AskingGrid):
     def _push(self, message: Message) -> str | None:
         with _translate_errors_to_away():
             ids = list(self._grid.push_messages([message]))
-        return (ids[0] or "") if ids else None  # the public Grid gives no id at all for what is too large
+        return (ids[0] or "") if ids else None  # the public Grid returns no id for an oversized message
 
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
         with _translate_errors_to_away():
             found = list(self._grid.pull_messages(message_ids))
         for answer in found:
-            if answer.has_error():  # its app failed: the site's process was away, for one
+            if answer.has_error():  # the app failed, for example because the site's process was not running
                 log.info("no answer (Flower error %d); asking again", answer.error.code)
             yield answer.metadata.reply_to_message_id, answer, answer.has_error()
 

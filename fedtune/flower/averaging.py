@@ -1,4 +1,4 @@
-"""Averages of a round's updates, computed by Flower's strategies, and the strategies' state for a checkpoint."""
+"""Aggregation of plain updates by Flower's strategies, with the strategies' state for a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, build_weighted_rec
 from fedtune.model.adapter import Adapter
 
 _VALUES = "values"
-_PIECE_BYTES = 1 << 27  # of all sites' values that are averaged at once
+_PIECE_BYTES = 1 << 27  # size of a piece, over all sites
 
 
 class Average:
-    """The aggregation of plain updates, weighted by the declared `sizes`; fedtune itself chooses which sites to ask."""
+    """Aggregation of plain updates, weighted by the declared `sizes`, with a Flower strategy."""
 
     session = ""
     left_out = ()
@@ -47,11 +47,11 @@ class Average:
         return AggregationResult(adapter, replies.sites, replies.failures, self.state)
 
     def average(self, round: int, arrived: UpdateStore, weights: Mapping[str, float]) -> Adapter:
-        """Aggregate updates with the strategy, piece by piece; the result is bit-identical to aggregating all values at
+        """Aggregate the updates of a round piece by piece; the result is bit-identical to aggregating all values at
         once.
 
-        Mean and median treat each value separately.  A server optimizer works on the mean, which it receives as a
-        single update.  `weights` are in the order of summation.
+        Mean and median are computed element-wise.  A server optimizer receives the mean as a single update.  The order
+        of `weights` is the order of summation.
         """
         strategy = self._strategy
         optimizer = strategy if isinstance(strategy, FedAdam | FedAvgM) else None
@@ -60,27 +60,27 @@ class Average:
         step = max(1, _PIECE_BYTES // (4 * len(weights)))
         for start in range(0, len(flat), step):
             piece = flat[start : start + step]
-            parts = {site: {_VALUES: arrived.values(site, start=start, count=len(piece))} for site in weights}
+            parts = {site: {_VALUES: arrived.read_values(site, start=start, count=len(piece))} for site in weights}
             updates = [
                 Message(build_weighted_record(parts[site], weight), 1, "train") for site, weight in weights.items()
             ]
             piece[:] = _require_arrays(take(round, updates))[_VALUES]
-        adapter = arrived.adapter(flat)
+        adapter = arrived.build_adapter(flat)
         if optimizer is None:
             return adapter
-        # Flower's own loop would have it keep the adapter that it sends.
+        # Flower's own loop sets the current arrays before it sends them.
         if isinstance(optimizer, FedAdam):
             optimizer.current_arrays = dict(arrived.sent.tensors)
         else:
             optimizer.current_arrays = to_arrays(arrived.sent.tensors)
         update = Message(build_weighted_record(adapter.tensors, next(iter(weights.values()))), 1, "train")
-        # FedAdam counts in float64; an adapter is float32 everywhere.
+        # FedAdam computes in float64, but an adapter is float32.
         arrays = _require_arrays(optimizer.aggregate_train(round, [update]))
         return Adapter({name: value.astype(np.float32) for name, value in arrays.items()})
 
     @property
     def state(self) -> Arrays:
-        """The server optimizer's arrays, named as `restore` expects; empty for a strategy without state."""
+        """The state of the server optimizer, in the format of `restore`; empty for a strategy without state."""
         strategy = self._strategy
         if isinstance(strategy, FedAdam) and strategy.m_t is not None and strategy.v_t is not None:
             moments = {"m": strategy.m_t, "v": strategy.v_t}
@@ -90,7 +90,7 @@ class Average:
         return {}
 
     def restore(self, strategy: Arrays) -> None:
-        """Restore the server optimizer to an earlier `state`, discarding everything since."""
+        """Restore the server optimizer to an earlier `state`."""
 
         def select_part(moment: str) -> dict[str, npt.NDArray[np.float32]]:
             return {name.removeprefix(moment + "/"): v for name, v in strategy.items() if name.startswith(moment + "/")}

@@ -1,9 +1,9 @@
-"""What `flwr run` starts: a bundle without code, and the lead's ServerApp.
+"""The Flower app bundle for `flwr run`, which contains no code, and the lead's ServerApp.
 
-The bundle names modules that the lead's machine and every site have installed.  So no machine runs code that a server
-sends, and a site may keep the folder of its apps read-only.
+The bundle names modules that are installed on the lead's machine and at every site.  Thus no machine runs code that a
+server sends, and a site may keep its app folder read-only.
 
-In a simulation the lead is the process that called `flwr run` (`local_engine.py`), and the ServerApp is its relay.
+In a simulation, the lead is the process that called `flwr run` (`local_engine.py`), and the ServerApp is its relay.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ run = ""
 
 
 def write_bundle(folder: Path) -> Path:
-    """Write the app bundle into a new or empty folder, and return the path of its file.
+    """Write the app bundle into a new or empty folder and return the path of its file.
 
     Raises:
-        ConfigError: the folder is not empty, and Flower would send its content along.
+        ConfigError: the folder is not empty; Flower would send its other files with the bundle.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("DIR", str(folder), "must be a new folder, or an empty one")
@@ -59,17 +59,17 @@ def write_bundle(folder: Path) -> Path:
 
 
 LEAD_SOCKET = "FEDTUNE_SIMULATION"
-"""The environment variable by which a simulation's lead names its Unix socket; a run itself cannot name one."""
+"""The environment variable with the Unix socket of a simulation's lead; a run's settings cannot set a socket."""
 NODES, PUSH, PULL = b"n", b"+", b"?"
-"""What the lead asks its relay: the nodes' numbers; to send a message, for its id; to fetch the answer to an id, which
-is empty while there is none."""
+"""Commands of the lead to its relay: list the node ids; send a message and return its id; fetch the answer to an id,
+which is empty until it arrives."""
 
 Lead = Callable[[Path, Sequence[str], Callable[..., FlowerGrid]], None]
-"""Runs the settings of a run by a lead's kit, over the Grid that the function wraps."""
+"""A function that runs a lead, given the kit's folder, the run's settings, and a constructor for the grid."""
 
 
 def make_server_app(lead: Lead) -> ServerApp:
-    """Return a ServerApp that reads the file given by `--run-config 'run="FILE"'` and calls `lead` with its content."""
+    """Create a ServerApp that reads the file of `--run-config 'run="FILE"'` and calls `lead` with its content."""
     app = ServerApp()
 
     @app.main()
@@ -88,9 +88,10 @@ def make_server_app(lead: Lead) -> ServerApp:
 
 
 def relay(grid: Grid, line: Connection) -> None:
-    """Do what the lead at the other end of `line` asks, one after the other; raise EOFError once it has gone.
+    """Serve the commands of the lead at the other end of `line` in sequence; raise EOFError when the lead disconnects.
 
-    A message to a node has `<node> <kind>` where a site's has its kind; an answer has Flower's error there, or nothing.
+    In a message to a node, the field for the message type has the form `<node> <kind>`; in an answer, it contains
+    Flower's error or is empty.
     """
     while asked := line.recv_bytes():
         if asked == NODES:
@@ -109,10 +110,10 @@ def relay(grid: Grid, line: Connection) -> None:
 
 
 def read_run_file(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """Read the folder of the lead's kit and the settings of a run from a TOML file.
+    """Read the kit folder of the lead and the settings of a run from a TOML file.
 
     Raises:
-        ConfigError: names the file, the key, its value and what would be accepted.
+        ConfigError: a key is missing, unknown or invalid; the error names the file, the key and the accepted values.
     """
     table = read_toml(path, key="run")
     with name_file_in_errors(path):

@@ -1,4 +1,4 @@
-"""A site's answers to the lead's messages: the same functions serve a real site, a simulated site, and a site behind a
+"""A site's answers to the lead's messages; the same code serves a real site, a simulated site, and a site behind a
 socket.
 """
 
@@ -22,16 +22,20 @@ _Answer = Callable[[Site], RecordDict]
 
 
 def make_node_context(run_id: int, node_id: int, node_config: Mapping[str, int]) -> Context:
-    """Build the Flower context that describes a node to its app."""
+    """Build the Flower context of a node."""
     return Context(run_id, node_id, dict(node_config), state=RecordDict(), run_config={})
 
 
 def make_answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
-    """Return a function that answers messages for the site `name`, which `site_of` opens.
+    """Create a function that answers messages for the site `name`.
 
-    `site_of` opens the site with its ledger for a run with the given settings (unvalidated JSON; empty if the site
-    already has them), and may fail.  The returned function never raises, regardless of the message, because Flower
-    would send the type and text of an exception to the server.
+    The function never raises, regardless of the message, because Flower would send the type and text of an exception to
+    the server.
+
+    Args:
+        site_of: opens the site with its ledger for a run with the given settings (unvalidated JSON; empty if the site
+            already has them); may raise.
+        name: the name of the site.
     """
 
     def reply(kind: str, created_at: float, content: RecordDict) -> RecordDict:
@@ -48,7 +52,7 @@ def make_answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
                 site.ledger.set_server_time(created_at)
                 return answer(site)
         except Exception:
-            log.exception("%s could not answer", name)
+            log.exception("site %s could not answer", name)
         refusal = Refusal(site=name, run="", round=0, reason=reason)
         return flower_records.from_reply(Reply(body=refusal, receipt=None))
 
@@ -56,20 +60,20 @@ def make_answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
 
 
 class SiteApp:
-    """A real site, opened by `site_of`, that answers Flower messages."""
+    """Flower app of a real site, which `site_of` opens."""
 
     def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
         self.answering = make_answering(site_of, name=name)
 
     def answer(self, message: Message) -> Message:
-        """Answer a message, regardless of its content; raises only for a message type to which Flower has no reply."""
+        """Answer a message, regardless of its content; raise only for a message type without a reply in Flower."""
         about = message.metadata
         content = message.content if message.has_content() else RecordDict()
         return Message(self.answering(about.message_type, about.created_at, content), reply_to=message)
 
     @staticmethod
     def read_answer(content: RecordDict) -> Update | Refusal | Offer | None:
-        """Return the answer to a round or an invitation in a reply; None if the reply is of another type."""
+        """Decode the answer to a round or an invitation from a reply; None if the reply is of another type."""
         try:
             return flower_records.to_reply(content).body
         except ConfigError:
@@ -84,7 +88,7 @@ def _end_run(site_of: Callable[[str], Site], content: RecordDict, *, name: str) 
             adapter = flower_records.to_adapter(content) if flower_records.ADAPTER in content else None
             receipt = end_run(site_of(""), signed, adapter)
     except Exception:
-        log.exception("%s could not end a run", name)
+        log.exception("site %s could not end a run", name)
     return flower_records.from_receipt(receipt)
 
 

@@ -1,11 +1,11 @@
-"""Conversion of fedtune's own types to and from Flower's records; the only file with the keys of the wire format.
+"""Conversion of fedtune's types to and from Flower's records; the only module with the keys of the wire format.
 
-A function `to_...` is the inverse of `from_...`, and raises ConfigError for anything else, because messages are
-untrusted.  The values that it returns are not validated further.
+Each function `to_...` is the inverse of `from_...` and raises ConfigError for malformed input, because messages are
+untrusted.  It does not validate the decoded values any further.
 
 An update is sent as its canonical bytes (`Update.to_bytes` in `fedtune/privacy/release.py`), which its receipt signs
-and the ledger stores; an adapter is sent as safetensors.  Each is a single array of bytes, because Flower sends every
-array in several calls of its own.
+and the ledger stores; an adapter is sent as safetensors.  Each is a single array of bytes, because Flower needs several
+calls for every array.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fedtune.spec import ConfigError
 
 ADAPTER, UPDATE = "adapter", "update"
 REQUEST, SETTINGS, REPLY, RECEIPT = "request", "settings", "reply", "receipt"
-ARRAYS = "arrays"  # what Flower's strategies average, within the lead's process
+ARRAYS = "arrays"  # input of Flower's strategies, only within the lead's process
 WEIGHT, SITE = "weight", "site"
 _AS_JSON: Mapping[str, type[Refusal | Offer]] = {"refusal": Refusal, "offer": Offer}
-"""Answers that travel as the JSON of their fields, by name; an update travels as its bytes."""
+"""Answer types that are sent as JSON, by kind; an update is sent as bytes."""
 PARTS = "parts"
-WEIGHT_KEY = "num-examples"  # Flower's name for an average's weight.  Here it always holds the declared size.
+WEIGHT_KEY = "num-examples"  # Flower's key for the weight of an update, here always the declared size
 
 
 def to_arrays(tensors: Mapping[str, npt.NDArray[np.float32]]) -> ArrayRecord:
@@ -49,7 +49,7 @@ def from_arrays(arrays: ArrayRecord) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def count_payload_bytes(content: RecordDict) -> int:
-    """Return the payload of a message in bytes: array data, other bytes, and texts."""
+    """Count the payload bytes of a message: array data, other bytes, and UTF-8 texts."""
     arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
     others = [value for record in content.config_records.values() for value in record.values()]
     return arrays + sum(len(value if isinstance(value, bytes) else str(value).encode()) for value in others)
@@ -57,7 +57,7 @@ def count_payload_bytes(content: RecordDict) -> int:
 
 @contextmanager
 def _convert_to_config_error(content: RecordDict, key: str, bound: str) -> Iterator[None]:
-    """Turn every error raised by Flower's records, JSON, safetensors or fedtune's readers into a ConfigError."""
+    """Convert every error in the block, from Flower, JSON, safetensors or fedtune's readers, to a ConfigError."""
     try:
         yield
     except Exception as error:
@@ -65,7 +65,7 @@ def _convert_to_config_error(content: RecordDict, key: str, bound: str) -> Itera
 
 
 def from_adapter(adapter: Adapter) -> ArrayRecord:
-    """Encode an adapter; the record can be used in several messages."""
+    """Encode an adapter as a record, which several messages can share."""
     return record_from_bytes(adapter.to_bytes())
 
 
@@ -76,9 +76,7 @@ def to_adapter(content: RecordDict) -> Adapter:
 
 
 def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict:
-    """Build a message with a lead's signed question, its settings and attachments; `adapter` is the result of
-    `from_adapter`.
-    """
+    """Encode a signed question with its settings and attachments; `adapter` is the output of `from_adapter`."""
     signed = question.signed
     content = RecordDict({REQUEST: ConfigRecord({"json": signed.text, "signature": signed.signature})})
     if question.settings:
@@ -98,7 +96,7 @@ def to_signed(content: RecordDict) -> Signed:
 
 
 def to_settings(content: RecordDict) -> str:
-    """Return the JSON text of the run's configuration in a message; empty if there is none."""
+    """Decode the JSON text of the run's configuration from a message; empty if there is none."""
     if SETTINGS not in content:
         return ""
     with _convert_to_config_error(content, "message", "must contain settings as text"):
@@ -106,7 +104,7 @@ def to_settings(content: RecordDict) -> str:
 
 
 def to_parts(content: RecordDict) -> list[bytes]:
-    """Decode the protocol messages attached to a request for a step of secure aggregation."""
+    """Decode the attached protocol messages of a secure aggregation request."""
     parts: list[bytes] = []
     with _convert_to_config_error(content, "message", "must contain messages of secure aggregation"):
         for _, part in sorted(content.config_records[PARTS].items()):
@@ -136,20 +134,20 @@ def to_step(content: RecordDict) -> bytes | Refusal:
 
 
 def from_receipt(receipt: Receipt | None) -> RecordDict:
-    """Encode a site's answer to the end of a run."""
+    """Encode a site's answer to the notice of the end of a run."""
     text = json.dumps(None if receipt is None else receipt.to_json())
     return RecordDict({RECEIPT: ConfigRecord({"json": text})})
 
 
 def to_receipt(content: RecordDict) -> Receipt | None:
-    """Decode a site's answer to the end of a run; None if the site has no receipt to give."""
+    """Decode a site's answer to the notice of the end of a run; None if the site has no receipt."""
     with _convert_to_config_error(content, "receipt", "must be a site's receipt"):
         fields = json.loads(str(content.config_records[RECEIPT]["json"]))
         return None if fields is None else Receipt.from_json(fields)
 
 
 def from_reply(reply: Reply) -> RecordDict:
-    """Encode a site's answer: an update as its own bytes, any other answer as JSON, each with its receipt."""
+    """Encode a site's answer with its receipt: an update as canonical bytes, any other answer as JSON."""
     body, receipt = reply.body, None if reply.receipt is None else reply.receipt.to_json()
     if isinstance(body, Update):
         text = json.dumps({"kind": UPDATE, "receipt": receipt})
@@ -172,5 +170,5 @@ def to_reply(content: RecordDict) -> Reply:
 
 
 def build_weighted_record(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
-    """Build the input for Flower's strategies: an update, or a part of an update, with its public weight."""
+    """Build a Flower record with an update, or a piece of an update, and its public weight."""
     return RecordDict({ARRAYS: to_arrays(tensors), WEIGHT: MetricRecord({WEIGHT_KEY: weight})})

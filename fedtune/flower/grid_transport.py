@@ -1,4 +1,4 @@
-"""The lead's transport over a grid that yields answers as they come."""
+"""Transport of the lead over a grid that yields each answer on arrival."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POLL_S = 0.2
 
 
 class StreamingGrid(Protocol):
-    """The interface of fedtune's own grids, which yield each answer as it arrives."""
+    """Interface of fedtune's grids, which yield each answer on arrival."""
 
     def get_node_ids(self) -> Iterable[int]: ...
 
@@ -34,15 +34,15 @@ class StreamingGrid(Protocol):
 
 
 class GridTransport:
-    """A transport to sites that are nodes of a grid; `nodes` maps node ids to site names.
+    """Transport to the sites of a grid; `nodes` maps node ids to site names.
 
-    Without `nodes`, each node is asked for its name.
+    Without `nodes`, the transport queries each node for its site name.
     """
 
     def __init__(self, grid: StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
         self._grid, self._nodes = grid, dict(nodes or {})
-        self._bytes_down = self._bytes_up = 0  # since they were last asked for
-        self._apart: dict[str, str] = {}  # sites that refused the last exchange for its protocol, with what they speak
+        self._bytes_down = self._bytes_up = 0  # since the last call of `traffic`
+        self._apart: dict[str, str] = {}  # site -> its protocol version, if it refused the lead's in the last exchange
 
     def wait_for_sites(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
         if not self._nodes:
@@ -70,23 +70,23 @@ class GridTransport:
     def end(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Receipt | None]]:
         return self._exchange_messages(f"query.{flower_records.END}", questions, flower_records.to_receipt, timeout_s)
 
-    def traffic(self) -> tuple[int, int]:
+    def take_traffic(self) -> tuple[int, int]:
         traffic = self._bytes_down, self._bytes_up
         self._bytes_down = self._bytes_up = 0
         return traffic
 
     @contextmanager
     def explain_protocol_mismatch(self) -> Iterator[None]:
-        """Turn a RunError for too few sites into a ConfigError that names the sites, if they use another protocol
-        version.
+        """Convert a RunError for too few sites to a ConfigError that names the sites with another protocol version, if
+        any.
         """
         try:
             yield
         except RunError as error:
             if isinstance(error, StuckError) or not self._apart:
                 raise
-            sites = "; ".join(f"{site} speaks {spoken}" for site, spoken in self._apart.items())
-            bound = f"is not spoken by all sites, and this lead runs fedtune {build()}: {sites}; {error}"
+            sites = "; ".join(f"{site} uses {spoken}" for site, spoken in self._apart.items())
+            bound = f"is not the protocol of all sites, and this lead runs fedtune {build()}: {sites}; {error}"
             raise ConfigError("protocol", WIRE_SCHEMA, bound) from error
 
     def _exchange_messages(
@@ -94,7 +94,7 @@ class GridTransport:
     ) -> Iterator[tuple[str, _T]]:
         numbers = {site: node_id for node_id, site in self._nodes.items()}
         self._apart = {}
-        # An adapter is encoded once, whomever it is sent to.
+        # An adapter is encoded only once for all sites.
         adapters: dict[int, ArrayRecord] = {}
         messages = []
         for question in questions:
@@ -106,19 +106,19 @@ class GridTransport:
         for message in self._grid.receive(messages, timeout=timeout_s):
             site = self._nodes.get(message.metadata.src_node_id)
             if site is None or message.has_error():
-                log.warning("%s: Flower delivered an error instead of a reply", site)
+                log.warning("site %s: Flower delivered an error instead of a reply", site)
                 continue
             try:
                 answer = read(message.content)
             except ConfigError as error:
-                log.warning("%s sent an unreadable answer: %s", site, error)
+                log.warning("site %s sent an unreadable answer: %s", site, error)
                 continue
             self._bytes_up += flower_records.count_payload_bytes(message.content)
-            said = getattr(answer, "body", answer)
-            unread = said.allowed or "" if isinstance(said, Refusal) and said.reason is Reason.MALFORMED_REQUEST else ""
+            body = getattr(answer, "body", answer)
+            unread = body.allowed or "" if isinstance(body, Refusal) and body.reason is Reason.MALFORMED_REQUEST else ""
             if OTHER_PROTOCOL.fullmatch(unread):
                 self._apart[site] = unread
-            # Flower's records hold each other in a circle, and would wait for the collector.
+            # Flower's records form a reference cycle, which would keep the memory until a garbage collection.
             for record in message.content.array_records.values():
                 record.clear()
             yield site, answer

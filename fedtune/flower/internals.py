@@ -1,8 +1,9 @@
-"""Everything that fedtune takes from Flower beside its public interface; no other file does.
-Its `Message` is here as well, for `fedtune.ops.wire`, which imports nothing of Flower itself.
+"""All uses of Flower's private interface; no other module uses it.
 
-tests/flower/test_internals.py names what is relied on: a new release of Flower is tried there, and what fails is mended
-here.  What takes long to import, as the server's parts do, is imported where it is used.
+`Message` is re-exported for `fedtune.ops.wire`, which does not import Flower itself.
+
+tests/flower/test_internals.py lists these internals, so that a new release of Flower can be tested against them.  Slow
+imports, such as the server's, are local to the functions.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ if TYPE_CHECKING:
 
 
 def set_sender_ids(**numbers: int) -> None:
-    """Set the `run_id`, `node_id` or `task_id` that Flower's message constructor uses as the sender in this process."""
+    """Set the `run_id`, `node_id` or `task_id` of the sender in all messages that this process constructs."""
     for name, number in numbers.items():
         setattr(TaskIdentity, name, number)
 
 
 def set_metadata(message: Message, **values: str | int) -> None:
-    """Set the `message_id` that an answer refers to, or the sender `src_node_id`; Flower has no setters for them."""
+    """Set a message's `message_id` or sender `src_node_id`, for which Flower has no setters."""
     message.metadata.__dict__.update({f"_{name}": value for name, value in values.items()})
 
 
 def get_http_client(client: rpc.ProtobufClient) -> httpx.Client:
-    """Return the httpx client inside a Flower client."""
+    """Return the httpx client of a Flower client."""
     return client._client
 
 
 class RunStarter(RuntimeHttpClient):
-    """A client for Flower's Runtime API, and for the single call of its Control API that the lead needs."""
+    """Client for Flower's Runtime API, and for the one call of the Control API that the lead needs."""
 
     def start_run(self, request: control_pb2.StartRunRequest) -> control_pb2.StartRunResponse:
         return self._unary_unary(
@@ -67,7 +68,7 @@ class RunStarter(RuntimeHttpClient):
 
 
 def make_http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGrid:
-    """Return Flower's grid over `client`, because the client that the grid creates itself presents no certificate."""
+    """Create Flower's grid over `client`, because the grid's own client presents no certificate."""
     from flwr.superlink.grid import HttpGrid
 
     grid = HttpGrid(server, token=token)
@@ -78,7 +79,7 @@ def make_http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGr
 def make_node_authentication(
     private: ec.EllipticCurvePrivateKey, public: ec.EllipticCurvePublicKey
 ) -> rpc.ProtobufClientInterceptor:
-    """Return an interceptor that signs each call of a node, as Flower's server requires."""
+    """Create an interceptor that signs each call of a node for Flower's server."""
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     return NodeAuthHttpInterceptor(private, public)
@@ -87,10 +88,10 @@ def make_node_authentication(
 def create_superlink_app(
     *, ca: Path, certificate: Path, key: Path, host: str, port: int, database: Path
 ) -> tuple[Any, SqlLinkState]:
-    """Create Flower's SuperLink as an ASGI application, and return it with its state.
+    """Create Flower's SuperLink as an ASGI application; return the application and its link state.
 
-    Nodes are authenticated, apps run in other processes, and nothing is installed.  All endpoints except the nodes'
-    calls are open to anybody who can connect.
+    Nodes are authenticated, apps run in other processes, and nothing is installed.  All other endpoints are
+    unauthenticated, so the application needs a gate in front of it.
     """
     from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan

@@ -1,8 +1,8 @@
-"""Flower's simulation engine, as `flwr run APP local` starts it, for the sites of one simulation.
+"""Flower's simulation engine, started by `flwr run APP local`, for the sites of one simulation.
 
-`fedtune simulate` stays the lead.  It starts a SuperLink of its own on loopback and submits the same bundle that real
-federations use (`bundle.py`).  Flower starts the ServerApp, which relays messages between the lead and the nodes, and
-on Ray an actor for each place, which answers as whichever simulated site a node's `partition-id` names.
+`fedtune simulate` remains the lead.  It starts its own SuperLink on loopback and submits the same bundle as a real
+federation (`bundle.py`).  Flower starts the ServerApp, which relays messages between the lead and the nodes, and Ray
+actors, each of which answers as the simulated site of a node's `partition-id`.
 
 All of Flower's files are in a folder of the run, and all of its processes end with the run.
 """
@@ -51,25 +51,25 @@ _START_S, _END_S, _POLL_S = 120.0, 30.0, 0.2
 
 
 def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, folder: Path, sites: Path) -> LeadState:
-    """Call `run` with a transport to the nodes of Flower's engine, and return what it returns.
+    """Call `run` with a transport to the nodes of Flower's engine, and return its result.
 
-    Each actor has as many CPUs as torch threads, its part of a GPU, and its own copy of the base model, which it keeps
-    between rounds.  As many actors as there is room for train at a time, whichever sites' turn it is.
+    Each actor has one CPU per torch thread, a share of a GPU, and its own copy of the base model, which it keeps
+    between rounds.  The resources limit the number of actors that train in parallel.
 
     Args:
-        run: the lead's part of the run.
-        config: of the run.
-        folder: the run folder, with Flower's log.
+        run: runs the lead over a transport.
+        config: the configuration of the run.
+        folder: the run folder, for Flower's log.
         sites: the folder of the sites' ledgers.
 
     Raises:
         ConfigError: this machine has no GPU for `runtime.sites_per_gpu`.
-        RunError: Flower's engine did not start, or ended before the run.
+        RunError: Flower's engine did not start, or stopped before the end of the run.
     """
     share = compute_gpu_share(config.runtime, len(config.federation.active))
     runtime = replace(config.runtime, sites_per_gpu=round(1 / share)) if share else config.runtime
     asked = {"config": replace(config, runtime=runtime).to_json(), "folder": str(folder), "fedtune": __version__}
-    # A copy of the sites' folder has the same keys and other ledgers; this file is in no copy.
+    # A random name, so that no copy of the sites' folder, with the same keys but other ledgers, contains the file.
     sealed = sites.resolve() / f"simulation-{secrets.token_hex(8)}.json"
     sealed.parent.mkdir(parents=True, exist_ok=True)
     sealed.write_text(json.dumps({**asked, "started_in": os.getcwd()}), encoding="utf-8")
@@ -81,10 +81,13 @@ def run_on_flower(run: Callable[[Transport], LeadState], config: RunConfig, fold
 
 
 def compute_gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
-    """Return the part of a GPU that an actor asks for; Ray hides the GPUs from an actor that asks for none.
+    """Compute the share of a GPU per actor; 0 for a run on CPUs.
 
-    It is what `sites_per_gpu` says, or as large as lets all sites train at a time on this machine's GPUs.  The GPUs of
-    other machines are used where `sites_per_gpu` is set.
+    The share is 1 / `sites_per_gpu`, or else the largest share with which all sites can train in parallel on the GPUs
+    of this machine.  On a Ray cluster, set `sites_per_gpu` to use GPUs.
+
+    Raises:
+        ConfigError: `sites_per_gpu` is set, but this machine has no GPU.
     """
     gpus = 0 if runtime.device == "cpu" or runtime.ray_address is not None else torch.cuda.device_count()
     if runtime.sites_per_gpu is None:
@@ -95,19 +98,19 @@ def compute_gpu_share(runtime: RuntimeSpec, num_sites: int) -> float:
 
 
 def format_federation_config(config: RunConfig, *, share: float) -> str:
-    """Return the value of `flwr run --federation-config`: the number of nodes, and what an actor takes."""
+    """Format the value of `flwr run --federation-config`: the number of nodes, and the resources per actor."""
     threads, secure = config.runtime.num_threads or count_usable_cores(), config.federation.aggregation == "secure"
     words = [f"num-supernodes={len(config.federation.active)}", f"client-resources-num-gpus={share}"]
-    if config.runtime.ray_address is None:  # Ray refuses the number where it joins a cluster
+    if config.runtime.ray_address is None:  # Ray rejects this argument when it joins a cluster
         cores = max(count_usable_cores(), threads)
-        threads = cores if secure else threads  # one actor has room, and it alone has the keys of all sites
+        threads = cores if secure else threads  # a single actor, which holds the keys of all sites
         words.append(f"init-args-num-cpus={cores}")
     return " ".join([*words, f"client-resources-num-cpus={threads}"])
 
 
 @contextmanager
 def _start_engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -> Iterator[Connection]:
-    """Start Flower's engine, and yield the line to the ServerApp that relays for this process."""
+    """Start Flower's engine and yield the connection to the relaying ServerApp; stop the engine after the block."""
     with (
         tempfile.TemporaryDirectory(prefix="flower-", dir=log.parent) as home,
         tempfile.TemporaryDirectory(prefix="fedtune-") as short,  # the name of a socket has at most 107 bytes
@@ -146,7 +149,7 @@ def _start_engine(config: RunConfig, sealed: Path, *, log: Path, share: float) -
 def _run_flower_command(
     *words: str, environment: Mapping[str, str], output: IO[bytes]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run one of Flower's commands while the block runs."""
+    """Run a Flower command in the background during the block, and terminate it afterwards."""
     process = subprocess.Popen(
         words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
     )
@@ -162,9 +165,9 @@ def _run_flower_command(
 
 
 def _build_environment(runtime: RuntimeSpec) -> dict[str, str]:
-    """Return the environment of Flower's processes, which Ray's actors inherit on this machine."""
+    """Build the environment of Flower's processes, which Ray's actors on this machine inherit."""
     given = dict(os.environ)
-    # Actors import what this process does, and Flower's commands are installed beside this Python.
+    # Actors need this process's import path; Flower's commands are installed next to this Python.
     given["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     given["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", os.defpath)])
     direct = filter(None, [given.get("NO_PROXY") or given.get("no_proxy"), "127.0.0.1"])
@@ -194,7 +197,9 @@ def _accept_connection(lead: socket.socket) -> Connection | None:
 
 
 def _wait_for(process: subprocess.Popen[bytes], there: Callable[[], _T | None]) -> _T:
-    """Return what `there` returns once it is true; raise RunError when the process ends, or the time is up."""
+    """Poll `there` until its result is true, and return the result; raise RunError if the process exits or the time is
+    up.
+    """
     deadline = time.monotonic() + _START_S
     while not (found := there()):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -203,11 +208,11 @@ def _wait_for(process: subprocess.Popen[bytes], there: Callable[[], _T | None]) 
 
 
 class RelayedGrid:
-    """The nodes of Flower's engine, through the ServerApp at the other end of `line`."""
+    """Grid of the nodes of Flower's engine, through the ServerApp at the other end of `line`."""
 
     def __init__(self, line: Connection) -> None:
         self._line = line
-        # This is no process of Flower's, and nobody has said who sends; the relay's own messages name its run.
+        # Flower sets no sender ids outside its own processes; the relay's messages carry the ids of its run.
         set_sender_ids(run_id=1, node_id=0, task_id=0)
 
     def get_node_ids(self) -> Sequence[int]:
@@ -238,10 +243,10 @@ class RelayedGrid:
 
 
 def answer_as_simulated_site(run_file: str, number: int) -> Answering:
-    """Return the answers of the simulated site of this number, in an actor, for the run that a file describes.
+    """Create the answering function of a simulated site in an actor, for the run in `run_file`.
 
     Raises:
-        RunError: this node sees another file system than the lead, or has another fedtune.
+        RunError: this node lacks the lead's file system, or has another version of fedtune.
     """
     participants = _load_participants(run_file)
     name = participants.config.federation.active[number]
@@ -250,10 +255,10 @@ def answer_as_simulated_site(run_file: str, number: int) -> Answering:
 
 @lru_cache(maxsize=1)
 def _load_participants(run_file: str) -> Participants:
-    """A run's participants in a Ray actor, which keeps its base model between rounds."""
+    """Load a run's participants in a Ray actor, cached so that the base model stays loaded between rounds."""
     try:
         asked = json.loads(Path(run_file).read_bytes())
-        os.chdir(asked["started_in"])  # an actor begins elsewhere, and settings may hold relative paths
+        os.chdir(asked["started_in"])  # settings may contain relative paths
     except OSError as error:
         raise RunError(f"{platform.node()} cannot read {error.filename} ({error.strerror})") from None
     if asked["fedtune"] != __version__:

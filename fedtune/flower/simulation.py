@@ -1,4 +1,4 @@
-"""A whole federation on this machine: the app of real sites over an in-process grid, or in Flower's engine."""
+"""Simulation of a federation on one machine, over an in-process grid or in Flower's engine."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def simulate(
     """Run `config` from the start or from its newest checkpoint, write the run folder, and return the content of
     `run.json`.
 
-    A `session` caches the model and its results on records between runs.  `everyone` are participants created earlier,
-    used instead of new ones with the session (not with Ray).  Incompatible settings are rejected before training.
+    A `session` caches the model and its results on records between runs.  `everyone` contains existing participants to
+    reuse (not with Ray).  Incompatible settings are rejected before training.
     """
     config = fix_number_format(config, folder, alone=session is not None)
     if everyone is None:
@@ -87,8 +87,8 @@ def _make_client_app(names: Sequence[str], site: Callable[[int], Site]) -> Clien
 
 
 class InProcessGrid:
-    """A grid of `num_nodes` virtual nodes, with ids 1, 2, ..., that calls `client_app` directly; `client_app` must
-    never raise.
+    """Grid of `num_nodes` virtual nodes, with ids 1, 2, ..., that calls `client_app` directly; `client_app` must never
+    raise.
 
     All sites share one frozen base model and take turns, each with all threads, so that results do not depend on
     scheduling.  `replied` is called with the number of replies so far in a round of training.
@@ -100,7 +100,7 @@ class InProcessGrid:
             index + 1: make_node_context(_RUN_ID, index + 1, {"partition-id": index, "num-partitions": num_nodes})
             for index in range(num_nodes)
         }
-        # Outside a process of Flower's nobody has said who sends.
+        # Flower sets no sender ids outside its own processes.
         set_sender_ids(run_id=_RUN_ID, node_id=0, task_id=0)
 
     def get_node_ids(self) -> Sequence[int]:

@@ -1,11 +1,11 @@
-"""The ClientApp that a stock SuperNode starts for each message: it hands the message to the site's own process.
+"""ClientApp of a stock SuperNode, which forwards each message to the site's own process.
 
-It holds no record, no model and no key, and imports neither torch nor fedtune's own layers.  The socket is named by the
-site's operator, in `--node-config`, and never by a run, whose lead could otherwise have it write to any socket of the
-machine.
+The app has no access to records, model or keys, and imports neither torch nor fedtune's other layers.  The site's
+operator sets the socket in `--node-config`; a run cannot set it, because its lead could otherwise make the app write to
+any socket of the machine.
 
-In Flower's simulation engine the same app answers as a simulated site, which `partition-id` names
-(`local_engine.py`).  Only an actor of Ray's does: a SuperNode's app takes part in no simulation, whatever a run says.
+In Flower's simulation engine, the same app answers as the simulated site of its `partition-id` (`local_engine.py`), but
+only in a Ray actor, so that no run can make a SuperNode take part in a simulation.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ SOCKET = "/run/fedtune/site.sock"
 
 
 class SiteAway(Exception):
-    """The site's process gave no answer; the lead will ask again."""
+    """The site's process did not answer; the lead will ask again."""
 
 
 def forward_message(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
     """Forward a message to the site's process and return its answer.
 
     Raises:
-        SiteAway: there is no answer.  Flower sends the text to its server, so the text is only the name of an error
-            class.
+        SiteAway: the process did not answer.  The text is only the name of an error class, because Flower sends it to
+            its server.
     """
     if (ray := sys.modules.get("ray")) and ray.is_initialized():
         from fedtune.flower.local_engine import answer_as_simulated_site  # slow to import, and needs all of fedtune

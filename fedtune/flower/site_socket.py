@@ -1,14 +1,13 @@
-"""The Unix socket between Flower's processes at a site and the process that holds the records.
+"""The Unix socket between Flower's processes at a site and the process with the records.
 
-Flower starts an app for each message (`site_app.py`), under a separate user who cannot open any record, model or key.
+Flower starts an app for each message (`site_app.py`), under a separate user without access to records, model or keys.
 The app sends the message to this socket and waits for the answer.  The process behind the socket needs no network.
 
-Guarantee: only the same user and members of the socket's group are accepted; a message has limits on size and time; and
-any invalid message results in one closed connection and one log line, which contains nothing of the message.
+Guarantee: the socket accepts only its own user and members of its group, and limits the size and duration of a message.
+An invalid message closes its connection and writes one log line without any content of the message.
 
 Each connection carries one message and its answer.  A message consists of two lengths, a JSON header, and a body with
-the bytes of its records, one after the other.  A record is an array of bytes, or named texts and bytes; nothing else is
-transmitted.
+the concatenated bytes of its records.  A record is either an array of bytes, or named texts and bytes.
 """
 
 from __future__ import annotations
@@ -35,37 +34,36 @@ from fedtune.system import PEER_CREDENTIALS, UNIX_SOCKETS, effective_user
 log = logging.getLogger(__name__)
 
 END, INVITE, SUM = "end", "invite", "sum"
-"""Flower's actions of the queries that tell a site that a run is over, ask whether it would take part in one, and
-for a step of secure aggregation."""
+"""Actions of Flower queries: the end of a run, an invitation, and a step of secure aggregation."""
 
 Answering = Callable[[str, float, RecordDict], RecordDict]
-"""A site's answer to a message: its kind ("train", "query.invite"), the server's time of it, and its content."""
+"""A function from a message to its answer, given its kind ("train", "query.invite"), server time and content."""
 
 MOST_HEAD_BYTES, MOST_BODY_BYTES = 1 << 20, 1 << 30
-_TRANSFER_S = 60.0  # for a message that has begun to come, and for taking an answer
-_WAITING = 8  # connections that may wait while one message is answered
-_LENGTHS = struct.Struct(">IQ")  # bytes of the head and of the body
-_CREDENTIALS = struct.Struct("=iII")  # process, user and group, as Linux gives them
-_PEER_GROUPS, _MOST_OPTION = 59, 1024  # SO_PEERGROUPS of Linux, which Python has no name for
+_TRANSFER_S = 60.0  # timeout for receiving a message, and for sending an answer
+_WAITING = 8  # connections in the backlog
+_LENGTHS = struct.Struct(">IQ")  # bytes of the header and of the body
+_CREDENTIALS = struct.Struct("=iII")  # pid, uid and gid, as in Linux's struct ucred
+_PEER_GROUPS, _MOST_OPTION = 59, 1024  # Linux's SO_PEERGROUPS, which Python does not define
 _BYTES = "bytes"
 
 
 def record_from_bytes(data: bytes) -> ArrayRecord:
-    """Return a record that holds exactly these bytes."""
+    """Wrap bytes in a Flower record."""
     return ArrayRecord({_BYTES: Array(dtype="uint8", shape=(len(data),), stype=_BYTES, data=data)})
 
 
 def read_record_bytes(record: ArrayRecord) -> bytes:
-    """Return the bytes in a record made by `record_from_bytes`; raise ValueError for any other record."""
+    """Unwrap the bytes of a record made by `record_from_bytes`; raise ValueError for any other record."""
     (array,) = record.values()
     if (list(record), array.stype, array.dtype, array.shape) != ([_BYTES], _BYTES, "uint8", (len(array.data),)):
-        raise ValueError("not bytes")  # whatever else it says would be no part of what is signed
+        raise ValueError("not bytes")  # the signature covers only the bytes
     return array.data
 
 
 def make_client_app(answer: Callable[[Context, str, float, RecordDict], RecordDict]) -> ClientApp:
-    """Return a ClientApp that passes every type of message to `answer`; errors of `answer` must contain no text from
-    the site.
+    """Create a ClientApp that passes messages of every type to `answer`, whose errors must not contain text from the
+    site.
     """
     app = ClientApp()
 
@@ -81,7 +79,7 @@ def make_client_app(answer: Callable[[Context, str, float, RecordDict], RecordDi
 
 
 def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
-    """Encode a message as the bytes that are sent over the socket.
+    """Serialize a message for the socket.
 
     Raises:
         ValueError: the content does not have fedtune's own format, or is too large.
@@ -107,8 +105,8 @@ def pack(kind: str, created_at: float, content: RecordDict) -> bytes:
 
 
 def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float, RecordDict]:
-    """Decode the output of `pack`; raises an error of varying type for any other bytes."""
-    said = parse_json(bytes(head), key="message", bound="must be JSON")
+    """Deserialize the output of `pack`; raise an error of varying type for any other bytes."""
+    header = parse_json(bytes(head), key="message", bound="must be JSON")
     rest, taken, content = memoryview(body), 0, RecordDict()
 
     def take(size: object) -> bytes:
@@ -118,7 +116,7 @@ def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float
         taken += size
         return bytes(rest[taken - size : taken])
 
-    for key, record in said["records"].items():
+    for key, record in header["records"].items():
         if isinstance(record, dict):
             words = {name: (is_text, take(size)) for name, (is_text, size) in record.items()}
             content[key] = ConfigRecord({name: d.decode() if text else d for name, (text, d) in words.items()})
@@ -126,17 +124,18 @@ def unpack(head: bytes | bytearray, body: bytes | bytearray) -> tuple[str, float
             content[key] = record_from_bytes(take(record))
     if taken != len(rest):
         raise ValueError("more than was announced")
-    return str(said["kind"]), float(said["created_at"]), content
+    return str(header["kind"]), float(header["created_at"]), content
 
 
 def unpack_whole(packed: bytes) -> tuple[str, float, RecordDict]:
-    """Invert `pack`, for bytes that come whole."""
+    """Deserialize the complete output of `pack`."""
     size = _LENGTHS.unpack_from(packed)[0] + _LENGTHS.size
     return unpack(packed[_LENGTHS.size : size], packed[size:])
 
 
 def ask_site(path: str, kind: str, created_at: float, content: RecordDict) -> RecordDict:
-    """Send a message to the site's process at the socket `path`, and return its answer, however long training takes.
+    """Send a message to the site's process at the socket `path` and wait for its answer, without a timeout for
+    training.
 
     Raises:
         OSError, EOFError: the process is not running, does not accept this user, or closed the connection.
@@ -150,11 +149,10 @@ def ask_site(path: str, kind: str, created_at: float, content: RecordDict) -> Re
 
 @contextmanager
 def listen_at(path: Path) -> Iterator[socket.socket]:
-    """Listen at `path` while the block runs, for the same user and the group of the process.
+    """Listen at `path` during the block, for the user and the group of the process.
 
     Raises:
-        ConfigError: `path` is another kind of file, another process listens there, or the folder is missing or not
-            writable.
+        ConfigError: `path` is not a socket, another process listens on it, or its folder is missing or not writable.
     """
     with socket.socket(UNIX_SOCKETS) as server:
         bind_socket(server, path, key="socket", backlog=_WAITING)
@@ -165,7 +163,9 @@ def listen_at(path: Path) -> Iterator[socket.socket]:
 
 
 def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> None:
-    """Answer one message, if one arrives within `wait_s` seconds."""
+    """Accept one connection within `wait_s` seconds and answer its message; return without an answer after the
+    timeout.
+    """
     server.settimeout(wait_s)
     try:
         line, _ = server.accept()
@@ -182,29 +182,27 @@ def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> Non
         try:
             line.settimeout(_TRANSFER_S)
             line.sendall(pack(*asked[:2], reply))
-        except OSError as error:  # the lead asks again, and the ledger has the bytes
-            log.info("nobody is waiting for this answer any more (%s)", type(error).__name__)
+        except OSError as error:  # the lead will ask again, and the ledger has the bytes
+            log.info("the peer closed the connection before the answer was sent (%s)", type(error).__name__)
 
 
 def _check_peer(line: socket.socket, *, group: int) -> None:
-    """Check that the connected process has the same user, or is in the socket's group; raises PermissionError
-    otherwise.
-    """
+    """Check that the peer has the same user or is in the socket's group; raise PermissionError otherwise."""
     credentials = line.getsockopt(socket.SOL_SOCKET, PEER_CREDENTIALS, _CREDENTIALS.size)
     _, user, first = _CREDENTIALS.unpack(credentials)
     groups = array("I")
-    with suppress(OSError):  # more groups than fit: the first one counts alone
+    with suppress(OSError):  # too many groups for the buffer: only the primary group counts
         groups.frombytes(line.getsockopt(socket.SOL_SOCKET, _PEER_GROUPS, _MOST_OPTION))
     if user != effective_user() and group not in (first, *groups):
         raise PermissionError
 
 
 def _receive(line: socket.socket, *, most_s: float | None) -> tuple[bytearray, bytearray]:
-    """Receive a message within `most_s` seconds (None: no limit), and return its header and body."""
+    """Receive a message within `most_s` seconds (None: no limit); return its header and body."""
     until = None if most_s is None else time.monotonic() + most_s
 
-    def exactly(size: int) -> bytearray:
-        data = bytearray()  # it grows as bytes come: an announced length alone takes no memory
+    def receive_exactly(size: int) -> bytearray:
+        data = bytearray()  # grows with the received bytes: an announced length allocates no memory
         while len(data) < size:
             line.settimeout(None if until is None else max(1e-3, until - time.monotonic()))
             piece = line.recv(min(size - len(data), 1 << 20))
@@ -215,9 +213,9 @@ def _receive(line: socket.socket, *, most_s: float | None) -> tuple[bytearray, b
                 raise TimeoutError
         return data
 
-    head, body = _LENGTHS.unpack(exactly(_LENGTHS.size))
+    head, body = _LENGTHS.unpack(receive_exactly(_LENGTHS.size))
     _check_sizes(head, body)
-    return exactly(head), exactly(body)
+    return receive_exactly(head), receive_exactly(body)
 
 
 def _check_sizes(head: int, body: int) -> None:

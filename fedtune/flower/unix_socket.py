@@ -1,4 +1,4 @@
-"""Unix sockets of this account: the socket of the site and its health socket.  This module imports nothing slow."""
+"""Unix sockets with access for one user and group: the site's socket and its health socket.  Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from fedtune.system import UNIX_SOCKETS
 
 
 def bind_socket(server: socket.socket, path: Path, *, key: str, backlog: int) -> None:
-    """Listen at `path` for the same user and the group of the process; the socket of a killed process is replaced.
+    """Bind and listen at `path` for the user and the group of the process; the socket of a killed process is replaced.
 
-    At most `backlog` connections wait to be accepted.
+    Args:
+        server: the unbound socket.
+        path: the path of the socket.
+        key: the setting or option that an error names.
+        backlog: the maximum number of connections that wait to be accepted.
 
     Raises:
-        ConfigError: about `key`: `path` is another kind of file, another process listens there, or the folder is
-            missing or not writable.
+        ConfigError: `path` is not a socket, another process listens on it, or its folder is missing or not writable.
     """
     with suppress(OSError), socket.socket(UNIX_SOCKETS) as other:
         other.connect(str(path))
         raise ConfigError(key, str(path), "is in use: another process listens on it")
     try:
         if path.exists() and not path.is_socket():
-            raise ConfigError(key, str(path), "must be the path of a socket, but it is another file")
+            raise ConfigError(key, str(path), "is not a socket: choose another path")
         path.unlink(missing_ok=True)
         server.bind(str(path))
         path.chmod(0o660)

@@ -1,4 +1,4 @@
-"""An authority as a federation's lead has it, and files of those whom it certifies."""
+"""A federation's authority for tests, and the files that it issues."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,7 +26,7 @@ class Authority:
         self.file.write_bytes(encode_certificate_pem(self._made.certificate))
 
     def issue(self, name: str, *, address: str | None = None, days: float = 5, age_days: float = _AGE_DAYS) -> Tls:
-        """Files of somebody of this authority.
+        """Issue the files of a member of this authority.
 
         Without an `address` it is a client; with `days` below 0 the certificate has ended, and with `age_days` below 0
         it is yet to begin.
@@ -41,7 +41,7 @@ class Authority:
 
 
 def to_public_pem(tls: Tls) -> bytes:
-    """The public half of somebody's connection key, as a roster has it."""
+    """Return the public connection key of a member in PEM format, as in a roster."""
     return certificates.encode_public_pem(read_certificate(tls.certificate))
 
 

@@ -49,11 +49,11 @@ def adapter() -> Adapter:
 
 
 class Died(Exception):
-    """What ends a lead in these tests."""
+    """Exception that stands for the death of a lead's process."""
 
 
 class Federation:
-    """Three sites with ledgers of their own, their grid and their lead."""
+    """Three sites with separate ledgers, their grid and their lead."""
 
     def __init__(self, folder: Path, asks: Any, policies: Any, adapter: Adapter, spec: FederationSpec) -> None:
         proposal = run_proposal(**asks)
@@ -87,7 +87,7 @@ class Federation:
             return run_rounds(self.transport, replace(self.lead, **changes), state or self.start)
 
     def run_until(self, round: int, state: LeadState | None = None) -> LeadState:
-        """Run on to the end of `round`, where the lead's process dies, and return what its checkpoint says."""
+        """Run until the lead's process dies after `round`; return the state in its checkpoint."""
 
         def stop_in_round(state: LeadState) -> None:
             if state.round == round:
@@ -129,7 +129,7 @@ class Federation:
 
 @pytest.fixture
 def federation(tmp_path: Path, adapter: Adapter) -> Callable[..., Federation]:
-    """A federation; `more` are settings of it."""
+    """A federation; `more` are additional settings."""
 
     def make(*, sizes: Any = (10, 10, 10), folder: str = "a", asks: Any = (), policies: Any = (), **more: Any) -> Any:
         begins = more.pop("adapter", adapter)
@@ -145,7 +145,7 @@ def federation(tmp_path: Path, adapter: Adapter) -> Callable[..., Federation]:
 
 @pytest.fixture
 def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Change what comes back from the sites in a round of training, or in exchanges of other types."""
+    """Change the sites' replies in a round of training, or in exchanges of other types."""
 
     def patch(change: Callable[[list[Message]], list[Message]], types: tuple[str, ...] = ("train",)) -> None:
         receive = InProcessGrid.receive
@@ -164,7 +164,7 @@ def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    """A server that is started once for a file of tests, none of which surprises or ends it."""
+    """A server that is shared by the tests of a file."""
     with run_server(tmp_path_factory.mktemp("network")) as made:
         yield made
         assert "Traceback" not in made.output
@@ -172,14 +172,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
 
 @pytest.fixture
 def network(server: Loopback) -> Iterator[Loopback]:
-    """The same, with no site process left at the end of the test."""
+    """The shared server, with all site processes stopped after the test."""
     yield server
     server.stop_sites()
 
 
 @pytest.fixture(scope="module")
 def list_flower_routes(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
-    """(method, path) of everything that the installed Flower would serve under our settings."""
+    """List (method, path) of all routes of the installed Flower with our settings."""
     tls = Authority(tmp_path_factory.mktemp("authority") / "ca").issue("server", address=LOOPBACK)
     app, _ = create_superlink_app(**asdict(tls), host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME))
     contexts = iter_route_contexts(app.routes)

@@ -1,4 +1,4 @@
-"""A server of the federation whose administrator has it say whatever he wants, to the byte."""
+"""A malicious server of the federation, which answers with arbitrary bytes."""
 
 import contextlib
 import socket
@@ -15,7 +15,7 @@ Answer = Callable[[ssl.SSLSocket, str], None]
 
 
 def make_server_context(files: Tls, *, newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-    """TLS as a fedtune server does it."""
+    """Create the TLS context of a fedtune server."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
     context.load_verify_locations(files.ca)
@@ -25,7 +25,7 @@ def make_server_context(files: Tls, *, newest: ssl.TLSVersion = ssl.TLSVersion.T
 
 
 class Hostile:
-    """A server on loopback that answers each request as `answer` does.
+    """A server on loopback that answers each request with `answer`.
 
     Attributes:
         asked: paths of requests, as they came.
@@ -46,7 +46,7 @@ class Hostile:
         self._listening.close()
 
     def pause(self, seconds: float) -> None:
-        """Wait, but not longer than this server lives."""
+        """Wait, at most for the lifetime of the server."""
         if self._closed.wait(seconds):
             raise ConnectionError("closed")
 

@@ -1,4 +1,4 @@
-"""A whole network on this machine: a real server and real sites, each a process of its own, over mutual TLS."""
+"""A complete network on this machine: a real server and real sites in separate processes, over mutual TLS."""
 
 import contextlib
 import itertools
@@ -30,7 +30,7 @@ from .certificates import LOOPBACK, Authority, to_public_pem
 
 
 class Program(Process):
-    """One of the programs here, in a folder: a server or a site."""
+    """A server or site program of the tests, with its folder."""
 
     def __init__(self, script: str, folder: Path) -> None:
         words = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
@@ -43,7 +43,7 @@ class Program(Process):
 
 @cache
 def _create_empty_database() -> bytes:
-    """A server's database as Flower's forty migrations leave it, which take a second; made once for all servers."""
+    """Create a server's database with all of Flower's migrations, once for all servers, because they take a second."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the migrations'
         path = Path(folder) / "state.db"
@@ -54,7 +54,7 @@ def _create_empty_database() -> bytes:
 
 
 class Loopback:
-    """A federation's server on a free port of this machine, with its authority, its lead and its sites.
+    """A federation's server on a free port of this machine, with its authority, lead and sites.
 
     Args:
         settings: further ones of the server's process.
@@ -88,7 +88,7 @@ class Loopback:
     def output(self) -> str:
         return (self.folder / "output.log").read_text()
 
-    def enlist(self, name: str, *, days: float = 5) -> Tls:
+    def add_member(self, name: str, *, days: float = 5) -> Tls:
         self.tls[name] = self.authority.issue(name, days=days)
         self.members[name] = {"site": name, "node_key": to_public_pem(self.tls[name]).decode(), "revoked": False}
         self._write_roster()
@@ -114,7 +114,7 @@ class Loopback:
             return file.execute(query).fetchall()
 
     def site(self, name: str, **behavior: Any) -> Program:
-        """Start a site; a second process of the same name notes what happens to it in a folder of its own."""
+        """Start a site; a second process with the same name logs to a separate folder."""
         folder = self.folder / f"{next(self._numbers)}-{name}"
         folder.mkdir()
         settings = {"server": self.address, "tls": _list_paths(self.tls[name]), "site": name, "behavior": behavior}
@@ -131,7 +131,9 @@ class Loopback:
         patience_s: float = 0.0,
         **waiting: Any,
     ) -> Any:
-        """The lead's connection to the sites with these names, in this order; `waiting` are settings of a round."""
+        """Create the lead's connection to the sites with these names, in this order; `waiting` are settings of a
+        round.
+        """
         keys = {name: to_public_pem(self.tls[name]) for name in names}
         spec = FederationSpec(num_sites=len(names), **waiting)
         closing = closing or (lambda: StoppingRule(spec))
@@ -154,11 +156,11 @@ class Loopback:
 
 
 @contextlib.contextmanager
-def run_server(folder: Path, *, enlist: Sequence[str] = ("a", "b"), **settings: Any) -> Iterator[Loopback]:
-    """A server in a process of its own, with these sites on its roster."""
+def run_server(folder: Path, *, add_member: Sequence[str] = ("a", "b"), **settings: Any) -> Iterator[Loopback]:
+    """Run a server in a separate process, with these sites in its roster."""
     made = Loopback(folder, **settings)
-    for name in enlist:
-        made.enlist(name)
+    for name in add_member:
+        made.add_member(name)
     try:
         made.start()
         yield made

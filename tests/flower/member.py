@@ -1,4 +1,4 @@
-"""A member of the federation that means harm: it makes any call it likes, with its own certificate and key."""
+"""A malicious member of the federation, which makes arbitrary calls with its own certificate and key."""
 
 import base64
 import itertools
@@ -38,7 +38,7 @@ def sign_headers(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
 
 
 def make_object(size: int) -> bytes:
-    """A whole object of Flower's, of about `size` bytes, without children; each is another."""
+    """Create a unique Flower object of about `size` bytes without children."""
     return ConfigRecord({"x": "x" * size, "number": next(_NUMBERS)}).deflate()
 
 
@@ -54,7 +54,7 @@ class Question:
 
 @dataclass
 class Member:
-    """A member at a server; close it."""
+    """A member with a connection to a server; close it after use."""
 
     network: Loopback
     name: str
@@ -88,7 +88,7 @@ class Member:
         self.client.close()
 
     def asked(self, run_id: int) -> Question:
-        """Its next question of a run, waited for; those of earlier tests are left aside."""
+        """Wait for the member's next question of a run, ignoring those of earlier tests."""
         got: list[Question] = []
 
         def pull() -> bool:
@@ -115,7 +115,7 @@ class Member:
         self.send(question, inflatable_object.get_object_tree(message), objects)
 
     def send(self, question: Question, tree: Any, objects: dict[str, bytes]) -> None:
-        request = self.answer_record(question, message_id=tree.object_id)
+        request = self.build_answer(question, message_id=tree.object_id)
         request.message_object_trees[0].CopyFrom(tree)
         session = self.read_session(self.push(request))
         for content in objects.values():
@@ -125,8 +125,8 @@ class Member:
         assert answer.status_code == 200, answer.text
         return fleet_pb2.PushMessagesResponse.FromString(answer.content).session_id
 
-    def answer_record(self, question: Question, *objects: bytes, **changed: Any) -> Any:
-        """An answer in the right form, but for the fields of its metadata that are `changed`."""
+    def build_answer(self, question: Question, *objects: bytes, **changed: Any) -> Any:
+        """Build an answer with the correct metadata except for the fields in `changed`."""
         root = make_object(8)
         fields = {
             "run_id": question.metadata.run_id,

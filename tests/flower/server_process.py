@@ -1,4 +1,4 @@
-"""A server in a process of its own: `python server_process.py FOLDER`, where `settings.json` lies.
+"""A server in a separate process: `python server_process.py FOLDER`, with `settings.json` in the folder.
 
 `roster.json` is read anew each time.  Every connection that the process itself opens is noted in `outbound.log`.
 Flower waits for three minutes for the rest of an answer that arrived in part; here it waits for `upload_s` seconds.

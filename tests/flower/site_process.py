@@ -1,4 +1,4 @@
-"""A site in a process of its own: `python site_process.py FOLDER`, where `settings.json` lies.
+"""A site in a separate process: `python site_process.py FOLDER`, with `settings.json` in the folder.
 
 It answers every message with the arrays that came, and says who it is.  It prints what happens to it, in JSON.
 """
@@ -52,7 +52,7 @@ def answer(message: Message, name: str, number: int) -> Message:
 
 
 class Polling:
-    """The least that a site has to do: poll, answer, and send an answer again until it is taken or nobody waits."""
+    """A minimal site: poll, answer, and resend an answer until it is accepted or expires."""
 
     def __init__(self, fleet: Fleet, behavior: Behavior, name: str) -> None:
         self._fleet, self._behavior, self._name = fleet, behavior, name

@@ -1,4 +1,4 @@
-"""The lead's questions over Flower's public Grid, here one that a test holds: asked again, and answered once."""
+"""Retries of the lead's questions over Flower's public Grid, here a fake grid."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -20,14 +20,14 @@ KEYS = {"north": b"key of north", "south": b"key of south"}
 
 
 @pytest.fixture(autouse=True)
-def impatient_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     set_sender_ids(run_id=7, node_id=1, task_id=0)
     for name, value in (("_POLL_S", 0.01), ("RECONNECT_S", 0.01), ("_LOST_S", 0.05)):
         monkeypatch.setattr(asking_grid, name, value)
 
 
 class FakeGrid(Grid):
-    """A SuperLink with nodes of these keys, numbered as it likes; `answer` makes a node's answer, or fails."""
+    """A fake SuperLink with nodes of these keys and arbitrary node ids; `answer` produces a node's answer or raises."""
 
     def __init__(self, answer: Callable[[Message, int], Any], **activated: str) -> None:
         self.answer, self.asked = answer, list[tuple[int, str]]()
@@ -142,7 +142,7 @@ def test_provisional_answer_before_an_app_failure_is_discarded() -> None:
     assert receive_words(waits, 1, timeout=0.5) == {}
 
 
-def test_late_site_is_asked_on_arrival_without_asking_others_again() -> None:
+def test_late_site_is_asked_on_arrival_without_repeats_to_others() -> None:
     fake = FakeGrid(lambda message, _: says(message, "yes"), north="1")
 
     def hear(*_: Any) -> Heard:
@@ -168,7 +168,7 @@ def test_provisional_answer_counts_at_the_timeout_or_during_a_pause(*, paused: b
 
 
 def test_paused_answer_before_an_unanswered_retry_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was paused when it was asked first; by the second time it may have been charged, and the lead must ask."""
+    """The site was paused at the first request but may have been charged at the second, so the lead must ask again."""
     monkeypatch.setattr(asking_grid, "_SAYS_SO_AGAIN_S", 0.1)
     fake = FakeGrid(lambda message, number: says(message, "paused") if number == 1 else None, north="1")
     grid = make_grid(fake, hear=lambda *_: Heard(good=False, again_s=0.02, idle=True))
@@ -198,5 +198,5 @@ def test_lost_question_and_lost_answer_are_sent_again(lost: Exception, caplog: A
 def test_oversized_message_ends_the_run() -> None:
     fake = FakeGrid(lambda *_: None, north="1")
     fake.takes = False
-    with pytest.raises(RunError, match="does not accept a message of this size"):
+    with pytest.raises(RunError, match="rejected a message because of its size"):
         receive_words(make_grid(fake), 1)

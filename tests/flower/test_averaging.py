@@ -1,4 +1,4 @@
-"""How updates become one adapter: by declared sizes, in a fixed order, with state that survives a restart."""
+"""Aggregation of updates: weights, order of summation, and optimizer state across a restart."""
 
 import random
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def choose(algorithm: str) -> dict[str, Any]:
 
 
 def measure_move(federation: Any) -> float:
-    """By how much one round moved every value of the adapter."""
+    """Return the change of every adapter value in one round."""
     state = federation.run()
     steps = np.concatenate(
         [(state.adapter.tensors[name] - value).ravel() for name, value in federation.adapter.tensors.items()]

@@ -1,4 +1,4 @@
-"""What a server may make a site or a lead hold in memory, for how long it may keep a call, and who it must be."""
+"""Limits of HTTP clients against a malicious server: memory, duration and identity."""
 
 import contextlib
 import gzip
@@ -17,7 +17,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
 import fedtune.ops.wire.bounded_http as bounded_http
 from fedtune.ops.wire.bounded_http import OutOfBounds, bound_client
-from fedtune.ops.wire.fleet import Fleet, Foreign, Unreachable, hello
+from fedtune.ops.wire.fleet import Fleet, Foreign, Unreachable, ask_site_name
 from fedtune.ops.wire.identity import Tls, explain_tls_refusal
 from fedtune.ops.wire.lead_session import LeadSession
 from fedtune.ops.wire.remote_grid import RemoteGrid
@@ -40,7 +40,7 @@ def _open_fleet(address: str, tls: Tls) -> None:
         fleet._client.close()
 
 
-CALLS = {"site": _open_fleet, "greeting": hello}
+CALLS = {"site": _open_fleet, "greeting": ask_site_name}
 CALLS["lead"] = lambda address, tls: LeadSession(address, tls, lead_key)
 both = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
@@ -77,7 +77,7 @@ def client(tls: Tls) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def impatient_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Seconds in place of minutes, and few of them for a whole test."""
+    """Timeouts of seconds instead of minutes."""
     began = time.monotonic()
     monkeypatch.setattr(bounded_http, "_OTHER", (bounded_http._OTHER[0], 0.5))
     monkeypatch.setattr(bounded_http, "_OBJECT", (bounded_http._OBJECT[0], 0.5))
@@ -154,7 +154,7 @@ def test_server_that_reads_slowly_times_out(serve: Any, client: httpx.Client) ->
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects_are_not_followed(serve: Any, tls: Tls, status: int) -> None:
-    """The federation's own server, whose administrator has put in a redirect to a machine in somebody's network."""
+    """A malicious administrator of the server redirects a call to a machine in the caller's network."""
     with socket.create_server((LOOPBACK, 0)) as elsewhere:
         elsewhere.setblocking(False)
         place = f"http://{LOOPBACK}:{elsewhere.getsockname()[1]}"
@@ -163,7 +163,7 @@ def test_redirects_are_not_followed(serve: Any, tls: Tls, status: int) -> None:
         with pytest.raises(Unreachable, match=r"redirects .*never followed"):
             _open_fleet(server.address, tls)
         with pytest.raises(Foreign):
-            hello(server.address, tls)
+            ask_site_name(server.address, tls)
         keys = {"north": to_public_pem(tls)}
         grid = RemoteGrid(server.address, tls, sites=keys, key=lead_key, hear=Mock(), closing=Mock())
         with pytest.raises(RunError, match=r"redirects .*never followed"), grid:
@@ -185,16 +185,16 @@ def test_client_requests_uncompressed_responses(serve: Any, client: httpx.Client
     ids=["nesting", "no text", "a long number", "a list", "no field", "nothing"],
 )
 def test_malformed_greeting_raises_only_the_wrong_server_error(serve: Any, tls: Tls, status: str, body: bytes) -> None:
-    """Who runs the server could otherwise end every site's process at once."""
+    """Otherwise the operator of the server could end every site's process."""
     server = serve(lambda to, path: to.sendall(build_response(body, status=status)))
     with pytest.raises(Foreign):
-        hello(server.address, tls)
+        ask_site_name(server.address, tls)
 
 
 def test_connection_is_renewed_after_its_maximum_age(
     serve: Any, tls: Tls, own_authority: Authority, monkeypatch: Any
 ) -> None:
-    """Or a server whose certificate has ended, or was replaced, would be polled for ever."""
+    """Otherwise a site would keep polling a server with an expired or replaced certificate."""
     server = serve(lambda to, path: to.sendall(build_response(ActivateNodeResponse(node_id=7).SerializeToString())))
     fleet = Fleet(server.address, tls)
     for _ in range(3):
@@ -231,7 +231,7 @@ def other_authority(tmp_path: Path) -> Authority:
 def test_client_accepts_only_the_server_of_its_federation(
     own_authority: Authority, other_authority: Authority, who: str
 ) -> None:
-    """Who may speak to a real server: test_fleet.py."""
+    """Authentication at a real server: test_fleet.py."""
     tls = {
         "of others": lambda: other_authority.issue("server", address=LOOPBACK),
         "elsewhere": lambda: own_authority.issue("server", address="127.0.0.2"),
@@ -243,7 +243,7 @@ def test_client_accepts_only_the_server_of_its_federation(
         make_server_context(tls, newest=newest), lambda to, path: to.sendall(build_response(b'{"site": "a"}'))
     )
     if who == "of ours":
-        assert hello(server.address, own_authority.issue("a")) == "a"
+        assert ask_site_name(server.address, own_authority.issue("a")) == "a"
     else:
         said = read_hello_error(server.address, own_authority.issue("a"))
         assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in said
@@ -253,7 +253,7 @@ def test_client_accepts_only_the_server_of_its_federation(
 
 def read_hello_error(address: str, tls: Tls) -> str:
     with pytest.raises(Unreachable) as caught:
-        hello(address, tls)
+        ask_site_name(address, tls)
     return str(caught.value)
 
 
@@ -277,7 +277,7 @@ def test_cut_connection_is_not_reported_as_a_refusal(serve: Any, tls: Tls, answe
 def test_certificate_refusal_is_named_in_the_error(
     serve: Any, own_authority: Authority, other_authority: Authority, who: str, says: str
 ) -> None:
-    """Under TLS 1.3 it comes after the handshake."""
+    """With TLS 1.3, the refusal arrives after the handshake."""
     site = own_authority.issue("a", days=-1 if who == "ended" else 5)
     if who == "stranger":
         theirs = other_authority.issue("a")
@@ -295,7 +295,7 @@ def test_certificate_refusal_is_named_in_the_error(
 
 
 def test_hang_up_after_the_handshake_is_reported_as_a_possible_refusal(own_authority: Authority) -> None:
-    """As fedtune's own does, whose library sends no alert."""
+    """fedtune's own server closes the connection without an alert."""
     context = make_server_context(own_authority.issue("server", address=LOOPBACK))
     context.num_tickets = 0
 

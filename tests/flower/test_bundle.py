@@ -1,4 +1,4 @@
-"""The bundle for `flwr run` and its ServerApp; and that neither needs a name that Flower calls private."""
+"""The bundle for `flwr run` and its ServerApp, which use only public names of Flower."""
 
 import json
 import os
@@ -105,7 +105,7 @@ builtins.__import__ = record
 
 
 def list_imports(code: str) -> list[Any]:
-    """(importer, module, name, is public) of everything that fedtune's modules take from Flower while `code` runs."""
+    """List (importer, module, name, is public) of all imports from Flower by fedtune's modules while `code` runs."""
     words = [sys.executable, "-c", f"{_RECORDS}\n{code}\nprint(json.dumps(wanted))"]
     env = make_environment(HF_HUB_OFFLINE="1")
     done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600, check=True)

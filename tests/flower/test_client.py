@@ -1,4 +1,4 @@
-"""A site's app: whatever comes in, what goes out is a release and never an exception or words of the site's own."""
+"""A site's Flower app: every reply is a release type, without exception texts or other text of the site."""
 
 import base64
 import logging
@@ -35,7 +35,7 @@ END = f"query.{flower_records.END}"
 
 @pytest.fixture(autouse=True)
 def server() -> None:
-    """Messages come from a server, as Flower would make them."""
+    """Messages constructed as by Flower's server."""
     set_sender_ids(run_id=7, node_id=0, task_id=0)
 
 
@@ -45,7 +45,7 @@ def train_by_adding_one(request: RoundRequest, given: Adapter, attempt: int) -> 
 
 @pytest.fixture
 def site(tmp_path: Path, adapter: Adapter) -> Callable[..., Site]:
-    """The site `a`, whose ledger is opened anew, and which trains by adding one unless told otherwise."""
+    """The site `a` with a fresh ledger, which trains by adding one by default."""
 
     def make(train: Train = train_by_adding_one) -> Site:
         key = SigningKey.load_or_create(tmp_path / "site_key.pem")
@@ -69,7 +69,7 @@ def request_(adapter: Adapter) -> RecordDict:
 
 
 class Exchange(NamedTuple):
-    """A message, its reply, and the answer in that."""
+    """A message, its reply, and the decoded answer."""
 
     message: Message
     reply: Message
@@ -106,7 +106,7 @@ def test_round_reply_contains_the_bytes_stored_in_the_ledger(
 
 
 def test_ledger_receives_the_server_time_of_the_request(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
-    """What opens a period of the site's budget; a ledger that hears nothing opens none."""
+    """The server time opens a period of the site's budget; without it, no period begins."""
     monkeypatch.setattr(SiteLedger, "set_server_time", told := Mock())
     told.assert_called_once_with(ask_app(app, request_).message.metadata.created_at)
 
@@ -169,7 +169,7 @@ def test_unknown_message_type_is_refused_even_with_a_valid_request(
 
 
 class Panic(BaseException):
-    """As a library written in Rust raises it."""
+    """A panic as raised by a library written in Rust."""
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_keyboard_interrupt_is_not_swallowed(site: Any, request_: RecordDict) ->
         ask_app(SiteApp(lambda settings: site(Mock(side_effect=KeyboardInterrupt)), name="a"), request_)
 
 
-def test_introduction_answers_no_round_and_expires(app: SiteApp) -> None:
+def test_name_query_returns_the_site_name_and_expires(app: SiteApp) -> None:
     exchange = ask_app(app, RecordDict(), "query")
     assert exchange.answered is None
     assert exchange.reply.content.config_records[flower_records.SITE]["name"] == "a"
@@ -213,7 +213,7 @@ _WORDS = (CANARY, "patient", "hepatitis", "Traceback", "Error", "ledger.db", "si
 
 
 def require_silence(sent: list[bytes], words: tuple[str, ...] = _WORDS) -> None:
-    """No word, nor the canary in another encoding that a library might have put it into."""
+    """Check that the content contains no text of the site and no encoding of the canary."""
     assert sent
     everything = b"\0".join(sent)
     for word in words:

@@ -1,4 +1,4 @@
-"""What connections may take of the server: numbers, time, and no longer than a certificate is good."""
+"""Limits on the server's connections: number, duration, and the validity of certificates."""
 
 import contextlib
 import select
@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from fedtune.ops.wire import connections
-from fedtune.ops.wire.fleet import HELLO, hello
+from fedtune.ops.wire.fleet import HELLO, ask_site_name
 from fedtune.ops.wire.identity import Tls
 
 from .certificates import LOOPBACK, Authority
@@ -25,7 +25,7 @@ ELSEWHERE = "127.0.0.9"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    """A server with 256 files and short times."""
+    """A server with 256 file descriptors and short timeouts."""
     with run_server(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256) as made:
         yield made
         wait_for(lambda: read_status(made) == 200, seconds=10, what="an answer")  # it still serves
@@ -43,7 +43,7 @@ def build_greeting(tls: Tls) -> bytes:
 
 
 def read_status(network: Loopback, address: str = LOOPBACK) -> int:
-    """Of a member's call from an address of this machine; 0: it had no answer."""
+    """Return the status of a member's call from a local address; 0 without an answer."""
     transport = httpx.HTTPTransport(verify=network.tls["a"].create_client_context(), local_address=address)
     with httpx.Client(transport=transport, timeout=10) as client, contextlib.suppress(httpx.HTTPError):
         return client.get(f"https://{network.address}{HELLO}", headers=sign_headers(network.tls["a"])).status_code
@@ -51,7 +51,7 @@ def read_status(network: Loopback, address: str = LOOPBACK) -> int:
 
 
 def hangs_up_within(line: Any, seconds: float, *, send: bytes = b"") -> bool:
-    """Whether the other end hangs up, while a byte of `send` goes out every tenth of a second."""
+    """Return True if the peer closes the connection while a byte of `send` is sent every tenth of a second."""
     deadline, position = time.monotonic() + seconds, 0
     line.settimeout(0.1)
     while time.monotonic() < deadline:
@@ -94,7 +94,7 @@ def test_connections_per_address_are_limited_and_certificates_have_priority(netw
     assert "too many from this address" in list_reasons(network)
 
 
-def test_connection_bursts_are_fully_uncounted(network: Loopback) -> None:
+def test_connection_bursts_release_all_their_slots(network: Loopback) -> None:
     for _ in range(3):
         with contextlib.ExitStack() as stack:
             for _ in range(150):
@@ -153,9 +153,9 @@ def test_connection_has_a_maximum_lifetime_and_no_tls_session_ticket(network: Lo
 
 
 def test_connection_ends_when_its_certificate_expires(network: Loopback) -> None:
-    tls = network.enlist("short", days=6 / 86400)  # valid for six seconds; starting with ten days ago
+    tls = network.add_member("short", days=6 / 86400)  # valid for six seconds; starting with ten days ago
     wait_for(lambda: "short is registered" in network.output, seconds=10)
-    assert hello(network.address, tls) == "short"
+    assert ask_site_name(network.address, tls) == "short"
 
     def is_closed() -> bool:
         try:

@@ -1,4 +1,4 @@
-"""What a lead hears of its sites while a round goes on, what of it counts, and which of them it asks again."""
+"""A lead's reaction to the answers of its sites during a round: reports, validity and retries."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.federation.protocol import Invitation, Reply, answer_digest
+from fedtune.federation.protocol import Invitation, Reply, compute_answer_digest
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.asking_grid import Heard as Answered
@@ -33,7 +33,7 @@ NONCE = "0a" * 16
 
 
 class Line:
-    """A lead with the sites north (1) and south (2), and what they answer to its questions."""
+    """A lead with the sites north (1) and south (2), and their answers."""
 
     def __init__(self, ledger: SiteLedger, key: str, adapter: Adapter) -> None:
         set_sender_ids(run_id=7, node_id=0, task_id=0)
@@ -43,7 +43,7 @@ class Line:
 
     @property
     def heard(self) -> list[Any]:
-        """Site and what it said, and what else was told of that."""
+        """Return the reported site and answer, and the other reported values."""
         return [(*call.args, call.kwargs) for call in self.listener.on_site_answered.call_args_list]
 
     @property
@@ -62,7 +62,7 @@ class Line:
         return self.ears(number, self.question(self.sites[number - 1].site, kind), answer)
 
     def signed(self, body: Update | Refusal | Offer) -> Reply:
-        return Reply(body=body, receipt=self.ledger.sign_receipt("r", reply=answer_digest(body)))
+        return Reply(body=body, receipt=self.ledger.sign_receipt("r", reply=compute_answer_digest(body)))
 
     def update(self, site: str = "north", **changes: Any) -> Update:
         return Update(**({"site": site, "run": "r", "round": 1, "tensors": self.adapter.tensors} | changes))
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ledger(folder: Path) -> SiteLedger:
-    """One that was charged for two rounds; it signs both sites' receipts."""
+    """A ledger with two charged rounds, which signs both sites' receipts."""
     made = SiteLedger(folder / "ledger.db", make_site_policy(), SigningKey.load_or_create(folder / "key.pem"))
     for round in (1, 2):
         made.reserve(run_proposal(), round=round, request=f"{round}")
@@ -209,7 +209,7 @@ def test_lead_contacts_no_site_if_the_expected_signal_is_weak(tiny: Any, tmp_pat
     asked = grid.return_value.__enter__
     asked.side_effect = RunError("no server")
     monkeypatch.setattr(LeadService, "key", lead_key)
-    monkeypatch.setattr("fedtune.ops.deployment.members", lambda kit, names: sites)
+    monkeypatch.setattr("fedtune.ops.deployment.find_members", lambda kit, names: sites)
     (tmp_path / "run").mkdir()
 
     def run(config: RunConfig) -> None:

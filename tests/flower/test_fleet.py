@@ -1,4 +1,4 @@
-"""A site's connection to a real server: who gets in, who is put out, and what a site is told about it."""
+"""A site's connection to a real server: admission, revocation and errors."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from flwr.supercore.date import now
 import fedtune.ops.wire.fleet as fleet_module
 import fedtune.ops.wire.waiting as waiting
 from fedtune.ops.wire import identity
-from fedtune.ops.wire.fleet import Fleet, Unauthorised, Unreachable, hello
+from fedtune.ops.wire.fleet import Fleet, Unauthorised, Unreachable, ask_site_name
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.waiting import WAIT, Bell, Questions
 
@@ -49,7 +49,7 @@ def list_status(network: Loopback, name: str) -> list[str]:
     return [status for (status,) in network.rows(f"SELECT status FROM node WHERE name = '{name}'")]
 
 
-def does_work(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Exception], ...] = Unauthorised) -> bool:
+def succeeds(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Exception], ...] = Unauthorised) -> bool:
     try:
         work()
     except error:
@@ -62,7 +62,7 @@ def test_unregistered_member_with_a_valid_certificate_is_refused(network: Loopba
     for name in ("lead", "newcomer"):
         tls = network.authority.issue(name)
         with pytest.raises(Unauthorised, match="the server refused this site: unknown"):
-            hello(network.address, tls)
+            ask_site_name(network.address, tls)
         with pytest.raises(Unauthorised, match="unknown"):
             join_network(tls).activate()
     assert network.rows("SELECT count(*) FROM node") == [(len(network.members),)], "nobody registers himself"
@@ -74,28 +74,28 @@ def test_wrong_site_clock_is_named_in_the_error(
 ) -> None:
     monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=seconds))
     with pytest.raises(Unauthorised, match=f"its clock is {says}"):
-        hello(network.address, network.tls["a"])
+        ask_site_name(network.address, network.tls["a"])
 
 
 @pytest.mark.parametrize(("kept", "whose"), [(True, "so the server's is wrong"), (False, "one of them is wrong")])
 def test_wrong_server_clock_is_named_in_the_error(
     network: Loopback, kept: bool, whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything here is ten minutes ahead of the server, which a server that is behind looks like."""
+    """All other clocks are ten minutes ahead, which is equivalent to a slow server clock."""
     monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=600))
     monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + 600))
     monkeypatch.setattr(identity, "is_clock_synchronized", lambda: kept)
     with pytest.raises(Unreachable, match=rf"the server's clock is (59|60)\d s behind this machine's: .*{whose}"):
-        hello(network.address, network.tls["a"])
+        ask_site_name(network.address, network.tls["a"])
 
 
 def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join_network: Any) -> None:
     bystander = join_network(network.tls["a"])
     bystander.activate()
-    tls = network.enlist("guest")
+    tls = network.add_member("guest")
     fleet = join_network(tls)
-    wait_for(lambda: does_work(fleet.activate, error=(Unauthorised, Unreachable)), what="the roster")
-    assert hello(network.address, tls) == "guest"
+    wait_for(lambda: succeeds(fleet.activate, error=(Unauthorised, Unreachable)), what="the roster")
+    assert ask_site_name(network.address, tls) == "guest"
     assert fleet.receive() is None
 
     network.set_revoked("guest")
@@ -112,7 +112,7 @@ def test_site_is_added_and_revoked_while_the_server_runs(network: Loopback, join
 
     wait_for(is_refused, what="the roster")
     assert said.endswith(": revoked")
-    for call in (lambda: hello(network.address, tls), fleet.activate):
+    for call in (lambda: ask_site_name(network.address, tls), fleet.activate):
         with pytest.raises(Unauthorised, match="the server refused this site: revoked"):
             call()
     assert bystander.receive() is None, "the others notice nothing"
@@ -149,7 +149,7 @@ def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: p
     authority, address = Authority(tmp_path / "ca"), f"{LOOPBACK}:{find_free_port()}"
     tls = authority.issue("a")
     fleet = Fleet(address, tls)
-    for call in (fleet.activate, lambda: hello(address, tls)):
+    for call in (fleet.activate, lambda: ask_site_name(address, tls)):
         with pytest.raises(Unreachable, match="no connection to the server"):
             call()
     fleet.close()
@@ -159,21 +159,21 @@ def test_missing_server_is_reported_by_every_call(tmp_path: Path, monkeypatch: p
         assert (bell.works, bell.rung.is_set()) == (False, False), "a bell does not work and is quiet"
 
 
-def wait_5_s(call: Coroutine[Any, Any, Any]) -> Any:
+def run_with_timeout(call: Coroutine[Any, Any, Any]) -> Any:
     async def run() -> Any:
         return await asyncio.wait_for(call, 5)
 
     return asyncio.run(run())
 
 
-def test_unheard_questions_are_reported_immediately() -> None:
+def test_missed_questions_are_reported_immediately() -> None:
     async def run() -> list[int]:
         questions = Questions()
         first = await questions.wait_for_count(1, heard=-1)
         questions.count_questions([1, 1, 2])
         return [first, await questions.wait_for_count(1, heard=0), await questions.wait_for_count(1, heard=5)]
 
-    assert wait_5_s(run()) == [0, 2, 2], "also where the server started again meanwhile"
+    assert run_with_timeout(run()) == [0, 2, 2], "also where the server started again meanwhile"
 
 
 def test_call_is_held_until_its_node_is_asked() -> None:
@@ -192,7 +192,7 @@ def test_call_is_held_until_its_node_is_asked() -> None:
         await asyncio.gather(*calls)
         return order
 
-    assert wait_5_s(run()) == ["2 heard 1", "only then", "1 heard 1", "1 heard 1"]
+    assert run_with_timeout(run()) == ["2 heard 1", "only then", "1 heard 1", "1 heard 1"]
 
 
 def test_held_call_ends_by_timeout_or_server_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +203,9 @@ def test_held_call_ends_by_timeout_or_server_shutdown(monkeypatch: pytest.Monkey
         questions.close()
         return await call + await questions.wait_for_count(1, heard=0)
 
-    assert wait_5_s(wait_and_end()) == 0
+    assert run_with_timeout(wait_and_end()) == 0
     monkeypatch.setattr(waiting, "_HELD_S", 0.05)
-    assert wait_5_s(Questions().wait_for_count(1, heard=0)) == 0
+    assert run_with_timeout(Questions().wait_for_count(1, heard=0)) == 0
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Questions and answers as Flower's records, and over its grid."""
+"""Questions and answers as Flower records, and over Flower's grid."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -43,7 +43,7 @@ def test_refusal_round_trips_through_flower_records() -> None:
 
 
 def test_reply_accepts_only_its_canonical_record_form(adapter: Adapter) -> None:
-    """What Flower says beside the bytes is part of no signature: it says the same each time, or it is no answer."""
+    """Flower's fields besides the bytes are unsigned, so they must have fixed values."""
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
     content = flower_records.from_reply(Reply(body=update, receipt=RECEIPT))
     assert set(content) == {flower_records.UPDATE, flower_records.REPLY}
@@ -119,5 +119,5 @@ def test_answers_of_known_nodes_are_read_one_by_one_and_their_bytes_counted() ->
     answers = transport.end([Question(site=site, signed=signed) for site in "bca"], timeout_s=1)
     assert (next(answers), taken) == (("b", None), [2]), "the next answer waits until it is asked for"
     assert list(answers) == [("c", None), ("a", None)]
-    assert (min(transport.traffic()) > 0, transport.traffic()) == (True, (0, 0))
+    assert (min(transport.take_traffic()) > 0, transport.take_traffic()) == (True, (0, 0))
     grid.get_node_ids.assert_not_called()

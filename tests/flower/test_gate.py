@@ -1,4 +1,4 @@
-"""What of Flower's server can be reached from outside, tried on a real one."""
+"""The routes of a real Flower server that are reachable from outside."""
 
 import asyncio
 import contextlib
@@ -99,7 +99,7 @@ def test_paths_similar_to_allowed_calls_are_closed(network: Loopback, call_gate:
 
 
 def test_lead_calls_require_the_signature_of_the_lead(network: Loopback, call_gate: Any) -> None:
-    """What else is wrong with one: below."""
+    """Other invalid calls are tested below."""
     runs = network.rows("SELECT count(*) FROM run")
     for who in (network.lead_tls, network.tls["a"]):
         client = call_gate(who)
@@ -262,7 +262,7 @@ def sign_lead_call(
 def accepts_headers(
     headers: Any, *, path: str = "/p", body: bytes = b"b", lead: str = KEY.public, now: float = NOW
 ) -> bool:
-    """As the gate asks it, which has the headers before it has read the body."""
+    """Return True if the gate accepts the headers, which it reads before the body."""
     return verify_body_hash(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
 
 
@@ -342,7 +342,7 @@ def test_server_still_serves_after_all_refused_calls(network: Loopback) -> None:
 
 
 def test_body_of_a_refused_call_is_not_read(network: Loopback, call_gate: Any) -> None:
-    """Whoever holds a certificate of the federation could have the server take in a gigabyte, call after call."""
+    """Otherwise any holder of a certificate could upload gigabytes to the server."""
     sent = 0
 
     def iter_body() -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""What fedtune relies on inside of Flower, beside its public interface: names, calls, tables, routes and messages.
+"""Flower's private names, calls, tables, routes and messages on which fedtune relies.
 
 Only `fedtune/flower/internals.py` takes it.  Where this file passes with a new release of Flower, so should all else:
 run it first, and mend what it names.
@@ -36,7 +36,7 @@ PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strate
 
 
 def list_imports(path: Path) -> Iterator[tuple[str, str]]:
-    """(module, name) of everything that a file takes from Flower."""
+    """List (module, name) of all imports from Flower in a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr"):
             yield from ((node.module or "", alias.name) for alias in node.names)

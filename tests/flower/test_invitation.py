@@ -1,4 +1,4 @@
-"""How a run begins and ends: who takes part is asked before round 1, and scores may end a run or turn a round back."""
+"""Start and end of a run: invitations before round 1, early stopping, and rollback of diverged rounds."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ SITES = ("site-1", "site-2", "site-3")
 
 
 def list_charged_sites(made: Any) -> list[str]:
-    """Sites in whose ledgers anything was charged or set aside."""
+    """List the sites whose ledgers have charges or reservations."""
     kinds = {site: {event.kind for event in made.events(site)} for site in SITES}
     return [site for site, found in kinds.items() if found & {Kind.PLAN, Kind.RESERVE, Kind.COMMIT}]
 
@@ -39,7 +39,7 @@ def test_nothing_is_charged_when_too_few_sites_accept(federation: Any) -> None:
     assert made.trained == []
 
 
-def test_run_starts_with_enough_sites_and_still_asks_refusing_ones(federation: Any) -> None:
+def test_run_starts_with_enough_sites_and_still_asks_refusing_sites(federation: Any) -> None:
     made = federation(min_sites=2, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
     state = made.run()
     assert state.rounds[0].sites == ("site-1", "site-3")
@@ -57,7 +57,7 @@ def test_only_a_different_protocol_version_ends_a_run(
     before = [made.events(site) for site in SITES]
     monkeypatch.setattr(_Question, "_to_json", lambda asked: to_json(asked) | other)
     for begun in (None, state) if older else ():
-        with pytest.raises(ConfigError, match=f"site-1 speaks protocol .*: upgrade the {older}"):
+        with pytest.raises(ConfigError, match=f"site-1 uses protocol .*: upgrade the {older}"):
             made.run(begun)
         assert [made.events(site) for site in SITES] == before, "nothing was charged"
     if not older:
@@ -122,7 +122,7 @@ def test_diverged_round_is_rolled_back_and_the_run_continues(
     state = made.run(evaluate=lambda adapter: next(scores))
     assert [result.diverged for result in state.rounds] == [False, True, False]
     assert [result.metrics for result in state.rounds] == [{"loss": 1.0}, {"loss": 1.0}, {"loss": 0.5}]
-    assert "round 2 diverged (loss nan); restoring the adapter from its start" in caplog.text
+    assert "round 2 diverged (loss nan); restoring the adapter of the previous round" in caplog.text
     # Two good rounds, also for the server optimizer: as far as a run of two rounds comes.
     two = plain.run_until(2)
     for name, value in two.adapter.tensors.items():
@@ -146,14 +146,14 @@ def test_two_consecutive_diverged_rounds_end_the_run(federation: Any) -> None:
 
 
 def add_scores(made: Any, *scores: float) -> Any:
-    """The same, with a lead whose validation file gives one score after the other."""
+    """Give the lead a validation file with this sequence of scores."""
     left = iter(scores)
     made.lead = replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, primary_metric="accuracy")
     return made
 
 
 def test_early_stopping_keeps_the_best_round_and_releases_the_reserve(federation: Any) -> None:
-    """A run of four planned rounds that its scores end after the third."""
+    """A run of four planned rounds stops after the third."""
     asks = {"num_rounds": 4, "spare_rounds": 0}
     made = add_scores(
         federation(num_rounds=4, early_stopping_patience=1, checkpoint_selection="best", asks=asks), 0.25, 0.75, 0.75

@@ -1,4 +1,4 @@
-"""What a member may send through the server: the answer to its own open question, in its size, and nothing else."""
+"""Messages of a member through the server: only answers to its own open questions, within the size limit."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ from .test_remote_grid import list_answering_sites, make_questions
 
 @pytest.fixture(autouse=True)
 def skip_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's certificate is refused here, which is what a lead waits for at each connection."""
+    """Skip the lead's wait for a certificate refusal at each connection."""
     monkeypatch.setattr(bounded_http, "_ALERT_S", 0.05)
 
 
@@ -50,7 +50,7 @@ def member(network: Loopback) -> Iterator[Member]:
 
 @pytest.fixture
 def question(network: Loopback, member: Member) -> Iterator[Question]:
-    """One that stays open at the server; the lead does not wait for it any more."""
+    """A question that stays open at the server after the lead has stopped waiting."""
     with network.grid(["b"]) as grid, ThreadPoolExecutor(1) as pool:
         pool.submit(list, grid.receive(make_questions(1), timeout=1))
         yield member.asked(grid._open_session.grid.run.run_id)
@@ -96,19 +96,19 @@ def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback,
     ((a,),) = network.rows("SELECT node_id FROM node WHERE name = 'a'")
     other = (a % (1 << 64)) if a < 0 else a
     for status, reason, changed in (
-        (403, "in the name of another sender", {"reply_to_message_id": "", **to_lead}),
-        (403, "in the name of another sender", {"reply_to_message_id": "", **to_lead, "dst_node_id": other}),
-        (403, "in the name of another sender", {"src_node_id": other}),
-        (403, "not addressed to the lead", {"dst_node_id": other}),
-        (403, "not addressed to the lead", {"dst_node_id": member.node_id}),
-        (403, "not an answer to a question", {"reply_to_message_id": ""}),
+        (403, "the message names another sender", {"reply_to_message_id": "", **to_lead}),
+        (403, "the message names another sender", {"reply_to_message_id": "", **to_lead, "dst_node_id": other}),
+        (403, "the message names another sender", {"src_node_id": other}),
+        (403, "the message is not addressed to the lead", {"dst_node_id": other}),
+        (403, "the message is not addressed to the lead", {"dst_node_id": member.node_id}),
+        (403, "the message answers no question", {"reply_to_message_id": ""}),
         (409, "the question is not open", {"reply_to_message_id": "ab" * 32}),
-        (403, "another run's question", {"run_id": 7}),
-        (403, "of a different type than the question", {"message_type": "query"}),
-        (403, "of a different type than the question", {"group_id": "other"}),
-        (403, "too many objects, or objects without a name", {"message_id": "x"}),
+        (403, "the question belongs to another run", {"run_id": 7}),
+        (403, "the message type differs from the question's", {"message_type": "query"}),
+        (403, "the message type differs from the question's", {"group_id": "other"}),
+        (403, "the message has too many objects or an invalid object id", {"message_id": "x"}),
     ):
-        request = member.answer_record(question, **changed)
+        request = member.build_answer(question, **changed)
         answer = member.push(request)
         assert (answer.status_code, answer.json()["reason"]) == (status, reason), changed
         sent.add((request.messages_list[0].metadata.message_id,))
@@ -116,7 +116,7 @@ def test_only_an_answer_to_a_members_own_question_is_accepted(network: Loopback,
     assert not sent & set(stored)
     assert round_.ends() == {1: "a"}
     noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
-    assert ("message refused", "in the name of another sender", "b") in noted
+    assert ("message refused", "the message names another sender", "b") in noted
     assert ("run started", None, None) in noted
 
 
@@ -124,15 +124,15 @@ def test_objects_of_the_lead_cannot_be_redefined(member: Member, round_: Round) 
     # Flower believes who names an object first: the lead's settings are one in every round, and with other parts
     # announced for it the lead could ask nobody any more.
     for id in round_.question.object_ids:
-        request = member.answer_record(round_.question)
+        request = member.build_answer(round_.question)
         request.message_object_trees[0].children.add(object_id=id).children.add(object_id="ab" * 32)
         answer = member.push(request)
-        assert (answer.status_code, answer.json()["reason"]) == (403, "an object of the lead's, made of other parts")
+        assert (answer.status_code, answer.json()["reason"]) == (403, "the object of the lead has other parts")
     assert round_.ends() == {1: "a"}
 
 
 def test_answer_must_have_one_message_and_one_tree_without_content(member: Member, question: Question) -> None:
-    right = member.answer_record(question)
+    right = member.build_answer(question)
     (message,), (tree,) = right.messages_list, right.message_object_trees
     parts = {"node": member.node, "messages_list": [message], "message_object_trees": [tree]}
     with_content, with_error = message_pb2.Message(), message_pb2.Message(metadata=message.metadata)
@@ -159,10 +159,10 @@ def test_only_announced_objects_within_the_size_limit_are_accepted(
     before = network.rows(stored)[0][0]
     junk, large = make_object(1 << 16), make_object(1 << 21)
     assert member.push_object(question, "", junk).status_code == 409, "not announced"
-    announced = member.answer_record(question, large)
+    announced = member.build_answer(question, large)
     session = member.read_session(member.push(announced))
-    second = member.push(member.answer_record(question))
-    assert (second.status_code, second.json()["reason"]) == (409, "the question is answered")
+    second = member.push(member.build_answer(question))
+    assert (second.status_code, second.json()["reason"]) == (409, "the question was already answered")
     assert member.push(announced).status_code == 200, "the same again, as after a call that was cut off"
     assert member.push_object(question, session, junk).status_code == 409, "of no announced answer"
     assert member.push_object(question, session, large).status_code == 413, "the question was a few hundred bytes"
@@ -180,7 +180,7 @@ def test_partially_uploaded_answer_is_not_passed_to_the_lead(network: Loopback, 
     asked = PullAppMessagesRequest(message_ids=[round_.question.metadata.message_id, "unknown"]).SerializeToString()
     for announced in (False, True):
         if announced:
-            member.read_session(member.push(member.answer_record(round_.question, make_object(8))))
+            member.read_session(member.push(member.build_answer(round_.question, make_object(8))))
         passed = PullAppMessagesRequest.FromString(SiteCalls(state).keep_complete_answers(asked))
         assert list(passed.message_ids) == ["unknown"], "which Flower answers for"
 
@@ -224,7 +224,7 @@ def test_site_fetches_and_confirms_only_its_own_questions(member: Member, round_
 def test_compressed_body_is_not_read(member: Member) -> None:
     body = gzip.compress(fleet_pb2.PullMessagesRequest(node=member.node).SerializeToString() + b"\0" * (1 << 24))
     answer = member.post("pull-messages", body, **{"content-encoding": "gzip"})
-    assert (answer.status_code, answer.json()["reason"]) == (415, "a compressed body")
+    assert (answer.status_code, answer.json()["reason"]) == (415, "the body must not be compressed")
 
 
 @pytest.mark.parametrize("path", sorted(gate._SITE_CALLS))
@@ -240,7 +240,7 @@ def test_upload_started_before_a_server_restart_can_finish(
     network: Loopback, member: Member, question: Question
 ) -> None:
     part, other = make_object(100), make_object(101)
-    session = member.read_session(member.push(member.answer_record(question, part, other)))
+    session = member.read_session(member.push(member.build_answer(question, part, other)))
     assert member.push_object(question, session, part).status_code == 200
     network.process.kill()
     network.start()
@@ -293,7 +293,7 @@ def test_honest_message_is_reassembled() -> None:
 
 
 def test_shared_object_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read again for each that names them, these 302 objects would take hours."""
+    """Reading the parts of these 302 objects once per reference would take hours."""
 
     def put(kind: str, number: int, children: list[str], body: object) -> str:
         id, text = f"{kind}-{number}", b"" if kind == "ArrayChunk" else json.dumps(body).encode()
@@ -315,29 +315,29 @@ def test_shared_object_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> N
         lambda kind, data, below: read.append(data) or original(kind, data, below),
     )
     tree = ObjectTree(object_id=message, children=[ObjectTree(object_id=id) for id in objects if id != message])
-    with pytest.raises(OutOfBounds, match=r"a message of [0-9]+ bytes"):
+    with pytest.raises(OutOfBounds, match=r"the message has [0-9]+ bytes"):
         pull_message(tree, objects.__getitem__, lambda id: None, most_bytes=1 << 20)
     assert len(read) == len(set(read)) == 202
 
 
 CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
-    "a RecordDict whose parts are not those that it names": lambda tree, objects: rewrite(
+    "the parts of a RecordDict differ from its references": lambda tree, objects: rewrite(
         objects, "RecordDict", lambda fields: fields.pop("request")
     ),
     "4096 objects": lambda tree, objects: tree.children.extend(
         ObjectTree(object_id=f"{number:064x}") for number in range(5000)
     ),
-    "something else": lambda tree, objects: objects.update(
+    "is not a Message": lambda tree, objects: objects.update(
         {tree.object_id: objects[find_by_kind(objects, "RecordDict")]}
     ),
-    "a message of [0-9]+ bytes": lambda tree, objects: rewrite(
+    "the message has [0-9]+ bytes": lambda tree, objects: rewrite(
         objects, "Array", lambda fields: fields.update(arraychunk_ids=[0] * 100_000)
     ),
     # A record in itself, and a long request.
-    "do not belong together": lambda tree, objects: objects.update(
+    "an object of the wrong type": lambda tree, objects: objects.update(
         {(id := find_by_kind(objects, "ArrayRecord")): f"ArrayRecord {id} 2".encode() + b"\x00{}"}
     ),
-    "may be no array's": lambda tree, objects: objects.update(
+    "outside of arrays": lambda tree, objects: objects.update(
         {find_by_kind(objects, "ConfigRecord"): b"ConfigRecord  1\x00" + bytes(message_objects.MOST_BESIDE_BYTES)}
     ),
 }
@@ -355,5 +355,5 @@ def test_malformed_and_expanding_objects_are_refused(says: str) -> None:
 def test_oversized_or_slow_message_is_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
     monkeypatch.setattr(message_objects, bound, value)
     tree, objects = make_honest_reply(np.arange(1000, dtype=np.float32))
-    with pytest.raises(OutOfBounds, match="more than 1000 bytes" if bound == "MOST_BYTES" else "takes more than"):
+    with pytest.raises(OutOfBounds, match="more than 1000 bytes" if bound == "MOST_BYTES" else "took more than"):
         pull_tree(tree, objects)

@@ -1,4 +1,4 @@
-"""The lead's grid against a real server and real sites, each a process of its own that may die.
+"""The lead's grid against a real server and real sites in separate processes, which may die.
 
 When a question is asked again, and what an answer is worth until then: test_asking_grid.py.
 """
@@ -32,7 +32,7 @@ VALUES = {"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.f
 
 @pytest.fixture(autouse=True)
 def impatient_lead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lead that tries again soon: what is waited for is polled for, by everybody."""
+    """Short polling and retry intervals."""
     monkeypatch.setattr(asking_grid, "RECONNECT_S", 0.2)
     monkeypatch.setattr(asking_grid, "_LOST_S", 0.5)
     monkeypatch.setattr(bounded_http, "_ALERT_S", 0.05)
@@ -44,7 +44,7 @@ def make_questions(*numbers: int, values: dict[str, np.ndarray] = VALUES) -> lis
 
 
 def list_answering_sites(answers: Sequence[Message]) -> dict[int, str]:
-    """Node -> the site that says it has answered; two answers of one node are an error."""
+    """Map each node to the site that answered; two answers of one node are an error."""
     assert len({answer.metadata.src_node_id for answer in answers}) == len(answers)
     return {answer.metadata.src_node_id: str(read_about(answer)["site"]) for answer in answers}
 
@@ -237,7 +237,7 @@ def _ask_once(network: Loopback) -> dict[int, str]:
 def test_wrong_clock_is_named_and_does_not_end_a_run(
     network: Loopback, ask_in_thread: Any, monkeypatch: Any, caplog: Any
 ) -> None:
-    """The lead is an hour ahead of the server for a while, in the middle of an exchange and at its beginning."""
+    """The lead's clock is an hour ahead of the server's for some time, during and at the start of an exchange."""
     apart = 0.0
     monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + apart))
     with network.grid(["a"]) as grid:

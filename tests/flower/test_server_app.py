@@ -1,4 +1,4 @@
-"""The lead against sites that fail, fall silent, or send what they like."""
+"""A lead with sites that fail, fall silent, or send invalid replies."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from ..conftest import run_plan
 from ..privacy.builders import stranger_key
 
 
-def reply_of(messages: list[Message], node: int) -> Message:
+def find_reply(messages: list[Message], node: int) -> Message:
     (message,) = (message for message in messages if message.metadata.src_node_id == node)
     return message
 
@@ -48,10 +48,10 @@ def test_completed_rounds_are_recorded(federation: Any) -> None:
 
 
 def test_site_with_error_replies_counts_as_charged(federation: Any, tamper: Any) -> None:
-    """A silent one: below."""
+    """Silent sites are tested below."""
 
     def drop_reply(messages: list[Message]) -> list[Message]:
-        silent = reply_of(messages, 2)
+        silent = find_reply(messages, 2)
         others = [message for message in messages if message is not silent]
         failed = Message.__new__(Message)
         failed.__dict__.update(silent.__dict__)
@@ -85,10 +85,10 @@ def test_too_few_sites_end_the_run_and_keep_the_checkpoint(federation: Any, tamp
 def test_invalid_reply_is_dropped_and_the_round_continues(
     federation: Any, tamper: Any, fault: str, reason: str
 ) -> None:
-    """What a site itself may sign: tests/federation/test_replies.py."""
+    """Replies that a site itself may sign: tests/federation/test_replies.py."""
 
     def spoil(messages: list[Message]) -> list[Message]:
-        content = reply_of(messages, 2).content
+        content = find_reply(messages, 2).content
         if fault == "a value changed":
             (array,) = content.array_records[flower_records.UPDATE].values()
             nan = array.data[:-2] + b"\xc0\x7f"
@@ -114,7 +114,7 @@ def test_invalid_reply_is_dropped_and_the_round_continues(
 def test_missing_node_is_awaited_until_the_timeout(federation: Any) -> None:
     made = federation(round_timeout_s=0.1)
     sizes = made.sizes | {"site-4": 5}
-    with pytest.raises(RunError, match="no answer from these sites, so the run did not start: site-4"):
+    with pytest.raises(RunError, match="the run did not start, because these sites did not answer: site-4"):
         made.run(declared_sizes=sizes)
 
 
@@ -151,7 +151,7 @@ SITES = ("site-1", "site-2", "site-3")
 
 
 def list_known_keys(made: Any) -> dict[str, str]:
-    """What a roster says: the keys under which the sites sign."""
+    """Return the sites' signing keys as in a roster."""
     return {name: SigningKey.load_or_create(made.folder / name / "site_key.pem").public for name in SITES}
 
 
@@ -183,7 +183,7 @@ def test_receipt_under_another_key_is_rejected(federation: Any, caplog: pytest.L
     assert state.rounds[0].failed_sites == {"site-2": "unsigned_reply"}
     assert list_charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
     assert "site-2" not in state.receipts
-    assert "site-2: its receipt is signed with a key that is not in the roster" in caplog.text
+    assert "site site-2: the receipt is signed with a key that is not in the roster" in caplog.text
 
 
 def test_final_receipt_of_a_silent_site_corrects_its_charge(federation: Any, tamper: Any) -> None:

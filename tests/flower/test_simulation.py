@@ -1,4 +1,4 @@
-"""What a simulation runs on: the in-process grid, and Flower's engine as far as it can be looked at without Ray."""
+"""Runtimes of a simulation: the in-process grid, and Flower's engine without Ray."""
 
 import json
 import os
@@ -71,7 +71,7 @@ STATE = LeadState(round=1, adapter=Adapter({}))
 
 
 class Engine:
-    """Stands in for Flower's processes: `flwr run` calls the bundle's ServerApp here, with this grid."""
+    """A stand-in for Flower's processes: `flwr run` calls the bundle's ServerApp with this grid."""
 
     def __init__(self) -> None:
         self.started: list[tuple[Sequence[str], Mapping[str, str]]] = []
@@ -106,7 +106,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return made
 
 
-def test_a_run_is_submitted_by_flwr_run_and_relayed_by_its_server_app(
+def test_run_is_submitted_with_flwr_run_and_relayed_by_the_server_app(
     compose_ray: Any, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "hub.example.org")
@@ -159,7 +159,7 @@ def test_run_error_keeps_its_type(compose_ray: Any, engine: Engine, error: Any, 
 
 
 @pytest.mark.parametrize("fails", ["flower-superlink", "flwr", "in the run"])
-def test_an_engine_that_does_not_start_or_dies_ends_the_run(
+def test_engine_start_failure_or_crash_ends_the_run(
     compose_ray: Any, engine: Engine, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_engine, "_is_open", lambda port: fails != "flower-superlink")
@@ -182,7 +182,7 @@ def test_an_engine_that_does_not_start_or_dies_ends_the_run(
         ({"device": "auto", "ray_address": "auto", "num_threads": 1, "sites_per_gpu": 2}, 0, 1 / 2),
     ],
 )
-def test_sites_share_the_gpus_of_this_machine_so_that_all_can_train_at_a_time(
+def test_gpu_share_lets_all_sites_train_in_parallel(
     settings: Any, gpus: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
@@ -192,7 +192,7 @@ def test_sites_share_the_gpus_of_this_machine_so_that_all_can_train_at_a_time(
         compute_gpu_share(RuntimeSpec(kind="ray", device="auto", sites_per_gpu=3), 8)
 
 
-def test_flower_is_told_how_many_sites_there_are_and_what_each_takes(compose_ray: Any, monkeypatch: Any) -> None:
+def test_federation_config_sets_nodes_and_actor_resources(compose_ray: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(local_engine, "count_usable_cores", lambda: 4)
     told = partial(local_engine.format_federation_config, share=0.5)
     here = "num-supernodes=2 client-resources-num-gpus=0.5 init-args-num-cpus={} client-resources-num-cpus={}"
@@ -206,9 +206,7 @@ def test_flower_is_told_how_many_sites_there_are_and_what_each_takes(compose_ray
     assert cluster == "num-supernodes=2 client-resources-num-gpus=0.5 client-resources-num-cpus=2"
 
 
-def test_an_actor_answers_for_the_run_that_it_sees_and_no_other(
-    compose_ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_actor_answers_only_for_its_own_run(compose_ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_engine, "Participants", lambda config, folder: SimpleNamespace(config=config))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))

@@ -1,4 +1,4 @@
-"""The socket between Flower's app process and the site's: what crosses it, who is heard, and what hostile bytes do."""
+"""The socket between Flower's app process and the site's process: format, access control and hostile input."""
 
 import logging
 import os
@@ -71,7 +71,7 @@ def test_oversized_messages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Site:
-    """A site's process at a socket, in a thread, which answers with what it was asked."""
+    """A site's process at a socket, in a thread, which echoes each message."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.asked = path, list[str]()
@@ -97,7 +97,7 @@ class Site:
         self._stop.set()
         self._thread.join(10)
 
-    def says_hello(self) -> bool:
+    def is_answering(self) -> bool:
         content = RecordDict({"a": record_from_bytes(b"hello")})
         return ask_site(str(self.path), "train", 1.0, content) == content
 
@@ -109,7 +109,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_message_is_answered_over_a_socket_open_to_user_and_group(site: Site) -> None:
-    assert site.says_hello()
+    assert site.is_answering()
     assert stat.S_IMODE(site.path.stat().st_mode) == 0o660
     large = RecordDict({"a": record_from_bytes(os.urandom(5 << 20))})
     assert ask_site(str(site.path), "query.end", 1.0, large) == large, "more than a socket holds at once"
@@ -160,7 +160,7 @@ def test_malformed_bytes_close_one_connection_with_one_log_line(
         line.shutdown(socket.SHUT_WR)
         with suppress(ConnectionResetError):  # some of it was not even read
             assert line.recv(1) == b"", "it is closed without an answer"
-    assert site.says_hello(), "the next one is answered"
+    assert site.is_answering(), "the next one is answered"
     assert site.asked == ["train"]
     (record,) = caplog.records
     assert record.getMessage().startswith("a connection to the socket was closed (")
@@ -174,7 +174,7 @@ def test_silent_peer_does_not_block_the_socket(
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(str(site.path))
         silent.sendall(b"\0")
-        assert site.says_hello()
+        assert site.is_answering()
     assert "closed (TimeoutError)" in caplog.text
 
 
@@ -184,13 +184,13 @@ def test_disconnected_client_loses_only_its_own_answer(site: Site, caplog: pytes
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(str(site.path))
         line.sendall(message)
-    assert site.says_hello()
-    assert "nobody is waiting for this answer" in caplog.text
+    assert site.is_answering()
+    assert "the peer closed the connection before the answer was sent" in caplog.text
     assert site.asked == ["train", "train"]
 
 
 def test_other_users_are_accepted_only_as_group_members(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the user and the groups of the peer as Linux tells them."""
+    """Uses the peer's user and groups as reported by Linux."""
     line, peer = socket.socketpair(socket.AF_UNIX)
     with line, peer:
         site_socket._check_peer(line, group=54321)  # the same user
@@ -238,7 +238,7 @@ def test_unprivileged_user_is_accepted_only_with_the_group(caplog: pytest.LogCap
 def test_invalid_socket_path_is_refused(tmp_path: Path, site: Site) -> None:
     (tmp_path / "notes").write_text("x")
     for place, bound in (
-        (tmp_path / "notes", "must be the path of a socket"),
+        (tmp_path / "notes", "is not a socket: choose another path"),
         (tmp_path / "missing" / "site.sock", r"must be a socket path in a folder .*No such file"),
         (tmp_path / ("x" * 200), r"must be a socket path .*too long"),
         (site.path, "another process listens on it"),
@@ -246,7 +246,7 @@ def test_invalid_socket_path_is_refused(tmp_path: Path, site: Site) -> None:
         with pytest.raises(ConfigError, match=bound), listen_at(place):
             pass
     assert (tmp_path / "notes").read_text() == "x"
-    assert site.says_hello()
+    assert site.is_answering()
 
 
 def test_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
@@ -254,12 +254,12 @@ def test_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     with Site(path) as site:
-        assert site.says_hello()
+        assert site.is_answering()
     assert not path.exists()
 
 
 def ask_app(path: Path, content: RecordDict, kind: str = "train") -> Message:
-    """What the ClientApp answers that a SuperNode starts, at a site whose operator names this socket."""
+    """Return the answer of a SuperNode's ClientApp at a site whose operator configured this socket."""
     set_sender_ids(run_id=7, node_id=0, task_id=0)
     message = Message(content, 5, kind)
     set_metadata(message, message_id="m-1")

@@ -1,4 +1,4 @@
-"""The server's process: how it starts, keeps its roster and its audit log, and ends."""
+"""The server process: start, roster, audit log and shutdown."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from flwr.superlink.config_loader import get_federation_manager, get_objectstore
 
 from fedtune.ops.wire import superlink
 from fedtune.ops.wire.audit_log import AuditLog
-from fedtune.ops.wire.fleet import HELLO, Unauthorised, hello
+from fedtune.ops.wire.fleet import HELLO, Unauthorised, ask_site_name
 from fedtune.ops.wire.superlink import apply_roster
 
 from . import loopback
@@ -34,15 +34,15 @@ AUDIT = AuditLog(None)
 @pytest.fixture
 def own_network(tmp_path: Path) -> Iterator[Loopback]:
     network = Loopback(tmp_path / "network")
-    network.enlist("a")
+    network.add_member("a")
     yield network
     network.stop()
 
 
 @pytest.fixture(scope="module")
 def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    """A server that runs, for tests after which it still does."""
-    with loopback.run_server(tmp_path_factory.mktemp("running"), enlist=["a"]) as network:
+    """A running server that the tests leave running."""
+    with loopback.run_server(tmp_path_factory.mktemp("running"), add_member=["a"]) as network:
         yield network
 
 
@@ -69,9 +69,9 @@ def test_unreadable_roster_leaves_registered_sites_unchanged(running_server: Loo
     wait_for(lambda: "the roster could not be read; the sites stay unchanged" in running_server.output)
     running_server.site("a").wait_for("activated")
     roster.write_bytes(whole)
-    newcomer = running_server.enlist("b")
+    newcomer = running_server.add_member("b")
     wait_for(lambda: "b is registered" in running_server.output)
-    assert hello(running_server.address, newcomer) == "b"
+    assert ask_site_name(running_server.address, newcomer) == "b"
     running_server.stop_sites()
 
 
@@ -88,7 +88,7 @@ def test_full_disk_is_reported_and_greetings_still_work(running_server: Loopback
     # No file may grow beyond 1 KiB, which is how a full disk looks to a database.
     resource.prlimit(running_server.process.pid, resource.RLIMIT_FSIZE, (1024, hard))
     says("False")
-    assert hello(running_server.address, running_server.tls["a"]) == "a"
+    assert ask_site_name(running_server.address, running_server.tls["a"]) == "a"
     resource.prlimit(running_server.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
     says("True")
 
@@ -96,11 +96,11 @@ def test_full_disk_is_reported_and_greetings_still_work(running_server: Loopback
 def test_server_creates_its_database_and_logs_connections(own_network: Loopback) -> None:
     own_network.migrates = True
     own_network.start()
-    assert hello(own_network.address, own_network.tls["a"]) == "a"
+    assert ask_site_name(own_network.address, own_network.tls["a"]) == "a"
     own_network.set_revoked("a")
     wait_for(lambda: "a was revoked" in own_network.output, seconds=15)
     with pytest.raises(Unauthorised, match="revoked"):
-        hello(own_network.address, own_network.tls["a"])
+        ask_site_name(own_network.address, own_network.tls["a"])
     own_network.process.ask_to_end()
     assert own_network.process.end(seconds=15) == 0
     noted = own_network.audit()
@@ -125,7 +125,7 @@ def test_flower_telemetry_is_disabled() -> None:
 
 
 def read_state(folder: Path) -> LinkState:
-    """A server's, as it finds it when it starts."""
+    """Read a server's state at its start."""
     _, factory = get_objectstore_linkstate_factories(str(folder / "state.db"), get_federation_manager(False))
     return factory.state()
 
@@ -166,7 +166,7 @@ def test_only_the_revoked_site_is_removed(state: LinkState, roster: list[Any], t
     assert list_registered(state) == {"b": first["b"]}
 
 
-def test_renewed_key_is_registered_next_to_the_old_one(state: LinkState, roster: list[Any]) -> None:
+def test_renewed_key_is_registered_next_to_the_old_key(state: LinkState, roster: list[Any]) -> None:
     found = []
     for one in roster:
         apply_roster(state, [change_member(one, site="a")], AUDIT)
@@ -263,7 +263,7 @@ def test_noisy_member_does_not_hide_events_of_others(path: Path, audit: AuditLog
         audit.log_event("call refused", member="south", path=f"/{number}", reason="no such call")
         audit.log_event("handshake refused", address=f"127.0.{number // 250}.{number % 250}", reason="hung up")
     assert audit.log_event("call refused", member="north", path="/v1/fleet/push-messages", reason="wrong signature")
-    assert audit.log_event("message refused", member="south", reason="not an answer to a question")
+    assert audit.log_event("message refused", member="south", reason="the message answers no question")
     assert audit.log_event("run started", certificate="lead")
     assert audit.log_event("member revoked", member="south")
     assert sum(line.get("member") == "south" for line in read_lines(path)) <= 103
