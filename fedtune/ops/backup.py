@@ -1,8 +1,8 @@
-"""Backups of a site, a server or a federation: one zip file with the files that cannot be recreated.
+"""Backups of a site, a server or a federation, as one zip file with everything that cannot be recreated.
 
-A backup can be written while the process runs; restoring fills in missing files and never replaces an existing one.
-The zip contains a list of its files and their hashes.  SQLite copies the databases itself, and waits for a transaction
-that is in progress; all other files are only ever replaced as a whole.
+A backup can be written while the process runs; a restore adds missing files and never replaces an existing file.  The
+zip contains a manifest with the hashes of its files.  Databases are copied by SQLite's online backup, which waits for a
+transaction in progress; all other files are only ever replaced atomically.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _STATE = ("state/paused", "state/left")
 
 
 def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None:
-    """Write a backup into a new file that only its owner can read.
+    """Write a backup to a new file that only its owner can read.
 
     Args:
         target: the file to write.
-        kind: whether the backup belongs to a site, a server or a lead.
-        files: name in the backup -> file; a file that ends in `.db` is an SQLite database, which may be in use.
+        kind: the owner of the backup: a site, a server or a lead.
+        files: name in the backup -> path; a path with the suffix `.db` is an SQLite database, which may be in use.
 
     Raises:
         ConfigError: `target` exists or cannot be written, or a file cannot be read.
@@ -77,17 +77,17 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
         building.chmod(0o600)
         with building.open("rb") as file:
             os.fsync(file.fileno())
-        os.link(building, target)  # unlike a renaming, it replaces nothing
+        os.link(building, target)  # unlike rename, fails if the target exists
         fsync_folder(target.parent)
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """Copy an SQLite database that other processes may be writing, in its state between two transactions.
+    """Copy an SQLite database that other processes may write to, at a transaction boundary.
 
     Raises:
         ConfigError: the database cannot be read.
     """
-    # Only who may write can take back what a crash cut short, and until then nobody can read.
+    # Read-write access, because SQLite must roll back an interrupted transaction before the first read.
     address = f"{source.resolve().as_uri()}?mode=rw"
     try:
         with (
@@ -96,12 +96,12 @@ def copy_database(source: Path, target: Path) -> None:
         ):
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # so that the copy is one file
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # a message of SQLite's may quote what is no text
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite may quote undecodable bytes
         raise ConfigError("database", str(source), f"cannot be copied ({error})") from None
 
 
 def _restore_file(name: str, archive: zipfile.ZipFile, target: Path) -> None:
-    """Restore one file of a backup, completely or not at all; an existing file is left alone.
+    """Restore one file of a backup atomically, unless the target exists.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -117,7 +117,7 @@ def _restore_file(name: str, archive: zipfile.ZipFile, target: Path) -> None:
             with os.fdopen(descriptor, "wb") as file, archive.open(name) as entry:
                 _copy_and_hash(entry, file)
                 file.flush()
-                change_mode(descriptor, 0o600 | archive.getinfo(name).external_attr >> 16 & 0o044)  # as it was
+                change_mode(descriptor, 0o600 | archive.getinfo(name).external_attr >> 16 & 0o044)  # the original mode
                 os.fsync(file.fileno())
             os.link(building, target)
         finally:
@@ -127,7 +127,7 @@ def _restore_file(name: str, archive: zipfile.ZipFile, target: Path) -> None:
 
 @contextmanager
 def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, list[str]]]:
-    """Open a backup after checking the hash of every file; yield the archive and the names of its files.
+    """Open a backup and verify the hash of every file; yield the archive and the names of its files.
 
     Raises:
         ConfigError: the file is not a backup, is a backup of another kind, or is damaged.
@@ -150,20 +150,20 @@ def open_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, 
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
             raise ConfigError("FILE", str(source), f"is not a complete backup written by fedtune ({error})") from error
         if whose != kind:
-            raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, but is a {whose}'s")
+            raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, but is that of a {whose}")
         yield archive, list(hashes)
 
 
 def list_backup_files(folder: Path, *, under: str) -> dict[str, Path]:
-    """Map the name that each file of a folder has in a backup to its path; symbolic links and partial files are
-    skipped.
+    """List the files of a folder as a mapping from name in the backup to path, without symbolic links and partial
+    files.
     """
     found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
     return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in found if ".partial" not in path.name}
 
 
 def _copy_and_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
-    """Copy a stream to its end and return the SHA-256 of the data in hex; without `target`, only hash the stream."""
+    """Copy a stream to its end and return the SHA-256 of the data, in hex; without `target`, only hash the stream."""
     sha256 = hashlib.sha256()
     while part := source.read(_CHUNK):
         sha256.update(part)
@@ -172,11 +172,11 @@ def _copy_and_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
     return sha256.hexdigest()
 
 
-# A site's.
+# Backups of a site.
 
 
 def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
-    """Back up a site's policy, ledger, personalized adapters, and whether the site is paused or has left; no keys.
+    """Back up a site's policy, ledger, personalized adapters and paused or left state; keys are excluded.
 
     Raises:
         ConfigError: the policy is invalid, the ledger is missing, or `target` cannot be written.
@@ -192,15 +192,15 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUp:
-    """A restored ledger that has been charged for the events that only the anchors know."""
+    """Restored ledger after it was charged for the events that are only in the anchors."""
 
     ledger: SiteLedger
-    gap: Counter[DpEvent]  # what was charged for that
-    last: int | None  # the newest event that an anchor knew and the ledger lacked; None: it lacked nothing
-    since: Head | None  # the newest such anchor, where it knows another policy than site.toml; that one was in force.
+    gap: Counter[DpEvent]  # the additional charges
+    last: int | None  # the newest missing event that an anchor covers; None: no event was missing
+    since: Head | None  # the newest anchor with missing events, if its policy differs from site.toml
 
     def require_no_missing_events(self) -> None:
-        """Raise RunError if a receipt still proves that events are missing from the ledger."""
+        """Check that no receipt proves further missing events; raise RunError otherwise."""
         if (doubt := self.ledger.history.furthest_doubt) is not None:
             raise RunError(
                 f"the ledger is still in doubt: one of this site's receipts refers to event {doubt.sequence}, which is "
@@ -209,7 +209,7 @@ class MadeUp:
 
 
 def find_anchors(site: SiteFiles, given: Path | None) -> list[Path]:
-    """List the anchors against which a restored ledger is checked: the given anchor and the policy's own.
+    """List the anchors for checking a restored ledger: the given anchor and the policy's own.
 
     Raises:
         ConfigError: there is no anchor, so charges made after the backup cannot be detected.
@@ -223,15 +223,15 @@ def find_anchors(site: SiteFiles, given: Path | None) -> list[Path]:
 
 
 def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
-    """Charge the ledger at `path` for the events that the anchors know and the ledger lacks.
+    """Charge the ledger at `path` for the events that are in the anchors and missing from the ledger.
 
     Raises:
         ConfigError: a file is not an anchor, or the site's key is missing.
         RunError: the ledger was altered, or an anchor belongs to another ledger.
     """
-    verify(path)  # an older ledger is what is expected here; one that was changed is not
+    verify(path)  # the ledger may be old, but must be intact
     ledger = SiteLedger(path, site.policy, site.load_key())
-    # The policy's own anchor is the one that knows most, whichever was given.
+    # The newest anchor first, whether given or the policy's own.
     heads = sorted((Head.read(anchor) for anchor in anchors), key=lambda head: head.sequence, reverse=True)
     gap: Counter[DpEvent] = Counter()
     lacking = [head for head in heads if not ledger.history.covers_head(head)]
@@ -242,12 +242,12 @@ def charge_missing_events(path: Path, site: SiteFiles, anchors: Sequence[Path]) 
 
 
 def restore_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | None) -> tuple[SiteFiles, MadeUp | None]:
-    """Restore a site's missing files from a backup.
+    """Restore the missing files of a site from a backup.
 
-    The ledger is only restored after it has been charged for the events that an anchor knows and the backup lacks.
+    The ledger is restored only after it was charged for the events that are in an anchor and missing from the backup.
 
     Returns:
-        The site's files, and the ledger with its extra charges; None if an intact ledger was already there.
+        The site's files, and the ledger with its additional charges; None if an intact ledger exists already.
 
     Raises:
         ConfigError: the backup, the policy, an anchor or the site's key is missing or invalid, the site is running, or
@@ -259,7 +259,7 @@ def restore_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | Non
         files = SiteFiles.from_site_toml(site_toml)
         with lock_ledger(files.ledger):
             made_up = _restore_ledger(archive, files, anchor)
-        if kit.is_dir():  # `fedtune site init` makes it, and takes no folder that is there
+        if kit.is_dir():  # otherwise `fedtune site init` creates the folder, which must not exist
             for name in names:
                 if name in _STATE or name.startswith("adapters/"):
                     _restore_file(name, archive, kit / name)
@@ -276,7 +276,7 @@ def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | N
             try:
                 there = verify(files.ledger)
             except RunError:
-                pass  # damaged, so that it makes room below
+                pass  # damaged: moved aside below
             else:
                 hashes, last = there.history.hashes, inside.history.length
                 if hashes[last - 1 : last] != [inside.history.hash]:
@@ -285,7 +285,7 @@ def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | N
                 return None
         made_up = charge_missing_events(copy, files, find_anchors(files, anchor))
         made_up.require_no_missing_events()
-        # A damaged ledger makes room, and with it a journal, which SQLite would apply to what takes the ledger's place.
+        # Move a damaged ledger aside together with its journal, which SQLite would apply to the restored ledger.
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         for ending in ("-journal", "-wal", "-shm", ""):
             part = files.ledger.with_name(f"{files.ledger.name}{ending}")
@@ -299,11 +299,11 @@ def _restore_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | N
         return made_up
 
 
-# A server's and a lead's.
+# Backups of a server and a lead.
 
 
 def back_up_server(target: Path, *, data: Path) -> None:
-    """Back up a server's database and its audit log.
+    """Back up a server's database and audit log.
 
     Raises:
         ConfigError: the database is missing, or `target` cannot be written.
@@ -315,7 +315,7 @@ def back_up_server(target: Path, *, data: Path) -> None:
 
 
 def restore_server(source: Path, *, data: Path) -> None:
-    """Restore a server's database and its audit log, if there is no database yet.
+    """Restore a server's database and audit log if no database exists.
 
     Raises:
         ConfigError: a database exists already, or `source` is not a server's backup.
@@ -329,7 +329,7 @@ def restore_server(source: Path, *, data: Path) -> None:
 
 
 def back_up_federation(target: Path, *, federation: Path) -> None:
-    """Back up a federation's whole folder: authority, kits, roster, receipts, and all keys of the lead.
+    """Back up the whole folder of a federation: authority, kits, roster, receipts, and all keys of the lead.
 
     Raises:
         ConfigError: the folder is not a federation folder, or `target` cannot be written.
@@ -339,7 +339,7 @@ def back_up_federation(target: Path, *, federation: Path) -> None:
 
 
 def restore_federation(source: Path, *, out: Path) -> None:
-    """Restore a federation's folder from a backup, as the new folder `out`.
+    """Restore the folder of a federation from a backup into the new folder `out`.
 
     Raises:
         ConfigError: `out` exists, or `source` is not a lead's backup.

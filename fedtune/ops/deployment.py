@@ -1,4 +1,4 @@
-"""The lead's side of a run over real sites, which it reaches through the federation's server."""
+"""The lead of a run over real sites, which it reaches through the federation's server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedtune.flower.grid_transport import GridTransport, Message
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.kits.members import Member
 from fedtune.ops.metrics import LeadMetrics
-from fedtune.ops.services.lead_and_server import RECEIPTS, mark_running, members, read_latest_answers
+from fedtune.ops.services.lead_and_server import RECEIPTS, find_members, mark_running, read_latest_answers
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -39,32 +39,32 @@ from fedtune.sites.shared_settings import MOST_CHARACTERS, select_settings_for_s
 from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
 
-OFFER = "would_take_part"  # what a listener hears of a site that would take part
-_ASK_AGAIN_S = (5.0, 60.0)  # the shortest and longest time before a site that waits for a person is asked again
+OFFER = "would_take_part"  # the answer reported to a listener for an offer
+_ASK_AGAIN_S = (5.0, 60.0)  # minimum and maximum delay before a site that awaits approval is asked again
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeadService:
-    """The lead of a run and its connection to the run's sites, started from the lead's kit."""
+    """The lead of a run with its connection to the sites, started from the lead's kit."""
 
     kit: Kit
-    federation: FederationSpec  # the run's; it names the sites
-    # makes the grid in a process that Flower started; None: our own connection to the federation's server
+    federation: FederationSpec  # the settings with the names of the sites
+    # creates the grid in a process started by Flower; None: fedtune's own connection to the federation's server
     over: Callable[..., FlowerGrid] | None = None
 
     @cached_property
     def metrics(self) -> LeadMetrics:
-        """Metrics of the run's progress."""
+        """The progress metrics of the run."""
         return LeadMetrics(kit=self.kit)
 
     @cached_property
     def sites(self) -> tuple[Member, ...]:
-        """The roster's entries of the run's sites, in the order of `federation.site_names`."""
-        return members(self.kit, self.federation.active)
+        """The roster entries of the run's sites, in the order of `federation.site_names`."""
+        return find_members(self.kit, self.federation.active)
 
     @cached_property
     def key(self) -> SigningKey:
-        """The lead's key, which signs requests and calls to the server."""
+        """The lead's signing key, for requests and calls to the server."""
         return self.kit.load_key()
 
     def run(self, config: RunConfig, folder: Path, listener: Listener) -> RunResult:
@@ -74,15 +74,15 @@ class LeadService:
             The content of `run.json`.
 
         Raises:
-            ConfigError: kit, roster, data, model or checkpoint do not match the settings, which is raised before any
-            site
-                is contacted; or too few sites speak this lead's protocol.
+            ConfigError: kit, roster, data, model or checkpoint do not match the settings (before any site is
+                contacted), or too
+                few sites use this lead's protocol version.
             RunError: the server cannot be reached, or too few sites replied.
-            RefusedError: too many sites' policies or budgets refuse the run.
+            RefusedError: the policies or budgets of too many sites refuse the run.
         """
         if self.over is None:
             self.kit.check_certificate(datetime.now(UTC))  # before anything else can go wrong
-        members(self.kit, self.federation.active)  # and where a site was revoked meanwhile
+        find_members(self.kit, self.federation.active)  # checks again that no site was revoked
         noted, records = _Noted(listener, folder, self.metrics), RunRecords(config)
         with mark_running(folder):
             records.read()
@@ -108,15 +108,13 @@ class LeadService:
             ).run_to_end(noted)
 
     def fit_to_budgets(self, config: RunConfig) -> RunConfig:
-        """Return `config` with as many rounds or as little noise as the sites' budgets allow, if its settings ask for
-        that.
+        """Fit the number of rounds or the noise of `config` to the sites' budgets, if its settings allow it.
 
-        Nothing is charged.  A site that is offline, paused or waiting for a person's approval is not considered; it
-        answers
-        the run itself later.
+        Nothing is charged.  Sites that are offline, paused or awaiting approval are ignored; they can answer the run
+        later.
 
         Raises:
-            ConfigError: the model is not available, or too few sites speak this lead's protocol.
+            ConfigError: the model is not available, or too few sites use this lead's protocol version.
             RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
             RefusedError: too few sites have any budget left.
         """
@@ -129,11 +127,11 @@ class LeadService:
         return config.fit_to_offers([offer for offer in found.offers.values() if config.can_use(offer)])
 
     def announce_end(self, run: str, *, timeout_s: float) -> list[str]:
-        """Tell the sites that a run has ended for good, without a final adapter; return the sites that confirmed it.
+        """Announce the permanent end of a run without a final adapter; return the sites that confirmed it.
 
         Args:
-            run: the full name of the run, as its sites know it; nothing else of the run is needed.
-            timeout_s: how long to wait for sites.
+            run: the full name of the run at the sites; no other file of the run is needed.
+            timeout_s: the timeout for the answers of the sites.
         """
         notice = EndOfRun(run=run, lead=self.key.public).sign_with(self.key)
         with self.open_grid() as grid:
@@ -141,7 +139,7 @@ class LeadService:
             return [site for site, _ in self._make_transport(grid).end(questions, timeout_s=timeout_s)]
 
     def list_online_sites(self) -> dict[str, bool]:
-        """Return for each site whether it is connected to the server now."""
+        """Return whether each site is connected to the server, by site."""
         with self.open_grid() as grid:
             found = grid.list_online_nodes()
         return {member.site: number in found for number, member in enumerate(self.sites, 1)}
@@ -149,11 +147,10 @@ class LeadService:
     def open_grid(
         self, listener: Listener | None = None, *, most_rounds: int = 0, patience_s: float = 0.0
     ) -> AbstractContextManager[AskingGrid]:
-        """Return the connection to the sites.
+        """Open the connection to the sites.
 
-        The lead's own connection picks up a renewed certificate of the kit while it is open, and waits up to
-        `patience_s`
-        seconds for a server that is down.
+        The lead's own connection uses a renewed certificate of the kit while it is open, and waits up to `patience_s`
+        seconds for an unavailable server.
         """
         sites = {member.site: member.node_key for member in self.sites}
         ears, closing = _Ears(self.sites, listener, most_rounds=most_rounds), partial(StoppingRule, self.federation)
@@ -176,11 +173,11 @@ class LeadService:
         return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
 
     def _propose_run(self, config: RunConfig) -> ProposedRun:
-        """Build the run's proposal for all sites, with the settings that are sent to them."""
+        """Build the proposal of the run for all sites, with the settings for the sites."""
         sent = select_settings_for_sites(config)
         settings = serialize_for_sites(sent)
         if len(settings) > MOST_CHARACTERS:
-            bound = f"must have at most {MOST_CHARACTERS:,} characters, to be sent to sites: use fewer or shorter texts"
+            bound = f"must have at most {MOST_CHARACTERS:,} characters for the sites: use fewer or shorter texts"
             raise ConfigError("settings", f"{len(settings):,} characters", bound)
         return ProposedRun(
             proposal=sent.proposal(lead=self.key.public, plan=sent.plan()),
@@ -192,14 +189,12 @@ class LeadService:
 
 
 class _Noted:
-    """A listener that forwards every event, and stores each site's latest answer in the run folder for `fedtune run
-    status`.
-    """
+    """A listener that forwards every event and stores the latest answer of each site for `fedtune run status`."""
 
     def __init__(self, listener: Listener, folder: Path, metrics: LeadMetrics) -> None:
         self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
         self._answers: dict[str, dict[str, str]] = {}
-        with suppress(RunError):  # what is damaged is written anew
+        with suppress(RunError):  # a damaged file is replaced
             self._answers = read_latest_answers(folder)
         self.on_site_replied, self.note, self.on_preparing = (
             listener.on_site_replied,
@@ -223,14 +218,15 @@ class _Noted:
 
 
 class _Ears:
-    """The callback for each incoming answer: it notifies the listener and rates the answer for the exchange.
+    """Callback for incoming answers, which notifies the listener and classifies each answer for its exchange.
 
-    A server or a site may have forged an answer.  Only the site's signature makes an answer valid and its charge worth
-    reporting.
+    A server or a site may have forged an answer.  An answer counts, and its charge is reported, only with the site's
+    signature.
 
     Args:
         sites: the sites in the order of the grid's numbers, which start at 1.
-        most_rounds: the largest number of rounds that a site can have been charged for.
+        listener: the listener to notify; None: no listener.
+        most_rounds: the maximum number of rounds that a site can have been charged for.
     """
 
     def __init__(self, sites: Sequence[Member], listener: Listener | None, *, most_rounds: int) -> None:
@@ -241,12 +237,12 @@ class _Ears:
     def __call__(self, number: int, question: Message, answer: Message) -> Heard:
         kind, member = question.metadata.message_type, self._sites[number - 1]
         if kind == f"query.{flower_records.END}":
-            return Heard(good=True)  # no more than a receipt was asked for
+            return Heard(good=True)  # the answer is only a receipt
         if kind == f"query.{flower_records.SUM}":
             return Heard(good=flower_records.PARTS in answer.content)
         try:
             reply = flower_records.to_reply(answer.content)
-        except ConfigError:  # nonsense, which counts as none
+        except ConfigError:  # an unreadable answer
             return Heard(good=False)
         signed = reply.is_signed() and reply.receipt is not None and reply.receipt.site_key == member.site_key
         refused = reply.body.reason if isinstance(reply.body, Refusal) else None
@@ -258,7 +254,7 @@ class _Ears:
             signed=signed,
             waiting=waiting,
         )
-        # Before a run begins, and nobody is charged yet, people are waited for; in a round they are not.
+        # Wait for people's approval only before a run begins, when no site is charged yet.
         invited = kind == f"query.{flower_records.INVITE}"
         idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
         good = signed and _is_answer_to(question, reply, site=member.site)
@@ -267,10 +263,10 @@ class _Ears:
         return Heard(good=good, again_s=self._compute_next_question_s(member.site) if waiting else None, idle=idle)
 
     def _compute_next_question_s(self, site: str) -> float:
-        """Return after how many seconds to ask a waiting site again: a tenth of the time that it has waited so far.
+        """Compute the delay before a waiting site is asked again: a tenth of its waiting time so far, within bounds.
 
-        On stock Flower each question starts a process at the site, so an approval that takes an hour must not cost an
-        hour of a core.
+        On stock Flower, each question starts a process at the site, so an approval that takes an hour must not cost an
+        hour of CPU time.
         """
         now = time.monotonic()
         shortest, longest = _ASK_AGAIN_S
@@ -289,7 +285,7 @@ class _Ears:
 
 
 def _is_answer_to(question: Message, reply: Reply, *, site: str) -> bool:
-    """Whether a reply answers the question: it has the expected kind, and names the same site, run and round."""
+    """Return True if a reply has the type that the question asks for, and the same site, run and round."""
     signed = flower_records.to_signed(question.content)
     if question.metadata.message_type == f"query.{flower_records.INVITE}":
         invitation = Invitation.from_signed(signed)

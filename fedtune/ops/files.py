@@ -1,4 +1,4 @@
-"""Atomic writing of files in a kit or a federation folder, plus accounts, permissions and signal handlers."""
+"""Atomic file operations in kits and federation folders, with accounts, permissions and signal handlers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PAGE_BYTES = 4096
 
 @contextmanager
 def create_folder(target: Path, *, key: str) -> Iterator[Path]:
-    """Create a folder that only its owner can read; it is renamed to `target` if the block ends without an error.
+    """Create a folder that only its owner can read, under a temporary name until the block ends without an error.
 
     Args:
         target: the final path of the folder.
-        key: the name of the setting or option that an error mentions.
+        key: the setting or option that an error names.
 
     Raises:
         ConfigError: `target` exists, or cannot be written.
@@ -49,7 +49,7 @@ def create_folder(target: Path, *, key: str) -> Iterator[Path]:
 
 @contextmanager
 def translate_write_errors(target: Path, *, key: str) -> Iterator[None]:
-    """Turn an OSError inside the block into a ConfigError that names `key` and `target`."""
+    """Convert an OSError in the block to a ConfigError with `key` and `target`."""
     try:
         yield
     except OSError as error:
@@ -67,11 +67,11 @@ def write_secret(path: Path, data: bytes) -> None:
 
 
 def find_write_problem(*files: Path) -> str:
-    """Say why a ledger or its anchor cannot be written now, with file and disk; empty if all files can be written.
+    """Return the reason why a ledger or its anchor cannot be written, with file and disk; empty if all files can be
+    written.
 
-    The check writes and syncs a page next to each file, because a disk that is full, read-only or over quota only
-    reports
-    the error then.
+    The check writes and syncs a page next to each file, because a full, read-only or over-quota disk reports the error
+    only then.
     """
     for file in files:
         try:
@@ -87,7 +87,7 @@ def find_write_problem(*files: Path) -> str:
 
 
 def make_zip(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
-    """Return a reproducible zip archive of `files`, in which every file is dated `moment` and readable by everyone."""
+    """Build a reproducible zip archive of `files`, in which every file is dated `moment` and world-readable."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted(files.items()):
@@ -100,19 +100,18 @@ def make_zip(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
 
 
 def act_as_owner(*places: Path) -> None:
-    """Switch permanently to the account that owns the first existing path, if this process runs as root and the owner
-    is not
+    """Switch permanently to the owner of the first existing path, if this process runs as root and the owner is not
     root.
 
     Raises:
-        ConfigError: this root account may not switch users, as in some containers; or the other account cannot read
-        this
-            Python installation.
+        ConfigError: root may not switch users here, as in some containers, or the owner's account cannot read this
+            Python
+            installation.
     """
     place = next((place for place in places if os.path.lexists(place)), None)
     if place is None or effective_user() != 0:
         return
-    owner = place.lstat()  # of a link itself, which is not followed
+    owner = place.lstat()  # does not follow a link
     if owner.st_uid == 0:
         return
     known = _get_account_entry(owner.st_uid)
@@ -134,14 +133,14 @@ def act_as_owner(*places: Path) -> None:
 
 
 def get_account_name(uid: int) -> str:
-    """Return the name of the account `uid`, or its number if it has no name."""
+    """Return the name of the account with this user id, or the id as text if it has no name."""
     known = _get_account_entry(uid)
     return known.pw_name if known else str(uid)
 
 
 @contextmanager
 def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call `handler` on SIGTERM and SIGINT while the block runs."""
+    """Handle SIGTERM and SIGINT with `handler` during the block."""
     before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -151,12 +150,12 @@ def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def get_current_account() -> str:
-    """Return the account of the person who runs this command: under sudo, the calling account."""
+    """Return the account that runs this command; under sudo, the calling account."""
     return os.environ.get("SUDO_USER") or (get_account_name(os.getuid()) if pwd else getpass.getuser())
 
 
 def get_primary_group(uid: int) -> int | None:
-    """Return the primary group of the account `uid`; None for an account without a name."""
+    """Return the primary group id of an account; None for a user id without an entry."""
     known = _get_account_entry(uid)
     return known.pw_gid if known else None
 

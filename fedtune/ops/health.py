@@ -1,9 +1,9 @@
-"""Health endpoint of a process, for the site's own monitoring; by default it only listens on loopback.
+"""Health endpoint of a process for local monitoring; it listens only on loopback by default.
 
-`GET /health` answers 200 as long as the process runs.  `GET /ready` answers 200 if a round that came now would be
-answered (state "connected" or "training"), else 503.  Both return the same five values, and no data on any record.
-Still, the time that a site spends in state "training" reveals roughly how many records it has, like the time of a reply
-(docs/site_policy.md, `reply_after_s`).  Therefore an address that other machines can reach needs an explicit option.
+`GET /health` answers 200 while the process runs.  `GET /ready` answers 200 if the process would answer a round now
+(state "connected" or "training"), else 503.  Both return the same five values, without data on records.  However, the
+time in state "training" reveals a site's approximate number of records, as the time of a reply does
+(docs/site_policy.md, `reply_after_s`).  An address that other machines can reach therefore requires an explicit option.
 
 A process without a network listens on a Unix socket: `unix:/run/fedtune/health.sock`.
 
@@ -49,17 +49,17 @@ Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]  # path of a GET ->
 
 
 class Snapshot(TypedDict):
-    """The JSON content of the endpoint's answer; times are UTC, in ISO 8601."""
+    """JSON content of the endpoint's answer; times are in UTC and ISO 8601."""
 
     state: State
     since: str  # when the state was entered
-    last_contact: str | None  # when the server last answered a site, or when a server began to listen; None before that
-    rounds_answered: int  # by a site, since its process started
-    version: str  # with the build, as `fedtune --version` says it
+    last_contact: str | None  # a site: the server's last answer; a server: start of listening; None: not yet
+    rounds_answered: int  # rounds that a site answered since its process started
+    version: str  # version and build, as in `fedtune --version`
 
 
 class Health:
-    """The health state of a process, which any thread may update or read."""
+    """Thread-safe health state of a process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -74,7 +74,7 @@ class Health:
     def update(
         self, *, state: State | None = None, last_contact: datetime | None = None, rounds_answered: int | None = None
     ) -> None:
-        """Set the given values in one step; None leaves a value unchanged.
+        """Set the given values atomically; None leaves a value unchanged.
 
         Args:
             state: "starting", then mostly "connected" (a server: it listens) or "disconnected".
@@ -91,7 +91,7 @@ class Health:
                 self._told["rounds_answered"] = rounds_answered
 
     def snapshot(self) -> Snapshot:
-        """Return a consistent snapshot of all values."""
+        """Return a consistent copy of all values."""
         with self._lock:
             return self._told.copy()
 
@@ -101,14 +101,13 @@ def _format_moment(moment: datetime) -> str:
 
 
 def serve_health(address: str | None, health: Health, *, anywhere: bool = False) -> AbstractContextManager[str]:
-    """Serve the health endpoint at `address` while the block runs; yield the address, with the actual port if 0 was
-    given.
+    """Serve the health endpoint at `address` during the block; yield the address, with the actual port if 0 was given.
 
     Args:
         address: host:port, where host is an IP address (IPv6 in brackets) or localhost; or unix:PATH; None: no
         endpoint.
         health: the state to report.
-        anywhere: also accept an address that other machines can reach.
+        anywhere: whether to accept an address that other machines can reach.
 
     Raises:
         ConfigError: the address is invalid, is not loopback without `anywhere`, or cannot be bound.
@@ -128,7 +127,7 @@ def serve_health(address: str | None, health: Health, *, anywhere: bool = False)
 
 @contextmanager
 def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, far: str | None) -> Iterator[str]:
-    """Serve GET requests at `address` while the block runs; yield the address, with the actual port if 0 was given.
+    """Serve GET requests at `address` during the block; yield the address, with the actual port if 0 was given.
 
     Args:
         address: host:port, where host is an IP address (IPv6 in brackets) or localhost; or unix:PATH, a socket for the
@@ -149,7 +148,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         callers.append(writer)
-        if len(callers) > _PLACES:  # a probe takes milliseconds: a caller who takes longer must not keep it out
+        if len(callers) > _PLACES:  # probes take milliseconds, so drop the oldest caller
             callers.pop(0).transport.abort()
         try:
             async with asyncio.timeout(most_s):
@@ -160,7 +159,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
                 writer.close()
                 await writer.wait_closed()
         except (TimeoutError, OSError, EOFError, asyncio.LimitOverrunError):
-            pass  # the caller hung up, sent nothing, or sent too much
+            pass  # disconnected, silent or oversized
         finally:
             writer.transport.abort()
             if writer in callers:
@@ -189,7 +188,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
 
 
 def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, str]:
-    """Open a listening socket; return it, and its address with the actual port."""
+    """Open a listening socket; return it with its address and actual port."""
     if not address.startswith(_UNIX):
         host, port = _parse(address, key=key, far=far)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -206,7 +205,7 @@ def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, 
 
 
 async def _answer(head: bytes, respond: Respond) -> bytes:
-    """Return the HTTP answer to a request's head; known paths only accept GET."""
+    """Build the HTTP response to a request's headers; known paths accept only GET."""
     asked = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r\n", head)
     status, kind, content = 400, "application/json", b"{}\n"
     if asked is not None:
@@ -225,10 +224,10 @@ async def _answer(head: bytes, respond: Respond) -> bytes:
 
 
 def send_probe(address: str, path: str = "/health") -> tuple[int, str]:
-    """Send one request without a proxy; return status and body.
+    """Send one request, without a proxy; return status and body.
 
     Raises:
-        OSError: nothing answers.
+        OSError: no process listens at the address.
         http.client.HTTPException: the answer is not HTTP.
     """
     is_unix = address.startswith(_UNIX)
@@ -262,7 +261,7 @@ def _parse(address: str, *, key: str, far: str | None) -> tuple[str, int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Probe an endpoint once; return 0 for a 200, 1 for any other result, 2 for invalid arguments."""
+    """Probe an endpoint once; return 0 for status 200, 1 for any other result, and 2 for invalid arguments."""
     try:
         address, path = (*arguments, "/health")[:2] if 1 <= len(arguments) <= 2 else ("", "")
         status, body = send_probe(address, path)

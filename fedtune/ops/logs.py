@@ -60,15 +60,14 @@ _log = logging.getLogger(__name__)
 
 
 def configure_logs(level: Level) -> None:
-    """Send all logs of this process to stderr as JSON lines; a second call replaces the first.
+    """Redirect all logs of this process to stderr as JSON lines; a second call replaces the first.
 
-    fedtune's own messages are kept from `level` on, and other libraries' messages from warnings on; at "debug", the
-    libraries that carry messages are kept from "info" on.  The takeover is permanent, and includes the handlers of
-    other
-    libraries (also of those imported later), warnings, and uncaught exceptions in all threads.
+    fedtune's own messages are kept from `level` on, and other libraries' messages from warnings on; at "debug",
+    messages of the libraries in `CARRIERS` are kept from "info" on.  The redirection is permanent, and covers the
+    handlers of other libraries (including those imported later), warnings, and uncaught exceptions in all threads.
 
     Raises:
-        ConfigError: there is no such level.
+        ConfigError: the level is unknown.
     """
     check_one_of("--log-level", level, LEVELS)
     handler = _Lines(sys.stderr)
@@ -76,11 +75,10 @@ def configure_logs(level: Level) -> None:
     handler.addFilter(lambda record: _should_log(record, lowest))
 
     def make_record(name: str, *rest: Any, **more: Any) -> logging.LogRecord:
-        """Create a log record, after removing every handler that would write the record in full.
+        """Create a log record, after removing every handler that would write the record without redaction.
 
-        Record creation is the right moment, because libraries add their handlers when they are first imported, long
-        after logs
-        were configured.
+        Libraries add their handlers on import, which may be long after logging was configured, so the handlers are
+        checked for every record.
         """
         logger: logging.Logger | None = logging.getLogger(name)
         while logger is not None:
@@ -97,17 +95,15 @@ def configure_logs(level: Level) -> None:
 
 
 class _Lines(logging.StreamHandler[TextIO]):
-    """A handler that writes each record as one JSON object per line: time, level, logger, event, extra fields, and
-    any `error`.
+    """A handler that writes each record as one JSON object per line: time, level, logger, event, extra fields, any
+    `error`.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(_record_fields(record))  # ASCII, and so one line, whatever it holds
+        return json.dumps(_record_fields(record))  # ASCII-only, hence always a single line
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drop a record that cannot be written; the default implementation would print the message and its
-        arguments.
-        """
+        """Drop a record that cannot be written; the default would print the message and its arguments."""
 
 
 def _install_handler(logger: logging.Logger, handler: logging.Handler) -> None:
@@ -139,27 +135,27 @@ def _log_uncaught_in_thread(found: threading.ExceptHookArgs) -> None:
 
 
 def _log_unraisable(found: Any) -> None:
-    # Python's own words would show the object whose clean-up failed; the frames say enough.
-    _log.error("an error that nothing could catch", exc_info=found.exc_value)
+    # Python's default message would show the object whose clean-up failed.
+    _log.error("an exception was raised in a destructor", exc_info=found.exc_value)
 
 
 def _log_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
-    """Log a warning without its text; replaces `warnings.showwarning`, and takes its parameters."""
+    """Log a warning without its text, as a replacement of `warnings.showwarning`."""
     where = f"{_shorten_source_path(filename)}:{lineno}"
     _log.warning("%s: %s", category.__name__, WITHHELD, extra={"where": where})
 
 
 def _find_package(record: logging.LogRecord) -> str:
-    """Return the package that logged the record: the first part of the logger's name."""
+    """Return the package that logged the record, from the logger's name."""
     return record.name.partition(".")[0]
 
 
 def _shorten_source_path(file: str) -> str:
-    """Shorten a source file's path to start at its package.
+    """Shorten the path of a source file to start at its package.
 
-    A file outside any package keeps only its name, because folder names are the site's own business.
+    A file outside any package keeps only its name, because folder names are private to the site.
     """
     if file.startswith(_PACKAGE):
         return f"{OWN}/{file.removeprefix(_PACKAGE)}"
@@ -197,12 +193,12 @@ def _format_event(record: logging.LogRecord) -> str:
         elif arguments:
             text %= tuple(map(_to_plain_or_type_name, arguments))
     except (TypeError, ValueError, KeyError):
-        text += " (with arguments that do not match)"
+        text += " (the arguments do not match the format)"
     return _limit_length(text)
 
 
 def _to_plain_or_type_name(value: object) -> object:
-    """Return `value` if it is a text, a number, a path or None, and otherwise the name of its type."""
+    """Return `value` if it is a text, a number, a path or None, otherwise the name of its type."""
     if isinstance(value, BaseException):
         return str(value) if _is_safe_to_log(value) else _format_type_name(value)
     return (
@@ -224,12 +220,12 @@ def _limit_length(text: str) -> str:
 
 
 def _describe_exception(error: BaseException, seen: set[int]) -> dict[str, Any]:
-    """Describe an exception by type, frames and cause; its text is only included if it consists of settings."""
+    """Describe an exception by type, frames and cause; its text is included only if it consists of settings."""
     seen.add(id(error))
     fields: dict[str, Any] = {"type": _format_type_name(error), **_list_error_codes(error)}
     if _is_safe_to_log(error):
         fields["text"] = _limit_length(str(error))
-    # The innermost, outermost first.
+    # The innermost frames, in the order of the calls.
     walked = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][-_MOST_FRAMES:]
     fields["frames"] = [f"{_shorten_source_path(code.co_filename)}:{line} {code.co_qualname}" for code, line in walked]
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -246,9 +242,7 @@ def _is_safe_to_log(error: BaseException) -> bool:
 
 
 def _list_error_codes(error: BaseException) -> dict[str, str]:
-    """Return the symbolic error names of the operating system and OpenSSL, and for a full disk the file that did not
-    fit.
-    """
+    """Return the symbolic error names of the operating system and OpenSSL, and the file name for a full disk."""
     fields = {}
     if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
         fields["errno"] = errno.errorcode[error.errno]

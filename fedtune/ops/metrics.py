@@ -1,9 +1,9 @@
-"""Metrics for a monitoring system: `GET /metrics` in Prometheus's text format, on loopback only.
+"""Prometheus metrics of a process: `GET /metrics` in text format, on loopback only.
 
-All metrics are derived from settings, the policy, the ledger's charges, and the times at which messages came and went;
-none is computed from a record.  A round counts as answered when its reply is ready to leave, after the schedule of
-`reply_after_s`, and contact is updated while a round is trained: frequent readings reveal no more about the duration of
-training than the replies do.  The Prometheus library's own metrics of CPU and memory would reveal it, and are left out.
+All metrics are derived from settings, the policy, the ledger's charges, and the times of messages; none is computed
+from a record.  A round counts as answered when its reply is ready to leave, after the padding of `reply_after_s`, and
+the contact time is updated during training, so that frequent scrapes reveal no more about the duration of training than
+the replies do.  The CPU and memory metrics of the Prometheus library would reveal it, and are disabled.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may b
     from fedtune.privacy.ledger.history import History
 
 _KEY, _TEXT_FILE, _FILE_S = "--metrics", ".prom", 15.0
-_ANSWER_S = 20.0  # a scrape may take so long: a ledger that has changed is verified from its first event on
+_ANSWER_S = 20.0  # timeout of a scrape, which verifies a changed ledger from its first event
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """The definition of one metric of a process."""
+    """Definition of one metric."""
 
-    says: str  # what it is, for people
-    label: str = ""  # what tells several values apart; empty: there is one
-    grows: bool = False  # it counts since the process began
+    says: str  # help text
+    label: str = ""  # the label of a metric with several values; empty: a single value
+    grows: bool = False  # whether the metric is a counter
 
 
 FIGURES = {
@@ -77,17 +77,17 @@ FIGURES = {
     "fedtune_lead_round_seconds": Figure("Duration of the newest finished round; 0 before the first."),
     "fedtune_lead_answers": Figure("Sites' answers: updates, or the reason for none.", "answer", True),
 }
-"""Every figure, by its name with its unit at the end."""
+"""Metric name, with its unit as suffix -> definition."""
 
 Values = Iterable[tuple[str, float | Mapping[str, float]]]
-"""Names of figures, each with its value at one moment, or its values by what its label says."""
+"""(name of a metric, its current value or its values by label)."""
 
 
 def serve_metrics(address: str | None, values: Callable[[], Values]) -> AbstractContextManager[str]:
-    """Serve `GET /metrics` at `address` while the block runs; yield the address, with the actual port if 0 was given.
+    """Serve `GET /metrics` at `address` during the block; yield the address, with the actual port if 0 was given.
 
-    Nothing is served if the address is None.  An address that ends in .prom is a file that is rewritten regularly for
-    node_exporter, which lets a process without a network publish its metrics.
+    None disables the endpoint.  An address that ends in .prom is a file for node_exporter, rewritten regularly, so that
+    a process without a network can publish its metrics.
 
     Raises:
         ConfigError: the address is invalid, is not loopback, or cannot be bound; or prometheus-client is not installed.
@@ -112,7 +112,7 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
 
 @contextmanager
 def _write_periodically(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
-    """Write the metrics into a file now and every few seconds, atomically; remove the file at the end."""
+    """Write the metrics to a file every few seconds, atomically; remove the file at the end."""
     stop, new = threading.Event(), file.with_name(f"{file.name}.new")
 
     def write() -> None:
@@ -140,7 +140,7 @@ def _write_periodically(file: Path, figures: Callable[[], bytes]) -> Iterator[st
 
 
 class _Collector:
-    """A Prometheus collector that converts the metrics into the library's own types."""
+    """Prometheus collector that converts the metrics to the library's types."""
 
     def __init__(self, values: Callable[[], Values]) -> None:
         self._values = values
@@ -158,16 +158,16 @@ class _Collector:
 
 
 class SiteMetrics:
-    """A site's metrics: its budget, its certificate, its answers and its last contact."""
+    """Metrics of a site: budget, certificate, answers and last contact."""
 
     def __init__(self, *, kit: Kit, site_toml: Path, health: Health) -> None:
         self._kit, self._site_toml, self._health = kit, site_toml, health
         self._began = datetime.now(UTC)
-        self._answers: Counter[str] = Counter({"update": 0, Reason.SITE_ERROR: 0})  # what begins at 1 does not increase
+        self._answers: Counter[str] = Counter({"update": 0, Reason.SITE_ERROR: 0})  # Prometheus needs an initial 0
         self._read: tuple[object, History | None] = (None, None)
 
     def record_answer(self, answer: str) -> None:
-        """Count an answer: "update", or the reason why there was none."""
+        """Count an answer: "update", or the reason for a missing update."""
         self._answers[answer] += 1
 
     def collect_values(self) -> Values:
@@ -184,7 +184,7 @@ class SiteMetrics:
             yield from _list_budget_values(history)
 
     def _read_history(self) -> History | None:
-        """Return the verified ledger's history, read again if ledger or anchor have changed; None if it cannot be
+        """Return the history of the verified ledger, reread after a change of ledger or anchor; None if it cannot be
         trusted.
         """
         try:
@@ -212,16 +212,16 @@ def _list_budget_values(history: History) -> Values:
 
 
 class ServerMetrics:
-    """A server's metrics: its certificate, its sites and its traffic."""
+    """Metrics of a server: certificate, sites and traffic."""
 
     def __init__(self, *, kit: Kit) -> None:
         self._kit = kit
         self.traffic: Traffic | None = None
         self.members: Sequence[Member] = ()
-        """As the roster was read last."""
+        """The members in the newest roster."""
 
     def collect_values(self) -> Values:
-        """Yield the current values of all metrics; before the server starts, only those of its certificate."""
+        """Yield the current values of all metrics; before the server starts, only the certificate's."""
         yield from _list_certificate_values(self._kit)
         if (traffic := self.traffic) is None:
             return
@@ -236,7 +236,7 @@ class ServerMetrics:
 
 
 class LeadMetrics:
-    """A lead's metrics: its certificate and the progress of its run."""
+    """Metrics of a lead: certificate and progress of the run."""
 
     def __init__(self, *, kit: Kit) -> None:
         self._kit = kit
@@ -245,18 +245,18 @@ class LeadMetrics:
         self._sites: frozenset[str] = frozenset()
 
     def record_start(self, state: LeadState, *, num_rounds: int) -> None:
-        """Record that training starts or resumes."""
+        """Record the start or resumption of training."""
         self._num_rounds = num_rounds
         self.record_round(state)
 
     def record_answer(self, site: str, what: str) -> None:
-        """Record a site's answer: "update", or the reason why there was none."""
+        """Record a site's answer: "update", or the reason for a missing update."""
         self._answers[what] += 1
         if what == "update":
             self._sites |= {site}
 
     def record_round(self, state: LeadState) -> None:
-        """Record that a round has finished."""
+        """Record a finished round."""
         self._round, self._sites = state.round, frozenset()
         self._seconds = state.rounds[-1].seconds if state.rounds else 0.0
 
@@ -270,7 +270,7 @@ class LeadMetrics:
 
 
 def _list_certificate_values(kit: Kit) -> Values:
-    """Yield the number of days until the kit's certificate expires; nothing while a new certificate is being copied."""
+    """Yield the days until the kit's certificate expires; nothing while a new certificate is being copied."""
     try:
         certificate = Certificate.from_x509(read_certificate(kit.certificate))
     except ConfigError:

@@ -1,4 +1,4 @@
-"""The traffic of one round over real sites, estimated before the run from messages with placeholder values."""
+"""Estimate of the traffic of one round over real sites, from messages with placeholder values."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from fedtune.sites.shared_settings import select_settings_for_sites, serialize_f
 from fedtune.tasks.task_model import TaskModel
 
 _SESSION, _DIGEST, _SIGNATURE = "0" * 32, "0" * 64, "0" * 128
-_FRACTION = 1 / 3  # with as many digits as noise and clocks have
+_FRACTION = 1 / 3  # a float with full precision, as noise and clocks have
 
 
 def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, int]:
-    """Compute the payload of one round to a site and from a site in bytes, as run.json counts both.
+    """Estimate the payload of one round to a site and from a site, in bytes, as counted in run.json.
 
     A round of secure aggregation has four exchanges; the estimate assumes that its session has begun and that no site
-    drops
-    out.  HTTP, TLS and Flower's own message records are not included.
+    drops out.  HTTP, TLS and Flower's own message records are not included.
 
     Args:
         config: the run's settings.
@@ -77,18 +76,18 @@ def estimate_round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tup
 
 
 def _make_placeholder_tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Difference | Masked:
-    """Return an update's payload with all values 0."""
+    """Build the payload of an update with all values 0."""
     if (shared := plan.shared) is not None:
         bits = compute_modulus_bits(shared.num_sites, shared.largest_value)
-        return Masked(messages.upload_size(shared.num_sites, length=adapter.num_values, bits=bits))
+        return Masked(messages.compute_upload_size(shared.num_sites, length=adapter.num_values, bits=bits))
     if config.federation.update_dtype == "bfloat16":
         return Difference({name: np.zeros(value.shape, np.uint16) for name, value in adapter.tensors.items()})
     return adapter.tensors
 
 
 def _iter_secure_aggregation_steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:
-    """Yield the steps of secure aggregation other than the upload: name, the lead's messages to a site, the site's
-    answer.
+    """Yield each step of secure aggregation except the upload: name, attached messages to a site, answer of the
+    site.
     """
     asked = messages.ConfirmRequest(session=_DIGEST, release=1, survivors=sorted(sites))
     own = {**asdict(asked), "site": site, "signature": _SIGNATURE}

@@ -1,4 +1,4 @@
-"""What must be the same in a run's result, in its sites' ledgers and in the lead's receipts."""
+"""Consistency checks between a run's result, its sites' ledgers and the lead's receipts."""
 
 import json
 from collections import Counter
@@ -20,9 +20,9 @@ from .site_folder import SiteFolder
 
 
 def check_books(federation: Federation, run: str, *, uncounted: Any = None, averaged: bool = True) -> None:
-    """Check that no update of a run was lost or counted twice, and that what was charged is what is reported.
+    """Check that no update was lost or counted twice, and that the reported charges match the ledgers.
 
-    `uncounted`: by site, rounds whose updates it committed, and which came too late.
+    `uncounted`: site -> rounds with a committed update that arrived too late.
     """
     if averaged:
         _check_average(federation, run)
@@ -48,7 +48,7 @@ def check_books(federation: Federation, run: str, *, uncounted: Any = None, aver
 
 
 def check_whole(federation: Any, run: str, *, rounds: int = 2, charged: Any = None, averaged: bool = True) -> None:
-    """Check that all sites took part in all rounds of a run, and were charged for each once, or as told."""
+    """Check that all sites took part in all rounds of a run and were charged once per round, or as given."""
     check_books(federation, run, averaged=averaged)
     result, names = federation.result(run), list(federation.sites)
     assert [one["sites"] for one in result["rounds"]] == [names] * rounds
@@ -57,7 +57,7 @@ def check_whole(federation: Any, run: str, *, rounds: int = 2, charged: Any = No
 
 
 def _check_average(federation: Federation, run: str) -> None:
-    """Check that the run's adapter is the mean of the last round's updates, each of its sites' taken once.
+    """Check that the run's adapter is the mean of the last round's updates.
 
     The updates are those that the sites' ledgers keep; all sites have the same declared size, and so weight.
     """
@@ -76,13 +76,13 @@ def _check_average(federation: Federation, run: str) -> None:
 
 
 def read_adapter(federation: Federation, run: str, *, back: int = 0) -> dict[str, npt.NDArray[np.float32]]:
-    """The run's newest aggregated adapter, or that of so many rounds before, by the names that updates have."""
+    """Return the newest aggregated adapter of a run, or an earlier adapter, under the tensor names of updates."""
     tensors = load_file(sorted((federation.run_folder(run) / "checkpoints").glob("round-*.safetensors"))[-1 - back])
     return {name.removeprefix("adapter/"): value for name, value in tensors.items() if name.startswith("adapter/")}
 
 
 def check_same_adapter(federation: Federation, name: str, simulated_folder: Path, *, tolerance: float) -> None:
-    """Check that a real run and a simulation came to the same adapter, to so much in each value."""
+    """Check that the adapters of a real run and a simulation are equal up to a tolerance per value."""
     config = read_saved_config(simulated_folder)
     expected = Checkpoints(simulated_folder / "checkpoints", config.digest()).load().adapter.tensors
     found = read_adapter(federation, name)

@@ -1,4 +1,4 @@
-"""What tests of real deployments share: a federation for each module, and its logs where a test fails."""
+"""Fixtures for tests of real deployments: one federation per module, and its logs after a failure."""
 
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="module")
 def make_federation(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[Callable[..., Federation]]:
-    """Make federations that end with the module; `held`: they are started, with sites that can be held up, or not."""
+    """Create federations for the module; with `held`, they are started with sites whose training can be paused."""
     made: list[Federation] = []
 
     def make(*, held: bool | None = None, **arguments: Any) -> Federation:

@@ -1,4 +1,4 @@
-"""A federation as people set it up: kits by the real commands, then a server, sites and a lead as processes."""
+"""A federation as operators set it up: kits by the real commands, and server, sites and lead as processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Command = Callable[..., Any]
 
 
 def list_settings(*overrides: str) -> list[str]:
-    """Overrides of a run that trains for a moment; given noise saves the search for it."""
+    """List the overrides of a very short run, with given noise to skip the calibration."""
     return [
         *("experiment=debug", "runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0"),
         *("data.max_length=16", "data.validation_rows=10", "data.test_rows=10"),
@@ -43,14 +43,14 @@ def list_settings(*overrides: str) -> list[str]:
 
 
 def simulate_same_run(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
-    """The same run as a simulation, with records dealt out to the same sites."""
+    """Simulate the same run with the same records at each site."""
     sites = [f"federation.num_sites={len(names)}", f"federation.site_names=[{','.join(names)}]"]
     return [*overrides, *sites, f"data.declared_sizes={DECLARED}", "data.train_fraction=0.05"]
 
 
 @cache
 def partition_records(names: tuple[str, ...]) -> dict[str, list[Record]]:
-    """Each site's records, as a simulation deals them out."""
+    """Partition the records among the sites as a simulation does."""
     config = compose_run(simulate_same_run(*list_settings("name=dealt"), names=names))
     of_sites = partition_run_records(config).sites
     return {name: records.training for name, records in zip(names, of_sites, strict=True)}
@@ -62,14 +62,14 @@ ONE_THREAD = {"machine": {"num_threads": 1}}
 
 @cache
 def _compose_sent_settings() -> RunConfig:
-    """What sites are asked in these tests, as far as policies go."""
+    """Compose the settings that the sites receive, as far as policies check them."""
     return select_settings_for_sites(
         compose_run(simulate_same_run(*list_settings("name=any", "runtime.seeded_noise=true")))
     )
 
 
 def make_policy(site: str, *, lead: str) -> Policy:
-    """A policy with room for all runs of these tests."""
+    """Build a policy with room for all runs of these tests."""
     policy = generate_policy(_compose_sent_settings(), _compose_sent_settings().plan(), NAMES[0], lead=lead)
     columns = {"text": "question", "label": "intent"}
     modules = ("all-linear", "value", "attention.output.dense")
@@ -96,7 +96,7 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 
 
 class Federation:
-    """A federation of these sites in an empty folder, in the best network that this machine has, provisioned now.
+    """A newly provisioned federation in an empty folder, on the best network of this machine.
 
     `command` is `fedtune` in this process, for what needs no process.
     """
@@ -134,7 +134,7 @@ class Federation:
         return outcome
 
     def join(self, name: str, records: Sequence[Record]) -> SiteFolder:
-        """Let a site in, as lead and site do it, once its keys are compared."""
+        """Admit a site as lead and site do, after comparing its keys."""
         site = SiteFolder(self.folder / "sites" / name, name, self)
         site.folder.mkdir(parents=True, exist_ok=True)
         write_records(site.folder / "questions.csv", records)
@@ -148,7 +148,7 @@ class Federation:
         return site
 
     def run(self, name: str, member: str, words: Sequence[str], *, env: dict[str, str] | None = None) -> Process:
-        """Start a process at a member; its log is NAME.log in the federation's folder."""
+        """Start a process of a member; its log is NAME.log in the federation's folder."""
         flower = {"FLWR_HOME": str(self.folder / "flower" / name), **(env or {})}
         command = self.network.inside(member, words)
         self._begun.append(Process(name, command, log=self.folder / f"{name}.log", cwd=self.folder, env=flower))

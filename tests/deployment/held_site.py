@@ -1,4 +1,4 @@
-"""`fedtune`, but with training that a test can hold up or have fail: `python held_site.py FOLDER fedtune's arguments`.
+"""The `fedtune` command with training that a test can pause or make fail: `python held_site.py FOLDER ARGUMENTS`.
 
 A trained round does not come back while FOLDER/hold is there.  With FOLDER/fail, it raises that file's text.  A site
 that lost its server looks for it every two seconds, where a real one waits for up to fifteen.

@@ -1,4 +1,4 @@
-"""Where a federation's processes live: each member in a network of its own, or all on this machine's loopback."""
+"""Networks of a federation's processes: a namespace per member, or this machine's loopback."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ _NAMED = Path("/run/netns")
 
 
 class Network:
-    """Everybody on this machine; `address` is the server's, as the others reach it."""
+    """All members on loopback; `address` is the server's address for the others."""
 
     isolated = False
     """Whether the members can reach the server, which is one of them, and nothing else."""
@@ -34,14 +34,16 @@ class Network:
         raise NotImplementedError("nobody can be cut off from this machine's loopback")
 
     def hand_over(self, member: str) -> None:
-        """Give the server's address to the machine of `member`; here the port is free once the server has ended."""
+        """Move the server's address to the machine of `member`; on loopback, the port is free once the server has
+        ended.
+        """
 
     def close(self) -> None:
-        """Remove what was made."""
+        """Remove all namespaces and interfaces."""
 
 
 class Namespaces(Network):
-    """A network namespace for each member, and a bridge in the server's; no way out of them."""
+    """One network namespace per member, and a bridge in the server's namespace without outside access."""
 
     isolated = True
     address = "10.203.0.1"
@@ -94,7 +96,7 @@ class Namespaces(Network):
 
 @cache
 def explain_missing_namespaces() -> str:
-    """Why this machine has no namespaces for us; empty where it has."""
+    """Return the reason why this machine supports no namespaces for the tests; empty if it does."""
     if shutil.which("ip") is None:
         return "the command ip is missing"
     if os.geteuid() != 0:
@@ -108,7 +110,7 @@ def explain_missing_namespaces() -> str:
 
 
 def choose_network(members: Sequence[str]) -> Network:
-    """Namespaces where that can be, else loopback; `FEDTUNE_TEST_NETWORK=loopback` asks for the latter."""
+    """Choose namespaces if possible, otherwise loopback; `FEDTUNE_TEST_NETWORK=loopback` forces loopback."""
     return Network() if needs_loopback() or explain_missing_namespaces() else Namespaces(members)
 
 

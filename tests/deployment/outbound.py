@@ -1,4 +1,4 @@
-"""What a site sent, read back to the last field: Flower's calls, the objects in them, and fedtune's own words."""
+"""Complete decoding of a site's outgoing traffic: Flower's calls, their objects, and fedtune's own fields."""
 
 import base64
 import json
@@ -35,7 +35,7 @@ class Call:
 
     @property
     def request(self) -> Any:
-        """The protobuf message in it; nothing in its bytes is left over."""
+        """Decode the protobuf message of the call, without unknown or trailing bytes."""
         found = CALLS[self.path].FromString(self.body)
         assert found.SerializeToString(deterministic=True) is not None
         # Fields that this version of Flower does not know would be kept aside, and come back with the rest.
@@ -55,7 +55,7 @@ def read_calls(path: Path) -> list[Call]:
 
 
 def collect_objects(calls: list[Call]) -> dict[str, bytes]:
-    """Every object that was pushed, by its id, which is its hash."""
+    """Collect all pushed objects by id, which is their hash."""
     objects = {}
     for call in calls:
         if call.path == "/v1/fleet/push-object":
@@ -66,7 +66,7 @@ def collect_objects(calls: list[Call]) -> dict[str, bytes]:
 
 
 def collect_messages(calls: list[Call]) -> list[tuple[Any, RecordDict]]:
-    """Each answer as (its announcement, its content), put together from the objects that came with it."""
+    """Reassemble each answer from its objects, as (announcement, content)."""
     objects, answers = collect_objects(calls), []
     for call in calls:
         if call.path == "/v1/fleet/push-messages":
@@ -90,7 +90,7 @@ def read_object_kind(content: bytes) -> str:
 
 
 def list_numbers(message: Proto) -> Iterator[tuple[str, float]]:
-    """Every number in a protobuf message, however deep, with its field's name."""
+    """List every number in a protobuf message recursively, with the name of its field."""
     return ((name, value) for name, value in _iter_values(message) if isinstance(value, int | float))
 
 

@@ -1,4 +1,4 @@
-"""Ends TLS between a site and its server, and writes down every request of the site: `python recording_proxy.py FILE`.
+"""TLS-terminating proxy between a site and its server that records every request: `python recording_proxy.py FILE`.
 
 FILE is JSON: `listen` and `server` (host:port), `own` and `site` (PEM files of this end towards the site, and of the
 site towards the server), and `records`, a file that gets one JSON line for each request before it is passed on.
@@ -46,7 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _ask_server(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        """Over a connection of its own, since the server ends idle ones."""
+        """Forward a request over a new connection, because the server closes idle connections."""
         host, _, port = _SETTINGS["server"].rpartition(":")
         server = http.client.HTTPSConnection(host, int(port), timeout=_TIMEOUT_S, context=_SITE.create_client_context())
         with closing(server):

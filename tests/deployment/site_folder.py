@@ -1,4 +1,4 @@
-"""A site's machine as a test sees it: folder, process, ledger and log."""
+"""A site's machine in a test: folder, process, ledger and log."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ class SiteFolder(Books):
         self.up.wait_for_text("the site is up")
 
     def hold(self, held: bool) -> None:
-        """Hold its training up, or let it go on."""
+        """Pause or resume the site's training."""
         (self.folder / "hold").touch() if held else (self.folder / "hold").unlink(missing_ok=True)
 
     def hold_in_first_round(self, run: str, *overrides: str) -> Process:
-        """Start a run, and hold this site's training up in the first round; the lead."""
+        """Start a run and pause this site's training in the first round; return the lead."""
         self.hold(True)
         lead = self.federation.lead(run, *overrides)
         self.wait_for(run, "reserve", round=1, lead=lead)
         return lead
 
     def verified(self) -> Verified:
-        """Its ledger, checked from the first event to the last."""
+        """The ledger, verified from the first event to the last."""
         return verify(self.ledger, site_key=self.site_key or None)
 
     def events(self, run: str, kind: str = "") -> list[Event]:
-        """Events of the run that was given the name `run`, or of one kind of them; also while the site writes."""
+        """List the events of the run `run`, or those of one kind, also while the site writes."""
         written = [_stat_file(self.folder / name) for name in ("ledger.db", "ledger.db-journal")]
         if written != self._written:  # to verify a ledger takes long, and a test that waits asks again and again
             with suppress(RunError):  # it has no ledger yet
@@ -78,7 +78,7 @@ class SiteFolder(Books):
         return [event.detail["what"] for event in self.events(run, "note")]
 
     def wait_for(self, run: str, kind: str, *, round: int, lead: Process | None = None) -> None:
-        """Wait until its ledger holds an event of a kind for a round; in vain once `lead` has ended."""
+        """Wait until the ledger contains an event of a kind for a round, or until `lead` has ended."""
 
         def has_event() -> bool:
             return any(event.round == round for event in self.events(run, kind))
@@ -91,7 +91,7 @@ class SiteFolder(Books):
 
 
 def _stat_file(path: Path) -> tuple[int, int]:
-    """When a file was last written, and its size; zeros where there is none."""
+    """Return a file's modification time and size; zeros if it does not exist."""
     try:
         about = path.stat()
     except FileNotFoundError:

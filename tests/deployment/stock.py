@@ -1,4 +1,5 @@
-"""A federation of Flower's own processes: `flower-superlink`, a `flower-supernode` a site, and the lead's SuperExec.
+"""A federation of stock Flower processes: `flower-superlink`, one `flower-supernode` per site, and the lead's
+SuperExec.
 
 Kits are made by fedtune's commands.  Sites have no network: each answers at its Unix socket, in a namespace of its own.
 Each SuperNode has a user of its own, who can open nothing of the site's but that socket.
@@ -41,7 +42,7 @@ AS_NODE = (
 
 @cache
 def explain_missing_users() -> str:
-    """Why processes cannot have users of their own here; empty where they can."""
+    """Return the reason why processes cannot have separate users here; empty if they can."""
     if os.geteuid() or shutil.which("setpriv") is None:
         return "users of their own need root and setpriv"
     words = [*AS_NODE, "env", sys.executable, "-c", "import fedtune.flower.site_app"]  # `env` starts it as that user
@@ -50,13 +51,13 @@ def explain_missing_users() -> str:
 
 
 class Named(Network):
-    """A server with a name, since nginx checks no certificate of an address."""
+    """A server with a host name, because nginx does not verify certificates for IP addresses."""
 
     address = "localhost"
 
 
 class StockFederation(Federation):
-    """The same federation, whose messages Flower's processes carry; started whole, over TLS, with registered keys."""
+    """A federation over Flower's own processes, started with TLS and registered keys."""
 
     def __init__(self, folder: Path, command: Any) -> None:
         super().__init__(folder, command, network=Named())
@@ -76,7 +77,7 @@ class StockFederation(Federation):
         self.do("flower-app", str(folder / "app"))
 
     def call(self, *words: str, cwd: Path | None = None, **more: str) -> str:
-        """One of Flower's commands, to its end."""
+        """Run a Flower command to its end."""
         done = subprocess.run(
             words,
             cwd=cwd or self.folder,
@@ -106,7 +107,7 @@ class StockFederation(Federation):
         self.server.wait_for_text("Uvicorn running")
 
     def start_front(self) -> str:
-        """Put nginx, where it is installed, in front of the SuperLink by the file that we deliver; its address."""
+        """Start nginx, if installed, in front of the SuperLink with the deployed configuration; return its address."""
         port, folder, kit = find_free_port(), self.folder / "nginx", self.home / "server"
         text = (REPOSITORY / "deployment/flower/nginx.conf").read_text()
         own = {"listen 443": f"listen 127.0.0.1:{port}", "ssl_name fl.example.org": "ssl_name localhost"}
@@ -129,7 +130,7 @@ class StockFederation(Federation):
         )
 
     def start_site(self, site: SiteFolder) -> None:
-        """The site's process, which has no interface of any network, and whose training a test can hold up."""
+        """Start the site's process without a network interface, with training that a test can pause."""
         socket = self.public / f"{site.name}-socket" / "site.sock"
         write_policy(replace(read_policy(site.site_toml), socket=str(socket)), site.site_toml, others=ONE_THREAD)
         program = [*AS_GROUP, sys.executable, str(HELD_SITE), str(site.folder)]
@@ -145,12 +146,12 @@ class StockFederation(Federation):
         )
 
     def kill(self, process: Process) -> None:
-        """Kill one of Flower's processes with all that it started."""
+        """Kill a Flower process with all of its children."""
         os.killpg(process.pid, signal.SIGKILL)
         process.end(seconds=30)
 
     def bring_back(self, site: SiteFolder) -> None:
-        """Start a SuperNode as its unit does: again and again, while the server counts the killed one as online."""
+        """Restart a SuperNode as its unit does, repeatedly while the server counts the killed SuperNode as online."""
         self.start_node(site)
         while "SuperNode ID" not in (node := self.nodes[site.name]).text:
             if node.code is not None:
@@ -185,7 +186,7 @@ class StockFederation(Federation):
             self.nodes[site.name].wait_for_text("SuperNode ID")
 
     def install_ours(self, home: Path) -> None:
-        """Install the bundle as root does, for a SuperNode that cannot write the folder of its apps."""
+        """Install the bundle as root, for a SuperNode that cannot write to its app folder."""
         (built := self.folder / "built").mkdir()
         self.call("flwr", "build", "--app", str(self.folder / "app"), cwd=built)
         self.call("flwr", "install", *map(str, built.iterdir()), FLWR_HOME=str(home))
@@ -193,7 +194,7 @@ class StockFederation(Federation):
             path.chmod(0o755)
 
     def submit(self, name: str, settings: Sequence[str], *, begins: bool = True) -> str:
-        """Start a run by `flwr run`; its number at the SuperLink."""
+        """Start a run with `flwr run`; return its number at the SuperLink."""
         where = [f"name={name}", f"tracking.output_dir={self.folder / 'runs'}"] if begins else []
         file = self.folder / f"{name}.toml"
         file.write_text(f"kit = {json.dumps(str(self.lead_kit))}\nsettings = {json.dumps([*settings, *where])}\n")
@@ -204,12 +205,12 @@ class StockFederation(Federation):
         return str(json.loads(said[said.index("{") :])["run-id"])
 
     def status(self, run: str) -> str:
-        """How a run is doing, as `flwr list` says."""
+        """Return the status of a run from `flwr list`."""
         said = self.call("flwr", "list", "banks", "--run-id", run, "--format", "json")
         return str(json.loads(said[said.index("{") :])["runs"][0]["status"])
 
     def wait_until_over(self, run: str, *, seconds: float = 400.0) -> str:
-        """How a run ended."""
+        """Wait for the end of a run and return its final status."""
         found: list[str] = []
 
         def has_finished() -> bool:

@@ -1,4 +1,4 @@
-"""A federation as it is meant to be: a server and three sites, each on a network of its own, and a lead."""
+"""A complete federation: a server and three sites on separate networks, and a lead."""
 
 import csv
 import importlib.util
@@ -50,12 +50,12 @@ def finished(banks: Federation) -> Federation:
     return banks
 
 
-def test_three_sites_reach_the_adapter_of_the_simulation(finished: Federation, run_in_one_process: Any) -> None:
+def test_three_real_sites_match_the_simulation_adapter(finished: Federation, run_in_one_process: Any) -> None:
     # To the last bit: the same sums in the same order.
     check_same_adapter(finished, "one", run_in_one_process("one", *DEBUG), tolerance=0)
 
 
-def test_run_goes_only_to_the_named_sites(finished: Federation) -> None:
+def test_run_is_sent_only_to_the_named_sites(finished: Federation) -> None:
     left_out = finished.sites["south"]
     assert left_out.answered("update", "one") == 2
     before, said = left_out.verified().events, left_out.up.text
@@ -69,7 +69,9 @@ def test_run_goes_only_to_the_named_sites(finished: Federation) -> None:
 
 
 @needs_minilm
-def test_real_model_reaches_the_adapter_of_the_simulation(finished: Federation, run_in_one_process: Any) -> None:
+def test_real_sites_with_a_pretrained_model_match_the_simulation_adapter(
+    finished: Federation, run_in_one_process: Any
+) -> None:
     finished.finish("three", *BANKS)
     check_books(finished, "three")
     check_same_adapter(finished, "three", run_in_one_process("three", *BANKS), tolerance=1e-6)
@@ -78,7 +80,7 @@ def test_real_model_reaches_the_adapter_of_the_simulation(finished: Federation, 
 
 
 def test_members_can_reach_only_the_server(make_networks: None, banks: Federation) -> None:
-    """The harness's own promise: what the other tests show, they show without any other network."""
+    """Verify the test harness itself: no other test uses any other network."""
     for member in ("north", "server"):
         routes = subprocess.run(
             banks.network.inside(member, ["ip", "route", "show"]), capture_output=True, text=True, check=True
@@ -110,7 +112,7 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
 
 
 def write_dummy_rows(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
-    """Rows of a file in a folder, with the images that they name."""
+    """Write the rows of a data file to a folder, with the images that they reference."""
     if kind == "image":
         with write_pictures(folder, f"{count}.csv", count, seed=count).open(newline="") as table:
             return list(csv.DictReader(table))
@@ -120,7 +122,7 @@ def write_dummy_rows(kind: str, count: int, folder: Path) -> list[dict[str, Any]
 
 
 def format_record(record: Record, kind: str) -> dict[str, Any]:
-    """A record as a line of a site's own file, whose names for its columns are its own."""
+    """Format a record as a line of a site's own file, with the site's own column names."""
     several = kind == "token_classification"
     return {f"own {role}": text.split("\n") if several else text for role, text in record.fields.items()}
 
@@ -131,7 +133,7 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_real_sites_learn_every_task_like_simulated_ones(
+def test_real_sites_train_every_task_like_simulated_sites(
     banks: Federation, command: Any, tmp_path: Path, kind: str
 ) -> None:
     files = {

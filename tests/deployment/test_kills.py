@@ -1,4 +1,6 @@
-"""Sites, server and lead that die or are cut off in the middle of a round: the run goes on, and the books are right."""
+"""Killed or disconnected sites, servers and leads in the middle of a round: the run continues with consistent
+ledgers.
+"""
 
 import configparser
 import shlex
@@ -26,7 +28,7 @@ def whole(make_federation: Callable[..., Federation]) -> Federation:
 
 @pytest.fixture
 def federation(whole: Federation) -> Iterator[Federation]:
-    """The same, all of it up and nobody held up, whatever the test before did."""
+    """The module's federation with all processes running and no paused site, whatever the previous test did."""
     assert whole.server.code is None
     assert all(site.up.code is None for site in whole.sites.values())
     yield whole
@@ -67,7 +69,7 @@ def test_disconnected_site_resumes_without_a_restart(make_networks: None, federa
 
 
 def test_server_restored_from_a_backup_completes_the_run(federation: Federation) -> None:
-    """Its database is put back, and the run ends as if nothing had been."""
+    """The database is restored during the run."""
     north = federation.sites["north"]
     lead = north.hold_in_first_round("backed-up", *list_settings("federation.num_rounds=2"))
     kit, file = federation.home / "server", federation.folder / "server.zip"
@@ -95,7 +97,7 @@ TWO, STANDBY = ("north", "south"), "standby"
 
 
 def find_start_command(federation: Federation, more: list[str]) -> Process:
-    """What systemd starts for `fedtune-lead@served`, with SETTINGS from a file."""
+    """Return the command of systemd's unit `fedtune-lead@served`, with SETTINGS from a file."""
     unit = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
     unit.read_string(UNIT.read_text())
     program, *words = shlex.split(unit["Service"]["execstart"].replace("%i", "served"))
@@ -105,7 +107,7 @@ def find_start_command(federation: Federation, more: list[str]) -> Process:
 
 
 def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
-    """Its public stage is over by the first kill, and is not trained again."""
+    """The public stage is finished before the first kill and is not trained again."""
     (federation.folder / "kit").symlink_to(federation.lead_kit)
     shutil.copy(REPOSITORY / "conf/experiment/debug.yaml", federation.folder / "served.yaml")
     public = federation.folder / "public.csv"
@@ -142,7 +144,7 @@ def test_killed_lead_resumes_and_completes_once(federation: Federation) -> None:
 
 @pytest.mark.usefixtures("make_networks")  # on loopback the address would stay where it was
 def test_standby_server_takes_over_within_a_round(make_federation: Callable[..., Federation]) -> None:
-    """It has a copy of the kit that is older than the last roster, and no database at all."""
+    """The standby has a kit that is older than the last roster, and no database."""
     federation = make_federation(names=TWO, network=Namespaces([LEAD, *TWO, STANDBY]))
     gone = federation.join("gone", partition_records(TWO)["north"][:20])
     kit, data = federation.folder / STANDBY, federation.folder / "data of the standby"
@@ -180,10 +182,7 @@ SECURE = (
 def test_secure_round_survives_a_killed_server(
     make_federation: Callable[..., Federation], run_in_one_process: Any
 ) -> None:
-    """Killed when two sites have uploaded: nobody trains again, and no second sum is asked for.
-
-    Three sites know each other's keys and demand that all take part; they come to the simulation's adapter bit for bit.
-    """
+    """The server is killed after two uploads: no site trains again, and no second sum is requested."""
     federation = make_federation()
     for site in federation.sites.values():
         members = {name: other.site_key for name, other in federation.sites.items() if other is not site}

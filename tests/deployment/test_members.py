@@ -1,4 +1,4 @@
-"""Members change while everything runs: certificates end and are renewed, sites come and go, rosters are copied."""
+"""Membership changes in a running federation: renewed certificates, new and revoked sites, copied rosters."""
 
 import socket
 import time
@@ -50,7 +50,7 @@ def read_server_certificate(federation: Federation) -> Certificate:
 
 
 def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
-    """Nobody starts anything again, and the next round is answered past the old ones' end."""
+    """No process is restarted, and the next round is answered after the old certificates have expired."""
     north, server = members.sites["north"], members.server
     assert server is not None
     pids = (north.up.pid, server.pid)
@@ -62,8 +62,8 @@ def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
             opened.extractall(north.kit)
         provisioning.renew_own_certificate(members.home, "server", days=days, now=began)
         for process in (north.up, server):
-            process.wait_for_text("a new certificate is used", count=count)
-            assert process.lines("a new certificate is used")[-1]["certificate_until"] == end.isoformat()
+            process.wait_for_text("the certificate was replaced", count=count)
+            assert process.lines("the certificate was replaced")[-1]["certificate_until"] == end.isoformat()
         assert read_server_certificate(members).not_after == end
     assert datetime.now(UTC) < ends, "a renewal takes seconds"
 
@@ -74,7 +74,7 @@ def test_certificates_are_renewed_during_a_run(members: Federation) -> None:
     provisioning.renew_own_certificate(members.home, "lead", days=None, now=datetime.now(UTC))
     assert lead.end(seconds=RUN_S) == 0, lead.text
     assert [len(one["sites"]) for one in members.result("past-the-end")["rounds"]] == [2, 2, 2, 2]
-    assert "a new certificate is used" in folder.log.read_text(), "by the lead, in the middle of its run"
+    assert "the certificate was replaced" in folder.log.read_text(), "by the lead, in the middle of its run"
     assert (north.up.pid, server.pid) == pids
     assert north.up.code is None
     assert "no contact" not in north.up.text

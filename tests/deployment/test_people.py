@@ -1,4 +1,4 @@
-"""People at both ends: a run waits for a site's approval or its pause, and a lead looks, stops, resumes and ends."""
+"""Manual steps at both ends: approval and pause at a site; status, stop, resume and end at the lead."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def print_status(federation: Federation, run: str) -> dict[str, Any]:
 
 @pytest.fixture
 def careful_site(federation: Federation) -> Iterator[SiteFolder]:
-    """north, where a person approves each run."""
+    """The site north, where a person approves each run."""
     site = federation.sites["north"]
     site.edit(approval="manual")
     yield site
@@ -38,7 +38,7 @@ def careful_site(federation: Federation) -> Iterator[SiteFolder]:
 
 
 def test_run_waits_for_approval_and_then_continues(federation: Federation, careful_site: SiteFolder) -> None:
-    """What is shown of it: tests/cli/test_site.py."""
+    """The output is tested in tests/cli/test_site.py."""
     site, loaded = careful_site, len(careful_site.up.lines("the base model is loaded"))
     lead = federation.lead("asked", *list_settings("federation.num_rounds=1", "data.max_length=17"))
     site.up.wait_for_text("a run waits for approval")
@@ -75,8 +75,8 @@ def test_run_denied_by_a_site_ends(federation: Federation, careful_site: SiteFol
     assert not [each for each in federation.sites.values() if each.events("denied", "plan")]
 
 
-def test_site_ends_an_accepted_run_and_the_other_continues(federation: Federation) -> None:
-    """While its first round trains: that round stays charged, its update does not leave, and no other is charged."""
+def test_site_withdraws_from_an_accepted_run_and_the_other_site_continues(federation: Federation) -> None:
+    """The site withdraws during its first round: the round stays charged, and no update is sent."""
     site, other = federation.sites["north"], federation.sites["south"]
     lead = site.hold_in_first_round(
         "ended", *list_settings("federation.num_rounds=2", "federation.min_sites=1", "federation.straggler_grace_s=3")

@@ -1,4 +1,4 @@
-"""fedtune in a federation of stock Flower processes: the same adapter and ledgers, by sites without a network."""
+"""fedtune in a federation of stock Flower processes, with equal adapters and ledgers at sites without a network."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -32,10 +32,10 @@ def stock(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[St
         made.close()
 
 
-def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_stock_app(
+def test_stock_supernodes_match_the_simulation_adapter_next_to_a_stock_app(
     stock: StockFederation, run_in_one_process: Callable[..., Path]
 ) -> None:
-    """The stock app runs where a SuperNode may install it, and finds nothing; the strict site refuses it as hostile."""
+    """The stock app runs at SuperNodes that may install it and finds no secrets; the strict site refuses it."""
     files = [path for folder in (stock.home, stock.folder / "sites") for path in folder.rglob("*") if path.is_file()]
     assert {"questions.csv", "site.toml", "connection_key.pem", "lead_key.pem"} <= {path.name for path in files}
     secrets = "|".join(map(str, files))
@@ -56,7 +56,7 @@ def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation_beside_a_s
         assert check_control_api(stock.front, timeout_s=10.0).status == "ok"
 
 
-def test_killed_flower_processes_lose_nothing_and_charge_once(
+def test_killed_flower_processes_cause_no_loss_or_double_charge(
     stock: StockFederation, run_in_one_process: Callable[..., Path]
 ) -> None:
     north = stock.sites["north"]

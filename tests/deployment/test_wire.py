@@ -1,4 +1,4 @@
-"""What leaves a site, byte by byte, and what of the lead's a site never takes in.
+"""Byte-level checks of everything that leaves a site, and of the parts of a lead's message that a site ignores.
 
 Between one site and the server stands a proxy that ends TLS and writes down every request of the site: over an update,
 a round that fails with a record's text in the exception, a refusal, a pause, a broken file, and the end of a run.
@@ -60,7 +60,7 @@ ANSWERS = [
 
 @dataclass
 class Wire:
-    """A federation after the run, and what north sent meanwhile."""
+    """A federation after the run, with the recorded traffic of north."""
 
     federation: Federation
     north: SiteFolder
@@ -92,7 +92,7 @@ def wire(make_federation: Callable[..., Federation]) -> Wire:
 
 
 def list_listening_ports(pid: int, *, whole_network: bool) -> list[int]:
-    """TCP ports on which the process `pid` listens, or anybody in its network, from /proc."""
+    """List the TCP ports on which the process `pid`, or any process in its network namespace, listens, from /proc."""
     inodes, found = set(), []
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
@@ -106,7 +106,7 @@ def list_listening_ports(pid: int, *, whole_network: bool) -> list[int]:
 
 
 def _run(federation: Federation) -> None:
-    """North sends an update, fails, refuses, pauses and meets a broken file, while south answers all four rounds."""
+    """Run four rounds in which north sends an update, fails, refuses and pauses, while south answers all rounds."""
     north, south = (federation.sites[name] for name in SITES)
     policy = read_policy(north.site_toml)
     south.hold(True)
@@ -116,7 +116,7 @@ def _run(federation: Federation) -> None:
         wait_for(lambda: north.answered(what, RUN), seconds=RUN_S, what=f"north's {what}", needs=lead)
 
     def release_next_round(round: int) -> None:
-        """Let south, which is held up, finish its round, and hold it up again in the next."""
+        """Let south finish its paused round, and pause it again in the next round."""
         south.wait_for(RUN, "reserve", round=round, lead=lead)
         south.hold(False)
         south.wait_for(RUN, "commit", round=round, lead=lead)
@@ -143,7 +143,7 @@ def _run(federation: Federation) -> None:
 
 
 def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> None:
-    """Put a proxy before the server, for one site, whose kit then leads there."""
+    """Start a proxy between one site and the server, and point the site's kit to the proxy."""
     listen = f"127.0.0.1:{find_free_port()}"
     authority, key = Authority.load(federation.home / "authority"), generate_connection_key()
     about = {"kind": "server", "name": "server", "hosts": ["127.0.0.1"], "days": 1, "now": datetime.now(UTC)}
@@ -220,7 +220,7 @@ def test_site_answers_use_only_fedtune_types(wire: Wire) -> None:
 
 
 def check_answer(content: Any) -> tuple[int, str]:
-    """(round, what) of an answer, whose every field is one of a release type's."""
+    """Return (round, kind) of an answer, after checking that all its fields belong to one release type."""
     (config,) = content.config_records.values()
     assert list(config) == ["json"]
     said = json.loads(config["json"])
@@ -252,7 +252,7 @@ def check_answer(content: Any) -> tuple[int, str]:
 
 
 def list_secrets(wire: Wire) -> list[str]:
-    """Texts that have no business outside the site."""
+    """List texts that must never leave the site."""
     own = [str(wire.north.folder), str(wire.federation.folder), str(Path.home()), socket.gethostname()]
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
         own.append(getpass.getuser())
@@ -280,7 +280,7 @@ def test_true_record_count_does_not_leave_the_site(wire: Wire) -> None:
 
 
 def list_all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
-    """Every number in Flower's messages, objects and fedtune's JSON; not those of the update, which are noised."""
+    """List every number in Flower's messages, objects and fedtune's JSON, except the noised values of the update."""
     for call in wire.calls:
         yield from outbound.list_numbers(call.request)
     for _, content in outbound.collect_messages(wire.calls):
@@ -300,7 +300,7 @@ def list_all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
 
 
 def list_all_texts(wire: Wire) -> Iterator[str]:
-    """Every text of headers, Flower's messages and fedtune's JSON; not keys, signatures and times."""
+    """List every text in headers, Flower's messages and fedtune's JSON, except keys, signatures and times."""
     for call in wire.calls:
         # Its length is the body's, whatever it comes to.
         assert ("content-length", str(len(call.body))) in call.headers

@@ -1,4 +1,4 @@
-"""Builders of these tests: a federation in a folder, sites that want to join it, a server that a doctor asks."""
+"""Fixtures for tests of operations: a federation folder, joining sites, and a server for the doctor."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ license = "Apache-2.0"
 
 @pytest.fixture(scope="session")
 def now() -> datetime:
-    """The moment at which all of it was made, in whole seconds as certificates have them."""
+    """The creation time of all certificates, in whole seconds."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
@@ -54,7 +54,7 @@ def federation_toml(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def fresh_federation(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
-    """The folder of a federation without sites, to be copied: it takes many keys and much that is durable."""
+    """A federation folder without sites, created once and copied, because its keys and durable writes are slow."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "federation.toml").write_text(FEDERATION_TOML)
     return provisioning.init_federation(folder / "federation.toml", out=folder / "federation", now=now).folder
@@ -67,20 +67,20 @@ def federation(federation_toml: Path, fresh_federation: Path) -> Path:
 
 @dataclass(frozen=True)
 class Desk:
-    """The lead's: a federation's folder, beside which sites have theirs, and what is done with their requests."""
+    """The lead's desk: a federation folder, the folders of its sites, and operations on their requests."""
 
     folder: Path
     now: datetime
 
     def request(self, site: str, *, kit: str = "kit", **policy: Any) -> Path:
-        """The join request of a site in a folder named after it; `kit` names another folder for its keys."""
+        """Create the join request of a site in a folder with its name; `kit` is another folder for its keys."""
         folder = self.folder.parent / site
         folder.mkdir(exist_ok=True)
         write_policy(make_site_policy(site, **policy), folder / "site.toml")
         return initialize_site(folder / "site.toml", out=folder / kit) / REQUEST
 
     def join(self, site: str, **policy: Any) -> Path:
-        """Let a site in; its kit, unzipped where its keys are."""
+        """Admit a site and unzip its kit into the folder with its keys."""
         request = self.request(site, **policy)
         unpack(self.add(request).archive, request.parent)
         return request.parent
@@ -89,7 +89,7 @@ class Desk:
         return provisioning.check_join_request(self.folder, request=request, days=days, now=self.now)[1]()
 
     def renew(self, name: str, request: Path | None = None, *, new_site_key: bool = False, later: int = 0) -> Admitted:
-        """Renew a site so many days `later`."""
+        """Renew a site a number of days `later`."""
         now = self.now + timedelta(days=later)
         if request is None:
             return provisioning.renew_site(self.folder, name, days=None, now=now)
@@ -101,7 +101,7 @@ class Desk:
         return provisioning.revoke_site(self.folder, name, now=self.now)
 
     def member(self, name: str) -> Member:
-        """A site in the server's roster, which must be the lead's, too."""
+        """Return a site's entry in the server's roster, which must equal the lead's."""
         members = Roster.read(self.folder / "server" / "roster.json").sites
         assert members == Roster.read(self.folder / "lead" / "roster.json").sites
         return next(one for one in members if one.site == name)
@@ -123,11 +123,11 @@ def join_site(desk: Desk) -> Callable[[str], Path]:
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Exception that stands for a killed process."""
 
 
 def kill_at_step(step: int, patch: pytest.MonkeyPatch) -> list[Any]:
-    """Kill what runs next at this step on the disk, from 0, before it takes place; the steps that were begun."""
+    """Kill the code in the block before disk step number `step`, from 0; yield the steps that were begun."""
     begun: list[Any] = []
 
     def is_due(*arguments: Any, **options: Any) -> bool:
@@ -141,7 +141,7 @@ def kill_at_step(step: int, patch: pytest.MonkeyPatch) -> list[Any]:
 
 @contextlib.contextmanager
 def expect_unchanged(folder: Path) -> Iterator[None]:
-    """Nothing in the folder is, once the block has ended."""
+    """Check that the block does not change the folder."""
     before = read_files(folder)
     yield
     assert read_files(folder) == before
@@ -173,7 +173,7 @@ def remove_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Mailbox(Hostile):
-    """A federation's server on loopback that knows one site: what it `says` to hello, how far ahead its clock is."""
+    """A federation's server on loopback that knows one site, with configurable answer and clock."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.says: Callable[[], tuple[int, Any]] = lambda: (200, {"site": "north", "time": time.time()})
@@ -188,7 +188,7 @@ class Mailbox(Hostile):
 
 @pytest.fixture
 def north_folder(desk: Desk) -> Path:
-    """The folder of a site that has joined, with its anchor on another disk."""
+    """The folder of a joined site, with its anchor on another disk."""
     folder = desk.join("north").parent
     (folder / "other disk").mkdir()
     write_policy(make_site_policy("north", anchor=str(folder / "other disk/anchor.json")), folder / "site.toml")

@@ -1,4 +1,4 @@
-"""The files in deployment/: where they are, what is in a manifest, and the tools that read them."""
+"""Helpers for the files in deployment/: paths, manifests, and the tools that read them."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ PROCESSES = {
 
 
 def find_tool(name: str) -> str:
-    """Where a tool is, or a skipped test."""
+    """Return the path of a tool, or skip the test."""
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if found is None:
         pytest.skip(f"{name} is not installed on this machine")
@@ -38,7 +38,7 @@ def run(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
 
 
 def run_tool(*command: object, **more: Any) -> str:
-    """What a command prints that has to end well."""
+    """Run a command that must succeed, and return its output."""
     done = run(*command, **more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -58,7 +58,7 @@ def read_only_document(path: Path, kind: str) -> dict[str, Any]:
 
 
 def find_pod_template(made: dict[str, Any]) -> dict[str, Any]:
-    """That of its pods, with their metadata."""
+    """Return the pod template of a workload, with its metadata."""
     spec: dict[str, Any] = made["spec"]
     spec = spec["jobTemplate"]["spec"] if made["kind"] == "CronJob" else spec
     found: dict[str, Any] = spec["template"]

@@ -1,4 +1,4 @@
-"""Certificates hold under the strictest checks of OpenSSL, in real handshakes, and only for whom they were made."""
+"""Certificates under the strictest checks of OpenSSL, in real handshakes, and only for their own names."""
 
 import contextlib
 import shutil
@@ -53,7 +53,7 @@ def make_authorities(tmp_path: Path) -> World:
 
 
 def make_context(side: int, holder: Tls) -> ssl.SSLContext:
-    """What Python's newest versions use by default, with certificates demanded on both sides."""
+    """Create a TLS context with Python's newest defaults, and mutual authentication."""
     made = ssl.SSLContext(side)
     made.verify_mode = ssl.CERT_REQUIRED
     made.verify_flags |= ssl.VERIFY_X509_STRICT
@@ -63,7 +63,7 @@ def make_context(side: int, holder: Tls) -> ssl.SSLContext:
 
 
 def shake_hands(world: World, *, server: Tls | None = None, client: Tls | None = None, host: str = "localhost") -> Any:
-    """A handshake in memory; the client's certificate as the server saw it, or ssl.SSLError where a side refused."""
+    """Do a handshake in memory; return the client's certificate at the server, or the ssl.SSLError of a refusal."""
     server = server or world.holder("server", hosts=("localhost", "127.0.0.1", "fl.example.org"))
     client = client or world.holder("site", name="north")
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -141,7 +141,7 @@ def test_authority_is_loaded_only_with_its_own_private_key(make_authorities: Wor
         Authority.load(make_authorities.folder)
     for key, mode, why in (
         (make_authorities.authority.key, 0o640, r"mode 640.*chmod 600"),
-        (generate_connection_key(), 0o600, "is not the key of the certificate"),
+        (generate_connection_key(), 0o600, "does not match the certificate in ca.pem"),
         (ec.generate_private_key(ec.SECP256R1()), 0o600, "must be an EC P-384 private key"),
     ):
         path.write_bytes(encode_private_pem(key))

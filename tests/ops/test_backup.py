@@ -1,4 +1,4 @@
-"""Backups of site, server and lead: written beside a process that works, put back where something is missing."""
+"""Backups of site, server and lead, written while their processes run, and restored."""
 
 import hashlib
 import json
@@ -121,8 +121,8 @@ def test_restore_is_refused_for_a_running_site_or_without_an_anchor(
     north_site.train(2)
 
 
-def put_back_old_state(here: Here, *rounds: int) -> tuple[bytes, bytes]:
-    """Ledger and anchor of before, put back together, so that a lead's receipt alone shows it; the newest anchor."""
+def roll_back_ledger_and_anchor(here: Here, *rounds: int) -> tuple[bytes, bytes]:
+    """Roll ledger and anchor back together, so that only a lead's receipt reveals it; return the newest anchor."""
     older, old_anchor = here.ledger.read_bytes(), here.anchor.read_bytes()
     receipt, newest = here.train(*rounds).sign_receipt("r"), here.anchor.read_bytes()
     here.ledger.write_bytes(older)
@@ -134,7 +134,7 @@ def put_back_old_state(here: Here, *rounds: int) -> tuple[bytes, bytes]:
 
 def test_backup_with_a_ledger_in_doubt_is_not_restored(north_site: Here) -> None:
     north_site.train(1)
-    put_back_old_state(north_site, 2)
+    roll_back_ledger_and_anchor(north_site, 2)
     file = north_site.write_backup()
     north_site.ledger.unlink()
     assert "still in doubt" in north_site.does("restore", file).failed(1)
@@ -143,8 +143,8 @@ def test_backup_with_a_ledger_in_doubt_is_not_restored(north_site: Here) -> None
 
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_doubt_survives_restoring_an_older_ledger(north_site: Here, file: Path, by_hand: bool) -> None:
-    """A machine's snapshot puts ledger and anchor back, a lead's receipt shows it, and then the backup is put back."""
-    older, newest = put_back_old_state(north_site, 2, 3, 4)
+    """A snapshot restores ledger and anchor, a lead's receipt reveals it, and then a backup is restored."""
+    older, newest = roll_back_ledger_and_anchor(north_site, 2, 3, 4)
     north_site.ledger.write_bytes(older if by_hand else b"damaged" * 1000)
     by_policy = partial(run_command, "ledger", "restore", "--policy", str(north_site.site_toml))
     restore = by_policy if by_hand else partial(north_site.does, "restore", file)
@@ -196,8 +196,8 @@ def test_restore_moves_a_damaged_ledger_and_its_journal_aside(north_site: Here, 
 
 
 @pytest.mark.parametrize("what", ["older", "of another version"])
-def test_restore_does_not_replace_a_ledger_that_is_intact(north_site: Here, what: str) -> None:
-    """Else a backup would take its place, and what it has charged since would be forgotten."""
+def test_restore_keeps_an_intact_ledger(north_site: Here, what: str) -> None:
+    """Otherwise a backup would replace the ledger and lose its later charges."""
     north_site.train(1)
     older = north_site.ledger.read_bytes()
     if what == "older":
@@ -224,7 +224,7 @@ def test_restore_on_a_new_machine_requires_the_site_key(north_site: Here, file: 
     assert run_command("site", "init", "--site", str(new.folder / "site.toml")).code == 0
 
 
-def test_existing_backup_is_not_overwritten_and_a_changed_one_is_refused(north_site: Here, file: Path) -> None:
+def test_existing_backup_is_kept_and_tampered_backup_is_refused(north_site: Here, file: Path) -> None:
     assert "already exists" in north_site.does("backup", file).failed()
     north_site.ledger.unlink()
     with zipfile.ZipFile(file) as archive:

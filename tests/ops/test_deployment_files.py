@@ -1,4 +1,4 @@
-"""The files in deployment/: read by the tools that they are for where these are here, tried where it is possible."""
+"""The files in deployment/, checked by their own tools if installed, and executed where possible."""
 
 import configparser
 import json
@@ -38,7 +38,7 @@ SUPERNODE = FLOWER / "flower-supernode.service"
 
 
 def read_service_section(path: Path) -> configparser.SectionProxy:
-    """The [Service] section; of keys that are given twice the last counts, which is enough here."""
+    """Read the [Service] section; the last of several equal keys wins."""
     parsed = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
     parsed.optionxform = str  # type: ignore[method-assign,assignment]
     parsed.read_string(path.read_text())
@@ -46,7 +46,7 @@ def read_service_section(path: Path) -> configparser.SectionProxy:
 
 
 def verify(text: str, file: Path) -> str:
-    """What `systemd-analyze verify` has to say; it ends with 0 also when it ignored a line."""
+    """Return the output of `systemd-analyze verify`, which exits with 0 even if it ignored a line."""
     file.write_text(re.sub(r"/opt/fedtune/bin/[\w-]+", shutil.which("true") or "/bin/true", text))
     done = run(find_tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", file)
     return done.stdout + done.stderr + ("" if done.returncode == 0 else f"exit code {done.returncode}")
@@ -227,7 +227,7 @@ def test_compose_services_are_read_only_and_unprivileged() -> None:
 
 
 def test_sbatch_accepts_the_options_of_the_batch_script(tmp_path: Path) -> None:
-    """As far as sbatch goes without a controller: it reads the options, then finds nobody at port 1."""
+    """Without a controller, sbatch reads the options and then fails to connect to port 1."""
     settings = ("ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "AuthType=auth/none", "GresTypes=gpu")
     (tmp_path / "slurm.conf").write_text("\n".join((*settings, "MessageTimeout=2\n")))
     environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
@@ -259,7 +259,7 @@ while :; do sleep 0.05; done
 
 @pytest.fixture
 def batch(tmp_path: Path) -> Any:
-    """The batch script with a `fedtune` that notes what it is told, and a `scontrol` that notes that it was called."""
+    """The batch script with a fake `fedtune` and `scontrol` that record their arguments."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "site").mkdir()
     fedtune, scontrol = tmp_path / "bin/fedtune", tmp_path / "bin/scontrol"

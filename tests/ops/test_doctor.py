@@ -1,4 +1,4 @@
-"""The doctor at a whole site that was really provisioned: each thing that can be wrong is made wrong."""
+"""The doctor at a provisioned site with each possible fault."""
 
 import contextlib
 import dataclasses
@@ -60,7 +60,7 @@ TOLD: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("doctor.yaml").re
 
 @dataclass
 class Home(Books):
-    """A site's files, the lead's public key, and a run that the lead may ask for."""
+    """A site's files, the lead's public key, and a run that the lead may request."""
 
     lead: str
     policy: Policy
@@ -80,7 +80,7 @@ class Home(Books):
         return self.folder / "site_key.pem"
 
     def change(self, **changes: Any) -> None:
-        """Write the policy anew; dicts change tables."""
+        """Rewrite the policy; dicts change tables."""
         self.policy = change_values(self.policy, **changes)
         write_policy(self.policy, self.site_toml)
 
@@ -97,7 +97,7 @@ class Home(Books):
         self.charge(proposal, *range(1, rounds + 1))
 
     def put_back(self, run: str) -> Receipt:
-        """The ledger of before this run, which had a receipt by then."""
+        """Roll the ledger back to before this run, for which a receipt exists."""
         backup = self.copy_ledger("backup.db")
         self.spend(run=run)
         receipt = self.open().sign_receipt(run)
@@ -110,7 +110,7 @@ class Home(Books):
         with contextlib.suppress(Refused):
             self.open().require_receipt(receipt)
 
-    def take_another_key(self) -> None:
+    def replace_connection_key(self) -> None:
         other = initialize_site(self.site_toml, out=self.folder / "again")
         shutil.copy(other / "connection_key.pem", self.kit / "connection_key.pem")
 
@@ -122,16 +122,16 @@ class Home(Books):
         (self.kit / "state").mkdir()
         (self.kit / "state" / name).touch()
 
-    def have_users(self, records_a_user: int = 1, *, users: int = 100, more: str = "") -> None:
-        """Have its population protected by user, with records of so many."""
+    def protect_users(self, records_a_user: int = 1, *, users: int = 100, more: str = "") -> None:
+        """Protect the population by user, with this number of records per user."""
         self.change_data(columns={"text": "letter", "label": "outcome", "user": "patient"})
         self.change(population={"unit": "user"})
         rows = [f"came on day {n},well,{CANARY} {user}" for user in range(users) for n in range(records_a_user)]
         self.records.write_text("\n".join(["letter,outcome,patient", *rows]) + f"\n{more}")
 
-    def have_arrivals(self, dated: int, date: str = "2026-03") -> None:
-        """Have users that arrive over time; `dated` of a hundred have a date in their second record."""
-        self.have_users(2)
+    def add_arrival_dates(self, dated: int, date: str = "2026-03") -> None:
+        """Give the population arrivals: `dated` of a hundred users have a date in their second record."""
+        self.protect_users(2)
         self.change_data(columns={**self.policy.dataset[0].columns, "arrival": "seen"})
         self.change(population={"arrivals": "year"})
         head, *rows = self.records.read_text().splitlines()
@@ -140,7 +140,7 @@ class Home(Books):
         self.records.write_text("\n".join([f"{head},seen", *(f"{row},{at}" for row, at in both)]))
 
     def examine_site(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, DoctorCheck]:
-        """Every line, by its name; a run is tried out where one is asked for or changed."""
+        """Return the doctor's lines by name; a run is checked if one is given or changed."""
         named = (lambda: self.run(*overrides)) if run or overrides else None
         places = {"kit_folder": self.kit, "site_toml": self.site_toml, "model": model}
         return {check.name: check for check in Examination(**places, run=named, timeout_s=5.0).run_checks()}
@@ -166,7 +166,7 @@ def mailbox() -> Iterator[Mailbox]:
 
 @pytest.fixture
 def home(whole_site: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    """A site of its own that lacks nothing, and a server that answers it."""
+    """A separate, complete site and a server that answers it."""
     monkeypatch.setattr(bounded_http, "_ALERT_S", 0.02)  # this server refuses nobody
     shutil.copytree(whole_site.folder.parent, tmp_path, dirs_exist_ok=True)
     return dataclasses.replace(whole_site, folder=tmp_path / "north", model=tmp_path / "tiny")
@@ -204,7 +204,7 @@ def whole_site(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_pr
 
 
 def list_failures(checks: dict[str, DoctorCheck]) -> dict[str, str]:
-    """Names of the checks that failed, with what was found; each says what to do in one sentence."""
+    """List the failed checks with their findings; each has a fix in one sentence."""
     found = {name: check.found for name, check in checks.items() if check.status is Status.FAILED}
     for name in found:
         fix = checks[name].fix
@@ -260,7 +260,7 @@ def replace_in_file(path: Path, old: str, new: str) -> None:
 
 
 def charge_ledger(change: Callable[[Home], object], *, anchor: str = "anchor.json") -> Callable[[Home], None]:
-    """With a ledger that was charged, and an anchor where one is named."""
+    """Charge the ledger, and create the anchor if the policy names one."""
 
     def make(home: Home) -> None:
         home.change(anchor=anchor)
@@ -274,7 +274,7 @@ SECOND = Dataset(id="letters", declared_size=10, path="gone.csv", columns={"text
 FAULTS: dict[str, Callable[[Home], Any]] = {
     "a key that others can read": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
     "a kit without its key": lambda home: (home.kit / "connection_key.pem").unlink(),
-    "a kit of another key": Home.take_another_key,
+    "a kit of another key": Home.replace_connection_key,
     "a policy with a misspelt key": lambda home: replace_in_file(home.site_toml, "max_rank = 4", "max_rnak = 4"),
     "columns of one task of two": lambda home: (
         home.change_data(columns={"text": "letter"}),
@@ -284,9 +284,9 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "a blank value": lambda home: home.records.write_bytes(b"letter,outcome\nXylander-7391,\n"),
     "a file without records": lambda home: home.records.write_bytes(b"letter,outcome\n"),
     "a second data set without its file": lambda home: home.change(dataset=(*home.policy.dataset, SECOND)),
-    "a record of several users": lambda home: home.have_users(more=f'ours,well,"{CANARY} 1; {CANARY} 2"\n'),
-    "users without a date": lambda home: home.have_arrivals(0),
-    "users of whom few have a date": lambda home: home.have_arrivals(49),
+    "a record of several users": lambda home: home.protect_users(more=f'ours,well,"{CANARY} 1; {CANARY} 2"\n'),
+    "users without a date": lambda home: home.add_arrival_dates(0),
+    "users of whom few have a date": lambda home: home.add_arrival_dates(49),
     "a model with a changed byte": Home.damage_model,
     "a model that is not installed": lambda home: shutil.rmtree(home.kit / "models"),
     "a ledger that was changed": charge_ledger(
@@ -321,7 +321,7 @@ RUNS: dict[str, list[str]] = TOLD["runs"]
 
 @pytest.mark.parametrize("fault", FAULTS | RUNS)
 def test_doctor_reports_each_fault_without_showing_records(home: Home, fault: str) -> None:
-    """The exit code and the lines that are not well; of all lines, none holds anything of the records."""
+    """Checks the exit code and the lines with problems; no line contains data of records."""
     model = home.policy.allow.base_models[0]
     FAULTS.get(fault, lambda home: None)(home)
     checks = home.examine_site(*RUNS.get(fault, ()), run=fault in RUNS)
@@ -355,7 +355,7 @@ def test_doctor_quotes_records_only_in_its_private_log(home: Home) -> None:
 
 
 def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GGUF model and a Parquet file, each in its own line with the command to install what reads it."""
+    """A GGUF model and a Parquet file each have a line with the install command for their reader."""
     place = find_model_store_path(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
     place.mkdir(parents=True)
     (place / "tiny.gguf").write_bytes(b"GGUF")
@@ -375,13 +375,13 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
 
 
 def test_user_level_declared_size_counts_users(home: Home) -> None:
-    for change in (lambda: home.have_users(9), lambda: home.have_arrivals(50)):
+    for change in (lambda: home.protect_users(9), lambda: home.add_arrival_dates(50)):
         change()
         found = home.examine_site()["data patients"]
         assert found.status is Status.OK
         assert found.found == "every record can be read; enough users for the declared size"
     home.change(population={"arrivals": ""})
-    home.have_users(100, users=9)
+    home.protect_users(100, users=9)
     found = home.examine_site()["data patients"]
     assert found.status is Status.WARNING
     assert "far fewer users than the declared size" in found.found
@@ -440,7 +440,7 @@ def test_doctor_reports_used_and_exhausted_budgets(home: Home) -> None:
 
 
 def test_run_check_reports_the_budget_of_the_admitted_cohorts(home: Home) -> None:
-    home.have_arrivals(50)
+    home.add_arrival_dates(50)
     asked = home.asked(lead=home.lead, base_model=home.policy.allow.base_models[0])
     plan = dataclasses.replace(asked.plan, unit="user", cohorts=Cohorts(period="year", first=None, last="2025"))
     ledger = home.open()

@@ -1,4 +1,4 @@
-"""The doctor's connection, against real servers on loopback that go wrong in every way it tells apart."""
+"""The doctor's connection checks against real servers on loopback, with every fault that the checks distinguish."""
 
 import re
 import shutil
@@ -30,13 +30,13 @@ pytestmark = pytest.mark.usefixtures("remove_proxies")
 
 @pytest.fixture(scope="session")
 def authorities(tmp_path_factory: pytest.TempPathFactory) -> list[Authority]:
-    """That of a federation, and another one."""
+    """The authority of the federation, and another authority."""
     return [Authority(tmp_path_factory.mktemp("authority") / "ca") for _ in range(2)]
 
 
 @dataclass
 class World:
-    """Site `north` with its kit, and the servers and proxies that a test lets it meet."""
+    """Site `north` with its kit, and the servers and proxies of a test."""
 
     folder: Path
     ours: Authority
@@ -52,7 +52,7 @@ class World:
         return Kit(folder=self.folder, server=server, **about)
 
     def serve_tls(self, of: Authority | None = None, clients: Any = None, **changes: Any) -> tuple[Mailbox, str]:
-        """A server, with some things of its TLS or certificate changed, and its address as localhost:port."""
+        """Start a server with changed TLS settings or certificate; return its address as localhost:port."""
         tls = {key: changes.pop(key) for key in ("newest",) if key in changes}
         files = (of or self.ours).issue("server", **({"address": "localhost", "days": 60} | changes))
         mailbox = Mailbox(make_server_context(replace(files, ca=(clients or self.ours).file), **tls))
@@ -60,7 +60,7 @@ class World:
         return mailbox, mailbox.address.replace(LOOPBACK, "localhost")
 
     def serve_status(self, status: int, **hello: Any) -> dict[str, DoctorCheck]:
-        """By a server that answers so to whoever says hello."""
+        """Start a server that answers the hello call with this status."""
         mailbox, address = self.serve_tls()
         mailbox.says = lambda: (status, hello)
         return self.run_checks(address)
@@ -94,7 +94,7 @@ def world(tmp_path: Path, authorities: list[Authority], monkeypatch: pytest.Monk
 
 
 def list_marks(checks: dict[str, DoctorCheck]) -> str:
-    """The four lines' first letters: o(k), w(arning), f(ailed), s(kipped)."""
+    """Return the first letters of the four lines: o(k), w(arning), f(ailed), s(kipped)."""
     return "".join(check.status[0] for check in checks.values())
 
 

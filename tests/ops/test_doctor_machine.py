@@ -1,4 +1,4 @@
-"""The doctor's look at a machine: its bounds and words, whose keys and ledger are, and this machine's own answers."""
+"""The doctor's machine checks: thresholds, texts, file owners, and results on this machine."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def check_lines(name: str, found: dict[object, DoctorCheck]) -> None:
-    """Compare what is said, and what there is to do, with a snapshot."""
+    """Compare findings and fixes with a snapshot."""
     lines = [
         f"{what}: {one.status}, {one.found}" + (f" -> {one.fix}" if one.fix else "") for what, one in found.items()
     ]
@@ -29,7 +29,7 @@ def check_lines(name: str, found: dict[object, DoctorCheck]) -> None:
 
 
 def test_clock_check_allows_five_seconds_plus_uncertainty() -> None:
-    """A slow answer does not count against the clock: how far off the figure may be is told with it."""
+    """A slow answer increases the uncertainty and is not counted as a clock offset."""
     cases = [(0.0, 0.5), (5.4, 0.5), (-6.0, 0.5), (6.0, 0.5), (60.4, 0.5), (-61.0, 0.5), (9.0, 8.0)]
     check_lines(
         "a clock that is so far ahead",
@@ -140,7 +140,7 @@ PLACES = {
 
 @pytest.fixture
 def site(tmp_path: Path, site_policy: Any) -> Path:
-    """A site's folder as its account made it."""
+    """A site's folder, owned by its account."""
     for folder in ("kit", "other disk"):
         (tmp_path / folder).mkdir()
     (tmp_path / "kit" / "connection_key.pem").touch(mode=0o600)
@@ -186,7 +186,7 @@ def test_files_of_another_account_or_group_are_reported(site: Path, what: str, n
 
 @AS_ROOT
 def test_files_created_by_root_are_reported_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root's commands once left a site: its process could not open its own ledger, and the doctor said: restore."""
+    """Regression: after root's commands, the site could not open its own ledger, and the doctor suggested a restore."""
     for path in (site, *site.rglob("*")):
         os.chown(path, STRANGER, STRANGER)
     (check,) = check_owners(site)

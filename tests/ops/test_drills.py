@@ -1,4 +1,4 @@
-"""Procedures of docs/operations.md and docs/site_policy.md at a site, done as they are written there."""
+"""Procedures of docs/operations.md and docs/site_policy.md at a site, executed as documented."""
 
 import shutil
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.nightly
 
 
 def open_ledger(folder: Path, *rounds: int, **asked: Any) -> SiteLedger:
-    """The ledger, as the site's process opens it, after these rounds of a run."""
+    """Open the ledger as the site's process does, after these rounds of a run."""
     files, state = SiteFiles.from_site_toml(folder / "site.toml"), SiteState.in_kit(folder / "kit")
     assert not state.left_file.exists()
     assert files.ledger.is_file() or not state.has_served()

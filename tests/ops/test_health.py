@@ -53,7 +53,7 @@ def test_health_report_has_fixed_keys(address: str, health: Health) -> None:
         health.update(state="CANARY")  # type: ignore[arg-type]
 
 
-def test_readiness_tells_whether_a_round_would_be_answered(address: str, health: Health) -> None:
+def test_readiness_reflects_whether_a_round_would_be_answered(address: str, health: Health) -> None:
     for state in get_args(State):
         health.update(state=state)
         status, body = send_probe(address, "/ready")
@@ -61,7 +61,7 @@ def test_readiness_tells_whether_a_round_would_be_answered(address: str, health:
         assert send_probe(address, "/health")[0] == 200
 
 
-def test_since_is_the_time_of_the_last_state_change(health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_since_is_the_time_of_the_last_state_change(health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
     now = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
     monkeypatch.setattr(module, "datetime", SimpleNamespace(now=lambda zone: now))
     health.update(state="connected", last_contact=datetime(2026, 11, 20, 13, 0, tzinfo=timezone(timedelta(hours=1))))
@@ -177,7 +177,7 @@ def test_health_is_served_on_a_unix_socket(tmp_path: Path, health: Health) -> No
             assert module.main([address]) == 0
     (tmp_path / "notes").write_text("x")
     for place, bound in (
-        ("notes", "it is another file"),
+        ("notes", "is not a socket"),
         ("missing/x.sock", "No such file"),
         ("x" * 200, "too long"),
     ):

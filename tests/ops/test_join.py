@@ -1,4 +1,4 @@
-"""A site's request says what the site says, proves both keys, and gives none of them away."""
+"""A site's join request: content, proof of both keys, and secrecy of the private keys."""
 
 import json
 import stat
@@ -87,7 +87,7 @@ def test_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: An
 
 
 def resign_request(path: Path, **changes: Any) -> bytes:
-    """The request with changes that the site itself made, and signed."""
+    """Change a request and sign it with the site's own key."""
     fields = json.loads(path.read_text()) | changes
     del fields["signature"]
     key = SigningKey.load(path.parent.parent / "site_key.pem")
@@ -123,7 +123,7 @@ def test_csr_proves_possession_of_the_private_key(request_of: Any) -> None:
     )
     forged = x509.load_der_x509_csr(encoded).public_bytes(serialization.Encoding.PEM).decode()
     assert encode_public_pem(x509.load_pem_x509_csr(forged.encode())) == another_s
-    with pytest.raises(ConfigError, match="must be signed with the key that it names"):
+    with pytest.raises(ConfigError, match="must be signed with its own key"):
         JoinRequest.parse_request(resign_request(path, csr=forged))
 
 

@@ -1,4 +1,4 @@
-"""A kit that is whole is read; anything that is missing, wrong or open to others is named."""
+"""Reading of kits: complete kits are accepted, and missing, invalid or exposed files are named."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Manifests and chart: read by Kubernetes' and Helm's own tools where these are here, and their scripts tried."""
+"""Manifests and chart, checked by the tools of Kubernetes and Helm if installed, and their scripts, executed."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ def list_mounts(container: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def put_together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What kubectl makes of each folder, by its name."""
+    """The output of kubectl for each folder, by name."""
     into, made = tmp_path_factory.mktemp("made"), {}
     for folder in OVERLAYS:
         made[folder.name] = into / f"{folder.name}.yaml"
@@ -300,7 +300,7 @@ OF_ROLE = VALUES["of_role"]
 
 
 def render_chart(folder: Path, role: str, values: dict[str, Any]) -> Path:
-    """What Helm makes of the chart with these values, after it found no fault with them."""
+    """Render the chart with these values, after `helm lint` succeeded."""
     if importlib.util.find_spec("helm_python") is None:
         pytest.skip("helm-python-sdk is not installed on this machine")
     namespace = "fedtune" if role == "server" else f"fedtune-{role}"

@@ -1,4 +1,4 @@
-"""A lead's and a server's services: who takes part, who runs a folder, what sites last said, and what is served."""
+"""Services of a lead and a server: members, running processes, latest answers, and server settings."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from fedtune.ops.services import lead_and_server
 from fedtune.ops.services.lead_and_server import (
     RUNNING,
     ServerService,
+    find_members,
     find_running_process,
-    members,
     read_latest_answers,
 )
 from fedtune.privacy.keys import SigningKey
@@ -40,7 +40,7 @@ def test_lead_without_active_sites_cannot_start_a_run(join_site: Any, federation
             join_site("north")
             provisioning.revoke_site(federation, "north", now=now)
         with pytest.raises(ConfigError, match="add-site"):
-            members(Kit.read(federation / "lead", kind="lead"), ())
+            find_members(Kit.read(federation / "lead", kind="lead"), ())
 
 
 # What a run needs of the kit.
@@ -64,7 +64,7 @@ def test_lead_service_takes_site_keys_from_the_roster(join_site: Any, config: Ru
     assert [site.site for site in service.sites] == ["west", "north"]
     of_north = service.sites[1]
     assert of_north.site_key == SigningKey.load(federation.parent / "north" / "site_key.pem").public
-    assert of_north.node_key == members(kit, ("north",))[0].node_key
+    assert of_north.node_key == find_members(kit, ("north",))[0].node_key
     assert service.key.public == kit.lead
     grid = service.open_grid()
     assert (grid._server, grid._tls.key) == ("127.0.0.1:9092", kit.key)
@@ -146,7 +146,7 @@ def test_latest_site_answers_are_stored_and_displayed(tmp_path: Path, now: datet
 
 @pytest.fixture
 def service(federation: Path) -> ServerService:
-    """A server with its database in the kit, on the port that the sites are told."""
+    """A server with its database in the kit, on the port of the sites' address."""
     kit = Kit.read(federation / "server", kind="server")
     return ServerService(kit=kit, host="127.0.0.1", port=None, data=None, health=Health())
 

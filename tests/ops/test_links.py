@@ -1,4 +1,4 @@
-"""A file of fedtune's that is a link to somebody's records or passwords: no error says what stands there."""
+"""Links in place of fedtune's files to records or passwords, whose content no error quotes."""
 
 import json
 from collections.abc import Callable

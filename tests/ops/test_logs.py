@@ -1,4 +1,4 @@
-"""Nothing that was read from a record gets into a log, and what the site's IT needs does."""
+"""Logs contain no data of records, but the information that a site's IT needs."""
 
 import ast
 import gc
@@ -39,7 +39,7 @@ class Lines(list[dict[str, Any]]):
 
 @contextmanager
 def capture_log(level: Level = "info") -> Iterator[Lines]:
-    """What is logged in the block, in which the canary is not."""
+    """Return the log lines of the block, after checking that they do not contain the canary."""
     stream, lines = io.StringIO(), Lines()
     with restore_logging(), redirect_stderr(stream):
         configure_logs(level)
@@ -66,7 +66,7 @@ def raise_with_note(error: Exception) -> None:
 
 
 def raise_from_number(error: Exception) -> None:
-    """Raise it because of one that quotes a record."""
+    """Raise an exception whose cause quotes a record."""
     try:
         raise_number_error()
     except ValueError as cause:
@@ -226,7 +226,7 @@ def test_mismatched_log_arguments_are_not_shown(capsys: pytest.CaptureFixture[st
         logging.getLogger("torch").warning("%d", CANARY)
         own.warning("after it")
     assert CANARY not in "".join(capsys.readouterr())
-    assert [line["event"] for line in lines][::2] == ["%d of %d (with arguments that do not match)", "after it"]
+    assert [line["event"] for line in lines][::2] == ["%d of %d (the arguments do not match the format)", "after it"]
 
 
 def test_full_disk_prints_no_log_text_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +318,7 @@ def test_invalid_log_level_is_refused_without_side_effects() -> None:
 
 
 def test_own_log_messages_are_constant_texts_with_arguments() -> None:
-    """A message that was put together beforehand could hold an exception's text, which arguments cannot."""
+    """A preformatted message could contain an exception's text, which arguments cannot."""
     calls = 0
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

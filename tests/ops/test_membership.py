@@ -1,4 +1,4 @@
-"""Sites come, renew and go: each for itself, no key that was let go comes back, and what runs takes no older roster."""
+"""Joining, renewal and revocation of sites: isolation, permanent revocation of keys, and no older rosters."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from fedtune.ops.kits.federation_folder import CHANGE, FederationFolder
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.kits.members import JoinRequest, Roster
 from fedtune.ops.services.lead_and_server import KitRoster
-from fedtune.ops.services.lead_and_server import members as members_of
+from fedtune.ops.services.lead_and_server import find_members as members_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.spec import KIT_SCHEMA, ConfigError
@@ -80,7 +80,7 @@ def test_new_request_updates_connection_key_and_declared_sizes(desk: Desk) -> No
     assert desk.member("north").datasets == {"patients": 250}
     assert desk.member("north").site_key == old.site_key
     assert done.changes == (
-        "It has a new connection key; the old one can never be used again.",
+        "The site has a new connection key; the old key can never be used again.",
         "Data set patients has a declared size of 250 instead of 100.",
     )
 
@@ -130,11 +130,14 @@ def test_new_site_key_requires_explicit_agreement(desk: Desk, tmp_path: Path) ->
         desk.renew("north", request)
     done = desk.renew("north", request, new_site_key=True)
     assert desk.member("north").site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
-    assert "It has a new site key, and so a new ledger: what the old one spent no longer counts." in done.changes
+    assert (
+        "The site has a new site key, and so a new ledger: the spending of the old ledger is not counted."
+        in done.changes
+    )
 
 
 def read_whole_folder(folder: Path) -> dict[str, bytes]:
-    """What is in a federation's folder, once a command has opened it, which must be of one change."""
+    """Read a federation's folder after a command has opened it; its files must belong to one change."""
     FederationFolder.open(folder)
     files = {name: data for name, data in read_files(folder).items() if not name.endswith(".partial")}
     roster = FederationFolder.open(folder).roster
@@ -201,9 +204,7 @@ def test_change_on_a_full_disk_is_undone_or_completed_later(desk: Desk, monkeypa
     with monkeypatch.context() as patch:
         fail_where(patch, federation_folder, "write_durably", lambda path, data: path == kit, full)
         for again in (desk.add, lambda _: desk.revoke("north"), lambda _: FederationFolder.open(desk.folder)):
-            with pytest.raises(
-                ConfigError, match=r"has a change that is only partly written.*No space left.*north-kit\.zip"
-            ):
+            with pytest.raises(ConfigError, match=r"has a partly written change.*No space left.*north-kit\.zip"):
                 again(request)
         assert Roster.read(desk.folder / "server" / "roster.json").sites == ()
     assert [one.site for one in FederationFolder.open(desk.folder).roster.sites] == ["north"]
@@ -263,7 +264,9 @@ def test_site_lists_only_the_current_members_of_its_roster(
     assert "from the lead's roster number" in command("site", "members", str(file), *own).out
     file.write_text(file.read_text().replace(keys["south"], keys["north"]))
     for copied in (own, (*own, "--json")):
-        assert "is not signed by the federation's lead" in command("site", "members", str(file), *copied).failed()
+        assert (
+            "is not the signature of the federation's lead" in command("site", "members", str(file), *copied).failed()
+        )
 
 
 # What a process that runs takes from its kit.
@@ -306,10 +309,10 @@ def test_server_accepts_only_newer_rosters_signed_by_the_lead(desk: Desk, kit: K
     newer = read_roster(desk)
     forged = replace(newer, number=newer.number + 1)
     for wrong, why in (
-        (forged, r"roster\.json: roster\.signature = .*is not signed by the federation's lead"),
+        (forged, r"roster\.json: roster\.signature = .*is not the signature of the federation's lead"),
         (
             forged.sign_roster(SigningKey.load_or_create(tmp_path / "stranger.pem")),
-            "is not signed by the federation's lead",
+            "is not the signature of the federation's lead",
         ),
         (replace(forged, federation="other").sign_roster(load_lead_key(desk)), "must be 'cardiology-2026'"),
         (first, rf"roster\.number = {first.number}: must be higher than {newer.number}"),
@@ -356,7 +359,7 @@ def test_lead_refuses_a_tampered_roster(desk: Desk) -> None:
     kit = Kit.read(desk.folder / "lead", kind="lead")
     fields = json.loads(kit.roster.read_bytes())
     kit.roster.write_text(json.dumps({**fields, "sites": [{**fields["sites"][0], "revoked": None}]}))
-    with pytest.raises(ConfigError, match="is not signed by the federation's lead"):
+    with pytest.raises(ConfigError, match="is not the signature of the federation's lead"):
         members_of(kit, ("north",))
 
 
@@ -371,7 +374,7 @@ def test_replaced_kit_certificate_is_used_once_complete(desk: Desk, caplog: pyte
         assert not certificate.is_new()
         assert not certificate.is_new()
         assert certificate.certificate == before
-    assert caplog.text.count("the kit's certificate is not used") == 2, "each reason is said once"
+    assert caplog.text.count("the kit's new certificate is ignored") == 2, "each reason is said once"
     kit.certificate.unlink()
     assert not certificate.is_new()
     kit.certificate.write_text(done.member.certificate)

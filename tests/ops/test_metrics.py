@@ -1,4 +1,4 @@
-"""The metrics endpoint: what it answers, where it listens, and what the figures of each process are."""
+"""The metrics endpoint: paths, addresses, and the metrics of each process."""
 
 import json
 import math
@@ -34,7 +34,7 @@ MONITORING = Path(__file__).parents[2] / "deployment/monitoring"
 
 
 def scrape_figures(figures: Callable[[], Values]) -> list[Sample]:
-    """All samples, read by the client's own parser over a real connection."""
+    """Scrape all samples over a real connection with the client's own parser."""
     with (
         serve_metrics("127.0.0.1:0", figures) as address,
         urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer,
@@ -45,7 +45,7 @@ def scrape_figures(figures: Callable[[], Values]) -> list[Sample]:
 
 
 def list_values(samples: list[Sample], name: str) -> dict[str, float]:
-    """Of one metric, by the value of its label."""
+    """Return the values of one metric by label."""
     found = {"".join(sample.labels.values()): sample.value for sample in samples if sample.name == name}
     assert found, f"no {name}"
     return found
@@ -113,7 +113,7 @@ def test_site_budget_metrics_match_the_ledger(north_folder: Path, run_proposal: 
     assert list_values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
 
-def test_exhausted_ledger_reports_no_runs_left_and_damaged_one_no_budget(north_folder: Path, run_proposal: Any) -> None:
+def test_exhausted_ledger_reports_no_runs_and_damaged_ledger_no_budget(north_folder: Path, run_proposal: Any) -> None:
     metrics, ledger = (
         make_site_metrics(north_folder),
         SiteFiles.from_site_toml(north_folder / "site.toml").open_ledger(),
@@ -157,7 +157,7 @@ def test_site_metrics_cover_contact_answers_and_certificate(north_folder: Path) 
 
 
 def make_server_metrics(federation: Path) -> ServerMetrics:
-    """A server that has heard one of two sites; a third was revoked."""
+    """Create the metrics of a server with two sites, one of which has called, and a revoked third."""
     metrics = ServerMetrics(kit=Kit.read(federation / "server", kind="server"))
     assert [name for name, _ in metrics.collect_values()] == ["fedtune_certificate_days_left"]
     metrics.members = [
@@ -185,7 +185,7 @@ def test_server_metrics_cover_sites_traffic_and_waiting_calls(federation: Path) 
 
 
 def list_metrics(expression: str) -> set[str]:
-    """The metrics that a PromQL expression names; promtool knows whether it is one."""
+    """List the metrics in a PromQL expression; promtool validates the expression."""
     return set(re.findall(r"\bfedtune_\w+", expression))
 
 

@@ -1,4 +1,4 @@
-"""The site's store of base models: what gets in, what does not, and that what is in is what its hash says."""
+"""A site's model store: accepted and rejected files, and verification by hash."""
 
 import errno
 import hashlib
@@ -32,7 +32,7 @@ from fedtune.spec import KIT_SCHEMA, ConfigError, RunError
 
 @pytest.fixture
 def kit(tmp_path: Path) -> Callable[..., Kit]:
-    """A site's kit whose manifest names these hashes."""
+    """A site's kit with these hashes in its manifest."""
     folder = tmp_path / "kit"
     folder.mkdir()
 
@@ -46,7 +46,7 @@ def kit(tmp_path: Path) -> Callable[..., Kit]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model as one downloads it, with a single file of weights, and things that are not the model's."""
+    """A downloaded model with a single weight file and unrelated files."""
     made = tmp_path / "MiniLM"
     (made / "1_Pooling").mkdir(parents=True)
     (made / "1_Pooling" / "config.json").write_text("{}")
@@ -90,7 +90,7 @@ def read_refusal(path: Path, kit: Kit, *, because: str) -> ConfigError:
 
 
 def install_to_store(path: Path, kit: Kit) -> Path:
-    """The folder of a model that is installed from `path`."""
+    """Install a model from `path` and return its folder in the store."""
     return find_model_store_path(kit.folder, install_model(path, kit)[0].sha256)
 
 
@@ -174,7 +174,7 @@ def test_unlisted_models_pickles_and_outside_links_are_refused(tmp_path: Path, f
     error = read_refusal(folder, kit("0" * 64), because="has SHA-256")
     assert hash_folder(folder) in str(error)
     assert f"{'0' * 64} (m1)" in error.bound
-    assert "no model at all" in read_refusal(folder, kit(), because="SHA-256").bound
+    assert "but kit.toml names no model" in read_refusal(folder, kit(), because="SHA-256").bound
     site = kit(hash_folder(folder))
     for name in ("pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"):
         (folder / name).write_bytes(b"\x80\x04.")

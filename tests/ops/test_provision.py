@@ -1,4 +1,4 @@
-"""A federation's folder: everything in its place, secrets where they belong, and nothing half-made."""
+"""Provisioning of a federation folder: complete, with private secrets, and never partly written."""
 
 import os
 import stat

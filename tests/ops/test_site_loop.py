@@ -1,4 +1,4 @@
-"""A running site: what it says of itself, what its commands tell it, and who serves a ledger."""
+"""A running site: health, control by commands, and exclusive use of the ledger."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from ..conftest import name_run, read_files, run_proposal
 
 
 class Told(Health):
-    """Ends the loop once the state is one of `ends`."""
+    """A health state that ends the loop once it is in `ends`."""
 
     def __init__(self, stop: threading.Event, *ends: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Told(Health):
 
 
 def make_loop(connection: Any, folder: Path, stop: Any, *, ends: datetime | None = None, **given: Any) -> _Loop:
-    """A site's loop, whose parts (`bell`, `app`, `health`) do nothing where they are not given."""
+    """Create a site's loop with inactive defaults for `bell`, `app` and `health`."""
     ends = ends or datetime.now(UTC) + timedelta(days=1)
     quiet = {"bell": SimpleNamespace(rung=threading.Event(), works=False), "app": None, "health": Health()}
     bell, app, health = (quiet | given).values()
@@ -55,14 +55,14 @@ def make_loop(connection: Any, folder: Path, stop: Any, *, ends: datetime | None
 
 
 def run_loop(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
-    """Let a site with this connection run until it is in a state."""
+    """Run a site with this connection until it reaches a state."""
     health = Told(stop := threading.Event(), until)
     make_loop(fleet, folder, stop, health=health, ends=ends).run()
     return health
 
 
 def test_unreachable_server_makes_the_site_disconnected(tmp_path: Path, caplog: Any) -> None:
-    """In which ways: tests/flower/test_bounded_http.py."""
+    """The ways to be unreachable: tests/flower/test_bounded_http.py."""
     fleet = SimpleNamespace(activate=lambda: None, receive=Mock(side_effect=Unreachable("no connection to the server")))
     assert run_loop(fleet, tmp_path, until="disconnected").states == ["connected", "disconnected"]
     assert "no contact: no connection to the server" in caplog.text
@@ -93,7 +93,7 @@ def test_first_signal_requests_a_stop_and_restores_default_handlers() -> None:
 def test_started_round_is_finished_and_sent_after_a_stop_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal comes while the site trains."""
+    """The signal arrives while the site trains."""
     done, stop = list[str](), threading.Event()
 
     def answer(message: Any) -> Mock:
@@ -111,7 +111,7 @@ def test_started_round_is_finished_and_sent_after_a_stop_signal(
 
 @pytest.mark.parametrize("kind", ["x", "", "a.b.c", "train.\n"])
 def test_message_of_unknown_type_does_not_stop_a_site(tmp_path: Path, kind: str, caplog: Any, monkeypatch: Any) -> None:
-    """Flower can address no answer to it; who runs the server, or a lead, could otherwise end every site's process."""
+    """Flower cannot address an answer to such a message, which could otherwise end every site's process."""
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 0)
     message = Message(RecordDict(), 1, "train")
@@ -151,7 +151,7 @@ SETTINGS = '{"seed": 3}'
 
 
 def propose_run(run: str = "r", **changes: Any) -> Proposal:
-    """What a lead proposes for a run with these settings."""
+    """Build a lead's proposal for a run with these settings."""
     return run_proposal(run=name_run(run, SETTINGS), **changes)
 
 
@@ -212,7 +212,7 @@ def test_pending_run_requires_settings_matching_its_name(state: SiteState) -> No
 def test_number_of_pending_runs_is_limited(state: SiteState) -> None:
     for number in range(MOST_WAITING):
         state.queue_for_approval(propose_run(f"run-{number}"), SETTINGS)
-    with pytest.raises(RunError, match="100 runs already wait for approval"):
+    with pytest.raises(RunError, match="100 runs already await approval"):
         state.queue_for_approval(propose_run("one more"), SETTINGS)
     assert state.queue_for_approval(propose_run("run-0"), SETTINGS) is False, "one of them may ask again"
     state.remove_pending(propose_run("run-7"))
@@ -282,7 +282,7 @@ print(find_write_problem(ledger))
 
 
 def test_full_or_read_only_disk_is_named_in_the_error(tmp_path: Path) -> None:
-    """On a real file system of two megabytes, which is filled, then made read-only."""
+    """Uses a real file system of two megabytes, which is filled and then made read-only."""
     words = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", _FULL, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode == 77 or "unshare failed" in done.stderr:

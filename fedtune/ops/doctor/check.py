@@ -1,4 +1,4 @@
-"""The result of one check in `fedtune site doctor`, the exit code of all checks, and the log for private details."""
+"""Results of checks in `fedtune site doctor`, their exit code, and the private log for details."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from fedtune import system
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, format_value
 
 SETTINGS, REFUSED, SERVER = 2, 3, 1
-"""Exit codes, most important first: something at the site is wrong; a run would be refused; the server is out of
-reach."""
+"""Exit codes by priority: a problem at the site, a run that would be refused, a problem with the server."""
 
 
 class Status(StrEnum):
-    """The outcome of a check."""
+    """Outcome of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -27,7 +26,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorCheck:
-    """One line of the doctor's output: what was checked, and the finding.
+    """One line of the doctor's output: the name of a check and its finding.
 
     Guarantee: `found` and `fix` contain no record text, no exact number of records and no path of a data file, because
     people paste these lines into tickets.
@@ -36,65 +35,66 @@ class DoctorCheck:
     name: str
     status: Status
     found: str
-    fix: str = ""  # what to do about it, in one sentence; empty where there is nothing to do
-    exit_code: int = SETTINGS  # of the command, when this check failed
+    fix: str = ""  # advice in one sentence; empty if no action is needed
+    exit_code: int = SETTINGS  # exit code of the command if this check fails
 
     def to_json(self) -> dict[str, str]:
-        """Return the check as plain JSON values, for scripts."""
+        """Return the check as JSON values for scripts."""
         return {"name": self.name, "status": self.status.value, "found": self.found, "fix": self.fix}
 
 
 def build_passed_check(name: str, found: str) -> DoctorCheck:
-    """Return a check that passed."""
+    """Build a check that passed."""
     return DoctorCheck(name=name, status=Status.OK, found=found)
 
 
-def warning(name: str, found: str, *, fix: str) -> DoctorCheck:
-    """Return a check that passed, with a finding that needs attention."""
+def build_warning(name: str, found: str, *, fix: str) -> DoctorCheck:
+    """Build a check that passed with a finding that needs attention."""
     return DoctorCheck(name=name, status=Status.WARNING, found=found, fix=fix)
 
 
-def failed(name: str, found: str, *, fix: str, exit_code: int = SETTINGS) -> DoctorCheck:
-    """Return a check that failed: the site could not work like this."""
+def build_failed_check(name: str, found: str, *, fix: str, exit_code: int = SETTINGS) -> DoctorCheck:
+    """Build a check that failed, because the site cannot work."""
     return DoctorCheck(name=name, status=Status.FAILED, found=found, fix=fix, exit_code=exit_code)
 
 
-def from_error(name: str, error: FedtuneError, *, fix: str) -> DoctorCheck:
-    """A failed check in the words of an error; its own remedy, where it has one, is the fix."""
+def build_check_from_error(name: str, error: FedtuneError, *, fix: str) -> DoctorCheck:
+    """Build a failed check from an error; the error's own remedy, if any, replaces `fix`."""
     if not isinstance(error, ConfigError):
-        return failed(name, str(error), fix=fix)
+        return build_failed_check(name, str(error), fix=fix)
     value = error.value if isinstance(error.value, str) else format_value(error.value)
     given = "" if error.value is NOT_GIVEN else f" = {value}:"
     remedy = error.remedy
     if remedy.startswith(("chmod ", "pip ")):
         remedy = f"run `{remedy}`"
-    said = f"{remedy[0].upper()}{remedy[1:]}." if remedy else fix
-    return failed(name, f"{error.key}{given} {error.bound}", fix=said)
+    advice = f"{remedy[0].upper()}{remedy[1:]}." if remedy else fix
+    return build_failed_check(name, f"{error.key}{given} {error.bound}", fix=advice)
 
 
 def build_skipped_check(name: str, because: str) -> DoctorCheck:
-    """Return a check that does not apply here, or cannot be made now."""
+    """Build a check that was skipped, because it does not apply or cannot run."""
     return DoctorCheck(name=name, status=Status.SKIPPED, found=f"skipped: {because}")
 
 
 def choose_exit_code(checks: Iterable[DoctorCheck]) -> int:
-    """Return the exit code of the most important failure, or 0 if no check failed."""
+    """Return the exit code of the failure with the highest priority; 0 if no check failed."""
     codes = {check.exit_code for check in checks if check.status is Status.FAILED}
     return next((code for code in (SETTINGS, REFUSED, SERVER) if code in codes), 0)
 
 
 class PrivateLog:
-    """A log file for the site's own staff: the only place for details that may contain lines, names or texts of
-    records.
+    """Private log file of the site, the only file with details that may contain lines, names or texts of records.
 
-    Only its owner can read the file.  The first text of each `PrivateLog` empties it.
+    Only its owner can read the file.  The first entry of each `PrivateLog` truncates it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._begun = path, False
 
     def write_entry(self, text: str) -> str:
-        """Write `text` to the log, and return the clause that says where; empty if the log cannot be written."""
+        """Append `text` to the log; return a clause with the log's path, or an empty text if the log cannot be
+        written.
+        """
         try:
             self._path.parent.mkdir(exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | system.NO_FOLLOW | (os.O_APPEND if self._begun else os.O_TRUNC)
@@ -105,4 +105,4 @@ class PrivateLog:
         except OSError:
             return ""
         self._begun = True
-        return f" ({self._path}, for you only, has details)"
+        return f" (details, only for you, are in {self._path})"

@@ -1,6 +1,6 @@
-"""Checks of a site's connection to its server: which of DNS, proxy, TCP, TLS and authentication fails.
+"""Checks of a site's connection to its server, step by step: DNS, proxy, TCP, TLS and authentication.
 
-The checks make one call, with the HTTP client that the site's process uses, and report it step by step.
+The checks make one call with the HTTP client of the site's process, and report the step that fails.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fedtune.ops.doctor.check import (
     SERVER,
     DoctorCheck,
     Status,
+    build_failed_check,
     build_passed_check,
     build_skipped_check,
-    failed,
-    warning,
+    build_warning,
 )
 from fedtune.ops.kits.certificates import SOON_DAYS, parse_ip_address
 from fedtune.ops.kits.kit_file import Address, Kit
@@ -34,7 +34,7 @@ from fedtune.spec import ConfigError, iter_causes
 DNS, TCP, TLS, AUTHENTICATION = "name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication"
 STEPS = (DNS, TCP, TLS, AUTHENTICATION)
 _PROXY_FIX = "Set HTTPS_PROXY to your network's proxy, as http://HOST:PORT, or unset it if you need none."
-_failed = partial(failed, exit_code=SERVER)
+_failed = partial(build_failed_check, exit_code=SERVER)
 _OTHER_AUTHORITY = (
     "is not issued by the federation's authority: a wrong server, or TLS inspection that intercepts the connection",
     "Have {server} exempted from TLS inspection, or ask the lead whether the address is right; "
@@ -51,16 +51,16 @@ _WRONG_CERTIFICATES = {
     **dict.fromkeys((2, 7, 18, 19, 20, 21, 24, 26), _OTHER_AUTHORITY),
     **dict.fromkeys((62, 64), _OTHER_HOST),
 }
-"""OpenSSL's number for what is wrong with the server's certificate -> what that means, and whom to ask."""
+"""OpenSSL verification error code -> (finding, fix)."""
 
 
 class Connection:
-    """A test connection to the server that a site's kit names.
+    """Test connection to the server in a site's kit.
 
     Attributes:
-        clock_ahead_s: how many seconds this machine's clock is ahead of the server's, and the uncertainty of that
-        figure;
-            None if unknown, and until `run_checks` has finished.
+        clock_ahead_s: the offset of this machine's clock to the server's, and the offset's uncertainty, in seconds;
+            None if
+            unknown, and until `run_checks` has finished.
     """
 
     def __init__(self, kit: Kit, *, timeout_s: float = 10.0) -> None:
@@ -68,11 +68,11 @@ class Connection:
         self._host, self._server = Address.parse_address(kit.server).host, kit.server
         self._proxy = _find_proxy(self._host)
         self._encrypted: Any = None
-        self._begun: dict[str, float] = {}  # the client's steps, and when each began or was complete
+        self._begun: dict[str, float] = {}  # trace event of the client -> its time
         self.clock_ahead_s: tuple[float, float] | None = None
 
     def run_checks(self) -> Iterator[DoctorCheck]:
-        """Yield one check per step of the connection; the steps after a failed step are skipped."""
+        """Yield one check per step of the connection; steps after a failed step are skipped."""
         from fedtune.ops.wire.bounded_http import bound_client
         from fedtune.ops.wire.fleet import HELLO, sign_headers  # Flower takes a second to import
 
@@ -84,11 +84,14 @@ class Connection:
                 "the kit's key and certificates cannot be used",
                 "Fix what the certificate line reports.",
             )
-            yield from (failed(TLS, why, fix=fix) if name == TLS else build_skipped_check(name, why) for name in STEPS)
+            yield from (
+                build_failed_check(TLS, why, fix=fix) if name == TLS else build_skipped_check(name, why)
+                for name in STEPS
+            )
             return
         try:
             client = httpx.Client(verify=context, timeout=self._timeout_s)
-        except (ImportError, ValueError, httpx.InvalidURL):  # its own words may hold the proxy's password
+        except (ImportError, ValueError, httpx.InvalidURL):  # the error text may contain the proxy's password
             yield from self._report_steps_up_to(
                 _failed(TCP, "the proxy that HTTPS_PROXY names cannot be used", fix=_PROXY_FIX)
             )
@@ -106,13 +109,13 @@ class Connection:
         yield self._check_authentication(answer)
 
     def _trace(self, event: str, about: dict[str, Any]) -> None:
-        step = event.partition(".")[2]  # without which part of the client speaks
+        step = event.partition(".")[2]  # without the name of the client's component
         self._begun[step] = time.time()
-        if step == "start_tls.complete":  # later the server may have hung up
+        if step == "start_tls.complete":  # the server may disconnect later
             self._encrypted = about["return_value"].get_extra_info("ssl_object")
 
     def _report_steps_up_to(self, check: DoctorCheck) -> Iterator[DoctorCheck]:
-        """Yield the checks of all steps up to `check` and, if `check` failed, the later steps as skipped."""
+        """Yield the checks of all steps up to `check` and, after a failure, the later steps as skipped."""
         via = f" through the proxy {self._proxy}, as HTTPS_PROXY says" if self._proxy else ""
         resolved = f"{self._host} is an address" if parse_ip_address(self._host) else f"{self._host} resolves"
         before = {
@@ -126,7 +129,7 @@ class Connection:
             yield from (build_skipped_check(name, f"{check.name} failed") for name in STEPS[number + 1 :])
 
     def _find_failed_step(self, error: httpx.HTTPError) -> DoctorCheck:
-        """Return the failed check of the step at which the client stopped."""
+        """Build the failed check for the step at which the client stopped."""
         causes = list(iter_causes(error))
         goal = f"the proxy {self._proxy}" if self._proxy else self._server
         if unresolved := next((cause for cause in causes if isinstance(cause, socket.gaierror)), None):
@@ -178,13 +181,15 @@ class Connection:
         ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(self._encrypted.getpeercert()["notAfter"]), UTC)
         found = f"{self._encrypted.version()}; the federation's own server, with a certificate until {ends:%Y-%m-%d}"
         if (ends - datetime.now(UTC)).days < SOON_DAYS:
-            return warning(TLS, found, fix="Tell the lead to run `fedtune provision renew-server` before that day.")
+            return build_warning(
+                TLS, found, fix="Tell the lead to run `fedtune provision renew-server` before that day."
+            )
         return build_passed_check(TLS, found)
 
     def _compare_clocks(self, answer: httpx.Response) -> None:
         asked, answered = self._begun["send_request_headers.started"], self._begun["receive_response_headers.complete"]
         try:
-            theirs = parsedate_to_datetime(answer.headers["date"]).timestamp() + 0.5  # the date cuts it off
+            theirs = parsedate_to_datetime(answer.headers["date"]).timestamp() + 0.5  # the header is in whole seconds
         except (KeyError, ValueError):
             return
         self.clock_ahead_s = ((asked + answered) / 2 - theirs, (answered - asked) / 2 + 0.5)
@@ -218,12 +223,14 @@ _CLOSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUN
 
 
 def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
-    """Check that no outside caller can start code at the sites through the Control API of an unmodified SuperLink."""
+    """Check that outside callers cannot start code at the sites through the Control API of an unmodified SuperLink."""
     try:
-        # Whose certificate it is changes nothing about what a stranger may call.
+        # The certificate is irrelevant, because the check only asks for access without credentials.
         answer = httpx.post(f"https://{server}/v1/control/list-nodes", verify=False, timeout=timeout_s)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as error:
-        fix = "Ask the server's operators whether it runs: this site's SuperNode needs it, its own process does not."
+        fix = (
+            "Ask the server's operators whether it is running: this site's SuperNode needs it, the site's process not."
+        )
         return _failed(_CONTROL, f"{server} cannot be reached ({type(error).__name__})", fix=fix)
     if answer.status_code in _CLOSED:
         return build_passed_check(
@@ -234,15 +241,13 @@ def check_control_api(server: str, *, timeout_s: float) -> DoctorCheck:
         "EVERY SITE'S SUPERNODE, and remove or add sites"
     )
     fix = "Stop this site's SuperNode, and put deployment/flower/nginx.conf in front of it (docs/stock_flower.md)."
-    return failed(_CONTROL, found, fix=fix)
+    return build_failed_check(_CONTROL, found, fix=fix)
 
 
 def _find_proxy(host: str) -> str:
     """Return the proxy for `host` as host:port, without user and password; empty if there is none.
 
-    The proxy comes from HTTPS_PROXY, or else ALL_PROXY, unless NO_PROXY exempts the host: the site's HTTP client reads
-    the
-    same variables.
+    Reads HTTPS_PROXY, ALL_PROXY and NO_PROXY, as the site's HTTP client does.
     """
     proxies = getproxies()
     url = proxies.get("https") or proxies.get("all") or ""

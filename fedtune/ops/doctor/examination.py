@@ -1,6 +1,6 @@
-"""The sequence of checks in `fedtune site doctor`: everything that a site needs before it starts.
+"""The sequence of all checks of `fedtune site doctor`.
 
-The checks train nothing, and write neither ledger nor policy.  `check.Check` says what the lines may contain.
+The checks train nothing, and write neither the ledger nor the policy.  `DoctorCheck` limits the content of the output.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.ops.doctor import machine_checks, site_checks
-from fedtune.ops.doctor.check import DoctorCheck, PrivateLog, build_passed_check, build_skipped_check, from_error
+from fedtune.ops.doctor.check import (
+    DoctorCheck,
+    PrivateLog,
+    build_check_from_error,
+    build_passed_check,
+    build_skipped_check,
+)
 from fedtune.ops.doctor.connection_checks import STEPS, Connection, check_control_api
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.ledger.history import History
@@ -28,10 +34,9 @@ _KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
 
 @dataclass(kw_only=True)
 class Examination:
-    """All checks of a site, each made once and independently of the others' failures.
+    """All checks of a site, each run once, regardless of failures of other checks.
 
-    The files that early checks read serve the later checks; a check is skipped if a file that it needs could not be
-    read.
+    Later checks reuse the files that early checks read; a check is skipped if one of its files could not be read.
     """
 
     kit_folder: Path  # the kit's
@@ -54,7 +59,7 @@ class Examination:
         return self.files.policy
 
     def run_checks(self) -> Iterator[DoctorCheck]:
-        """Make the checks one after another, and yield their lines."""
+        """Run the checks in sequence and yield their lines."""
         for names, needs, look in self._list_checks():
             if missing := [need for need in needs if need not in self._read]:
                 yield from (build_skipped_check(name, f"{missing[0]} cannot be used") for name in names)
@@ -62,14 +67,14 @@ class Examination:
             try:
                 yield from look()
             except Exception as error:
-                # A DataError's words are for the owner of the file; other errors of ours are made to be shown.
+                # The text of a DataError may quote records; the texts of fedtune's other errors never do.
                 if isinstance(error, FedtuneError) and not isinstance(error, DataError):
-                    yield from_error(names[0], error, fix="Fix the problem named here.")
+                    yield build_check_from_error(names[0], error, fix="Fix the problem named here.")
                 else:
                     yield site_checks.report_unexpected_error(names[0], error, self._log)
 
     def _list_checks(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Callable[[], Iterable[DoctorCheck]]]]:
-        """Yield for each check the names of its lines, the files that it needs, and the function that makes it."""
+        """Yield each check as the names of its lines, the files that it needs, and its function."""
         yield (("policy",), (), self._read_policy)
         yield (("kit",), (), self._read_kit)
         yield (
@@ -127,7 +132,7 @@ class Examination:
             self.machine = read_site_settings(self.site_toml).machine
         except ConfigError as error:
             fix = "Fix the problem named here; `fedtune site template` explains every key."
-            yield from_error("policy", error, fix=fix)
+            yield build_check_from_error("policy", error, fix=fix)
             return
         self._read.add(_POLICY)
         yield build_passed_check(
@@ -138,7 +143,7 @@ class Examination:
         try:
             self.kit = Kit.read(self.kit_folder, kind="site")
         except ConfigError as error:
-            yield from_error("kit", error, fix="Unzip the complete kit from the lead into this folder.")
+            yield build_check_from_error("kit", error, fix="Unzip the complete kit from the lead into this folder.")
             return
         self._read.add(_KIT)
         yield build_passed_check(

@@ -1,4 +1,4 @@
-"""Checks of a site's machine: clock, disks, memory, GPU, and the owners of the site's files."""
+"""Checks of a site's machine: clock, disks, memory, GPU and file owners."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from fedtune.ops.doctor.check import SERVER, DoctorCheck, build_passed_check, build_skipped_check, failed, warning
+from fedtune.ops.doctor.check import (
+    SERVER,
+    DoctorCheck,
+    build_failed_check,
+    build_passed_check,
+    build_skipped_check,
+    build_warning,
+)
 from fedtune.ops.files import get_account_name, get_primary_group
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.system import effective_group, effective_user, grp
 
 MOST_AHEAD_S, WRONG_S = 5.0, 60.0
-"""A server takes nothing that was signed more than 5 s in its future (Flower's SYSTEM_TIME_TOLERANCE), or some minutes
-in its past; a clock that is off by a minute is not kept by anything."""
+"""A server rejects signatures from more than 5 s in the future (Flower's SYSTEM_TIME_TOLERANCE) or some minutes in the
+past; an offset of a minute means that the clock is not synchronized."""
 LITTLE_DISK_BYTES, TOO_LITTLE_DISK_BYTES = 2 * 2**30, 200 * 2**20
 NETWORK_FILES = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "afs", "glusterfs", "lustre"})
 _MODEL_COPIES, _BESIDE_MODEL_BYTES = 3, 2**30
@@ -27,12 +34,12 @@ _ROOT = 0
 
 
 def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> DoctorCheck:
-    """Compare this machine's clock with the server's.
+    """Check the offset of this machine's clock to the server's clock.
 
     Args:
-        ahead_s: how many seconds this clock is ahead of the server's, and the uncertainty of that figure; None if the
-            server cannot be reached.
-        kept: whether time synchronization runs on this machine, so that a difference is the server's fault.
+        ahead_s: the offset of this clock to the server's, and the offset's uncertainty, in seconds; None if the server
+            cannot be reached.
+        kept: whether this machine's clock is synchronized, so that an offset is the server's fault.
     """
     name, fix = "clock", "Turn on time synchronization, for instance with `timedatectl set-ntp true`."
     if ahead_s is None:
@@ -45,41 +52,48 @@ def check_clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> D
             "and this one is synchronized"
         )
         fix = "Ask the server's operators to turn on time synchronization."
-        return failed(name, found, fix=fix, exit_code=SERVER) if off > WRONG_S else warning(name, found, fix=fix)
+        return (
+            build_failed_check(name, found, fix=fix, exit_code=SERVER)
+            if off > WRONG_S
+            else build_warning(name, found, fix=fix)
+        )
     shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if off > WRONG_S:
-        return failed(name, shown, fix=fix)
+        return build_failed_check(name, shown, fix=fix)
     if off > MOST_AHEAD_S:
         more = f"; the server refuses signatures more than {MOST_AHEAD_S:g} s ahead" if ahead > 0 else ""
-        return warning(name, shown + more, fix=fix)
+        return build_warning(name, shown + more, fix=fix)
     return build_passed_check(name, f"within {MOST_AHEAD_S:g} s of the server's")
 
 
 def check_disks(
     folders: Mapping[str, Path], *, free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
 ) -> Iterator[DoctorCheck]:
-    """Check the free disk space for each kind of stored file.
+    """Check the free disk space of each storage folder.
 
     Args:
-        folders: what is stored -> its folder, which need not exist yet.
-        free_bytes: returns the free space of the disk that holds a folder.
+        folders: kind of stored file -> its folder, which need not exist.
+        free_bytes: returns the free space on the disk of a folder.
     """
     for what, folder in folders.items():
         name, free = f"disk of the {what}", free_bytes(find_nearest_existing(folder))
         found = f"{free / _GIB:.1f} GiB free"
         if free < TOO_LITTLE_DISK_BYTES:
             found = f"{free / 2**20:.0f} MiB free, but at least {TOO_LITTLE_DISK_BYTES // 2**20} MiB are needed"
-            yield failed(name, found, fix="Free some space there: training stops if the ledger cannot be written.")
+            yield build_failed_check(
+                name, found, fix="Free some space there: training stops if the ledger cannot be written."
+            )
         elif free < LITTLE_DISK_BYTES:
-            yield warning(name, found, fix=f"Free at least {LITTLE_DISK_BYTES // _GIB} GiB on that disk.")
+            yield build_warning(name, found, fix=f"Free at least {LITTLE_DISK_BYTES // _GIB} GiB on that disk.")
         else:
             yield build_passed_check(name, found)
 
 
 def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
-    """Check that the ledger is on a local disk: on a network file system, locks and syncs depend on the file server.
+    """Check that the ledger is on a local disk, because locks and syncs on a network file system depend on the file
+    server.
 
-    The kind of the file system comes from the kernel's mount table below `system`.
+    The type of the file system is read from the kernel's mount table below `system`.
     """
     name, place, kind, deepest = (
         "file system",
@@ -89,13 +103,13 @@ def check_ledger_disk(ledger: Path, *, system: Path = Path("/")) -> DoctorCheck:
     )
     for line in _read_text(system / "proc/self/mounts").splitlines():
         _, folder, found, *_ = line.split()
-        folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), folder)  # blanks are written as \040
-        # The deepest folder holds the ledger; the last of several mounts at one folder hides the others.
+        folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), folder)  # octal escapes, such as \040
+        # The deepest mount point contains the ledger; a later mount at one folder hides an earlier one.
         if place.is_relative_to(folder) and len(folder) >= deepest:
             kind, deepest = found, len(folder)
     if kind in NETWORK_FILES:
         found = f"{kind}, over a network: SQLite's locks and syncs are unreliable there"
-        return warning(name, found, fix="Stop the site, and move the ledger to a local disk.")
+        return build_warning(name, found, fix="Stop the site, and move the ledger to a local disk.")
     return build_passed_check(name, f"{kind}, on this machine")
 
 
@@ -104,15 +118,17 @@ def check_socket(place: Path) -> DoctorCheck:
     name = "socket"
     if not place.parent.is_dir():
         fix = "Create it for the site's user and the SuperNode's group; systemd's RuntimeDirectory= does at each start."
-        return warning(name, "its folder is missing", fix=fix)
+        return build_warning(name, "its folder is missing", fix=fix)
     if not os.path.lexists(place):
         return build_passed_check(name, "created when the site starts")
     found = place.lstat()
     if not stat.S_ISSOCK(found.st_mode):
-        return failed(name, "another file has this path", fix="Set `socket` in site.toml to another path.")
+        return build_failed_check(
+            name, "the path belongs to a file that is not a socket", fix="Set `socket` in site.toml to another path."
+        )
     if found.st_mode & stat.S_IRWXO:
         fix = "Stop the site, remove the socket, and start the site again."
-        return failed(name, "every user of this machine can open it", fix=fix)
+        return build_failed_check(name, "every user of this machine can open it", fix=fix)
     number = found.st_gid
     named = grp and next((one.gr_name for one in grp.getgrall() if one.gr_gid == number), None)
     group = named or str(number)
@@ -120,30 +136,32 @@ def check_socket(place: Path) -> DoctorCheck:
 
 
 def check_anchor_disk(ledger: Path, anchor: Path | None) -> DoctorCheck:
-    """Check that the anchor is on a different disk than the ledger, so that it detects when the ledger's disk was
-    restored.
+    """Check that the anchor is on another disk than the ledger, so that the anchor detects a rollback of the ledger's
+    disk.
     """
     name = "anchor's place"
     if anchor is None:
         found = "the policy names no anchor: nothing here detects a rollback of the ledger"
-        return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk.")
+        return build_warning(name, found, fix="Set `anchor` in site.toml to a file on another disk.")
     if find_nearest_existing(anchor).stat().st_dev == find_nearest_existing(ledger).stat().st_dev:
         found = "on the ledger's own disk: both can be rolled back together"
-        return warning(name, found, fix="Set `anchor` in site.toml to a file on another disk, and move the file there.")
+        return build_warning(
+            name, found, fix="Set `anchor` in site.toml to a file on another disk, and move the file there."
+        )
     return build_passed_check(name, "on a different disk than the ledger")
 
 
 def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path = Path("/")) -> DoctorCheck:
-    """Compare available memory with a rough estimate: 3 times the size of the largest model's files, plus 1 GiB.
+    """Check that the available memory covers a rough estimate: 3 times the size of the largest model's files, plus 1
+    GiB.
 
     The factor 3 covers weights, activations and gradients.
 
     Args:
         model_bytes: size of the weights of the largest installed base model; None: no model is installed.
-        in_four_bits: whether runs keep the base model quantized to 4 bits, so that the full files are in memory only
-        once,
-            while the model is loaded.
-        system: root folder of the kernel's files on memory, including the limit of a container.
+        in_four_bits: whether runs quantize the base model to 4 bits, so that the full files are in memory only while
+            the model is loaded.
+        system: root of the kernel's files on memory, including a container's limit.
     """
     name, machine, cgroup = "memory", system / "proc/meminfo", system / "sys/fs/cgroup"
     figures = dict(re.findall(r"^(\w+): +(\d+) kB$", _read_text(machine), re.MULTILINE))
@@ -158,12 +176,12 @@ def check_memory(model_bytes: int | None, *, in_four_bits: bool = False, system:
     needed = (1 if in_four_bits else _MODEL_COPIES) * model_bytes + _BESIDE_MODEL_BYTES
     found += f", about {needed / _GIB:.1f} GiB needed"
     if available < needed:
-        return warning(name, found, fix="End other processes, or run the site on a machine with more memory.")
+        return build_warning(name, found, fix="End other processes, or run the site on a machine with more memory.")
     return build_passed_check(name, found)
 
 
 def _read_text(file: Path) -> str:
-    """Return a file's text, or an empty text if the file cannot be read."""
+    """Read a text file; empty if it cannot be read."""
     try:
         return file.read_text("utf-8", "surrogateescape")
     except OSError:
@@ -171,7 +189,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_number(file: Path) -> int | None:
-    """Return the number in a file, or None if the file is missing or contains a word."""
+    """Read a number from a file; None if the file is missing or contains no number."""
     text = _read_text(file).strip()
     return int(text) if text.isdecimal() else None
 
@@ -179,12 +197,12 @@ def _read_number(file: Path) -> int | None:
 def check_gpu(
     device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/driver/nvidia/version")
 ) -> DoctorCheck:
-    """Check that the device that the policy asks for is available.
+    """Check that the device in the policy is available.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        ask: returns the name of the GPU, or "" if torch cannot use one; it is not called for a site that trains on its
-            CPU, because importing torch takes a second.
+        ask: returns the name of the GPU, or "" if torch cannot use any; not called for the CPU, because importing torch
+            is slow.
         driver: a file that exists if an NVIDIA driver is loaded.
     """
     name, fix = "GPU", "Install matching versions of driver and torch: compare `nvidia-smi` and torch.version.cuda."
@@ -194,14 +212,16 @@ def check_gpu(
         return build_passed_check(name, found)
     if device == "cuda":
         fix += ' Or set `device = "auto"` under [machine] in site.toml.'
-        return failed(name, "torch cannot use a GPU, but the policy requires one", fix=fix)
+        return build_failed_check(name, "torch cannot use a GPU, but the policy requires one", fix=fix)
     if driver.exists():
-        return warning(name, "a driver is installed, but torch cannot use a GPU; this site trains on the CPU", fix=fix)
+        return build_warning(
+            name, "a driver is installed, but torch cannot use a GPU; this site trains on the CPU", fix=fix
+        )
     return build_passed_check(name, "none: this site trains on the CPU")
 
 
 def probe_gpu() -> str:
-    """Return name and memory of the GPU that torch would train on; empty if a small test computation fails on it."""
+    """Return name and memory of the GPU that torch would use; empty if a small test computation fails."""
     from fedtune.training.accelerators import find_accelerator, get_device_name, get_total_memory
 
     with warnings.catch_warnings():
@@ -218,18 +238,17 @@ def probe_gpu() -> str:
 
 
 def find_nearest_existing(path: Path) -> Path:
-    """Return `path` if it exists, or else its nearest parent folder that does."""
+    """Return `path` if it exists, otherwise its nearest existing parent folder."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 
 
 def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[DoctorCheck]:
-    """Check who owns the policy, the keys and the ledger's files; yield one line per wrong owner, or one line if there
-    is none.
+    """Check the owners of the policy, the keys and the ledger's files; yield one line per wrong owner, or one passed
+    line.
 
     The expected owner is the account of the site's process, which owns the kit's connection key.  `files` is None if
-    the
-    policy cannot be read.
+    the policy cannot be read.
     """
     key = kit / "connection_key.pem"
     account = key.stat().st_uid if key.exists() else effective_user()
@@ -247,7 +266,7 @@ def check_owners(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterato
             f"{get_account_name(effective_user())}"
         )
         fix = f"Run the doctor as {get_account_name(account)}, for instance with `sudo -u {get_account_name(account)}`."
-        yield failed(f"{_NAME}: account", found, fix=fix)
+        yield build_failed_check(f"{_NAME}: account", found, fix=fix)
     elif not wrong:
         yield build_passed_check(
             _NAME,
@@ -259,14 +278,14 @@ def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
     try:
         found = path.stat()
     except OSError:
-        return None  # that it is missing, or closed to this account, another line says
+        return None  # reported by another check
     name, folder = f"{_NAME}: {what}", stat.S_ISDIR(found.st_mode)
     # Root may own what the site's process only reads, and a folder that the process may write into.
     may_be_roots = what == "policy" or (folder and os.access(path, os.W_OK))
     if found.st_uid != account and not (found.st_uid == _ROOT and may_be_roots):
         own = get_account_name(account)
         said = f"{path} belongs to account {get_account_name(found.st_uid)}, but the site's process runs as {own}"
-        return failed(name, said, fix=f"Run `chown {own}: {path}`.")
+        return build_failed_check(name, said, fix=f"Run `chown {own}: {path}`.")
     own_gid = get_primary_group(account)
     others = found.st_mode & stat.S_IWGRP and found.st_gid not in (
         effective_group() if own_gid is None else own_gid,
@@ -278,4 +297,4 @@ def _check_owner(what: str, path: Path, account: int) -> DoctorCheck | None:
         return None
     said = {"o": "every account", "g": f"everyone in group {found.st_gid}"}[who[-1]]
     command = f"chmod {','.join(f'{letter}-w' for letter in who)}"
-    return failed(name, f"{path} can be changed by {said}", fix=f"Run `{command} {path}`.")
+    return build_failed_check(name, f"{path} can be changed by {said}", fix=f"Run `{command} {path}`.")

@@ -19,7 +19,15 @@ from fedtune.data.values import SEVERAL_USERS
 from fedtune.federation import policy_dry_run
 from fedtune.federation.policy_dry_run import DryRun
 from fedtune.formatting import group_hex_start
-from fedtune.ops.doctor.check import REFUSED, DoctorCheck, PrivateLog, build_passed_check, failed, from_error, warning
+from fedtune.ops.doctor.check import (
+    REFUSED,
+    DoctorCheck,
+    PrivateLog,
+    build_check_from_error,
+    build_failed_check,
+    build_passed_check,
+    build_warning,
+)
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
 from fedtune.ops.kits.kit_file import Kit, find_model_store_path, require_model_reader
 from fedtune.ops.kits.models import (
@@ -43,24 +51,22 @@ from fedtune.tasks.registry import TASKS, find_task
 
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
-"""True number of records (or users), as a share of the declared size, below or above which a person should look."""
-FEW_DATED = 0.5  # users with a readable date of arrival, as a share of all, below which a person should look
+"""True number of records (or users) divided by the declared size, below or above which the doctor warns."""
+FEW_DATED = 0.5  # fraction of users with a readable date of arrival, below which the doctor warns
 
 
 def check_site_certificate(kit: Kit, now: datetime) -> DoctorCheck:
-    """Check that the site's certificate matches its key and was issued by the authority, and how long it remains
-    valid.
-    """
+    """Check the site's certificate: key, issuer and days until it expires."""
     name = "certificate"
     try:
         found = kit.check_certificate(now)
     except ConfigError as error:
         fix = "Unzip the kit made from this folder's join_request.json, or send the lead that request again."
-        return from_error(name, error, fix=fix)
+        return build_check_from_error(name, error, fix=fix)
     said = f"in force until {found.not_after:%Y-%m-%d}, {found.count_days_left(now)} days from now"
     if found.count_days_left(now) < SOON_DAYS:
         fix = f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here."
-        return warning(name, said, fix=fix)
+        return build_warning(name, said, fix=fix)
     return build_passed_check(name, f"belongs to this site's key; {said}")
 
 
@@ -69,7 +75,7 @@ def check_matching_names(kit: Kit, policy: Policy) -> DoctorCheck:
     if kit.site == policy.site:
         return build_passed_check("site's name", f"{policy.site}, in kit and policy")
     found = f"the kit is for {kit.site}, but the policy for {policy.site}"
-    return failed("site's name", found, fix="Use the kit for this policy's site.")
+    return build_failed_check("site's name", found, fix="Use the kit for this policy's site.")
 
 
 def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
@@ -79,20 +85,22 @@ def check_lead(kit: Kit, policy: Policy) -> DoctorCheck:
         return build_passed_check(name, f"the kit's lead {group_hex_start(kit.lead)} is one of the policy's leads")
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
     found = f"the policy does not allow the kit's lead {group_hex_start(kit.lead)}: all of its requests are refused"
-    return failed(name, found, fix=f"If this is the lead's key, add under [allow]: leads = [{line}]")
+    return build_failed_check(name, found, fix=f"If this is the lead's key, add under [allow]: leads = [{line}]")
 
 
 def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
-    """Check that each base model that the policy allows is installed and unchanged, by reading all of its files."""
+    """Check that each base model in the policy is installed and unchanged, by hashing its files."""
     known = {model.sha256: model for model in kit.model}
     for sha256 in policy.allow.base_models:
         name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
         if sha256 == UNVERIFIED:
             found = "the policy accepts runs that do not name their model"
-            yield warning(name, found, fix='Remove "unverified" from allow.base_models, except in a test federation.')
+            yield build_warning(
+                name, found, fix='Remove "unverified" from allow.base_models, except in a test federation.'
+            )
         elif sha256 not in known and not find_model_store_path(kit.folder, sha256).is_dir():
             found = "the policy allows it, but no run of this federation may use it"
-            yield warning(name, found, fix="Remove it from allow.base_models, or ask the lead for it.")
+            yield build_warning(name, found, fix="Remove it from allow.base_models, or ask the lead for it.")
         else:
             yield _check_installed(kit, sha256, name=name, license=known[sha256].license if sha256 in known else "")
     for model in kit.model:
@@ -102,7 +110,7 @@ def check_base_models(kit: Kit, policy: Policy) -> Iterator[DoctorCheck]:
     if not policy.allow.base_models:
         found = "the policy allows none: every request is refused"
         fix = "Add the SHA-256 of each model that you accept to allow.base_models in site.toml."
-        yield failed("base models", found, fix=fix)
+        yield build_failed_check("base models", found, fix=fix)
 
 
 def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> DoctorCheck:
@@ -111,26 +119,28 @@ def _check_installed(kit: Kit, sha256: str, *, name: str, license: str) -> Docto
         if is_built_in_model(sha256):
             return build_passed_check(name, "a tiny made-up model for tests; nothing needs to be installed")
         fix = "Get its files and run `fedtune site doctor ... --import-model PATH`, PATH being the folder or GGUF file."
-        return failed(name, f"is not installed (SHA-256 {sha256})", fix=fix)
+        return build_failed_check(name, f"is not installed (SHA-256 {sha256})", fix=fix)
     try:
         verify_model(kit.folder, sha256)
     except (ConfigError, OSError) as error:
         why = "its files cannot be read" if isinstance(error, OSError) else error.bound
         fix = "Import it again with `fedtune site doctor ... --import-model PATH`, and find out what changed it."
-        return failed(name, f"in {place}: {why}", fix=fix)
+        return build_failed_check(name, f"in {place}: {why}", fix=fix)
     try:
         require_model_reader(kit.folder, sha256)
     except ConfigError as error:
-        return from_error(name, error, fix="Install the package named here in the environment of the site's process.")
+        return build_check_from_error(
+            name, error, fix="Install the package named here in the environment of the site's process."
+        )
     papers = ", ".join(list_license_files(kit.folder, sha256)) or "no license file came with it"
     if not license:
         fix = "Remove it from allow.base_models, or ask the lead to add it to the federation."
-        return warning(name, "installed and unchanged, but no run of this federation may use it", fix=fix)
+        return build_warning(name, "installed and unchanged, but no run of this federation may use it", fix=fix)
     return build_passed_check(name, f"installed and unchanged; license {license} ({papers})")
 
 
 def import_base_model(model: Path, kit: Kit) -> DoctorCheck:
-    """Install a base model with `install_model` before the other checks, and report the result."""
+    """Install a base model with `install_model` and report the result."""
     installed, is_new = install_model(model, kit)
     state = "is installed now" if is_new else "was already installed, and is unchanged"
     return build_passed_check(
@@ -139,7 +149,7 @@ def import_base_model(model: Path, kit: Kit) -> DoctorCheck:
 
 
 def measure_largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
-    """Return the size of the largest installed base model; None if no model is installed."""
+    """Return the size in bytes of the largest installed base model; None if no model is installed."""
     sizes = []
     for sha256 in policy.allow.base_models:
         try:
@@ -150,13 +160,11 @@ def measure_largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
 
 
 def check_data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[DoctorCheck]:
-    """Check that the policy's tasks are installed, and that each data set can be used for training, by reading every
-    record.
-    """
+    """Check that the tasks in the policy are installed and that every record of each data set can be read."""
     for task in policy.allow.tasks:
         if find_task(task) is None:
             fix = "Install its package in the environment of the site's process, or take it out of allow.tasks."
-            yield failed(f"task {task}", "is not installed at this site", fix=fix)
+            yield build_failed_check(f"task {task}", "is not installed at this site", fix=fix)
     for dataset in policy.dataset:
         yield _check_data_set(dataset, folder, policy, log=log)
 
@@ -165,12 +173,12 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
     tasks, unit = policy.allow.tasks, policy.population.unit
     name, block = f"data {dataset.id}", f"[[dataset]] {dataset.id} in site.toml"
     if not dataset.path:
-        return failed(name, "has no file", fix=f"Set `path` in {block}.")
+        return build_failed_check(name, "has no file", fix=f"Set `path` in {block}.")
     path = folder / dataset.path
     if other := describe_path(path):
         found = f"is {other}" if path.exists() else "its file is missing, or this account cannot read it"
         fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
-        return failed(name, found, fix=fix)
+        return build_failed_check(name, found, fix=fix)
     known = [task for task in tasks if task in TASKS]  # those of installed packages were loaded for the check of tasks
     served = {task for task in known if any({*roles} <= {*dataset.columns} for roles in TASKS[task].layouts)}
     if not served:
@@ -178,21 +186,21 @@ def _check_data_set(dataset: Dataset, folder: Path, policy: Policy, *, log: Priv
         texts = [one for one in every if not any(one[0] == task and {*one[1]} < {*roles} for task, roles in every)]
         asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
-        return failed(name, "its columns do not have the roles of any task that the policy allows", fix=fix)
+        return build_failed_check(name, "its columns do not have the roles of any task that the policy allows", fix=fix)
     try:
         count, num_dated = _count_units(path, dataset, unit=unit)
     except DataError as error:
         return _report_unreadable_file(error, dataset, name=name, block=block, log=log)
     if not count:
-        return failed(name, "holds no record", fix=f"Set `path` in {block} to the file of records.")
+        return build_failed_check(name, "holds no record", fix=f"Set `path` in {block} to the file of records.")
     if count < dataset.min_units:
         fix = f"Wait until there are more, lower min_units in {block}, or take the data set out of site.toml."
-        return failed(name, f"every record can be read; fewer {unit}s than min_units", fix=fix)
+        return build_failed_check(name, f"every record can be read; fewer {unit}s than min_units", fix=fix)
     if policy.population.arrivals and num_dated < FEW_DATED * count:
         whose = "fewer than half of the users have" if num_dated else "no user has"
         found = f"every record can be read; {whose} a readable date in column {dataset.columns['arrival']!r}"
         fix = "Write the dates as 2026-03-14 or 2026-03, before a run admits anyone."
-        return warning(name, f"{found} (without: the oldest cohort)", fix=fix)
+        return build_warning(name, f"{found} (without: the oldest cohort)", fix=fix)
     lacking = ", ".join(task for task in tasks if task not in served)
     return _compare_declared_size(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
 
@@ -233,69 +241,73 @@ def list_small_data_sets(policy: Policy, folder: Path) -> list[str]:
 def _report_unreadable_file(
     error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog
 ) -> DoctorCheck:
-    """Report a data file that cannot be read, without the error's own message.
+    """Build the check for an unreadable data file, without the error's own message.
 
-    The message may reveal the number of records, because it names a line that may be the last, or the first record,
-    because it lists the columns, which in a file without a header are that record.
+    The message may reveal the number of records, as a line number, or the first record, which a file without a header
+    has instead of column names.
     """
     where = log.write_entry(f"{name}: {error}")
     if error.value == SEVERAL_USERS:
         fix = "Remove records of several people, or decide who owns them: each record has one id, without , ; or |."
-        return failed(name, f"a record names several users; runs skip such records{where}", fix=fix)
-    # The key names the column, where it is about one, by the name that the policy has for it.
+        return build_failed_check(name, f"a record names several users; runs skip such records{where}", fix=fix)
+    # The key of the error contains the column's name in the policy, if the error is about a column.
     column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")
     if error.value == "absent":
         fix = f"Name a column that the file has in `columns` of {block}; a CSV file begins with a header."
-        return failed(name, f"{column} is not in every record{where}", fix=fix)
+        return build_failed_check(name, f"{column} is not in every record{where}", fix=fix)
     found = f"a record cannot be read{f' at {column}' if column else ''}{where}"
     fix = "Fix or remove that record: each must be a whole JSON object or CSV row, in UTF-8, without blank values."
-    return failed(name, found, fix=fix)
+    return build_failed_check(name, found, fix=fix)
 
 
 def _compare_declared_size(name: str, share: float, *, units: str, lacking: str, block: str) -> DoctorCheck:
-    """Compare the true number of records or users with the declared size, in words without figures."""
+    """Compare the number of records or users with the declared size, in words without numbers."""
     if share < FEW:
         fix = f"Check that the file is complete; otherwise declare a smaller size in {block}."
-        return warning(name, f"every record can be read; far fewer {units} than the declared size", fix=fix)
+        return build_warning(name, f"every record can be read; far fewer {units} than the declared size", fix=fix)
     if share > MANY:
         fix = f"Check that it is the right file; otherwise declare a larger size in {block}."
-        return warning(name, f"every record can be read; far more {units} than the declared size", fix=fix)
+        return build_warning(name, f"every record can be read; far more {units} than the declared size", fix=fix)
     found = f"every record can be read; enough {units} for the declared size"
     if lacking:
         fix = f"Add the roles to `columns` in {block}, or take the task out of allow.tasks."
-        return warning(name, f"{found}; its columns do not have the roles of task {lacking}", fix=fix)
+        return build_warning(name, f"{found}; its columns do not have the roles of task {lacking}", fix=fix)
     return build_passed_check(name, found)
 
 
 def report_unexpected_error(name: str, error: Exception, log: PrivateLog) -> DoctorCheck:
-    """Report a check that raised an unexpected error; the error's text goes to the private log, since it may contain
-    anything.
+    """Build the check for an unexpected error; the error's text goes to the private log, because it may contain
+    records.
     """
     where = log.write_entry(f"{name}: {''.join(traceback.format_exception(error))}")
     found = f"could not be checked ({type(error).__name__}){where}"
-    return failed(name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1)
+    return build_failed_check(
+        name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1
+    )
 
 
 def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
-    """Check that the ledger is intact, belongs to this site and can be used for training; also return its history if
-    so.
+    """Check that the ledger is intact, belongs to this site and can be charged; also return its history in that
+    case.
     """
     name = "ledger"
     for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
         if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
-            # Nothing is wrong with what it holds.
+            # A permission problem, not a damaged ledger.
             fix = "Give it to the account of the site's process (see the lines `files`)."
-            return failed(name, f"this account cannot read or write {path}: nothing is trained", fix=fix), None
+            return build_failed_check(
+                name, f"this account cannot read or write {path}: nothing is trained", fix=fix
+            ), None
     try:
         verified = files.verify_ledger()
         if verified is None and files.anchor is not None and files.anchor.is_file():
             newest = Head.read(files.anchor).sequence
             raise RunError(f"{files.ledger} is missing, but its anchor covers {newest} events")
-    except ConfigError as error:  # of another version's ledger it says what to do: nothing is wrong with that one
-        return from_error(name, error, fix=f"Train nothing, and restore it as {_PAGE} says."), None
+    except ConfigError as error:  # a ledger of another version: intact, and the error contains the remedy
+        return build_check_from_error(name, error, fix=f"Train nothing, and restore it as {_PAGE} says."), None
     except RunError as error:
         fix = f"Train nothing, and restore it as {_PAGE} says; a new ledger would spend the budget twice."
-        return failed(name, str(error), fix=fix), None
+        return build_failed_check(name, str(error), fix=fix), None
     if verified is None:
         return build_passed_check(name, "none yet; it is created when the site starts"), History.empty(files.policy)
     history = verified.history
@@ -306,86 +318,86 @@ def check_ledger_state(files: SiteFiles) -> tuple[DoctorCheck, History | None]:
 
 
 def _find_ledger_problems(files: SiteFiles, history: History) -> Iterator[DoctorCheck]:
-    """Yield the reasons why an intact ledger would still prevent training."""
+    """Yield the problems of an intact ledger that prevent training."""
     name = "ledger"
     for key, made_for, says in history.opening.list_differences(files.policy):
         fix = f"Restore the old value of {key} in site.toml: it is fixed for the ledger's lifetime."
-        yield failed(name, f"was created for {key} = {made_for}, but the policy says {says}", fix=fix)
+        yield build_failed_check(name, f"was created for {key} = {made_for}, but the policy says {says}", fix=fix)
     if files.anchor is not None and not files.anchor.is_file() and history.count_total_charges():
         fix = f"Restore the anchor, or create a new one with `fedtune ledger anchor` ({_PAGE})."
-        yield failed(name, "its anchor is missing, and something was charged: nothing is trained", fix=fix)
+        yield build_failed_check(name, "its anchor is missing, and something was charged: nothing is trained", fix=fix)
     if history.furthest_doubt is not None:
         fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
         found = (
             f"in doubt: a receipt refers to event {history.furthest_doubt.sequence}, which the "
             "ledger lacks; training is not possible"
         )
-        yield failed(name, found, fix=fix)
+        yield build_failed_check(name, found, fix=fix)
     if history.is_frozen:
         fix = "This is permanent by design; ask the lead to revoke this site if it has no other population."
-        yield failed(name, "frozen: all training on this population has ended permanently", fix=fix)
+        yield build_failed_check(name, "frozen: all training on this population has ended permanently", fix=fix)
 
 
 def check_site_key(files: SiteFiles, history: History | None) -> DoctorCheck:
-    """Check that the site's signing key exists, is private, and is the key that the ledger was created with."""
+    """Check that the site's signing key exists, is private, and is the ledger's original key."""
     name, path, command = "site key", files.site_key, files.policy.key_command
     if not (command or path.is_file()):
         if not files.ledger.is_file():
             return build_passed_check(name, "none yet; it is created with the ledger")
         fix = "Restore it from its backup: the ledger needs its original key."
-        return failed(name, f"{path} is missing", fix=fix)
+        return build_failed_check(name, f"{path} is missing", fix=fix)
     try:
         public = files.load_key().public
         if path.is_file():
             check_private(path)
     except ConfigError as error:
-        return from_error(name, error, fix="Restore it from its backup, or fix what the message reports.")
+        return build_check_from_error(name, error, fix="Restore it from its backup, or fix what the message reports.")
     if history is not None and history.length and history.opening.site_key != public:
         fix = "Restore the ledger's original key from its backup."
-        return failed(name, f"{command[0] if command else path} is not the ledger's original key", fix=fix)
+        return build_failed_check(name, f"{command[0] if command else path} is not the ledger's original key", fix=fix)
     return build_passed_check(
         name, f"{group_hex_start(public)}, {'from its command' if command else 'readable only by its owner'}"
     )
 
 
 def check_serving(state: Path) -> DoctorCheck:
-    """Check in the folder `state` that the site is not paused and has not left the federation."""
+    """Check that the site is neither paused nor has left the federation, by the files in the folder `state`."""
     name = "serving"
     if (state / "left").exists():
         fix = f"Remove {state / 'left'} if this site should take part again."
-        return warning(name, "this site has left the federation, and will not start", fix=fix)
+        return build_warning(name, "this site has left the federation, and will not start", fix=fix)
     if (state / "paused").exists():
-        return warning(name, "this site is paused: it trains nothing", fix="Run `fedtune site resume --kit DIR`.")
+        return build_warning(name, "this site is paused: it trains nothing", fix="Run `fedtune site resume --kit DIR`.")
     return build_passed_check(name, "the site is not paused and has not left")
 
 
 def check_budget(history: History, policy: Policy) -> DoctorCheck:
-    """Check how much of the lifetime budget is left."""
+    """Check the remaining lifetime budget."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
     taken = history.count_charges_and_reservations(now)
     if history.seeded:
         fix = "Do not use it for real records: it is marked permanently."
-        return warning(name, "a run used seeded noise, so this ledger gives no privacy guarantee", fix=fix)
+        return build_warning(name, "a run used seeded noise, so this ledger gives no privacy guarantee", fix=fix)
     if why := history.explain_pending_period():
-        return warning(
+        return build_warning(
             name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
         )
     epsilon = accountant.format_epsilon(history.epsilon(taken))
     if math.isinf(cap):
         found = f"no lifetime cap, so there is no guarantee; epsilon {epsilon} is spent"
-        return warning(name, found, fix="Set budget.max_epsilon in site.toml before you train on real records.")
+        return build_warning(name, found, fix="Set budget.max_epsilon in site.toml before you train on real records.")
     runs = spending.count_remaining_runs(history, policy, policy.budget.reference.event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
     found = f"{_format_cap_share(history, policy)} of the lifetime budget spent (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
         fix = "Plan without this site, or for smaller runs; raising the cap weakens its promise."
-        return warning(name, found, fix=fix)
+        return build_warning(name, found, fix=fix)
     return build_passed_check(name, found)
 
 
 def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, history: History) -> DoctorCheck:
-    """Report how the site would answer a run, and what the run would cost; nothing is written.
+    """Predict the site's answer to a run and the cost of the run; nothing is written.
 
     Raises:
         ConfigError: no noise level satisfies the run's plan.
@@ -393,7 +405,7 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
     if config.model.sha256 is None and config.model.is_built_in:
         from fedtune.model.base_model import hash_model  # transformers takes seconds to import
 
-        # The lead adds the hash before it asks; of such a model it is known without the lead.
+        # The lead adds the hash to its request; the hash of a built-in model is known here as well.
         model = dataclasses.replace(config.model, sha256=hash_model(config.model))
         config = dataclasses.replace(config, model=model)
     plan, sizes = config.plan(), config.declared_sizes()
@@ -403,17 +415,17 @@ def preview_run(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy,
     if said.broken:
         values = [(one.reason, format_asked_and_allowed(one.asked, one.allowed)) for one in said.broken]
         rules = "; ".join(f"{rule} ({of_both})" if of_both else rule for rule, of_both in values)
-        # Of a key or a hash the beginning.
+        # Abbreviate keys and hashes.
         rules = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", rules)
         found, fix = f"would be refused: {rules}", _suggest_alternative(said, plan)
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
-        return failed(name, found, fix=fix, exit_code=REFUSED)
+        return build_failed_check(name, found, fix=fix, exit_code=REFUSED)
     who = ", once a person here approves it" if policy.approval == "manual" else ""
     found = f"would be accepted{who}; {_describe_cost(plan, history, policy)}"
     if policy.site not in sizes:
         fix = f"Ask the lead for the run's real settings: federation.site_names must include {policy.site}."
-        return warning(name, f"{found}, but it does not name site {policy.site}", fix=fix)
+        return build_warning(name, f"{found}, but it does not name site {policy.site}", fix=fix)
     return build_passed_check(name, found)
 
 
@@ -430,7 +442,7 @@ def _suggest_alternative(said: DryRun, plan: Plan) -> str:
 
 
 def _describe_cost(plan: Plan, history: History, policy: Policy) -> str:
-    """Describe the cost of a run on its own, and as a share of the lifetime budget."""
+    """Describe the cost of a run alone and as a share of the lifetime budget."""
     alone = accountant.epsilon_pld([plan.full_event], plan.delta, interval=accountant.COARSE)
     price = f"epsilon {accountant.format_epsilon(alone)} for the run alone"
     if math.isinf(policy.budget.max_epsilon):
@@ -440,12 +452,11 @@ def _describe_cost(plan: Plan, history: History, policy: Policy) -> str:
 
 
 def _format_cap_share(history: History, policy: Policy, *, also: Plan | None = None) -> str:
-    """Describe which share of the lifetime cap's divergence is charged, reserved, and would be used by `also`; finite
+    """Format the share of the lifetime cap's Renyi divergence that is charged, reserved, and used by `also`; finite
     caps only.
 
-    The figures are those of the cohort that has spent most.  `also` is charged to the cohorts that it admits, which may
-    be
-    other cohorts.
+    The share is that of the cohort with the highest spending.  `also` is charged to the cohorts that it admits, which
+    may be other cohorts.
     """
     now = history.now()
     taken = [history.count_charges_and_reservations(now)]

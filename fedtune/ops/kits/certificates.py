@@ -1,4 +1,4 @@
-"""Certificates: reading and checking certificates and their keys, and the authority that issues certificates.
+"""X.509 certificates and keys of a federation, and the authority that issues certificates.
 
 The authority is one EC P-384 key.  It only signs end-entity certificates (path length 0).  Every certificate contains
 the federation, the holder's kind ("server", "lead" or "site") and the holder's name; only the server's certificate
@@ -24,20 +24,20 @@ from cryptography.x509.oid import NameOID
 
 from fedtune.spec import NOT_GIVEN, ConfigError, check_name
 
-CLOCK_SKEW = timedelta(minutes=5)  # certificates begin so long before they are made, for machines whose clocks are slow
-SOON_DAYS = 30  # a certificate that ends in fewer days is to be renewed now
+CLOCK_SKEW = timedelta(minutes=5)  # backdating of certificates, for machines with slow clocks
+SOON_DAYS = 30  # remaining days below which a certificate should be renewed
 _OVER = "provision the federation again"
 _MOST_DAYS = 36_500
 UNREADABLE = (
     *(ValueError, TypeError, UnsupportedAlgorithm),
     *(x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
 )
-"""What `cryptography` raises for a damaged certificate, request or key; some of it only when a field is asked for."""
+"""Exceptions of `cryptography` for a damaged certificate, request or key; some are raised only on field access."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """The facts of a certificate that are shown to people."""
+    """Displayed properties of a certificate."""
 
     name: str  # common name of the subject: a site's name, "lead", "server"
     not_before: datetime
@@ -46,7 +46,7 @@ class Certificate:
 
     @classmethod
     def from_x509(cls, certificate: x509.Certificate) -> Certificate:
-        """Extract the facts of an X.509 certificate."""
+        """Extract the properties of an X.509 certificate."""
         return cls(
             name=get_common_name(certificate.subject) or "",
             not_before=certificate.not_valid_before_utc,
@@ -55,7 +55,7 @@ class Certificate:
         )
 
     def count_days_left(self, now: datetime) -> int:
-        """Return the number of whole days until the certificate expires; negative if it has expired."""
+        """Return the number of whole days until the certificate expires; negative after that."""
         return (self.not_after - now) // timedelta(days=1)
 
 
@@ -74,7 +74,7 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 
 def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a private EC P-384 key from a PEM file, for TLS and for Flower's node authentication.
+    """Read an EC P-384 private key from a PEM file, for TLS and for Flower's node authentication.
 
     Raises:
         ConfigError: the file does not contain such a key.
@@ -92,7 +92,7 @@ def read_connection_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def check_private(path: Path) -> None:
-    """Check that only its owner can read the secret file `path`."""
+    """Check that only the owner can read the file `path`; raise ConfigError otherwise."""
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
         bound = "must be readable by its owner alone"
@@ -102,13 +102,13 @@ def check_private(path: Path) -> None:
 def extract_p384_public_key(
     holder: x509.Certificate | x509.CertificateSigningRequest, *, key: str
 ) -> ec.EllipticCurvePublicKey:
-    """Return the public key of a certificate or a signing request, which must be EC P-384.
+    """Return the EC P-384 public key of a certificate or a signing request; raise ConfigError for any other key.
 
-    `key` is the name that an error uses for the certificate or request.
+    `key` is the error's name for the certificate or request.
     """
     try:
         public = holder.public_key()
-    except UNREADABLE:  # it is parsed only now
+    except UNREADABLE:  # the key is parsed on first access
         raise ConfigError(key, "unreadable", "must contain an EC P-384 key") from None
     if not is_p384(public):
         raise ConfigError(key, type(public).__name__, "must contain an EC P-384 key")
@@ -117,14 +117,14 @@ def extract_p384_public_key(
 
 
 def is_p384(key: object) -> bool:
-    """Whether `key`, public or private, is on P-384, the only curve that certificates and node authentication use."""
+    """Return True if `key`, public or private, is on P-384, the only supported curve."""
     return isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) and isinstance(
         key.curve, ec.SECP384R1
     )
 
 
 def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: str) -> None:
-    """Check that `certificate` was signed by the authority `ca`."""
+    """Check that `certificate` was issued by the authority `ca`; raise ConfigError otherwise."""
     try:
         certificate.verify_directly_issued_by(ca)
     except (*UNREADABLE, InvalidSignature):
@@ -134,7 +134,9 @@ def check_issued(certificate: x509.Certificate, *, ca: x509.Certificate, key: st
 
 
 def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, renewal: str) -> None:
-    """Check that `certificate` is valid at `now` (with a time zone); `renewal` tells people what to do if it is not."""
+    """Check that `certificate` is valid at `now` (with a time zone); otherwise raise ConfigError with the remedy
+    `renewal`.
+    """
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
         raise ConfigError(
@@ -143,32 +145,32 @@ def check_validity(certificate: x509.Certificate, *, now: datetime, key: str, re
     if now < begins:
         bound = (
             "must be in the past: the certificate is not valid yet, because this machine's "
-            f"clock says {now:%Y-%m-%d %H:%M}"
+            f"clock shows {now:%Y-%m-%d %H:%M}"
         )
         raise ConfigError(key, f"{begins:%Y-%m-%d %H:%M} UTC", bound, remedy="set the clock")
 
 
 def get_common_name(name: x509.Name) -> str | None:
-    """Return the common name in a subject; None if there is no common name, or more than one."""
+    """Return the common name of a subject; None if there is not exactly one."""
     found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if len(found) == 1 else None
 
 
 def check_common_name(key: str, name: str) -> None:
-    """Check that a name can be used in a certificate's subject, a file name, a message and a command line."""
+    """Check that a name is valid in certificate subjects, file names, messages and command lines."""
     check_name(key, name)
     if len(name) > 64:
         raise ConfigError(key, name, "must have at most 64 characters, to fit into a certificate")
 
 
 def check_days(key: str, days: int) -> None:
-    """Check that a certificate can be valid for `days` days."""
+    """Check that `days` is a valid certificate lifetime."""
     if not 1 <= days <= _MOST_DAYS:
         raise ConfigError(key, days, f"must be a number of days from 1 to {_MOST_DAYS}")
 
 
 def list_certificate_host_names(certificate: x509.Certificate) -> list[str]:
-    """Return the host names and IP addresses in a server certificate, in lower case."""
+    """List the host names and IP addresses of a server certificate, in lower case."""
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -178,16 +180,14 @@ def list_certificate_host_names(certificate: x509.Certificate) -> list[str]:
 
 
 def encode_public_pem(holder: x509.Certificate | x509.CertificateSigningRequest | ec.EllipticCurvePrivateKey) -> bytes:
-    """Return the public key of a certificate, a signing request or a private key as SubjectPublicKeyInfo in PEM
+    """Encode the public key of a certificate, a signing request or a private key as SubjectPublicKeyInfo in PEM
     format.
     """
     return holder.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def compute_key_fingerprint(public: bytes) -> str:
-    """Return the fingerprint of a public key in PEM format: the SHA-256 of its DER-encoded SubjectPublicKeyInfo, in
-    hex.
-    """
+    """Compute the fingerprint of a PEM public key: the SHA-256 of its DER-encoded SubjectPublicKeyInfo, in hex."""
     key = serialization.load_pem_public_key(public)
     encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(encoded).hexdigest()
@@ -203,14 +203,14 @@ def parse_ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Authority:
-    """A federation's certificate authority: its private key and its own certificate."""
+    """Certificate authority of a federation: its private key and its own certificate."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
     @classmethod
     def create_authority(cls, federation: str, *, days: int, now: datetime) -> Authority:
-        """Create an authority for `federation` that is valid for `days` days from `now` (with a time zone)."""
+        """Create an authority for `federation`, valid for `days` days from `now` (with a time zone)."""
         check_days("authority_days", days)
         key = generate_connection_key()
         name = _build_subject(federation, kind="authority", name="authority")
@@ -234,7 +234,7 @@ class Authority:
         check_private(path)
         key, certificate = read_connection_key(path), read_certificate(folder / "ca.pem")
         if encode_public_pem(certificate) != encode_public_pem(key):
-            raise ConfigError(str(path), NOT_GIVEN, "is not the key of the certificate in ca.pem next to it")
+            raise ConfigError(str(path), NOT_GIVEN, "does not match the certificate in ca.pem in the same folder")
         return cls(key=key, certificate=certificate)
 
     def issue(
@@ -247,14 +247,13 @@ class Authority:
         days: int,
         now: datetime,
     ) -> x509.Certificate:
-        """Issue a certificate that is valid from `now` for `days` days, but not beyond the authority's own certificate.
+        """Issue a certificate for `days` days from `now`, limited to the validity of the authority's own certificate.
 
-        With `hosts`, the certificate lets a server serve under any of these names; without, it lets a "lead" (whose
-        name is
-        also "lead") or a "site" call the server.
+        With `hosts`, the certificate is a server certificate for these names; without hosts, it is a client certificate
+        for a "lead" (whose name is also "lead") or a "site".
 
         Raises:
-            ConfigError: the authority's own certificate is not valid now.
+            ConfigError: the authority's own certificate is not valid at `now`.
         """
         own = self.certificate
         check_validity(own, now=now, key="authority", renewal=_OVER)
@@ -285,14 +284,14 @@ def generate_connection_key() -> ec.EllipticCurvePrivateKey:
 
 
 def encode_private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Serialize a private key to unencrypted PEM, for a file that only its owner can read."""
+    """Encode a private key as unencrypted PEM, for a file that only its owner can read."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def encode_certificate_pem(certificate: x509.Certificate) -> bytes:
-    """Serialize a certificate to PEM."""
+    """Encode a certificate as PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
@@ -309,7 +308,7 @@ def _build_subject(federation: str, *, kind: str, name: str) -> x509.Name:
 def _start_certificate(
     public: ec.EllipticCurvePublicKey, *, subject: x509.Name, issuer: x509.Name
 ) -> x509.CertificateBuilder:
-    """Start building a certificate, with a random serial number of 159 bits."""
+    """Create a certificate builder with a random serial number of 159 bits."""
     builder = x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
 

@@ -1,4 +1,4 @@
-"""The folder that `fedtune provision init` creates: federation.toml, the authority, the kits and the roster."""
+"""The folder of a federation, created by `fedtune provision init`: federation.toml, authority, kits and roster."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 @spec
 class CertificateDays:
-    """Validity of each kind of certificate in days; no certificate outlives the authority's own."""
+    """Validity of each kind of certificate, in days; no certificate outlives the authority's certificate."""
 
     authority_days: int = 3650
     server_days: int = 365
@@ -59,11 +59,11 @@ class CertificateDays:
 
 @spec
 class FederationFile:
-    """The content of federation.toml.
+    """Content of federation.toml.
 
     Attributes:
-        server: host:port under which the sites reach the server.
-        also_known_as: further names or IP addresses of the server, for its certificate.
+        server: the server's address for the sites, as host:port.
+        also_known_as: additional names or IP addresses of the server, for its certificate.
         key_command: command that prints the lead's private key in PEM, instead of lead/lead_key.pem.
         model: base models that runs may use.
     """
@@ -85,7 +85,7 @@ class FederationFile:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """All names and addresses of the server without duplicates; the first one is written into the kits."""
+        """The distinct names and addresses of the server; the first one is written to the kits."""
         return tuple(
             dict.fromkeys((Address.parse_address(self.server).host, *(host.lower() for host in self.also_known_as)))
         )
@@ -93,7 +93,7 @@ class FederationFile:
 
 @spec
 class _RetiredKeys:
-    """The content of retired_keys.json."""
+    """Content of retired_keys.json."""
 
     version: int
     fingerprints: tuple[str, ...]
@@ -101,7 +101,7 @@ class _RetiredKeys:
 
 @spec
 class _Change:
-    """The content of change.json: a committed change whose files may not all be written yet.
+    """Content of change.json: a committed change whose files may be only partly written.
 
     Attributes:
         files: path in the federation folder -> content in base64.
@@ -113,7 +113,7 @@ class _Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FederationFolder:
-    """A federation's folder and its current settings, which the lead may edit and which apply to new kits."""
+    """The folder and the current settings of a federation; the lead may edit the settings, which apply to new kits."""
 
     folder: Path
     settings: FederationFile
@@ -121,7 +121,7 @@ class FederationFolder:
 
     @classmethod
     def open(cls, folder: Path) -> FederationFolder:
-        """Open the federation in `folder`, after completing a change that was interrupted because a command was killed.
+        """Open the federation in `folder`, after completing a change that a killed command left behind.
 
         Raises:
             ConfigError: the folder contains no federation, its settings are invalid, or an interrupted change cannot be
@@ -143,7 +143,7 @@ class FederationFolder:
     @classmethod
     @contextmanager
     def open_locked(cls, folder: Path) -> Iterator[FederationFolder]:
-        """Open the federation in `folder`, and lock it against changes by other commands while the block runs."""
+        """Open the federation in `folder`, locked against changes by other commands during the block."""
         cls.open(folder)
         with lock_folder(folder):
             _complete_change(folder)
@@ -151,19 +151,19 @@ class FederationFolder:
 
     @property
     def certificates(self) -> dict[str, Certificate]:
-        """The certificates of the authority, of the server and of the lead's connection."""
+        """The certificates of the authority, the server and the lead's connection, by name."""
         files = {"authority": "server/ca.pem", "server": "server/server.pem", "lead": "lead/lead.pem"}
         return {name: Certificate.from_x509(read_certificate(self.folder / file)) for name, file in files.items()}
 
     def issue(
         self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
     ) -> x509.Certificate:
-        """Issue a certificate for `days` days, or for the default in federation.toml; this needs the authority's key.
+        """Issue a certificate for `days` days (None: the default in federation.toml); needs the authority's key.
 
         Raises:
-            ConfigError: the key is missing or belongs to another federation, or a site's kit would contain an address
-            that is
-                not in the server's certificate.
+            ConfigError: the authority's key is missing or belongs to another federation, or the server's certificate
+                does not
+                cover the address in a site's kit.
         """
         if kind == "site":
             host, names = (
@@ -171,7 +171,7 @@ class FederationFolder:
                 list_certificate_host_names(read_certificate(self.folder / "server" / "server.pem")),
             )
             if host not in names:
-                bound = f"is not in the server's certificate, which is for {', '.join(names)}: renew-server first"
+                bound = f"is not in the server's certificate ({', '.join(names)}): run renew-server first"
                 raise ConfigError("server", self.settings.server, bound).in_file(self.folder / SETTINGS)
         if days is not None:
             check_days("--days", days)
@@ -189,15 +189,13 @@ class FederationFolder:
         return Roster.read(self.folder / "server" / "roster.json")
 
     def apply_change(self, members: Collection[Member], files: Mapping[str, bytes]) -> None:
-        """Change the federation: write `files` (path in the folder -> content) and both signed rosters with `members`.
+        """Apply a change atomically: write `files` (path in the folder -> content) and both signed rosters with
+        `members`.
 
-        The change is atomic.  It is committed as soon as change.json is on disk with all of its content, and the next
-        process
-        that opens the folder completes it; before that, no part of the change is visible, so that no part of a failed
-        change
-        reaches the server.  A roster's number is the current time, so that a folder restored from a backup does not
-        reuse a
-        number.
+        The change is committed when change.json is on disk; from then on, the next process that opens the folder
+        completes an interrupted change.  Before that, no part of the change is visible, so that no part of a failed
+        change reaches the server. The roster's number is the current time, so that a folder restored from a backup does
+        not reuse a number.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -218,14 +216,12 @@ class FederationFolder:
     def _load_signing_key(self) -> SigningKey:
         command, file = self.settings.key_command, self.folder / SETTINGS
         own = SigningKey.load(self.folder / "lead" / "lead_key.pem", command=command, named_in=file)
-        if own.public != self.lead_key:  # the server would take no roster that it signs
+        if own.public != self.lead_key:  # the server would reject a roster signed with this key
             raise ConfigError("lead key", own.public, f"must be the federation's lead key, {self.lead_key}")
         return own
 
     def read_retired_keys(self) -> frozenset[str]:
-        """Return the fingerprints of connection keys that sites have replaced; Flower never accepts such a key
-        again.
-        """
+        """Read the fingerprints of replaced connection keys, which Flower never accepts again."""
         path = self.folder / _RETIRED
         try:
             return frozenset(read_json(_RetiredKeys, path.read_bytes(), key="file").fingerprints)
@@ -237,12 +233,12 @@ class FederationFolder:
             raise error.in_file(path) from None
 
     def retire_key(self, node_key: bytes) -> dict[str, bytes]:
-        """Return the updated file of retired connection keys, with `node_key`, as an argument of `apply_change`."""
+        """Return the file of retired connection keys with `node_key` added, as an argument of `apply_change`."""
         fingerprints = tuple(sorted(self.read_retired_keys() | {compute_key_fingerprint(node_key)}))
         return {_RETIRED: _to_json_bytes(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
 
     def list_kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
-        """Return the public files of a kit (name -> content), without the roster."""
+        """Build the public files of a kit (name -> content), except the roster."""
         kit = KitFile(
             version=KIT_SCHEMA,
             kind=kind,
@@ -263,7 +259,7 @@ class FederationFolder:
 
 
 def _complete_change(folder: Path) -> None:
-    """Write the files of a committed change that may not all be written yet; repeating this is harmless."""
+    """Write the files of a committed change that may be only partly written; idempotent."""
     path = folder / CHANGE
     if not path.exists():
         return
@@ -275,7 +271,7 @@ def _complete_change(folder: Path) -> None:
         fsync_folder(folder)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        bound = f"has a change that is only partly written: {error.strerror or error}{where}"
+        bound = f"has a partly written change: {error.strerror or error}{where}"
         raise ConfigError("--federation", str(folder), f"{bound}. Fix this; the next command completes it") from None
     except ConfigError as error:
         raise error.in_file(path) from None
@@ -288,7 +284,7 @@ def _to_json_bytes(what: _Change | _RetiredKeys) -> bytes:
 
 
 def _render_readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
-    """Return the text of a kit's README.md: what its files are, which are secret, and the commands to run, in order."""
+    """Render a kit's README.md: its files, which of them are secret, and the commands to run."""
     own = Certificate.from_x509(certificate)
     return (
         (_TEMPLATES / f"{kit.kind}.md")

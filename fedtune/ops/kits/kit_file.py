@@ -1,4 +1,4 @@
-"""Startup kits: the folder with which a server, a lead or a site starts, and its kit.toml."""
+"""Startup kits of a server, a lead or a site: the folder and its kit.toml."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 DATABASE = "server.db"  # in the folder of a server's kit
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
-_BOUND = "must be host:port, as the sites reach it: a name or an IP address (or [v6]:port), and a port up to 65535"
+_BOUND = "must be the server's address for the sites as host:port: a DNS name or IP address (or [v6]:port)"
 _MISSING = {
     "connection_key.pem": "unzip the kit into the folder in which `fedtune site init` made it",
     "site.pem": "unzip the kit that the lead sent into this folder",
@@ -50,7 +50,7 @@ _RENEWAL = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """A host name or IP address, and a port."""
+    """A host name or IP address with a port."""
 
     host: str  # a DNS name in lower case, or an IP address in its shortest form, without brackets
     port: int
@@ -77,20 +77,20 @@ class Address:
 
 
 def is_host(text: str) -> bool:
-    """Whether `text` names a single machine: a DNS name without wildcards, or an IP address."""
+    """Return True if `text` names a single machine: a DNS name without wildcards, or an IP address."""
     address = parse_ip_address(text)
     if address is not None:
         return not address.is_unspecified and not address.is_multicast
     labels = text.split(".")
-    # An all-numeric last label is an IP address with a mistake in it, such as 10.0.0.300.
+    # An all-numeric last label indicates an invalid IP address, such as 10.0.0.300.
     return len(text) <= 253 and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
 
 
 def read_spec(cls: type[T], path: Path) -> T:
-    """Read the dataclass `cls` from a TOML file; unknown keys are errors.
+    """Read the dataclass `cls` from a TOML file; unknown keys are rejected.
 
     Raises:
-        ConfigError: names the file, the key, its value and the accepted values.
+        ConfigError: a key is missing, unknown or invalid; the error names the file, the key and the accepted values.
     """
     table = read_toml(path, key="file")
     with name_file_in_errors(path):
@@ -101,13 +101,13 @@ def read_json(cls: type[T], data: bytes, *, key: str) -> T:
     """Read the dataclass `cls` from JSON, as strictly as `read_spec` reads TOML.
 
     Raises:
-        ConfigError: names the key, its value and the accepted values; the argument `key` names the file.
+        ConfigError: a key is missing, unknown or invalid; `key` is the error's name for the whole data.
     """
     return _check_kit_version(cls, parse_json(data, key=key, bound="must be one complete JSON object"))
 
 
 def _check_kit_version(cls: type[T], table: dict[str, Any]) -> T:
-    # First: another version's file may have other keys, too.
+    # Check the version first, because another version may have other keys.
     if "version" in {one.name for one in fields(cls)}:  # type: ignore[arg-type]
         check_schema("version", table.get("version"), KIT_SCHEMA, of="file")
     return decode(cls, table)
@@ -115,11 +115,11 @@ def _check_kit_version(cls: type[T], table: dict[str, Any]) -> T:
 
 @spec
 class KitModel:
-    """A base model that runs may use; sites install it by its hash.
+    """A base model that runs may use, installed at sites by its hash.
 
     Attributes:
         sha256: hash of the model's weights, 64 hex digits.
-        license: the model's license, to be shown to people.
+        license: the name of the model's license.
     """
 
     name: str
@@ -135,7 +135,7 @@ class KitModel:
 
 
 def check_model_names(models: tuple[KitModel, ...]) -> None:
-    """Check that no two models have the same name."""
+    """Check that all models have distinct names."""
     names = [model.name for model in models]
     if len(set(names)) != len(names):
         raise ConfigError("model", names, "must not repeat a name")
@@ -143,11 +143,11 @@ def check_model_names(models: tuple[KitModel, ...]) -> None:
 
 @spec
 class KitFile:
-    """The content of kit.toml.
+    """Content of kit.toml.
 
     Attributes:
-        server: host:port under which the sites reach the server.
-        lead: public key of the lead, 64 hex digits.
+        server: the server's address for the sites, as host:port.
+        lead: the lead's public key, 64 hex digits.
         key_command: command that prints the lead's private key in PEM, instead of lead_key.pem; only in a lead's kit.
         site: name of the site; None in other kits.
         model: base models that runs may use.
@@ -166,7 +166,7 @@ class KitFile:
         check_name("federation", self.federation)
         Address.parse_address(self.server)
         check_public_key("lead", self.lead)
-        if self.key_command and self.kind != "lead":  # a site runs no command that its lead names
+        if self.key_command and self.kind != "lead":  # a site must not run a command of its lead
             raise ConfigError("key_command", list(self.key_command), "is allowed only in the lead's kit")
         check_model_names(self.model)
         if self.kind == "site":
@@ -177,29 +177,28 @@ class KitFile:
             raise ConfigError("site", self.site, "is allowed only in a site's kit")
 
     def to_toml(self) -> str:
-        """Return the text of kit.toml."""
+        """Serialize the kit to the text of kit.toml."""
         return to_toml({name: value for name, value in asdict(self).items() if value != ()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kit(KitFile):
-    """The kit of a server, a lead or a site: the content of its kit.toml, and the folder with its other files."""
+    """Kit of a server, a lead or a site: the content of its kit.toml, and the folder with its other files."""
 
     folder: Path
 
     @classmethod
     def read(cls, folder: Path, *, kind: str) -> Kit:
-        """Read the kit in `folder`, which must be a kit of the given kind.
+        """Read the kit in `folder`, which must be of the given kind.
 
-        All files of the kit must exist, and only their owner may be able to read its secrets.  `check_certificate`
-        checks
-        separately whether the certificate is valid.
+        Checks that all files exist and that only the owner can read the secrets.  `check_certificate` validates the
+        certificate.
 
         Raises:
-            ConfigError: names the file, or the key in kit.toml, that is missing or wrong.
+            ConfigError: a file is missing, a key in kit.toml is invalid, or a secret is readable by others.
         """
         file = folder / "kit.toml"
-        if not os.path.isfile(file):  # unlike Path.is_file, it takes a folder that is closed to us for an empty one
+        if not os.path.isfile(file):  # unlike Path.is_file, False for an inaccessible folder
             raise ConfigError("kit", str(folder), f"must be the folder of a {kind}'s kit; it has no kit.toml")
         read = read_spec(KitFile, file)
         if read.kind != kind:
@@ -221,8 +220,7 @@ class Kit(KitFile):
         return kit
 
     def find_site_files(self, site_toml: Path) -> SiteFiles:
-        """Return the files that the policy `site_toml` names, after checking that the policy and the kit name the same
-        site.
+        """Return the files of the policy `site_toml`, after checking that policy and kit name the same site.
 
         Raises:
             ConfigError: `site_toml` is not a policy, or belongs to another site.
@@ -234,24 +232,22 @@ class Kit(KitFile):
 
     @property
     def ca(self) -> Path:
-        """Path of the certificate of the federation's authority."""
+        """The path of the authority's certificate."""
         return self.folder / "ca.pem"
 
     @property
     def certificate(self) -> Path:
-        """Path of this machine's certificate."""
+        """The path of this machine's certificate."""
         return self.folder / f"{self.kind}.pem"
 
     @property
     def key(self) -> Path:
-        """Path of the private EC P-384 key of this machine's certificate; a site also uses it as its node key for
-        Flower.
-        """
+        """The path of the private EC P-384 key of this machine's certificate; a site's node key for Flower as well."""
         return self.folder / ("server_key.pem" if self.kind == "server" else "connection_key.pem")
 
     @property
     def lead_key(self) -> Path:
-        """Path of the lead's private Ed25519 key, which signs requests; only in a lead's kit."""
+        """The path of the lead's private Ed25519 signing key; only in a lead's kit."""
         return self.folder / "lead_key.pem"
 
     def load_key(self) -> SigningKey:
@@ -264,20 +260,20 @@ class Kit(KitFile):
 
     @property
     def roster(self) -> Path:
-        """Path of the roster of the federation's sites; only in a server's or a lead's kit."""
+        """The path of the roster; only in a server's or a lead's kit."""
         return self.folder / "roster.json"
 
     def tls(self) -> Tls:
-        """Return the kit's TLS files for one end of a connection."""
+        """Return the kit's TLS files for this end of a connection."""
         from fedtune.ops.wire.identity import Tls
 
         return Tls(ca=self.ca, certificate=self.certificate, key=self.key)
 
     def check_certificate(self, now: datetime) -> Certificate:
-        """Return this machine's certificate after checking that it can be used at `now` (with a time zone).
+        """Return this machine's certificate after validating it for the time `now` (with a time zone).
 
         Raises:
-            ConfigError: the certificate belongs to another key, another authority or another name, or is not valid now.
+            ConfigError: the certificate has another key, issuer or name, or is not valid at `now`.
         """
         ca, certificate = read_certificate(self.ca), read_certificate(self.certificate)
         key, found = str(self.certificate), Certificate.from_x509(certificate)
@@ -299,10 +295,10 @@ class Kit(KitFile):
 
 
 def read_signing_key(path: Path) -> SigningKey:
-    """Read a signing key from a PEM file, or the key that a site.toml or a kit.toml names.
+    """Read a signing key from a PEM file, or the signing key of a site.toml or a kit.toml.
 
     Raises:
-        ConfigError: the key is missing, or cannot be read.
+        ConfigError: the key is missing or unreadable.
     """
     if path.name == "kit.toml":
         return Kit.read(path.parent, kind="lead").load_key()
@@ -310,20 +306,18 @@ def read_signing_key(path: Path) -> SigningKey:
 
 
 def find_model_store_path(kit_folder: Path, sha256: str) -> Path:
-    """Return the folder of an installed base model, which may be missing."""
+    """Return the folder of a base model in the store; it need not exist."""
     return kit_folder / "models" / sha256
 
 
 def require_model_reader(kit_folder: Path, sha256: str) -> None:
-    """Check that the extra `gguf` is installed if an installed model needs it; a missing model or safetensors need
-    no extra.
-    """
+    """Check that the extra `gguf` is installed if an installed model is a GGUF file."""
     if any(find_model_store_path(kit_folder, sha256).glob("*.gguf")):
         require_extra("base model", sha256, "gguf")
 
 
 class KitCertificate:
-    """A watcher that notices, while a process runs, when a new certificate is copied into the kit.
+    """Watcher of the kit's certificate, which detects a renewed certificate while a process runs.
 
     Raises:
         ConfigError: the kit's certificate cannot be used.
@@ -334,26 +328,26 @@ class KitCertificate:
         self.certificate = kit.check_certificate(datetime.now(UTC))
 
     def is_new(self) -> bool:
-        """Whether the kit contains a different, valid certificate since the last call."""
+        """Return True if the kit has had a different, valid certificate since the last call."""
         try:
             mark = stat_signature(self._kit.certificate)
             if mark == self._mark:
                 return False
             certificate = self._kit.check_certificate(datetime.now(UTC))
-        except Exception as error:  # it may be in the middle of being copied
+        except Exception as error:  # the file may be only partly copied
             if str(error) != self._said:
-                log.warning("the kit's certificate is not used: %s", error)
+                log.warning("the kit's new certificate is ignored: %s", error)
             self._said = str(error)
             return False
         self._mark = mark
         if certificate == self.certificate:
             return False
         self.certificate = certificate
-        log.info("a new certificate is used", extra={"certificate_until": certificate.not_after.isoformat()})
+        log.info("the certificate was replaced", extra={"certificate_until": certificate.not_after.isoformat()})
         return True
 
 
 def stat_signature(path: Path) -> tuple[int, int, int]:
-    """Return a file's inode, size and modification time, which change when the file is replaced or written."""
+    """Return a file's inode, modification time and size, which change when the file is replaced or written."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns, found.st_size

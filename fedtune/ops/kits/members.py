@@ -1,6 +1,6 @@
-"""The sites of a federation: a site's request to join, and the roster of all sites.
+"""Members of a federation: a site's join request, and the roster of all sites.
 
-A site makes two keys and a request, and the lead checks the request.  The server and the lead know the sites from
+A site generates two keys and a request, and the lead checks the request.  The server and the lead know the sites from
 roster.json.
 """
 
@@ -39,22 +39,22 @@ from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, name_file_in_errors, spec
 
-PURPOSE, ROSTER = "join request", "roster"  # of the site's signature, and of the lead's
+PURPOSE, ROSTER = "join request", "roster"  # purposes of the site's and the lead's signatures
 REQUEST = "join_request.json"
 _T = TypeVar("_T")
 _MOST_BYTES = 1 << 16
-_MOST_UNITS = 1 << 53  # what a float still counts exactly
+_MOST_UNITS = 1 << 53  # limit of exact integers in a float
 
 
 @spec
 class Member:
-    """A site's entry in roster.json, from which the server and the lead know the site.
+    """Entry of a site in roster.json.
 
     Attributes:
-        certificate: in PEM format; issued to the site, for the EC P-384 key of its connection.
-        site_key: public key that signs the site's ledger, 64 hex digits.
+        certificate: the site's certificate for its EC P-384 connection key, in PEM format.
+        site_key: the public key of the ledger's signatures, 64 hex digits.
         datasets: data set id -> declared size.
-        revoked: when the site was revoked, in ISO format; None: the site takes part.
+        revoked: the time of the revocation in ISO 8601; None: the site is active.
     """
 
     site: str
@@ -84,31 +84,31 @@ class Member:
 
     @property
     def x509_certificate(self) -> x509.Certificate:
-        """The site's certificate, parsed."""
+        """The parsed certificate."""
         return x509.load_pem_x509_certificate(self.certificate.encode())
 
     @property
     def node_key(self) -> bytes:
-        """Public key of the site's connection (EC P-384): SubjectPublicKeyInfo in PEM format, as Flower registers
+        """The site's public connection key (EC P-384) as SubjectPublicKeyInfo in PEM format, as Flower registers
         nodes.
         """
         return _extract_node_key(self.certificate)
 
 
-@lru_cache(maxsize=1024)  # a server looks for it at every call
+@lru_cache(maxsize=1024)  # the server needs it for every call
 def _extract_node_key(certificate: str) -> bytes:
     return encode_public_pem(x509.load_pem_x509_certificate(certificate.encode()))
 
 
 @spec
 class Roster:
-    """The content of roster.json: all sites of a federation at one moment.
+    """Content of roster.json: all sites of a federation, signed by the lead.
 
-    The lead signs the roster, so it may be sent over an untrusted channel.
+    The signature allows sending the roster over an untrusted channel.
 
     Attributes:
-        sites: all sites in the order in which they joined, including revoked sites.
-        number: version of the roster: its time in seconds since 1970, and always higher than the previous number.
+        sites: all sites in the order of joining, including revoked sites.
+        number: the version of the roster: its Unix time in seconds, and always higher than the previous number.
         signature: the lead's signature over all other fields.
     """
 
@@ -121,7 +121,7 @@ class Roster:
     def __post_init__(self) -> None:
         names: set[str] = set()
         for member in self.sites:
-            # A file system may take North for north, and so may a person.
+            # Names must differ by more than case, for file systems and for people.
             own = {member.site.casefold(), member.node_key.decode()}
             if not names.isdisjoint(own):
                 raise ConfigError("site", member.site, "has the name or connection key of another site")
@@ -129,16 +129,16 @@ class Roster:
 
     @classmethod
     def read(cls, path: Path) -> Roster:
-        """Read the roster from the file `path`.
+        """Read the roster from a file.
 
         Raises:
-            ConfigError: the file is missing or invalid; the message says what is wrong.
+            ConfigError: the file is missing or invalid.
         """
         return _parse_file(path, lambda data: read_json(cls, data, key="roster"), key="roster")
 
     @classmethod
     def read_signed(cls, path: Path, *, kit: KitFile) -> Roster:
-        """Read a roster, and check that it belongs to the federation of `kit` and is signed by its lead."""
+        """Read a roster and verify that it is signed by the lead of `kit` and belongs to its federation."""
         roster = cls.read(path)
         with name_file_in_errors(path):
             roster.check_lead_signature(kit.lead)
@@ -147,13 +147,13 @@ class Roster:
         return roster
 
     def sign_roster(self, key: SigningKey) -> Roster:
-        """Return this roster with the lead's signature."""
+        """Return a copy of the roster with the lead's signature."""
         return dataclasses.replace(self, signature=key.sign(ROSTER, encode_for_signature(dataclasses.asdict(self))))
 
     def check_lead_signature(self, lead: str) -> None:
-        """Check the signature against the lead's public key."""
+        """Verify the signature with the lead's public key; raise ConfigError if it is invalid."""
         if not is_signed(lead, ROSTER, encode_for_signature(dataclasses.asdict(self)), self.signature):
-            bound = "is not signed by the federation's lead: somebody else made or changed it"
+            bound = "is not the signature of the federation's lead: somebody else created or changed the roster"
             raise ConfigError("roster.signature", self.signature[:16], bound)
 
     def to_bytes(self) -> bytes:
@@ -162,7 +162,7 @@ class Roster:
 
 
 def _parse_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
-    """Parse the first `most` bytes of a file with `parse_request`; an error in the content names the file."""
+    """Parse the first `most` bytes of a file with `of`; an error in the content names the file."""
     try:
         with path.open("rb") as file:
             data = file.read(most)
@@ -183,13 +183,13 @@ def _check_datasets(datasets: Mapping[str, int]) -> None:
 
 @spec
 class JoinRequest:
-    """The content of a site's join_request.json, which proves that the site holds both keys and signed its declaration.
+    """Content of a site's join_request.json, a signed declaration with proof of possession of both keys.
 
     People confirm the site's identity by comparing fingerprints over the telephone.
 
     Attributes:
-        csr: certificate signing request in PEM format, which proves that the site holds its connection key (EC P-384).
-        site_key: public key that signs the site's ledger, 64 hex digits.
+        csr: a certificate signing request in PEM format, proof of possession of the connection key (EC P-384).
+        site_key: the public key of the ledger's signatures, 64 hex digits.
         datasets: data set id -> declared size.
         signature: the site key's signature over all other fields.
     """
@@ -205,14 +205,14 @@ class JoinRequest:
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
         if not is_signed(self.site_key, PURPOSE, encode_for_signature(dataclasses.asdict(self)), self.signature):
-            bound = "does not match the request, which was changed after signing; ask the site to send it again"
+            bound = "does not match the request, which was changed after signing: ask the site to send it again"
             raise ConfigError("signature", self.signature, bound)
         _check_csr(self.csr, site=self.site)
         _check_datasets(self.datasets)
 
     @classmethod
     def read(cls, path: Path) -> JoinRequest:
-        """Read the join request from the file `path`.
+        """Read a join request from a file.
 
         Raises:
             ConfigError: the file is not a join request, or was changed after the site signed it.
@@ -228,24 +228,24 @@ class JoinRequest:
 
     @property
     def signing_request(self) -> x509.CertificateSigningRequest:
-        """The certificate signing request, parsed."""
+        """The parsed certificate signing request."""
         return x509.load_pem_x509_csr(self.csr.encode())
 
     @property
     def node_key(self) -> bytes:
-        """Public key of the site's connection: SubjectPublicKeyInfo in PEM format."""
+        """The site's public connection key as SubjectPublicKeyInfo in PEM format."""
         return encode_public_pem(self.signing_request)
 
 
 def check_site_name(name: str) -> None:
-    """Check that a site of a federation may have this name."""
+    """Check that `name` is valid for a site of a federation; raise ConfigError otherwise."""
     check_common_name("site", name)
     if name.casefold() in ("server", "lead", "authority"):
         raise ConfigError("site", name, "is a reserved name")
 
 
 def _check_csr(text: str, *, site: str) -> None:
-    """Check that `text` is the site's certificate signing request, for an EC P-384 key that the requester holds."""
+    """Check that `text` is a certificate signing request of the site, signed with its EC P-384 key."""
     try:
         csr = x509.load_pem_x509_csr(text.encode())
         signed, name = csr.is_signature_valid, get_common_name(csr.subject)
@@ -253,15 +253,15 @@ def _check_csr(text: str, *, site: str) -> None:
         raise ConfigError("csr", "unreadable", "must be a certificate signing request in PEM format") from None
     extract_p384_public_key(csr, key="csr")
     if not signed:
-        raise ConfigError("csr", name, "must be signed with the key that it names")
+        raise ConfigError("csr", name, "must be signed with its own key")
     if name != site:
         raise ConfigError("csr", name, f"must have the site's name, {site!r}, as its common name")
 
 
 def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
-    """Make a site's connection key and its join request from its policy; return their folder.
+    """Generate a site's connection key and its join request from its policy; return their folder.
 
-    The site key, which signs the site's ledger, is also made if it is missing.
+    The site key, which signs the site's ledger, is also generated if it is missing.
 
     Args:
         site_toml: the site's policy.
@@ -279,13 +279,13 @@ def initialize_site(site_toml: Path, *, out: Path | None) -> Path:
         write_durably(
             building / REQUEST, json.dumps(_build_request_fields(files, connection), indent=1).encode() + b"\n"
         )
-        JoinRequest.parse_request((building / REQUEST).read_bytes())  # what the lead would refuse is refused here
+        JoinRequest.parse_request((building / REQUEST).read_bytes())  # the lead's own checks
         write_secret(building / "connection_key.pem", encode_private_pem(connection))
     return folder
 
 
 def describe_next_steps(folder: Path) -> str:
-    """Return the instructions that are printed after `initialize_site`."""
+    """Return the instructions to print after `initialize_site`."""
     request = JoinRequest.read(folder / REQUEST)
     declared = ", ".join(f"{name} ({size:,} declared)" for name, size in request.datasets.items())
     return f"""\
@@ -307,13 +307,13 @@ Keep a backup of the site key that site.toml names; the ledger cannot continue w
 
 
 def _build_request_fields(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
-    """Return the fields of a `JoinRequest`, making the site key if it is missing.
+    """Build the fields of a `JoinRequest`; generate the site key if it is missing.
 
-    A missing site key is an error if there is a ledger, which needs the key that it was created with.
+    A missing site key is an error if a ledger exists, because the ledger needs its original key.
     """
     policy, path = files.policy, files.site_key
     if files.ledger.is_file() and not (policy.key_command or path.is_file()):
-        bound = f"is missing, and ledger {files.ledger} needs the key that it was made with"
+        bound = f"is missing, and ledger {files.ledger} needs its original key"
         raise ConfigError("site_key", str(path), bound, remedy="restore it from its backup")
     with translate_write_errors(path, key="site_key"):
         site_key = files.load_key(make=True)
@@ -332,6 +332,6 @@ def _build_request_fields(files: SiteFiles, connection: ec.EllipticCurvePrivateK
 
 
 def encode_for_signature(fields: Mapping[str, Any]) -> bytes:
-    """Return the bytes to sign: all fields except the signature, as canonical JSON."""
+    """Encode all fields except the signature as canonical JSON, the content to sign."""
     signed = {key: value for key, value in fields.items() if key != "signature"}
     return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()

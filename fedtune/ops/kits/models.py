@@ -1,6 +1,4 @@
-"""A site's store of base models: `models/<sha256>/` in the kit's folder, filled from local files, never from a
-network.
-"""
+"""The model store of a site: `models/<sha256>/` in the kit's folder, filled from local files, never over a network."""
 
 from __future__ import annotations
 
@@ -26,9 +24,9 @@ _MOST_PAPER_BYTES = 1 << 20
 
 
 def find_installed_model(kit_folder: Path, sha256: str) -> Path:
-    """Return the folder of an installed model, in which the files have their original names.
+    """Return the folder of an installed model.
 
-    The hash is not computed here; it is checked when the model is loaded (`fedtune.model.base_model`).
+    The hash is verified when the model is loaded (`fedtune.model.base_model`), not here.
 
     Raises:
         ConfigError: the model is not installed.
@@ -41,7 +39,7 @@ def find_installed_model(kit_folder: Path, sha256: str) -> Path:
 
 
 def verify_model(kit_folder: Path, sha256: str) -> None:
-    """Read an installed model's files, and check their hash against the name of their folder.
+    """Verify an installed model against its hash, the name of its folder, by reading all files.
 
     Raises:
         ConfigError: the model is not installed, or its files were changed or are incomplete.
@@ -53,24 +51,22 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
 
 
 def is_built_in_model(sha256: str) -> bool:
-    """Whether the base model is one of the tiny untrained models that fedtune generates for tests, which need no
-    installation.
-    """
+    """Return True if the hash is that of a built-in random model for tests, which needs no installation."""
     from fedtune.model.base_model import hash_model  # transformers takes seconds to import
 
     return any(hash_model(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)
 
 
 def list_license_files(kit_folder: Path, sha256: str) -> list[str]:
-    """Return the names of the license files that were installed with a model."""
+    """List the names of the license files of an installed model."""
     names = (path.name for path in find_installed_model(kit_folder, sha256).iterdir())
     return sorted(name for name in names if name.upper().startswith("LICEN"))
 
 
 def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
-    """Copy a model of the kit's manifest into the store; a crash leaves either the complete model or nothing.
+    """Copy a model of the kit's manifest into the store atomically.
 
-    Only the files that the hash covers are copied, and the license and notice files.
+    Copies only the hashed files, and the license and notice files.
 
     Args:
         path: a folder with safetensors (one file, or shards with their index) or with exactly one GGUF file; a GGUF
@@ -78,12 +74,12 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
         kit: the site's kit.
 
     Returns:
-        The model, and whether it was installed now: False if an intact copy was already there.
+        The model, and True if it was installed now, or False if an intact copy existed already.
 
     Raises:
-        ConfigError: the model does not exist, the kit does not list it, or its folder contains files that may run code
-            when they are read, or that redirect the loader.
-        RunError: the disk has too little space, or cannot be written.
+        ConfigError: the model does not exist, the kit does not list it, or its folder contains pickles or links to
+            files outside.
+        RunError: the disk is full or cannot be written.
     """
     place = _find_in_package(str(path)) if str(path).startswith(PACKAGE) else path.expanduser()
     folder, gguf_file = (place, None) if place.is_dir() else (place.parent, place.name)
@@ -96,7 +92,7 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
     manifest = _build_model_manifest(folder, gguf_file=gguf_file, key=_OPTION)
     model = next((model for model in kit.model if model.sha256 == manifest.sha256), None)
     if model is None:
-        allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.model) or "no model at all"
+        allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.model) or "no model"
         raise ConfigError(_OPTION, str(path), f"has SHA-256 {manifest.sha256}, but kit.toml names {allowed}")
     target = find_model_store_path(kit.folder, manifest.sha256)
     try:
@@ -112,7 +108,7 @@ def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
 
 
 def _find_in_package(path: str) -> Path:
-    """Locate a folder or a GGUF file inside an installed Python package, without importing the package."""
+    """Locate a model folder or GGUF file inside an installed Python package, without importing the package."""
     folder, _, name = path.rpartition("/")
     is_file = name.endswith(".gguf")
     try:
@@ -124,7 +120,7 @@ def _find_in_package(path: str) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder with files that run code when they are read, or with links to files outside."""
+    """Check that a folder contains no pickles, which can run code, and no links to files outside."""
     inside = folder.resolve()
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in _PICKLES:
@@ -136,7 +132,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _build_model_manifest(folder: Path, *, key: str, gguf_file: str | None = None) -> Manifest:
-    """Build the manifest of the model in a folder: its safetensors, or else its only GGUF file."""
+    """Build the manifest of the model in a folder, from its safetensors or else its only GGUF file."""
     try:
         name = gguf_file or find_single_gguf(folder)
         if name is not None and not re.fullmatch(r"[\w.-]+\.gguf", name):
@@ -148,13 +144,13 @@ def _build_model_manifest(folder: Path, *, key: str, gguf_file: str | None = Non
 
 
 def _find_license_files(folder: Path) -> tuple[Path, ...]:
-    """List the license and notice files, as text: no file that a loader could take for weights or settings."""
+    """List the license and notice files of bounded size, which no loader reads."""
     papers = (file for file in sorted(folder.iterdir()) if _PAPER.fullmatch(file.name) and file.is_file())
     return tuple(file for file in papers if file.stat().st_size <= _MOST_PAPER_BYTES)
 
 
 def _copy_into_store(files: tuple[Path, ...], target: Path) -> None:
-    """Copy `files` into a folder next to `target`, verify them there, and rename that folder to `target`."""
+    """Copy `files` to a temporary folder next to `target`, verify their hash, and rename the folder to `target`."""
     needed, free = sum(file.stat().st_size for file in files), shutil.disk_usage(target.parent).free
     if free < needed + _KEPT_FREE_BYTES:
         raise RunError(

@@ -1,8 +1,7 @@
-"""Provisioning of a federation: creating the authority, server and lead once, and adding, renewing and revoking sites.
+"""Provisioning of a federation: create authority, server and lead; add, renew and revoke sites.
 
-A command that fails or is killed either leaves the federation unchanged or has made its whole change, because changes
-of
-a `FederationFolder` are atomic; no command changes another site's kit.
+Changes of a `FederationFolder` are atomic: a command that fails or is killed has made either its whole change or none.
+No command changes the kit of another site.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ OwnKind = Literal["server", "lead"]
 
 
 def init_federation(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
-    """Create a federation from its federation.toml in the new folder `out` (None: a folder named after the federation).
+    """Create a federation from its federation.toml in the new folder `out` (None: a folder with the federation's name).
 
     Raises:
         ConfigError: the file is invalid, or the folder exists or cannot be written.
@@ -67,8 +66,7 @@ def init_federation(file: Path, *, out: Path | None, now: datetime) -> Federatio
 
 
 def renew_own_certificate(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Certificate:
-    """Issue a new certificate for the existing key of the server (with the names now in federation.toml) or of the
-    lead.
+    """Issue a new certificate for the existing key of the server, with the names in federation.toml, or of the lead.
 
     Raises:
         ConfigError: the authority's key is missing.
@@ -85,36 +83,35 @@ def renew_own_certificate(folder: Path, kind: OwnKind, *, days: int | None, now:
 def _build_public_kit(
     federation: FederationFolder, kind: OwnKind, public: ec.EllipticCurvePublicKey, *, days: int | None, now: datetime
 ) -> dict[str, bytes]:
-    """Return the public files of the server's or the lead's kit by their path in the folder, without the roster."""
+    """Build the public files of the server's or the lead's kit, by path in the folder, except the roster."""
     certificate = federation.issue(kind, public, name=kind, days=days, now=now)
     return {f"{kind}/{name}": data for name, data in federation.list_kit_files(kind, certificate).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admitted:
-    """A site that was added or renewed."""
+    """Result of adding or renewing a site."""
 
     member: Member
-    archive: Path  # the zip to send to it
-    changes: tuple[str, ...] = ()  # what a renewal changed besides the certificate, for people
+    archive: Path  # the zip to send to the site
+    changes: tuple[str, ...] = ()  # changes besides the certificate, as sentences
 
 
 Asked = tuple[JoinRequest, Callable[[], Admitted]]
-"""A request that nothing is wrong with, as it was read, once, and what lets its site in unless something is wrong by
-then.  People compare keys in between; nothing is changed yet."""
+"""A valid request, and the function that admits its site after another check.  People compare keys in between."""
 
 
 def check_join_request(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:
-    """Read and check a site's request to join the federation in `folder`.
+    """Read and validate a site's request to join the federation in `folder`.
 
     Raises:
         ConfigError: the request is invalid, or another site has its name or one of its keys.
     """
 
-    def replaces(federation: FederationFolder, asked: JoinRequest) -> None:
+    def find_replaced(federation: FederationFolder, asked: JoinRequest) -> None:
         with name_file_in_errors(request):
             for member in federation.roster.sites:
-                if member.site.casefold() == asked.site.casefold():  # a file system may take North for north
+                if member.site.casefold() == asked.site.casefold():  # case-insensitive file systems
                     again = f"`renew-site {member.site} REQUEST`"
                     bound = f"is the name of another site; for a new request from the same site, use {again}"
                     if member.revoked:
@@ -122,28 +119,27 @@ def check_join_request(folder: Path, *, request: Path, days: int | None, now: da
                     raise ConfigError("site", asked.site, bound)
             _check_new_keys(federation, asked, federation.roster.sites)
 
-    return _check_request(folder, request, replaces, days=days, now=now)
+    return _check_request(folder, request, find_replaced, days=days, now=now)
 
 
 def check_renewal_request(
     folder: Path, name: str, *, request: Path, days: int | None, new_site_key: bool, now: datetime
 ) -> Asked:
-    """Read and check a site's new request, for another connection key or other declared data sets.
+    """Read and validate a site's new request, with another connection key or other declared data sets.
 
     Args:
         folder: the federation's folder.
         name: name of the site.
         request: the file with the request.
         days: validity of the new certificate in days; None: the default in federation.toml.
-        new_site_key: whether the request may contain another site key, which means a new ledger.
+        new_site_key: whether the request may contain a new site key, and thus a new ledger.
         now: the current time, with a time zone.
 
     Raises:
-        ConfigError: there is no such site, the site was revoked and the connection key is not new, or the request is
-            invalid.
+        ConfigError: the site is unknown or was revoked without a new connection key, or the request is invalid.
     """
 
-    def replaces(federation: FederationFolder, asked: JoinRequest) -> Member:
+    def find_replaced(federation: FederationFolder, asked: JoinRequest) -> Member:
         old = _find_member(name, federation.roster.sites)
         with name_file_in_errors(request):
             if asked.site != old.site:
@@ -154,32 +150,31 @@ def check_renewal_request(
                 _check_new_keys(federation, asked, [one for one in federation.roster.sites if one != old])
             if asked.site_key != old.site_key and not new_site_key:
                 bound = (
-                    f"is not the site key that the site joined with, {old.site_key}. Another one means a new ledger: "
-                    "what the old one spent no longer counts, so the same people's budget starts over. If you and the "
-                    "site agreed on that, add --new-site-key"
+                    f"differs from the site's current key, {old.site_key}. A new key means a new ledger, in which the "
+                    "budget of the same people starts over. If you and the site agreed on that, add --new-site-key"
                 )
                 raise ConfigError("site_key", asked.site_key, bound)
         return old
 
-    return _check_request(folder, request, replaces, days=days, now=now)
+    return _check_request(folder, request, find_replaced, days=days, now=now)
 
 
 def _check_request(
     folder: Path,
     request: Path,
-    replaces: Callable[[FederationFolder, JoinRequest], Member | None],
+    find_replaced: Callable[[FederationFolder, JoinRequest], Member | None],
     *,
     days: int | None,
     now: datetime,
 ) -> Asked:
-    """Read a request, and check it with `replaces`.
+    """Read a join request and validate it with `find_replaced`.
 
-    `replaces` returns the member that the site replaces, or None for a new site.
+    `find_replaced` returns the member to replace, or None for a new site.
     """
     asked = JoinRequest.read(request)
 
     def check_member(federation: FederationFolder) -> tuple[Member | None, Member]:
-        old = replaces(federation, asked)
+        old = find_replaced(federation, asked)
         return old, Member(
             site=asked.site,
             certificate=_issue_site_certificate(federation, asked.signing_request, site=asked.site, days=days, now=now),
@@ -188,19 +183,19 @@ def _check_request(
             revoked=None,
         )
 
-    def let_in() -> Admitted:
+    def admit() -> Admitted:
         with FederationFolder.open_locked(folder) as federation:
             return _admit(federation, *check_member(federation))
 
     check_member(FederationFolder.open(folder))
-    return asked, let_in
+    return asked, admit
 
 
 def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> Admitted:
-    """Issue a new certificate and kit for a site, which keeps its keys and data sets; other sites are not affected.
+    """Issue a new certificate and kit for a site, with its existing keys and data sets; other sites are not affected.
 
     Raises:
-        ConfigError: there is no such site, or it was revoked.
+        ConfigError: the site is unknown or was revoked.
     """
     with FederationFolder.open_locked(folder) as federation:
         old = _find_member(name, federation.roster.sites)
@@ -212,7 +207,7 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> A
 
 
 def _admit(federation: FederationFolder, old: Member | None, member: Member) -> Admitted:
-    """Replace the roster entry `old` with `member`, or append `member`, and write its kit and a zip of the kit."""
+    """Replace the roster entry `old` with `member`, or append `member`, and write the site's kit and its zip."""
     members = (*(member if one == old else one for one in federation.roster.sites), *([] if old else [member]))
     kit = federation.list_kit_files("site", member.x509_certificate, site=member.site)
     files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
@@ -226,10 +221,10 @@ def _admit(federation: FederationFolder, old: Member | None, member: Member) -> 
 
 
 def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
-    """Revoke a site; its connection key can never be used again.
+    """Revoke a site permanently; its connection key cannot be used again.
 
     Raises:
-        ConfigError: there is no such site, or it was already revoked.
+        ConfigError: the site is unknown or was already revoked.
     """
     with FederationFolder.open_locked(folder) as federation:
         members = federation.roster.sites
@@ -249,15 +244,15 @@ def _issue_site_certificate(
     days: int | None,
     now: datetime,
 ) -> str:
-    """Issue a site certificate for the key of `holder`, in PEM format."""
+    """Issue a site certificate for the public key of `holder`; return it in PEM format."""
     issued = federation.issue("site", extract_p384_public_key(holder, key="csr"), name=site, days=days, now=now)
     return encode_certificate_pem(issued).decode()
 
 
 def _check_new_keys(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
-    """Check that no other site has or had these keys; Flower never accepts a removed connection key again."""
+    """Check that no other site uses or used these keys; Flower never accepts a removed connection key again."""
     fingerprint = compute_key_fingerprint(asked.node_key)
-    again = "make a new one with `fedtune site init --out NEW`"
+    again = "generate a new key with `fedtune site init --out NEW`"
     if fingerprint in federation.read_retired_keys():
         raise ConfigError("connection key", fingerprint, f"was replaced and can never be used again: {again}")
     for member in others:
@@ -287,14 +282,16 @@ def _find_member(name: str, members: Collection[Member]) -> Member:
 
 
 def _list_changes(old: Member, new: Member) -> tuple[str, ...]:
-    """List what a renewal changed besides the certificate."""
+    """List the changes of a renewal besides the certificate, as sentences."""
     changes = []
     if old.revoked:
         changes.append("The site was revoked and now takes part again.")
     if new.node_key != old.node_key:
-        changes.append("It has a new connection key; the old one can never be used again.")
+        changes.append("The site has a new connection key; the old key can never be used again.")
     if new.site_key != old.site_key:
-        changes.append("It has a new site key, and so a new ledger: what the old one spent no longer counts.")
+        changes.append(
+            "The site has a new site key, and so a new ledger: the spending of the old ledger is not counted."
+        )
     for name in sorted(old.datasets.keys() | new.datasets.keys()):
         before, after = old.datasets.get(name), new.datasets.get(name)
         if before is None:

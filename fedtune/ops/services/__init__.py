@@ -1,1 +1,1 @@
-"""The processes of server, lead and site, and the messages that a site's commands leave for its process."""
+"""The processes of server, lead and site, and the files by which a site's commands control its process."""

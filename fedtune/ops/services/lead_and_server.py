@@ -1,7 +1,7 @@
-"""`fedtune run` and `fedtune server start`: a lead's runs over real sites, and a federation's server, from their kits.
+"""Services of `fedtune run` and `fedtune server start`: a lead's runs over real sites, and a federation's server.
 
-Both start without Flower and torch, which take seconds to import: showing a run or reporting a wrong setting needs
-neither.
+Both start without Flower and torch, whose imports take seconds, because showing a run or reporting an invalid setting
+needs neither.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 RECEIPTS, RUNNING = "receipts.json", "running.json"
 
 
-def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
-    """Return the roster's entries of the named sites, or of all sites that are not revoked if `names` is empty.
+def find_members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
+    """Return the roster entries of the named sites; without names, of all active sites.
 
     Raises:
-        ConfigError: the roster is not signed by the lead; or a site is unknown, revoked, or named twice.
+        ConfigError: the roster is not signed by the lead, or a site is unknown, revoked or named twice.
     """
     known = {member.site: member for member in Roster.read_signed(kit.roster, kit=kit).sites}
     current = [name for name, member in known.items() if member.revoked is None]
     if not names and not current:
-        raise ConfigError("sites", [], "the roster has no site yet: `fedtune provision add-site` adds one")
+        raise ConfigError("sites", [], "the roster has no active site: add a site with `fedtune provision add-site`")
     for name in names:
         if name not in known:
             raise ConfigError("sites", name, f"must be one of {', '.join(current)}")
@@ -58,31 +58,30 @@ def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
 
 
 def list_federation_settings(kit: Kit) -> FederationSpec:
-    """Return the settings of a federation of all sites in the roster that are not revoked."""
-    names = tuple(member.site for member in members(kit, ()))
+    """Return the settings of a federation of all active sites in the roster."""
+    names = tuple(member.site for member in find_members(kit, ()))
     return FederationSpec(num_sites=len(names), site_names=names)
 
 
 def find_run_name(kit: Kit, name: str) -> str:
-    """Return the full name of a run, as its sites know it: either `name` itself, or the matching run in the newest
-    receipts.
+    """Return the full name of a run at its sites: `name` itself, or the matching run in the newest receipts.
 
     Raises:
-        ConfigError: no run, or more than one, is known by this name.
+        ConfigError: no run, or more than one run, matches the name.
     """
     if re.fullmatch(r".+-[0-9a-f]{32}", name):
         return name
     known = sorted({receipt.run for receipt in read_receipts(kit.folder / RECEIPTS).values()})
     found = [run for run in known if run.rpartition("-")[0] == Path(name).name]
     if len(found) != 1:
-        newest = f"; sites were last charged for {', '.join(known)}" if known else ""
-        bound = "must be a run folder, or a run's full name as in a site's `fedtune ledger show`"
+        newest = f"; the latest runs are {', '.join(known)}" if known else ""
+        bound = "must be a run folder, or the full name of a run as in a site's `fedtune ledger show`"
         raise ConfigError("run folder", name, bound + newest)
     return found[0]
 
 
 def read_latest_answers(folder: Path) -> dict[str, dict[str, str]]:
-    """Return each site's latest answer and its time (UTC); empty before the first answer.
+    """Read each site's latest answer and its time (UTC) from a run folder; empty before the first answer.
 
     Raises:
         RunError: the file cannot be read.
@@ -98,7 +97,7 @@ def read_latest_answers(folder: Path) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def mark_running(folder: Path) -> Iterator[None]:
-    """Record this process in the run folder while the block runs, so that `fedtune run stop` finds it."""
+    """Record this process in the run folder during the block, for `fedtune run stop`."""
     write_durably(folder / RUNNING, json.dumps({"pid": os.getpid(), "at": _process_namespace()}).encode())
     try:
         yield
@@ -107,21 +106,19 @@ def mark_running(folder: Path) -> Iterator[None]:
 
 
 def _process_namespace() -> str:
-    """Return where this process's id is valid: the host name, and on Linux the PID namespace, which differs in
-    containers.
+    """Return the namespace of this process's id: the host name and, on Linux, the PID namespace, which differs per
+    container.
     """
     own = Path("/proc/self/ns/pid")
     return f"{platform.node()} {os.readlink(own) if own.is_symlink() else ''}"
 
 
 def find_running_process(folder: Path) -> int | None:
-    """Return the id of the process that is working on a run folder on this machine, or None."""
+    """Return the id of the process that runs a run folder on this machine; None if there is none."""
     try:
-        told = json.loads((folder / RUNNING).read_bytes())
-        pid = int(told["pid"])
-        if (
-            told.get("at") not in (None, _process_namespace()) or pid <= 0
-        ):  # which is a group of processes, or none, to the system
+        mark = json.loads((folder / RUNNING).read_bytes())
+        pid = int(mark["pid"])
+        if mark.get("at") not in (None, _process_namespace()) or pid <= 0:  # kill() treats 0 and below as groups
             return None
         send_signal(pid, 0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -130,13 +127,11 @@ def find_running_process(folder: Path) -> int | None:
 
 
 class KitRoster:
-    """The roster in a server's kit, read again whenever the file changes.
+    """Roster of a server's kit, reread whenever the file changes.
 
-    Only a newer roster replaces the current one, and only if no key that was revoked in an earlier roster is active
-    again:
-    an old copy cannot readmit a site.  A restarted process accepts the kit's roster as it is; revoked keys remain
-    revoked in
-    the server's database.
+    A roster replaces the current one only if it is newer and reactivates no revoked key, so that an old copy cannot
+    readmit a site.  A restarted process accepts the kit's roster unconditionally; the server's database still blocks
+    the revoked keys.
     """
 
     def __init__(self, kit: Kit) -> None:
@@ -146,12 +141,12 @@ class KitRoster:
         self._revoked: frozenset[str] = frozenset()
 
     def read_newest(self) -> Roster:
-        """Return the newest roster.
+        """Return the newest valid roster.
 
         Raises:
-            ConfigError: the kit's roster cannot be read, is not signed by the lead, is older than the current one, or
-            contains
-                a revoked key again.
+            ConfigError: the kit's roster cannot be read, is not signed by the lead, is older than the current roster,
+                or
+                reactivates a revoked key.
         """
         path = self._kit.roster
         try:
@@ -179,17 +174,17 @@ class KitRoster:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerService:
-    """A configured server that is ready to start."""
+    """A configured server, ready to start."""
 
     kit: Kit
     host: str
-    port: int | None  # to listen on; None: the one that the sites are told
-    data: Path | None  # folder for the database and the audit log; None: the kit's own
-    health: Health  # told how the server is doing
+    port: int | None  # port to listen on; None: the port in the kit's server address
+    data: Path | None  # folder of the database and the audit log; None: the folder of the kit
+    health: Health  # updated with the state of the server
 
     @cached_property
     def metrics(self) -> ServerMetrics:
-        """Metrics of the server's sites and traffic."""
+        """The metrics of the server's sites and traffic."""
         return ServerMetrics(kit=self.kit)
 
     def run(self) -> None:
@@ -206,7 +201,7 @@ class ServerService:
             raise ConfigError("--data", str(folder), "must be a folder")
         roster, certificate = KitRoster(self.kit), KitCertificate(self.kit)
 
-        def look() -> Sequence[Member]:
+        def read_members() -> Sequence[Member]:
             self.metrics.members = roster.read_newest().sites
             return self.metrics.members
 
@@ -216,7 +211,7 @@ class ServerService:
             host=self.host,
             port=self.port or Address.parse_address(self.kit.server).port,
             database=folder / DATABASE,
-            roster=look,
+            roster=read_members,
             audit=folder / FILE_NAME,
         )
         self.metrics.traffic = settings.traffic
@@ -232,9 +227,7 @@ class ServerService:
         log.info("the server has stopped")
 
     def _update_health(self, works: bool) -> None:
-        """Update the health state when the database starts or stops accepting writes: without storage, a server is
-        not ready.
-        """
+        """Update the health state after a change of the database: a server that cannot write messages is not ready."""
         state = self.health.snapshot()["state"]
         if works and state == "failing":
             self.health.update(state="connected")

@@ -1,8 +1,8 @@
-"""`fedtune site start`: the single long-running process of a site.
+"""Service of `fedtune site start`, the single long-running process of a site.
 
-It waits for the server's questions, answers them, and keeps its model loaded in between.
+The process waits for the lead's questions at the server, answers them, and keeps its model loaded in between.
 
-It opens no port except for a health endpoint on loopback.  `fedtune.federation.site_round` decides what it answers.
+It opens no port except a health endpoint on loopback.  `fedtune.federation.site_round` determines its answers.
 """
 
 from __future__ import annotations
@@ -46,39 +46,39 @@ log = logging.getLogger(__name__)
 
 _MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
 _POLL_S, _MOST_POLL_S = 0.3, 1.0
-"""How soon to ask again where nothing waits: right after a message, and in the end.  Between them it is stretched."""
-_RUNG_POLL_S = 30.0  # the same where the server says when there is a question
-_LEDGER_S = 15.0  # how often to try whether the ledger can be written
-_LOOK_S = 0.25  # how soon a stop, a leave or a pause is seen meanwhile
+"""Initial and maximum polling interval without messages; the interval grows geometrically."""
+_RUNG_POLL_S = 30.0  # polling interval while long polling works
+_LEDGER_S = 15.0  # interval between tests of the ledger's disk
+_LOOK_S = 0.25  # polling interval for stop, leave and pause
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteService:
-    """A site that is ready to start, from its kit and its policy."""
+    """A site that is ready to start from its kit and its policy."""
 
     kit: Kit
     site_toml: Path
-    health: Health  # told how the site is doing
-    # told each answer to a round or a question: "update", or the reason for none
+    health: Health  # updated with the state of the site
+    # called with each answer: "update", or the reason for a missing update
     answered: Callable[[str], None] = lambda _: None
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; a round in progress is finished first, and a second signal aborts it.
+        """Serve until SIGTERM or SIGINT; the first signal finishes a round in progress, the second aborts it.
 
         Raises:
-            ConfigError: kit and policy do not match, another process serves the ledger, or a package is missing that
-            reads
-                one of the site's files or models.
-            RunError: the ledger is missing, or cannot be trusted or written; or the site has left the federation.
+            ConfigError: kit and policy do not match, another process serves the ledger, or a package for reading the
+                site's
+                files or models is missing.
+            RunError: the ledger is missing, inconsistent or not writable, or the site has left the federation.
         """
         state = SiteState.in_kit(self.kit.folder)
         files = self._check_files(state)
         certificate = None if files.policy.socket else KitCertificate(self.kit)  # a socket's peer needs none
         if self.kit.lead not in files.policy.allow.leads:
-            log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
+            log.warning("the policy's allow.leads does not contain the kit's lead: all its requests will be refused")
         with lock_ledger(files.ledger), _stop_on_signal() as stop:
             if state.has_served() and not files.ledger.is_file():
-                raise RunError(f"ledger {files.ledger} is missing, but this site has used one; restore it")
+                raise RunError(f"ledger {files.ledger} is missing, but this site used a ledger before: restore it")
             state.check_ledger(files.open_ledger().history.opening.ledger)
             # Beside the service, so that neither its start nor an answer depends on the number of records.
             threading.Thread(target=self._log_small_data_sets, args=(files.policy,), daemon=True).start()
@@ -107,7 +107,7 @@ class SiteService:
         certificate: KitCertificate,
         trouble: Callable[[], str],
     ) -> None:
-        """Answer questions over a connection to the server."""
+        """Serve over a connection to the server."""
         from fedtune.ops.wire.fleet import Fleet
         from fedtune.ops.wire.waiting import Bell
 
@@ -115,14 +115,14 @@ class SiteService:
         log.info("the site is up", extra={"site": self.kit.site, "server": self.kit.server})
         bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
 
-        def should_reconnect() -> datetime:
+        def renew_certificate() -> datetime:
             if certificate.is_new():
                 fleet.reload_certificate()
                 bell.reload_certificate()
             return certificate.certificate.not_after
 
         try:
-            about: dict[str, Any] = {"until": should_reconnect, "answered": self.answered, "trouble": trouble}
+            about: dict[str, Any] = {"until": renew_certificate, "answered": self.answered, "trouble": trouble}
             _Loop(fleet, bell, app, state, self.health, stop, **about).run()
         finally:
             self.health.update(state="stopping")
@@ -130,7 +130,7 @@ class SiteService:
             fleet.close()
 
     def _create_site_process(self, state: SiteState) -> SiteProcess:
-        """Create the site's training state.
+        """Create the training process state of the site.
 
         The caller delays this until the first message, because the libraries take seconds to import and most of the
         memory.
@@ -149,13 +149,13 @@ class SiteService:
 
     def _check_files(self, state: SiteState) -> SiteFiles:
         files = self.kit.find_site_files(self.site_toml)
-        read_site_settings(self.site_toml)  # a mistake there is told of before anything is answered
+        read_site_settings(self.site_toml)  # validate the settings before the first answer
         if not (files.policy.key_command or files.site_key.is_file()):
             bound = "is missing: `fedtune site init` created it, and the ledger cannot continue without it"
             raise ConfigError("site_key", str(files.site_key), bound)
         if files.site_key.is_file():
             check_private(files.site_key)
-        files.load_key()  # so that a passphrase or a command that does not work is found before anything is answered
+        files.load_key()  # test the passphrase or command before the first answer
         if state.left_file.exists():
             raise RunError(f"this site has left the federation; remove {state.left_file} to take part again")
         for dataset in files.policy.dataset:
@@ -171,11 +171,11 @@ def _queue_for_approval(state: SiteState, proposal: Proposal, settings: str, sof
 
 
 class _Standing:
-    """The health state of an idle site: connected, paused, or failing while the ledger cannot be written.
+    """Health state of an idle site: connected, paused, or failing if the ledger is not writable.
 
     Args:
         state: the site's state folder.
-        trouble: returns why the ledger cannot be written; empty if it can.
+        trouble: returns the reason why the ledger is not writable; empty if it is writable.
     """
 
     def __init__(self, state: SiteState, trouble: Callable[[], str]) -> None:
@@ -183,7 +183,9 @@ class _Standing:
         self._looked, self._said = -math.inf, ""
 
     def check_current_state(self) -> State:
-        """Return the state; the ledger is tested every few seconds, and a changed result is logged."""
+        """Return the current state; the ledger's disk is tested every `_LEDGER_S` seconds, and a changed result is
+        logged.
+        """
         if self._state.paused_file.exists():
             return "paused"
         if time.monotonic() - self._looked > _LEDGER_S:
@@ -195,7 +197,7 @@ class _Standing:
 
 @dataclass
 class _Loop:
-    """The main loop of a connected site: receive a message, answer it, send the answer; errors do not end the loop."""
+    """Main loop of a connected site: receive a message, answer it, send the answer; errors do not end the loop."""
 
     fleet: Fleet
     bell: Bell
@@ -205,7 +207,7 @@ class _Loop:
     stop: threading.Event
     until: Callable[[], datetime]
     answered: Callable[[str], None] = lambda _: None
-    trouble: Callable[[], str] = lambda: ""  # why the ledger cannot be written; empty if it can
+    trouble: Callable[[], str] = lambda: ""  # returns the reason why the ledger is not writable, or an empty text
 
     _active, _rounds, _sent = False, 0, -math.inf
     _wait_s, _poll_s = 1.0, _POLL_S
@@ -220,15 +222,15 @@ class _Loop:
                 self._poll_s = _POLL_S
                 try:
                     self._answer(message)
-                except Exception:  # of a kind that Flower can address no answer to
+                except Exception:  # a message type without a reply in Flower
                     log.exception("a message of an unknown kind was dropped")
             elif self._active:
                 self._wait_for_question()
-        # Flower gives nobody the answer of a node that has said that it goes: the lead is to have fetched it before.
+        # Flower withholds the answers of a node that went offline, so give the lead time to fetch the last answer.
         time.sleep(max(0.0, self._sent + _FETCHED_S - time.monotonic()))
 
     def _wait_for_question(self) -> None:
-        """Sleep until there may be a question, or the site must stop or leave."""
+        """Wait until a question may be available, or the site must stop or leave."""
         until = time.monotonic() + (_RUNG_POLL_S if self.bell.works else self._poll_s)
         self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
         while not (self.stop.is_set() or self.state.left_file.exists() or self.bell.rung.is_set()):
@@ -244,7 +246,7 @@ class _Loop:
             if not self._active:
                 self.fleet.activate()
                 self._active = True
-                self._record_contact()  # what comes next may take long
+                self._record_contact()  # the next call may take long
             message = self.fleet.receive()
         except (Unreachable, Unauthorised) as error:
             self._handle_connection_error(error)
@@ -257,8 +259,8 @@ class _Loop:
         return message
 
     def _require_certificate(self) -> None:
-        """Raise Expired if the site's certificate has expired, since a connection that is already open would
-        continue.
+        """Check that the site's certificate is still valid, because an open connection would outlive it; raise Expired
+        otherwise.
         """
         ends = self.until()
         if datetime.now(UTC) > ends:
@@ -280,7 +282,7 @@ class _Loop:
         self._send(message, reply)
 
     def _send(self, message: Message, reply: Message) -> None:
-        """Send the answer, and retry while the server is unreachable: it may be the only copy outside the ledger."""
+        """Send the answer, with retries while the server is unreachable; the only other copy is in the ledger."""
         from fedtune.ops.wire.fleet import Fleet
 
         while not Fleet.is_past_deadline(message, now=time.time()):
@@ -290,7 +292,7 @@ class _Loop:
                 self._sent = time.monotonic()
                 return
             except Dropped as error:
-                log.info("nobody is waiting for this answer any more", extra={"reason": str(error)})
+                log.info("the server no longer accepts this answer", extra={"reason": str(error)})
                 return
             except (Unreachable, Unauthorised) as error:
                 self._handle_connection_error(error)
@@ -308,7 +310,7 @@ class _Loop:
 
 
 class _AtSocket:
-    """The main loop of a site that answers messages on a Unix socket, in a process that needs no network."""
+    """Main loop of a site that answers messages on a Unix socket, in a process without network access."""
 
     def __init__(
         self,
@@ -340,7 +342,7 @@ class _AtSocket:
 
 
 def _log_answer(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[str], None]) -> bool:
-    """Log an answer, and count it with `answered`; return whether it is an update."""
+    """Log an answer and report it to `answered`; return True if it is an update."""
     found = SiteApp.read_answer(reply)
     if found is None or isinstance(found, Offer):
         log.info("answered", extra={"what": kind})
@@ -355,13 +357,13 @@ def _log_answer(kind: str, reply: RecordDict, *, seconds: float, answered: Calla
 
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGTERM or SIGINT sets; the second signal ends the process at once."""
+    """Yield an event that the first SIGTERM or SIGINT sets; the second signal kills the process."""
     stop = threading.Event()
 
-    def first(number: int, frame: object) -> None:
+    def request_stop(number: int, frame: object) -> None:
         stop.set()
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
 
-    with handle_signals(first):
+    with handle_signals(request_stop):
         yield stop

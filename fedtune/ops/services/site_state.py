@@ -1,4 +1,4 @@
-"""Messages from a site's commands to its running process, as files in the folder `state/` of the kit."""
+"""State of a site that its commands share with its running process, as files in the kit's folder `state/`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ MOST_WAITING = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
-    """A run that waits for a person's approval.
+    """A run that awaits a person's approval.
 
-    Guarantee: the settings that are shown are always those whose digest is in the run's name, regardless of who wrote
-    the
-    file.
+    Guarantee: the displayed settings match the digest in the run's name, whoever wrote the file.
     """
 
-    proposal: Proposal  # exactly what is to be approved
-    settings: str  # JSON of all that can change the run's result, as `RunConfig.digest` hashes it
-    since: str  # when it was first asked for, in UTC
-    software: str = ""  # the lead's fedtune, version and build, by its own word
+    proposal: Proposal  # the proposal to approve
+    settings: str  # JSON of all settings that affect the result, as hashed by `RunConfig.digest`
+    since: str  # UTC time of the first request
+    software: str = ""  # version and build of fedtune at the lead, unverified
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256(self.settings.encode(errors="surrogatepass")).hexdigest()
@@ -51,24 +49,24 @@ class SiteState:
 
     @classmethod
     def in_kit(cls, kit_folder: Path) -> SiteState:
-        """Return the state folder of a kit, creating it if it is missing."""
+        """Return the state folder of a kit; create it if it is missing."""
         folder = kit_folder / "state"
         folder.mkdir(exist_ok=True)
         return cls(folder)
 
     @property
     def paused_file(self) -> Path:
-        """Path of the file that exists while the site is paused."""
+        """The path of the file that exists while the site is paused."""
         return self.folder / "paused"
 
     @property
     def left_file(self) -> Path:
-        """Path of the file that exists once the site has left the federation."""
+        """The path of the file that exists after the site has left the federation."""
         return self.folder / "left"
 
     @property
     def run_settings_folder(self) -> Path:
-        """Folder with the settings of runs, as the leads sent them."""
+        """The folder with the settings of runs, as received from the leads."""
         made = self.folder / "runs"
         made.mkdir(exist_ok=True)
         return made
@@ -81,16 +79,16 @@ class SiteState:
             self.paused_file.unlink(missing_ok=True)
 
     def queue_for_approval(self, proposal: Proposal, settings: str, *, software: str = "") -> bool:
-        """Queue a run for a person's approval; return whether the run is new in the queue.
+        """Queue a run for a person's approval; return True if the run is new in the queue.
 
         Raises:
-            ConfigError: the digest of the settings is not the one in the run's name.
-            RunError: too many runs are waiting already.
+            ConfigError: the digest of the settings differs from the digest in the run's name.
+            RunError: the queue is full.
         """
         path, waiting = self._find_pending_path(proposal), self._list_pending_files()
         if path not in waiting and len(waiting) >= MOST_WAITING:
-            raise RunError(f"{MOST_WAITING} runs already wait for approval; approve some, or remove {path.parent}")
-        known = self._read(path) if path in waiting else None  # a repeated request keeps its place
+            raise RunError(f"{MOST_WAITING} runs already await approval; approve some, or remove {path.parent}")
+        known = self._read(path) if path in waiting else None  # a repeated request keeps the first time
         since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
         made = Pending(proposal=proposal, settings=settings, since=since, software=software)
         fields = {"proposal": proposal.to_json(), "settings": made.settings, "since": since, "software": software}
@@ -98,7 +96,7 @@ class SiteState:
         return known is None
 
     def list_pending_runs(self) -> list[Pending]:
-        """List the runs that wait for approval, oldest first; unreadable files are skipped."""
+        """List the runs that await approval, oldest first; unreadable files are skipped."""
         return sorted(filter(None, map(self._read, self._list_pending_files())), key=lambda pending: pending.since)
 
     def remove_pending(self, proposal: Proposal) -> None:
@@ -106,21 +104,21 @@ class SiteState:
         self._find_pending_path(proposal).unlink(missing_ok=True)
 
     def check_ledger(self, ledger: str) -> None:
-        """Check that the ledger has the same id as the ledger that was served before, and remember the id.
+        """Check that the ledger has the id of the ledger that the site served before, and store the id.
 
         Raises:
-            RunError: it is another ledger, with which the spent budget would be forgotten.
+            RunError: the ledger is another one, in which the spent budget would be missing.
         """
         path = self.folder / "ledger_id"
         if path.exists() and (before := path.read_text().strip()) != ledger:
             raise RunError(
-                f"this site used ledger {before} before, but now there is ledger {ledger}: restore the old one, or "
-                f"remove {path} if its budget really ended"
+                f"this site used ledger {before} before, but now has ledger {ledger}: restore the old ledger, or "
+                f"remove {path} if the old ledger's budget has really ended"
             )
         write_durably(path, f"{ledger}\n".encode())
 
     def has_served(self) -> bool:
-        """Whether the site has served a ledger before."""
+        """Return True if the site has served a ledger before."""
         return (self.folder / "ledger_id").exists()
 
     def _list_pending_files(self) -> set[Path]:

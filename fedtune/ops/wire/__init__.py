@@ -1,5 +1,5 @@
-"""The network layer: the federation's server, and the connections of sites and lead to it.
+"""The network layer: the federation's server, and the connections of sites and lead to the server.
 
-All code that depends on Flower's internals, which may change with each release, is here and in
-`fedtune.flower.simulation`; tests/flower/test_internals.py documents these internals.
+Flower's internals, which may change with each release, are used only here and in `fedtune.flower.internals`;
+tests/flower/test_internals.py lists them.
 """

@@ -1,4 +1,4 @@
-"""The server's audit log of connections and refusals with their reasons: JSON lines in a file of bounded size.
+"""Audit log of the server: connections and refusals with their reasons, as JSON lines in files of bounded size.
 
 A line contains addresses, members, certificates and paths, and never a secret or part of a message.  A repeated event
 from the same source is written once and then only counted, so that repeated calls cannot fill the disk.
@@ -56,15 +56,13 @@ _Kind = tuple[tuple[str, str], ...]
 
 
 def _list_quota_keys(kind: _Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the quotas that a line counts against: one per event, and one per event and member (or address, if
-    unknown).
-    """
+    """List the quotas of a line: one per event, and one per event and member (or address, if the member is unknown)."""
     fields = dict(kind)
     return (fields["event"],), (fields["event"], fields.get("member") or fields.get("address", ""))
 
 
 class AuditLog:
-    """A thread-safe audit log; a full disk does not block any call.
+    """Thread-safe audit log, which never blocks a call, even on a full disk.
 
     Args:
         path: the file; None: nothing is written.  Up to three older files with numbers are next to it.
@@ -81,8 +79,8 @@ class AuditLog:
         self._left_out, self._told, self._failed = 0, clock(), False
 
     def log_event(self, event: Event, **about: str) -> bool:
-        """Write an event, or count it if the same event was written within the last ten minutes; return whether it
-        was written.
+        """Write an event, or only count it if an identical event was written within ten minutes; return True if it was
+        written.
         """
         # Flower's paths, our reasons and a certificate's name: bounded, should one of them be long.
         fields = {name: value[:_MOST_LENGTH] for name, value in about.items() if value}
@@ -104,7 +102,7 @@ class AuditLog:
         return False
 
     def flush(self, *, all_: bool = False) -> None:
-        """Write the counts of repeated events whose ten minutes are over, or with `all_` every count."""
+        """Write the counts of repeated events after their ten minutes; with `all_`, write every count."""
         with self._lock:
             self._flush(float("inf") if all_ else self._clock())
 

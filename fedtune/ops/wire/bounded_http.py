@@ -1,4 +1,4 @@
-"""HTTP calls to a potentially malicious server, with bounds on answer size, duration and the age of a connection.
+"""HTTP client for a potentially malicious server, with limits on answer size, duration and connection age.
 
 httpx applies its timeout to each read, so a server that sends a byte now and then can hold a call forever, and it
 decompresses any answer.  Here every call has a deadline, and compressed answers are refused.  Written for httpx 0.28
@@ -28,11 +28,11 @@ _WRITTEN_AT_ONCE = 1 << 14  # a TLS record, so that the deadline is looked at af
 
 
 class OutOfBounds(httpx.TransportError):
-    """Raised for an answer that is larger, slower or encoded differently than any honest server's answer."""
+    """Error for an answer that exceeds the limits on size, duration or encoding."""
 
 
 class HungUp(ConnectionError):
-    """Raised if the server closes the connection right after the handshake without an alert."""
+    """Error for a connection that the server closed right after the handshake without an alert."""
 
 
 _OBJECT, _OTHER = (16 * _MIB, 180.0), (4 * _MIB, 60.0)
@@ -40,14 +40,14 @@ _OBJECT, _OTHER = (16 * _MIB, 180.0), (4 * _MIB, 60.0)
 
 
 def bound_client(client: httpx.Client) -> None:
-    """Apply the bounds to every call of `client`, including calls through a proxy, and disable redirects."""
+    """Apply the limits to every call of `client`, including calls through a proxy, and disable redirects."""
     client.follow_redirects = False
     client._transport = _Bounded(client._transport)
     client._mounts = {pattern: transport and _Bounded(transport) for pattern, transport in client._mounts.items()}
 
 
 def replace_ssl_context(client: httpx.Client, context: ssl.SSLContext) -> None:
-    """Use `context`, which has another certificate, for all new connections of a bounded client.
+    """Use the TLS context `context`, with another certificate, for all new connections of a bounded client.
 
     An SSL context that is in use must not be changed, so it is replaced.
     """
@@ -101,7 +101,7 @@ class _Counted(httpx.SyncByteStream):
 
 
 class _Deadline(threading.local):
-    """The deadline of the current thread's call; a call starts and ends in one thread."""
+    """Thread-local deadline of the current call."""
 
     at = float("inf")
 
@@ -109,7 +109,7 @@ class _Deadline(threading.local):
         self.at = time.monotonic() + seconds
 
     def limit_timeout(self, timeout: float | None, expired: type[httpcore.TimeoutException]) -> float:
-        """Return `timeout`, shortened to the time that is left before the deadline."""
+        """Return `timeout`, shortened to the time until the deadline."""
         left = self.at - time.monotonic()
         if left <= 0:
             raise expired("the call took too long")
@@ -117,7 +117,7 @@ class _Deadline(threading.local):
 
 
 class _Backend(httpcore.NetworkBackend):
-    """A wrapper of httpcore's network backend whose connections respect the deadline."""
+    """Wrapper of httpcore's network backend that enforces the deadline on its connections."""
 
     def __init__(self, inner: httpcore.NetworkBackend, deadline: _Deadline) -> None:
         self._inner, self._deadline = inner, deadline
@@ -175,7 +175,7 @@ class _Stream(httpcore.NetworkStream):
 
 
 def _raise_if_rejected(connection: object, *, within_s: float) -> None:
-    """Raise an error if the server rejects our certificate within `within_s` seconds.
+    """Wait up to `within_s` seconds for the server to reject our certificate, and raise an error if it does.
 
     Raises:
         OSError: the `ssl` error with the server's alert, or `HungUp`.

@@ -1,4 +1,4 @@
-"""The server's connections: who may connect, how many connections there are, and how long each step may take.
+"""Connections of the server: authentication, limits on their number, and a timeout for every phase.
 
 uvicorn limits neither handshakes nor headers nor the number of connections.  Here every connection is counted when it
 is accepted, must finish its handshake and send its headers within seconds, and ends after minutes or with its
@@ -37,7 +37,7 @@ _BACKLOG = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectionLimits:
-    """Limits on connections.
+    """Limits on the number and duration of connections.
 
     Attributes:
         of_address: maximum number of simultaneous connections from one address, which many sites may share; never more
@@ -61,9 +61,7 @@ class ConnectionLimits:
 
 
 def create_server_context(tls: Tls) -> ssl.SSLContext:
-    """Create the server's TLS context: TLS 1.3 with a client certificate of the federation, checked on every
-    connection.
-    """
+    """Create the server's TLS context: TLS 1.3, with client certificates of the federation's authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(tls.certificate, tls.key)
@@ -74,8 +72,8 @@ def create_server_context(tls: Tls) -> ssl.SSLContext:
 
 
 def compute_max_connections() -> int:
-    """Return how many connections this process's limit of open files allows, after raising that limit as far as
-    possible.
+    """Raise the process's limit of open files as far as possible, and return the number of connections that it
+    allows.
     """
     if resource is None:
         return _LEAST_CONNECTIONS
@@ -89,7 +87,7 @@ def compute_max_connections() -> int:
 
 
 class Door:
-    """The listener that accepts connections within the limits.
+    """Listener that accepts connections within the limits.
 
     Args:
         context: the TLS context; it may be replaced, which affects new connections.
@@ -181,7 +179,7 @@ class Door:
         return True
 
     def _evict_oldest(self, shaking: Iterable[asyncio.Task[None]]) -> bool:
-        """Abort the oldest connection that has not finished its handshake; return whether there was one."""
+        """Abort the oldest unfinished handshake; return True if there was one."""
         if (oldest := next(iter(shaking), None)) is not None:
             del self._shaking[oldest]
             oldest.cancel()
@@ -201,8 +199,8 @@ class Door:
 
 
 def _group_address(address: str) -> str:
-    """Return the group in which a connection is counted: the IPv4 address, or the IPv6 /64 network, which one
-    machine may own.
+    """Return the group of an address for the limits: the IPv4 address, or the IPv6 /64 network, which one machine may
+    own.
     """
     if ":" not in address:
         return address
@@ -210,7 +208,7 @@ def _group_address(address: str) -> str:
 
 
 def _explain_handshake_error(error: BaseException) -> str:
-    """Return the reason for a failed handshake in OpenSSL's own words, which name only the kind of error."""
+    """Return OpenSSL's reason for a failed handshake, which contains only the kind of error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -277,19 +275,17 @@ class Http(H11Protocol):
         self._timers[name] = self.loop.call_later(seconds, call)
 
     def _hang_up(self) -> None:
-        """Close the connection because no complete request arrived in time."""
+        """Close a connection without a complete request."""
         self.transport.close()
 
     def _end_lifetime(self) -> None:
-        """End the connection at the end of its own lifetime or its certificate's; the current request has some
-        minutes to finish.
-        """
+        """End the connection when its lifetime or its certificate expires; a current request gets some more minutes."""
         self._schedule("life", self._door.limits.answer_s, self.transport.abort)
         self.shutdown()
 
 
 def _read_peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
-    """Return the holder of the client's certificate, and when the certificate expires."""
+    """Return the holder and the expiry of the client's certificate."""
     shown = x509.load_der_x509_certificate(transport.get_extra_info("ssl_object").getpeercert(True))
     peer = Peer(address=address, certificate=get_common_name(shown.subject) or "", key=encode_public_pem(shown))
     return peer, shown.not_valid_after_utc

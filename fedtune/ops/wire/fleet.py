@@ -1,4 +1,4 @@
-"""A site's end of the connection: the node's half of Flower's Fleet protocol, over mutual TLS.
+"""A site's connection to the server: the node's side of Flower's Fleet protocol, over mutual TLS.
 
 It replaces Flower's SuperNode, so that one process polls, trains and answers, and keeps its model loaded.  Flower's app
 bundle is never requested or installed.
@@ -50,8 +50,7 @@ _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
 
 
 class Fleet:
-    """A node's connection to the server.  Only one thread at a time may receive and reply; heartbeats have their own
-    thread.
+    """Connection of a node to the server.
 
     Args:
         server: host:port.
@@ -83,11 +82,12 @@ class Fleet:
         self._beating: threading.Thread | None = None
 
     def activate(self) -> None:
-        """Register this node as online, and start the heartbeats.
+        """Register the node as online and start the heartbeats.
 
         Raises:
             Unauthorised: the server does not know the key.
-            Unreachable: there is no connection, or an earlier process of this node ended less than twenty seconds ago.
+            Unreachable: there is no connection, or an earlier process of this node ended within the last twenty
+                seconds.
         """
         request = fleet_pb2.ActivateNodeRequest(
             public_key=self._public, heartbeat_interval=constant.HEARTBEAT_MIN_INTERVAL
@@ -96,7 +96,7 @@ class Fleet:
             with translate_line_errors():
                 self._node = node_pb2.Node(node_id=self._client.ActivateNode(request).node_id)
         except Unauthorised as error:
-            hello(self._server, self._tls)  # says whether, and why, the server does not know the key
+            ask_site_name(self._server, self._tls)  # says whether, and why, the server does not know the key
             raise Unreachable("an earlier connection of this site is still open, or the site was just added") from error
         self._may_have_lost_one = False
         # Flower's messages say from here who sends them.
@@ -106,7 +106,7 @@ class Fleet:
             self._beating.start()
 
     def receive(self) -> Message | None:
-        """Fetch the next message for this node, or None if there is none.
+        """Fetch the next message for this node; None if there is none.
 
         Raises:
             Dropped: the server no longer has the message.
@@ -143,7 +143,7 @@ class Fleet:
         return message
 
     def reply(self, reply: Message) -> None:
-        """Send an answer; it is safe to send the same answer again after an error.
+        """Send an answer; sending is idempotent, so that it can be retried after an error.
 
         Raises:
             Dropped: the Flower run has ended, or the server has lost it.
@@ -175,7 +175,7 @@ class Fleet:
 
     @staticmethod
     def is_past_deadline(message: Message, *, now: float) -> bool:
-        """Whether the server no longer accepts an answer to a message; `now` is in seconds since 1970."""
+        """Return True if the server no longer accepts an answer to the message at the Unix time `now`."""
         until = message.metadata.created_at + message.metadata.ttl
         return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
 
@@ -194,7 +194,7 @@ class Fleet:
         replace_ssl_context(get_http_client(self._client), self._tls.create_client_context())
 
     def close(self) -> None:
-        """Tell the server, if it is reachable, that this node goes offline, and close the connection."""
+        """Announce to the server that the node goes offline, if the server is reachable, and close the connection."""
         self._stop.set()
         if self._beating is not None:
             self._beating.join(timeout=_CALL_TIMEOUT_S)
@@ -221,8 +221,8 @@ class Fleet:
             self._heard()
 
 
-def hello(server: str, tls: Tls) -> str:
-    """Return the name under which the server knows this site; the call changes nothing on the server.
+def ask_site_name(server: str, tls: Tls) -> str:
+    """Ask the server for this site's name in the roster; the call has no side effects.
 
     Raises:
         Unauthorised: the server does not know this site, or has revoked it; the text says which.
@@ -240,7 +240,7 @@ def hello(server: str, tls: Tls) -> str:
 
 
 def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
-    """Return the reason why fedtune's server refused a call.
+    """Parse the reason for a refused call from a fedtune server's answer.
 
     Raises:
         Foreign: the answer does not come from a fedtune server.
@@ -252,7 +252,7 @@ def parse_refusal_reason(answer: httpx.Response, server: str) -> str:
 
 
 def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
-    """Return a field of a fedtune server's JSON answer.
+    """Parse a field of a fedtune server's JSON answer.
 
     Raises:
         Foreign: the answer does not come from a fedtune server.
@@ -264,7 +264,7 @@ def parse_answer_field(answer: httpx.Response, field: str, server: str) -> str:
 
 
 def sign_headers(tls: Tls) -> dict[str, str]:
-    """Return the headers that authenticate a site in fedtune's own calls, in the format of Flower's."""
+    """Return headers that authenticate a site in fedtune's own calls, in Flower's format."""
     private, timestamp = read_connection_key(tls.key), now().isoformat()
     return {
         core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(
@@ -278,8 +278,7 @@ def sign_headers(tls: Tls) -> dict[str, str]:
 
 
 def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorised | Unreachable:
-    """Return the error for a call that the server refused, with the server's reason, such as "revoked", if it gives
-    one.
+    """Build the error for a refused call, with the server's reason, such as "revoked", if it gives one.
 
     If the two clocks differ too much, the error is Unreachable, because the clocks may be corrected soon.
     """
@@ -293,7 +292,7 @@ def _build_refusal_error(answer: httpx.Response, what: str) -> Unauthorised | Un
 
 @contextmanager
 def translate_line_errors() -> Iterator[None]:
-    """Translate errors of Flower and httpx into the few errors to which a site can react."""
+    """Convert errors of Flower and httpx to the errors of `line_errors.py`."""
     try:
         yield
     except httpx.HTTPStatusError as error:

@@ -1,5 +1,5 @@
-"""The gate in front of the server's Flower app: it only lets through a few calls of registered sites, and the lead's
-signed calls.
+"""ASGI gate in front of the server's Flower app, which passes only some calls of registered sites and the lead's signed
+calls.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ PEER = "fedtune peer"  # where in a scope's state the other end of the connectio
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """The other end of a connection, as authenticated by TLS."""
+    """The other end of a connection, authenticated by TLS."""
 
     address: str  # without the port
     certificate: str  # its common name
@@ -91,7 +91,10 @@ class Peer:
 
 @dataclass(kw_only=True, slots=True)
 class Traffic:
-    """Traffic counters since the server started.  The server's event loop writes them; any thread may read them."""
+    """Traffic counters since the start of the server.
+
+    Only the server's event loop writes them; any thread may read them.
+    """
 
     began: float = field(default_factory=time.time)  # in seconds since 1970, like `heard`
     received: int = 0  # bytes of calls' bodies
@@ -101,7 +104,7 @@ class Traffic:
     connections: Counter[bytes] = field(default_factory=Counter)  # open ones, by the key of their certificate
 
     def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """Wrap `receive` and `send` so that the bytes of all bodies are counted."""
+        """Wrap `receive` and `send` to count the bytes of all bodies."""
 
         async def receive_counted() -> MutableMapping[str, Any]:
             message = await receive()
@@ -119,7 +122,7 @@ Roster = Callable[[], Sequence["Member"]]  # the sites as they stand when it is 
 
 
 class Gate:
-    """ASGI middleware that answers every request with 404 except those that sites and the lead need.
+    """ASGI middleware that answers 404 to every request except the calls that sites and the lead need.
 
     Args:
         lead: public key of the lead, who may start runs.
@@ -165,7 +168,7 @@ class Gate:
             await send_json(send, refusal.status, {"reason": refusal.reason})
 
     async def _handle_wait_call(self, scope: Scope, send: Send) -> None:
-        """Hold a site's call until the lead has a question for it; see `fedtune.ops.wire.waiting`."""
+        """Hold a site's call until the lead has a question for the site; see `fedtune.ops.wire.waiting`."""
         member = self._authenticate_member(map_headers(scope), _read_peer(scope))
         try:
             ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
@@ -184,11 +187,11 @@ class Gate:
         await send_json(send, 200, {"questions": count})
 
     def close(self) -> None:
-        """Answer all held calls, because the server is shutting down."""
+        """Answer all held calls before the server shuts down."""
         self._questions.close()
 
     async def _handle_site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Authenticate and check a site's call, and pass it to Flower.
+        """Authenticate and validate a site's call, and pass it to Flower.
 
         Flower authenticates the call again, but only after reading its body, which a revoked site could make large.
         """
@@ -217,12 +220,11 @@ class Gate:
         self._questions.count_questions(nodes)
 
     async def _read_signed_body(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the body of a call after checking that the lead signed it.
+        """Read the body of a call and verify the lead's signature.
 
         Raises:
             NotAllowed: the lead's signature is missing or covers another body, the call is a repetition, or it came
-            over a
-                site's connection.
+                over a site's connection.
         """
         headers, path, peer = map_headers(scope), scope["path"], _read_peer(scope)
         signed = verify_body_hash(headers, path=path, lead=self._lead, now=time.time())
@@ -238,7 +240,7 @@ class Gate:
         return body
 
     def _authenticate_member(self, headers: dict[str, str], peer: Peer | None) -> Member:
-        """Return the member that makes a call over its own connection.
+        """Authenticate the member that makes a call over its own connection.
 
         Raises:
             NotAllowed: the caller is not a member, or was revoked.
@@ -300,30 +302,29 @@ def _read_peer(scope: Scope) -> Peer | None:
 
 
 def check_call_format(scope: Scope, headers: dict[str, str]) -> None:
-    """Check that a call has the form that Flower reads: Flower authenticates no other, and decompresses nothing.
+    """Check that a call is an uncompressed POST in Flower's format.
 
     Raises:
         NotAllowed: the call has another form.
     """
     if scope.get("method") != "POST":
-        raise NotAllowed(405, "not a POST")
+        raise NotAllowed(405, "the method must be POST")
     if headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF_MEDIA_TYPE:
-        raise NotAllowed(415, "not a Flower message")
+        raise NotAllowed(415, "the content type must be Flower's protobuf")
     if headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise NotAllowed(415, "a compressed body")
+        raise NotAllowed(415, "the body must not be compressed")
 
 
 def map_headers(scope: Scope) -> dict[str, str]:
-    """Return the headers as a dict; the last of several headers with the same name wins."""
+    """Return the headers as a dict; the last of several headers with one name wins."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def normalize_scope(scope: Scope, headers: dict[str, str]) -> Scope:
-    """Return the call with normalized headers, so that Flower interprets it in the same way as the gate.
+    """Normalize the headers of a call, so that Flower interprets them as the gate does.
 
     Flower uses the first of several headers with the same name.  It also takes a call's kind from its URL, which in
-    older
-    versions of Starlette contains whatever host name the caller sent.
+    older versions of Starlette contains whatever host name the caller sent.
     """
     kept = {**headers, "host": "server"}
     for name in ("content-length", "transfer-encoding"):
@@ -333,7 +334,7 @@ def normalize_scope(scope: Scope, headers: dict[str, str]) -> Scope:
 
 
 async def read_body(receive: Receive, headers: dict[str, str], *, most_bytes: int) -> bytes:
-    """Read a call's whole body within a time limit.
+    """Read the whole body of a call within limits on time and size.
 
     Raises:
         NotAllowed: the body is too slow or too large, or the caller hung up.
@@ -360,7 +361,7 @@ async def read_body(receive: Receive, headers: dict[str, str], *, most_bytes: in
 
 
 def replay_body(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` function that yields `body` first, and then the further messages of `receive`."""
+    """Return a `receive` function that yields `body` first and then the messages of `receive`."""
     given = False
 
     async def replay_body() -> MutableMapping[str, Any]:

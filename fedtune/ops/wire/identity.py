@@ -1,4 +1,4 @@
-"""Authentication at both ends of a connection: certificates of the federation's authority, and the lead's signatures.
+"""Authentication at both ends of a connection, by certificates of the federation's authority and the lead's signatures.
 
 TLS proves to the server that a member of the federation calls, but not which; Flower's Control and Runtime APIs check
 no more than that.  The server therefore only lets a call through to them if the federation's lead has signed its path,
@@ -31,14 +31,14 @@ _Client = TypeVar("_Client", bound=rpc.ProtobufClient)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tls:
-    """The PEM files of one end of a connection."""
+    """PEM files for one end of a TLS connection."""
 
     ca: Path  # certificate of the federation's authority, the only one that is trusted
     certificate: Path  # this end's own
     key: Path  # its private key; a site's and a lead's is EC P-384, and a site signs its Flower calls with it too
 
     def create_client_context(self) -> ssl.SSLContext:
-        """Create a client's TLS context, which trusts only this authority, checks the server's name and has a client
+        """Create a client's TLS context, which trusts only this authority, verifies the server's name and has a client
         certificate.
         """
         context = ssl.create_default_context(cafile=str(self.ca))
@@ -48,7 +48,7 @@ class Tls:
 
 
 def harden_client(client: _Client) -> _Client:
-    """Bound the calls of a Flower client and disable its redirects; return the client.
+    """Limit the calls of a Flower client and disable its redirects; return the client.
 
     Flower's client would follow a redirect with its signed headers: whoever runs the server could make a site or a lead
     call any address in its own network, even without TLS.
@@ -71,9 +71,7 @@ _OF_CERTIFICATES = (
 
 
 def explain_tls_refusal(error: BaseException) -> str | None:
-    """Return which end rejects the other's certificate, and why; None if certificates are not the cause of the
-    error.
-    """
+    """Explain which end rejected the other end's certificate and why; None if the error has another cause."""
     for cause in iter_causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted here: {cause.verify_message}"
@@ -97,7 +95,7 @@ TOLERANCE_S = CLOCKS_S  # a signature of the lead's is good for so long, either 
 
 
 class NotAllowed(Exception):
-    """Raised for a call that the server refuses, with the HTTP status of the answer."""
+    """Error for a call that the server refuses, with the HTTP status of the answer."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -109,7 +107,7 @@ _MOST_SEEN = 1 << 17  # two minutes of a lead that calls five hundred times a se
 
 
 class SeenCalls:
-    """Replay protection: it remembers the lead's signatures while they are valid, so that each is accepted only once.
+    """Replay protection for the lead's calls: stores each signature while it is valid, and accepts it only once.
 
     A client signs a retry with a new signature.
     """
@@ -119,7 +117,7 @@ class SeenCalls:
         self._until: dict[str, float] = {}
 
     def check_unused(self, headers: Mapping[str, str]) -> None:
-        """Check that a signature has not been used yet.
+        """Check that a signature is unused.
 
         Raises:
             NotAllowed: the signature was used before.
@@ -128,7 +126,7 @@ class SeenCalls:
             raise NotAllowed(401, "the lead's signature was used before")
 
     def use_signature(self, headers: Mapping[str, str], *, now: float) -> None:
-        """Mark the signature of a valid request from the lead as used, so that it cannot be replayed.
+        """Mark the signature of a valid request as used, to prevent replays.
 
         Raises:
             NotAllowed: the signature was used before, or too many signatures are stored.
@@ -143,7 +141,7 @@ class SeenCalls:
 
 
 class LeadSignature:
-    """An interceptor that signs each call of a Flower client with the lead's key."""
+    """Interceptor that signs each call of a Flower client with the lead's key."""
 
     def __init__(self, key: SigningKey) -> None:
         self._key = key
@@ -157,9 +155,9 @@ class LeadSignature:
 
 
 def verify_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
-    """Return the SHA-256, in hex, of the body that the lead signed for this call; None without a valid signature.
+    """Verify the lead's signature of a call; return the signed SHA-256 of the body, in hex, or None if it is invalid.
 
-    Only the headers are needed, so that the bodies of other callers need not be read.
+    Only the headers are needed, so that the bodies of other callers are never read.
     """
     moment, body = headers.get(TIME, ""), headers.get(BODY, "")
     try:
@@ -174,9 +172,10 @@ def verify_body_hash(headers: Mapping[str, str], *, path: str, lead: str, now: f
 
 
 def describe_clock_difference(answer: httpx.Response, *, most_s: float) -> str:
-    """Describe the difference between the server's clock and this machine's, if it exceeds `most_s`; otherwise empty.
+    """Describe an offset between the server's clock and this machine's clock above `most_s`; empty for a smaller
+    offset.
 
-    If time synchronization runs on this machine, the server's clock is the wrong one.
+    If this machine's clock is synchronized, the server's clock is at fault.
     """
     try:
         ahead = parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
@@ -193,7 +192,7 @@ def describe_clock_difference(answer: httpx.Response, *, most_s: float) -> str:
 
 
 def is_clock_synchronized() -> bool:
-    """Whether the kernel reports that this machine's clock is synchronized; False if it does not report anything."""
+    """Return True if the kernel reports that this machine's clock is synchronized."""
     adjtimex = getattr(ctypes.CDLL(None), "adjtimex", None)
     return adjtimex is not None and adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) not in (-1, _TIME_ERROR)
 

@@ -1,4 +1,4 @@
-"""One Flower run as the lead's session with the server: started, claimed, kept alive and ended."""
+"""The lead's session with the server: one Flower run, from its start to its end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ clientapp = "none:none"
 
 
 class LeadSession:
-    """A Flower run that this process starts, claims, keeps alive and ends.
+    """A Flower run that this process starts, claims, keeps alive with heartbeats, and ends.
 
     Attributes:
         grid: Flower's own grid, over this session's connection.
@@ -93,7 +93,7 @@ class LeadSession:
         threading.Thread(target=self._send_heartbeats, name="lead's heartbeats", daemon=True).start()
 
     def find_online_sites(self, numbers: Mapping[bytes, int]) -> Mapping[int, node_pb2.NodeInfo]:
-        """Return the online sites by number; the server is asked at most once per second."""
+        """Return the online nodes by number, cached for one second."""
         if time.monotonic() - self._looked > 1.0:
             with translate_read_errors():
                 online = self.grid.get_nodes()
@@ -102,8 +102,8 @@ class LeadSession:
         return self._nodes
 
     def push(self, message: Message) -> str | None:
-        """Send a question; return its id, "" if its node is gone, or None if the server refuses a message of this
-        size.
+        """Send a question; return its message id, "" if its node is gone, or None if it exceeds the server's size
+        limit.
         """
         with translate_read_errors():
             ids = list(self.grid.push_messages([message]))
@@ -112,7 +112,7 @@ class LeadSession:
         return ids[0] if ids else None
 
     def fetch_answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
-        """Yield the answers to these questions, fetching each on demand so that they need not all be in memory.
+        """Yield the answers to these questions, fetching each on demand, so that memory holds one answer at a time.
 
         Flower's own call fails as a whole if one answer is broken, and trusts what every answer claims about itself.
         """
@@ -157,7 +157,7 @@ class LeadSession:
         replace_ssl_context(get_http_client(self._client), self._tls.create_client_context())
 
     def close(self) -> None:
-        """End the run; messages that nobody fetched are dropped."""
+        """End the run; the server drops its unfetched messages."""
         self._stop.set()
         with contextlib.suppress(httpx.HTTPError):  # it would end by itself without heartbeats
             self._client.PushTaskOutput(
@@ -175,7 +175,7 @@ class LeadSession:
 
 @contextmanager
 def translate_read_errors() -> Iterator[None]:
-    """Turn an answer that is not Flower's, such as a proxy's error page, into a connection error."""
+    """Convert the error for an answer that is not from Flower, such as a proxy's error page, to a connection error."""
     try:
         yield
     except (httpx.HTTPError, inflating.ObjectPushError, RunError):
@@ -184,8 +184,8 @@ def translate_read_errors() -> Iterator[None]:
         raise httpx.TransportError(f"an answer that cannot be read ({type(error).__name__})") from error
 
 
-def start_error(server: str, error: httpx.HTTPError) -> RunError:
-    """Return the error that explains to the lead why its server did not start a run."""
+def build_start_error(server: str, error: httpx.HTTPError) -> RunError:
+    """Build the error for a server that did not start a run, with the reason."""
     if not isinstance(error, httpx.HTTPStatusError):
         return RunError(f"{server} cannot be reached ({type(error).__name__}: {error})")
     if apart := explain_clock_error(error):
@@ -198,9 +198,7 @@ def start_error(server: str, error: httpx.HTTPError) -> RunError:
 
 
 def explain_clock_error(error: Exception) -> str:
-    """Describe the difference of the clocks if it is the reason why a server refused the lead's call; otherwise
-    empty.
-    """
+    """Describe the clock offset if it is the reason why a server refused the lead's call; otherwise empty."""
     if not (isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED):
         return ""
     return describe_clock_difference(error.response, most_s=TOLERANCE_S - 1)

@@ -1,7 +1,7 @@
-"""Fetching a Flower message, which arrives as a tree of objects, within bounded memory and time.
+"""Download of a Flower message, a tree of objects, within bounded memory and time.
 
-An object may name the same part more than once: a few kilobytes that name one part a thousand times would exhaust a
-machine's memory when the message is assembled.  Therefore the size of the whole message is computed first.
+An object may reference one part many times, so that a message of a few kilobytes could exhaust the memory when it is
+assembled.  Therefore, the size of the assembled message is computed first.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ _PARTS = {
 
 
 class NotWhole(OutOfBounds):
-    """Raised for a message that is larger or structured differently than any honest message: its sender's fault, not
-    the
-    connection's.
+    """Error for a message beyond the limits or with an invalid structure; its sender is at fault, not the
+    connection.
     """
 
 
@@ -48,8 +47,7 @@ def pull_message(
     most_bytes: float = math.inf,
     most_s: float = math.inf,
 ) -> Message:
-    """Fetch all objects in `tree` with `pull` and assemble the message; `confirm` is called when all objects have
-    arrived.
+    """Download all objects in `tree` with `pull` and assemble the message; `confirm` is called after the last object.
 
     Args:
         tree: the message's object tree.
@@ -64,11 +62,11 @@ def pull_message(
     """
     ids = list(dict.fromkeys(node.object_id for node in islice(objects.iterate_object_tree(tree), MOST_OBJECTS + 1)))
     if len(ids) > MOST_OBJECTS:
-        raise NotWhole(f"a message of more than {MOST_OBJECTS} objects")
+        raise NotWhole(f"the message has more than {MOST_OBJECTS} objects")
     most_bytes, most_s = min(most_bytes, MOST_BYTES), min(most_s, MOST_S)
     contents = inflating.pull_objects(ids, _PullLimit(pull, most_s), max_time=most_s)
     if (size := _compute_assembled_size(tree.object_id, "Message", contents, {})) > most_bytes:
-        raise NotWhole(f"a message of {size} bytes, and it may have {most_bytes}")
+        raise NotWhole(f"the message has {size} bytes, but at most {most_bytes} are allowed")
     confirm(tree.object_id)
     message = inflating.inflate_object_from_contents(tree.object_id, contents)
     assert isinstance(message, Message)  # as `_compute_assembled_size` required
@@ -76,7 +74,7 @@ def pull_message(
 
 
 class _PullLimit:
-    """A wrapper of `pull` that raises NotWhole once a message exceeds its limits of bytes or time."""
+    """Wrapper of `pull` that raises NotWhole when a message exceeds its limits on bytes or time."""
 
     def __init__(self, pull: Callable[[str], bytes], most_s: float) -> None:
         self._pull, self._most_s, self._ends = pull, most_s, time.monotonic() + most_s
@@ -84,34 +82,33 @@ class _PullLimit:
 
     def __call__(self, object_id: str) -> bytes:
         if time.monotonic() > self._ends:
-            raise NotWhole(f"a message that takes more than {self._most_s:g} s")
+            raise NotWhole(f"the message took more than {self._most_s:g} s")
         content = self._pull(object_id)
         self._bytes += len(content)
         if not content.startswith(b"ArrayChunk "):
             self._beside += len(content)
         if self._bytes > MOST_BYTES or self._beside > MOST_BESIDE_BYTES:
-            bound = f"{MOST_BYTES} bytes, of which {MOST_BESIDE_BYTES} may be no array's"
-            raise NotWhole(f"a message of more than {bound}")
+            bound = f"{MOST_BYTES} bytes, or more than {MOST_BESIDE_BYTES} outside of arrays"
+            raise NotWhole(f"the message has more than {bound}")
         return content
 
 
 def _compute_assembled_size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
-    """Compute the size in bytes of the object `id` after assembly, where a part counts as often as it is named.
+    """Compute the size in bytes of the object `id` after assembly, counting a part once per reference.
 
     `known` caches the size of each object: a few hundred objects that share their parts would otherwise keep a machine
-    busy
-    for hours.
+    busy for hours.
     """
     content = contents[id]
     found, children, _ = objects.get_object_head_values_from_object_content(content)
     if found != kind:
-        raise NotWhole(f"a {kind} that is something else")
+        raise NotWhole(f"an object is not a {kind}, as its parent declares")
     if id not in known:
         parts = _PARTS[kind]
         kinds = {child: _read_object_kind(contents[child], parts) for child in children}
         named = _list_named_parts(kind, content, children) if parts else []
         if set(named) != kinds.keys():
-            raise NotWhole(f"a {kind} whose parts are not those that it names")
+            raise NotWhole(f"the parts of a {kind} differ from its references")
         sizes = {child: _compute_assembled_size(child, kinds[child], contents, known) for child in kinds}
         known[id] = len(content) + sum(sizes[part] for part in named)
     return known[id]
@@ -120,12 +117,12 @@ def _compute_assembled_size(id: str, kind: str, contents: Mapping[str, bytes], k
 def _read_object_kind(content: bytes, allowed: tuple[str, ...]) -> str:
     kind = content[:16].decode("latin-1").partition(" ")[0]
     if kind not in allowed:
-        raise NotWhole("a message whose parts do not belong together")
+        raise NotWhole("the message contains an object of the wrong type")
     return kind
 
 
 def _list_named_parts(kind: str, content: bytes, children: list[str]) -> list[str]:
-    """List the parts that an object names, with repetitions."""
+    """List the parts that an object references, with repetitions."""
     if kind == "Message":
         return children
     body = json.loads(content[content.index(core.HEAD_BODY_DIVIDER) + len(core.HEAD_BODY_DIVIDER) :])

@@ -1,4 +1,4 @@
-"""The lead's end of the connection: a Flower grid over mutual TLS whose questions survive restarts of either end.
+"""The lead's connection to the server: a Flower grid over mutual TLS whose questions survive restarts of both ends.
 
 `AskingGrid` decides when a question is sent again; this grid also sends it again if the server has forgotten the run.
 """
@@ -17,7 +17,7 @@ from fedtune.flower.asking_grid import AskingGrid, Pulled, Questions
 from fedtune.flower.flower_records import count_payload_bytes
 from fedtune.flower.internals import Message, inflating
 from fedtune.ops.wire.identity import Tls, explain_tls_refusal
-from fedtune.ops.wire.lead_session import LeadSession, explain_clock_error, start_error
+from fedtune.ops.wire.lead_session import LeadSession, build_start_error, explain_clock_error
 from fedtune.privacy.keys import SigningKey
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _SLACK_BYTES = 1 << 20
 
 
 class RemoteGrid(AskingGrid):
-    """The lead's connection to its sites.
+    """Connection of the lead to its sites.
 
     Args:
         server: host:port.
@@ -63,7 +63,7 @@ class RemoteGrid(AskingGrid):
                 self._open()
             except httpx.HTTPError as error:
                 if not (_is_temporary(error) and time.monotonic() < deadline):
-                    raise start_error(self._server, error) from error
+                    raise build_start_error(self._server, error) from error
                 self._wait_for_server(error)
         return self
 
@@ -90,7 +90,7 @@ class RemoteGrid(AskingGrid):
             self._wait_for_server(trouble)
             return
         if self._session is None:
-            raise start_error(self._server, trouble) from trouble
+            raise build_start_error(self._server, trouble) from trouble
         log.warning("the server lost this run (%s); asking again", trouble.response.status_code)
         self._close()
         for one in questions.values():
@@ -120,7 +120,7 @@ class RemoteGrid(AskingGrid):
 
 
 def _is_temporary(error: httpx.HTTPError) -> bool:
-    """Whether the server is down, failing or has a wrong clock, so that waiting may help and the run need not end."""
+    """Return True if the server is down, failing or has a wrong clock, so that a retry may succeed."""
     if not isinstance(error, httpx.HTTPStatusError):
         return explain_tls_refusal(error) is None
     return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or bool(explain_clock_error(error))

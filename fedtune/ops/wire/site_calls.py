@@ -1,4 +1,4 @@
-"""Rules for a site's calls: each message must match its sender, its receiver and an open question of the lead.
+"""Validation of a site's calls: each message must match its sender, its receiver and an open question of the lead.
 
 Flower 1.41 authenticates the caller and trusts everything else: it stores messages between any two nodes, and hands the
 lead whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails if they
@@ -74,7 +74,7 @@ class _Answer:
 
 
 class SiteCalls:
-    """The rules for sites' calls, checked against Flower's database.  Thread-safe.
+    """Thread-safe validator of the sites' calls, by Flower's database.
 
     Args:
         state: Flower's link state, stored in a database.
@@ -87,7 +87,7 @@ class SiteCalls:
         self._asked: dict[str, frozenset[str]] = {}  # the lead's objects, and what each is made of
 
     def get_max_body_bytes(self, path: str) -> int:
-        """Return the maximum size in bytes of the body of a call."""
+        """Return the size limit in bytes for the body of a call."""
         call = path.removeprefix(FLEET)
         return {"push-messages": _ANNOUNCED_BYTES, "push-object": _OBJECT_BYTES}.get(call, _SMALL_BYTES)
 
@@ -100,7 +100,7 @@ class SiteCalls:
         try:
             request: Any = PROTOBUF_REQUEST_TYPES["POST", path].FromString(body)
         except Exception:  # protobuf's own, which mypy does not know
-            raise NotAllowed(400, "not a message of this call") from None
+            raise NotAllowed(400, "the body is not a request of this call") from None
         node = self.find_node(key)
         call = path.removeprefix(FLEET)
         if call == "activate-node":
@@ -108,7 +108,7 @@ class SiteCalls:
         else:
             own = node is not None and (request.node_id if call == "deactivate-node" else request.node.node_id) == node
         if not own:
-            raise NotAllowed(401, "a call in another node's name")
+            raise NotAllowed(401, "the call names another node")
         if call == "push-messages":
             self._check_answer(request, node or 0)
         elif call == "push-object":
@@ -116,7 +116,7 @@ class SiteCalls:
         elif call == "pull-object":
             run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node or 0)
             if not any(self._run_query(_IS_ASKED, object=request.object_id, node=mine, run=run)):
-                raise NotAllowed(409, "an object of no question to this node")
+                raise NotAllowed(409, "the object belongs to no question to this node")
         elif call == "confirm-message-received":
             self._check_confirmed(request, node or 0)
 
@@ -125,12 +125,11 @@ class SiteCalls:
         return self._state.get_node_id_by_public_key(key)
 
     def register_questions(self, body: bytes) -> list[int]:
-        """Remember which parts the lead's questions consist of, so that no site can declare other parts; return the
-        asked nodes.
+        """Register the parts of the lead's questions, so that no site can declare other parts; return the nodes of the
+        questions.
 
         Flower names objects by their content across all runs and nodes, and trusts whoever names an object first: if a
-        site
-        announced one of the lead's objects with other parts, the lead could no longer send any question.
+        site announced one of the lead's objects with other parts, the lead could no longer send any question.
         """
         try:
             request = runtime_pb2.PushAppMessagesRequest.FromString(body)
@@ -146,11 +145,10 @@ class SiteCalls:
         return [message.metadata.dst_node_id for message in request.messages_list]
 
     def keep_complete_answers(self, body: bytes) -> bytes:
-        """Reduce the lead's request for answers to the answers that have arrived completely.
+        """Limit the lead's request to the answers that have arrived completely.
 
         Flower would let the lead wait for an answer with a missing part, and an answer may be announced at any moment.
-        Flower
-        itself answers for a site that is offline.
+        Flower itself answers for a site that is offline.
         """
         asked = runtime_pb2.PullAppMessagesRequest.FromString(body)
         moment = now()
@@ -165,16 +163,16 @@ class SiteCalls:
 
     def _check_answer(self, request: fleet_pb2.PushMessagesRequest, node: int) -> None:
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
-            raise NotAllowed(403, "not exactly one message")
+            raise NotAllowed(403, "the call must contain exactly one message")
         if any(request.clientapp_runtime_list):
-            raise NotAllowed(403, "a training time")
+            raise NotAllowed(403, "the call must not contain a training time")
         (message,), (tree,) = request.messages_list, request.message_object_trees
         if message.HasField("error") or message.content.ByteSize():
-            raise NotAllowed(403, "content beside the objects")
+            raise NotAllowed(403, "the message must not contain inline content")
         about = message.metadata
         object_ids = self._list_object_ids(tree)
         if tree.object_id != about.message_id:
-            raise NotAllowed(403, "objects of another message")
+            raise NotAllowed(403, "the object tree belongs to another message")
         until = self._check_metadata(about, node)
         size = max(self._count_bytes(about.reply_to_message_id), self._sizes.get(about.reply_to_message_id, 0))
         most = 2 * size + _SLACK_BYTES if size else _UNKNOWN_BYTES
@@ -187,16 +185,16 @@ class SiteCalls:
     def _list_object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
         parts = list(islice(_iter_objects(tree), _MOST_OBJECTS + 1))
         if len(parts) > _MOST_OBJECTS or not all(objects.is_valid_sha256_hash(part.object_id) for part in parts):
-            raise NotAllowed(403, "too many objects, or objects without a name")
+            raise NotAllowed(403, "the message has too many objects or an invalid object id")
         with self._lock:
             for part in parts:
                 made_of = frozenset(child.object_id for child in part.children)
                 if self._asked.get(part.object_id, made_of) != made_of:
-                    raise NotAllowed(403, "an object of the lead's, made of other parts")
+                    raise NotAllowed(403, "the object of the lead has other parts")
         return frozenset(part.object_id for part in parts)
 
     def _check_metadata(self, about: message_pb2.Metadata, node: int) -> float:
-        """Check that a message answers an open question of the lead to this node.
+        """Check that a message answers an open question of the lead to this node; return the question's expiry.
 
         Returns:
             When the question expires, in seconds since 1970.
@@ -205,23 +203,23 @@ class SiteCalls:
             NotAllowed: the message does not answer such a question.
         """
         if about.src_node_id != node:
-            raise NotAllowed(403, "in the name of another sender")
+            raise NotAllowed(403, "the message names another sender")
         if about.dst_node_id != constant.SUPERLINK_NODE_ID:
-            raise NotAllowed(403, "not addressed to the lead")
+            raise NotAllowed(403, "the message is not addressed to the lead")
         found = list(self._run_query(_QUESTION, id=about.reply_to_message_id))
         if not about.reply_to_message_id:
-            raise NotAllowed(403, "not an answer to a question")
+            raise NotAllowed(403, "the message answers no question")
         if not found or found[0].until <= time.time():
             raise NotAllowed(409, "the question is not open")
         (question,) = found
         if question.dst_node_id != uint64_to_int64(node) or question.src_node_id != constant.SUPERLINK_NODE_ID:
-            raise NotAllowed(403, "another node's question")
+            raise NotAllowed(403, "the question was sent to another node")
         if question.run_id != uint64_to_int64(about.run_id):
-            raise NotAllowed(403, "another run's question")
+            raise NotAllowed(403, "the question belongs to another run")
         if (about.message_type, about.group_id) != (question.message_type, question.group_id):
-            raise NotAllowed(403, "of a different type than the question")
+            raise NotAllowed(403, "the message type differs from the question's")
         if question.answer not in (None, about.message_id):
-            raise NotAllowed(409, "the question is answered")
+            raise NotAllowed(409, "the question was already answered")
         return float(question.until)
 
     def _check_object(self, request: Any, node: int) -> None:
@@ -231,19 +229,19 @@ class SiteCalls:
             if announced is not None:
                 others = sum(announced.num_bytes.values()) - announced.num_bytes.get(id, 0)
                 if others + size > announced.most_bytes:
-                    raise NotAllowed(413, "an answer larger than its question allows")
+                    raise NotAllowed(413, "the answer exceeds the size limit of its question")
                 announced.num_bytes[id] = size
                 return
         # The session's id is known to whom it was given, and to nobody else: one from before this process's start.
         run = uint64_to_int64(request.run_id)
         if not any(self._run_query(_IS_AWAITED, session=request.session_id, object=id, run=run)):
-            raise NotAllowed(409, "an object that nobody waits for")
+            raise NotAllowed(409, "no receiver waits for this object")
 
     def _check_confirmed(self, request: message_pb2.ConfirmMessageReceivedRequest, node: int) -> None:
         id = request.message_object_id
         found = list(self._run_query(_QUESTION, id=id))
         if not found or found[0].dst_node_id != uint64_to_int64(node):
-            raise NotAllowed(409, "no question to this node")
+            raise NotAllowed(409, "the message is no question to this node")
         size = self._count_bytes(id)
         with self._lock:
             while len(self._sizes) >= _REMEMBERED:
@@ -264,7 +262,7 @@ class SiteCalls:
 
 
 def _iter_objects(tree: message_pb2.ObjectTree) -> Iterator[message_pb2.ObjectTree]:
-    """Yield all objects of a tree; protobuf bounds the depth of the recursion."""
+    """Yield all objects of a tree; protobuf limits the recursion depth."""
     yield tree
     for child in tree.children:
         yield from _iter_objects(child)

@@ -1,4 +1,4 @@
-"""The server: Flower's SuperLink in this process, behind a gate, over mutual TLS.
+"""The server process: Flower's SuperLink behind a gate, over mutual TLS.
 
 It keeps messages in a database on disk until their receiver fetches them.  It runs no app, installs nothing, and has
 neither the lead's key nor a model.  Flower 1.41 serves its Fleet, Runtime and Control APIs on one port, and the last
@@ -48,7 +48,7 @@ _WRITE = text("INSERT OR REPLACE INTO fedtune_alive VALUES (1, hex(randomblob(20
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """The settings of a server."""
+    """Settings of a server."""
 
     tls: Tls
     lead: str  # public key of who may start runs
@@ -68,7 +68,7 @@ def serve(
     works: Callable[[bool], None] = lambda _: None,
     has_new_certificate: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then finish the calls in progress and return.
+    """Serve until SIGTERM or SIGINT, then finish the calls in progress and return.
 
     Args:
         settings: who may connect, and the address to listen on.
@@ -133,11 +133,10 @@ def serve(
 
 
 def apply_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) -> None:
-    """Register new sites with Flower and remove revoked sites; all other nodes are left alone.
+    """Register new sites with Flower and remove revoked sites; other nodes are unchanged.
 
     A key that the roster no longer contains also stays registered, because Flower never accepts a removed key again,
-    and an
-    old roster may have been copied by mistake; the gate blocks its calls anyway.
+    and an old roster may have been copied by mistake; the gate blocks its calls anyway.
     """
     for member in roster:
         node_id = state.get_node_id_by_public_key(member.node_key)
@@ -159,7 +158,7 @@ def apply_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog)
 
 
 class _KeptRoster:
-    """The last roster that could be read, which the gate and Flower share."""
+    """The last valid roster, shared by the gate and Flower."""
 
     def __init__(self, read: Roster, state: SqlLinkState, audit: AuditLog) -> None:
         self._read, self.state, self.audit = read, state, audit
@@ -171,7 +170,7 @@ class _KeptRoster:
         apply_roster(self.state, self.members, self.audit)
 
     def accepts_writes(self) -> bool:
-        """Return whether the database accepts writes, which fail on a full disk; a change is logged."""
+        """Return True if the database accepts writes, which fail on a full disk; log every change."""
         before = self._took
         try:
             with self.state.session() as session:
@@ -188,7 +187,7 @@ class _KeptRoster:
 
 @contextmanager
 def _call_periodically(look: Callable[[], None]) -> Iterator[None]:
-    """Call `refresh_roster` every two seconds while the block runs."""
+    """Call `refresh_roster` every two seconds during the block."""
     stop = threading.Event()
 
     def watch() -> None:
@@ -211,7 +210,7 @@ def _call_periodically(look: Callable[[], None]) -> Iterator[None]:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that accepts its connections through a `Door`, and calls `ready` when it listens."""
+    """A uvicorn server that accepts connections through a `Door`, and calls `ready` when it listens."""
 
     def __init__(self, config: uvicorn.Config, door: Door, ready: Callable[[], None], ends: Callable[[], None]) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Long polling: a call that the server answers as soon as the lead has a question for the site.
+"""Long polling: the server answers a site's call as soon as the lead has a question for the site.
 
 Asking Flower every second would cost the server as much as a round, and the site would still learn of questions late.
 Long polling only affects speed: a site still asks Flower itself, after each such answer and from time to time.
@@ -27,7 +27,7 @@ _CALL_TIMEOUT_S, _AGAIN_S = 30.0, 10.0
 
 
 class Questions:
-    """The server's count of the lead's questions to each node since it started; to be used in a single event loop."""
+    """Counters of the lead's questions to each node since the start of the server, for use in a single event loop."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
@@ -35,14 +35,16 @@ class Questions:
         self._closed = False
 
     def count_questions(self, nodes: Iterable[int]) -> None:
-        """Count one more question for each node, once Flower has stored it, and answer the calls that wait for it."""
+        """Increment the counters of nodes after Flower has stored their questions, and answer the waiting calls."""
         for node in nodes:
             self._counts[node] += 1
             if event := self._waiting.pop(node, None):
                 event.set()
 
     async def wait_for_count(self, node: int, *, heard: int) -> int:
-        """Return the node's number of questions as soon as it differs from `heard`, or after some seconds."""
+        """Return the node's number of questions as soon as it differs from `heard`, or after a timeout of some
+        seconds.
+        """
         if self._counts[node] == heard and not self._closed:
             event = self._waiting.setdefault(node, asyncio.Event())
             with suppress(TimeoutError):
@@ -50,14 +52,14 @@ class Questions:
         return self._counts[node]
 
     def close(self) -> None:
-        """Answer all held calls, and hold no further calls."""
+        """Answer all held calls and hold no further calls."""
         self._closed = True
         for event in self._waiting.values():
             event.set()
 
 
 class Bell:
-    """A thread at a site that waits for the server's questions, and sets an event when there is one.
+    """Thread of a site that long-polls the server and sets an event when there is a question.
 
     Attributes:
         rung: the event; the thread that handles questions clears it.

@@ -1,4 +1,4 @@
-"""A stock Flower app that knows nothing of fedtune: averages of NumPy arrays, and at each site a search for secrets."""
+"""A stock Flower app without fedtune: it averages NumPy arrays and searches each site for secrets."""
 
 import json
 import os
