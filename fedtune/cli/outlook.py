@@ -18,7 +18,7 @@ from fedtune.cli.plain_words import explain_refusal, render_page
 from fedtune.config import RunConfig, parse, use_secure_aggregation
 from fedtune.federation import planner, policy_dry_run
 from fedtune.federation.calendar import describe_calendar, list_calendar_rows
-from fedtune.federation.planner import Change, Price, signal_to_noise
+from fedtune.federation.planner import Change, Price, compute_signal_to_noise
 from fedtune.federation.policy_dry_run import DryRun, find_strictest_dry_run
 from fedtune.formatting import convert_to_jsonable, format_size, group_hex_start, pluralize
 from fedtune.lab.studies.trial_search import build_price_section, check_trials
@@ -63,11 +63,11 @@ class Outlook:
 
     @property
     def signal_to_noise(self) -> float | None:
-        """The ratio by `planner.signal_to_noise`; None if no model was loaded, so that the parameter count is
+        """The ratio by `planner.compute_signal_to_noise`; None if no model was loaded, so that the parameter count is
         unknown.
         """
         sizes = {name: site.declared_size for name, site in self.price.sites.items()}
-        return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
+        return compute_signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
 
     @property
     def relative_secure_noise(self) -> float | None:
@@ -355,7 +355,7 @@ def print_outlook(
         config, planned = _solve_plan(compose, overrides, target)
         # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
         given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
-        epsilon = planner.target_epsilon(planned) if given and planned.private else config.privacy.epsilon
+        epsilon = planner.compute_target_epsilon(planned) if given and planned.private else config.privacy.epsilon
         forecast, device = _forecast_resources(config, planned) if time else (None, "")
         # Sites identify the base model by this hash: the one pinned in the settings, or else that of its files.
         sha256, sizes = config.model.sha256, config.declared_sizes()

@@ -80,9 +80,9 @@ def add_site(
     Run this command during a phone call with the site. It shows the keys to compare and asks whether they agree;
     nothing is changed until you confirm. Then it says which file to send to whom.
     """
-    asked, let_in = provisioning.check_join_request(federation, request=request, days=days, now=datetime.now(UTC))
+    asked, admit = provisioning.check_join_request(federation, request=request, days=days, now=datetime.now(UTC))
     _require_keys_compared(federation, asked, already=compared)
-    done = let_in()
+    done = admit()
     say(f"Site {done.member.site} has joined the federation.", style="bold")
     _show_admitted(federation, done)
 
@@ -111,11 +111,11 @@ def renew_site(
             raise ConfigError("--new-site-key", NOT_GIVEN, "requires REQUEST, the file that names the new site key")
         done = provisioning.renew_site(federation, name, days=days, now=now)
     else:
-        asked, let_in = provisioning.check_renewal_request(
+        asked, admit = provisioning.check_renewal_request(
             federation, name, request=request, days=days, new_site_key=new_site_key, now=now
         )
         _require_keys_compared(federation, asked, already=compared)
-        done = let_in()
+        done = admit()
     say(f"Site {done.member.site} is renewed. Nothing changes for the other sites.", style="bold")
     for change in done.changes:
         say(to_printable(change, _MOST_TEXT))

@@ -18,7 +18,7 @@ from fedtune.config import RunConfig
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import AT_SITE
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.services.lead_and_server import members
+from fedtune.ops.services.lead_and_server import find_members
 from fedtune.show.terminal_tables import Section, show
 from fedtune.spec import ConfigError
 
@@ -60,7 +60,7 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
         if begun
         else _read_experiment_participants(others, kit)
     )
-    chosen = members(kit, named)
+    chosen = find_members(kit, named)
     given = [*others, *_build_site_overrides([member.site for member in chosen]), "federation.participants=[]"]
     if "data.declared_sizes" in typed:
         return compose_run(given)
@@ -84,7 +84,7 @@ def _read_experiment_participants(words: Sequence[str], kit: Kit) -> tuple[str, 
     part.
     """
     others = [word for word in words if not word.startswith("data.declared_sizes=")]
-    known = _build_site_overrides([member.site for member in members(kit, ())])
+    known = _build_site_overrides([member.site for member in find_members(kit, ())])
     return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
 
 

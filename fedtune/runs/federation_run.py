@@ -171,7 +171,7 @@ class FederationRun:
         for text in (*list_lead_data_warnings(self.config, validation=validation, test=test), *notes):
             listener.note(text)
         if self.config.resume is not None:
-            for round in dict(self._checkpoints.asked(after=state.round)):
+            for round in dict(self._checkpoints.list_requests(after=state.round)):
                 listener.note(warn_of_interrupted_round(round))
             return replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
         adapter = self.shared.first_adapter()

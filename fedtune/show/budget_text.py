@@ -262,7 +262,7 @@ WEAK_SIGNAL = 1.0
 
 
 def explain_signal(ratio: float, task: str) -> str:
-    """Explain a run's signal-to-noise ratio (`planner.signal_to_noise`) for its task."""
+    """Explain a run's signal-to-noise ratio (`planner.compute_signal_to_noise`) for its task."""
     times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
     if ratio < LEAST_SIGNAL:
         return f"{times}: the run will likely learn nothing; it requires training.ignore_weak_signal=true"

@@ -17,7 +17,7 @@ from rich.text import Text
 from fedtune.config import RunConfig
 from fedtune.federation.early_stopping import Kept, count_rounds, explain_used_up, find_kept_round, should_stop
 from fedtune.federation.lead import LeadState, compute_charged_epsilons, compute_site_charge
-from fedtune.federation.planner import signal_to_noise
+from fedtune.federation.planner import compute_signal_to_noise
 from fedtune.formatting import convert_none_to_infinite, format_size, pluralize
 from fedtune.model.frozen_linear import is_slow_on_cpu
 from fedtune.privacy.accountant import format_epsilon
@@ -303,7 +303,7 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
         rows["privacy"] = "none (privacy=none)"
         warnings.add("privacy")
     if plan.private and trained:
-        ratio = signal_to_noise(plan, config.declared_sizes(), values=trained)
+        ratio = compute_signal_to_noise(plan, config.declared_sizes(), values=trained)
         rows["signal"] = explain_signal(ratio, config.task)
         warnings |= {"signal"} if ratio < WEAK_SIGNAL else set()
     dtype = config.model.dtype

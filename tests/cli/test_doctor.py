@@ -12,10 +12,10 @@ from fedtune.ops.doctor.check import (
     SERVER,
     DoctorCheck,
     Status,
+    build_failed_check,
     build_passed_check,
     build_skipped_check,
-    failed,
-    warning,
+    build_warning,
 )
 from fedtune.spec import FedtuneError
 
@@ -25,8 +25,10 @@ from . import snapshots
 KEY = "0123456789abcdef" * 4
 CHECKS = [
     build_passed_check("policy", "can be read"),
-    warning("anchor's place", "on the ledger's own disk: " + "both can be rolled back " * 4, fix="Move it."),
-    failed("data discharge_letters", "holds no record", fix=f'Write under [allow]: leads = ["{KEY}", "{KEY}"]'),
+    build_warning("anchor's place", "on the ledger's own disk: " + "both can be rolled back " * 4, fix="Move it."),
+    build_failed_check(
+        "data discharge_letters", "holds no record", fix=f'Write under [allow]: leads = ["{KEY}", "{KEY}"]'
+    ),
     build_skipped_check("clock", "nobody could be asked"),
 ]
 

@@ -60,7 +60,7 @@ def test_plan_solves_for_rounds_beyond_the_configured_epsilon(plan: Run, plan_js
     said = plan_json(*target, "federation.num_rounds=20")
     assert 0.9 < said["epsilon"] <= 1.0
     more = Plan(**(said["plan"] | {"num_rounds": said["plan"]["num_rounds"] + 1}))
-    assert planner.target_epsilon(more) > 1.0
+    assert planner.compute_target_epsilon(more) > 1.0
     secure = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_sites=4")
     said = plan_json(*target, *secure)
     assert said["plan"]["shared"]["num_sites"] == 4, "whose noise is counted"

@@ -257,7 +257,7 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended_r
     # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
     assert run_command(*stop, whole).out == f"Informed that the run is over: north, west.\n{SILENT.format('south')}\n"
     message = run_command(*stop, "runs/trial").failed()
-    assert "must be a run folder, or a run's full name as in a site's `fedtune ledger show`" in message
+    assert "must be a run folder, or the full name of a run as in a site's `fedtune ledger show`" in message
     ledger = SiteLedger(
         tmp_path / "ledger.db", make_site_policy("north"), SigningKey.load_or_create(tmp_path / "key.pem")
     )
@@ -265,7 +265,7 @@ def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended_r
     save_receipts(book, {"north": ledger.sign_receipt(whole)})
     try:
         assert run_command(*stop, "runs/trial").code == 0
-        assert f"sites were last charged for {whole}" in run_command(*stop, "runs/other").failed()
+        assert f"the latest runs are {whole}" in run_command(*stop, "runs/other").failed()
     finally:
         book.unlink()
     assert [(run, federation.active) for run, federation in ended_runs] == [(whole, ("north", "south", "west"))] * 2
@@ -289,7 +289,7 @@ def test_resumed_run_keeps_its_sites_and_runs_in_one_process(kit: Kit, folder: P
     with (folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         message = run_command("run", "resume", str(folder), "--kit", str(kit.folder)).failed()
-    assert message.endswith("is running in another process")
+    assert message.endswith("is running in another process: wait, or stop it")
     assert (folder / "config.yaml").exists()
 
 

@@ -268,7 +268,7 @@ def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
     assert outcome.code == 2
     warning, message = outcome.err.splitlines()
     assert f"is already in use by process {os.getpid()};" in message
-    assert json.loads(warning)["event"].startswith("the kit's lead is not among the policy's allow.leads: all its")
+    assert json.loads(warning)["event"].startswith("the policy's allow.leads does not contain the kit's lead: all its")
     for key in (north.folder / "kit" / "connection_key.pem", north.folder / "site_key.pem"):
         key.chmod(0o640)
         assert f"chmod 600 {key}" in run_command("site", "start", *north.words).failed()
@@ -292,11 +292,13 @@ def test_site_does_not_start_with_a_missing_or_different_ledger(north: Here) -> 
     ledger.unlink()
     gone = run_command("site", "start", *north.words)
     assert gone.code == 1
-    assert gone.err.splitlines()[-1].endswith(f"ledger {ledger} is missing, but this site has used one; restore it")
+    assert gone.err.splitlines()[-1].endswith(
+        f"ledger {ledger} is missing, but this site used a ledger before: restore it"
+    )
     assert not ledger.exists(), "nor is a new one made"
     north.open()
     another = run_command("site", "start", *north.words)
-    assert (another.code, "restore the old one, or remove" in another.err) == (1, True)
+    assert (another.code, "restore the old ledger, or remove" in another.err) == (1, True)
 
 
 def list_keys(table: Any, prefix: str = "") -> set[str]:

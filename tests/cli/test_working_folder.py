@@ -277,4 +277,4 @@ def test_status_of_a_running_run_shows_site_answers(run_folder: Path) -> None:
     assert all(about["upper_bound"] for about in told["sites"].values())
     assert "at most" in print_status()
     shutil.rmtree(run_folder / "checkpoints")
-    assert "must be a run folder with a checkpoint" in run_command("run", "status", str(run_folder)).failed()
+    assert "has no checkpoint: start a new run" in run_command("run", "status", str(run_folder)).failed()

@@ -1,4 +1,4 @@
-"""Runs that several files here look at, each made once."""
+"""Finished runs that several test files share."""
 
 import shutil
 from collections.abc import Callable
@@ -12,25 +12,25 @@ from ..conftest import run_command, simulate
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that came to its end, which tests copy."""
+    """A cache of finished runs, which tests copy."""
     return Path(simulate(into=tmp_path_factory.mktemp("finished")))
 
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    """That run."""
+    """The folder of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def find_run_folder(given: list[str]) -> Path:
-    """Of the run of these overrides."""
+    """Return the folder of the finished run with these overrides."""
     said = dict(one.partition("=")[::2] for one in given)
     return Path(said["tracking.output_dir"].strip("'"), said["name"])
 
 
 @pytest.fixture(scope="module")
 def run(settings: Callable[..., list[str]]) -> Callable[..., Path]:
-    """Of overrides the folder of their finished run, which is made when it is first asked for."""
+    """Return the folder of the finished run with these overrides; the run is made on first use."""
     made: dict[tuple[Any, ...], Path] = {}
 
     def make(*overrides: str, task: str = "classification") -> Path:

@@ -1,4 +1,4 @@
-"""A program: `fedtune` whose Flower bundle names the app below, which also notes where each simulated site answered.
+"""The `fedtune` command with a Flower bundle whose app also records where each simulated site answered.
 
 Each answer is an empty file in the folder `noted` beside that of all runs.  Its name is what was asked, the site's
 number, and of the actor that answered its Ray node, process and GPUs.

@@ -1,4 +1,4 @@
-"""docs/adding_a_site.md, followed to the letter, and every command on the pages, parsed."""
+"""docs/adding_a_site.md, executed literally, and every command in the documentation, parsed."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def extract_script(page: str) -> str:
-    """All that the page has a person do, in its order: files to write, commands to type."""
+    """Extract the steps of the page in order: files to write and commands to type."""
     parts = ["set -eu", "trap 'echo \"FAILED: $BASH_COMMAND\"' ERR"]
     for language, content in BLOCKS.findall(page):
         if language == "toml":
@@ -69,7 +69,7 @@ def test_step_table_counts_every_step_of_the_page() -> None:
 
 @pytest.fixture(scope="module")
 def pasted_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Paste the page into a shell in a folder."""
+    """The output of pasting the page into a shell."""
     folder, beside = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("beside")
     bash = ["bash", "-c", extract_script(PAGE.read_text()).replace(PORT, str(find_free_port()))]
     with write_forked_commands(beside) as commands:
@@ -89,7 +89,7 @@ def pasted_page(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(folder=folder, printed=shell.text)
 
 
-def test_every_round_includes_every_site_within_its_budget(pasted_page: Any) -> None:
+def test_every_site_takes_part_in_every_round_within_its_budget(pasted_page: Any) -> None:
     result = read_result(pasted_page.folder / "runs" / "first")
     assert [one["round"] for one in result["rounds"]] == [1, 2]
     for one in result["rounds"]:
@@ -150,7 +150,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def list_typed_commands(text: str) -> Iterator[str]:
-    """Each fedtune command in a page's blocks, without what stands beside it: comments, pipes, files for its output."""
+    """List the fedtune commands in a page's code blocks, without comments, pipes and redirections."""
     for _, content in BLOCKS.findall(text):
         joined = re.sub(r"\\\n\s*", "", content)
         for found in re.findall(r"^(?:\S*\w=\$\()?(?:\S*/)?(fedtune \S.*)$", joined, re.MULTILINE):
@@ -161,12 +161,12 @@ def list_typed_commands(text: str) -> Iterator[str]:
 
 
 def list_named_commands(text: str) -> Iterator[str]:
-    """Each in its running text, mostly without its arguments."""
+    """List the commands in a page's running text, mostly without arguments."""
     yield from re.findall(r"`(fedtune [^`]*)`", BLOCKS.sub("", text).replace("\n", " "))
 
 
 def find_mistake(command: str) -> str:
-    """What the command line has against a command; empty for nothing."""
+    """Return the command line's error for a command; empty if it is valid."""
     try:
         parse_command(*shlex.split(command)[1:])
     except click.UsageError as error:

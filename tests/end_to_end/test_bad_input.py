@@ -1,4 +1,4 @@
-"""Every mistake a person can make ends with exit code 2 and one line that names key, value and bound."""
+"""Every user error ends with exit code 2 and one line that names key, value and bound."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from ..conftest import list_tiny_overrides, run_command
 
 @pytest.fixture
 def refuse(tmp_path: Path) -> Callable[..., str]:
-    """Run with a mistake; return the one line that says so.  Nothing may be left behind."""
+    """Run with an invalid setting and return the one-line error, after checking that no file was left behind."""
 
     def run(*overrides: str) -> str:
         runs = tmp_path / "runs"
@@ -29,7 +29,7 @@ def refuse(tmp_path: Path) -> Callable[..., str]:
 
 @snapshots.parametrize_mistakes("mistakes-settings")
 def test_invalid_setting_is_named_with_its_key_value_and_bound(refuse: Callable[..., str], typed: str) -> None:
-    """With key, value and bound; of each bound that no spec has by itself."""
+    """Covers each bound that no spec checks on its own."""
     snapshots.check_message("mistakes-settings", typed, refuse(*shlex.split(typed)))
 
 

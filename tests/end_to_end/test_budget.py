@@ -1,4 +1,4 @@
-"""Several runs against the same ledgers: each gets what the ones before it left, and then nothing."""
+"""Several runs against the same ledgers, each with the budget that the previous runs left."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ SITES = ("site-1", "site-2")
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kept sites as a first run left them."""
+    """The sites' folder after a first run."""
     folder = tmp_path_factory.mktemp("first")
     settings = (f"runtime.sites_dir={folder / 'kept'}", f"federation.num_rounds={ROUNDS}")
     assert run_command("simulate", *list_tiny_overrides(*settings, into=folder / "runs", name="first")).code == 0
@@ -33,13 +33,13 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kept_sites(first_run: Path, tmp_path: Path) -> Path:
-    """Where the sites are kept over the runs."""
+    """A copy of the sites' folder that persists over runs."""
     return Path(shutil.copytree(first_run, tmp_path / "kept"))
 
 
 @pytest.fixture
 def run(kept_sites: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`fedtune simulate` against the kept sites, which one run was charged to already."""
+    """Run `fedtune simulate` against the persistent sites, which one run has charged before."""
 
     def start(name: str, *overrides: str) -> Any:
         settings = (f"runtime.sites_dir={kept_sites}", f"federation.num_rounds={ROUNDS}")
@@ -57,7 +57,7 @@ def read_events(kept: Path) -> dict[str, tuple[Event, ...]]:
 
 
 def allow_rounds(kept: Path, site: str, count: float) -> None:
-    """Raise a site's lifetime cap to the cost of so many rounds in all, as its owner would in an editor."""
+    """Raise a site's lifetime cap to the cost of this number of rounds, as its owner would in an editor."""
     history, path = verify_ledger(kept, site).history, kept / site / "site.toml"
     (first, *_) = history.runs.values()
     cap = count * compute_total_divergence([first.plan.event()], history.order) + compute_epsilon_conversion_term(

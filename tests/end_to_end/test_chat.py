@@ -1,4 +1,4 @@
-"""Whole runs of a language model on chats, on plain texts and on preferences, with privacy and without."""
+"""Complete runs of a language model on chats, plain texts and preferences, with and without privacy."""
 
 import csv
 import hashlib
@@ -28,7 +28,7 @@ def build_conversation(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same sixty conversations as chats and as texts; the lead's are a sixth of them."""
+    """Sixty conversations as chats and as texts; a sixth of them are the lead's."""
     folder = tmp_path_factory.mktemp("files")
     texts = [
         {"role": build_conversation(number), "text": f"{build_conversation(number)}!", "who": f"p{number % 20}"}
@@ -94,7 +94,9 @@ def make_turn(role: str, content: str) -> dict[str, str]:
 
 
 def make_pairs(form: str) -> list[dict[str, Any]]:
-    """Ninety pairs, in which a color is better than a number; in a third of them the color is the longer answer."""
+    """Create ninety preference pairs that prefer colors to numbers; in a third of them the color is the longer
+    answer.
+    """
     found: list[dict[str, Any]] = []
     for number in range(90):
         asked, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
@@ -111,7 +113,7 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def list_pair_overrides(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """The overrides of a tiny run on pairs of a form."""
+    """List the overrides of a tiny run on preference pairs of this format."""
     into = tmp_path_factory.mktemp("files")
 
     def make(form: str, *overrides: str) -> list[str]:

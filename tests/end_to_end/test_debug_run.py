@@ -1,4 +1,4 @@
-"""One whole private run through the command line, looked at from every side a user has."""
+"""One complete private run through the command line, with all of its outputs."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from ..conftest import check_planned_bytes, list_tiny_overrides, read_result, ru
 
 @pytest.fixture(scope="module")
 def printed_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder of a run with noise that was calibrated for it, and what it printed."""
+    """The folder of a run with calibrated noise, and its terminal output."""
     runs = tmp_path_factory.mktemp("runs")
     arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.device=cpu")
     further = ("runtime.num_threads=1", "head.center=true", "data.test_rows=40", "federation.num_rounds=3")
@@ -48,7 +48,7 @@ def test_run_folder_contains_the_documented_files(folder: Path) -> None:
 
 
 def mask_varying(value: Any) -> Any:
-    """Without what differs from run to run and from machine to machine."""
+    """Mask the parts of the output that vary between runs and machines."""
     if isinstance(value, dict):
         open_to_chance = value.keys() & {"detail", "energy", "findings"}
         return {key: mask_varying(inner) for key, inner in value.items()} | dict.fromkeys(open_to_chance, "any")

@@ -1,4 +1,4 @@
-"""A run that its validation scores end, as a person meets it: files, report, card, ledger, and what is refused."""
+"""A run with early stopping for its users: files, report, card, ledger and refusals."""
 
 import shutil
 from dataclasses import replace
@@ -22,7 +22,7 @@ TINY_RATES = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Planned for five rounds, over after the third, with the first one kept."""
+    """A run planned for five rounds that stopped after the third and kept the first."""
     into = tmp_path_factory.mktemp("runs")
     settings = (
         "federation.num_rounds=5",

@@ -1,6 +1,4 @@
-"""A table from its file to a model that is used: `data.input=features`, private and not, by plain and secure
-aggregation.
-"""
+"""Tabular data from the file to a usable model: `data.input=features`, with and without privacy, plain and secure."""
 
 import csv
 import json
@@ -30,7 +28,7 @@ SCORES = tomllib.loads(Path(__file__).with_name("scores_of_features.toml").read_
 
 
 def make_patients(count: int, *, seed: int) -> list[dict[str, Any]]:
-    """Patients whose answer follows from their age, their ward and one of their states."""
+    """Create patients whose label depends on age, ward and one of their conditions."""
     draws = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -173,7 +171,7 @@ def test_feature_run_works_with_secure_aggregation(run: Any) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("unit", ["record", "user"])
-def test_feature_unit_moves_a_step_by_at_most_the_clip_norm(settings: Any, tmp_path: Path, unit: str) -> None:
+def test_feature_record_changes_a_step_by_at_most_the_clipping_norm(settings: Any, tmp_path: Path, unit: str) -> None:
     of_users = ("privacy.unit=user", "+data.columns.user=ward") if unit == "user" else ()
     search = ("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", "head.hidden=[8]", *of_users)
     found = json.loads(run_command("audit", *settings(*search, name=f"searched-{unit}"), "--json").printed)["result"]

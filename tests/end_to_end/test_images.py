@@ -1,4 +1,4 @@
-"""Images from their files to a model that is used: `data.input=image`, private and not."""
+"""Images from their files to a usable model: `data.input=image`, with and without privacy."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_private_image_run_is_scored_charged_and_reported(run: Any) -> None:
 
 
 @snapshots.parametrize_mistakes("mistakes-images")
-def test_invalid_image_settings_give_one_line(settings: Any, typed: str) -> None:
+def test_invalid_image_settings_raise_a_one_line_error(settings: Any, typed: str) -> None:
     given = settings(*shlex.split(typed), name="wrong")
     snapshots.check_message("mistakes-images", typed, run_command("simulate", *given).failed())
     assert not find_run_folder(given).exists()
@@ -114,7 +114,7 @@ def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path
 
 
 @pytest.mark.nightly
-def test_image_record_moves_a_step_by_at_most_the_clip_norm(settings: Any) -> None:
+def test_image_record_changes_a_step_by_at_most_the_clipping_norm(settings: Any) -> None:
     told = run_command(
         "audit", *settings("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", name="s"), "--json"
     )

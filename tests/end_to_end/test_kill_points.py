@@ -1,4 +1,4 @@
-"""Twenty processes killed at named points, inside writes and at random moments: a sample of simulations/kill."""
+"""Twenty processes killed at named points, inside writes and at random: a sample of simulations/kill."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What came of twenty kills, and of ledgers that write in a wrong order.
+    """The results of twenty kills, and of ledgers that write in a wrong order.
 
     A process of its own forks the ones that die: this one has threads, and no place for wrapped functions.
     """
@@ -62,7 +62,7 @@ def test_wrong_write_order_in_a_ledger_is_detected(sample: Any, order: str) -> N
             assert any(said in sentence for sentence in sentences)
 
 
-def test_committed_kill_study_is_large_and_found_no_problems() -> None:
+def test_committed_kill_study_is_large_and_reports_no_problems() -> None:
     study = json.loads((REPOSITORY / "simulations" / "kill" / "results.json").read_text())
     assert study["problems"] == []
     assert study["kills"] == len(study["hits"]) >= 200

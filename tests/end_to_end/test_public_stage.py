@@ -1,4 +1,4 @@
-"""A public stage before a run: trained once by the lead alone, gone on with, and told of by all that the run says."""
+"""A public stage before a run: trained once by the lead, reused, and reported in all outputs of the run."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ from .test_resume import Stop
 
 @pytest.fixture(scope="module")
 def public_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty questions and their labels, which no site and no other file of the run has."""
+    """Thirty questions with labels that no other file of the run contains."""
     path, labels = tmp_path_factory.mktemp("public") / "public.jsonl", compose_run(["experiment=debug"]).data.labels
     path.write_text("".join(json.dumps({"text": f"Question {n}?", "label": labels[n]}) + "\n" for n in range(30)))
     return path
@@ -39,7 +39,7 @@ def stop_after_a_round(told: fedtune.Progress) -> None:
 
 @pytest.fixture(scope="module")
 def run(public_questions: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
-    """A run whose public stage was interrupted, and which was itself interrupted after that."""
+    """A run whose public stage was interrupted, and which was itself interrupted later."""
     folder = tmp_path_factory.mktemp("runs")
     asked = settings_of(folder, **{"public.train_file": public_questions, "training.ignore_weak_signal": True})
     with pytest.raises(Stop):

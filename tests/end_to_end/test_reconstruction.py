@@ -1,4 +1,4 @@
-"""The text of a record is read off a site's update without privacy, and is not with it: simulations/reconstruction."""
+"""Reconstruction of a record's text from a site's update, which privacy prevents: simulations/reconstruction."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Two sites of one record each, attacked without privacy and at epsilon 8 and 1; by privacy setting."""
+    """Attack results on two sites with one record each, without privacy and at epsilon 8 and 1, by privacy setting."""
     folder = tmp_path_factory.mktemp("reconstruction")
     command = [sys.executable, "simulations/reconstruction/run.py", "--quick", "--into", str(folder)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)

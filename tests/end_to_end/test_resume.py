@@ -1,4 +1,4 @@
-"""A run that stopped between two rounds ends as if it had never stopped."""
+"""Resumed runs, which end as if they had never stopped."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -37,11 +37,11 @@ _ROUNDS = 3
 
 
 class Stop(Exception):
-    """What ends a run in these tests."""
+    """Exception that ends a run in these tests."""
 
 
 def make_listener(early_stopping_patience: int | None) -> Mock:
-    """A listener that breaks off after a round; None: never."""
+    """Create a listener that aborts after a round (None: never)."""
 
     def round_finished(state: LeadState) -> None:
         if state.round == early_stopping_patience:
@@ -73,7 +73,9 @@ ALGORITHMS = {
 @pytest.mark.by_day("scaffold")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path, algorithm: str) -> None:
-    """With a state at the lead, at the sites or nowhere; other algorithms: tests/flower/test_averaging.py."""
+    """Covers algorithms with state at the lead, at the sites, and without state; others:
+    tests/flower/test_averaging.py.
+    """
     own = (f"federation.algorithm={algorithm}", *ALGORITHMS[algorithm])
     chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *own)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -100,14 +102,14 @@ def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path, algorith
 
 
 def test_interrupted_round_stays_charged_and_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That a charge outlives SIGKILL at any moment: test_kill_points.py."""
+    """Charges that survive SIGKILL at any moment: test_kill_points.py."""
     folder = tmp_path / "run"
 
-    def is_broken_off(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
+    def is_interrupted(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
         return bool((work.site, work.round) == ("site-2", 2))
 
     with monkeypatch.context() as patched:
-        fail_where(patched, site_work, "train_round", is_broken_off, KeyboardInterrupt())
+        fail_where(patched, site_work, "train_round", is_interrupted, KeyboardInterrupt())
         outcome = run_command("simulate", *list_tiny_overrides("federation.spare_rounds=1", into=tmp_path))
     assert (outcome.code, outcome.err) == (1, "")
     assert f"Interrupted. Continue with: fedtune simulate resume={folder}\n" in outcome.out
@@ -154,7 +156,7 @@ def test_damaged_checkpoint_ends_the_resumed_run(folder: Path) -> None:
     assert run_command("simulate", f"resume={folder}").code == 0
     newest.write_bytes(b"")
     (folder / "checkpoints" / "round-0001.safetensors").unlink()
-    assert "there is no other: start a new run" in run_command("simulate", f"resume={folder}").message
+    assert "there is no earlier checkpoint: start a new run" in run_command("simulate", f"resume={folder}").message
 
 
 def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_changed_records_in_a_resumed_run_are_reported(tmp_path: Path) -> None:
 
 
 def make_local_transport(everyone: Participants) -> Any:
-    """A transport that calls the sites, with no message between."""
+    """Create a transport that calls the sites directly, without messages."""
     numbers = {name: number for number, name in enumerate(everyone.config.federation.active)}
 
     def answer_each(ask: Callable[..., Any]) -> Callable[..., Iterator[tuple[str, Any]]]:

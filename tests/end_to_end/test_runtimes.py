@@ -1,4 +1,4 @@
-"""The same run elsewhere: on Ray, with fewer sites, with many sites, as a sweep."""
+"""One run in several runtimes: on Ray, with fewer sites, with many sites, and as a sweep."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 
 def run_fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`fedtune` as a process of its own."""
+    """Run `fedtune` in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return run_forked([sys.executable, "-m", "fedtune", *arguments], cwd=REPOSITORY, env=environment, timeout_s=300)
 
@@ -70,7 +70,7 @@ NODE = ("--num-cpus=2", "--num-gpus=1", "--object-store-memory=80000000", "--dis
 
 @contextmanager
 def start_node(log: Path, *options: str) -> Iterator[None]:
-    """A Ray node, from when it is up; whatever it started ends with it."""
+    """Start a Ray node, wait until it is up, and stop it with all of its children."""
     with log.open("w") as file:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *NODE, *options]
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
@@ -90,7 +90,7 @@ def start_node(log: Path, *options: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cluster_address() -> Iterator[str]:
-    """That of a cluster of two nodes with two CPUs and a GPU each."""
+    """The address of a cluster of two nodes with two CPUs and a GPU each."""
     # The names of Ray's sockets have to be short.
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     try:
@@ -109,7 +109,7 @@ def cluster_address() -> Iterator[str]:
 
 @pytest.fixture
 def simulate_on_cluster(tmp_path: Path, cluster_address: str) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`fedtune simulate` on the cluster, started in another folder than the nodes were."""
+    """Run `fedtune simulate` on the cluster from a folder other than that of the nodes."""
     (tmp_path / "noted").mkdir()
     (tmp_path / "simulations").symlink_to(REPOSITORY / "simulations")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -128,7 +128,7 @@ def simulate_on_cluster(tmp_path: Path, cluster_address: str) -> Callable[..., s
 @pytest.mark.slow
 @needs_ray
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a loopback address for each node")
-def test_two_node_cluster_gives_the_bytes_of_one_process(simulate_on_cluster: Any, tmp_path: Path) -> None:
+def test_two_node_cluster_matches_one_process_bit_for_bit(simulate_on_cluster: Any, tmp_path: Path) -> None:
     settings = (f"federation.num_sites={NUM_SITES}", "federation.num_rounds=2", "data.train_fraction=0.1")
     settings += ("runtime.seeded_noise=true", "runtime.device=auto")
     # A node has CPUs for two actors, and its GPU is for one.

@@ -1,4 +1,4 @@
-"""What plan, ledger and report say of a run with secure aggregation, and to whom its figures hold."""
+"""Plan, ledger and report of a run with secure aggregation, with epsilon by adversary."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def report(secure_run: Path) -> Report:
 
 
 def account_rounds(shares: int) -> pld.PLDAccountant:
-    """Of the rounds where so many sites' noise is secret, by dp-accounting alone."""
+    """Compute the epsilon of the rounds with this number of honest sites, by dp-accounting alone."""
     event: DpEvent = PoissonSampledDpEvent(RATE, GaussianDpEvent(SHARE * math.sqrt(shares)))
     return pld.PLDAccountant(value_discretization_interval=1e-4).compose(SelfComposedDpEvent(event, ROUNDS))
 
@@ -113,7 +113,7 @@ def test_early_stopped_secure_run_claims_the_whole_plan(tmp_path: Path) -> None:
     assert problems(replace(report, sites=(replace(site, by_trust=low), *report.sites[1:]))) != []
 
 
-def test_page_one_names_reliance_on_other_sites(secure_run: Path, report: Report) -> None:
+def test_first_page_names_reliance_on_other_sites(secure_run: Path, report: Report) -> None:
     page = (secure_run / "report.html").read_text()
     assert "This relies on the other sites" in page
     assert "only in the sum" in page
@@ -126,7 +126,7 @@ def test_page_one_names_reliance_on_other_sites(secure_run: Path, report: Report
         assert f"{math.floor(number * 100) / 100:.2f}" in page, "to the digits that two grids agree in"
 
 
-def test_site_report_counts_three_epsilons_by_its_filter(secure_run: Path) -> None:
+def test_site_report_computes_three_epsilons_with_its_filter(secure_run: Path) -> None:
     report = from_ledger.build_ledger_report(secure_run / "sites" / "site-2" / "ledger.db")
     (site,) = report.sites
     alone, own, others = site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others

@@ -1,4 +1,4 @@
-"""Runs whose lead learns nothing but the sum of the sites' noisy gradient sums."""
+"""Runs with secure aggregation, whose lead learns only the sum of the sites' noisy gradient sums."""
 
 import json
 from collections import Counter
@@ -34,13 +34,13 @@ THREE = ("federation.num_sites=3", "runtime.seeded_noise=true")
 
 
 def list_charged_steps(result: Any) -> list[int]:
-    """What each site was charged for."""
+    """List the steps charged at each site."""
     return [spent["steps"] for _, spent in sorted(result["privacy"]["sites"].items())]
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Adapter]]:
-    """Adapter before, total, and adapter after each of the lead's steps."""
+    """The adapter before, the total, and the adapter after each of the lead's steps."""
     found: list[tuple[Adapter, np.ndarray, Adapter]] = []
 
     def note_step(adapter: Adapter, total: np.ndarray, state: Any, **named: Any) -> Any:
@@ -103,7 +103,7 @@ def test_secure_run_continues_without_one_site_and_ends_without_two(
     failing.add("bank-4")
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *four, into=tmp_path, name="two"))
     assert done.code == 1
-    assert "2 of 4 sites sent an update, and federation.threshold = 3 are needed" in done.out + done.err
+    assert "2 of 4 sites sent an update, but federation.threshold = 3 are required" in done.out + done.err
     assert "canary-17" not in done.out + done.err
 
 
@@ -122,7 +122,7 @@ def test_spare_round_replaces_a_lost_aggregate(tmp_path: Path, steps: Any, monke
 
 @pytest.fixture
 def restart_site(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Site-2 is started again after the second session's or round's question, and has lost its keys; once."""
+    """Restart site-2 once, after the request of the second session or round, so that it loses its keys."""
     times: list[str] = []
     real = SumsAtSite.join
 
@@ -140,7 +140,7 @@ def restart_site(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.by_day("3")
 @pytest.mark.parametrize("sites", [3, 4])
 def test_restarted_site_costs_no_secure_round(sites: int, restart_site: list[str], tmp_path: Path) -> None:
-    """Also where all sites are needed: it is noticed before a round is asked for."""
+    """Covers runs that need all sites: the restart is detected before a round is requested."""
     result = read_result(simulate(*SECURE, f"federation.num_sites={sites}", "federation.threshold=3", into=tmp_path))
     assert len(set(restart_site)) == 2, "two sessions"
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}, {}]
@@ -148,7 +148,7 @@ def test_restarted_site_costs_no_secure_round(sites: int, restart_site: list[str
 
 
 def make_site_absent(monkeypatch: pytest.MonkeyPatch, name: str, site: str, number: int = 1, error: Any = None) -> None:
-    """That this site cannot do so when it is asked for the so-manieth time, nor later."""
+    """Make a site fail a protocol step from its n-th request on."""
     asked = Counter[str]()
 
     def is_away(own: SumsAtSite, *_: Any) -> bool:
@@ -164,7 +164,7 @@ def make_site_absent(monkeypatch: pytest.MonkeyPatch, name: str, site: str, numb
 def test_run_continues_without_a_site_that_lost_its_keys(
     away: str, restart_site: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No new session begins, and the others go back to the one that they have."""
+    """No new session begins, and the other sites return to the current session."""
     make_site_absent(monkeypatch, "announce", away, 2)
     result = read_result(simulate(*SECURE, *FOUR, into=tmp_path))
     assert [entry["sites"] for entry in result["rounds"]][1:] == [["site-1", "site-3", "site-4"]] * 2
@@ -173,7 +173,7 @@ def test_run_continues_without_a_site_that_lost_its_keys(
 
 @pytest.mark.nightly
 def test_site_that_never_joins_does_not_disrupt_the_session(tmp_path: Path, monkeypatch: Any) -> None:
-    """It has lost its keys each time that it is asked to join, and announces new ones."""
+    """The site loses its keys at every join request and announces new keys."""
     make_site_absent(monkeypatch, "join", "site-2", 3, Rejected(Wrong.SESSION_DIFFERS))
     more = (*FOUR, "federation.num_rounds=5")
     rounds = read_result(simulate(*SECURE, *more, into=tmp_path))["rounds"]
@@ -222,11 +222,13 @@ def test_site_dealing_wrong_shares_stays_excluded_after_lead_restart(
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 
-def test_server_changing_shares_gets_no_site_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody but the site signs them: changed ones are no answer, and with another lost the release has no sum."""
+def test_shares_changed_by_the_server_blame_no_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares are signed by their site, so changed shares count as no answer; with another missing answer there is no
+    sum.
+    """
     real, releases = secure_rounds.SecureSums._request_step, [0]
 
-    def carry_changed(self: Any, step: str, session: str, parts: Any) -> Any:
+    def relay_changed(self: Any, step: str, session: str, parts: Any) -> Any:
         found, missing = real(self, step, session, parts)
         releases[0] += step == UNMASK
         if step == UNMASK and releases[0] == 1:
@@ -236,7 +238,7 @@ def test_server_changing_shares_gets_no_site_blamed(tmp_path: Path, monkeypatch:
             del found["site-4"]
         return found, missing
 
-    monkeypatch.setattr(secure_rounds.SecureSums, "_request_step", carry_changed)
+    monkeypatch.setattr(secure_rounds.SecureSums, "_request_step", relay_changed)
     folder = simulate(*SECURE, *FOUR, into=tmp_path)
     assert [len(entry["sites"]) for entry in read_result(folder)["rounds"]] == [0, 4, 4]
     known = json.loads((folder / "checkpoints" / "session.json").read_bytes())
@@ -258,10 +260,11 @@ def test_site_with_an_invalid_key_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Party, "unmask", lambda party, _: party._site != "site-1")
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
-    assert "release 2 of the secure aggregation cannot be read: 1 sites sent shares, but 2 are required" in done.failed(
-        1
+    assert (
+        "the sum of secure aggregation release 2 cannot be computed: 1 sites sent shares, but 2 are required"
+        in done.failed(1)
     )
-    assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.message
+    assert "as in round 1, and each round is charged; the checkpoint of round 1 can be resumed" in done.message
 
 
 def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +278,7 @@ def test_run_without_any_sum_releases_the_reserved_budgets(tmp_path: Path, monke
 
 @pytest.mark.nightly
 def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every second round, so that no two in a row have no sum; which of the two is at fault nobody can tell."""
+    """Every second round has no sum; the lead cannot tell which of the two sites is at fault."""
     real = Party._open_shares
 
     def list_false_shares(self: Party, survivor: str, asked: Any, pairs: Any) -> dict[str, str]:
@@ -287,24 +290,27 @@ def test_repeated_false_accusations_end_the_run(tmp_path: Path, monkeypatch: pyt
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *all_needed, into=tmp_path))
     assert done.code == 1
     lost = range(2, 2 * secure_rounds.MOST_LOST, 2)
-    assert f"release {lost.stop} of the secure aggregation cannot be read" in done.message
-    assert f"as before in round {', '.join(map(str, lost))}, and each is charged" in done.message
+    assert f"the sum of secure aggregation release {lost.stop} cannot be computed" in done.message
+    assert f"as in round {', '.join(map(str, lost))}, and each round is charged" in done.message
     assert "wrong shares between site-1 and site-2; the checkpoint of" in done.message
     for site in ("site-1", "site-2", "site-3"):
         spent = json.loads(run_command("ledger", "spent", str(tmp_path / f"run/sites/{site}/ledger.db"), "--json").out)
         assert [run["rounds"] for run in spent["runs"]] == [lost.stop]
 
 
-def test_sum_of_fewer_than_min_sites_is_not_read(tmp_path: Path, monkeypatch: Any) -> None:
-    """One site signs an upload that is none, so that the lead counts its reply first."""
+def test_sum_of_fewer_than_min_sites_is_not_unmasked(tmp_path: Path, monkeypatch: Any) -> None:
+    """One site signs an invalid upload, so that the lead counts its reply first."""
     real = Party.upload
     monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])
     four = (*FOUR, "federation.min_sites=4")
     done = run_command("simulate", *list_tiny_overrides(*SECURE, *four, into=tmp_path))
-    assert "release 2 of the secure aggregation cannot be read: 3 sites uploaded, but 4 are required" in done.failed(1)
+    assert (
+        "the sum of secure aggregation release 2 cannot be computed: 3 sites uploaded, but 4 are required"
+        in done.failed(1)
+    )
 
 
-def test_unreadable_answer_excludes_only_its_own_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_answer_excludes_only_its_sender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = flower_records.from_step
 
     def split_answer(answer: Any) -> Any:
@@ -336,11 +342,13 @@ def test_finished_secure_run_ends_without_all_sites(tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def kill_lead_in_round_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Begins a run that ends with the second round's uploads."""
+    """Start a run that is killed after the second round's uploads."""
 
     def begin(*settings: str) -> None:
         with monkeypatch.context() as patched:
-            fail_where(patched, secure_rounds.SecureSums, "total", lambda _, round, __: round == 2, KeyboardInterrupt())
+            fail_where(
+                patched, secure_rounds.SecureSums, "compute_total", lambda _, round, __: round == 2, KeyboardInterrupt()
+            )
             assert run_command("simulate", *list_tiny_overrides(*SECURE, *settings, into=tmp_path)).code == 1
 
     return begin
@@ -348,7 +356,7 @@ def kill_lead_in_round_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 @pytest.fixture
 def keep_site_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
-    """What the sites' processes remember outlives the lead's, as on other machines."""
+    """Keep the memory of the sites' processes across a restart of the lead, as on separate machines."""
     remembered: dict[str, Parties] = {}
     real = site_work.make_sums_at_site
 
@@ -378,10 +386,10 @@ def test_restarted_lead_continues_its_session_without_all_sites(
 @pytest.mark.nightly
 @pytest.mark.by_day("None", "forgotten")
 @pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None, "forgotten"])
-def test_restarted_lead_without_a_valid_session_starts_a_new_one(
+def test_restarted_lead_without_a_valid_session_starts_a_new_session(
     kept: Any, kill_lead_in_round_two: Any, tmp_path: Path, request: Any
 ) -> None:
-    """A session of other members, or one that its sites have forgotten."""
+    """The stored session has other members, or its sites have lost it."""
     if kept != "forgotten":
         request.getfixturevalue("keep_site_memory")
     kill_lead_in_round_two(*THREE)

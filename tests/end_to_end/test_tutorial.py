@@ -1,4 +1,4 @@
-"""docs/tutorial.md and docs/other_tasks.md, line by line, from files that no other test reads."""
+"""docs/tutorial.md and docs/other_tasks.md, executed line by line, on files that no other test reads."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ LABELS = {"card_arrival", "exchange_rate", "lost_or_stolen_card", "pending_cash_
 
 
 def list_commands(file: str) -> list[list[str]]:
-    """The commands of the pages that are about one of the files, without the word fedtune."""
+    """List the pages' commands for one of the files, without the word fedtune."""
     page = "".join((REPOSITORY / "docs" / name).read_text() for name in ("tutorial.md", "other_tasks.md"))
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     commands = [line for kind, block in blocks if not kind for line in block.splitlines()]
@@ -71,7 +71,7 @@ MARGIN = 0.07
 
 
 def cut(name: str, most: int) -> list[dict[str, str]]:
-    """The first so many rows with one of the labels and few words, which cost little."""
+    """Return the first rows that have one of the labels and few words, for fast training."""
     with gzip.open(BANKING / name, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     short = (row for row in rows if row["label"] in FOUR_LABELS and len(row["text"]) <= MOST_CHARACTERS)
@@ -82,7 +82,7 @@ def cut(name: str, most: int) -> list[dict[str, str]]:
 
 @pytest.fixture
 def list_quick_start_commands(tmp_path: Path) -> list[str]:
-    """The command of docs/own_data.md on few rows.  The noise of epsilon 3 is given, which saves its search."""
+    """List the command of docs/own_data.md for few rows, with given noise to skip the calibration."""
     for name, rows in (("train", cut("train.jsonl.gz", SITES * RECORDS)), ("test", cut("test.jsonl.gz", TEST_ROWS))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [

@@ -1,4 +1,4 @@
-"""privacy.unit=user from one end to the other, over cohorts of people, and in a comparison."""
+"""privacy.unit=user from end to end, over cohorts of people, and in a comparison."""
 
 import json
 from pathlib import Path

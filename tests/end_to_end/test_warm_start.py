@@ -1,4 +1,4 @@
-"""A run that begins where another one ended: what it starts with, what it says of it, and what its sites are told."""
+"""A run that starts from another run's adapter: its start, its reports, and the messages to its sites."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.nightly
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, with noise that promises something."""
+    """A finished run with noise."""
     return Path(simulate("federation.num_rounds=1", into=tmp_path_factory.mktemp("first"), name="first"))
 
 

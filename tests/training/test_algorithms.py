@@ -275,14 +275,14 @@ def test_secure_aggregation_refuses_unsupported_algorithms(name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_federation(aggregation="secure", algorithm=name, num_sites=3)
     why = ALGORITHMS[name].not_in_sums
-    assert str(refused.value) == f"federation.algorithm = '{name}': needs federation.aggregation = plain: {why}"
+    assert str(refused.value) == f"federation.algorithm = '{name}': requires federation.aggregation = plain: {why}"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"algorithm": "fedyogi"}, "algorithm = 'fedyogi': must be one of fedavg, fedprox, scaffold, aslora"),
-        ({"algorithm": "scaffold"}, "algorithm = 'scaffold': needs training.optimizer = sgd: an update of another"),
+        ({"algorithm": "scaffold"}, "algorithm = 'scaffold': requires training.optimizer = sgd: an update of another"),
         ({"algorithm": "fedprox", "algorithm_settings": {"mu": 0.0}}, "algorithm_settings.mu = 0.0: must be a finite"),
         (
             {"algorithm": "fedprox", "algorithm_settings": {"nu": 1}},

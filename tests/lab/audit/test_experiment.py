@@ -137,7 +137,7 @@ def test_audited_run_is_marked_and_cannot_continue(sound_audit: Any, command: An
     assert "about 60 made-up gradients at each of site-1, site-2" in (folder / "AUDIT.txt").read_text()
     assert "is an audit" in command("simulate", f"resume={folder}").failed()
     told = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
-    assert "is an audit: made-up records were planted" in told.failed()
+    assert "is an audit: its training data contain canaries" in told.failed()
     report = json.loads((folder / "report.json").read_text())
     assert report["verdict"] == {"state": "within", "reasons": ["audited"]}
 
