@@ -1,1 +1,1 @@
-"""From a recipe and settings to a run: the code that the command line and the Python API share."""
+"""Composition of runs from recipes and overrides, shared by the command line and the Python API."""

@@ -1,4 +1,4 @@
-"""A comparison of models as a notebook shows it."""
+"""Comparison of models with a chart and an HTML table for notebooks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from fedtune.show.svg_figure import SvgFigure
 from fedtune.spec import ConfigError
 
 _HEIGHT = 1e12
-"""Of the first line.  The heights of lines mean nothing, and no score is as large, so an axis shows no such number."""
+"""Height of the first line.  Heights have no meaning; above every possible score, their axis labels can be hidden."""
 
 
 class ComparedModels(SideBySide):
-    """Several models, evaluated on the same records, with a figure and a table."""
+    """Scores of several models on the same records, with a chart and an HTML table."""
 
     @classmethod
-    def from_scored(cls, found: SideBySide) -> ComparedModels:
-        """Add figure and table to a comparison."""
-        return cls(**{one.name: getattr(found, one.name) for one in fields(found)})
+    def from_side_by_side(cls, scores: SideBySide) -> ComparedModels:
+        """Build the notebook view of a comparison."""
+        return cls(**{one.name: getattr(scores, one.name) for one in fields(scores)})
 
     def plot(self, score: str | None = None) -> SvgFigure:
-        """Draw each model's score (default: the primary score) with its interval (95 %).
+        """Draw each model's score with its 95 % confidence interval.
+
+        Args:
+            score: name of the score; None: the task's primary metric.
 
         Raises:
-            ValueError: there is no such score, or there are too many models to tell apart.
+            ValueError: the score does not exist, or there are more models than the chart has colors.
         """
         score, models = score or self.primary_metric, [*self.measured]
         if len(models) > MOST_LINES:

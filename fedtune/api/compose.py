@@ -1,4 +1,7 @@
-"""Composition of validated configurations from overrides in Hydra's grammar; no other module uses Hydra's parser."""
+"""Composition of validated run configurations from overrides in Hydra's grammar.
+
+The only module that uses Hydra's override parser.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from fedtune.api.experiment_file import (
     is_path,
     read_experiment_file,
     read_option,
-    require_all_given,
+    require_no_missing_values,
     to_plain_settings,
 )
 from fedtune.config import PATHS, RunConfig, parse, read_saved_config, use_secure_aggregation
@@ -43,13 +46,13 @@ from fedtune.tasks.registry import TASKS
 from fedtune.training.algorithms.algorithm_registry import ALGORITHMS
 
 Recipe = str | Path | RunConfig | DictConfig
-"""A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
+"""The name of an experiment in conf/experiment, the path of an experiment file, or a complete run configuration."""
 Settings = Mapping[str, Any]
-"""Values by dotted key, `{"privacy.epsilon": 3}`, and options of groups, `{"privacy": "none", "model": "minilm"}`."""
+"""Overrides: values by dotted key (`{"privacy.epsilon": 3}`) and options of config groups (`{"model": "minilm"}`)."""
 _QUOTES = ("'", '"')
 _IN_WORDS = r"""[^,\[\]{}:=()'"]"""
 _WORD = re.compile(rf"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?=\S)(?={_IN_WORDS}*[^\x00-\x7f])({_IN_WORDS}+)(?<=\S)""")
-"""A quoted text, or (the group) an open word with a letter that Hydra's grammar does not know."""
+"""Pattern for a quoted string or, in its capture group, an unquoted word with non-ASCII characters."""
 _OTHER_WORDS = {
     "federation.num_rounds and training.local_steps": "epochs num_epochs num_train_epochs max_steps",
     "federation.num_rounds": "rounds",
@@ -64,17 +67,17 @@ _OTHER_WORDS = {
     "data.max_length": "max_seq_length",
     "runtime.device": "device",
 }
-"""A setting, and what other programs call it."""
-_UNKNOWN = "is not a setting of fedtune"
+"""Setting names in other libraries, by fedtune's key, for hints in error messages."""
+_UNKNOWN = "is not a setting of fedtune"  # also the text by which `_complete_config` recognizes the error
 _FORM = "must look like key=value; quote a value with special characters, as in key='...'"
 _OF_A_SPACE = "must be comma-separated values, interval(LOW,HIGH), log(LOW,HIGH), or int(...) around one of these"
 _OF_THIS_MACHINE = ("name", "seed", "runtime.", "tracking.", "report.", "cost.", "model.cache_dir")
-"""Beginnings of keys that are not sent to sites."""
+"""Prefixes of the keys that stay on the lead's machine."""
 _SEVERAL = "has several values: add -m to run each of them, or write [a,b] for a list"
-MOST_RUNS = 1000  # of a sweep or a search: more than anybody means
+MOST_RUNS = 1000  # limit for a sweep or a search; a larger number is a typing error
 
 _PARSER = OverridesParser.create()
-for _name in ("shuffle", "glob"):  # the same words mean the same run, each time and everywhere
+for _name in ("shuffle", "glob"):  # not reproducible: the same overrides must always compose the same run
     del _PARSER.functions.functions[_name], _PARSER.functions.definitions[_name]
 _PARSER.functions.register(name="log", func=lambda start, end: IntervalSweep({"log"}, float(start), float(end)))
 _PARSER.functions.definitions["log"] = _PARSER.functions.definitions["interval"]  # it takes the same two numbers
@@ -83,10 +86,12 @@ _PARSER.functions.definitions["log"] = _PARSER.functions.definitions["interval"]
 def compose_run(
     overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None, for_real_sites: bool = False
 ) -> RunConfig:
-    """Compose and validate one run from overrides as typed on the command line.
+    """Compose and validate a run configuration from command-line overrides.
 
-    `changed` maps dotted keys to values that replace the composed ones.  `for_real_sites` is passed to
-    `fedtune.config.parse`.
+    Args:
+        overrides: overrides in Hydra's grammar, such as "privacy.epsilon=3".
+        changed: values by dotted key, applied after composition.
+        for_real_sites: whether the run is for real sites; see `fedtune.config.parse`.
 
     Raises:
         ConfigError: an override is malformed, or a setting is unknown or invalid.
@@ -96,14 +101,20 @@ def compose_run(
 
 
 def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> RunConfig:
-    """Compose and validate one run from Python values; without a recipe, the default run.
+    """Compose and validate a run configuration from Python values.
 
-    A DictConfig is taken as a whole configuration, composed by a Hydra application from fedtune's groups.
+    Args:
+        recipe: the experiment; None: the default run.  A `DictConfig` is a complete configuration that a Hydra
+            application has composed from fedtune's config groups.
+        settings: overrides by dotted key.
+
+    Raises:
+        ConfigError: the recipe does not exist, or a setting is unknown or invalid.
     """
     said = {str(key): value for key, value in (settings or {}).items()}
     if isinstance(recipe, Mapping) and not isinstance(recipe, DictConfig):
         meant = "settings" if any("." in str(key) for key in recipe) else "sites"
-        bound = f"must be the name of a recipe, an experiment file or a configuration; did you mean {meant}=...?"
+        bound = f"must be the name of a recipe, an experiment file or a configuration: did you mean {meant}=...?"
         raise ConfigError("recipe", "a dict", bound)
     if isinstance(recipe, RunConfig):
         config = _override_config(recipe, list(itertools.starmap(_make_override, said.items())))
@@ -119,7 +130,7 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
 
 
 def require_known_settings(settings: Settings) -> None:
-    """Refuse a setting, or an option of a group, that fedtune does not have; values are not checked."""
+    """Raise a ConfigError for the first unknown setting or group option, without checking values."""
     options = {key: value for key, value in settings.items() if list_options(key) and not isinstance(value, Mapping)}
     for group, option in options.items():
         if option not in list_options(group):
@@ -131,21 +142,21 @@ def require_known_settings(settings: Settings) -> None:
 def _compose(
     typed: Sequence[Override], others: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False
 ) -> RunConfig:
-    """Compose a run: Hydra composes the group options and the command line's overrides, then `others` are applied."""
+    """Compose a run configuration: Hydra composes the `typed` overrides, then `others` are applied to the result."""
     given = [*typed, *others]
     options = {one.key_or_group: one for one in typed if _is_option(one)}
     for group, one in options.items():
         if not isinstance(_parse_single_value(one), str):
             raise build_unknown_option_error(group, _parse_single_value(one))
         if one.is_add():
-            raise ConfigError("override", str(one.input_line), "needs no +: the group already has an option")
+            raise ConfigError("override", str(one.input_line), "is already in the configuration: remove the +")
     for key in ("experiment", "resume"):
         named = [one.value() for one in given if one.key_or_group == key]
         if len(named) > 1:  # the last would be all that counts
             raise ConfigError(key, named[1], f"conflicts with {key}={named[0]}: give only one of them")
     values = {one.key_or_group: _parse_single_value(one) for one in given if one not in options.values()}
     if ours := [key for key in values if re.match("hydra[./]", key) and key != "hydra.searchpath"]:
-        bound = "has no effect here; fedtune.simulate(cfg) in your own Hydra application supports all of them"
+        bound = "has no effect here: use a Hydra application that calls fedtune.simulate(cfg) for Hydra's own settings"
         raise ConfigError(ours[0], values[ours[0]], bound)
     if (resumed := values.get("resume")) is not None:
         # A folder is resumed with its own settings and its name, by which ledgers know it, unless all are typed again.
@@ -178,10 +189,7 @@ def _compose(
 
 
 def select_hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that Hydra itself composes, in its grammar.
-
-    The remaining overrides are applied to Hydra's result.
-    """
+    """Select the overrides that Hydra composes; fedtune applies the remaining overrides afterwards."""
     return _select_hydra_words([_parse_override(override) for override in overrides])
 
 
@@ -190,7 +198,7 @@ def _select_hydra_words(typed: Sequence[Override]) -> list[str]:
 
 
 def restore_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a run's settings, with each interpolation unresolved if its resolved value is the value that runs."""
+    """Return a run's settings as JSON values, with interpolations restored where they resolve to the run's value."""
     settings, composed_of = config.to_json(), compose_settings(select_hydra_overrides(overrides))
     raw: Any = OmegaConf.to_container(composed_of)
     written, found = dict(flatten(raw)), dict(flatten(to_plain_settings(composed_of)))
@@ -201,15 +209,15 @@ def restore_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[
 
 
 def _is_option(one: Override) -> bool:
-    """Whether an override selects an option of a group."""
+    """Whether an override selects an option of a config group."""
     return not one.is_delete() and bool(list_options(one.key_or_group)) and not isinstance(one.value(), dict)
 
 
 def _is_applied_later(one: Override) -> bool:
-    """Return whether an override is applied after Hydra's composition.
+    """Whether an override is applied after Hydra's composition.
 
-    This holds for a run folder to resume or renew, for a group given as a map, and for maps with user-defined keys,
-    which Hydra would merge.
+    True for `resume` and `renew`, for a group that is set to a map, and for maps with user-defined keys, which Hydra
+    would merge instead of replacing.
     """
     is_group = bool(list_options(one.key_or_group)) and isinstance(one.value(), dict)
     is_own_map = any(f"{one.key_or_group}.".startswith(f"{key}.") for key in FREE_MAPS)
@@ -224,18 +232,22 @@ def _complete_config(
     of_file: Set[str] = frozenset(),
     for_real_sites: bool = False,
 ) -> RunConfig:
-    """Validate a run's settings, and add everything that follows from them.
+    """Validate a run's settings, then add the secure-aggregation defaults, the public stage and the start adapter.
 
-    Adds the defaults of secure aggregation, a public stage, and the start adapter.  `values` are the keys that a person
-    set explicitly, and `of_file` the keys that the experiment file sets.
+    Args:
+        settings: the composed settings.
+        changed: values by dotted key, applied after the secure-aggregation defaults.
+        values: the keys that the user set explicitly.
+        of_file: the keys that the experiment file sets.
+        for_real_sites: see `fedtune.config.parse`.
     """
-    for name in ("validation", "test"):  # a file that a person gives takes the place of a share in their page
+    for name in ("validation", "test"):  # an explicit file replaces the experiment's held-out fraction
         if f"data.{name}_file" in values and f"data.{name}_fraction" not in values and settings["data"][f"{name}_file"]:
             settings["data"][f"{name}_fraction"] = 0.0
     as_given = deepcopy(settings)
 
     def list_keys_said_beside(key: str) -> set[str]:
-        # What was said with secure aggregation or a public stage in mind, or later, stays: the rest was not.
+        # Settings that were chosen together with secure aggregation or a public stage, or after it, keep their values.
         return values | (of_file if _overlaps_any(key, of_file) else set())
 
     if ("federation.aggregation", "secure") in flatten(settings):
@@ -244,7 +256,7 @@ def _complete_config(
         settings["name"] = make_default_run_name()
     settings = _apply_overrides(settings, [_make_override(key, value) for key, value in (changed or {}).items()])
     try:
-        require_all_given(settings)
+        require_no_missing_values(settings)
         config = parse(settings, for_real_sites=for_real_sites)
         if config.public.train_file is not None:
             config = add_public_stage(config, as_given, keep=list_keys_said_beside("public.train_file"))
@@ -254,31 +266,33 @@ def _complete_config(
 
 
 def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
-    """Compose the overrides and a user's file with Hydra, and turn Hydra's errors into a ConfigError."""
+    """Compose the settings with Hydra; convert Hydra's errors to a ConfigError about the override or `file`."""
     try:
         return _resolve(compose_settings(words))
     except MissingConfigException as error:
         group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-        is_typed = any(override_key(word) == group for word in words)
+        is_typed = any(parse_override_key(word) == group for word in words)
         raise build_unknown_option_error(
             group, option, key=None if is_typed else f"{file}: defaults, {group}"
         ) from None
     except (HydraException, OmegaConfBaseException) as error:
         told = " ".join(str(error).split())
-        word = next((word for word in words if f"'{override_key(word)}'" in told or word in told), " ".join(words))
+        word = next(
+            (word for word in words if f"'{parse_override_key(word)}'" in told or word in told), " ".join(words)
+        )
         if told.startswith("Could not override"):
-            raise _build_unknown_setting_error(override_key(word), word.partition("=")[2]) from None
+            raise _build_unknown_setting_error(parse_override_key(word), word.partition("=")[2]) from None
         of_file = file is not None and told.startswith("Multiple values")
         key, value = (f"{file}: defaults", NOT_GIVEN) if of_file else ("override", word)
         raise ConfigError(key, value, f"was rejected by Hydra: {told}") from None
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:
-    """Resolve every interpolation in the settings.
+    """Resolve the interpolations in the settings.
 
     Raises:
-        ConfigError: an interpolation cannot be resolved, a value from this machine's environment would be sent to
-            sites, or a setting would be instantiated as code (`_target_`).
+        ConfigError: an interpolation cannot be resolved, a setting that is sent to sites comes from an environment
+            variable, or a setting would run code (`_target_`).
     """
     raw: Any = OmegaConf.to_container(config)
     written = dict(flatten(raw))
@@ -297,12 +311,12 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
 
 
 def _overlaps_any(key: str, keys: Iterable[str]) -> bool:
-    """Return True if `key` equals, contains or is contained in one of the dotted `keys`."""
+    """Whether `key` equals one of the dotted `keys`, or is an ancestor or descendant of it."""
     return any(f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.") for one in keys)
 
 
 def _override_config(known: RunConfig, given: Sequence[Override]) -> RunConfig:
-    """Apply overrides to a whole configuration, and treat its learning rates as chosen: no public stage lowers them."""
+    """Apply overrides to a complete configuration; a public stage keeps the configuration's learning rates."""
     changed = _apply_overrides(known.to_json(), given)
     config = parse(changed)
     if needs_public_stage(config) or config.public != known.public:
@@ -311,7 +325,7 @@ def _override_config(known: RunConfig, given: Sequence[Override]) -> RunConfig:
 
 
 def _apply_overrides(settings: Mapping[str, Any], given: Sequence[Override]) -> dict[str, Any]:
-    """Return a copy of the settings with the overrides applied in order."""
+    """Apply the overrides in order to a copy of the settings."""
     changed = deepcopy(dict(settings))
     for one in given:
         if not set_by_key(changed, one.key_or_group, _parse_single_value(one)):
@@ -320,65 +334,64 @@ def _apply_overrides(settings: Mapping[str, Any], given: Sequence[Override]) -> 
 
 
 def quote_word(text: str) -> str:
-    """Quote a text as a single word of Hydra's grammar."""
+    """Quote a string for Hydra's override grammar."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Searched:
-    """A setting or group of settings with several values, for a sweep or a search."""
+class SearchedSetting:
+    """Search space of one setting or config group in a sweep or a search: a list of choices, or an interval."""
 
     key: str
-    # values as they are typed; empty: any number from `low` to `high`, whole where both are
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # as typed; empty: the interval from `low` to `high`
     low: float = 0.0
     high: float = 0.0
-    log: bool = False  # whether numbers are drawn evenly by their logarithm
+    log: bool = False  # whether the interval is sampled uniformly in log space
 
     @property
-    def is_integral(self) -> bool:
+    def is_integer(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 
-def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
-    """Split overrides into those that all runs share and the settings with several values."""
+def split_search_space(overrides: Sequence[str]) -> tuple[list[str], tuple[SearchedSetting, ...]]:
+    """Split overrides into fixed overrides and the search space of a sweep or a search."""
     parsed = [_parse_override(override, swept=True) for override in overrides]
-    # An option of a group, and settings of that group, are two things.
+    # A group's option and the settings within the group do not overlap.
     keys = [(one.key_or_group, "{" in one.get_value_string() or not list_options(one.key_or_group)) for one in parsed]
     for place, ((key, is_setting), one) in enumerate(zip(keys, parsed, strict=True)):
         again = (other for other, also in keys[place + 1 :] if also == is_setting)
         if one.is_sweep_override() and _overlaps_any(key, again):
-            bound = "is given again after its values, and only the last would count: give it once"
+            bound = "has several values and is set again by a later override: set it only once"
             raise ConfigError(key, NOT_GIVEN, bound)
     fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
     return fixed, tuple(_parse_searched(one) for one in parsed if one.is_sweep_override())
 
 
-def _parse_searched(override: Override) -> Searched:
+def _parse_searched(override: Override) -> SearchedSetting:
     key, value, typed = override.key_or_group, override.value(), override.get_value_string()
     if not isinstance(value, IntervalSweep):
         try:
-            # Before a range of them fills the memory.
+            # A long range must not fill the memory.
             values = tuple(dict.fromkeys(map(str, itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))))
-        except (ValueError, HydraException):  # a range of steps of 0, or names of files
+        except (ValueError, HydraException):  # a range with a step of 0, or glob()
             raise ConfigError(key, typed, _OF_A_SPACE) from None
-        return Searched(key=key, choices=values)
+        return SearchedSetting(key=key, choices=values)
     low, high, log = value.start, value.end, "log" in value.tags
     if low is None or high is None or not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
         least = ", both above 0" if log else ""
         raise ConfigError(key, typed, f"must go from a smaller number to a larger one{least}")
-    return Searched(key=key, low=low, high=high, log=log)
+    return SearchedSetting(key=key, low=low, high=high, log=log)
 
 
 def _parse_override(override: str, *, swept: bool = False) -> Override:
-    """Parse one override from the command line; `swept` allows several values."""
+    """Parse a command-line override; `swept` allows several values."""
     word = _quote_for_grammar(override, swept=swept)
     key, equals, value = word.partition("=")
     try:
         parsed = _PARSER.parse_override(word)
         if parsed.key_or_group:
             return parsed
-    except (HydraException, ValueError):  # the latter of a number with more digits than Python takes
+    except (HydraException, ValueError):  # ValueError: an integer with more digits than Python converts
         if swept and re.match(r"\w+\(", value):
             raise ConfigError(key, value, _OF_A_SPACE) from None
     if key and value.startswith("="):
@@ -391,7 +404,7 @@ def _make_override(key: str, value: Any) -> Override:
     """Build an override from a Python value."""
     try:
         plain = json.loads(json.dumps(value, default=_to_json_value))
-    except (TypeError, ValueError, RecursionError):  # the last two of what holds itself, or is too large to be written
+    except (TypeError, ValueError, RecursionError):  # the last two: circular references, or huge integers
         bound = "must be text, a number, true, false, None, or a container of these"
         raise ConfigError(key, f"a value of type {type(value).__name__}", bound) from None
     return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, plain, input_line=f"{key}={value}")
@@ -400,7 +413,7 @@ def _make_override(key: str, value: Any) -> Override:
 def _to_json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
-    return value.tolist() if hasattr(value, "tolist") else os.fspath(value)  # numpy's; or else a path, or a TypeError
+    return value.tolist() if hasattr(value, "tolist") else os.fspath(value)  # NumPy value or path, else a TypeError
 
 
 def _parse_single_value(override: Override) -> Any:
@@ -410,9 +423,9 @@ def _parse_single_value(override: Override) -> Any:
 
 
 def _quote_for_grammar(override: str, *, swept: bool) -> str:
-    """Quote an override where Hydra's grammar requires it: non-ASCII words, paths and prompt templates.
+    """Quote the values that Hydra's grammar rejects unquoted: non-ASCII words, paths and prompt templates.
 
-    `swept`: a comma separates values.
+    With `swept`, commas in a path separate values.
     """
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
@@ -428,18 +441,18 @@ def _quote_for_grammar(override: str, *, swept: bool) -> str:
     return f"{key}{equals}{value}"
 
 
-def override_key(override: str) -> str:
+def parse_override_key(override: str) -> str:
     """Return the key that an override sets, adds or deletes."""
     return override.lstrip("+~").partition("=")[0].strip()
 
 
-def override_value(override: str) -> Any:
-    """Return the single value of an override."""
+def parse_override_value(override: str) -> Any:
+    """Return the value of an override; raise a ConfigError if the override has several values."""
     return _parse_single_value(_parse_override(override))
 
 
 def _build_unknown_setting_error(key: str, value: object) -> ConfigError:
-    """Build the error about an unknown setting, with a hint: fedtune's name for it, or the most similar known key."""
+    """Build the error for an unknown setting; the message suggests fedtune's equivalent or the most similar key."""
     last = key.rpartition(".")[2]
     paths = [path.split(".") for path, _ in flatten(compose_default_settings())]
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}
@@ -447,10 +460,10 @@ def _build_unknown_setting_error(key: str, value: object) -> ConfigError:
     every |= {f"task_settings.{one.name}" for settings in of_tasks for one in fields(settings)}
     of_algorithms = (algorithm.settings for algorithm in ALGORITHMS.values() if algorithm.settings is not None)
     every |= {f"federation.algorithm_settings.{one.name}" for settings in of_algorithms for one in fields(settings)}
-    known = sorted(every, key=lambda path: (path.startswith("public."), path))  # those are seldom what is meant
+    known = sorted(every, key=lambda path: (path.startswith("public."), path))  # public.* is rarely intended
     meant = (ours for ours, theirs in _OTHER_WORDS.items() if last in theirs.split())
     named = next(meant, None) or next((path for path in known if path.rpartition(".")[2] == last), None)
-    # Alike in its own name, too: training.epochs shares most letters with training.betas.
+    # Compare the last component as well: training.epochs shares most letters with training.betas.
     alike = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
     own = [path for path in alike if difflib.SequenceMatcher(None, last, path.rpartition(".")[2]).ratio() > 0.6]
     hint = named or next(iter(own), None)

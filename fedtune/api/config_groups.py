@@ -1,4 +1,4 @@
-"""The groups in conf/ and their options, listed from file names so that nothing slow is imported."""
+"""Config groups of conf/ and their options, listed from file names to avoid the slow import of Hydra."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from fedtune.version import find_config_folder
 
 
 def list_config_groups() -> list[str]:
-    """Return the names of the groups of settings."""
+    """List the names of the config groups in conf/."""
     return sorted(one.name for one in find_config_folder().iterdir() if list_options(one.name))
 
 
 def list_options(group: str) -> list[str]:
-    """Return the options of a group, without private files (leading underscore); empty if conf/ has no such group."""
+    """List the options of a config group without private files (leading underscore); empty if the group is unknown."""
     found = (find_config_folder() / group).glob("[!_]*.yaml") if group.isidentifier() else ()
     return sorted(one.stem for one in found)
 
 
 def suggest_experiment(word: str) -> str:
-    """Return the hint for the end of an error message: the experiment that `word` probably means.
+    """Return a hint ("; did you mean experiment=...?") if `word` names an experiment in conf/ or a YAML file, else "".
 
-    Looks for the name in conf/experiment and for a YAML file, with or without its extension; empty if neither exists.
+    The extension of a YAML file may be missing from `word`.
     """
     named = word in list_options("experiment")
     endings = ("",) if named or word.endswith((".yaml", ".yml")) else (".yaml", ".yml")

@@ -1,4 +1,4 @@
-"""Hydra composition of conf/ and of users' own files; a user's file is an experiment, too."""
+"""Hydra composition of conf/ and of users' experiment files."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from fedtune.runs.overrides import FREE_MAPS
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.version import find_config_folder
 
-OPEN = "???"  # in place of a value, which must then be given
+OPEN = "???"  # Hydra's marker for a mandatory value
 _SCHEME = "fedtune"
 _PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
-_SEAL = "\ufdd0"  # stands before a sealed map, and in no text
+_SEAL = "\ufdd0"  # first character of a sealed map; a noncharacter, which no text contains
 
 
 class _Settings(ConfigSource):
-    """Hydra config source: conf/, and a user's file if the experiment is given as a path.
+    """Hydra config source for conf/ and for experiment files that are given as paths.
 
-    A map with user-defined keys is sealed as one string during composition: OmegaConf would merge such maps, but the
-    map of the later file must replace the earlier one entirely.
+    During composition a map with user-defined keys is sealed in a string, because a later file must replace the whole
+    map, and OmegaConf would merge the two maps.
     """
 
     @staticmethod
@@ -73,7 +73,7 @@ class _Settings(ConfigSource):
 
 
 class _OurPath(SearchPathPlugin):
-    """Search path plugin that adds conf/ while fedtune composes, and never in other Hydra applications."""
+    """Hydra search path plugin that adds conf/ during fedtune's own compositions only."""
 
     composes = False
 
@@ -88,7 +88,7 @@ for _plugin in (_Settings, _OurPath):
 
 @contextmanager
 def initialize_hydra() -> Iterator[None]:
-    """Initialize Hydra over conf/ and users' files, and restore another application's Hydra state on exit."""
+    """Initialize Hydra with conf/ on its search path, and restore the previous Hydra state on exit."""
     other, base = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
     GlobalHydra.instance().clear()
     _OurPath.composes = True
@@ -102,9 +102,11 @@ def initialize_hydra() -> Iterator[None]:
 
 
 def compose_settings(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
-    """Compose a run's settings from overrides in Hydra's grammar; maps with user-defined keys stay unmerged.
+    """Compose a run's settings with Hydra, without merging maps with user-defined keys.
 
-    `name` is the file in conf/ at which composition starts.
+    Args:
+        words: overrides in Hydra's grammar.
+        name: the primary config in conf/.
 
     Raises:
         HydraException: an override or a file is invalid.
@@ -121,14 +123,14 @@ def compose_settings(words: Sequence[str] = (), *, name: str = "config") -> Dict
 
 
 def read_hydra_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Return Hydra's own configuration for these overrides; values that only a Hydra job has stay missing."""
+    """Compose Hydra's own configuration node; values that exist only in a Hydra job stay missing."""
     with initialize_hydra():
         node = compose("config", overrides=[*words], return_hydra_config=True).hydra
     return OmegaConf.to_container(node)  # type: ignore[return-value]
 
 
 def list_composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
-    """List the files that Hydra composes, in order: (file, package, parent that includes it)."""
+    """List the config files of a composition in order, as (file, package, including file)."""
     with initialize_hydra():
         files = GlobalHydra.instance().config_loader().compute_defaults_list("config", [*words], RunMode.RUN).defaults
     ours = [one for one in files if not str(one.package).startswith("hydra") and one.parent != "<root>"]
@@ -137,12 +139,12 @@ def list_composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
 
 @cache
 def compose_default_settings() -> Mapping[str, Any]:
-    """Return the settings of the default run; callers must not change them."""
+    """Compose the default run's settings.  The result is cached; do not modify it."""
     return to_plain_settings(compose_settings())
 
 
 def to_plain_settings(config: DictConfig) -> dict[str, Any]:
-    """Resolve every interpolation; a setting without a value becomes `OPEN`."""
+    """Convert a configuration to plain values with resolved interpolations; missing values become `OPEN`."""
     return _unseal(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
 
 
@@ -153,12 +155,16 @@ def _unseal(value: Any) -> Any:
 
 
 def is_path(option: object) -> bool:
-    """Return True if the experiment is given as a file path and not by name."""
+    """Whether the value of `experiment` is a file path instead of a name."""
     return isinstance(option, str) and (option.endswith((".yaml", ".yml")) or "/" in option)
 
 
 def read_experiment_file(path: Path) -> dict[str, Any]:
-    """Read a user's experiment file; relative data files next to it become paths."""
+    """Read a user's experiment file, and resolve the data files that exist relative to it.
+
+    Raises:
+        ConfigError: the file is not YAML, or sets a key that is not allowed in an experiment file.
+    """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
     settings = read_plain_yaml(path, key="experiment")
@@ -171,21 +177,21 @@ def read_experiment_file(path: Path) -> dict[str, Any]:
     return settings
 
 
-def require_all_given(settings: Mapping[str, Any]) -> None:
-    """Require a value for every setting that the experiment leaves open.
+def require_no_missing_values(settings: Mapping[str, Any]) -> None:
+    """Check that every mandatory setting (`???`) has a value.
 
     Raises:
-        ConfigError: settings without a value; the message lists all of them.
+        ConfigError: at least one value is missing; the message lists all missing settings.
     """
     if left := [*_iter_missing_keys(settings)]:
         key, *others = left
-        bound = "write it where the file has ???" if "[" in key else f"give it as {key}=VALUE"
-        more = f", and so are {', '.join(others)}" if others else ""
+        bound = "replace ??? in the experiment file" if "[" in key else f"add {key}=VALUE"
+        more = f" (also missing: {', '.join(others)})" if others else ""
         raise ConfigError(key, "", f"is required{more}: {bound}")
 
 
 def _iter_missing_keys(value: Any, key: str = "") -> Iterator[str]:
-    """Yield the keys of settings without a value; a list entry is named by its columns, if it has any."""
+    """Yield the keys of missing values; an entry of a list is identified by its columns or its index."""
     if value == OPEN:
         yield key
     for name, inner in value.items() if isinstance(value, dict) else ():
@@ -197,14 +203,14 @@ def _iter_missing_keys(value: Any, key: str = "") -> Iterator[str]:
 
 
 def read_option(group: str, option: str) -> dict[str, Any]:
-    """Return the settings of one option of a group."""
+    """Compose the settings of an option of a config group."""
     if option not in list_options(group):
         raise build_unknown_option_error(group, option)
     return to_plain_settings(compose_settings(name=f"{group}/{option}"))[group]  # type: ignore[no-any-return]
 
 
 def build_unknown_option_error(group: str, option: Any, *, key: str | None = None) -> ConfigError:
-    """Build the error about an unknown option of a group; `key` is the setting that chose it (default: the group)."""
+    """Build the error for an unknown option of a config group; `key` is the key in the message (default: the group)."""
     choices = list_options(group)
     meant = suggest_experiment(str(option)) if group == "experiment" else ""
     bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is not a settings group"
@@ -212,22 +218,22 @@ def build_unknown_option_error(group: str, option: Any, *, key: str | None = Non
 
 
 def _find_config_file(config_path: str) -> tuple[str, Path | None]:
-    """Return the group and file of a config that Hydra requests; the file is None if it does not exist."""
+    """Return the config group and the file for one of Hydra's config paths; None if the file does not exist."""
     group, _, option = config_path.rpartition("/")
     if config_path.startswith("experiment/"):
         group, option = "experiment", config_path.removeprefix("experiment/")
     if group == "experiment" and is_path(option):
-        path = Path(expand_home(option, key="experiment"))  # Hydra adds an ending
+        path = Path(expand_home(option, key="experiment"))
         return group, path if path.is_file() else None
     path = find_config_folder() / group / f"{option.removesuffix('.yaml')}.yaml"
     return group, path if path.is_file() else None
 
 
 def _seal(settings: Any, *, within: str) -> Any:
-    """Replace each map in `FREE_MAPS` by a sealed string, and each open value by a sealed placeholder.
+    """Replace every map in `FREE_MAPS` by a sealed string, and every missing value by a sealed placeholder.
 
-    OmegaConf would merge the maps, and would keep a value that an open one replaces.  `within` is the key of these
-    settings.
+    OmegaConf would merge the maps, and would not let `???` replace an earlier value.  `within` is the dotted key of
+    `settings`.
     """
     if not isinstance(settings, dict):
         return _SEAL + OPEN if settings == OPEN else settings
@@ -235,18 +241,18 @@ def _seal(settings: Any, *, within: str) -> Any:
         for key in settings:
             if not isinstance(key, str):
                 raise ConfigError(f"{within}.{key}", NOT_GIVEN, "must be text; put quotes around it")
-        # Without a dollar: an interpolation in it is resolved where the map stands, when it is opened.
+        # Escape the dollar sign: interpolations in the map are resolved after it is unsealed.
         return _SEAL + json.dumps(settings, ensure_ascii=False).replace("$", "\\u0024")
     return {key: _seal(one, within=f"{within}.{key}".lstrip(".")) for key, one in settings.items()}
 
 
 def _resolve_data_files(group: Any, folder: Path) -> None:
-    """Turn each relative data file that exists next to its settings file into a path."""
+    """Resolve data files that exist relative to `folder`, the folder of the experiment file."""
     for key in ("train_file", "validation_file", "test_file"):
         name = group.get(key) if isinstance(group, dict) else None
         if isinstance(name, str) and name.strip():
-            path = folder / name.replace(r"\${", "${")  # as the file is called
-            with suppress(OSError, ValueError):  # of a name that no file can have: its reader says so
-                # With {site} in its name, one for any site.
+            path = folder / name.replace(r"\${", "${")  # unescape OmegaConf's dollar sign
+            with suppress(OSError, ValueError):  # an invalid file name is reported when the file is read
+                # A name with {site} exists if the file of any site exists.
                 if path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*")))):
                     group[key] = str(path).replace("${", r"\${")

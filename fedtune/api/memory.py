@@ -1,7 +1,7 @@
-"""Records that the caller has in memory: data frames, Arrow tables, Hugging Face data sets, arrays, and lists of dicts.
+"""In-memory records: data frames, Arrow tables, Hugging Face datasets, arrays, and lists of dicts.
 
-The records are written to private files (mode 0600 in a folder of mode 0700) that exist only while they are read, so
-that the one reader of data files checks them.  Optional libraries are never imported for data of other types.
+Records are written to temporary private files (mode 0600 in a folder of mode 0700), so that they pass the same checks
+as data files.  An optional library is imported only for data of its own types.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fedtune.formatting import flatten
 from fedtune.spec import NOT_GIVEN, ConfigError, DataError, check_name
 
 Data: TypeAlias = Any
-"""A data frame of pandas or polars, an Arrow table, a Hugging Face data set, a mapping from column to values, an
-iterable of mappings from column to value, or (X, y) in scikit-learn's form."""
+"""A pandas or polars data frame, an Arrow table, a Hugging Face dataset, a mapping from column to values, an iterable
+of row mappings, or scikit-learn's (X, y)."""
 _FORMS = "must be a data frame, an Arrow table, a data set, a list of dicts, or (X, y) arrays"
 TRAIN_FILE = f"{IN_MEMORY}/sites/{SITE}.jsonl"
-"""`data.train_file` of a run on records in memory."""
+"""`data.train_file` of a run on in-memory records."""
 DETECTED = ("own.jsonl", "own.yaml")
-"""The files of `write_private_files` with all sites' records, and with the settings that were detected in them."""
+"""File names in the folder of `write_private_files`: the pooled records, and the settings detected from them."""
 _LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
 _BY_SITES = ("data.train_file", "data.partition", "federation.num_sites", "federation.site_names")
 _SHARES = {"validation": 0.1, "test": 0.2}
@@ -39,12 +39,17 @@ _SHARES = {"validation": 0.1, "test": 0.2}
 
 @contextmanager
 def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, test: Data = None) -> Iterator[Path]:
-    """Write the records of a run to private files, let `resolve_file` find these, and delete them at the end.
+    """Write a run's in-memory records to private files for `resolve_file`, and delete the files on exit.
 
-    Errors about a file name the site, or "validation" or "test", instead of the file.
+    Error messages name the site, "validation" or "test" instead of the private file.
+
+    Args:
+        sites: records by site name.
+        validation: the lead's validation records.
+        test: the lead's test records.
 
     Yields:
-        The folder with the files.
+        The private folder.
 
     Raises:
         DataError: an object is not a table, or a value cannot be written as JSON.
@@ -56,7 +61,7 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
     tables = {TRAIN_FILE.replace(SITE, str(site)): (str(site), data) for site, data in sites.items()}
     others = {"validation": validation, "test": test}
     tables |= {_LEAD_FILES[name]: (name, data) for name, data in others.items() if data is not None}
-    with make_private_folder() as folder, _name_places(_choose_readable_names(folder, tables)):
+    with make_private_folder() as folder, _rename_paths_in_errors(_map_paths_to_names(folder, tables)):
         (folder / IN_MEMORY / "sites").mkdir(parents=True, mode=0o700)
         for file, (name, data) in tables.items():
             write_rows(folder / file, data, at=name)
@@ -67,32 +72,36 @@ def write_private_files(sites: Mapping[str, Data], *, validation: Data = None, t
             memory_folder.reset(token)
 
 
-def _choose_readable_names(folder: Path, tables: Mapping[str, tuple[str, Data]]) -> dict[str, str]:
+def _map_paths_to_names(folder: Path, tables: Mapping[str, tuple[str, Data]]) -> dict[str, str]:
     detected = {str(folder / DETECTED[0]): "sites", str(folder / DETECTED[1]): "detected settings"}
     return {str(folder / file): name for file, (name, _) in tables.items()} | detected
 
 
 @contextmanager
 def make_private_folder() -> Iterator[Path]:
-    """Make a temporary folder that only this user can open, and delete it with its content at the end."""
+    """Create a temporary folder of mode 0700, and delete it on exit."""
     with TemporaryDirectory(prefix="fedtune-") as folder:
         yield Path(folder).resolve()
 
 
 @contextmanager
 def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
-    """Yield the name of a file with the given records, for the time of the context; a path is returned unchanged."""
+    """Write records to a private file that is deleted on exit; a path is passed through.
+
+    Yields:
+        The path of the file.
+    """
     if isinstance(data, str | os.PathLike):
         yield os.fspath(data)
         return
-    with make_private_folder() as folder, _name_places({str(folder / f"{at}.jsonl"): at}):
+    with make_private_folder() as folder, _rename_paths_in_errors({str(folder / f"{at}.jsonl"): at}):
         write_rows(folder / f"{at}.jsonl", data, at=at)
         yield str(folder / f"{at}.jsonl")
 
 
 @contextmanager
-def _name_places(names: Mapping[str, str]) -> Iterator[None]:
-    """Replace the paths of private files in errors by what the caller knows them as."""
+def _rename_paths_in_errors(names: Mapping[str, str]) -> Iterator[None]:
+    """Replace paths of private files in error messages by the caller's names for the data."""
 
     def rename(value: Any) -> Any:
         for path, name in names.items() if isinstance(value, str) else ():
@@ -102,28 +111,29 @@ def _name_places(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        said = (rename(one) for one in (error.key, error.value, error.bound))
-        raise type(error)(*said, remedy=rename(error.remedy)) from None
+        renamed = (rename(one) for one in (error.key, error.value, error.bound))
+        raise type(error)(*renamed, remedy=rename(error.remedy)) from None
 
 
-def make_own_settings(settings: Settings, *, of_recipe: bool, validation: bool, test: bool) -> dict[str, Any]:
-    """Return the settings of a run on the caller's own records, beside `settings` of the caller.
+def build_in_memory_settings(settings: Settings, *, of_recipe: bool, validation: bool, test: bool) -> dict[str, Any]:
+    """Build the settings that point a run at in-memory records, in addition to the caller's settings.
 
     Args:
-        settings: the caller's settings, which must not name other training records.
-        of_recipe: whether the recipe's sizes, shares and files are of other records, and do not count.
-        validation: whether the caller has validation records.
-        test: whether the caller has test records.
+        settings: the caller's settings, without training records.
+        of_recipe: whether the run's recipe was written for other records, so that its files and held-out fractions
+            are replaced.
+        validation: whether the caller passes validation records.
+        test: whether the caller passes test records.
 
     Raises:
-        ConfigError: a setting conflicts with records in memory.
+        ConfigError: a setting conflicts with in-memory records.
     """
     said = dict(flatten(settings))
     given = {"validation": validation, "test": test}
     refused = (*_BY_SITES, *(f"data.{name}_{what}" for name in given for what in ("file", "fraction") if given[name]))
     for key, value in said.items():
         if any(f"{key}.".startswith(f"{one}.") for one in refused):
-            raise ConfigError(key, value, "cannot be combined with records in memory: leave it out")
+            raise ConfigError(key, value, "cannot be combined with records in memory: remove this setting")
     own: dict[str, Any] = {"data.train_file": TRAIN_FILE, "data.partition.kind": "file"}
     own |= {"data.partition.sites": {}, "data.partition.proportions": []}
     for name, is_given in given.items():
@@ -136,7 +146,7 @@ def make_own_settings(settings: Settings, *, of_recipe: bool, validation: bool, 
 
 
 def round_down(size: int) -> int:
-    """Round a size down to two digits, as one would declare it.
+    """Round a size down to two significant digits, a suitable declared size.
 
     >>> [round_down(size) for size in (7, 163, 2391)]
     [7, 160, 2300]
@@ -146,15 +156,15 @@ def round_down(size: int) -> int:
 
 
 def write_rows(path: Path, data: Data, *, at: str) -> None:
-    """Write records to a new file as JSON lines, which only this user can read.
+    """Write records as JSON Lines to a new file of mode 0600.
 
     Args:
-        path: the new file.
+        path: the file to create.
         data: the records.
-        at: what the caller calls them, for messages.
+        at: the caller's name for the data, for error messages.
 
     Raises:
-        DataError: the object is not a table, or a value cannot be written as JSON.
+        DataError: the object is not a table, or a value has no JSON equivalent.
     """
     with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         for number, row in enumerate(iter_rows(data, at=at), 1):
@@ -167,7 +177,11 @@ def write_rows(path: Path, data: Data, *, at: str) -> None:
 
 
 def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
-    """Yield the rows of a table of any supported type.
+    """Yield the rows of in-memory data of any supported type.
+
+    Args:
+        data: the table.
+        at: the caller's name for the data, for error messages.
 
     Raises:
         DataError: the object is not a table.
@@ -206,12 +220,15 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
 
 
 def split_inputs(data: Data) -> tuple[list[Any], bool]:
-    """Return what a model should answer, and whether these are rows of a table (else texts).
+    """Split data for prediction into a list of inputs.
 
-    A single text is one input.  Rows of numbers are rows of a table with the columns x0, x1, ...
+    A single text is one input.  Rows of numbers become table rows with the columns x0, x1, ...
+
+    Returns:
+        The inputs, and whether they are table rows (True) or texts (False).
 
     Raises:
-        DataError: the object is neither texts nor a table.
+        DataError: the object contains neither texts nor a table.
     """
     if data is None or isinstance(data, str):
         return [data], False
@@ -222,9 +239,10 @@ def split_inputs(data: Data) -> tuple[list[Any], bool]:
 
 
 def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of (X, y): numbers in the columns x0, x1, ..., or texts, and the answer in `label` or `target`.
+    """Yield rows of scikit-learn's (X, y): features x0, x1, ... or `text`, with a column `label` or `target` for y.
 
-    A `y` of floats is a target; otherwise it is a label.  Columns of a table and the name of a series are kept.
+    Float values of y are targets, all others are labels.  Existing column names and the name of a pandas series are
+    kept.
     """
     values, kind = _to_list(answers), getattr(getattr(answers, "dtype", None), "kind", None)
     if any(isinstance(one, list) for one in values):
@@ -243,7 +261,7 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
 
 
 def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
-    """Yield rows of an array: the columns x0, x1, ... of two dimensions, or texts."""
+    """Yield the rows of an array: features x0, x1, ... for a 2-D array, `text` for a list of strings."""
     for number, one in enumerate(_to_list(inputs), 1):
         if isinstance(one, str):
             yield {"text": one}
@@ -273,10 +291,10 @@ def _to_list(values: Any) -> list[Any]:
 
 
 def _to_json(value: Any, at: str) -> Any:
-    """Convert a cell to a value of JSON; missing values of any library become null.
+    """Convert a cell to a JSON value; the missing-value markers of all libraries become None.
 
     Raises:
-        DataError: JSON has no such value.
+        DataError: the value has no JSON equivalent.
     """
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return None

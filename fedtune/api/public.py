@@ -1,7 +1,7 @@
-"""The Python API, as `import fedtune` offers it: runs, plans, scores and reports as values; `ledger` has ledgers.
+"""The Python API of `import fedtune`: runs, plans, evaluations and reports (ledgers are in `public_ledger`).
 
-Settings use dotted keys, as on the command line.  A user's mistake raises a `ValueError` with the message of the
-command line.  Nothing is printed.
+Settings use dotted keys, as on the command line.  Invalid input raises a `ValueError` with the same message as on the
+command line.  Nothing is printed, unless a progress bar is requested.
 """
 
 from __future__ import annotations
@@ -55,14 +55,18 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.sites.session import Session
 
 Chart = Literal["utility", "epsilon_spent", "profile", "reliability"]  # of a run's report
-Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and tells a listener
+Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs (configuration, folder, listener)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """The progress of a run: `done` of `total` parts of a stage, or 0 of 0 if the total is unknown.
+    """Progress of a run.
 
-    After a round, `stage` is "round" and `round` holds that round's result.
+    Attributes:
+        stage: name of the current stage; "round" after each finished round.
+        done: number of finished steps of the stage.
+        total: number of steps of the stage; 0 if unknown.
+        round: result of the round that has just finished; None in all other stages.
     """
 
     stage: str
@@ -71,40 +75,41 @@ class Progress:
     round: RoundResult | None = None
 
 
-Callback = Callable[[Progress], None]  # is told how far a run is
+Callback = Callable[[Progress], None]  # receives the progress of a run
 
 
-def stages(progress: Callback) -> Callable[[str, int, int], None]:
-    """Return what tells a callback of a stage, and how many of its parts are done."""
-    return lambda what, done, total: progress(Progress(stage=what, done=done, total=total))
+def report_stages_to(progress: Callback) -> Callable[[str, int, int], None]:
+    """Return a function that reports (stage, done, total) to a progress callback."""
+    return lambda stage, done, total: progress(Progress(stage=stage, done=done, total=total))
 
 
 def is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook, which shows HTML instead of a terminal's control characters."""
+    """Whether this process is a Jupyter kernel, which displays HTML."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
 
 
-def show_notebook_bar() -> Callable[[Progress], None]:
-    """Show a bar below the cell, and return the callback that moves it."""
+def make_notebook_bar() -> Callable[[Progress], None]:
+    """Display a progress bar below the notebook cell and return the callback that updates it."""
     library: Any = importlib.import_module("IPython.display")
     handle = library.display(library.HTML(""), display_id=True)
 
-    def move(told: Progress) -> None:
-        scores = told.round.metrics.items() if told.round is not None else ()
-        said = ", ".join(f"{name} {value:.4f}" for name, value in scores if value is not None)
-        text = f"{told.stage} {told.done} of {told.total}" if told.total else told.stage
-        bar = f'<progress value="{told.done}" max="{max(told.total, 1)}"></progress>'
-        handle.update(library.HTML(f"{bar} {html.escape(f'{text}: {said}' if said else text)}"))
+    def update(progress: Progress) -> None:
+        scores = progress.round.metrics.items() if progress.round is not None else ()
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores if value is not None)
+        text = f"{progress.stage} {progress.done} of {progress.total}" if progress.total else progress.stage
+        bar = f'<progress value="{progress.done}" max="{max(progress.total, 1)}"></progress>'
+        handle.update(library.HTML(f"{bar} {html.escape(f'{text}: {metrics}' if metrics else text)}"))
 
-    return move
+    return update
 
 
-class Teller:
-    """A listener that reports a run to a callback; notes on the data become Python warnings."""
+class CallbackListener:
+    """Run listener that reports progress to a callback and issues notes about the data as Python warnings."""
 
     def __init__(self, config: RunConfig, progress: Callback) -> None:
-        self._rounds, self._progress, self.on_preparing = config.federation.num_rounds, progress, stages(progress)
+        self._rounds, self._progress = config.federation.num_rounds, progress
+        self.on_preparing = report_stages_to(progress)
 
     def note(self, text: str) -> None:
         warnings.warn(text, stacklevel=2)
@@ -113,10 +118,10 @@ class Teller:
         self._progress(Progress(stage="training", done=state.round, total=self._rounds))
 
     def on_site_replied(self, number: int) -> None:
-        """Do nothing: a round is reported only when it has finished."""
+        """Ignore single replies; progress is reported once per finished round."""
 
     def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
-        """Only real sites do, and a run over them has the command's display."""
+        """Ignore replies of real sites; runs over real sites use the command line's display."""
 
     def round_finished(self, state: LeadState) -> None:
         self._progress(Progress(stage="round", done=state.round, total=self._rounds, round=state.rounds[-1]))
@@ -126,24 +131,26 @@ def simulate(
     recipe: Recipe | None = None,
     settings: Settings | None = None,
     *,
-    progress: Callback | Literal[True] = lambda told: None,
+    progress: Callback | Literal[True] = lambda progress: None,
     session: Session | None = None,
 ) -> Run:
-    """Run a federation on this machine to its end: simulated sites, each with its own ledger and DP-SGD.
+    """Simulate a federation on this machine: every site trains with DP-SGD and keeps its own ledger.
 
-    The run's folder is `tracking.output_dir`/`name`, by default a timestamp below runs/.  After an interrupt,
-    `simulate(settings={"resume": folder})` resumes the run; every round that was charged stays charged.  A public stage
-    (`public.train_file`) runs first, in a sibling folder whose name ends in -public; if it is interrupted, the same
-    call resumes it.
+    The run's folder is `tracking.output_dir`/`name`; the default name is a timestamp, below runs/.  After an
+    interrupt, `simulate(settings={"resume": folder})` resumes the run; rounds that were charged before the interrupt
+    stay charged.  A public stage (`public.train_file`) runs first, in a sibling folder whose name ends in -public;
+    repeating the call resumes an interrupted public stage.
 
     Args:
-        recipe: the experiment to run; None: the default, four banks on Banking77.
+        recipe: the experiment to run; None: the default experiment, four banks on Banking77.
         settings: overrides of the recipe's settings, by dotted key.
-        progress: called during the run, in this thread; an exception that it raises ends the run like an interrupt.
-            True: show a progress bar, in a notebook below the cell, else with the command line's output on standard
-            error.
-        session: keeps the loaded model and its precomputed states for the next run with this session; None: keep
-            nothing.
+        progress: callback for progress, called in this thread; an exception in the callback interrupts the run.
+            True: show a progress bar, below the cell in a notebook, otherwise on standard error.
+        session: cache for the loaded model and its precomputed hidden states, reused by the next run with this
+            session; None: no cache.
+
+    Returns:
+        The finished run.
 
     Raises:
         ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
@@ -161,16 +168,16 @@ def simulate(
             "runtime", "deployment", "requires real sites: start the run with fedtune run --kit LEAD sites=[...]"
         )
     if torch_came_first:
-        late = "otherwise MKL is configured too late, and a run may refuse this process"
-        warnings.warn(f"import fedtune before torch: {late}", stacklevel=2)
+        reason = "MKL cannot be configured after torch has loaded it, and a run may refuse to start in this process"
+        warnings.warn(f"import fedtune before torch: {reason}", stacklevel=2)
     work = partial(simulation.simulate, session=session)
     if progress is True and is_notebook():
-        progress = show_notebook_bar()
+        progress = make_notebook_bar()
 
     def run(config: RunConfig, folder: Path) -> None:
         config = fix_number_format(config, folder, alone=session is not None)
         if progress is not True:
-            run_in_folder(config, folder, Teller(config, progress), work=work)
+            run_in_folder(config, folder, CallbackListener(config, progress), work=work)
             return
         display = Display(Console(stderr=True), config, shown=True)
         with display.show_progress_bar():
@@ -184,10 +191,20 @@ def simulate(
 
 
 def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
-    """Return the privacy cost of a run, by site and round, from settings and declared sizes alone; nothing is charged.
+    """Compute the privacy cost of a run per site and round from its settings and declared sizes; nothing is charged.
 
-    Guarantee: every epsilon is an upper bound for the whole run, except `epsilon_of_one_round`, which bounds a single
-    round.
+    Guarantee: every epsilon is an upper bound for the whole run, except `epsilon_of_one_round`, an upper bound for a
+    single round.
+
+    Args:
+        recipe: the experiment; None: the default experiment.
+        settings: overrides of the recipe's settings, by dotted key.
+
+    Returns:
+        The price: epsilon at delta, noise multiplier, and the cost of every round.
+
+    Raises:
+        ValueError: a setting is unknown or invalid.
 
     >>> price = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
     >>> price.epsilon <= 3, len(price.rounds), price.steps
@@ -200,7 +217,10 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Pric
 
 
 def load(folder: str | Path) -> Run:
-    """Load the run in a folder, finished or not; `folder` may also be the run's `adapter` folder.
+    """Load a run, finished or not, from its folder.
+
+    Args:
+        folder: the run folder, or the `adapter` folder inside it.
 
     Raises:
         ValueError: the folder contains no run.
@@ -212,12 +232,15 @@ def load(folder: str | Path) -> Run:
     return Run(path, read_saved_config(path))
 
 
-def evaluate(run: Run, data: Data, *, progress: Callback = lambda told: None) -> ComparedModels:
-    """Score a run's adapter, and its base without one, on records; intervals (95 %) draw the same records for both.
+def evaluate(run: Run, data: Data, *, progress: Callback = lambda progress: None) -> ComparedModels:
+    """Evaluate a run's adapter and its base model on the same records, with paired 95 % bootstrap intervals.
 
-    `data` is a file, or records in memory in any form that `simulate` takes, with the columns that the run's settings
-    name.  Scores are exact, and not covered by any guarantee.  `progress` is called before each model is scored, in
-    this thread.
+    Guarantee: none; scores are exact, and no noise protects the records.
+
+    Args:
+        run: a finished run.
+        data: a file, or records in memory in any form that `simulate` takes, with the columns of the run's settings.
+        progress: callback for progress, called in this thread before each model is scored.
 
     Raises:
         ValueError: the run is not finished, or the records cannot be used.
@@ -226,38 +249,43 @@ def evaluate(run: Run, data: Data, *, progress: Callback = lambda told: None) ->
     from fedtune.runs.model_comparison import compare_runs
 
     with write_data_file(data) as file:
-        found = {"tuned": (run.config, run.adapter)}
-        return ComparedModels.from_scored(compare_runs(found, file=file, final=True, progress=stages(progress)))
+        tuned = {"tuned": (run.config, run.adapter)}
+        scores = compare_runs(tuned, file=file, final=True, progress=report_stages_to(progress))
+        return ComparedModels.from_side_by_side(scores)
 
 
-def compare(runs: Mapping[str, Run], data: Data = None, *, progress: Callback = lambda told: None) -> ComparedModels:
-    """Score finished runs, and their base before training, on the same records; exact, and no guarantee covers it.
+def compare(
+    runs: Mapping[str, Run], data: Data = None, *, progress: Callback = lambda progress: None
+) -> ComparedModels:
+    """Evaluate finished runs and their base models on the same records.
 
-    `comparison("base", NAME)` of what is returned is the difference of two of them, with an interval (95 %) that draws
-    the same records for both; `estimate(NAME, score)` is one's own score.
+    On the result, `compare_models("base", NAME)` returns the difference between two models with a paired 95 %
+    bootstrap interval, and `estimate(NAME, score)` a single model's score.
+
+    Guarantee: none; scores are exact, and no noise protects the records.
 
     Args:
-        runs: by name; the first one's settings say which the records are.
-        data: a file or records in memory, with the columns that these settings name; None: the first run's test
-            records.
-        progress: is called before each model is scored, in this thread.
+        runs: the runs by name; the settings of the first run define the records and their columns.
+        data: a file or records in memory; None: the first run's test records.
+        progress: callback for progress, called in this thread before each model is scored.
 
     Raises:
-        ValueError: a run is not finished, or the runs' scores say nothing about each other.
+        ValueError: a run is not finished, or the runs' scores are not comparable.
     """
     from fedtune.api.compared_models import ComparedModels
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.runs.saved_model import BASE
 
-    if not runs or BASE in runs:  # which is what their base is called
-        raise ConfigError("runs", [*runs], f"must name at least one run, and no run may be called {BASE}")
+    if not runs or BASE in runs:  # the name of the base model in the result
+        raise ConfigError("runs", [*runs], f"must contain at least one run, and {BASE} is reserved for the base model")
     finished = {name: (run.config, run.adapter) for name, run in runs.items()}
     with write_data_file(data) if data is not None else nullcontext() as file:
-        return ComparedModels.from_scored(compare_runs(finished, file=file, progress=stages(progress)))
+        scores = compare_runs(finished, file=file, progress=report_stages_to(progress))
+        return ComparedModels.from_side_by_side(scores)
 
 
 class Checks(tuple["Check", ...]):
-    """The checks of a report: a tuple that prints one line for each, with its name and state."""
+    """Tuple of a report's checks, printed with one line per check: name, state and explanation."""
 
     __slots__ = ()
 
@@ -270,14 +298,16 @@ class Checks(tuple["Check", ...]):
 
 
 def verify(file: str | Path, *, key: str | None = None) -> Checks:
-    """Check a report.json: its format, its signature, its verdict, the settings next to it, and every epsilon.
+    """Verify a report.json: format, signature, verdict, the settings next to it, and every epsilon.
 
-    Each epsilon is recomputed from the report's events.  Each check's `state` is "right", "wrong", "missing" or
-    "not_checked".
+    Every epsilon is recomputed from the report's events.
 
     Args:
         file: the report, or the folder that contains it.
-        key: the public key, in hex, that must have signed the report.
+        key: the public key (hex) that must have signed the report; None: any key.
+
+    Returns:
+        The checks; `state` is "right", "wrong", "missing" or "not_checked".
 
     Raises:
         ValueError: there is no report.
@@ -292,9 +322,15 @@ def verify(file: str | Path, *, key: str | None = None) -> Checks:
 
 
 def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:
-    """Run a configuration in its folder, creating the folder for a new run, and write a report at the end.
+    """Execute a run in its folder and write its report and model card.
 
-    If the run fails before its first checkpoint, a newly created folder is removed.
+    The folder of a new run is created, and is removed if the run fails before its first checkpoint.
+
+    Args:
+        config: the run's configuration.
+        folder: the run folder.
+        listener: receives the run's progress.
+        work: function that trains, for example `fedtune.flower.simulation.simulate`.
     """
     require_run_packages(config)
     from fedtune.report.run_page import UnfinishedReport
@@ -310,7 +346,7 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
             with files.hold_lock(), files.log_to_file(config.tracking.log_level):
                 tracked.begin()
                 result = work(config, folder, Followed(listener, tracked.update, page.update))
-            from fedtune.report import model_card  # draws, which takes a second to import
+            from fedtune.report import model_card  # imports the drawing code, which takes a second
 
             model_card.write_report_and_card(folder, language=config.report.language)
             tracked.finish(result, folder)
@@ -324,10 +360,14 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
 
 
 def start_after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
-    """Return the run with the result of its public stage as its start adapter.
+    """Train a run's public stage, and return the run with the stage's adapter as its start adapter.
 
-    A run that has begun or has no public stage is returned unchanged.  `train` runs the stage in its own folder next to
-    the run's, resuming an unfinished stage; a finished stage is reused.
+    A resumed run, and a run without a public stage, is returned unchanged.  An unfinished public stage is resumed, and
+    a finished stage is reused.
+
+    Args:
+        config: the run.
+        train: function that runs the public stage's configuration in its folder, a sibling of the run's folder.
     """
     if config.resume is not None or not needs_public_stage(config):
         return config
@@ -344,8 +384,9 @@ def start_after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path
 
 @dataclass(frozen=True)
 class Run:
-    """A run, returned by `simulate` and `load`; its folder holds settings, results, adapter, report and simulated
-    sites.
+    """A run and its folder, which contains settings, results, adapter, report and the simulated sites.
+
+    Returned by `simulate` and `load`.
     """
 
     folder: Path
@@ -353,10 +394,10 @@ class Run:
 
     @cached_property
     def result(self) -> RunResult:
-        """The content of run.json.
+        """The run's results, as stored in run.json.
 
         Raises:
-            ValueError: the run has no result yet.
+            ValueError: the run is not finished.
         """
         from fedtune.report.from_run import read_run
 
@@ -366,21 +407,22 @@ class Run:
 
     @property
     def metrics(self) -> Scores:
-        """Scores of the final adapter on the lead's test records; not covered by the guarantee."""
+        """Scores of the final adapter on the lead's test records.  The privacy guarantee does not cover them."""
         return self.result.final.metrics
 
     @property
     def rounds(self) -> tuple[RoundResult, ...]:
+        """Results per round: seconds, transferred bytes, contributing sites and validation scores."""
         return self.result.rounds
 
     @property
     def privacy(self) -> PrivacyResult:
-        """The privacy guarantee: epsilon at delta for the run and for each site, derived from the charged events."""
+        """The privacy guarantee: epsilon at delta, for the run and per site, computed from the charged events."""
         return self.result.privacy
 
     @property
     def adapter(self) -> Path:
-        """The final adapter's folder, for `peft.PeftModel.from_pretrained`.
+        """Path of the final adapter, for `peft.PeftModel.from_pretrained`.
 
         Raises:
             ValueError: the run is not finished or is an audit, or the adapter does not match run.json.
@@ -388,15 +430,18 @@ class Run:
         return RunFolder(self.folder).find_finished_adapter()
 
     def predict(self, data: Data) -> list[object]:
-        """Predict for one input or several: the most likely labels with their probabilities, or a number, per input.
+        """Predict the labels or the target of one or several inputs.
 
         Args:
-            data: a text, several texts, or rows with the columns that the run's settings name, in any form that
-                `simulate` takes; the answers' columns are not needed.
+            data: a text, several texts, or rows with the columns of the run's settings, in any form that `simulate`
+                takes.  Label columns are not needed.
+
+        Returns:
+            Per input the most likely labels with their probabilities, or the predicted number.
 
         Raises:
-            ValueError: the run's task generates or compares texts, or an input cannot be used: for example one text,
-                where the run's records have two.
+            ValueError: the run's task generates or compares texts, or an input cannot be used, for example a single
+                text for a task on text pairs.
         """
         task = self._model.model.task
         if not task.answers or task.predicts_tokens:
@@ -404,10 +449,13 @@ class Run:
         return [self._model.answer_record(record)[1] for record in self._read_inputs(data)]
 
     def predict_proba(self, data: Data) -> npt.NDArray[np.float64]:
-        """Predict the probability of each label: (records, labels), in the order of `config.data.labels`.
+        """Predict the probability of every label.
 
         Args:
-            data: as for `predict`.
+            data: one or several inputs, as for `predict`.
+
+        Returns:
+            Array of shape (inputs, labels), columns in the order of `config.data.labels`.
 
         Raises:
             ValueError: the run's task does not predict labels, or an input cannot be used.
@@ -422,7 +470,7 @@ class Run:
         return np.array([row.double().numpy() for row in rows]).reshape(-1, len(self.config.data.labels))
 
     def _read_inputs(self, data: Data) -> list[Record]:
-        """Read inputs without answers: texts, or rows of a table."""
+        """Parse inputs for prediction, texts or table rows, into records without labels."""
         from fedtune.sites.run_records import read_prompts
 
         inputs, is_table = split_inputs(data)
@@ -431,59 +479,65 @@ class Run:
         with write_data_file(inputs) as file:
             return read_prompts(self.config, file, key="data")
 
-    def evaluate(self, data: Data, *, progress: Callback = lambda told: None) -> ComparedModels:
-        """Score the adapter and its base on records; see `fedtune.evaluate`."""
+    def evaluate(self, data: Data, *, progress: Callback = lambda progress: None) -> ComparedModels:
+        """Evaluate the adapter and its base model on records; see `fedtune.evaluate`."""
         return evaluate(self, data, progress=progress)
 
     def model(self, form: ModelForm = "peft") -> ModelWithTokenizer:
-        """Load the tuned model with its tokenizer, as the named library knows it: (model, tokenizer).
+        """Load the tuned model and its tokenizer as an object of PEFT, Transformers or Sentence Transformers.
 
         Args:
-            form: "peft": the base of transformers with the adapter on it; a classifier's head is not part of it.
-                "merged": the whole language model, or the tagger of tokens, for `transformers.pipeline`.
-                "sentence-transformers": the whole classifier, regression or embedding, for `model.encode`.
+            form: "peft": a `PeftModel` on the base model, without a classifier's head.
+                "merged": a Transformers model with merged weights, for language models and token classifiers;
+                usable in `transformers.pipeline`.
+                "sentence-transformers": a `SentenceTransformer` for classifiers, regression and embeddings;
+                `model.encode` returns the predictions or embeddings.
+
+        Returns:
+            The pair (model, tokenizer).
 
         Raises:
-            ValueError: the run is not finished, its task has no such form, or a library is missing.
+            ValueError: the run is not finished, its task does not support the form, or a library is missing.
         """
         from fedtune.export.loaded_model import load_model_as
 
         return load_model_as(form, self.adapter, self.config)
 
     def export(self, to: str | Path, *, format: str | None = None, int8: bool = False) -> list[Path]:
-        """Write the tuned model with its card and tokenizer to a new folder, as `fedtune export` does.
+        """Export the tuned model with its model card and tokenizer to a new folder, as `fedtune export` does.
 
         Args:
-            to: the new folder.
+            to: the folder to create.
             format: "peft", "merged", "sentence-transformers", "safetensors" or "onnx"; None: the adapter.
-            int8: with "onnx": also write a graph with int8 weights.
+            int8: for "onnx": also write a graph with weights quantized to int8.
 
         Returns:
-            The written files.
+            The paths of the files.
 
         Raises:
             ValueError: the run is not finished, or the format, a library or the folder cannot be used.
-            RunError: the written model does not compute what the run's model computes.
+            RunError: the exported model's outputs differ from those of the run's model.
         """
         from fedtune.export.export_formats import export
         from fedtune.export.format_choice import choose_format
 
         chosen, target = choose_format(self.config, format, key="format"), Path(to)
         if int8 and (chosen != "onnx" or self.config.lora.kind == NO_ADAPTER):
-            raise ConfigError("int8", True, 'requires format="onnx" and a base model, whose matrices it quantizes')
+            raise ConfigError("int8", True, 'requires format="onnx" and a run with a base model')
         if target.absolute().resolve().is_relative_to(self.adapter.resolve()):
             raise ConfigError("to", str(to), "must be outside the run's adapter folder")
         return export(self.adapter, self.config, target, format=chosen, int8=int8)
 
     def plot(self, chart: Chart | None = None, *, language: Literal["en", "de"] = "en") -> SvgFigure:
-        """Draw a chart of the run's report: the primary score by epsilon, epsilon by round, or epsilon by delta.
+        """Draw a chart of the run's report as SVG.
 
         Args:
-            chart: "utility", "epsilon_spent", "profile" or "reliability"; None: the first with something to draw.
-            language: the language of axes and labels.
+            chart: "utility" (primary metric by epsilon), "epsilon_spent" (epsilon by round), "profile" (epsilon by
+                delta) or "reliability" (calibration of the probabilities); None: the first chart that has data.
+            language: language of axes and labels.
 
         Raises:
-            ValueError: the chart has nothing to draw.
+            ValueError: the run has no data for the chart.
         """
         from fedtune.report.page.tables import Charts
         from fedtune.report.page.translations import load_catalog
@@ -513,10 +567,17 @@ class Run:
     def generate(
         self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> str:
-        """Generate the tuned model's answer to a prompt; greedy decoding unless `temperature` is above 0.
+        """Generate a completion of a prompt with the tuned model.
+
+        Args:
+            prompt: the prompt, without the run's prompt template.
+            max_new_tokens: maximum number of tokens to generate.
+            temperature: sampling temperature; 0: greedy decoding.
+            top_p: probability mass for nucleus sampling.
+            seed: seed of the sampling.
 
         Raises:
-            ValueError: the run's task generates no text, or the prompt is too long.
+            ValueError: the run's task does not generate text, or the prompt is too long.
         """
         from fedtune.evaluation.spec import WritingSpec
 
@@ -527,16 +588,17 @@ class Run:
         return "".join(self._model.generate_answer(ids, spec))
 
     def distill(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
-        """Distill the tuned model into a smaller student, and write the student to a new folder.
+        """Distill the tuned model into a smaller student model in a new folder.
 
-        Guarantee: the run's own; if `texts` have a card of synthetic records, the epsilon of the runs behind them is
-        added.
+        Guarantee: the run's guarantee; if `texts` is a file of synthetic records with a card, the epsilon of the runs
+        that generated these records is added.
 
         Args:
-            to: the new folder.
-            texts: a file of public or synthetic texts, one line or record each.
-            student: "half" of the base's layers, the number of lowest layers to keep, or another base model.
-            **options: passed to `fedtune.lab.distillation.distill`.
+            to: the folder to create.
+            texts: a file of public or synthetic texts, one per line or record.
+            student: "half" (the lower half of the base's layers), the number of lowest layers to keep, or the name of
+                another base model.
+            **options: keyword arguments of `fedtune.lab.distillation.distill`.
 
         Raises:
             ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
@@ -547,7 +609,7 @@ class Run:
 
     @cached_property
     def _model(self) -> SavedModel:
-        """The base model with this run's adapter, cached because loading takes seconds."""
+        """The base model with this run's adapter, loaded once."""
         from fedtune.runs.saved_model import SavedModel
 
         model = SavedModel(self.config, {"tuned": self.adapter})
@@ -555,13 +617,13 @@ class Run:
         return model
 
     def report(self) -> DrawnReport:
-        """Build the privacy report anew from the run's folder."""
+        """Build the privacy report from the current content of the run folder."""
         from fedtune.report import from_run
         from fedtune.report.drawn_report import DrawnReport
 
         return DrawnReport.from_report(from_run.build_run_report(self.folder))
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return one row per round: seconds, number of sites, bytes, and scores on the validation file."""
+        """Return a data frame with one row per round: seconds, number of sites, bytes, and validation scores."""
         columns = ("round", "seconds", "sites", "bytes_down", "bytes_up")
         return to_data_frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})

@@ -1,7 +1,7 @@
-"""A ledger from Python: it is read, and charges any release; no machine-learning framework is imported.
+"""Python interface to a site's privacy ledger, without any machine-learning framework.
 
-What a site releases beside fedtune's runs is charged like a run of one round: before its value exists, against the same
-caps, in the same signed events.
+A release outside of fedtune's runs is charged like a run of one round: before its value is computed, against the same
+caps, as a signed event in the same hash chain.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from fedtune.report.facts import Lifetime
 
-_QUERIES = ReferenceRun(sampling_rate=1.0, noise_multiplier=10.0, steps=1)  # the same order is best for any noise
+_QUERIES = ReferenceRun(sampling_rate=1.0, noise_multiplier=10.0, steps=1)  # noise does not change the best order
 _OTHER_SETTINGS = "was charged with other settings: choose another name"
 _LOST = "was charged, but its answer was lost in a crash: choose another name"
 _NAME_IS_USED = {
@@ -47,23 +47,25 @@ _NAME_IS_USED = {
     Reason.RUN_ENDED: _LOST,
 }
 _ABOUT_TOTALS = (Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD)
-"""Caps on a total: such a refusal asks for what would be spent in all, not for the release alone."""
+"""Refusals by a cap on total epsilon; their `asked` is the total including the release."""
 
 
 class Ledger:
-    """A site's ledger, verified: `Ledger(path)` reads it, `Ledger.open` and `Ledger.create` also charge releases.
+    """A site's privacy ledger, verified on opening.
 
-    Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  Only an anchor shows
-    that no event is missing at the end: `fedtune ledger verify --anchor`.  All that was charged here or by runs stays
-    within the policy's caps (docs/any_release.md).
+    `Ledger(path)` is read-only; `Ledger.open` and `Ledger.create` return a ledger that can charge releases.
+
+    Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  Removal of the latest
+    events is detected only by an anchor (`fedtune ledger verify --anchor`).  The total of all charges, by runs and by
+    this class, stays within the policy's caps (docs/any_release.md).
 
     Args:
         path: the ledger.db file.
-        site_key: the site's public key in hex, from a trusted source; None: the key that the ledger names.
+        site_key: the site's public key (hex) from a trusted source; None: the key in the ledger.
 
     Raises:
-        ValueError: there is no such file.
-        RunError: the verification failed; the message says which check.
+        ValueError: the file does not exist.
+        RunError: the verification failed; the message names the check.
     """
 
     def __init__(self, path: str | Path, *, site_key: str | None = None) -> None:
@@ -76,11 +78,14 @@ class Ledger:
 
     @classmethod
     def open(cls, site_toml: str | Path) -> Ledger:
-        """Open the ledger that a site's policy names for charging; a missing ledger or key is created.
+        """Open a site's ledger for charging; a missing ledger or key is created.
+
+        Args:
+            site_toml: the site's policy, which contains the paths of the ledger and the key.
 
         Raises:
             ValueError: the policy, the key or the ledger cannot be used.
-            RunError: the ledger is damaged, was changed or put back, or cannot be written.
+            RunError: the ledger is damaged, was modified or rolled back, or cannot be written.
         """
         files = SiteFiles.from_site_toml(Path(site_toml))
         opened = files.open_ledger()
@@ -92,21 +97,21 @@ class Ledger:
     def create(
         cls, folder: str | Path, *, epsilon: float, delta: float, size: int, unit: Unit = "record", site: str = "site"
     ) -> Ledger:
-        """Create a site's policy, key (mode 0600) and ledger in a folder, and open the ledger for charging.
+        """Create a policy, a key (mode 0600) and a ledger in a folder, and open the ledger for charging.
 
-        The policy is the template's (`fedtune site template`), under which no lead may train, with these values; the
-        accounting is chosen for queries.  For another policy, write it, and use `Ledger.open`.
+        The policy is the template of `fedtune site template` with these values.  It permits no lead to train, and its
+        accounting is tuned for queries.  For any other policy, write a site.toml and use `Ledger.open`.
 
         Args:
-            folder: for the three files.
-            epsilon: cap on everything that is ever released about these records.
-            delta: of that cap; fixed for good.
-            size: the number of units that the site publishes: a round number, not the exact one.
-            unit: what one (epsilon, delta) protects, "record" or "user"; fixed for good.
-            site: name of the site; fixed for good.
+            folder: the folder for the three files.
+            epsilon: lifetime cap on the privacy loss of all releases about these records.
+            delta: delta of the cap; cannot be changed later.
+            size: the declared size: a public, rounded number of units instead of the exact number.
+            unit: unit of privacy, "record" or "user"; cannot be changed later.
+            site: name of the site; cannot be changed later.
 
         Raises:
-            ValueError: a value is out of range, or the folder has a policy or a ledger.
+            ValueError: a value is out of range, or the folder already contains a policy or a ledger.
         """
         site_toml = Path(folder) / "site.toml"
         policy = read_policy(find_config_folder() / "site.toml")
@@ -120,7 +125,8 @@ class Ledger:
             anchor="",
         )
         for path in (site_toml, site_toml.parent / policy.ledger):
-            require("folder", str(folder), not path.exists(), f"has {path.name}: open it with fedtune.Ledger.open")
+            bound = f"already contains {path.name}: open the ledger with fedtune.Ledger.open"
+            require("folder", str(folder), not path.exists(), bound)
         write_policy(policy, site_toml)
         return cls.open(site_toml)
 
@@ -133,24 +139,24 @@ class Ledger:
         sampling_rate: float = 1.0,
         steps: int = 1,
     ) -> Receipt:
-        """Charge a release that other software makes, before it is made, and return the site's signed receipt.
+        """Charge a release by other software in advance, and return the site's signed receipt.
 
-        Guarantee: the price alone: that the mechanism is as described is the caller's statement.  `steps` steps, each
-        on a Poisson sample (or on all units at a rate of 1), whose noise has a standard deviation of `noise_multiplier`
-        times the L2 sensitivity or, for "laplace", a scale of `noise_multiplier` times the L1 sensitivity.  The
-        sensitivity is the most that adding or removing one of the ledger's units moves a step's sum.
+        Guarantee: the charge is correct for a mechanism of `steps` sums, each over a Poisson sample of the units and
+        with Gaussian noise of standard deviation `noise_multiplier` times the L2 sensitivity, or Laplace noise of
+        scale `noise_multiplier` times the L1 sensitivity.  The sensitivity is the largest change of a sum when one
+        unit is added or removed.  That the other software implements this mechanism is the caller's responsibility.
 
         Args:
-            name: of the release.  It can be charged once: a release that is made again is another one.
-            noise_multiplier: as above, and above 0; Opacus and jax_privacy call it so, too.
+            name: name of the release.  A name can be charged only once; charge a repeated release under a new name.
+            noise_multiplier: ratio of noise to sensitivity, above 0, as in Opacus and jax_privacy.
             noise: "gaussian" or "laplace".
-            sampling_rate: probability with which each unit joins a step; below 1 only for "gaussian".
+            sampling_rate: probability with which each unit joins a step; below 1 for "gaussian" only.
             steps: number of steps.
 
         Raises:
-            ValueError: a value is out of range, or the name was charged before.
-            RefusedError: the charge does not fit the policy, which the message names; nothing is charged.
-            RunError: the ledger cannot be trusted or written.
+            ValueError: a value is out of range, or the name was already charged.
+            RefusedError: the charge exceeds a limit of the policy; nothing is charged.
+            RunError: the ledger fails verification or cannot be written.
         """
         check_whole("steps", steps)
         check_at_least("steps", steps, 1)
@@ -158,7 +164,7 @@ class Ledger:
         how = {"sampling_rate": sampling_rate, "local_steps": steps, "max_grad_norm": 1.0}
         proposal, granted = self._reserve(kind, name, [], noise_multiplier=noise_multiplier, noise=noise, **how)
         if not isinstance(granted, Reservation):
-            raise ConfigError("name", name, "was charged before: give a repeated release a new name")
+            raise ConfigError("name", name, "was already charged: give a repeated release a new name")
         self._commit(granted, b"[]")
         return self.receipt(proposal.run)
 
@@ -171,7 +177,10 @@ class Ledger:
         noise: Noise = "gaussian",
         users: Iterable[Hashable] | None = None,
     ) -> float:
-        """Release how many units have a true value, with noise; arguments as for `sum`, with a bound of 1."""
+        """Release a noised count of the units whose value is true.
+
+        Guarantee, arguments and errors as for `sum`, with a bound of 1.
+        """
         rows = [(float(bool(value)),) for value in self._keep_one_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
         return self._release_sum("count", name, rows, ["count"], **planned)[0]
@@ -186,12 +195,23 @@ class Ledger:
         noise: Noise = "gaussian",
         users: Iterable[Hashable] | None = None,
     ) -> dict[Hashable, float]:
-        """Release how many units have each value of `bins`, with noise; arguments as for `sum`, with a bound of 1.
+        """Release a noised histogram: the number of units per value of `bins`.
 
-        A unit is in one bin, or in none, so that its sensitivity is 1.  The bins must be known without the records; a
-        bin without a unit gets its noise, too.
+        Every unit is in at most one bin, so the sensitivity is 1; empty bins are noised as well.  Guarantee, other
+        arguments and errors as for `sum`, with a bound of 1.
+
+        Args:
+            name: name of the release.
+            values: one value per record; values outside of `bins` are not counted.
+            bins: distinct values, chosen independently of the records.
+            noise_multiplier: ratio of noise to sensitivity, above 0.
+            noise: "gaussian" or "laplace".
+            users: the user of each record, if the ledger's unit is "user".
+
+        Returns:
+            The noised count per bin.
         """
-        require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must have at least one value, and no value twice")
+        require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must contain distinct values, at least one")
         rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
         found = [rows.get(value, none) for value in self._keep_one_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
@@ -208,26 +228,30 @@ class Ledger:
         noise: Noise = "gaussian",
         users: Iterable[Hashable] | None = None,
     ) -> list[float]:
-        """Release the sum of one number or row of numbers per unit, with noise: a value for each column.
+        """Release a noised sum of one number, or of one row of numbers, per unit.
 
-        Guarantee: one mechanism of the noise multiplier on all units, charged before its noise is drawn.  A row beyond
-        `bound` is scaled down to it, a value that is not finite counts as 0, and sums and noise are whole numbers
-        (`privacy.own_release`).  The answer is stored before it is returned: asked again under the same name with the
-        same settings, the ledger returns it, whatever the records are by then, and charges nothing.  After a crash in
-        between the release stays charged, and its name is used up.
+        Guarantee: one Gaussian or Laplace mechanism over all units, charged before its noise is drawn.  Rows with a
+        norm above `bound` are clipped, values that are not finite count as 0, and sums and noise are integers
+        (`privacy.own_release`).  The result is stored before it is returned:
+        a repeated call with the same name and settings returns the stored result, even if the records have changed,
+        and charges nothing.  If the process crashes before the result is stored, the release stays charged and its
+        name cannot be used again.
 
         Args:
-            name: of the release.
-            values: a number or a row of numbers for each record.
-            bound: the most that one unit may add: L2 norm for "gaussian" noise, L1 norm for "laplace".
-            noise_multiplier: standard deviation (gaussian) or scale (laplace) of the noise over the bound; above 0.
+            name: name of the release.
+            values: one number or one row of numbers per record.
+            bound: clipping norm per unit: L2 norm for "gaussian", L1 norm for "laplace".
+            noise_multiplier: standard deviation (gaussian) or scale (laplace) of the noise divided by `bound`; above 0.
             noise: "gaussian" or "laplace".
-            users: of a ledger with the unit "user", whose each record is: the last record of each user counts.
+            users: the user of each record, if the ledger's unit is "user"; only the last record of a user counts.
+
+        Returns:
+            The noised sum of each column.
 
         Raises:
-            ValueError: a value is out of range, or the records are no numbers; nothing is charged.
-            RefusedError: the charge does not fit the policy, which the message names; nothing is charged.
-            RunError: the ledger cannot be trusted or written.
+            ValueError: a value is out of range, or the records are not numeric; nothing is charged.
+            RefusedError: the charge exceeds a limit of the policy; nothing is charged.
+            RunError: the ledger fails verification or cannot be written.
         """
         check_positive("bound", bound)
         table = np.asarray(self._keep_one_per_unit(values, users), dtype=np.float64)
@@ -237,25 +261,25 @@ class Ledger:
         return self._release_sum("sum", name, rows, range(width), **planned)
 
     def receipt(self, name: str) -> Receipt:
-        """Sign a receipt for what was charged to a release or run.
+        """Sign a receipt for the charges of a release or run.
 
         Args:
-            name: of the release, as it was given, or of the release or run in `spending.runs`, where a release's kind
-                stands before its name ("count over-65").
+            name: the name of the release, with or without its kind as a prefix ("count over-65" or "over-65"), or the
+                name of a run; `spending.runs` lists all of them.
 
         Raises:
-            ValueError: nothing has this name, or releases of several kinds have it.
+            ValueError: the name is unknown, or is ambiguous without the kind.
         """
         runs = self._site.history.runs
         found = [name] if name in runs else [run for run in runs if run.partition(" ")[2] == name]
         known = f": {', '.join(runs)}" if runs else "; nothing was charged yet"
         require("name", name, bool(found), f"must be the name of a release or run of this ledger{known}")
-        require("name", name, len(found) == 1, f"is the name of several releases: choose one of {', '.join(found)}")
+        require("name", name, len(found) == 1, f"is ambiguous: choose one of {', '.join(found)}")
         return self._site.sign_receipt(found[0])
 
     @property
     def verified(self) -> Verified:
-        """The verified ledger; after a charge it is verified again when it is next read.
+        """The verified content of the ledger, reread and verified after every charge.
 
         Raises:
             RunError: the verification failed.
@@ -266,7 +290,7 @@ class Ledger:
 
     @property
     def spending(self) -> Lifetime:
-        """Epsilon spent over the ledger's lifetime, in the current period and by each run, derived from its events."""
+        """Epsilon spent over the ledger's lifetime, in the current period and per run, computed from the events."""
         from fedtune.report.from_ledger import compute_current_lifetime
 
         return compute_current_lifetime(self.verified)
@@ -278,20 +302,20 @@ class Ledger:
         return format_html_table(f"Ledger {self.path}", rows.items())
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return one row per event: time, kind, run and round."""
+        """Return a data frame with one row per event: time, kind, run and round."""
         columns = ("sequence", "time", "kind", "run", "round")
         return to_data_frame(self.verified.events, columns, lambda one: {"kind": str(one.kind)})
 
     @property
     def _site(self) -> SiteLedger:
         if self._opened is None:
-            raise ConfigError("ledger", str(self.path), "is read only: fedtune.Ledger.open(site.toml) charges releases")
+            raise ConfigError("ledger", str(self.path), "is read-only: use fedtune.Ledger.open(site.toml) to charge it")
         return self._opened
 
     def _keep_one_per_unit(self, values: Any, users: Iterable[Hashable] | None) -> list[Any]:
-        """Return one value per unit: all of them or, for unit "user", the last one of each user."""
+        """Return one value per unit: every value for unit "record", each user's last value for unit "user"."""
         by_user = self._site.policy.population.unit == "user"
-        bound = "must name the user of each record if the ledger has unit = user, and must be left out otherwise"
+        bound = "must contain the user of each record for a ledger with unit = user, and be omitted for unit = record"
         require("users", NOT_GIVEN, by_user is (users is not None), bound)
         each = values.to_numpy() if hasattr(values, "to_numpy") else values  # a DataFrame's rows, not its columns
         return list(each) if users is None else list(dict(zip(users, each, strict=True)).values())
@@ -299,7 +323,7 @@ class Ledger:
     def _release_sum(
         self, kind: str, name: str, rows: Sequence[tuple[float, ...]], columns: Sequence[Hashable], **planned: Any
     ) -> list[float]:
-        """Charge the release of a sum, then add its noise and store the answer; or return the stored answer."""
+        """Charge, compute and store the release of a noised sum, or return the result that is already stored."""
         proposal, reply = self._reserve(kind, name, columns, **planned, sampling_rate=1.0, local_steps=1)
         if isinstance(reply, Reservation):
             answer = release_sum(rows, proposal.plan, width=len(columns), stream=SystemRandomness().stream())
@@ -312,18 +336,18 @@ class Ledger:
         check_name("name", name)
         check_noise("noise_multiplier", planned["noise_multiplier"])
         proposal = propose_release(kind, name, self._site.policy, **planned)
-        # The stored answer is one to these columns alone: asked for others, it would carry their names.
+        # The columns are part of the request: a stored result must not be returned under other column names.
         request = hashlib.sha256(repr((proposal.digest(), list(columns))).encode()).hexdigest()
         try:
             return proposal, self._site.reserve(proposal, round=1, request=request, own=True)
         except Refused as refused:
             if (bound := _NAME_IS_USED.get(refused.reason)) is not None:
                 raise ConfigError("name", name, bound) from refused
-            said = str(refused)
+            reason = str(refused)
             if refused.reason in _ABOUT_TOTALS:
-                said = f"{refused.reason}: epsilon would be {refused.asked} in total, {refused.allowed}"
+                reason = f"{refused.reason}: epsilon would be {refused.asked} in total, {refused.allowed}"
             raise RefusedError(
-                f"the release {proposal.run!r} exceeds the budget: {said}; nothing was charged"
+                f"the release {proposal.run!r} exceeds the budget: {reason}; nothing was charged"
             ) from refused
 
     def _commit(self, granted: Reservation, reply: bytes) -> bytes:
@@ -336,7 +360,13 @@ class Ledger:
 def to_data_frame(
     rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]
 ) -> pandas.DataFrame:
-    """Build a data frame with one row per item, indexed by the first of `columns`; `other` adds more cells to a row."""
+    """Build a data frame from objects.
+
+    Args:
+        rows: objects, one per row.
+        columns: attributes that become columns; the first is the index.
+        other: function that returns additional columns of a row.
+    """
     require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
     import pandas
 

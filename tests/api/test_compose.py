@@ -20,12 +20,12 @@ def compose_sweep(overrides: Sequence[str]) -> list[RunConfig]:
 
 
 OWN = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"]
-"""What `experiment=own_data` leaves open."""
+"""Mandatory settings of `experiment=own_data`."""
 WRITES = ["task=causal_lm", "data.labels=[]", "data.columns={prompt: text, completion: text}"]
-"""For settings that a language model alone has."""
+"""Settings of a language model."""
 
 
-def test_values_keep_their_type_through_yaml(tmp_path: Path) -> None:
+def test_yaml_round_trip_preserves_value_types(tmp_path: Path) -> None:
     overrides = [
         *("experiment=debug", "name='1e5'", "privacy.delta=1e-7", "data.labels=['yes','no','1','null']"),
         *("lora.layers=[-1,0]", "federation.site_names=['01','0x2']"),
@@ -90,7 +90,7 @@ def test_sweep_runs_never_share_a_folder() -> None:
         names = [run.name for run in compose_sweep(["experiment=debug", *sweep])]
         assert len(set(names)) == len(names) > 1
     for again in ("privacy={epsilon: 3}", "+privacy.epsilon=3"):
-        with pytest.raises(ConfigError, match=r"^privacy\.epsilon: is given again after its values"):
+        with pytest.raises(ConfigError, match=r"^privacy\.epsilon: has several values and is set again"):
             compose_sweep(["experiment=debug", "+privacy.epsilon=1,2", again])
     options = compose_sweep(["experiment=debug", "privacy=none,dp_sgd", "privacy={epsilon: 3}"])
     assert [(run.privacy.mechanism, run.privacy.epsilon) for run in options] == [("none", 3.0), ("dp_sgd", 3.0)]
@@ -147,7 +147,7 @@ SECURE = "federation.aggregation=secure"
 
 
 def list_secure_choices(*overrides: str) -> tuple[int, int, int | None, str, float, float | None]:
-    """What a run with secure aggregation takes of what it may choose."""
+    """Return the settings that secure aggregation changes."""
     config = compose_run(["name=x", *overrides])
     training, federation = config.training, config.federation
     assert training.learning_rate != "auto"
@@ -193,7 +193,7 @@ PUBLIC = "public.train_file=public.csv"
 
 
 def compose_rates_with_public_stage(*overrides: str) -> tuple[object, object]:
-    """Rates of LoRA and head: the public stage's, and the sites' own."""
+    """Return the learning rates of adapter and head, as (public stage, sites)."""
     config = compose_run([PUBLIC, "name=x", *overrides])
     own = config.training.compute_peak_rates(clipped=config.privacy.private)
     return (config.public.learning_rate, config.public.head_learning_rate), own
@@ -272,7 +272,7 @@ def test_paths_may_start_at_home_and_contain_commas(tmp_path: Path, monkeypatch:
     assert compose_run(["resume=~/r/x"]).resume == str(tmp_path / "r" / "x")
 
 
-def test_python_values_become_settings_or_are_refused() -> None:
+def test_make_override_refuses_values_without_json_form() -> None:
     config = compose_recipe("debug", {"data.labels": np.array(["a", "b"]), "privacy.noise_multiplier": np.float32(3)})
     assert (config.data.labels, config.privacy.noise_multiplier) == (("a", "b"), 3.0)
     itself: list[object] = []

@@ -1,4 +1,4 @@
-"""`experiment=` may be a file anywhere: plain data, composed as conf/experiment's are."""
+"""Experiments in users' own files, and overrides of them."""
 
 from pathlib import Path
 
@@ -79,13 +79,13 @@ def test_invalid_experiment_file_is_named(page: Path, wrong: dict[str, str]) -> 
 
 
 @snapshots.parametrize_mistakes("mistakes-typed")
-def test_typing_mistakes_are_explained(page: Path, typed: str) -> None:
+def test_misspelled_experiment_keys_suggest_the_known_key(page: Path, typed: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose_run([f"experiment={page}", "federation.num_sites=2", typed.replace("NINES", "9" * 5000)])
     snapshots.check_message("mistakes-typed", typed, str(error.value))
 
 
-def test_invalid_override_is_not_blamed_on_the_file(page: Path) -> None:
+def test_invalid_override_error_does_not_name_the_experiment_file(page: Path) -> None:
     for typed in ("data.labels=[1.5]", "data={max_length: -1}"):
         with pytest.raises(ConfigError) as error:
             compose_run([f"experiment={page}", typed])
@@ -97,7 +97,7 @@ def test_invalid_override_is_not_blamed_on_the_file(page: Path) -> None:
     assert compose_run([f"experiment={page}"]).data.validation_file == "x" * 300, "its reader refuses it"
 
 
-def test_overrides_are_parsed_as_typed(page: Path) -> None:
+def test_experiment_overrides_are_parsed_like_typed_ones(page: Path) -> None:
     def compose_data(*overrides: str) -> object:
         return compose_run([f"experiment={page}", *overrides]).data
 
@@ -111,7 +111,7 @@ def test_overrides_are_parsed_as_typed(page: Path) -> None:
 
 
 @snapshots.parametrize_mistakes("mistakes-experiments")
-def test_misspelled_experiment_argument_is_explained(
+def test_misspelled_experiment_suggests_the_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Simulations on records that the caller has in memory."""
+"""Simulations on in-memory records."""
 
 import datetime
 import json
@@ -41,7 +41,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which private files are made; nothing is left in it."""
+    """Temporary folder for private files, which must be empty at the end."""
     (folder := tmp_path / "private").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder
@@ -52,7 +52,7 @@ def read(data: Any) -> list[dict[str, Any]]:
         return [json.loads(line) for line in Path(name).read_text().splitlines()]
 
 
-def test_two_tables_in_memory_learn_together(settings: dict[str, Any], private: Path) -> None:
+def test_simulate_trains_on_in_memory_tables_of_two_sites(settings: dict[str, Any], private: Path) -> None:
     seen = dict[str, int]()
 
     def look(told: fedtune.Progress) -> None:
@@ -74,7 +74,7 @@ def test_two_tables_in_memory_learn_together(settings: dict[str, Any], private: 
     assert fedtune.load(run.folder).report().epsilon == run.privacy.epsilon
 
 
-def test_interrupted_run_resumes_with_the_same_records(settings: dict[str, Any], private: Path) -> None:
+def test_interrupted_in_memory_run_resumes_with_the_same_records(settings: dict[str, Any], private: Path) -> None:
     settings["federation.num_rounds"] = 2
 
     def interrupt(told: fedtune.Progress) -> None:
@@ -93,7 +93,7 @@ def test_interrupted_run_resumes_with_the_same_records(settings: dict[str, Any],
     assert [one.round for one in run.rounds] == [1, 2]
 
 
-def test_recipe_keeps_its_model_and_takes_records_in_memory(settings: dict[str, Any]) -> None:
+def test_recipe_with_in_memory_records_keeps_its_model(settings: dict[str, Any]) -> None:
     sites: dict[str, Any] = {"a": {"text": [f"text {number}" for number in range(60)], "label": ["x", "y"] * 30}}
     sites["b"] = pyarrow.table(sites["a"])
     settings |= {"data.labels": ["x", "y"], "data.declared_sizes": [40, 40]}
@@ -107,7 +107,7 @@ def test_recipe_keeps_its_model_and_takes_records_in_memory(settings: dict[str, 
 
 
 def _run_on_files(settings: Mapping[str, Any]) -> Path:
-    """A folder with the settings of a run on files."""
+    """Create a run folder with the settings of a run on data files."""
     folder = Path(settings["tracking.output_dir"]) / "files"
     folder.mkdir()
     text = (folder.parent / "run" / "config.yaml").read_text()
@@ -116,7 +116,7 @@ def _run_on_files(settings: Mapping[str, Any]) -> Path:
     return folder
 
 
-def test_arrays_of_a_table_learn_with_declared_ranges(settings: dict[str, Any]) -> None:
+def test_simulate_trains_on_arrays_with_declared_ranges(settings: dict[str, Any]) -> None:
     draws = np.random.default_rng(1)
     inputs = draws.normal(size=(60, 2))
     labels = (inputs[:, 0] > 0).astype(int)
@@ -131,7 +131,7 @@ def test_arrays_of_a_table_learn_with_declared_ranges(settings: dict[str, Any]) 
 
 
 class Frame:
-    """Looks like a data frame of polars."""
+    """Stub of a polars data frame."""
 
     def iter_rows(self, *, named: bool) -> Iterator[dict[str, Any]]:
         assert named
@@ -139,7 +139,7 @@ class Frame:
 
 
 class DataSet:
-    """Looks like a data set of Hugging Face."""
+    """Stub of a Hugging Face dataset."""
 
     column_names = ("text", "n")
 
@@ -148,7 +148,7 @@ class DataSet:
 
 
 class Stream:
-    """Looks like any table with Arrow's protocol."""
+    """Stub of a table with Arrow's C stream protocol."""
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         return pyarrow.table({"text": ["a"], "n": [1]}).__arrow_c_stream__(requested_schema)
@@ -174,11 +174,11 @@ ROW = [{"text": "a", "n": 1}]
     ],
     ids=lambda data: type(data).__name__,
 )
-def test_tables_of_each_library_have_the_same_rows(data: Any) -> None:
+def test_iter_rows_returns_the_same_rows_for_every_library(data: Any) -> None:
     assert read(data) == ROW
 
 
-def test_arrays_become_columns_as_in_scikit_learn() -> None:
+def test_iter_rows_converts_scikit_learn_arrays_to_columns() -> None:
     inputs = np.array([[1.5, 2.0]])
     assert read((inputs, np.array([3]))) == [{"x0": 1.5, "x1": 2.0, "label": 3}]
     assert read((inputs, np.array([3.5]))) == [{"x0": 1.5, "x1": 2.0, "target": 3.5}]
@@ -190,7 +190,7 @@ def test_arrays_become_columns_as_in_scikit_learn() -> None:
         read((np.eye(2), np.eye(2)))
 
 
-def test_cells_of_any_library_become_json() -> None:
+def test_write_rows_converts_cells_to_json() -> None:
     cells = {
         "text": np.str_("a"),
         "number": np.float32(0.5),
@@ -227,13 +227,13 @@ def test_cells_of_any_library_become_json() -> None:
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), r"data, column 'a' = 'a duplicate column'"),
     ],
 )
-def test_other_objects_are_refused_with_their_place(data: Any, message: str, private: Path) -> None:
+def test_unsupported_data_is_refused_with_its_location(data: Any, message: str, private: Path) -> None:
     with pytest.raises(DataError, match=message):
         read(data)
     assert list(private.iterdir()) == []
 
 
-def test_bad_records_are_reported_by_site_and_leave_no_file(settings: dict[str, Any], private: Path) -> None:
+def test_bad_records_are_reported_by_site_without_leftover_files(settings: dict[str, Any], private: Path) -> None:
     bad = [*make_tickets(40), {"body": " ", "team": "sales"}]
     with pytest.raises(DataError, match=r"^south:41, column 'body' = 'blank': must not be blank"):
         fedtune.simulate(
@@ -259,7 +259,7 @@ def test_bad_records_are_reported_by_site_and_leave_no_file(settings: dict[str, 
     assert memory_folder.get() is None
 
 
-def test_ambiguous_records_are_explained_with_settings_and_typos_come_first(settings: dict[str, Any]) -> None:
+def test_ambiguous_columns_error_suggests_settings(settings: dict[str, Any]) -> None:
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
     texts = [[" ".join(words[(n * k + i * i) % 10] for i in range(12)) + f" {n}" for k in (3, 7)] for n in range(40)]
     rows = [{"first": first, "second": second, "team": TEAMS[n % 2]} for n, (first, second) in enumerate(texts)]
@@ -281,7 +281,7 @@ def test_ambiguous_records_are_explained_with_settings_and_typos_come_first(sett
 @pytest.mark.parametrize(
     ("first", "meant"), [({"north": make_tickets(3)}, "sites"), ({"privacy.epsilon": 3}, "settings")]
 )
-def test_dict_in_place_of_a_recipe_is_refused_with_what_was_meant(first: Any, meant: str) -> None:
+def test_dict_as_recipe_is_refused_with_a_suggestion(first: Any, meant: str) -> None:
     with pytest.raises(ConfigError, match=rf"recipe = 'a dict': .*did you mean {meant}=\.\.\.\?"):
         fedtune.simulate(first)
 

@@ -1,4 +1,4 @@
-"""docs/notebooks as their readers run them, and an application that uses fedtune as a library."""
+"""Notebooks in docs/notebooks, and an application that uses fedtune as a library."""
 
 import shutil
 import sys
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.nightly
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_first_to_last_cell(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_executes_without_errors(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / ".jupyter"))

@@ -1,4 +1,4 @@
-"""`import fedtune` as an application or a notebook uses it."""
+"""The Python API of `import fedtune`."""
 
 import asyncio
 import doctest
@@ -84,7 +84,7 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
     difference = found.compare_models("base", "tuned").difference
     assert difference.low <= difference.value <= difference.high
     for wrong in ({}, {"base": run}):
-        with pytest.raises(ValueError, match="must name at least one run, and no run may be called base"):
+        with pytest.raises(ValueError, match="must contain at least one run, and base is reserved for the base model"):
             fedtune.compare(wrong)
     with pytest.raises(ValueError, match=r"score = 'precision': must be one of accuracy"):
         found.compare_models("base", "tuned", "precision")
@@ -129,7 +129,7 @@ def test_audit_run_returns_the_run_and_its_findings(tmp_path: Path) -> None:
         audit_run("debug", make_tiny_settings(tmp_path, name="other"), attack={"kind": "sensitivity"})
 
 
-def test_reading_a_ledger_writes_nothing(run: fedtune.Run) -> None:
+def test_ledger_read_writes_no_files(run: fedtune.Run) -> None:
     path = run.folder / "sites" / "site-1" / "ledger.db"
     before = path.read_bytes()
     ledger = fedtune.Ledger(path)
@@ -150,7 +150,7 @@ def test_finished_run_is_renewed_with_the_same_ledgers(run: fedtune.Run, capfd: 
         fedtune.simulate(settings={"renew": later.folder})
 
 
-def test_invalid_setting_is_a_value_error_worded_like_the_command_line(tmp_path: Path, command: Any) -> None:
+def test_invalid_setting_raises_value_error_with_the_command_line_message(tmp_path: Path, command: Any) -> None:
     for settings in ({"privacy.epsilon": -1}, {"privacy.epsilo": 3}, {"privacy": "nonee"}, {"lora.rank": None}):
         ((key, value),) = settings.items()
         with pytest.raises(ConfigError) as raised:
@@ -166,14 +166,14 @@ def test_invalid_setting_is_a_value_error_worded_like_the_command_line(tmp_path:
 @pytest.mark.parametrize(
     "text", ["a'b", 'a"b', "a,b", "ends in \\", "\\'", "{prompt}\nnew line", "ä = [1]", "null", "3"]
 )
-def test_setting_text_is_passed_unchanged(text: str) -> None:
+def test_string_settings_are_passed_unchanged(text: str) -> None:
     settings = {"data.columns": {"text": text, "label": "category"}}
     config = compose_recipe("debug", settings)
     assert config.data.columns["text"] == text
     assert compose_recipe(compose_recipe("debug"), settings).data.columns == config.data.columns
 
 
-def test_configuration_can_replace_a_recipe(tmp_path: Path) -> None:
+def test_simulate_accepts_a_run_config(tmp_path: Path) -> None:
     config = compose_recipe("debug", make_tiny_settings(tmp_path))
     changed = compose_recipe(config, {"name": "other", "privacy.noise_multiplier": 5})
     assert (changed.name, changed.privacy.noise_multiplier) == ("other", 5.0)
@@ -182,7 +182,7 @@ def test_configuration_can_replace_a_recipe(tmp_path: Path) -> None:
         compose_recipe(config, {"privacy.epsilo": 3})
 
 
-def test_simulate_works_in_a_running_event_loop_silently(
+def test_simulate_prints_nothing_in_a_running_event_loop(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], run: fedtune.Run
 ) -> None:
     async def run_cell() -> fedtune.Run:
@@ -203,7 +203,7 @@ def test_importing_fedtune_loads_no_heavy_library() -> None:
     assert run_python("-c", code) == "[]\nAUTO,STRICT False\nTrue\n"
 
 
-def test_public_names_are_documented_and_no_packages() -> None:
+def test_public_names_have_docstrings_and_shadow_no_packages() -> None:
     rooms = {path.name for path in Path(fedtune.__file__).parent.iterdir() if path.is_dir()}
     for name in fedtune.__all__:
         assert getattr(fedtune, name).__doc__

@@ -1,4 +1,4 @@
-"""A ledger that charges any release, as `import fedtune` offers it, and the page that shows it."""
+"""`fedtune.Ledger`: charges for releases, receipts, and their display in commands and reports."""
 
 import inspect
 import json
@@ -29,9 +29,7 @@ def create_ledger(folder: Path, **changes: object) -> fedtune.Ledger:
 
 
 @pytest.mark.filterwarnings("ignore")  # Opacus's own
-def test_documented_count_and_opacus_loop_run_and_share_one_ledger(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documented_examples_charge_the_same_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     counted, opened, trained = BLOCKS
     exec(counted, {})
@@ -47,7 +45,7 @@ def test_documented_count_and_opacus_loop_run_and_share_one_ledger(
     assert [run.steps for run in runs] == [1, 1, 40]
 
 
-def test_ledger_needs_no_torch(tmp_path: Path) -> None:
+def test_ledger_import_does_not_load_torch(tmp_path: Path) -> None:
     blocked = (
         "import sys\n"
         "class Blocked:\n"
@@ -60,10 +58,10 @@ def test_ledger_needs_no_torch(tmp_path: Path) -> None:
     assert len(fedtune.Ledger(tmp_path / "registry" / "ledger.db").spending.runs) == 2
 
 
-def test_created_ledger_has_a_private_key_and_is_created_once(tmp_path: Path) -> None:
+def test_create_writes_a_private_key_and_refuses_an_existing_ledger(tmp_path: Path) -> None:
     create_ledger(tmp_path, unit="user", site="north")
     assert stat.S_IMODE((tmp_path / "site_key.pem").stat().st_mode) == 0o600
-    with pytest.raises(ConfigError, match=r"has site\.toml: open it with fedtune\.Ledger\.open"):
+    with pytest.raises(ConfigError, match=r"already contains site\.toml: open the ledger with fedtune\.Ledger\.open"):
         create_ledger(tmp_path)
     opening = fedtune.Ledger.open(tmp_path / "site.toml").verified.history.opening
     assert (opening.site, opening.unit, opening.delta) == ("north", "user", 1e-6)
@@ -72,7 +70,7 @@ def test_created_ledger_has_a_private_key_and_is_created_once(tmp_path: Path) ->
     assert not (tmp_path / "other").exists()
 
 
-def test_answers_are_near_the_truth_and_stay_the_same_under_their_name(tmp_path: Path) -> None:
+def test_repeated_release_returns_the_stored_answer(tmp_path: Path) -> None:
     ledger, values = create_ledger(tmp_path, epsilon=100.0), np.arange(5000)
     count = ledger.count("many", values >= 1000, noise_multiplier=5)
     assert abs(count - 4000) < 60
@@ -89,18 +87,18 @@ def test_answers_are_near_the_truth_and_stay_the_same_under_their_name(tmp_path:
     assert ledger.receipt("sum sum").has_valid_signature()
 
 
-def test_person_counts_once_in_a_ledger_of_users(tmp_path: Path) -> None:
+def test_user_level_ledger_counts_each_user_once(tmp_path: Path) -> None:
     ledger = create_ledger(tmp_path, unit="user", epsilon=100.0)
     for users in ({}, {"users": None}):
-        with pytest.raises(ConfigError, match="users: must name the user of each record"):
+        with pytest.raises(ConfigError, match="users: must contain the user of each record"):
             ledger.count("a", [1, 1, 1], noise_multiplier=5, **users)
     whose = [number % 10 for number in range(5000)]
     assert abs(ledger.count("a", [1] * 5000, users=whose, noise_multiplier=5) - 10) < 60
-    with pytest.raises(ConfigError, match="users: must name the user of each record"):
+    with pytest.raises(ConfigError, match="users: must contain the user of each record"):
         create_ledger(tmp_path / "records").count("a", [1], users=[1], noise_multiplier=5)
 
 
-def test_release_beyond_the_cap_or_charged_before_is_refused_and_costs_nothing(tmp_path: Path) -> None:
+def test_refused_release_charges_nothing(tmp_path: Path) -> None:
     ledger = create_ledger(tmp_path)
     ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     before = ledger.spending.epsilon
@@ -108,7 +106,7 @@ def test_release_beyond_the_cap_or_charged_before_is_refused_and_costs_nothing(t
     with pytest.raises(fedtune.RefusedError, match=total) as caught:
         ledger.charge("again", noise_multiplier=0.2)
     assert type(caught.value) is fedtune.RefusedError
-    with pytest.raises(ConfigError, match="was charged before: give a repeated release a new name"):
+    with pytest.raises(ConfigError, match="was already charged: give a repeated release a new name"):
         ledger.charge("training", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     with pytest.raises(ConfigError, match=r"name = 'training': was charged with other settings: choose another name$"):
         ledger.charge("training", noise_multiplier=1.6, sampling_rate=0.01, steps=100)
@@ -120,12 +118,12 @@ def test_release_beyond_the_cap_or_charged_before_is_refused_and_costs_nothing(t
             ledger.count("a", [1], noise_multiplier=20, **options)
     with pytest.raises(ConfigError, match="noise = 'laplace': must be gaussian if units are sampled"):
         ledger.charge("a", noise_multiplier=20, noise="laplace", sampling_rate=0.5)
-    with pytest.raises(ConfigError, match="is read only"):
+    with pytest.raises(ConfigError, match="is read-only"):
         fedtune.Ledger(tmp_path / "ledger.db").count("a", [1], noise_multiplier=20)
     assert fedtune.Ledger(tmp_path / "ledger.db").spending.epsilon == before
 
 
-def test_wrong_noise_or_steps_are_named_as_the_caller_wrote_them(tmp_path: Path) -> None:
+def test_invalid_noise_and_steps_errors_name_the_arguments(tmp_path: Path) -> None:
     ledger = create_ledger(tmp_path)
     for ask in (partial(ledger.charge, "a"), partial(ledger.count, "a", [1])):
         with pytest.raises(ConfigError, match=r"noise_multiplier = 0: must be in \[0\.01"):
@@ -140,7 +138,7 @@ def test_wrong_noise_or_steps_are_named_as_the_caller_wrote_them(tmp_path: Path)
     assert ledger.spending.runs == ()
 
 
-def test_receipt_is_found_by_the_name_given_and_never_signed_for_another(tmp_path: Path) -> None:
+def test_receipt_requires_an_unambiguous_release_name(tmp_path: Path) -> None:
     ledger = create_ledger(tmp_path)
     with pytest.raises(ConfigError, match=r"name = 'over-65': must be the name of .*; nothing was charged yet"):
         ledger.receipt("over-65")
@@ -149,12 +147,12 @@ def test_receipt_is_found_by_the_name_given_and_never_signed_for_another(tmp_pat
     with pytest.raises(ConfigError, match=r"name = 'count': must be the name of .* of this ledger: count over-65"):
         ledger.receipt("count")
     ledger.sum("over-65", [1], bound=1, noise_multiplier=20)
-    with pytest.raises(ConfigError, match="several releases: choose one of count over-65, sum over-65"):
+    with pytest.raises(ConfigError, match="is ambiguous: choose one of count over-65, sum over-65"):
         ledger.receipt("over-65")
     assert ledger.receipt("sum over-65").charged_rounds == 1
 
 
-def test_crash_before_the_answer_is_stored_stays_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_before_storing_the_answer_keeps_the_charge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = create_ledger(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(SiteLedger, "commit", lambda *ignored: sys.exit("killed"))
@@ -166,7 +164,7 @@ def test_crash_before_the_answer_is_stored_stays_charged(tmp_path: Path, monkeyp
         again.count("a", [1], noise_multiplier=20)
 
 
-def test_commands_and_report_show_own_releases(tmp_path: Path) -> None:
+def test_ledger_commands_and_report_show_releases(tmp_path: Path) -> None:
     ledger = create_ledger(tmp_path)
     ledger.histogram("kinds", ["a"], bins=["a"], noise_multiplier=20, noise="laplace")
     report = build_ledger_report(tmp_path / "site.toml")

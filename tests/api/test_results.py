@@ -1,4 +1,4 @@
-"""What a finished run offers in Python: predictions, models, figures, tables, and errors by name."""
+"""Results of a finished run in Python: predictions, models, charts, tables and exceptions."""
 
 import pickle
 import re
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
-    """A run of a language model."""
+    """A finished run of a language model."""
     rows = [{"prompt": f"number {number}", "completion": f"answer {number % 3} "} for number in range(60)]
     settings = {"model": "random_llama", "lora": "all_linear", "data.max_length": 16, "federation.num_rounds": 1}
     settings |= {"training.local_steps": 1, "training.ignore_weak_signal": True, "privacy.noise_multiplier": 4.0}
@@ -59,11 +59,11 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     ],
     ids=lambda data: type(data).__name__,
 )
-def test_predict_takes_texts_and_rows_of_any_table(run: fedtune.Run, data: Any) -> None:
+def test_predict_accepts_texts_and_table_rows(run: fedtune.Run, data: Any) -> None:
     assert run.predict(data) == [run.predict(CARD)[0], run.predict(MONEY)[0]]
 
 
-def test_predict_proba_has_a_column_for_each_label(run: fedtune.Run) -> None:
+def test_predict_proba_returns_one_column_per_label(run: fedtune.Run) -> None:
     found = run.predict_proba([CARD, MONEY])
     labels = run.config.data.labels
     assert found.shape == (2, len(labels))
@@ -75,7 +75,7 @@ def test_predict_proba_has_a_column_for_each_label(run: fedtune.Run) -> None:
         run.predict([{"body": CARD}])
 
 
-def test_evaluate_takes_records_in_memory_like_a_file(run: fedtune.Run, tmp_path: Path) -> None:
+def test_evaluate_scores_in_memory_records_like_a_file(run: fedtune.Run, tmp_path: Path) -> None:
     labels, columns = run.config.data.labels, run.config.data.columns
     named = {f"question {number}": labels[number % 3] for number in range(12)}
     frame = pandas.DataFrame({columns["text"]: named.keys(), columns["label"]: named.values()})
@@ -92,7 +92,7 @@ def assert_drawing(figure: Any) -> None:
     assert ElementTree.fromstring(figure._repr_svg_()).tag.endswith("svg")
 
 
-def test_figures_are_those_of_the_report_and_are_saved(run: fedtune.Run, tmp_path: Path) -> None:
+def test_plot_returns_the_charts_of_the_report(run: fedtune.Run, tmp_path: Path) -> None:
     page = (run.folder / "report.html").read_text()
     assert run.plot().svg in page
     assert run.plot("epsilon_spent").svg in page
@@ -105,7 +105,7 @@ def test_figures_are_those_of_the_report_and_are_saved(run: fedtune.Run, tmp_pat
         run.plot("nonsense")  # type: ignore[arg-type]
 
 
-def test_notebook_tables_are_short_and_escaped(run: fedtune.Run, tmp_path: Path) -> None:
+def test_html_tables_are_short_and_escaped(run: fedtune.Run, tmp_path: Path) -> None:
     ledger = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db")
     shown = (run, run.report(), ledger, fedtune.plan(run.config), fedtune.verify(run.folder))
     for one in shown:
@@ -117,13 +117,13 @@ def test_notebook_tables_are_short_and_escaped(run: fedtune.Run, tmp_path: Path)
     assert "not finished" in fedtune.load(tmp_path)._repr_html_()
 
 
-def test_checks_of_a_report_print_with_names_and_states(run: fedtune.Run) -> None:
+def test_report_checks_print_names_and_states(run: fedtune.Run) -> None:
     checks = fedtune.verify(run.folder)
     assert len(repr(checks).splitlines()) == len(checks)
     assert re.search(r"^figures +right +Each epsilon", str(checks), re.MULTILINE)
 
 
-def test_model_of_a_language_model_generates_with_transformers(writer: fedtune.Run) -> None:
+def test_peft_model_generates_text_with_transformers(writer: fedtune.Run) -> None:
     model, tokenizer = writer.model()
     assert isinstance(model, PeftModel)
     prompt = tokenizer("number 5", return_tensors="pt")
@@ -140,7 +140,7 @@ def test_model_of_a_language_model_generates_with_transformers(writer: fedtune.R
         writer.predict_proba("number 5")
 
 
-def test_merged_model_works_in_a_pipeline(writer: fedtune.Run) -> None:
+def test_merged_model_runs_in_a_transformers_pipeline(writer: fedtune.Run) -> None:
     merged, tokenizer = writer.model("merged")
     model, _ = writer.model()
     ids = tokenizer("number 5", return_tensors="pt")["input_ids"]
@@ -150,7 +150,7 @@ def test_merged_model_works_in_a_pipeline(writer: fedtune.Run) -> None:
         writer.model("sentence-transformers")
 
 
-def test_classifier_is_a_sentence_transformer_with_the_same_answers(run: fedtune.Run) -> None:
+def test_sentence_transformer_export_predicts_the_same_labels(run: fedtune.Run) -> None:
     pytest.importorskip("sentence_transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -160,7 +160,7 @@ def test_classifier_is_a_sentence_transformer_with_the_same_answers(run: fedtune
     assert tokenizer(CARD)["input_ids"]
 
 
-def test_export_writes_what_the_command_writes(run: fedtune.Run, tmp_path: Path) -> None:
+def test_export_method_writes_the_same_files_as_the_command(run: fedtune.Run, tmp_path: Path) -> None:
     files = run.export(tmp_path / "adapter")
     assert {"adapter_config.json", "README.md", "head.safetensors"} <= {path.name for path in files}
     for options, message in (
@@ -173,7 +173,7 @@ def test_export_writes_what_the_command_writes(run: fedtune.Run, tmp_path: Path)
         run.export(run.adapter / "inner")
 
 
-def test_errors_have_names_in_the_top_level() -> None:
+def test_exceptions_are_exported_at_top_level() -> None:
     with pytest.raises(fedtune.ConfigError) as caught:
         fedtune.plan("debug", {"privacy.epsilon": -1})
     assert isinstance(caught.value, fedtune.FedtuneError)
@@ -184,13 +184,13 @@ def test_errors_have_names_in_the_top_level() -> None:
     assert "sites: " in str(fedtune.simulate.__doc__)
 
 
-def test_settings_survive_pickling() -> None:
+def test_run_config_survives_pickling() -> None:
     config = compose_recipe("debug")
     assert pickle.loads(pickle.dumps(config)) == config
 
 
 class Shell:
-    """Stands in for IPython in the kernel of a notebook."""
+    """Stub of IPython in a notebook kernel."""
 
     kernel = object()
 
@@ -201,14 +201,14 @@ class Shell:
         return SimpleNamespace(update=self.shown.append)
 
 
-def test_progress_true_is_a_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch, run: fedtune.Run) -> None:
+def test_progress_true_shows_a_bar_in_notebooks(monkeypatch: pytest.MonkeyPatch, run: fedtune.Run) -> None:
     assert not public.is_notebook()
     shell = Shell()
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
     library = SimpleNamespace(display=shell.display, HTML=str)
     monkeypatch.setitem(sys.modules, "IPython.display", library)  # type: ignore[arg-type]
     assert public.is_notebook()
-    move: Callable[[fedtune.Progress], None] = public.show_notebook_bar()
+    move: Callable[[fedtune.Progress], None] = public.make_notebook_bar()
     move(fedtune.Progress(stage="loading <model>"))
     move(fedtune.Progress(stage="round", done=1, total=2, round=run.rounds[0]))
     assert shell.shown[0] == '<progress value="0" max="1"></progress> loading &lt;model&gt;'
@@ -229,7 +229,7 @@ print(run.privacy.epsilon, run.evaluate(rows).plot(), fedtune.verify(run.folder)
 
 
 @pytest.mark.nightly
-def test_script_of_ten_lines_passes_mypy_in_strict_mode(tmp_path: Path) -> None:
+def test_user_script_passes_strict_mypy(tmp_path: Path) -> None:
     from mypy import api
 
     (tmp_path / "script.py").write_text(SCRIPT)
