@@ -1,4 +1,4 @@
-"""`fedtune attack`: attack a finished run by the names that checkers know, beside what its guarantee allows."""
+"""`fedtune attack`: known privacy attacks on a finished run, compared with the limits of its guarantee."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from fedtune.spec import check_at_least, check_positive
 def attack(
     run: Run,
     members: Annotated[
-        str | None, Option("records that were trained on (default: a simulation's)", metavar="FILE")
+        str | None, Option("training records (default: those of the simulation)", metavar="FILE")
     ] = None,
     others: Annotated[
-        str | None, Option("records never used (default: held-out or test records)", metavar="FILE")
+        str | None, Option("records outside the training data (default: held-out or test records)", metavar="FILE")
     ] = None,
-    secrets: Annotated[Path | None, Option("planted secrets, JSON lines with `secret`", metavar="FILE")] = None,
-    minutes: Annotated[float, Option("use fewer records if scoring takes longer")] = 10.0,
+    secrets: Annotated[Path | None, Option("planted secrets: JSON Lines with a field `secret`", metavar="FILE")] = None,
+    minutes: Annotated[float, Option("time limit; fewer records are used to meet it")] = 10.0,
     shadows: Annotated[int, Option("head-only shadow models")] = 32,
     columns: Columns = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Attack a finished run: membership, sites, reconstruction, extraction, attributes.
+    """Run known attacks on a finished run: membership inference, site inference, reconstruction, extraction, and
+    attribute inference.
 
-      fedtune attack runs/banks                                        a simulation: its records are here
+      fedtune attack runs/banks                                        a simulated run, on its own records
       fedtune attack runs/banks --members ours.csv --others new.csv    a site's own records
-      fedtune attack runs/chats --secrets planted.jsonl                how far planted secrets are exposed
+      fedtune attack runs/chats --secrets planted.jsonl                exposure of planted secrets
 
-    `fedtune audit` plants canaries before training and tests the guarantee. This command takes a run as it is, and says
-    how far known attacks get, with intervals, beside what the guarantee allows any attack. Writes attack.json and
-    attack.html into the run folder. All figures come from exact scores of private records: they are for the eyes of
-    those who may see the records.
+    `fedtune audit` trains with canaries and tests the guarantee. This command attacks an existing run, and prints each
+    attack's success with an interval next to the limit that the guarantee sets for any attack. It writes attack.json
+    and attack.html to the run folder. All figures are exact scores of private records: show them only to people who
+    may see the records.
     """
     check_positive("--minutes", minutes)
     check_at_least("--shadows", shadows, 2)

@@ -1,4 +1,4 @@
-"""`fedtune audit`: attack a run on this machine, and compare the result with its guarantee."""
+"""`fedtune audit`: an empirical lower bound on a run's epsilon, compared with the claimed epsilon."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ if TYPE_CHECKING:
 
 
 def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
-    """Attack a run on this machine, and compare the resulting lower bound with the epsilon that the run claims.
+    """Audit a run on this machine: compute a lower bound on epsilon, and compare it with the run's claim.
 
-    For each of many artificial records (canaries), an independent coin toss decides whether it is in the training
-    data. An attacker who sees what training releases then guesses which canaries are in. The share of correct
-    guesses gives a lower bound on epsilon. If a bound refutes the claim, the exit code is 1: the implementation or
-    the claim is wrong.
+    Each of many artificial records (canaries) joins the training data by an independent coin toss. An attacker who
+    sees the releases of training guesses which canaries joined. The fraction of correct guesses gives a lower bound
+    on epsilon. The exit code is 1 if a bound refutes the claim: then the implementation or the claim is wrong.
 
-      fedtune audit experiment=debug audit.canaries=1000         canaries of 1,000 clip norms; every step is seen
-      fedtune audit experiment=debug audit.kind=records          made-up texts; the final model alone is seen
-      fedtune audit experiment=debug audit.kind=sensitivity      no run: how far can one record move a step's sum?
+      fedtune audit experiment=debug audit.canaries=1000         gradient canaries; the attacker sees every step
+      fedtune audit experiment=debug audit.kind=records          artificial texts; the attacker sees the final model
+      fedtune audit experiment=debug audit.kind=sensitivity      no run: the largest change of a sum by one record
       fedtune audit privacy.epsilon=3 "audit.sites=[bank-a]" audit.guesses=100
 
       audit.kind        gradient, records or sensitivity
-      audit.canaries    at each site (1000)
-      audit.guesses     made at each site; default: all
-      audit.confidence  of each bound (0.95)
-      audit.sites       with canaries; default: all
-      audit.never_used  share kept to compare with (0.3)
-      audit.tries       cases of a search for sensitivity (200)
+      audit.canaries    number of canaries per site (1000)
+      audit.guesses     number of guesses per site (default: one per canary)
+      audit.confidence  confidence level of each bound (0.95)
+      audit.sites       sites with canaries (default: all)
+      audit.never_used  fraction of canaries held out as a reference (0.3)
+      audit.tries       number of cases in a sensitivity search (200)
 
-    Other overrides are those of `fedtune simulate`. The run folder is marked, since its adapter was trained on
-    canaries; real sites and existing ledgers are never audited. See docs/audit.md for the meaning of each figure.
+    All overrides of `fedtune simulate` are accepted. The run folder is marked as an audit, because its adapter was
+    trained on canaries. Real sites and existing ledgers cannot be audited. See docs/audit.md for all figures.
     """
     # Hydra and the accountants take more than a second to import, and --help needs none of them.
     from rich.console import Console
@@ -55,7 +54,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
         _search_violations(config, spec, as_json=as_json)
         return
     began = time.monotonic()
-    # Only now, because torch and Flower take seconds more and a mistake in an override should not wait for them.
+    # Imported late: torch and Flower take seconds, and an invalid override should fail immediately.
     from fedtune.lab.audit.experiment import make_auditable, run_audit
     from fedtune.sites.virtual_site import fix_number_format
 
@@ -74,7 +73,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
 
 
 def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
-    """Search for a violation of the sensitivity bound, and print the result.
+    """Search for inputs that violate the sensitivity bound, and print the result.
 
     Raises:
         RunError: a violation was found.
@@ -87,7 +86,9 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     from fedtune.show.terminal_tables import SCHEMA_VERSION, build_key_value_section
 
     if not config.privacy.private:
-        raise ConfigError("privacy", config.privacy.mechanism, "makes no privacy claim that could be audited")
+        raise ConfigError(
+            "privacy", config.privacy.mechanism, "has no privacy guarantee to audit: choose another privacy.mechanism"
+        )
     folder = find_run_folder(config)
     RunFolder(folder).create(format_config_yaml(config))
     found = sensitivity.search_violations(config, spec, folder, seed=config.seed)

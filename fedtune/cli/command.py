@@ -1,8 +1,8 @@
-"""Declaration of commands: a command is a typed function, and annotations describe its parameters.
+"""Declaration of commands as typed functions, with annotations for arguments and options.
 
 `path: Annotated[Path, Argument("PATH")]` declares an argument, `last: Annotated[int | None, Option()] = None` an option
-`--last`.  click converts the values to these types, and mypy checks their use.  Typer does the same, but loses the help
-of arguments with click 8.5.  This module imports nothing slow.
+`--last`.  click converts the values to these types, and mypy checks their use.  Typer is not used because it loses the
+help of arguments with click 8.5.  This module must not import slow libraries.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 _FIRST_COLUMN = 30
-_ROOM_BESIDE = 32  # for what an example does; with less, it stands below
-_FURTHER = 20  # a line of the help that begins further in goes on with what the example above does
+_ROOM_BESIDE = 32  # minimum width of the description column; otherwise descriptions go below
+_FURTHER = 20  # a help line with more indentation continues the description of the example above
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
 class InterruptTold(KeyboardInterrupt):
-    """Ctrl-C, already reported to the user together with how to resume."""
+    """A Ctrl-C for which the instructions to resume have already been printed."""
 
 
 _WITHOUT_EPSILON = ("privacy=none", "privacy.mechanism=none")  # settings that no epsilon can be combined with
-_LARGE = 100  # modules: this many new ones were a large library, whose objects stay for good
+_LARGE = 100  # number of new modules that indicates a large library, whose objects are never freed
 
 
 @contextmanager
 def pause_garbage_collection() -> Iterator[None]:
-    """Disable garbage collection while large libraries are imported, and exempt their objects from it afterwards."""
+    """Disable garbage collection during large imports, and freeze the imported objects afterwards."""
     was_on, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
@@ -79,12 +79,12 @@ class Option:
 
 
 class SettingsArgument(Argument):
-    """Settings in Hydra's grammar; the command also gets Hydra's options that print the settings and run nothing."""
+    """An argument for overrides in Hydra's grammar; it also adds Hydra's options for printing the settings."""
 
 
 Overrides = Annotated[tuple[str, ...], SettingsArgument("KEY=VALUE", help="settings to change, or an experiment file")]
 Multirun = Annotated[bool, Option("run every combination of comma-separated values", names=("-m", "--multirun"))]
-Renew = Annotated[Path | None, Option("start the next period's run after this finished one", metavar="LAST_RUN")]
+Renew = Annotated[Path | None, Option("start the run of the next period from this finished run", metavar="LAST_RUN")]
 AsJson = Annotated[bool, Option("print JSON", names=("--json",))]
 Language = Literal["en", "de"]
 Target = Literal["noise", "rounds", "sampling_rate"]
@@ -100,7 +100,7 @@ HealthAnywhere = Annotated[bool, Option("allow other machines to reach --health"
 
 
 def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
-    """Print figures as JSON, or print a heading and sections for people; sections may be computed lazily."""
+    """Print a command's result: `figures` as JSON, or `heading` and (lazily built) `sections` as tables."""
     from fedtune.show.terminal_tables import print_json, say, show  # rich takes a while to import
 
     if as_json:
@@ -111,8 +111,8 @@ def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_
     show(sections)
 
 
-def resume_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
-    """Return the command line that resumes a run under the same name."""
+def build_resume_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
+    """Return the command line that repeats this command under the same run name, and so resumes the run."""
     named = [word for word in words if not word.startswith("name=")]
     return shlex.join(["fedtune", command, *named, f"name={name}", *options])
 
@@ -126,7 +126,7 @@ class _Argument(click.Argument):
 
 
 class Command(click.Command):
-    """A click command whose help keeps examples copyable and lists the arguments."""
+    """A click command that lists its arguments in the help and never wraps example lines."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         said: list[str] = []
@@ -156,7 +156,7 @@ def _wrap_prose(lines: Iterable[str], width: int) -> Iterator[str]:
 
 
 def _wrap_examples(lines: Iterable[str], width: int) -> Iterator[str]:
-    """Lay out example commands with their descriptions next to them or, without room for all, below."""
+    """Format examples with their descriptions in a second column, or below the commands if the terminal is narrow."""
     rows: list[list[str]] = []
     for line in lines:
         if rows and len(line) - len(line.lstrip()) >= _FURTHER:
@@ -180,9 +180,11 @@ SETTINGS_OPTIONS = (
         ["--config-dir", "-cd"],
         type=click.Path(exists=True, file_okay=False, resolve_path=True),
         metavar="DIR",
-        help="a folder with more config group options",
+        help="a folder with additional config groups",
     ),
-    click.Option(["--cfg", "-c"], type=click.Choice(["job", "hydra", "all"]), help="print the settings; run nothing"),
+    click.Option(
+        ["--cfg", "-c"], type=click.Choice(["job", "hydra", "all"]), help="print the settings without running"
+    ),
     click.Option(["--resolve"], is_flag=True, help="with --cfg: resolve interpolations"),
     click.Option(["--package", "-p"], metavar="KEY", help="with --cfg: print only this part"),
     click.Option(
@@ -190,13 +192,13 @@ SETTINGS_OPTIONS = (
         is_flag=False,
         flag_value="all",
         type=click.Choice(["all", "defaults", "searchpath"]),
-        help="print where settings come from; run nothing",
+        help="print the sources of the settings without running",
     ),
 )
 
 
 class _ComposedCommand(Command):
-    """A command on composed settings; adds short forms, Hydra's printing options, and the groups to the help."""
+    """A command with overrides as arguments, with short forms, Hydra's options and the list of config groups."""
 
     def invoke(self, ctx: click.Context) -> Any:
         epsilon, folder, cfg, resolve, package, info = (ctx.params.pop(str(one.name)) for one in SETTINGS_OPTIONS)
@@ -224,10 +226,10 @@ class _ComposedCommand(Command):
 
 
 def _expand_short_forms(words: Iterable[str], epsilon: str | None) -> tuple[str, ...]:
-    """Return the words with an experiment file and `--epsilon` written as the settings that they stand for.
+    """Replace an experiment file and `--epsilon` in a command line by the equivalent overrides.
 
     Raises:
-        ConfigError: another word sets epsilon too, or turns privacy off.
+        ConfigError: an override also sets epsilon, or turns privacy off.
     """
     named = [f"experiment={word}" if is_experiment_file(word) else word for word in words]
     if epsilon is None:
@@ -239,15 +241,14 @@ def _expand_short_forms(words: Iterable[str], epsilon: str | None) -> tuple[str,
 
 
 def is_experiment_file(word: str) -> bool:
-    """Whether a word of a command line without a key is an experiment file."""
+    """Whether a command-line word is the path of an experiment file."""
     return "=" not in word and word.endswith((".yaml", ".yml"))
 
 
 class Group(Command, click.Group):
-    """A command with subcommands, listed in the order of the file.
+    """A command with subcommands, listed in the order of their definition.
 
-    `default` names the subcommand that runs if the first word is none of them: `report PATH` is short for
-    `report build PATH`.
+    `default` is the subcommand to run if the first word is not a subcommand: `report PATH` means `report build PATH`.
     """
 
     def __init__(self, *, default: str | None = None, **options: Any) -> None:
@@ -268,15 +269,15 @@ class Group(Command, click.Group):
 
 
 def group(help: str, *, default: str | None = None) -> Group:
-    """Create a command group; `help` is its module's docstring, and `command` adds its subcommands."""
+    """Create a command group with the module's docstring as `help`; the decorator `command` adds subcommands."""
     return Group(default=default, help=help, context_settings=SETTINGS, no_args_is_help=False)
 
 
 def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[Function], Function]:
-    """Return a decorator that adds a function to a group as a subcommand.
+    """Return a decorator that registers a function as a subcommand of a group.
 
-    The function's parameters become arguments and options, and its docstring becomes the help; the group's help lists
-    `summary`.
+    The function's parameters become arguments and options, and its docstring the help text.  `summary` is its line in
+    the group's help.
     """
 
     def add(function: Function) -> Function:
@@ -287,7 +288,7 @@ def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[F
 
 
 def make_command(function: Callable[..., None], *, name: str | None = None, summary: str = "") -> Command:
-    """Turn a function into a click command."""
+    """Build a click command from a typed function."""
     params = list(_build_click_parameters(function))
     is_composed = any(isinstance(one, _Argument) and isinstance(one.about, SettingsArgument) for one in params)
     return (_ComposedCommand if is_composed else Command)(
@@ -303,13 +304,13 @@ def make_command(function: Callable[..., None], *, name: str | None = None, summ
 def _build_click_parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         hint, about = get_args(parameter.annotation)
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # options that are alike, by their names
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # `names` lists one option each
             yield from (click.Option([f"--{one}"], metavar=about.metavar) for one in about.names)
             continue
         required = parameter.default is inspect.Parameter.empty
         several = get_origin(hint) is tuple
         kind = _choose_click_type(hint)
-        given = {} if required or several else {"default": parameter.default}  # None would stand for a default
+        given = {} if required or several else {"default": parameter.default}  # click treats None as a default
         if isinstance(about, Argument):
             nargs = -1 if several else 1
             shown = about.metavar if required else f"[{about.metavar}]"
@@ -340,7 +341,7 @@ def _choose_click_type(hint: Any) -> Any:
 
 
 class _HomePath(click.Path):
-    """A path parameter that expands ~, since a shell expands it in `--out ~/x` but not in `--out=~/x`."""
+    """A path parameter that expands ~, because shells expand `--out ~/x` but not `--out=~/x`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         key = param.human_readable_name if param is not None else "path"

@@ -1,6 +1,4 @@
-"""`fedtune compare`: whether the shared model beats the alternatives, for which sites, by how much and at what
-price.
-"""
+"""`fedtune compare`: the shared model against single-site and centralized training, by score and privacy cost."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 
 from fedtune.api.public import load
-from fedtune.cli.command import Argument, AsJson, Option, print_answer, resume_command
+from fedtune.cli.command import Argument, AsJson, Option, build_resume_command, print_answer
 from fedtune.cli.finished_run import load_finished_run
 from fedtune.cli.interruptible_run import run_with_summary
 from fedtune.cli.personalize import show_progress
@@ -35,30 +33,29 @@ from fedtune.version import find_shipped_folders
 def compare(
     words: Annotated[
         tuple[str, ...],
-        Argument("KEY=VALUE | RUN", help="settings of an experiment to run; or folders of finished runs"),
+        Argument("KEY=VALUE | RUN", help="settings of an experiment to run, or folders of finished runs"),
     ] = (),
-    data: Annotated[str | None, Option("score on this file (default: the test records)", metavar="FILE")] = None,
-    without_privacy: Annotated[bool, Option("also run everything without privacy")] = False,
+    data: Annotated[str | None, Option("evaluation file (default: the test records)", metavar="FILE")] = None,
+    without_privacy: Annotated[bool, Option("also run each model without privacy")] = False,
     personal: Annotated[bool, Option("also train a personalized adapter per site, without noise")] = False,
     leave_out: Annotated[
-        tuple[Literal["alone", "federated", "pooled"], ...], Option("do not run these; may be repeated")
+        tuple[Literal["alone", "federated", "pooled"], ...], Option("runs to omit; may be repeated")
     ] = (),
-    by: Annotated[str | None, Option("also score by group: by the values of this column", metavar="COLUMN")] = None,
-    smallest: Annotated[int, Option("merge groups with fewer records (users, where they are protected)")] = SMALLEST,
-    generate: Annotated[int | None, Option("also write texts for the first N prompts", metavar="N")] = None,
+    by: Annotated[str | None, Option("also report scores by this column", metavar="COLUMN")] = None,
+    smallest: Annotated[int, Option("merge groups with fewer records (or users, for user-level privacy)")] = SMALLEST,
+    generate: Annotated[int | None, Option("also score generated texts for the first N prompts", metavar="N")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the model before training, each site alone, the federation, and all records in one place.
+    """Compare the base model, training at each site alone, the federation, and centralized training.
 
-      fedtune compare experiment=banks_intents name=banks              runs/banks/: one run for each, and compare.json
-      fedtune compare experiment=banks_intents --without-privacy       each with and without privacy
-      fedtune compare experiment=banks_intents --personal              also each site's own adapter, which stays there
-      fedtune compare experiment=hospitals_abstracts --by label        also by group
-      fedtune compare runs/a runs/b --data test.jsonl                  runs that are there already
+      fedtune compare experiment=banks_intents name=banks              one run per model and compare.json in runs/banks/
+      fedtune compare experiment=banks_intents --without-privacy       every model with and without privacy
+      fedtune compare experiment=banks_intents --personal              also a personalized adapter per site
+      fedtune compare experiment=hospitals_abstracts --by label        also scores by group
+      fedtune compare runs/a runs/b --data test.jsonl                  existing runs
 
-    The same records are scored under every model. Intervals (95 %) come from resampling these records, with the
-    same samples for all models; the verdict names the models that they cannot distinguish. Repeat the same command
-    to resume an interrupted comparison.
+    All models are scored on the same records, with paired 95 % bootstrap intervals. The verdict names the models that
+    the records cannot distinguish. Repeat the same command to resume an interrupted comparison.
     """
     check_at_least("--smallest", smallest, FEWEST_UNITS)
     console, folders, written = Console(stderr=as_json), _parse_run_folders(words), list[Path]()
@@ -70,18 +67,20 @@ def compare(
         lines = _load_finished_lines(folders)
     else:
         if personal and "federated" in leave_out:
-            raise ConfigError("--leave-out", "federated", "conflicts with --personal, which starts from it")
+            raise ConfigError(
+                "--leave-out", "federated", "conflicts with --personal: personalization starts from that run"
+            )
         lines = plan_runs(words, without_privacy=without_privacy, leave_out=leave_out)
         first = lines[0].run
         _check_scored_data(first.config, data, by)
         if personal:
-            split_site_records(first.config)  # a site with too few records is told before anything is trained
+            split_site_records(first.config)  # report a site with too few records before training
         written.append(first.folder.parent / "compare.json")
         given = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate}
         options = [word for key, value in given.items() if value is not None for word in (key, str(value))]
         options += ["--without-privacy"] * without_privacy + ["--personal"] * personal
         options += [f"--leave-out={kind}" for kind in leave_out]
-        again = resume_command("compare", *words, name=first.folder.parent.name, options=options)
+        again = build_resume_command("compare", *words, name=first.folder.parent.name, options=options)
         for text in describe_price({line.name: line.run for line in lines}):
             say(text, console=console)
         if not words:
@@ -100,17 +99,17 @@ def compare(
 
 
 def _parse_run_folders(words: Sequence[str]) -> list[Path]:
-    """Return the arguments as run folders; empty if they are settings."""
+    """Parse the arguments as run folders; return an empty list if they are settings."""
     folders = [word for word in words if RunFolder(Path(word)).config.is_file()]
     for word in words:
         if word not in folders and (folders or "=" not in word):
             near = suggest_run_folders(Path(word))
-            raise ConfigError("RUN", word, f"must be a run folder; or give only settings, as KEY=VALUE{near}")
+            raise ConfigError("RUN", word, f"must be a run folder, or every argument must be KEY=VALUE{near}")
     return [Path(word) for word in folders]
 
 
 def _load_finished_lines(folders: Sequence[Path]) -> list[Line]:
-    """Name runs after their folders, or by their whole paths if two folder names are equal."""
+    """Load finished runs as lines of a comparison, named by folder name, or by path if folder names are ambiguous."""
     from fedtune.tasks.saved import SavedAdapter
 
     lines, names = [], [folder.absolute().name for folder in folders]
@@ -119,7 +118,7 @@ def _load_finished_lines(folders: Sequence[Path]) -> list[Line]:
             raise ConfigError("RUN", str(folder), "is given twice")
         name = str(folder) if names.count(name) > 1 or name == "base" else name
         config, adapter = load_finished_run(folder)
-        # A site's copy of a final adapter has no run.json beside it.
+        # A site's copy of a final adapter has no run.json.
         trial = SearchTrial(config=config, folder=folder, result=read_result(adapter.parent))
         own = SavedAdapter.read(adapter, private=True).private_to is not None
         lines.append(Line(name=name, kind="own" if own else "run", run=trial))
@@ -127,7 +126,7 @@ def _load_finished_lines(folders: Sequence[Path]) -> list[Line]:
 
 
 def _check_scored_data(config: RunConfig, file: str | None, by: str | None) -> None:
-    """Check the records to be scored before the first run starts, as far as possible without a model."""
+    """Validate the evaluation records before the first run starts, as far as this is possible without a model."""
     data = config.data
     if file is None and data.test_file is None and not data.test_fraction:
         raise build_missing_test_records_error()
@@ -140,10 +139,9 @@ def _check_scored_data(config: RunConfig, file: str | None, by: str | None) -> N
 
 
 def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
-    """Run every unfinished line and, if requested, train personalized adapters; the first error ends the comparison.
+    """Run every unfinished line, then train personalized adapters on request; the first error ends the comparison.
 
-    A refused run is skipped if an earlier run succeeded: its single site's budget was used up before any round
-    finished.
+    After a successful run, a refused single-site run is skipped: its site's budget allows no round.
     """
     done: list[Line] = []
     try:
@@ -151,7 +149,7 @@ def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, pers
             for number, line in enumerate(lines, start=1):
                 name = f"{number} of {len(lines)}, {line.name}"
                 ran = line.run.run(partial(run_with_summary, console=console, name=name, session=session))
-                if isinstance(ran.error, RefusedError) and done:  # it blocks none of the others
+                if isinstance(ran.error, RefusedError) and done:  # does not affect other runs
                     say(f"{name} was skipped: {ran.error}", console=console)
                     continue
                 if ran.error is not None:

@@ -1,12 +1,12 @@
-"""Look at your data before a run, on this machine, for your eyes.
+"""Inspect and clean data files before a run.
 
-  fedtune data init tickets.csv            say what the file is, and write tickets.yaml to run it with
-  fedtune data check tickets.yaml          say what is wrong or odd with its records
-  fedtune data clean tickets.yaml --out kept.jsonl   write a new file without some of that
-  fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl   write a new file with more columns
-  fedtune data copies made.jsonl tickets.csv         say where synthetic texts repeat your own
+  fedtune data init tickets.csv            detect task and columns, and write the experiment tickets.yaml
+  fedtune data check tickets.yaml          report errors and unusual records
+  fedtune data clean tickets.yaml --out kept.jsonl   write a new file without bad records
+  fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl   write a new file with columns for prompts
+  fedtune data copies made.jsonl tickets.csv         find synthetic texts that repeat your own records
 
-Nothing here leaves this machine, and no run reads the results unless you choose to use a written file.
+The results stay on this machine. Runs use them only if you pass them a file that was written here.
 """
 
 from __future__ import annotations
@@ -60,35 +60,37 @@ def init(
     file: Annotated[
         Path, Argument("FILE", help=".csv .tsv .jsonl .json .parquet .conll .pubtator .bioc, or a folder of a data set")
     ],
-    out: Annotated[Path | None, Option(metavar="FILE.yaml", help="output file (default: FILE's name, here)")] = None,
+    out: Annotated[
+        Path | None, Option(metavar="FILE.yaml", help="output file (default: FILE's name in this folder)")
+    ] = None,
     sites: Annotated[
         int | None, Option(metavar="N", help="number of simulated sites (default: 2 to 4, by the number of records)")
     ] = None,
     model: Annotated[str | None, Option("a name from conf/model, or a folder with a model")] = None,
     force: Annotated[bool, Option("overwrite an existing experiment")] = False,
-    unit: Annotated[Literal["user", "record"], Option("what is protected if a column identifies people")] = "user",
-    table: Annotated[bool, Option("predict from numbers and categories, not from a text or an image")] = False,
+    unit: Annotated[Literal["user", "record"], Option("privacy unit if a column identifies people")] = "user",
+    table: Annotated[bool, Option("predict from numbers and categories instead of a text or an image")] = False,
     texts: Annotated[bool, Option("predict from a text")] = False,
     ranges: Annotated[str | None, Option("LOW,HIGH for all numbers, or a file by column", metavar="RANGE")] = None,
     **columns: Annotated[str | None, Option(names=(*OPTIONS,), metavar="COLUMN")],
 ) -> None:
-    """Inspect a file of records, report what it contains, and write an experiment with a comment on each line.
+    """Detect the task and columns of a data file, and write an experiment file with comments.
 
-    fedtune data init tickets.csv                        tickets.yaml, and the next line to type
+    fedtune data init tickets.csv                        write tickets.yaml, and print the next command
     fedtune data init posts.csv --text body --label team  classification by these columns
     fedtune data init posts.csv --text body              a language model on these texts
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
-    fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
-    fedtune data init visits.csv --user patient          all records of one patient are protected together
-    fedtune data init tweets.csv --site airline          a simulation with a site for each value of this column
-    fedtune data init nli.csv --text a --text-pair b      two texts with a label: whether one follows from the other
-    fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learned of them
-    fedtune data init labs.csv --ranges=-5,5             a table whose numbers all have this public range
-    fedtune data init labs.csv --table                   the same, though a column reads like texts (--texts: not)
-    fedtune data init scans.csv --model FOLDER           paths of images, and a vision transformer
-    fedtune data init trial.csv --time months --event died  when an event comes, by a table, a text or an image
+    fedtune data init p.csv --text a --other b --score s  embeddings of text pairs with similarity scores
+    fedtune data init visits.csv --user patient          user-level privacy: one unit per patient
+    fedtune data init tweets.csv --site airline          a simulation with one site per value of this column
+    fedtune data init nli.csv --text a --text-pair b      classification of text pairs, such as entailment
+    fedtune data init labs.csv --label diagnosis         classification of a table with numbers and categories
+    fedtune data init labs.csv --ranges=-5,5             a table with one public range for all numbers
+    fedtune data init labs.csv --table                   treat the file as a table (--texts: as texts)
+    fedtune data init scans.csv --model FOLDER           classification of images with a vision transformer
+    fedtune data init trial.csv --time months --event died  survival analysis of a table, text or image
 
-    Columns without an option are detected by name or values, and listed with the option that selects another.
+    Columns without an option are detected from names and values. The output lists the option that overrides each.
     """
     target = out or Path(f"{experiment_writer.derive_run_name(Path(file.name.split('.')[0]))}.yaml")
     chosen = {option: name for option in OPTIONS if (name := columns[option.replace("-", "_")]) is not None}
@@ -102,7 +104,9 @@ def init(
         raise ConfigError("--out", str(target), "must be a name without control characters")
     _require_new_file(target, ".yaml", ".yml", force=force)
     if sites is not None and (sites < 1 or "site" in chosen):
-        raise ConfigError("--sites", sites, "must be at least 1; leave it out with --site, which sets the number")
+        raise ConfigError(
+            "--sites", sites, "must be at least 1; with --site, omit it, because the column determines the number"
+        )
     base = KINDS[found.kind][1]
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer (see docs/images.md)")
@@ -118,7 +122,7 @@ def init(
         plan, model=named, model_path=path, ranges=_parse_ranges(ranges, found) if ranges is not None else {}
     )
     write_file(target, experiment_writer.render_experiment(found, plan, file=target), option="--out")
-    try:  # a label or column may be what a file of settings cannot hold
+    try:  # a label or column name may not be valid in a settings file
         compose_run([f"experiment={target.absolute()}", *experiment_writer.fill_overrides(found)])
     except ConfigError:
         target.unlink()
@@ -127,13 +131,13 @@ def init(
     about_input = data_sections.build_input_section(found, plan, spec.path)
     show([*data_sections.build_file_sections(found, plan), about_input, to_know])
     say(f"\nWrote {target}. Read it, then run:")
-    say(f"  {experiment_writer.next_command(target)}", style="bold")
+    say(f"  {experiment_writer.format_next_command(target)}", style="bold")
 
 
 def _parse_ranges(given: str, found: DetectedFile) -> dict[str, tuple[float, float]]:
-    """Return the declared range of each numeric column: one range for all columns, or one per line of a file."""
+    """Parse the declared range of each numeric column: LOW,HIGH for all columns, or a file with one column per row."""
     numbers = [name for name in found.features if not found.columns[name].is_category]
-    bound = "must be LOW,HIGH, or a file with the columns column, low and high, for a table's numbers"
+    bound = "must be LOW,HIGH for a table's numbers, or a file with the columns column, low and high"
     lines = [(name, *given.split(",")) for name in numbers]
     if os.path.exists(path := expand_home(given, key="--ranges")):
         roles = ("column", "low", "high")
@@ -150,26 +154,26 @@ def _parse_ranges(given: str, found: DetectedFile) -> dict[str, tuple[float, flo
     return declared
 
 
-@command(app, "report errors and oddities in an experiment's records")
+@command(app, "report errors and unusual records of an experiment")
 def check(
     settings: Experiment,
-    site: Annotated[Path | None, Option(metavar="site.toml", help="check this site's own file instead")] = None,
+    site: Annotated[Path | None, Option(metavar="site.toml", help="check this site's own data file")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check each record of an experiment's files as a run would read it, and report errors and oddities.
+    """Check all records of an experiment as a run would read them, and report errors and unusual records.
 
-    fedtune data check tickets.yaml                             what tickets.yaml names
-    fedtune data check tickets.yaml data.max_length=64          with another setting
-    fedtune data check tickets.yaml --site site.toml            a real site's own file, as this run would read it
+    fedtune data check tickets.yaml                             the files in tickets.yaml
+    fedtune data check tickets.yaml data.max_length=64          with an override
+    fedtune data check tickets.yaml --site site.toml            a real site's own file, as in this run
 
-    Reports errors, truncated records and records that teach nothing, duplicates, near-duplicates, test records that
-    are also in the training data, labels, lengths, likely personal identifiers, damaged encodings and declared
-    sizes. It shows counts and line numbers, never a record's text. Nothing is dropped or changed.
+    Reports errors, truncated records, records without training signal, duplicates, near-duplicates, test records in
+    the training data, labels, lengths, likely personal identifiers, damaged encodings and declared sizes. The output
+    contains counts and line numbers, never a record's text. No file is changed.
     """
     config = _compose_experiment(settings, site)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     checked = examine(config, reader, within=count_token_ids(reader))
-    sections = [*data_sections.check_sections(checked), Section(title="To know", notes=data_sections.ABOUT)]
+    sections = [*data_sections.build_check_sections(checked), Section(title="To know", notes=data_sections.ABOUT)]
     figures = {"schema_version": SCHEMA_VERSION, "checked": checked}
     print_answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
 
@@ -179,19 +183,19 @@ def clean(
     settings: Experiment,
     out: Annotated[Path, Option(metavar="FILE.jsonl", help="output file; must not exist yet")],
     drop: Annotated[str, Option(metavar="RULE,...", help=f"which rows to drop: {', '.join(RULES)}")] = "empty,unusable",
-    mask: Annotated[Literal["nothing", "personal"], Option("what to replace by the name of its kind")] = "nothing",
-    of: Annotated[Literal["train", "validation", "test"], Option("which of the experiment's files")] = "train",
+    mask: Annotated[Literal["nothing", "personal"], Option("kinds of identifiers to mask")] = "nothing",
+    of: Annotated[Literal["train", "validation", "test"], Option("the file of the experiment to clean")] = "train",
 ) -> None:
-    """Write the rows of an experiment's file that you want to keep to a new file, with the same column names.
+    """Copy an experiment's data file without bad rows, or with personal identifiers masked.
 
-    fedtune data clean tickets.yaml --out kept.jsonl                         without rows that a run cannot use
+    fedtune data clean tickets.yaml --out kept.jsonl                         drop unusable rows
     fedtune data clean tickets.yaml --out kept.jsonl --drop unusable,duplicates,near-duplicates
     fedtune data clean tickets.yaml --out kept.jsonl --mask personal         identifiers become [e-mail], [IBAN], ...
-    fedtune simulate experiment=./tickets.yaml data.train_file=kept.jsonl    use it
+    fedtune simulate experiment=./tickets.yaml data.train_file=kept.jsonl    run on the new file
 
-    The old file is not changed. Dropping duplicates couples records: whether one is kept depends on earlier ones.
-    Therefore clean before you declare the size of your data and before the first run. The guarantee then covers the
-    records of the new file, and not those that were dropped.
+    The original file is not changed. Deduplication makes records depend on each other, because a record is dropped if
+    an earlier record equals it. Clean the data before you declare its size and before the first run. The guarantee
+    then covers the records of the new file, not the dropped records.
     """
     config, key = _compose_experiment(settings, None), f"data.{of}_file"
     if (name := getattr(config.data, f"{of}_file")) is None:
@@ -213,11 +217,11 @@ def clean(
     cleaning = Cleaning(columns, fault, drop=rules, mask=mask == "personal", named=named)
     with open_new_streams(("--out", out)) as (stream,), translate_os_errors(out, "--out"):
         done = write_clean(source, stream, cleaning)
-    show(data_sections.clean_sections(done))
+    show(data_sections.build_clean_sections(done))
     say(f"\nWrote {out}. Use it with data.{of}_file={out}.")
 
 
-@command(app, "write a copy with a topic or a length for each record")
+@command(app, "write a copy with columns for topics and lengths")
 def codes(
     file: Annotated[str, Argument("FILE", help="a file of the site's own records")],
     out: Annotated[Path, Option(metavar="FILE.jsonl", help="output file; must not exist yet")],
@@ -228,13 +232,13 @@ def codes(
     ] = None,
     columns: Annotated[str, Option("roles of the texts, each with its column", metavar="ROLES")] = "{text: text}",
 ) -> None:
-    """Copy a site's file and add a topic column, a length column or both, as prompts for tuning a language model.
+    """Copy a site's file and add topic and length columns, which serve as prompts for tuning a language model.
 
-    fedtune data codes tickets.csv --topics topics.csv --out coded.jsonl    topic: the nearest of topics.csv
+    fedtune data codes tickets.csv --topics topics.csv --out coded.jsonl    topic: the nearest topic in topics.csv
     fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl        length: up to 15 words, 16 to 60 words, ...
 
-    A record's codes depend only on its own texts: no other record can change them. All sites of a run need the same
-    list, model and bounds, so compare the hashes that are shown. See docs/synthetic_texts.md.
+    A record's codes depend only on the record itself, never on other records. All sites of a run need the same topics,
+    model and bounds: compare the printed hashes. See docs/synthetic_texts.md.
     """
     source, roles = resolve_file(file, find_shipped_folders(), key="FILE"), parse_column_roles(columns)
     require_no_card(file, key="FILE", kind="a site's own")
@@ -259,7 +263,7 @@ def codes(
         config, spec = _compose_with_model(next(name for name, task in TASKS.items() if task.counts_units), model)
         reader = load_reader(config.data, spec, key="--model", other="--model")
         spec = replace(spec, dtype="float32")  # the same on every machine
-        lora = LoraSpec(rank=1, layers=(-1,))  # of no effect untrained, and of whatever modules the model has
+        lora = LoraSpec(rank=1, layers=(-1,))  # untrained, so without effect; fits any model
         head = replace(config.head, label_texts=each)
         votes = replace(config.task_model(), model=spec, lora=lora, head=head, labels=each)
         same = {"topics": hash_file(path, key="--topics"), "model": hash_model(spec)}
@@ -274,22 +278,24 @@ def codes(
 def copies(
     synthetic: Annotated[str, Argument("SYNTHETIC", help="a file of synthetic records")],
     own: Annotated[tuple[str, ...], Argument("OWN", help="files of the site's own records")] = (),
-    site: Annotated[Path | None, Option(metavar="site.toml", help="also the data sets in this site's policy")] = None,
+    site: Annotated[
+        Path | None, Option(metavar="site.toml", help="compare with the data sets in this site's policy")
+    ] = None,
     columns: Annotated[str, Option("roles of the texts, each with its column", metavar="ROLES")] = "{text: text}",
-    own_columns: Annotated[str | None, Option("in OWN, if the columns have other names there", metavar="ROLES")] = None,
+    own_columns: Annotated[str | None, Option("column names in OWN, if they differ", metavar="ROLES")] = None,
     out: Annotated[
         Path | None, Option("write all details to a new file that only you can read", metavar="FILE.json")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search synthetic records for words, near-duplicates and personal details from a site's own records.
+    """Find synthetic records that repeat wording, near-duplicates or personal details of a site's own records.
 
     fedtune data copies made.jsonl tickets.csv --own-columns '{text: body}'
-    fedtune data copies made.jsonl --site site.toml       the columns of its own file are those of its policy
+    fedtune data copies made.jsonl --site site.toml       files and columns as in the site's policy
 
-    As a baseline, some of the site's own records are compared with the others, since people use the same phrases.
-    The output quotes private records without any guarantee: it must not leave the site. It is only a warning, and
-    changes nothing.
+    As a baseline, a sample of the site's own records is compared with the remaining records, because people use the
+    same phrases. The output quotes private records without any guarantee: it must not leave the site. No file is
+    changed.
     """
     roles, own_roles = parse_column_roles(columns), parse_column_roles(own_columns or columns)
     if not roles or roles.keys() != own_roles.keys() or not all(map(is_free_text, roles)):
@@ -309,7 +315,7 @@ def copies(
     )
     every = max(
         2, sum(1 for _ in _iter_usable_records(files, left_out)) // max(len(records), 1_000)
-    )  # fewer say little of the usual
+    )  # a smaller sample gives no baseline
     near = compare_records(records, _iter_usable_records(files, left_out))
     drawn = [one for number, one in enumerate(_iter_usable_records(files, left_out)) if not number % every]
     usual = compare_records(
@@ -326,14 +332,14 @@ def copies(
 def _iter_usable_records(
     files: Sequence[tuple[Path, Mapping[str, str]]], left_out: dict[str, SkippedRows]
 ) -> Iterator[Record]:
-    """Yield the usable records of several files, and store the skipped rows of each file in `left_out`.
+    """Yield the usable records of several files, and record the skipped rows of each file in `left_out`.
 
     Raises:
         DataError: a file has no usable record.
     """
     with name_columns_option():
         for path, its in files:
-            faults, number, shared = Faults(), 0, detect_format(path) == ".json"  # whose rows may share a line
+            faults, number, shared = Faults(), 0, detect_format(path) == ".json"  # rows may share a line
             for number, record in enumerate(iter_usable_records(path, its, faults=faults), 1):
                 row = faults.summarize(used=number).rows if shared else record.line
                 yield replace(record, file=path.name, line=row)
@@ -344,7 +350,7 @@ def _iter_usable_records(
 
 
 def _compose_experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
-    """Compose the experiment that `settings` name; with `site`, that real site's files replace the experiment's."""
+    """Compose an experiment from command-line arguments; with `site`, use that real site's data files."""
     if not settings:
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
     names = [word for word in settings if "=" not in word or Path(word).is_file()]
@@ -366,7 +372,7 @@ def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelS
     """Compose a recipe, optionally with another model: a name from conf/model, a folder or a hub id.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: the model does not exist.
     """
     names = list_options("model")
     known = model is None or model in names
@@ -379,9 +385,7 @@ def _compose_with_model(base: str, model: str | None) -> tuple[RunConfig, ModelS
 
 
 def _require_new_file(target: Path, *suffixes: str, force: bool = False) -> None:
-    """Require that `target` can be written as a new file (with `force`, also an existing one), before the work
-    starts.
-    """
+    """Check in advance that `target` can be created or, with `force`, overwritten."""
     is_there, option = os.path.lexists(target), ", or use --force" if suffixes == (".yaml", ".yml") else ""
     for is_wrong, bound in (
         (suffixes and target.suffix not in suffixes, f"must end in {' or '.join(suffixes)}"),

@@ -1,4 +1,4 @@
-"""Tables of `fedtune data`: a file before there is an experiment, an experiment's records, and a new file."""
+"""Terminal tables of the `fedtune data` commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BAR = 40
 
 
 def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentPlan) -> Iterator[Section]:
-    """Yield tables of a file's kind, columns, first rows and labels."""
+    """Yield the tables of `fedtune data init`: detected task, columns, first rows and labels."""
     unread = f", and {pluralize(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
     yield build_key_value_section(
         {"file": f"{found.path}, {pluralize(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]}
@@ -84,7 +84,7 @@ def _build_truncated_section(
 
 
 def build_input_section(found: DetectedFile, plan: experiment_writer.ExperimentPlan, model: str) -> Section:
-    """Build the table of a file's features, shown only on the terminal, or of its records' token counts."""
+    """Build the table of a table's features or of the records' token counts; for the terminal only."""
     if found.features:
         rows = []
         for one in (found.columns[name] for name in found.features):
@@ -105,8 +105,8 @@ def build_input_section(found: DetectedFile, plan: experiment_writer.ExperimentP
     return Section(f"Tokens per record (tokenizer of {model})", of_lengths, [row], words=())
 
 
-def check_sections(checked: Checked) -> Iterator[Section]:
-    """Yield tables of the findings in an experiment's files."""
+def build_check_sections(checked: Checked) -> Iterator[Section]:
+    """Yield the tables of `fedtune data check`: findings, labels and lengths per file."""
     for file in checked.files:
         yield from _build_file_sections(file, checked.max_length)
     rows, far = list[tuple[str, ...]](), dict[int, str]()
@@ -168,8 +168,8 @@ def _build_lengths_section(found: Lengths, max_length: int) -> Section:
     return Section("Tokens per record", ("tokens", "records", ""), rows, words={0, 2}, whole={0, 2}, notes=[told])
 
 
-def clean_sections(done: Cleaned) -> Iterator[Section]:
-    """Yield tables of the kept, dropped and masked rows."""
+def build_clean_sections(done: Cleaned) -> Iterator[Section]:
+    """Yield the tables of `fedtune data clean`: kept, dropped and masked rows."""
     dropped = done.dropped.total()
     yield build_key_value_section(
         {"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"}
@@ -185,20 +185,20 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
 def build_codes_sections(
     done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapping[str, str]
 ) -> Iterator[Section]:
-    """Yield tables of the records by code, and the hashes that must agree between all sites."""
-    yield from clean_sections(replace(done, masked=Counter()))
+    """Yield the tables of `fedtune data codes`: records per code, and the hashes to compare between sites."""
+    yield from build_clean_sections(replace(done, masked=Counter()))
     for column, names in codes.items():
         yield _build_labels_section(
             {name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column
         )
-    yield build_key_value_section(same, title="SHA-256 of what must be the same at every site")
+    yield build_key_value_section(same, title="SHA-256 hashes that must be equal at all sites")
     yield Section(notes=ABOUT[:1])
 
 
 def build_copies_sections(
     near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, SkippedRows]
 ) -> Iterator[Section]:
-    """Yield tables of how close synthetic records are to a site's own, compared with the own records' similarity."""
+    """Yield the tables of `fedtune data copies`: similarity of synthetic records to a site's own, with a baseline."""
     counts, rows, warned = Counter(what for one in usual for what in _match_kinds(one)), list[tuple[str, ...]](), {}
     shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}
     for one in near:
@@ -212,7 +212,7 @@ def build_copies_sections(
         rows.append((what, f"{len(some):,}", f"{share:.1%}", f"{expected:.1%}", of_text))
     notes = [f"Ordinary: the share among {len(usual):,} own records, compared with the others. Run / text: the median."]
     if warned:
-        notes.append(f"WARNING: at least twice the ordinary share: {', '.join(rows[at][0] for at in warned)}.")
+        notes.append(f"WARNING: at least twice the baseline: {', '.join(rows[at][0] for at in warned)}.")
     yield build_key_value_section(
         {at.rpartition("/")[2]: f"{n.rows - n.count:,} of {pluralize(n.rows, 'row')}" for at, n in read.items()}
     )

@@ -1,11 +1,11 @@
-"""`fedtune evaluate`: score a saved adapter and the model before training on a file."""
+"""`fedtune evaluate`: scores of a saved adapter and of its base model on a data file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.api.public import stages
+from fedtune.api.public import report_stages_to
 from fedtune.cli.command import AsJson, Option, print_answer
 from fedtune.cli.finished_run import Columns, Device, Run, list_comparison_rows, load_finished_run, name_columns_option
 from fedtune.cli.personalize import show_progress
@@ -22,26 +22,25 @@ _MOST_LABELS = 20
 
 def evaluate(
     run: Run,
-    data: Annotated[str, Option(metavar="FILE", help="any file in a format that runs can read")],
+    data: Annotated[str, Option(metavar="FILE", help="a data file in any supported format")],
     columns: Columns = None,
-    generate: Annotated[int | None, Option("also write texts for the first N prompts", metavar="N")] = None,
+    generate: Annotated[int | None, Option("also score generated texts for the first N prompts", metavar="N")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's saved adapter on a file of your own, next to the model before training.
+    """Evaluate a run's adapter and its base model on a data file.
 
-    The file must have the columns that the run's configuration names. Scores are exact and not covered by any
-    guarantee. Intervals come from resampling the records (whole users with all their records, if the run protects
-    users).
+    The file needs the columns of the run's settings. Scores are exact, and no guarantee covers the file's records.
+    Intervals are bootstrap intervals over the records, or over users if the run has user-level privacy.
     """
     config, adapter = load_finished_run(run, device=device, columns=columns, generate=generate)
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.sites.data_warnings import is_training_file
 
     with name_columns_option(), show_progress() as progress:
-        found = compare_runs({"tuned": (config, adapter)}, file=data, final=True, progress=stages(progress))
+        found = compare_runs({"tuned": (config, adapter)}, file=data, final=True, progress=report_stages_to(progress))
     tuned = found.measured["tuned"]
-    in_order = dict.fromkeys((*found.score(tuned.examples), *found.scores))  # the task's own order
+    in_order = dict.fromkeys((*found.score(tuned.examples), *found.scores))  # in the task's order
     scores = {name: found.compare_models("base", "tuned", name) for name in in_order}
     num_prompts, detail = len(tuned.texts.get("rouge_l", ())), found.detailed(tuned.examples)
     of_tuned = {name: one.tuned.value for name, one in scores.items()}

@@ -1,4 +1,4 @@
-"""`fedtune export` and `distill`: a run's model, or a smaller student of it, for others to load."""
+"""`fedtune export` and `fedtune distill`: a run's model, or a smaller student model, in standard formats."""
 
 from __future__ import annotations
 
@@ -29,35 +29,37 @@ from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 def export(
     run: Run,
     to: Annotated[Path | None, Option(metavar="FOLDER", help="a new folder to write")] = None,
-    merge: Annotated[bool, Option("the whole model, with the adapter merged into it")] = False,
+    merge: Annotated[bool, Option("export the whole model with the merged adapter")] = False,
     format: Annotated[
         Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
         Option("(default: peft; safetensors for features)"),
     ] = None,
-    int8: Annotated[bool, Option("with --format onnx: also write an int8 graph; both are scored and timed")] = False,
+    int8: Annotated[
+        bool, Option("with --format onnx: also write an int8 graph, and measure scores and latency of both")
+    ] = False,
     private: Annotated[bool, Option("allow a personalized adapter, which has no privacy guarantee")] = False,
     push: Annotated[str | None, Option("upload to a new private repository of the hub", metavar="OWNER/NAME")] = None,
-    public: Annotated[bool, Option("with --push: a repository that anybody may read")] = False,
+    public: Annotated[bool, Option("with --push: make the repository public")] = False,
     without_guarantee: Annotated[
         bool, Option("with --push: allow a model without a guarantee, in a private repository")
     ] = False,
     yes: Annotated[bool, Option("with --push: do not ask for confirmation")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a finished run's model for others to load, with its model card and tokenizer.
+    """Export a finished run's model with its model card and tokenizer.
 
       fedtune export runs/tighter --to FOLDER                  the adapter, for PEFT
-      fedtune export runs/tighter --to FOLDER --merge          the whole model: of a language model for transformers
-                                                               (merged), of a classifier for sentence-transformers
+      fedtune export runs/tighter --to FOLDER --merge          the merged model: for transformers (language models) or
+                                                               sentence-transformers (classifiers)
       fedtune export runs/tighter --to FOLDER --format onnx    the whole model, for ONNX runtimes
-      fedtune export runs/tighter --to FOLDER --format onnx --int8     also a quarter of it, with what that costs
-      fedtune export runs/tighter --push OWNER/NAME            to the Hugging Face hub, after a list and a question
+      fedtune export runs/tighter --to FOLDER --format onnx --int8     also quantized to int8, with its loss in score
+      fedtune export runs/tighter --push OWNER/NAME            upload to the Hugging Face hub, after a confirmation
 
-    The written model is loaded again, and must compute what the run's model computes. See docs/using_the_result.md
+    The exported model is reloaded, and its outputs must equal those of the run's model. See docs/using_the_result.md
     for how to load and serve each format.
     """
     if to is None and push is None:
-        raise ConfigError("--to", NOT_GIVEN, "is required: a new folder to write; or upload with --push OWNER/NAME")
+        raise ConfigError("--to", NOT_GIVEN, "is required: give a new folder, or upload with --push OWNER/NAME")
     for option, is_given in {"--public": public, "--without-guarantee": without_guarantee, "--yes": yes}.items():
         if is_given and push is None:
             raise ConfigError(option, NOT_GIVEN, "requires --push OWNER/NAME")
@@ -72,7 +74,7 @@ def export(
         raise ConfigError("--merge", format, "cannot be combined with --format: --merge is a format of its own")
     chosen = choose_format(config, format, merge=merge)
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
-        bound = "requires --format onnx and a base model, whose matrices it quantizes"
+        bound = "requires --format onnx and a run with a base model"
         raise ConfigError("--int8", NOT_GIVEN, bound)
     if to is not None and to.absolute().resolve().is_relative_to(adapter.resolve()):
         raise ConfigError("--to", str(to), "must be outside the run's adapter folder")
@@ -84,7 +86,7 @@ def export(
     warnings = []
     if push is not None:
         warnings = hub.require_pushable(adapter, push, public=public, without_guarantee=without_guarantee)
-    # Before anything is written: without them nobody knows what int8 costs.
+    # Read them first: without test records the loss of int8 cannot be measured, and nothing is written.
     records = LeadRecords.read_for_scoring(config, None) if int8 else None
     with TemporaryDirectory() as scratch:
         folder = to or Path(scratch, str(push).rpartition("/")[2])
@@ -111,7 +113,7 @@ def export(
 
 
 def _build_cost_section(one: Any, scores: Iterable[str]) -> tuple[str, ...]:
-    """What a served model costs, and its scores of these names."""
+    """Build the table row of an exported model: size, latency and the named scores."""
     return one.file, format_size(one.bytes), f"{one.milliseconds:.1f}", *(f"{one.scores[name]:.4f}" for name in scores)
 
 
@@ -119,7 +121,7 @@ def distill(
     run: Run,
     texts: Annotated[str, Option("public or synthetic texts, one per line (.txt), or records", metavar="FILE")],
     to: Annotated[Path, Option(metavar="FOLDER", help="a new folder to write")],
-    student: Annotated[str, Option("half, a number of layers, or another base", metavar="MODEL")] = "half",
+    student: Annotated[str, Option("half, a number of layers, or another base model", metavar="MODEL")] = "half",
     format: Annotated[Literal["sentence-transformers", "onnx"], Option()] = "sentence-transformers",
     int8: Annotated[bool, Option("with --format onnx: also write an int8 graph")] = False,
     passes: Annotated[int, Option("passes over the texts")] = 10,
@@ -128,15 +130,15 @@ def distill(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Distill a finished run's model into a smaller one, and write that for others to load.
+    """Distill a finished run's model into a smaller student model, and export the student.
 
-      fedtune distill runs/tighter --texts public.txt --to FOLDER       the lower half of the run's own base
-      fedtune distill runs/tighter --texts public.txt --to FOLDER --student 2                    its lowest two layers
-      fedtune distill runs/tighter --texts public.txt --to FOLDER --student package:own/model    another base
+      fedtune distill runs/tighter --texts public.txt --to FOLDER       student: the lower half of the base's layers
+      fedtune distill runs/tighter --texts public.txt --to FOLDER --student 2                    the lowest two layers
+      fedtune distill runs/tighter --texts public.txt --to FOLDER --student package:own/model    another base model
 
-    For runs whose head predicts labels or a number from a text. The sites' records are not read, so nothing is
-    charged. Texts without a card are assumed to be public, and the student has the run's epsilon; with a card, the
-    epsilon of the card's runs is added.
+    For text classification and regression. The sites' records are not read, so nothing is charged. Texts without a
+    card are assumed to be public, and the student has the run's epsilon. For texts with a card of synthetic records,
+    the epsilon of the runs in the card is added.
     """
     config, adapter = load_finished_run(run, device=device)
     named = parse_column_roles(columns, known=config.data.columns) if columns is not None else None

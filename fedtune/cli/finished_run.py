@@ -1,4 +1,4 @@
-"""Finished runs as command arguments: the run's folder, its configuration, and adapters by name."""
+"""Finished runs as command-line arguments."""
 
 from __future__ import annotations
 
@@ -24,21 +24,27 @@ Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")
 Columns = Annotated[str | None, Option("columns of FILE, as in '{text: body}'", metavar="ROLES")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Option("where to compute")]
 Adapters = Annotated[
-    tuple[str, ...], Option("also the adapter of another run of the same model; may be repeated", metavar="NAME=RUN")
+    tuple[str, ...], Option("additional adapter from a run of the same model; may be repeated", metavar="NAME=RUN")
 ]
 MaxNewTokens = Annotated[int, Option("the maximum length of an answer, in tokens")]
-Temperature = Annotated[float, Option("above 0: sample the tokens; higher values vary more")]
-TopP = Annotated[float, Option("sample from the likeliest tokens with this total probability")]
+Temperature = Annotated[float, Option("sampling temperature (0: greedy decoding)")]
+TopP = Annotated[float, Option("total probability of the most likely tokens to sample from")]
 Seed = Annotated[int, Option("seed for sampling")]
 
 
 def load_finished_run(
     run: Path, *, device: str = "auto", columns: str | None = None, generate: int | None = None
 ) -> tuple[RunConfig, Path]:
-    """Return the configuration and the adapter folder of a finished run, given its folder or its `adapter`.
+    """Load the configuration of a finished run, and find its adapter.
 
-    `columns` is a `{role: column}` mapping as entered by the user, for a file with other column names than the run's.
-    `generate` is the number of prompts for which scoring generates texts; None: as in the run.
+    Args:
+        run: the run folder, or its `adapter` folder.
+        device: replaces `runtime.device`; None: as in the run.
+        columns: a `{role: column}` mapping, as typed, for a file whose column names differ from the run's.
+        generate: number of prompts for which evaluation generates texts; None: as in the run.
+
+    Returns:
+        The configuration and the adapter folder.
     """
     loaded = load(run)
     config, settings = loaded.config, loaded.config.to_json()
@@ -54,14 +60,14 @@ def load_finished_run(
 
 
 def parse_column_roles(columns: str, *, known: Collection[str] | None = None) -> dict[str, str]:
-    """Parse a `{role: column}` mapping that the user entered.
+    """Parse a `{role: column}` mapping from the command line.
 
     Raises:
-        ConfigError: it does not look like `{text: body}`, or a role is not in `known`.
+        ConfigError: the text is not a mapping such as `{text: body}`, or a role is not in `known`.
     """
     try:
         named = yaml.safe_load(columns)
-    except (yaml.YAMLError, ValueError, RecursionError):  # as of a day that no month has, or of 20,000 brackets
+    except (yaml.YAMLError, ValueError, RecursionError):  # an invalid date, or deep nesting
         named = None
     if not isinstance(named, dict) or not all(isinstance(word, str) for pair in named.items() for word in pair):
         raise ConfigError("--columns", columns, "must map roles to columns, as in '{text: body}'")
@@ -72,9 +78,9 @@ def parse_column_roles(columns: str, *, known: Collection[str] | None = None) ->
 
 
 def name_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
-    """Return adapter folders by name, the run's own adapter first.
+    """Return adapter folders by name, starting with the run's own adapter.
 
-    The own adapter is named after its folder unless `others` names it.
+    The own adapter has the name of its folder, unless `others` contains a name for it.
     """
     named: dict[str, Path] = {}
     for word in others:  # NAME=RUN each
@@ -95,7 +101,7 @@ def name_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path
 
 @contextmanager
 def name_columns_option() -> Iterator[None]:
-    """Rewrite errors about a file's columns so that they name --columns instead of the run's setting."""
+    """Rewrite error messages about a file's columns to suggest --columns instead of a setting."""
     try:
         yield
     except DataError as error:
@@ -104,13 +110,13 @@ def name_columns_option() -> Iterator[None]:
 
 
 def list_comparison_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
-    """Build table rows: each score of two models, their difference with its interval, and the verdict on the second."""
+    """Build one table row per score: the scores of two models, their difference with its interval, and the verdict."""
     both = {name: (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}") for name, one in scores.items()}
     return [(name, *values, *format_change(scores[name])) for name, values in both.items()]
 
 
 def warn_about_fixed_prompt(config: RunConfig) -> None:
-    """Warn if the prompt template ignores the prompt, so that the model always continues the same words."""
+    """Warn if the prompt template is constant, so that every prompt gives the same completion."""
     data = config.data
     if "prompt" in data.columns and "prompt" not in data.template_roles and config.bound_task.predicts_tokens:
         template = f"data.prompt_template = {data.prompt_template!r}"
@@ -118,12 +124,12 @@ def warn_about_fixed_prompt(config: RunConfig) -> None:
 
 
 def strip_control_characters(text: str) -> str:
-    """Remove control characters, which could steer a terminal, from a model's text."""
+    """Remove control characters, which a terminal would execute, from generated text."""
     return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
 
 
 def print_stream(parts: Iterator[str]) -> bool:
-    """Print a text as it is generated; return True if Ctrl-C interrupted it."""
+    """Print generated text as a stream; return True if the user interrupted it with Ctrl-C."""
     stopped = False
     try:
         for part in parts:

@@ -1,4 +1,4 @@
-"""`fedtune flower-app`: the bundle with which `flwr run` starts fedtune in an existing Flower federation."""
+"""`fedtune flower-app`: a Flower app bundle that starts fedtune in an existing Flower federation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fedtune.cli.command import Argument
 
 
 def flower_app(folder: Annotated[Path, Argument("DIR", help="a new folder, or an empty one")]) -> None:
-    """Write the bundle that `flwr run` sends in an existing Flower federation. It contains no code: it names modules
-    of fedtune, which must be installed on the lead's machine and at every site.
+    """Write a Flower app bundle for an existing Flower federation. The bundle contains no code, only references to
+    fedtune, which must be installed on the lead's machine and at every site.
 
       fedtune flower-app app
       flwr run app banks --run-config 'run="/srv/banks/spring.toml"'
 
-    See docs/stock_flower.md for what each machine needs, and for the contents of a run's file.
+    See docs/stock_flower.md for the setup of each machine and the format of the run's file.
     """
     from fedtune.flower.bundle import write_bundle  # Flower takes seconds to import
 

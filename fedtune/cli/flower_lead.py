@@ -1,4 +1,4 @@
-"""The lead's rounds as a ServerApp, run by `flower-superexec` on the lead's machine or on the server's.
+"""Flower ServerApp of the lead, run by `flower-superexec` on the lead's or the server's machine.
 
 `flwr run --run-config 'run="FILE"'` names a TOML file on that machine: `kit` is the folder of the lead's kit, and
 `settings` is a list of arguments of `fedtune run`.

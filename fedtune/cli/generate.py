@@ -1,4 +1,4 @@
-"""`fedtune generate`: a finished run's answers to a prompt or to a file of prompts."""
+"""`fedtune generate`: predictions and generated texts of a finished run, for a prompt or a file."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     adapter: Adapters = (),
-    base: Annotated[bool, Option("also answer with the model before training")] = False,
+    base: Annotated[bool, Option("also generate with the base model")] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Print a finished run's answer to a prompt: a text, labels or a number.
+    """Print a finished run's output for a prompt: generated text, labels or a number.
 
       fedtune generate runs/chats --prompt "Where is my parcel?"
       fedtune generate runs/chats --file prompts.txt --json > answers.jsonl
       fedtune generate runs/chats --prompt "Hello" --base --adapter other=runs/other
 
-    Decoding is greedy unless --temperature is above 0. With --file, each record gives one line, or one JSON object
-    with --json.
+    Decoding is greedy unless --temperature is above 0. With --file, the output has one line per record; with --json,
+    one JSON object per record.
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     config, own = runs.load_finished_run(run, device=device, columns=columns)
     task = config.bound_task
     if not task.answers:
-        raise ConfigError("task", config.task, "does not answer prompts; use fedtune evaluate to score it")
+        raise ConfigError("task", config.task, "has no output for a prompt: use fedtune evaluate for its scores")
     if spec.temperature > 0 and not task.predicts_tokens:
         raise ConfigError("--temperature", spec.temperature, "requires a task that generates text; this one does not")
     folders = runs.name_adapters(run, own, adapter)
@@ -65,7 +65,7 @@ def generate(
 
     saved = SavedModel(config, folders)
     names = [name for name in saved.names if base or name != BASE]
-    # The tokens to write from, of all records before anything is printed.
+    # Encode all prompts before printing, so that an invalid record leaves no partial output.
     writes = task.predicts_tokens
     ids = [
         saved.encode_prompt(one.fields, at=one.at("prompt") if one.file else "--prompt") for one in records if writes
@@ -79,7 +79,7 @@ def generate(
             yield saved.answer_record(records[place])[0]
 
     def answer_record(place: int) -> dict[str, object]:
-        """Return the answers to a record by adapter: generated texts, or the task's predictions."""
+        """Return the outputs for a record by adapter: generated texts, or predictions."""
         if writes:
             return {name: "".join(iter_answers(place, name)) for name in names}
         answers = {}

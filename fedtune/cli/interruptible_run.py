@@ -1,4 +1,4 @@
-"""Interruptible runs with progress on the terminal; after a signal, print how to resume."""
+"""Runs with terminal progress that can be interrupted by signals and resumed."""
 
 from __future__ import annotations
 
@@ -35,9 +35,15 @@ from fedtune.system import send_signal
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
-    """Run in a folder and show the progress and result.
+    """Execute a run in its folder, and display its progress and result.
 
-    `again` is the command that resumes the run, and `began` the command's start by `time.monotonic`.
+    Args:
+        config: the run's configuration.
+        folder: the run folder.
+        console: the terminal.
+        work: function that trains.
+        again: the command that resumes the run.
+        began: start of the command, by `time.monotonic`.
     """
     from fedtune.show.run_progress import Display, show_result
 
@@ -46,7 +52,7 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
     def run_with_display(config: RunConfig, folder: Path, listener: Any) -> RunResult:
         with display.show_progress_bar():
             result = work(config, folder, listener)
-        # Before more files are written, because the disk may be full.
+        # Print this before writing more files, because the disk may be full.
         show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)
         return result
 
@@ -69,11 +75,12 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
 def run_simulation(
     config: RunConfig, folder: Path, console: Console, *, session: Session | None = None, again: str | None = None
 ) -> RunResult:
-    """Start or resume a simulation in its folder, and show it; `again`: the command that resumes it (default:
-    resume=).
+    """Start or resume a simulation in its folder, and display it.
+
+    `again` is the command that resumes the run; the default uses `resume=`.
     """
     began = time.monotonic()
-    # Imported here, because torch and Flower take seconds, and a mistake in an override should not wait for them.
+    # Imported late: torch and Flower take seconds, and an invalid override should fail immediately.
     with pause_garbage_collection():
         from fedtune.flower.simulation import simulate
         from fedtune.sites.virtual_site import fit_to_budgets, fix_number_format
@@ -86,9 +93,9 @@ def run_simulation(
 
 
 def run_shown_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
-    """Run a pending public stage with its progress shown; return the configuration that starts from its result.
+    """Run a pending public stage with a progress display; return the configuration with its adapter as the start.
 
-    `again`: the command's arguments that resume it.
+    `again` is the command that resumes the stage.
     """
     named = [] if any(word.startswith("name=") for word in again) else [f"name={config.name}"]
 
@@ -102,17 +109,17 @@ def run_shown_public_stage(config: RunConfig, console: Console, *, again: Sequen
 
 
 def report_fitted_plan(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
-    """Print how `fits`, the configuration within the sites' budgets, differs from `asked`; return `fits`."""
+    """Print the changes from `asked` to `fits`, the configuration within the sites' budgets; return `fits`."""
     if fits != asked:
         rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
-        console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
+        console.print(f"The sites' budgets allow {rounds} rounds at noise multiplier {noise:g}.")
     return fits
 
 
 def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session: Session) -> RunResult:
-    """Run one of several trials, and print its result in one line; its folder contains the details.
+    """Run a trial of a sweep or search, and print its result in one line; details are in the trial's folder.
 
-    On a terminal, the latest line of the run's own progress is shown below.
+    On a terminal, the latest progress line of the trial is displayed below.
     """
     began = time.monotonic()
     with console.status(f"{name} ...") as status:
@@ -137,7 +144,7 @@ def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session
 def show_several_runs(
     trials: Trials, console: Console, *, again: Sequence[str], as_json: bool = False
 ) -> Iterator[None]:
-    """Say what several runs spend before the first begins, and show them all in the end, however that comes."""
+    """Print the total price of several runs on entry, and the table of results on exit, also after an error."""
     for text in describe_price({folder.name: trial for folder, trial in trials.rows.items()}):
         say(text, console=console)
     try:
@@ -150,7 +157,7 @@ def show_several_runs(
 
 
 def show_trials(console: Console, trials: Trials, *, again: str) -> None:
-    """Print the table of several runs, the paths of the best run and of the table, and how to resume."""
+    """Print the results table of several runs, the best run's folder, the table's file, and the command to resume."""
     show([table := trials.section()], console=console)
     if (best := trials.best) is not None:
         say(f"{'picked:' if table.title == 'Trials' else 'best: '} {best.folder}", console=console)
@@ -162,9 +169,9 @@ def show_trials(console: Console, trials: Trials, *, again: str) -> None:
 
 @contextmanager
 def _interrupt_on_signals() -> Iterator[None]:
-    """Let SIGTERM end a run like Ctrl-C, and SIGINT also in the background, where shells ignore it.
+    """Treat SIGTERM like Ctrl-C, and handle SIGINT in background jobs as well, where shells ignore it.
 
-    Python drops exceptions raised in `__del__` or weak reference callbacks, so a dropped interrupt is sent again.
+    Python discards exceptions in `__del__` and in weak reference callbacks, so a discarded interrupt is raised again.
     """
 
     def interrupt(number: int, frame: object) -> None:

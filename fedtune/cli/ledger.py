@@ -1,15 +1,15 @@
-"""Read a site's ledger, the permanent record of everything done with the records of one population.
+"""Read and verify a site's ledger, the permanent record of all privacy spending on one population.
 
-  fedtune ledger show ledger.db --last 20                 each entry: rounds, refusals, changes of the policy
-  fedtune ledger spent ledger.db                          what was spent, in all and by each run, and what is left
-  fedtune ledger verify ledger.db --anchor anchor.json    was it changed, or an older copy put back?
-  fedtune ledger export ledger.db --output ledger.json    everything, for an auditor
+  fedtune ledger show ledger.db --last 20                 events: rounds, refusals, policy changes
+  fedtune ledger spent ledger.db                          spent and remaining epsilon, in total and per run
+  fedtune ledger verify ledger.db --anchor anchor.json    detect modification and rollback
+  fedtune ledger export ledger.db --output ledger.json    complete export for an auditor
 These commands do not change the ledger. PATH is the file, or a folder that contains a ledger.db.
 
   fedtune ledger anchor ledger.db --key site_key.pem --output anchor.json
   fedtune ledger restore --policy site.toml --anchor anchor.json
   fedtune ledger freeze --policy site.toml --why "consent withdrawn"
-  fedtune ledger confirm-date --policy site.toml          after a jump of the clock, or a long time without a request
+  fedtune ledger confirm-date --policy site.toml          after a clock change, or a long time without a request
 docs/site_policy.md explains backups, anchors and the figures.
 """
 
@@ -48,19 +48,19 @@ if TYPE_CHECKING:  # it takes a while to import
 app = group(__doc__)
 
 _UNITS = {"record": "one record", "user": "one person with all of their records"}
-LedgerPath = Annotated[str, Argument("PATH", help="a ledger.db, or a folder that holds one")]
+LedgerPath = Annotated[str, Argument("PATH", help="a ledger.db, or a folder that contains one")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
-AnchorFile = Annotated[Path | None, Option(metavar="FILE", help="an anchor file, kept outside the ledger")]
+AnchorFile = Annotated[Path | None, Option(metavar="FILE", help="an anchor file from another disk or machine")]
 SiteKey = Annotated[str | None, Option(metavar="HEX", help="the site's public key, from a source you trust")]
 
 
 @command(app, "list the events", name="show")
 def show_events(
     path: LedgerPath,
-    last: Annotated[int | None, Option(metavar="N", help="only the newest N entries")] = None,
+    last: Annotated[int | None, Option(metavar="N", help="only the newest N events")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a ledger's entries, oldest first: rounds, refusals, approvals, changes of the policy."""
+    """Show a ledger's events, oldest first: rounds, refusals, approvals, policy changes."""
     if last is not None and last < 1:
         raise ConfigError("--last", last, "must be at least 1")
     file, verified = _verify_ledger(path)
@@ -72,14 +72,14 @@ def show_events(
     show([build_events_section(verified, chosen)])
 
 
-@command(app, "show what was spent and what is left")
+@command(app, "show spent and remaining epsilon")
 def spent(path: LedgerPath, as_json: AsJson = False) -> None:
-    """Show a ledger's spending: over its whole lifetime, in the current period and for each run.
+    """Show a ledger's spending over its lifetime, in the current period and per run.
 
-    The filter's figure holds even if each run was chosen after seeing earlier results; caps use it. The PLD figure
-    is smaller, and proven only for each run alone. Every epsilon is rounded up.
+    The privacy filter's epsilon is valid even if runs were chosen adaptively, and the caps apply to it. The PLD epsilon
+    is smaller, but proven only for each run separately. Every epsilon is rounded up.
     """
-    from fedtune.report.from_ledger import compute_current_lifetime  # what other commands can do without
+    from fedtune.report.from_ledger import compute_current_lifetime  # slow to import
 
     file, verified = _verify_ledger(path)
     if as_json:
@@ -89,12 +89,11 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     print_spending(verified.history, compute_current_lifetime(verified))
 
 
-@command(app, "check that it was not changed or rolled back", name="verify")
+@command(app, "detect modification and rollback", name="verify")
 def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None, as_json: AsJson = False) -> None:
-    """Check that nobody without the site's key changed, deleted, inserted or reordered an event.
+    """Verify that nobody without the site's key changed, deleted, inserted or reordered an event.
 
-    With an anchor, kept on another disk, also check that no event is missing at the end. Exit code 1 if a check
-    fails.
+    With an anchor from another disk, also verify that no event is missing at the end. Exit code 1 if a check fails.
     """
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
     if as_json:
@@ -118,9 +117,9 @@ def export(
     site_key: SiteKey = None,
     output: Annotated[Path | None, Option(metavar="FILE", help="a new file (default: print)")] = None,
 ) -> None:
-    """Write a ledger's events, figures and verification as one JSON file."""
-    if output is not None and output.exists():  # it might be the ledger, or the key
-        raise ConfigError("--output", str(output), "already exists; choose a new file")
+    """Export a ledger's events, spending and verification to one JSON file."""
+    if output is not None and output.exists():  # never overwrite the ledger or the key
+        raise ConfigError("--output", str(output), "already exists: choose a new file")
     file, verified = _verify_ledger(path, anchor=anchor, site_key=site_key)
     proved = {"head": verified.events[-1], "verification": budget_text.convert_verification_to_json(verified)}
     told = {"spending": convert_spending_to_json(verified), "events": verified.events}
@@ -132,17 +131,17 @@ def export(
     say(f"{pluralize(len(verified.events), 'event')} of {file} written to {output}")
 
 
-@command(app, "write a signed head, to keep elsewhere", name="anchor")
+@command(app, "write a signed anchor of the newest event", name="anchor")
 def write_anchor(
     path: LedgerPath,
     key: Annotated[Path, Option(metavar="FILE", help="the site's private key: site_key.pem, or site.toml")],
     output: Annotated[Path, Option(metavar="FILE", help="the anchor file to write")],
 ) -> None:
-    """Write the ledger's newest head, signed, to an anchor file; keep it on another disk or machine.
+    """Write a signed anchor with the head of the ledger's hash chain; keep it on another disk or machine.
 
-    If the file exists, the ledger must contain its anchor; otherwise an older ledger was put back.
+    An existing anchor file is checked first: if the ledger does not contain its event, the ledger was rolled back.
     """
-    file, own = find_ledger_file(path), read_signing_key(key)
+    file, own = find_ledger(path), read_signing_key(key)
     before = Head.read(output) if output.exists() else None
     verified = verify(file, anchor=before, site_key=own.public)
     write_file(output, verified.history.head(own).to_bytes(), option="--output")
@@ -152,9 +151,11 @@ def write_anchor(
 @command(app, "continue from a backup")
 def restore(
     policy: PolicyFile,
-    anchor: Annotated[Path | None, Option("the newest anchor (default: the policy's own)", metavar="FILE")] = None,
+    anchor: Annotated[
+        Path | None, Option("the newest anchor (default: the anchor in the policy)", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Charge everything that the anchor covers and a restored backup lacks.
+    """Charge a restored backup for the events that its anchor covers and the backup lacks.
 
     Stop training, copy the backup to the path in the policy, run this command, and start training again.
     """
@@ -169,14 +170,14 @@ def restore(
 
 @command(app, "end all training on a population")
 def freeze(
-    policy: PolicyFile, why: Annotated[str, Option(metavar="TEXT", help="the reason, which the ledger stores")]
+    policy: PolicyFile, why: Annotated[str, Option(metavar="TEXT", help="the reason, stored in the ledger")]
 ) -> None:
     """Permanently exclude a ledger's population from all training. This cannot be undone.
 
-    It does not undo earlier releases.
+    Earlier releases are not affected.
     """
     if not why.strip():
-        raise ConfigError("--why", why, "must give a reason; the ledger stores it")
+        raise ConfigError("--why", why, "must not be empty: give the reason, which the ledger stores")
     site = _open_own_site(policy)
     verify(site.ledger)
     site.open_ledger().freeze(why)
@@ -187,9 +188,9 @@ def freeze(
 def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] = False) -> None:
     """Start the budget period that contains this machine's date.
 
-    A clock that was set forward would open a new period with an unspent budget. A site therefore opens only the
-    next period by itself, and only if the server's time is in it too; any other period waits for this command.
-    Compare the date with a clock that neither this machine nor the federation sets.
+    A clock that is set forward would open a new period with a full budget. A site therefore opens only the next period
+    automatically, and only if the server's time is in the same period; every other period requires this command.
+    Compare the date with a clock that neither this machine nor the federation controls.
     """
     site = _open_own_site(policy)
     history = verify(site.ledger).history
@@ -203,11 +204,11 @@ def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] 
     say("Recorded in the ledger.")
 
 
-def find_ledger_file(name: str) -> Path:
+def find_ledger(name: str) -> Path:
     """Return the ledger file for the argument PATH.
 
     Raises:
-        ConfigError: there is no ledger.
+        ConfigError: the path contains no ledger.
     """
     path = Path(name)
     if path.is_file():
@@ -223,29 +224,29 @@ def find_ledger_file(name: str) -> Path:
 
 def _open_own_site(policy: Path) -> SiteFiles:
     files = SiteFiles.from_site_toml(policy)
-    if not files.ledger.is_file():  # it would be made
+    if not files.ledger.is_file():  # open_ledger would create it
         raise ConfigError("ledger", str(files.ledger), f"is missing: {policy} names this ledger")
     act_as_owner(files.site_key, files.ledger)
-    files.load_key()  # a missing one would be made
+    files.load_key()  # open_ledger would create a missing key
     return files
 
 
 def _verify_ledger(path: str, *, anchor: Path | None = None, site_key: str | None = None) -> tuple[Path, Verified]:
     if site_key is not None:
         check_public_key("--site-key", site_key)
-    file = find_ledger_file(path)
+    file = find_ledger(path)
     return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=site_key)
 
 
 def print_identity(path: Path, verified: Verified) -> None:
-    """Print a ledger's site and population, its number of events and its newest one."""
+    """Print a ledger's site, population, number of events and newest event."""
     opened, last = verified.history.opening, verified.events[-1]
     say(f"Ledger of site {to_printable(opened.site)}, population {to_printable(opened.population)}", style="bold")
     say(f"{path}: {pluralize(last.sequence, 'event')}, newest {format_event_time(last)}")
 
 
 def build_events_section(verified: Verified, chosen: Sequence[Event]) -> Section:
-    """Build the table of the chosen events, one per row."""
+    """Build the table of the selected events, one per row."""
     unit, runs = verified.history.opening.unit, verified.history.runs.items()
     own = {name: run.proposal.task for name, run in runs if not run.proposal.lead}
     rows = []
@@ -267,7 +268,7 @@ def _describe_state(run: LifetimeRun, history: History) -> str:
 
 
 def print_spending(history: History, figures: Lifetime) -> None:
-    """Print a ledger's spending: a summary, tables, and remarks on restored backups and changed caps."""
+    """Print a ledger's spending, with notes on restored backups and changed caps."""
     unit = history.opening.unit
     said = render_page(
         "spent",
@@ -293,7 +294,7 @@ def print_spending(history: History, figures: Lifetime) -> None:
     caps = [cap for _, cap, _ in history.policies]
     if len(set(caps)) > 1:
         changes = ", then ".join(f"{format_cap(cap)} ({time[:10]})" for time, cap, _ in history.policies)
-        say(f"The lifetime cap was changed: {changes}. A cap that never changes promises the most.")
+        say(f"The lifetime cap was changed: {changes}. The guarantee is strongest if the cap never changes.")
     if why := history.explain_pending_period():
         say(f"{why[0].upper()}{why[1:]}.")
 
@@ -324,7 +325,7 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
 
 
 def _build_arrivals_section(figures: Lifetime) -> Section:
-    """Build the table of epsilon by time of arrival; empty if one figure holds for everybody."""
+    """Build the table of epsilon by time of arrival; empty if everybody has the same epsilon."""
     rows = []
     for one in figures.cohorts or ():
         spent = (
@@ -362,14 +363,14 @@ def _build_runs_section(runs: Sequence[LifetimeRun], history: History) -> Sectio
 
 
 def build_verification_sections(verified: Verified) -> Iterator[Section]:
-    """Yield the list of checks that passed and the list of checks that were not made."""
+    """Yield the tables of passed and of skipped checks."""
     said = render_page("ledger_check", verified=verified)
     for part, title in (("checked", "Checked and correct:"), ("unchecked", "Not checked:")):
         yield Section(title=title, notes=[f"- {text}" for text in said[part].split("\n")] if part in said else ())
 
 
 def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:
-    """Print what a restored ledger lacked, and what it is charged for the missing events."""
+    """Print a restored ledger's missing events and the charge for them."""
     if made_up.last is None:
         say(f"{path} has every event that {' and '.join(map(str, anchors))} cover. Nothing was charged.")
         return
@@ -379,19 +380,19 @@ def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path
         say(f"  {part}")
     now = made_up.ledger.history
     say(f"Spent now: epsilon {format_epsilon(now.epsilon())} of {format_cap(now.cap)}.")
-    say("Lost for good: the missing events' runs, approvals, refusals and stored replies. Not lost: cost and denials.")
+    say("Lost: runs, approvals, refusals and stored replies in the missing events. Not lost: costs, denials.")
     if (since := made_up.since) is not None:
         print_other_policy(since.caps[-1], time=since.time)
 
 
 def print_other_policy(cap: float | None, *, time: str) -> None:
-    """Print that a policy other than site.toml was in force at `time`, with its lifetime `cap`."""
+    """Print a note that another policy than site.toml, with lifetime cap `cap`, was in force at `time`."""
     other = f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {format_cap(cap)})"
     say(f"{other}. Compare the caps, the leads and everything else before you start the site.")
 
 
 def format_event_time(event: Event) -> str:
-    """Format an event's time to the second."""
+    """Format an event's time with a resolution of one second."""
     return f"{event.time[:19].replace('T', ' ')} UTC"
 
 

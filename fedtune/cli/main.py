@@ -1,6 +1,6 @@
-"""The command `fedtune`: looks up a command's module, runs it, and turns errors into messages and exit codes.
+"""Entry point of the `fedtune` command: dispatch, error messages, exit codes and shell completion.
 
-Shell completion reads conf/completions.json, because importing the modules of commands takes seconds.
+Shell completion reads conf/completions.json, because importing the command modules takes seconds.
 `FEDTUNE_WRITE_SNAPSHOTS=1 pytest tests/cli/test_completion.py` writes that file.
 """
 
@@ -18,7 +18,7 @@ from importlib import import_module
 from threading import Timer
 from typing import Any, TextIO, cast
 
-# Flower reads it when it is imported: nothing is told to anybody outside the federation.
+# Disable Flower's telemetry; Flower reads the variable on import.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import click
@@ -37,37 +37,37 @@ from fedtune.spec import ConfigError, FedtuneError, describe_full_disk
 from fedtune.version import find_config_folder
 
 COMMANDS: Mapping[str, str] = {
-    "data": "inspect your data, and write a first experiment for it",
+    "data": "inspect data files, and write a first experiment",
     "simulate": "run a federation on this machine",
-    "plan": "show what a run would cost, before any data is touched",
-    "audit": "attack a run on this machine, to test its guarantee",
-    "attack": "attack a finished run by the names that checkers know",
-    "generate": "answer prompts with a finished run's model",
-    "synthesize": "generate synthetic records, or select some by votes",
-    "evaluate": "score a finished run's model next to its base",
-    "compare": "compare base, each site alone, federated and pooled",
+    "plan": "forecast a run's privacy cost without reading data",
+    "audit": "test a run's guarantee empirically, with canaries",
+    "attack": "run known privacy attacks on a finished run",
+    "generate": "generate text or predict with a finished run's model",
+    "synthesize": "generate synthetic records, or select them by votes",
+    "evaluate": "score a finished run's model and its base model",
+    "compare": "compare base, single-site, federated and pooled training",
     "personalize": "train a personalized adapter, which stays at the site",
-    "search": "search settings, at a cost that is known beforehand",
-    "export": "write a run's model for others to load",
-    "distill": "distill a run's model into a smaller one",
+    "search": "search hyperparameters with a fixed privacy cost",
+    "export": "export a run's model in a standard format",
+    "distill": "distill a run's model into a smaller model",
     "model-hash": "print the hash of a base model",
-    "ledger": "read a site's ledger: what was spent, what is left",
+    "ledger": "read a site's ledger: spent and remaining epsilon",
     "report": "write or verify the privacy report of a run or a ledger",
-    "gate": "judge by rules whether a run's model may leave",
+    "gate": "check by rules whether a run's model may be released",
     "site": "manage a site: its policy, its keys, its process",
     "provision": "set up a federation of real sites",
     "server": "run or back up a federation's server",
     "run": "run a federation over real sites",
     "flower-app": "write a bundle to run fedtune in an existing Flower federation",
 }
-"""Each is a module, imported when it is called, which holds a function of the command's name, or a group `app`."""
+"""Summaries by command.  A command's module is imported on use, and defines a function of its name or a group `app`."""
 _MODULES = {"distill": "export", "gate": "release_gate"}
-"""The module of each command whose name is not the module's."""
+"""Modules of the commands whose name differs from the module's name."""
 _LOADING_S = 0.5
 
 
 class _Fedtune(click.Group):
-    """The top-level command group; imports only the called command, since torch and Hydra take seconds to import."""
+    """The top-level command group, which imports only the called command: torch and Hydra take seconds."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -75,7 +75,7 @@ class _Fedtune(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        # Nobody waits at a terminal in silence while libraries load.
+        # Slow imports print a message on a terminal.
         timer = Timer(_LOADING_S, _print_message, ["loading libraries ..."])
         if sys.stderr.isatty():
             timer.start()
@@ -95,7 +95,7 @@ class _Fedtune(click.Group):
 fedtune = _Fedtune(
     name="fedtune",
     help="Federated, differentially private fine-tuning with LoRA adapters.",
-    epilog="fedtune COMMAND --help describes a command. Exit codes: 0 done, 2 wrong input, 3 refused, 1 anything else.",
+    epilog="fedtune COMMAND --help describes a command. Exit codes: 0 success, 2 invalid input, 3 refused, 1 error.",
     context_settings=SETTINGS,
     no_args_is_help=False,
 )
@@ -109,7 +109,7 @@ _BASH_VALUE = """\
 
 
 class _Setting(click.ParamType):  # type: ignore[type-arg]  # not generic in every supported click
-    """The type of a word that sets something: KEY=VALUE, or an experiment file."""
+    """Parameter type of an override: KEY=VALUE, or an experiment file."""
 
     name = "setting"
 
@@ -128,7 +128,7 @@ class _Setting(click.ParamType):  # type: ignore[type-arg]  # not generic in eve
 
 @add_completion_class
 class _Bash(BashComplete):
-    """Completion for bash, which splits words at `=`, and puts a space behind a word unless it is told not to."""
+    """Completion for bash, which splits words at `=` and appends a space after a completed word by default."""
 
     source_template = (
         BashComplete.source_template.replace("${COMP_WORDS[*]}", "${COMP_LINE:0:$COMP_POINT}")
@@ -144,13 +144,13 @@ class _Bash(BashComplete):
 
 @add_completion_class
 class _Zsh(ZshComplete):
-    """Completion for zsh, without a space behind values, which may be keys that go on with a value."""
+    """Completion for zsh, without a space after a completed key, so that its value can follow."""
 
     source_template = ZshComplete.source_template.replace("compadd -U", "compadd -S '' -U")
 
 
 def _complete(instruction: str) -> int:
-    """Print the script that lets a shell complete, or the completions of its command line."""
+    """Print the shell's completion script, or the completions of its command line."""
     known = json.loads((find_config_folder() / COMPLETIONS).read_text(encoding="utf-8"))
     types = {"file": click.Path(), "folder": click.Path(file_okay=False), "setting": _Setting(known["settings"])}
     tree = click.Group("fedtune", params=list(fedtune.params), context_settings=SETTINGS)
@@ -183,36 +183,40 @@ fedtune = click.option("--version", **_about, help="Show the version and exit.")
 
 
 def _print_message(message: str) -> None:
-    """Print a message to standard error: wrapped on a terminal, in one line for a service's log."""
+    """Print a message to standard error, wrapped on a terminal and as a single line in a service's log."""
     text = f"fedtune: {message}"
     lines = wrap_text(text, width=shutil.get_terminal_size().columns) if sys.stderr.isatty() else [text]
-    with suppress(OSError):  # there is nowhere else to say it
+    with suppress(OSError):  # standard error is closed or full
         sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
 def _make_writable(stream: TextIO | None) -> TextIO:
-    """Return a standard stream that accepts any text; characters missing in its encoding become question marks."""
+    """Return a stream that replaces characters outside its encoding by question marks; None: a null stream."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # None: the shell closed it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 wrong input, 3 refused, 1 anything else."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 success, 2 invalid input, 3 refused by a policy or budget, 1 any other error.
+    """
     sys.stdout, sys.stderr = _make_writable(sys.stdout), _make_writable(sys.stderr)
     try:
         code = _run_command(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         pass
     except Exception as error:
         if (full := describe_full_disk(error)) is None:
             raise
-        _print_message(f"{full}; free some space, and run the command again")
+        _print_message(f"{full}: free some space and run the command again")
     try:
         sys.stdout.flush()
-    except OSError:  # what could not be printed is lost; or Python would try again, and say so on many lines
+    except OSError:  # discard the output; otherwise Python flushes again at exit and prints a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
@@ -235,7 +239,7 @@ def _run_command(words: list[str]) -> int:
         _print_message(f"{error.format_message().rstrip('.')} (see {asked} --help)")
         return error.exit_code
     except FedtuneError as error:
-        if isinstance(error, ConfigError) and describe_full_disk(error):  # no value of a setting is wrong
+        if isinstance(error, ConfigError) and describe_full_disk(error):  # the cause is the full disk, not the setting
             raise
         _print_message(str(error))
         return error.exit_code

@@ -16,14 +16,13 @@ def model_hash(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the hash that identifies a base model in policies, federations and run settings, and the files it covers.
+    """Print a base model's hash, as used in policies, federations and run settings, and the files that it covers.
 
       fedtune model-hash models/minilm            a folder with safetensors, or with one GGUF file
       fedtune model-hash Small-Q4_1.gguf          a GGUF file; its hash is the one that sha256sum prints
       fedtune model-hash package:MODULE/FOLDER    a model in an installed Python package
 
-    Files that are not listed are never loaded. A model that a site would refuse is refused here too, with the
-    reason.
+    fedtune never loads other files of the folder. A model that sites refuse is refused here with the same reason.
     """
     if files and as_json:
         raise ConfigError("--json", NOT_GIVEN, "cannot be combined with --files")

@@ -1,4 +1,4 @@
-"""A run's cost in privacy, bytes and time, computed and printed before any data is touched."""
+"""Forecast of a run's privacy cost, bytes and time, computed and printed without reading data."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
-    """The forecast of a run before any data is touched."""
+    """Forecast of a run, computed without reading data."""
 
-    config: RunConfig  # the run's settings; where something was solved for, `price.plan` has the answer.
+    config: RunConfig  # the run's settings; `price.plan` contains the solved value
     price: Price
     solved: str | None  # "noise", "rounds" or "sampling_rate", if the plan was solved for it
-    epsilon: float  # that `changes` keep within
+    epsilon: float  # upper limit for the plans in `changes`
     changes: tuple[Change, ...]
     forecast: Forecast | None
     device: str
     verdicts: tuple[DryRun, ...]
-    lead_assumed: bool  # policies were asked for the first lead that each allows
-    # of the base model's weights; None: the settings do not pin it, and no model was loaded
+    lead_assumed: bool  # each policy was evaluated for the first lead that it allows
+    # hash of the base model; None: not pinned in the settings, and no model was loaded
     model_sha256: str | None = None
-    # what they would give in place of a plain run; None: they are planned, or cannot be
+    # the same run with secure aggregation; None: already used, or not available
     secure_aggregation: Plan | None = None
 
     @property
@@ -63,19 +63,16 @@ class Outlook:
 
     @property
     def signal_to_noise(self) -> float | None:
-        """The ratio by `planner.compute_signal_to_noise`; None if no model was loaded, so that the parameter count is
-        unknown.
-        """
+        """Signal-to-noise ratio (`planner.compute_signal_to_noise`); None if the parameter count is unknown."""
         sizes = {name: site.declared_size for name, site in self.price.sites.items()}
         return compute_signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
 
     @property
     def relative_secure_noise(self) -> float | None:
-        """Noise in an average with secure aggregation (`secure_aggregation`), relative to the plan's; None if not
-        offered.
+        """Noise of the average with secure aggregation, relative to the plan; None without `secure_aggregation`.
 
-        Every site's noise has the same weight in the average, so the ratio is that of the noise multipliers.  If all
-        sites are summed, it is the noise of central training on all records.
+        Equals the ratio of the noise multipliers, because every site's noise has the same weight in the average.  If
+        all sites are summed, the noise equals that of central training on all records.
         """
         return (
             None
@@ -85,7 +82,7 @@ class Outlook:
 
     @property
     def strictest(self) -> DryRun | None:
-        """The dry run of the strictest site; None without policies, or if the run has no epsilon."""
+        """Dry run of the strictest site's policy; None without policies or without privacy."""
         return find_strictest_dry_run(self.verdicts) if self.verdicts and self.plan.private else None
 
     @property
@@ -97,7 +94,7 @@ class Outlook:
         return self.plan.private and not self.config.runtime.seeded_noise
 
     def to_json(self) -> dict[str, Any]:
-        """Return every figure as plain JSON; null means unbounded."""
+        """Convert the forecast to JSON values; null means unbounded."""
         config, price, plan = self.config, self.price, self.plan
         strictest, sums = self.strictest, self.secure_aggregation
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
@@ -136,7 +133,7 @@ class Outlook:
 
 
 def show_outlook(console: Console, outlook: Outlook) -> None:
-    """Print a run's price, the outcome under each site's policy, alternative plans, and bytes and time."""
+    """Print a run's price, the decision of each site's policy, alternative plans, bytes and time."""
     say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
     plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
     promise = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
@@ -339,16 +336,16 @@ def print_outlook(
     trials: int | None,
     as_json: bool,
 ) -> None:
-    """Compute what a run will cost, and print it; the arguments are those of `fedtune plan`.
+    """Compute and print the forecast of a run; the arguments are those of `fedtune plan`.
 
     Raises:
-        ConfigError: a setting, a policy or an argument is wrong, or nothing solves for the target.
+        ConfigError: a setting, a policy or an argument is invalid, or no solution exists for the target.
     """
     if trials is not None:
         check_trials(trials)
     if lead is not None:
         check_public_key("--lead", lead)
-    # Without --lead, each policy is asked on behalf of the first lead that it allows.
+    # Without --lead, each policy is evaluated for the first lead that it allows.
     leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policies}
     with Console(stderr=True).status("Computing the cost ..."):
         compose = partial(compose_run, for_real_sites=bool(policies))
@@ -388,7 +385,7 @@ def print_outlook(
 
 
 def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:
-    """Plan the same run with secure aggregation; None if it is used already, or the settings exclude it."""
+    """Plan the same run with secure aggregation; None if the run already uses it, or its settings exclude it."""
     if not planned.private or planned.shared is not None:
         return None
     settings = config.to_json()
@@ -410,8 +407,8 @@ def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | Non
         raise ConfigError("--target", target, "requires a run with privacy")
     if target == "noise":
         return config, config.plan()
-    # The noise is what is given here, so it is read beside an epsilon that every noise satisfies.  The same epsilon is
-    # refused if no noise is given, which the message below then says.
+    # The noise is given here: compose with an epsilon that every noise satisfies.  Composition refuses this epsilon if
+    # no noise is given; the message below explains that.
     try:
         known = compose([*overrides, "privacy.epsilon=1.0e9"]).plan()
     except ConfigError as error:
@@ -420,13 +417,13 @@ def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | Non
         raise ConfigError("privacy.noise_multiplier", None, f"is required to solve for {target}") from None
     if target == "rounds":
         return config, planner.solve_rounds(known, epsilon=epsilon)
-    one_record = 1 / max(config.declared_sizes().values())  # a smaller rate would leave most batches empty
+    one_record = 1 / max(config.declared_sizes().values())  # at smaller rates most batches would be empty
     return config, planner.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
 
 
 def _forecast_resources(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
-    """Forecast bytes and time; return them with the type of device that they hold for."""
-    # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
+    """Forecast bytes and time; return the forecast and the device type that it is valid for."""
+    # Imported late: torch and transformers take seconds, and an invalid override should fail immediately.
     from fedtune.federation.forecast import forecast
     from fedtune.ops.round_bytes import estimate_round_bytes
     from fedtune.sites.virtual_site import fix_number_format

@@ -1,4 +1,4 @@
-"""`fedtune personalize`: a site's personalized adapter, trained from a simulated run's final adapter without noise."""
+"""`fedtune personalize`: personalized adapters of a simulated run's sites, trained without noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from fedtune.api import public
 from fedtune.cli.command import Argument, AsJson, print_answer
 from fedtune.cli.finished_run import Device, Run, load_finished_run
 from fedtune.lab.studies import personalized
-from fedtune.lab.studies.personalized import Personalized, sections, to_json
+from fedtune.lab.studies.personalized import (
+    Personalized,
+    build_personalized_sections,
+    convert_personalized_to_json,
+)
 
 
 def personalize(
@@ -22,13 +26,13 @@ def personalize(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Train personalized adapters for simulated sites, from the run's final adapter and without noise.
+    """Train personalized adapters for simulated sites without noise, starting from the run's final adapter.
 
-      fedtune personalize runs/banks            RUN/private_to_SITE/ of each site, and scores beside the others
-      fedtune personalize runs/banks bank_2     of one
+      fedtune personalize runs/banks            all sites: adapters in RUN/private_to_SITE/, and a comparison
+      fedtune personalize runs/banks bank_2     one site
 
-    Records that the site holds out determine the learning rate and the stopping point. The result is private to the
-    site and has no guarantee: no run starts from it, and `fedtune export` requires --private. The commands
+    The site's held-out records select the learning rate and the stopping point. A personalized adapter is private to
+    its site and has no guarantee: no run can start from it, and `fedtune export` requires --private. The commands
     generate, chat, evaluate and compare accept its folder. For a real site, use `fedtune site personalize`. Nothing
     is charged. See docs/own_adapter.md.
     """
@@ -39,13 +43,13 @@ def personalize(
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[public.Progress], None]]:
-    """A line on the terminal that says how far scoring, or the training of own adapters, is."""
+    """Display a progress line on the terminal, and yield the callback that updates it."""
     with Console(stderr=True).status("Loading ...") as status:
         yield lambda told: status.update(f"{told.stage} ({told.done} of {told.total})" if told.total else told.stage)
 
 
 def print_personalization(make: Callable[..., Mapping[str, Personalized]], *, as_json: bool) -> None:
-    """Train personalized adapters with `make`, and print their comparison with the other models."""
+    """Train personalized adapters with `make`, and print a comparison with the other models."""
     with show_progress() as progress:
         made = make(progress=progress)
-    print_answer(to_json(made), sections(made), as_json=as_json)
+    print_answer(convert_personalized_to_json(made), build_personalized_sections(made), as_json=as_json)

@@ -1,4 +1,4 @@
-"""A site's policy and ledger events in plain words, for readers who did not write them."""
+"""Plain-language descriptions of a site's policy and of ledger events."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:  # it takes a while to import
 
 
 def explain_refusal(reason: str) -> str:
-    """Return the explanation of a site's refusal, worded as on a report's page."""
+    """Return the explanation of a refusal, with the wording of the report."""
     return load_catalog("en").texts["refusal"].get(reason, "for a reason that this version does not know")
 
 
 def explain_guarantee(unit: str, *, epsilon: float, delta: float) -> str:
-    """Return the explanation of (epsilon, delta) for one unit, worded as on a report's page."""
+    """Return the explanation of (epsilon, delta) for one unit, with the wording of the report."""
     texts = load_catalog("en")
     factor, addition = texts.figure(epsilon, "factor"), texts.figure(delta, "exact")
     return texts.text(f"promise.{unit}", factor=factor, delta=addition).unescape()
 
 
 def describe_event(event: Event, *, own: str = "") -> str:
-    """Describe a ledger event in words; `own` is the kind of the release, for one of the site's own."""
+    """Describe a ledger event in plain language; `own` is the kind of a release by the site itself."""
     detail = event.detail
     match event.kind:
         case Kind.PLAN:
@@ -127,10 +127,10 @@ def _describe_note(detail: dict[str, Any]) -> str:
 
 
 def check_policy(file: Path, *, as_json: bool) -> None:
-    """Print what the policy in `file` means, and whether the ledger that it names matches it.
+    """Explain the policy in `file`, and check that its ledger matches it.
 
     Raises:
-        ConfigError: the ledger was made for other values than the policy's.
+        ConfigError: the ledger was created for different values than those in the policy.
     """
     files = SiteFiles.from_site_toml(file, may_be_unanswered=True)
     policy, amount = files.policy, budget_text.compute_amount(files.policy)
@@ -180,9 +180,9 @@ def _build_policy_section(policy: Policy, amount: Amount, *, folder: Path) -> Se
 
 
 def render_page(page: str, **values: object) -> dict[str, str]:
-    """Render a page of templates/ as a mapping from headings to texts.
+    """Render a template of templates/ as a mapping from headings to texts.
 
-    A line indented once starts a new line of the text; a line indented further continues it.
+    In the template, a line with one level of indentation starts a new line of the text; deeper lines continue it.
     """
     said: dict[str, str] = {}
     for line in _load_templates().get_template(f"{page}.j2").render(**values).split("\n"):
@@ -227,7 +227,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
     if figures.frozen:
         say("It is FROZEN: all training on this population has ended permanently.")
     if not figures.has_guarantee:
-        say("NO GUARANTEE: some of its runs had no noise, or noise from a seed.", style="bold yellow")
+        say("NO GUARANTEE: some runs had no noise, or seeded noise.", style="bold yellow")
     if differences:
         say("It does not match this policy: the site would not start.", style="bold yellow")
         for key, made_for, asked in differences:
@@ -235,8 +235,8 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
 
 
 def convert_spending_to_json(verified: Verified) -> dict[str, Any]:
-    """Return a ledger's spending under stable JSON keys, with each run's noise and trust assumptions."""
-    from fedtune.report.from_ledger import compute_current_lifetime  # what other commands can do without
+    """Convert a ledger's spending to JSON values with stable keys, including each run's noise and trust assumptions."""
+    from fedtune.report.from_ledger import compute_current_lifetime  # slow to import
 
     life, runs = compute_current_lifetime(verified), verified.history.runs
     rows = []

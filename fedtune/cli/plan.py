@@ -1,4 +1,4 @@
-"""`fedtune plan`: the cost of a run in privacy, bytes and time, before any data is touched."""
+"""`fedtune plan`: forecast of a run's privacy cost, bytes and time without reading data."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from fedtune.cli.command import Option, Overrides, Target, pause_garbage_collect
 
 def plan(
     overrides: Overrides = (),
-    target: Annotated[Target | None, Option("solve for this, given privacy.epsilon and the rest")] = None,
+    target: Annotated[
+        Target | None, Option("quantity to solve for, given privacy.epsilon and the other settings")
+    ] = None,
     policy: Annotated[
         tuple[Path, ...], Option(metavar="FILE", help="check the plan against this site.toml; may be repeated")
     ] = (),
     lead: Annotated[
         str | None, Option(metavar="HEX", help="your public key (default: the first that each policy allows)")
     ] = None,
-    time: Annotated[bool, Option("load the model; show bytes, time on this machine and its hash")] = False,
+    time: Annotated[
+        bool, Option("load the model to forecast bytes and time on this machine, and print its hash")
+    ] = False,
     trials: Annotated[int | None, Option("also show the cost of a search over K runs like this", metavar="K")] = None,
     as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
 ) -> None:
-    """Show what a run will cost before any data is touched: noise, steps, epsilon by site and round, whether sites'
-    policies would allow it, and what other plans would cost; with --time also bytes and time.
+    """Forecast a run without reading data: noise, steps, epsilon by site and round, decisions of site policies, and
+    alternative plans; with --time also bytes and time.
 
-    Overrides are those of `fedtune simulate`, for instance
+    Overrides are those of `fedtune simulate`:
       fedtune plan                                       the default experiment
       fedtune plan experiment=debug privacy.epsilon=3
       fedtune plan tickets.yaml --epsilon 3              short for experiment=tickets.yaml privacy.epsilon=3
       fedtune plan --target noise federation.num_rounds=40
       fedtune plan --target rounds privacy.noise_multiplier=1.5
       fedtune plan --target sampling_rate privacy.noise_multiplier=1.5
-      fedtune plan --trials 12                           the price of the best of twelve
+      fedtune plan --trials 12                           the price of a search with twelve trials
       fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml
     docs/planning.md explains every figure.
     """

@@ -1,15 +1,15 @@
-"""Create and manage a federation of real sites: its authority, the startup kits of server and lead, and its sites.
+"""Create and manage a federation of real sites: certificate authority, kits of server and lead, and sites.
 
-  fedtune provision init federation.toml                  a folder with everything, named after the federation
-  fedtune provision add-site join_request.json            let a site in, during a call: its kit, to be sent to it
-  fedtune provision renew-site north-hospital             a new certificate for the same key
-  fedtune provision revoke-site north-hospital            shut a site out
-  fedtune provision renew-server; ... renew-lead          new certificates for these
-  fedtune provision list                                  the members, and when their certificates end
-  fedtune provision backup | restore FILE                 the whole folder, with its keys, in one file; put it back
-Run these commands in the federation's folder, or name it with --federation. A change for one site does not
-affect the others. After editing the folder's federation.toml (address, further names, base models), run
-renew-server, renew-lead, then renew-site for each site.
+  fedtune provision init federation.toml                  create the federation's folder
+  fedtune provision add-site join_request.json            admit a site during a phone call, and create its kit
+  fedtune provision renew-site north-hospital             issue a new certificate for the same key
+  fedtune provision revoke-site north-hospital            revoke a site's certificate
+  fedtune provision renew-server; ... renew-lead          issue new certificates for server and lead
+  fedtune provision list                                  list the members and the expiry of their certificates
+  fedtune provision backup | restore FILE                 back up or restore the folder with its keys
+Run these commands in the federation's folder, or pass --federation. A change for one site does not affect the
+others. After editing the folder's federation.toml (address, further names, base models), run renew-server,
+renew-lead, then renew-site for each site.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def init(
     file: Annotated[Path, Argument("FILE", help="a federation.toml")],
     out: Annotated[Path | None, Option(metavar="DIR", help="the new folder (default: the federation's name)")] = None,
 ) -> None:
-    """Create a federation's folder from its federation.toml: the authority, the server's kit and the lead's kit.
+    """Create a federation's folder with the certificate authority, the server's kit and the lead's kit.
 
-    The folder must not exist yet. It contains secret keys; keep authority/ca_key.pem offline when it is not needed.
+    The folder must not exist. It contains private keys: keep authority/ca_key.pem offline when it is not in use.
     """
     made = provisioning.init_federation(file, out=out, now=datetime.now(UTC))
     say(f"Federation {made.settings.name} is in {made.folder}/.", style="bold")
@@ -75,10 +75,10 @@ def add_site(
     days: Days = None,
     compared: Compared = False,
 ) -> None:
-    """Admit a site by the join_request.json that `fedtune site init` created there.
+    """Admit a site with the join_request.json that `fedtune site init` created at the site.
 
-    Run this command during a phone call with the site. It shows the keys to compare and asks whether they agree;
-    nothing is changed until you confirm. Then it says which file to send to whom.
+    Run this command during a phone call with the site. It prints the key fingerprints to compare, and asks for
+    confirmation before any change. Then it lists the files to send.
     """
     asked, admit = provisioning.check_join_request(federation, request=request, days=days, now=datetime.now(UTC))
     _require_keys_compared(federation, asked, already=compared)
@@ -95,20 +95,20 @@ def renew_site(
     days: Days = None,
     new_site_key: Annotated[
         bool,
-        Option(help="accept a new site key: the site starts a new ledger and a new budget; agree on it first"),
+        Option(help="accept a new site key, with which the site starts a new ledger and budget: agree on it first"),
     ] = False,
     compared: Compared = False,
 ) -> None:
     """Create a new certificate and kit for a site. Other sites are not affected.
 
-    Without REQUEST, only the expiry date changes. A new request of the same site may change its connection key or
-    its declared data sets; compare keys by phone, as for add-site. The site key must stay the same, because it
-    belongs to the site's ledger.
+    Without REQUEST, only the expiry date changes. A new request by the same site can change its connection key or its
+    declared data sets: compare the keys by phone, as for add-site. The site key must not change, because it signs the
+    site's ledger.
     """
     now = datetime.now(UTC)
     if request is None:
         if new_site_key:
-            raise ConfigError("--new-site-key", NOT_GIVEN, "requires REQUEST, the file that names the new site key")
+            raise ConfigError("--new-site-key", NOT_GIVEN, "requires REQUEST, the file with the new site key")
         done = provisioning.renew_site(federation, name, days=days, now=now)
     else:
         asked, admit = provisioning.check_renewal_request(
@@ -136,19 +136,19 @@ def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
 
 @command(app, "a new certificate for the server", name="renew-server")
 def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
-    """Create a new certificate for the server's key, for the server names now in federation.toml."""
+    """Create a new certificate for the server's key, with the server names in federation.toml."""
     _renew_certificate("server", federation, days)
 
 
 @command(app, "a new certificate for the lead", name="renew-lead")
 def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
-    """Create a new certificate for the lead's connection key. The key that signs requests stays the same."""
+    """Create a new certificate for the lead's connection key. The lead's signing key does not change."""
     _renew_certificate("lead", federation, days)
 
 
-@command(app, "list the members and when their certificates expire", name="list")
+@command(app, "list the members and the expiry of their certificates", name="list")
 def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> None:
-    """Show the sites, their certificates' expiry and their declared data sets."""
+    """List the sites with the expiry of their certificates and their declared data sets."""
     made, now = FederationFolder.open(federation), datetime.now(UTC)
     rows = []
     for member in made.roster.sites:
@@ -167,13 +167,11 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
 
 @command(app, "write a backup")
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], federation: Federation = Path(".")) -> None:
-    """Back up the federation's folder. The file contains every key of the authority, lead and server: keep it
-    offline.
-    """
+    """Back up the federation's folder. The file contains all private keys: keep it offline."""
     from fedtune.ops.backup import back_up_federation
 
     back_up_federation(file, federation=federation)
-    say(f"{file} is written. It holds secret keys: keep it offline.")
+    say(f"{file} is written. It contains private keys: keep it offline.")
 
 
 @command(app, "restore a backup")
@@ -196,11 +194,10 @@ def _format_roster_instruction(folder: Path) -> str:
 
 
 def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
-    """Show the keys of both sides, and ask a person to confirm that the site has the same ones, unless `already`
-    confirmed.
+    """Print the key fingerprints, and ask for confirmation that the site has the same, unless `already` confirmed.
 
     Raises:
-        RunError: the person did not confirm; nothing was changed.
+        RunError: the user did not confirm; nothing was changed.
     """
     made = FederationFolder.open(folder)
     for name, declared_size in request.datasets.items():
@@ -230,7 +227,7 @@ def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) 
 
 def _renew_certificate(of: Literal["server", "lead"], folder: Path, days: int | None) -> None:
     certificate = provisioning.renew_own_certificate(folder, of, days=days, now=datetime.now(UTC))
-    say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key stays.", style="bold")
+    say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key is unchanged.", style="bold")
     kit = f"from {folder / of} into the {of}'s kit, unless it is used from this folder"
     running = "A running server loads the certificate within seconds; after a change of kit.toml, restart it."
     _print_steps(f"Copy kit.toml, {of}.pem and README.md {kit}. {running}")
@@ -261,7 +258,7 @@ def _format_days_left(certificate: Certificate, now: datetime) -> str:
 
 
 def _list_expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
-    """Yield a warning for each certificate that has expired or is about to, with the command that renews it."""
+    """Yield a warning with the renewal command for each certificate that has expired or expires soon."""
     members = [one for one in made.roster.sites if not one.revoked]
     found = [
         (f"site {one.site}", Certificate.from_x509(one.x509_certificate), f"renew-site {one.site}") for one in members

@@ -1,4 +1,4 @@
-"""A run over real sites, from the lead's kit: started, inspected, stopped and resumed."""
+"""Implementation of `fedtune run`: start, status, stop and resume of runs over real sites."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def begin_run(
     or_resume: bool,
     metrics: str | None,
 ) -> None:
-    """Start the run or the sweep that the settings `words` describe; the arguments are those of `fedtune run`.
+    """Start a run or a sweep; the arguments are those of `fedtune run`.
 
     Raises:
-        ConfigError: a setting or an argument is wrong.
+        ConfigError: a setting or an argument is invalid.
     """
     words = words if renew is None else (*words, f"renew={quote_word(str(renew))}")
-    # A service starts with the same words each time.  The run's own settings and sites count from its beginning on.
+    # A service always starts with the same words; a run that has begun keeps its own settings and sites.
     if or_resume:
         if not any(word.startswith("name=") for word in words):
-            raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: give the run the same name each time")
-        # Its folder alone: what depends on the number of sites is theirs.
+            raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: set a fixed name for the run")
+        # Only its folder is needed here; settings that depend on the number of sites come later.
         of_sites = ("sites=", "federation.", "data.declared_sizes=")
         asked = compose_run([*(one for one in words if not one.startswith(of_sites)), "data.declared_sizes=2"])
         folder = Path(asked.tracking.output_dir) / asked.name
@@ -76,7 +76,7 @@ def begin_run(
 
 
 def resume_run(words: Sequence[str], *, kit: Path | None, metrics: str | None) -> None:
-    """Resume the run in the folder that the first of `words` names; the others are settings."""
+    """Resume the run in the folder `words[0]`; the remaining words are overrides."""
     folder, settings = _run_folder("resume", words), words[1:]
     start_run([f"resume={quote_word(str(folder))}", *settings], kit=_read_lead_kit(kit), metrics=metrics)
 
@@ -96,14 +96,14 @@ def _read_lead_kit(folder: Path | None) -> Kit:
 def start_run(
     words: Sequence[str], *, kit: Kit, metrics: str | None = None, over: Callable[..., Any] | None = None
 ) -> None:
-    """Start or resume a run, over fedtune's own connection or over Flower's Grid (`over`)."""
-    # Before torch and Flower are imported, which takes seconds: a mistake in a setting is told of at once.
+    """Start or resume a run over fedtune's own connection, or over Flower's Grid (`over`)."""
+    # Checked before the slow import of torch and Flower, so that an invalid setting fails immediately.
     again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
     _start_or_resume(compose_for_sites(words, kit=kit), again, kit=kit, metrics=metrics, over=over)
 
 
 def _start_sweep(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
-    """Print the total price of a sweep, then start or resume its runs one after the other."""
+    """Print the total price of a sweep, then start or resume its runs sequentially."""
     trials = Trials.from_sweep(words, partial(compose_for_sites, kit=kit))
     again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
     with show_several_runs(trials, Console(), again=again):
@@ -138,11 +138,11 @@ def _start_or_resume(
 
 
 def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
-    """Stop the run in the folder that the first of `words` names; `for_good` also tells its sites that it is over.
+    """Stop the run in the folder `words[0]`; with `for_good`, also end it at its sites.
 
     Raises:
-        ConfigError: no folder or no lead's kit was given, or the folder is not a run's.
-        RunError: the run's process is unknown, or has not stopped.
+        ConfigError: the run folder or the lead's kit is missing.
+        RunError: the run's process is unknown, or did not stop in time.
     """
     folder = _run_folder("stop", words)
     lead = _read_lead_kit(kit) if for_good else None
@@ -155,13 +155,15 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
     config = read_saved_config(folder)
     if files.is_running:
         if (pid := find_running_process(folder)) is None:
-            raise RunError(f"{folder} is running, but its process is unknown; stop it where it was started")
+            raise RunError(
+                f"{folder} is running, but its process is unknown: stop the run on the machine where it was started"
+            )
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             send_signal(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
         while files.is_running:
             if time.monotonic() > deadline:
-                raise RunError(f"process {pid} has not stopped within {_STOP_S:g} s; it may be finishing an evaluation")
+                raise RunError(f"process {pid} has not stopped within {_STOP_S:g} s: it may be finishing an evaluation")
             time.sleep(0.2)
         say(f"{folder} is stopped; `fedtune run resume {folder} --kit ...` resumes it.")
     else:
@@ -179,14 +181,15 @@ def _end_at_sites(run: str, federation: FederationSpec, *, kit: Kit) -> None:
     there = tuple(site for site in federation.active if site in current.active)  # others were revoked since
     asked = federation if there == federation.active else replace(current, num_sites=len(there), site_names=there)
     heard = LeadService(kit=kit, federation=asked).announce_end(run, timeout_s=30.0) if there else []
-    say(f"Informed that the run is over: {', '.join(heard) or 'no site'}.")
+    say(f"Sites that were notified of the end of the run: {', '.join(heard) or 'no site'}.")
     if silent := [site for site in federation.active if site not in heard]:
         say(f"Not reached: {', '.join(silent)}; their budget is released when the run expires.")
 
 
 def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> None:
-    """Print the progress and each site's spending of the run in the folder that the first of `words` names; without a
-    folder, print which sites are online.
+    """Print the progress and each site's spending of the run in the folder `words[0]`.
+
+    Without a folder, list the sites that are online.
     """
     if not words and kit is not None:
         _print_online_sites(_read_lead_kit(kit), as_json=as_json)

@@ -1,4 +1,4 @@
-"""`fedtune gate`: judge by rules whether a finished run's model may leave, and write the verdict into its card."""
+"""`fedtune gate`: output-checking rules for the release of a finished run's model."""
 
 from __future__ import annotations
 
@@ -22,33 +22,29 @@ _MARKS = {"right": ("holds", ""), "wrong": ("FAILS", "bold red"), "missing": ("M
 
 def gate(
     run: Run,
-    rules: Annotated[str, Argument("RULES", help="a file of rules, or default or tre, which fedtune has")] = "default",
+    rules: Annotated[str, Argument("RULES", help="default, tre, or the path of a rules file")] = "default",
     audit: Annotated[
         Path | None, Option("the run folder of an audit of the same plan and model", metavar="RUN")
     ] = None,
-    groups: Annotated[
-        Path | None, Option("what fedtune compare RUN --by COLUMN --json printed", metavar="FILE")
-    ] = None,
+    groups: Annotated[Path | None, Option("output of fedtune compare RUN --by COLUMN --json", metavar="FILE")] = None,
     key: Annotated[
         str | None, Option("the public key that must have signed the report, from a source you trust", metavar="HEX")
     ] = None,
-    roster: Annotated[
-        Path | None, Option("the federation's roster.json, which has the sites' keys", metavar="FILE")
-    ] = None,
+    roster: Annotated[Path | None, Option("the federation's roster.json, with the sites' keys", metavar="FILE")] = None,
     sign: Annotated[
-        Path | None, Option("sign the verdict: a lead's kit.toml, or a site.toml or a key in PEM form", metavar="KEY")
+        Path | None, Option("key to sign the verdict: a lead's kit.toml, a site.toml or a PEM file", metavar="KEY")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge by rules whether a finished run's model may leave, and write the verdict into its model card.
+    """Decide by rules whether a finished run's model may be released, and add the decision to its model card.
 
-      fedtune gate runs/tighter                          fedtune's own rules
+      fedtune gate runs/tighter                          fedtune's default rules
       fedtune gate runs/tighter tre --roster roster.json --audit runs/audited    for a trusted research environment
-      fedtune gate runs/tighter rules.toml --sign kit.toml                       your own rules; the verdict is signed
+      fedtune gate runs/tighter rules.toml --sign kit.toml                       your own rules, with a signed decision
 
-    Exit code 1 if a rule fails, also because something is missing, such as an audit; the line says what to run. The
-    verdict is written to gate.json in the run's folder, and repeated in the model card and in the cards of later
-    exports. See docs/output_checkers.md for each rule.
+    Exit code 1 if a rule fails. A rule also fails if its evidence is missing, such as an audit; the output names the
+    command that produces it. The decision is written to gate.json in the run folder, to the model card and to the
+    cards of later exports. See docs/output_checkers.md for each rule.
     """
     if key is not None:
         check_public_key("--key", key)
@@ -63,7 +59,7 @@ def gate(
     site_keys = None
     if roster is not None:
         Roster.read(roster)
-        with suppress(RunError, ConfigError):  # of a report that the lead did not sign the rule `signed` tells
+        with suppress(RunError, ConfigError):  # the rule `signed` reports an unsigned report
             key, site_keys = find_roster_key(signing.read_report(str(run))[1], roster, key)[:2]
     evidence = gate_rules.collect_evidence(run, Known(key=key, site_keys=site_keys), audit=audit, groups=groups)
     found = gate_rules.judge_run(limits, evidence)
@@ -82,7 +78,7 @@ def gate(
     )
     verdict = verdict if signer is None else verdict.sign(signer)
     write_file(run / gate_verdict.GATE, gate_verdict.verdict_to_json(verdict), option="RUN")
-    # A card reads the verdict from the folder.
+    # The model card reads the decision from the folder.
     has_card = (RunFolder(run).adapter / CARD).is_file()
     cards = render_adapter_card(run, evidence.report) if has_card else {}
     for name, content in cards.items():
@@ -95,4 +91,4 @@ def gate(
     figures = {"schema_version": SCHEMA_VERSION, "passed": not verdict.failed, "verdict": verdict}
     print_answer(figures, [section], as_json=as_json, heading=heading)
     if verdict.failed:
-        raise RunError(f"the model of {run} may not leave; rules that fail: {', '.join(verdict.failed)}")
+        raise RunError(f"the model of {run} must not be released: these rules fail: {', '.join(verdict.failed)}")

@@ -1,14 +1,14 @@
-"""Write the privacy report of a run or of a site's ledger: the guarantee, the spending, and what both mean.
+"""Write the privacy report of a run or of a site's ledger: guarantee, spending, and their meaning.
 
   fedtune report runs/tighter                        the lead's view of a run
-  fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
+  fedtune report site.toml --sign site_key.pem       a site's view of all its runs, signed
   fedtune report verify ledger.db.report/report.json --key HEX    check signature and epsilon
   fedtune report schema                              the JSON schema of report.json
-  fedtune report runs/tighter --map art-35           and the requirements of a document, each with its answers
+  fedtune report runs/tighter --map art-35           also answers to the requirements of a document
 
-Writes report.html, which needs no network and prints well, and report.json with every figure; with --pdf also
-report.pdf, with --label a privacy label to publish, with --registry an entry for a public registry. A run's
-report is written to its folder, a ledger's to a folder next to it whose name ends in .report.
+Writes report.html, a self-contained page for screen and print, and report.json with all figures; with --pdf also
+report.pdf, with --label a privacy label, with --registry an entry for a public registry. A run's report is written
+to its folder, a ledger's report to a folder next to the ledger with the suffix .report.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fedtune.cli.command import Argument, AsJson, Language, Option, command, group, print_answer
-from fedtune.cli.ledger import find_ledger_file
+from fedtune.cli.ledger import find_ledger
 from fedtune.config import AboutSpec, read_saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.ops.kits.kit_file import read_signing_key
@@ -42,7 +42,7 @@ app = group(__doc__, default="build")
 _STYLES: Mapping[State, str] = {"within": "bold", "exceeded": "bold red", "no_guarantee": "bold yellow"}
 _NO_ROOM = "bold yellow"
 _LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")
-"""How the page's words for a result begin, which a line of text says in capitals."""
+"""First words of the verdicts that are printed in capitals."""
 _MARKS: Mapping[str, tuple[str, str]] = {
     "right": ("right", ""),
     "wrong": ("WRONG", "bold red"),
@@ -61,7 +61,7 @@ def build(
     ] = None,
     language: Annotated[Language | None, Option("language of the page (default: the run's setting, else en)")] = None,
     pdf: Annotated[bool, Option("also write report.pdf; needs the extra pdf")] = False,
-    label: Annotated[bool, Option("also write label.svg, to share")] = False,
+    label: Annotated[bool, Option("also write label.svg, a privacy label to publish")] = False,
     registry: Annotated[bool, Option("also write registry.json, an entry for a public registry of runs")] = False,
     requirements: Annotated[
         Literal["satre", "edpb-28", "sp800-226", "art-35", "annex-xi"] | None,
@@ -69,7 +69,8 @@ def build(
     ] = None,
     verifier: Annotated[bool, Option("also write verify_report.py, which checks the report without fedtune")] = False,
     sign: Annotated[
-        Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem or site.toml, or a lead's kit.toml")
+        Path | None,
+        Option(metavar="KEY", help="key to sign the report: a site_key.pem, a site.toml or a lead's kit.toml"),
     ] = None,
     anchor: Annotated[
         Path | None, Option(metavar="FILE", help="for a ledger: its anchor, to show that no event is missing")
@@ -77,9 +78,9 @@ def build(
 ) -> None:
     """Write report.html and report.json for a run folder or a ledger; the word `build` is optional.
 
-    A run's report includes the reports that sites released, as site_reports/NAME.json in the run's folder. A ledger
-    is verified first; with a site.toml, also against the site's key and anchor. The ledger is not changed, and the
-    report reveals no more about the records than earlier releases did.
+    A run's report includes site reports that are in the run folder (site_reports/NAME.json). A ledger is verified
+    first, with a site.toml also against the site's key and anchor. The ledger is not changed, and the report reveals
+    nothing about the records beyond earlier releases.
     """
     key = None if sign is None else read_signing_key(sign)
     of_policy = path.suffix == ".toml"
@@ -87,13 +88,15 @@ def build(
         from fedtune.report import from_run
 
         if anchor is not None:
-            raise ConfigError("--anchor", str(anchor), "belongs to a ledger's report; this is a run folder")
+            raise ConfigError(
+                "--anchor", str(anchor), "is for the report of a ledger, but PATH is a run folder: remove --anchor"
+            )
         report, folder, settings = from_run.build_run_report(path), path, read_saved_config(path).report
         own_language, about, place = settings.language, settings.about, "report.about"
     else:
         from fedtune.report import from_ledger
 
-        ledger = SiteFiles.from_site_toml(path).ledger if of_policy else find_ledger_file(str(path))
+        ledger = SiteFiles.from_site_toml(path).ledger if of_policy else find_ledger(str(path))
         report = from_ledger.build_ledger_report(path if of_policy else ledger, anchor=anchor)
         folder = ledger.with_name(f"{ledger.name}.report")
         own_language, about, place = (
@@ -126,7 +129,7 @@ def build(
     if output is None and (RunFolder(folder).adapter / CARD).is_file() and not isinstance(report.facts, LedgerFacts):
         from fedtune.report.model_card import render_adapter_card
 
-        # Its label names this report.json.
+        # The label contains the hash of this report.json.
         beside |= render_adapter_card(folder, report)
     paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     for code in report.banners:
@@ -146,29 +149,28 @@ def build(
 
 @command(app, "check signature and epsilon")
 def verify(
-    file: Annotated[str, Argument("FILE", help="a report.json, or a folder that holds one")],
+    file: Annotated[str, Argument("FILE", help="a report.json, or a folder that contains one")],
     key: Annotated[
-        str | None, Option(metavar="HEX", help="the public key that must have signed it, from a source you trust")
+        str | None,
+        Option(metavar="HEX", help="the public key that must have signed the report, from a source you trust"),
     ] = None,
     roster: Annotated[
         Path | None,
-        Option(metavar="FILE", help="the federation's roster.json, which has the sites' keys and the lead's signature"),
+        Option(metavar="FILE", help="the federation's roster.json, with the sites' keys and the lead's signature"),
     ] = None,
-    config: Annotated[
-        str | None, Option(metavar="SHA", help="the SHA-256 that the run's configuration must have")
-    ] = None,
+    config: Annotated[str | None, Option(metavar="SHA", help="the expected SHA-256 of the run's configuration")] = None,
     model: Annotated[
         Path | None,
-        Option(metavar="DIR", help="the model's folder, or an export's (default: adapter/ beside the report)"),
+        Option(metavar="DIR", help="the folder of the model or of an export (default: adapter/ next to the report)"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a report: signatures, format, verdict, settings, model, and every epsilon, recomputed from what sites
-    signed.
+    """Verify a report: signatures, format, verdict, settings, model, and every epsilon, recomputed from the signed
+    events.
 
-    Exit code 1 if anything differs, or if a requested comparison is not possible. The report of real sites is
-    compared with the keys that you give (--key, or --roster with the sites' keys), and with config.yaml and the
-    model in the run's folder; missing files are not compared.
+    Exit code 1 if a check fails, or if a requested comparison is not possible. A report of real sites is checked
+    against the given keys (--key, or --roster with the sites' keys), and against config.yaml and the model in the run
+    folder; missing files are skipped.
     """
     if key is not None:
         check_public_key("--key", key)
@@ -207,13 +209,14 @@ def schema() -> None:
 
 
 def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
-    """Return the key that must have signed the report, the sites' keys, and the check of the roster.
+    """Find the public keys for verifying a report: a ledger's report is signed by its site, a run's report by the lead.
 
-    A ledger's report is signed by its site; a run's report by the lead, who also signed the roster.
+    Returns:
+        The key that must have signed the report, the sites' keys, and the check of the roster.
 
     Raises:
         ConfigError: the roster does not list the ledger's site.
-        RunError: the report's key did not sign the roster.
+        RunError: the report and the roster are signed with different keys.
     """
     from fedtune.ops.kits.members import Roster
 
@@ -236,7 +239,7 @@ def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, M
 
 
 def format_verdict(report: Report) -> tuple[str, str]:
-    """Return the verdict with its epsilon and delta, and the style to print it in."""
+    """Format the verdict with its epsilon and delta; return the text and its terminal style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
     style, facts = _NO_ROOM if explain_missing_room(report) else _STYLES[report.verdict.state], report.facts
     said = load_catalog("en").texts["verdict"][report_outcome(report)]

@@ -11,7 +11,7 @@ from fedtune.cli.command import Metrics, Multirun, Option, Renew, SettingsArgume
 def run(
     words: Annotated[
         tuple[str, ...],
-        SettingsArgument("KEY=VALUE", help="settings to change; or status, stop or resume, and a run folder"),
+        SettingsArgument("KEY=VALUE", help="settings to change, or status, stop or resume with a run folder"),
     ] = (),
     kit: Annotated[Path | None, Option(metavar="DIR", help="the lead's kit")] = None,
     for_good: Annotated[bool, Option("with stop: release the budget that the sites reserved")] = False,
@@ -25,19 +25,19 @@ def run(
 ) -> None:
     """Run a federation over real sites, from a lead's kit.
 
-      fedtune run --kit LEAD experiment=banks_intents sites=[north,south]     only these sites take part
+      fedtune run --kit LEAD experiment=banks_intents sites=[north,south]     only these sites
       fedtune run --kit LEAD tickets.yaml --epsilon 3        short for experiment=tickets.yaml privacy.epsilon=3
-      fedtune run --kit LEAD name=trial federation.min_sites=2                 all sites; a round needs two of them
-      fedtune run --kit LEAD -m privacy.epsilon=1,3                            one run for each value, after their price
-      fedtune run status runs/trial                                            how far it is, what each site has spent
-      fedtune run stop runs/trial                                              stop; what was charged stays charged
-      fedtune run stop runs/trial --for-good --kit LEAD                        also tell the sites; needs no folder
-      fedtune run status --kit LEAD                                            which sites are online
-      fedtune run resume runs/trial --kit LEAD                                 go on from its last round
-      fedtune run --kit LEAD --or-resume name=trial ...                        begin or go on by the same words
-      fedtune run --kit LEAD --renew runs/spring name=autumn                       begin where a run ended, next period
+      fedtune run --kit LEAD name=trial federation.min_sites=2                 all sites, at least two per round
+      fedtune run --kit LEAD -m privacy.epsilon=1,3                            one run per value; prints the price first
+      fedtune run status runs/trial                                            progress and spending of each site
+      fedtune run stop runs/trial                                              stop; charged rounds stay charged
+      fedtune run stop runs/trial --for-good --kit LEAD                        also end the run at its sites
+      fedtune run status --kit LEAD                                            list the online sites
+      fedtune run resume runs/trial --kit LEAD                                 continue from the last round
+      fedtune run --kit LEAD --or-resume name=trial ...                        start or resume with the same command
+      fedtune run --kit LEAD --renew runs/spring name=autumn                   continue training in the next period
 
-    Settings are key=value as for `fedtune simulate`; each site sets its own files, columns and devices. See
+    Settings are key=value as for `fedtune simulate`; each site configures its own files, columns and devices. See
     docs/adding_a_site.md for how a site joins.
     """
     from fedtune.cli import real_run  # Hydra and the accountants take seconds to import

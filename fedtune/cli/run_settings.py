@@ -1,4 +1,4 @@
-"""From a command's arguments to a run's settings, also for real sites; and the output of `--cfg` and `--info`."""
+"""Composition of settings for runs over real sites, and the output of `--cfg` and `--info`."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ _OURS = ("federation.num_sites", "federation.site_names", "federation.participan
 
 
 def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
-    """Compose a run's configuration for the sites in `sites=[a,b]`, with their sizes from the roster.
+    """Compose the configuration of a run over real sites, with declared sizes from the roster.
+
+    `sites=[a,b]` selects the participating sites.
 
     Raises:
-        ConfigError: a setting is for simulations only, or a site did not declare the data set.
+        ConfigError: a setting is for simulations only, or a site has not declared the data set.
     """
     wanted = [word for word in words if word.startswith("sites=")]
     others = [word for word in words if not word.startswith("sites=")]
     typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
     if wanted and "resume" in typed:
-        raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot be changed when a run is resumed")
+        raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot be changed when a run is resumed: remove it")
     if begun := {"resume", "renew"} & {*typed}:
         config, key = compose_run(others), next(iter(begun))
         if config.runtime.kind != "deployment":
@@ -47,9 +49,9 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
         if key in _OURS:
             bound = "is always deployment here" if key.startswith("runtime") else "is set by sites=[a,b,...] here"
             raise ConfigError(key, value, bound)
-    if not begun:  # a simulation's file, and how that is dealt out, say nothing of real sites
+    if not begun:  # a simulation's data file and partition do not apply to real sites
         if (file := typed.get("data.train_file")) is not None:
-            raise ConfigError("data.train_file", file, "is set by each site's policy: leave it out")
+            raise ConfigError("data.train_file", file, "is set by each site's policy: remove this setting")
         usual = asdict(PartitionSpec()).items()
         others += ["runtime=deployment", f"data.train_file={AT_SITE}"]
         others += [f"data.partition.{key}={json.dumps(value)}" for key, value in usual]
@@ -64,7 +66,7 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     given = [*others, *_build_site_overrides([member.site for member in chosen]), "federation.participants=[]"]
     if "data.declared_sizes" in typed:
         return compose_run(given)
-    # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
+    # The declared sizes depend on data.dataset, which is known only after composition.
     dataset = compose_run([*given, "data.declared_sizes=2"]).data.dataset
     for member in chosen:
         if dataset not in member.datasets:
@@ -80,9 +82,7 @@ def _build_site_overrides(names: Sequence[str]) -> list[str]:
 
 
 def _read_experiment_participants(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
-    """Return the sites that an experiment file names in `federation.participants`; empty: the whole roster takes
-    part.
-    """
+    """Read `federation.participants` from the experiment file; empty means all sites of the roster."""
     others = [word for word in words if not word.startswith("data.declared_sizes=")]
     known = _build_site_overrides([member.site for member in find_members(kit, ())])
     return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
@@ -100,7 +100,7 @@ def _parse_site_names(override: str) -> list[str]:
 def print_config(
     words: Sequence[str], *, kit: Path | None, cfg: str | None, package: str | None, resolve: bool, info: str | None
 ) -> None:
-    """Print the composed settings, or where they come from, and run nothing."""
+    """Print the composed settings or their sources, without starting a run."""
     words = [word for word in words if not word.lstrip("+").startswith("audit.")]
     config = compose_run(words) if kit is None else compose_for_sites(words, kit=Kit.read(kit, kind="lead"))
     ours = [word for word in words if not (kit and word.startswith("sites="))]

@@ -1,4 +1,4 @@
-"""`fedtune search`: trials of several settings, priced and checked against the budgets before the first one starts."""
+"""`fedtune search`: hyperparameter search with the total privacy cost checked against the budgets in advance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from rich.console import Console
 
-from fedtune.cli.command import AsJson, Option, Overrides, resume_command
+from fedtune.cli.command import AsJson, Option, Overrides, build_resume_command
 from fedtune.cli.interruptible_run import run_with_summary, show_trials
 from fedtune.formatting import convert_to_jsonable
 from fedtune.lab.studies.trial_search import Method, Search, build_price_section
@@ -22,24 +22,24 @@ def search(
     trials: Annotated[int | None, Option("number of runs (a grid fixes its own)", metavar="K")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Try several settings on this machine, and select the run with the best score on data.validation_file.
+    """Search for the settings with the best score on data.validation_file, on this machine.
 
-    Settings with several values are searched: comma-separated values, interval(LOW,HIGH), log(LOW,HIGH) for numbers
-    drawn on a log scale, and int(...) around either for whole numbers. Other settings are those of `fedtune
+    The search space consists of all settings with several values: comma-separated values, interval(LOW,HIGH),
+    log(LOW,HIGH) for a log scale, or int(...) around these for integers. Other settings are those of `fedtune
     simulate`:
       fedtune search experiment=banks_intents name=s training.learning_rate='log(0.001,0.1)' --trials 8
       fedtune search experiment=banks_intents name=s lora.rank=4,8 lora.alpha=8,16 --method grid
       fedtune search experiment=banks_intents name=s training.learning_rate='log(0.001,0.1)' --trials 8 --method tpe
-    Every trial is charged to the same ledgers. The total price is printed before the first trial, and nothing
-    starts if a site of runtime.sites_dir has no budget for it (fedtune plan --trials 8 only prints the price).
-    Repeat the same command to resume the search. See docs/search.md for the guarantee.
+    Every trial is charged to the same ledgers. The total price is printed before the first trial. No trial starts if
+    the budget of a site in runtime.sites_dir is too small (fedtune plan --trials 8 only prints the price). Repeat the
+    same command to resume the search. See docs/search.md for the guarantee.
     """
     console = Console(stderr=as_json)
     found = Search.from_overrides(overrides, method, trials=trials)
     show([build_price_section(found.price, seeded_noise=found.asked.runtime.seeded_noise)], console=console)
     found.check_room()
     options = [f"--method={method}", *([] if trials is None else [f"--trials={trials}"])]
-    again = resume_command("search", *overrides, name=found.asked.name, options=options)
+    again = build_resume_command("search", *overrides, name=found.asked.name, options=options)
     tried = Trials(found.folder / "trials.csv", fewest=1)
     try:
         with Session() as session:
@@ -58,5 +58,5 @@ def search(
     if (best := tried.best) is not None:
         say(found.describe_selection(best), console=console)
         return
-    say("Nothing was picked: no trial has a score.", console=console)
+    say("No trial was selected, because no trial has a score.", console=console)
     tried.raise_first_error()

@@ -1,4 +1,4 @@
-"""A federation's server, which stores messages between lead and sites until they are fetched."""
+"""The federation's server: a store-and-forward relay for messages between lead and sites."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ app = group(__doc__)
 @command(app, "run the server until it is stopped")
 def start(
     kit: KitFolder,
-    host: Annotated[str, Option("address to listen on; 0.0.0.0: all")] = "0.0.0.0",
-    port: Annotated[int | None, Option("port to listen on (default: the one in the kit)")] = None,
+    host: Annotated[str, Option("address to listen on (0.0.0.0: all interfaces)")] = "0.0.0.0",
+    port: Annotated[int | None, Option("port to listen on (default: the port in the kit)")] = None,
     data: Data = None,
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
     metrics: Metrics = None,
     log_level: LogLevel = "info",
 ) -> None:
-    """Run a federation's server, which stores messages between lead and sites until they are fetched.
+    """Run the federation's server, which stores messages between lead and sites until they are fetched.
 
       fedtune server start --kit federation/server
 
-    The server has neither the lead's key nor a model, and never runs code that it receives. Every connection needs
-    a certificate of the federation. A new roster.json or certificate copied into the kit is used within seconds.
+    The server has neither the lead's key nor a model, and never executes received code. Every connection requires a
+    certificate of the federation. A new roster.json or certificate in the kit takes effect within seconds.
     """
     from fedtune.ops.health import Health as Endpoint
     from fedtune.ops.health import serve_health
@@ -42,7 +42,7 @@ def start(
     own = Kit.read(kit, kind="server")
     from fedtune.ops.services.lead_and_server import ServerService
 
-    os.umask(0o077)  # what the process writes is for its own account alone
+    os.umask(0o077)  # files are readable by this account only
     configure_logs(log_level)
     service = ServerService(kit=own, host=host, port=port, data=data, health=(endpoint := Endpoint()))
     with (
@@ -54,7 +54,7 @@ def start(
 
 @command(app, "write a backup")
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, data: Data = None) -> None:
-    """Back up the server's messages and its audit log, even while it runs. The backup contains no key."""
+    """Back up the server's messages and audit log, also while the server is running. The backup contains no key."""
     from fedtune.ops.backup import back_up_server
 
     os.umask(0o077)
@@ -68,9 +68,7 @@ def restore(
     kit: KitFolder,
     data: Data = None,
 ) -> None:
-    """Restore the messages of a server that has none. Messages that arrived after the backup are lost; sites and lead
-    send again what is still needed.
-    """
+    """Restore the messages of an empty server. Later messages are lost; lead and sites resend them as needed."""
     from fedtune.ops.backup import restore_server
 
     os.umask(0o077)

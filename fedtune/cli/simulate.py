@@ -1,4 +1,4 @@
-"""`fedtune simulate`: one run on this machine, or a sweep of runs."""
+"""`fedtune simulate`: a simulated federation, or a sweep of simulations, on this machine."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def simulate(
     verbose: Annotated[bool, Option("tracking.log_level=debug: also explain the final figures")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a federation on this machine.
+    """Simulate a federation on this machine.
 
-    Overrides are key=value in Hydra's grammar, for instance
+    Overrides are key=value in Hydra's grammar:
       fedtune simulate                                   four banks, Banking77, epsilon 8
-      fedtune simulate experiment=debug                  seconds, random tiny model
+      fedtune simulate experiment=debug                  a tiny random model; takes seconds
       fedtune simulate tickets.yaml --epsilon 3          short for experiment=tickets.yaml privacy.epsilon=3
       fedtune simulate privacy.epsilon=3 name=tighter
       fedtune simulate privacy=none                      no privacy, for comparison
-      fedtune simulate public.train_file=public.csv      first the lead alone on public records; the sites begin in that
-      fedtune simulate -m privacy.epsilon=1,3,8          one run for each value, a table and its CSV
+      fedtune simulate public.train_file=public.csv      start with a public stage on the lead's records
+      fedtune simulate -m privacy.epsilon=1,3,8          one run per value, with a table and a CSV file
       fedtune simulate resume=runs/tighter               continue after Ctrl-C or a crash
-      fedtune simulate --renew runs/spring name=autumn       begin where a run ended, for those who came since
-    docs/configuration.md lists every key.
+      fedtune simulate --renew runs/spring name=autumn       continue training with new records
+    docs/configuration.md lists all keys.
     """
     # Hydra and the accountants take more than a second to import, and --help needs none of them.
     from rich.console import Console

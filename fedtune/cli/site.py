@@ -1,17 +1,17 @@
 """Set up and run a site of a federation: its policy, its keys, and the process that answers requests.
 
-  fedtune site template > site.toml                       a policy to start from, with every key explained
-  fedtune site check-policy site.toml                     what a policy means, in plain words
-  fedtune site init --site site.toml                      make the site's keys, and a request to join
-  fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
-  fedtune site start --kit kit --site site.toml           take part, until stopped
-  fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
-  fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run for good, also one that has begun
-  fedtune site members ROSTER --kit kit --site site.toml  the lead's roster, beside those that this one sums with
-  fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
-  fedtune site personalize RUN --kit kit --site site.toml  the site's own model, which stays here
-  fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
-  fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
+  fedtune site template > site.toml                       print a policy template
+  fedtune site check-policy site.toml                     explain a policy in plain language
+  fedtune site init --site site.toml                      create the site's keys and a join request
+  fedtune site doctor --kit kit --site site.toml          check the setup, and print how to fix problems
+  fedtune site start --kit kit --site site.toml           run the site's process
+  fedtune site approve [RUN] --kit kit --site site.toml   show the cost of waiting runs, or approve a run
+  fedtune site deny RUN --reason TEXT --kit kit --site site.toml     permanently refuse a waiting or running run
+  fedtune site members ROSTER --kit kit --site site.toml  compare the lead's roster with the policy's members
+  fedtune site score RUN --kit kit --site site.toml       score a final adapter on the site's held-out records
+  fedtune site personalize RUN --kit kit --site site.toml  train a personalized adapter, which stays at the site
+  fedtune site pause | resume | leave --kit kit ...       pause, resume or leave the federation
+  fedtune site backup | restore FILE --kit kit ...        back up a site, also while it is running, or restore it
 See docs/adding_a_site.md for a walkthrough, and docs/site_policy.md for how to choose a policy's numbers.
 """
 
@@ -40,64 +40,63 @@ _IMPORT = (
 )
 KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
-By = Annotated[str | None, Option("who decides, for ledger and report (default: your account)", metavar="NAME")]
-Ticket = Annotated[str | None, Option("its ticket number at your site, for ledger and report", metavar="TEXT")]
+By = Annotated[
+    str | None, Option("name of the decision maker, for ledger and report (default: your account)", metavar="NAME")
+]
+Ticket = Annotated[str | None, Option("your site's ticket number, for ledger and report", metavar="TEXT")]
 KeptRun = Annotated[str, Argument("RUN", help="a run whose final adapter is stored here, or its folder")]
 
 
-@command(app, "explain a policy in plain words", name="check-policy")
+@command(app, "explain a policy in plain language", name="check-policy")
 def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.toml")], as_json: AsJson = False) -> None:
-    """Read a policy strictly, and explain it: who may send requests, for what, how much may be spent, what leaves the
-    site.
+    """Validate a policy and explain it: permitted leads and tasks, privacy budget, and releases.
 
-    Warnings do not change the exit code. A wrong key or a ledger that does not match the policy gives exit code 2.
+    Warnings do not change the exit code. An invalid key, or a ledger that does not match the policy, gives exit code 2.
     """
     from fedtune.cli import plain_words  # the accountants take most of a second to import
 
     plain_words.check_policy(file, as_json=as_json)
 
 
-@command(app, "print a policy to start from")
+@command(app, "print a policy template")
 def template() -> None:
-    """Print a policy to start from, with every key explained."""
+    """Print a policy template with comments on every key."""
     from fedtune.version import find_config_folder  # reading settings takes most of a second to import
 
     sys.stdout.write((find_config_folder() / "site.toml").read_text(encoding="utf-8"))
 
 
-@command(app, "create the site's keys, and a request to join")
+@command(app, "create the site's keys and a join request")
 def init(
     site: PolicyFile,
-    out: Annotated[
-        Path | None, Option(metavar="DIR", help="folder to create (default: kit, next to site.toml)")
-    ] = None,
+    out: Annotated[Path | None, Option(metavar="DIR", help="folder to create (default: kit next to site.toml)")] = None,
 ) -> None:
-    """Create the site's keys and a request to join. The keys are created here and never leave the site."""
+    """Create the site's keys and a join request. The private keys never leave the site."""
     folder = (out or site).absolute().parent
-    _switch_to_owner(folder, *folder.parents)  # before there is a kit, the owner of its folder to be
+    _switch_to_owner(folder, *folder.parents)  # the kit does not exist yet: use the owner of its parent folder
     from fedtune.ops.kits.members import describe_next_steps, initialize_site
     from fedtune.show.terminal_tables import say
 
     say(describe_next_steps(initialize_site(site, out=out)).rstrip())
 
 
-@command(app, "check what is still missing")
+@command(app, "check the setup, and print fixes")
 def doctor(
     kit: KitFolder,
     site: PolicyFile,
-    overrides: Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings of the run to try out")] = (),
+    overrides: Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings of a run to check")] = (),
     import_model: Annotated[str | None, Option(_IMPORT, metavar="PATH")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check everything that a site needs before it starts, one line per check: clock, kit, connection, disk, memory,
-    GPU, base models, data, policy, ledger. Each failed check says what to do. Nothing is trained or charged.
+    """Check the site's setup: clock, kit, connection, disk, memory, GPU, base models, data, policy, ledger. Prints one
+    line per check, with a fix for each failure. Nothing is trained or charged.
 
       fedtune site doctor --kit kit --site site.toml
       fedtune site doctor --kit kit --site site.toml --import-model ~/MiniLM        install a base model first
       fedtune site doctor --kit kit --site site.toml experiment=banks_intents       would this run be accepted?
 
-    The output contains no record, no count of records and no path to data files, so it can be shown to others. Exit
-    codes: 0 no check failed, 2 a problem at the site, 3 the run would be refused, 1 the server cannot be reached.
+    The output contains no records, record counts or paths of data files, so it can be shared. Exit codes: 0 no check
+    failed, 2 a problem at the site, 3 the run would be refused, 1 the server cannot be reached.
     """
     from fedtune.ops.files import act_as_owner
 
@@ -108,7 +107,7 @@ def doctor(
     examine_site(kit=kit, site_toml=site, model=model, run=overrides, as_json=as_json)
 
 
-@command(app, "take part in runs until stopped")
+@command(app, "run the site's process")
 def start(
     kit: KitFolder,
     site: PolicyFile,
@@ -117,12 +116,12 @@ def start(
     metrics: Metrics = None,
     log_level: LogLevel = "info",
 ) -> None:
-    """Take part in the federation: poll its server, answer requests within policy and budget, keep the model loaded.
+    """Run the site's process: poll the server, and answer requests within policy and budget.
 
-    The process opens no port, except with --health and --metrics. Logs are JSON lines on stderr. SIGTERM or Ctrl-C
-    stops the process after its current round; a second signal stops it immediately, and the round stays charged.
+    The process opens no port, except with --health and --metrics. It logs JSON lines to stderr. SIGTERM or Ctrl-C
+    stops the process after the current round; a second signal stops it immediately, and the round stays charged.
 
-    A new certificate copied into the kit is used within seconds.
+    A new certificate in the kit takes effect within seconds.
     """
     own = _read_own_kit(kit)
     from fedtune.ops.health import Health as Endpoint
@@ -138,7 +137,7 @@ def start(
         SiteService(kit=own, site_toml=site, health=endpoint, answered=figures.record_answer).run()
 
 
-@command(app, "show what a run would cost, and approve it")
+@command(app, "show the cost of waiting runs, or approve a run")
 def approve(
     kit: KitFolder,
     site: PolicyFile,
@@ -146,12 +145,12 @@ def approve(
     yes: Annotated[bool, Option("do not ask")] = False,
     by: By = None,
     ticket: Ticket = None,
-    reason: Annotated[str | None, Option("why, for ledger and report", metavar="TEXT")] = None,
+    reason: Annotated[str | None, Option("the reason, for ledger and report", metavar="TEXT")] = None,
     as_json: Annotated[bool, Option("without RUN: print JSON", names=("--json",))] = False,
 ) -> None:
-    """List the runs that wait for approval with their costs, or approve one.
+    """List the runs that wait for approval with their costs, or approve a run.
 
-    Required if site.toml contains approval = "manual". The site does nothing for a run before it is approved.
+    Required if site.toml contains approval = "manual": the site then does nothing for a run before its approval.
     """
     if run is None:
         _load_site_actions(kit, site).show_waiting(as_json=as_json)
@@ -166,33 +165,33 @@ def deny(
     run: Annotated[str, Argument("RUN", help="a run that waits for approval or has started")],
     kit: KitFolder,
     site: PolicyFile,
-    reason: Annotated[str, Option("why; stored in the ledger, and shown to nobody else", metavar="TEXT")],
+    reason: Annotated[str, Option("the reason, stored only in the ledger", metavar="TEXT")],
     by: By = None,
     ticket: Ticket = None,
 ) -> None:
-    """Permanently refuse a run, and record that in the ledger. A run that waits for approval is charged nothing.
+    """Permanently refuse a run, and record the decision in the ledger. A waiting run is not charged.
 
-    A run that has begun ends at this site only: what it was charged stays charged, no further round is charged, and
-    no reply leaves the site, not even for a round in progress. Other runs continue.
+    A running run ends at this site only: charged rounds stay charged, no further round is charged, and no reply leaves
+    the site, not even for the round in progress. Other runs continue.
 
-    The lead only receives 'denied': the reason stays at the site. A run with other settings is a new run, which
-    waits for approval again.
+    The lead receives only 'denied'; the reason stays at the site. A run with other settings is a new run and needs a
+    new approval.
     """
     _load_site_actions(kit, site).deny(run, reason, by=by, ticket=ticket)
 
 
-@command(app, "compare the federation's sites with those that this site trusts")
+@command(app, "compare the lead's roster with the policy's members")
 def members(
     roster: Annotated[Path, Argument("ROSTER", help="the federation's roster.json, which the lead sends on request")],
     kit: KitFolder,
     site: PolicyFile,
     as_json: AsJson = False,
 ) -> None:
-    """Check the lead's signature on a roster, and compare its sites with [trust].members in site.toml.
+    """Verify the lead's signature on a roster, and compare its sites with [trust].members in site.toml.
 
-    Nothing is changed: the site's staff decide in site.toml with which sites this one sums, after comparing each
-    key with that site directly. The command cannot tell an older roster from the newest: ask the lead for its
-    number.
+    Nothing is changed. The site's staff choose the partners for secure aggregation in site.toml, after comparing each
+    key with the other site directly. The command cannot detect an outdated roster: ask the lead for the roster's
+    current number.
     """
     _load_site_actions(kit, site).show_members(roster, as_json=as_json)
 
@@ -202,24 +201,24 @@ def score(
     run: KeptRun,
     kit: KitFolder,
     site: PolicyFile,
-    by: Annotated[str | None, Option("also score by group: by the values of this column", metavar="COLUMN")] = None,
-    smallest: Annotated[int, Option("merge groups with fewer records (users, where they are protected)")] = SMALLEST,
+    by: Annotated[str | None, Option("also report scores by this column", metavar="COLUMN")] = None,
+    smallest: Annotated[int, Option("merge groups with fewer records (or users, for user-level privacy)")] = SMALLEST,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's final adapter and the model before training on the records that this site held out from the run.
+    """Score a run's final adapter and the base model on this site's held-out records.
 
-    Requires final_adapter = "keep" at the site, and data.heldout_fraction above 0 in the run. The scores are exact.
-    They are only printed here: nothing is charged, and nothing leaves the site.
+    Requires final_adapter = "keep" at the site, and data.heldout_fraction above 0 in the run. The scores are exact
+    and only printed: nothing is charged, and nothing leaves the site.
     """
     _load_site_actions(kit, site).score(run, by=by, smallest=smallest, as_json=as_json)
 
 
-@command(app, "train a personalized adapter, which stays here")
+@command(app, "train a personalized adapter for this site")
 def personalize(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
-    """Train a run's final adapter further on this site's records, without noise, for this site only.
+    """Train a personalized adapter on this site's records without noise, starting from a run's final adapter.
 
-    Requires final_adapter = "keep". Nothing leaves the site, and nothing is charged. The result has no guarantee
-    for the site's records: keep its folder, KIT/private_to_SITE/RUN, here. No run starts from it.
+    Requires final_adapter = "keep". Nothing leaves the site, and nothing is charged. The personalized adapter has no
+    guarantee for the site's records: keep its folder, KIT/private_to_SITE/RUN, at the site. No run can start from it.
     """
     _load_site_actions(kit, site).personalize(run, as_json=as_json)
 
@@ -233,7 +232,7 @@ def pause(kit: KitFolder) -> None:
 
 @command(app, "resume after a pause")
 def resume(kit: KitFolder) -> None:
-    """Take part again."""
+    """Resume a paused site."""
     _load_site_state(kit).set_paused(False)
     sys.stdout.write("The site takes part again.\n")
 
@@ -242,12 +241,12 @@ def resume(kit: KitFolder) -> None:
 def leave(kit: KitFolder, site: PolicyFile) -> None:
     """Leave the federation: end all open runs, and prevent the site from starting again.
 
-    The ledger keeps its spending.
+    The spending stays in the ledger.
     """
     own, state = _read_own_kit(kit), _load_site_state(kit)
     files = own.find_site_files(site)
     ledger = files.open_ledger()
-    state.left_file.touch()  # first, so that no run begins meanwhile
+    state.left_file.touch()  # first, so that no run starts during the shutdown
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
     for name in open_runs:
         ledger.end_run(name)
@@ -261,10 +260,9 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
 
 @command(app, "write a backup")
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, site: PolicyFile) -> None:
-    """Back up the policy, the ledger, kept adapters, and whether the site is paused or has left, even while the site
-    runs.
+    """Back up the policy, the ledger, the kept adapters and the site's state, also while the site is running.
 
-    The backup contains no key: keep site_key.pem apart from it, since anybody with both could continue the ledger.
+    The backup contains no key. Store site_key.pem separately: with both, anybody could append to the ledger.
     """
     _read_own_kit(kit)
     from fedtune.ops.backup import back_up_site
@@ -278,13 +276,14 @@ def restore(
     file: Annotated[Path, Argument("FILE", help="the file that `fedtune site backup` wrote")],
     kit: KitFolder,
     site: PolicyFile,
-    anchor: Annotated[Path | None, Option("the newest anchor (default: the policy's own)", metavar="FILE")] = None,
+    anchor: Annotated[
+        Path | None, Option("the newest anchor (default: the anchor in the policy)", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Restore the missing files of a stopped site; the site's key must already be in its place.
+    """Restore the missing files of a stopped site; the site's key must already exist.
 
-    Existing files are not replaced, except a damaged ledger, which is kept under another name. Before the backup's
-    ledger is used, it is charged everything that an anchor covers and it lacks: a ledger never falls behind its
-    anchor.
+    Existing files are not replaced, except a damaged ledger, which is renamed. The restored ledger is first charged for
+    all events that an anchor covers and the backup lacks, so that it never falls behind its anchor.
     """
     _switch_to_owner(kit, *site.absolute().parents)
     from fedtune.cli.ledger import print_other_policy, print_restored_charge
@@ -301,7 +300,7 @@ def restore(
 
 
 def _load_site_actions(kit: Path, site: Path) -> AtSite:
-    """Load the site's actions, after giving up root's rights and disabling access to the model hub."""
+    """Load the site's actions, after dropping root privileges and disabling access to the model hub."""
     own = _read_own_kit(kit)
     from fedtune.cli.site_actions import AtSite
 
@@ -316,18 +315,18 @@ def _load_site_state(kit: Path) -> SiteState:
 
 
 def _read_own_kit(folder: Path) -> Kit:
-    """Read the site's kit as the account that runs the site's process."""
+    """Read the site's kit with the privileges of the account that owns it."""
     _switch_to_owner(folder / "connection_key.pem", folder)
     from fedtune.ops.kits.kit_file import Kit
 
     return Kit.read(folder, kind="site")
 
 
-def _switch_to_owner(*places: Path) -> None:
-    """Switch to the account that owns `places`, and forbid libraries to access a model hub."""
+def _switch_to_owner(*paths: Path) -> None:
+    """Switch to the account that owns `paths`, and disable access to the model hub."""
     from fedtune.ops.files import act_as_owner
 
-    act_as_owner(*places)
-    # No file of a model's can make a site ask a hub, whatever it says; read when the libraries are imported.
+    act_as_owner(*paths)
+    # No model file can trigger a download from a hub.  The libraries read the variable on import.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.umask(0o077)  # what a site writes is for its own account alone
+    os.umask(0o077)  # files are readable by this account only

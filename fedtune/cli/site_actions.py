@@ -1,4 +1,4 @@
-"""Implementation of the `fedtune site` commands, imported after giving up root's rights and closing the model hub."""
+"""Implementation of the `fedtune site` commands, imported only after root privileges have been dropped."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ from fedtune.show.terminal_tables import (
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 
 _SHOWN_ABOVE = ("privacy", "federation", "runtime", "task")
-"""Groups of settings that the proposal's own rows say already."""
+"""Groups of settings that are already in the proposal's own rows."""
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
-_NAME, _FOUND, _FIX = 8, 28, 11  # columns at which a check's name, what was found and what to do about it begin
+_NAME, _FOUND, _FIX = 8, 28, 11  # column positions of a check's name, result and fix
 _NARROWEST = 20
 _MOST_TEXT = 1000
 _MOST_REASON = 300
 
 
 class AtSite:
-    """Actions of a site's staff on runs that were requested, with the site's kit and policy."""
+    """Decisions and evaluations by a site's staff on requested runs, with the site's kit and policy."""
 
     def __init__(self, kit: Kit, site_toml: Path) -> None:
         self.kit, self.site_toml, self.files = kit, site_toml, kit.find_site_files(site_toml)
@@ -66,7 +66,7 @@ class AtSite:
         return SiteState.in_kit(self.kit.folder)
 
     def show_waiting(self, *, as_json: bool) -> None:
-        """List the runs that wait for approval and their epsilon; null in JSON means no guarantee."""
+        """Print the runs that wait for approval with their epsilon; null in JSON means no guarantee."""
         told, rows = [], []
         for pending in self.state.list_pending_runs():
             asked, since = pending.proposal, pending.since
@@ -86,7 +86,7 @@ class AtSite:
         asked = _find_proposal([pending.proposal for pending in waiting], run, "waits for approval")
         pending = next(pending for pending in waiting if pending.proposal == asked)
         verdict = dry_run(self.site_toml, asked, declared_sizes={})
-        # Every other setting that the run's name stands for, whole: the end of a list may be what matters.
+        # Print all other settings in full: the end of a long list may be relevant to the decision.
         settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
         rows = {"fedtune at the lead": to_printable(pending.software)} if pending.software else {}
         for key, value in flatten(settings):
@@ -116,7 +116,9 @@ class AtSite:
         asked = _find_proposal([*waiting, *begun], run, "waits for approval or has begun")
         self.files.open_ledger().deny(asked, **said)
         self.state.remove_pending(asked)
-        say("Denied, and recorded in the ledger. The lead gets 'denied' when it asks again; the reason stays here.")
+        say(
+            "Denied, and recorded in the ledger. The lead receives 'denied' at its next request; the reason stays here."
+        )
         if asked in begun:
             say("The run ends at this site: no further round is charged, and no further reply is sent.")
 
@@ -146,10 +148,14 @@ class AtSite:
 
         config, adapter = load_finished_run(folder)
         if config.data.heldout_fraction == 0:
-            bound = "has no held-out records: score it on other records with fedtune evaluate FOLDER --data FILE"
+            bound = "has no held-out records: use fedtune evaluate FOLDER --data FILE with other records"
             raise ConfigError("data.heldout_fraction", 0, bound)
         if not (records := read_site_records(config, self.files).heldout):
-            raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no records of this site")
+            raise ConfigError(
+                "data.heldout_fraction",
+                config.data.heldout_fraction,
+                "is too small to hold out a record of this site: use fedtune evaluate with other records",
+            )
         lines = [Line(name="tuned", kind="run", run=SearchTrial(config=config, folder=folder))]
         runs = [(config, adapter)]
         compared = score_side_by_side(lines, runs, data=None, by=by, smallest=smallest, records=records)
@@ -170,21 +176,23 @@ class AtSite:
         print_personalization(lambda progress: {site: own(progress=progress)}, as_json=as_json)
 
     def _find_kept_run(self, run: str) -> Path:
-        """Return the folder of a kept final adapter's run, given by name or path.
+        """Find the folder of a run, by name or path, whose final adapter is stored at the site.
 
         Raises:
-            ConfigError: the site keeps no such run.
+            ConfigError: the site stores no final adapter of the run.
         """
         kept = self.kit.folder / "adapters"
         for folder in (kept / run, Path(run)):
             if RunFolder(folder).config.is_file():
-                return folder.resolve()  # "." and ".." have a name, too
+                return folder.resolve()  # so that "." and ".." have a name
         names = ", ".join(sorted(path.name for path in kept.glob("*"))) or "none"
-        raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {names}')
+        raise ConfigError(
+            "RUN", run, f'must be a run whose final adapter is stored here (final_adapter = "keep"): {names}'
+        )
 
 
 def _describe_member(member: Member, trusted: str | None) -> str:
-    """Describe whether the policy lists a roster's site with the same key, and what to do if not."""
+    """Describe whether the policy trusts a site of the roster under the same key, with a fix if it does not."""
     revoked = f"revoked {member.revoked[:10]}" if member.revoked else ""
     if trusted is None:
         return revoked or "not in [trust].members"
@@ -196,10 +204,10 @@ def _describe_member(member: Member, trusted: str | None) -> str:
 
 
 def _check_decision(by: str | None, ticket: str | None, reason: str | None) -> dict[str, str]:
-    """Validate the details of a decision, and return the fields to record in the ledger.
+    """Validate the details of a decision, and return the fields of its ledger event.
 
     Raises:
-        ConfigError: a detail is not one short printable line.
+        ConfigError: a detail is not a short, printable line.
     """
     by = by or get_current_account()
     for option, given in (("--by", by), ("--ticket", ticket), ("--reason", reason)):
@@ -209,22 +217,22 @@ def _check_decision(by: str | None, ticket: str | None, reason: str | None) -> d
 
 
 def _find_proposal(proposals: list[Proposal], run: str, state: str) -> Proposal:
-    """Return the run with this name or digest prefix (at least 12 characters): two leads may use one name.
+    """Find the proposal of a run by name or by digest prefix (at least 12 characters).
 
     Raises:
-        ConfigError: no run matches, or several proposals have this name.
+        ConfigError: no proposal matches, or several leads use the name.
     """
     if not (found := [p for p in proposals if p.run == run or (len(run) >= 12 and p.digest().startswith(run))]):
         names = ", ".join(to_printable(one.run) for one in proposals) or "none"
         raise ConfigError("RUN", run, f"must be a run that {state}: {names}")
     if len(found) > 1:
         digests = ", ".join(f"{one.digest()[:12]} (lead {group_hex_start(one.lead)})" for one in found)
-        raise ConfigError("RUN", run, f"has {len(found)} proposals; name one by its digest: {digests}")
+        raise ConfigError("RUN", run, f"has {len(found)} proposals: choose one by its digest: {digests}")
     return found[0]
 
 
 def _compute_total_epsilon(asked: Proposal) -> float | None:
-    """Return the epsilon of the whole run by PLD; None if the run has no guarantee."""
+    """Compute the epsilon of the whole run with PLD accounting; None if the run has no guarantee."""
     if asked.seeded_noise or not asked.plan.private:
         return None
     return epsilon_pld([asked.plan.full_event], asked.plan.delta)
@@ -252,14 +260,15 @@ def _build_proposal_section(asked: Proposal, verdict: DryRun) -> Section:
 
 
 class SomethingFailed(FedtuneError):
-    """An error at the site that a check found."""
+    """At least one check of `fedtune site doctor` found a problem at the site."""
 
     exit_code = 2
 
 
 def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequence[str], as_json: bool) -> None:
-    """Run every check, after installing `model` if given, and print a line for each; `run`: settings of a run to try
-    out.
+    """Run and print all checks of a site's setup.
+
+    `model` is a base model to install first, and `run` the settings of a run to check against the policy.
     """
     asked = partial(compose_run, run, for_real_sites=True) if run else None
     checks = Examination(kit_folder=kit, site_toml=site_toml, model=model, run=asked).run_checks()
@@ -267,9 +276,7 @@ def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequenc
 
 
 def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[DoctorCheck]:
-    """Print each check as it finishes, then the number of checks by outcome; or print all of them as one JSON
-    object.
-    """
+    """Print each check as it finishes and a summary of outcomes, or a single JSON object with all checks."""
     console, made = Console(highlight=False), []
     for check in checks:
         made.append(check)
@@ -284,7 +291,7 @@ def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[Doctor
 
 
 def raise_failures(checks: Sequence[DoctorCheck]) -> None:
-    """Raise the error that corresponds to the failed checks, if any."""
+    """Raise the error with the exit code for the failed checks; return if no check failed."""
     names = [check.name for check in checks if check.status == "failed"]
     if code := choose_exit_code(checks):
         message = f"{pluralize(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
@@ -297,7 +304,7 @@ def _print_line(console: Console, check: DoctorCheck) -> None:
     if len(lines[0]) < _FOUND:
         lines[0] = lines[0].ljust(_FOUND)
     else:
-        lines.append(" " * _FOUND)  # a long name has a line to itself
+        lines.append(" " * _FOUND)  # a long name gets its own line
     first, *rest = wrap_text(to_printable(found, _MOST_TEXT), width=max(_NARROWEST, console.width - _FOUND))
     lines[-1] += first
     lines += [" " * _FOUND + part for part in rest]

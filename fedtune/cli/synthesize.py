@@ -1,10 +1,10 @@
-"""Synthetic records of a finished run's model, for people who may not read the real ones.
+"""Generate synthetic records with a finished run's model, for people without access to the real records.
 
   fedtune synthesize runs/writer --prompts intents.csv --rows 2000 --to texts.jsonl    generate records
   fedtune synthesize select runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
 
-A card next to the records states how they were generated and selected, and the joint guarantee of all runs behind
-them. Nothing is charged. See docs/synthetic_texts.md.
+A card next to the records documents their generation and selection, and the joint guarantee of all runs involved.
+Nothing is charged. See docs/synthetic_texts.md.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from fedtune.sites.run_records import (
 from fedtune.spec import ConfigError, check_at_least, check_at_most
 from fedtune.version import find_shipped_folders
 
-To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
-Beside = Annotated[Path | None, Option("public records for the card to compare with", metavar="FILE")]
+To = Annotated[Path, Option(metavar="FILE", help="a new JSON Lines file (.jsonl), with the columns of the run")]
+Beside = Annotated[Path | None, Option("public records for comparison in the card", metavar="FILE")]
 app = group(__doc__, default="generate")
 _SHOWN = 5
 _MOST_ROWS = 100_000
 
 
 class SyntheticFile:
-    """A new file of synthetic records from a run, with its card."""
+    """A new file of synthetic records with its card."""
 
     def __init__(
         self,
@@ -68,15 +68,15 @@ class SyntheticFile:
         voting_experiment: Path | None = None,
         device: str = "auto",
     ) -> None:
-        """Validate everything that needs no model.
+        """Validate all arguments that can be validated without a model.
 
-        `others`: by option, further runs whose privacy loss the records inherit.
+        `others` maps options to further runs whose privacy loss the records inherit.
         """
         if rows is not None:
             check_at_least("--rows", rows, 1)
             check_at_most("--rows", rows, _MOST_ROWS)
         if to.suffix != ".jsonl":
-            raise ConfigError("--to", str(to), "must be a new file of JSON lines: its name must end in .jsonl")
+            raise ConfigError("--to", str(to), "must be a new JSON Lines file: use a name that ends in .jsonl")
         config, adapter = load_finished_run(run, device=device)
         self.to, self.rows, self.beside, self.own = to, rows, beside, RunRecords(config)
         self.voting_experiment = voting_experiment
@@ -94,7 +94,7 @@ class SyntheticFile:
         runs = (self.writer, *others.values())
         digests = [
             synthetic.read_adapter(one).digest for one in runs
-        ]  # first: of a private one no report would be found
+        ]  # first, because a run without privacy has no report
         self.reports = [one.report() for one in runs]
         self.behind = list(map(describe_run, self.reports, digests))
         self._public: list[tuple[str, ...]] = []
@@ -106,9 +106,7 @@ class SyntheticFile:
             self._public = [tuple(record.fields[role] for role in roles) for record in records]
 
     def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
-        """Read records that the writer's run generated, with their labels and card; later output inherits the card's
-        runs.
-        """
+        """Read synthetic records of this run with labels and card; the new file inherits the card's runs."""
         from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
 
         place = resolve_file(str(file), find_shipped_folders(), key=option)
@@ -121,7 +119,7 @@ class SyntheticFile:
         return [{column: one.fields[role] for role, column in columns.items()} for one in records], known
 
     def open_files(self) -> AbstractContextManager[dict[Path, str]]:
-        """Open the new files for `fill_texts`, card first: records without a card would count as public."""
+        """Open the new files for `fill_texts`, the card first, because records without a card count as public."""
         places = [("--to", path) for path in (*self.card.values(), self.to)]
         return write_new_files(
             *places, *([("--voting-experiment", self.voting_experiment)] if self.voting_experiment else [])
@@ -130,8 +128,9 @@ class SyntheticFile:
     def fill_texts(
         self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Sequence[Section]]:
-        """Fill the texts of the new files with records and card, including how they were `made`; return card and
-        sections.
+        """Fill the new files with records and card, and return the card and the terminal sections.
+
+        `made` documents the generation or selection of the records.
         """
         from fedtune.evaluation.generation import measure_shared_bigrams, measure_text_variety
         from fedtune.report import synthetic_card
@@ -174,11 +173,15 @@ def generate(
     rows: Annotated[int, Option("number of records")] = 1000,
     prompts: Annotated[Path | None, Option("public prompts to write records for, one per row", metavar="FILE")] = None,
     votes: Annotated[Path | None, Option("a run of task votes, which sets the prompts' shares", metavar="RUN")] = None,
-    variations_of: Annotated[Path | None, Option("records of RUN with their card, to vary", metavar="FILE")] = None,
-    voting_experiment: Annotated[
-        Path | None, Option("also write an experiment in which sites vote on the records", metavar="FILE")
+    variations_of: Annotated[
+        Path | None, Option("synthetic records of RUN (with their card) to vary", metavar="FILE")
     ] = None,
-    pattern: Annotated[str | None, Option("a regular expression that a whole text must match", metavar="REGEX")] = None,
+    voting_experiment: Annotated[
+        Path | None, Option("also write an experiment in which sites vote on these records", metavar="FILE")
+    ] = None,
+    pattern: Annotated[
+        str | None, Option("a regular expression that each text must match entirely", metavar="REGEX")
+    ] = None,
     beside: Beside = None,
     max_new_tokens: MaxNewTokens = 100,
     temperature: Temperature = 1.0,
@@ -188,15 +191,15 @@ def generate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Generate synthetic records with a finished run's model, for people who may not read the real ones.
+    """Generate synthetic records with a finished run's model, for people without access to the real records.
 
       fedtune synthesize runs/writer --prompts intents.csv --rows 2000 --to texts.jsonl
       fedtune synthesize runs/writer --votes runs/shares --rows 2000 --to texts.jsonl
       fedtune synthesize runs/writer --variations-of best.jsonl --rows 2000 --to more.jsonl
 
-    A prompt is what a record is written for, such as a label's name. A text that is unfinished, broken, repeated or
-    does not match the pattern is drawn again. FILE.card.md and FILE.card.json state how the records were generated, the
-    guarantee of the runs behind them, and unsuitable uses. Nothing is charged. See docs/synthetic_texts.md.
+    A prompt conditions the generated record, for example on the name of a label. Texts that are truncated, broken,
+    duplicate or do not match the pattern are sampled again. FILE.card.md and FILE.card.json document the generation,
+    the guarantee of the runs involved, and unsuitable uses. Nothing is charged. See docs/synthetic_texts.md.
     """
     spec = WritingSpec(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, guidance=guidance, seed=seed
@@ -205,7 +208,7 @@ def generate(
     file = SyntheticFile(to, run, others, rows=rows, beside=beside, voting_experiment=voting_experiment, device=device)
     begun, known = file.read(variations_of, option="--variations-of") if variations_of is not None else ([], {})
     named, sha256 = variations_of or prompts, known.get("sha256")
-    if prompts is not None:  # before hours in which it may change
+    if prompts is not None:  # read it now: the file may change during generation
         sha256 = hash_file(resolve_file(str(prompts), find_shipped_folders(), key="--prompts"), key="--prompts")
     shares = "varied" if begun else "voted" if others else "declared"
     made = {"prompts_file": named.name if named else None, "prompts_sha256": sha256, "shares": shares, **asdict(spec)}
@@ -223,7 +226,9 @@ def select(
     to: To,
     votes: Annotated[Path | None, Option("a run of task votes on these records; with --rows", metavar="RUN")] = None,
     rows: Annotated[int | None, Option("number of records to keep, by --votes")] = None,
-    labels: Annotated[Path | None, Option("a classifier of the sites, to label kept records", metavar="RUN")] = None,
+    labels: Annotated[
+        Path | None, Option("a classifier of the same sites, to relabel the records", metavar="RUN")
+    ] = None,
     beside: Beside = None,
     as_json: AsJson = False,
 ) -> None:
@@ -232,9 +237,9 @@ def select(
       fedtune synthesize select runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
       fedtune synthesize select runs/writer --candidates texts.jsonl --labels runs/classifier --to labeled.jsonl
 
-    RUN must have generated them with fedtune synthesize, whose option --voting-experiment writes the experiment for
-    the votes. FILE.card.md and FILE.card.json state how the records were generated and selected, and the joint
-    guarantee of all runs behind them. Nothing is charged. See docs/synthetic_texts.md.
+    The candidates must be output of fedtune synthesize RUN, whose option --voting-experiment writes the experiment for
+    the votes. FILE.card.md and FILE.card.json document generation and selection, and the joint guarantee of all runs
+    involved. Nothing is charged. See docs/synthetic_texts.md.
     """
     if votes is None and labels is None:
         raise ConfigError("--votes", None, "is missing: give --votes to select records, or --labels to label them")

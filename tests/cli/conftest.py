@@ -1,4 +1,4 @@
-"""A site in a folder, whose ledger has lived."""
+"""Fixtures: site folders with and without ledger history, and finished runs."""
 
 import os
 import re
@@ -26,13 +26,13 @@ from .snapshots import COLUMNS
 
 @pytest.fixture
 def narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal has 80 columns here."""
+    """Set the terminal width to 80 columns."""
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
 
 
 @pytest.fixture
 def own_process() -> Iterator[None]:
-    """A command takes its process's logs and umask over; afterwards they are as before."""
+    """Restore logging and umask after a command, which changes them for the process."""
     before = os.umask(0o022)
     with restore_logging():
         yield
@@ -40,7 +40,7 @@ def own_process() -> Iterator[None]:
 
 
 class SiteFolder(Books):
-    """A site whose policy is the shipped template with a lead, a model and an anchor in it."""
+    """A site with the shipped policy template, completed by a lead, a model and an anchor."""
 
     @property
     def anchor(self) -> Path:
@@ -51,7 +51,7 @@ class SiteFolder(Books):
         return SigningKey.load_or_create(self.folder / "lead.pem")
 
     def write_policy(self, **changes: str | None) -> None:
-        """The template with some values replaced, as TOML, or left out."""
+        """Write the policy template with some values replaced (as TOML) or omitted."""
         text = (find_config_folder() / "site.toml").read_text(encoding="utf-8")
         values: dict[str, str | None] = {
             "approval": '"automatic"',
@@ -68,7 +68,7 @@ class SiteFolder(Books):
         self.site_toml.write_text(text)
 
     def proposal(self, run: str, *, seeded_noise: bool = False, **plan: Any) -> Proposal:
-        """A run that the policy allows: four rounds of ten steps."""
+        """Return a permitted run of four rounds with ten steps each."""
         usual = {"sampling_rate": 0.05, "noise_multiplier": 2.0, "max_grad_norm": 1.0}
         usual |= {"local_steps": 10, "num_rounds": 4}
         about = {"dataset": "discharge_letters", "base_model": "ab" * 32, "target_modules": ("query",)}
@@ -76,7 +76,7 @@ class SiteFolder(Books):
         return make_proposal(run=run, plan=usual | plan, **about)
 
     def ask_too_much(self, asked: Proposal, *, named: str | None = None) -> None:
-        """Ask for more than the policy allows, and record the refusal."""
+        """Request a run that exceeds the policy, and record the refusal."""
         ledger = self.open()
         with pytest.raises(Refused) as caught:
             ledger.reserve(asked, round=1, request="x")
@@ -84,7 +84,7 @@ class SiteFolder(Books):
 
 
 class Here(Books):
-    """A site that has joined: its folder with site.toml, keys and kit."""
+    """An admitted site: folder with site.toml, keys and kit."""
 
     @property
     def state(self) -> SiteState:
@@ -105,7 +105,7 @@ class Here(Books):
 
 @pytest.fixture
 def join_site(tmp_path: Path) -> Callable[..., Here]:
-    """A site of one federation; it approves runs by hand."""
+    """Return a function that creates sites of a federation with manual approval."""
 
     def make(name: str, *, days_ago: int = 0) -> Here:
         begun = datetime.now(UTC).replace(microsecond=0) - timedelta(days=days_ago)
@@ -120,7 +120,7 @@ def join_site(tmp_path: Path) -> Callable[..., Here]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that came to its end, with its report, and beside it what the command printed; not to be changed."""
+    """Folder of a finished run with its report, and the command's output; read-only."""
     into = tmp_path_factory.mktemp("runs")
     (into / "printed.json").write_text(
         run_command("simulate", *list_tiny_overrides(into=into, name="one"), "--json").printed
@@ -130,13 +130,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(finished_run: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """Copy of the finished run's folder."""
     return Path(shutil.copytree(finished_run, tmp_path / "one"))
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> SiteFolder:
-    """A site that has a policy, and no ledger yet."""
+    """A site with a policy and without a ledger."""
     made = SiteFolder(tmp_path / "north")
     made.folder.mkdir()
     made.write_policy()
@@ -145,7 +145,7 @@ def site(tmp_path: Path) -> SiteFolder:
 
 @pytest.fixture(scope="session")
 def _site_with_history_once(tmp_path_factory: pytest.TempPathFactory) -> SiteFolder:
-    """A site with an ended run, an interrupted round, refusals and an open run; not to be changed."""
+    """A site with an ended run, an interrupted round, refusals and an open run; read-only."""
     site = SiteFolder(tmp_path_factory.mktemp("lived") / "north")
     site.folder.mkdir()
     site.write_policy()
@@ -166,7 +166,7 @@ def site_with_history(_site_with_history_once: SiteFolder, tmp_path: Path) -> Si
 
 @pytest.fixture
 def put_back(site_with_history: SiteFolder) -> SiteFolder:
-    """A site whose ledger was lost after three more rounds, and replaced by a backup."""
+    """A site whose ledger was rolled back to a backup, three rounds before its end."""
     backup = site_with_history.copy_ledger("backup.db")
     site_with_history.charge(site_with_history.proposal("triage", noise_multiplier=2.5), 2)
     site_with_history.charge(site_with_history.proposal("third"), 1, 2)

@@ -1,4 +1,4 @@
-"""Snapshots of what commands print: one file a command, masked where values vary from run to run.
+"""Snapshots of command output, one file per command, with varying values masked.
 
 FEDTUNE_WRITE_SNAPSHOTS=1 writes them anew; the difference is then read before it is committed.
 """
@@ -17,7 +17,7 @@ from ..conftest import REPOSITORY
 
 FOLDER = Path(__file__).parent / "snapshots"
 COLUMNS = 80
-"""Of a terminal on which what a command prints must have room."""
+"""Terminal width that output must fit."""
 _COPIED = re.compile(r"[^\s]*(?:/|[0-9a-f]{32,})[^\s]*")
 _VARYING = (
     (re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?)?"), "<time>"),
@@ -34,12 +34,12 @@ _VARYING_LETTERS = re.compile(
 
 
 def find_wide_lines(text: str) -> list[str]:
-    """Lines that are wider, but for a path, key or hash in one piece: such a one is copied, and so never cut."""
+    """Return the lines wider than the terminal, except for lines with an unbreakable path, key or hash."""
     return [line for line in text.splitlines() if len(_COPIED.sub(lambda found: found[0][:20], line)) > COLUMNS]
 
 
 def check_text(name: str, text: str) -> None:
-    """Compare `text` with the snapshot `name`, or write it where the environment says so."""
+    """Compare `text` with the snapshot `name`, or write the snapshot if the environment variable is set."""
     path = FOLDER / name
     if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
         FOLDER.mkdir(exist_ok=True)
@@ -49,25 +49,25 @@ def check_text(name: str, text: str) -> None:
 
 
 def check_output(name: str, text: str) -> None:
-    """The same of what commands print on a terminal; on a narrow one it has room, but for what a person types."""
+    """Compare terminal output with a snapshot, and check that it fits a narrow terminal."""
     assert os.environ["COLUMNS"] != str(COLUMNS) or find_wide_lines(re.sub(r"(?m)^\$ .*", "", text)) == []
     check_text(f"{name}.txt", _VARYING_LETTERS.sub(lambda found: re.sub(r"\w", "x", found[0]), text))
 
 
 def check_json(name: str, text: str, *, folder: Path) -> None:
-    """The same of a command's JSON; `folder` is where its files lie."""
+    """Compare a command's JSON output with a snapshot; paths below `folder` are masked."""
     masked = _mask_value(json.loads(text), str(folder))
     check_text(f"{name}.json", json.dumps(masked, indent=1) + "\n")
 
 
 def parametrize_mistakes(name: str) -> pytest.MarkDecorator:
-    """A test's cases: what is typed wrong, as the lines of a file that begin with `$`; behind each is the message."""
+    """Parametrize a test by the invalid command lines of a snapshot file, which start with `$`."""
     typed = re.findall(r"^\$ (.*)$", (FOLDER / f"{name}.txt").read_text(encoding="utf-8"), re.MULTILINE)
     return pytest.mark.parametrize("typed", typed, ids=lambda line: line[:60])
 
 
 def check_message(name: str, typed: str, message: str) -> None:
-    """Compare the message with the one behind what was typed, or write it where the environment says so."""
+    """Compare an error message with the snapshot for its command line, or update the snapshot."""
     path = FOLDER / f"{name}.txt"
     before, line, rest = path.read_text(encoding="utf-8").partition(f"$ {typed}\n")
     told, _, behind = rest.partition("\n")
@@ -82,7 +82,7 @@ def check_message(name: str, typed: str, message: str) -> None:
 
 
 def _mask_value(value: Any, folder: str) -> Any:
-    """The value with paths, keys, hashes and times replaced, and numbers in six digits."""
+    """Mask paths, keys, hashes and times in a value, and round numbers to six digits."""
     if isinstance(value, dict):
         return {key: _mask_value(inner, folder) for key, inner in value.items()}
     if isinstance(value, list):

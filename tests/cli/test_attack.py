@@ -1,4 +1,4 @@
-"""`fedtune attack` on a finished run: what it prints, what it writes, and what it refuses."""
+"""`fedtune attack` on a finished run: output, files and refusals."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from fedtune.report.attacks import NAMES, RunAttacks
 from ..conftest import run_command
 
 
-def test_attack_finds_every_name_and_writes_page_and_json(run_folder: Path) -> None:
+def test_attack_runs_all_attacks_and_writes_page_and_json(run_folder: Path) -> None:
     others = read_saved_config(run_folder).data.test_file
     outcome = run_command("attack", str(run_folder), "--others", str(others), "--shadows", "4", "--json")
     assert outcome.code == 0, outcome.err
@@ -31,7 +31,7 @@ def test_attack_finds_every_name_and_writes_page_and_json(run_folder: Path) -> N
     assert all(name in page for name in NAMES.values())
 
 
-def test_attack_refuses_too_few_records_and_a_secret_that_is_not_there(run_folder: Path, tmp_path: Path) -> None:
+def test_attack_refuses_small_groups_and_missing_secrets(run_folder: Path, tmp_path: Path) -> None:
     assert "must have at least 20 records" in run_command("attack", str(run_folder)).failed()
     secrets = tmp_path / "planted.jsonl"
     secrets.write_text('{"text": "my code", "label": "card_arrival", "secret": "1234"}\n')

@@ -1,4 +1,4 @@
-"""`fedtune audit`: what it refuses, and what it leaves behind."""
+"""`fedtune audit`: invalid settings, findings and files."""
 
 from dataclasses import fields, replace
 from io import StringIO
@@ -51,7 +51,7 @@ def bound_site(site: str | None, right: int) -> AuditBound:
 
 
 def build_finding(folder: Path, *bounds: AuditBound, width: int = 200) -> tuple[Audit, str]:
-    """An audit with these bounds, and what is said of it."""
+    """Return an audit with these bounds, and its printed findings."""
     about: dict[str, Any] = {"method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False}
     result = Audit(**about, bounds=bounds, membership=(), exceeded=False)
     result, said = replace(result, exceeded=bool(list_refuted_bounds(result))), StringIO()
@@ -67,7 +67,7 @@ def test_audit_findings_fit_a_narrow_terminal(tmp_path: Path) -> None:
 
 
 def test_audit_verdict_corrects_for_multiple_bounds(tmp_path: Path) -> None:
-    """Among six sound sites one bound is above its claim in every fourth audit; together, in one of twenty."""
+    """Uncorrected, one of six correct sites would be refuted in every fourth audit; corrected, in one of twenty."""
     barely = next(right for right in range(100, 200) if bound_site("a", right).lower_bound > 0.5)
     alone, said = build_finding(tmp_path, bound_site("a", barely))
     assert (alone.exceeded, "wrong" in said) == (True, True)

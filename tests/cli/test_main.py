@@ -61,7 +61,7 @@ def test_experiment_file_and_epsilon_have_short_forms(name: str) -> None:
     assert words == ("experiment=own/tickets.yaml", "seed=1", "privacy.epsilon=3")
 
 
-def test_short_form_composes_the_settings_that_it_stands_for(tmp_path: Path) -> None:
+def test_short_form_expands_to_its_settings(tmp_path: Path) -> None:
     (tmp_path / "tickets.yaml").write_text("defaults: [debug]\nname: tickets\n")
     short = run_command("simulate", str(tmp_path / "tickets.yaml"), "--epsilon", "3", "--cfg", "job").printed
     long = run_command("simulate", f"experiment={tmp_path}/tickets.yaml", "privacy.epsilon=3", "--cfg", "job").printed
@@ -70,7 +70,7 @@ def test_short_form_composes_the_settings_that_it_stands_for(tmp_path: Path) -> 
 
 
 @snapshots.parametrize_mistakes("mistakes-short-forms")
-def test_short_form_is_refused_beside_what_it_stands_for(typed: str) -> None:
+def test_short_form_conflicts_with_its_long_form(typed: str) -> None:
     snapshots.check_message("mistakes-short-forms", typed, run_command(*typed.split()).failed())
 
 
@@ -93,7 +93,7 @@ def test_error_types_have_distinct_exit_codes(error: BaseException, code: int, m
 
 
 def start_python(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variables: str) -> tuple[int, str, str]:
-    """Python in a process of its own, with `closed` a stream: its exit code, and what it wrote."""
+    """Run Python in a subprocess with the stream `closed` closed; return its exit code and output."""
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *words]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
     pipes = {"stdout": to, "stderr": subprocess.PIPE, "timeout": 300, "cwd": REPOSITORY}
@@ -101,7 +101,7 @@ def start_python(*words: str, to: Any = subprocess.PIPE, closed: str = "", **var
     return done.returncode, done.stdout or "", done.stderr
 
 
-def test_help_errors_and_plan_avoid_slow_imports() -> None:
+def test_help_and_errors_avoid_slow_imports() -> None:
     slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
     _, out, err = start_python(
         "-c",
@@ -119,7 +119,7 @@ def test_help_errors_and_plan_avoid_slow_imports() -> None:
 
 
 class Terminal(io.StringIO):
-    """What a process takes for one."""
+    """Stub of a terminal stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
-def test_slow_imports_are_announced_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_import_prints_a_message_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     def import_slowly(name: str) -> Any:
         assert screen.said.wait(60), "it is said while they are loaded"
         return importlib.import_module(name)
@@ -145,7 +145,7 @@ def test_slow_imports_are_announced_on_a_terminal(monkeypatch: pytest.MonkeyPatc
     assert screen.getvalue() == "fedtune: loading libraries ...\n"
 
 
-def test_closed_output_stream_gives_no_traceback() -> None:
+def test_closed_output_stream_causes_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
     done = start_python("-m", "fedtune", "site", "template", to=write)

@@ -1,4 +1,4 @@
-"""`fedtune model-hash`: what it prints is what settings, federation and policy take."""
+"""`fedtune model-hash`: hashes for settings, federations and policies."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""`fedtune personalize`: a site's own adapter, which never feeds back."""
+"""`fedtune personalize`: personalized adapters, which no run can start from."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from ..conftest import list_tiny_overrides, run_command
 
 @pytest.fixture(scope="module")
 def personalized_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A finished run with an own adapter of each site, and what the command said; not to be changed."""
+    """A finished run with personalized adapters, and the command's output; read-only."""
     run = tmp_path_factory.mktemp("own") / "one"
     shutil.copytree(finished_run, run)
     out = run_command("personalize", str(run), "--json").printed

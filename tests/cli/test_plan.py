@@ -1,4 +1,4 @@
-"""`fedtune plan`: what a person sees, and what it writes."""
+"""`fedtune plan`: terminal and JSON output."""
 
 import json
 import re
@@ -26,7 +26,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Run:
-    """The command on the smallest run, without its model unless `model`; options come first."""
+    """Return a function that runs `fedtune plan` on the debug run, without its model unless `model`."""
 
     def run(*arguments: str, model: bool = False) -> Any:
         options = [part for part in arguments if part.startswith("--")]
@@ -40,7 +40,7 @@ def plan(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def plan_json(plan: Run) -> Run:
-    """What the command prints as JSON."""
+    """Return a function that parses the JSON output of `fedtune plan`."""
     return lambda *arguments, **options: json.loads(plan(*arguments, "--json", **options).printed)
 
 
@@ -101,7 +101,7 @@ def test_plan_reads_no_data_and_lists_only_participants(plan_json: Run, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_without_privacy_promises_no_epsilon(plan: Run, plan_json: Run) -> None:
+def test_plan_without_privacy_prints_no_epsilon(plan: Run, plan_json: Run) -> None:
     plain = ("privacy=none", "privacy.noise_multiplier=null")
     shown, said = plan(*plain).out, plan_json(*plain)
     assert "No epsilon is promised" in shown
@@ -114,7 +114,7 @@ def test_plan_without_privacy_promises_no_epsilon(plan: Run, plan_json: Run) -> 
 
 @pytest.fixture
 def policy_file(tmp_path: Path, lead_key: SigningKey) -> Callable[[], Path]:
-    """A site.toml that allows the smallest run."""
+    """Return a function that writes a site.toml that permits the debug run."""
 
     def make() -> Path:
         config = compose_run(list_tiny_overrides(into=tmp_path))
@@ -147,7 +147,7 @@ def test_plan_checks_a_policy_and_suggests_acceptable_settings(
     assert said["lead_assumed"]
 
 
-def test_plan_names_the_strictest_site_and_a_common_epsilon(
+def test_plan_prints_the_strictest_site_and_a_common_epsilon(
     plan: Run, plan_json: Run, policy_file: Any, tmp_path: Path
 ) -> None:
     allowed, policies = read_policy(policy_file()), []

@@ -1,4 +1,4 @@
-"""`fedtune provision`: what it prints is what people need, and every mistake is one line and changes nothing."""
+"""`fedtune provision`: output, confirmation by telephone, and invalid commands."""
 
 import io
 import re
@@ -18,25 +18,25 @@ from . import snapshots
 
 @pytest.fixture(autouse=True)
 def federation_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder with a federation.toml."""
+    """Change to a folder with a federation.toml."""
     monkeypatch.chdir(tmp_path)
     Path("federation.toml").write_text('name = "cardiology"\nserver = "fl.example.org:9092"\n')
 
 
 @pytest.fixture
 def request_of(tmp_path: Path) -> Callable[..., Path]:
-    """A site's keys and join request, in the folder `<site>/<kit>`."""
+    """Create a site's keys and join request in the folder `<site>/<kit>`."""
     return Desk(tmp_path / "cardiology", datetime.now(UTC)).request
 
 
 @pytest.fixture
 def provision() -> Callable[..., str]:
-    """Run a command that must succeed; what it prints."""
+    """Run a command that must succeed, and return its output."""
     return lambda *arguments: str(run_command("provision", *arguments).printed)
 
 
 def find_hex_groups(text: str) -> set[str]:
-    """Fingerprints in a text, each 16 groups of four hex digits."""
+    """Return the fingerprints in a text, each of 16 groups of four hex digits."""
     return set(re.findall(r"(?:[0-9a-f]{4} ){15}[0-9a-f]{4}", text))
 
 
@@ -89,10 +89,10 @@ def test_provisioning_changes_nothing_before_confirmation(
     assert read_files(Path("cardiology")) != before
 
 
-def test_admitted_request_is_the_one_compared_by_telephone(
+def test_add_site_admits_the_request_compared_by_telephone(
     provision: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody puts another request in the file's place while people telephone."""
+    """The request file is replaced during the telephone call."""
     provision("init", "federation.toml")
     request, other = request_of("north"), request_of("north", kit="other")
     compared = JoinRequest.read(request)

@@ -1,4 +1,4 @@
-"""`fedtune export --push`: what reaches the hub, and which models never do; failures are in tests/export."""
+"""`fedtune export --push`: uploaded files and refused models; upload failures are tested in tests/export."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def test_push_without_folder_leaves_no_files(
     assert [path.name for path in tmp_path.iterdir()] == ["one"], "the run, which is in the same folder"
 
 
-def test_nothing_is_sent_before_a_person_agrees(
+def test_push_uploads_nothing_before_confirmation(
     push: Push, hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -75,7 +75,7 @@ def _mark_as_personalized(run: Path) -> None:
 
 @pytest.mark.parametrize(("spoil", "told"), [(_mark_as_audit, "is an audit"), (_mark_as_personalized, "private to")])
 @pytest.mark.parametrize("words", [["--yes"], ["--yes", "--without-guarantee"]])
-def test_audited_and_personalized_adapters_are_never_pushed(
+def test_push_refuses_audited_and_personalized_adapters(
     push: Push, hub: StandInHub, run_folder: Path, spoil: Callable[[Path], None], told: str, words: list[str]
 ) -> None:
     spoil(run_folder)
@@ -96,7 +96,7 @@ def _begin_in_unprotected_adapter(run: Path) -> None:
     ("spoil", "told"),
     [(_seed_noise, "The noise came from a seed"), (_begin_in_unprotected_adapter, "Nothing bounds what an adapter")],
 )
-def test_model_without_guarantee_needs_consent_and_stays_private(
+def test_push_without_guarantee_requires_consent_and_a_private_repository(
     push: Push,
     hub: StandInHub,
     run_folder: Path,
@@ -118,12 +118,14 @@ def test_model_without_guarantee_needs_consent_and_stays_private(
     assert "a new private repository" in outcome.out
 
 
-def test_noiseless_run_is_refused(push: Push, hub: StandInHub, simulate: Callable[..., Path], tmp_path: Path) -> None:
+def test_push_refuses_a_noiseless_run(
+    push: Push, hub: StandInHub, simulate: Callable[..., Path], tmp_path: Path
+) -> None:
     words = ("privacy=none", "privacy.noise_multiplier=null", "federation.num_rounds=1", "training.local_steps=1")
     assert "No noise was added" in push("--yes", run=simulate(*words, into=tmp_path)).failed()
     assert hub.asked == []
 
 
-def test_json_output_has_the_address(push: Push, hub: StandInHub) -> None:
+def test_push_json_contains_the_repository_address(push: Push, hub: StandInHub) -> None:
     found = json.loads(push("--yes", "--json").printed)
     assert (found["repository"], found["public"], found["folder"]) == (f"{hub.address}/{NAME}", False, None)

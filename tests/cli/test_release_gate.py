@@ -1,4 +1,4 @@
-"""`fedtune gate` on a run folder: defects in its files, the verdict in its card, exit codes."""
+"""`fedtune gate` on a run folder: defective files, the decision in the model card, and exit codes."""
 
 import json
 import shutil
@@ -99,14 +99,14 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_gate_stops_a_run_folder_with_a_defect(defect: str, run_folder: Path, rules: Path) -> None:
+def test_gate_fails_a_defective_run_folder(defect: str, run_folder: Path, rules: Path) -> None:
     named, change = DEFECTS[defect]
     change(run_folder)
     said = judge(run_folder, rules).failed(1)
     assert named in said.partition("rules that fail: ")[2].split(", ")
 
 
-def test_gate_passes_a_sound_run_and_writes_the_verdict_into_its_card(run_folder: Path, rules: Path) -> None:
+def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules: Path) -> None:
     assert "## Release" not in card_in(run_folder)
     assert "the model may leave" in judge(run_folder, rules).printed
     verdict = verdict_in(run_folder)
@@ -121,7 +121,7 @@ def test_gate_passes_a_sound_run_and_writes_the_verdict_into_its_card(run_folder
     assert "## Release" in card_in(run_folder), "a report that is written anew keeps the verdict"
 
 
-def test_gate_writes_which_rule_failed_into_verdict_and_card(run_folder: Path, rules: Path) -> None:
+def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: Path) -> None:
     rules.write_text(RULES.replace("max_epsilon = 1.0", "max_epsilon = 0.1"))
     outcome = judge(run_folder, rules)
     assert outcome.failed(1) == f"the model of {run_folder} may not leave; rules that fail: max_epsilon"
@@ -133,9 +133,7 @@ def test_gate_writes_which_rule_failed_into_verdict_and_card(run_folder: Path, r
     assert (told["passed"], told["verdict"]["results"]["max_epsilon"]) == (False, "wrong")
 
 
-def test_signed_verdict_names_its_key_and_a_changed_one_is_dropped(
-    run_folder: Path, rules: Path, key_file: Path
-) -> None:
+def test_modified_signed_verdict_is_dropped_from_the_card(run_folder: Path, rules: Path, key_file: Path) -> None:
     key = SigningKey.load(key_file).public
     assert judge(run_folder, rules, "--sign", str(key_file)).code == 0
     assert verdict_in(run_folder).has_valid_signature
@@ -145,7 +143,7 @@ def test_signed_verdict_names_its_key_and_a_changed_one_is_dropped(
     assert "adapter/README.md" in run_command("report", "verify", str(run_folder)).failed(1)
 
 
-def test_verdict_on_another_model_is_not_repeated(run_folder: Path, rules: Path) -> None:
+def test_verdict_on_another_model_is_omitted_from_the_card(run_folder: Path, rules: Path) -> None:
     assert judge(run_folder, rules).code == 0
     facts = build_run_report(run_folder).facts
     assert read_verdict(run_folder, facts) is not None  # type: ignore[arg-type]
@@ -155,9 +153,7 @@ def test_verdict_on_another_model_is_not_repeated(run_folder: Path, rules: Path)
     assert read_verdict(run_folder, facts) is None  # type: ignore[arg-type]
 
 
-def test_gate_requires_the_known_key_if_the_report_must_be_signed(
-    run_folder: Path, rules: Path, key_file: Path
-) -> None:
+def test_gate_requires_a_key_for_signed_reports(run_folder: Path, rules: Path, key_file: Path) -> None:
     rules.write_text('name = "signed"\nsigned = true\n')
     key = SigningKey.load(key_file).public
     assert judge(run_folder, rules).code == 1
@@ -171,7 +167,7 @@ def test_gate_requires_the_known_key_if_the_report_must_be_signed(
     assert "signed" in judge(run_folder, rules, "--key", key).failed(1)
 
 
-def test_gate_takes_the_key_of_the_lead_from_the_roster(
+def test_gate_reads_the_key_of_the_lead_from_the_roster(
     join_site: Any, run_folder: Path, rules: Path, key_file: Path
 ) -> None:
     rules.write_text('name = "signed"\nsigned = true\n')
@@ -185,7 +181,7 @@ def test_gate_takes_the_key_of_the_lead_from_the_roster(
     assert "roster" in judge(run_folder, rules, "--roster", str(roster)).failed(2)
 
 
-def test_gate_takes_an_audit_of_the_same_plan_alone(run_folder: Path, rules: Path, tmp_path: Path) -> None:
+def test_gate_accepts_only_audits_of_the_same_plan(run_folder: Path, rules: Path, tmp_path: Path) -> None:
     rules.write_text('name = "audited"\nmax_audit_bound = 1.0\n')
     assert "fedtune audit" in " ".join(judge(run_folder, rules).out.split())
     audited = Path(shutil.copytree(run_folder, tmp_path / "audited"))

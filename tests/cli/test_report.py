@@ -1,4 +1,4 @@
-"""`fedtune report`: writes whole reports, and finds what was changed in one."""
+"""`fedtune report`: complete reports, and detection of changes by `fedtune report verify`."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def signed_run(run_folder: Path, key_file: Path) -> Path:
-    """The signed report of a run, with its page, its settings, its model and the model's card beside it."""
+    """Run folder with a signed report, settings, model and model card."""
     assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
     return run_folder / "report.json"
 
@@ -53,7 +53,7 @@ def report_in(folder: Path) -> Report:
 
 
 def edit_json_value(path: Path, *keys: Any, to: Any) -> None:
-    """Change one value in a JSON file."""
+    """Change a value in a JSON file."""
     data = json.loads(path.read_text())
     part = data
     for key in keys[:-1]:
@@ -78,7 +78,7 @@ def test_report_build_subcommand_may_be_omitted(said: str) -> None:
         ("run", "no_guarantee", "NO GUARANTEE (x): "),
     ],
 )
-def test_verdict_line_matches_the_wording_of_the_page(
+def test_verdict_line_matches_the_text_of_the_page(
     kind: str, state: Any, said: str, run_folder: Path, site_with_history: Any
 ) -> None:
     report = report_in(run_folder) if kind == "run" else from_ledger.build_ledger_report(site_with_history.ledger)
@@ -86,7 +86,7 @@ def test_verdict_line_matches_the_wording_of_the_page(
     assert format_verdict(replace(report, verdict=verdict))[0].startswith(said)
 
 
-def test_report_of_a_run_is_written_into_its_folder(run_folder: Path) -> None:
+def test_report_of_a_run_is_written_to_its_folder(run_folder: Path) -> None:
     for name in ("report.json", "report.html"):
         (run_folder / name).unlink(missing_ok=True)
     banner, verdict, two_figures, *others = run_command("report", str(run_folder)).printed.splitlines()
@@ -101,7 +101,7 @@ def test_report_of_a_run_is_written_into_its_folder(run_folder: Path) -> None:
     assert not list(run_folder.glob("*.partial"))
 
 
-def test_registry_entry_lists_fields_that_need_a_person(run_folder: Path, tmp_path: Path) -> None:
+def test_registry_entry_lists_fields_for_manual_completion(run_folder: Path, tmp_path: Path) -> None:
     out = run_command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before")).printed
     assert "lacks entries that only a person can make, in report.about: curator" in " ".join(out.split())
     folder = shutil.copytree(run_folder, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""`fedtune run`: what a lead's words become, what they may not say, and looking at, stopping and resuming a run."""
+"""`fedtune run`: settings for real sites, invalid commands, status, stop and resume."""
 
 import fcntl
 import json
@@ -43,7 +43,7 @@ SIZES = {"north": 230, "south": 180, "west": 90}
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    """The kit of a lead with three sites, and `gone`, which was revoked; west has no data set but banking77."""
+    """Kit of a lead with three sites and the revoked site `gone`; west declares only the data set banking77."""
     folder, now = tmp_path_factory.mktemp("federation"), datetime.now(UTC).replace(microsecond=0)
     (folder / "federation.toml").write_text('name = "banks"\nserver = "127.0.0.1:9"\n')
     desk = Desk(provisioning.init_federation(folder / "federation.toml", out=folder / "banks", now=now).folder, now)
@@ -68,8 +68,8 @@ def test_sites_option_accepts_several_list_notations(kit: Kit, sites: str) -> No
     assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
 
 
-def test_lead_needs_no_training_file_for_custom_data(kit: Kit, tmp_path: Path) -> None:
-    """The experiment file that docs/own_data.md shows, with the name of these sites' data set."""
+def test_run_over_real_sites_needs_no_training_file(kit: Kit, tmp_path: Path) -> None:
+    """Uses the experiment file in docs/own_data.md, with these sites' data set."""
     page = (REPOSITORY / "docs" / "own_data.md").read_text(encoding="utf-8").partition("## Your own kind of data")[2]
     text = page.partition("```yaml\n")[2].partition("```")[0]
     assert "triage_notes" in text
@@ -98,7 +98,7 @@ def test_explicit_declared_sizes_override_the_roster(kit: Kit, prefix: str) -> N
 
 @snapshots.parametrize_mistakes("mistakes-run")
 def test_invalid_run_command_starts_no_run(kit: Kit, typed: str) -> None:
-    """Sites that there are not, settings that real sites decide, and what a kit, a folder and a name are needed for."""
+    """Unknown sites, settings of real sites, and a missing kit, folder or name."""
     places = {"KIT": str(kit.folder), "SERVER": str(kit.folder.parent / "server")}
     message = run_command("run", *(places.get(word, word) for word in shlex.split(typed))).failed()
     for name, place in places.items():
@@ -141,7 +141,7 @@ def test_run_without_a_server_can_be_resumed(kit: Kit, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_sweep_over_real_sites_states_its_privacy_cost_first(kit: Kit, tmp_path: Path) -> None:
+def test_sweep_over_real_sites_prints_its_privacy_cost_first(kit: Kit, tmp_path: Path) -> None:
     swept = ["experiment=debug", "name=s", "sites=[north]", "seed=1,2", f"tracking.output_dir='{tmp_path}'"]
     small = ("data.validation_rows=2", "data.test_rows=2", "federation.round_timeout_s=1")
     outcome = run_command("run", "--kit", str(kit.folder), "-m", *swept, *small)
@@ -154,7 +154,7 @@ def test_sweep_over_real_sites_states_its_privacy_cost_first(kit: Kit, tmp_path:
 
 @pytest.fixture
 def folder(tmp_path: Path, kit: Kit) -> Path:
-    """The folder of a deployed run that has just been made."""
+    """Folder of a newly created run over real sites."""
     folder = tmp_path / "one"
     write_config(compose_for_sites(list_run_words(f"tracking.output_dir='{tmp_path}'"), kit=kit), folder)
     return folder
@@ -162,7 +162,7 @@ def folder(tmp_path: Path, kit: Kit) -> Path:
 
 @pytest.fixture
 def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a process that runs the folder; on SIGTERM it ends unless it is deaf."""
+    """Return a function that starts a process for the run; it exits on SIGTERM unless `deaf`."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*, deaf: bool = False) -> subprocess.Popen[str]:
@@ -185,7 +185,7 @@ def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.stdout.close()
 
 
-def test_resuming_with_the_same_words_skips_site_count_checks(
+def test_or_resume_skips_site_count_checks_of_a_started_run(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Any] = []
@@ -221,7 +221,7 @@ def test_run_stop_ends_only_the_recorded_process(folder: Path, runner: Any, monk
 
 @pytest.fixture
 def ended_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, FederationSpec]]:
-    """Which runs were ended at which sites, of which south does not hear it."""
+    """Record the runs that were ended per site; south does not receive the message."""
     asked: list[tuple[str, FederationSpec]] = []
 
     def tell(lead: LeadService, run: str, *, timeout_s: float) -> list[str]:
@@ -236,16 +236,16 @@ def ended_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 SILENT = "Not reached: {}; their budget is released when the run expires."
 
 
-def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner: Any, ended_runs: list[Any]) -> None:
+def test_stop_for_good_prints_the_notified_sites(kit: Kit, folder: Path, runner: Any, ended_runs: list[Any]) -> None:
     runner()
     config, stop = read_saved_config(folder), ("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
     stopped, *said = run_command(*stop).printed.splitlines()
     assert "is stopped" in stopped
-    assert said == ["Informed that the run is over: north, west.", SILENT.format("south")]
+    assert said == ["Sites that were notified of the end of the run: north, west.", SILENT.format("south")]
     names = ("gone", *config.federation.active[1:])
     write_config(replace(config, federation=replace(config.federation, site_names=names)), folder)
     assert run_command(*stop).printed.splitlines()[1:] == [
-        "Informed that the run is over: west.",
+        "Sites that were notified of the end of the run: west.",
         SILENT.format("gone, south"),
     ]
     assert ended_runs[0] == (select_settings_for_sites(config).run_id(), config.federation)
@@ -255,7 +255,10 @@ def test_stop_for_good_reports_the_notified_sites(kit: Kit, folder: Path, runner
 def test_run_without_its_folder_can_be_ended_with_the_lead_kit(kit: Kit, ended_runs: list[Any], tmp_path: Path) -> None:
     whole, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
     # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
-    assert run_command(*stop, whole).out == f"Informed that the run is over: north, west.\n{SILENT.format('south')}\n"
+    assert (
+        run_command(*stop, whole).out
+        == f"Sites that were notified of the end of the run: north, west.\n{SILENT.format('south')}\n"
+    )
     message = run_command(*stop, "runs/trial").failed()
     assert "must be a run folder, or the full name of a run as in a site's `fedtune ledger show`" in message
     ledger = SiteLedger(
@@ -307,7 +310,7 @@ def test_simulations_and_real_runs_cannot_resume_each_other(kit: Kit, folder: Pa
         compose_for_sites([f"renew='{simulated}'"], kit=kit)
 
 
-def test_folder_without_a_run_is_refused_regardless_of_its_name(kit: Kit, tmp_path: Path) -> None:
+def test_run_status_refuses_a_folder_without_a_run(kit: Kit, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)  # with no run beside it, which would be named
     for action in ("status", "stop"):
@@ -321,7 +324,7 @@ def test_folder_without_a_run_is_refused_regardless_of_its_name(kit: Kit, tmp_pa
 
 
 def test_public_stage_runs_only_at_the_lead(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lead's process trains it before any site is asked, and the run begins in its adapter."""
+    """The lead trains the public stage before contacting sites, and the run starts from its adapter."""
     public = tmp_path / "public.jsonl"
     public.write_text('{"text": "a", "label": "card_arrival"}\n' * 3)
     typed = list_run_words("sites=[north,west]", f"public.train_file={public}", f"tracking.output_dir={tmp_path}")

@@ -1,4 +1,4 @@
-"""`fedtune server start`: mistakes that are found before anything listens."""
+"""`fedtune server start`: errors before the server listens."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""`fedtune site`: what its commands print and change, what a policy means, and what a kept adapter scores."""
+"""`fedtune site`: approval, denial, pausing, policies, and scoring of kept adapters."""
 
 import io
 import json
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("own_process")
 
 
 def propose_run(run: str = "r", **changes: Any) -> Proposal:
-    """What a lead proposes for a run with these settings."""
+    """Return the lead's proposal for a run with these settings."""
     return run_proposal(run=name_run(run, SETTINGS), **changes)
 
 
@@ -95,7 +95,7 @@ def test_approval_shows_the_epsilon_and_lets_the_run_start(north: Here) -> None:
 def test_check_policy_and_approve_output_match_snapshots(
     north: Here, name: str, policy: Any, asked: Any, monkeypatch: Any
 ) -> None:
-    """A run that trains its head alone, and runs without a guarantee, which are not given a price."""
+    """A head-only run, and runs without a guarantee, which have no price."""
     monkeypatch.chdir(north.folder)
     north.edit(**policy)
     north.state.queue_for_approval(propose_run(**asked), SETTINGS)
@@ -183,7 +183,7 @@ def test_denial_records_its_reason_and_removes_the_pending_run(north: Here) -> N
     assert approve(north, TRIAGE, "--yes").code == 2
 
 
-def test_denying_a_started_run_records_the_person_responsible(north: Here, monkeypatch: Any) -> None:
+def test_denial_of_a_started_run_records_the_responsible_person(north: Here, monkeypatch: Any) -> None:
     monkeypatch.setenv("SUDO_USER", "mkeller")
     asked, other = propose_run("triage"), propose_run("other")
     for proposal in (asked, other):
@@ -234,7 +234,7 @@ def test_leaving_ends_open_runs_and_releases_their_reserves(north: Here) -> None
     assert message == f"this site has left the federation; remove {north.state.left_file} to take part again"
 
 
-def test_policy_of_another_site_is_refused_by_every_command(join_site: Any) -> None:
+def test_site_commands_refuse_the_policy_of_another_site(join_site: Any) -> None:
     north, south = join_site("north"), join_site("south")
     north.state.queue_for_approval(propose_run(), SETTINGS)
     told = f"{south.site_toml}: site = 'south': must be north, as in the kit"
@@ -244,7 +244,7 @@ def test_policy_of_another_site_is_refused_by_every_command(join_site: Any) -> N
     assert not north.state.left_file.exists()
 
 
-def test_kit_of_another_kind_is_refused(north: Here) -> None:
+def test_site_commands_refuse_a_server_or_lead_kit(north: Here) -> None:
     lead = north.folder.parent / "federation" / "lead"
     for name in ("start", "approve", "leave", "pause", "resume"):
         site = () if name in ("pause", "resume") else north.words[2:]
@@ -255,10 +255,10 @@ def test_kit_of_another_kind_is_refused(north: Here) -> None:
     assert not (lead / "state").exists()
 
 
-def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
+def test_site_start_refuses_expired_certificates_and_missing_keys(
     join_site: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An expired certificate, a ledger that another process serves, a key that is gone or open, a missing package."""
+    """Expired certificate, locked ledger, missing or readable key, and missing package."""
     old, north = join_site("old", days_ago=400), join_site("north")
     told = "must be in the future: the certificate has expired: ask the lead for a new kit"
     assert told in run_command("site", "start", *old.words).failed()
@@ -286,7 +286,7 @@ def test_site_start_is_refused_for_expired_certificates_and_missing_keys(
     assert not key.exists(), "another key would be another site's"
 
 
-def test_site_does_not_start_with_a_missing_or_different_ledger(north: Here) -> None:
+def test_site_start_refuses_a_missing_or_different_ledger(north: Here) -> None:
     north.state.check_ledger(north.open().history.opening.ledger)
     ledger = north.folder / "ledger.db"
     ledger.unlink()
@@ -352,14 +352,14 @@ def test_check_policy_figures_match_the_ledger(site: Any) -> None:
 
 
 @snapshots.parametrize_mistakes("site-warnings")
-def test_risky_policy_settings_give_a_warning(typed: str, site: Any) -> None:
+def test_check_policy_warns_about_risky_settings(typed: str, site: Any) -> None:
     site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **json.loads(typed)})  # by itself there is no warning
     out = run_command("site", "check-policy", str(site.site_toml), "--json").printed
     (warning,) = json.loads(out)["warnings"]
     snapshots.check_message("site-warnings", typed, f"{warning['key']}: {warning['text']}")
 
 
-def test_placeholder_lead_key_is_refused_or_warned_of(site: Any) -> None:
+def test_placeholder_lead_key_is_refused_at_start(site: Any) -> None:
     # Only zeros is a point of small order: anybody can make signatures that verify under it.
     site.write_policy(leads=f'["{"0" * 64}"]')
     outcome = run_command("site", "check-policy", str(site.site_toml))
@@ -367,7 +367,7 @@ def test_placeholder_lead_key_is_refused_or_warned_of(site: Any) -> None:
 
 
 @snapshots.parametrize_mistakes("site-ledgers")
-def test_ledger_of_another_site_or_policy_is_refused(typed: str, site_with_history: Any) -> None:
+def test_check_policy_refuses_a_ledger_of_another_site_or_policy(typed: str, site_with_history: Any) -> None:
     site_with_history.write_policy(**json.loads(typed))
     outcome = run_command("site", "check-policy", str(site_with_history.site_toml))
     message = outcome.failed().removeprefix(f"{site_with_history.site_toml}: ")
@@ -377,7 +377,7 @@ def test_ledger_of_another_site_or_policy_is_refused(typed: str, site_with_histo
     assert [difference["key"] for difference in told["differences"]] == [message.partition(" = ")[0]]
 
 
-def test_wrong_site_key_is_refused_and_missing_files_give_a_warning(site_with_history: Any) -> None:
+def test_check_policy_refuses_a_wrong_site_key(site_with_history: Any) -> None:
     key = site_with_history.folder / "site_key.pem"
     shutil.copy(site_with_history.folder / "lead.pem", key)
     assert "site_key" in run_command("site", "check-policy", str(site_with_history.site_toml)).failed()
@@ -387,13 +387,13 @@ def test_wrong_site_key_is_refused_and_missing_files_give_a_warning(site_with_hi
     assert {warning["key"] for warning in told} == {"site_key", "anchor"}
 
 
-def test_rolled_back_ledger_gives_exit_code_one(put_back: Any) -> None:
+def test_check_policy_fails_for_a_rolled_back_ledger(put_back: Any) -> None:
     assert "rolled back to an older copy" in run_command("site", "check-policy", str(put_back.site_toml)).failed(1)
 
 
 @pytest.fixture
 def site_here(join_site: Any, finished_run: Path) -> Any:
-    """A site that keeps the final adapter of `first`, and has records of two wards and some that cannot be used."""
+    """A site with the final adapter of run `first`, records of two wards, and unusable records."""
     site = join_site("north")
     labels = yaml.safe_load((finished_run / "config.yaml").read_text())["data"]["labels"]
     rows = [

@@ -1,4 +1,4 @@
-"""Commands that root calls at a site whose process runs as another account: everything stays that account's."""
+"""File ownership after commands by root at a site whose process runs as another account."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A folder that every account can reach, which pytest's own is not."""
+    """A folder that all accounts can access, in contrast to pytest's folder."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -41,7 +41,7 @@ def tmp_path() -> Iterator[Path]:
 
 @pytest.fixture
 def served_site(join_site: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
-    """A site whose files belong to the account of its process."""
+    """A site whose files are owned by the account of its process."""
     # This Python may lie in root's own folder; what is needed of it is imported.
     monkeypatch.setattr(files, "_is_python_readable", lambda: True)
     here = join_site("north")
@@ -53,7 +53,7 @@ def served_site(join_site: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
 
 
 def run_in_child(work: Callable[[], object], *, account: int = 0) -> int:
-    """Do it in a process of its own, which changes to the account; the exit code that it gives."""
+    """Run a function in a forked process, which may switch accounts, and return its exit code."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -122,7 +122,9 @@ def test_ledger_commands_as_root_keep_file_ownership(
     verify(served_site.folder / "ledger.db")
 
 
-def test_symbolic_link_is_not_followed_as_root(served_site: Here, waiting_proposal: Proposal, tmp_path: Path) -> None:
+def test_root_commands_do_not_follow_symbolic_links(
+    served_site: Here, waiting_proposal: Proposal, tmp_path: Path
+) -> None:
     own = tmp_path / "root's own"
     own.write_text("secret")
     own.chmod(0o600)

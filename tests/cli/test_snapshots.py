@@ -1,4 +1,4 @@
-"""Every command's help, and what commands print for people and for machines, as it was when somebody last read it.
+"""Reviewed snapshots of every command's help, terminal output and JSON output.
 
 A terminal has 80 columns here; nothing is wider but what is copied, which is whole.
 """
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("narrow_terminal")
 
 
 def list_commands() -> list[str]:
-    """Each command of the command line, in words; the empty one is `fedtune` itself."""
+    """List all commands as words; the empty list is `fedtune` itself."""
     context, names = click.Context(fedtune), [""]
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
@@ -47,7 +47,7 @@ def test_help_text_matches_its_snapshot(
 
 
 def print_commands(*lines: str, options: tuple[str, ...] = ()) -> str:
-    """What these commands print, one after the other, each with `options` behind it."""
+    """Return the concatenated output of these commands, each with `options` appended."""
     said = ""
     for line in lines:
         outcome = run_command(*line.split(), *options)
@@ -80,7 +80,7 @@ def test_site_ledger_commands_match_their_snapshots(
 
 
 def test_json_of_policy_ledger_and_plan_matches_snapshots(site_with_history: Any, tmp_path: Path) -> None:
-    """What `export` writes is all that the other commands print; the first event of each kind stands for the others."""
+    """`export` contains the output of all other commands; the snapshot keeps the first event of each kind."""
     told = json.loads(run_command("ledger", "export", str(site_with_history.ledger)).out)
     kind = itemgetter("kind")
     told["events"] = [next(group) for _, group in groupby(sorted(told["events"], key=kind), key=kind)]

@@ -1,4 +1,4 @@
-"""`fedtune synthesize` and `fedtune synthesize select`: records by code or votes, their card, and what is refused."""
+"""`fedtune synthesize` and `fedtune synthesize select`: records by code or votes, cards, and refusals."""
 
 import gzip
 import json
@@ -82,7 +82,7 @@ def vote(run: Path, *weights: float) -> None:
 
 @pytest.fixture(autouse=True)
 def texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model writes broken bytes, so texts are given: of five, one does not end and one is broken."""
+    """Replace the tiny model's invalid bytes by texts; of five, one is truncated and one is broken."""
 
     def draw_texts(
         self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any, begun: Any
@@ -184,7 +184,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
     for options, said in (
         (("--rows", "5"), "--rows = 5: must be at most the 4 candidates of the voting experiment"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
-        (("--rows", "2", "--to", str(best)), "already exists; choose a new file"),
+        (("--rows", "2", "--to", str(best)), "already exists: choose a new file"),
         (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates, but lacks 4 of them"),
         (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
         (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize wrote it"),
@@ -198,7 +198,7 @@ def test_votes_set_shares_and_select_candidates(runs: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.nightly
-def test_variation_and_vote_rounds_add_up_their_epsilon(runs: Path, tmp_path: Path) -> None:
+def test_synthesis_card_adds_the_epsilon_of_variations_and_votes(runs: Path, tmp_path: Path) -> None:
     behind, options, rounds = [api.load(runs / "writer")], ("--prompts", str(runs / "codes.jsonl")), []
     for number in range(2):
         to, best, voting = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "vote.yaml"))
@@ -273,7 +273,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
 
 
 @pytest.mark.nightly
-def test_every_relabeling_adds_its_own_column(runs: Path, tmp_path: Path) -> None:
+def test_each_relabeling_adds_a_column(runs: Path, tmp_path: Path) -> None:
     write_records(runs, tmp_path / "0.jsonl", "--rows", "6")
     with gzip.open(REPOSITORY / "simulations/data/banking77/train.jsonl.gz", "rt") as lines:
         (tmp_path / "sorts.jsonl").write_text("".join(line.replace('"label":', '"sort":') for line in lines))
@@ -444,7 +444,7 @@ def test_invalid_synthesize_command_fails_before_generation(
 
 
 def make_adapter_private(run: Path, to: Path) -> Path:
-    """The run's adapter as an own one of a site, without run.json."""
+    """Turn the run's adapter into a personalized adapter without run.json."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("run.json", "checkpoints"))
     edit_json(to / "adapter" / "fedtune.json", private_to="site-1")
     return to
@@ -460,7 +460,7 @@ def test_personalized_or_incomplete_adapter_cannot_synthesize(runs: Path, tmp_pa
     assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
 
 
-def test_allotted_shares_are_whole_numbers_and_merge_equal_texts(runs: Path, tmp_path: Path) -> None:
+def test_allot_rows_returns_integers_and_merges_equal_texts(runs: Path, tmp_path: Path) -> None:
     assert allot_rows({("a",): 1.0, ("b",): 1.0, ("c",): 1.0}, 8) == {("a",): 3, ("b",): 3, ("c",): 2}
     assert sum(allot_rows({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
     run = api.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
@@ -495,7 +495,7 @@ RED = [("a", "Red ball."), ("a", "red car"), ("a", "red sun")]
 BLUE = [("b", "blue ball"), ("b", "Blue, sky")]
 
 
-def test_word_classifier_matches_multinomial_naive_bayes() -> None:
+def test_measured_accuracy_matches_multinomial_naive_bayes() -> None:
     """Six words: of a code with n of them, k times this one, it has a chance of (k + 1) / (n + 6)."""
     public = [
         ("a", "red sky"),  # a: 3/5 4/12 1/12 = 0.017, b: 2/5 1/10 2/10 = 0.008

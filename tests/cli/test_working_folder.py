@@ -1,4 +1,4 @@
-"""A run's folder: made, held by one process, cleared away where nothing began, and what `fedtune run status` reads."""
+"""Run folders: creation, locking, cleanup after failed starts, and `fedtune run status`."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 @pytest.fixture
 def folder(config: RunConfig) -> Path:
-    """Where the run's folder will be."""
+    """Path of the run's folder, which does not exist yet."""
     return find_run_folder(config)
 
 
@@ -61,7 +61,7 @@ def test_folder_of_a_run_killed_before_its_start_is_removed(config: RunConfig, f
     assert RunFolder(folder).has_begun(), "a result without its checkpoints is no rubbish"
 
 
-def test_run_folder_is_locked_once_and_inspecting_it_changes_nothing(config: RunConfig, folder: Path) -> None:
+def test_run_folder_is_locked_by_a_single_process(config: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("thesis.txt", "config.yaml"):
         (folder / name).write_text("mine")
@@ -103,7 +103,7 @@ def test_run_folder_is_created_with_its_configuration(config: RunConfig, folder:
 def run_until_error(
     config: RunConfig, folder: Path, work: Any, error: type[BaseException], match: str | None = None
 ) -> str:
-    """Run some work that ends in an error; what is printed."""
+    """Run work that fails, and return the output."""
     said = io.StringIO()
     with pytest.raises(error, match=match):
         show_run(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
@@ -111,7 +111,7 @@ def run_until_error(
 
 
 def end_with_error(config: RunConfig, folder: Path, error: BaseException, *, begun: bool = False) -> str:
-    """Run something that ends in `error`; what is printed."""
+    """Run work that raises `error`, and return the output."""
 
     def log_and_fail(*_: object) -> dict[str, Any]:
         logging.getLogger("fedtune.somewhere").info("it was here")
@@ -130,7 +130,7 @@ def make_disk_full_error(where: str = "x") -> OSError:
 
 
 def read_process_state() -> list[object]:
-    """What a run takes over."""
+    """Read the process state that a run changes."""
     loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
     handlers = [*(signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)), sys.unraisablehook]
     return [*handlers, *((logger.level, logger.handlers[:], logger.propagate) for logger in loggers)]
@@ -220,7 +220,7 @@ def test_run_stopped_while_loading_leaves_no_folder(tmp_path: Path, number: sign
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_raised_in_a_destructor_still_ends_the_run(
+def test_interrupt_in_a_destructor_ends_the_run(
     config: RunConfig, folder: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Dying:
