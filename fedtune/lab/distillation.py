@@ -40,21 +40,21 @@ from fedtune.tasks.saved import SavedAdapter, load_task_model
 from fedtune.tasks.task_model import build_task_model
 from fedtune.training.machine import resolve_device
 
-HALF, FEWEST = "half", 100  # a student's layers, and its texts
+HALF, FEWEST = "half", 100  # default student, and minimum number of texts
 _BATCH, _RATE, _HEAD_RATE = 32, 6e-4, 6e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """A student that was written, compared with its teacher."""
+    """Result of a distillation: sizes, latencies and scores of student and teacher."""
 
-    # the teacher and the student, in float32 by torch, and then the student's graphs if one is in int8
+    # teacher and student in float32 with torch, then the student's ONNX graphs if one is int8
     served: Sequence[Served]
-    # on the run's test `records` (0: it keeps none), of teacher (`base`) and student (`tuned`), by records
+    # scores of teacher (`base`) and student (`tuned`) on the run's test records
     scores: Mapping[str, Comparison]
-    records: int
-    texts: int  # that it was taught on, of a file with this `sha256`
-    sha256: str
+    records: int  # number of test records; 0 if the run has none
+    texts: int  # number of texts in the student's training file
+    sha256: str  # hash of that file
 
 
 def distill(
@@ -71,23 +71,27 @@ def distill(
     passes: int = 10,
     progress: Progress = ignore_progress,
 ) -> Distilled:
-    """Distill a run's model into a student, and write it to a new folder that its library loads without fedtune.
+    """Distill a run's model into a student, and export the student to a new folder in a standard format.
 
-    Guarantee: the run's own, if the texts are public; texts without a card are assumed to be.  If synthetic texts have
-    a card, the epsilon of the runs behind them is added.
+    Guarantee: the run's guarantee, if the texts are public, as is assumed for texts without a card.  For synthetic
+    texts with a card, the epsilon of the runs in the card is added.
 
     Args:
         config: the configuration of a finished run.
-        adapter: the folder of the run's adapter.
-        to: the new folder.
-        student: `HALF` of the base's layers, the number of lowest layers to keep, or another base as `model.path`.
-        texts: a file with at least `FEWEST` lines of text, or with records, whose labels are not read.
-        columns: role to column, for columns named differently than in the run's own files.
+        adapter: the run's adapter folder.
+        to: the folder to create.
+        student: `HALF` (lower half of the base's layers), the number of lowest layers to keep, or another base model as
+            in `model.path`.
+        texts: a file with at least `FEWEST` lines of text or records; labels are ignored.
+        columns: role to column, for column names that differ from the run's own files.
         format: "sentence-transformers" or "onnx".
-        int8: also write an ONNX graph with int8 weights.
-        seed: the seed of the texts' order; the same seed gives the same student on the same machine.
-        passes: the number of passes over the texts.
-        progress: called with the number of finished steps.
+        int8: also write an ONNX graph with weights quantized to int8.
+        seed: seed of the texts' order; the same seed gives the same student on the same machine.
+        passes: number of epochs over the texts.
+        progress: callback for progress in training steps.
+
+    Returns:
+        Sizes, latencies and scores of the student and the teacher.
 
     Raises:
         ConfigError: the run, the student, the folder or the texts' card cannot be used, or the run itself reads the
@@ -96,7 +100,7 @@ def distill(
     """
     task = config.bound_task
     if not task.has_head or config.data.input != "text" or "sentence-transformers" not in task.formats:
-        bound = "cannot be distilled: only tasks that predict labels or a number from a text can"
+        bound = "cannot be distilled: use a run for text classification or regression"
         raise ConfigError("task", config.task, bound)
     check_at_least("--passes", passes, 1)
     check_at_most("--passes", passes, 1_000)
@@ -107,7 +111,7 @@ def distill(
     if len(asked) < FEWEST:
         raise DataError("--texts", pluralize(len(asked), "text"), f"must be at least {FEWEST}")
     records, test = LeadRecords([task.without_answer(one, config.data) for one in asked]), own_records.test
-    model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
+    model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses personalized adapters
     owed, behind = _describe_inherited_privacy(file, adapter)
     teacher, reference = Source.from_model(model, config, adapter, private_to=None)
     if (base := None if student == HALF or student.isdecimal() else ModelSpec(path=student)) is None:
@@ -116,7 +120,7 @@ def distill(
         raise ConfigError(
             "--student", student, "must not be a base model that was exported from a run (see its config.json)"
         )
-    else:  # with a head as a run of it would begin with, and made-up tokens for it
+    else:  # another base with an initial head, and placeholder tokens to shape it
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
         own, reference = Source.from_model(
@@ -128,7 +132,7 @@ def distill(
         own = _train_student(own, teacher, records, seed=seed, passes=passes, progress=progress)
         nets, found = [one.wrap_base(one.base) for one in (teacher, own)], []
         for name, net, one in zip(("teacher", "student"), nets, (teacher, own), strict=True):
-            # Without a test the texts show how long it takes, and their made-up answers score nothing.
+            # Without test records, the texts measure the latency, and scores are omitted.
             data = LeadData.build(test or records, config, one.tokenizer)
             size = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
             found.append(measure_model(net, model, data, config, one.tokenizer, name, size))
@@ -147,12 +151,12 @@ def distill(
 
 
 def _describe_inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]:
-    """Return the privacy statement that a student inherits from its texts' card, and the runs behind them.
+    """Return the privacy statement that a student inherits from the texts' card, and the runs in the card.
 
-    Returns an empty text and no runs if the texts have no card, because they then count as public.
+    Both are empty if the texts have no card, because such texts count as public.
 
     Raises:
-        ConfigError: the card's runs have no finite epsilon, or protect another unit than the teacher's run.
+        ConfigError: the card's runs have no finite epsilon, or another privacy unit than the teacher's run.
     """
     if not os.path.lexists(find_card_path(texts.resolve(), ".json")):
         return "", ()
@@ -174,10 +178,10 @@ def _describe_inherited_privacy(texts: Path, adapter: Path) -> tuple[str, Sequen
 
 
 def _keep_lower_layers(layers: str, teacher: Source) -> Source:
-    """Copy the teacher's base without its upper layers.
+    """Build a student from the lowest `layers` layers of the teacher's base.
 
     Raises:
-        ConfigError: `layers` does not leave at least one layer and remove at least one.
+        ConfigError: `layers` is not between 1 and the number of layers minus 1.
     """
     base = copy.deepcopy(teacher.base)
     stack, settings = find_layer_stack(base)[1], base.config.get_text_config()
@@ -194,15 +198,13 @@ def _keep_lower_layers(layers: str, teacher: Source) -> Source:
 def _train_student(
     student: Source, teacher: Source, records: LeadRecords, *, seed: int, passes: int, progress: Progress
 ) -> Source:
-    """Train the student to match the teacher's outputs: mean squared error, relative to the variance of these
-    outputs.
-    """
+    """Train the student on the mean squared error to the teacher's outputs, relative to the variance of the outputs."""
     device, sides = resolve_device(student.config.runtime.device), (teacher, student)
     nets = [one.wrap_base(one.base).to(device) for one in sides]
     rows = [LeadData.build(records, one.config, one.tokenizer).examples for one in sides]
 
     def compute_answers(side: int, places: np.ndarray) -> torch.Tensor:
-        """Return the (rows, outputs) of one model for the texts at `places`; `side` 0 is the teacher, 1 the student."""
+        """Compute the outputs (rows, outputs) of the teacher (`side` 0) or the student (1) for the texts `places`."""
         batch = collate(rows[side], places, pad_id=sides[side].tokenizer.pad_token_id).to(device)
         found: torch.Tensor = nets[side](batch.input_ids, batch.attention_mask)
         return found
@@ -215,7 +217,7 @@ def _train_student(
     optimizer, draws = torch.optim.AdamW(groups, lr=_RATE, fused=True), np.random.default_rng(seed)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=passes * parts)
     for number in range(passes):
-        # Of texts of one length, which need little padding.
+        # Batch texts of similar length, to reduce padding.
         batches = np.array_split(np.argsort(lengths + draws.random(len(lengths))), parts)
         for place, some in enumerate((batches[which] for which in draws.permutation(parts)), 1):
             optimizer.zero_grad()
@@ -233,12 +235,12 @@ def _train_student(
 def _build_card(
     found: Distilled, teacher: Source, student: Source, *, format: str, file: str, base: ModelSpec | None, owed: str
 ) -> Mapping[str, bytes]:
-    """Build the student's model card from the run's card, with the student's scores; `base` is a student's own base."""
+    """Build the student's model card from the run's card and the student's scores; `base` is the student's own base."""
     run, score, scores = teacher.adapter.absolute().parent, teacher.task.primary_metric, ""
     record, report = from_run.read_run(run), (of_run := from_run.build_run_report(run))
     kept, count = (len(find_layer_stack(one.base)[1]) for one in (student, teacher))
     made = f"the lowest {kept} of the base's {count} layers"
-    if base is not None:  # whose card must not count as one of the run's base
+    if base is not None:  # its card must not count as the card of the run's base
         record = replace(record, config=replace(record.config, model=replace(record.config.model, public_id=None)))
         made = f"on a base of its own, {base.public_path}, SHA-256 {hash_model(base)}"
     if found.scores and isinstance(report.facts, RunFacts):

@@ -1,8 +1,7 @@
-"""A site's personalized adapter: it starts from a run's final adapter and continues on the site's records, without
-noise.
+"""Personalized adapters: a run's final adapter, fine-tuned on a site's records without noise.
 
-What never leaves a site needs no noise and charges no budget.  In return, nothing derived from it may leave the site
-either: its folder is marked as private to the site, and `SavedAdapter.read` rejects it as the start of a run.
+A personalized adapter needs no noise and no budget because it never leaves its site.  Nothing derived from it may leave
+the site either: its folder is marked as private to the site, and `SavedAdapter.read` rejects it as the start of a run.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from fedtune.training.examples import Places, SiteExamples
 from fedtune.training.local import set_mean_gradient
 from fedtune.training.optimizer import make_optimizer, set_learning_rate
 
-FEWEST_RECORDS = 10  # for each of its parts
+FEWEST_RECORDS = 10  # minimum size of each part
 NOTE = "own_adapters.json"
-"""Beside the ledger: which runs an own adapter was made from, and when.  No digest, no score, and not in the chain."""
+"""File next to the ledger with the runs and dates of personalized adapters; outside of the ledger's hash chain."""
 _HELD_OUT = 0.3
 _BATCH = 32
 _RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
-"""Of the run's own learning rates without noise, one after the other.  A run's fit steps of hundreds of records: with
-`_BATCH` of them, the shared adapters of four banks only got better at the last two."""
+"""Learning-rate schedule, as factors of the run's learning rates without noise.  The run's rates suit batches of
+hundreds of records; with `_BATCH` records, the shared adapters of four banks improved only at the last two factors."""
 _MOST_PASSES = 10
 _CARD = """\
 # Private to {site}: no guarantee
@@ -62,19 +61,19 @@ Made by `fedtune personalize` or `fedtune site personalize` on {day}.
 class Parts:
     """A site's records, split by purpose: training, selection and scoring."""
 
-    training: list[Record]  # the own adapter trains on them
-    choosing: list[Record]  # they choose the learning rate and when to stop
-    scored: list[Record]  # nothing was trained on them or chosen by them here
-    seen: bool  # whether the run's adapter was trained on `choosing` and `scored`: the run held nothing out
+    training: list[Record]  # training records of the personalized adapter
+    choosing: list[Record]  # validation records for the learning rate and early stopping
+    scored: list[Record]  # test records
+    seen: bool  # whether the run trained on `choosing` and `scored`, because it held out no records
 
     @classmethod
     def split(cls, records: SiteRecords, *, key: bytes, unit: Unit) -> Parts:
-        """Split the records that the run held out into two halves; if the run held out none, split 30 % of all records.
+        """Split the run's held-out records into two halves; without held-out records, split 30 % of all records.
 
         Args:
             records: the records of the site.
-            key: the site's own secret: a keyed hash of each record (of its user, with unit "user") determines the part.
-            unit: the privacy unit, which is never split between parts.
+            key: the site's secret key; a keyed hash of each record (of its user, for unit "user") selects the part.
+            unit: the privacy unit; the records of a unit are never split between parts.
 
         Raises:
             DataError: a part has fewer than `FEWEST_RECORDS` records.
@@ -85,7 +84,7 @@ class Parts:
         choosing, scored = split_heldout(held, fraction=0.5, key=key + b" scored", unit=unit)
         for name, part in {"training": training, "choosing": choosing, "scored": scored}.items():
             if len(part) < FEWEST_RECORDS:
-                bound = f"must be at least {FEWEST_RECORDS}: the site has too few records for a personalized adapter"
+                bound = f"must be at least {FEWEST_RECORDS} for a personalized adapter: use more records of the site"
                 raise DataError(f"records for {name}", str(len(part)), bound)
         return cls(training=training, choosing=choosing, scored=scored, seen=seen)
 
@@ -103,33 +102,33 @@ def personalize(
     lenient: bool = False,
     progress: Progress = ignore_progress,
 ) -> int:
-    """Train a site's personalized adapter, and write it into a folder that is marked as private to the site.
+    """Train a site's personalized adapter, and write it to a folder that is marked as private to the site.
 
-    Guarantee: none for this site's records against anyone who sees the result.  The records of other sites keep the
-    guarantee of the run, because this is post-processing of its adapter.  Nothing is charged, and the ledger is not
-    touched.
+    Guarantee: none for this site's records against anyone who sees the result.  The run's guarantee still covers the
+    records of other sites, because this is post-processing of the run's adapter.  Nothing is charged, and the ledger is
+    not changed.
 
     Args:
         config: the configuration of the run, with the site's own files.
         adapter: the folder of the run's final adapter.
         parts: the records of the site.
         site: the name of the site.
-        into: the folder to write; existing content is replaced as a whole.
-        alone: the folder for a baseline trained without the federation, from the starting point of the run.
-        beside_ledger: the folder of the site's ledger, where `NOTE` records that a personalized adapter was made.
-        label: the SVG image that the model card shows.
-        lenient: whether no record may make the training fail, as at a real site.
-        progress: called with the progress of the training.
+        into: the folder to write; existing content is replaced.
+        alone: the folder for a local baseline, trained from the run's starting point without the federation.
+        beside_ledger: the folder of the site's ledger, where `NOTE` records the personalized adapter.
+        label: SVG image for the model card.
+        lenient: whether to skip failing records, as a real site does.
+        progress: callback for the progress of training.
 
     Returns:
-        The number of passes over the training records; 0 if the run's own adapter was the best.
+        The number of epochs over the training records; 0 if the run's own adapter was best.
 
     Raises:
         ConfigError: the model or the adapter cannot be loaded.
         RunError: `NOTE` is damaged.
     """
     saved = SavedAdapter.read(adapter, model=config.model)
-    _read_personalizations(beside_ledger / NOTE)  # before hours of work, not behind them
+    _read_personalizations(beside_ledger / NOTE)  # fail before hours of training if the file is damaged
     loaded = LoadedModel(config, declared_size=len(parts.training), trains=False, progress=progress)
     shared = RunModel(loaded, config, progress=progress)
     examples = shared.make_site_examples(shared.tokenize_records([*parts.training, *parts.choosing], lenient=lenient))
@@ -160,7 +159,7 @@ def personalize(
 
 
 def record_personalization(folder: Path, *, run: str, day: str) -> None:
-    """Record in `NOTE` that a personalized adapter was made.
+    """Append a personalized adapter to `NOTE`.
 
     Raises:
         RunError: the existing file is damaged.
@@ -175,24 +174,22 @@ def _read_personalizations(path: Path) -> list[Any]:
     except (OSError, ValueError):
         made = None
     if not isinstance(made, list):
-        raise RunError(f"{path} cannot be read: restore it from a backup, or move it away")
+        raise RunError(f"{path} cannot be read: restore the file from a backup, or move it away")
     return made
 
 
 class _Fit:
-    """Training without noise on some of `examples`; the loss on the others selects the learning rate and the stopping
-    time.
-    """
+    """Noise-free training with early stopping and a learning-rate schedule, both by the loss on validation examples."""
 
     def __init__(self, shared: RunModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
         self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
 
     def fit_best_adapter(self, start: Adapter, *, what: str) -> int:
-        """Train, and leave the adapter with the lowest mean selection loss in the model; return its number of passes.
+        """Train, keep the adapter with the lowest mean validation loss in the model, and return its number of epochs.
 
-        Passes run at the highest learning rate while each of them lowers the loss, and then continue from the best
-        adapter at the next lower rate.  The order of the records is the same for every start.  If no pass lowers the
-        loss, the start itself is kept.
+        Epochs use the highest learning rate as long as the loss decreases, then continue from the best adapter at the
+        next lower rate.  The order of the records is the same for every start.  If no epoch lowers the loss, the
+        initial adapter is kept.
         """
         shared, order = self._shared, np.random.default_rng(self._shared.config.seed)
         start.load_into(shared.model)
@@ -211,17 +208,17 @@ class _Fit:
         return passes
 
     def _train_pass(self, optimizer: torch.optim.Optimizer, records: Places) -> None:
-        """Make one pass over the records, with an optimizer step for each batch of `_BATCH` records."""
+        """Train for one epoch, in batches of `_BATCH` records."""
         model = self._shared.model
         for batch in np.array_split(records, max(1, len(records) // _BATCH)):
             set_mean_gradient(model, self._examples, self._examples.cut(batch), count=len(batch))
             for parameter in model.list_active_parameters().values():
                 if parameter.grad is not None:
-                    parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # one record must not end the training
+                    parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # a single record must not abort training
             optimizer.step()
 
     def _compute_selection_loss(self) -> float:
-        """Return the mean of the finite losses on the selection records; infinite if no loss is finite."""
+        """Compute the mean of the finite losses on the validation records; infinite if no loss is finite."""
         with enter_evaluation_mode(self._shared.model):
             losses = [self._shared.model.losses(batch) for batch in self._examples.cut(self._choosing)]
         found = torch.cat(losses).double()

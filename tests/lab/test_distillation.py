@@ -1,4 +1,4 @@
-"""A student answers as its teacher does, is loaded where fedtune is not, and reads no record of a site."""
+"""Distillation: agreement with the teacher, export without fedtune, cards and privacy cost."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ from ..conftest import edit_json, read_result, run_command, simulate
 from ..export.conftest import run_elsewhere, write_price_overrides
 
 Taught = tuple[Path, dict[str, Any]]
-"""A student's folder, and what the command said."""
+"""Folder of a student, and the command's output."""
 
 WORDS = ["my card", "a transfer", "the cash machine", "top up", "exchange rate", "a refund", "my PIN", "this account"]
 ASKED = ["is late", "failed again", "was declined", "is pending", "has a fee", "is wrong", "went missing"]
@@ -46,7 +46,7 @@ TEXTS = [f"{start} {word} {end}" for start in ("Why", "Help,", "Since May") for 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a tiny model, whose head answers more than one label."""
+    """A finished run of a tiny multi-label classifier."""
     head = ("head.center=true", "head.init=label_names", "training.learning_rate=0.1")
     return simulate(*head, into=tmp_path_factory.mktemp("runs"))
 
@@ -59,8 +59,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teach(finished: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Taught]]:
-    """Teach a student of the finished run."""
+def distill_student(
+    finished: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Taught]]:
+    """Return a function that distills a student of the finished run."""
     pytest.importorskip("sentence_transformers", reason="the extra `export` is not installed")
 
     def distill(*words: str) -> Taught:
@@ -76,12 +78,12 @@ def teach(finished: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def taught_student(teach: Any) -> Taught:
-    return teach("--passes", "40")  # type: ignore[no-any-return]
+def taught_student(distill_student: Any) -> Taught:
+    return distill_student("--passes", "40")  # type: ignore[no-any-return]
 
 
 def compute_teacher_logits(run: Path) -> torch.Tensor:
-    """The teacher's, of the texts."""
+    """Compute the teacher's logits for the texts."""
     config, model = read_saved_config(run), load_task_model(run / "adapter")
     tokenizer = load_tokenizer(config.model)
     records = [model.task.without_answer(Record({"text": text}), config.data) for text in TEXTS]
@@ -91,15 +93,15 @@ def compute_teacher_logits(run: Path) -> torch.Tensor:
 
 
 def measure_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The mean squared difference, as a share of the variance over the texts."""
+    """Return the mean squared difference, relative to the variance over the texts."""
     return float((found - wanted).square().mean() / wanted.var(dim=0).mean())
 
 
 @pytest.mark.nightly
-def test_exported_student_agrees_with_its_teacher(taught_student: Taught, teach: Any, finished: Path) -> None:
+def test_exported_student_agrees_with_its_teacher(taught_student: Taught, distill_student: Any, finished: Path) -> None:
     folder, told = taught_student
     asked = {"format": "sentence-transformers", "texts": TEXTS}
-    given = {str(one): {**asked, "folder": str(one)} for one in (teach("--passes", "1")[0], folder)}
+    given = {str(one): {**asked, "folder": str(one)} for one in (distill_student("--passes", "1")[0], folder)}
     loaded, teacher = (
         json.loads(run_elsewhere(cwd=folder.parent, given=json.dumps(given))),
         compute_teacher_logits(finished),
@@ -134,7 +136,7 @@ def test_student_card_describes_its_texts_and_teacher(taught_student: Taught, fi
 
 
 def write_card(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str = "record", text: str = "") -> Path:
-    """These texts as `fedtune synthesize` writes them: with the card of a run that made them."""
+    """Write texts with the card of their run, as `fedtune synthesize` does."""
     file.write_text("".join(f"{line}\n" for line in TEXTS))
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     run = {"run": "writer_2", "config_sha256": "0" * 64, "epsilon": epsilon, "delta": 1e-6, "unit": unit, "start": None}
@@ -149,13 +151,13 @@ def write_card(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str 
 
 @pytest.mark.parametrize("labeled", [False, True])
 def test_student_card_adds_the_cost_of_synthetic_texts(
-    finished: Path, teach: Any, tmp_path: Path, labeled: bool
+    finished: Path, distill_student: Any, tmp_path: Path, labeled: bool
 ) -> None:
-    """If the teacher has labeled them it is behind them, too, and owes once."""
+    """A teacher that labeled the texts is in the card as well, and its cost counts once."""
     run = fedtune.load(finished)
     teacher = describe_run(run.report(), SavedAdapter.read(run.adapter).digest)
     (link := tmp_path / "link.txt").symlink_to(write_card(tmp_path / "texts.txt", *[teacher] * labeled))
-    folder = teach("--passes", "1", "--texts", str(link))[0]
+    folder = distill_student("--passes", "1", "--texts", str(link))[0]
     text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
     assert own.epsilon is not None
     promised = f"{format_epsilon(2 + own.epsilon * labeled)} at delta {1e-6 + own.delta * labeled:f}"
@@ -182,7 +184,7 @@ def test_run_on_a_student_inherits_the_spending_of_its_teacher(
 
 
 @pytest.mark.nightly
-def test_distillation_prints_scores_and_is_reproducible_by_seed(finished: Path, texts: Path, tmp_path: Path) -> None:
+def test_distillation_is_reproducible_by_seed(finished: Path, texts: Path, tmp_path: Path) -> None:
     words = ("distill", str(finished), "--texts", str(texts), "--passes", "1", "--to")
     told = run_command(*words, str(tmp_path / "out"))
     lines = [line.split() for line in told.printed.splitlines()]
@@ -226,7 +228,7 @@ def test_invalid_distillation_is_refused_without_files(finished: Path, texts: Pa
     assert not (tmp_path / "new").exists()
 
 
-def test_personalized_adapter_cannot_teach_a_student(finished: Path, texts: Path, tmp_path: Path) -> None:
+def test_distillation_refuses_a_personalized_adapter(finished: Path, texts: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     edit_json(run / "adapter" / "fedtune.json", private_to="north")
     told = run_command("distill", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))

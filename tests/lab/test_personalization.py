@@ -1,4 +1,4 @@
-"""A site's own adapter: which records it is made with, and that it is never worse than the shared one by its choice."""
+"""Personalized adapters: split of the records, early stopping, and the note next to the ledger."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def make_records(count: int, **fields: Any) -> list[Record]:
 
 
 def check_parts_are_disjoint(parts: Parts, field: str = "text") -> list[set[str]]:
-    """The texts, or other values, of each part, of which no two share one."""
+    """Return the values of each part, and check that the parts are disjoint."""
     found = [{one.fields[field] for one in part} for part in (parts.training, parts.choosing, parts.scored)]
     assert sum(map(len, found)) == len(set.union(*found))
     return found
@@ -38,7 +38,7 @@ def test_held_out_records_select_and_score_the_personalized_adapter() -> None:
     assert choosing | scored == {record.fields["text"] for record in everything[120:]}
 
 
-def test_site_without_held_out_records_splits_by_user() -> None:
+def test_split_without_held_out_records_is_by_user() -> None:
     parts = Parts.split(SiteRecords(make_records(300), []), key=b"key", unit="record")
     assert parts.seen
     assert sum(map(len, check_parts_are_disjoint(parts))) == 300
@@ -60,7 +60,7 @@ def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
 
 
 def find_best_passes(fit: _Fit) -> tuple[int, str]:
-    """The passes that were best, and the digest of the adapter that they came to."""
+    """Return the best number of passes, and the digest of the resulting adapter."""
     passes = fit.fit_best_adapter(fit._shared.initial_adapter, what="")
     return passes, Adapter.from_task_model(fit._shared.model).digest()
 
@@ -75,7 +75,7 @@ def test_personalization_stops_early_on_validation_records() -> None:
     assert find_best_passes(contrary) == (0, start), "what is learned does not hold elsewhere"
 
 
-def test_personalization_note_holds_only_run_and_day(tmp_path: Path) -> None:
+def test_personalization_note_contains_only_run_and_day(tmp_path: Path) -> None:
     for run in ("first", "second"):
         record_personalization(tmp_path, run=run, day="2026-11-26")
     made = [{"run": run, "made": "2026-11-26"} for run in ("first", "second")]

@@ -1,15 +1,15 @@
-"""Attacks by known names: membership inference, site inference, attribute inference, and extraction.
+"""Attacks from the literature: membership inference, site inference, attribute inference, and extraction.
 
-**Membership**: loss, likelihood ratio to the base, and LiRA with head-only shadows.  LiRA (Carlini et al. 2022, arXiv
-2112.03570) compares a record's score under the model with its scores under shadow models that did and did not train on
-it.  Shadow models of the whole kind cost as many runs.  Here a shadow is a head alone, a ridge classifier on the
-embeddings of the tuned model, fitted in closed form to a random half of all records: a matrix product each.  What the
-adapter itself memorized is therefore calibrated by difficulty and not by example.
+**Membership inference**: loss, likelihood ratio to the base model, and LiRA with head-only shadow models.  LiRA
+(Carlini et al. 2022, arXiv 2112.03570) compares a record's score under the model with its scores under shadow models
+that were trained with and without the record.  Full shadow models would each cost a run.  Here a shadow model is a
+ridge classifier on the tuned model's embeddings, fitted in closed form to a random half of all records.  Memorization
+by the adapter is therefore calibrated by difficulty, not per example.
 
-**Extraction**: exposure (Carlini et al. 2019, arXiv 1802.08232) ranks a planted secret among random ones of the same
-form by the model's loss: log2 of their number minus log2 of the rank.  Whoever plants the secrets, by adding records to
-a site's file before training, learns what the model memorizes of unique texts.  Decoding asks the model for the answers
-to its own training prompts, greedily, and compares them with the answers to prompts that it never saw.
+**Extraction**: exposure (Carlini et al. 2019, arXiv 1802.08232) ranks a planted secret by the model's loss among random
+secrets of the same format: log2 of their number minus log2 of the rank.  Secrets are planted by adding records to a
+site's file before training, and measure the memorization of unique texts.  Decoding greedily completes training
+prompts, and compares the verbatim matches with those for prompts outside the training data.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from fedtune.data import Record
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.lab.attack.target import TUNED, Scored, Target
 from fedtune.lab.audit.guesses import Values
-from fedtune.lab.audit.record_attack import FALSE_ALARMS, auroc, estimate_hit_rate, estimate_share
+from fedtune.lab.audit.record_attack import FALSE_ALARMS, estimate_auroc, estimate_hit_rate, estimate_share
 from fedtune.report.attacks import AttackFinding
 from fedtune.spec import DataError
 
-_RIDGE = 1e-3  # of the mean eigenvalue, which keeps heads of few records finite
+_RIDGE = 1e-3  # relative to the mean eigenvalue; keeps heads finite for few records
 _LEAST_LOSS = 1e-12
-_LARGEST_EXPONENT = 700.0  # e to it is still a number
-GROUP = 20  # records of a site, of which an attacker guesses whether the site took part
-ALTERNATIVES = 999  # random secrets of the same form that each planted one is ranked among
-TOKENS = 16  # of an answer that count as extracted if the model writes them word for word
+_LARGEST_EXPONENT = 700.0  # the exponential is still finite
+GROUP = 20  # number of records per site in site inference
+ALTERNATIVES = 999  # number of random secrets in the ranking of a planted secret
+TOKENS = 16  # number of verbatim tokens that count as an extraction
 _MOST_PROMPTS = 50
 _MOST_SECRETS = 100
 _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
@@ -47,7 +47,7 @@ _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 @dataclass(frozen=True)
 class Ranking:
-    """A score by which an attacker ranks records; larger means "trained on"."""
+    """Membership scores of an attack; a larger score indicates a member."""
 
     name: str
     members: Values
@@ -55,7 +55,7 @@ class Ranking:
 
 
 def rank_records(members: Scored, others: Scored, *, shadows: int, seed: int) -> list[Ranking]:
-    """Compute every score that the task allows for members and non-members."""
+    """Compute the membership scores of all attacks that the task supports, for members and non-members."""
     rankings = [
         Ranking("loss", -members.after, -others.after),
         Ranking("ratio to the base", members.gain, others.gain),
@@ -70,16 +70,16 @@ def rank_records(members: Scored, others: Scored, *, shadows: int, seed: int) ->
 def compute_lira_scores(members: Scored, others: Scored, *, shadows: int, seed: int) -> Values:
     """Compute the LiRA score of each record, members first.
 
-    Every shadow is fitted to a random half of all records, so each record is in about half of them.  A record's
-    difficulty is the middle between its mean margins under the shadows with it and without it.  The score is how far
-    its margin under the attacked model lies above what a line, fitted over all records, expects at that difficulty:
-    the likelihood ratio if one record moves its own margin about as far as another.
+    Every shadow model is fitted to a random half of all records, so that each record is in about half of the shadow
+    models.  A record's difficulty is the midpoint of its mean margins under the shadow models with and without the
+    record.  Its score is the residual of its margin under the attacked model, after a linear regression of margin on
+    difficulty over all records.  The residual is the likelihood ratio if all records move their own margins equally.
 
     Args:
         members: the records that were trained on.
-        others: the others; the attacker does not know which are which, and neither does this function use it.
-        shadows: number of heads.
-        seed: of the halves.
+        others: non-members; membership itself is not used.
+        shadows: number of shadow models.
+        seed: seed of the random halves.
     """
     embeddings = np.concatenate([members.embeddings, others.embeddings]).astype(np.float64)
     embeddings = np.concatenate([embeddings, np.ones((len(embeddings), 1))], axis=1)
@@ -106,7 +106,7 @@ def compute_lira_scores(members: Scored, others: Scored, *, shadows: int, seed: 
 
 
 def _compute_margins(outputs: Values, classes: np.ndarray) -> Values:
-    """Return (records,) the output of the true class minus the largest other output."""
+    """Compute the margins (records,): output of the true class minus the largest other output."""
     rows = np.arange(len(classes))
     others = outputs.copy()
     others[rows, classes] = -np.inf
@@ -115,9 +115,9 @@ def _compute_margins(outputs: Values, classes: np.ndarray) -> Values:
 
 
 def describe_membership(rankings: Sequence[Ranking], *, confidence: float, ceiling: float | None) -> AttackFinding:
-    """Describe the strongest of several membership attacks; its interval allows for the choice (Bonferroni)."""
+    """Describe the strongest membership attack, with a Bonferroni-corrected interval for the selection."""
     each = 1 - (1 - confidence) / len(rankings)
-    areas = {one.name: auroc(one.members, one.others, confidence=each) for one in rankings}
+    areas = {one.name: estimate_auroc(one.members, one.others, confidence=each) for one in rankings}
     best = max(rankings, key=lambda one: areas[one.name][0])
     area, low, high = areas[best.name]
     figures: dict[str, float | None] = {f"auroc by {name}": found[0] for name, found in areas.items()}
@@ -143,15 +143,16 @@ def describe_membership(rankings: Sequence[Ranking], *, confidence: float, ceili
 def describe_site_inference(
     by_site: Mapping[str, Values], others: Values, *, protection: str, confidence: float
 ) -> AttackFinding:
-    """Describe how well the model tells `GROUP` records of a site that took part from as many of nobody's.
+    """Describe an attack that distinguishes `GROUP` records of a participating site from `GROUP` unused records.
 
-    The attacker averages each group's gain (dataset inference; Maini, Yaghini and Papernot 2021, arXiv 2104.10706).
+    The attacker averages the gain of each group (dataset inference; Maini, Yaghini and Papernot 2021, arXiv
+    2104.10706).
 
     Args:
-        by_site: site -> (records,) gains of records that it trained on.
-        others: (records,) gains of records that nobody trained on.
-        protection: the sentence on what the guarantee says of sites.
-        confidence: of the interval.
+        by_site: site -> gains (records,) of its training records.
+        others: gains (records,) of records outside the training data.
+        protection: sentence about the guarantee's protection of whole sites.
+        confidence: confidence level of the interval.
     """
     sites = [mean for gains in by_site.values() for mean in _average_groups(gains)]
     nobody = _average_groups(others)
@@ -159,7 +160,7 @@ def describe_site_inference(
     if len(nobody) < 2 or len(sites) < 2:
         few = f" No attack was made: it needs at least {2 * GROUP} records of each group."
         return describe(sentence=protection + few)
-    area, low, high = auroc(np.array(sites), np.array(nobody), confidence=confidence)
+    area, low, high = estimate_auroc(np.array(sites), np.array(nobody), confidence=confidence)
     said = f" From {GROUP} records the model tells a site that took part {round(100 * area)} times out of 100."
     return describe(sentence=protection + said, strength=area, low=low, high=high)
 
@@ -170,10 +171,10 @@ def _average_groups(gains: Values) -> list[float]:
 
 
 def describe_attribute(members: Scored, others: Scored, *, confidence: float) -> AttackFinding:
-    """Describe how much better the model guesses the label of a record that it trained on than of another one.
+    """Describe attribute inference: the model's accuracy on the labels of members, compared with non-members.
 
-    The attacker knows the rest of the record.  What it guesses as well of records that were never used, it has learned
-    of people in general, and that is no leak of a record.
+    The attacker knows the rest of the record.  Accuracy on non-members comes from the population, and is not a leak of
+    a record.
     """
     describe = partial(AttackFinding, attack="attribute", measure="labels guessed, members - others", guessing=0.0)
     if members.classes.min(initial=0) < 0:
@@ -196,21 +197,21 @@ def describe_attribute(members: Scored, others: Scored, *, confidence: float) ->
 
 @dataclass(frozen=True)
 class PlantedSecret:
-    """A secret that somebody planted in a run's training data."""
+    """A secret that was planted in a run's training data."""
 
     fields: dict[str, str]  # role -> text of the record that holds it
     secret: str  # which is in at least one of these texts
 
     def replace(self, other: str) -> Record:
-        """Return the same record with another secret."""
+        """Return the record with `other` instead of its secret."""
         return Record({role: text.replace(self.secret, other) for role, text in self.fields.items()})
 
 
 def read_secrets(file: Path, target: Target) -> list[PlantedSecret]:
-    """Read planted secrets from JSON lines, each with the columns of the run's records and the column `secret`.
+    """Read planted secrets from a JSON Lines file with the columns of the run's records and the column `secret`.
 
     Raises:
-        DataError: a line is no such object, or its texts do not contain the secret.
+        DataError: a line lacks a column, or its texts do not contain the secret.
     """
     columns, found = target.config.bound_task.columns(target.config.data), list[PlantedSecret]()
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -231,18 +232,18 @@ def read_secrets(file: Path, target: Target) -> list[PlantedSecret]:
 
 
 def draw_alternatives(secret: str, draws: np.random.Generator) -> Iterator[str]:
-    """Yield random secrets of the same form: a digit for a digit, a letter for a letter, all else as it is."""
+    """Yield random secrets of the same format: random digits for digits, random letters for letters."""
     while True:
-        yield "".join(_draw_like(sign, draws) for sign in secret)
+        yield "".join(_draw_same_kind(sign, draws) for sign in secret)
 
 
-def _draw_like(sign: str, draws: np.random.Generator) -> str:
+def _draw_same_kind(sign: str, draws: np.random.Generator) -> str:
     alphabet = next((one for one in _ALPHABETS if sign in one), sign)
     return alphabet[int(draws.integers(len(alphabet)))]
 
 
 def compute_exposure(rank: int, candidates: int) -> float:
-    """Return the exposure in bits of a secret whose loss has this rank, from 1, among `candidates`.
+    """Compute a secret's exposure in bits from the rank (from 1) of its loss among `candidates`.
 
     >>> compute_exposure(1, 1024), compute_exposure(512, 1024)
     (10.0, 1.0)
@@ -251,7 +252,7 @@ def compute_exposure(rank: int, candidates: int) -> float:
 
 
 def rank_secret(planted: PlantedSecret, target: Target, draws: np.random.Generator) -> int:
-    """Return the rank of a secret's loss under the tuned model, from 1, among itself and `ALTERNATIVES` others."""
+    """Compute the rank (from 1) of a secret's loss under the tuned model, among `ALTERNATIVES` random secrets."""
     others = islice(draw_alternatives(planted.secret, draws), ALTERNATIVES)
     records = [planted.replace(planted.secret), *map(planted.replace, others)]
     losses = target.score_records(records).after
@@ -259,7 +260,7 @@ def rank_secret(planted: PlantedSecret, target: Target, draws: np.random.Generat
 
 
 def describe_exposure(ranks: Sequence[int], *, confidence: float) -> AttackFinding:
-    """Describe planted secrets by how often the model ranks them first tenth among random ones."""
+    """Describe the exposure of planted secrets: the fraction with a rank in the top tenth of random secrets."""
     tenth = (ALTERNATIVES + 1) // 10
     hits = sum(rank <= tenth for rank in ranks)
     strength, low, high = estimate_share(hits, len(ranks), confidence=confidence)
@@ -280,7 +281,7 @@ def describe_exposure(ranks: Sequence[int], *, confidence: float) -> AttackFindi
 
 
 def describe_decoding(target: Target, *, confidence: float) -> AttackFinding:
-    """Describe how many answers to its own training prompts the model writes word for word."""
+    """Describe verbatim extraction: the fraction of training prompts that the model completes as in training."""
     members = [record for records in target.members.values() for record in records]
     counts = [_count_extracted(target, records, seed=target.config.seed) for records in (members, target.others)]
     if any(tried == 0 for _, tried in counts):
@@ -302,7 +303,7 @@ def describe_decoding(target: Target, *, confidence: float) -> AttackFinding:
 
 
 def _count_extracted(target: Target, records: Sequence[Record], *, seed: int) -> tuple[int, int]:
-    """Return how many of the tried records' answers the tuned model begins word for word, and how many were tried."""
+    """Count verbatim completions by the tuned model; return their number and the number of attempts."""
     saved, task, data = target.saved, target.saved.model.task, target.config.data
     saved.use_adapter(TUNED)
     spec, draws = WritingSpec(max_new_tokens=TOKENS), np.random.default_rng(seed)

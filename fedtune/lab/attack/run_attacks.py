@@ -1,11 +1,11 @@
-"""All attacks on a finished run, from its folder to `attack.json` and `attack.html` beside its report.
+"""All attacks on a finished run, with the results in `attack.json` and `attack.html` in the run folder.
 
-Each stands beside what the guarantee allows any attack, from the mechanism's own trade-off curve.  An attack on
-membership with false positive rate a has a true positive rate of at most B(a), the curve of
-`report.derive.profile.bound_hit_rate`.  The same curve bounds reconstruction: whoever guesses a secret out of N equally
-likely ones without the record is right with probability 1 / N, and with the record with at most B(1 / N)
-(reconstruction robustness; Balle, Cherubin and Hayes 2022, arXiv 2201.04845; Hayes, Mahloujifar and Balle 2023, arXiv
-2302.07225).  All bounds hold for an attacker who knows everything but the one record or person.
+Each result is compared with the bound of the guarantee, which follows from the mechanism's trade-off curve.  A
+membership attack with false positive rate a has a true positive rate of at most B(a) (`report.derive.profile.
+bound_hit_rate`).  The same curve bounds reconstruction: a guess of one of N equally likely secrets is correct with
+probability 1 / N without the record, and at most B(1 / N) with the record (reconstruction robustness; Balle, Cherubin
+and Hayes 2022, arXiv 2201.04845; Hayes, Mahloujifar and Balle 2023, arXiv 2302.07225).  All bounds hold for an attacker
+who knows everything except the one record or person.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from fedtune.report.from_run import read_run
 CONFIDENCE = 0.95
 SHADOWS = 32
 CANDIDATES = (100, 10_000, 1_000_000)
-"""Sizes of secrets: two digits, a four-digit number, a date of birth with a sex, or six digits."""
+"""Numbers of candidate secrets: two digits, four digits, and six digits or a date of birth with a sex."""
 _SHOWN = 10_000
 _RATES = (0.0, *(10.0**-power for power in range(6, 2, -1)), 0.003, 0.01, 0.03, *(n / 20 for n in range(2, 21)))
-"""False positive rates between which the curve is bounded by a step."""
+"""False positive rates at which the curve is evaluated; in between it is bounded by a step function."""
 
 
 def attack_run(
@@ -52,20 +52,20 @@ def attack_run(
     shadows: int = SHADOWS,
     tell: Callable[[str], None] = lambda text: None,
 ) -> RunAttacks:
-    """Attack a finished run by all the names that its task allows, and write what was found into its folder.
+    """Run all attacks that the task supports on a finished run, and write the results to its folder.
 
-    The figures come from exact scores of private records: no guarantee covers them, and no site runs this code.
+    Guarantee: none; the figures are exact scores of private records.  Sites never run this code.
 
     Args:
-        config: of the run.
-        adapter: the folder of its adapter.
+        config: the run's configuration.
+        adapter: the adapter's folder.
         folder: the run folder.
-        members: a file of records that were trained on; None: those of the simulation.
-        others: a file of records that were not; None: held-out records, else the lead's test records.
-        secrets: JSON lines of planted secrets, see `known_attacks.read_secrets`; None: none were planted.
-        minutes: the time that scoring may take; groups of records are shrunk to fit.
+        members: a file of training records; None: the simulation's records.
+        others: a file of non-members; None: held-out records, otherwise the lead's test records.
+        secrets: a JSON Lines file of planted secrets (`known_attacks.read_secrets`); None: no planted secrets.
+        minutes: time limit for scoring; the groups of records are subsampled to fit.
         shadows: number of head-only shadow models.
-        tell: told the price before the attacks, and each attack as it begins.
+        tell: callback for messages: the cost in advance, and the start of each attack.
 
     Raises:
         ConfigError: the run's records are not on this machine, or too few.
@@ -131,13 +131,13 @@ def _join(groups: list[Scored]) -> Scored:
 
 
 def _hash_adapter(adapter: Path) -> str:
-    """Hash the files of an adapter by name and content."""
+    """Compute a hash of the names and contents of an adapter's files."""
     lines = (f"{name}\0{digest}\n" for name, digest in hash_files(adapter).items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def bound_membership_auroc(spent: Spent) -> float | None:
-    """Bound the area under the ROC curve of any membership attack on the mechanism; None: unbounded."""
+    """Compute an upper bound on the AUROC of every membership attack on the mechanism; None: unbounded."""
     found = [profile.bound_hit_rate(spent, false_alarms=rate) for rate in _RATES[1:]]
     if any(rate is None for rate in found):
         return None
@@ -146,17 +146,19 @@ def bound_membership_auroc(spent: Spent) -> float | None:
 
 
 def bound_reconstruction(plan: Plan, *, rounds: int) -> dict[int, float | None]:
-    """Bound the chance that a secret out of N equally likely ones is rebuilt from `rounds` rounds, by N; None:
-    unbounded.
+    """Compute upper bounds on the probability of reconstructing one of N equally likely secrets from `rounds` rounds.
+
+    Returns:
+        The bound by N; None: unbounded.
     """
     spent = profile.count_charged_events(plan, rounds)
     return {count: profile.bound_hit_rate(spent, false_alarms=1 / count) for count in CANDIDATES}
 
 
 def describe_reconstruction(plan: Plan) -> AttackFinding:
-    """Describe the chance that a secret is rebuilt, from the final model and from one update of a site.
+    """Describe the reconstruction bounds for the final model and for a single update of a site.
 
-    No attack is made: a run folder keeps no single update, and the bound holds for every attack.
+    No attack is run: the run folder contains no single updates, and the bound holds for every attack.
     """
     unit = "person" if plan.unit == "user" else "record"
     describe = partial(
@@ -178,7 +180,7 @@ def describe_reconstruction(plan: Plan) -> AttackFinding:
 
 
 def describe_site_protection(plan: Plan, smallest: int) -> str:
-    """Describe in one sentence why the membership of a whole site is never protected."""
+    """Return a sentence that explains why the membership of a whole site is not protected."""
     unit = "user" if plan.unit == "user" else "record"
     who = f"the guarantee is for one {unit}, and the smallest site has {pluralize(smallest, 'record')}"
     return f"Membership of a site is never protected: {who}, and the lead names all sites in run.json."

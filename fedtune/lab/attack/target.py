@@ -1,7 +1,8 @@
-"""The run under attack: its model before and after training, records that it trained on, and others that it never saw.
+"""The attacked run: its model before and after training, members of the training data, and non-members.
 
-Both groups must come from one distribution, or an attack finds the difference between the groups and not the training.
-A simulation's held-out records, picked by a keyed hash, fulfill this; next best are the lead's test records.
+Members and non-members must have the same distribution; otherwise an attack measures the distribution shift instead of
+memorization.  The held-out records of a simulation, selected by a keyed hash, have the same distribution; the lead's
+test records are the second-best choice.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from fedtune.tasks.classification import Classification
 from fedtune.tasks.pooled import PooledTask
 
 TUNED = "tuned"
-FEWEST_RECORDS = 20  # of each group: fewer cannot tell an attack from chance
-_TRIED = 16  # records whose scoring is timed for the price
+FEWEST_RECORDS = 20  # minimum size of a group; smaller groups cannot distinguish an attack from chance
+_TRIED = 16  # number of records in the timing estimate
 _LARGEST_LOSS = 1e30
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Records as the model sees them before and after training.
+    """Losses and outputs of the model for a group of records, before and after training.
 
     Attributes:
-        before: (records,) loss of the base.
-        after: (records,) loss of the tuned model.
-        embeddings: (records, h) pooled by the tuned model; (records, 0) for a task without them.
-        classes: (records,) the true class; -1 for another task.
-        predicted: (records,) the class that the tuned model predicts; -1 for another task.
+        before: (records,) losses of the base model.
+        after: (records,) losses of the tuned model.
+        embeddings: (records, h) pooled embeddings of the tuned model; (records, 0) for tasks without embeddings.
+        classes: (records,) true classes; -1 for tasks without classes.
+        predicted: (records,) classes predicted by the tuned model; -1 for tasks without classes.
     """
 
     before: Values
@@ -51,26 +52,26 @@ class Scored:
 
     @property
     def gain(self) -> Values:
-        """(records,) the loss before training minus the loss after: the log likelihood ratio of the two models."""
+        """(records,) loss before training minus loss after training: the log-likelihood ratio of the two models."""
         difference: Values = self.before - self.after
         return difference
 
 
 class Target:
-    """A finished run with members and non-members for an attacker to tell apart.
+    """A finished run with groups of members and non-members.
 
     Args:
         config: the run's configuration.
-        adapter: the folder of its adapter.
-        members: a file of records that it trained on; None: those of the simulation.
-        others: a file of records that it never saw; None: held-out records, else the lead's test records.
+        adapter: the adapter's folder.
+        members: a file of training records; None: the simulation's records.
+        others: a file of non-members; None: held-out records, otherwise the lead's test records.
 
     Attributes:
-        members: site -> records that it trained on; the key "" if a file has them.
+        members: site -> its training records; the key is "" for records from a file.
         others: records that no site trained on.
 
     Raises:
-        ConfigError: a group is not on this machine, or too small.
+        ConfigError: a group is not on this machine, or is too small.
     """
 
     def __init__(
@@ -80,23 +81,23 @@ class Target:
         self.members, self.others = _read_groups(config, members, others)
         for option, count in (("--members", self.num_members), ("--others", len(self.others))):
             if count < FEWEST_RECORDS:
-                bound = f"must have at least {FEWEST_RECORDS} records: fewer cannot tell an attack from chance"
+                bound = f"must have at least {FEWEST_RECORDS} records to distinguish an attack from chance"
                 raise ConfigError(option, count, bound)
         self.saved = SavedModel(config, {TUNED: adapter})
 
     @property
     def num_members(self) -> int:
-        """The number of records that the run trained on."""
+        """Number of members."""
         return sum(map(len, self.members.values()))
 
     def time_record(self) -> float:
-        """Return the seconds that it takes to score one record before and after training, by a short trial."""
+        """Measure the time in seconds to score a record before and after training, on a few records."""
         began, tried = time.monotonic(), self.others[:_TRIED]
         self.score_records(tried)
         return (time.monotonic() - began) / len(tried)
 
     def shrink_groups(self, share: float) -> None:
-        """Keep a `share` of each group, chosen at random with the run's seed and without regard to any score."""
+        """Subsample each group to a fraction `share`, at random with the run's seed and independently of scores."""
         draws = np.random.default_rng(self.config.seed)
 
         def sample(records: Sequence[Record]) -> list[Record]:
@@ -107,11 +108,7 @@ class Target:
         self.others = sample(self.others)
 
     def score_records(self, records: Sequence[Record]) -> Scored:
-        """Compute what an attacker who has both models sees of each record.
-
-        Args:
-            records: at least one, in the columns of the run.
-        """
+        """Compute losses, embeddings and predictions of both models for at least one record."""
         saved, model, task = self.saved, self.saved.model, self.saved.model.task
         examples = task.tokenize(list(records), saved.tokenizer, data=self.config.data)
         count, found = len(records), dict[str, Values]()
@@ -134,15 +131,15 @@ class Target:
                     if isinstance(task, Classification):
                         classes[0, places] = batch.targets.cpu().numpy()
                         classes[1, places] = task.score_embeddings(model, pooled).argmax(dim=1).cpu().numpy()
-            # A model that diverged gives no number for some; to the attack that is the largest loss.
+            # A diverged model gives NaN for some records; the attack treats them as the largest loss.
             found[name] = np.where(np.isfinite(losses), losses, _LARGEST_LOSS)
         return Scored(found[BASE], found[TUNED], embeddings, classes[0], classes[1])
 
 
 def fit_to_minutes(target: Target, *, minutes: float, shadows: int, tell: Callable[[str], None]) -> None:
-    """Say what the attacks will cost, and shrink the groups of records until they fit into `minutes`.
+    """Report the estimated time of the attacks, and subsample the groups to fit into `minutes`.
 
-    The seconds come from a trial of a few records; the heads cost less than the scoring and are not counted.
+    The estimate is extrapolated from a few records, and ignores the shadow models, which cost less than scoring.
     """
     each, count = target.time_record(), target.num_members + len(target.others)
     whole = each * count
@@ -161,7 +158,7 @@ def _read_groups(
         for option, file in (("--members", members), ("--others", others)):
             if file is None:
                 bound = (
-                    "must name a file: real sites' records are at the sites, and only a site can attack with its own"
+                    "must be a file: real sites' records are only at the sites, which must run this attack themselves"
                 )
                 raise ConfigError(option, None, bound)
     if members is not None and others is not None:
@@ -178,6 +175,6 @@ def _read_groups(
     if not unused and records.test is not None:
         unused = list(records.test.records)
     if not unused:
-        bound = "must name a file: the run held out no record, and has no test records"
+        bound = "must be a file: the run has no held-out records and no test records"
         raise ConfigError("--others", None, bound)
     return at_sites, unused

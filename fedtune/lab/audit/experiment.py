@@ -1,4 +1,4 @@
-"""An audit from start to `audit.json`: a simulated run with canaries, an attack, and a lower bound for each claim."""
+"""Audits of simulated runs: training with canaries, an attack, and lower bounds on epsilon in `audit.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
-from fedtune.api.public import Progress, Run, Teller, load, run_in_folder
+from fedtune.api.public import CallbackListener, Progress, Run, load, run_in_folder
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.audit_bound import compute_epsilon_lower_bound, compute_max_lower_bound
 from fedtune.evaluation.fdp_bound import compute_fdp_lower_bound
@@ -35,7 +35,8 @@ from fedtune.sites.virtual_site import POLICY, Participants, fix_number_format, 
 from fedtune.spec import RUN_SCHEMA, ConfigError
 
 _LARGEST_ADAPTER = 1e6
-"""Canaries move an adapter further than records do, and without clipping a thousand times further."""
+"""Limit on the adapter's norm during an audit: canaries move the adapter further than records, and unclipped canaries
+a thousand times further."""
 _MARK = """\
 This folder holds an audit. The training data contained {what},
 planted on purpose, and the adapter has learned from them. Use it for nothing else; train again without an audit.
@@ -47,28 +48,38 @@ def audit(
     settings: Settings | None = None,
     *,
     attack: Mapping[str, Any] = MappingProxyType({}),
-    progress: Callable[[Progress], None] = lambda told: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
 ) -> tuple[Run, Audit]:
-    """Run a federation on this machine with canaries in it, attack it, and say what the attack shows of its epsilon.
+    """Simulate a federation with canaries, attack it, and compute lower bounds on its epsilon.
 
-    `recipe`, `settings`, `progress` and errors are as of `simulate`; `attack` has values by the names of
-    `fedtune.lab.audit.spec.AuditSpec`, such as `{"canaries": 200}`.
+    Args:
+        recipe: the experiment, as for `simulate`.
+        settings: overrides by dotted key, as for `simulate`.
+        attack: fields of `fedtune.lab.audit.spec.AuditSpec` by name, such as `{"canaries": 200}`.
+        progress: callback for progress.
+
+    Returns:
+        The run, and the audit with its lower bounds.
+
+    Raises:
+        ValueError: a setting is invalid, or the run cannot be audited.
+        RunError: too few sites replied.
     """
     spec = AuditSpec.from_mapping(attack)
     config = make_auditable(compose_recipe(recipe, settings), spec)
     folder = find_run_folder(config)
     config = fix_number_format(config, folder)
-    run_in_folder(config, folder, Teller(config, progress), work=partial(run_audit, spec=spec))
+    run_in_folder(config, folder, CallbackListener(config, progress), work=partial(run_audit, spec=spec))
     found = read_audit(folder)
     assert found is not None, "an audit that ended has written what it found"
     return load(folder), found
 
 
 def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
-    """Return the configuration of the audited run: `config`, with records held out if the attack needs them.
+    """Return the configuration of the audited run: `config`, with held-out records if the attack needs them.
 
     Raises:
-        ConfigError: the run makes no privacy claim, or cannot be audited.
+        ConfigError: the run has no privacy guarantee, or cannot be audited.
     """
     if spec.kind == "sensitivity":
         raise ConfigError("audit.kind", spec.kind, "does not train a run: use fedtune audit audit.kind=sensitivity")
@@ -91,28 +102,30 @@ def make_auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
             wanted = only if isinstance(only, str) else json.dumps(only)
             raise ConfigError(key, given, f"must be {wanted}: an audit {why}")
     if not config.privacy.private:
-        raise ConfigError("privacy", config.privacy.mechanism, "makes no privacy claim that could be audited")
+        raise ConfigError(
+            "privacy", config.privacy.mechanism, "has no privacy guarantee to audit: choose another privacy.mechanism"
+        )
     if config.privacy.unit != "record" and spec.kind == "records":
-        bound = "must be 'record' with audit.kind=records; only audit.kind=gradient can plant made-up users"
+        bound = "must be 'record' with audit.kind=records: use audit.kind=gradient for canary users"
         raise ConfigError("privacy.unit", config.privacy.unit, bound)
     for site in list_audited_sites(config, spec):
         if site not in config.federation.active:
             raise ConfigError("audit.sites", site, f"must be one of {', '.join(config.federation.active)}")
     settings = config.to_json()
     settings["runtime"]["num_devices"] = 1
-    settings["training"]["ignore_weak_signal"] = True  # what is learned is no matter
+    settings["training"]["ignore_weak_signal"] = True  # the model's quality is irrelevant
     if spec.kind != "gradient" and config.data.heldout_fraction == 0:
         settings["data"]["heldout_fraction"] = spec.never_used
     return parse(settings)
 
 
 def list_audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
-    """Return the sites that get canaries."""
+    """List the sites with canaries."""
     return spec.sites or tuple(config.federation.active)
 
 
 def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: AuditSpec) -> RunResult:
-    """Run `config` as returned by `make_auditable`, attack it, and write the run folder, including `audit.json`.
+    """Execute and attack the run `config` from `make_auditable`, and write the run folder with `audit.json`.
 
     Raises:
         ConfigError: the canaries do not fit the model, or as for `simulate`.
@@ -120,7 +133,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     """
     sites = list_audited_sites(config, spec)
     everyone = Participants(config, folder, progress=listener.on_preparing)
-    for site in config.federation.active:  # none refuses an adapter for its size: a broken clip is to show as a bound
+    for site in config.federation.active:  # no limit: missing clipping must appear in the bound
         policy = generate_policy(config, everyone.sites.plan, site, lead=everyone.sites.lead_key().public)
         limits = replace(policy.limits, max_adapter_value=_LARGEST_ADAPTER)
         write_policy(replace(policy, limits=limits), everyone.sites.folder / site / POLICY)

@@ -1,4 +1,4 @@
-"""What an audit found, for a person: lower bounds next to the claims, and how well members were told from others."""
+"""Terminal output of an audit: lower bounds next to the claims, and membership-inference baselines."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SCORES = {"loss": "loss", "reference_ratio": "ratio"}
 
 
 def require_not_refuted(result: Audit) -> None:
-    """Require that no lower bound refutes its claim.
+    """Raise an error if a lower bound refutes its claim.
 
     Raises:
-        RunError: a bound does; the message names its site, bound and claim.
+        RunError: a lower bound exceeds the claimed epsilon; the message contains site, bound and claim.
     """
     sure, wrong = f"with {result.confidence:.0%} confidence, above the claimed", []
     for bound in list_refuted_bounds(result):
@@ -35,7 +35,7 @@ def require_not_refuted(result: Audit) -> None:
 
 
 def show_findings(console: Console, result: Audit, folder: Path) -> None:
-    """Print lower bounds next to the claims, the membership baselines, and an explanation in plain words."""
+    """Print the lower bounds next to the claims, the membership baselines, and a plain-language explanation."""
     show([_build_bounds_section(result), _build_membership_section(result)], console=console)
     say(_explain_result(result), style="red" if result.exceeded else "", console=console)
     canaries = "The adapter in this folder was trained on canaries: use it for nothing else (see AUDIT.txt)."

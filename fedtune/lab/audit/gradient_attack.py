@@ -1,12 +1,12 @@
-"""White-box attack: canaries with one-coordinate gradients, and guesses from the noisy steps or the average.
+"""White-box attack: canaries with one-hot gradients, and guesses from the noisy steps or the average.
 
-Each canary has its own coordinate in the joint vector of all trainable tensors.  Its raw gradient there is 1,000 times
-the clip norm, so that missing clipping becomes visible.  Apart from that, a canary is a unit like any other, a record
-or a user with several records: it is sampled with the others, passes through `dp_step.add_clipped`, the noise and the
-optimizer, and its site is charged as usual.
+Each canary has its own coordinate in the concatenated vector of all trainable tensors.  Its raw gradient is 1,000
+times the clip norm along this coordinate, so that missing clipping becomes visible.  Otherwise a canary is an ordinary
+unit, a record or a user with several records: it is sampled with the real units, passes through
+`dp_step.add_clipped`, the noise and the optimizer, and its site is charged as usual.
 
-Only a simulated site's `examples` are replaced, and only from this module, which is above every module that a real site
-runs.
+Only the `examples` of simulated sites are replaced, and only by this module.  No module that a real site runs imports
+this module.
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ from fedtune.training.examples import Places, SiteExamples
 from fedtune.training.optimizer import compute_learning_rate_factor
 from fedtune.training.users import UserBatch, UserExamples
 
-RAW_SIZE = 1000.0  # of a canary's gradient before it is clipped, in clip norms
-_MOST_VALUES = 2**23  # in the dense gradients of one micro-batch of canaries: 32 MiB in float32
-_LEAST_CONTROLS = 100  # coordinates without a canary, which show what noise alone does
+RAW_SIZE = 1000.0  # norm of a canary's gradient before clipping, in clip norms
+_MOST_VALUES = 2**23  # size of the dense gradients of a micro-batch of canaries: 32 MiB in float32
+_LEAST_CONTROLS = 100  # number of coordinates without a canary, which measure the noise
 
 Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanaryBatch(Batch):
-    """A micro-batch of canaries; its tokens are placeholders."""
+    """A micro-batch of canaries with placeholder tokens."""
 
     # (n,) of each, in the joint vector
     coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @classmethod
     def build(cls, coordinates: Places) -> CanaryBatch:
-        """Build a micro-batch from the coordinates of its canaries."""
+        """Build a micro-batch of the canaries with these coordinates."""
         nothing = torch.zeros(len(coordinates), 1, dtype=torch.int64)
         return cls(nothing, nothing, nothing, coordinates=torch.from_numpy(coordinates))
 
 
 @dataclass
 class Tally:
-    """The attacker's running total over a site's steps, in clip norms: the noisy sums minus the records' clean sums.
+    """The attacker's running total over a site's steps, in clip norms: noisy sums minus the records' clean sums.
 
-    The attacker knows the model, the plan, every record except the canaries, and which records each step drew; the
-    guarantee holds against this attacker.  The records' clean sums are recomputed with the function that the step uses.
+    The attacker knows the model, the plan, all records except the canaries, and the sampled records of each step; the
+    guarantee holds against this attacker.  The clean sums are recomputed with the function that training uses.
     """
 
-    max_grad_norm: float  # the plan's clip norm
-    denominator: float  # of the site's steps
-    total: Vector  # (parameters,) over all steps so far
-    steps: int = 0  # how many
+    max_grad_norm: float  # clip norm of the plan
+    denominator: float  # of the mean gradient in the site's steps
+    total: Vector  # (parameters,) sum over all steps so far
+    steps: int = 0  # number of steps so far
     records: dp_step.TensorSums = field(default_factory=dict)  # their clean sum in the step that is taken
 
     def add_records(self, gradients: Mapping[str, torch.Tensor]) -> None:
@@ -80,7 +80,7 @@ class Tally:
         dp_step.add_clipped(self.records, gradients, self.max_grad_norm)
 
     def finish_step(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Add a finished step to the total; called just before the optimizer steps with the noisy mean gradient."""
+        """Add a step to the total; called with the noisy mean gradient, before the optimizer step."""
         parts = []
         for name, parameter in parameters.items():
             assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
@@ -92,10 +92,10 @@ class Tally:
 
 
 class Observer:
-    """An observer of every optimizer step in the process, which updates the tally of the site in training.
+    """Observer of all optimizer steps in the process, which updates the tally of the training site.
 
     Args:
-        parameters: the trainable tensors, in the order of the joint vector.
+        parameters: the trainable tensors, in the order of the concatenated vector.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -104,10 +104,10 @@ class Observer:
 
     @contextmanager
     def observe_steps(self) -> Iterator[None]:
-        """Observe optimizer steps within the block."""
+        """Observe the optimizer steps within the `with` block."""
 
         def observe_step(*_: object) -> None:
-            if self.training is not None:  # a site without canaries is not watched
+            if self.training is not None:  # a site without canaries has no tally
                 self.training.finish_step(self.parameters)
                 self.training = None
 
@@ -120,24 +120,24 @@ class Observer:
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """A site's canaries; training sees only the inserted ones."""
+    """A site's canaries, of which only the inserted canaries are in the training data."""
 
-    coordinates: Places  # (canaries,) of each in the joint vector, whether in or not
-    inserted: Coins  # (canaries,) the coins
-    observer: Observer  # told of each step
-    tally: Tally  # of the site's steps
+    coordinates: Places  # (canaries,) coordinate in the concatenated vector
+    inserted: Coins  # (canaries,) whether the canary is in the training data
+    observer: Observer
+    tally: Tally
 
     def __len__(self) -> int:
         return int(self.inserted.sum())
 
     def parts(self, places: Places) -> Iterator[Places]:
-        """Yield the coordinates of the chosen canaries, in micro-batches small enough for dense gradients."""
+        """Split the coordinates of canaries into micro-batches that are small enough for dense gradients."""
         size = max(1, _MOST_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
         for first in range(0, len(places), size):
             yield self.coordinates[self.inserted][places[first : first + size]]
 
     def compute_raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
-        """Return each canary's raw gradient: `RAW_SIZE` clip norms along its own coordinate."""
+        """Build the raw gradients of canaries: `RAW_SIZE` clip norms along each canary's coordinate."""
         parameters = self.observer.parameters
         sizes = [parameter.numel() for parameter in parameters.values()]
         dense = torch.zeros(len(batch), sum(sizes))
@@ -148,8 +148,9 @@ class Canaries:
         }
 
     def convert_gradients(self, units: TrainingUnits, of_each: UnitGradients) -> UnitGradients:
-        """Return per-unit gradients: those of `units`, also added to the tally, and dense artificial ones for
-        canaries.
+        """Return a per-unit gradient function for units and canaries.
+
+        Gradients of real units are also added to the tally; gradients of canaries are artificial and dense.
         """
         canaries, tally = self, self.tally
 
@@ -173,7 +174,7 @@ class Canaries:
         return Watched()
 
     def register_step(self, indices: Places, num_real: int) -> tuple[Places, Iterator[Places]]:
-        """Register a sampled step; return the real units' indices and the coordinates of the sampled canaries."""
+        """Register a sampled step, and split its indices into real units and micro-batches of canary coordinates."""
         self.observer.training, self.tally.records = self.tally, {}
         return indices[indices < num_real], self.parts(indices[indices >= num_real] - num_real)
 
@@ -189,15 +190,15 @@ class _Behind:
         return len(self._real) + len(self._canaries)
 
     def convert_gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """Return the gradients of units and canaries."""
+        """Return the per-unit gradient function for real units and canaries."""
         return self._canaries.convert_gradients(self._real, of_each)
 
     def cache_frozen_states(self, model: TaskModel, **how: Any) -> None:
-        """Keep the frozen states of the records; canaries have none."""
+        """Cache the frozen hidden states of the records; canaries have no hidden states."""
         self._real.cache_frozen_states(model, **how)
 
     def cache_reference(self, model: TaskModel, **how: Any) -> None:
-        """Keep the reference outputs of the records; canaries have none."""
+        """Cache the reference outputs of the records; canaries have no reference outputs."""
         self._real.cache_reference(model, **how)
 
 
@@ -213,14 +214,14 @@ class CanaryExamples(_Behind, SiteExamples):
 
 @dataclass(frozen=True, eq=False)
 class CanaryUserBatch(UserBatch):
-    """A micro-batch of canary users: `contributions` repeats a canary's coordinate once per record.
+    """A micro-batch of canary users; `contributions` repeats a canary's coordinate once per record.
 
-    Each record carries the canary's whole gradient.  Their mean therefore has the norm of a single one, whereas records
-    that were wrongly clipped one by one and summed would show up as that many clip norms.
+    Each record of a canary user has the full gradient, so that their mean has the norm of a single gradient.  If
+    records were wrongly clipped individually and summed, the sum would have a norm of several clip norms.
     """
 
     def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
-        """Yield one record of every canary at a time, as long users' records are spread over several micro-batches."""
+        """Yield micro-batches with one record of every canary, like users with records in several micro-batches."""
         num_records = len(self.contributions[0])
         for coordinates in np.stack(self.contributions, axis=1):
             yield CanaryBatch.build(coordinates), np.arange(len(self)), np.full(len(self), 1 / num_records)
@@ -230,7 +231,7 @@ class CanaryUsers(_Behind, UserExamples):
     """A site's users, followed by its canary users, each with the maximum number of records per user."""
 
     def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
-        """Return a function that yields micro-batches of the sampled users, then of the sampled canaries."""
+        """Return a function that splits a batch into micro-batches of sampled users, then of sampled canaries."""
         cut = self._real.make_batcher(stream)
 
         def with_canaries(indices: Places) -> Iterator[UserBatch]:
@@ -244,15 +245,15 @@ class CanaryUsers(_Behind, UserExamples):
 
 
 class GradientAttack:
-    """The white-box attack; its canaries are planted on construction.
+    """White-box attack, which plants its canaries on construction.
 
     Args:
-        everyone: the participants of the run, before anyone has read their data.
+        everyone: the participants of the run, before their data is read.
         spec: the audit's settings.
-        sites: the sites that get canaries.
+        sites: the sites that receive canaries.
 
     Raises:
-        ConfigError: the adapter has too few coordinates for this many canaries.
+        ConfigError: the adapter has fewer coordinates than canaries.
     """
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
@@ -261,10 +262,10 @@ class GradientAttack:
         size = sum(parameter.numel() for parameter in parameters.values())
         fitting = (size - _LEAST_CONTROLS) // len(sites)
         if spec.canaries > fitting:
-            bound = f"must be at most {fitting}: each one at {len(sites)} sites needs its own of {size:,} coordinates"
+            bound = f"must be at most {fitting}: each canary of {len(sites)} sites needs one of {size:,} coordinates"
             raise ConfigError("audit.canaries", spec.canaries, bound)
         self._observer = Observer(parameters)
-        # Where canaries lie is no secret, so an ordinary generator will do.
+        # The coordinates are public, so a non-cryptographic generator is sufficient.
         order = np.random.default_rng(everyone.config.seed).permutation(size).astype(np.int64)
         self.planted = {
             site: self._plant_canaries(site, order[number * spec.canaries : (number + 1) * spec.canaries], size=size)
@@ -286,11 +287,11 @@ class GradientAttack:
         return canaries
 
     def observe_steps(self) -> AbstractContextManager[None]:
-        """Observe every optimizer step within the block."""
+        """Observe the optimizer steps of training within the `with` block."""
         return self._observer.observe_steps()
 
     def count_guesses(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
-        """Count correct guesses for each site (from its noisy steps) and for the average of all sites.
+        """Count correct guesses per site, from its noisy steps, and for the average of all sites.
 
         Args:
             adapters: the initial adapter, and the aggregated adapter after each round.
@@ -311,9 +312,9 @@ class GradientAttack:
         return count_right_guesses(evidence, inserted, guesses=guesses)
 
     def _measure_adapter_moves(self, adapters: Sequence[Adapter]) -> Vector:
-        """Return how far the average moved down each coordinate over all rounds, in units of the learning rates.
+        """Compute the average's total descent along each coordinate over all rounds, in units of the learning rates.
 
-        Everyone who receives each round's adapter sees this: another site, or a server that sees no individual updates.
+        This is visible to all recipients of the adapters: other sites, or a server without access to single updates.
         """
         training, plan = self._everyone.config.training, self._everyone.plan
         lora_rate, head_rate = training.compute_peak_rates(clipped=True)

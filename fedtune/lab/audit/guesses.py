@@ -1,7 +1,4 @@
-"""Guesses from canary scores: which canaries were inserted, and with what confidence.
-
-Uses scores and public numbers only, never the coin tosses.
-"""
+"""Membership guesses for canaries, from their scores and public parameters only."""
 
 from __future__ import annotations
 
@@ -11,19 +8,19 @@ from scipy.stats import binom
 
 Values = npt.NDArray[np.float64]
 Coins = npt.NDArray[np.bool_]
-Count = tuple[int, int, int]  # canaries, guesses about them, and how many of these were right
+Count = tuple[int, int, int]  # (canaries, guesses, correct guesses)
 Place = str | None  # a site; None: the aggregated model, which the server and every other site see
 
-_LEAST_SPREAD = 1e-4  # in shares of what one draw of a canary adds: rounding, where nothing else moves a score
+_LEAST_SPREAD = 1e-4  # relative to a canary's shift per step; rounding noise if the scores have no other noise
 
 
 def count_right_guesses(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
-    """Guess the `guesses` canaries with the strongest evidence: inserted if the evidence is positive.
+    """Count the correct guesses about the canaries with the strongest evidence.
 
     Args:
-        evidence: (canaries,) positive for "inserted"; a larger magnitude is more certain.
-        inserted: (canaries,) the coin tosses.
-        guesses: the number of guesses, fixed before the scores were seen.
+        evidence: (canaries,) evidence; the guess is "inserted" if positive, and more certain for larger magnitudes.
+        inserted: (canaries,) whether the canary was inserted.
+        guesses: number of guesses, fixed in advance.
 
     Returns:
         (number of canaries, number of guesses, number of correct guesses).
@@ -36,22 +33,22 @@ def count_right_guesses(evidence: Values, inserted: Coins, *, guesses: int) -> C
 def compute_likelihood_ratios(
     scores: Values, controls: Values, *, steps: int, sampling_rate: float, least: float = 0.0
 ) -> Values:
-    """Return (canaries,) log likelihood ratios of "inserted" against "left out".
+    """Compute log-likelihood ratios (canaries,) of "inserted" against "not inserted".
 
-    Assumes that each draw of a canary adds the same amount to its score.  The score of a canary that was left out is
-    distributed like the control scores; an inserted canary's score is shifted by that amount for each step that drew
-    it, Binomial(steps, sampling_rate) times.  The amount is estimated from the scores and not taken from the plan, so
-    that an unclipped canary is recognized.
+    Assumes that every participation in a step shifts a canary's score by the same amount.  Scores of canaries that
+    were not inserted are distributed like the control scores; scores of inserted canaries are shifted Binomial(steps,
+    sampling_rate) times.  The shift is estimated from the scores instead of the plan, so that missing clipping is
+    detected.
 
     Args:
-        scores: (canaries,) along the canaries' directions.
-        controls: scores along directions without a canary.
-        steps: the number of steps, each of which draws a canary with probability `sampling_rate`.
-        sampling_rate: above 0.
-        least: the known minimum that one draw adds.
+        scores: (canaries,) scores along the canaries' coordinates.
+        controls: scores along coordinates without a canary.
+        steps: number of steps.
+        sampling_rate: probability above 0 of a canary to be in a step.
+        least: known minimum of the shift.
     """
     above = scores - np.median(controls)
-    # Half of the canaries are in, on average.
+    # On average, half of the canaries are inserted.
     draw = max(least, 2 * float(above.mean()) / (steps * sampling_rate), np.finfo(np.float64).tiny)
     spread = max(float(controls.std()), _LEAST_SPREAD * draw)
     inside = np.full_like(above, -np.inf)
@@ -62,6 +59,6 @@ def compute_likelihood_ratios(
 
 
 def compute_centered_ranks(scores: Values) -> Values:
-    """Return (canaries,) ranks centered on the median: the upper half is guessed as inserted, the extremes first."""
+    """Compute ranks (canaries,) centered on the median, as evidence: positive in the upper half of the scores."""
     places: Values = np.argsort(np.argsort(scores, kind="stable")).astype(np.float64) - (len(scores) - 1) / 2
     return places

@@ -1,8 +1,7 @@
-"""Black-box attack: plants artificial records, and guesses from the final model's losses which were trained on.
+"""Black-box attack: membership inference on artificial canary records from the final model's losses.
 
-It also computes the standard baselines of membership inference on real records, members against held-out records, with
-confidence intervals.  They are here and not in `fedtune.evaluation`, because only an audit may read exact scores of
-private records.
+Also computes membership-inference baselines on real records, members against held-out records, with confidence
+intervals.  They are not in `fedtune.evaluation`, because only an audit may read exact scores of private records.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from fedtune.sites.work import make_randomness
 from fedtune.tasks.inputs import get_input_for
 
 FALSE_ALARMS = (0.01, 0.001)
-_WORDS = 8  # in each text of a canary: short enough to be read whole, random enough to be nobody's
+_WORDS = 8  # number of random words per text: short enough to avoid truncation, long enough to be unique
 _FEWEST_WORDS = 100
 _LARGEST_LOSS = 1e30
 
@@ -38,25 +37,25 @@ _LARGEST_LOSS = 1e30
 class PlantedRecords:
     """A site's canaries and its real records."""
 
-    canaries: list[Record]  # whether in or not
-    inserted: Coins  # (canaries,) the coins
+    canaries: list[Record]
+    inserted: Coins  # (canaries,) whether the canary is in the training data
     trained_on: list[Record]  # the site's real training records
-    never_used: list[Record]  # its held-out ones, which a keyed hash picked
+    never_used: list[Record]  # the site's held-out records, selected by a keyed hash
 
 
 def _compute_loss_drop(losses: Values) -> Values:
-    """Return each record's loss before training minus its loss after: the log likelihood ratio of the two models."""
+    """Compute (records,) loss before training minus loss after training, the log-likelihood ratio of the two models."""
     gain: Values = losses[0] - losses[1]
     return gain
 
 
 class RecordAttack:
-    """The black-box attack; its canaries are planted on construction.
+    """Black-box attack, which plants its canaries on construction.
 
     Args:
-        everyone: the participants of the run, before anyone has tokenized their data.
+        everyone: the participants of the run, before their data is tokenized.
         spec: the audit's settings.
-        sites: the sites that get canaries.
+        sites: the sites that receive canaries.
     """
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
@@ -81,7 +80,7 @@ class RecordAttack:
         return PlantedRecords(canaries=canaries, inserted=inserted, trained_on=trained_on, never_used=never_used)
 
     def _generate_random_record(self, stream: RandomStream) -> Record:
-        """Build a canary from random words and, if the task declares its answers, a random answer."""
+        """Generate a canary from random words and, if the task has declared labels, a random label."""
         config, data = self._everyone.config, self._everyone.config.data
         task = config.bound_task
 
@@ -100,11 +99,11 @@ class RecordAttack:
         return Record({role: text(role) for role in task.columns(data)})
 
     def observe_steps(self) -> AbstractContextManager[None]:
-        """Observe nothing: the attacker sees only the final model."""
+        """Return an empty context: the attacker sees only the final model."""
         return nullcontext()
 
     def count_guesses(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
-        """Count correct guesses for each site and over all sites; also score the real records.
+        """Count correct guesses per site and over all sites; also score the real records.
 
         Args:
             adapters: the initial adapter, and the aggregated adapter after each round.
@@ -129,7 +128,7 @@ class RecordAttack:
         return of_sites | counts
 
     def measure_membership_baselines(self) -> tuple[AuditMembership, ...]:
-        """Return the membership baselines on real records, by site and over all sites; call `count_guesses` first."""
+        """Compute the membership baselines on real records, per site and over all sites; call `count_guesses` first."""
         by_site = list(self._losses.values())
         pooled = [np.concatenate(some, axis=1) for some in zip(*by_site, strict=True)]
         return tuple(
@@ -145,7 +144,7 @@ class RecordAttack:
         members, others = (
             _compute_loss_drop(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used)
         )
-        area, low, high = auroc(members, others, confidence=self._spec.confidence)
+        area, low, high = estimate_auroc(members, others, confidence=self._spec.confidence)
         rates = []
         for share in FALSE_ALARMS:
             found = estimate_hit_rate(members, others, false_alarms=share, confidence=self._spec.confidence)
@@ -163,7 +162,7 @@ class RecordAttack:
         )
 
     def _compute_losses_before_and_after(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
-        """Return (2, records) losses before and after training: of canaries, training records, and held-out records."""
+        """Compute losses (2, records) before and after training for canaries, training records and held-out records."""
         groups = (planted.canaries, planted.trained_on, planted.never_used)
         first, last = (
             [self._record_losses(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1])
@@ -181,14 +180,14 @@ class RecordAttack:
         with enter_evaluation_mode(shared.model):
             for places, batch in iter_batches_by_length(examples, pad_id=pad_id, max_tokens=evaluation.max_tokens):
                 losses[places] = shared.model.losses(batch.to(shared.device)).double().cpu().numpy()
-        # A model that diverged gives no number for some; to the attack that is the largest loss.
+        # A diverged model gives NaN for some records; the attack treats them as the largest loss.
         return np.where(np.isfinite(losses), losses, _LARGEST_LOSS)
 
 
-def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float, float, float]:
-    """Estimate the probability that a member scores above a non-member, with ties counted half, and its interval.
+def estimate_auroc(members: Values, others: Values, *, confidence: float) -> tuple[float, float, float]:
+    """Estimate the AUROC, the probability that a member scores above a non-member (ties count half), with an interval.
 
-    The interval is normal, with the variance of the placements (DeLong, DeLong and Clarke-Pearson 1988).
+    The interval is a normal approximation with DeLong's variance (DeLong, DeLong and Clarke-Pearson 1988).
 
     Returns:
         (estimate, low, high).
@@ -207,10 +206,9 @@ def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float,
 def estimate_hit_rate(
     members: Values, others: Values, *, false_alarms: float, confidence: float
 ) -> tuple[float, float, float] | None:
-    """Estimate the true positive rate at a false positive rate of at most `false_alarms`, with its interval.
+    """Estimate the true positive rate at a false positive rate of at most `false_alarms`, with an interval.
 
-    The interval is Clopper-Pearson's for the members.  The threshold counts as fixed, because it is measured on the
-    same non-members that the members are compared with.
+    The Clopper-Pearson interval for the members treats the threshold, which is measured on the non-members, as fixed.
 
     Returns:
         (estimate, low, high); None if there are fewer than 1 / false_alarms non-members.
@@ -223,7 +221,7 @@ def estimate_hit_rate(
 
 
 def estimate_share(found: int, tried: int, *, confidence: float) -> tuple[float, float, float]:
-    """Return a share of independent trials with the ends of its interval by Clopper and Pearson."""
+    """Estimate a proportion from independent trials; return (estimate, low, high) with a Clopper-Pearson interval."""
     interval = binomtest(found, tried).proportion_ci(confidence, method="exact")
     return found / tried, float(interval.low), float(interval.high)
 

@@ -1,10 +1,10 @@
-"""A search for violations of the sensitivity bound: the most by which one unit moves the clean sum of a step.
+"""Search for violations of the sensitivity bound: the largest change of a step's clean sum by one unit.
 
-No run, no ledger, no private record.  The accounting assumes that adding or removing one record (or user) changes a
-step's sum by at most the clip norm.  The search looks for a counterexample with the code of the step itself.  It varies
-everything that a hostile lead may choose, the clip norm and the adapter within the site's bound (random, at the bound,
-or driven by gradient ascent to where attention saturates), and everything that a site's data may contain: the other
-records, their number and lengths, and the added unit.
+The accounting assumes that adding or removing a record (or user) changes a step's sum by at most the clip norm.  The
+search looks for counterexamples with the training code itself, without a run, a ledger or private records.  It varies
+everything that a malicious lead controls, the clip norm and the adapter within the site's bound (random, at the bound,
+or by gradient ascent until attention saturates), and everything that a site's data may contain: the other records,
+their number and lengths, and the additional unit.
 """
 
 from __future__ import annotations
@@ -49,18 +49,17 @@ Integers = npt.NDArray[np.int64]
 
 @spec
 class Worst:
-    """The result of a search.
+    """Result of a sensitivity search, with the worst case.
 
     Attributes:
         unit: "record" or "user".
-        tries: the number of cases tried.
-        moved: the largest change of a sum by one additional unit, in clip norms.
-        exceeded: the number of cases in which the change exceeded one clip norm, compared in integer arithmetic.
-        others_moved: the number of cases in which the change differed, in any grid cell, from the unit's own
-            contribution.
-        max_grad_norm: the clip norm of the case with the largest change.
-        adapter: how the adapter of that case was generated.
-        others: the number of other units in that case.
+        tries: number of cases.
+        moved: largest change of a sum by one additional unit, in clip norms.
+        exceeded: number of cases with a change above one clip norm, compared in integer arithmetic.
+        others_moved: number of cases in which the change differed from the unit's own contribution in any grid cell.
+        max_grad_norm: clip norm in the worst case.
+        adapter: generation method of the adapter in the worst case.
+        others: number of other units in the worst case.
     """
 
     unit: str
@@ -74,7 +73,7 @@ class Worst:
 
 
 def search_violations(config: RunConfig, audit: AuditSpec, folder: Path, *, seed: int = 0) -> Worst:
-    """Try `audit.tries` cases on the run's model, and write the result to `folder`.
+    """Run `audit.tries` random cases on the run's model, and write the result to `folder`.
 
     Raises:
         ConfigError: the model cannot be loaded or trained.
@@ -101,11 +100,11 @@ class _Search:
         return replace(worst, tries=tries, exceeded=exceeded, others_moved=others_moved)
 
     def _run_case(self) -> Worst:
-        """Try one case: other units, one additional unit, an adapter and a clip norm."""
+        """Run a random case: other units, an additional unit, an adapter and a clip norm."""
         num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
         by_user, most = self._unit == "user", _MOST_OF_A_USER
         units = [int(self._draws.integers(1, most, endpoint=True)) if by_user else 1 for _ in range(num_others + 1)]
-        # Short records with some long ones, or long ones alone.
+        # Mostly short records with some long records, or only long records.
         most = self._shared.config.data.max_length
         usual = max(1, int(most * self._draws.choice([0.1, 0.3, 1.0])))
         lengths = self._draws.integers(1, usual, size=sum(units), endpoint=True)
@@ -119,7 +118,7 @@ class _Search:
         max_grad_norm = float(10.0 ** self._draws.uniform(_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM))
 
         summed = partial(self._clean_sum, examples, units, max_grad_norm)
-        # The one more has any place among the others, so that it changes rows, shapes and company.
+        # Insert the additional unit at a random index, so that it changes rows, shapes and micro-batches.
         one_more = int(self._draws.integers(0, num_others, endpoint=True))
         everyone = list(range(num_others + 1))
         change = summed(everyone) - summed([unit for unit in everyone if unit != one_more])
@@ -136,7 +135,7 @@ class _Search:
         )
 
     def _fill_adapter(self, examples: SiteExamples) -> str:
-        """Fill the adapter with values that a lead might send, and return how they were generated."""
+        """Fill the adapter with adversarial values, and return the name of the generation method."""
         how = str(self._draws.choice(["small", "random", "at the bound", "by ascent"]))
         parameters = self._shared.model.trainable()
         generator = torch.Generator().manual_seed(int(self._draws.integers(1 << 31)))
@@ -146,7 +145,7 @@ class _Search:
                 values = torch.randn(parameter.shape, generator=generator)
                 chosen = values.sign() * self._bound if how == "at the bound" else values * scale
                 parameter.copy_(chosen.to(parameter.device))
-        # To where losses are large: there attention saturates and gradients are mostly rounding.
+        # Ascend to large losses, where attention saturates and gradients are dominated by rounding.
         for _ in range(_ASCENT_STEPS if how == "by ascent" else 0):
             batch = next(iter(examples.cut(np.arange(min(8, len(examples)), dtype=np.int64))))
             slopes = {name: gradient.sum(dim=0) for name, gradient in self._gradients.compute_gradients(batch).items()}
@@ -158,7 +157,7 @@ class _Search:
         return how
 
     def _clean_sum(self, examples: SiteExamples, units: list[int], max_grad_norm: float, chosen: list[int]) -> Integers:
-        """Return the clean sum of the chosen units in grid cells, computed with the code of a step."""
+        """Compute the clean sum of the chosen units in grid cells, with the training code."""
         sums = dp_step.make_zero_sums(self._shared.model.trainable())
         places = np.array(chosen, dtype=np.int64)
         if self._unit == "record":
@@ -175,9 +174,9 @@ class _Search:
 
 
 def generate_random_examples(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
-    """Generate examples of the given lengths over the whole vocabulary.
+    """Generate random examples of the given lengths over the whole vocabulary.
 
-    Some repeat one token, which is the hardest case for attention.
+    Some examples repeat a single token, the hardest case for attention.
     """
     input_ids = model.generate_dummies(draw_text_lengths(lengths, model.spec.texts, draws), draws)
     for ids in input_ids:
@@ -185,7 +184,7 @@ def generate_random_examples(model: TaskModel, lengths: list[int], draws: np.ran
             ids[:] = ids[0]
 
     def first(length: int) -> int:
-        return int(draws.integers(0, length, endpoint=True))  # the last place of all: nothing is supervised
+        return int(draws.integers(0, length, endpoint=True))  # `length`: no supervised position
 
     targets = model.task.dummy_targets(input_ids, spec=model.spec, draws=draws, first=first)
     return TextDataset(input_ids, targets, model.spec.texts)

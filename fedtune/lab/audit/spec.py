@@ -1,4 +1,4 @@
-"""The settings of an audit."""
+"""Settings of an audit."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.api.compose import override_key, override_value
+from fedtune.api.compose import parse_override_key, parse_override_value
 from fedtune.config import convert_first_error
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
 PREFIX = "audit."
-"""Of the keys of an audit's own settings among a run's overrides."""
+"""Key prefix of the audit's settings among a run's overrides."""
 
 
 @spec
 class AuditSpec:
-    """How a simulated run is attacked.
+    """Settings of an audit (`audit.*`).
 
     Attributes:
-        kind: "gradient": canaries have gradients far beyond the clip norm, and the attacker sees every noisy step.
-            "records": canaries are artificial records, and the attacker sees the final model's losses; the losses also
-            serve for membership inference on real records.  "sensitivity": no run; search for a case in which one
-            additional unit moves the clean sum of a step by more than the clip norm.
-        canaries: canaries per audited site, each inserted by its own coin toss.
-        guesses: canaries per site on which the attacker does not abstain; null: all of them.  Fixed in advance: fewer
-            guesses come closer to what a sound run leaks, more guesses to the highest bound that the canaries allow.
-        confidence: the confidence of each lower bound, and of the verdict over all bounds; at least 0.9.
-        sites: names of the sites that get canaries; empty: every participating site.
-        never_used: share of each site's records held out for comparison if `kind` is "records" and
+        kind: "gradient": canaries have gradients far above the clip norm, and the attacker sees every noisy step.
+            "records": canaries are artificial records, and the attacker sees the final model's losses, which also
+            give membership-inference baselines on real records.  "sensitivity": no run; search for a case in which an
+            additional unit changes the clean sum of a step by more than the clip norm.
+        canaries: number of canaries per audited site, each inserted by its own coin toss.
+        guesses: number of guesses per site, fixed in advance; null: one per canary.  With fewer guesses, the bound is
+            tighter for a correct implementation; with more guesses, the maximum possible bound is higher.
+        confidence: confidence level of each lower bound, and of the verdict over all bounds; at least 0.9.
+        sites: sites with canaries; empty: every participating site.
+        never_used: fraction of each site's records held out for comparison if `kind` is "records" and
             `data.heldout_fraction` is 0.
-        tries: number of cases in a search for sensitivity violations.
+        tries: number of cases in a sensitivity search.
     """
 
     kind: Literal["gradient", "records", "sensitivity"] = "gradient"
@@ -46,10 +46,10 @@ class AuditSpec:
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> AuditSpec:
-        """Build the settings from a mapping of names to values.
+        """Build the settings from values by field name.
 
         Raises:
-            ConfigError: a name is unknown, or a value has the wrong type.
+            ConfigError: a field is unknown, or a value has the wrong type.
         """
         known = [field.name for field in fields(cls)]
         if other := [key for key in given if key not in known]:
@@ -76,8 +76,8 @@ class AuditSpec:
 
 
 def parse_audit_spec(overrides: Sequence[str]) -> AuditSpec:
-    """Build the audit's own settings from overrides such as `audit.canaries=500`."""
-    given = {override_key(override): override_value(override) for override in overrides}
+    """Build the audit's settings from overrides such as `audit.canaries=500`."""
+    given = {parse_override_key(override): parse_override_value(override) for override in overrides}
     for key, value in given.items():
         if isinstance(value, bool):
             raise ConfigError(key, str(value), "must be a single value, not a list or a mapping")

@@ -1,13 +1,13 @@
-"""A one-run audit of somebody else's training function: `fedtune.audit_training(train, data, ...)`.
+"""Black-box audit of a third-party DP-SGD training function: `fedtune.audit_training(train, data, ...)`.
 
-The function may be anything that trains a model on arrays, such as a loop with Opacus as its tutorial has it.  The
-audit gives the records one more column for each canary.  A canary is a record that is large in its own column and zero
-elsewhere, so that only its own gradient, and noise, reach the model's weights for that column.  Its score is how much
-the finished model answers its label there.  Nothing else of the function is looked at.
+The function may be any code that trains a model on arrays, such as a training loop with Opacus.  The audit adds one
+feature column per canary.  A canary is a record with a large value in its own column and zeros elsewhere, so that only
+its own gradient and noise reach the model's weights for this column.  The canary's score is the trained model's output
+for the canary's label in this column.  The audit uses no other information about the function.
 
-Two attackers guess, each with half of the error probability.  The first sees the model.  The second can also run the
-function once more without any canary, and looks at the difference: with fresh noise that gains nothing, and with noise
-from a generator that is seeded alike, it removes the noise.
+Two attackers guess, each with half of the error probability.  The first attacker sees the model.  The second attacker
+also runs the function without canaries and sees the difference between the two models: fresh noise gives no advantage,
+but noise from a generator with a fixed seed cancels.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from fedtune.spec import ConfigError, check_at_least, check_fraction, check_posi
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Predict = Callable[[Floats], Any]
-"""From features (n, columns) to class scores (n, classes); a torch module is one, too."""
+"""Function (or torch module) from features (n, columns) to class scores (n, classes)."""
 Train = Callable[[Floats, Integers], Predict]
-"""From features (n, columns) and labels (n,) to a trained model."""
+"""Function from features (n, columns) and labels (n,) to a trained model."""
 
-CANARY_SIZE = 1000.0  # of a canary's one value: its gradient is far beyond any clip norm
-_EPSILONS = np.linspace(0.0, 20.0, 401)  # of the claim's privacy profile
+CANARY_SIZE = 1000.0  # a canary's nonzero feature; its gradient is far above any clip norm
+_EPSILONS = np.linspace(0.0, 20.0, 401)  # grid for the claim's privacy profile
 
 _ATTACKS = ("model", "model beside a second training")
 
 
 @spec
 class TrainingAudit:
-    """What an audit of a training function found; the figures are those of the stronger attacker.
+    """Result of an audit of a training function; all figures are for the stronger attacker.
 
     Attributes:
-        claimed_epsilon: the epsilon of the claimed steps at `delta`.
-        lower_bound: that any mechanism with these guesses has, with `confidence`.
-        fdp_bound: that a Gaussian mechanism with these guesses has, with `confidence`.
-        refuted: whether the guesses refute the claimed steps' own trade-off curve, with `confidence`.
-        attack: what the stronger attacker saw.
-        canaries: how many were tossed for.
-        guesses: the number of guesses, fixed beforehand.
-        right: the number of right guesses.
-        delta: at which each epsilon is stated.
-        confidence: of the verdict over both attackers.
+        claimed_epsilon: epsilon of the claimed steps at `delta`.
+        lower_bound: lower bound on epsilon for any mechanism, at confidence level `confidence`.
+        fdp_bound: lower bound on epsilon under the assumption of a Gaussian mechanism, at the same level.
+        refuted: whether the guesses refute the trade-off curve of the claimed steps, at the same level.
+        attack: the stronger attacker's view, the model or the difference of two models.
+        canaries: number of canaries, inserted or not.
+        guesses: number of guesses, fixed in advance.
+        right: number of correct guesses.
+        delta: delta of all epsilons.
+        confidence: confidence level of the verdict over both attackers.
     """
 
     claimed_epsilon: float
@@ -88,31 +88,36 @@ def audit_training(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> TrainingAudit:
-    """Audit a training function that claims DP-SGD with Poisson sampling, by planting canaries in its records.
+    """Audit a training function that claims DP-SGD with Poisson sampling, with canaries in its training data.
 
-    The function is called twice.  It must accept any number of columns, and train on records as they come.  It should
-    begin at fixed weights, such as zeros: random ones hide the canaries from this attacker, and protect nobody.
+    The function is called twice.  It must accept any number of columns, and train on the records without
+    preprocessing.  It should start from fixed weights, such as zeros: random initial weights hide the canaries from
+    this attacker without protecting records.
 
-    What it can find depends on the claim.  With the defaults, noise at half is found nearly always if the claim is that
-    of a Gaussian mechanism with a noise multiplier of 0.7 to 1.4 (noise_multiplier / sqrt(steps) at sampling rate 1).
+    The power depends on the claim.  With the defaults, half of the claimed noise is nearly always detected if the claim
+    equals a Gaussian mechanism with a noise multiplier of 0.7 to 1.4 (noise_multiplier / sqrt(steps) at sampling rate
+    1).
 
-    Guarantee: if the function is what it claims, the audit refutes it with probability at most 1 - `confidence`.
+    Guarantee: the audit refutes a correct function with probability at most 1 - `confidence`.
 
     Args:
-        train: from features (n, columns) float32 and labels (n,) int64 to a model: a function from features to class
-            scores (n, classes), or a torch module.
-        data: features (n, columns) and labels (n,) of ordinary records, of at least two classes from 0 on.
-        noise_multiplier: the claim: noise of a step's sum, in clip norms.
-        sampling_rate: the claim: the chance of a record to be in a step.
-        steps: the claim: number of steps.
-        delta: at which epsilon is stated.
-        canaries: number of canaries, each put in by its own fair coin; a column each.
-        guesses: number of guesses of each attacker; None: a fifth of the canaries.
-        confidence: of the verdict.
-        seed: of the coins.
+        train: function from features (n, columns) float32 and labels (n,) int64 to a model, which is a function from
+            features to class scores (n, classes), or a torch module.
+        data: features (n, columns) and labels (n,) of ordinary records, with at least two classes, numbered from 0.
+        noise_multiplier: claimed standard deviation of the noise in a step's sum, in clip norms.
+        sampling_rate: claimed probability of a record to be in a step.
+        steps: claimed number of steps.
+        delta: delta of all epsilons.
+        canaries: number of canaries, each with its own column and inserted by a fair coin.
+        guesses: number of guesses per attacker; None: a fifth of the canaries.
+        confidence: confidence level of the verdict.
+        seed: seed of the coins.
+
+    Returns:
+        The audit's result for the stronger attacker.
 
     Raises:
-        ConfigError: a setting or the data cannot be used, or the model's scores have another form.
+        ConfigError: a setting or the data cannot be used, or the model's scores have a wrong shape.
 
     >>> audit_training(train, (x, y), noise_multiplier=1.0, sampling_rate=0.1, steps=40).refuted  # doctest: +SKIP
     False
@@ -125,7 +130,7 @@ def audit_training(
     check_fraction("confidence", confidence)
     guesses = max(1, canaries // 5) if guesses is None else guesses
     if not 1 <= guesses <= canaries:
-        raise ConfigError("guesses", guesses, f"must be in [1, {canaries}], at most one for each canary")
+        raise ConfigError("guesses", guesses, f"must be in [1, {canaries}], the number of canaries")
     features, labels = _read_records(data)
     draws = np.random.default_rng(seed)
     inserted = draws.random(canaries) < 0.5
@@ -133,7 +138,7 @@ def audit_training(
     planted = _plant_canaries(features, inserted)
     both = np.concatenate([labels, classes])
     first = _score_canaries(train(planted, both), classes, columns=features.shape[1])
-    # As many records, so that a generator that is seeded alike draws alike; the canaries' rows are zero.
+    # Same number of records, so that a generator with a fixed seed repeats its noise; the canaries' rows are zero.
     nothing = _plant_canaries(features, np.zeros_like(inserted))
     second = _score_canaries(train(nothing, both), classes, columns=features.shape[1])
     event = build_dp_sgd_event(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
@@ -166,14 +171,14 @@ def _read_records(data: tuple[npt.ArrayLike, npt.ArrayLike]) -> tuple[Floats, In
         shapes = f"{features.shape} and {labels.shape}"
         raise ConfigError("data", shapes, "must be features (n, columns) and labels (n,), with at least one record")
     if labels.min() < 0 or labels.max() < 1:
-        raise ConfigError("data", int(labels.min()), "must have labels from 0 on, of at least two classes")
+        raise ConfigError("data", int(labels.min()), "must have labels of at least two classes, numbered from 0")
     return features, labels
 
 
 def _plant_canaries(features: Floats, inserted: npt.NDArray[np.bool_]) -> Floats:
-    """Append a column and a row for each canary; the row of a canary that is left out is zero.
+    """Append a column and a row per canary; the row is zero if the canary is not inserted.
 
-    A zero row is a record like any other, with a gradient for the bias alone: it says nothing of its canary.
+    A zero row has a gradient for the bias only, and therefore reveals nothing about its canary.
     """
     count = len(inserted)
     wide = np.concatenate([features, np.zeros((len(features), count), dtype=np.float32)], axis=1)
@@ -183,10 +188,10 @@ def _plant_canaries(features: Floats, inserted: npt.NDArray[np.bool_]) -> Floats
 
 
 def _score_canaries(predict: Predict, classes: Integers, *, columns: int) -> Values:
-    """Return (canaries,) how much the model answers each canary's label in its column, beyond the mean of all labels.
+    """Compute scores (canaries,): the model's output for each canary's label in its column, minus the mean output.
 
     Raises:
-        ConfigError: the model's scores have another form.
+        ConfigError: the model's scores have a wrong shape.
     """
     count = len(classes)
     probes = np.zeros((count, columns + count), dtype=np.float32)
@@ -200,7 +205,7 @@ def _score_canaries(predict: Predict, classes: Integers, *, columns: int) -> Val
 
 
 def _predict(predict: Any, features: Floats) -> Values:
-    if hasattr(predict, "parameters"):  # a torch module, of which numpy arrays are no input
+    if hasattr(predict, "parameters"):  # torch modules do not accept NumPy arrays
         import torch
 
         with torch.no_grad():

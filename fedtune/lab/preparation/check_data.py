@@ -1,7 +1,7 @@
-"""Checks of an experiment's records for errors and oddities, intended for the data's owner alone.
+"""Checks of an experiment's data files for errors and unusual records; the output is for the data's owner only.
 
-Findings are counts, line numbers and column names, never a record's text, since a page may be passed on.  The counts
-are exact, without noise.  Nothing is dropped or changed, and no run reads the findings.
+Findings contain counts, line numbers and column names, never a record's text, because users may share the output.  The
+counts are exact, without noise.  No record is dropped or changed, and no run reads the findings.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from fedtune.spec import DataError
 from fedtune.tasks.inputs import get_input_for
 from fedtune.version import find_shipped_folders
 
-SHOWN = 20  # errors that are kept of a file, and lines of a finding
-_MOST_TOKENS = 8_192  # up to which lengths are told apart
+SHOWN = 20  # maximum number of stored errors per file, and of lines per finding
+_MOST_TOKENS = 8_192  # longer examples count as this length
 _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
 Kind = Literal[
@@ -48,13 +48,13 @@ _Likes: TypeAlias = tuple[tuple[Kind, list[Twin]], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """An oddity that several records of a file share."""
+    """A kind of unusual value or duplicate, with the records in which it occurs."""
 
     kind: Kind
-    what: str  # within the kind, such as "e-mail"
-    column: str  # where it stands; empty: in the record as a whole
+    what: str  # subtype, such as "e-mail"
+    column: str  # empty: the record as a whole
     count: int = 0
-    # of the first of them, or their rows, with that of the earlier record that each is like, if any
+    # (line or row number, number of the similar earlier record) of the first records
     lines: tuple[tuple[int, int | None], ...] = ()
 
 
@@ -63,46 +63,51 @@ class Lengths:
     """Token counts of a file's records, before truncation."""
 
     median: int
-    most_of_them: int  # the quantile 0.9
+    most_of_them: int  # 90th percentile
     longest: int
-    bins: tuple[tuple[int, int, int], ...]  # (fewest tokens, most tokens, records) of equal steps, ascending
+    bins: tuple[tuple[int, int, int], ...]  # histogram (minimum tokens, maximum tokens, records)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileCheck:
-    """The findings in one file."""
+    """Findings in one file."""
 
     path: str
-    places: str  # what numbers of places count: "lines", or the "rows" of a file whose rows may share a line
-    rows: int  # in it
-    # records that can be used, by what for: "train", "held out" by its site, "validation", "test", or "unused"
+    places: str  # unit of line numbers: "lines", or "rows" if rows may share a line
+    rows: int  # number of rows
+    # number of usable records by use: "train", "held out", "validation", "test" or "unused"
     uses: Mapping[str, int]
-    # what is wrong with the first rows that cannot be used: (file, line and field; what is there; bound)
+    # the first unusable rows: (file, line and field; value; requirement)
     errors: tuple[tuple[str, str, str], ...]
-    num_errors: Mapping[str, int]  # all such rows by what a run needs
+    num_errors: Mapping[str, int]  # number of unusable rows by requirement
     findings: tuple[Finding, ...]
-    labels: Mapping[str, int]  # records of each declared label
-    # by declared label, rows whose own is undeclared and differs in case and spaces alone
+    labels: Mapping[str, int]  # number of records per declared label
+    # number of rows per declared label whose undeclared label differs only in case and spaces
     spelt_otherwise: Mapping[str, int]
-    lengths: Lengths | None  # None: no record can be used
+    lengths: Lengths | None  # None: no usable record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """All findings in the training, validation and test files, and the checks that were `skipped`."""
+    """Findings in the training, validation and test files, and the names of `skipped` checks."""
 
     max_length: int
     files: tuple[FileCheck, ...]
-    # by site its "declared" size, and the "true" number of records (or users) that it would train on
+    # "declared" size and "true" number of training records (or users) by site
     sizes: Mapping[str, Mapping[str, int]]
     skipped: tuple[str, ...]
 
 
 def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
-    """Read an experiment's files as a run would, and check each record; token ids must be below `within`.
+    """Read an experiment's files as a run would, and check every record.
+
+    Args:
+        config: the experiment.
+        tokenizer: the model's tokenizer.
+        within: number of embeddings of the model; token ids must be below it.
 
     Raises:
-        DataError: a file as a whole is unusable, for example missing; errors in single records are findings.
+        DataError: a file is missing or unreadable; errors in single records are findings.
     """
     look = _Look(config, tokenizer, within)
     files = tuple(look.check_file(path, use, site) for path, use, site in _iter_files(config))
@@ -117,7 +122,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
 
 
 def _iter_files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
-    """Yield (path, use, site) for each file; the site is empty for partitioned files and the lead's files."""
+    """Yield (path, use, site) of all files; the site is empty for partitioned files and for the lead's files."""
     data = config.data
     sites = config.federation.names if data.partition.kind == "file" else ("",)
     files = [("train", data.train_file.replace(SITE, site), site) for site in sites]
@@ -129,14 +134,14 @@ def _iter_files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
 
 
 def count_labels(record: Record, data: DataSpec) -> Mapping[str, int]:
-    """Count a record's labels, or the types of its entities."""
+    """Count a record's labels, or its entities by type."""
     if "labels" in record.fields:
         return Counter(split_labels(record.fields["labels"], separator=data.label_separator))
     return {record.fields["label"]: 1} if "label" in record.fields else count_entity_types(record.fields, data.labels)
 
 
 class _Look:
-    """The checks of one experiment's files, one after another."""
+    """State of the checks across an experiment's files."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, within: int) -> None:
         self.task, self._config, self._data = config.bound_task, config, config.data
@@ -165,7 +170,7 @@ class _Look:
             return error
 
         def iter_usable() -> Iterator[Record]:
-            """Yield the records that a run can use; count the others as errors, without quoting them."""
+            """Yield the usable records, and count unusable records as errors without their text."""
             nonlocal rows
             for line, one in validate_rows(
                 path, self.task.columns(data, partition=use == "train", unit=unit), fault=find_fault
@@ -207,7 +212,7 @@ class _Look:
         )
 
     def _classify_use(self, record: Record, site: str) -> str:
-        """Return the use of a record of a training file; a record to train on is counted for its site."""
+        """Return the use of a record of a training file; training records are also counted for their site."""
         data, unit = self._data, self._config.privacy.unit
         if side := assign_to_lead(record, data, key=self._key, unit=unit):
             return side
@@ -223,13 +228,13 @@ class _Look:
         return "train"
 
     def _add_finding(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
-        """Add a record to a finding by its line, with the line of the earlier record that it resembles."""
+        """Add a record's line to a finding, with the line of a similar earlier record."""
         one = self._found.get((kind, what, column)) or Finding(kind=kind, what=what, column=column)
         lines = (*one.lines, (line, like))[:SHOWN]
         self._found[kind, what, column] = replace(one, count=one.count + 1, lines=lines)
 
     def _check_lengths(self, records: Sequence[Record]) -> list[int]:
-        """Return the token counts of the records' examples before truncation, and note truncated records."""
+        """Count the tokens of the records' examples before truncation, and add findings for truncated records."""
 
         def read(records: Sequence[Record], length: int) -> tuple[TextDataset, list[int]]:
             """Tokenize the records; return the examples and the number of trained targets in each."""
@@ -259,7 +264,7 @@ class _Look:
         return [int(length) for length in whole.lengths]
 
     def _check_record(self, record: Record, use: str) -> None:
-        """Note oddities in a record's own values, and its overlap with earlier records."""
+        """Add findings for unusual values of a record, and for its overlap with earlier records."""
         data, line, twins = self._data, record.line, self.earlier.find_twins(record, use)
         same, alike = ([one for one in twins[kind] if one.use == use] for kind in get_args(Likeness))
         own_same, own_alike = ([one for one in some if one.answer == record.target_key] for some in (same, alike))
@@ -288,7 +293,7 @@ class _Look:
             self._add_finding(line, *one)
 
     def _check_shared_texts(self, record: Record) -> None:
-        """Note a record with several texts if an earlier record contains one of them."""
+        """Add a finding if one of a record's several texts occurs in an earlier record."""
         earlier = []
         for text in {text for _, text in record.texts()}:
             digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()

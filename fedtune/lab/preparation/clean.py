@@ -1,7 +1,7 @@
-"""A new file with the rows of an old one that a site wants to keep, or with additional columns; the old file stays.
+"""Cleaned copies of data files: dropped rows, masked identifiers, or additional columns.
 
-Dropping duplicates couples records: whether one is kept depends on the others.  A site may do that before it declares
-its data.  The guarantee then covers the records of the new file, and not those that were dropped.
+Deduplication makes records depend on each other.  A site may clean its data before it declares the data's size; the
+guarantee then covers the records of the new file, not the dropped records.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ RULES: Mapping[str, str] = {
     "personal": "it contains what looks like a personal identifier",
     "damaged": "its encoding is damaged",
 }
-"""Rules for dropping rows.  A row that cannot be read is dropped in any case, for nobody can write it."""
+"""Rules for dropping rows.  Unreadable rows are always dropped, because they cannot be written to the new file."""
 UNREADABLE = "unreadable"
-_MOST_TOKENS = 256  # of a text, for its topic; the rest is not read
+_MOST_TOKENS = 256  # a topic is determined from this many tokens of a text
 
 
 class Cleaning:
-    """The rules of one cleaning (from `RULES`), and the kinds of identifiers to mask, except in annotated texts.
+    """A cleaning: rules for dropping rows (from `RULES`) and kinds of identifiers to mask.
 
-    `columns` maps roles to columns; `named` also contains the columns of settings that this run does not read.
+    `columns` maps roles to columns; `named` also contains columns of settings that the run does not read.  Texts with
+    span annotations cannot be masked.
     """
 
     def __init__(
         self, columns: Mapping[str, str], fault: Fault, *, drop: Collection[str], mask: bool, named: Mapping[str, str]
     ) -> None:
         if mask and (marks := {"tags", "spans"} & {*columns, *named}):
-            bound = f"is not available for marked words (role {min(marks)}): the marks would move to other words"
+            bound = f"is not available for annotated texts (role {min(marks)}): masking would shift the annotations"
             raise ConfigError("--mask", "personal", bound)
         self.drop, self.mask = drop, mask
         self._columns, self._fault = columns, fault
@@ -59,7 +60,7 @@ class Cleaning:
         self._earlier = Earlier(alike="near-duplicates" in drop)
 
     def drop_reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
-        """Yield the rules by which a row is dropped; the first one counts."""
+        """Yield the rules that drop a row; the first rule is reported."""
         if isinstance(row, DataError):
             yield UNREADABLE
             return
@@ -80,7 +81,7 @@ class Cleaning:
             yield "damaged"
         if not {"duplicates", "near-duplicates"} & set(self.drop):
             return
-        # Last, since a record that is dropped is no earlier one.
+        # Last: a dropped record does not count as an earlier record.
         twins = self._earlier.find_twins(record)
         for rule, some in (("duplicates", twins["same"]), ("near-duplicates", twins["alike"])):
             if any(twin.answer == record.target_key for twin in some):
@@ -117,16 +118,18 @@ class Cleaning:
 
 
 class Coding(Cleaning):
-    """Declared codes as new columns: `topic`, the most similar text of a public list, and `length`, a range of word
-    counts.
+    """Codes as new columns: `topic`, the most similar text of a public list, and `length`, a range of word counts.
 
-    Guarantee: a record's codes depend only on its own texts, the list, the model and the bounds.  The model reads one
-    record at a time, so that not even rounding depends on another.  Adding or removing a record in the old file adds or
-    removes one row in the new file, so a run's guarantee for the new file holds for the old one.
+    Guarantee: a record's codes depend only on its own texts, the list, the model and the bounds.  The model processes
+    one record at a time, so that even rounding is independent of other records.  Adding or removing a record in the
+    original file adds or removes one row in the new file; therefore a run's guarantee for the new file also covers the
+    original file.
 
-    `columns` maps roles to the columns of the texts to code.  `votes` is a model of task votes with the topics as
-    candidates (None: no topics); a text without tokens of `tokenizer` is read as token 0.  `bounds` are the maximum
-    word counts of all length classes but the last, in ascending order.
+    Args:
+        columns: role to column, for the texts to encode.
+        votes: a model of task votes with the topics as candidates; None: no topics.
+        tokenizer: the model's tokenizer; a text without tokens is read as token 0.
+        bounds: maximum word counts of all length classes except the last, ascending.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class Coding(Cleaning):
         """Return the row with its codes.
 
         Raises:
-            ConfigError: the row already has a column of that name.
+            ConfigError: the row already has a column `topic` or `length`.
         """
         record, places = parse_record(row, self._columns, file="", line=0), dict[str, int]()
         if "topic" in self.codes:
@@ -172,9 +175,7 @@ class Coding(Cleaning):
 
 @dataclass(kw_only=True, slots=True)
 class Cleaned:
-    """The result for a file: rows `dropped` by rule, and `masked` identifiers by kind or, for a `Coding`, rows by
-    code.
-    """
+    """Result of a cleaning: rows `dropped` by rule, and `masked` identifiers by kind (for a `Coding`, rows by code)."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -182,7 +183,7 @@ class Cleaned:
 
 
 def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
-    """Write the kept rows of a file to a stream, as JSON lines with the file's column names.
+    """Write the kept rows of a file to a stream as JSON Lines, with the file's column names.
 
     Raises:
         DataError: the file cannot be read, or no row is kept.
@@ -202,5 +203,9 @@ def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
             stream.write(f"{json.dumps(written, default=str)}\n".encode())
         done.kept += 1
     if not done.kept:
-        raise DataError(str(path), "no row is kept", "must have at least one row that no rule drops")
+        raise DataError(
+            str(path),
+            "no row is kept",
+            "must have at least one row that passes all rules: drop fewer rules from --drop",
+        )
     return done

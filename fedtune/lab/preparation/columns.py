@@ -1,4 +1,4 @@
-"""Columns of a data file: their names, and what nearly all of their values are, as a run would read them."""
+"""Columns of a data file: names, value statistics, and a classification by the types of nearly all values."""
 
 from __future__ import annotations
 
@@ -22,65 +22,67 @@ from fedtune.data.span_formats import count_entity_types, read_spans, read_words
 from fedtune.data.text_rows import name_json_type
 from fedtune.spec import DataError, format_value
 
-NEARLY = 0.95  # of a column's values: what so many are, it is; the others are odd, and a run leaves their rows out
-_MOST_VALUES = 300  # different values of a column that are counted; a column with more is no label
+NEARLY = 0.95  # fraction of values that determines a column's type; a run skips rows with other values
+_MOST_VALUES = 300  # maximum number of distinct labels; more values are not counted
 LONGEST_LABEL = 80
 _MOST_LABELS = 200
 _RECORDS_A_LABEL = 5  # a column is a label only if each value has this many records on average
 _SEPARATORS = ";|,"  # separators in a text of several labels
 _SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))
-"""On which people score, the usual first."""
+"""Common rating scales, the most frequent first."""
 _MOST_NUMBERS = 1_000_000
-_OUTSIDE = 0.005  # of the numbers at either end: so few do not decide a scale
+_OUTSIDE = 0.005  # fraction of outliers at either end that is ignored for the scale
 _CODE = re.compile(r"[!-~]{5,}")
-"""A text of one word of ASCII: a link, a path, a hash; no word of a language that has no spaces."""
+"""A single ASCII word, such as a link, a path or a hash; excludes text in scripts without spaces."""
 _WORD = re.compile(rf"[{read.UNSPACED}]{{2}}|\b[^\W\d_{read.UNSPACED}]{{2,}}+(?!\d)")
-"""A word, which is no part of a code such as FEW021; of a script without spaces, two letters."""
+"""A word that is not part of a code such as FEW021; two letters in scripts without spaces."""
 _NUMBERED = re.compile(r"\d\S*")
-"""A number or a code: what has more of these than words is no text that somebody wrote."""
+"""A number or a code; a value with more of these than words is not natural language."""
 _LISTS, _BEGIN_NUMBERS = ("[", "(", "{", "array(", "set("), frozenset("+-.0123456789")
-"""How lists as text begin, and numbers."""
+"""First characters of lists in text form, and of numbers."""
 _BARE = frozenset("OBIESLUM")
-"""Letters of tags of a scheme; one alone names no type."""
+"""Prefix letters of BIO-like tagging schemes, which are not entity types."""
 _LONGEST_ID, _HEAD, _LONGEST_DATE = 64, 120, 40
-_WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # the fewest words of a text that is taken for one
-_LEAST_ID = 1_000_000  # of numbers of one length that name records
-SHARD = re.compile(r"\d+[-_ ]of[-_ ]0*(\d+)")  # in the name of one file of several
-_FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
+_WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # minimum number of words
+_LEAST_ID = 1_000_000  # minimum value of numeric ids of equal length
+SHARD = re.compile(r"\d+[-_ ]of[-_ ]0*(\d+)")  # in the file name of a shard
+_FEWEST_COUNTED = 10  # minimum number of rows to recognize row numbers
 _ODD_SHOWN = 3
-_MANY_PERSONS = 20  # a column of so many is of nothing else
+_MANY_PERSONS = 20  # a column with this many person ids identifies people
 WORDS: Mapping[str, Mapping[str, str]] = {
     section: dict(part.split(": ", 1) for part in " ".join(text.split()).split(" | "))
     for section, text in tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8")).items()
 }
-"""Names and messages by section and what they are of: `what: words | what: words`."""
+"""Column names and messages by section and key, parsed from `key: words | key: words` in names.toml."""
 NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, words in WORDS["names"].items()}
-"""By what a column is: how it may be called.  What is not of itself plain:
+"""Common column names by kind of column.  Kinds that need an explanation:
 
-`answers` are what nothing else is called, and `labels` answers of few values; `topics` are answers to a text and often
-a table's features, as `general` answers are; `numbers` may be answers. `inverted` are columns of events that say of
-whom none is known, `stayed` and `came` words for those and for those to whom one came. `names_of` stand behind the name
-of a column of numbers: what its labels are called. `endings` are of images that no run reads. `often_labels` are
-completions that are labels where they have few values. `wanted` may say whether an answer is wanted, in words of
-`flags`; `better` which of two is better, of which there are several `rivals` to one prompt. `alike` are pairs of texts
-beside those that a number or a letter tells apart; `turns` are of a conversation. Of `people` the first counts.
-`things` end the name of a column of names, which are no texts that somebody wrote. `splits`, `marked` and `checks` say
-what a row is for, with `helpers` and values of `parts`, `reviews` and `passed`; `ids` and `group_numbered` are of
-records.
+- `answers`: names of labels and targets only; `labels`: answers with few values; `topics` and `general`: answers that
+  may also be features of a table; `numbers`: numeric columns that may be answers.
+- `inverted`: event columns that are true for censored people; `stayed`, `came`: values for censored people and events.
+- `names_of`: suffixes of columns with the label names of a numeric column.
+- `endings`: extensions of unsupported image formats.
+- `often_labels`: completions that are labels if they have few values.
+- `wanted`: whether an answer is desirable, with values in `flags`; `better`: which of two `rivals` is preferred.
+- `alike`: names of text pairs without a distinguishing number or letter; `turns`: conversations.
+- `people`: names of person ids, in order of priority.
+- `things`: suffixes of columns with names instead of texts.
+- `splits`, `marked`, `checks`: purpose of a row, with `helpers` in names and values in `parts`, `reviews`, `passed`.
+- `ids`, `group_numbered`: ids of records.
 """
 _ENDINGS, _LINKED = (*SUFFIXES, *NAMES["endings"]), "linked"
-"""Of paths of images, the last of which no run reads; and images at addresses on the net."""
+"""Extensions of image paths (the last are of unsupported formats), and the kind of images that are URLs."""
 _MONTHS = "jan|feb|m[aä]r|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz]"
 _CLOCK = r"\d{1,2}:\d{2}(?::\d{2})?\S{0,20}(?: [ap]m)?"
 _DATE = re.compile(
     r"(?i)(?:\d{1,4}([-./])\d{1,2}\1\d{1,4}|\d{4}-\d{2}|(?:\d{1,2}[. -]{0,2})?"
     rf"(?:{_MONTHS})[a-zä]{{0,6}}\.?[ -]?(?:\d{{1,2}},?[ ])?\d{{2,4}})(?:[T ,]+{_CLOCK})?|{_CLOCK}"
 )
-"""A day, a month or a time."""
+"""A date, a month or a time of day."""
 _MEASURE = re.compile(
     r"[<>\u2264\u2265~]=? ?[+-]?\d[\d.,]*\S{0,9}|[+-]?\d[\d.,]* ?[^\W\d_]{1,6}(?:[/^]\S{1,9})?|[+-]?inf(?:inity)?"
 )
-"""A number with a limit's sign, as laboratories write it, or with a unit."""
+"""A number with a unit or with a comparison sign, as in laboratory values."""
 _OF_PEOPLE = re.compile(
     "(?:anon(?:ym(?:ous|i[sz]ed))?|pseudo(?:nym(?:ous|i[sz]ed))?|hash(?:ed)?|enc(?:rypted)?|masked|unique|study|id|fk)*"
     rf"(?P<who>{'|'.join(NAMES['people'])})(?:s|r|n|en)?"
@@ -93,20 +95,20 @@ _OF_TIMES = re.compile(
 _WORDS_OF_TIMES = re.compile(
     r"(?!.*\bage\b).*\b(?:(?:time|fu|follow|survival|\w*zeit)\b|(?:days?|h|hours?|months?|years?|tage)$)"
 )
-"""Words of a time in a name, or a unit of it at the end."""
+"""Names that contain a word for time, or end in a unit of time."""
 _OF_EVENTS = re.compile(
     rf"(?:is)?{_COURSE}(?:status|events?|observed|cens\w*|died|dead|deceased|relapsed|progression|progressed)"
     "|e|relapse|recurrence|death|fustat|verstorben|(?:event|death)(?:observed|status|indicator)|churn(?:ed)?"
 )
-"""Names of columns of persons, of the time up to an event, and of whether it came."""
+"""Names of event columns; `_OF_PEOPLE` and `_OF_TIMES` match names of person ids and of times to an event."""
 _OF_WEIGHTS = re.compile(rf"(?:{'|'.join(NAMES['weights'])})(?:weight|wg?t)s?|weights")
-"""Of rows; what weighs in kilograms (`birth_weight`) is another thing."""
+"""Names of row weights; weights in kilograms (`birth_weight`) do not match."""
 _TAKEN_BACK, _OF_MARKS = re.compile("reject|ignore|skip|discard"), re.compile("(?:is)?(?:valid(?!ation)|usable|needs)")
-"""Words that take a record back, and beginnings of the names of flags that do."""
+"""Words for withdrawn records, and prefixes of the names of validity flags."""
 
 
 class DataColumn:
-    """A named column of a file; it collects statistics of its values and then classifies itself."""
+    """A column of a data file, which collects statistics of its values and then classifies itself."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -119,28 +121,28 @@ class DataColumn:
         found = _OF_PEOPLE.fullmatch(self.key) or (len(letters) > 2 and _OF_PEOPLE.fullmatch("".join(letters[-2:])))
         # Where in the order of people it is, if it is called as people are (`tweet_author_id`).
         self.person = NAMES["people"].index(found["who"]) if found else None
-        self.filled = self.characters = 0  # rows with a value that is not blank; of all its texts together
-        self.longest = self.furthest = 0  # characters of a text; the second of the whole numbers of an object in a list
-        self.types = Counter[str]()  # how often each type of value came
-        self.reads = Counter[str]()  # how many values a run can read in a role, or are of a kind that `add_value` names
-        # How often each label came, by the type of its values; empty where there are too many, or too long ones.
+        self.filled = self.characters = 0  # number of nonblank rows; total length of all texts
+        self.longest = self.furthest = 0  # longest text in characters; largest span end
+        self.types = Counter[str]()  # number of values by type
+        self.reads = Counter[str]()  # number of values by role or kind, see `add_value`
+        # Number of values per label and type; empty if there are too many labels, or too long labels.
         self.values = defaultdict[str, Counter[str]](Counter)
-        # The same where values are lists, by what separates them ("[": a list); not where there are too many.
+        # The same for multi-label values, by separator ("[": a list).
         self.parts = {mark: Counter[str]() for mark in f"[{_SEPARATORS}"}
-        self.several = Counter[str]()  # by the same, how many values have more than one label
-        self.numbers = array("d")  # of them the first `_MOST_NUMBERS`
-        self.sizes = Counter[int]()  # how many numbers lists hold that hold nothing else, also as JSON text
-        # Entities of each type in spans or tags of a scheme, the same where each tag is a type, and schemes' letters.
+        self.several = Counter[str]()  # number of values with more than one label, by separator
+        self.numbers = array("d")  # the first `_MOST_NUMBERS` numbers
+        self.sizes = Counter[int]()  # lengths of numeric lists, also as JSON text
+        # Entities by type in spans or BIO tags, entities by plain tag, and letters of tagging schemes.
         self.marked, self.plain, self.letters = Counter[str](), Counter[str](), set[str]()
-        self.fault = ""  # why the last list that is no tags and no spans is none
-        self.keys = Counter[str]()  # of the first object of each list
-        self.beside = Counter[str]()  # what turns have beside what a run reads of them, such as "name"
+        self.fault = ""  # why the last list is neither tags nor spans
+        self.keys = Counter[str]()  # keys of the first object of each list
+        self.beside = Counter[str]()  # ignored keys of chat turns, such as "name"
         self._first = defaultdict[str, list[tuple[int, str]]](list)  # values of each type, with their rows
         self._open = True
-        self._ids = set[int]()  # of persons
+        self._ids = set[int]()  # hashes of person ids
 
     def add_value(self, value: object, row: int) -> None:
-        """Add the value of one row to the statistics; `row` counts from 1."""
+        """Add a row's value to the statistics; `row` counts from 1."""
         if read.is_missing(value):
             return
         if self.key == "data" and isinstance(value, dict):
@@ -182,7 +184,7 @@ class DataColumn:
                     self._open = False
 
     def _count_labels(self, value: object, text: str) -> None:
-        """Count the possible labels of a list, or of a text with separators."""
+        """Count the candidate labels in a list, or in a text with separators."""
         is_plain = bool(text) and not text.startswith(_LISTS)
         if not self.parts or (is_plain and len(self.parts) == 1) or not isinstance(value, list | str | dict):
             return
@@ -197,7 +199,7 @@ class DataColumn:
                     del self.parts[mark]
 
     def _count_objects(self, value: object) -> None:
-        """Classify a list or object, also as JSON text: chat turns, numbers, tokens, tags of a scheme, or spans."""
+        """Classify a list or object (also as JSON text) as chat turns, numbers, tokens, BIO tags or spans."""
         turns = read.guess_turns(value)
         self.beside.update(key for turn in turns for key in turn if key not in read.TURN_FIELDS and turn[key])
         first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
@@ -239,7 +241,7 @@ class DataColumn:
             self.plain.update(plain)
 
     def is_nearly_all(self, *kinds: str) -> bool:
-        """Whether nearly all values have one of these types, or can be read as such."""
+        """Whether nearly all values have one of these types, or can be parsed as such."""
         count = sum(self.types[kind] or self.reads[kind] for kind in kinds)
         return self.filled > 0 and count >= NEARLY * self.filled
 
@@ -248,9 +250,9 @@ class DataColumn:
         return 2 * self.reads[kind] > self.filled
 
     def classify(self, rows: int, *, may_be_label: bool = True) -> None:
-        """Classify the column once the values of all rows have been added.
+        """Classify the column after the values of all rows have been added.
 
-        `may_be_label` is False for a column that accompanies other texts.
+        `may_be_label` is False for columns that cannot be labels, next to other texts.
         """
         most = (1 - NEARLY) * self.filled
         # The type of nearly all values, in words; where none is, the types in the order of their numbers.
@@ -377,9 +379,9 @@ class DataColumn:
         self.is_feature = is_value and not of_a_row and not self.is_date
 
     def _is_row_number(self) -> bool:
-        """Whether the values are nearly all distinct whole numbers that identify rows.
+        """Whether the column numbers the rows: nearly all values are distinct integers.
 
-        The column's name, few gaps, or equal length as in ids are the evidence.
+        In addition requires a suitable name, few gaps, or equal lengths as in ids.
         """
         count, distinct = self.reads["whole"], np.unique(self.numbers)
         is_integral = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
@@ -389,7 +391,7 @@ class DataColumn:
         return is_integral and (is_named or is_id or bool(distinct[-1] - distinct[0] < 2 * count))
 
     def _detect_separator(self) -> str | None:
-        """Return the separator of a multi-label column; "[" for lists; None if it is not a multi-label column."""
+        """Detect the separator of a multi-label column: "[" for lists, None for other columns."""
         if self.is_vector or self.is_other_number:
             return None
         for mark, counts in self.parts.items():
@@ -401,7 +403,7 @@ class DataColumn:
 
     @property
     def event_values(self) -> tuple[str, ...] | None:
-        """The values for censored people and for those with the event; None if the column does not encode an event."""
+        """Values for censored people and for people with the event; None if the column does not encode an event."""
         said = sorted(set(map(read.normalize_category, self.labels)))
         words = {one: set(_split_words(one)) for one in said}
         pair = [one for course in ("stayed", "came") for one in said if words[one] & {*NAMES[course]}]
@@ -409,36 +411,32 @@ class DataColumn:
         return tuple(pair) if len(said) == 2 and sorted(pair) == said else None
 
     def is_called(self, *sections: str) -> bool:
-        """Whether its name, or the last word of it, is among some sections of `NAMES`."""
+        """Whether the column's name, or the last word of its name, is in one of these sections of `NAMES`."""
         return any(name in NAMES[some] for some in sections for name in (self.key, *self.words[-1:]))
 
-    def judges(self, some: Iterable[DataColumn]) -> bool:
-        """Whether it says which of some numbered columns is better: by its name, or its values are their marks."""
+    def is_preference_between(self, rivals: Iterable[DataColumn]) -> bool:
+        """Whether the column contains the preferred one of several numbered columns, by its name or its values."""
         marks = {word for label in self.labels for word in _split_words(label)[-1:]}.difference(NAMES["ties"])
         is_called = not {*self.words}.isdisjoint(NAMES["better"])
-        return self.is_label and (is_called or marks == {one.mark for one in some})
+        return self.is_label and (is_called or marks == {one.mark for one in rivals})
 
     @property
     def scale(self) -> tuple[float, float] | None:
-        """The first common rating scale that nearly all numbers fit; None if there is none and a person must declare
-        it.
-        """
+        """The first common rating scale that contains nearly all numbers; None if the user must declare a scale."""
         numbers = np.sort(np.array(self.numbers))
         few = math.ceil(_OUTSIDE * len(numbers)) if len(numbers) > 1 / NEARLY * 10 else 0
         low, high = numbers[few], numbers[-1 - few]
         return next((one for one in _SCALES if one[0] <= low and high <= one[1]), None)
 
     def explain(self, reasons: Literal["unread", "no_answer"]) -> str:
-        """Explain why no run reads the column, or why it cannot be an answer: the first matching reason in
-        names.toml.
-        """
+        """Return the first matching reason in names.toml why the column is not used, or cannot be an answer."""
         return next(why for what, why in WORDS[reasons].items() if getattr(self, what)).format(self)
 
 
 def group_numbered(every: Iterable[DataColumn]) -> Iterator[list[DataColumn]]:
-    """Yield groups of columns whose names differ only by a number or a letter, if one of them holds texts or turns.
+    """Group columns with texts or chat turns whose names differ only by a number or a letter.
 
-    Each group is sorted by that number or letter.
+    Columns in a group are sorted by this number or letter.
     """
     groups = defaultdict[str, list[DataColumn]](list)
     for one in sorted(every, key=lambda one: [word.zfill(9) for word in one.words]):
@@ -451,7 +449,7 @@ def group_numbered(every: Iterable[DataColumn]) -> Iterator[list[DataColumn]]:
 
 
 def build_no_records_error(path: Path) -> DataError:
-    """Build the error about a file or folder without records; it lists the data files below it."""
+    """Build the error for a file or folder without records, with a list of the data files below it."""
     tables = defaultdict[Path, list[Path]](list)  # parts of one, such as train-00000-of-00002, together
     for one in sorted(path.rglob("*")):
         if one.suffix in OF_RECORDS or (one.is_dir() and list_image_files(one)):
@@ -462,7 +460,7 @@ def build_no_records_error(path: Path) -> DataError:
         here = f" ({len(parts)} of {shard[1]} are there)" if shard and int(shard[1]) != len(parts) else ""
         below.append(f"all parts of {one} as one file{here}" if len(parts) > 1 else f"{parts[0]}{here}")
     if tables:
-        found, bound = "a folder of several files", "must be one file"
+        found, bound = "a folder of several files", "must be a single file"
         if any(parts[0].is_dir() for parts in tables.values()):
             found, bound = "images two folders deep", "must be one folder of class folders, or a table of paths"
         return DataError(str(path), found, f"{bound}: name {', '.join(below[:10])}")
@@ -471,8 +469,8 @@ def build_no_records_error(path: Path) -> DataError:
     return DataError(str(path), "no rows", "must contain at least one record")
 
 
-def refusal(path: Path, what: str, columns: Sequence[DataColumn], other: object = "") -> DataError:
-    """The error about some columns of a file, in the words of names.toml; `other` is a part of them."""
+def build_column_error(path: Path, what: str, columns: Sequence[DataColumn], other: object = "") -> DataError:
+    """Build the error for unsuitable columns from the texts in names.toml; `other` is inserted into the text."""
     names = join_columns(one.name for one in columns)
     said = {"names": names, "other": other, "event": WORDS["bounds"]["is_event"]}
     value, bound = (text.format(columns[0], **said) for text in WORDS["refused"][what].split(" = "))
@@ -480,31 +478,31 @@ def refusal(path: Path, what: str, columns: Sequence[DataColumn], other: object 
 
 
 def count_unsupported_images(folder: Path) -> str:
-    """Count the images below a folder in formats that are not supported, by extension."""
+    """Count the images in unsupported formats below a folder, by extension."""
     endings = (next(filter(one.name.lower().endswith, NAMES["endings"]), "") for one in folder.rglob("*"))
     return ", ".join(f"{count:,} {end}" for end, count in Counter(endings).items() if end)
 
 
 def join_columns(columns: Iterable[str]) -> str:
-    """Join column names for a message, shortened: a file may have thousands, and without a header they are texts."""
+    """Join column names for a message; many or long names (as in files without a header) are shortened."""
     names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}\u2026" for name in columns]
     return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
 
 
 def _split_words(name: str) -> list[str]:
-    """Split a name into lower-case words and numbers."""
+    """Split a column name into lowercase words and numbers."""
     return re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
 def _list_whole_numbers(value: object, *, within: int = 3) -> list[int]:
-    """The whole numbers of an object or a list, or else of the first within it that has some."""
+    """List the integers in an object or a list, or in its first nested container with integers."""
     parts = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     inner = (_list_whole_numbers(one, within=within - 1) for one in parts if within)
     return [one for one in parts if type(one) is int] or next(filter(None, inner), [])
 
 
 def _classify_text(text: str) -> Iterator[str]:
-    """Yield what a text looks like: its number of words, a code, a date, a number in another notation, or a path."""
+    """Yield the kinds of a text: by number of words, a code, a date, a number in another notation, or a path."""
     words = len(_WORD.findall(text[:_HEAD]))
     words = 0 if words and len(_NUMBERED.findall(text[:_HEAD])) > words else words
     yield from (kind for kind, least in _WORDS_OF.items() if words >= least)

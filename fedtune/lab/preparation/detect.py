@@ -1,4 +1,4 @@
-"""Detection of the task that a data file's columns suit, with reasons, for the file's owner; no run or site uses it."""
+"""Detection of a data file's task and column roles, for the file's owner; runs and sites do not use it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedtune.lab.preparation.columns import (
     SHARD,
     WORDS,
     DataColumn,
+    build_column_error,
     build_no_records_error,
     count_unsupported_images,
     group_numbered,
     join_columns,
-    refusal,
 )
 from fedtune.lab.preparation.detected_file import OPTION_OF, OPTIONS, DetectedFile, Kind
 from fedtune.lab.preparation.patterns import ODD_TEXTS, find_odd_texts
@@ -36,16 +36,16 @@ Roles: TypeAlias = dict[str, tuple[DataColumn, str]]  # by role the column that 
 
 
 class _Part(NamedTuple):
-    """A column in the layout of a file type."""
+    """A column in the layout of a kind of file."""
 
-    role: str  # of fedtune
-    names: Sequence[str]  # that it may have, the usual first
-    fits: str = "is_text"  # the attribute of a column whose values suit
-    optional: bool = False  # whether the kind can do without it
+    role: str  # role of the column in `data.columns`
+    names: Sequence[str]  # common column names, the most frequent first
+    fits: str = "is_text"  # attribute of `DataColumn` that must be true
+    optional: bool = False  # whether the column may be missing
 
     @property
     def requirement(self) -> str:
-        """The requirement on the column's values, as the end of a message."""
+        """Requirement on the column's values, for error messages."""
         return f"must contain {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
 
 
@@ -64,14 +64,14 @@ _INPUTS, _TIMED = frozenset({"text", "text_pair", "image"}), frozenset({"time", 
 _ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)  # what may be chosen of an answer
 _MAY_ANSWER = [*NAMES["labels"], *NAMES["topics"], *NAMES["numbers"], *NAMES["completions"], *NAMES["positives"]]
 _BY_FORM = {"tags": "is_tags", "spans": "is_spans", "tokens": "are_words", "text": "is_prose"}
-"""By role what a column is that may be called anything, if it alone is that."""
+"""Attributes that identify a role's column under any name, if only one column has the attribute."""
 _BY_VALUES, _SCORES = "its values", (*NAMES["scores"], "label", "target")
 
 
 def _iter_layouts(pair: Sequence[DataColumn]) -> Iterator[tuple[Kind, tuple[_Part, ...]]]:
-    """Yield the kinds of files that are recognized by column names; the first match counts.
+    """Yield the layouts of files that are recognized by column names, in order of priority.
 
-    `pair`: two columns of related texts, if the file has them.
+    `pair` contains the two columns of a text pair, if the file has them.
     """
     texts = [_Part(role, [one.key]) for role, one in zip(("text", "other"), pair, strict=False)]
     yield "entities", (_Part("tokens", NAMES["tokens"], "is_tokens"), _Part("tags", NAMES["tags"], "is_tags"))
@@ -90,10 +90,13 @@ def _iter_layouts(pair: Sequence[DataColumn]) -> Iterator[tuple[Kind, tuple[_Par
 def detect_columns(
     path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None
 ) -> DetectedFile:
-    """Read a file once and detect its kind and the roles of its columns.
+    """Read a file once, and detect its kind and the roles of its columns.
 
-    `chosen` maps options to columns, and `form` is the kind of input of a file with answers, both as given by the user.
-    `by_person`: use a column that looks like person ids as the privacy unit.
+    Args:
+        path: the data file.
+        chosen: column by option, as chosen by the user.
+        by_person: whether to use a column with person ids as the privacy unit.
+        form: kind of the input, "table" or "texts", as chosen by the user; None: detected.
 
     Raises:
         DataError: the file is unsuitable.
@@ -164,7 +167,7 @@ def detect_columns(
 
 
 def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, DataColumn]) -> None:
-    """Refuse a chosen column whose values do not fit its role."""
+    """Raise a ConfigError for a chosen column whose values do not fit its role."""
     for part in parts:
         one = chosen.get(part.role)
         if one is not None and not getattr(one, part.fits):
@@ -173,12 +176,12 @@ def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, DataColumn]) -> No
 
 
 def _require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
-    """Refuse a table whose first row looks like a record or a comment, because its texts would become column names."""
+    """Raise a DataError for a table without a header, whose first record would become the column names."""
     filled = [one for one in columns.values() if one.filled]
     unnamed = [one for one in filled if one.name.startswith("(column ")]
     odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
     if odd or len(unnamed) > 1:
-        raise refusal(path, "header", odd or unnamed)
+        raise build_column_error(path, "header", odd or unnamed)
     # Without a header most names are values: one of the column's own, a number, or as long a text as the others; half
     # of them suffice where the longest texts are no longer than their name.  A flag alone may be called as one of its
     # values is, and pixels are counted.
@@ -191,22 +194,23 @@ def _require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
     longest = max(filled, key=lambda one: one.mean_characters, default=None)
     is_long = longest and longest.key not in NAMES["texts"] and 1.5 * len(longest.name) >= longest.mean_characters
     if own and 2 * len(values) >= len(filled) + (not is_long):
-        raise refusal(path, "no_header", own[:1])
+        raise build_column_error(path, "no_header", own[:1])
 
 
 def _require_endings(columns: Mapping[str, DataColumn], first: Sequence[Row], path: Path) -> None:
-    """Refuse a table of images that names them without their ending, because they would be taken for codes."""
+    """Raise a DataError for image names without an extension, which would be mistaken for codes."""
     for one in (one for one in columns.values() if one.is_text and not one.is_prose):
         names = [str(row[one.name]) for row in first if row.get(one.name)]
         for end in (*SUFFIXES, *NAMES["endings"]) if names else ():
             if all(isfile(path.parent / f"{name}{end}") for name in names):
-                raise refusal(path, "stems", [one], end)
+                raise build_column_error(path, "stems", [one], end)
 
 
 @dataclass(frozen=True, slots=True)
 class _Guess:
-    """A guess of the columns' roles from the user's choices, then common names, then values; ambiguous files are
-    refused.
+    """Detection of column roles from the user's choices, common names, and values, in this order.
+
+    Ambiguous files are refused.
     """
 
     every: Sequence[DataColumn]
@@ -220,7 +224,7 @@ class _Guess:
             return "text", {"text": (self.chosen["text"], "chosen; without --label only its texts are learned")}
         for what, some, other in self._iter_unwanted() if not roles else ():
             if some:
-                raise refusal(self.path, what, some, other)
+                raise build_column_error(self.path, what, some, other)
         layouts = [one for one in _iter_layouts(pair) if roles <= {part.role for part in one[1]}]
         for kind, parts in layouts if self.form is None else ():
             if found := self._match_layout(parts):
@@ -242,7 +246,7 @@ class _Guess:
         raise self._build_misfit_error(layouts)
 
     def list_notes(self, found: Roles) -> Iterator[str]:
-        """Yield notes for the user about the columns that have these roles, or could have them."""
+        """Yield notes for the user about the detected columns and their alternatives."""
         used = {one.name for one, _ in found.values()}
         for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
             if role in found and getattr(found[role][0], holds):
@@ -257,11 +261,11 @@ class _Guess:
             yield WORDS["notes"]["shard"].format(shard[1])
 
     def list_features(self, *, but: Collection[DataColumn] = ()) -> list[DataColumn]:
-        """List the columns usable as features of a table: no answers, row ids or person ids."""
+        """List the columns that can be features of a table, without answers, row ids and person ids."""
         return [one for one in self.every if one.is_feature and one not in but]
 
     def _match_layout(self, parts: Sequence[_Part]) -> Roles | None:
-        """Assign columns to the roles of one layout; None if a required column is missing."""
+        """Assign columns to the roles of a layout; None if a required column is missing."""
         found: Roles = {}
         needed = [part for part in parts if not part.optional]
         for part in (*needed, *(part for part in parts if part.optional)):
@@ -269,7 +273,7 @@ class _Guess:
             if one is None and not (part.optional and all(other.role in self.chosen for other in needed)):
                 but = (*(other for other, _ in found.values()), *self.chosen.values())
                 alike = [other.key for other in self.every if getattr(other, _BY_FORM.get(part.role, ""), False)]
-                one = self._find_named([*part.names, *alike[: len(alike) == 1]], part.fits, but=but)
+                one = self._find_column_by_name([*part.names, *alike[: len(alike) == 1]], part.fits, but=but)
                 why = _BY_VALUES if one is not None and one.key not in part.names else "its name"
             if one is not None and getattr(one, part.fits):
                 found[part.role] = one, why
@@ -278,16 +282,14 @@ class _Guess:
         return {part.role: found[part.role] for part in parts if part.role in found}
 
     def _detect_answered(self, pair: Sequence[DataColumn]) -> tuple[Kind, Roles] | None:
-        """Detect a file of images, texts, text pairs or table rows with an answer; any input may have any kind of
-        answer.
-        """
+        """Detect a file of images, texts, text pairs or table rows with any kind of answer."""
         is_open, texts = (
             self.form is None and not {"image", "text"} & set(self.chosen),
             self._find_text_candidates("is_prose"),
         )
         for one in self.every if is_open else ():
             if one.other_images and (not texts or one.key in NAMES["images"]):
-                raise refusal(self.path, "ending", [one], one.other_images)
+                raise build_column_error(self.path, "ending", [one], one.other_images)
         kind, roles = self._detect_answer()
         but = [one for one, _ in roles.values()]
         features, text = (
@@ -301,7 +303,7 @@ class _Guess:
         if text is None and self.form != "table":
             text = self._find_text("is_text" if self.form else "is_short", but=but)
             if text and features and self.form is None:
-                raise refusal(self.path, "few_words", [text[0]], join_columns(one.name for one in features))
+                raise build_column_error(self.path, "few_words", [text[0]], join_columns(one.name for one in features))
         if text is None:
             return ("table", roles) if features and self.form != "texts" else None
         if text[0] in pair:
@@ -309,11 +311,9 @@ class _Guess:
         return kind, {"text": text, **roles}
 
     def _detect_answer(self) -> tuple[Kind, Roles]:
-        """Return the answer's columns and the kind of text file that has such an answer; no columns if there is
-        none.
-        """
+        """Detect the answer columns, and the kind of text file with such answers; no columns if there is no answer."""
         chosen = set(self.chosen)
-        is_open = chosen <= _INPUTS and not self._find_called_answer()
+        is_open = chosen <= _INPUTS and not self._find_answer_by_name()
         timed = self._detect_survival() if chosen & _TIMED or is_open else None
         answer = None if timed or chosen & _TIMED else self._find_answer()
         if answer is None:
@@ -323,8 +323,10 @@ class _Guess:
         return ("labeled", {"label": answer}) if answer[0].is_label else ("rated", {"target": answer})
 
     def _detect_survival(self) -> Roles | None:
-        """Return the columns of a survival time and its event; the user must choose if the values do not encode an
-        event.
+        """Detect the columns of a survival time and its event.
+
+        Raises:
+            DataError: the values do not encode an event, so the user must choose the column.
         """
         times, events = self._find_survival_candidates()
         if not _TIMED & set(self.chosen):
@@ -332,18 +334,18 @@ class _Guess:
                 return None
             is_one = len(times) == len(events) == 1 and not self._find_named_answers()
             if not (is_one and times[0].is_called_time and events[0].is_event):
-                raise refusal(self.path, "event", events, join_columns(one.name for one in times))
+                raise build_column_error(self.path, "event", events, join_columns(one.name for one in times))
         named = zip(_FOLLOWED, (times, events), strict=True)
         return self._match_layout([part._replace(names=[one.key for one in some]) for part, some in named])
 
     def _find_survival_candidates(self) -> tuple[list[DataColumn], list[DataColumn]]:
-        """Return the possible time-to-event columns, preferring those named so, and the possible event columns."""
+        """Find the candidate time columns, preferably by name, and the candidate event columns."""
         events = [one for one in self.every if one.may_be_event]
         times = [one for one in self.every if one.may_be_time and any(event.is_event for event in events)]
         return [one for one in self.every if one.is_called_time] or times, events
 
     def _find_answer(self) -> tuple[DataColumn, str] | None:
-        """Return the answer's column and the reason; the user must choose if several columns qualify."""
+        """Find the answer column and the reason; raise a DataError if several columns are possible."""
         if one := self.chosen.get("label") or self.chosen.get("target"):
             if not one.is_answer:
                 raise ConfigError(
@@ -351,28 +353,31 @@ class _Guess:
                 )
             return one, "chosen"
         self._require_readable_answer(NAMES["answers"])
-        one = self._find_called_answer() or self._find_only_answer()
+        one = self._find_answer_by_name() or self._find_only_answer()
         if one is None:
             return None
-        names = self._find_named([f"{one.key}{more}" for more in NAMES["names_of"]], "is_category")
+        names = self._find_column_by_name([f"{one.key}{more}" for more in NAMES["names_of"]], "is_category")
         if names and names.is_label and one.is_number:
             return names, f"the names of {one.name}"
         is_named = one.is_called_answer or one.is_called("topics", "numbers")
         return one, "its name" if is_named else _BY_VALUES
 
-    def _find_called_answer(self) -> DataColumn | None:
-        """Return the column that is called as only answers are."""
-        return self._find_named(NAMES["answers"], "is_answer", but=[*self.chosen.values(), *self._list_doubtful()])
+    def _find_answer_by_name(self) -> DataColumn | None:
+        """Find a column with a name that only answers have."""
+        return self._find_column_by_name(
+            NAMES["answers"], "is_answer", but=[*self.chosen.values(), *self._list_ambiguous_columns()]
+        )
 
-    def _list_doubtful(self) -> list[DataColumn]:
-        """List the columns of a table whose general name, such as `class`, may be a feature's: beside a column of two
-        values it decides nothing.
+    def _list_ambiguous_columns(self) -> list[DataColumn]:
+        """List the table columns with a general name, such as `class`, next to another column of two values.
+
+        Such a name does not identify the answer, because it may also be the name of a feature.
         """
         two = [] if self._has_texts() else [one for one in self.every if one.may_be_answer and len(one.labels) == 2]
         return [one for one in self.every if one.is_called("general") and {*two} - {one}]
 
     def _find_only_answer(self) -> DataColumn | None:
-        """Return the only column that can be the answer, by a usual name for answers or else by its values."""
+        """Find the only column that can be the answer, by a common name or by its values."""
         usual, others = self._find_named_answers(), [one for one in self.every if one not in self.chosen.values()]
         is_text = any(one.is_prose for one in self.every)
         if not usual:
@@ -394,83 +399,86 @@ class _Guess:
             fits = {"lists": len(binary) > 1 and is_text, "plain": is_text or any(one.is_short for one in self.every)}
             fits["timed"] = bool(times) and any(one.is_event for one in found)
             hints = "".join(WORDS["hints"][what].format(*times[:1]) for what, holds in fits.items() if holds)
-            raise refusal(self.path, "answers", found, hints)
+            raise build_column_error(self.path, "answers", found, hints)
         return found[0] if found else None
 
     def _find_named_answers(self) -> list[DataColumn]:
-        """Return columns of few values, or of lists of such, with a usual name for answers to such records."""
+        """Find columns with few distinct values or labels, and a common name of answers for this input."""
         topics = NAMES["topics"] if self._has_texts() else ()
         few = [one for one in self.every if one.is_few and one.may_be_answer and one not in self.chosen.values()]
-        few = [one for one in few if one not in self._list_doubtful()]
+        few = [one for one in few if one not in self._list_ambiguous_columns()]
         return [one for one in few if one.is_called_answer or one.key in topics]
 
     def _has_texts(self) -> bool:
-        """Whether the records are texts or images and not rows of a table."""
+        """Whether the records are texts or images, in contrast to table rows."""
         others = any(one.is_short or one.is_image for one in self.every)
         return self.form != "table" and (others or bool(self._find_text_candidates("is_prose")))
 
     def _require_readable_answer(self, names: Sequence[str], *, others: Iterable[DataColumn] = ()) -> None:
-        """Refuse a column that is named like an answer, or is one of `others`, but has no values that can be read
-        as answers: a run would learn another column instead.
+        """Raise a DataError for a column that is named like an answer, or is in `others`, but has unusable values.
+
+        Otherwise a run would learn another column instead.
         """
         named = [one for name in names for one in self.every if name in (one.key, one.key.removesuffix("s"))]
         unread = [one for one in named if one.is_unread_answer or one.is_lone_answer]
         for one in (one for one in (*unread, *others) if one not in self.chosen.values()):
-            raise refusal(self.path, "unread", [one], one.explain("no_answer"))
+            raise build_column_error(self.path, "unread", [one], one.explain("no_answer"))
 
     def _build_several_texts_error(self, texts: Sequence[DataColumn]) -> DataError:
-        """Build the error about several texts, with the options for which there are columns."""
+        """Build the error for several text columns, with the options that the file has columns for."""
         is_answered = any(one.may_be_answer and one not in texts for one in self.every)
-        return refusal(self.path, "texts", texts, WORDS["hints"]["answered" if is_answered else "written"])
+        return build_column_error(self.path, "texts", texts, WORDS["hints"]["answered" if is_answered else "written"])
 
     def _find_image(self, text: tuple[DataColumn, str] | None) -> tuple[DataColumn, str] | None:
-        """Return the image column: by name or, without a text column, the only one with images in a supported
-        format.
-        """
+        """Find the image column: by name or, without a text column, the only column with supported images."""
         if {"image", "text"} & set(self.chosen):
             return (self.chosen["image"], "chosen") if "image" in self.chosen else None
         found = [one for one in self.every if one.is_image and (text is None or one.key in NAMES["images"])]
-        if named := self._find_named(NAMES["images"], "is_image"):
+        if named := self._find_column_by_name(NAMES["images"], "is_image"):
             return named, "its name"
         if len(found) > 1:
-            raise refusal(self.path, "images", found)
+            raise build_column_error(self.path, "images", found)
         return (found[0], _BY_VALUES) if found else None
 
     def _find_text(self, fits: str, *, but: Collection[DataColumn] = ()) -> tuple[DataColumn, str] | None:
-        """Return the text column and the reason: by name, or the longest texts."""
+        """Find the text column and the reason: a common name, or the longest texts."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
         others = self._find_text_candidates(fits, but=but)
         texts = [one for one in others if not one.is_label] or others
-        if named := self._find_named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
+        if named := self._find_column_by_name(
+            NAMES["texts"], fits, but=[one for one in self.every if one not in texts]
+        ):
             return named, "its name"
         if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._find_text_pair()}:
             raise self._build_several_texts_error(texts)
         return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
 
     def _find_text_candidates(self, fits: str, *, but: Collection[DataColumn] = ()) -> list[DataColumn]:
-        """Return the columns that could hold a record's main text; a sparsely filled comment column is excluded."""
+        """Find the candidate columns for a record's main text, without sparsely filled comment columns."""
         others = [one for one in self.every if getattr(one, fits) and one not in but and not one.unread]
         others = [one for one in others if not (one.is_person or one.is_of_records)]
         most = max((one.filled for one in (*others, *self.list_features(but=but))), default=0)
         return [one for one in others if 2 * one.filled >= most]
 
-    def _find_named(self, names: Sequence[str], fits: str, *, but: Iterable[DataColumn] = ()) -> DataColumn | None:
-        """Return the column with the first of these names whose values fit."""
+    def _find_column_by_name(
+        self, names: Sequence[str], fits: str, *, but: Iterable[DataColumn] = ()
+    ) -> DataColumn | None:
+        """Find the first column by name whose values have the attribute `fits`."""
         by_key = defaultdict[str, list[DataColumn]](list)
         for one in (one for one in self.every if getattr(one, fits) and one not in but):
             by_key[one.key].append(one)
         found = next((by_key[name] for name in names if name in by_key), [])
         if len(found) > 1:
-            raise refusal(self.path, "alike", found)
+            raise build_column_error(self.path, "alike", found)
         return found[0] if found else None
 
     def _find_text_pair(self) -> Sequence[DataColumn]:
-        """Return two text columns with matching names, the first one first; empty if there are none."""
+        """Find two text columns with matching names, in order; empty if there is no such pair."""
         if second := self.chosen.get("text_pair"):
             text = self._find_text("is_text", but=[second])
             return [text[0], second] if text else ()
-        alike = [[self._find_named([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
+        alike = [[self._find_column_by_name([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
         found = [[one for one in some if one] for some in alike]
         others = {*NAMES["rivals"], *NAMES["turns"], *NAMES["negatives"]}
         found += [some for some in group_numbered(self.every) if not others & set(some[0].words)]
@@ -478,14 +486,13 @@ class _Guess:
         return two[0] if two and "text" not in self.chosen else ()
 
     def _iter_unwanted(self) -> Iterator[tuple[str, Sequence[DataColumn], object]]:
-        """Yield columns that show that rows should not be used as they are: withdrawn, or spread over several rows or
-        columns.
+        """Yield (reason, columns, detail) for columns that make rows unusable without preparation.
 
-        Each item is (reason, columns, detail).
+        Examples are withdrawn records, and records that span several rows or columns.
         """
-        prompt = self._find_named(_ASKED, "is_asked") or self._find_named(_ASKED, "is_chat")
-        answers = self._find_named(NAMES["chats"], "is_chat") or (
-            prompt and self._find_named(NAMES["completions"], "is_said")
+        prompt = self._find_column_by_name(_ASKED, "is_asked") or self._find_column_by_name(_ASKED, "is_chat")
+        answers = self._find_column_by_name(NAMES["chats"], "is_chat") or (
+            prompt and self._find_column_by_name(NAMES["completions"], "is_said")
         )
         flags = [one for one in self.every if one.is_flag and {*one.words} & {*NAMES["wanted"]}] if answers else []
         yield "unwanted", [one for one in self.every if one.is_review], "a record"
@@ -493,17 +500,17 @@ class _Guess:
         parts = [one for one in self.every if one.is_tag or (one.key in NAMES["speakers"] and one.is_speaker)]
         yield "rows", parts, ""
         for some in group_numbered(self.every):
-            judges = [one for one in self.every if one.judges(some)]
+            preferences = [one for one in self.every if one.is_preference_between(some)]
             rival, turn, negative = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
-            is_odd = rival or turn or judges or (len(some) > 2 and not negative)
-            yield "several", [*some, *(judges[:1] if not turn else [])] if is_odd else [], ""
+            is_odd = rival or turn or preferences or (len(some) > 2 and not negative)
+            yield "several", [*some, *(preferences[:1] if not turn else [])] if is_odd else [], ""
         laid_out = {kind for kind, parts in _iter_layouts(()) if self._match_layout(parts)}
         for roles, other in ((_BOTH, "prompt, what they answer"), (_BELONGS, "negative, what does not belong to them")):
-            some = [one for what in roles.values() if (one := self._find_named(NAMES[what], "is_said"))]
+            some = [one for what in roles.values() if (one := self._find_column_by_name(NAMES[what], "is_said"))]
             yield "belong", some if len(some) > 1 and not laid_out & {"preferences", "triplets"} else [], other
 
     def _build_misfit_error(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
-        """Explain why the chosen columns match no kind of file, or why the file itself matches none."""
+        """Build the error for columns, chosen by the user or in the file, that match no kind of file."""
         _require_fit((part for _, parts in layouts for part in parts), self.chosen)
         if self.chosen:
             role, one = list(self.chosen.items())[-1]
@@ -519,6 +526,8 @@ class _Guess:
         bound = "must contain a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:
             bound += f"; {one.name}: {one.explain('unread')}" if one.filled and not one.is_feature else ""
-        if chat := self._find_named(NAMES["chats"], "filled") or next((one for one in self.every if one.keys), None):
+        if chat := self._find_column_by_name(NAMES["chats"], "filled") or next(
+            (one for one in self.every if one.keys), None
+        ):
             bound += f", or in {chat.name} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {named or 'without a name'}", bound)

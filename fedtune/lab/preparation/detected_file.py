@@ -1,4 +1,4 @@
-"""What was detected in a data file: its kind, the role of each column, and the options that choose other columns."""
+"""Result of detection in a data file: kind, column roles, and options that override the roles."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fedtune.spec import DataError
 
 Kind: TypeAlias = str  # one of `KINDS`
 KINDS: Mapping[Kind, Sequence[str]] = {kind: said.split(" = ") for kind, said in WORDS["kind"].items()}
-"""In words, and the experiment of conf/ that such records begin in."""
-OPEN = "???"  # in place of a setting that a person must give
+"""Description and base experiment in conf/ by kind of file."""
+OPEN = "???"  # mandatory setting without a value
 _ROLES = """text label prompt completion system messages chosen rejected tokens tags spans time event image anchor
 positive negative other user site"""
 _OTHERWISE = {"context": "input", "score": "target", "text-pair": "text_pair"}
 OPTIONS: Mapping[str, str] = {role: role for role in _ROLES.split()} | _OTHERWISE
-"""Role of a column: on the command line, and in settings."""
+"""Column roles in settings by command-line option."""
 OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "label"}
 
 
@@ -28,20 +28,20 @@ class DetectedFile:
     """The detected kind of a file and the roles of its columns."""
 
     path: Path
-    rows: int  # that can be read
-    faults: Sequence[DataError]  # what is wrong with the first of the others
-    num_faults: int  # all of them
+    rows: int  # number of readable rows
+    faults: Sequence[DataError]  # errors of the first unreadable rows
+    num_faults: int  # number of unreadable rows
     columns: Mapping[str, DataColumn]
     first: Sequence[Row]
     kind: Kind
-    roles: Mapping[str, str]  # role to column; `user` where a column says whose each record is
-    why: Mapping[str, str]  # by role, why this column has it
-    notes: tuple[str, ...]  # what else the person should know of the columns
-    features: tuple[str, ...] = ()  # columns of a table that are a record's vector
+    roles: Mapping[str, str]  # role to column; includes `user` if a column contains person ids
+    why: Mapping[str, str]  # role to the reason for its column
+    notes: tuple[str, ...]  # notes about the columns, for the user
+    features: tuple[str, ...] = ()  # feature columns of a table
 
     @property
     def labels(self) -> dict[str, int]:
-        """Counts of labels, or of entities by type, most frequent first; empty for kinds without labels."""
+        """Number of records per label, or of entities per type, in descending order; empty without labels."""
         column_of = {role: self.columns[name] for role, name in self.roles.items()}
         if marked := column_of.get("tags") or column_of.get("spans"):
             return dict(marked.entities.most_common())
@@ -51,7 +51,7 @@ class DetectedFile:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of `data` that describe the answers, apart from the labels."""
+        """Settings of `data` that describe the answers, except `data.labels`."""
         if "target" in self.roles:
             return {"target_range": self.columns[self.roles["target"]].scale or OPEN}
         if "event" in self.roles:
@@ -62,14 +62,14 @@ class DetectedFile:
 
     @property
     def options(self) -> Iterator[tuple[str, str, str, str]]:
-        """(role, column, reason, option that selects another column) for each role."""
+        """Iterator over (role, column, reason, option that overrides the column)."""
         for role, one in ((role, self.columns[name]) for role, name in self.roles.items()):
             more = f"; it holds numbers from {one.least:g} to {one.most:g}" if role in ("time", "target") else ""
             yield role, one.name, self.why[role] + more, f"--{OPTION_OF[role]} COLUMN"
 
     @property
     def unread(self) -> Iterator[tuple[str, str]]:
-        """(column, reason) for each column that no run reads."""
+        """Iterator over (column, reason) for unused columns."""
         for one in self.columns.values():
             if one.name not in (*self.roles.values(), *self.features):
                 why, teaches = one.explain("unread"), {"prompt", "messages"} & set(self.roles)

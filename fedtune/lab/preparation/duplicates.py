@@ -1,7 +1,7 @@
-"""Detection of duplicate records: identical by digest, near-duplicate by MinHash, or by shared runs of words.
+"""Detection of duplicates by digest, of near-duplicates by MinHash, and of shared word sequences.
 
-Each record is compared with earlier ones, so the outcome for a record depends on the others.  No run does this, because
-adding one record would change how another is treated.
+Each record is compared with earlier records, so its result depends on other records.  Runs never deduplicate, because
+adding a record would change the treatment of other records.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from fedtune.data.values import UNSPACED, normalize_name
 from fedtune.extras import is_installed
 from fedtune.lab.preparation.patterns import find_identifiers
 
-SAME = 0.8  # texts are alike that share so much of their runs of five letters (Jaccard)
+SAME = 0.8  # Jaccard similarity of character 5-grams above which texts are near-duplicates
 MOST_SAME, MOST_ALIKE, MOST_LETTERS = 500_000, 100_000, 20_000_000
-"""Records that are compared at most, and of those that are alike also letters: about 150 MB each, and a minute."""
+"""Limits for comparisons: records, records with MinHashes, and their letters; about 150 MB each, and a minute."""
 _RUN = 5
 _LEAST, _FIRST = 20, 2_000
-"""Of a text's letters: with fewer, one word decides how alike two texts are; more than the first are not compared."""
+"""Minimum letters of a text for a comparison (one word dominates shorter texts), and number of compared letters."""
 _BANDS, _ROWS = 16, 6
-"""Of a MinHash: texts as alike as `SAME` meet in a band 99 times of 100, and are then compared in whole."""
+"""MinHash bands and rows: texts with similarity `SAME` share a band with 99 % probability, and are then compared."""
 _MOST_COMPARED = 50
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
-"""Letters and digits in a row; each letter of a script without spaces, such as Chinese."""
-Words = list[str | None]  # of a record; None ends each text
+"""A sequence of letters and digits; in scripts without spaces, such as Chinese, a single letter."""
+Words = list[str | None]  # words of a record; None terminates each text
 Likeness = Literal["same", "alike"]
 
 
@@ -44,7 +44,7 @@ class Twin(NamedTuple):
 
 
 class Earlier:
-    """The records seen so far; `alike` also indexes MinHashes, one per group of near-duplicates for speed."""
+    """Index of earlier records; with `alike`, also of MinHashes, one per group of near-duplicates."""
 
     def __init__(self, *, alike: bool) -> None:
         self._same: dict[bytes, tuple[Twin, ...]] = {}
@@ -58,13 +58,13 @@ class Earlier:
 
     @property
     def is_full(self) -> bool:
-        """Whether later records are no longer stored."""
+        """Whether the index is full, so that later records are not stored."""
         return len(self._same) >= MOST_SAME or len(self._noted) >= MOST_ALIKE or self._letters >= MOST_LETTERS
 
     def find_twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
-        """Return the earlier duplicates and near-duplicates of a record, at most one per use and answer.
+        """Find the earlier duplicates and near-duplicates of a record, at most one per use and answer.
 
-        With `keep`, the record then counts as an earlier one itself.
+        With `keep`, the record is then added to the index.
         """
         text, twin = record.full_text, Twin(use, record.target_key, record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -94,9 +94,7 @@ class Earlier:
 
 
 def normalize_spelling(label: str) -> str:
-    """Normalize a label: case, whitespace, Unicode form, invisible characters, and `.0` of a whole number are
-    ignored.
-    """
+    """Normalize a label's case, whitespace, Unicode form, invisible characters, and `.0` of an integer."""
     text = unicodedata.normalize("NFKC", normalize_name(label)).casefold()
     return "".join(re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).split())
 
@@ -106,23 +104,25 @@ def normalize_spelling(label: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """A synthetic record and its closest matches in other records, each identified by its location."""
+    """A synthetic record and its closest matches among other records, with their locations."""
 
     place: str
-    words: int  # of its longest run that another has, too
+    words: int  # length of the longest common word sequence
     share: float  # of its words
     run: str
     of: str
-    likeness: str  # "same" or "alike": it says the same as another, or almost
+    likeness: str  # "same": duplicate; "alike": near-duplicate
     twin: str
-    details: list[tuple[str, int, str]]  # likely identifiers that others have: kind, how many others, the first of them
+    details: list[tuple[str, int, str]]  # shared identifiers: (kind, number of other records, location of the first)
 
 
 def find_longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) -> Iterator[tuple[int, int, str]]:
-    """Yield for each text the longest run of words that another text contains: (length, end position, location of the
-    other).
+    """Yield for each text its longest common word sequence with another text.
 
-    Uses a suffix automaton: time is linear in all words, memory linear in those of `texts`.
+    Uses a suffix automaton, with time linear in the number of all words and memory linear in the words of `texts`.
+
+    Yields:
+        (length in words, end position, location of the other text).
     """
     # Of each state: what a word leads to, the state of its longest suffix that is in another, its longest run.
     steps, link, size = [dict[str | int | None, int]()], [-1], [0]
@@ -167,7 +167,7 @@ def find_longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]
 
 
 def compare_records(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
-    """Compare records with others, which are streamed and not kept; records with the longest shared runs come first."""
+    """Compare records with a stream of other records; return them by the length of the longest common word sequence."""
     texts, having = (
         list(map(split_words, records)),
         {detail: list[str]() for one in records for detail in _find_details(one)},
@@ -200,12 +200,12 @@ def compare_records(records: Sequence[Record], others: Iterable[Record]) -> list
 
 
 def split_words(record: Record) -> Words:
-    """Split a record's texts into normalized words, without case, punctuation or variant forms."""
+    """Split a record's texts into words with normalized case and Unicode form, without punctuation."""
     plain = (re.sub("['\u2019]", "", unicodedata.normalize("NFKC", text).casefold()) for _, text in record.texts())
     return [word for text in plain for word in (*_WORD.findall(text), None)]
 
 
 def _find_details(record: Record) -> set[tuple[str, str]]:
-    """Return (kind, form) of likely identifiers; all but e-mail addresses are reduced to letters and digits."""
+    """Find likely identifiers as (kind, normalized form): letters and digits only, except for e-mail addresses."""
     found = ((kind, text[a:b]) for _, text in record.texts() for kind, a, b in find_identifiers(text))
     return {(kind, (text if kind == "e-mail" else re.sub(r"[\W_]", "", text)).casefold()) for kind, text in found}

@@ -1,4 +1,4 @@
-"""Generation of a first experiment for a file, with a comment on every line."""
+"""Generation of a commented experiment file for a data file."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
 _LONGEST_TOLD = 4096  # tokens up to which lengths are told apart
 _STEP = 16
 _MOST_TOKENS, _MOST_OF_MOST = 256, 512
-"""Of an example, for all but 1 % and 10 % of the records: time and memory grow with it, and most bases take so many."""
+"""Limits for the 99th and the 90th percentile of example lengths in tokens; longer examples cost time and memory."""
 _MOST_WINDOWS, _STRIDE = 4, 32
 _WHOLE, _MOST_OF_THEM = 0.99, 0.9
-"""Of the records within `max_length`, where these are short, and at least: not the longest decides what is public."""
+"""Fraction of records within `max_length`: usual and minimum.  Never all, because `max_length` becomes public."""
 _MORE_SITES = (1000, 3000)  # from each of these numbers of records on, a simulation has one site more than two
 _FEW_UNITS, _FEW_OF_LABEL = 200, 5
 _MOST_UNKNOWN = 0.1  # of tokens: another script than the model's, for the most part
@@ -55,35 +55,35 @@ _Setting: TypeAlias = tuple[str, Any, str]  # key, value (None: it is not writte
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExperimentPlan:
-    """A file as read by the chosen model's tokenizer, and the decisions made before there is an experiment."""
+    """Measurements of a data file with the model's tokenizer, and the resulting choices for an experiment."""
 
-    base: str  # the experiment of conf/ that it builds on
-    model: str | None = None  # a name from conf/model, or None for the base's own
-    model_path: str | None = None  # a model that has no name there: a folder, or an id at the hub
-    num_sites: int  # that a simulation deals the file out to
-    usable: int  # records
-    units: int  # persons, where a column says whose the records are and they are fewer, else records
-    by_user: bool  # units are persons
-    left_out: SkippedRows  # rows that are no records under the roles
-    lengths: npt.NDArray[np.int64]  # (rows,) tokens of the example that a run makes of each of the first records
-    max_length: int  # the most tokens of an example
-    windows: int  # into how many pieces a record is cut, where the task does so
-    turns: Literal["model", "plain"] | None  # whose template writes them: the model's own, where it can be taken
-    labels: Mapping[str, int]  # how many of the records have each, if any has it
-    places: Mapping[str, int]  # units by the value of the column that says at which site each is; none: it has no such
-    alike: int  # persons whose id is another's but for case
-    misplaced: Mapping[str, int]  # records whose spans begin or end within words, by how they seem to be counted
-    unknown: float  # share of the tokens of the first records that stand for letters which the tokenizer does not know
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of columns, as a person declared them
+    base: str  # base experiment in conf/
+    model: str | None = None  # a name from conf/model; None: the base's model
+    model_path: str | None = None  # a model folder or hub id without a name in conf/model
+    num_sites: int  # number of sites in a simulation
+    usable: int  # number of usable records
+    units: int  # number of people if a column contains person ids, otherwise of records
+    by_user: bool  # whether the privacy unit is a person
+    left_out: SkippedRows  # rows that are not records with these roles
+    lengths: npt.NDArray[np.int64]  # (rows,) example lengths of the first records, in tokens
+    max_length: int  # maximum number of tokens of an example
+    windows: int  # maximum number of windows of a record, for tasks with windows
+    turns: Literal["model", "plain"] | None  # chat template: the model's, or a plain one if that is not usable
+    labels: Mapping[str, int]  # number of records per label
+    places: Mapping[str, int]  # number of units per value of the site column; empty without a site column
+    alike: int  # number of person ids that differ from another id only in case
+    misplaced: Mapping[str, int]  # records with spans that split words, by the likely unit of their offsets
+    unknown: float  # fraction of unknown tokens among the first records
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # declared range per column
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Shares of the records for test and validation."""
+        """Fractions of the records for test and validation."""
         return _SHARES[bisect_right(_SMALLER_FROM, self.units)]
 
 
 def build_placeholder_overrides(base: str) -> Sequence[str]:
-    """Return placeholder overrides for the settings that an experiment of conf/ leaves to the file's owner."""
+    """Return placeholder overrides for the mandatory settings of a base experiment in conf/."""
     placeholders = {
         "own_text": ["data.columns={prompt: a, completion: b}"],
         "own_preferences": ["data.columns={prompt: a, chosen: b, rejected: c}"],
@@ -96,7 +96,7 @@ def build_placeholder_overrides(base: str) -> Sequence[str]:
 
 
 def fill_overrides(found: DetectedFile) -> list[str]:
-    """Return placeholder overrides for the settings that a file's experiment leaves to its owner."""
+    """Return placeholder overrides for the mandatory settings of a detected file's experiment."""
     features = ["data.features=[{columns: [x], range: [0, 1]}]"] if found.features else []
     by_role = {"time": "task_settings.intervals=[1]", "target": "data.target_range=[0, 1]"}
     return [*features, *(setting for role, setting in by_role.items() if role in found.roles)]
@@ -105,9 +105,14 @@ def fill_overrides(found: DetectedFile) -> list[str]:
 def plan_experiment(
     found: DetectedFile, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None
 ) -> ExperimentPlan:
-    """Read the file again, as a run with the settings of `config` would, and plan its experiment.
+    """Read the file as a run would, and plan its experiment.
 
-    `config` is the base experiment of the file's kind; token ids must be below `within`.
+    Args:
+        found: the detected file.
+        tokenizer: the model's tokenizer.
+        config: the base experiment for this kind of file.
+        within: number of embeddings of the model; token ids must be below it.
+        sites: number of sites; None: chosen by the number of records.
 
     Raises:
         ConfigError: the file cannot be partitioned by the site column.
@@ -197,13 +202,13 @@ def _build_feature_from_values(column: DataColumn) -> FeatureSpec:
 
 
 def _find_task(found: DetectedFile) -> str | None:
-    """Return the first task for these roles; None: keep the task of the experiment in conf/."""
+    """Return the first task for the file's column roles; None: the task of the base experiment."""
     roles = tuple(role for role in found.roles if role not in ("user", "site"))
     return next((name for name, task in TASKS.items() if roles in task.layouts), None)
 
 
 def sort_labels(labels: Iterable[str]) -> list[str]:
-    """Sort labels in natural order: numbers by value, also within texts."""
+    """Sort labels in natural order, with numbers (also within texts) by value."""
 
     def parts(label: str) -> list[tuple[float, str]]:
         found = re.split(r"((?:(?<!\w)-)?[0-9]{1,15}(?:\.[0-9]{1,15})?)", label)
@@ -213,7 +218,7 @@ def sort_labels(labels: Iterable[str]) -> list[str]:
 
 
 def _choose_prompt_template(found: DetectedFile) -> str | None:
-    """Return the prompt template if the base's own does not fit; otherwise None."""
+    """Return a prompt template if the base experiment's template does not suit the columns, else None."""
     asked = "{prompt}" if found.kind == "instructions" else None
     return "{prompt}\n\n{input}" if "input" in found.roles else asked
 
@@ -224,7 +229,7 @@ def derive_run_name(file: Path) -> str:
 
 
 def suggest_declared_size(plan: ExperimentPlan, units: int | None = None) -> int:
-    """Suggest a rounded declared size for a site with `units` units in the file; None: an equal share of all units."""
+    """Suggest a rounded declared size for a site with `units` units; None: an equal share of the file's units."""
     test, validation = plan.shares
     share = (plan.units / plan.num_sites if units is None else units) * (1 - test - validation)
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
@@ -232,7 +237,7 @@ def suggest_declared_size(plan: ExperimentPlan, units: int | None = None) -> int
 
 
 def _suggest_declared_sizes(plan: ExperimentPlan) -> list[int]:
-    """Return a declared size per site, or a single one for all sites."""
+    """Suggest the declared sizes: one per site, or a common size for all sites."""
     return [suggest_declared_size(plan, count) for count in plan.places.values()] or [suggest_declared_size(plan)]
 
 
@@ -243,9 +248,9 @@ def _count_truncated(plan: ExperimentPlan) -> int:
 
 
 def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) -> str:
-    """Return the YAML of an experiment to be saved as `file`; its relative paths start at that file's folder."""
+    """Render the YAML of an experiment file; paths are relative to the folder of `file`."""
     # A name may hold the end of a line, and what follows would be a setting.
-    about = f"# An experiment for {found.path.name}.  Run it with: {next_command(file)}"
+    about = f"# An experiment for {found.path.name}.  Run it with: {format_next_command(file)}"
     own = plan.model_path is not None
     pinned = {"path": plan.model_path, **dict.fromkeys(("sha256", "gguf_file", "revision", "license"))}
     adapted = {"target_modules": "all-linear", "layers": None}
@@ -294,21 +299,21 @@ def render_experiment(found: DetectedFile, plan: ExperimentPlan, *, file: Path) 
 
 
 def _list_task_settings(found: DetectedFile) -> Iterator[str]:
-    """The settings of the task alone."""
+    """Yield the YAML lines of `task_settings`."""
     if "time" in found.roles:
         yield "task_settings:"
         yield f'  intervals: "???"  # set it yourself: the end of each, in the unit of {_to_yaml(found.roles["time"])}'
 
 
 def _iter_setting_lines(*some: _Setting, within: str = "  ") -> Iterator[str]:
-    """Yield settings as YAML, each on a line with a comment."""
+    """Yield YAML lines of settings with comments."""
     for key, value, why in some:
         if value is not None:
             yield within + f"{key}: {_to_yaml(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
 
 
 def _list_data_settings(found: DetectedFile, plan: ExperimentPlan, file: Path) -> list[_Setting]:
-    """Return the settings of `data`, except lists."""
+    """List the settings of `data`, except `features` and `labels`."""
     test, validation = plan.shares
     # From this page's folder where it lies there or below.  Links stay: what one leads to may have another name,
     # without an ending, and change with its next version.
@@ -352,7 +357,7 @@ def _list_data_settings(found: DetectedFile, plan: ExperimentPlan, file: Path) -
 
 
 def _iter_all_texts_lines(found: DetectedFile) -> Iterator[str]:
-    """Yield commented-out lines that make the model read all text columns; the user decides whether to enable them."""
+    """Yield commented-out YAML lines that use all text columns as input, if there are several."""
     others = [one for one in found.columns.values() if one.is_prose and one.name not in found.roles.values()]
     if found.kind not in _ANSWERED or "text_pair" in found.roles or not others:
         return
@@ -365,7 +370,7 @@ def _iter_all_texts_lines(found: DetectedFile) -> Iterator[str]:
 
 
 def _iter_public_list_lines(found: DetectedFile, plan: ExperimentPlan) -> Iterator[str]:
-    """The features and labels of `data`."""
+    """Yield the YAML lines of `data.features` and `data.labels`."""
     # A range or a list of categories that was taken from the records would publish something of them: the largest value
     # is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
     if found.features:
@@ -388,7 +393,7 @@ def _iter_public_list_lines(found: DetectedFile, plan: ExperimentPlan) -> Iterat
 
 
 def describe_spellings(labels: Iterable[str]) -> list[str]:
-    """Return a sentence for each group of labels that are probably the same label."""
+    """Describe groups of labels that are probably spelling variants of a label, one sentence per group."""
     together = defaultdict[str, list[str]](list)
     for label in labels:
         together[normalize_spelling(label)].append(label)
@@ -398,7 +403,7 @@ def describe_spellings(labels: Iterable[str]) -> list[str]:
 
 
 def list_notes(found: DetectedFile, plan: ExperimentPlan) -> Iterator[str]:
-    """Yield notes for the user before the first run."""
+    """Yield notes to print before the first run."""
     public = "Sizes are public; at a real site, the site chooses its own in its site.toml."
     sizes = ", ".join(f"{one:,}" for one in _suggest_declared_sizes(plan))
     yield f"declared_sizes: {sizes}, near what each site trains on. {public}"
@@ -451,7 +456,7 @@ def _to_yaml(value: Any) -> str:
 
 
 def escape_interpolations(value: Any) -> Any:
-    """Escape each `${` in texts, so that Hydra does not read it as an interpolation."""
+    """Escape `${` in texts, which Hydra would parse as an interpolation."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
@@ -459,6 +464,6 @@ def escape_interpolations(value: Any) -> Any:
     return [escape_interpolations(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def next_command(file: Path) -> str:
-    """Return the command to type next; a bare name would refer to conf/."""
+def format_next_command(file: Path) -> str:
+    """Format the command that simulates an experiment file; without ./, a bare name would refer to conf/."""
     return shlex.join(["fedtune", "simulate", f"experiment={'' if '/' in str(file) else './'}{file}"])

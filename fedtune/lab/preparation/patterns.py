@@ -1,6 +1,6 @@
 """Patterns for likely personal identifiers and damaged encodings in texts.
 
-They miss everything without a fixed format, above all names and addresses, and mistake some numbers for identifiers.
+They miss identifiers without a fixed format, such as names and addresses, and have false positives among numbers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from operator import itemgetter
 
 
 def find_identifiers(text: str) -> list[tuple[str, int, int]]:
-    """Find likely personal identifiers as (kind, start, end), without overlaps; kinds with a checksum take
-    precedence.
-    """
+    """Find likely personal identifiers as non-overlapping (kind, start, end); kinds with a checksum have priority."""
     found: list[tuple[str, int, int]] = []
     if not _MAY_IDENTIFY.search(text):
         return found
@@ -30,7 +28,7 @@ def find_identifiers(text: str) -> list[tuple[str, int, int]]:
 
 
 def mask_identifiers(text: str) -> tuple[str, list[str]]:
-    """Replace each identifier by its kind in brackets; return the text and the kind of each replacement."""
+    """Replace identifiers by their kind in brackets; return the text and the kinds of the replacements."""
     found = find_identifiers(text)
     ends = [0, *(end for _, _, end in found)]
     parts = [f"{text[end:start]}[{kind}]" for end, (kind, start, _) in zip(ends, found, strict=False)]
@@ -38,7 +36,7 @@ def mask_identifiers(text: str) -> tuple[str, list[str]]:
 
 
 def find_damage(text: str) -> Iterator[str]:
-    """Yield each kind of encoding damage in a text once."""
+    """Yield the kinds of encoding damage in a text, each kind once."""
     if text.isascii() and text.isprintable():
         return
     yield from (what for what, pattern in _DAMAGE.items() if pattern.search(text))
@@ -73,7 +71,7 @@ _PATTERNS: Mapping[str, re.Pattern[str]] = {
         r")(?![\w-])"
     ),
 }
-"""By kind, each from left to right without looking back far: a text may have millions of characters."""
+"""Patterns by kind; linear without long backtracking, because a text may have millions of characters."""
 
 
 def _match_iban(text: str) -> str:
@@ -128,7 +126,7 @@ _CHECKS = {
     "German tax id": _match_tax_id,
     "IP address": _match_ip_address,
 }
-"""By kind, the part of a match that is one; "" where none is."""
+"""Validators by kind: from a match to its valid part, or "" if there is none."""
 
 # Marks and rows within a text.
 
@@ -136,10 +134,10 @@ MOJIBAKE = "mojibake (UTF-8 read as Windows-1252)"
 _MARK = re.compile(
     r"<\|[\w-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|begin|end)_?\w{0,9}>"
 )
-"""Marks that chat templates of well-known models write between turns."""
+"""Special tokens of the chat templates of well-known models."""
 _ELEMENT = "(?i)(?:<|&lt;)/?(?:p|br|div|span|a|b|i|em|strong|[uo]l|li|table|t[dr]|h[1-6]|img)(?: [^<>]*|/)?(?:>|&gt;)"
 _HTML = re.compile(rf"{_ELEMENT}|&(?:amp;)?(?:[a-z]{{2,8}}|#\d{{2,6}});")
-"""Elements and entities of HTML, also escaped."""
+"""HTML elements and entities, also escaped."""
 ODD_TEXTS: Mapping[str, str] = {
     "line ends in a cell": "line ends within a cell: without quoting, a quote takes all along up to the next one",
     "what looks like rows in a cell": "lines within a cell that look like whole rows: if the table was written without "
@@ -152,7 +150,7 @@ ODD_TEXTS: Mapping[str, str] = {
 
 
 def find_odd_texts(row: Mapping[str, object], form: str) -> Iterator[tuple[str, str]]:
-    """Yield (one of `ODD_TEXTS`, column) for each cell whose text was damaged or altered by a program."""
+    """Yield (kind in `ODD_TEXTS`, column) for cells with damaged or program-altered text."""
     in_cell, rows_within, marks, quotes, mojibake, html = ODD_TEXTS
     commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")
     for column, value in row.items():
@@ -183,8 +181,8 @@ _BEHIND = "\u0080-\u00bf\u0152-\u2122"
 _TWICE = re.compile(
     f"[\u00c2\u00c3][{_BEHIND}]|[\u00c4-\u00df](?![«»\u2010-\u203a])[{_BEHIND}]|[\u00e0-\u00f4][{_BEHIND}]{{2,3}}"
 )
-"""The first letter stands for the first byte of a character in UTF-8, the others for the bytes behind it.  A capital
-with a mark before a quote, a dash or dots is French or German as it should be."""
+"""A UTF-8 character that was decoded as Latin-1: its first byte, followed by its continuation bytes.  Does not match
+accented capitals before a quote, a dash or dots, which are valid French or German."""
 
 
 def _is_twice_encoded(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Readers of records, such as a tokenizer, for inspecting data without loading a model."""
+"""Tokenizers and image processors for inspecting data without loading a model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedtune.tasks.inputs import get_input_for
 
 
 def load_reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
-    """Load the tokenizer, or whatever else reads records for a model.
+    """Load the tokenizer or image processor of a model.
 
     Args:
-        data: the settings of the data.
-        spec: the model.
-        key: the setting or option that names the model, for the error message.
-        other: how to name another model, for the error message.
+        data: settings of the data.
+        spec: settings of the model.
+        key: the setting or option of the model, for error messages.
+        other: syntax to choose another model, for error messages.
 
     Raises:
         ConfigError: the package with the model is not installed.
@@ -33,5 +33,5 @@ def load_reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any
 
 
 def count_token_ids(tokenizer: Any) -> int:
-    """Return the least number of token ids that a model of this tokenizer embeds; ids may have gaps."""
+    """Return the minimum number of embeddings for this tokenizer: its largest token id plus 1."""
     return 1 + int(max(tokenizer.get_vocab().values(), default=0))

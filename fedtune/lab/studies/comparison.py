@@ -1,4 +1,4 @@
-"""A comparison: which runs it consists of, and their scores on the same records as sentences, tables and JSON."""
+"""Comparison of several runs on the same records, with results as sentences, tables and JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import compose_run
-from fedtune.api.public import Callback, stages
+from fedtune.api.public import Callback, report_stages_to
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, read_column_values
 from fedtune.evaluation.bootstrap import (
@@ -34,19 +34,19 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
 
 Kind = Literal["alone", "federated", "pooled", "run", "own"]
-NO_PRIVACY = ", no privacy"  # behind the name of a run without any
+NO_PRIVACY = ", no privacy"  # suffix of the names of runs without privacy
 AT_SITES = "by site"
-_MOST_NAMED = 8  # pairs and groups that are named in a sentence
+_MOST_NAMED = 8  # maximum number of names in a sentence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One run of a comparison."""
+    """A run in a comparison."""
 
-    name: str  # what tables call it
-    kind: Kind  # who took part; "run" for one that was there already, and "own" for a site's own adapter
+    name: str  # name in tables
+    kind: Kind  # participants; "run": existing run; "own": personalized adapter
     run: SearchTrial
-    site: str | None = None  # the one that trained alone, or whose own adapter it is
+    site: str | None = None  # site of a single-site run or personalized adapter
 
     @property
     def private(self) -> bool:
@@ -54,28 +54,35 @@ class Line:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes of adapters sent in both directions; 0 if no adapter is shared."""
+        """Size of all transferred adapters in bytes; 0 without a federation."""
         if self.run.result is None or self.kind in ("alone", "pooled"):
             return 0
         return sum(one.bytes_down + one.bytes_up for one in self.run.result.rounds)
 
 
 def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequence[Kind]) -> list[Line]:
-    """Plan the runs of a comparison over one experiment, the federation first, each with its state on disk.
+    """Plan the runs of a comparison for an experiment, starting with the federation, with their state on disk.
+
+    Args:
+        words: overrides of the experiment.
+        without_privacy: whether to repeat every run without privacy.
+        leave_out: kinds of runs to omit.
 
     Raises:
-        ConfigError: the experiment cannot be compared this way, or no run is left.
+        ConfigError: the experiment cannot be compared, or all runs are omitted.
     """
     asked = compose_run(words)
     if asked.runtime.kind == "deployment":
-        raise ConfigError("runtime", "deployment", "is for real sites: no site's records can be pooled there")
+        raise ConfigError(
+            "runtime", "deployment", "cannot be compared: real sites' records cannot be pooled; use a simulation"
+        )
     if asked.resume is not None:
         raise ConfigError("resume", asked.resume, "conflicts with compare: repeat the same command to resume it")
     if asked.federation.participants:
-        bound = "must be empty to compare: each site runs alone, and all of them together"
+        bound = "must be empty to compare, because the comparison includes runs of each site and of all sites"
         raise ConfigError("federation.participants", list(asked.federation.participants), bound)
     if asked.runtime.sites_dir is not None:
-        bound = "must be null to compare: every run would be charged to the same sites"
+        bound = "must be null to compare: otherwise all runs are charged to the same sites"
         raise ConfigError("runtime.sites_dir", asked.runtime.sites_dir, bound)
     kinds: list[tuple[Kind, str | None]] = [("federated", None)]
     if asked.federation.num_sites > 1:
@@ -122,14 +129,14 @@ def _list_participant_settings(asked: RunConfig, kind: Kind, site: str | None) -
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Several models scored side by side."""
+    """Scores of several models, with tables, sentences and JSON."""
 
-    lines: Sequence[Line]  # the runs; the first is the one that the others are compared with
-    means: Mapping[str, Sequence[str]]  # names of models that are means of several, by the runs that they are of
-    sides: SideBySide  # their scores
-    groups: Mapping[str, GroupScores]  # scores by group, by what the groups are called
-    data: str | None  # the file that was scored; None: the runs' own test records, or a site's held-out ones
-    notes: Sequence[str]  # what else must be said
+    lines: Sequence[Line]  # the runs; the first is the reference
+    means: Mapping[str, Sequence[str]]  # name of a mean -> names of the averaged runs
+    sides: SideBySide  # scores
+    groups: Mapping[str, GroupScores]  # column of the groups -> scores by group
+    data: str | None  # evaluation file; None: test records, or a site's held-out records
+    notes: Sequence[str]  # additional notes
 
     @property
     def main(self) -> str:
@@ -137,7 +144,7 @@ class Compared:
 
     @property
     def models(self) -> list[str]:
-        """Model names in table order, starting with the model before training."""
+        """Model names in table order, starting with the base model."""
         return [*self.sides.measured, *self.means]
 
     @property
@@ -201,14 +208,14 @@ class Compared:
 
     @property
     def _runs_alone(self) -> Mapping[str, str]:
-        """By site, the name of its own run alone, with the same privacy as the main run."""
+        """Names of the single-site runs with the same privacy as the main run, by site."""
         first = self.lines[0]
         return {str(one.site): one.name for one in self.lines if one.kind == "alone" and one.private == first.private}
 
     def _compare_with_alone(self) -> Iterator[str]:
-        """Yield the sentence that compares the federation with each site alone.
+        """Yield the sentence that compares the federation with each single-site run.
 
-        Uses each site's own test records if they are known, otherwise all records.
+        Uses the site's own test records if the records are grouped by site, otherwise all records.
         """
         at_sites, each = self.groups.get(AT_SITES), dict[str, Comparison]()
         for site, name in self._runs_alone.items():
@@ -235,9 +242,10 @@ class Compared:
         yield f"The smallest group is {name} ({count}): {_format_estimate(found.scores[name][self.main])}."
 
     def _compare_personalized_adapters(self) -> dict[str, dict[str, Comparison]]:
-        """Compare each personalized adapter with the site's alternatives: {alternative: {site: comparison}}.
+        """Compare each personalized adapter with the site's alternatives, on its own records if grouped by site.
 
-        Uses the site's own records if the scores are grouped by site.
+        Returns:
+            alternative -> site -> comparison.
         """
         at_sites, found = self.groups.get(AT_SITES), dict[str, dict[str, Comparison]]()
         for beside, own in _iter_personalized_pairs(self.lines, base=self.models[0]):
@@ -288,7 +296,7 @@ class Compared:
     def _group_section(self, title: str, found: GroupScores) -> Section:
         """Build the table of scores by group.
 
-        Groups by site are compared with the site's own run alone, other groups with the model before training.
+        Groups by site are compared with the single-site run, other groups with the base model.
         """
         base, groups = self.models[0], found.groups
         alone = {
@@ -401,11 +409,18 @@ def score_side_by_side(
     by: str | None,
     smallest: int,
     records: Sequence[Record] | None = None,
-    progress: Callback = lambda told: None,
+    progress: Callback = lambda progress: None,
 ) -> Compared:
-    """Score runs on `data`, on the first run's test records, or on a site's own `records`, in total and by group.
+    """Score runs on the same records, in total and by group.
 
-    `finished` contains the settings and the adapter folder for each run; a group has at least `smallest` units.
+    Args:
+        lines: the runs of the comparison.
+        finished: configuration and adapter folder of each run.
+        data: a file to score on; None: `records`, or the first run's test records.
+        by: the column of the groups; None: no groups.
+        smallest: minimum number of units of a group.
+        records: a site's own held-out records.
+        progress: callback for progress.
     """
     from fedtune.runs.model_comparison import compare_runs
     from fedtune.sites.run_records import assign_sites
@@ -416,7 +431,7 @@ def score_side_by_side(
         if len(names) > 1:
             means[f"alone, mean of {len(names)}{suffix}"] = names
     runs = dict(zip((line.name for line in lines), finished, strict=True))
-    sides = compare_runs(runs, file=data, records=records, means=means, progress=stages(progress))
+    sides = compare_runs(runs, file=data, records=records, means=means, progress=report_stages_to(progress))
     first, main = finished[0][0], lines[0].name
     base, notes = next(iter(sides.measured)), []
     pairs = [(name, main) for name in sides.measured if name != main]
@@ -441,7 +456,7 @@ def score_side_by_side(
 
 
 def _iter_personalized_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]]:
-    """Yield each site's personalized adapter with every alternative open to that site, the base included."""
+    """Yield (alternative, personalized adapter) for all sites; alternatives include the base model."""
     for own in (line for line in lines if line.kind == "own" and line.site):
         others = [line.name for line in lines if line.kind != "own" and line.site in (None, own.site)]
         yield from ((beside, own) for beside in (base, *others))
@@ -479,10 +494,10 @@ def _format_estimate(estimate: Estimate) -> str:
 
 
 def format_change(found: Comparison) -> tuple[str, str, str]:
-    """Format a comparison: the difference, its interval, and the verdict on the second model."""
+    """Format a comparison as difference, interval, and verdict on the second model."""
     return f"{found.difference.value:+z.4f}", _format_interval(found.difference, sign="+"), found.verdict
 
 
 def format_with_interval(found: Comparison) -> str:
-    """Format the difference between two models with its interval."""
+    """Format the difference between two models, with its interval in brackets."""
     return "{} ({})".format(*format_change(found))

@@ -1,4 +1,4 @@
-"""Simulations on records in memory: what `data init` detects in a file is detected in them, and the run begins."""
+"""Simulations on in-memory records, with the same detection of task and columns as `fedtune data init`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedtune.api import public
 from fedtune.api.compose import Recipe, Settings, compose_recipe, compose_run, quote_word, require_known_settings
 from fedtune.api.experiment_file import is_path
-from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, make_own_settings, round_down, write_private_files
+from fedtune.api.memory import DETECTED, TRAIN_FILE, Data, build_in_memory_settings, round_down, write_private_files
 from fedtune.api.public import Callback, Run
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.data.partition import group_by_user
@@ -38,36 +38,45 @@ def simulate(
     sites: Mapping[str, Data] | None = None,
     validation: Data = None,
     test: Data = None,
-    progress: Callback | Literal[True] = lambda told: None,
+    progress: Callback | Literal[True] = lambda progress: None,
     session: Session | None = None,
 ) -> Run:
-    """Run a federation on this machine to its end: simulated sites, each with its own ledger and DP-SGD.
+    """Simulate a federation on this machine: every site trains with DP-SGD and keeps its own ledger.
 
-    The run's folder is `tracking.output_dir`/`name`, by default a timestamp below runs/.  After an interrupt,
-    `simulate(settings={"resume": folder})` resumes the run, with the same `sites`, `validation` and `test` if there
-    were any; every round that was charged stays charged.  A public stage (`public.train_file`) runs first, in a sibling
-    folder whose name ends in -public; if it is interrupted, the same call resumes it.
+    The run's folder is `tracking.output_dir`/`name`; the default name is a timestamp, below runs/.  After an
+    interrupt, `simulate(settings={"resume": folder})` resumes the run, with the same `sites`, `validation` and `test`
+    as in the first call; rounds that were charged before the interrupt stay charged.  A public stage
+    (`public.train_file`) runs first, in a sibling folder whose name ends in -public; repeating the call resumes an
+    interrupted public stage.
 
-    Records in memory may be a data frame of pandas or polars, an Arrow table, a data set of Hugging Face, a mapping
-    from column to values, a list of dicts, or (X, y) as in scikit-learn (columns x0, x1, ... and label, or target if y
-    has floats).  They are checked like files, and messages name the site.  While the run is in progress, they are in
+    Supported in-memory records: pandas and polars data frames, Arrow tables, Hugging Face datasets, mappings from
+    column to values, lists of dicts, and scikit-learn's (X, y), whose columns are x0, x1, ... and label (target for a
+    float y).  They are validated like files, and error messages name the site.  During the run, the records are in
     temporary files that only this user can read.
 
-    Without a recipe, the task and the columns are detected as by `fedtune data init`.  Labels and the longest text then
-    come from the records, and so do `data.declared_sizes` unless you set them; all of these become public.  Without
-    `validation` or `test`, shares of the sites' records are used for scores, and not for training.
+    Without a recipe, task and columns are detected as by `fedtune data init`.  The labels, the maximum length and,
+    unless they are set, `data.declared_sizes` are then derived from the records and become public.  Without
+    `validation` or `test`, a fraction of the sites' records is held out for evaluation.
+
+    Guarantee: (epsilon, delta)-DP per site for everything that the sites release, as `Run.privacy` states, unless the
+    settings turn privacy off.  Values that are derived from the records (see above) are not covered.
 
     Args:
-        recipe: the experiment to run; None: detected from `sites`, or else the default, four banks on Banking77.
-        settings: overrides of the recipe's settings, by dotted key; and options of groups by the group's name, as in
-            `{"model": "smollm2_135m"}`.
-        sites: the records of each site, by its name; None: the files that the recipe names.
-        validation: the lead's own records, scored after each round; only with `sites`.
-        test: the lead's own records, scored before and after the run; only with `sites`.
-        progress: called during the run, in this thread; an exception that it raises ends the run like an interrupt.
-            True: print the command line's output and progress bar to standard error.  `print`: print each `Progress`.
-        session: keeps the loaded model and its precomputed states for the next run with this session; None: keep
-            nothing.
+        recipe: the experiment to run; None: detected from `sites`; without `sites`, the default experiment (four banks
+            on Banking77).
+        settings: overrides of the recipe's settings by dotted key, and options of config groups by the group's name,
+            such as `{"model": "smollm2_135m"}`.
+        sites: the records by site name; None: the recipe's files.
+        validation: the lead's records, scored after each round; requires `sites`.
+        test: the lead's records, scored before and after the run; requires `sites`.
+        progress: callback for progress, called in this thread; an exception in the callback interrupts the run.
+            True: show a progress bar, below the cell in a notebook, otherwise on standard error.
+            `print`: print each `Progress`.
+        session: cache for the loaded model and its precomputed hidden states, reused by the next run with this
+            session; None: no cache.
+
+    Returns:
+        The finished run.
 
     Raises:
         ValueError: a setting, the records or the model cannot be used; nothing was trained or charged.
@@ -76,7 +85,7 @@ def simulate(
     said = {str(key): value for key, value in (settings or {}).items()}
     if sites is None:
         if validation is not None or test is not None:
-            raise ConfigError("sites", NOT_GIVEN, "is missing: validation= and test= need the sites' records, too")
+            raise ConfigError("sites", NOT_GIVEN, "is missing: validation= and test= require sites=")
         return public.simulate(recipe, said, progress=progress, session=session)
     with write_private_files(sites, validation=validation, test=test) as folder:
         names = [str(site) for site in sites]
@@ -91,10 +100,10 @@ def simulate(
 def _complete_settings(
     recipe: Recipe | None, said: dict[str, Any], sites: list[str], given: Mapping[str, bool], folder: Path
 ) -> tuple[Recipe | None, dict[str, Any]]:
-    """Return the recipe and all settings of a run on the records in `folder`."""
+    """Return the recipe and the complete settings of a run on the in-memory records in `folder`."""
     named = said.pop("experiment", None) if recipe is None else recipe
     is_shipped = isinstance(named, str) and not is_path(named)
-    own = make_own_settings(said, of_recipe=is_shipped, **given)
+    own = build_in_memory_settings(said, of_recipe=is_shipped, **given)
     is_detected = named is None
     if is_detected:
         require_known_settings(said)
@@ -109,17 +118,17 @@ def _complete_settings(
 
 
 def _measure_sites(config: RunConfig) -> list[int]:
-    """Return the number of records, or of users, that each site trains on, rounded down."""
+    """Return each site's number of training records (or users, for unit "user"), rounded down."""
     by_user = config.privacy.unit == "user"
     sites = partition_run_records(config).sites
     return [round_down(len(group_by_user(one.training)) if by_user else len(one.training)) for one in sites]
 
 
 def _require_same_sites(folder: Path, sites: list[str]) -> None:
-    """Require that a run to resume or renew was made on records in memory, at these sites."""
+    """Check that the run to resume or renew used in-memory records of the same sites."""
     known = read_saved_config(folder)
     if known.data.train_file != TRAIN_FILE:
-        bound = f"must be left out: the run reads data.train_file = {known.data.train_file}"
+        bound = f"must be omitted: the run reads data.train_file = {known.data.train_file}"
         raise ConfigError("sites", sites, bound)
     if set(sites) != set(known.federation.names):
         raise ConfigError("sites", sites, f"must name the sites of the run: {', '.join(known.federation.names)}")
@@ -127,7 +136,7 @@ def _require_same_sites(folder: Path, sites: list[str]) -> None:
 
 @contextmanager
 def _explain_for_python() -> Iterator[None]:
-    """Replace the options of `fedtune data init` in errors by the settings that choose the same."""
+    """Replace options of `fedtune data init` in error messages by the equivalent settings."""
     named = list[str]()
 
     def name_setting(option: re.Match[str]) -> str:
@@ -145,18 +154,18 @@ def _explain_for_python() -> Iterator[None]:
 
 
 def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> tuple[str, dict[str, Any]]:
-    """Write an experiment for records in memory, as `fedtune data init` does for a file.
+    """Detect an experiment for in-memory records and write its file, as `fedtune data init` does for data files.
 
     Args:
         folder: the folder of `fedtune.api.memory.write_private_files`.
-        settings: the caller's settings; columns, privacy unit and model are obeyed by the detection.
+        settings: the caller's settings; the detection respects their columns, privacy unit and model.
         num_sites: the number of sites.
 
     Returns:
-        The experiment file, and the settings that it does not contain yet.
+        The path of the experiment file, and the caller's settings without those that are in the file.
 
     Raises:
-        DataError: the records are unsuitable, or ambiguous: set `data.columns`, or give a recipe.
+        DataError: the records are unsuitable, or their columns are ambiguous.
     """
     records, file = (folder / name for name in DETECTED)
     for path in (records, file):
@@ -178,7 +187,7 @@ def suggest_experiment(folder: Path, settings: Settings, *, num_sites: int) -> t
         raise DataError("sites", "no records", f"must have rows that a run can use: {plan.left_out}")
     plan = replace(plan, model=model if isinstance(model, str) else None, model_path=of_model.get("model.path"))
     file.write_text(render_experiment(found, plan, file=file), encoding="utf-8")
-    is_integral = len(known) == len(chosen)  # then the file has the caller's columns, and those that were detected
+    is_whole = len(known) == len(chosen)  # True: the file contains the caller's columns
     return str(file), {
-        key: value for key, value in settings.items() if not (is_integral and f"{key}.".startswith(_COLUMNS))
+        key: value for key, value in settings.items() if not (is_whole and f"{key}.".startswith(_COLUMNS))
     }

@@ -1,4 +1,4 @@
-"""Personalized adapters: training, scoring against the base, shared and local-only models, and a summary in words."""
+"""Training of personalized adapters, and their comparison with base, shared and local-only models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.public import Callback, Run, stages
+from fedtune.api.public import Callback, Run, report_stages_to
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE
 from fedtune.formatting import format_score_name, pluralize
@@ -25,33 +25,37 @@ OWN, SHARED, ALONE = "own", "shared", "alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Personalized:
-    """A site's personalized adapter and its comparison on records that neither trained nor selected it."""
+    """A site's personalized adapter, with its comparison on the site's test records."""
 
-    folder: Path  # that holds the adapter, with its settings and its card
-    passes: int  # over its training records; 0 where the shared adapter was the best
-    seen: bool  # whether the shared adapter was trained on the records that are scored: the run held nothing out
-    sides: ComparedModels  # the models "base", "alone" (trained like it, from where the run began), "shared" and "own"
+    folder: Path  # folder of the adapter, its settings and its model card
+    passes: int  # number of training epochs; 0 if the shared adapter was best
+    seen: bool  # whether the shared adapter was trained on the test records, because the run held out no records
+    sides: ComparedModels  # models "base", "alone" (same training from the run's starting point), "shared" and "own"
 
 
 def personalize(
-    run: Run, sites: Sequence[str] = (), *, progress: Callback = lambda told: None
+    run: Run, sites: Sequence[str] = (), *, progress: Callback = lambda progress: None
 ) -> dict[str, Personalized]:
-    """Personalize a run's final adapter for simulated sites, by further training without noise.
+    """Train personalized adapters for simulated sites without noise, starting from a run's final adapter.
 
-    Each personalized adapter is written to `private_to_SITE` in the run's folder, which `load` accepts.  Its benefit
-    for the site is `sides.comparison("shared", "own")`, with a paired interval (95 %) on records that neither trained
-    nor selected it.
+    A personalized adapter is written to `private_to_SITE` in the run's folder, which `load` accepts.
+    `sides.compare_models("shared", "own")` is its benefit for the site, with a paired 95 % bootstrap interval on
+    records that were used neither for training nor for selection.
 
-    Guarantee: none for the site's records.  Nothing is charged, no run starts from it, and it must not leave the site.
+    Guarantee: none for the site's records.  Nothing is charged, no run can start from a personalized adapter, and it
+    must not leave its site.
 
     Args:
         run: a finished simulation.
         sites: sites of the run; empty: all sites.
-        progress: called during training, in this thread.
+        progress: callback for progress, called in this thread.
+
+    Returns:
+        The personalized adapter by site.
 
     Raises:
         ValueError: the run is not finished or uses real sites, or a site has too few records.
-        RunError: a site's record of its personalized adapters is damaged.
+        RunError: a site's own_adapters.json is damaged.
     """
     parts, adapter = split_site_records(run.config, sites), run.adapter
     from fedtune.sites.virtual_site import VirtualSites
@@ -66,13 +70,13 @@ def personalize(
 
 
 def split_site_records(config: RunConfig, sites: Sequence[str] = ()) -> dict[str, Parts]:
-    """Split the records of simulated sites by purpose, with the checks of `personalize`.
+    """Split the records of simulated sites into training, validation and test records for `personalize`.
 
     Raises:
-        ConfigError: the run uses real sites, or has no such site.
+        ConfigError: the run uses real sites, or does not have one of the `sites`.
     """
     if config.runtime.kind == "deployment":
-        bound = "has real sites, whose records are not here: use fedtune site personalize at a site"
+        bound = "is a run over real sites: use fedtune site personalize at a site"
         raise ConfigError("run", config.name, bound)
     for site in sites:
         check_one_of("SITE", site, config.federation.active)
@@ -96,7 +100,7 @@ def make_personalized(
     progress: Callback,
     lenient: bool = False,
 ) -> Personalized:
-    """Train a site's personalized adapter in `into`, and score it against the shared adapter and training alone."""
+    """Train a site's personalized adapter in `into`, and compare it with the shared adapter and a local baseline."""
     from fedtune.api.compared_models import ComparedModels
     from fedtune.lab.personalization import personalize as train
     from fedtune.report.page.render import render_personalized_label
@@ -114,15 +118,15 @@ def make_personalized(
             beside_ledger=beside_ledger,
             label=render_personalized_label(site, config.name),
             lenient=lenient,
-            progress=stages(progress),
+            progress=report_stages_to(progress),
         )
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
         sides = compare_runs({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)
-    return Personalized(folder=into, passes=passes, seen=parts.seen, sides=ComparedModels.from_scored(sides))
+    return Personalized(folder=into, passes=passes, seen=parts.seen, sides=ComparedModels.from_side_by_side(sides))
 
 
-def sections(made: Mapping[str, Personalized]) -> list[Section]:
-    """Build the tables that compare personalized adapters with the other models."""
+def build_personalized_sections(made: Mapping[str, Personalized]) -> list[Section]:
+    """Build the comparison tables of personalized adapters."""
     rows, notes = [], []
     for site, one in made.items():
         sides, score = one.sides, one.sides.primary_metric
@@ -140,8 +144,8 @@ def sections(made: Mapping[str, Personalized]) -> list[Section]:
     return [Section(title=title, headings=headings, rows=rows, words={0}, notes=notes), folders]
 
 
-def to_json(made: Mapping[str, Personalized]) -> dict[str, Any]:
-    """Return the comparison of personalized adapters as JSON."""
+def convert_personalized_to_json(made: Mapping[str, Personalized]) -> dict[str, Any]:
+    """Convert the comparison of personalized adapters to JSON values."""
     sites = {}
     for site, one in made.items():
         sides = one.sides

@@ -1,9 +1,9 @@
-"""A search over settings: trials whose total price is computed and checked against the budgets before the first starts.
+"""Hyperparameter search with a total privacy cost that is checked against the budgets before the first trial.
 
-`fedtune.privacy.selection` derives the price.  Scores on the lead's own validation file select the best trial and guide
-TPE; they cost nothing, because that file contains no record of a site.  All trials share one ledger per simulated site;
-without `runtime.sites_dir` the sites are new, with a budget equal to the price.  Trials depend only on settings, seeds
-and scores, so repeating a search draws the same trials, resumes it, and charges nothing twice.
+`fedtune.privacy.selection` computes the price.  Scores on the lead's validation file select the best trial and guide
+TPE; they have no privacy cost, because the file contains no site's records.  All trials share one ledger per simulated
+site; without `runtime.sites_dir` the sites are new, with a budget equal to the price.  Trials depend only on settings,
+seeds and scores, so a repeated search draws the same trials, resumes, and charges nothing twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedtune.api.compose import Searched, compose_run, split_searched
+from fedtune.api.compose import SearchedSetting, compose_run, split_search_space
 from fedtune.config import RunConfig, read_saved_config
 from fedtune.evaluation.bootstrap import get_score_direction
 from fedtune.extras import require_extra
@@ -50,38 +50,43 @@ if TYPE_CHECKING:
 Method = Literal["grid", "random", "tpe"]
 _NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # they change nothing that is learned
 _FILE = "search.json"
-_MOST_ENDS = 64  # combinations that are looked at before the first trial
+_MOST_ENDS = 64  # maximum number of validated combinations of extreme values
 _NOT_PRIVATE = "Nothing is promised: trials without noise are only for public records."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search, with everything that is known before its first trial."""
+    """A hyperparameter search, with its plans and price before the first trial."""
 
-    fixed: tuple[str, ...]  # the overrides that all trials have in common
-    asked: RunConfig  # the run that these give
-    searched: tuple[Searched, ...]  # the settings that trials differ in
+    fixed: tuple[str, ...]  # overrides of all trials
+    asked: RunConfig  # configuration of the fixed overrides
+    searched: tuple[SearchedSetting, ...]  # search space
     method: Method
-    trials: int | None  # how many were asked for; None: as many as a grid has
-    listed: tuple[Values, ...] = ()  # what each trial tries; empty where that follows from scores
-    shapes: tuple[RunConfig, ...] = ()  # trials as they are known, or else what they may look like
-    plans: tuple[Plan, ...] = ()  # of all trials
+    trials: int | None  # number of trials; None: the size of the grid
+    listed: tuple[Values, ...] = ()  # values of each trial; empty for TPE
+    shapes: tuple[RunConfig, ...] = ()  # configurations of the trials; for TPE, of extreme values
+    plans: tuple[Plan, ...] = ()  # plans of all trials
 
     @classmethod
     def from_overrides(cls, overrides: Sequence[str], method: Method, *, trials: int | None = None) -> Search:
-        """Draw the trials that can be drawn in advance, validate every trial known by now, and compute their plans.
+        """Draw trials in advance (except for TPE), validate them, and compute their plans.
+
+        Args:
+            overrides: settings, some with several values or an interval.
+            method: "random", "grid" or "tpe".
+            trials: number of trials; None: the size of the grid.
 
         Raises:
-            ConfigError: a setting cannot be searched, or the trials would differ in something that they must share.
+            ConfigError: a setting cannot be searched, or differs between trials although it must not.
         """
         if (method == "grid") != (trials is None):
             bound = "cannot be combined with --method grid" if method == "grid" else "is required"
             raise ConfigError("--trials", NOT_GIVEN, bound)
         if trials is not None:
             check_trials(trials)
-        fixed, searched = split_searched(overrides)
+        fixed, searched = split_search_space(overrides)
         if not searched:
-            raise ConfigError("KEY=VALUE", NOT_GIVEN, "must give a setting several values, as in lora.rank=4,8")
+            raise ConfigError("KEY=VALUE", NOT_GIVEN, "must contain a setting with several values, as in lora.rank=4,8")
         for one in searched:
             if one.key.split(".")[0] in _NOT_SEARCHED:
                 bound = "must have one value in a search: it does not affect training"
@@ -129,7 +134,7 @@ class Search:
 
     @cached_property
     def _number_format(self) -> str:
-        """The number format of all trials with `model.dtype=auto`: that of an earlier trial, or of a measurement."""
+        """Number format of all trials with `model.dtype=auto`, from an earlier trial or from a measurement."""
         from fedtune.sites.virtual_site import fix_number_format
 
         begun = (RunFolder(self.folder / name).config.parent for name in self.names)
@@ -137,7 +142,7 @@ class Search:
         return known or fix_number_format(self.asked, self.folder, alone=True).model.dtype
 
     def check_room(self) -> None:
-        """Refuse a search that exceeds the budgets of existing sites (`runtime.sites_dir`)."""
+        """Raise an error if the search exceeds the budgets of existing sites (`runtime.sites_dir`)."""
         if self.asked.runtime.sites_dir is None:
             return
         sites = self._create_sites(self.shapes[0])
@@ -154,7 +159,7 @@ class Search:
         sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
 
     def run(self, trials: Trials, work: Callable[[SearchTrial], RunResult] = run_quietly) -> None:
-        """Run every unfinished trial, add it to `trials`, and record the selected one."""
+        """Run all unfinished trials, add them to `trials`, and record the selected trial."""
         from fedtune.sites.virtual_site import build_covering_budget
 
         if not (self.folder / _FILE).exists():
@@ -194,10 +199,12 @@ class Search:
             same = json.loads(path.read_bytes())["search"] == self._build_identity()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError(
-                "name", name, f"is taken: {self.folder} exists and is not a search; choose another"
+                "name", name, f"is taken: {self.folder} exists and is not a search: choose another name"
             ) from None
         if not same:
-            raise ConfigError("name", name, f"is taken: {path} belongs to a search with other settings; choose another")
+            raise ConfigError(
+                "name", name, f"is taken: {path} belongs to a search with other settings: choose another name"
+            )
 
     def _build_identity(self) -> dict[str, Any]:
         kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
@@ -218,10 +225,10 @@ class Search:
                 bound = "must be the same in all trials: a ledger has one delta"
                 raise ConfigError("privacy.delta", shape.privacy.delta, bound)
             if shape.privacy.private != shapes[0].privacy.private:
-                bound = "must be the same in all trials: without noise nothing is bounded"
+                bound = "must be the same in all trials: a trial without noise makes epsilon infinite"
                 raise ConfigError("privacy", "none", bound)
         if len(set(map(build_comparability_key, shapes))) > 1:
-            bound = "must not change the task or the validation records, or scores cannot be compared"
+            bound = "must not change the task or the validation records, which makes scores incomparable"
             raise ConfigError("KEY=VALUE", ", ".join(one.key for one in self.searched), bound)
 
     def _create_sites(self, config: RunConfig) -> VirtualSites:
@@ -230,7 +237,7 @@ class Search:
         return VirtualSites.create(config, self.folder, config.plan())
 
     def _record_search(self, **more: Any) -> None:
-        """Write the search file; before the first trial, it claims the folder for this search."""
+        """Write the search file, which reserves the folder for this search."""
         about = {
             "schema_version": SCHEMA_VERSION,
             "search": self._build_identity(),
@@ -244,15 +251,13 @@ class Search:
             raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
 
     def _record_price(self, folder: Path, score: float | None = None) -> None:
-        """Write the search's total price into a folder, since every trial inherits it; `score`: that of the selected
-        trial.
-        """
+        """Write the search's total price, which every trial inherits, and the selected trial's `score` to a folder."""
         about = {"search": self.asked.name, "method": self.method, "primary_metric": self.asked.primary_metric}
         owed = Selection.from_price(self.price, self.plans, **about, score=score)
         write_durably(RunFolder(folder).selection, to_json_text(asdict(owed)).encode())
 
     def _record_selection(self, best: SearchTrial) -> None:
-        """Record the selected trial, after rewriting its report and card and those of a previous selection."""
+        """Record the selected trial, and rewrite its report and card and those of the previously selected trial."""
         from fedtune.report import model_card
 
         noted = json.loads((self.folder / _FILE).read_bytes()).get("picked")
@@ -269,14 +274,14 @@ class Search:
 
 
 def check_trials(trials: int) -> None:
-    """Require a valid number of trials."""
+    """Raise a ConfigError for an invalid number of trials."""
     check_at_least("--trials", trials, 1)
     check_at_most("--trials", trials, MOST_TRIALS)
 
 
 def _check_searchable(asked: RunConfig) -> None:
     if asked.runtime.kind == "deployment":
-        bound = "is not available for real sites, which decide on each run: search on public data, or simulate"
+        bound = "is not available for real sites, which decide on each run: search in a simulation or on public data"
         raise ConfigError("runtime", "deployment", bound)
     if asked.resume is not None:
         raise ConfigError("resume", asked.resume, "conflicts with a search: repeat the same command to resume it")
@@ -289,10 +294,10 @@ def _check_searchable(asked: RunConfig) -> None:
 
 
 def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
-    """Return the common plan of all trials when their values are not known in advance (TPE).
+    """Return the common plan of all trials for TPE, which chooses values later.
 
     Raises:
-        ConfigError: a searched setting changes the cost of a trial.
+        ConfigError: a setting in the search space changes the cost of a trial.
     """
     plan = shapes[0].plan()
     for values, shape in zip(tried, shapes, strict=True):
@@ -304,7 +309,7 @@ def _find_common_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> P
 
 
 def build_price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
-    """Build the table of the price, shown before the first trial."""
+    """Build the table of the search's price, for display before the first trial."""
     if not price.private:
         return Section(title="Price of the search", notes=[_NOT_PRIVATE])
     rows = [
@@ -325,22 +330,22 @@ def _describe_promise(price: SearchPrice) -> str:
     return f"All trials together: {bound}, at every site."
 
 
-def draw_random_trials(searched: Sequence[Searched], *, seed: str, number: int) -> list[Values]:
-    """Draw independent trials from the same distribution, with a separate seed for each."""
+def draw_random_trials(searched: Sequence[SearchedSetting], *, seed: str, number: int) -> list[Values]:
+    """Draw independent, identically distributed trials, each with its own seed."""
     optuna = _import_optuna()
     spaces = {one.key: _make_distribution(one) for one in searched}
     trials = []
     for place in range(number):
-        # One seed for each, so that one trial's values say nothing about its place among them.
+        # Independent seeds: a trial's values are independent of its index.
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=_derive_seed(seed, place)))
         trials.append(_format_values(searched, study.ask(spaces).params))
     return trials
 
 
 class Tpe:
-    """Optuna's tree-structured Parzen estimator; a third of the trials, at most ten, are random at first."""
+    """Optuna's tree-structured Parzen estimator; the first third of the trials (at most ten) is random."""
 
-    def __init__(self, searched: Sequence[Searched], *, seed: str, number: int) -> None:
+    def __init__(self, searched: Sequence[SearchedSetting], *, seed: str, number: int) -> None:
         optuna = _import_optuna()
         first = max(1, min(10, number // 3))
         sampler = optuna.samplers.TPESampler(seed=_derive_seed(seed, 0), n_startup_trials=first)
@@ -353,12 +358,12 @@ class Tpe:
         return _format_values(self._searched, self._trial.params)
 
     def tell(self, score: float | None) -> None:
-        """Report the score of the latest trial, where larger is better; None: it has no score."""
+        """Report the score of the latest trial (higher is better); None for a trial without a score."""
         self._study.tell(self._trial, score, state=self._failed if score is None else None)
 
 
-def combine_extreme_values(searched: Sequence[Searched]) -> list[Values]:
-    """Combine all listed values and interval ends, or vary one setting at a time if the combinations are too many."""
+def combine_extreme_values(searched: Sequence[SearchedSetting]) -> list[Values]:
+    """Combine all choices and interval ends; with too many combinations, vary one setting at a time."""
     values = {one.key: one.choices or (_format_number(one, one.low), _format_number(one, one.high)) for one in searched}
     if math.prod(map(len, values.values())) <= _MOST_ENDS:
         return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
@@ -370,21 +375,21 @@ def _derive_seed(seed: str, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} values {place}".encode()).digest()[:4], "big")
 
 
-def _format_values(searched: Sequence[Searched], values: Mapping[str, Any]) -> Values:
+def _format_values(searched: Sequence[SearchedSetting], values: Mapping[str, Any]) -> Values:
     return {one.key: str(values[one.key]) if one.choices else _format_number(one, values[one.key]) for one in searched}
 
 
-def _format_number(one: Searched, value: float) -> str:
-    """Format a drawn value; four significant digits are enough to tell trials apart."""
-    return str(value) if one.is_integral else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
+def _format_number(one: SearchedSetting, value: float) -> str:
+    """Format a sampled value with four significant digits."""
+    return str(value) if one.is_integer else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
 
 
-def _make_distribution(one: Searched) -> BaseDistribution:
+def _make_distribution(one: SearchedSetting) -> BaseDistribution:
     from optuna import distributions
 
     if one.choices:
         return distributions.CategoricalDistribution(one.choices)
-    if one.is_integral:
+    if one.is_integer:
         return distributions.IntDistribution(int(one.low), int(one.high), log=one.log)
     return distributions.FloatDistribution(one.low, one.high, log=one.log)
 

@@ -1,6 +1,6 @@
-"""Several runs, one after the other, and their table; only validation scores determine the best.
+"""Sweeps of several runs with a table of results; the best run is selected by validation score only.
 
-Selecting a run by its test score would bias that score, because the same records would select and evaluate it.
+Selection by test score would bias the test score, because the same records would select and evaluate the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fedtune.api.compose import MOST_RUNS, Searched, compose_run, override_key, override_value, split_searched
+from fedtune.api.compose import (
+    MOST_RUNS,
+    SearchedSetting,
+    compose_run,
+    parse_override_key,
+    parse_override_value,
+    split_search_space,
+)
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import get_score_direction
 from fedtune.federation.lead import Scores
@@ -31,32 +38,32 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
-"""Of the CSV; the settings that differ follow, then what was spent, then the scores."""
+"""First columns of the CSV, before varied settings, spending and scores."""
 _IN_JSON = ("values", "state", "reason", "result")  # of a trial, as it has them
-_MOST_NAMED = 12  # runs that are named before the first one begins
+_MOST_NAMED = 12  # maximum number of runs listed before the first run starts
 
-Values = Mapping[str, str]  # of one run: the settings that differ between the runs with their values, as they are typed
+Values = Mapping[str, str]  # varied settings of a run and their values, as typed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchTrial:
-    """One of several runs, with its settings, state and result."""
+    """A run of a sweep or search, with its settings, state and result."""
 
     config: RunConfig
     folder: Path
-    values: Values = field(default_factory=dict)  # the settings that differ between the runs, as they were typed
-    earlier: bool = False  # whether it was finished before this command
-    error: BaseException | None = None  # what ended it early
-    result: RunResult | None = None  # what it came to so far; None: it has no run.json
-    # the epsilon of this trial of a search and all before it; None: the runs share no ledger
+    values: Values = field(default_factory=dict)  # varied settings, as typed
+    earlier: bool = False  # whether the run was finished before this command
+    error: BaseException | None = None  # error that ended the run
+    result: RunResult | None = None  # result so far; None without run.json
+    # cumulative epsilon of a search up to this trial; None if the runs do not share ledgers
     together: float | None = None
 
     @classmethod
     def from_config(cls, config: RunConfig, values: Values | None = None) -> SearchTrial:
-        """Read a run's state from disk: new, begun by the same command, or finished.
+        """Read a trial's state from disk: new, unfinished, or finished.
 
         Raises:
-            ConfigError: the name is taken by another run.
+            ConfigError: another run has the same name.
         """
         folder = Path(config.tracking.output_dir) / config.name
         if config.resume is None and folder.exists():
@@ -66,9 +73,7 @@ class SearchTrial:
         return cls(config=config, folder=folder, values=values or {}, earlier=result is not None, result=result)
 
     def run(self, work: Callable[[SearchTrial], RunResult]) -> SearchTrial:
-        """Run `work` and return the updated trial, with the error if it failed; a finished trial is returned
-        unchanged.
-        """
+        """Execute the trial with `work`, and return it with its result or error; skip a finished trial."""
         if self.earlier:
             return self
         try:
@@ -88,7 +93,7 @@ class SearchTrial:
     def reason(self) -> str:
         if self.state != "failed":
             return ""
-        # The text of an error that nobody foresaw may quote a record.
+        # The text of an unexpected error may contain a record.
         text = str(self.error) if isinstance(self.error, FedtuneError) else type(self.error).__name__
         return " ".join(text.split())
 
@@ -99,7 +104,7 @@ class SearchTrial:
 
     @property
     def validation(self) -> Scores:
-        """Scores of the run's kept adapter on the lead's validation records."""
+        """Validation scores of the run's final adapter on the lead's records."""
         if not (self.result and self.result.rounds):
             return {}
         kept = self.result.final.kept
@@ -111,11 +116,10 @@ class SearchTrial:
 
     @property
     def score(self) -> float | None:
-        """The validation score of a finished run that did not diverge; None if it may not be used to compare runs.
+        """Validation score for the selection of a run; None for unfinished or diverged runs, or without a score.
 
-        Scores on a simulation's own validation share, on which no site trains, may be used: a sweep only marks the best
-        run in a table that shows all scores.  A selection that a report states (`fedtune search`) requires a validation
-        file of the lead.
+        Includes scores on a simulation's held-out validation fraction, because a sweep only marks the best run in a
+        table with all scores.  A selection in a report (`fedtune search`) requires a validation file of the lead.
         """
         from fedtune.sites.data_warnings import scores_may_decide
 
@@ -126,16 +130,17 @@ class SearchTrial:
 
 
 def share_number_format(trials: Sequence[SearchTrial]) -> list[SearchTrial]:
-    """Give trials with `model.dtype=auto` the format of the first trial that has begun, so that scores are comparable.
+    """Set a common number format for trials with `model.dtype=auto`, so that their scores are comparable.
 
-    If none has begun, the first trial measures the format, and this process remembers the answer for the others.
+    The format is that of the first started trial.  Without a started trial, the first trial measures the format, and
+    the process caches it for the other trials.
     """
     begun = next((one.config.model.dtype for one in trials if one.config.resume is not None), "auto")
     return [replace(one, config=one.config.with_number_format(begun)) for one in trials]
 
 
 def describe_price(runs: Mapping[str, SearchTrial]) -> Iterator[str]:
-    """Describe how many runs are still to do and what each of them costs; nothing if all are finished."""
+    """Yield sentences about the number of unfinished runs and the price of each; none if all runs are finished."""
     if not (waiting := {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}):
         return
     names = [*waiting][:_MOST_NAMED]
@@ -155,14 +160,14 @@ def _format_range(values: Iterable[str]) -> str:
 
 
 def run_quietly(trial: SearchTrial) -> RunResult:
-    """Run a trial with `fedtune.simulate`, without output."""
+    """Simulate a trial without terminal output."""
     from fedtune.api.public import simulate
 
     return simulate(trial.config).result
 
 
 def build_comparability_key(config: RunConfig) -> tuple[Any, ...]:
-    """Return everything that runs must share for their validation scores to be comparable."""
+    """Build a key that is equal for runs with comparable validation scores."""
     data = config.data
     read = (tuple(sorted(data.columns.items())), data.on_bad_record, data.labels)
     # The records of a share follow from these.
@@ -175,7 +180,7 @@ def build_comparability_key(config: RunConfig) -> tuple[Any, ...]:
 
 
 def read_result(folder: Path, *, finished: bool = False) -> RunResult | None:
-    """Read the result of the run in `folder`; None if there is none or, with `finished`, if the run is not finished."""
+    """Read the result of the run in `folder`; None without a result or, with `finished`, for an unfinished run."""
     if not RunFolder(folder).result.is_file():
         return None
     from fedtune.report.from_run import read_run
@@ -185,15 +190,15 @@ def read_result(folder: Path, *, finished: bool = False) -> RunResult | None:
     return None
 
 
-def list_combinations(searched: Sequence[Searched]) -> list[Values]:
-    """Return every combination of values; those of the last setting change fastest.
+def list_combinations(searched: Sequence[SearchedSetting]) -> list[Values]:
+    """List all combinations of values; the last setting varies fastest.
 
     Raises:
         ConfigError: a setting has an interval instead of values, or there are too many combinations.
     """
     for one in searched:
         if not one.choices:
-            bound = "has infinitely many values, and all would be tried: list some, as in 0.001,0.01,0.1"
+            bound = "has infinitely many values: list values for a grid or a sweep, as in 0.001,0.01,0.1"
             raise ConfigError(one.key, f"{one.low:g} to {one.high:g}", bound)
     keys = [one.key for one in searched]
     if math.prod(len(one.choices) for one in searched) > MOST_RUNS:
@@ -203,7 +208,7 @@ def list_combinations(searched: Sequence[Searched]) -> list[Values]:
 
 @dataclass
 class Trials:
-    """Runs in order, and the CSV table of their results."""
+    """The trials of a sweep or search in order, and their CSV table."""
 
     table: Path
     fewest: int = 2  # scored runs among which one is called the best
@@ -212,11 +217,9 @@ class Trials:
 
     @classmethod
     def from_sweep(cls, overrides: Sequence[str], compose: Callable[[list[str]], RunConfig] = compose_run) -> Trials:
-        """Build one run per combination of comma-separated values; run names extend the sweep's name, unless it is
-        swept.
-        """
-        fixed, searched = split_searched(overrides)
-        given = [str(override_value(override)) for override in fixed if override_key(override) == "name"]
+        """Build one trial per combination of comma-separated values, named after the sweep unless `name` is swept."""
+        fixed, searched = split_search_space(overrides)
+        given = [str(parse_override_value(override)) for override in fixed if parse_override_key(override) == "name"]
         is_named = any(one.key == "name" for one in searched)
         name = given[-1] if given else make_default_run_name()
         trials = cls(Path(), again=(*overrides, *([] if given or is_named else [f"name={name}"])))
@@ -237,9 +240,7 @@ class Trials:
         return trials
 
     def run(self, work: Callable[[SearchTrial], RunResult] = run_quietly) -> None:
-        """Run every unfinished trial despite failures, then raise the first one; unexpected errors are raised
-        immediately.
-        """
+        """Run all unfinished trials, then raise the first error; unexpected errors are raised immediately."""
         try:
             for trial in share_number_format([*self.rows.values()]):
                 done = self.rows[trial.folder] = trial.run(work)
@@ -257,9 +258,7 @@ class Trials:
 
     @property
     def best(self) -> SearchTrial | None:
-        """The finished run with the best validation score; None if there are too few scores or they are not
-        comparable.
-        """
+        """The trial with the best validation score; None if there are too few scores, or they are not comparable."""
         scored = [(score, trial) for trial in self.rows.values() if (score := trial.score) is not None]
         if len(scored) < self.fewest or len({build_comparability_key(trial.config) for _, trial in scored}) > 1:
             return None
@@ -267,7 +266,7 @@ class Trials:
         return max(scored, key=lambda pair: sign * pair[0])[1]
 
     def _check_table(self) -> None:
-        """Refuse to overwrite a file that is not the table of these runs."""
+        """Raise an error if the table's path is a file that is not the table of these trials."""
         path = self.table
         if not path.exists():
             return
@@ -283,9 +282,7 @@ class Trials:
             raise ConfigError("name", path.stem, f"is taken: {path} {holds}; choose another")
 
     def write(self) -> None:
-        """Write the table of all runs that have begun, with full precision; nothing before the first run folder
-        exists.
-        """
+        """Write the table of all started trials with full precision; do nothing before the first trial starts."""
         if not any(folder.exists() for folder in self.rows):
             return
         best, lines = self.best, list[dict[str, Any]]()
@@ -378,9 +375,9 @@ def _list_trial_notes(trials: Sequence[SearchTrial], best: SearchTrial | None) -
         yield f"{pluralize(earlier, 'run')} had already finished, with the same settings."
     finished = [trial for trial in trials if trial.state == "finished"]
     if best is not None:
-        yield f"* best by validation {best.config.primary_metric}. Test scores must not choose: they would be too good."
+        yield f"* best by validation {best.config.primary_metric}. Selection by test score would bias the test score."
     elif len(finished) > 1 and not any(trial.validation for trial in finished):
-        yield "No run is marked as the best: none has validation records, and test scores must not decide."
+        yield "No run is marked as best: without validation records, selection by test score would be biased."
     elif len(finished) > 1 and not any(trial.score is not None for trial in finished):
         yield "No run is marked as the best: this requires a data.validation_file without training records."
     elif len(finished) > 1:

@@ -1,4 +1,4 @@
-"""Membership, sites and labels: each attack finds what memorizes, and nothing where there is nothing."""
+"""Attacks on membership, sites and labels: power against memorization, and no false positives."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,13 @@ from fedtune.lab.attack.known_attacks import (
     rank_records,
 )
 from fedtune.lab.attack.target import Scored
-from fedtune.lab.audit.record_attack import auroc
+from fedtune.lab.audit.record_attack import estimate_auroc
 
 CLASSES, WIDTH = 4, 12
 
 
 def score_records(count: int, *, memorized: float, hardness: float = 2.0, seed: int) -> Scored:
-    """Records of very different difficulty; `memorized` is added to the margin of a record that was trained on."""
+    """Return scores of records with very different difficulty; `memorized` is added to members' margins."""
     draws = np.random.default_rng(seed)
     classes = draws.integers(CLASSES, size=count)
     embeddings = draws.normal(size=(count, WIDTH)) + 1.5 * np.eye(WIDTH)[classes]
@@ -30,15 +30,15 @@ def score_records(count: int, *, memorized: float, hardness: float = 2.0, seed: 
     return Scored(before, losses, embeddings.astype(np.float32), classes, predicted)
 
 
-def test_lira_finds_members_that_the_loss_hides_behind_difficulty() -> None:
+def test_lira_beats_the_loss_attack_on_records_of_varying_difficulty() -> None:
     members, others = (score_records(400, memorized=gain, seed=seed) for seed, gain in ((0, 0.5), (1, 0.0)))
     rankings = rank_records(members, others, shadows=16, seed=0)
-    areas = {one.name: auroc(one.members, one.others, confidence=0.95)[0] for one in rankings}
+    areas = {one.name: estimate_auroc(one.members, one.others, confidence=0.95)[0] for one in rankings}
     assert areas["loss"] < 0.6
     assert areas["LiRA, head-only shadows"] > areas["loss"] + 0.05
 
 
-def test_membership_of_a_model_that_memorized_nothing_is_a_coin_toss() -> None:
+def test_membership_attack_without_memorization_has_auroc_one_half() -> None:
     members, others = (score_records(400, memorized=0.0, seed=seed) for seed in (2, 3))
     found = describe_membership(rank_records(members, others, shadows=16, seed=0), confidence=0.95, ceiling=0.9)
     assert found.low is not None
@@ -48,7 +48,7 @@ def test_membership_of_a_model_that_memorized_nothing_is_a_coin_toss() -> None:
     assert "chance alone explains that" in found.sentence
 
 
-def test_membership_of_a_model_that_memorized_all_is_found() -> None:
+def test_membership_attack_detects_full_memorization() -> None:
     members, others = (score_records(200, memorized=gain, seed=seed) for seed, gain in ((4, 6.0), (5, 0.0)))
     found = describe_membership(rank_records(members, others, shadows=8, seed=0), confidence=0.95, ceiling=None)
     assert found.strength is not None
@@ -56,7 +56,7 @@ def test_membership_of_a_model_that_memorized_all_is_found() -> None:
     assert "does not explain" in found.sentence
 
 
-def test_task_without_classes_is_attacked_by_losses_alone() -> None:
+def test_membership_attack_without_classes_uses_only_losses() -> None:
     plain = [
         Scored(one.before, one.after, one.embeddings[:, :0], np.full(50, -1), np.full(50, -1))
         for one in (score_records(50, memorized=0.0, seed=seed) for seed in (6, 7))
@@ -66,7 +66,7 @@ def test_task_without_classes_is_attacked_by_losses_alone() -> None:
 
 
 @pytest.mark.parametrize(("memorized", "told"), [(2.0, True), (0.0, False)])
-def test_site_is_told_by_the_mean_gain_of_its_records(memorized: float, told: bool) -> None:
+def test_site_inference_uses_the_mean_gain_of_site_records(memorized: float, told: bool) -> None:
     sites = {
         site: score_records(10 * GROUP, memorized=memorized, seed=seed).gain for seed, site in ((8, "a"), (9, "b"))
     }
@@ -80,7 +80,7 @@ def test_site_is_told_by_the_mean_gain_of_its_records(memorized: float, told: bo
     assert f"at least {2 * GROUP} records" in few.sentence
 
 
-def test_labels_are_guessed_better_only_of_memorized_records() -> None:
+def test_attribute_inference_succeeds_only_with_memorization() -> None:
     members, others = (score_records(400, memorized=gain, seed=seed) for seed, gain in ((11, 3.0), (12, 0.0)))
     found = describe_attribute(members, others, confidence=0.95)
     assert found.low is not None

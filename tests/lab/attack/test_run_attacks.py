@@ -1,4 +1,4 @@
-"""Bounds from the guarantee, beside attacks that are computed exactly; and what the findings write."""
+"""Bounds from the guarantee, compared with exact attacks, and the written findings."""
 
 import math
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_auroc_bound_is_just_above_the_best_attack_on_a_gaussian(noise: float) -
     assert bound_membership_auroc({GaussianDpEvent(0.0): 1}) is None
 
 
-def test_reconstruction_bound_holds_for_the_best_guess_among_many_and_grows_with_rounds() -> None:
+def test_reconstruction_bound_holds_for_the_optimal_guess() -> None:
     plan = replace(run_plan(), noise_multiplier=1.0, sampling_rate=1.0, local_steps=1, num_rounds=4)
     one, whole = (bound_reconstruction(plan, rounds=rounds) for rounds in (1, 4))
     for count, chance in one.items():
@@ -60,7 +60,7 @@ def test_reconstruction_bound_holds_for_the_best_guess_among_many_and_grows_with
         assert chance < (whole[count] or 1.0)
 
 
-def test_reconstruction_is_described_for_one_update_and_for_the_run() -> None:
+def test_reconstruction_finding_covers_single_updates_and_the_run() -> None:
     found = describe_reconstruction(run_plan())
     assert found.ceiling is not None
     assert 1e-4 < found.ceiling < 1
@@ -70,11 +70,11 @@ def test_reconstruction_is_described_for_one_update_and_for_the_run() -> None:
     assert (plain.ceiling, "no privacy guarantee" in plain.sentence) == (None, True)
 
 
-def test_site_membership_is_said_to_be_never_protected() -> None:
+def test_site_protection_sentence_denies_site_level_protection() -> None:
     assert "never protected" in describe_site_protection(run_plan(), 90)
 
 
-def test_secrets_are_ranked_among_alternatives_of_their_form() -> None:
+def test_secret_alternatives_have_the_same_format() -> None:
     planted = PlantedSecret({"text": "my code is 48-aB"}, "48-aB")
     draws = np.random.default_rng(0)
     for other, _ in zip(draw_alternatives(planted.secret, draws), range(50), strict=False):
@@ -88,7 +88,7 @@ def test_secrets_are_ranked_among_alternatives_of_their_form() -> None:
     assert "the most exposed one has 10.0 of 10.0 bits" in found.sentence
 
 
-def test_findings_are_written_in_full_and_the_page_escapes_them(tmp_path: Path) -> None:
+def test_attack_page_escapes_all_findings(tmp_path: Path) -> None:
     file, page = write_findings(FOUND, tmp_path)
     fields = parse_json(file.read_bytes(), key="attack.json", bound="must be an object")
     assert fields.pop("schema_version") == ATTACK_SCHEMA

@@ -1,4 +1,4 @@
-"""Audits of a tiny federation, and faults to be found in it."""
+"""Fixtures: audits of a tiny federation, and injected faults."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from fedtune.training import dp_step, users
 from ...conftest import Outcome, list_tiny_overrides, run_command
 
 Break = Callable[[str], None]
-"""Puts a named fault into the private step of this process."""
+"""Function that injects a named fault into the private step of this process."""
 BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
 
 
@@ -33,7 +33,7 @@ def remove_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def clip_by_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Users are sampled, and their records are clipped and added up one by one."""
+    """Inject a fault: records of sampled users are clipped individually."""
 
     def compute_gradients(self: Any, batch: Any) -> dict[str, torch.Tensor]:
         parts = [self._examples.compute_gradients(examples) for examples, _, _ in batch.parts()]
@@ -46,12 +46,12 @@ FAULTS = {"no noise": remove_noise, "no clipping": remove_clipping, "clipping by
 
 
 @pytest.fixture
-def break_it(monkeypatch: pytest.MonkeyPatch) -> Break:
+def inject_fault(monkeypatch: pytest.MonkeyPatch) -> Break:
     return lambda fault: FAULTS[fault](monkeypatch)
 
 
 def audit(*overrides: str, into: Path) -> tuple[Outcome, Audit, Path]:
-    """Outcome of `fedtune audit` on a run of seconds, what it found, and its folder."""
+    """Return a function that audits a tiny run, and returns outcome, findings and folder."""
     outcome = run_command("audit", *list_tiny_overrides("tracking=quiet", *overrides, into=into, name="audited"))
     found = read_audit(into / "audited")
     assert found is not None

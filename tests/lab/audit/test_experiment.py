@@ -1,4 +1,4 @@
-"""A whole audit: a sound run passes, broken ones are found, and what it writes says so."""
+"""Complete audits: correct runs pass, and faulty runs are detected."""
 
 import json
 from pathlib import Path
@@ -15,16 +15,16 @@ from fedtune.spec import RUN_SCHEMA, RunError
 from .conftest import BY_USER, Break, audit
 
 EVERY_TIME = ("privacy.sampling_rate=1.0", "audit.canaries=120")
-"""Each canary that is in is in every step, so that few of them show much."""
+"""Inserted canaries are in every step, so that few canaries are sufficient."""
 
 
 @pytest.fixture(scope="module")
 def sound_audit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Audit, Path]:
-    """Outcome, findings and folder of one audit of fedtune as it is."""
+    """Outcome, findings and folder of an audit of the correct implementation."""
     return audit(*EVERY_TIME, into=tmp_path_factory.mktemp("runs"))
 
 
-def test_audit_of_a_sound_run_passes(sound_audit: Any) -> None:
+def test_audit_passes_a_correct_run(sound_audit: Any) -> None:
     outcome, found, folder = sound_audit
     assert outcome.code == 0, outcome.err
     assert not found.exceeded
@@ -41,7 +41,7 @@ def test_audit_of_a_sound_run_passes(sound_audit: Any) -> None:
 
 
 @pytest.mark.nightly
-def test_audit_of_a_sound_user_level_run_passes(run_audit: Any) -> None:
+def test_audit_passes_a_correct_user_level_run(run_audit: Any) -> None:
     outcome, found, _ = run_audit(*EVERY_TIME, *BY_USER, "--json")
     assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(found.bounds)
     for bound in found.bounds:
@@ -58,8 +58,10 @@ def test_audit_of_a_sound_user_level_run_passes(run_audit: Any) -> None:
         ("clipping by record", (*BY_USER, "privacy.records_per_user=30")),
     ],
 )
-def test_audit_detects_a_broken_run(fault: str, overrides: tuple[str, ...], run_audit: Any, break_it: Break) -> None:
-    break_it(fault)
+def test_audit_detects_an_injected_fault(
+    fault: str, overrides: tuple[str, ...], run_audit: Any, inject_fault: Break
+) -> None:
+    inject_fault(fault)
     outcome, found, folder = run_audit(*EVERY_TIME, *overrides)
     message = outcome.failed(1)
     assert "the implementation or the claim is wrong" in message
@@ -74,9 +76,9 @@ def test_audit_detects_a_broken_run(fault: str, overrides: tuple[str, ...], run_
 
 
 @pytest.mark.nightly
-def test_audit_detects_a_broken_run_from_averages_alone(run_audit: Any, break_it: Break) -> None:
-    """Whoever is only sent each round's average, with plain steps; guesses and confidence are as asked."""
-    break_it("no noise")
+def test_audit_detects_an_injected_fault_from_averages(run_audit: Any, inject_fault: Break) -> None:
+    """The attacker sees only the average of each round; steps are plain SGD."""
+    inject_fault("no noise")
     asked = ("audit.sites=[site-2]", "audit.guesses=60", "audit.confidence=0.9", "privacy.noise_multiplier=8.0")
     _, found, _ = run_audit(*EVERY_TIME, "training=sgd", *asked)
     assert found.confidence == 0.9
@@ -105,8 +107,8 @@ def test_record_canary_audit_reports_membership_scores(run_audit: Any) -> None:
 
 
 @pytest.mark.nightly
-def test_audit_detects_a_memorizing_model(run_audit: Any, break_it: Break) -> None:
-    break_it("no noise")
+def test_audit_detects_a_memorizing_model(run_audit: Any, inject_fault: Break) -> None:
+    inject_fault("no noise")
     _, found, _ = run_audit(
         *("audit.kind=records", "audit.canaries=60", "privacy.sampling_rate=1.0", "privacy.noise_multiplier=20.0"),
         *("training.local_steps=25", "training.learning_rate=0.02", "model=random_bert"),

@@ -1,4 +1,4 @@
-"""Canaries go the way of records: sampled, clipped, noised, stepped; and nothing else changes."""
+"""Gradient canaries: sampling, clipping, noise and steps as for records, without other effects."""
 
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from .conftest import BY_USER, Break
 
 @pytest.fixture(scope="module")
 def make_participants(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The participants of a tiny run, which no test changes; keywords as for `tiny`."""
+    """Return a function that creates the participants of a tiny run; read-only."""
 
     @cache
     def make(*overrides: str) -> Participants:
@@ -46,7 +46,7 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
 
 
 def watch_canaries(run: Participants, canaries: int) -> Any:
-    """What became of so many canaries of the first site in its round."""
+    """Train a round with canaries at the first site, and return their scores."""
     attack = GradientAttack(run, AuditSpec(canaries=canaries), ["site-1"])
     with attack.observe_steps():
         train(run)
@@ -56,9 +56,9 @@ def watch_canaries(run: Participants, canaries: int) -> Any:
 @pytest.mark.by_day("user")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
 def test_each_canary_draw_adds_exactly_the_clip_norm(
-    make_participants: Any, break_it: Break, by_unit: tuple[str, ...]
+    make_participants: Any, inject_fault: Break, by_unit: tuple[str, ...]
 ) -> None:
-    break_it("no noise")
+    inject_fault("no noise")
     run = make_participants(*by_unit, "privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
     planted = watch_canaries(run, 200)
     steps = run.plan.local_steps
@@ -69,7 +69,7 @@ def test_each_canary_draw_adds_exactly_the_clip_norm(
     wanted[planted.coordinates[planted.inserted]] = steps
     assert planted.tally.total == pytest.approx(wanted, abs=1e-4)
     if by_unit:  # three records of a user that are clipped one by one show
-        break_it("clipping by record")
+        inject_fault("clipping by record")
         planted = watch_canaries(run, 50)
         assert planted.tally.total[planted.coordinates[planted.inserted]] == pytest.approx(3.0 * steps, abs=1e-4)
 
@@ -89,8 +89,8 @@ def test_noise_matches_the_plan_in_every_direction(make_participants: Any) -> No
     assert noise.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * len(noise)))
 
 
-def test_canaries_are_sampled_like_records(make_participants: Any, break_it: Break) -> None:
-    break_it("no noise")
+def test_canaries_are_sampled_like_records(make_participants: Any, inject_fault: Break) -> None:
+    inject_fault("no noise")
     run = make_participants("privacy.sampling_rate=0.3", "training.local_steps=10", "privacy.noise_multiplier=8.0")
     planted = watch_canaries(run, 2000)
     drawn = planted.tally.total[planted.coordinates[planted.inserted]].round()
@@ -123,7 +123,7 @@ def test_canary_coins_are_fresh_unless_seeded(make_participants: Any) -> None:
     assert draw_coins("runtime.seeded_noise=false") != draw_coins("runtime.seeded_noise=false")
 
 
-def test_watching_ends_after_the_audit(make_participants: Any) -> None:
+def test_optimizer_observation_ends_after_the_audit(make_participants: Any) -> None:
     run = make_participants()
     attack = GradientAttack(run, AuditSpec(canaries=10), ["site-1"])
     with attack.observe_steps():

@@ -1,21 +1,21 @@
-"""From scores to guesses; AUROC, hit rates at few false alarms, and their intervals."""
+"""Guesses from canary scores; AUROC and hit rates with confidence intervals."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from fedtune.lab.audit.guesses import compute_centered_ranks, compute_likelihood_ratios, count_right_guesses
-from fedtune.lab.audit.record_attack import auroc, estimate_hit_rate
+from fedtune.lab.audit.record_attack import estimate_auroc, estimate_hit_rate
 
 
-def test_surest_guesses_are_counted() -> None:
+def test_count_right_guesses_uses_the_strongest_evidence() -> None:
     evidence = np.array([5.0, -4.0, 3.0, -0.1, 0.2])
     inserted = np.array([True, False, False, True, True])
     assert count_right_guesses(evidence, inserted, guesses=3) == (5, 3, 2)
 
 
 def test_evidence_matches_the_exact_likelihood_ratio() -> None:
-    """Of one step that draws every canary: a normal against a shifted one."""
+    """A single step with all canaries: a normal distribution against a shifted one."""
     generator = np.random.default_rng(3)
     controls = generator.normal(size=200_000)
     inserted = generator.random(20_000) < 0.5
@@ -26,7 +26,7 @@ def test_evidence_matches_the_exact_likelihood_ratio() -> None:
 
 @pytest.mark.parametrize("draw", [1.0, 1000.0])
 def test_noiseless_guesses_are_always_right(draw: float) -> None:
-    """Also of a canary that was drawn once where most were drawn often."""
+    """Includes a canary that was sampled once, while most were sampled often."""
     generator = np.random.default_rng(4)
     inserted = generator.random(5000) < 0.5
     drawn = np.maximum(1, generator.binomial(50, 0.1, size=5000)) * inserted
@@ -57,11 +57,11 @@ def test_auroc_matches_mann_whitney_with_ties() -> None:
     generator = np.random.default_rng(0)
     members, others = generator.integers(0, 9, 80).astype(float), generator.integers(0, 8, 120).astype(float)
     wanted = stats.mannwhitneyu(members, others).statistic / (80 * 120)
-    assert auroc(members, others, confidence=0.95)[0] == pytest.approx(wanted)
+    assert estimate_auroc(members, others, confidence=0.95)[0] == pytest.approx(wanted)
     low, high = np.arange(50.0), np.arange(50.0) + 100
-    assert auroc(high, low, confidence=0.95) == (1.0, 1.0, 1.0)
-    assert auroc(low, high, confidence=0.95)[0] == 0.0
-    assert auroc(low, low, confidence=0.95)[0] == 0.5
+    assert estimate_auroc(high, low, confidence=0.95) == (1.0, 1.0, 1.0)
+    assert estimate_auroc(low, high, confidence=0.95)[0] == 0.0
+    assert estimate_auroc(low, low, confidence=0.95)[0] == 0.5
 
 
 def test_auroc_interval_has_its_nominal_coverage() -> None:
@@ -69,12 +69,12 @@ def test_auroc_interval_has_its_nominal_coverage() -> None:
     truth = stats.norm.cdf(shift / np.sqrt(2))
     outside = 0
     for _ in range(TRIALS):
-        _, low, high = auroc(generator.normal(size=150) + shift, generator.normal(size=100), confidence=0.95)
+        _, low, high = estimate_auroc(generator.normal(size=150) + shift, generator.normal(size=100), confidence=0.95)
         outside += not low <= truth <= high
     assert 0.02 * TRIALS < outside <= FEW + 0.01 * TRIALS  # normal by approximation only
 
 
-def test_hit_rate_at_few_false_alarms_has_a_confidence_interval() -> None:
+def test_hit_rate_has_a_clopper_pearson_interval() -> None:
     members, others = np.concatenate([np.full(30, 2000.0), np.zeros(70)]), np.arange(1000.0)
     share, low, high = estimate_hit_rate(members, others, false_alarms=0.01, confidence=0.95) or (0, 0, 0)
     assert share == 0.3

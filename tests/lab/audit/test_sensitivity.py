@@ -1,4 +1,4 @@
-"""`audit.kind=sensitivity`: it finds nothing in a sound step, and each fault that lets a unit move a sum too far."""
+"""Sensitivity search: no violation in the correct step, and detection of injected faults."""
 
 import json
 from functools import partial
@@ -60,13 +60,13 @@ def clip_each_text(add_clipped: Any, sums: Any, gradients: Any, max_grad_norm: f
 
 
 def scale_by_company(add_clipped: Any, sums: Any, gradients: Any, max_grad_norm: float) -> None:
-    """A sum that is scaled by how many take part: no single contribution is too long."""
+    """Inject a fault: the sum is scaled by the number of units, although each contribution is clipped."""
     rows = next(iter(gradients.values())).shape[0]
     add_clipped(sums, {name: gradient / rows for name, gradient in gradients.items()}, max_grad_norm)
 
 
 def pad_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
-    """Records by length, padded to the longest of the micro-batch; a longer one moves the others' bits."""
+    """Inject a fault: padding to the longest record of the micro-batch changes the rounding of other records."""
     ordered = places[np.argsort(num_tokens[places], kind="stable")]
     for first in range(0, len(ordered), 5):
         some = ordered[first : first + 5]
@@ -85,10 +85,10 @@ def pad_by_company(self: Any, places: Any, num_tokens: Any) -> Any:
     ],
 )
 def test_sensitivity_search_detects_each_fault(
-    run_search: Any, break_it: Break, monkeypatch: Any, fault: Any, settings: tuple[str, ...], shown: str
+    run_search: Any, inject_fault: Break, monkeypatch: Any, fault: Any, settings: tuple[str, ...], shown: str
 ) -> None:
     if isinstance(fault, str):
-        break_it(fault)
+        inject_fault(fault)
     elif fault is pad_by_company:
         monkeypatch.setattr("fedtune.data.shapes.Shapes.cut", fault)
     else:

@@ -1,4 +1,4 @@
-"""Audits of training functions that are not fedtune's: a stock Opacus loop passes, and each injected fault is found."""
+"""Audits of third-party training functions: an Opacus loop passes, and injected faults are detected."""
 
 import warnings
 from functools import partial
@@ -29,7 +29,7 @@ def make_model(features: Any) -> torch.nn.Linear:
 def train_with_opacus(
     features: Any, labels: Any, *, noise: float = NOISE, clip: float = 1.0, noise_seed: int | None = None
 ) -> torch.nn.Module:
-    """The loop of Opacus's tutorial."""
+    """Train with the loop of Opacus's tutorial."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus's own: of hooks, and that its generator is not a secure one
         from opacus import PrivacyEngine
@@ -57,7 +57,7 @@ def train_with_opacus(
 
 
 def train_on_means(features: Any, labels: Any) -> torch.nn.Module:
-    """A loop that clips the gradient of the batch's mean loss, where each record's gradient was to be clipped."""
+    """Train with a fault: the gradient of the batch's mean loss is clipped instead of per-record gradients."""
     model = make_model(features)
     inputs, targets = torch.from_numpy(features), torch.from_numpy(labels)
     for _ in range(STEPS):
@@ -79,7 +79,7 @@ FAULTS = {
 }
 
 
-def test_stock_opacus_loop_is_not_refuted() -> None:
+def test_audit_training_passes_an_opacus_loop() -> None:
     torch.manual_seed(0)
     found = fedtune.audit_training(train_with_opacus, make_records(), **CLAIM, canaries=1000)
     assert not found.refuted
@@ -89,7 +89,7 @@ def test_stock_opacus_loop_is_not_refuted() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faulty_training_function_is_refuted(fault: str) -> None:
+def test_audit_training_refutes_faulty_functions(fault: str) -> None:
     torch.manual_seed(0)
     found = fedtune.audit_training(FAULTS[fault], make_records(), **CLAIM, canaries=1000)
     assert found.refuted, str(found)
@@ -101,12 +101,12 @@ def test_faulty_training_function_is_refuted(fault: str) -> None:
     ("changed", "key"),
     [({"guesses": 2000}, "guesses"), ({"noise_multiplier": 0.0}, "noise_multiplier"), ({"sampling_rate": 2.0}, "rate")],
 )
-def test_claims_that_no_audit_could_test_are_refused(changed: dict[str, Any], key: str) -> None:
+def test_audit_training_refuses_untestable_claims(changed: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         fedtune.audit_training(train_with_opacus, make_records(), **CLAIM | {"canaries": 1000} | changed)
 
 
-def test_data_and_models_of_another_form_are_refused() -> None:
+def test_audit_training_refuses_data_and_models_of_wrong_shape() -> None:
     features, labels = make_records()
     with pytest.raises(ConfigError, match="must be features"):
         fedtune.audit_training(train_with_opacus, (features[0], labels), **CLAIM)

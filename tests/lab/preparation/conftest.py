@@ -1,4 +1,4 @@
-"""Experiments over small files, with models that are drawn at random; and files by what their columns hold."""
+"""Fixtures: experiments on small files with random models, and generated tables."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,17 +19,17 @@ TURNS = [ASK, SAY]
 
 
 def make_own_text(number: int) -> str:
-    """A text that no other row has."""
+    """Return a text that is unique to a row."""
     return f"a text of its own, with number {number} in it"
 
 
 def repeat_texts(count: int, prefix: str = "p") -> Callable[[int], str]:
-    """So many texts in turn, such as ids of persons."""
+    """Return a column that cycles through a number of texts, such as person ids."""
     return lambda number: f"{prefix}{number % count}"
 
 
 def make_rows(columns: Mapping[str, Any], count: int = 60) -> list[dict[str, Any]]:
-    """Rows by what each column holds: a function of the row's number, a tuple to take in turn, or one value for all."""
+    """Generate rows from columns: a function of the row number, a tuple to cycle through, or a constant."""
 
     def pick_value(given: Any, number: int) -> Any:
         if callable(given):
@@ -40,14 +40,14 @@ def make_rows(columns: Mapping[str, Any], count: int = 60) -> list[dict[str, Any
 
 
 def detect_in_file(folder: Path, columns: Mapping[str, Any] | list[dict[str, Any]], **chosen: str) -> DetectedFile:
-    """What `data init` makes of a file with such columns, or of such rows."""
+    """Detect the kind and roles of a file with these columns or rows."""
     given = columns if isinstance(columns, list) else make_rows(columns)
     (folder / "rows.json").write_text(json.dumps(given))
     return detect_columns(folder / "rows.json", chosen)
 
 
 def summarize_found(found: DetectedFile) -> str:
-    """The kind, the roles with their columns where these are called otherwise, and the columns that no run reads."""
+    """Summarize a detection: kind, roles with differing column names, and unused columns."""
     roles = " ".join(role if role == column else f"{role}={column}" for role, column in found.roles.items())
     unread = " ".join(column for column, why in found.unread if why)
     return f"{found.kind}: {roles}" + (f"; not {unread}" if unread else "")
@@ -55,7 +55,7 @@ def summarize_found(found: DetectedFile) -> str:
 
 @pytest.fixture
 def tickets(tmp_path: Path) -> Callable[..., RunConfig]:
-    """An experiment over texts with a label, each a line of CSV."""
+    """Return a function that creates an experiment on labeled texts from CSV lines."""
 
     def make(*rows: str, overrides: tuple[str, ...] = ()) -> RunConfig:
         (tmp_path / "tickets.csv").write_text("\n".join(["body,team", *rows]) + "\n", encoding="utf-8")

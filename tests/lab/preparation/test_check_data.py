@@ -1,4 +1,4 @@
-"""What is found in the files of an experiment, and that none of it is a record's text."""
+"""Findings in an experiment's files, which never contain a record's text."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ def check_config(config: RunConfig, **options: Any) -> Checked:
 
 
 def summarize_findings(some: Checked, file: int = 0) -> list[str]:
-    """Of each finding its kind, what, column, and lines, with those of the earlier records that they are like."""
+    """Return kind, subtype, column and lines of each finding."""
     found = []
     for one in some.files[file].findings:
         lines = (str(line) if like is None else f"{line}={like}" for line, like in one.lines)
@@ -41,12 +41,12 @@ def summarize_findings(some: Checked, file: int = 0) -> list[str]:
 
 
 def compose_over_rows(folder: Path, rows: Sequence[Mapping[str, Any]], *overrides: str) -> RunConfig:
-    """An experiment over these rows."""
+    """Compose an experiment on these rows."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return compose_run([f"data.train_file='{folder / 'rows.jsonl'}'", "data.declared_sizes=10", "name=x", *overrides])
 
 
-def test_all_errors_are_counted_and_the_first_are_named(tickets: Tickets) -> None:
+def test_data_check_counts_all_errors_and_lists_the_first(tickets: Tickets) -> None:
     rows = ["fine,sales", ",sales", "a,b,c", "text,strange", *[" ,billing"] * 30]
     (file,) = check_config(tickets(*rows)).files
     assert (file.rows, sum(file.uses.values()), len(file.errors)) == (34, 1, check_data.SHOWN)
@@ -84,7 +84,7 @@ def test_span_offsets_are_checked_against_word_boundaries(
     assert [line for line in found if "torn" in line] == expected
 
 
-def test_whole_file_error_gives_one_message(tickets: Tickets) -> None:
+def test_unreadable_file_gives_one_message(tickets: Tickets) -> None:
     config = tickets("a,sales")
     with pytest.raises(DataError, match=r"data.train_file = .*no such file"):
         check_config(replace(config, data=replace(config.data, train_file="gone.csv")))
@@ -120,7 +120,7 @@ def test_duplicates_contradictions_and_near_duplicates_are_reported(
         ("my card is 4111111111111111", {}, ["personal card number messages 1"]),
     ],
 )
-def test_truncated_unlearnable_and_sensitive_chats_are_reported(
+def test_truncated_and_sensitive_chats_are_reported(
     tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]
 ) -> None:
     writes = ("experiment=own_text", "model=random_llama", "data.chat_template=plain", "data.max_length=60")
@@ -130,7 +130,7 @@ def test_truncated_unlearnable_and_sensitive_chats_are_reported(
     assert summarize_findings(check_config(config, **options)) == expected
 
 
-def test_records_in_the_training_data_are_reported(tickets: Tickets, tmp_path: Path) -> None:
+def test_test_records_in_the_training_data_are_reported(tickets: Tickets, tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text(f"body,team\n{LONG} now,sales\nother,sales\nknown,billing\n")
     some = check_config(
         tickets(f"{LONG},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",))

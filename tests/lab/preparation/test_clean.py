@@ -1,4 +1,4 @@
-"""A new file with what is kept of an old one."""
+"""Cleaned copies of data files: dropped rows and masked identifiers."""
 
 import json
 from collections import Counter
@@ -86,7 +86,7 @@ def test_masking_is_refused_for_annotated_text(tmp_path: Path, words: str, marks
     assert not (tmp_path / "kept.jsonl").exists()
 
 
-def test_different_outcomes_are_not_duplicates(tmp_path: Path) -> None:
+def test_records_with_different_outcomes_are_not_duplicates(tmp_path: Path) -> None:
     rows = [{"age": 50, "months": months, "died": died} for months, died in [(3, 1), (3, 0), (5, 1), (3.0, 1)]]
     columns = {"feature:age": "age", "time": "months", "event": "died"}
     done, left = clean_file(write_rows(tmp_path, *rows), "duplicates", columns=columns)
@@ -110,7 +110,7 @@ def test_existing_output_file_is_never_overwritten(tmp_path: Path) -> None:
     path = write_rows(tmp_path, make_row("a"))
     before = path.read_bytes()
     clean_file(path)
-    with pytest.raises(ConfigError, match=r"--out = .* already exists; choose a new file"):
+    with pytest.raises(ConfigError, match=r"--out = .* already exists: choose a new file"):
         clean_file(path)
     assert path.read_bytes() == before
 

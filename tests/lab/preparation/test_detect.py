@@ -1,4 +1,4 @@
-"""Which kind of training a file's columns suit."""
+"""Detection of a file's task and column roles."""
 
 import json
 from pathlib import Path
@@ -281,7 +281,7 @@ def test_foreign_number_formats_are_refused_with_a_hint(tmp_path: Path, number: 
 
 
 @pytest.mark.parametrize("names", ["says,spam", "text,spam"])
-def test_class_may_have_the_name_of_its_column(tmp_path: Path, names: str) -> None:
+def test_label_equal_to_its_column_name_is_accepted(tmp_path: Path, names: str) -> None:
     lines = [f"a text with number {number},{('spam', 'ham')[number % 2]}" for number in range(60)]
     (tmp_path / "a.csv").write_text("\n".join([names, *lines]) + "\n")
     assert detect_columns(tmp_path / "a.csv", {}).labels == {"spam": 30, "ham": 30}
@@ -295,11 +295,11 @@ def test_class_may_have_the_name_of_its_column(tmp_path: Path, names: str) -> No
         ((["I-drug", "I-drug"], ["O", "I-dose"]), {"drug": 1, "dose": 1}),
     ],
 )
-def test_tag_scheme_is_decided_for_the_whole_column(tmp_path: Path, tags: Any, labels: dict[str, int]) -> None:
+def test_tag_scheme_is_detected_per_column(tmp_path: Path, tags: Any, labels: dict[str, int]) -> None:
     assert detect_in_file(tmp_path, make_rows({"tokens": ["a", "b"], "tags": tags}, 2)).labels == labels
 
 
-def test_possible_event_label_is_pointed_out(tmp_path: Path) -> None:
+def test_binary_label_next_to_a_time_suggests_survival(tmp_path: Path) -> None:
     found = detect_in_file(tmp_path, {"run_hours": lambda n: n / 7, "censored": (0, 1)}, label="censored")
     assert "censored may be an event: --time run_hours --event censored." in found.notes
 

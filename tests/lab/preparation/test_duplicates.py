@@ -1,4 +1,4 @@
-"""Records that say what earlier ones said: the same, almost the same, or a run of the same words."""
+"""Duplicates, near-duplicates and common word sequences."""
 
 import random
 from itertools import groupby
@@ -18,7 +18,7 @@ TURNS = '[{"role":"user","content":"b"}]'
 
 
 class Reader:
-    """Gives each text to the records so far, with the next line."""
+    """Adds texts to the index of earlier records with increasing line numbers."""
 
     def __init__(self) -> None:
         self.earlier, self._line = Earlier(alike=True), 0
@@ -64,7 +64,7 @@ def test_first_occurrence_is_tracked_per_use_and_label() -> None:
     assert read(text, use="test")["same"] == [1, 2, 3]
 
 
-def test_texts_sharing_nine_tenths_are_nearly_always_found() -> None:
+def test_texts_with_ninety_percent_overlap_are_near_duplicates() -> None:
     read, found = Reader(), 0
     for seed in range(100):
         words = make_sentence(seed).split()
@@ -84,7 +84,7 @@ def test_duplicate_search_uses_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
     assert read(make_sentence(4)) == {"same": [], "alike": []}
 
 
-def test_skipped_record_is_not_an_earlier_duplicate() -> None:
+def test_dropped_record_is_not_added_to_the_index() -> None:
     earlier, one = Earlier(alike=True), Record({"text": make_sentence(1)}, "file", 1)
     for _ in range(2):
         assert earlier.find_twins(one, keep=False) == {"same": (), "alike": ()}
@@ -93,7 +93,7 @@ def test_skipped_record_is_not_an_earlier_duplicate() -> None:
 # The longest run of words, exactly; and personal details.
 
 PARTS = st.lists(st.lists(st.sampled_from("abc"), max_size=8), max_size=3)
-"""Texts of a record, whose words come again soon."""
+"""Strategy for records with repeated words."""
 
 
 def join_parts(parts: list[list[str]]) -> Words:
@@ -101,7 +101,7 @@ def join_parts(parts: list[list[str]]) -> Words:
 
 
 def list_word_runs(words: Words) -> set[tuple[str | None, ...]]:
-    """Every run of words within one of the texts."""
+    """Return all word sequences within the texts."""
     parts = [tuple(part) for ends, part in groupby(words, key=lambda word: word is None) if not ends]
     return {part[a:b] for part in parts for a in range(len(part)) for b in range(a + 1, len(part) + 1)}
 
@@ -126,7 +126,7 @@ def record(text: str, line: int = 1, *, file: str = "own", **more: str) -> Recor
 
 
 def find_near(text: str, *others: str) -> Near:
-    """A text beside others, which are in the lines from 1 on."""
+    """Compare a text with others, which have line numbers from 1."""
     (found,) = compare_records(
         [record(text, 7, file="made")], [record(other, line) for line, other in enumerate(others, 1)]
     )

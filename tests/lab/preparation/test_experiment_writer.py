@@ -1,4 +1,4 @@
-"""The first experiment for a file: what it says composes, and says what the file has."""
+"""Generated experiment files: settings that compose, comments and notes."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from ...data.conftest import build_chat as turns
 
 @dataclass
 class Made:
-    """What `data init` writes and says for a file."""
+    """Experiment file and notes by `data init`."""
 
     path: Path
     plan: experiment_writer.ExperimentPlan
@@ -89,7 +89,7 @@ def test_prompt_template_suggestion_composes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "length", "windows"), [(9, 32, 1), (200, 256, 2), (5000, 256, 4)])
-def test_span_data_gets_windows_and_one_type_suffices(tmp_path: Path, words: int, length: int, windows: int) -> None:
+def test_span_experiment_has_windows(tmp_path: Path, words: int, length: int, windows: int) -> None:
     text = " ".join(["a"] * words)
     path = write_lines(tmp_path, *[{"text": f"{text} {number}", "spans": [[0, 1, "card"]]} for number in range(40)])
     config = write_experiment(path).compose()
@@ -99,7 +99,7 @@ def test_span_data_gets_windows_and_one_type_suffices(tmp_path: Path, words: int
     assert data.stride == min(32, (length - 2) // 2)
 
 
-def test_scored_pairs_get_their_scale_and_compose(tmp_path: Path) -> None:
+def test_scored_pairs_experiment_declares_the_scale(tmp_path: Path) -> None:
     rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
     made = write_experiment(write_lines(tmp_path, *rows))
     assert (made.plan.base, made.plan.usable, len(made.plan.lengths)) == ("own_pairs", 60, 60)
@@ -108,7 +108,7 @@ def test_scored_pairs_get_their_scale_and_compose(tmp_path: Path) -> None:
     assert data.columns == {"text": "sentence1", "other": "sentence2", "target": "score"}
 
 
-def test_preference_data_gets_turns_and_skips_invalid_pairs(tmp_path: Path) -> None:
+def test_preference_experiment_declares_chat_turns(tmp_path: Path) -> None:
     rows = [{"chosen": turns(f"where {n}", "there"), "rejected": turns(f"where {n}", "no")} for n in range(60)]
     rows[7]["rejected"] = turns("what else", "no")
     made = write_experiment(write_lines(tmp_path, *rows), model="random_llama")
@@ -158,7 +158,7 @@ def test_run_name_and_next_command_follow_the_file_name() -> None:
     assert {file: experiment_writer.derive_run_name(Path(file)) for file in names} == names
     typed = [("a.yaml", "experiment=./a.yaml"), ("in/a.yaml", "experiment=in/a.yaml")]
     for file, line in [*typed, ("a b.yaml", "'experiment=./a b.yaml'")]:
-        assert experiment_writer.next_command(Path(file)) == f"fedtune simulate {line}"
+        assert experiment_writer.format_next_command(Path(file)) == f"fedtune simulate {line}"
 
 
 def test_estimated_lengths_match_the_training_examples(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_label_of_a_single_row_is_not_published(tmp_path: Path, separator: str) 
 
 
 @pytest.mark.parametrize("words", [120, 5000])
-def test_max_length_covers_most_texts_and_losses_are_stated(tmp_path: Path, words: int) -> None:
+def test_max_length_covers_most_texts(tmp_path: Path, words: int) -> None:
     rows = [{"body": "ab " * (words if number % 20 else 3 * words), "kind": "ab"[number % 2]} for number in range(200)]
     made = write_experiment(write_lines(tmp_path, *rows))
     usual = int(made.plan.lengths[1])
@@ -224,7 +224,7 @@ def test_max_length_covers_most_texts_and_losses_are_stated(tmp_path: Path, word
     assert made.notes.splitlines()[-1].startswith(f"{lost:,} of 200 records are longer than max_length (")
 
 
-def test_note_warns_that_long_contexts_lose_their_middle(tmp_path: Path) -> None:
+def test_note_warns_about_truncated_contexts(tmp_path: Path) -> None:
     rows = [
         {"question": f"what of {n}?", "context": "a " * (3000 if n % 5 else 3), "answer": f"it is {n}, and so"}
         for n in range(60)
@@ -268,7 +268,7 @@ def test_site_column_partitions_the_file_by_name_and_size(tmp_path: Path) -> Non
     assert (config.federation.names, len(config.data.partition.sites)) == (("site-1", "site-2"), 2), "alike as names"
 
 
-def test_site_column_must_keep_persons_together_with_enough_records(tmp_path: Path) -> None:
+def test_site_column_with_split_persons_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--site = 'org': must be the same in all records of a person"):
         write_visits(tmp_path, lambda number: f"p{number % 60}", site="org")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Files as other programs write them: each kind is read rightly, named, or refused with what to do."""
+"""Files from other programs: correct detection, or refusal with a remedy."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def test_misleading_column_layouts_are_refused(tmp_path: Path, columns: dict[str
         ),
     ],
 )
-def test_unread_columns_are_named_with_a_reason(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
+def test_unused_columns_are_listed_with_a_reason(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
     assert why in dict(detect_in_file(tmp_path, columns).unread)[name]
 
 
@@ -81,13 +81,13 @@ def test_unread_columns_are_named_with_a_reason(tmp_path: Path, columns: dict[st
         *(("Re\u0301clamation", "R\u00e9clamation"), ("Question", "Que\u200bstion")),
     ],
 )
-def test_label_spelling_variants_are_named(labels: tuple[str, str]) -> None:
+def test_label_spelling_variants_are_listed(labels: tuple[str, str]) -> None:
     (said,) = experiment_writer.describe_spellings([*labels, "other", "2.5"])
     assert said.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
 
 
 @pytest.mark.parametrize("end", ['d "e",ok', 'd",ok,ok'])
-def test_row_with_an_open_quote_states_the_swallowed_lines(tmp_path: Path, end: str) -> None:
+def test_unclosed_quote_error_contains_the_swallowed_lines(tmp_path: Path, end: str) -> None:
     path = write_table(tmp_path, "text,label", '"begins a quote,ok', "b,ok", "c,ok", end, "f,ok")
     (fault, last) = [found for _, found in read_table(path, None, comma=",")]
     assert isinstance(fault, DataError)

@@ -1,4 +1,4 @@
-"""What looks like a personal identifier or like damage, and what only might."""
+"""Patterns for personal identifiers and encoding damage: matches and false positives."""
 
 import pytest
 
@@ -23,7 +23,7 @@ from ...cases import read_cases
         *(("Tel. 0171/1234567", "phone number", "0171/1234567"), ("(555) 234-5678", "phone number", "(555) 234-5678")),
     ],
 )
-def test_identifier_is_found_whole_and_once(text: str, kind: str, whole: str) -> None:
+def test_find_identifiers_matches_each_identifier_once(text: str, kind: str, whole: str) -> None:
     assert [(found, text[start:end]) for found, start, end in find_identifiers(text)] == [(kind, whole)]
     assert mask_identifiers(text) == (text.replace(whole, f"[{kind}]"), [kind])
 

@@ -1,4 +1,4 @@
-"""Rules by which a file is read: a decision depends on no order of columns or rows, and on no name without a meaning.
+"""Rules of detection: independence from the order of columns and rows, and from meaningless names.
 
 Each case is a small file of one kind with what it is taken for, or the end of the message that refuses it.
 """
@@ -265,7 +265,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 RENAMED = {"sigma": "tau", "kappa": "omega", "rho": "mu", "lambda_": "eta", "clause": "thesis"}
-"""Names that mean nothing, and others; the order of the alphabet is another one."""
+"""Meaningless names and their replacements, which change the alphabetical order."""
 
 
 def summarize_decision(folder: Path, given: list[dict[str, Any]]) -> str:
@@ -303,14 +303,14 @@ def test_detection_does_not_depend_on_order_or_arbitrary_names(tmp_path: Path, n
         ({"text": make_own_text, "kappa": WARD, "rho": AB}, "or --text alone for plain texts"),
     ],
 )
-def test_question_for_the_answer_offers_only_options_that_fit(tmp_path: Path, columns: Any, end: str) -> None:
+def test_ambiguous_answer_error_lists_only_suitable_options(tmp_path: Path, columns: Any, end: str) -> None:
     with pytest.raises(DataError, match=f"answers that there may be': must be one: .*{re.escape(end)}$"):
         detect_in_file(tmp_path, columns)
 
 
 @pytest.mark.parametrize("end", [".png", ".tif"])
 @pytest.mark.parametrize("name", ["scans/s{}", "{}"])
-def test_paths_without_their_ending_are_refused_by_the_files_beside_them(tmp_path: Path, name: str, end: str) -> None:
+def test_image_paths_without_extension_are_refused(tmp_path: Path, name: str, end: str) -> None:
     given = random.Random(1).sample(make_rows({"sigma": name.format, "kappa": WARD}), 60)
     (tmp_path / "scans").mkdir()
     assert "without their ending" not in summarize_decision(tmp_path, given)
@@ -332,7 +332,7 @@ HEADERS: dict[str, tuple[dict[str, Any], bool]] = {
 
 @pytest.mark.parametrize("name", HEADERS)
 @pytest.mark.parametrize("order", range(3))
-def test_header_is_missed_only_where_most_names_are_values(tmp_path: Path, name: str, order: int) -> None:
+def test_missing_header_is_detected_if_most_names_are_values(tmp_path: Path, name: str, order: int) -> None:
     columns, is_written = HEADERS[name]
     given, names = (
         random.Random(order).sample(make_rows(columns), 60),
@@ -358,8 +358,8 @@ KINDS = st.lists(st.sampled_from(["whole", *NOTED]), min_size=12, max_size=20)
 @pytest.mark.nightly
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kinds=KINDS, names=st.sampled_from([("text", "spans"), ("content", "entities")]))
-def test_torn_and_damaged_rows_are_counted_in_any_order(tmp_path: Path, kinds: Any, names: Any) -> None:
-    """Offsets are held against words, and what an encoding spoiled is told."""
+def test_damaged_rows_are_counted_in_any_order(tmp_path: Path, kinds: Any, names: Any) -> None:
+    """Offsets are compared with word boundaries, and encoding damage is reported."""
     lost, texts = "cards are lost", {"damaged": "f\u00c3\u00bcr are lost", "marked_up": "cards are<br/>lost &amp; gone"}
     made = [[f"{texts.get(kind, lost)} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in made))
@@ -375,7 +375,7 @@ BESIDE = st.tuples(IDS, st.sampled_from(["", "d7\t", "4{0}\t4{0}\t"]))
 
 
 @given(order=st.permutations(["NOUN", "_", "B-x"]), first=st.integers(0, 1), beside=BESIDE)
-def test_counters_ids_and_offsets_are_no_tokens(tmp_path_factory: Any, order: Any, first: int, beside: Any) -> None:
+def test_numeric_lists_are_not_classified_as_tokens(tmp_path_factory: Any, order: Any, first: int, beside: Any) -> None:
     tags, before, last = "\t".join(order), "".join(f"{one}\t" for one in beside[0]), beside[1]
     rows = [f"{before}{first + n}\t{last.format(n)}w{n}\t{tags.replace('B-x', 'B-x' if n else 'O')}" for n in range(3)]
     path = tmp_path_factory.mktemp("marked") / "train.conll"

@@ -1,4 +1,4 @@
-"""A table: `data init` proposes types and leaves what becomes public to a person; `data check` counts what is odd."""
+"""Tables: `data init` detects types and leaves public values to the user; `data check` counts unusual values."""
 
 import json
 import random
@@ -47,9 +47,7 @@ def test_observed_values_are_shown_only_on_the_terminal(labs_file: Path, command
         assert own_value not in page, "the experiment file travels"
 
 
-def test_one_row_with_missing_values_does_not_change_the_experiment(
-    tmp_path: Path, labs_file: Path, command: Any
-) -> None:
+def test_row_with_missing_values_does_not_change_the_experiment(tmp_path: Path, labs_file: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
     given = json.loads((tmp_path / "labs.json").read_text())
     given[5] |= {"age": None, "sex": "", "states": None}
@@ -75,7 +73,7 @@ def test_ranges_are_declared_globally_or_per_column(tmp_path: Path, labs_file: P
 def test_undeclared_ranges_are_requested_before_the_run(labs_file: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
     others = ", ".join(f"data.features[{one}" for one in ("crp].range", "sex].categories", "states].range"))
-    said = f"data.features[age].range = '': is required, and so are {others}: write it where the file has ???"
+    said = f"data.features[age].range = '': is required (also missing: {others}): replace ??? in the experiment file"
     assert command("simulate", "experiment=./labs.yaml").failed().startswith(said)
     page = labs_file.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
     page = page.replace('"crp"], range: "???"', '"crp"], range: [0, 2000]')
@@ -105,7 +103,7 @@ def test_time_and_event_columns_become_a_survival_task(tmp_path: Path, command: 
     assert "49.25" not in page
     page = page.replace('range: "???"', "range: [0, 110]")
     (tmp_path / "trial.yaml").write_text(page)
-    said = "trial.yaml: task_settings.intervals = '': is required: give it as task_settings.intervals=VALUE"
+    said = "trial.yaml: task_settings.intervals = '': is required: add task_settings.intervals=VALUE"
     assert command("plan", "experiment=./trial.yaml").message == said
     (tmp_path / "trial.yaml").write_text(page.replace('intervals: "???"', "intervals: [12, 24]"))
     told = command("data", "check", "trial.yaml", "--json").printed

@@ -1,4 +1,4 @@
-"""`fedtune compare` over an experiment, and of runs that are there."""
+"""`fedtune compare` on an experiment, and on existing runs."""
 
 import gzip
 import io
@@ -74,7 +74,7 @@ def test_compared_scores_match_the_runs(comparison_json: Any) -> None:
     assert pairs == {(name, "federated") for name in ("base", *MODELS[2:], *PLAIN)}
 
 
-def test_pairwise_differences_are_complete_and_explained(comparison_json: Any) -> None:
+def test_comparison_lists_all_pairwise_differences(comparison_json: Any) -> None:
     pairs = {(pair["base"], pair["tuned"]): pair for pair in comparison_json["pairs"] if pair["score"] == "loss"}
     assert len(pairs) == 11 * 10 / 2
     models = {model["name"]: model["scores"]["loss"]["value"] for model in comparison_json["models"]}
@@ -139,7 +139,7 @@ def test_interrupted_compare_can_be_resumed(tmp_path: Path) -> None:
 
 
 def test_interrupted_single_site_run_keeps_its_completed_rounds(tmp_path: Path) -> None:
-    """Its plan is used up one round early: that ends it, is said in words, and blocks no other run."""
+    """Its plan is exhausted one round early, which ends the run with a message and does not block other runs."""
     words = ("compare", *list_tiny_overrides("federation.num_rounds=2", *SHORT[1:], *SITES, into=tmp_path, name="both"))
     alone = tmp_path / "both" / "both-alone-site-1"
 
@@ -177,7 +177,7 @@ def test_single_site_run_without_rounds_is_omitted(tmp_path: Path) -> None:
 
 
 def test_rounded_zero_difference_has_no_minus_sign() -> None:
-    """A difference that is rounded away would read -0.0000."""
+    """A difference that rounds to zero would be printed as -0.0000."""
     nothing = Estimate(-1e-6, -2e-6, 1e-6)
     found = Comparison(base=nothing, tuned=nothing, difference=nothing, verdict=NO_DIFFERENCE)
     assert format_change(found)[:2] == ("+0.0000", "+0.0000 to +0.0000")

@@ -1,25 +1,25 @@
-"""Which settings trials try: the same again for the same seed and scores, within their ranges, spread as asked."""
+"""Proposed trials: reproducible by seed and scores, within their ranges, with the requested distribution."""
 
 import math
 from itertools import product
 
 import pytest
 
-from fedtune.api.compose import Searched
+from fedtune.api.compose import SearchedSetting
 from fedtune.lab.studies import trial_search
 from fedtune.lab.studies.trial_search import Tpe, combine_extreme_values, draw_random_trials
 from fedtune.lab.studies.trials import list_combinations
 from fedtune.spec import ConfigError
 
-RATE = Searched(key="training.learning_rate", low=0.001, high=0.1, log=True)
-RANK = Searched(key="lora.rank", low=2, high=9)
-HEAD = Searched(key="lora", choices=("attention", "all_linear"))
+RATE = SearchedSetting(key="training.learning_rate", low=0.001, high=0.1, log=True)
+RANK = SearchedSetting(key="lora.rank", low=2, high=9)
+HEAD = SearchedSetting(key="lora", choices=("attention", "all_linear"))
 
 
 def test_grid_covers_every_combination_and_requires_finite_values() -> None:
-    trials = list_combinations([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))])
+    trials = list_combinations([HEAD, SearchedSetting(key="lora.rank", choices=("4", "8", "16"))])
     assert [tuple(one.values()) for one in trials] == [*product(("attention", "all_linear"), ("4", "8", "16"))]
-    message = r"^training.learning_rate = '0.001 to 0.1': has infinitely many values, and all would be tried: list some"
+    message = r"^training.learning_rate = '0.001 to 0.1': has infinitely many values: list values"
     with pytest.raises(ConfigError, match=message):
         list_combinations([HEAD, RATE])
 
@@ -32,13 +32,13 @@ def test_random_trials_cover_the_search_space() -> None:
     assert math.log10(rates[100]) == pytest.approx(-2, abs=0.3), "half of them are below the middle by logarithm"
     assert {one["lora.rank"] for one in trials} == {str(rank) for rank in range(2, 10)}
     assert {one["lora"] for one in trials} == {"attention", "all_linear"}
-    narrow = Searched(key="x", low=0.12346, high=0.12354)
+    narrow = SearchedSetting(key="x", low=0.12346, high=0.12354)
     values = {float(one["x"]) for one in draw_random_trials([narrow], seed="1", number=20)}
     assert all(0.12346 <= value <= 0.12354 for value in values), "rounded within their ends"
 
 
 def test_each_random_trial_has_a_separate_seed() -> None:
-    """So more trials change no earlier one, and no trial tells its place."""
+    """Additional trials do not change earlier trials, and a trial does not reveal its index."""
     few, many = (draw_random_trials([RATE, RANK], seed="1", number=number) for number in (2, 5))
     assert many[:2] == few
     assert len({one["training.learning_rate"] for one in many}) == 5
@@ -46,7 +46,7 @@ def test_each_random_trial_has_a_separate_seed() -> None:
 
 
 def propose_rates(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float]:
-    """What is tried where the best rate is `peak`; every fifth trial has no score."""
+    """Return the proposed rates if the best rate is `peak`; every fifth trial has no score."""
     tpe, tried = Tpe([RATE, HEAD], seed=seed, number=number), []
     for place in range(number):
         rate = float(tpe.ask()["training.learning_rate"])

@@ -1,4 +1,4 @@
-"""A search: refused before its first trial, charged once, picked by the lead's validation file, and told in reports."""
+"""Hyperparameter search: budget checks, charges, selection by validation score, and reports."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ SPACE = ("training.learning_rate=log(0.001,0.1)", "lora.rank=4,8")
 
 
 def list_charges(sites: Path) -> list[Counter[Any]]:
-    """What each site's ledger was charged."""
+    """Return the charges in each site's ledger."""
     ledgers = sorted(sites.glob("*/ledger.db"))
     assert len(ledgers) == 2
     return [verify(path).history.count_total_charges() for path in ledgers]
@@ -88,7 +88,7 @@ def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[st
     assert "out of 3 trials; its report says so. All trials together: epsilon at most" in told
 
 
-def test_selected_run_states_its_search_and_verifies(outcome: Any, folder: Path) -> None:
+def test_report_of_the_selected_run_includes_the_search_cost(outcome: Any, folder: Path) -> None:
     noted = json.loads((folder / "s/search.json").read_text())
     picked = folder / "s" / noted["picked"]
     report = from_json((picked / "report.json").read_text())
@@ -135,10 +135,8 @@ def test_report_understating_its_search_is_detected(outcome: Any, folder: Path, 
     assert "selection.method" in find_problem(method="by hand")
 
 
-def test_repeated_search_charges_nothing_and_changed_ones_are_refused(
-    outcome: Any, words: list[str], folder: Path
-) -> None:
-    """How many trials there are is fixed before the first one."""
+def test_repeated_search_charges_nothing(outcome: Any, words: list[str], folder: Path) -> None:
+    """The number of trials is fixed before the first trial."""
     whole, taken = read_files(folder), f"is taken: {folder / 's/search.json'} belongs to a search with other settings"
     assert run_command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}; choose another"
     assert run_command("search", *words, "--trials", "3", "--method", "tpe").code == 2
@@ -198,7 +196,7 @@ def test_interrupted_trial_is_not_charged_twice(tmp_path: Path) -> None:
 
 
 def write_roomy_policies(runs: int, words: list[str], sites: Path) -> list[str]:
-    """The words for a search at sites that have room for so many runs, and these sites."""
+    """Write policies of sites with budget for a number of runs; return the search's overrides and the sites."""
     words = [*words, "privacy.noise_multiplier=1.5"]  # dear enough that one more trial is seen in a cap's tenths
     config = compose_run([*words, f"runtime.sites_dir='{sites}'"])
     VirtualSites.create(config, sites, config.plan()).write_policies(
@@ -259,7 +257,7 @@ def test_failed_trial_is_not_selected(tmp_path: Path) -> None:
     words = list_tiny_overrides("lora.target_modules=[nonesuch],[other]", *SHORT, into=tmp_path, name="f")
     outcome = run_command("search", *words, "--method", "grid")
     assert outcome.code == 2
-    assert "Nothing was picked: no trial has a score." in outcome.out
+    assert "No trial was selected, because no trial has a score." in outcome.out
 
 
 def test_refused_trial_costs_only_its_charged_rounds(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,4 +1,4 @@
-"""A sweep: what of it runs, its table, its CSV and its JSON."""
+"""Sweeps: executed runs, and results as table, CSV and JSON."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep_words(folder: Path) -> list[str]:
-    """The second of three runs fails when the model is loaded."""
+    """Overrides of a sweep whose second run fails at loading the model."""
     return list_tiny_overrides("lora.target_modules=[query],[nonesuch],[key]", *SHORT, into=folder, name="three")
 
 
@@ -90,7 +90,9 @@ def test_repeated_sweep_runs_only_missing_runs(outcome: Any, sweep_words: list[s
     assert [told["best"]] == marked
 
 
-def test_existing_sweep_name_is_refused_before_any_run(outcome: Any, sweep_words: list[str], folder: Path) -> None:
+def test_existing_sweep_name_is_refused_before_the_first_run(
+    outcome: Any, sweep_words: list[str], folder: Path
+) -> None:
     def read_refusal(*more: str, words: Sequence[str] = sweep_words) -> str:
         found = run_command("simulate", "-m", *words, *more)
         assert (found.code, found.out) == (2, "")
@@ -110,7 +112,7 @@ def test_existing_sweep_name_is_refused_before_any_run(outcome: Any, sweep_words
 
 
 @pytest.mark.nightly
-def test_interrupted_sweep_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
+def test_interrupted_sweep_resumes_with_its_rows(tmp_path: Path) -> None:
     words = list_tiny_overrides(
         "seed=1,2,3", "federation.num_rounds=2", "training.local_steps=1", into=tmp_path, name="stopped"
     )
@@ -138,7 +140,7 @@ def test_interrupted_sweep_keeps_its_rows_and_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_sweep_is_available_in_python_and_resumable_without_a_name(tmp_path: Path) -> None:
+def test_sweep_runs_in_python_and_resumes_without_a_name(tmp_path: Path) -> None:
     words = [word for word in list_tiny_overrides("seed=1,2", *SHORT, into=tmp_path) if not word.startswith("name=")]
     trials = Trials.from_sweep(words)
     assert Trials.from_sweep(trials.again) == trials
@@ -227,7 +229,7 @@ def test_only_scores_on_the_same_records_are_compared(make_row: Any, one: Any, o
     assert (pick_best([make_row(0.4, *one), make_row(0.5, *other)]) is not None) == comparable
 
 
-def test_unexpected_error_ends_the_sweep_without_being_quoted(tmp_path: Path) -> None:
+def test_unexpected_error_ends_the_sweep_without_its_text(tmp_path: Path) -> None:
     trials, begun = Trials.from_sweep(list_tiny_overrides("seed=1,2,3", into=tmp_path, name="s")), []
 
     def run_trial(trial: SearchTrial) -> RunResult:
