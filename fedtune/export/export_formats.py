@@ -1,7 +1,7 @@
-"""Export formats: a run's adapter, the merged model, a sentence-transformers folder, ONNX.
+"""Export formats: adapter, merged model, sentence-transformers, safetensors and ONNX.
 
-Each format is written to a temporary folder, loaded again with its target library, and compared with the run's own
-model on artificial tokens.  The target folder appears only if the outputs agree.
+Every export is written to a temporary folder, reloaded with its target library, and compared with the run's model on
+artificial tokens.  The target folder is created only if the outputs agree.
 """
 
 from __future__ import annotations
@@ -47,30 +47,28 @@ from fedtune.tasks.inputs import get_input_for
 from fedtune.tasks.saved import SavedAdapter, load_task_model, write_task_model
 from fedtune.tasks.task_model import TaskModel
 
-_ROWS = 64  # of made-up features
+_ROWS = 64  # number of artificial feature rows
 _MOST_APART = 1e-3
-"""The largest difference of logits, as a share of the largest logit: kernels round otherwise, nothing else may."""
+"""Maximum difference of logits relative to the largest logit; allows only for the rounding of other kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A run's model, prepared for export."""
 
-    config: RunConfig  # the run's
-    adapter: Path  # the folder of the run's adapter
+    config: RunConfig  # configuration of the run
+    adapter: Path  # adapter folder of the run
     task: Task
-    base: PreTrainedModel  # a fresh model of the base's plain class with the adapter merged into its weights
-    readout: Readout  # the task's, of the mean hidden state
+    base: PreTrainedModel  # the base model with the merged adapter
+    readout: Readout  # the task's readout of the mean hidden state
     tokenizer: PreTrainedTokenizerBase
-    private_to: str | None  # the site to which the adapter is private; None: nobody's
+    private_to: str | None  # the site of a personalized adapter; None: a shared adapter
 
     @classmethod
     def from_model(
         cls, model: TaskModel, config: RunConfig, adapter: Path, *, private_to: str | None
     ) -> tuple[Source, ReferenceOutputs]:
-        """Record a model's outputs on artificial tokens, then merge the adapter into its base; both share the merged
-        base.
-        """
+        """Compute reference outputs on artificial tokens, then merge the adapter into the model's base in place."""
         reference = ReferenceOutputs.from_model(model)
         readout = model.task.list_readout_layers(model)
         with silence_transformers():
@@ -96,16 +94,14 @@ class Source:
         return source, reference
 
     def wrap_base(self, base: PreTrainedModel | PeftModel) -> Scores:
-        """Wrap a newly loaded base with the run's readout."""
+        """Combine a reloaded base with the run's readout."""
         pooled = own.embed_rows if (own := get_input_for(self.config.data)).is_fixed else None
         return Scores(base, self.readout, reads_tokens=self.task.reads_tokens, pooled=pooled)
 
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """Outputs of a run's own model on artificial tokens: `logits` of `input_ids` (2, t), the last of which are
-    padding.
-    """
+    """Reference outputs of the run's model: `logits` for artificial `input_ids` (2, t) with padding at the end."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -113,7 +109,7 @@ class ReferenceOutputs:
 
     @classmethod
     def from_model(cls, model: TaskModel) -> ReferenceOutputs:
-        """Compute the reference outputs; models with the same vocabulary get the same tokens."""
+        """Compute the reference outputs of a model; the tokens depend only on the vocabulary."""
         draws = np.random.default_rng(0)
         rows = torch.from_numpy(np.stack(model.generate_dummies([9, 9], draws)))
         input_ids = rows if rows.is_floating_point() else rows.long()
@@ -126,10 +122,10 @@ class ReferenceOutputs:
         return cls(input_ids, mask, logits)
 
     def require_match(self, found: torch.Tensor, *, form: str) -> None:
-        """Check logits that another library computed against the reference.
+        """Compare the logits of an export with the reference.
 
         Raises:
-            RunError: they differ by more than rounding errors.
+            RunError: the logits differ by more than rounding errors.
         """
         attended = self.attention_mask.bool() if self.logits.dim() > 2 else slice(None)
         ours, theirs = self.logits[attended], found[attended]
@@ -139,9 +135,7 @@ class ReferenceOutputs:
 
 
 class Scores(nn.Module):
-    """A plain base followed by the task's readout: token ids and attention mask, both (n, t), to logits or
-    embeddings.
-    """
+    """A base model with the task's readout: from token ids and attention mask, both (n, t), to logits or embeddings."""
 
     def __init__(
         self, base: PreTrainedModel | PeftModel, readout: Readout, *, reads_tokens: bool, pooled: Any = None
@@ -155,12 +149,12 @@ class Scores(nn.Module):
             self.register_buffer(f"bias_{place}", bias)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return the logits or embeddings of (n, t) token ids."""
+        """Compute the logits or embeddings of token ids (n, t)."""
         if self.pooled is not None:
             return self.read_out(self.pooled(self.base, input_ids, attention_mask))
         cache = {"use_cache": False} if self.predicts_tokens else {}
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, **cache)
-        if "logits" in output:  # a head of transformers' own
+        if "logits" in output:  # a head of Transformers
             return output.logits  # type: ignore[no-any-return]
         if self.reads_tokens:
             return nn.functional.linear(output.last_hidden_state, self.get_buffer("weight_0"))
@@ -169,7 +163,7 @@ class Scores(nn.Module):
         return self.read_out(values)
 
     def read_out(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the logits of (n, h) pooled states."""
+        """Compute the logits of pooled states (n, h)."""
         for place in range(self.depth):
             weight, bias = self.get_buffer(f"weight_{place}"), getattr(self, f"bias_{place}")
             values = nn.functional.linear(nn.functional.normalize(values, dim=-1), weight, bias)
@@ -179,22 +173,22 @@ class Scores(nn.Module):
 def export(
     adapter: Path, config: RunConfig, target: Path, *, format: str, private: bool = False, int8: bool = False
 ) -> list[Path]:
-    """Write a finished run's model to a new folder, with its card and tokenizer.
+    """Export a finished run's model with its model card and tokenizer to a new folder.
 
     Args:
         adapter: the adapter's folder, inside its run's folder.
         config: the run's configuration.
-        target: the new folder.
+        target: the folder to create.
         format: one of the task's formats.
-        private: also accept an adapter that is private to a site; its own card is used.
-        int8: also write an ONNX graph with int8 weights.
+        private: also accept a personalized adapter, and use its own card.
+        int8: also write an ONNX graph with weights quantized to int8.
 
     Returns:
-        The written files.
+        The paths of the files.
 
     Raises:
         ConfigError: a library is missing, the model cannot be loaded, or the folder cannot be written.
-        RunError: the written model does not compute what the run's model computes.
+        RunError: the exported model's outputs differ from those of the run's model.
     """
     run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
     if private_to is None:
@@ -219,10 +213,10 @@ def export(
 
 @contextmanager
 def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, int8: bool) -> Iterator[Path]:
-    """Yield a folder to fill with a model; at the end it gets the card, labels and int8 graph, and becomes `target`.
+    """Yield a temporary folder for a model; on exit, add card, labels and int8 graph, and rename it to `target`.
 
     Raises:
-        ConfigError: `target` exists already, or cannot be written.
+        ConfigError: `target` already exists, or cannot be written.
     """
     if os.path.lexists(target):
         raise ConfigError("--to", str(target), "already exists; choose a new folder")
@@ -246,13 +240,13 @@ def create_model_folder(target: Path, config: RunConfig, card: Mapping[str, byte
 
 
 def _write_adapter(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
-    # Written anew from what was loaded: a run's folder may come from anybody, and its files be links to others.
-    # Beside the base as others load it: where DoRA starts follows from the weights.
+    # Write the loaded tensors instead of copying files: an untrusted run folder may contain symbolic links.
+    # Uses the public base model, because the initial DoRA magnitudes depend on its weights.
     private = source.private_to is not None
     model = load_task_model(source.adapter, model=replace(source.config.model, dtype="float32"), private=private)
     write_task_model(model, folder, private_to=source.private_to)
     if not (source.readout or source.task.predicts_tokens):
-        return  # a head of the task's own, which no other library has
+        return  # the task has its own head, which no other library implements
     with silence_transformers(), torch.no_grad():
         base = load_base(model.spec.model, predicts_tokens=source.task.predicts_tokens)
         loaded = PeftModel.from_pretrained(base, folder)
@@ -267,7 +261,7 @@ def _write_merged(source: Source, reference: ReferenceOutputs, folder: Path) -> 
 
 
 def _reload_plain(source: Source, folder: Path) -> PreTrainedModel:
-    """Save the merged base, and load it again with transformers alone."""
+    """Save the merged base, and reload it with Transformers."""
     with silence_transformers():
         save_as_plain_model(source.task.export_model(source.base, source.readout), folder)
         loaded: PreTrainedModel = getattr(transformers, source.task.auto_class).from_pretrained(
@@ -312,10 +306,10 @@ def _write_onnx(source: Source, reference: ReferenceOutputs, folder: Path) -> No
 
 
 class RawScores(nn.Module):
-    """Scores of a run on raw values: (rows, columns) to (rows, outputs).
+    """Model of a feature run on raw values: from (rows, columns) to (rows, outputs).
 
-    In declared order, a column holds a number, the numbers of a list, or the index of a category in its declared list
-    (one past the end for an unknown category); NaN where a value is missing.
+    Columns are in declared order: a number, the numbers of a list, or the index of a category in its declared list
+    (the length of the list for an unknown category).  Missing values are NaN.
     """
 
     def __init__(self, model: TaskModel, features: Sequence[FeatureSpec]) -> None:
@@ -326,7 +320,7 @@ class RawScores(nn.Module):
         self.norm = sum(one.num_numbers for one in features) ** 0.5
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the logits, or the predicted number for a regression."""
+        """Compute the logits or, for regression, the predicted number."""
         parts, first = [], 0
         for one in self.features:
             for _ in one.columns:
@@ -347,7 +341,7 @@ class RawScores(nn.Module):
 
 
 def _generate_random_field(one: FeatureSpec, draw: Callable[[int], int]) -> str:
-    """Generate a random field; occasionally it is missing or outside the declared values."""
+    """Generate a random value of a feature, occasionally missing or outside of the declared values."""
     match int(draw(8)):
         case 0 if one.missing == "indicator":
             return ""
@@ -359,11 +353,11 @@ def _generate_random_field(one: FeatureSpec, draw: Callable[[int], int]) -> str:
 
 
 def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: str, private_to: str | None) -> None:
-    """Write a feature model as layers or as an ONNX graph, and check the result on artificial rows.
+    """Export a feature model as safetensors or ONNX, and verify the export on artificial rows.
 
     Raises:
         ConfigError: the adapter cannot be loaded.
-        RunError: the written model does not compute what the run's model computes.
+        RunError: the exported model's outputs differ from those of the run's model.
     """
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
@@ -393,7 +387,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
 
 
 def _write_whole(source: Source, reference: ReferenceOutputs, folder: Path) -> None:
-    """Write the merged base in transformers' format, with the head and its settings as separate files."""
+    """Write the merged base in Transformers format, with separate files for the head and its settings."""
     _write_merged(source, reference, folder)
     with TemporaryDirectory() as scratch:
         _write_adapter(source, reference, Path(scratch))
@@ -453,11 +447,11 @@ model = SentenceTransformer("folder")
 embeddings = model.encode(["a text", "another"])
 print(model.similarity(embeddings, embeddings))
 """
-"""Of a sentence-transformers folder without a head."""
+"""Usage snippet for a sentence-transformers export without a head."""
 
 
 def get_card_form(format: str, config: RunConfig) -> Form:
-    """Return the wording of a run's model card for a format."""
+    """Return the texts of the model card for an export format."""
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
         loading = build_adapter_loading_code(config, base="folder", folder="folder")
         return Form(what=_WHOLE, library="transformers", relation="finetune", loading=loading)

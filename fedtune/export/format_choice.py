@@ -1,4 +1,4 @@
-"""Which formats a run's model has; without torch, so that a command refuses a wrong one at once."""
+"""Choice of the export format, without importing torch, so that an invalid format is refused immediately."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from fedtune.tasks.inputs import get_input_for
 
 
 def choose_format(config: RunConfig, format: str | None, *, merge: bool = False, key: str = "--format") -> str:
-    """Return the export format of a run's model: the given one, or the task's own (with `merge`, of the whole model).
+    """Choose the export format of a run's model.
+
+    Args:
+        config: the run's configuration.
+        format: the requested format; None: the task's default format.
+        merge: whether to choose the task's format for the merged model.
+        key: the option or argument of the format, for error messages.
 
     Raises:
-        ConfigError: for `key`: the task has no such format; for --merge: it has only adapters.
+        ConfigError: the task does not support the format, or (for --merge) only supports adapters.
     """
     formats = get_input_for(config.data).list_supported_formats(config.bound_task.formats)
     if merge and len(formats) == 1:

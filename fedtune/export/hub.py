@@ -1,4 +1,4 @@
-"""Upload of an export to the Hugging Face hub, or to another server with its API (`HF_ENDPOINT`)."""
+"""Upload of an export to the Hugging Face hub, or to a compatible server (`HF_ENDPOINT`)."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ _REFUSALS = {
 
 
 def require_pushable(adapter: Path, repository: str, *, public: bool, without_guarantee: bool) -> list[str]:
-    """Check that a finished run's model may be uploaded; return the reasons why no guarantee covers the model.
+    """Check that a finished run's model may be uploaded.
 
     Args:
         adapter: the adapter's folder, inside its run's folder.
-        repository: OWNER/NAME at the hub.
-        public: whether anybody may read the repository.
-        without_guarantee: also accept a model without a guarantee, in a private repository.
+        repository: OWNER/NAME on the hub.
+        public: whether the repository is public.
+        without_guarantee: also accept a model without a privacy guarantee, in a private repository.
+
+    Returns:
+        The reasons why the model has no privacy guarantee; empty if it has a guarantee.
 
     Raises:
         ConfigError: the name is not OWNER/NAME, the adapter is private to a site, or no guarantee covers the model.
     """
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII) is None:
-        raise ConfigError(_PUSH, repository, "must be OWNER/NAME, in letters, digits, dots, dashes and underscores")
-    SavedAdapter.read(adapter)  # refuses what is private to a site
+        raise ConfigError(_PUSH, repository, "must be OWNER/NAME, with letters, digits, dots, dashes and underscores")
+    SavedAdapter.read(adapter)  # refuses personalized adapters
     run = adapter.absolute().parent
     verdict, words, result = build_run_report(run).verdict, load_catalog("en"), read_run(run).result
     reasons = []
@@ -58,10 +61,13 @@ def require_pushable(adapter: Path, repository: str, *, public: bool, without_gu
 
 
 def push(folder: Path, files: Sequence[Path], repository: str, *, public: bool) -> str:
-    """Upload these files of a folder, and no others, to a new or empty repository; return its address.
+    """Upload the listed files of a folder to a new or empty repository.
 
-    The token is the one that huggingface_hub finds.  All files arrive in one commit, or none of them does; then an
-    empty repository is left, which the next attempt fills.
+    Authentication is by huggingface_hub's token.  All files are uploaded in a single commit; a failed upload leaves an
+    empty repository, which the next attempt reuses.
+
+    Returns:
+        The URL of the repository.
 
     Raises:
         ConfigError: the hub refuses the login, the token or the name, or `HF_HUB_OFFLINE` is set.
@@ -70,11 +76,11 @@ def push(folder: Path, files: Sequence[Path], repository: str, *, public: bool) 
     hub = HfApi(library_name="fedtune", library_version=__version__)
     with _explain_errors(hub, repository):
         address = hub.create_repo(repository, private=not public, exist_ok=True)
-        # A repository that exists keeps its readers, whatever is asked for, and a server may ignore what is asked for.
+        # An existing repository keeps its visibility, and a server may ignore the requested visibility: check it.
         made = hub.model_info(repository)
         if made.private == public or {one.rfilename for one in made.siblings or ()} - {".gitattributes"}:
             raise ConfigError(_PUSH, repository, _TAKEN)
-        # Unlike upload_folder, which may split a large folder, this is one commit of named files.
+        # upload_folder may split a large folder into several commits; this is a single commit of the listed files.
         added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         hub.create_commit(repository, added, commit_message=f"Upload a model with fedtune {__version__}")
     return str(address)
@@ -87,8 +93,10 @@ def _explain_errors(hub: HfApi, repository: str) -> Iterator[None]:
     except ConfigError:
         raise
     except OfflineModeIsEnabled:
-        raise ConfigError(_PUSH, repository, "needs the hub, but HF_HUB_OFFLINE is set: unset it") from None
-    except Exception as error:  # of several libraries; none of them saw a record
+        raise ConfigError(
+            _PUSH, repository, "requires access to the hub, but HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE"
+        ) from None
+    except Exception as error:  # raised by several libraries; their texts contain no records
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         if status in _REFUSALS:
             raise ConfigError(_PUSH, repository, _REFUSALS[status]) from error

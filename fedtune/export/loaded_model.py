@@ -1,4 +1,4 @@
-"""A finished run's model in memory, as transformers, PEFT and sentence-transformers know it."""
+"""A finished run's model as an object of PEFT, Transformers or Sentence Transformers."""
 
 from __future__ import annotations
 
@@ -25,27 +25,33 @@ ModelForm: TypeAlias = Literal["peft", "merged", "sentence-transformers"]
 
 
 class ModelWithTokenizer(NamedTuple):
-    """A model and what reads texts for it."""
+    """A model and its tokenizer or image processor."""
 
     model: Any  # `peft.PeftModel`, a model of transformers, or `sentence_transformers.SentenceTransformer`
     tokenizer: Any  # `transformers.PreTrainedTokenizerBase`; an image processor for images
 
 
 def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWithTokenizer:
-    """Load a finished run's model with the library of a format, on the CPU, in evaluation mode and float32.
+    """Load a finished run's model on the CPU, in float32 and evaluation mode.
 
     Args:
-        form: "peft": the base with the adapter on it, without a classifier's head; "merged": the whole language model,
-            or the whole tagger of tokens; "sentence-transformers": the whole classifier, regression or embedding.
+        form: "peft": a `PeftModel` on the base model, without a classifier's head; "merged": a Transformers language
+            model or token classifier; "sentence-transformers": a `SentenceTransformer` for classification, regression
+            or embeddings.
         adapter: the adapter's folder, inside its run's folder.
         config: the run's configuration.
 
+    Returns:
+        The model and its tokenizer.
+
     Raises:
-        ConfigError: the task has no such format, or a library is missing.
-        RunError: the model does not compute what the run's model computes.
+        ConfigError: the task does not support the form, or a library is missing.
+        RunError: the loaded model's outputs differ from those of the run's model.
     """
     if config.lora.kind == NO_ADAPTER:
-        raise ConfigError("form", form, "needs a base model: this run trained a head alone, so use predict or export")
+        raise ConfigError(
+            "form", form, "requires a base model, but this run trained only a head: use predict or export"
+        )
     choose_format(config, form, key="form")
     spec = replace(config.model, dtype="float32")
     if form == "peft":

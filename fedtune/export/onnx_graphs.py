@@ -1,4 +1,4 @@
-"""ONNX graphs of a model: in full precision, and with int8 weights and their effect on the scores."""
+"""ONNX export in float32 and int8, and the effect of quantization on size, latency and scores."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ Run = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """Size, latency and scores of a graph, or of a model in another form."""
+    """Size, latency and scores of an ONNX graph or of a torch model."""
 
-    file: str  # its name
-    bytes: int  # of that file; of a model in memory those of its weights
-    milliseconds: float  # of a CPU for one text by itself, on one thread: the median over at most 200
-    # on the run's test records, by name; of a language model without the texts that it would write
+    file: str  # file name
+    bytes: int  # file size, or size of the weights of a model in memory
+    milliseconds: float  # median CPU latency for a single text on one thread, over at most 200 texts
+    # scores on the run's test records by name; without generated texts for language models
     scores: Mapping[str, float]
 
 
 def write_graph(
     model: nn.Module, given: Mapping[str, tuple[torch.Tensor, Mapping[int, Any]]], output: str, file: Path
 ) -> None:
-    """Write a model's forward pass as an ONNX graph.
+    """Export a model's forward pass to an ONNX graph.
 
     Args:
         model: the module, in evaluation mode.
-        given: the module's arguments by name, in order: an example of each, and its dynamic axes.
-        output: the name of the output.
-        file: the path to write.
+        given: example value and dynamic axes of each argument, by name and in order.
+        output: name of the output.
+        file: the file to create.
 
     Raises:
-        ConfigError: a library that writes or runs graphs is missing.
+        ConfigError: onnx or onnxruntime is not installed.
     """
     require_extra("--format", "onnx", "export", "onnxscript", "onnxruntime")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not installed
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # silence warnings about optional packages
     with silence_transformers(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -77,30 +77,30 @@ def write_graph(
 
 
 def quantize(whole: Path, to: Path) -> None:
-    """Write a graph with int8 matrices and one scale per output channel, by onnxruntime's own quantization.
+    """Quantize a graph's weight matrices to int8 per output channel with onnxruntime.
 
-    Activations are scaled dynamically per input, so that no calibration records are needed.
+    Activations are quantized dynamically, so that no calibration records are needed.
     """
     import onnx
 
     tools = importlib.import_module("onnxruntime.quantization")  # has no types
     graph = onnx.load(whole)
-    del graph.graph.value_info[:]  # torch's notes of shapes, some of which onnx's own inference contradicts
+    del graph.graph.value_info[:]  # remove torch's shape annotations, which can contradict onnx's shape inference
     with TemporaryDirectory() as scratch:
         ready = Path(scratch, WHOLE)
         tools.shape_inference.quant_pre_process(graph, ready, skip_optimization=True, skip_symbolic_shape=True)
-        # Seven bits: a CPU without VNNI adds two products in 16 bits, where those of eight bits overflow.
+        # Use 7 bits: CPUs without VNNI add two products in 16 bits, which overflow with 8-bit weights.
         tools.quantize_dynamic(ready, to, weight_type=tools.QuantType.QInt8, per_channel=True, reduce_range=True)
 
 
 def measure_folder(folder: Path, adapter: Path, config: RunConfig, records: LeadRecords) -> list[Served]:
-    """Score and time both graphs of an exported folder.
+    """Measure scores and latency of the float32 and int8 graphs of an export.
 
     Args:
-        folder: the folder with both graphs.
-        adapter: the folder of the run's adapter, private or not.
+        folder: the export's folder.
+        adapter: the run's adapter folder, possibly of a personalized adapter.
         config: the run's configuration.
-        records: the run's test records, which never leave this machine.
+        records: the run's test records, which stay on this machine.
     """
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=True)
     reader = get_input_for(config.data).load_reader(config.data, model.spec.model)
@@ -108,7 +108,7 @@ def measure_folder(folder: Path, adapter: Path, config: RunConfig, records: Lead
 
 
 def measure_graphs(folder: Path, model: TaskModel, data: LeadData, config: RunConfig, reader: Any) -> list[Served]:
-    """Score and time both graphs of a folder as the source of a loaded model's logits."""
+    """Measure scores and latency of both graphs of a folder, in place of a loaded model's forward pass."""
     files = (folder / WHOLE, folder / INT8)
     return [
         measure_model(load_graph(file), model, data, config, reader, file.name, file.stat().st_size)[1]
@@ -119,12 +119,12 @@ def measure_graphs(folder: Path, model: TaskModel, data: LeadData, config: RunCo
 def measure_model(
     run: Run, model: TaskModel, data: LeadData, config: RunConfig, reader: Any, name: str, size: int
 ) -> tuple[Figures, Served]:
-    """Evaluate a model with `run` computing its logits, and time `run` for single texts on one CPU thread.
+    """Evaluate a model with logits from `run`, and measure the latency of `run` for single texts on one CPU thread.
 
-    `name` and `size` (in bytes) are copied into the result.
+    `name` and `size` (in bytes) are copied to the result.
 
     Returns:
-        (the figures of the records, the scores and times).
+        The evaluation figures of the records, and the summary with scores and latency.
     """
     zero, one = (model.task.compute_exported_output(torch.tensor(logit), spec=model.spec) for logit in (0.0, 1.0))
 
@@ -148,7 +148,7 @@ def measure_model(
 
 
 def load_graph(file: Path) -> Run:
-    """Return a function that computes a graph's output from its inputs, passed by name, on one thread."""
+    """Load a graph as a single-threaded function from inputs by name to the output."""
     onnxruntime = importlib.import_module("onnxruntime")  # has no types
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -1,1 +1,1 @@
-"""Shared rendering of tables, charts, amounts and text lines, for the terminal and for pages."""
+"""Rendering of tables, charts, amounts and text, shared by terminal and reports."""

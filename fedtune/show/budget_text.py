@@ -1,4 +1,4 @@
-"""A site's budget in figures and text: the worth of its caps, what is left, and warnings about the policy."""
+"""A site's privacy budget as figures and text: value of the caps, remaining epsilon, and policy warnings."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.spec import spec
 from fedtune.tasks.registry import get_task
 
-SCHEMA_VERSION = 1  # of what is said of a ledger as JSON
-Caution = tuple[str, str]  # a key of a policy, and what to think twice about there
-Differences = list[tuple[str, object, object]]  # key, what a ledger was made for, what the policy says
+SCHEMA_VERSION = 1  # version of the JSON output about a ledger
+Caution = tuple[str, str]  # (policy key, warning)
+Differences = list[tuple[str, object, object]]  # (key, value in the ledger, value in the policy)
 LARGE_EPSILON = 10.0
 SMALL_NOISE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amount:
-    """The worth of a policy's caps, in reference runs and in epsilon."""
+    """Value of a policy's caps in epsilon and in reference runs."""
 
-    order: float  # of the filter, as a ledger made with this policy would fix it
-    fixed_part: float  # epsilon at that order that is due with the first noisy step, once
-    reference_pld: float  # epsilon of the reference run by PLD
-    reference_filter: float  # epsilon of the reference run alone by the filter
-    runs_in_lifetime: int | None  # reference runs that fit the lifetime cap, one after another; None: any number
-    runs_in_period: int | None  # the same for the period's cap
-    reference_fits: bool  # whether the reference run itself keeps to the cap of one run and to the limits
+    order: float  # Renyi order of the privacy filter for a new ledger with this policy
+    fixed_part: float  # one-time epsilon of the first noisy step at this order
+    reference_pld: float  # epsilon of the reference run with PLD accounting
+    reference_filter: float  # epsilon of a single reference run in the privacy filter
+    runs_in_lifetime: int | None  # number of sequential reference runs under the lifetime cap; None: no limit
+    runs_in_period: int | None  # number of reference runs under the period's cap; None: no limit
+    reference_fits: bool  # whether the reference run satisfies the per-run cap and the limits
 
 
 def compute_amount(policy: Policy) -> Amount:
-    """Compute what a policy's caps are worth."""
+    """Compute the value of a policy's caps."""
     budget, limits = policy.budget, policy.limits
     typical, delta = budget.reference, budget.delta
     reference = typical.event
@@ -76,7 +76,7 @@ def compute_amount(policy: Policy) -> Amount:
 
 
 def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
-    """Yield warnings about a policy, most serious first; `folder` contains the policy file."""
+    """Yield warnings about a policy, the most serious first; `folder` is the folder of the policy file."""
     if not policy.simulated and policy.asserted.no_person_at_another_site is None:
         yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without it"
     yield from _iter_promise_cautions(policy)
@@ -91,7 +91,7 @@ def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[C
 
 
 def _iter_promise_cautions(policy: Policy) -> Iterator[Caution]:
-    """Warn about settings under which the policy guarantees little or nothing."""
+    """Yield warnings about settings with a weak guarantee or none."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
         text = "true: anyone who knows the seed can subtract the noise; only for made-up records"
@@ -120,7 +120,7 @@ def _iter_promise_cautions(policy: Policy) -> Iterator[Caution]:
 
 
 def _request_cautions(policy: Policy) -> Iterator[Caution]:
-    """Warn if every request would be refused, or if more requests would be accepted than the policy suggests."""
+    """Yield warnings if the policy refuses every request, or accepts more requests than its author may expect."""
     allow = policy.allow
     for name in ("leads", "tasks", "base_models", "target_modules"):
         if not getattr(allow, name):
@@ -137,7 +137,7 @@ def _request_cautions(policy: Policy) -> Iterator[Caution]:
 
 
 def _list_amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
-    """Warn about caps that contradict each other or the reference run."""
+    """List warnings about caps that contradict each other or the reference run."""
     budget = policy.budget
     if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
         text = "not set, nor is max_epsilon_per_period: one run may use up the whole lifetime budget"
@@ -152,7 +152,7 @@ def _list_amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
 
 
 def _list_file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
-    """Warn about problems with the policy's key and anchor files; nothing before the ledger exists."""
+    """List warnings about the policy's key and anchor files; empty before the ledger exists."""
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
     if not ledger.is_file():
         return
@@ -166,10 +166,13 @@ def _list_file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
 
 
 def compare_with_ledger(files: SiteFiles) -> tuple[Verified | None, Differences]:
-    """Read the ledger that the policy names (None before it exists), and its differences from the policy.
+    """Compare the policy with its ledger.
+
+    Returns:
+        The verified ledger (None before it exists), and its differences from the policy.
 
     Raises:
-        RunError: the ledger cannot be trusted.
+        RunError: the verification of the ledger failed.
     """
     if (verified := files.verify_ledger()) is None:
         return None, []
@@ -181,19 +184,19 @@ def compare_with_ledger(files: SiteFiles) -> tuple[Verified | None, Differences]
 
 
 def compute_remaining_epsilon(history: History) -> float:
-    """Return the epsilon that the lifetime cap leaves for new runs, after all reservations."""
+    """Compute the remaining epsilon under the lifetime cap, after all reservations."""
     assert history.policy is not None
     return compute_remaining_divergence(history, history.policy, history.now())
 
 
-def reference_runs_left(history: History) -> int | None:
-    """Return how many runs like the policy's reference run still fit under the lifetime cap; None: no limit."""
+def count_remaining_reference_runs(history: History) -> int | None:
+    """Count the reference runs that still fit under the lifetime cap; None: no limit."""
     assert history.policy is not None
     return count_remaining_runs(history, history.policy, history.policy.budget.reference.event, history.now())
 
 
 def convert_identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
-    """Return the ledger's identity under stable JSON keys."""
+    """Convert the ledger's identity to JSON values with stable keys."""
     opened = verified.history.opening
     return {
         "schema_version": SCHEMA_VERSION,
@@ -210,7 +213,7 @@ def convert_identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
 
 
 def convert_verification_to_json(verified: Verified) -> dict[str, Any]:
-    """Return the result of a successful verification as JSON; `verify` itself raises if the ledger is inconsistent."""
+    """Convert a successful verification to JSON values; a failed verification raises in `verify`."""
     return {
         "unchanged": True,
         "head": verified.history.hash,
@@ -246,7 +249,7 @@ def describe_noise(plan: Plan) -> str:
 
 
 def describe_trust(by_trust: Epsilons) -> str:
-    """Describe which parties each epsilon assumes to be honest, if several sites add the noise together."""
+    """Describe the trust assumption of each epsilon for distributed noise: the parties assumed to be honest."""
     alone = f"epsilon {format_epsilon(by_trust.server_alone)} against the server alone"
     planned = f"{format_epsilon(by_trust.with_colluders)} with as many colluding sites as planned for"
     return f"{alone}, {planned}, {format_epsilon(by_trust.with_all_others)} if all other sites collude"
@@ -256,9 +259,9 @@ ABOUT_RDP = (
     "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is usually "
     "larger. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
 )
-"""Beside an epsilon by RDP; `counts` names the other figure."""
+"""Note next to an RDP epsilon; `counts` is the name of the other epsilon."""
 WEAK_SIGNAL = 1.0
-"""Below it, noise moves the adapter further than all records together can; docs/planning.md has the runs behind it."""
+"""Signal-to-noise ratio below which noise moves the adapter further than all records can; see docs/planning.md."""
 
 
 def explain_signal(ratio: float, task: str) -> str:
@@ -278,7 +281,7 @@ def explain_signal(ratio: float, task: str) -> str:
 
 
 def describe_contribution(plan: Plan) -> str:
-    """Describe how much one user contributes to a step, for a plan that protects users."""
+    """Describe the contribution bound of a user per step, for a plan with user-level privacy."""
     most = pluralize(plan.records_per_user, "record")
     whom = ""
     if (cohorts := plan.cohorts) is not None:
@@ -289,11 +292,11 @@ def describe_contribution(plan: Plan) -> str:
 
 @spec
 class ArrivalRange:
-    """A range of periods in which people arrived, as plans name them.
+    """A range of arrival periods.
 
     Attributes:
-        first: the first period; None: includes people without a date; "": from the first date.
-        last: the last period; "before": only people without a date; None: up to the newest.
+        first: first period; None: including people without a date; "": from the first date.
+        last: last period; "before": only people without a date; None: up to the newest period.
     """
 
     first: str | None
@@ -301,13 +304,13 @@ class ArrivalRange:
 
     @classmethod
     def from_cohort(cls, cohort: int, after: int | None, period: str) -> ArrivalRange:
-        """Build the range from a cohort up to the one before `after`; None: up to the newest cohort."""
+        """Build the range from a cohort to the cohort before `after`; None: up to the newest cohort."""
         first = None if cohort == OLDEST else "" if cohort == OLDEST + 1 else format_cohort_name(cohort, period)
         return cls(first=first, last=None if after is None else format_cohort_name(after - 1, period))
 
     @property
     def code(self) -> str:
-        """The key of this range's wording in the section `arrivals` of the report's texts."""
+        """Key of this range in the section `arrivals` of the report's texts."""
         if self.first is None:
             return "all" if self.last is None else "undated" if self.last == "before" else "undated_to"
         if not self.first:
@@ -316,12 +319,12 @@ class ArrivalRange:
 
     @property
     def dates(self) -> str:
-        """The range in language-neutral notation, short enough for a chart label."""
+        """The range in language-neutral notation, for chart labels."""
         return "?" if self.code == "undated" else "–".join(dict.fromkeys((self.first or "…", self.last or "…")))  # noqa: RUF001
 
 
 def merge_adjacent(people: Mapping[int, ArrivalRange]) -> list[ArrivalRange]:
-    """Merge adjacent groups of arrivals into single ranges; `people` maps the groups' positions to their ranges."""
+    """Merge adjacent ranges of arrivals; `people` maps positions to ranges."""
     found: list[ArrivalRange] = []
     for place, one in people.items():
         if place - 1 in people:

@@ -23,20 +23,20 @@ MARKERS = (
     "M0 3l-2.8-5.2h5.6z",
     "M-2.4-2.4l4.8 4.8M2.4-2.4l-4.8 4.8",
 )
-MOST_LINES = len(COLORS)  # more lines in one chart could not be told apart
-LIMIT, BEFORE = "5 4", "1 2"  # dashes of levels that lines are compared with
-_WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
-_HEIGHT, _PANEL_HEIGHT = 194.0, 154.0  # of a chart, and of what its axes enclose
-_LETTER = 5.6  # about the width of one
-_SMALL_LETTER, _LINE_HEIGHT = 5.0, 10.5  # of text of 9
-_MOST_MARKERS = 40  # so many that they touch say nothing
+MOST_LINES = len(COLORS)  # maximum number of distinguishable lines
+LIMIT, BEFORE = "5 4", "1 2"  # dashes of horizontal reference lines
+_WIDTH = 310.0  # text of size 10 is legible at half of a page's width and on a phone
+_HEIGHT, _PANEL_HEIGHT = 194.0, 154.0  # height of a chart, and of the area within its axes
+_LETTER = 5.6  # approximate width of a character
+_SMALL_LETTER, _LINE_HEIGHT = 5.0, 10.5  # width and line height for text of size 9
+_MOST_MARKERS = 40  # lines with more points have no markers, which would overlap
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """A line of a chart; `number` determines its color, dashes and marker."""
+    """A data series of a chart; `number` selects color, dashes and marker."""
 
     points: Points
     number: int
@@ -46,21 +46,21 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """A chart's axes and contents."""
+    """Axes and data of a chart."""
 
     series: Sequence[Series]
-    x: str = ""  # name of the axis, and `y` likewise
+    x: str = ""  # axis label, as is `y`
     y: str = ""
-    levels: Sequence[tuple[float, str, str]] = ()  # (height, label, dashes) of lines from one side to the other
-    notes: Sequence[tuple[float, float, str]] = ()  # (x, y, text) at single points
-    # of x; "days" since the year 1, as `date.toordinal`.
+    levels: Sequence[tuple[float, str, str]] = ()  # (height, label, dashes) of horizontal reference lines
+    notes: Sequence[tuple[float, float, str]] = ()  # (x, y, text) of annotated points
+    # scale of x; "days" are proleptic ordinals, as from `date.toordinal`
     scale: Literal["number", "whole", "powers", "days"] = "number"
-    from_zero: bool = True  # whether y begins at 0
+    from_zero: bool = True  # whether the y axis starts at 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Axis:
-    """The mapping from values to coordinates: `low` maps to `start`; a negative `length` runs upward."""
+    """Linear map from values to coordinates: `low` maps to `start`, and a negative `length` runs upward."""
 
     low: float
     high: float
@@ -72,13 +72,13 @@ class _Axis:
 
 
 def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[float], str]) -> Markup:
-    """Draw a panel as SVG.
+    """Render a chart as SVG.
 
     Args:
-        code: a prefix for element ids, unique on the page.
-        panel: the axes and the series to draw.
-        named: title and description, for screen readers.
-        number: formats a number in the page's language.
+        code: prefix of element ids, unique on the page.
+        panel: axes and data.
+        named: title and description for screen readers.
+        number: function that formats a number in the page's language.
     """
     bottom, top = _compute_y_span(panel)
     marks, ends, scale = (
@@ -108,7 +108,7 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
         f' font-family="Fedtune Sans, sans-serif" stroke-linejoin="round" aria-labelledby="{code}-title {code}-desc">'
         f'<title id="{code}-title">{title}</title><desc id="{code}-desc">{description}</desc>'
     )
-    return Markup(head + "".join(parts) + "</svg>")  # every text in it is escaped
+    return Markup(head + "".join(parts) + "</svg>")  # all texts are escaped
 
 
 def _draw_text(x: float, y: float, text: str, *, anchor: str = "start", more: str = "") -> str:
@@ -116,10 +116,10 @@ def _draw_text(x: float, y: float, text: str, *, anchor: str = "start", more: st
 
 
 def _compute_y_span(panel: Panel) -> tuple[float, float]:
-    """Return the lowest and highest value of the y axis, with room for a marker."""
+    """Compute the limits of the y axis, with space for a marker."""
     values = [y for one in panel.series for _, y in one.points] + [height for height, _, _ in panel.levels]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
-    if high - low < 1e-300:  # less has no parts that are floats
+    if high - low < 1e-300:  # a smaller span underflows
         return (0.0, 1.0) if panel.from_zero else (low - 0.5, high + 0.5)
     room = 0.06 * (high - low)
     return (low if panel.from_zero else low - room), high + room
@@ -133,7 +133,7 @@ def _compute_x_span(places: Sequence[float], scale: str) -> tuple[float, float]:
 
 
 def _round_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Return at most `most` round numbers between `low` and `high`."""
+    """List at most `most` round numbers between `low` and `high`."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(width * power for width in (1, 2, 2.5, 5, 10) if (high - low) / (width * power) <= most)
     first = math.ceil(low / step - 1e-9)
@@ -148,7 +148,7 @@ def _list_x_ticks(low: float, high: float, scale: str) -> list[float]:
 
 
 def _list_date_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Return labeled first days of months or years between two days, as many as fit; otherwise the middle day."""
+    """List ticks at first days of months or years between two days, as many as fit; otherwise the middle day."""
     first, last = date.fromordinal(math.floor(low)), date.fromordinal(math.floor(high))
     months = range(12 * first.year + first.month, 12 * last.year + last.month)
     step = next(step for step in chain((1, 2, 3, 6), count(12, 12)) if len(months) <= 5 * step)
@@ -205,7 +205,7 @@ def _draw_levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
     for height, _, dashes in panel.levels:
         yield _draw_line(f"M{across.start:g} {down.to_coordinate(height):g}h{across.length:g}", "#000000", dashes)
     for x, y, text in panel.notes:
-        # A line that rises leaves room below its beginning, and above its end.
+        # A rising line leaves space below its start and above its end.
         is_early, has_room = (
             across.to_coordinate(x) < across.start + across.length / 2,
             down.to_coordinate(y) + 16 < down.start,
@@ -215,7 +215,7 @@ def _draw_levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
 
 
 def _iter_labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
-    """Yield (height, label, marker) for each labeled right end; nothing if the panel has only one line."""
+    """Yield (height, label, marker) of labels at the right edge; none for a single line."""
     if len(panel.series) + len(panel.levels) < 2:
         return
     for one in panel.series:
@@ -226,9 +226,9 @@ def _iter_labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
 
 
 def _draw_end_labels(ends: Sequence[tuple[float, str, str]], across: _Axis, down: _Axis) -> Iterator[str]:
-    """Draw the labels at the right edge, shifted apart so that they do not overlap."""
+    """Draw the labels at the right edge without overlaps."""
     sorted_ends = sorted((down.to_coordinate(height) + 3, label, mark) for height, label, mark in ends)
-    below = down.start + 3 - _LINE_HEIGHT * len(sorted_ends)  # so high that all fit above the axis
+    below = down.start + 3 - _LINE_HEIGHT * len(sorted_ends)  # leaves space for all labels above the axis
     y = -math.inf
     for place, (wanted, label, mark) in enumerate(sorted_ends, 1):
         y = max(min(wanted, below + _LINE_HEIGHT * place), y + _LINE_HEIGHT)

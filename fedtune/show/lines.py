@@ -1,4 +1,4 @@
-"""Format text for the terminal: fit lines to its width, strip control sequences, and shorten long names."""
+"""Text formatting for the terminal: line wrapping, removal of control characters, and shortened names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
 
 
 def wrap_text(text: str, *, width: int) -> list[str]:
-    """Wrap a text at word boundaries, with a hanging indent.
+    """Wrap a text at word boundaries with a hanging indent.
 
-    Paths, keys and hashes are never broken, whatever the width, because they are copied.  A command continues after a
-    backslash, so that the copied text is the same command.
+    Paths, keys and hashes are never broken, so that they can be copied.  Commands are continued with a backslash for
+    the same reason.
     """
     lines: list[str] = []
     for part in text.split("\n"):
@@ -51,18 +51,18 @@ def _wrap_command(command: str, *, indent: str, width: int) -> Iterator[str]:
 
 
 def strip_control(text: str) -> str:
-    """Replace control characters, which could steer a terminal: names and texts may come from others."""
+    """Replace control characters in untrusted text, which a terminal would execute."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def to_printable(text: object, most: int = 200) -> str:
-    """Shorten an external text to one line of at most `most` characters, with control characters replaced."""
+    """Shorten untrusted text to a single line of at most `most` characters, without control characters."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min`, `5.0 h`: rounded up, as exactly as an estimate is."""
+    """Format a duration rounded up to the precision of an estimate: `0.4 s`, `12 s`, `3 min`, `5.0 h`."""
     if seconds < 10:
         return f"{max(seconds, 0.1):.1f} s"
     if seconds < 120:
@@ -71,11 +71,11 @@ def duration(seconds: float) -> str:
 
 
 def shorten_middle(text: str, most: int) -> str:
-    """A long name, cut in its middle."""
+    """Shorten a long name in the middle to at most `most` characters."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def format_power_of_ten(exponent: int) -> str:
-    """10⁻⁵ and the like."""
+    """Format a power of ten with superscript digits, such as 10⁻⁵."""
     return f"10{str(exponent).translate(_SUPERSCRIPTS)}"

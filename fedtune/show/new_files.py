@@ -1,4 +1,4 @@
-"""Output files of commands: paths are checked before the work, and complete files appear at its end."""
+"""Atomic creation of commands' output files, with early checks of their paths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedtune.system import fsync_folder
 
 @contextmanager
 def write_new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Path, str]]:
-    """Yield a dict from path to text for the block to fill; the texts become files as in `open_new_streams`."""
+    """Yield a dictionary from path to text to fill; on exit, write the texts as `open_new_streams` does."""
     texts = dict[Path, str]()
     with open_new_streams(*places, mode=mode) as streams:
         yield texts
@@ -28,14 +28,14 @@ def write_new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[di
 
 @contextmanager
 def open_new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[list[BufferedWriter]]:
-    """Yield open streams for the block to write; if it ends without an error, they become files, in this order.
+    """Yield streams to write; on exit without an error, move the files to their paths, in order.
 
     Args:
-        *places: pairs of the option that names a file and the file's path.
-        mode: the permissions of the files.
+        *places: pairs of a command-line option and the file's path.
+        mode: permissions of the files.
 
     Raises:
-        ConfigError: before or after the block, a path exists, two paths name the same file, or one is not writable.
+        ConfigError: on entry or exit, a path exists or is not writable, or two paths are the same file.
     """
     token = token_hex(4)
     with ExitStack() as opened:
@@ -43,7 +43,7 @@ def open_new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[l
         for option, path in places:
             with translate_os_errors(path, option):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.with_name(f"{path.name}.{token}.partial")  # is there for another spelling of one path
+                beside = path.with_name(f"{path.name}.{token}.partial")  # exists if another path is the same file
                 file = os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
                 opened.callback(beside.unlink, missing_ok=True)
                 files.append((option, path, beside, opened.enter_context(file)))
@@ -57,30 +57,30 @@ def open_new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[l
             for option, path, beside, _ in files:
                 with translate_os_errors(path, option):
                     _publish(beside, path)
-                    made.callback(path.unlink)  # one that cannot appear takes the others along
+                    made.callback(path.unlink)  # remove all files if one cannot be moved
                     fsync_folder(path.parent)
             made.pop_all()
 
 
 def _publish(beside: Path, path: Path) -> None:
-    """Move a finished file to its name, unless that name has been taken meanwhile."""
+    """Move a complete file to its path; fail if the path exists by now."""
     try:
         os.link(beside, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP):
             raise
-        path.touch(exist_ok=False)  # the disk has no links: a kill between these two lines leaves an empty file
+        path.touch(exist_ok=False)  # no hard links: a crash before the next line leaves an empty file
         beside.rename(path)
 
 
 @contextmanager
 def translate_os_errors(path: Path, option: str) -> Iterator[None]:
-    """Turn operating system errors, and an existing file at `path`, into a ConfigError that names the option."""
+    """Convert operating-system errors, and an existing file at `path`, to a ConfigError about the option."""
     try:
         if os.path.lexists(path):
             raise FileExistsError
         yield
     except FileExistsError:
-        raise ConfigError(option, str(path), "already exists; choose a new file") from None
+        raise ConfigError(option, str(path), "already exists: choose a new file") from None
     except OSError as error:
         raise ConfigError(option, str(path), f"cannot be written ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""A run on the terminal: its settings, each finished round, and the result."""
+"""Terminal display of a run: settings, progress, finished rounds, and the result."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ from fedtune.sites.shared_model import RunModel
 
 
 class Display:
-    """A listener that shows a run on the terminal: one line per round and a progress bar with the time left.
+    """Run listener that prints one line per round, and a progress bar with the remaining time.
 
-    Without a terminal, the bar is replaced by occasional lines.
+    Without a terminal, the progress bar is replaced by progress lines.
 
     Args:
-        shown: False prints nothing before the result.
-        every_s: without a terminal, the least time in seconds between progress lines.
+        console: the output.
+        config: the run's configuration.
+        shown: whether to print progress; False: print only the result.
+        every_s: minimum interval of progress lines in seconds, without a terminal.
 
     Attributes:
-        earlier_s: the run's duration in seconds before it was resumed.
+        earlier_s: duration of the run in seconds before it was resumed.
     """
 
     def __init__(self, console: Console, config: RunConfig, *, shown: bool, every_s: float = 15.0) -> None:
@@ -64,16 +66,16 @@ class Display:
 
     @contextmanager
     def show_progress_bar(self) -> Iterator[None]:
-        """Print the start message, and keep the progress bar on the terminal until the run ends."""
+        """Print the start message, and display the progress bar until the end of the block."""
         if self._shown:
             self._console.print(f"[bold]fedtune[/bold] {self._config.name}: loading model and data ...")
         with self._progress:
             yield
 
     def on_preparing(self, what: str, done: int, total: int) -> None:
-        """Show the progress of slow preparation: a bar on a terminal, otherwise an occasional line."""
+        """Display the progress of slow preparation, as a bar or as progress lines."""
         now, new = time.monotonic(), what != self._stage
-        if new or not self._first:  # the first part has work that is done once, and tells nothing of the pace
+        if new or not self._first:  # the first step includes one-time work, and is not representative
             self._stage, self._stage_began, self._first = what, now, done
         so_far = f"{what}: {done:,} of {total:,}" if done else f"{what} ..."
         since = done - self._first
@@ -97,7 +99,7 @@ class Display:
             self._preparing = None
 
     def note(self, text: str) -> None:
-        """Print a note about something that is rarely intended."""
+        """Print a note about a probable mistake."""
         self._print_text(f"Note: {text}", style="yellow")
 
     def _print_text(self, text: str, *, style: str = "") -> None:
@@ -105,7 +107,7 @@ class Display:
             say(text, style=style, console=self._console)
 
     def on_prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
-        """Print the settings of the run that is about to start."""
+        """Print the settings of the run before the first round."""
         federation = self._config.federation
         self._plan, self._done = proposal.plan, state.round * len(federation.active)
         self.earlier_s = state.seconds
@@ -131,20 +133,20 @@ class Display:
         )
 
     def on_site_replied(self, number: int) -> None:
-        """Advance the progress bar."""
+        """Advance the progress bar by one site."""
         if self._task is not None:
             said = self._format_round(self._done // len(self._config.federation.active) + 1, number)
             self._progress.update(self._task, completed=self._done + number, description=said)
 
     def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
-        """Print a real site's answer, and the epsilon that its receipt amounts to."""
+        """Print a real site's reply with the epsilon of its receipt."""
         text = f"{what}, {format_size(num_bytes)}" if what == "update" else what
         if charged_rounds is not None and self._plan is not None:
             text += f", epsilon {format_epsilon(compute_charged_epsilons(self._plan, charged_rounds)[0])}"
         self._print_text(f"  {site}: {text}", style="" if what == "update" else "yellow")
 
     def round_finished(self, state: LeadState) -> None:
-        """Print the round's line, broken between its parts where the terminal is too narrow."""
+        """Print the line of a finished round, wrapped between its parts on a narrow terminal."""
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
             said = self._format_round(state.round + 1, 0)
@@ -167,7 +169,7 @@ class Display:
         self._console.print(line, soft_wrap=True)
 
     def _round_parts(self, state: LeadState) -> Iterator[tuple[str, str]]:
-        """Yield the parts of a round's line, each with its style."""
+        """Yield the parts of a round's line as (text, style)."""
         assert self._plan is not None
         federation, last = self._config.federation, state.rounds[-1]
         rounds = count_rounds(state.rounds, federation)
@@ -182,7 +184,7 @@ class Display:
         yield f"{last.seconds:.1f} s", ""
         if kept is not None and kept.round < last.round:
             yield f"kept so far: round {kept.round}", ""
-        # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
+        # Extrapolate from this run's rounds, so that a log without a progress bar has an estimate as well.
         left = _format_time_left(self._estimate_seconds_left(state))
         if left and not over:
             yield left, ""
@@ -205,9 +207,9 @@ def _format_time_left(seconds: float | None) -> str:
 
 
 def show_result(console: Console, config: RunConfig, result: RunResult, *, whole_s: float) -> None:
-    """Print the table of sites and the scores; `whole_s` is the total time in seconds, including loading.
+    """Print a run's result: privacy spending by site, scores, and the total time `whole_s` in seconds.
 
-    With `tracking.log_level=debug`, explain epsilon by RDP.
+    With `tracking.log_level=debug`, also explain the RDP epsilon.
     """
     say_here = partial(say, console=console)
     privacy, final = result.privacy, result.final
@@ -226,7 +228,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     if privacy.seeded_noise:
         say_here("A study without a guarantee: its noise came from the configured seed.", style="yellow")
     if measured := [one for one in result.rounds if one.site_scores]:
-        # The newest scores that the sites released: they were paid for.
+        # The latest scores that the sites released and charged.
         about = f"noised scores of held-out {privacy.unit}s, for the adapter at the start of round {measured[-1].round}"
         scores = (f"{site} {values[0]:.3f}" for site, values in measured[-1].site_scores.items())
         say_here(f"{about}: {', '.join(scores)}")
@@ -247,7 +249,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
 
 
 def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
-    """Describe the round that checkpoint selection kept, and what early stopping by these scores means for epsilon."""
+    """Describe the selected checkpoint's round, and the effect of early stopping on epsilon."""
     score = _format_scores({kept.primary_metric: kept.score})
     text = f"kept: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
     if not kept.ended_early:
@@ -262,7 +264,7 @@ def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
 
 
 def _describe_finding(code: str, config: RunConfig) -> str:
-    """Describe a problem that training ran into, and what to do about it."""
+    """Describe a problem in training, with a remedy."""
     rates = config.training.suggest_lower_rates(clipped=config.privacy.private)
     lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
     page = "(docs/own_data.md, When scores are low)"
@@ -277,7 +279,7 @@ def _describe_finding(code: str, config: RunConfig) -> str:
 
 
 def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> Section:
-    """Build the table of a run's settings; rows that need attention are yellow."""
+    """Build the table of a run's settings, with warnings in yellow."""
     trained, warnings = shared.initial_adapter.num_values, set[str]()
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
     rows = {
@@ -319,7 +321,7 @@ def _build_settings_section(config: RunConfig, shared: RunModel, plan: Plan) -> 
 
 
 def _describe_start(about: Mapping[str, Any]) -> str:
-    """Describe the adapter that a run starts from, and its prior spending."""
+    """Describe a run's start adapter and its prior spending."""
     on = "" if about.get("dataset", UNKNOWN) == UNKNOWN else f" on {about['dataset']}"
     if about.get("public"):
         spent = "it was trained without privacy on records declared public"

@@ -1,4 +1,4 @@
-"""A drawing that a notebook shows."""
+"""SVG figures for notebooks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fedtune.spec import ConfigError
 
 
 class SvgFigure:
-    """A drawing as SVG: a notebook shows it, and `save` writes it to a file.
+    """An SVG figure that notebooks display and `save` writes to a file.
 
     Attributes:
-        svg: the drawing; every text in it is escaped.
+        svg: the SVG markup, with escaped texts.
     """
 
     def __init__(self, svg: str) -> None:
@@ -21,10 +21,10 @@ class SvgFigure:
         return self.svg
 
     def save(self, path: str | Path) -> Path:
-        """Write the drawing to a file.
+        """Write the figure to an SVG file, and return its path.
 
         Raises:
-            ValueError: the name does not end in .svg, or the file cannot be written.
+            ValueError: the file name does not end in .svg, or the file cannot be written.
         """
         target = Path(path)
         if target.suffix.lower() != ".svg":

@@ -1,4 +1,4 @@
-"""Sections on a terminal, each with a title, a table and notes; also questions, output files and JSON."""
+"""Terminal output: sections with a title, a table and notes, confirmations, output files and JSON."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from fedtune.privacy.durable import write_durably
 from fedtune.show.lines import strip_control, wrap_text
 from fedtune.spec import ConfigError, RunError
 
-SCHEMA_VERSION = 1  # of what `--json` prints
-_NARROWEST = 8  # column of words
+SCHEMA_VERSION = 1  # version of the `--json` output
+_NARROWEST = 8  # minimum width of a text column
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A titled table with notes."""
+    """A table with a title and notes."""
 
     title: str = ""
-    headings: tuple[str, ...] = ()  # of the columns; empty: without headings
+    headings: tuple[str, ...] = ()  # column headings; empty: no headings
     rows: Sequence[tuple[str, ...]] = ()
     _: dataclasses.KW_ONLY
-    # numbers of the columns that hold words, which stand on the left and may be broken; the others hold
-    # numbers, which are never broken
+    # indices of text columns, which are left-aligned and may be wrapped; other columns contain numbers,
+    # which are never wrapped
     words: Collection[int] = (0,)
-    # numbers of the columns of words that are never broken either, since a person types them
+    # indices of text columns that are never wrapped, because users copy their cells
     whole: Collection[int] = ()
     notes: Sequence[str] = ()
-    styles: Mapping[int, str] = dataclasses.field(default_factory=dict)  # of rows that stand out, by number
+    styles: Mapping[int, str] = dataclasses.field(default_factory=dict)  # style of highlighted rows by index
 
 
 def build_key_value_section(rows: Mapping[str, str], *, title: str = "") -> Section:
-    """Build a two-column section from names and their values."""
+    """Build a section with a two-column table of names and values."""
     return Section(title=title, rows=tuple(rows.items()), words={0, 1}, whole={0})
 
 
 def show(sections: Iterable[Section], *, console: Console | None = None) -> None:
-    """Print sections separated by blank lines; empty sections are skipped."""
+    """Print nonempty sections, separated by blank lines."""
     console = console or Console()
     for section in (one for one in sections if one.rows or one.notes):
         console.print()
@@ -61,7 +61,12 @@ def show(sections: Iterable[Section], *, console: Console | None = None) -> None
 
 
 def write_file(path: Path, content: str | bytes, *, option: str) -> None:
-    """Write a command's output atomically to the file that an option names; an existing file is replaced.
+    """Write a command's output file atomically, replacing an existing file.
+
+    Args:
+        path: the file.
+        content: text or bytes.
+        option: the option with the path, for error messages.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -73,7 +78,7 @@ def write_file(path: Path, content: str | bytes, *, option: str) -> None:
 
 
 def _layout_table(section: Section, width: int) -> Text:
-    """Lay out the rows in columns within `width`; a line gets longer if it contains an unbreakable path or hash."""
+    """Lay out a table within `width` characters; only lines with an unbreakable path or hash are longer."""
     gap = 2 if width >= 100 else 1
     rows = [tuple(map(strip_control, row)) for row in section.rows]
     headings = tuple(map(strip_control, section.headings)) or ("",) * len(rows[0])
@@ -94,9 +99,9 @@ def _layout_table(section: Section, width: int) -> Text:
 
 
 def _separate_cells(cells: list[list[str]], widths: Sequence[int]) -> list[list[str]]:
-    """Lay out a row's cells; cells to the right of one that is wider than its column move below it.
+    """Split a row into lines: cells to the right of an overwide cell move to the next line.
 
-    Otherwise the terminal would break the line anywhere, even within a number.
+    Otherwise the terminal would wrap the line within words and numbers.
     """
     for at, cell in enumerate(cells[:-1], start=1):
         beside = max(map(len, cells[at:]))
@@ -108,7 +113,7 @@ def _separate_cells(cells: list[list[str]], widths: Sequence[int]) -> list[list[
 def _choose_column_widths(
     section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...], *, room: int
 ) -> list[int]:
-    """Choose the column widths; if `room` is scarce, break headings first, then words, then the headings' own words."""
+    """Choose column widths for `room` characters: wrap headings first, then text cells, then words in headings."""
     held = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
     widths = [max(most, *map(cell_len, heading.split("\n"))) for heading, most in zip(headings, held, strict=True)]
     in_heading = [max(map(cell_len, heading.split() or [""])) for heading in headings]
@@ -126,17 +131,17 @@ def _pad_cell(text: str, width: int, *, left: bool) -> str:
 
 
 def say(text: str, *, style: str = "", console: Console | None = None) -> None:
-    """Print a text wrapped to the terminal's width, as `fold` does."""
+    """Print a text, wrapped to the terminal's width with `wrap_text`."""
     console = console or Console()
     lines = wrap_text(strip_control(text), width=console.width)
     console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
 def require_confirmation(question: str, *, otherwise: str) -> None:
-    """Ask a person for confirmation; no answer, for example without an input, counts as no.
+    """Ask the user for confirmation; a missing answer, for example without a terminal, counts as no.
 
     Raises:
-        RunError: the answer is no; the message is `otherwise`.
+        RunError: the user did not confirm; the message is `otherwise`.
     """
     sys.stdout.write(f"{question} [y/N] ")
     sys.stdout.flush()
@@ -151,5 +156,5 @@ def print_json(value: Any) -> None:
 
 
 def to_json_text(value: Any) -> str:
-    """Serialize a value as JSON; an unbounded value becomes null because JSON has no infinity."""
+    """Serialize a value as JSON, with null for infinity, which JSON lacks."""
     return json.dumps(convert_to_jsonable(value), indent=1, allow_nan=False) + "\n"

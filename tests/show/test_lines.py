@@ -1,4 +1,4 @@
-"""Lines fit a terminal; what is copied from them is whole."""
+"""Line wrapping for the terminal, without breaking text that users copy."""
 
 import io
 import re
@@ -38,13 +38,13 @@ def test_wrapped_command_is_unchanged_when_copied(front: str) -> None:
     assert "\\" not in "".join(wrap_text(prose, width=50)), "a sentence goes on after it"
 
 
-def test_external_text_is_stripped_of_control_characters_and_shortened() -> None:
+def test_to_printable_removes_control_characters_and_shortens() -> None:
     assert to_printable("a\x1b[2Jb\u202e") == "a?[2Jb?"
     assert to_printable("x" * 500) == "x" * 197 + "..."
 
 
-def test_long_name_does_not_break_table_values() -> None:
-    """A run's name is copied, so never broken: figures stand on the line below it, within the terminal's width."""
+def test_long_name_moves_table_values_to_the_next_line() -> None:
+    """A run's name is never broken; the figures move to the next line instead."""
     name = f"a-long-name-of-a-run-{'0123456789abcdef' * 2}"
     row = (name, "ended", "20/20", "1.23457", "0.0123457", "8.000", "8.000")
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "planned")

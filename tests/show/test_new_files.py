@@ -1,4 +1,4 @@
-"""New files appear together and whole, or not at all; nothing that lies there is replaced."""
+"""Atomic creation of several output files, without overwriting existing files."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from fedtune.show.new_files import write_new_files
 from fedtune.spec import ConfigError
 
 
-def test_new_files_appear_together_and_complete(tmp_path: Path) -> None:
+def test_new_files_are_created_together(tmp_path: Path) -> None:
     first, second = places = [tmp_path / "new" / name for name in ("a", "b")]
     with write_new_files(*(("--to", path) for path in places), mode=0o600) as texts:
         assert not any(path.exists() for path in places)
@@ -24,7 +24,7 @@ def test_new_files_appear_together_and_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fault", ["the work fails", "a full disk", "another came", "another came late", "another came last", "one twice"]
 )
-def test_failure_leaves_none_of_the_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_failed_write_leaves_no_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     first, second = tmp_path / "a", tmp_path / "link" / ("a" if fault == "one twice" else "b")
     full = Mock(side_effect=[None, OSError(errno.ENOSPC, "No space left on device")])

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and at its end: the words are in tests/cli/snapshots/run-progress.txt."""
+"""Terminal display of a run's progress and result; the text is in tests/cli/snapshots/run-progress.txt."""
 
 import io
 import re
@@ -48,14 +48,14 @@ def make_state(round: int, **changes: Any) -> LeadState:
 
 
 def make_model(values: int = 0, *, device: str = "cpu", keeps_states: bool = True) -> SimpleNamespace:
-    """What is shown of the lead's: its adapter's size, its device, and how much the frozen layers' outputs take."""
+    """Return a stub of the lead's model, with the attributes that the display shows."""
     adapter = Adapter({"a": np.zeros(values, np.float32)} if values else {})
     loaded = SimpleNamespace(keeps_states=keeps_states)
     return SimpleNamespace(initial_adapter=adapter, device=device, loaded=loaded, states_mib=1234.5)
 
 
 def show_rounds(config: RunConfig, *states: LeadState, of: Any = None, every_s: float | None = None, **how: Any) -> str:
-    """What is shown of a run's rounds, and with `every_s` of what takes long before them."""
+    """Return the output for a run's rounds and, with `every_s`, for its preparation."""
     begun = {key: how.pop(key) for key in ("round", "start_adapter", "data_changed") if key in how}
     out, progress = io.StringIO(), {"shown": how.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
     display = Display(Console(file=out, **{"width": 200} | how), config, **progress)
@@ -132,7 +132,7 @@ def list_results() -> Iterator[tuple[str, RunResult]]:
 
 
 def compare_lines(usual: str, text: str) -> str:
-    """The lines that a text lacks, and those that it has more."""
+    """Return the missing and the additional lines of a text."""
     old, new = usual.splitlines(), text.splitlines()
     lacking, more = ([line for line in one if line not in other] for one, other in ((old, new), (new, old)))
     return "".join([*(f"- {line}\n" for line in lacking), *(f"+ {line}\n" for line in more)])
@@ -190,7 +190,7 @@ def test_displayed_epsilon_is_rounded_up_from_the_planned_one(config: RunConfig)
     assert "epsilon 1.001 at delta 1e-05 for each record" in render_table(config, make_result())
 
 
-def test_narrow_terminal_shows_a_round_on_two_lines(config: RunConfig) -> None:
+def test_display_wraps_a_round_on_a_narrow_terminal(config: RunConfig) -> None:
     failing = make_state(1, failed_sites={"site-2": "plan_exhausted"})
     text = show_rounds(config, make_state(3), failing, width=snapshots.COLUMNS)
     assert snapshots.find_wide_lines(text + render_table(config, make_result(), width=snapshots.COLUMNS)) == []
@@ -198,7 +198,7 @@ def test_narrow_terminal_shows_a_round_on_two_lines(config: RunConfig) -> None:
     assert "site-2: plan_exhausted\n" in text
 
 
-def test_terminal_shows_a_progress_bar_unless_quiet(config: RunConfig) -> None:
+def test_display_shows_a_progress_bar_unless_quiet(config: RunConfig) -> None:
     assert "checking the model on this machine: 2 of 3" in show_rounds(config, force_terminal=True, every_s=1e9)
     out = show_rounds(config, make_state(1), force_terminal=True)
     assert "round 1/10, site 2/2" in out or "round 2/10, site 1/2" in out

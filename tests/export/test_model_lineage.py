@@ -1,4 +1,4 @@
-"""A model that an export writes says as a base what its training owes, and what begins on it tells that."""
+"""Lineage of exported models: runs on them inherit their privacy spending."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def merged_base(first_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def second_run(merged_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run on that base, and what it printed."""
+    """A run on the merged base, and its output."""
     into = tmp_path_factory.mktemp("second")
     words = list_tiny_overrides(
         *WRITER, f"model.path='{merged_base}'", "tracking.progress=true", into=into, name="second"
@@ -60,7 +60,7 @@ def mark_of(folder: Path) -> Any:
 
 
 def read_lineage(run: Path) -> dict[str, Any]:
-    """What a run says of itself, as a later one is to tell it."""
+    """Return the lineage entry of a run, as a later run should report it."""
     told = read_result(run)
     spent = {key: told["privacy"][key] for key in ("unit", "delta", "epsilon")}
     about = {"from": run.name, "dataset": told["provenance"]["dataset"]}
