@@ -54,7 +54,7 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
         ConfigError: `target` exists or cannot be written, or a file cannot be read.
     """
     if os.path.lexists(target):
-        raise ConfigError("FILE", str(target), "already exists; choose a new file")
+        raise ConfigError("FILE", str(target), "already exists: choose a new file")
     with (
         translate_write_errors(target, key="FILE"),
         tempfile.TemporaryDirectory(prefix=".backup.", dir=target.parent) as folder,

@@ -25,7 +25,7 @@ from fedtune.ops.health import Health, serve_locally
 from fedtune.ops.kits.certificates import Certificate, read_certificate
 from fedtune.ops.kits.kit_file import Kit, stat_signature
 from fedtune.privacy.release import Reason
-from fedtune.show.budget_text import compute_remaining_epsilon, reference_runs_left
+from fedtune.show.budget_text import compute_remaining_epsilon, count_remaining_reference_runs
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may be missing
@@ -207,7 +207,7 @@ def _list_budget_values(history: History) -> Values:
     yield "fedtune_site_epsilon_spent", {name: history.epsilon(spent) for name, spent in taken.items()}
     yield "fedtune_site_epsilon_cap", history.cap
     yield "fedtune_site_epsilon_left", compute_remaining_epsilon(history)
-    runs = reference_runs_left(history)
+    runs = count_remaining_reference_runs(history)
     yield "fedtune_site_runs_left", math.inf if runs is None else runs
 
 

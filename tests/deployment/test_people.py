@@ -147,9 +147,9 @@ def test_paused_site_is_skipped_and_stopped_run_ends_everywhere(federation: Fede
     words = ["run", "stop", str(folder), "--for-good", "--kit", str(federation.lead_kit)]
     end = federation.run("lead-end", LEAD, [*FEDTUNE, *words])
     assert end.end() == 0, end.text
-    assert sorted(end.text.partition("Informed that the run is over: ")[2].strip().rstrip(".").split(", ")) == list(
-        SITES
-    )
+    assert sorted(
+        end.text.partition("Sites that were notified of the end of the run: ")[2].strip().rstrip(".").split(", ")
+    ) == list(SITES)
     for site in federation.sites.values():
         assert site.notes(run) == ["run_ended"]
         history = site.verified().history
