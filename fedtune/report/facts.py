@@ -197,6 +197,8 @@ class Provenance:
     machine: str | None = None
     start_adapter: StartAdapter | None = None
     purpose: str | None = None  # of the training, in the words of a person
+    channel: str | None = None  # how the model is released, likewise
+    acceptable_use: str | None = None  # what users may do with it, likewise
 
 
 @spec
@@ -332,6 +334,8 @@ class RunFacts:
     constant: float | None = (
         None  # `primary_metric` of the best constant answer to the test file; None: there is no such
     )
+    total_parameters: int | None = None  # the frozen ones included; None: not known
+    group_scores: Mapping[str, float | None] = field(default_factory=dict)  # that `fedtune compare --by` found
 
     @property
     def unit(self) -> Unit:

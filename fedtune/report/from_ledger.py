@@ -12,6 +12,7 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
+from fedtune.config import AboutSpec
 from fedtune.formatting import convert_infinite_to_none
 from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger import store
@@ -63,7 +64,7 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
     if anchor is None and files and files.anchor and files.anchor.is_file():
         anchor = files.anchor
     head, own = Head.read(anchor) if anchor else None, files.policy if files else None
-    purpose = read_site_settings(files.site_toml).about.purpose if files else None
+    about = read_site_settings(files.site_toml).about if files else None
     verified, problem = None, ""
     try:
         verified = verify(ledger, anchor=head, site_key=files.public_key if files else None)
@@ -76,9 +77,7 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
             site_toml_or_ledger
         )
     return derive_report(
-        collect_ledger_facts(
-            events, history, verified=verified, problem=problem, own=own, purpose=purpose, most=MOST_STEPS
-        )
+        collect_ledger_facts(events, history, verified=verified, problem=problem, own=own, about=about, most=MOST_STEPS)
     )
 
 
@@ -121,7 +120,7 @@ def collect_ledger_facts(
     verified: Verified | None,
     problem: str = "",
     own: Policy | None = None,
-    purpose: str | None = None,
+    about: AboutSpec | None = None,
     most: int,
     now: datetime | None = None,
 ) -> LedgerFacts:
@@ -133,7 +132,7 @@ def collect_ledger_facts(
         verified: the verified ledger; None: it is inconsistent, or older than its anchor.
         problem: why the ledger does not verify; empty if it does.
         own: the policy in force, if it was given.
-        purpose: what the site says that the training is for, if it says so.
+        about: what the site says of purpose and release, as far as it says so.
         most: the largest number of rounds to list one by one, as in `list_charges`.
         now: the time of the facts; None: the time of the newest event, whenever the ledger is read.
     """
@@ -222,7 +221,9 @@ def collect_ledger_facts(
             dataset=", ".join(dataset.id for dataset in noted.dataset),
             task=", ".join(dict.fromkeys(proposal.task for proposal in proposals)) or None,
             libraries={},
-            purpose=purpose,
+            purpose=about.purpose if about else None,
+            channel=(about.channel or None) if about else None,
+            acceptable_use=(about.acceptable_use or None) if about else None,
         ),
         arrivals=opened.arrivals or None,
     )

@@ -245,6 +245,8 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         inexact_gradients=inexact_gradients(folder, config),
         config_file_sha256=config.digest(),
         trained_parameters=state.adapter.num_values if state else None,
+        total_parameters=noted.total_parameters if noted else None,
+        group_scores=_read_group_scores(folder, config.primary_metric),
         provenance=_build_provenance(record),
         # What the rounds released of scores at the sites is no part of a report.
         rounds=tuple(
@@ -265,6 +267,27 @@ def collect_run_facts(folder: Path, record: RunRecord, *, own: Mapping[str, Repo
         sites=tuple(_collect_site_facts(record, site, own.get(site)) for site in config.federation.active),
         files=hash_model_files(folder) if record.finished else {},
     )
+
+
+def _read_group_scores(folder: Path, primary_metric: str) -> Mapping[str, float | None]:
+    """Return the run's scores by group, from what `fedtune compare --by` wrote; {} where it compared no groups.
+
+    The file is groups.json in the run's folder, or compare.json beside it.
+    """
+    for path in (folder / "groups.json", folder.parent / "compare.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+            told = json.loads(path.read_bytes())
+            places = {model["name"]: model.get("folder") for model in told["models"]}
+            own = next(name for name, place in places.items() if place and Path(place).resolve() == folder.resolve())
+            if told["primary_metric"] == primary_metric and (columns := told["groups"]):
+                return drop_infinite_scores(
+                    {
+                        f"{column}: {group['name']}": float(group["scores"][own]["value"])
+                        for column, found in columns.items()
+                        for group in found["groups"]
+                    }
+                )
+    return {}
 
 
 def _collect_held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:

@@ -35,7 +35,6 @@ from fedtune.show.terminal_tables import Section, to_json_text
 _MAPS = Path(__file__).with_name("maps")
 _CANDIDATES = 1_000_000  # values that a secret may have, such as a number of six digits
 _LABELS: Mapping[str, str] = {
-    "energy_kwh": "Energy of this machine in kWh",
     "extraction": "Extraction of a secret",
     "gate": "Verdict of fedtune gate",
     "group_results": "Scores by group",
@@ -45,8 +44,6 @@ _LABELS: Mapping[str, str] = {
     "neighboring_relation": "Neighboring relation",
     "report_sha256": "SHA-256 of report.json",
     "report_signature": "Key that signed the report",
-    "total_parameters": "Parameters in all",
-    "training_flops": "Floating-point operations",
 }
 """Facts that no cell of the report shows, with their names."""
 _BY_GATE: Mapping[str, tuple[str, ...]] = {
@@ -111,8 +108,6 @@ def collect_known_facts(report: Report, verdict: GateVerdict | None) -> Mapping[
         lifetimes = {site.site: site.statement.lifetime if site.statement else None for site in facts.sites}
         if facts.files:
             known["model_files"] = ", ".join(f"{name} {digest[:16]}" for name, digest in facts.files.items())
-        if facts.energy:
-            known["energy_kwh"] = f"{facts.energy.kwh:.3g}"
     if all(lifetimes.values()):
         known["lifetime"] = ", ".join(
             f"{site} {format_epsilon(life.epsilon)}" for site, life in lifetimes.items() if life

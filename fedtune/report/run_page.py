@@ -61,7 +61,7 @@ class UnfinishedReport:
         # These draw, which takes a while to import.
         from fedtune.federation.early_stopping import count_rounds
         from fedtune.report import from_run
-        from fedtune.report.page.render import render
+        from fedtune.report.page.render import render_live
         from fedtune.report.page.translations import load_catalog
         from fedtune.report.verify_report import derive_report
 
@@ -71,10 +71,13 @@ class UnfinishedReport:
             load_catalog(self._config.report.language),
             count_rounds(state.rounds, self._config.federation),
         )
-        now = words.figure(datetime.now(UTC).isoformat(timespec="seconds"), "moment")
-        said = words.text("unfinished.running" if goes_on else "unfinished.stopped", done=state.round, planned=planned)
-        notice = said + " " + words.text("unfinished.written", time=now)
         # What sites released of their ledgers is joined when the run's own report is written.
-        report = derive_report(from_run.collect_run_facts(self._folder, record, own={}))
-        html = render(report, language=words.language, notice=notice, again_s=AGAIN_S if goes_on else None)
+        html = render_live(
+            derive_report(from_run.collect_run_facts(self._folder, record, own={})),
+            language=words.language,
+            planned=planned,
+            written=words.figure(datetime.now(UTC).isoformat(timespec="seconds"), "moment"),
+            seconds=state.seconds_per_round,
+            again_s=AGAIN_S if goes_on else None,
+        )
         write_durably(self._folder / "report.html", html.encode())

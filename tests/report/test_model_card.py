@@ -53,9 +53,12 @@ def test_model_card_loads_in_hub_tools_and_matches_the_report(run_folder: Any, r
     label = (run_folder / "adapter" / "label.svg").read_text()
     assert label == render_label(run_report, language="en")
     assert hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest() in label
-    assert f"at most {format_factor(run_report.epsilon)} times as likely with any one record as without it" in text
+    assert f"by at most a factor of {format_factor(run_report.epsilon)}, plus" in text
     assert f"This is epsilon {format_epsilon(run_report.epsilon)} at delta " in text
-    assert f"**The lead's limit for this run was kept.** Used: epsilon {format_epsilon(run_report.epsilon)} of " in text
+    assert (
+        f"**The lead's limit for this run was kept.** Privacy loss (epsilon): {format_epsilon(run_report.epsilon)} of "
+        in text
+    )
     assert text.count("\n- ") == len(run_report.not_protected)
     assert "On 10 records of the lead's own test file" in text
     assert "site-1 80, site-2 90" in text

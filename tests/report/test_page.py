@@ -121,8 +121,8 @@ def test_page_tables_match_the_rows_of_the_json(shown: tuple[Report, str]) -> No
 
 def test_sites_are_listed_worst_first(language: str) -> None:
     html = main(render_page("wide_run", language))
-    budget = next(one for one in html.iter() if one.attrib.get("id") == "budget")
-    assert [len(table.all("tr")) for table in budget.all("table")] == [5, 5], "eight sites in two halves"
+    budget = find_by_id(html, "budget")
+    assert len(budget.all("tr")) == 11, "ten sites that differ, below the headings"
     first = budget.all("tr")[1]  # the one that exceeded its budget
     assert first.all(data_at="/sites/9/site")
     for place in range(10):
@@ -176,13 +176,48 @@ def test_css_strings_cannot_be_escaped_from(text: str) -> None:
     assert re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1]) == text
 
 
+MOST_WORDS = 450  # of page 1, whatever the situation
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page_one_has_at_most_450_words(name: str, language: str, tmp_path: Path) -> None:
+    """Signed and not; a word has a letter or a digit, and the scale for phones says what the other one says."""
+    report = build_reports()[name]
+    signed = signing.sign_report(replace(report, signature=None), SigningKey.load_or_create(tmp_path / "key.pem"))
+    for one in (report, signed):
+        (first,) = main(render.render(one, language=language)).all("section", id="page-1")
+        said = " ".join(first.texts(without=lambda part: part.attrib.get("class") == "narrow"))
+        assert len(re.findall(r"\S*\w\S*", said)) <= MOST_WORDS
+
+
+def test_scale_shows_one_two_and_five_records_beside_the_worst_result(language: str) -> None:
+    report = build_reports()["ledger"]
+    first, words = find_by_id(main(render_page("ledger", language)), "page-1"), load_catalog(language)
+    (scale,) = first.all("svg", **{"class": "wide"})
+    means = report.sites[0].meaning
+    shown = (means.right_of_100_ceiling, means.right_of_100_for_2, means.right_of_100_for_5)
+    assert all(words.figure(value, "of_100").replace("\N{NO-BREAK SPACE}", " ") in join_words(scale) for value in shown)
+    marks = [float(one.attrib["cx"]) for one in scale.all("circle")]
+    assert marks == sorted(marks), "the more records, the nearer to certainty"
+    worst = [one.attrib["data-at"] for row in first.all("tr", **{"class": "worst"}) for one in row.all("data")]
+    assert [at for at in worst if at.endswith("ceiling")] == [f"/sites/0/meaning/posterior/{n}/ceiling" for n in (2, 0)]
+
+
+@pytest.mark.parametrize(("right", "five", "said"), [(60.0, 60.1, "Well for one"), (80.1, 99.9, "Poorly for one")])
+def test_words_for_protection_follow_the_guesses(right: float, five: float, said: str) -> None:
+    (site,) = build_reports()["ledger"].sites
+    means = replace(site.meaning, right_of_100_ceiling=right, right_of_100_for_5=five)
+    html = main(render.render(change_first_site(build_reports()["ledger"], meaning=means), language="en"))
+    assert join_words(find_by_id(html, "strong").all("p")[0]).startswith(said)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("wide")])
 def test_page_one_matches_its_golden_text(name: str, language: str) -> None:
     check_text(f"{name}-{language}", main(render_page(name, language)).all("section", id="page-1"))
 
 
 SHORT = ("engineer", "utility", "cost")
-LONG = (*SHORT, "cells", "documentation", "formulae", "check")
+LONG = (*SHORT, "cells", "documentation", "formulae", "glossary", "check")
 ANNEXES = {
     ("within", "en"): LONG,
     ("ledger", "de"): LONG,
@@ -253,7 +288,7 @@ def test_uninformative_ceiling_is_not_shown_as_a_figure(language: str) -> None:
         html = main(render.render(shown, language=language))
         (first,) = html.all("section", id="page-1")
         ceilings = [one for one in first.all("data") if "right_of_100" in one.attrib["data-at"]]
-        assert bool(ceilings) == bool(first.all(id="several")) == is_shown
+        assert bool(ceilings) == bool(first.all(id="scale")) == is_shown
         section = words.texts["curve"]["heading"]
         said = words.text("meaning.several_runs", section=section).unescape()
         assert join_words(find_by_id(first, "ceiling")) == said
@@ -275,7 +310,8 @@ def test_strength_rating_shows_its_epsilon_thresholds(code: str, a_report: Make,
         math.nextafter(most, 99)
     )
     report = replace(a_report(), epsilon=min(most, 11.0))
-    said = join_words(find_by_id(main(render.render(report, language=language)), "band"))
+    (here,) = main(render.render(report, language=language)).all("li", **{"class": "here"})
+    said = join_words(here).split(load_catalog(language).texts["strength"]["here"].split(":")[0])[0]
     assert load_catalog(language).texts["strength"][code] in said
     edges = [f"{edge:g}" for edge in (least, most) if 0 < edge < math.inf]
     assert list_numbers(said)[-2:][-len(edges) :] == edges
@@ -314,12 +350,13 @@ def test_sign_off_states_the_limits_of_a_decision_first(a_ledger_report: Make, l
 def test_page_one_shows_the_commands_and_key_for_verification(a_report: Make, language: str, tmp_path: Path) -> None:
     texts, key = load_catalog(language).texts["check"], SigningKey.load_or_create(tmp_path / "key.pem")
     for report in (a_report(), signing.sign_report(a_report(), key)):
-        html = find_by_id(main(render.render(report, language=language)), "check-one")
-        command, digest, verify, *of_key, model, begins = [one.said for one in html.all("code")]
+        page = main(render.render(report, language=language))
+        model, begins = [one.said for one in find_by_id(page, "model").all("code")]
+        command, digest, verify, *of_key = [one.said for one in find_by_id(page, "check-one").all("code")]
         assert (model, begins) == ("adapter/adapter_model.safetensors", "5656 5656 5656 5656")
         assert (command, len(digest)) == ("sha256sum report.json", 64)
         assert verify == "fedtune report verify report.json --key KEY"
-        assert (texts["unsigned"] in join_words(html)) == (report.signature is None)
+        assert (texts["unsigned"] in join_words(find_by_id(page, "page-1"))) == (report.signature is None)
         if report.signature:
             assert of_key == [group_hex(key.public[:16])], "as kits and `report verify` write it"
 

@@ -110,7 +110,7 @@ def test_form_inputs_become_fillable_pdf_fields(language: str) -> None:
         asked = html.count('class="asked"')
         assert asked > 0
         assert objects.count(b"/FT /Btn") == 6 + 2 * asked, "three choices for each of two, yes and no"
-        assert objects.count(b"/FT /Tx") == 7, "reasons, name and date of both, and when to look again"
+        assert objects.count(b"/FT /Tx") == 7, "conditions, name and date of both, and when to look again"
         assert "<input" not in render_page(name, language)
 
 

@@ -157,9 +157,9 @@ def test_date_of_a_site_report_is_shown_with_its_figures(folder: Path) -> None:
     (found,) = [one for one in report.assumptions if one.code == "site_reports_are_newest"]
     assert (found.status, found.evidence) == ("assumed", f"site-1: {own.facts.date}")
     html = render.render(report, language="en")
-    first = html[html.index('id="budget"') : html.index('id="sign-off"')]
-    assert "As of" in first
-    assert 'data-at="/facts/sites/0/statement/date"' in first
+    budget = html[html.index('id="budget"') :]
+    assert "As of" in budget
+    assert 'data-at="/facts/sites/0/statement/date"' in budget
     assert "counts_of_events" in report.unprotected_figures, "the ledger's number of entries is among the figures"
 
 

@@ -50,6 +50,7 @@ CODES: dict[str, set[str]] = {
     "relation": {"add_or_remove_one"},
     "arrivals": {"all", "undated", "undated_to", "dated", "to", "from", "in", "between"},
     "banner": {"simulation", "seeded"},
+    "excluded": {"unusable_records", "held_out_records", "unused_records"},
     "value": {str(get_input("features").modality)},
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS, FELL},
 }
@@ -152,7 +153,7 @@ def test_every_translation_key_is_used() -> None:
     written = "\n".join(list_sources())
     whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
     # Keys that are put together: "chart." ~ code, and the like.
-    charts = {"epsilon_spent", "profile", "utility", "reliability"}
+    charts = {"epsilon_spent", "profile", "utility", "reliability", "learning"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
     whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
     code_of_all = "\n".join(path.read_text() for path in PACKAGE.parent.rglob("*.py"))
@@ -162,12 +163,19 @@ def test_every_translation_key_is_used() -> None:
     whole |= {("strength", band) for band in ("strong", "reasonable", "weak", "none")}
     whole |= {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
     whole |= {("meaning", f"{key}_note") for key in ("ceiling", "mechanism")}
-    by_kind = [("verdict", "spent"), ("verdict", "to_do"), ("check", "owner"), ("label", "of_limit")]
-    by_kind += [("budget", "two_figures"), ("sign_off", "heading"), *(("verdict", state) for state in STATES)]
+    by_kind = [("verdict", "spent"), ("to_do", "weigh"), ("check", "owner"), ("publish", "heading")]
+    by_kind += [("publish", "within"), ("publish", "which")]
+    by_kind += [("verdict", state) for state in STATES]
     whole |= {(section, f"{key}_{kind}") for section, key in by_kind for kind in CODES["kind"]}
     whole |= {("verdict", f"{kept}{state}") for kept in ("", "kept_") for state in STATES}
-    whole |= {("verdict", f"to_do_{code}") for code in (*STATES, "violated", "full", "closed")}
-    whole |= {("verdict", room) for room in get_args(verdicts.Room)}
+    whole |= {(section, state) for section in ("to_do", "publish") for state in STATES}
+    whole |= {("to_do", code) for code in ("wait", "weigh", "full", "closed")}
+    whole |= {("verdict", kept + room) for kept in ("", "kept_") for room in get_args(verdicts.Room)}
+    whole |= {("hidden", f"question_{unit}") for unit in CODES["unit"]}
+    whole |= {("hidden", word) for word in ("well", "moderately", "poorly", "hardly")}
+    whole |= {("scale", key) for key in ("one", "two", "five")}
+    whole |= {("if_not", code) for section, code in KEYS if section == "question"}
+    whole |= {("glossary", term) for term in load_page_layout()["glossary"]["terms"]}
     whole |= {("question", code) for section, code in KEYS if section == "assumption"}
     whole |= {("language", key) for key in ("decimal", "group", "day", "moment", "months")}
     whole |= {("cells", state + end) for state in get_args(CellState) for end in ("", "_means")}

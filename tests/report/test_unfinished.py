@@ -42,23 +42,22 @@ def write_at_once(folder: Path) -> UnfinishedReport:
     return page
 
 
-def test_unfinished_page_shows_a_banner_and_reloads(folder: Path, state: LeadState) -> None:
+def test_unfinished_page_shows_its_state_and_reloads(folder: Path, state: LeadState) -> None:
     before = (folder / "report.json").read_bytes()
     write_at_once(folder).update(state)
     html = read_page(folder)
-    mark = re.search(r'<p class="banner" id="unfinished">(.*?)</p>', html, re.S)
-    assert mark is not None
-    assert mark[1].startswith("Unfinished and unsigned: this run goes on. ")
-    assert f"{state.round} of {state.round} rounds are done." in mark[1]
-    assert re.search(r"Written \d+ \w+ \d{4}", mark[1])
+    assert f"Round {state.round} of {state.round}" in html
+    assert "is running" in html
+    assert re.search(r"Written \d+ \w+ \d{4}", html)
     assert f'<meta http-equiv="refresh" content="{run_page.AGAIN_S}">' in html
-    plain, rest = render(from_run.build_run_report(folder), language="en"), '<nav aria-labelledby="contents">'
-    assert html.endswith(plain[plain.index(rest) :]), "the annex is a report's"
-    first, of_report = (page[: page.index(rest)] for page in (html, plain))
-    assert load_catalog("en").texts["unfinished"]["no_verdict"] in first
-    for part in ('id="sign-off"', 'id="to-do"', str(load_catalog("en").text("verdict.within_run"))):
+    assert load_catalog("en").texts["unfinished"]["no_verdict"] in html
+    of_report = render(from_run.build_run_report(folder), language="en")
+    for part in ('id="sign-off"', 'id="to-do"', 'id="verdict"'):
         assert part in of_report
-        assert part not in first, "a run that goes on has neither a verdict nor lines to sign"
+        assert part not in html, "a run that goes on has neither a verdict nor lines to sign"
+    for heading in ("learns", "costs"):
+        assert load_catalog("en").texts["unfinished"][heading] in html
+    assert html.count("<svg") in (2, 3), "the bar, the cost, and what it learns unless each round has the same score"
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"
 
 
@@ -111,12 +110,12 @@ def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0
     return folder, seen
 
 
-@pytest.mark.parametrize(("language", "said"), [("en", "of 3 rounds are done"), ("de", "von 3 Runden sind fertig")])
+@pytest.mark.parametrize(("language", "said"), [("en", "Round {} of 3"), ("de", "Runde {} von 3")])
 def test_page_is_written_after_every_round(tmp_path: Path, monkeypatch: Any, language: str, said: str) -> None:
     words = list_tiny_overrides("federation.num_rounds=3", f"report.language={language}", into=tmp_path)
     folder, seen = simulate_and_see(words, monkeypatch)
-    assert [f"{number} {said}" in page for number, page in enumerate(seen, 1)] == [True, True, True]
-    assert 'id="unfinished"' not in read_page(folder)
+    assert [said.format(number) in page for number, page in enumerate(seen, 1)] == [True, True, True]
+    assert 'id="state"' not in read_page(folder)
 
 
 def test_interrupted_run_leaves_a_page_with_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,5 +123,6 @@ def test_interrupted_run_leaves_a_page_with_its_last_round(tmp_path: Path, monke
         list_tiny_overrides("federation.num_rounds=3", into=tmp_path), monkeypatch, interrupt_after=1
     )
     assert "refresh" in seen[0]
-    assert "Unfinished and unsigned: this run stopped after 1 of 3 rounds." in read_page(folder)
+    assert "has stopped" in read_page(folder)
+    assert "Round 1 of 3" in read_page(folder)
     assert "refresh" not in read_page(folder)

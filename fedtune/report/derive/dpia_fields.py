@@ -27,6 +27,7 @@ FIELDS: Mapping[str, Mapping[str, Sequence[str]]] = _DATA["field"]  # `facts` th
 BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
 KINDS: Mapping[str, str] = {fact: kind for kind, facts in _DATA["kinds"].items() for fact in facts}
 """Fact -> how a page shows its value, as `Column` in page/tables.py has it; the others are names."""
+OPTIONAL = frozenset(_DATA["optional"]["facts"])  # facts that a cell leaves out where nobody measured them
 SETTINGS = frozenset(_DATA["settings"]["facts"])  # facts that a run's settings, or those of a ledger's runs, say
 TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
@@ -39,6 +40,8 @@ def build_cells(known: Mapping[str, Value]) -> Cells:
         found: dict[CellState, dict[str, Value]] = {"auto": {}, "design": {}, "missing": {}}
         for name in field["facts"]:
             value = known.get(name)
+            if value is None and name in OPTIONAL:
+                continue
             found["missing" if value is None else "design" if name in BY_DESIGN else "auto"][name] = value
         found["site"] = dict.fromkeys(field["of_the_site"])
         made[code] = {state: facts for state, facts in found.items() if facts}
@@ -74,6 +77,8 @@ def build_report_cells(report: Report) -> Cells:
         "task": made.task,
         "fedtune_version": made.fedtune_version,
         "hardware": made.machine,
+        "channel": made.channel,
+        "acceptable_use": made.acceptable_use,
         "delta": facts.delta,
         "randomness": report.randomness,
         "released": report.released,
@@ -84,7 +89,6 @@ def build_report_cells(report: Report) -> Cells:
         "right_of_100_ceiling": ceiling,
         "right_of_100_mechanism": mechanism if promised else None,
         "singling_out_bound": bound,
-        "linkability_bound": bound,
         "sampling_run": tuple(sorted({row.sampling_run for row in rows_of_all})) or None,
         "secure_aggregation": "yes" if summed else "no",
         "technologies_on": tuple(name for name, on in technologies.items() if on),
@@ -99,6 +103,10 @@ def build_report_cells(report: Report) -> Cells:
             "mechanism": "dp_sgd" if facts.plan.private else "none",
             "transport": TRANSPORT.get(str(facts.settings.get("runtime"))),
             "trained_parameters": facts.trained_parameters,
+            "total_parameters": facts.total_parameters,
+            "training_flops": estimate_training_flops(report, facts),
+            "energy_kwh": facts.energy.kwh if facts.energy else None,
+            "group_scores": facts.group_scores or None,
             "parameters_per_record": None if facts.trained_parameters is None else facts.trained_parameters / total,
             "seconds": facts.seconds,
             "scores_before": facts.before or None,
@@ -118,6 +126,19 @@ def build_report_cells(report: Report) -> Cells:
     return build_cells(known)
 
 
+def estimate_training_flops(report: Report, facts: RunFacts) -> float | None:
+    """Estimate the floating-point operations of a run as 6 N D, for N parameters and at most D tokens of training.
+
+    D counts the records that are drawn on average, each with the most tokens that are kept of a record.  None: the
+    model's size is not known, or it reads no text.
+    """
+    plan, tokens, sizes = facts.plan, facts.settings.get("most_tokens"), facts.declared_sizes
+    if facts.total_parameters is None or not isinstance(tokens, int) or facts.settings.get("modality") != "text":
+        return None
+    drawn = sum(site.spent.steps * plan.sampling_rate * (sizes[site.site] or 0) for site in report.sites)
+    return float(f"{6 * facts.total_parameters * drawn * plan.records_per_user * tokens:.2g}")
+
+
 def derive_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Return the fields of `RunFacts` that follow from a run's settings and plan."""
     federation, epsilon = config.federation, config.privacy.epsilon if plan.private else None
@@ -132,15 +153,26 @@ def derive_facts_from_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 def derive_provenance(config: RunConfig) -> dict[str, str | None]:
     """Return the fields of `Provenance` that follow from a run's settings alone."""
-    model, data, purpose = config.model, config.data, config.report.about.purpose
+    model, data, about = config.model, config.data, config.report.about
     base = {"model": model.public_path, "model_license": model.license}
-    return {**base, "dataset": data.dataset, "task": config.task, "purpose": purpose}
+    stated = {
+        "purpose": about.purpose,
+        "channel": about.channel or None,
+        "acceptable_use": about.acceptable_use or None,
+    }
+    return {**base, "dataset": data.dataset, "task": config.task, **stated}
 
 
 def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
     """Return the facts in cells that follow from a run's settings."""
-    data = config.data
+    data, real = config.data, config.runtime.kind == "deployment"
+    excluded = {
+        "unusable_records": real or data.skips_bad_records,
+        "held_out_records": data.heldout_fraction > 0,
+        "unused_records": not real and data.train_fraction < 1,
+    }
     known: dict[str, Value] = {
+        "excluded": tuple(code for code, is_so in excluded.items() if is_so) or None,
         "columns_used": tuple(dict.fromkeys(config.bound_task.columns(data, unit=plan.unit))),
         "runtime": config.runtime.kind,
         "most_tokens": data.max_length,
@@ -151,7 +183,7 @@ def derive_cell_facts(config: RunConfig, plan: Plan) -> dict[str, Value]:
         "labels": len(data.labels) or None,
         "heldout_fraction": data.heldout_fraction,
         # How much of a file a simulation uses says nothing of real sites' files.
-        "used_fraction": None if config.runtime.kind == "deployment" else data.train_fraction,
+        "used_fraction": None if real else data.train_fraction,
     }
     return {name: value for name, value in known.items() if value is not None}
 

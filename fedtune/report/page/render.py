@@ -41,9 +41,7 @@ _OR_CODE = ("epsilon", "right_of_100_mechanism")  # facts that are a figure, or 
 _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # letters
 
 
-def render(
-    report: Report, *, language: str, fillable: bool = False, notice: str = "", again_s: int | None = None
-) -> str:
+def render(report: Report, *, language: str, fillable: bool = False) -> str:
     """Render the page of a report in "en" or "de"; equal reports give equal pages.
 
     Every figure on the page refers to its place in report.json.
@@ -53,30 +51,56 @@ def render(
         language: "en" or "de".
         fillable: whether the entries that a person makes on page 1 are form fields, for `convert_to_pdf`, instead of
             lines.
-        notice: text at the top of the page.
-        again_s: seconds after which the page reloads itself; None: never.
+    """
+    model = find_model_file(report)
+    return _render_page(
+        "report.html.j2",
+        Charts(report, load_catalog(language)),
+        fillable=fillable,
+        # By the beginning that two people compare.
+        key_begins=group_hex(report.signature.key[:16]) if report.signature else "",
+        model=model and (model[0], group_hex(model[1][:16])),
+    )
+
+
+def render_live(
+    report: Report, *, language: str, planned: int, written: str, seconds: float | None, again_s: int | None
+) -> str:
+    """Render the page of a run in progress, which has no verdict: its state, two charts and a table of sites.
+
+    Args:
+        report: the report of the rounds so far, of which there is at least one.
+        language: "en" or "de".
+        planned: the number of rounds that the run will have.
+        written: the time, in the page's language.
+        seconds: the expected time for another round in seconds; None: not known yet.
+        again_s: seconds after which the page reloads itself; None: the run has stopped.
     """
     words = Charts(report, load_catalog(language))
-    files = report.facts.files if isinstance(report.facts, RunFacts) else {}
-    model = next((one for one in files.items() if one[0].endswith(".safetensors")), None)
+    of_run = {"planned": planned, "written": written, "seconds": seconds, "again_s": again_s}
+    return _render_page("live.html.j2", words, fillable=False, **of_run)
+
+
+def _render_page(template: str, words: Charts, **values: Any) -> str:
     return (
         create_template_environment()
-        .get_template("report.html.j2")
+        .get_template(template)
         .render(
             _collect_template_values(words),
-            fillable=fillable,
-            notice=notice,
-            again_s=again_s,
             figure=words.figure,
             code=words.code,
-            # By the beginning that two people compare.
-            key_begins=group_hex(report.signature.key[:16]) if report.signature else "",
-            model=model and (model[0], group_hex(model[1][:16])),
             fields_of=partial(list_fields, words),
             short=lambda name, most=28: shorten_middle(name, most),
-            banner=Markup(" ").join(words.code("banner", code) for code in report.banners),
+            banner=Markup(" ").join(words.code("banner", code) for code in words.report.banners),
+            **values,
         )
     )
+
+
+def find_model_file(report: Report) -> tuple[str, str] | None:
+    """Return name and SHA-256 of the file with the finished model's weights; None: the report names no such file."""
+    files = report.facts.files if isinstance(report.facts, RunFacts) else {}
+    return next((one for one in files.items() if one[0].endswith(".safetensors")), None)
 
 
 def _collect_template_values(words: Words) -> dict[str, Any]:
@@ -205,6 +229,7 @@ def format_fact(words: Charts, row: str, key: str, value: Value) -> Markup:
 def render_label(report: Report, *, language: str) -> str:
     """Render the privacy label as SVG without external resources; equal reports give equal labels."""
     words = Words(report, load_catalog(language))
+    model = find_model_file(report)
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
     return (
@@ -213,6 +238,7 @@ def render_label(report: Report, *, language: str) -> str:
         .render(
             _collect_template_values(words),
             figure=words.catalog.figure,
+            model=model and group_hex(model[1][:16]),
             reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
             data=report.known.get("dataset"),
             limits=Markup("; ").join(limits),

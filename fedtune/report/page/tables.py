@@ -19,8 +19,7 @@ from fedtune.show.budget_text import ArrivalRange
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.show.lines import shorten_middle
 
-MOST_ROWS = 40  # rows of a table on the page; report.json holds the others
-PAGE_ONE_SITES = 8  # sites on page 1, the least favorable first; later tables list each
+MOST_ROWS = 12  # rows of a table on the page; report.json holds the others
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
@@ -191,11 +190,12 @@ class Charts(Words):
         return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
 
     def budget(self) -> Table:
-        """Build page 1's table of sites, one row per site, without empty columns."""
+        """Build the table of what each site has used, without empty columns."""
         columns = [replace(one, kind="name") if one.at == _SITE else one for one in self._list_columns("budget")]
         rows = [tuple(self.cell(site, column) for column in columns) for site in self.sites]
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
-        return self.table(self.text("budget.heading"), used, self.sites, last=False, most=PAGE_ONE_SITES)
+        found = self.table(self.text("budget.heading"), used, self.sites, last=False, most=len(self.sites))
+        return found if len(self.sites) == 1 else self._merge_equal_sites(found, named=False)
 
     def steps(self) -> Table:
         """Build the table of epsilon after each run of a ledger, for each cohort, or after each round of a run."""
@@ -217,8 +217,11 @@ class Charts(Words):
         named = dict.fromkeys(name for one in rounds for name in one.metrics)  # in their order
         return [name for name in named if all(name in one.metrics for one in rounds)]
 
-    def epsilon_spent(self) -> Table:
-        """Build the chart of epsilon by round, or by run if a ledger has too many rounds, together with the limit."""
+    def epsilon_spent(self, planned: int | None = None) -> Table:
+        """Build the chart of epsilon by round, or by run if a ledger has too many rounds, together with the limit.
+
+        For a run in progress, the line goes on to the epsilon of the whole plan in the last `planned` round.
+        """
         lines = {site: points for site in self.sites if (points := self._list_line_points(site))}
         alike = group_by_key((tuple(points), site) for site, points in lines.items())
         named = [(lines[sites[0]], self.together(sites, of=len(lines)).striptags()) for sites in alike[:MOST_LINES]]
@@ -231,7 +234,11 @@ class Charts(Words):
             # It has a point for each round, or where they are too many for each run.
             rounds = [step["round"] is not None for site in lines for step in self.at(f"{site}/steps")]
             axis = "axis_day" if drawn else "axis_charged" if any(rounds) else "axis_run"
-        elif target := self.limit():
+        elif planned is not None and self.worst in lines:
+            whole = self.at(f"{self.worst}/spent/planned_epsilon")
+            plan = [lines[self.worst][-1], (planned, whole)]
+            series.append(Series(points=plan, number=len(series), label=self._find_chart_text("plan")))
+        if not self.is_ledger and (target := self.limit()):
             levels = [(self.at(target), self._find_chart_text("limit"), LIMIT)]
         x, y = self._find_chart_text(axis), self._find_chart_text("axis_epsilon")
         panel = Panel(series=series, levels=levels, x=x, y=y, scale="days" if drawn else "whole")
@@ -289,6 +296,25 @@ class Charts(Words):
             first, last = (self.figure(place, "score") for place in (scored[0], scored[-1]))
             seen = self.text("chart.moved", name=shorten_middle(format_score_name(name), 30), first=first, last=last)
         return self._add_chart("utility", self.by_round(), panel, seen=seen)
+
+    def draw_learning(self, planned: int) -> Table:
+        """Build the chart of the primary score by round, up to the last `planned` one, for a run in progress."""
+        assert not isinstance(self.facts, LedgerFacts)
+        names = self.score_names()
+        name = self.facts.primary_metric if self.facts.primary_metric in names else names[0] if names else ""
+        found = [(one.round, score) for one in self.facts.rounds if (score := one.metrics.get(name)) is not None]
+        before, y = self.facts.before.get(name), shorten_middle(format_score_name(name), 30)
+        panel = Panel(
+            series=[Series(points=found, number=0, label=y)] if found else [],
+            levels=[] if before is None else [(before, self.text("utility.before").unescape(), BEFORE)],
+            x=self._find_chart_text("axis_round"),
+            y=y,
+            scale="whole",
+            from_zero=False,
+            until=planned,
+        )
+        seen = self.text("chart.reached", name=y, score=self.catalog.figure(found[-1][1], "score")) if found else None
+        return self._add_chart("learning", self.by_round(), panel, seen=seen)
 
     def reliability(self) -> Table:
         """Build the reliability diagram: accuracy in each bin of model confidence."""

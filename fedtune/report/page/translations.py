@@ -27,7 +27,8 @@ _TIMES = "\N{MULTIPLICATION SIGN}"
 MOST_RIGHT = Decimal("99.9999")  # of 100 guesses; beyond, nothing that is worth a number bounds them
 _SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
 _ANY_FLOAT = Context(prec=700)  # digits enough for the largest float and the smallest
-_PREFIXES = ("", "k", "M", "G", "T")
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+_UNITS = {"bytes": "B", "flop": "FLOP"}
 _EVEN = ROUND_HALF_EVEN
 _PLACES = {"left": (3, ROUND_FLOOR), "score": (4, _EVEN), "of_100_fine": (2, ROUND_CEILING), "seconds": (1, _EVEN)}
 
@@ -80,11 +81,10 @@ class Catalog:
         """Format a figure in this language, by its kind.
 
         Kinds: "epsilon" (rounded up), "factor" (e to that power, rounded up), "cap" (as it was set), "left" (rounded
-        down),
-        "exact" (as it was set), "number" (six digits), "score", "count", "of_100" (a share of guesses, rounded up to a
-        whole
-        number, or above 99 to enough digits to differ from 100, which would be certainty), "of_100_fine" (rounded up),
-        "percent" (rounded up), "failures" (rounded up), "seconds", "bytes", "day", "moment", "length" (of a list).
+        down), "exact" (as it was set), "number" (six digits), "score", "count", "of_100" (a share of guesses, rounded
+        up to a whole number, or above 99 to enough digits to differ from 100, which would be certainty), "of_100_fine"
+        (rounded up), "percent" (rounded up), "share" (a percentage rounded up to two digits, or above 10 as "of_100"),
+        "failures" (rounded up), "seconds", "duration", "bytes", "flop", "day", "moment", "length" (of a list).
 
         None is "unbounded" for an epsilon, "no limit" for a cap and for what is left of a cap, and otherwise "not
         known".
@@ -115,10 +115,18 @@ class Catalog:
                 return self._localize_marks(str(_round_to_places(exact, places, ROUND_CEILING))) + "\N{NO-BREAK SPACE}%"
             case "percent":
                 return self._format_plain(_round_to_digits(100 * exact, 4, "failures")) + "\N{NO-BREAK SPACE}%"
-            case "bytes":
+            case "share" if exact < Decimal("0.1"):
+                return self._format_plain(_round_to_digits(100 * exact, 2, "failures")) + "\N{NO-BREAK SPACE}%"
+            case "share":
+                return self.figure(float(100 * exact), "of_100")
+            case "duration":
+                units = ((3600, "h"), (60, "min"), (1, "s"))
+                seconds, unit = next((one for one in units if value >= 2 * one[0]), units[-1])
+                return f"{self._format_plain(Decimal(math.ceil(value / seconds)))}\N{NO-BREAK SPACE}{unit}"
+            case "bytes" | "flop":
                 step = min(int(math.log10(value)) // 3, len(_PREFIXES) - 1) if value >= 1 else 0
                 scaled = _round_to_digits(Decimal(value).scaleb(-3 * step), 3, "number")
-                return f"{self._format_plain(scaled)} {_PREFIXES[step]}B"
+                return f"{self._format_plain(scaled)} {_PREFIXES[step]}{_UNITS[kind]}"
         raise ValueError(f"no kind of figure: {kind}")
 
     def _format_plain(self, value: Decimal) -> str:

@@ -28,6 +28,7 @@ from fedtune.show.lines import shorten_middle
 One = TypeVar("One")
 _LONGEST_IN_CHART = 18
 _MOST_ASSUMPTIONS = 4
+_HIDDEN = {"well": 60, "moderately": 80, "poorly": 95, "hardly": 100}  # the most right guesses of 100 by the word
 _SAYS_NOTHING = 99  # right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}  # column of what is left to a site that takes its own from all
 _MOST_FOR_SUBTRACTION = 2
@@ -210,6 +211,22 @@ class Words:
         """Whether the bound on the best attacker at a site is practically meaningless."""
         found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
         return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
+
+    @property
+    def shows_figure(self) -> bool:
+        """Whether page 1 shows a bound on the best attacker at the worst site."""
+        return self.promises and bool(self.at(f"{self.worst}/meaning")) and not self.says_nothing(self.worst)
+
+    def describe_protection(self) -> Markup:
+        """Say in words how well one record or person of the worst site is hidden, and how well five are."""
+        means = f"{self.worst}/meaning/right_of_100_"
+        found = (self.at(means + which) for which in (self.right(self.worst), "for_5"))
+        one, five = (next(word for word, most in _HIDDEN.items() if right <= most) for right in found)
+        return self.text("hidden.answer", one=self.text(f"hidden.{one}"), five=self.text(f"hidden.{five}"))
+
+    def list_unprotected(self) -> list[str]:
+        """Return the codes of page 1 for what the guarantee never protects, apart from what its questions ask."""
+        return [code for code in load_page_layout()["limits"]["first"] if code in self.report.not_protected]
 
     def about_ceiling(self, site: str) -> Markup:
         """Explain why the bound on the best attacker at a site only follows from epsilon and delta."""
