@@ -137,7 +137,7 @@ def build(
     said, style = format_verdict(report)
     say(said, style=style)
     if report.epsilon:
-        say(load_catalog("en").text(f"budget.two_figures_{report.facts.kind}").unescape())
+        say(load_catalog("en").text(f"publish.which_{report.facts.kind}").unescape())
     for written in (path for path in paths if path.parent == (output or folder)):
         say(f"{written.name + ':':<12} {written}")
     if registry and (missing := build_registry_entry(report, about)["missing"]):

@@ -57,6 +57,7 @@ class Environment:
         model_sha256: digest of the loaded base model (`fedtune.model.manifest`).
         sampling: sampling method of a step; None if training took place elsewhere.
         randomness: "operating_system" or "seeded"; None if training took place elsewhere.
+        total_parameters: number of parameters of the model, frozen ones included; None if unknown.
     """
 
     since: str
@@ -69,6 +70,7 @@ class Environment:
     model_sha256: str
     sampling: str | None
     randomness: str | None
+    total_parameters: int | None = None
 
 
 def record_environment(folder: Path, shared: RunModel) -> None:
@@ -209,4 +211,5 @@ def _describe_current_environment(shared: RunModel) -> Environment:
         # The only sampling method; tests/training/test_dp_step.py verifies it.
         sampling="poisson" if trains else None,
         randomness=("seeded" if config.runtime.seeded_noise else "operating_system") if trains else None,
+        total_parameters=sum(one.numel() for one in shared.model.parameters()),
     )

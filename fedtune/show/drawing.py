@@ -56,6 +56,7 @@ class Panel:
     # scale of x; "days" are proleptic ordinals, as from `date.toordinal`
     scale: Literal["number", "whole", "powers", "days"] = "number"
     from_zero: bool = True  # whether the y axis starts at 0
+    until: float | None = None  # smallest end of the x axis
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,9 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
     )
     left = 22 + _LETTER * max(len(text) for _, text in marks)
     right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in ends], default=0.0)
-    low, high = _compute_x_span([x for one in panel.series for x, _ in one.points], scale)
+    low, high = _compute_x_span(
+        [*(x for one in panel.series for x, _ in one.points), *([] if panel.until is None else [panel.until])], scale
+    )
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
     down = _Axis(low=bottom, high=top, start=8 + _PANEL_HEIGHT, length=-_PANEL_HEIGHT)
     parts = [*_draw_axes(panel, across, down, marks)]

@@ -93,7 +93,7 @@ def test_report_of_a_run_is_written_to_its_folder(run_folder: Path) -> None:
     assert banner == load_catalog("en").texts["banner"]["simulation"]
     assert verdict.startswith("The lead's limit for this run was kept: epsilon 0.")
     assert "at delta 1e-05 for each record" in verdict
-    assert two_figures == load_catalog("en").texts["budget"]["two_figures_run"]
+    assert two_figures == load_catalog("en").texts["publish"]["which_run"]
     assert [line.split()[-1] for line in others] == [f"{run_folder}/report.{ending}" for ending in ("json", "html")]
     digest = hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest()
     assert digest in (run_folder / "report.html").read_text()
@@ -136,7 +136,7 @@ def test_report_is_reproducible_and_changes_to_page_or_label_are_detected(run_fo
         assert (a / name).read_bytes() == (b / name).read_bytes()
     assert 'lang="de"' in (a / "report.html").read_text()
     label = (a / "label.svg").read_text()
-    assert "DATENSCHUTZ-ETIKETT" in label
+    assert "Datenschutz-Etikett" in label
     assert hashlib.sha256((a / "report.json").read_bytes()).hexdigest() in label
     # A page and a label that say something else are found.
     assert run_command("report", "verify", str(a)).code == 0
