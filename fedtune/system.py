@@ -1,7 +1,7 @@
 """Portability layer: substitutes for Linux functions on Windows and macOS. No other module checks the platform.
 
-docs/platforms.md describes the limitations. A substitute may refuse or do less, but never permits an operation that
-Linux would refuse.
+docs/adding_a_site_it.md describes the limitations. A substitute may refuse or do less, but never permits an operation
+that Linux would refuse.
 """
 
 from __future__ import annotations

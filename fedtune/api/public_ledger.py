@@ -57,7 +57,7 @@ class Ledger:
 
     Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  Removal of the latest
     events is detected only by an anchor (`fedtune ledger verify --anchor`).  The total of all charges, by runs and by
-    this class, stays within the policy's caps (docs/any_release.md).
+    this class, stays within the policy's caps (docs/site_policy.md).
 
     Args:
         path: the ledger.db file.

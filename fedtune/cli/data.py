@@ -109,7 +109,7 @@ def init(
         )
     base = KINDS[found.kind][1]
     if base == "own_images" and model is None:
-        raise ConfigError("--model", "", "must be a folder with a vision transformer (see docs/images.md)")
+        raise ConfigError("--model", "", "must be a folder with a vision transformer (see docs/other_tasks.md)")
     config, spec = _compose_with_model(base, model)
     reader = load_reader(config.data, spec, key="--model", other="--model")
     plan = experiment_writer.plan_experiment(found, reader, config, within=count_token_ids(reader), sites=sites)
@@ -238,7 +238,7 @@ def codes(
     fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl        length: up to 15 words, 16 to 60 words, ...
 
     A record's codes depend only on the record itself, never on other records. All sites of a run need the same topics,
-    model and bounds: compare the printed hashes. See docs/synthetic_texts.md.
+    model and bounds: compare the printed hashes. See docs/using_the_result.md.
     """
     source, roles = resolve_file(file, find_shipped_folders(), key="FILE"), parse_column_roles(columns)
     require_no_card(file, key="FILE", kind="a site's own")

@@ -34,7 +34,7 @@ def personalize(
     The site's held-out records select the learning rate and the stopping point. A personalized adapter is private to
     its site and has no guarantee: no run can start from it, and `fedtune export` requires --private. The commands
     generate, chat, evaluate and compare accept its folder. For a real site, use `fedtune site personalize`. Nothing
-    is charged. See docs/own_adapter.md.
+    is charged. See docs/adapters.md.
     """
     config, adapter = load_finished_run(run, device=device)
     finished = public.Run(folder=adapter.absolute().parent, config=config)

@@ -44,7 +44,7 @@ def gate(
 
     Exit code 1 if a rule fails. A rule also fails if its evidence is missing, such as an audit; the output names the
     command that produces it. The decision is written to gate.json in the run folder, to the model card and to the
-    cards of later exports. See docs/output_checkers.md for each rule.
+    cards of later exports. See docs/report.md for each rule.
     """
     if key is not None:
         check_public_key("--key", key)

@@ -4,7 +4,7 @@
   fedtune synthesize select runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
 
 A card next to the records documents their generation and selection, and the joint guarantee of all runs involved.
-Nothing is charged. See docs/synthetic_texts.md.
+Nothing is charged. See docs/using_the_result.md.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def generate(
 
     A prompt conditions the generated record, for example on the name of a label. Texts that are truncated, broken,
     duplicate or do not match the pattern are sampled again. FILE.card.md and FILE.card.json document the generation,
-    the guarantee of the runs involved, and unsuitable uses. Nothing is charged. See docs/synthetic_texts.md.
+    the guarantee of the runs involved, and unsuitable uses. Nothing is charged. See docs/using_the_result.md.
     """
     spec = WritingSpec(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, guidance=guidance, seed=seed
@@ -239,7 +239,7 @@ def select(
 
     The candidates must be output of fedtune synthesize RUN, whose option --voting-experiment writes the experiment for
     the votes. FILE.card.md and FILE.card.json document generation and selection, and the joint guarantee of all runs
-    involved. Nothing is charged. See docs/synthetic_texts.md.
+    involved. Nothing is charged. See docs/using_the_result.md.
     """
     if votes is None and labels is None:
         raise ConfigError("--votes", None, "is missing: give --votes to select records, or --labels to label them")

@@ -91,7 +91,7 @@ def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenie
         case ".parquet":
             return _iter_arrow_rows(path, _iter_parquet_batches(path, columns))
         case ".npy":  # vectors matched to rows by order: adding or removing one row would shift all others
-            raise DataError(str(path), ".npy", "must be a Parquet file with a column of lists (docs/features.md)")
+            raise DataError(str(path), ".npy", "must be a Parquet file with a column of lists (docs/other_tasks.md)")
         case "folder":
             return _iter_arrow_rows(path, _iter_saved_batches(path, columns))
         case suffix if suffix in _IN_LINES:

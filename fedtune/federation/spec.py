@@ -58,7 +58,7 @@ class FederationSpec:
         colluders: the number of sites that may reveal their noise to the server; in secure aggregation, the noise of
             the other sites must suffice.
         algorithm: the federated algorithm, which determines local training at the sites and aggregation at the lead:
-            "fedavg", "fedprox", "scaffold" or another algorithm of docs/algorithms.md.  Updates are weighted by
+            "fedavg", "fedprox", "scaffold" or another algorithm of docs/adapters.md.  Updates are weighted by
             declared size.  The privacy guarantee is the same for every algorithm.
         algorithm_settings: the algorithm's own settings, by key; null: the defaults.
         renewal: the number of earlier runs in this series of renewals; `--renew` increments it.
@@ -201,7 +201,7 @@ class PublicSpec:
     """Warm start before round 1: the lead trains without privacy on public records, and the sites start from the
     result.
 
-    A value of null is chosen when the run is composed (docs/warm_start.md).
+    A value of null is chosen when the run is composed (docs/adapters.md).
 
     Attributes:
         train_file: the public records, labeled like the sites' records.  Whoever sets this file declares that it is

@@ -16,7 +16,7 @@ series.  So V_1, ..., V_(h-1) are uniform and independent of Y, for any g_k, up 
 
 per value.  If this held exactly, the total would be post-processing of Y, the Gaussian mechanism with variance h s^2 on
 the sum of the g_k, with random numbers that do not depend on any record.  `LEAST_CELLS` keeps s at 8 or more: over 2^60
-values of 2^10 sites the total variation stays below 1e-250 altogether, and is part of eta in docs/guarantee.md.  Hence
+values of 2^10 sites the total variation stays below 1e-250 altogether, and is part of eta in docs/proof.md.  Hence
 a release is an ordinary Gaussian event with the noise of the honest shares, and every proof about such events applies.
 """
 

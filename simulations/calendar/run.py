@@ -76,7 +76,7 @@ def words_of(line: str, number: int, *, runs: Path, labels: list[str]) -> list[s
     known = [label for label in labels if label != NEW_LABEL or number >= NEW_IN]
     words = [f"name={line}-{number:02}", "data.labels=[" + ",".join(f"'{label}'" for label in known) + "]"]
     words.append(f"data.test_file='{runs / ('whole' if number >= NEW_IN else 'known')}.jsonl'")
-    if number > 1:  # rates as docs/warm_start.md advises: a third; later runs take them over
+    if number > 1:  # rates as docs/adapters.md advises: a third; later runs take them over
         rates = ["training.learning_rate=0.56", "training.head_learning_rate=4.4"] if number == 2 else []
         return [f"renew='{runs / f'{line}-{number - 1:02}'}'", *words, *rates]
     cohorts = f"{{period: month, first: '{FIRST.first}', last: '{FIRST.last}'}}" if line == "cohorts" else "null"

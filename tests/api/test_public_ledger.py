@@ -21,7 +21,8 @@ from fedtune.spec import ConfigError
 from ..conftest import run_command
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "any_release.md").read_text(), re.S)
+PAGE = (ROOT / "docs" / "site_policy.md").read_text().partition("\n## Charge any release\n")[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 def create_ledger(folder: Path, **changes: object) -> fedtune.Ledger:

@@ -102,9 +102,8 @@ def test_data_init_detects_images_in_parquet_and_requires_a_model(tmp_path: Path
     }
     parquet.write_table(pyarrow.table(rows), tmp_path / "scans.parquet")
     given = ("data", "init", str(tmp_path / "scans.parquet"), "--out", str(tmp_path / "scans.yaml"))
-    assert (
-        run_command(*given).message == "--model = '': must be a folder with a vision transformer (see docs/images.md)"
-    )
+    bound = "must be a folder with a vision transformer (see docs/other_tasks.md)"
+    assert run_command(*given).message == f"--model = '': {bound}"
     assert run_command(*given, "--model", str(model)).code == 0
     settings = yaml.safe_load((tmp_path / "scans.yaml").read_text())
     assert settings["data"]["columns"] == {"image": "scan", "label": "label"}

@@ -29,7 +29,7 @@ WHOLE = {"llama": "merged", "bert": "sentence-transformers"}
 def place(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the exports that the page's commands would write."""
     folder = tmp_path_factory.mktemp("place")
-    lines = re.findall(r"^(fedtune export .*?)(?:\s+#.*)?$", PAGE.read_text(), re.MULTILINE)
+    lines = re.findall(r"^(fedtune export \S+ --to .*?)(?:\s+#.*)?$", PAGE.read_text(), re.MULTILINE)
     assert len(lines) == 5
     for line in lines:
         asked = parse_command(*shlex.split(line)[1:])

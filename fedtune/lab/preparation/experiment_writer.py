@@ -374,7 +374,7 @@ def _iter_public_list_lines(found: DetectedFile, plan: ExperimentPlan) -> Iterat
     # A range or a list of categories that was taken from the records would publish something of them: the largest value
     # is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
     if found.features:
-        yield "  # Replace ??? from what you know, not from the file: it becomes PUBLIC.  docs/features.md"
+        yield "  # Replace ??? from what you know, not from the file: it becomes PUBLIC.  docs/other_tasks.md"
         yield "  features:"
     for name in found.features:
         column = found.columns[name]

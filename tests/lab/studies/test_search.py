@@ -277,7 +277,7 @@ def test_refused_trial_costs_only_its_charged_rounds(tiny: Any, tmp_path: Path, 
     assert [trial.together for trial in tried.rows.values()] == [0.0, once, once]
 
 
-PAGE = (REPOSITORY / "docs/search.md").read_text()
+PAGE = (REPOSITORY / "docs/planning.md").read_text().partition("\n## Search\n")[2].partition("\n## ")[0]
 COMMANDS = [shlex.split(line) for line in re.findall(r"^fedtune (?=plan|search)(.*)$", PAGE, re.MULTILINE)]
 
 

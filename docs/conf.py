@@ -1,0 +1,139 @@
+"""How Sphinx builds the documentation site: `make docs` writes it to build/docs/html, without a network.
+
+A page outside the navigation, a dead link or anchor and an unknown reference are warnings, and `make docs` makes every
+warning an error.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import click
+from sphinx.application import Sphinx
+
+from fedtune.cli.main import fedtune
+from fedtune.version import __version__
+
+HERE = Path(__file__).parent
+REPOSITORY = os.environ.get("FEDTUNE_REPOSITORY", "").rstrip("/")
+"""Address of the source tree, as in https://host/owner/fedtune/blob/main; empty: the site carries copies of files."""
+
+project, author, copyright = "fedtune", "the authors of fedtune", "the authors of fedtune, Apache-2.0"
+version, release = __version__.rpartition(".")[0], __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["notebooks"]
+highlight_language = "sh"
+suppress_warnings = ["misc.highlighting_failure"]
+
+myst_enable_extensions = ["colon_fence", "attrs_block", "attrs_inline"]
+myst_heading_anchors = 5
+
+# Docstrings use single backticks for code, as Markdown does.
+default_role = "literal"
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!fedtune\.\w+$).*")
+]  # types of other packages, whose inventories would need a network
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+
+html_theme = "furo"
+html_title = f"fedtune {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+html_theme_options = {"navigation_with_keys": True}
+
+REDIRECTS = {
+    "README": "index",
+    "algorithms": "adapters#federated-algorithms",
+    "air_gapped": "adding_a_site_it#machines-without-the-internet",
+    "any_release": "site_policy#charge-any-release",
+    "attacks": "audit#attack-a-finished-run-fedtune-attack",
+    "checking_data": "own_data#checking-your-data",
+    "cohorts": "user_level#people-who-arrive-over-time",
+    "comparing": "planning#compare",
+    "entities": "other_tasks#parts-of-a-text-that-name-something",
+    "features": "other_tasks#tables-numbers-and-categories",
+    "images": "other_tasks#images",
+    "output_checkers": "report#for-output-checkers-may-this-model-leave",
+    "own_adapter": "adapters#a-sites-own-adapter",
+    "platforms": "adding_a_site_it#linux-macos-and-windows",
+    "ray_cluster": "operations#a-simulation-on-several-machines",
+    "synthetic_texts": "using_the_result#synthetic-texts",
+    "warm_start": "adapters#a-warm-start-start-from-a-tuned-adapter",
+}
+"""Pages that were merged into others, and their new places. `search.html` is Sphinx's own page of that name."""
+
+_MOVED = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>This page has moved</title>
+<meta http-equiv="refresh" content="0; url={to}"><link rel="canonical" href="{to}"></head>
+<body><p>This page has moved to <a href="{to}">{to}</a>.</p></body></html>
+"""
+
+
+def write_commands() -> str:
+    """Return the help of every command as Markdown, one section for each."""
+    parts = []
+
+    def add(command: click.Command, parent: click.Context | None, name: str) -> None:
+        context = click.Context(command, parent=parent, info_name=name, terminal_width=100, max_content_width=100)
+        parts.append(f"\n## {context.command_path}\n\n```text\n{command.get_help(context).strip()}\n```\n")
+        if isinstance(command, click.Group):
+            for inner in command.list_commands(context):
+                found = command.get_command(context, inner)
+                if found is not None and not found.hidden:
+                    add(found, context, inner)
+
+    add(fedtune, None, "fedtune")
+    return "".join(parts)
+
+
+def prepare_source(app: Sphinx, page: str, source: list[str]) -> None:
+    """Add the generated help to the page of commands, and resolve links to files outside docs/."""
+    if page == "commands":
+        source[0] += write_commands()
+    folder = (HERE / f"{page}.md").parent
+
+    def link(found: re.Match[str]) -> str:
+        text, target, place = found[1], (folder / found[2]).resolve(), found[3] or ""
+        if target.is_relative_to(HERE) and "notebooks" not in target.parts:
+            return found[0]
+        if not target.exists():
+            return found[0]  # MyST reports the dead link
+        if REPOSITORY:
+            return f"[{text}]({REPOSITORY}/{target.relative_to(HERE.parent)}{place})"
+        if target.is_dir():
+            target = target / "README.md"
+        return f"[{text}](path:{os.path.relpath(target, folder)})" if target.is_file() else text
+
+    def name(found: re.Match[str]) -> str:
+        """Show a page's title where a link shows the name of its file."""
+        target = folder / f"{found[1]}.md"
+        title = re.search(r"^# (.+)$", target.read_text(encoding="utf-8"), re.M) if target.is_file() else None
+        return f"[{title[1].replace('`', '')}](" if title else found[0]
+
+    source[0] = re.sub(r"\[(\w+)\.md\]\(", name, source[0])
+    source[0] = re.sub(r"(?<!!)\[((?:[^][]|\[[^]]*\])*)\]\(((?:\.\./|notebooks)[^)#]*)(#[^)]*)?\)", link, source[0])
+
+
+def write_redirects(app: Sphinx, error: Exception | None) -> None:
+    """Write a small page at each old address, which leads to the new one."""
+    if error is None and app.builder.format == "html":
+        for old, new in REDIRECTS.items():
+            page, _, place = new.partition("#")
+            to = f"{page}.html" + (f"#{place}" if place else "")
+            path = Path(app.outdir) / f"{old}.html"
+            path.write_text(_MOVED.format(to=to), encoding="utf-8")
+
+
+def setup(app: Sphinx) -> None:
+    """Register what this site adds to Sphinx."""
+    app.connect("source-read", prepare_source)
+    app.connect("build-finished", write_redirects)
+
+
+sys.dont_write_bytecode = True
