@@ -449,7 +449,7 @@ def _randomize_weights(model: TaskModel, draws: np.random.Generator) -> Iterator
                     one.mul_(0.1).add_(0.0 if name.endswith("bias") else 1.0)
             for layer in in_four_bits:
                 drawn = torch.empty(layer.shape, device=layer.codes.device)
-                layer.keep(drawn.normal_(generator=generators[drawn.device]).mul_(layer.shape[-1] ** -0.5))
+                layer.store_weight(drawn.normal_(generator=generators[drawn.device]).mul_(layer.shape[-1] ** -0.5))
         yield
     finally:
         with torch.no_grad():
