@@ -44,7 +44,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
             "model_input_names",
             "num_tickets",
         ),
-        *("post_processor", "pre_tokenizer", "prec", "_ssl_context", "use_cache", "writeable"),
+        *("_norm", "post_processor", "pre_tokenizer", "prec", "_ssl_context", "use_cache", "writeable"),
     },
     "rules of the gate, which are read by their names": {
         *("guarantee", "licenses", "max_audit_bound", "max_expected_failures", "max_group_gap", "max_lifetime_epsilon"),
@@ -63,6 +63,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("about_ceiling", "band_range", "epsilon_spent", "of_whom", "says_nothing", "without_base"),
         *("right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others", "held_out_epsilon"),
         *("fixed_part", "reference_filter", "reference_pld", "report_sha256", "rules_sha256"),
+        *("describe_protection", "draw_learning", "list_unprotected", "shows_figure"),
     },
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {

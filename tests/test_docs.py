@@ -3,8 +3,10 @@
 import ast
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -279,6 +281,19 @@ def test_documented_extension_points_list_few_files() -> None:
         assert 0 < len(set(found[kind])) <= most, kind
         for file in found[kind]:
             assert "<name>" in file or (ROOT / file).is_file(), file
+
+
+def test_documented_label_shares_match_the_shipped_recipes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["label_shares.py"])
+    runpy.run_path(str(ROOT / "simulations/heterogeneity/label_shares.py"), run_name="__main__")
+    table = capsys.readouterr().out
+    assert table in (ROOT / "simulations/heterogeneity/README.md").read_text()
+    recipes = re.findall(r"`experiment=(\w+)` \|", (ROOT / "simulations/heterogeneity/README.md").read_text())
+    assert len(recipes) == 4
+    assert table.count("| bank-a |") == len(recipes)
 
 
 def test_simulation_scripts_import_existing_names() -> None:

@@ -35,7 +35,8 @@ class SitePrice:
     declared_size: int
     weight: float  # weight of the site in the average
     expected_batch: float  # mean number of units in a step, if the declared size is true
-    # delta times declared size: an upper bound on the expected number of units for which the guarantee fails
+    # delta times declared size: on average, at most this many units reveal something that could not have been
+    # released without them
     expected_failures: float
     step_noise: float  # standard deviation of the noise in each coordinate of a step's mean gradient
 

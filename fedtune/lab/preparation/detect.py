@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from os.path import isfile
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from fedtune.data.formats import detect_format, iter_raw_rows
-from fedtune.data.images import SUFFIXES
 from fedtune.data.text_rows import Row
 from fedtune.lab.preparation.columns import (
     NAMES,
@@ -26,10 +22,10 @@ from fedtune.lab.preparation.columns import (
     join_columns,
 )
 from fedtune.lab.preparation.detected_file import OPTION_OF, OPTIONS, DetectedFile, Kind
+from fedtune.lab.preparation.header import require_endings, require_header
 from fedtune.lab.preparation.patterns import ODD_TEXTS, find_odd_texts
 from fedtune.spec import ConfigError, DataError
 
-_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 SHOWN_ROWS = 5
 Form: TypeAlias = Literal["table", "texts"]
 Roles: TypeAlias = dict[str, tuple[DataColumn, str]]  # by role the column that has it, and why
@@ -126,9 +122,9 @@ def detect_columns(
         for column in some:
             column.classify(rows, may_be_label=False)
     if not chosen and kind_of_file in (".csv", ".tsv"):
-        _require_header(columns, path)
+        require_header(columns, path)
     if not chosen and form is None:
-        _require_endings(columns, first, path)
+        require_endings(columns, first, path)
     for option, name in chosen.items():
         if name not in columns:
             raise ConfigError(f"--{option}", name, f"is not one of the columns {join_columns(columns)}")
@@ -173,37 +169,6 @@ def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, DataColumn]) -> No
         if one is not None and not getattr(one, part.fits):
             bound = one.fault if part.role in ("tags", "spans") and one.fault else part.requirement
             raise ConfigError(f"--{OPTION_OF[part.role]}", one.name, bound)
-
-
-def _require_header(columns: Mapping[str, DataColumn], path: Path) -> None:
-    """Raise a DataError for a table without a header, whose first record would become the column names."""
-    filled = [one for one in columns.values() if one.filled]
-    unnamed = [one for one in filled if one.name.startswith("(column ")]
-    odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
-    if odd or len(unnamed) > 1:
-        raise build_column_error(path, "header", odd or unnamed)
-    # Without a header most names are values: one of the column's own, a number, or as long a text as the others; half
-    # of them suffice where the longest texts are no longer than their name.  A flag alone may be called as one of its
-    # values is, and pixels are counted.
-    numbers = {one.name: float(one.name) for one in filled if one.is_number and _NUMBER.fullmatch(one.name)}
-    steps = {round(after - before, 6) for before, after in pairwise(numbers.values())}
-    own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
-    values = {one.name for one in filled if one in own or one.could_name_text}
-    is_counted = len(numbers) > 2 and len(steps) == 1
-    values = values - {*numbers} if is_counted else values | {*numbers}
-    longest = max(filled, key=lambda one: one.mean_characters, default=None)
-    is_long = longest and longest.key not in NAMES["texts"] and 1.5 * len(longest.name) >= longest.mean_characters
-    if own and 2 * len(values) >= len(filled) + (not is_long):
-        raise build_column_error(path, "no_header", own[:1])
-
-
-def _require_endings(columns: Mapping[str, DataColumn], first: Sequence[Row], path: Path) -> None:
-    """Raise a DataError for image names without an extension, which would be mistaken for codes."""
-    for one in (one for one in columns.values() if one.is_text and not one.is_prose):
-        names = [str(row[one.name]) for row in first if row.get(one.name)]
-        for end in (*SUFFIXES, *NAMES["endings"]) if names else ():
-            if all(isfile(path.parent / f"{name}{end}") for name in names):
-                raise build_column_error(path, "stems", [one], end)
 
 
 @dataclass(frozen=True, slots=True)
