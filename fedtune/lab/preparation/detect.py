@@ -22,8 +22,7 @@ from fedtune.lab.preparation.columns import (
     join_columns,
 )
 from fedtune.lab.preparation.detected_file import OPTION_OF, OPTIONS, DetectedFile, Kind
-from fedtune.lab.preparation.header import require_endings, require_header
-from fedtune.lab.preparation.patterns import ODD_TEXTS, find_odd_texts
+from fedtune.lab.preparation.patterns import ODD_TEXTS, find_odd_texts, require_endings, require_header
 from fedtune.spec import ConfigError, DataError
 
 SHOWN_ROWS = 5
