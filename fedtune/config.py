@@ -555,7 +555,7 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
         raise ConfigError("privacy.delta", privacy.delta, bound)
     if privacy.noise_multiplier is not None:
         plan = config.plan()
-        epsilon = accountant.compute_epsilon_if_above([plan.all_runs_event], privacy.delta, limit=privacy.epsilon)
+        epsilon = accountant.compute_epsilon_above_limit([plan.all_runs_event], privacy.delta, limit=privacy.epsilon)
         if epsilon is not None:
             steps = plan.local_steps * plan.most_rounds * plan.runs
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"

@@ -81,7 +81,7 @@ def add_site(
     confirmation before any change. Then it lists the files to send.
     """
     asked, admit = provisioning.check_join_request(federation, request=request, days=days, now=datetime.now(UTC))
-    _require_keys_compared(federation, asked, already=compared)
+    _require_key_comparison(federation, asked, already=compared)
     done = admit()
     say(f"Site {done.member.site} has joined the federation.", style="bold")
     _show_admitted(federation, done)
@@ -114,7 +114,7 @@ def renew_site(
         asked, admit = provisioning.check_renewal_request(
             federation, name, request=request, days=days, new_site_key=new_site_key, now=now
         )
-        _require_keys_compared(federation, asked, already=compared)
+        _require_key_comparison(federation, asked, already=compared)
         done = admit()
     say(f"Site {done.member.site} is renewed. Nothing changes for the other sites.", style="bold")
     for change in done.changes:
@@ -193,7 +193,7 @@ def _format_roster_instruction(folder: Path) -> str:
     return f"Copy {folder}/server/roster.json into the server's kit. {until_then} {other}"
 
 
-def _require_keys_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
+def _require_key_comparison(folder: Path, request: JoinRequest, *, already: bool) -> None:
     """Print the key fingerprints, and ask for confirmation that the site has the same, unless `already` confirmed.
 
     Raises:

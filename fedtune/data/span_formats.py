@@ -264,7 +264,7 @@ def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
                     spans.append((first, first + place["length"], mark["infons"]["type"], mark["text"]))
     except (AttributeError, KeyError, TypeError, ValueError):
         bound = "must have passages with offset and text, and contiguous annotations with infons.type (BioC)"
-        raise DataError(at, "a document in another format", bound) from None
+        raise DataError(at, "a document in an unsupported format", bound) from None
     return _build_spans_row(text, spans, at=at)
 
 
@@ -287,7 +287,9 @@ def read_brat(_: int, marks: Path) -> Row:
     spans = [line for line in texts[1].splitlines() if line.startswith("T")]
     found = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
     if len(found) < len(spans) or any(one[4] for one in found):
-        raise DataError(at, "a span in several parts, or in another format", "must be one contiguous part of the text")
+        raise DataError(
+            at, "a span in several parts, or in an unsupported format", "must be one contiguous part of the text"
+        )
     # What a span names has spaces where the text has ends of lines.
     flat = re.sub(r"[\r\n]", " ", texts[0])
     return {

@@ -380,7 +380,9 @@ def _iter_object_blocks(path: Path, row: _RowBuffer, opens: re.Pattern[bytes]) -
         yield block
     if found is None and before.strip():
         raise DataError(
-            format_location(path, 1), "another format", "must be an object with an array of documents (BioC JSON)"
+            format_location(path, 1),
+            "an unsupported format",
+            "must be an object with an array of documents (BioC JSON)",
         )
 
 

@@ -88,15 +88,17 @@ class TextDataset:
     def num_tokens(self) -> int:
         return int(self.text_lengths.sum())
 
-    def find_text_indices(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
+    def find_text_indices(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the indices of the examples' texts among all texts of the data set."""
-        of_each = np.asarray(places, dtype=np.int64)[:, None] * self.texts + np.arange(self.texts)
+        of_each = np.asarray(indices, dtype=np.int64)[:, None] * self.texts + np.arange(self.texts)
         return of_each.ravel()
 
-    def select_examples(self, places: Sequence[int] | NDArray[np.integer]) -> TextDataset:
+    def select_examples(self, indices: Sequence[int] | NDArray[np.integer]) -> TextDataset:
         """Return the examples at these indices, in this order; an index may be repeated."""
-        targets, texts = self.targets, self.find_text_indices(places)
-        taken = tuple(targets[i] for i in texts) if isinstance(targets, tuple) else targets[np.array(places, dtype=int)]
+        targets, texts = self.targets, self.find_text_indices(indices)
+        taken = (
+            tuple(targets[i] for i in texts) if isinstance(targets, tuple) else targets[np.array(indices, dtype=int)]
+        )
         return TextDataset(tuple(self.input_ids[text] for text in texts), taken, self.texts)
 
 

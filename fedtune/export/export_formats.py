@@ -81,7 +81,7 @@ class Source:
         if "text_pair" in config.data.columns:  # trained without numbers of the texts that tokens are of
             tokenizer.model_input_names = ["input_ids", "attention_mask"]
         if base.can_generate():
-            base.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
+            base.generation_config.eos_token_id = sorted(model.task.get_eos_token_ids(tokenizer, data=config.data))
         source = cls(
             config=config,
             adapter=adapter,

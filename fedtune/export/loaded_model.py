@@ -61,7 +61,9 @@ def load_model_as(form: ModelForm, adapter: Path, config: RunConfig) -> ModelWit
             model = PeftModel.from_pretrained(base, adapter).eval()
         tokenizer = get_input_for(config.data).load_reader(config.data, saved.spec.model)
         if base.can_generate():
-            base.generation_config.eos_token_id = sorted(config.bound_task.end_ids(tokenizer, data=config.data))
+            base.generation_config.eos_token_id = sorted(
+                config.bound_task.get_eos_token_ids(tokenizer, data=config.data)
+            )
         return ModelWithTokenizer(model, tokenizer)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")

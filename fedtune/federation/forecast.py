@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.machine import choose_states_location, measure_example_seconds, measure_model_bytes
+from fedtune.training.machine import choose_hidden_states_location, measure_example_seconds, measure_model_bytes
 from fedtune.training.spec import RuntimeSpec
 
 
@@ -58,7 +58,7 @@ def forecast(
     """
     num_values, draws = sum(one.numel() for one in model.trainable().values()), np.random.default_rng(0)
     num_records = sum(declared_sizes.values()) * plan.records_per_user
-    kept, _ = choose_states_location(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
+    kept, _ = choose_hidden_states_location(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
     below, above = measure_example_seconds(model, max_length=max_length, runtime=runtime, kept=kept, draws=draws)
     in_step = plan.sampling_rate * plan.records_per_user  # records, for each declared unit
     steps = {site: in_step * size * above for site, size in declared_sizes.items()}

@@ -186,18 +186,18 @@ def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _format_event(record: logging.LogRecord) -> str:
-    text, arguments = str(_to_plain_or_type_name(record.msg)), record.args
+    text, arguments = str(_to_builtin_or_type_name(record.msg)), record.args
     try:
         if isinstance(arguments, Mapping):
-            text %= {key: _to_plain_or_type_name(value) for key, value in arguments.items()}
+            text %= {key: _to_builtin_or_type_name(value) for key, value in arguments.items()}
         elif arguments:
-            text %= tuple(map(_to_plain_or_type_name, arguments))
+            text %= tuple(map(_to_builtin_or_type_name, arguments))
     except (TypeError, ValueError, KeyError):
         text += " (the arguments do not match the format)"
     return _limit_length(text)
 
 
-def _to_plain_or_type_name(value: object) -> object:
+def _to_builtin_or_type_name(value: object) -> object:
     """Return `value` if it is a text, a number, a path or None, otherwise the name of its type."""
     if isinstance(value, BaseException):
         return str(value) if _is_safe_to_log(value) else _format_type_name(value)
@@ -209,7 +209,7 @@ def _to_plain_or_type_name(value: object) -> object:
 
 
 def _convert_to_json_value(value: object) -> object:
-    plain = _to_plain_or_type_name(value)
+    plain = _to_builtin_or_type_name(value)
     if plain is None or isinstance(plain, bool | int) or (isinstance(plain, float) and abs(plain) < float("inf")):
         return plain
     return _limit_length(str(plain))

@@ -136,7 +136,7 @@ def compose_pld(counted: Counted, interval: float) -> Composition:
     return Composition(mechanisms, interval)
 
 
-def compute_epsilon_if_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
+def compute_epsilon_above_limit(spent: events.Spent, delta: float, *, limit: float) -> float | None:
     """Compute the PLD epsilon of composed events, and return it only if it exceeds `limit`, else None.
 
     The slow fine grid is evaluated only near the limit: the coarse grid overestimates epsilon by at most about its

@@ -83,7 +83,7 @@ class SigningKey:
         try:
             private = serialization.load_pem_private_key(pem, password=passphrase)
             if not isinstance(private, Ed25519PrivateKey):
-                raise TypeError("another kind of key")
+                raise TypeError("unsupported key type: Ed25519 is required")
         except (ValueError, TypeError, UnsupportedAlgorithm):  # their messages could quote the key
             raise ConfigError(key, value, bound) from None
         return cls(private)

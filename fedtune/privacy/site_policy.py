@@ -487,4 +487,4 @@ def _plan_epsilon_if_above(plan: Plan, limit: float) -> float | None:
 
     PLD is valid here, because a plan is fixed before any output is seen.
     """
-    return accountant.compute_epsilon_if_above([plan.full_event], plan.delta, limit=limit)
+    return accountant.compute_epsilon_above_limit([plan.full_event], plan.delta, limit=limit)

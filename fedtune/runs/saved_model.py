@@ -73,7 +73,7 @@ class SavedModel:
     @cached_property
     def _end_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a generated text."""
-        return self.model.task.end_ids(self.tokenizer, data=self.config.data)
+        return self.model.task.get_eos_token_ids(self.tokenizer, data=self.config.data)
 
     def use_adapter(self, name: str) -> None:
         """Load a saved adapter into the model."""

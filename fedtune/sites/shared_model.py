@@ -39,9 +39,9 @@ from fedtune.training.batch_invariance import fit_to_memory, max_batch_influence
 from fedtune.training.devices import Devices, DeviceTrial, Outcome
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
+    choose_hidden_states_location,
     choose_micro_batch_shapes,
     choose_num_processes,
-    choose_states_location,
     compute_step_bytes,
     do_frozen_states_fit,
     find_frozen_states_folder,
@@ -118,7 +118,7 @@ class LoadedModel:
         self.model: Final = model
         self.initial_adapter: Final = Adapter.from_task_model(model)
         tokens = _estimate_tokens(config, declared_size)
-        keeps_states, states_folder = choose_states_location(model, config.runtime, num_tokens=tokens)
+        keeps_states, states_folder = choose_hidden_states_location(model, config.runtime, num_tokens=tokens)
         self.keeps_states: Final = keeps_states
         self.states_folder: Final = states_folder
         self._facts: Final = self._build_model_key(given, declared_size)
@@ -174,7 +174,9 @@ class LoadedModel:
             config.privacy.private,
             config.privacy.max_grad_norm,
             config.privacy.unit,
-            choose_states_location(self.model, config.runtime, num_tokens=_estimate_tokens(config, declared_size)),
+            choose_hidden_states_location(
+                self.model, config.runtime, num_tokens=_estimate_tokens(config, declared_size)
+            ),
             torch.get_num_threads(),
         )
 
@@ -433,7 +435,7 @@ class Evaluation:
         if asked is None:
             return cls(examples, {})
         prompts, references = group_by_prompt(*asked, rows=spec.generation_rows)
-        ends = model.task.end_ids(tokenizer, data=config.data)
+        ends = model.task.get_eos_token_ids(tokenizer, data=config.data)
         sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
         texts = generate_texts(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes)
         return cls(examples, compute_text_statistics(texts, references))

@@ -305,7 +305,7 @@ class Task(ABC):
         """
         raise NotImplementedError
 
-    def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
+    def get_eos_token_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
         """Return the tokens that end a generated text."""
         raise NotImplementedError
 

@@ -149,7 +149,7 @@ class CausalLM(Task):
         (tokens,) = layout.encode_examples([example], tokenizer)
         return np.array(tokens.numbers[: tokens.context], dtype=np.int32)
 
-    def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
+    def get_eos_token_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
         """Return the end-of-text token and, for chats, the token that ends an assistant turn."""
         layout = ExampleFormat.from_tokenizer(tokenizer, data)
         return frozenset({layout.end, layout.chat.end} if layout.chat else {layout.end})

@@ -64,13 +64,13 @@ class ChatFormat:
     tokenizer: MarkedTokenizer  # encodes the text
     lead: tuple[int, ...]  # tokens before the text
     start: str  # the name of the begin-of-text token, if the template starts with it
-    joints: Mapping[Joint, str]  # separators between two contents, without `start`
+    separators: Mapping[Joint, str]  # separators between two contents, without `start`
     contents: Mapping[str, Callable[[str], str]]  # conversion of a turn's content to the rendered content, by role
     ending: str  # supervised text that ends the last answer
     between: str  # supervised text that ends earlier answers; empty if the template has no end mark there
     end: int  # the token that ends an answer
     has_system: bool  # False: the system text is prepended to the first user content, separated by a blank line
-    # whether the template renders these turns exactly as `joints` and `contents` do
+    # whether the template renders these turns exactly as `separators` and `contents` do
     writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
     def build_prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
@@ -85,7 +85,7 @@ class ChatFormat:
         placed = self._merge_system_turn(turns)
         pieces, before, learned = [Piece(self.start)], START, False
         for turn in (*placed, Turn(ANSWER, "")):
-            joint = self.joints.get((before, turn.role))
+            joint = self.separators.get((before, turn.role))
             if joint is None:
                 raise NoConversation("turns in a different order")
             if before == ASSISTANT:
@@ -180,11 +180,11 @@ def _build_plain_format(tokenizer: Tokenizer, start: tuple[int, ...], end: int) 
     marked = MarkedTokenizer.from_tokenizer(tokenizer, {end})
     names = {SYSTEM: "System:", USER: "User:", ASSISTANT: "Assistant:", ANSWER: "Assistant:"}
     following = ((SYSTEM, USER), (USER, ASSISTANT), (USER, ANSWER), (ASSISTANT, USER))
-    joints = {(START, role): names[role] for role in (SYSTEM, USER)}
-    joints |= {(before, role): f"\n\n{names[role]}" for before, role in following}
+    separators = {(START, role): names[role] for role in (SYSTEM, USER)}
+    separators |= {(before, role): f"\n\n{names[role]}" for before, role in following}
     contents = dict.fromkeys((SYSTEM, USER, ASSISTANT), lambda content: f" {content.strip()}")
     ending = marked.names[end]
-    return ChatFormat(marked, start, "", joints, contents, ending, ending, end, has_system=True)
+    return ChatFormat(marked, start, "", separators, contents, ending, ending, end, has_system=True)
 
 
 @lru_cache(maxsize=4)
@@ -201,30 +201,30 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
     marked = MarkedTokenizer.from_tokenizer(
         tokenizer, {number for marks in found.values() for number, *_ in marks} | {end}
     )
-    joints = {joint: _rename_marks(text, found[joint], marked) for joint, text in chain.items()}
+    separators = {joint: _rename_marks(text, found[joint], marked) for joint, text in chain.items()}
     # Conversations that are encoded as a whole must have the same tokens as in transformers.  Contents with the name
     # of a special token are excluded: they are text here, and a special token in transformers.
     by_name = {
         text for text in {turn.content for turns in tried for turn in turns} if _find_special_tokens(text, tokenizer)
     }
     plain = {turns: text for turns, text in tried.items() if by_name.isdisjoint(turn.content for turn in turns)}
-    ours = [ids for ids, _ in marked.encode([_join_turns(joints, contents, turns) for turns in plain])]
+    ours = [ids for ids, _ in marked.encode([_join_turns(separators, contents, turns) for turns in plain])]
     if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
         raise _UnsupportedTemplate("marks turns with tokens that the tokenizer finds in only some conversations")
 
-    behind, last = joints.pop((ASSISTANT, END)), next(iter(found[ASSISTANT, END]), None)
+    behind, last = separators.pop((ASSISTANT, END)), next(iter(found[ASSISTANT, END]), None)
     if last is not None:
         end = last[0]
         ending = behind[: behind.index(marked.names[end]) + len(marked.names[end])]
     else:
         ending = marked.names[end]
-    between = ending if joints[ASSISTANT, USER].startswith(ending) else ""
-    joints[ASSISTANT, USER] = joints[ASSISTANT, USER].removeprefix(between)
+    between = ending if separators[ASSISTANT, USER].startswith(ending) else ""
+    separators[ASSISTANT, USER] = separators[ASSISTANT, USER].removeprefix(between)
     begin = marked.names.get(-1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id, "")
-    starts = [joint for joint in joints if joint[0] == START]
-    if not begin or not all(joints[joint].startswith(begin) for joint in starts):
+    starts = [joint for joint in separators if joint[0] == START]
+    if not begin or not all(separators[joint].startswith(begin) for joint in starts):
         begin = ""
-    joints |= {joint: joints[joint].removeprefix(begin) for joint in starts}
+    separators |= {joint: separators[joint].removeprefix(begin) for joint in starts}
 
     def writes(turns: Sequence[Turn]) -> bool:
         try:
@@ -232,8 +232,8 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
         except _UnsupportedTemplate:
             return False
 
-    has_system = (START, SYSTEM) in joints
-    return ChatFormat(marked, (), begin, joints, contents, ending, between, end, has_system, writes)
+    has_system = (START, SYSTEM) in separators
+    return ChatFormat(marked, (), begin, separators, contents, ending, between, end, has_system, writes)
 
 
 def _find_special_tokens(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
@@ -263,11 +263,11 @@ _Conversation: TypeAlias = tuple[Turn, ...]
 _Contents: TypeAlias = Mapping[str, Callable[[str], str]]
 
 
-def _join_turns(joints: Mapping[Joint, str], contents: _Contents, turns: Sequence[Turn]) -> str:
+def _join_turns(separators: Mapping[Joint, str], contents: _Contents, turns: Sequence[Turn]) -> str:
     """Render a conversation with these separators and contents, like a `ChatFormat`; it may end before an answer."""
     roles = (START, *(turn.role for turn in turns), END if turns[-1].role == ASSISTANT else ANSWER)
     said = (*(contents[turn.role](turn.content) for turn in turns), "")
-    return "".join(joints[joint] + text for joint, text in zip(pairwise(roles), said, strict=True))
+    return "".join(separators[joint] + text for joint, text in zip(pairwise(roles), said, strict=True))
 
 
 class _UnsupportedTemplate(Exception):
@@ -293,33 +293,33 @@ def _derive_format(
         return text
 
     one, more = (USER, ASSISTANT), (USER, ASSISTANT, USER)
-    joints = _derive_separators(render_counted, one) | _derive_separators(render_counted, more)
+    separators = _derive_separators(render_counted, one) | _derive_separators(render_counted, more)
     # Some templates have no system turn: they raise an error, or omit it.
     try:
-        joints |= _derive_separators(render_counted, (SYSTEM, *one))
+        separators |= _derive_separators(render_counted, (SYSTEM, *one))
     except _UnsupportedTemplate:  # some templates write it only before the last user content
         turns, keeps = (Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b")), False
         with suppress(_UnsupportedTemplate):
             keeps = any("qzxw" in render_counted(turns[:count]) for count in (2, 3))
         if keeps:
             raise
-    prompt, written = joints[USER, ANSWER], joints[USER, ASSISTANT]
+    prompt, written = separators[USER, ANSWER], separators[USER, ASSISTANT]
     lead = written.removeprefix(prompt)
     if not written.startswith(prompt) or lead.strip():
         raise _UnsupportedTemplate("writes different text before an answer than in the generation prompt")
-    joints[USER, ASSISTANT] = prompt
-    roles = [role for role in (SYSTEM, USER, ASSISTANT) if role != SYSTEM or (START, SYSTEM) in joints]
+    separators[USER, ASSISTANT] = prompt
+    roles = [role for role in (SYSTEM, USER, ASSISTANT) if role != SYSTEM or (START, SYSTEM) in separators]
     # The model must generate spaces that precede an assistant's content but not the generation position.
     contents: dict[str, Callable[[str], str]] = dict.fromkeys(roles, str) | {ASSISTANT: lambda content: lead + content}
     for role in roles:
-        contents[role] = _detect_trimming(render_counted, joints, contents, role)
+        contents[role] = _detect_trimming(render_counted, separators, contents, role)
     tried = {
         turns: render_counted(turns)
         for turns in _test_conversations((*template.texts, *special.values()), has_system=SYSTEM in roles)
     }
-    if any(text != _join_turns(joints, contents, turns) for turns, text in tried.items()):
+    if any(text != _join_turns(separators, contents, turns) for turns, text in tried.items()):
         raise _UnsupportedTemplate("does not render turns independently: a turn depends on its position or content")
-    return joints, contents, tried
+    return separators, contents, tried
 
 
 def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
@@ -336,7 +336,7 @@ def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence
 
 
 def _detect_trimming(
-    rendered: Callable[[_Conversation], str], joints: Mapping[Joint, str], contents: _Contents, role: str
+    rendered: Callable[[_Conversation], str], separators: Mapping[Joint, str], contents: _Contents, role: str
 ) -> Callable[[str], str]:
     """Determine how the template trims the contents of one role."""
     roles = (SYSTEM, USER, ASSISTANT) if role == SYSTEM else (USER, ASSISTANT)
@@ -347,7 +347,7 @@ def _detect_trimming(
         def render_trimmed(content: str, trim: Callable[[str], str] = trim) -> str:
             return whole(trim(content))
 
-        if _join_turns(joints, {**contents, role: render_trimmed}, turns) == text:
+        if _join_turns(separators, {**contents, role: render_trimmed}, turns) == text:
             return render_trimmed
     raise _UnsupportedTemplate(f"changes the {role}'s text")
 

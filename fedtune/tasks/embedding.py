@@ -57,7 +57,7 @@ class PairSettings:
         if not isinstance(self.negatives, str):
             check_names("negatives", self.negatives)
             if not self.negatives:
-                raise ConfigError("negatives", self.negatives, "must contain at least one text, or be record")
+                raise ConfigError("negatives", self.negatives, "must be a list of at least one text, or record")
         check_positive("margin", self.margin)
         if self.margin > 2:
             raise ConfigError("margin", self.margin, "must be at most 2, the largest difference between two cosines")

@@ -383,7 +383,7 @@ class _Crew:
 
     def _fail(self, why: str) -> NoReturn:
         self.end()
-        raise RunError(f"a device of this machine failed ({why}); nothing is released from this round")
+        raise RunError(f"a device on this machine failed ({why}); nothing is released in this round")
 
 
 def _set_send_timeout(pipe: Connection) -> None:

@@ -285,7 +285,9 @@ def find_frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tok
     return folder if measure_frozen_states_mib(model, num_tokens=num_tokens) <= free_mib / 2 else None
 
 
-def choose_states_location(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> tuple[bool, Path | None]:
+def choose_hidden_states_location(
+    model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int
+) -> tuple[bool, Path | None]:
     """Return whether to cache the frozen layers' outputs for `num_tokens` tokens, and the folder (None for memory).
 
     Raises:

@@ -43,7 +43,7 @@ import study
 SETTINGS, ROUNDS = 20, 250
 
 
-def plan_of(number: int) -> Plan:
+def make_plan(number: int) -> Plan:
     """Setting `number` of SETTINGS."""
     return Plan(
         unit="record",
@@ -98,7 +98,7 @@ def write_ledger(folder: Path) -> tuple[Policy, SigningKey, list[float]]:
             dtype="float32",
             lora_scale=2.0,
             head_scale=20.0,
-            plan=plan_of(number),
+            plan=make_plan(number),
         )
         for round in range(1, ROUNDS + 1):
             began = time.perf_counter()
@@ -131,7 +131,7 @@ def seconds(what: Callable[[], object], *, repeats: int = 3) -> float:
 
 def compose(runs: Path) -> study.Found:
     """Compose 10,000 charges without a file."""
-    charges = [plan_of(number % SETTINGS).event() for number in range(10_000)]
+    charges = [make_plan(number % SETTINGS).event() for number in range(10_000)]
     return {
         "pld_s": seconds(lambda: accountant.epsilon_pld(charges, 1e-6, interval=accountant.COARSE)),
         "rdp_s": seconds(lambda: accountant.epsilon_rdp(charges, 1e-6)),

@@ -102,7 +102,7 @@ def test_recipe_with_in_memory_records_keeps_its_model(settings: dict[str, Any])
     assert (run.config.data.test_fraction, run.config.data.train_fraction) == (0.2, 1.0)
     assert run.config.data.declared_sizes == (40, 40)
     assert run.rounds[0].metrics["accuracy"] is not None
-    with pytest.raises(ConfigError, match=r"sites = .*must be left out: the run reads data\.train_file"):
+    with pytest.raises(ConfigError, match=r"sites = .*must be omitted: the run reads data\.train_file"):
         fedtune.simulate(settings={"resume": _run_on_files(settings)}, sites=sites)
 
 

@@ -201,16 +201,16 @@ def test_unencodable_characters_are_printed_as_question_marks(encoding: str) -> 
 def test_full_disk_is_named_in_the_error_message(
     site_with_history: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = "free some space, and run the command again"
+    again = "free some space and run the command again"
     with open("/dev/full", "wb") as full:
-        assert start_python("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full; {again}\n")
+        assert start_python("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full: {again}\n")
     folder = tmp_path / "disk"
     folder.mkdir()
     target = folder / "ledger.json"
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "nobody")
     monkeypatch.setattr("fedtune.privacy.durable.os.fsync", Mock(side_effect=error))
     message = run_command("ledger", "export", str(site_with_history.ledger), "--output", str(target)).failed(1)
-    assert message == f"the disk is full: no room for {target}; {again}"
+    assert message == f"the disk is full: no room for {target}: {again}"
     assert list(folder.iterdir()) == []
 
 

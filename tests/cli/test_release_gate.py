@@ -103,7 +103,7 @@ def test_gate_fails_a_defective_run_folder(defect: str, run_folder: Path, rules:
     named, change = DEFECTS[defect]
     change(run_folder)
     said = judge(run_folder, rules).failed(1)
-    assert named in said.partition("rules that fail: ")[2].split(", ")
+    assert named in said.partition("these rules fail: ")[2].split(", ")
 
 
 def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules: Path) -> None:
@@ -124,7 +124,7 @@ def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules:
 def test_gate_writes_failed_rules_to_verdict_and_card(run_folder: Path, rules: Path) -> None:
     rules.write_text(RULES.replace("max_epsilon = 1.0", "max_epsilon = 0.1"))
     outcome = judge(run_folder, rules)
-    assert outcome.failed(1) == f"the model of {run_folder} may not leave; rules that fail: max_epsilon"
+    assert outcome.failed(1) == f"the model of {run_folder} must not be released: these rules fail: max_epsilon"
     (line,) = [line for line in outcome.out.splitlines() if "FAILS" in line]
     assert line.split()[:2] == ["max_epsilon", "FAILS"]
     assert verdict_in(run_folder).failed == ("max_epsilon",)
@@ -174,7 +174,7 @@ def test_gate_reads_the_key_of_the_lead_from_the_roster(
     join_site("a")
     roster = next((run_folder.parent / "federation").rglob("roster.json"))
     assert run_command("report", str(run_folder), "--sign", str(key_file)).code == 0
-    assert judge(run_folder, rules, "--roster", str(roster)).failed(1).endswith("rules that fail: signed")
+    assert judge(run_folder, rules, "--roster", str(roster)).failed(1).endswith("these rules fail: signed")
     roster.write_bytes(Roster.read(roster).sign_roster(SigningKey.load(key_file)).to_bytes())
     assert judge(run_folder, rules, "--roster", str(roster)).code == 0
     roster.write_text("{}")

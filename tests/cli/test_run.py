@@ -287,7 +287,7 @@ def test_run_status_shows_online_sites(kit: Kit, monkeypatch: pytest.MonkeyPatch
 
 def test_resumed_run_keeps_its_sites_and_runs_in_one_process(kit: Kit, folder: Path) -> None:
     message = run_command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder)).failed()
-    assert message == "sites = '[north]': cannot be changed when a run is resumed"
+    assert message == "sites = '[north]': cannot be changed when a run is resumed: remove it"
     assert "must be a run folder" in run_command("run", "resume", str(folder / "no"), "--kit", str(kit.folder)).failed()
     with (folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

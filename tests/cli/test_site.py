@@ -134,7 +134,7 @@ def test_run_over_budget_cannot_be_approved_and_stays_pending(north: Here) -> No
     north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], id="others"),))
     assert "the site has no such data set (asked patients" in approve(north, R, "--yes").failed(3)
     (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
-    assert "the site would not start" in approve(north, R, "--yes").failed(1)
+    assert "the site would refuse to start" in approve(north, R, "--yes").failed(1)
 
 
 def test_proposals_with_one_run_name_are_approved_separately(north: Here) -> None:
@@ -433,7 +433,8 @@ def test_site_score_uses_the_held_out_records_of_the_site(site_here: Any) -> Non
 
 def test_score_without_adapter_or_held_out_records_is_refused(site_here: Any) -> None:
     assert (
-        'is kept (final_adapter = "keep"): first' in run_command("site", "score", "second", *site_here.words).failed()
+        'is stored here (final_adapter = "keep"): first'
+        in run_command("site", "score", "second", *site_here.words).failed()
     )
     edit_config(site_here.folder / "kit" / "adapters" / "first", data={"heldout_fraction": 0.0})
     assert run_command("site", "score", "first", *site_here.words).failed().split(":")[0] == "data.heldout_fraction = 0"

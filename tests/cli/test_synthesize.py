@@ -264,7 +264,7 @@ def test_relabeling_with_a_classifier_adds_its_epsilon(runs: Path, tmp_path: Pat
         (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
         (
             ("--labels", str(make_adapter_private(folder, tmp_path / "own"))),
-            "is private to 'site-1', without a guarantee",
+            "is private to 'site-1' and has no guarantee",
         ),
     ):
         outcome = run_command(*choose[:-1], "--to", str(tmp_path / "no.jsonl"), *options)

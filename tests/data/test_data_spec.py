@@ -34,8 +34,11 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
         ({"test_fraction": 0.5, "validation_fraction": 0.5}, "test_fraction = 0.5: must be smaller: no records"),
         ({"test_fraction": 0.5, "test_file": "t.csv"}, "test_fraction = 0.5: must be 0 if data.test_file is set"),
         ({"on_bad_record": "stop"}, "on_bad_record = 'stop': must be one of error, skip"),
-        ({"partition": PartitionSpec(kind="file")}, "train_file = 'train.jsonl': must have {site} in its name for"),
-        ({"train_file": "a-{site}.csv"}, "train_file = 'a-{site}.csv': must have {site} in its name for"),
+        (
+            {"partition": PartitionSpec(kind="file")},
+            "train_file = 'train.jsonl': must contain {site} if data.partition.kind",
+        ),
+        ({"train_file": "a-{site}.csv"}, "train_file = 'a-{site}.csv': must contain {site} if data.partition.kind"),
         ({"heldout_fraction": 1.0}, "heldout_fraction = 1.0: must be in [0, 1)"),
         ({"train_fraction": 0.0}, "train_fraction = 0.0: must be in (0, 1]"),
         ({"labels": ("a", "b", "a")}, "labels = 'a': is declared twice"),

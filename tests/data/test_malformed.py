@@ -137,7 +137,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: None, "no such file"),
     "a folder": (Path.mkdir, "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets"),
     "several saved sets": (SEVERAL, "contains several splits; select one of them: {path}/train, {path}/test"),
-    "parts of a table": (make_folder("part-0.parquet", WHOLE), "is a folder; holds 1 part of one table or several"),
+    "parts of a table": (make_folder("part-0.parquet", WHOLE), "is a folder; contains 1 Parquet file"),
     "a pipe": (lambda path: os.mkfifo(path), "is a pipe; must be a file"),
     "a socket": (listen_at, "is a socket; must be a file"),
     "a link to itself": (lambda path: path.symlink_to(path), "is a circular link; must be a file"),

@@ -254,10 +254,10 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
     "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),
     "units beyond the text": ("a.json", CARD % json.dumps(BEYOND), SPANNED, "must have 0 <= start < end"),
-    "two labels of a span": ("a.json", CARD % json.dumps(TWO_LABELS), SPANNED, "and label, a text"),
+    "two labels of a span": ("a.json", CARD % json.dumps(TWO_LABELS), SPANNED, "and a text label"),
     "no passages": ("a.bioc", make_bioc_collection({"id": "1"}), SPANNED, "must have passages with offset and text"),
     "a mark in several parts": ("a.bioc", WHOLE.replace('"locations": [', SPLIT), SPANNED, "contiguous annotations"),
-    "another offset": ("a.bioc", MOVED, SPANNED, "must give its offsets"),
+    "another offset": ("a.bioc", MOVED, SPANNED, "must have offsets"),
     "no documents": ("a.bioc", '{"source": "card"}', SPANNED, "must be an object with an array of documents"),
     "documents that break off": ("a.bioc", WHOLE[:900], SPANNED, "it is truncated"),
     "two collections": ("a.bioc", 2 * WHOLE, SPANNED, "must be one array of objects"),
@@ -268,7 +268,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
         "must start with id|t| or id|a|, or be a span",
     ),
     "no title": ("a.pubtator", "7\t0\t2\tmy\tdrug\n", SPANNED, "must have a line id|t|"),
-    "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must give its offsets"),
+    "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must have offsets"),
 }
 
 

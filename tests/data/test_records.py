@@ -108,7 +108,7 @@ UNUSABLE: dict[str, list[tuple[bytes, str]]] = {
         (b"caf\xe9,b", "byte 0xe9 at position 4 of the record"),
         *((b'"two\nlines, caf\xe9",b', "byte 0xe9 at position 16 of the record"), (LONG + b",b", MOST)),
         *((b'"a\n' + LONG + b'"",\n",b', MOST), (b'"' + (b"a,b " * 256 + b"\n") * (1 << 14) + b'",b', MOST)),
-        *((b'"he said "hi" to me",b', BEHIND), (b"one\rtwo,b", "a carriage return alone")),
+        *((b'"he said "hi" to me",b', BEHIND), (b"one\rtwo,b", "a single carriage return")),
     ],
 }
 BLANK = {"a.jsonl": b" ", "a.csv": b","}

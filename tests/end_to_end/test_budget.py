@@ -72,7 +72,7 @@ def test_second_run_is_reduced_and_third_refused_by_the_budget(run: Any, kept_si
         allow_rounds(kept_sites, site, 1.5 * ROUNDS + 1.0)
     second = run("second", "federation.if_over_budget=fewer_rounds")
     assert (second.code, second.err) == (0, "")
-    assert "room for 2 rounds at noise multiplier 4" in second.out
+    assert "allow 2 rounds at noise multiplier 4" in second.out
     folder = tmp_path / "runs" / "second"
     assert read_saved_config(folder).federation.num_rounds == 2
     result = read_result(folder)

@@ -193,7 +193,7 @@ def make_local_transport(everyone: Participants) -> Any:
         invite=answer_each(lambda site, asked: answer_invitation(site, asked.signed)),
         train=answer_each(lambda site, asked: answer(site, asked.signed, asked.adapter)),
         end=answer_each(lambda site, asked: end_run(site, asked.signed, asked.adapter)),
-        traffic=lambda: (0, 0),
+        take_traffic=lambda: (0, 0),
     )
 
 

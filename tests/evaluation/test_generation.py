@@ -71,7 +71,12 @@ def test_sampled_texts_use_independent_random_streams(
 
     def draw_texts(max_tokens: int, *, first: int = 0, most: int = 20, seed: int = 1) -> dict[int, str | None]:
         spec = WritingSpec(max_new_tokens=most, temperature=1.5, top_p=0.9, guidance=1.0, seed=seed)
-        settings = {"tokenizer": tokenizer, "end_ids": frozenset(range(0, 999, 7)), "spec": spec, "against": against}
+        settings = {
+            "tokenizer": tokenizer,
+            "end_ids": frozenset(range(0, 999, 7)),
+            "spec": spec,
+            "against": against,
+        }
         return dict(sample_completions(language_model, own, first=first, max_tokens=max_tokens, **settings))
 
     texts = draw_texts(10_000)
@@ -126,7 +131,13 @@ def test_guidance_scales_probabilities_by_their_ratio(
         return float(torch.softmax((own + guidance * lift) / 2, dim=-1)[ends].sum())
 
     number, spec = 400, WritingSpec(max_new_tokens=1, temperature=2.0, guidance=1.0)
-    settings = {"tokenizer": tokenizer, "end_ids": frozenset(ends), "spec": spec, "first": 0, "max_tokens": 10_000}
+    settings = {
+        "tokenizer": tokenizer,
+        "end_ids": frozenset(ends),
+        "spec": spec,
+        "first": 0,
+        "max_tokens": 10_000,
+    }
     drawn = sample_completions(language_model, [prompt] * number, against=[other] * number, **settings)
     ended = sum(text is not None for _, text in drawn) / number
     deviation = (compute_expected(1.0) * (1 - compute_expected(1.0)) / number) ** 0.5
@@ -208,7 +219,10 @@ def test_generation_ends_at_the_last_position_and_restores_flags(
         assert [module.training for module in language_model.modules()] == flags
     assert written == 32 - 20
     lengths = {"max_new_tokens": 30, "max_tokens": 100}
-    with pytest.raises(ConfigError, match=r"^evaluation.max_new_tokens = 30: .* takes 32 in all"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^evaluation.max_new_tokens = 30: must be smaller: the longest prompt has 8 of the model's 32 tokens",
+    ):
         generate(language_model, prompts, tokenizer=tokenizer, end_ids=ENDS, **lengths)
     with torch.no_grad():
         next(iter(language_model.trainable().values())).fill_(float("nan"))

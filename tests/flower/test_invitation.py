@@ -134,7 +134,7 @@ def test_two_consecutive_diverged_rounds_end_the_run(federation: Any) -> None:
     made = federation(num_rounds=3)
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": float("inf")}])
     message = (
-        r"round 3 diverged \(loss inf\), like the previous round; the checkpoint of .* resuming would diverge again"
+        r"round 3 diverged \(loss inf\), like the previous round; the checkpoint of .* resumed run would diverge again"
     )
     with pytest.raises(StuckError, match=message + r".* start a new run with training\.learning_rate=\S+$"):
         made.run(evaluate=lambda adapter: next(scores))

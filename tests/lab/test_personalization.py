@@ -81,5 +81,5 @@ def test_personalization_note_contains_only_run_and_day(tmp_path: Path) -> None:
     made = [{"run": run, "made": "2026-11-26"} for run in ("first", "second")]
     assert json.loads((tmp_path / "own_adapters.json").read_text()) == made
     (tmp_path / "own_adapters.json").write_text("[")
-    with pytest.raises(RunError, match="cannot be read: restore it from a backup"):
+    with pytest.raises(RunError, match="cannot be read: restore the file from a backup"):
         record_personalization(tmp_path, run="third", day="2026-11-26")

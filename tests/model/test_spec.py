@@ -15,7 +15,7 @@ def test_alternating_rounds_require_lora_with_trained_a(other: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("prompt", "use up positions"), ("prefix", "cache"), ("adalora", "no noise")]
+    ("kind", "reason"), [("prompt", "occupy positions"), ("prefix", "cache"), ("adalora", "without noise")]
 )
 def test_unsupported_adapter_kinds_are_refused_with_a_reason(kind: str, reason: str) -> None:
     with pytest.raises(

@@ -521,4 +521,4 @@ def test_doctor_checks_the_socket_instead_of_a_server_connection(home: Home, mon
         place.chmod(0o666)
         assert home.examine_site()["socket"].status == "failed"
     place.write_text("x")
-    assert "another file" in home.examine_site()["socket"].found
+    assert "a file that is not a socket" in home.examine_site()["socket"].found

@@ -125,7 +125,7 @@ def test_new_site_key_requires_explicit_agreement(desk: Desk, tmp_path: Path) ->
     desk.join("north")
     (tmp_path / "north" / "site_key.pem").unlink()
     request = desk.request("north", kit="new")
-    refused = pytest.raises(ConfigError, match=r"site_key = .*a new ledger: .*budget starts over.*add --new-site-key")
+    refused = pytest.raises(ConfigError, match=r"site_key = .*a new ledger, .*budget .*starts over.*add --new-site-key")
     with expect_unchanged(desk.folder), refused:
         desk.renew("north", request)
     done = desk.renew("north", request, new_site_key=True)

@@ -67,7 +67,7 @@ def test_invalid_federation_file_creates_nothing(federation_toml: Path, now: dat
     for old, new, message in (
         ("name", "nmae", "nmae: is not a known key"),
         ('server = "127.0.0.1:9092"\n', "", "server: is required"),
-        ("127.0.0.1:9092", "127.0.0.1", "server = '127.0.0.1': must be host:port"),
+        ("127.0.0.1:9092", "127.0.0.1", "server = '127.0.0.1': must be the server's address"),
         ('"localhost"', '"localhost:9092"', "also_known_as = 'localhost:9092': must be a DNS name"),
         ('"localhost"', '"*.example.org"', r"also_known_as = '\*.example.org': must be a DNS name"),
         ("cardiology-2026", "../cardiology", "name = '../cardiology': must consist of"),

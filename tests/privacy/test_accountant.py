@@ -10,7 +10,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from fedtune.privacy import accountant, events
-from fedtune.privacy.accountant import COARSE, calibrate_noise, compute_epsilon_if_above, epsilon_pld, epsilon_rdp
+from fedtune.privacy.accountant import COARSE, calibrate_noise, compute_epsilon_above_limit, epsilon_pld, epsilon_rdp
 from fedtune.spec import ConfigError
 
 from . import exact_delta
@@ -110,7 +110,7 @@ def test_epsilon_is_infinite_without_noise_and_zero_without_steps() -> None:
     event = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=1)
     private = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=5.0, steps=1)
     assert epsilon_pld([event], 1e-5) == epsilon_rdp([event], 1e-5) == epsilon_pld([private, event], 1e-5) == math.inf
-    assert compute_epsilon_if_above([event], 1e-5, limit=100.0) == math.inf
+    assert compute_epsilon_above_limit([event], 1e-5, limit=100.0) == math.inf
     nothing = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=0.0, steps=0)
     assert epsilon_pld([], 1e-5) == epsilon_pld([nothing], 1e-5) == 0
 
@@ -119,12 +119,12 @@ def test_epsilon_above_returns_none_within_the_limit() -> None:
     event = events.build_dp_sgd_event(sampling_rate=0.1, noise_multiplier=2.0, steps=20)
     fine, coarse = epsilon_pld([event], 1e-5), epsilon_pld([event], 1e-5, interval=1e-3)
     assert fine < coarse
-    assert compute_epsilon_if_above([event], 1e-5, limit=coarse) is None
-    assert compute_epsilon_if_above([event], 1e-5, limit=(fine + coarse) / 2) is None, (
+    assert compute_epsilon_above_limit([event], 1e-5, limit=coarse) is None
+    assert compute_epsilon_above_limit([event], 1e-5, limit=(fine + coarse) / 2) is None, (
         "a close call is decided on the fine grid"
     )
-    assert compute_epsilon_if_above([event], 1e-5, limit=0.999 * fine) == fine
-    assert compute_epsilon_if_above([event], 1e-5, limit=0.5 * fine) == coarse
+    assert compute_epsilon_above_limit([event], 1e-5, limit=0.999 * fine) == fine
+    assert compute_epsilon_above_limit([event], 1e-5, limit=0.5 * fine) == coarse
 
 
 # Of these two digits would be too little.

@@ -91,9 +91,14 @@ def test_arrival_groups_have_readable_names() -> None:
     spans = [(0, None), (0, 1), (0, 2025), (1, None), (1, 2025), (2025, 2026), (2026, 2028), (2028, None)]
     groups = [ArrivalRange.from_cohort(*span, "year") for span in spans]
     assert [load_catalog("en").arrivals([one]) for one in groups] == [
-        *("Everybody", "People without a date", "People who came up to 2024, or without a date", "People with a date"),
-        *("People who came up to 2024", "People who came in 2025", "People who came in 2026 to 2027"),
-        "People who came in 2028 or later",
+        *(
+            "Everybody",
+            "People without a date",
+            "People who joined by 2024, and those without a date",
+            "People with a date",
+        ),
+        *("People who joined by 2024", "People who joined in 2025", "People who joined in 2026 to 2027"),
+        "People who joined in 2028 or later",
     ]
     assert [one.dates for one in groups] == ["…", "?", "…–2024", "…", "…–2024", "2025", "2026–2027", "2028–…"]  # noqa: RUF001
     joined = merge_adjacent({2: groups[2], 3: groups[5], 5: groups[7]})

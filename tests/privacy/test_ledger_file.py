@@ -152,7 +152,9 @@ def test_full_disk_leaves_no_charge_in_memory(open_ledger: Any, path: Path, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(store, "open_for_writing", fill_disk)
-        with pytest.raises(RunError, match=r"cannot be read or written \(database or disk is full\); nothing is tr"):
+        with pytest.raises(
+            RunError, match=r"cannot be read or written \(database or disk is full\); training is not possible"
+        ):
             ledger.commit(granted, bytes(100_000))
         with pytest.raises(RunError, match="disk is full"):
             ledger.reserve(make_proposal(run="x" * 200), round=1, request="y" * 100_000)
@@ -179,7 +181,8 @@ def test_ledger_that_cannot_be_created_raises_a_run_error(open_ledger: Any, path
     else:
         path = Path("/proc/nobody/ledger.db")
     with pytest.raises(
-        RunError, match=rf"ledger {re.escape(str(path))} cannot be (created|opened|read or written) \(.*\); nothing is"
+        RunError,
+        match=rf"ledger {re.escape(str(path))} cannot be (created|opened|read or written) \(.*\); training is not",
     ):
         open_ledger(path=path)
 

@@ -10,7 +10,7 @@ from hypothesis import Phase, assume, given, reject, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events
-from fedtune.privacy.accountant import COARSE, FINE, compute_epsilon_if_above, epsilon_pld
+from fedtune.privacy.accountant import COARSE, FINE, compute_epsilon_above_limit, epsilon_pld
 from fedtune.privacy.loss_distribution import UNIT, Composition, compute_hockey_stick, discretize_sampled_gaussian
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile
@@ -64,8 +64,8 @@ def test_epsilon_of_random_plans_is_never_below_the_exact_value(plans: int, most
 def test_rounding_does_not_hide_spending_at_tiny_deltas() -> None:
     """Before: 9.32 of 10.83 on one grid, and a cap of 10.75 let it in."""
     event = [events.build_dp_sgd_event(sampling_rate=0.01, noise_multiplier=1.0, steps=10_000)]
-    assert compute_epsilon_if_above(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
-    assert compute_epsilon_if_above(event, 1e-13, limit=10.84) is None
+    assert compute_epsilon_above_limit(event, 1e-13, limit=10.75) == pytest.approx(10.8331, abs=2e-4)
+    assert compute_epsilon_above_limit(event, 1e-13, limit=10.84) is None
 
 
 @pytest.mark.parametrize("adding", [False, True])
@@ -134,5 +134,5 @@ def test_epsilon_is_the_smaller_value_of_both_grids(
     coarse, fine = (Composition([(rate, noise, steps)], width).epsilon(delta) for width in (COARSE, FINE))
     assert (coarse < fine) == coarse_is_less
     assert epsilon_pld(spent, delta) == profile.epsilon_pld(spent, delta, interval=FINE) == min(coarse, fine)
-    assert compute_epsilon_if_above(spent, delta, limit=min(coarse, fine)) is None
-    assert compute_epsilon_if_above(spent, delta, limit=0.99 * min(coarse, fine)) is not None
+    assert compute_epsilon_above_limit(spent, delta, limit=min(coarse, fine)) is None
+    assert compute_epsilon_above_limit(spent, delta, limit=0.99 * min(coarse, fine)) is not None

@@ -162,7 +162,7 @@ def test_template_lists_and_explains_every_key(filled_template: Path) -> None:
     for name, spec in specs.items():
         if dataclasses.is_dataclass(spec):
             assert {field.name for field in dataclasses.fields(spec)} == set(table[name]), f"[{name}] of the template"
-    assert all({"id", "declared_size", "path", "columns"} == set(each) for each in table["dataset"])
+    assert all({"id", "declared_size", "min_units", "path", "columns"} == set(each) for each in table["dataset"])
     before = ""
     for line in TEMPLATE.read_text().splitlines():
         if "=" in line and not line.startswith("#"):

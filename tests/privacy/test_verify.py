@@ -283,7 +283,7 @@ def test_invalid_event_leaves_the_history_unchanged(open_ledger: Any, path: Path
     with store.open_for_writing(path) as file:
         store.insert_event(file, signed)
     for check in (lambda: ledger.end_run("r"), lambda: verify(path)):
-        with pytest.raises(RunError, match=r"event 5 \(reserve\) is invalid: it does not follow"):
+        with pytest.raises(RunError, match=r"event 5 \(reserve\) is invalid: the reservation contradicts"):
             check()
     path.write_bytes(good)
     ledger.end_run("unknown")

@@ -24,7 +24,9 @@ def note(folder: Path, *overrides: str) -> tuple[Environment, ...]:
     """All that is noted once a run with these settings has begun there."""
     # As much of a loaded model as an environment looks at.
     shared: Any = SimpleNamespace(
-        config=compose_run(list_tiny_overrides(*overrides, into=folder)), device=torch.device("cpu")
+        config=compose_run(list_tiny_overrides(*overrides, into=folder)),
+        device=torch.device("cpu"),
+        model=torch.nn.Linear(3, 2),
     )
     record_environment(folder, shared)
     return read_environments(folder)
@@ -36,7 +38,7 @@ def test_recorded_environment_describes_the_current_process(tmp_path: Path) -> N
     assert (noted.python, noted.fedtune_version) == (platform.python_version(), fedtune.__version__)
     assert (noted.device, noted.libraries["torch"]) == ("cpu", torch.__version__)
     assert noted.machine.startswith(platform.machine())
-    assert noted.model_sha256 == MODEL
+    assert (noted.model_sha256, noted.total_parameters) == (MODEL, 8)
     text = (tmp_path / "environment.json").read_text()
     assert platform.node() not in text, "whose machine it is is nobody's business"
     assert json.loads(text).keys() == {"schema_version", "environments"}

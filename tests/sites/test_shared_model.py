@@ -93,7 +93,9 @@ def test_failed_trial_is_repeated_and_refused_each_time(trial_calls: Tries) -> N
     LoadedModel(make_letters())
 
 
-@pytest.mark.parametrize(("moved", "message"), [(0.3, "mixes the examples"), (1e-7, "a different gradient")])
+@pytest.mark.parametrize(
+    ("moved", "message"), [(0.3, "mixes the examples"), (1e-7, "gradient differently depending on the other examples")]
+)
 def test_repeated_requests_do_not_repeat_the_trial(trial_calls: Tries, moved: float, message: str) -> None:
     trial_calls.moved = moved
     for _ in range(3):
@@ -106,10 +108,10 @@ def test_repeated_requests_do_not_repeat_the_trial(trial_calls: Tries, moved: fl
 def test_inexact_gradients_are_accepted_only_with_permission(trial_calls: Tries) -> None:
     trial_calls.moved = 1e-7
     for _ in range(2):
-        with pytest.raises(ConfigError, match="a different gradient"):
+        with pytest.raises(ConfigError, match="gradient differently depending on the other examples"):
             LoadedModel(make_letters())
     assert LoadedModel(make_letters(), inexact_allowed=True).moved == 1e-7
-    with pytest.raises(ConfigError, match="a different gradient"):
+    with pytest.raises(ConfigError, match="gradient differently depending on the other examples"):
         LoadedModel(make_letters())
     assert {shapes.row_shares for shapes in trial_calls} == {(1, 2, 4, 8), (1,)}, "plainer shapes are tried too"
 

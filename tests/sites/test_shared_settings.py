@@ -191,7 +191,7 @@ def test_cost_of_an_unsigned_plan_is_never_computed(sent_settings: RunConfig, mo
     # Some of these would take all of a machine's memory; so many steps are no plan.
     plan, steps = sent_settings.plan(), {"training.local_steps": 10**9, "federation.num_rounds": 10**12}
     others = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}
-    monkeypatch.setattr(accountant, "compute_epsilon_if_above", None)
+    monkeypatch.setattr(accountant, "compute_epsilon_above_limit", None)
     for path, value in (steps | {f"privacy.{key}": value for key, value in others.items()}).items():
         reason = read_refusal_reason(
             read_settings, change_sent_text(sent_settings, **{path: value}), plan=plan, task=sent_settings.task

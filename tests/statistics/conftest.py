@@ -19,11 +19,11 @@ from fedtune.training.spec import TrainingSpec
 
 from ..builders import build_copy
 from ..model.conftest import make_spec
-from ..training.conftest import make_dummy_examples, make_examples, make_work, plan_of, release_round
+from ..training.conftest import make_dummy_examples, make_examples, make_plan, make_work, release_round
 from ..training.conftest import one_thread as one_thread
 
 Arrays = dict[str, npt.NDArray[np.float64]]
-plan = partial(plan_of, sampling_rate=0.5, noise_multiplier=1.3, max_grad_norm=0.7, local_steps=1)
+plan = partial(make_plan, sampling_rate=0.5, noise_multiplier=1.3, max_grad_norm=0.7, local_steps=1)
 """One noisy step a round; keywords override."""
 random_texts = partial(make_dummy_examples, "classification")
 """So many random examples of 2 to 12 tokens."""

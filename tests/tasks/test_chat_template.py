@@ -161,8 +161,8 @@ def test_generation_prompt_is_a_prefix_of_the_training_example(template: str, tu
         assert ids[: len(prompt)].tolist() == prompt.tolist()
         answer, end = tokenizer.decode(ids[len(prompt) : -1]), int(ids[-1])
         assert answer.strip() == turns[-1]["content"].strip()
-        assert end in LM.end_ids(tokenizer, data=make_settings(kind))
-        assert tokenizer.eos_token_id in LM.end_ids(tokenizer, data=make_settings(kind))
+        assert end in LM.get_eos_token_ids(tokenizer, data=make_settings(kind))
+        assert tokenizer.eos_token_id in LM.get_eos_token_ids(tokenizer, data=make_settings(kind))
 
 
 @pytest.mark.parametrize(("template", "reason"), REFUSED.values(), ids=REFUSED)

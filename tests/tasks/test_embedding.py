@@ -36,7 +36,10 @@ def make_settings(columns: dict[str, str], *, bounds: tuple[float, float] | None
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ({"negatives": "batch"}, "negatives = 'batch': couples records: a record's gradient would depend on those"),
+        (
+            {"negatives": "batch"},
+            "negatives = 'batch': couples records: a record's gradient would depend on the other sampled",
+        ),
         ({"negatives": ()}, "negatives = []: must contain at least one text"),
         ({"negatives": ("a", "a")}, "negatives = 'a': is declared twice"),
         ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),

@@ -56,7 +56,7 @@ def test_personalized_adapter_is_loaded_only_with_explicit_consent(tmp_path: Pat
     folder = tmp_path / "private"
     save_task_model(build_task_model(make_spec()), folder, private_to="north")
     for read in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.read_initial(str(folder))):
-        with pytest.raises(ConfigError, match="is private to 'north', without a guarantee"):
+        with pytest.raises(ConfigError, match="is private to 'north' and has no guarantee"):
             read(folder)
     assert SavedAdapter.read(folder, private=True).private_to == "north"
     load_task_model(folder, private=True)

@@ -137,7 +137,7 @@ def test_all_differences_from_the_start_adapter_are_named(
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(np.nan, "not finite"), (np.inf, "not finite"), (1.0, "must contain the tensors with the digest")],
+    [(np.nan, "non-finite"), (np.inf, "non-finite"), (1.0, "must contain the tensors with the digest")],
 )
 def test_damaged_or_non_finite_start_adapter_is_refused(
     tuned_adapter: Path, tmp_path: Path, value: float, message: str
@@ -146,7 +146,7 @@ def test_damaged_or_non_finite_start_adapter_is_refused(
     tensors = {name: array.copy() for name, array in load_file(copied / "adapter_model.safetensors").items()}
     next(iter(tensors.values()))[0, 0] = value
     save_file(tensors, copied / "adapter_model.safetensors", metadata={"format": "pt"})
-    if message == "not finite":  # as a lead would send it that means it
+    if message == "non-finite":  # as a lead would send it that means it
         settings = json.loads((copied / "fedtune.json").read_text())
         trained = tensors | {"head.weight": load_file(copied / "head.safetensors")["weight"]}
         (copied / "fedtune.json").write_text(json.dumps(settings | {"adapter_digest": Adapter(trained).digest()}))
@@ -163,7 +163,7 @@ def test_frozen_lora_a_must_match_the_start_adapter(tuned_adapter: Path, tmp_pat
     frozen = replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False))
     save_task_model(build_moved(frozen), tmp_path / "frozen")
     assert begin_adapter(tmp_path / "frozen", frozen).digest() == Adapter.from_task_model(build_moved(frozen)).digest()
-    with pytest.raises(ConfigError, match=r"does not train .*lora_A.*saved with seed 0"):
+    with pytest.raises(ConfigError, match=r"does not train .*lora_A.*the adapter has seed 0"):
         begin_adapter(tmp_path / "frozen", replace(frozen, seed=1))
     # A run that trains A, too, sends it, and so may begin in any.
     both = begin_adapter(tmp_path / "frozen", replace(SPEC, seed=1))

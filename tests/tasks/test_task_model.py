@@ -160,7 +160,7 @@ def test_modules_mixing_examples_or_never_used_are_refused() -> None:
     check_examples_independent(Base(lambda linear, hidden: linear(hidden)))
     with pytest.raises(ConfigError, match="several examples"):
         check_examples_independent(Base(lambda linear, hidden: linear(hidden.flatten(0, 1)).view(hidden.shape)))
-    with pytest.raises(ConfigError, match="never used"):
+    with pytest.raises(ConfigError, match="is not used in the base's forward pass"):
         check_examples_independent(Base(lambda linear, hidden: hidden))
 
 

@@ -90,8 +90,18 @@ def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
         ("my card", [[2, 2, "drug"]], SPANNED, "a.jsonl:3, spans = 'a span outside the text': must have 0 <= start"),
         ("my card", [[0, 4, "drug"], [3, 7, "dose"]], SPANNED, "a.jsonl:3, spans = 'spans that overlap': must not"),
         ("my card", [[0, 2, "secret"]], SPANNED, "a.jsonl:3, spans = 'not declared': must be one of the 2"),
-        ("my card", [{"start": 0, "end": 2}], SPANNED, "a.jsonl:3, column 't', span 1 = 'object': must have start and"),
-        ("my card", [[0, True, "drug"]], SPANNED, "a.jsonl:3, column 't', span 1 = 'array': must have start and end"),
+        (
+            "my card",
+            [{"start": 0, "end": 2}],
+            SPANNED,
+            "a.jsonl:3, column 't', span 1 = 'object': must have whole numbers start",
+        ),
+        (
+            "my card",
+            [[0, True, "drug"]],
+            SPANNED,
+            "a.jsonl:3, column 't', span 1 = 'array': must have whole numbers start",
+        ),
         ("my card", "drug", SPANNED, "a.jsonl:3, column 't' = 'text that is not a list': must be a list of spans"),
     ],
 )

@@ -325,7 +325,7 @@ def test_unused_units_are_freed_and_device_errors_are_reported(three_devices: Ro
     with pytest.raises(RunError, match=f"device 1: KeyError: {number}"):
         crew.collect_answers()
     assert crew.is_broken
-    with pytest.raises(RunError, match="a device of this machine failed"):
+    with pytest.raises(RunError, match="a device on this machine failed"):
         crew.ask_all(_Device.cache_reference, 0)
 
 

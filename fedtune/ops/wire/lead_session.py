@@ -108,7 +108,7 @@ class LeadSession:
         with translate_read_errors():
             ids = list(self.grid.push_messages([message]))
             if len(ids) > 1:
-                raise ValueError("more than was asked for")
+                raise ValueError("the response is larger than requested")
         return ids[0] if ids else None
 
     def fetch_answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:

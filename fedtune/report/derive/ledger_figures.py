@@ -47,7 +47,7 @@ def derive_ledger_report(facts: LedgerFacts) -> Report:
     reasons, capped = list(found), ((run.plan, run.max_epsilon) for run in facts.runs if run.max_epsilon is not None)
     # As it was decided when the run was accepted.
     if any(
-        accountant.compute_epsilon_if_above([plan.full_event], plan.delta, limit=cap) is not None
+        accountant.compute_epsilon_above_limit([plan.full_event], plan.delta, limit=cap) is not None
         for plan, cap in capped
     ):
         reasons.append("above_run_cap")

@@ -207,7 +207,7 @@ class Words:
         by_mechanism = f"{site}/meaning/right_of_100_mechanism"
         return "ceiling" if self.at(by_mechanism) is None else "mechanism"
 
-    def says_nothing(self, site: str) -> bool:
+    def has_no_useful_bound(self, site: str) -> bool:
         """Whether the bound on the best attacker at a site is practically meaningless."""
         found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
         return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
@@ -215,7 +215,7 @@ class Words:
     @property
     def shows_figure(self) -> bool:
         """Whether page 1 shows a bound on the best attacker at the worst site."""
-        return self.promises and bool(self.at(f"{self.worst}/meaning")) and not self.says_nothing(self.worst)
+        return self.promises and bool(self.at(f"{self.worst}/meaning")) and not self.has_no_useful_bound(self.worst)
 
     def describe_protection(self) -> Markup:
         """Say in words how well one record or person of the worst site is hidden, and how well five are."""

@@ -81,7 +81,7 @@ def test_numbers_and_user_ids_are_not_masked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("words", "marks"), [("text", "spans"), ("tokens", "tags")])
 def test_masking_is_refused_for_annotated_text(tmp_path: Path, words: str, marks: str) -> None:
-    with pytest.raises(ConfigError, match=f"--mask = 'personal': is not available for marked .*role {marks}"):
+    with pytest.raises(ConfigError, match=f"--mask = 'personal': is not available for annotated texts .role {marks}"):
         clean_file(write_rows(tmp_path, {}), mask=True, columns={words: words, marks: marks})
     assert not (tmp_path / "kept.jsonl").exists()
 

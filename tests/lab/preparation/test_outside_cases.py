@@ -92,7 +92,7 @@ def test_unclosed_quote_error_contains_the_swallowed_lines(tmp_path: Path, end: 
     (fault, last) = [found for _, found in read_table(path, None, comma=",")]
     assert isinstance(fault, DataError)
     assert str(fault.value).endswith(", over 4 lines")
-    assert fault.bound.endswith("includes all lines up to the next quote")
+    assert fault.bound.endswith("swallows all lines up to the next quote")
     assert last == {"text": "f", "label": "ok"}
 
 

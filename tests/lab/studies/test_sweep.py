@@ -100,7 +100,7 @@ def test_existing_sweep_name_is_refused_before_the_first_run(
 
     assert "is taken: " in (changed := read_refusal("lora.rank=3"))
     assert "lora.rank was 4, is 3" in changed
-    assert "lora.target_modules: is given again" in read_refusal("lora.target_modules=[value]")
+    assert "lora.target_modules: has several values and is set again" in read_refusal("lora.target_modules=[value]")
     fixed = [word for word in sweep_words if not word.startswith("lora.target_modules")]
     others = read_refusal("lora.target_modules=[value],[dense]", words=fixed)
     assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
