@@ -226,7 +226,7 @@ def test_generation_ends_at_the_last_position_and_restores_flags(
         generate(language_model, prompts, tokenizer=tokenizer, end_ids=ENDS, **lengths)
     with torch.no_grad():
         next(iter(language_model.trainable().values())).fill_(float("nan"))
-    with pytest.raises(ConfigError, match="its training diverged"):
+    with pytest.raises(ConfigError, match="its training has diverged"):
         next(stream_tokens(language_model, prompt, end_ids=(), spec=WritingSpec()))
 
 

@@ -51,7 +51,7 @@ def test_invalid_line_in_kit_toml_is_named(kits: dict[str, Path]) -> None:
     path = kits["site"] / "kit.toml"
     right = path.read_text().splitlines()
     for key, value, message in (
-        ("server", "fl.example.org", "server = 'fl.example.org': must be host:port"),
+        ("server", "fl.example.org", "server = 'fl.example.org': must be the server's address"),
         ("lead", "00", "lead = '00': must be a public key"),
         ("site", "../etc", "site = '../etc': must consist of"),
         ("collor", "red", "collor: is not a known key"),

@@ -45,7 +45,9 @@ def test_unknown_country_is_refused_before_the_run() -> None:
             CostSpec(energy=energy, country=country)
         assert caught.value.key == "country"
     pytest.importorskip("codecarbon")
-    with pytest.raises(ConfigError, match=r"cost.country = 'XYZ': must be one of \d+ that codecarbon supports"):
+    with pytest.raises(
+        ConfigError, match=r"cost.country = 'XYZ': must be one of \d+ countries that codecarbon supports"
+    ):
         check_can_measure(CostSpec(energy=True, country="XYZ"))
     check_can_measure(CostSpec(energy=True, country="FRA"))
 

@@ -27,7 +27,7 @@ from fedtune.training.users import UserExamples
 
 from ..cases import read_cases
 from .conftest import LABELS, make_letters, write_records
-from .test_work import do
+from .test_work import train_at_north
 
 COLUMNS = {"text": "text", "label": "label", "user": "id", "arrival": "since"}
 """Of the lead's files."""
@@ -232,7 +232,7 @@ def test_user_adds_one_score_regardless_of_record_count(lead_key: SigningKey, ex
     shared = RunModel(LoadedModel(config), config)
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
         own = SiteRecords(training=make_records({"third": 3}), heldout=make_records(users))
-        assert do(shared, lead_key, own).scores is not None
+        assert train_at_north(shared, lead_key, own).scores is not None
         assert exact_scores[-1].shape == (len(users),)
         assert ((exact_scores[-1] >= 0) & (exact_scores[-1] <= 1)).all()
     assert exact_scores[0][0] == exact_scores[1][0], "nor does one user move another's score"

@@ -28,7 +28,7 @@ from fedtune.tasks.saved import load_task_model
 
 from ..privacy.builders import lead_key
 from ..sites.conftest import make_letters
-from ..sites.test_work import RECORDS, do
+from ..sites.test_work import RECORDS, train_at_north
 from .conftest import build_model, release_step_round
 from .decisions import FALSE_ALARM, POWER, Unrelated
 
@@ -186,7 +186,7 @@ def finished_round() -> Callable[[], Release]:
     """One round of a site's work, with nothing about its noise chosen here."""
     config = make_letters(training={"local_steps": 1}, runtime={"seeded_noise": False})
     shared = RunModel(LoadedModel(config), config)
-    return lambda: Release("north", shared.initial_adapter, do(shared, lead_key, RECORDS).adapter)
+    return lambda: Release("north", shared.initial_adapter, train_at_north(shared, lead_key, RECORDS).adapter)
 
 
 def read_generator_states() -> tuple[Any, ...]:

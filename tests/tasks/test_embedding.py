@@ -40,7 +40,7 @@ def make_settings(columns: dict[str, str], *, bounds: tuple[float, float] | None
             {"negatives": "batch"},
             "negatives = 'batch': couples records: a record's gradient would depend on the other sampled",
         ),
-        ({"negatives": ()}, "negatives = []: must contain at least one text"),
+        ({"negatives": ()}, "negatives = []: must be a list of at least one text"),
         ({"negatives": ("a", "a")}, "negatives = 'a': is declared twice"),
         ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),
         ({"margin": 2.5}, "margin = 2.5: must be at most 2"),
