@@ -1,6 +1,6 @@
 # make simulate   fresh clone to finished demo
 # make test       fresh clone to green checks, the same that CI runs
-# make nightly    the tests that take too long for that: every mutant, 32 sites, a real model at real sites
+# make nightly    the tests that take too long for that: every mutant, 32 sites, a real model at real sites; names in studies
 # make mutants    print the table of deliberate faults that the tests must find
 # make versions   at night, too: the tests that touch Flower, with each release in FLOWER
 # make docs      build/docs/html: the documentation site, without a network; every warning is an error
@@ -63,6 +63,7 @@ checks:
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 nightly: $(VENV)/.dev
+	$(VENV)/bin/mypy --config-file simulations/mypy.ini simulations
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m nightly --result tests/nightly_result.json
 
 mutants: $(VENV)/.dev

@@ -66,7 +66,9 @@ def prepared(case: str, *, onednn: bool = True, dtype: str = "float32") -> tuple
     config = compose_run([*settings, *ours])
     with patch.object(shared_model, "max_batch_influence", lambda *_, **__: 0.0):
         shared = RunModel(LoadedModel(config), config)
-    examples = shared.examples_of(shared.tokenized(shared.records.dealt.sites[0].training[:count], lenient=True))
+    examples = shared.make_site_examples(
+        shared.tokenize_records(shared.records.dealt.sites[0].training[:count], lenient=True)
+    )
     if shared.model.has_frozen_prefix:
         examples.cache_frozen_states(shared.model)
     return shared.model, list(examples.cut(np.arange(count))), config.privacy.max_grad_norm
@@ -103,7 +105,7 @@ def by_hooks(model: TaskModel, batches: list[Batch], clip_norm: float) -> dict[s
 
     def forget() -> None:
         for parameter in model.trainable().values():
-            parameter.grad = parameter.grad_sample = None
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
 
     hooks = GradSampleHooks(model, loss_reduction="sum")
     try:

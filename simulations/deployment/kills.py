@@ -211,7 +211,7 @@ def books(run: Drill) -> study.Found:
             "lost": sorted((committed - counted - unread).elements()),
             "counted_without_charge": sorted((counted - committed).elements()),
             "stated": result["privacy"]["sites"][site]["rounds"],
-            "receipt": receipt.charged_rounds if receipt.is_signed() and receipt.ended else None,
+            "receipt": receipt.charged_rounds if receipt.has_valid_signature() and receipt.ended else None,
         }
     return {"rounds": sum(bool(round["sites"]) for round in result["rounds"]), "sites": sites}
 

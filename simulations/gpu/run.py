@@ -240,9 +240,9 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
     began = time.perf_counter()
     shared, draws = RunModel(loaded := LoadedModel(config), config), np.random.default_rng(5)
     lengths = draws.integers(2, config.data.max_length, size=40 if machine.tiny else 2000).tolist()
-    examples = shared.examples_of(sensitivity.generate_random_examples(shared.model, lengths, draws))
+    examples = shared.make_site_examples(sensitivity.generate_random_examples(shared.model, lengths, draws))
     max_grad_norm = config.privacy.max_grad_norm
-    units = examples if loaded.devices is None else loaded.devices.divided(examples, max_grad_norm=max_grad_norm)
+    units = examples if loaded.devices is None else loaded.devices.divide_units(examples, max_grad_norm=max_grad_norm)
     units.cache_reference(shared.model)
     if loaded.keeps_states:
         units.cache_frozen_states(shared.model)
@@ -250,7 +250,7 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
         site="north",
         round=1,
         attempt=1,
-        asked=config.plan(),
+        plan=config.plan(),
         training=config.training,
         declared_size=len(examples),
         max_adapter_value=2.0,

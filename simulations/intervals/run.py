@@ -173,7 +173,7 @@ def coverage_of(case: Case, repeats: int, *, resamples: int) -> dict[str, float]
     for _ in range(repeats):
         test = case.made(draws)
         found = score_draws(test.models, scores=case.scores, units=test.units, resamples=resamples)
-        compared = found.comparison("base", "tuned", case.score)
+        compared = found.compare_scores("base", "tuned", case.score)
         base, tuned = case.truth
         held["score"] += compared.tuned.low <= tuned <= compared.tuned.high
         held["difference"] += compared.difference.low <= tuned - base <= compared.difference.high

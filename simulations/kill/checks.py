@@ -56,7 +56,7 @@ def register_problems(sites: Path, site: str, seen: Seen, setting: Setting) -> I
         return
     with store.open_for_reading(sites / site / "ledger.db") as file:
         rows = {row.unit: row.cohort for row in register.read_rows(file)}
-    secret = SigningKey.load(sites / site / "site_key.pem").secret("arrivals")
+    secret = SigningKey.load(sites / site / "site_key.pem").derive_secret("arrivals")
     if missing := seen.admitted - {user for user in seen.admitted if register.pseudonymize(secret, user) in rows}:
         yield f"{len(missing)} people could be sampled whom the register lacks"
     if not all(cohort in cohorts for cohort in rows.values()):

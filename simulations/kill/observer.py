@@ -110,7 +110,7 @@ class Seen:
                 self.failures.append(told["error"])
         if told.get("receipt") is not None:
             receipt = Receipt.from_json(told["receipt"])
-            assert receipt.is_signed()
+            assert receipt.has_valid_signature()
             if self.receipt is None or receipt.sequence >= self.receipt.sequence:
                 self.receipt = receipt
 

@@ -175,7 +175,7 @@ def install(doomed: Doomed, *, spill: bool) -> None:
     ):
         setattr(owner, method, doomed.around(getattr(owner, method), phase))
     for module in (durable, keys):
-        module.os = _WatchedOs(doomed)  # type: ignore[assignment]
+        module.os = _WatchedOs(doomed)  # type: ignore[assignment, attr-defined]
     sqlite3.connect = functools.partial(sqlite3.connect, factory=_watched_connection(doomed, spill))  # type: ignore
 
 

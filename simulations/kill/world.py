@@ -218,4 +218,4 @@ def _other_request(setting: Setting, signed: Signed, adapter: Adapter) -> tuple[
     """The same round from another adapter: would it be trained, one charge would buy two looks at the records."""
     other = Adapter({name: value + 1 for name, value in adapter.tensors.items()})
     request = replace(RoundRequest.from_signed(signed), adapter_digest=other.digest())
-    return request.signed(setting.everyone.sites.lead_key()), other
+    return request.sign_with(setting.everyone.sites.lead_key()), other

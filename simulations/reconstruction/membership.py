@@ -35,7 +35,7 @@ class Candidates:
 
     def __init__(self, shared: RunModel, records: Sequence[Mapping[str, str]]) -> None:
         shared.initial_adapter.load_into(shared.model)
-        data = shared.tokenized([Record(dict(record)) for record in records])
+        data = shared.tokenize_records([Record(dict(record)) for record in records])
         self.names = attacked(list(shared.model.trainable()))
         self._rows = np.empty((len(records), sum(shared.model.trainable()[n].numel() for n in self.names)), np.float32)
         with record_gradients(shared.model) as gradients:

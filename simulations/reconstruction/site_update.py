@@ -97,7 +97,7 @@ def released(shared: RunModel, records: Sequence[Mapping[str, str]], overrides: 
             receipt=None,
             expires=time.time() + 3600.0,
         )
-        reply = answer(federation.site(0), request.signed(lead), adapter)
+        reply = answer(federation.site(0), request.sign_with(lead), adapter)
     if not isinstance(reply.body, Update):
         raise SystemExit(f"the site refused: {reply.body}")
     update = Update.from_bytes(reply.body.to_bytes())

@@ -95,7 +95,7 @@ def lines_of(asked: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, 
     config = compose_run([*base, f"privacy.delta={delta}", f"privacy.records_per_user={members}"])
     plan = config.plan()
     public = {"rate": plan.sampling_rate, "steps": plan.local_steps * plan.most_rounds, "delta": delta}
-    people = config.data.sizes(config.federation.num_sites)
+    people = config.data.list_site_sizes(config.federation.num_sites)
 
     def on_average(kind: str, noise: float) -> float:
         """Noise on the mean gradient of all sites' step, in clip norms."""
