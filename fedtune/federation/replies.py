@@ -52,8 +52,7 @@ class StoppingRule:
         Args:
             good: the number of sites with a usable answer.
             at_work: the number of online sites without an answer; before a run begins, it includes sites where a person
-                has yet
-                to approve the run.
+                has yet to approve the run.
             others: the number of sites that are offline, paused or, during a round, not approved yet; they may still
                 answer.
         """

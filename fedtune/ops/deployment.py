@@ -75,8 +75,7 @@ class LeadService:
 
         Raises:
             ConfigError: kit, roster, data, model or checkpoint do not match the settings (before any site is
-                contacted), or too
-                few sites use this lead's protocol version.
+                contacted), or too few sites use this lead's protocol version.
             RunError: the server cannot be reached, or too few sites replied.
             RefusedError: the policies or budgets of too many sites refuse the run.
         """

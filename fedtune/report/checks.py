@@ -157,8 +157,7 @@ def _is_source_of_statement(report: Report, site: SiteFacts, facts: RunFacts) ->
 
 def _check_site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
     """Compare the keys that signed the receipts with the known keys of the sites, since anybody can sign with a key of
-    their
-    own.
+    their own.
     """
     held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
     if facts.simulated:
@@ -258,10 +257,8 @@ def find_settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Probl
     """Yield every fact of a run that contradicts its settings.
 
     Guarantee: without a problem, each number of the plan, and so each mechanism, is the one that the settings ask for,
-    and
-    the report's statements on data, model and settings match them.  The digest shows that these are the run's own
-    settings.
-    The origin of an exported base model is not part of the settings and is not checked.
+    and the report's statements on data, model and settings match them.  The digest shows that these are the run's own
+    settings. The origin of an exported base model is not part of the settings and is not checked.
     """
     if config.digest() != facts.provenance.config_sha256:
         yield Problem("provenance.config_sha256", facts.provenance.config_sha256, config.digest())

@@ -391,8 +391,7 @@ class RunFacts:
         """Return the number of rounds that count as charged at a site, including retries.
 
         Guarantee: it is less than the whole plan only if the site signed that it charged no more and that the run has
-        ended in
-        its ledger.  What the lead repeats from a site's own report can only increase it.
+        ended in its ledger.  What the lead repeats from a site's own report can only increase it.
         """
         told = [run.rounds for run in site.statement.lifetime.runs if run.run == self.run] if site.statement else []
         signed = site.receipt.charged_rounds if site.receipt and site.receipt.ended else self.plan.most_rounds

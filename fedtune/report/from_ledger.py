@@ -48,10 +48,8 @@ def build_ledger_report(site_toml_or_ledger: Path, *, anchor: Path | None = None
     """Build the report of a ledger, as of its newest event.
 
     Guarantee: the report contains nothing about the records except what was released; the records' fingerprints stay in
-    the
-    ledger.  A ledger that does not verify gives a report that says so and guarantees nothing.  If a `site.toml` is
-    given,
-    its key and anchor are used when they are available.
+    the ledger.  A ledger that does not verify gives a report that says so and guarantees nothing.  If a `site.toml` is
+    given, its key and anchor are used when they are available.
 
     Raises:
         RunError: the ledger cannot be read at all.

@@ -411,8 +411,7 @@ def _build_provenance(record: RunRecord) -> Provenance:
 
 def _read_start_adapter(record: RunRecord) -> StartAdapter | None:
     """Return the adapter that the run noted as its start; a field of the wrong type counts as unknown, since anybody
-    may have
-    written the files.
+    may have written the files.
     """
     made = record.state or (record.result and record.result.provenance)
     noted = made.start_adapter if made and isinstance(made.start_adapter, Mapping) else {}

@@ -44,8 +44,7 @@ def parse_report(data: bytes) -> Report:
     endings.
 
     Otherwise somebody could change a digit beyond a float's precision, or add a second value for a key, without
-    changing
-    the signed bytes.
+    changing the signed bytes.
 
     Raises:
         ConfigError: the bytes are not such a report.

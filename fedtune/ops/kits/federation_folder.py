@@ -162,8 +162,7 @@ class FederationFolder:
 
         Raises:
             ConfigError: the authority's key is missing or belongs to another federation, or the server's certificate
-                does not
-                cover the address in a site's kit.
+                does not cover the address in a site's kit.
         """
         if kind == "site":
             host, names = (

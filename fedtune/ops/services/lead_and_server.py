@@ -145,8 +145,7 @@ class KitRoster:
 
         Raises:
             ConfigError: the kit's roster cannot be read, is not signed by the lead, is older than the current roster,
-                or
-                reactivates a revoked key.
+                or reactivates a revoked key.
         """
         path = self._kit.roster
         try:

@@ -67,8 +67,7 @@ class SiteService:
 
         Raises:
             ConfigError: kit and policy do not match, another process serves the ledger, or a package for reading the
-                site's
-                files or models is missing.
+                site's files or models is missing.
             RunError: the ledger is missing, inconsistent or not writable, or the site has left the federation.
         """
         state = SiteState.in_kit(self.kit.folder)

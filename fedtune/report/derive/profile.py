@@ -183,8 +183,7 @@ def bound_posterior(epsilon: float, *, prior: float) -> float:
     odds.
 
     If delta is above 0, this does not bound every single outcome: the chance to exceed it is at least delta, and may be
-    many
-    times delta.
+    many times delta.
     """
     return prior / (prior + (1 - prior) * _invert_exponential(epsilon))
 
@@ -213,10 +212,8 @@ def bound_right_guesses_for_several(
     since total variation obeys the triangle inequality.  (epsilon, delta) for one record implies another pair for
     several.
     If the charges in `spent` were fixed beforehand, their own curve gives the tightest bound: a Poisson sample contains
-    a
-    binomial number of the k records, and moves the sum by at most that many clip norms.  This mixture of Gaussians
-    dominates
-    every step (Ganesh 2024, arXiv 2401.10294, Theorem 2).
+    a binomial number of the k records, and moves the sum by at most that many clip norms.  This mixture of Gaussians
+    dominates every step (Ganesh 2024, arXiv 2401.10294, Theorem 2).
 
     Args:
         spent: the charges; None: they were not fixed beforehand.
@@ -329,10 +326,8 @@ def bound_hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
     unbounded.
 
     For an attack with false positive rate f, and each epsilon >= 0 with its delta, the rate is at most e^epsilon f +
-    delta,
-    and at most 1 - (1 - delta - f) / e^epsilon.  The least over epsilon is the mechanism's trade-off curve (Dong, Roth
-    and
-    Su 2019, arXiv 1905.02383, Section 2.3).
+    delta, and at most 1 - (1 - delta - f) / e^epsilon.  The least over epsilon is the mechanism's trade-off curve
+    (Dong, Roth and Su 2019, arXiv 1905.02383, Section 2.3).
     """
     return _bound_hit_rate_cached(_sort_mechanisms(spent), false_alarms)
 

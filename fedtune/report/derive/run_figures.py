@@ -123,8 +123,7 @@ def _derive_steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iter
     """Yield an upper bound on epsilon after each round: all charges except one round per later update of the site.
 
     `final` is the site's epsilon at the end.  Earlier values use the coarse grid and are never above it.  If the run
-    has not
-    ended at the site, only the rounds so far count, including those without an update.
+    has not ended at the site, only the rounds so far count, including those without an update.
     """
     plan, later = facts.plan, sum(result.has_update_from(site.site) for result in facts.rounds)
     charged, silent = facts.count_charged_rounds(site), len(facts.rounds) - later

@@ -56,11 +56,9 @@ class TableColumn:
     """A column of a table.
 
     `at` is the cell's place relative to its row.  A leading "../" starts at the row's parent; "@" at one of the places
-    of
-    the row's site; "/" at the report, where * is the row's own number or name, which may be missing there; "#" is the
-    name
-    of the row's score.  `kind` is a kind of `Catalog.figure` or of `_TEXTS`, with a section as in "code:SECTION"; a
-    trailing "?" adds "at most" if the site did not confirm the end of the run.
+    of the row's site; "/" at the report, where * is the row's own number or name, which may be missing there; "#" is
+    the name of the row's score.  `kind` is a kind of `Catalog.figure` or of `_TEXTS`, with a section as in
+    "code:SECTION"; a trailing "?" adds "at most" if the site did not confirm the end of the run.
     """
 
     heading: str  # key of its text, or, where it `is_named`, a name of the report
