@@ -12,23 +12,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.members import REQUEST, initialize_site
-from fedtune.privacy.policy_file import write_policy
 from fedtune.tasks.saved import load_task_model
 from fedtune.version import __version__
 
-from ..conftest import list_tiny_overrides, make_site_policy, run_command
-from ..ops.conftest import unpack
+from ..conftest import run_command, simulate
+from ..ops.conftest import Desk
 
 ARCHIVE = Path(__file__).with_name(f"{__version__}.tar.xz")
 
 
 def write_run(folder: Path) -> None:
     """Write a run of two sites, one site's signed report, and what the ledger and the run said about it."""
-    run_command("simulate", *list_tiny_overrides("training=sgd", "federation.algorithm=scaffold", into=folder)).printed  # noqa: B018
-    site = folder / "run" / "sites" / "site-1"
+    site = simulate("training=sgd", "federation.algorithm=scaffold", into=folder) / "sites" / "site-1"
     signed = ("--sign", str(site / "site_key.pem"), "--output", str(folder / "site_report"))
-    run_command("report", str(site / "site.toml"), *signed).printed  # noqa: B018
+    assert run_command("report", str(site / "site.toml"), *signed).code == 0
     spent = json.loads(run_command("ledger", "spent", str(site / "ledger.db"), "--json").printed)
     norms = measure_parameter_norms(folder / "run" / "adapter")
     (folder / "expected.json").write_text(json.dumps({"spent": spent, "parameter_norms": norms}))
@@ -44,11 +41,7 @@ def write_kits(folder: Path) -> None:
     (folder / "federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:9"\n')
     now = datetime.now(UTC).replace(microsecond=0)
     made = provisioning.init_federation(folder / "federation.toml", out=folder / "federation", now=now)
-    (north := folder / "north").mkdir()
-    write_policy(make_site_policy("north"), north / "site.toml")
-    request = initialize_site(north / "site.toml", out=north / "kit") / REQUEST
-    admitted = provisioning.check_join_request(made.folder, request=request, days=None, now=now)[1]()
-    unpack(admitted.archive, request.parent)
+    Desk(made.folder, now).join("north")
 
 
 if __name__ == "__main__":
