@@ -345,21 +345,30 @@ class _OneOrder:
         probabilities = kept * np.exp(exponents)
         lost = rounding * np.exp(np.minimum(exponents + tilt * self._width, _LARGEST_EXPONENT))
         lost[max(self._highest - begin, 0) :] = 0.0  # no finite loss is above
-        shrink = math.exp(-self._width)
         without = math.fsum(count * math.log1p(-step.infinite) for step, count in self._steps)
         return _Tail(
             losses,
             np.cumsum(probabilities[::-1])[::-1],
-            _accumulate(probabilities[::-1], shrink)[::-1],
+            _accumulate(probabilities[::-1], self._width)[::-1],
             lost if rounding < _MOST_ROUNDING else np.full_like(lost, math.inf),
             -math.expm1(without),
         )
 
 
-def _accumulate(values: Floats, shrink: float) -> Floats:
-    """Compute running sums of `values` that decay by the factor `shrink` at each step."""
-    total = 0.0
-    return np.array([total := shrink * total + value for value in values.tolist()])
+def _accumulate(values: Floats, width: float) -> Floats:
+    """Compute running sums of nonnegative `values` that decay by the factor e^-width at each step.
+
+    Rows of about 1 nat are summed with growing weights, at most e, and then carried into the next row. The relative
+    error is below that of the step-by-step recurrence, 2 UNIT per value.
+    """
+    row = max(1, int(1 / width))
+    growth = np.exp(np.arange(row) * width)
+    sums = np.cumsum(np.pad(values, (0, -values.size % row)).reshape(-1, row) * growth, axis=1)
+    carried, decay = 0.0, math.exp(-width)
+    for total in sums:
+        total += carried * decay  # in units of the row's first value
+        carried = total[-1] / growth[-1]
+    return (sums / growth).ravel()[: values.size]
 
 
 def _log_sum_exp(exponents: Floats) -> float:

@@ -1,6 +1,7 @@
 """dp-accounting without the parts of scipy that its import would load."""
 
 import importlib
+import math
 import sys
 from types import SimpleNamespace
 
@@ -41,10 +42,12 @@ def test_failed_import_leaves_no_placeholder(monkeypatch: pytest.MonkeyPatch) ->
     assert "scipy.stats" not in sys.modules
 
 
-def test_running_sums_shrink_before_each_addition() -> None:
+def test_running_sums_decay_like_the_recurrence() -> None:
     import numpy as np
     from scipy import signal
 
-    values = np.random.default_rng(0).random(1000)
-    assert _accumulate(np.array([1.0, 2.0, 4.0]), 0.5).tolist() == [1.0, 2.5, 5.25]
-    assert np.array_equal(_accumulate(values, 0.99), signal.lfilter([1.0], [1.0, -0.99], values))
+    values = np.random.default_rng(0).random(100_001) * np.geomspace(1, 1e-200, 100_001)
+    for width in (0.7, 0.3, 1e-3, 1e-4):
+        for ordered in (values, values[::-1]):
+            exact = signal.lfilter([1.0], [1.0, -math.exp(-width)], ordered)
+            assert np.allclose(_accumulate(ordered, width), exact, rtol=1e-11, atol=0)
