@@ -68,7 +68,7 @@ def check_noise(key: str, value: float, *, none: bool = False) -> None:
 
 
 def check_delta(key: str, value: float, *, steps: int) -> None:
-    """Check that epsilon can be computed at a delta for `steps` steps.
+    """Check that the accountant can compute epsilon at this delta for `steps` composed steps.
 
     Args:
         key: name of the setting, for the error message.
@@ -87,7 +87,9 @@ def check_delta(key: str, value: float, *, steps: int) -> None:
 
 
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
-    """Compute the epsilon of composed events at `delta` by privacy loss distributions; infinite without noise.
+    """Compute the epsilon of composed events at `delta` from privacy loss distributions (PLD).
+
+    The result is infinite if an event adds no noise.
 
     Args:
         spent: the events, optionally with counts.
@@ -149,7 +151,8 @@ def compute_epsilon_above_limit(spent: events.Spent, delta: float, *, limit: flo
 
 
 def epsilon_rdp(spent: events.Spent, delta: float) -> float:
-    """Compute the epsilon of composed events at `delta` by Renyi differential privacy, as an independent check of PLD.
+    """Compute the epsilon of composed events at `delta` with Renyi differential privacy (RDP), which checks the PLD
+    epsilon.
 
     Guarantee: an upper bound, looser than PLD (Mironov 2017, arXiv 1702.07476), minimized over dp-accounting's default
     orders.
@@ -159,7 +162,7 @@ def epsilon_rdp(spent: events.Spent, delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def compose_rdp(counted: Counted) -> Callable[[float], float]:
-    """Add up the Renyi divergences of all mechanisms, and return the function that converts delta to epsilon."""
+    """Compose all mechanisms by their Renyi divergences, and return the function that converts delta to epsilon."""
     orders = RdpAccountant().orders
     divergences = np.zeros_like(orders)
     for event, count in counted:
@@ -169,7 +172,9 @@ def compose_rdp(counted: Counted) -> Callable[[float], float]:
 
 @lru_cache(maxsize=16384)
 def compute_renyi_divergence(event: DpEvent, order: float) -> float:
-    """Compute an upper bound on the Renyi divergence of one mechanism, in nats; infinite without a guarantee.
+    """Compute an upper bound on the Renyi divergence of one mechanism at `order`, in nats.
+
+    The result is infinite for a mechanism without noise.
 
     dp-accounting computes log A = (order - 1) * divergence; `_RDP_ROUNDING` bounds the floating-point error of log A.
 
@@ -192,7 +197,7 @@ def compute_renyi_divergence(event: DpEvent, order: float) -> float:
 def calibrate_noise(
     *, epsilon: float, delta: float, sampling_rate: float, steps: int, also: Sequence[DpEvent] = ()
 ) -> float:
-    """Find the smallest noise multiplier for `steps` DP-SGD steps within (epsilon, delta), to four decimals.
+    """Find the smallest noise multiplier with which `steps` DP-SGD steps satisfy (epsilon, delta)-DP, to four decimals.
 
     Args:
         epsilon: target epsilon of the steps together with the events in `also`.
@@ -257,8 +262,8 @@ def find_boundary(
         epsilon: the target.
         start: first trial.
         bounds: smallest and largest argument.
-        rising: epsilon rises with the argument, so that the result is the largest argument within the target, not the
-            smallest.
+        rising: whether epsilon rises with the argument. If so, the result is the largest argument within the target,
+            otherwise the smallest.
 
     Returns:
         An argument at which `epsilon_at` was evaluated; None if no argument in `bounds` is within the target.
@@ -297,7 +302,7 @@ def find_boundary(
 
 
 def _interpolate(inside: tuple[float, float], outside: tuple[float, float]) -> float:
-    """Return the zero of the chord between both ends of the bracket, kept away from the ends."""
+    """Return the zero of the chord through both ends of the bracket, at least half a tolerance away from the ends."""
     width = outside[0] - inside[0]
     least = _TOLERANCE / 2 / abs(width)
     share = inside[1] / (inside[1] - outside[1])

@@ -23,12 +23,18 @@ _EXAMPLES = {"month": "2026-03", "quarter": "2026-Q1", "year": "2026"}
 
 
 def compute_period_number(moment: date, period: str) -> int:
-    """Number the calendar period that contains a UTC date; consecutive periods have consecutive numbers."""
+    """Return the number of the calendar period that contains a UTC date.
+
+    Consecutive periods have consecutive numbers.
+    """
     return (12 * moment.year + moment.month - 1) // MONTHS[period]
 
 
 def compute_cohort_number(month: str, period: str) -> int:
-    """Return the cohort of a person who joined in `month`, such as "2026-03"; cohort 0 if `month` is empty."""
+    """Return the cohort number of a person who joined in `month`, such as "2026-03".
+
+    The result is cohort 0 if `month` is empty.
+    """
     return compute_period_number(date.fromisoformat(f"{month}-01"), period) if month else OLDEST
 
 
@@ -55,13 +61,15 @@ def _parse_period(key: str, name: str, period: str) -> int:
 
 @spec
 class Cohorts:
-    """The range of arrival cohorts that a run admits; the run charges each of them, even cohorts without members.
+    """The range of arrival cohorts that a run admits.
+
+    The run charges every cohort in the range, even a cohort without members.
 
     Attributes:
         period: length of the calendar periods: "month", "quarter" or "year".
         first: the first cohort, such as "2026", "2026-Q1" or "2026-03"; null: the oldest cohort, which includes people
             without a date.
-        last: the last cohort, in the same form.
+        last: the last cohort, in the format of `first`.
     """
 
     period: Calendar
@@ -118,7 +126,9 @@ def find_cohort_group_starts(admissions: Iterable[Cohorts | None], *, oldest_apa
 
 
 def shift_window(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
-    """Shift a window of cohorts by `by` periods at constant length; a window from the oldest cohort on grows instead.
+    """Shift a window of cohorts by `by` periods without changing its length.
+
+    A window without a first cohort grows instead.
 
     >>> str(shift_window(Cohorts(period="quarter", first="2025-Q4", last="2026-Q3")))
     '2026-Q1..2026-Q4'
@@ -132,7 +142,7 @@ def shift_window(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
 
 
 def shift_to_next_window(before: Cohorts, *, real: bool) -> Cohorts:
-    """Shift the window by one period; at `real` sites, only into a period that has already begun.
+    """Shift the window of cohorts by one period. At `real` sites, the new last period must have begun.
 
     A lead has to name the window explicitly to charge people of a later period, so that a repeated command never
     charges them by accident.

@@ -48,7 +48,7 @@ _TAIL = 16  # standard deviations; a value of a share exceeds them with probabil
 
 @spec
 class Together:
-    """The number of sites in secure aggregation, its threshold and the tolerated number of colluders.
+    """Parameters of secure aggregation: the number of sites, the threshold, and the tolerated number of colluders.
 
     Attributes:
         num_sites: K, the number of sites in the run.
@@ -77,7 +77,7 @@ class Together:
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
     def share_for_total(self, total: float) -> float:
-        """Compute the smallest noise share that gives every sum a noise multiplier of at least `total`, to four
+        """Compute the smallest noise share with which every sum has at least the noise multiplier `total`, to four
         decimals.
         """
         honest = self.threshold - self.colluders
@@ -87,7 +87,7 @@ class Together:
         return share
 
     def with_share(self, noise_multiplier: float, *, bound: int = USUAL_BOUND) -> SharedNoise:
-        """Set the noise share of each site.
+        """Return these parameters extended by the noise share of each site.
 
         Args:
             noise_multiplier: standard deviation of one site's noise, divided by the clip norm.
@@ -105,7 +105,7 @@ class Together:
 
 @spec
 class SharedNoise(Together):
-    """The division of each sum's noise among the sites of a run.
+    """Parameters of distributed noise: secure aggregation in which each site adds an equal share of the noise.
 
     Attributes:
         noise_multiplier: standard deviation of one site's noise share, divided by the clip norm.
@@ -147,8 +147,7 @@ class SharedNoise(Together):
         return self.compute_honest_noise(self.colluders)
 
     def compute_honest_noise(self, colluders: int) -> float:
-        """Compute the noise multiplier of the honest shares in the smallest allowed sum, with `colluders` colluding
-        sites.
+        """Compute the noise multiplier of the honest shares in the smallest allowed sum if `colluders` sites collude.
 
         If all other sites collude, only the site's own share counts.
         """
@@ -157,7 +156,10 @@ class SharedNoise(Together):
         )
 
     def count_honest_shares(self, *, survivors: int, colluders: int) -> int:
-        """Count the secret noise shares in a sum of `survivors` sites: at least 1, the site's own share."""
+        """Count the noise shares that colluders cannot know in a sum of `survivors` sites.
+
+        The site's own share always counts.
+        """
         assert 1 <= survivors <= self.num_sites
         return max(1, survivors - colluders)
 
@@ -185,7 +187,7 @@ def _compute_noise_in_cells(noise_multiplier: float, bits: int) -> float:
 
 
 def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
-    """Add a site's share of the noise to its own sum, and round the sum to the resolution of the aggregation.
+    """Add a site's noise share to the site's own sum, and round the sum to the resolution of secure aggregation.
 
     Args:
         sums: tensors in cells of 2**-24 of the clip norm (`mechanism.compute_cell_width`): in exact arithmetic, the sum
@@ -227,7 +229,10 @@ def build_secure_aggregation_event(*, sampling_rate: float, noise_multiplier: fl
 
 
 def combine_noise_shares(noise_multiplier: float, shares: int) -> float:
-    """Compute the noise multiplier of the sum of `shares` equal shares, rounded down; variances add up."""
+    """Compute the noise multiplier of the sum of `shares` independent noise shares.
+
+    It is sqrt(shares) times the multiplier of one share, rounded down.
+    """
     total = noise_multiplier * math.sqrt(shares)
     while Fraction(total) ** 2 > Fraction(noise_multiplier) ** 2 * shares:
         total = math.nextafter(total, 0.0)
@@ -236,7 +241,7 @@ def combine_noise_shares(noise_multiplier: float, shares: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epsilons:
-    """The epsilon of a site's unit against three adversaries; None means unbounded.
+    """Epsilon of one privacy unit at a site against three adversaries. None means an unbounded epsilon.
 
     Attributes:
         server_alone: epsilon against the server, if every site is honest.
@@ -257,11 +262,13 @@ def compute_epsilons_by_adversary(
     delta: float,
     also: Sequence[DpEvent] = (),
 ) -> Epsilons:
-    """Compute the epsilon of a site's unit against each adversary, by PLD on the coarse grid; each sum is one step.
+    """Compute the PLD epsilon of one privacy unit against each adversary on the coarse grid.
+
+    Each sum is one DP-SGD step.
 
     Args:
         shared: division of the noise among the sites.
-        survivors: number of sites in a sum -> number of such sums.
+        survivors: number of sites in a sum -> number of sums with this number of sites.
         sampling_rate: probability with which each unit joins a step.
         delta: delta of all three epsilons.
         also: events outside secure aggregation; all three epsilons include them.

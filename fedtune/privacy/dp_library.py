@@ -1,7 +1,7 @@
-"""dp-accounting's names, imported in one place with lazy loading of its heavy dependencies.
+"""Central import of dp-accounting, with lazy loading of its SciPy dependencies.
 
 dp-accounting imports scipy.signal, scipy.stats and scipy.optimize, which take longer to load than most of fedtune's
-accounting takes to run. Few of its functions use them, so each module is loaded at the first call that needs it.
+accounting takes to run. Few of its functions use these modules, so each module is loaded at its first use.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _DeferredName:
 
 @contextmanager
 def defer_imports(names: tuple[str, ...]) -> Iterator[None]:
-    """Bind placeholders for these modules in the block's imports, unless the modules are already loaded.
+    """Replace the named modules with lazy placeholders for the imports in the block, unless they are already loaded.
 
     Imports outside the block get the modules themselves. A placeholder forwards every call and attribute, so results do
     not change.

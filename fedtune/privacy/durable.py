@@ -26,9 +26,11 @@ def require_disk_space(folder: Path, num_bytes: int) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace the content of `path` atomically, with fsync: after a crash, the file has the old bytes or the new ones.
+    """Replace the content of `path` atomically, with fsync.
 
-    An existing file keeps its owner, group and mode, as far as the current account may set them; a new file that root
+    After a crash, the file contains either the old or the new bytes.
+
+    An existing file retains its owner, group and mode, as far as the current account may set them. A new file that root
     creates gets the owner of its folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,9 @@ def copy_ownership(descriptor: int, path: Path) -> None:
 
 
 def hash_files(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
-    """Hash every file under `folder` except the file names in `besides`: relative path -> SHA-256 in hex.
+    """Hash every file under `folder`, and return relative path -> SHA-256 in hex.
+
+    Files with a name in `besides` are skipped.
 
     Raises:
         ConfigError: the folder contains a symbolic link, which could point to any secret file and be changed later.

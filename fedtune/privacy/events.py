@@ -28,7 +28,7 @@ Json = dict[str, object]
 
 @spec
 class Charge:
-    """A charged mechanism, as JSON, with its number of repetitions."""
+    """A privacy event that was charged, serialized as JSON, with the number of its repetitions."""
 
     event: Mapping[str, Any]
     count: int
@@ -38,7 +38,7 @@ Spent = Iterable[DpEvent] | Mapping[DpEvent, int]  # events, or events with coun
 
 
 def build_dp_sgd_event(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:
-    """Build the event of `steps` DP-SGD steps: each a Poisson sample, then one Gaussian mechanism on the clipped sum.
+    """Build the privacy event of `steps` DP-SGD steps, each a Gaussian mechanism on a Poisson sample.
 
     Args:
         sampling_rate: probability with which each unit joins a step, in (0, 1].
@@ -125,6 +125,6 @@ def from_json(data: object) -> DpEvent:
 
 
 def count_mechanisms_as_json(spent: Spent) -> list[tuple[Json, int]]:
-    """Return the distinct mechanisms as JSON with their counts, in a fixed order."""
+    """Return the distinct mechanisms as (JSON, count) pairs in a fixed order."""
     pairs = [(to_json(event), count) for event, count in count_mechanisms(spent).items()]
     return sorted(pairs, key=lambda pair: json.dumps(pair[0], sort_keys=True))

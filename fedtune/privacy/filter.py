@@ -26,19 +26,21 @@ _MOST_DIGITS = 12  # maximum number of decimals of a cap
 
 
 def compute_divergence(event: DpEvent, order: float) -> float:
-    """Return the Renyi divergence of one mechanism at `order`, in nats; infinite without a guarantee."""
+    """Compute the Renyi divergence of one mechanism at `order`, in nats.
+
+    The result is infinite for a mechanism without noise.
+    """
     return accountant.compute_renyi_divergence(event, order)
 
 
 def compute_total_divergence(spent: Spent, order: float) -> float:
-    """Add up the Renyi divergences of all events at `order`, in nats; equal events are evaluated once."""
+    """Add up the Renyi divergences of all events at `order`, in nats. Equal events are evaluated only once."""
     # fsum does not depend on the order of its terms, so neither does the charge for a history.
     return math.fsum(count * compute_divergence(event, order) for event, count in count_mechanisms(spent).items())
 
 
 def compute_epsilon_conversion_term(order: float, delta: float) -> float:
-    """Compute the term that converts a Renyi divergence at `order` to epsilon at `delta`, to be added to the
-    divergence.
+    """Compute the term that is added to a Renyi divergence at `order` to convert it to an epsilon at `delta`.
 
     Source: Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), Proposition 12.
     """
@@ -46,7 +48,7 @@ def compute_epsilon_conversion_term(order: float, delta: float) -> float:
 
 
 def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
-    """Compute the epsilon of adaptively selected events at `delta`; 0 without events.
+    """Compute the epsilon of adaptively selected events at `delta` with a Renyi filter of fixed order.
 
     Guarantee: an upper bound even if each event was selected after seeing the outputs of earlier ones, provided that
     `order` was fixed before the first event, and that a cap on this epsilon was fixed in advance and is never exceeded.
@@ -56,7 +58,10 @@ def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
 
 
 def compute_max_divergence(epsilon: float, *, order: float, delta: float) -> float:
-    """Convert a cap of (`epsilon`, `delta`) to a Renyi divergence at `order`; negative if the cap allows no event."""
+    """Convert a cap on epsilon at `delta` to a cap on the Renyi divergence at `order`.
+
+    A negative result means that the cap allows no event.
+    """
     return epsilon - compute_epsilon_conversion_term(order, delta)
 
 
@@ -72,9 +77,9 @@ def compute_max_repeats(event: DpEvent, room: float, *, order: float) -> int | N
 def find_best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
     """Find the Renyi order at which `reference` uses the smallest fraction of the cap (`epsilon`, `delta`).
 
-    If `reference` only just fits the cap, this is the order of the smallest epsilon. For a smaller reference run, it is
-    the order that allows the most repetitions. The order that minimizes the reference run's own epsilon would waste the
-    rest of the cap.
+    If `reference` only just fits the cap, this order yields the smallest epsilon. For a smaller reference run, this
+    order allows the most repetitions. The order that minimizes the reference run's own epsilon would waste the rest of
+    the cap.
 
     Raises:
         ConfigError: the cap leaves no divergence at any order.
@@ -96,10 +101,10 @@ def find_smallest_cap(plan: DpEvent, *, delta: float) -> tuple[float, float]:
 
 
 def find_tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float, digits: int = 1) -> float:
-    """Find the smallest cap that admits `spent`, but not `more` in addition, in a ledger created for `reference`.
+    """Find the smallest cap on epsilon that admits `spent`, but not `spent` together with `more`.
 
-    A ledger limits the number of runs only by its cap. The cap has `digits` decimals, or as many more as needed to
-    exclude `more`.
+    The ledger is assumed to be created for the reference run `reference`. A ledger limits the number of runs only by
+    its cap. The cap has `digits` decimals, or as many more as needed to exclude `more`.
     """
     cap, least, both = math.inf, find_smallest_cap(spent, delta=delta)[0], ComposedDpEvent((spent, more))
 

@@ -40,7 +40,10 @@ _SMALL_ORDER = {
 
 
 class SigningKey:
-    """A private key, and secrets derived from the key. Neither ever leaves the machine."""
+    """An Ed25519 private key and the secrets derived from it.
+
+    Neither the key nor a derived secret leaves the machine.
+    """
 
     def __init__(self, private: Ed25519PrivateKey) -> None:
         self._private = private
@@ -48,7 +51,9 @@ class SigningKey:
 
     @classmethod
     def load_or_create(cls, path: Path, *, command: Sequence[str] = (), named_in: Path | None = None) -> SigningKey:
-        """Load a key as `load` does; without a command, create a missing key file with owner-only permissions.
+        """Load the key as `load` does, and create a missing key file.
+
+        A new key file is readable by its owner only. No file is created if a command provides the key.
 
         A new key is encrypted if the environment variable `PASSPHRASE_FILE` points to a file with a passphrase.
         """
@@ -90,11 +95,14 @@ class SigningKey:
 
     @property
     def public(self) -> str:
-        """The public key, 64 hex digits."""
+        """The public key as 64 hex digits."""
         return self._private.public_key().public_bytes_raw().hex()
 
     def sign(self, purpose: str, message: bytes) -> str:
-        """Sign `message` for `purpose`, and return the signature in hex; it is invalid for every other purpose."""
+        """Sign `message` for `purpose`, and return the signature in hex.
+
+        The signature is invalid for any other purpose.
+        """
         return self._private.sign(_frame_message(purpose, message)).hex()
 
     def derive_secret(self, purpose: str) -> bytes:

@@ -102,8 +102,8 @@ def _step_losses(rate: Rate, noise: float, width: float, *, adding: bool) -> Ste
 
 
 def _connect_dots(lowest: int, deltas: Floats, width: float, *, noise: float, beyond: float) -> StepLosses:
-    """Build the grid distribution whose hockey-stick divergence equals `deltas` on the grid, and is an upper bound
-    between.
+    """Build the loss distribution whose hockey-stick divergence equals `deltas` on the grid and is an upper bound
+    elsewhere.
 
     Args:
         lowest: the smallest loss, in units of the grid width.
@@ -133,7 +133,7 @@ def _make_loss_grid(lowest: int, size: int, width: float) -> Floats:
 
 
 def compute_hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -> Floats:
-    """Compute delta of one sampled Gaussian mechanism at each epsilon; epsilons may be negative.
+    """Compute delta of one Poisson-sampled Gaussian mechanism at each epsilon. Epsilons may be negative.
 
     P - e^epsilon Q equals share x (N(1) - ratio N(0)), with N(0) and N(1) exchanged if a unit is added. So delta is a
     fraction of the delta of the Gaussian mechanism without sampling at log(ratio).
@@ -175,8 +175,10 @@ class Composition:
     """
 
     def __init__(self, mechanisms: Iterable[tuple[Rate, float, int]], width: float) -> None:
-        """Compose `mechanisms`, given as (sampling rate or "laplace", noise multiplier, count), on a grid of `width`
-        nats.
+        """Compose mechanisms on a grid of privacy losses.
+
+        `mechanisms` contains (sampling rate or "laplace", noise multiplier, count) of each mechanism, and `width` is
+        the grid width in nats.
 
         A mechanism without noise makes the composition unbounded.
         """
@@ -199,7 +201,7 @@ class Composition:
 
 @dataclass(frozen=True)
 class _Tail:
-    """Tail of the composed loss distribution at each loss of the grid.
+    """Tail of the composed loss distribution at each loss on the grid.
 
     Args:
         losses: (losses,), nonnegative losses of the grid, in nats.
@@ -265,7 +267,7 @@ class _OneOrder:
         return self._at_zero
 
     def _log_moments(self, order: float) -> list[float]:
-        """Compute log E[e^(order x loss)] of each mechanism; infinite losses are ignored."""
+        """Compute the log moment log E[e^(order x loss)] of each mechanism over its finite losses."""
         if order not in self._moments:
             self._moments[order] = [
                 _log_sum_exp(order * step.losses(self._width) + step.log_probabilities) for step, _ in self._steps
@@ -378,7 +380,7 @@ def _log_sum_exp(exponents: Floats) -> float:
 
 
 def _raise_to_power(base: npt.NDArray[np.complex128], count: int) -> npt.NDArray[np.complex128]:
-    """Raise `base` to the power of `count` by repeated squaring; each factor adds the error of at most one product."""
+    """Raise `base` to the power of `count` by repeated squaring. Each factor adds the error of at most one product."""
     result = base
     for bit in f"{count:b}"[1:]:
         result = result * result

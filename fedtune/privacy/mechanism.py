@@ -14,10 +14,10 @@ from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
 Unit = Literal["record", "user"]
-"""What one (epsilon, delta) protects: a single record, or a user with all of their records at a site."""
+"""The privacy unit of an (epsilon, delta) guarantee: a single record, or a user with all of their records at a site."""
 MOST_EPSILON = 100.0
 LEAST_SAMPLING_RATE = 1e-6
-"""Limits of calibration: beyond them, computing a privacy loss distribution takes minutes."""
+"""Limits of noise calibration. Beyond these limits, computing a privacy loss distribution takes minutes."""
 MOST_RUNS = 120
 """Maximum number of planned runs (monthly for ten years), which limits a site's run time for accounting."""
 
@@ -94,7 +94,7 @@ class PrivacySpec:
 
     @property
     def metrics_noise(self) -> float:
-        """Noise multiplier of the released scores; 0 if none are released."""
+        """Noise multiplier of the released scores, or 0 if the run releases no scores."""
         return self.metrics_noise_multiplier if self.metrics != "none" else 0.0
 
 
@@ -108,7 +108,7 @@ def draw_poisson_sample(num_units: int, sampling_rate: float, stream: RandomStre
 
 
 def choose_records(num_records: int, most: int, stream: RandomStream) -> npt.NDArray[np.int64]:
-    """Draw the records of a sampled user for one step: all records, or a random subset of `most`.
+    """Draw the records of a sampled user for one step: all records, or a random subset of size `most`.
 
     Fresh draws in each step let the model learn from every record over a run; a fixed subset would never use the other
     records. Fresh draws have no privacy cost: a user's draws depend only on that user's records, and the user's clipped
@@ -125,14 +125,15 @@ def choose_records(num_records: int, most: int, stream: RandomStream) -> npt.NDA
 
 
 GRID_BITS = 24
-"""Sums, noise and scores are integers, counted in cells of 2**-24 of a clip norm, or of a score of one.
+"""Resolution of the integer grid: sums, noise and scores are counted in cells of 2**-24 of the clip norm, or of a score
+of 1.
 
 Fine enough that rounding costs next to nothing (6e-5 of the clip norm at most, over a million coordinates), and coarse
 enough that float32 holds every coordinate and float64 the sum of half a billion of them exactly.
 """
 Sums = Mapping[str, npt.NDArray[np.int64]]
 Noise = Literal["gaussian", "laplace"]
-"""Noise distribution."""
+"""Distribution of the added noise."""
 
 
 def compute_cell_width(max_grad_norm: float) -> float:

@@ -1,4 +1,4 @@
-"""Releases that a site makes without a lead: their proposals, and noised sums over the site's units."""
+"""A site's own releases without a lead: proposals of such releases, and noised sums over the site's privacy units."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 
 CHARGED_ONLY = ("gaussian", "laplace", "dp_sgd")
-"""Kinds of releases that other software makes: the ledger knows their price alone."""
+"""Kinds of releases that other software computes. fedtune only charges their privacy cost to the ledger."""
 _NO_MODEL: dict[str, Any] = {"base_model": UNVERIFIED, "dtype": "float32", "train_head": False, "head_scale": 0.0}
 _NO_ADAPTER: dict[str, Any] = {"target_modules": (), "rank": 1, "lora_scale": 0.0, "seeded_noise": False}
 
 
 def propose_release(kind: str, name: str, policy: Policy, **planned: Any) -> Proposal:
-    """Build the proposal of a site's own release: a run of one round without a lead.
+    """Build the proposal of a site's own release, which is charged like a run of one round without a lead.
 
     Args:
         kind: kind of release, which becomes the task.

@@ -17,7 +17,7 @@ from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.spec import name_file_in_errors
 
 OTHER_TABLES = ("machine", "about")
-"""Tables of a `site.toml` without rules about records; not part of any policy, digest or ledger."""
+"""Tables of a `site.toml` that are not part of the policy, its digest or the ledger."""
 
 
 def read_policy(path: Path) -> Policy:
@@ -35,7 +35,7 @@ def decode_policy_json(fields: object) -> Policy:
     """Decode the output of `Policy.to_json`.
 
     Raises:
-        ConfigError: the fields are not those of a policy.
+        ConfigError: the fields are not a valid policy.
     """
     match fields:
         case {"budget": {"max_epsilon": None, **budget}, **rest}:  # JSON has no infinity
@@ -44,7 +44,7 @@ def decode_policy_json(fields: object) -> Policy:
 
 
 def iter_permanent_marks(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tuple[str, str]]:
-    """Yield the permanent marks that a policy leaves on a ledger.
+    """Yield the permanent marks that a new policy adds to a ledger.
 
     Args:
         policy: the new policy.

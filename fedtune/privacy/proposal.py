@@ -16,7 +16,7 @@ from fedtune.spec import spec
 _MOST_TEXT = 300
 _TEXT = f"must be printable text of 1 to {_MOST_TEXT} characters"
 
-UNVERIFIED = "unverified"  # in place of the SHA-256 if a run names no base model
+UNVERIFIED = "unverified"  # instead of a SHA-256, if a run names no base model
 
 
 @spec
@@ -93,7 +93,7 @@ class Proposal:
         require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the canonical JSON object that `digest` hashes; `codec.decode` reads it."""
+        """Return the canonical JSON object that `digest` hashes. `codec.decode` reads this object."""
         fields = dataclasses.asdict(self)
         for key, before in (("start_adapter", ""), ("adapter", "lora"), ("algorithm", "fedavg")):
             if fields[key] == before:

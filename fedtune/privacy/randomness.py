@@ -1,7 +1,7 @@
 """Cryptographic randomness for noise and sampling: AES-256-CTR keystreams, keyed by the operating system's CSPRNG.
 
-torch's CPU generator keeps only 32 bits of its seed, and numpy's generators are not cryptographically secure, so
-neither of them draws noise or samples here. Each stream serves one purpose, is used once, and is never stored.
+torch's CPU generator uses only 32 bits of its seed, and numpy's generators are not cryptographically secure, so neither
+of them draws noise or samples here. Each stream serves one purpose, is used once, and is never stored.
 """
 
 from __future__ import annotations
@@ -158,11 +158,14 @@ class Randomness(Protocol):
 
     @property
     def seeded(self) -> bool:
-        """Whether the streams derive from a seed; with the seed, anybody can repeat them, so there is no guarantee."""
+        """Whether the streams are derived from a seed.
+
+        Anybody with the seed can reproduce them, so there is no guarantee.
+        """
         ...
 
     def stream(self, *purpose: str | int) -> RandomStream:
-        """Return a fresh stream; only seeded sources use `purpose` (site, round, attempt, use)."""
+        """Return a fresh stream. Only seeded sources use `purpose` (site, round, attempt, use)."""
         ...
 
 
@@ -187,6 +190,6 @@ class SeededRandomness:
     seeded = True
 
     def stream(self, *purpose: str | int) -> RandomStream:
-        """Return the stream for this seed and purpose; different purposes give independent streams."""
+        """Return the stream for this seed and purpose. Different purposes yield independent streams."""
         label = "\x1f".join(map(str, (self.seed, *purpose)))
         return RandomStream(hashlib.sha256(b"fedtune study without a guarantee\x00" + label.encode()).digest())

@@ -1,4 +1,4 @@
-"""Types of everything that may leave a site apart from its name: updates, refusals, receipts and offers.
+"""Types of the releases that may leave a site: updates, refusals, receipts and offers. A site also sends its name.
 
 Each field is either noised (an update's tensors and scores) or computed from the request, the plan, the ledger's own
 events and fedtune's own files. No field holds an exact count, loss, gradient norm, file name or exception text.
@@ -109,7 +109,7 @@ class Reason(StrEnum):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the site may accept a retry after a decision by a person there."""
+        """Whether a retry may succeed after a person at the site has decided."""
         return self in _WAITING
 
 
@@ -151,14 +151,19 @@ Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An adapter update in bfloat16, relative to the adapter before training: name -> upper 16 bits of each float32."""
+    """An adapter update in bfloat16: the difference to the adapter before training.
+
+    Attributes:
+        halves: tensor name -> upper 16 bits of each float32 value.
+    """
 
     halves: Mapping[str, npt.NDArray[np.uint16]]
 
 
 _MOST_HEADER_BYTES = 1 << 20  # names and shapes become Python objects of many times that size
 _MASKED, _BFLOAT16 = "masked", "bfloat16"
-"""In an update's header, "masked" is in place of tensors, and {"bfloat16": tensors} says that a difference follows."""
+"""Markers in an update's header: "masked" replaces the tensor shapes, and {"bfloat16": shapes} announces a difference.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +266,7 @@ def _decode_tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Mas
 
 
 class _Plain:
-    """A release of plain values. People read its texts, so each text must be one printable line."""
+    """Base class of releases without tensors. People read the text fields, so each must be one printable line."""
 
     __slots__ = ()
     _magic: ClassVar[bytes]
@@ -271,7 +276,7 @@ class _Plain:
         return dict(asdict(self))  # type: ignore[call-overload]
 
     def to_bytes(self) -> bytes:
-        """Return the canonical bytes of an answer, whose digest the accompanying receipt signs."""
+        """Encode the answer canonically. The accompanying receipt contains and signs the digest of these bytes."""
         return self._magic + json.dumps(self.to_json(), sort_keys=True).encode()
 
     @classmethod
@@ -340,7 +345,10 @@ class Receipt(_Plain):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal(_Plain):
-    """An answer without an update. `asked` and `allowed` come only from the request, the policy and the ledger."""
+    """A site's refusal of a request.
+
+    `asked` and `allowed` contain values of the request, the policy and the ledger only.
+    """
 
     site: str
     run: str
@@ -359,11 +367,11 @@ class Refusal(_Plain):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offer(_Plain):
-    """The largest part of a proposed run that a site would accept now, computed only from proposal, policy and ledger.
+    """The maximum rounds and the minimum noise with which a site would accept a proposed run now.
 
     Attributes:
-        most_rounds: maximum number of rounds at the proposal's noise; 0 if none.
-        least_noise: smallest noise multiplier for the proposal's rounds; None if no noise suffices.
+        most_rounds: maximum number of rounds with the proposal's noise; 0 if the site would accept no round.
+        least_noise: smallest noise multiplier with the proposal's rounds; None if no noise multiplier suffices.
         nonce: nonce of the invitation, so that an old offer cannot answer a new invitation.
         software: version and build of fedtune at the site.
     """
@@ -382,7 +390,7 @@ Answer = Update | Refusal | Offer  # a site's answer; its receipt is signed over
 
 
 class Refused(RefusedError):
-    """The exception for a request that a site answers with a refusal."""
+    """Raised for a request that a site answers with a refusal."""
 
     def __init__(self, reason: Reason, *, asked: object = None, allowed: object = None) -> None:
         self.reason = reason
@@ -397,6 +405,6 @@ class Refused(RefusedError):
 
 
 def format_asked_and_allowed(asked: str | None, allowed: str | None) -> str:
-    """Format the requested and the allowed value of a refusal; empty if both are None."""
+    """Format the requested and the allowed value of a refusal. The text is empty if both values are None."""
     values = {"asked": asked, "allowed": allowed}
     return ", ".join(f"{word} {value}" for word, value in values.items() if value is not None)

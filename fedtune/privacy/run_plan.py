@@ -26,7 +26,7 @@ MORE_THAN_DECLARED = 4.0  # bound on actual over declared units; most sites publ
 
 @spec
 class Plan:
-    """The mechanisms that a site will run for one federated training, or for its own release.
+    """The privacy mechanisms of one federated run at a site, or of the site's own release.
 
     Attributes:
         unit: the privacy unit.
@@ -105,8 +105,9 @@ class Plan:
         together: Together | None = None,
         bound: int = USUAL_BOUND,
     ) -> Plan:
-        """Create the plan of a run; a missing noise multiplier is calibrated for all rounds, spare rounds and planned
-        runs.
+        """Create the plan of a run, and calibrate a missing noise multiplier.
+
+        The calibration covers all rounds, spare rounds and planned runs.
 
         Args:
             privacy: the privacy settings of the run.
@@ -172,29 +173,33 @@ class Plan:
 
     @property
     def all_runs_event(self) -> DpEvent:
-        """Privacy event of all planned runs together; the noise was calibrated to its epsilon."""
+        """Privacy event of all planned runs together, for whose epsilon the noise was calibrated."""
         return self.event(rounds=self.most_rounds * self.runs)
 
     @property
     def noise_multipliers(self) -> tuple[float, ...]:
-        """All noise multipliers in the accounting: of training and, if released, of the scores."""
+        """All noise multipliers in the accounting: for training and, if scores are released, for the scores."""
         return (self.accounted_noise, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
 
     @property
     def secure_noise(self) -> SharedNoise:
-        """Shared noise of a plan with secure aggregation."""
+        """Noise sharing of a plan with secure aggregation; must not be read without it."""
         assert self.shared is not None, "a plan of secure aggregation"
         return self.shared
 
     @property
     def accounted_noise(self) -> float:
-        """Noise multiplier in the accounting: the site's own or, in secure aggregation, that of the fewest honest
-        shares.
+        """Noise multiplier that the accounting uses.
+
+        With secure aggregation, it is the noise of the fewest honest shares in any allowed sum.
         """
         return self.noise_multiplier if self.shared is None else self.shared.smallest_honest_noise
 
     def with_noise(self, noise_multiplier: float) -> Plan:
-        """Return a copy of the plan with another noise multiplier; in secure aggregation, that of one share."""
+        """Return a copy of the plan with another noise multiplier.
+
+        In secure aggregation, it is the multiplier of one share.
+        """
         shared = None if self.shared is None else self.shared.with_share(noise_multiplier, bound=self.shared.bound)
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
@@ -204,7 +209,7 @@ class Plan:
         return dataclasses.replace(self, shared=None)
 
     def compute_epsilons_by_trust(self, rounds: int) -> Epsilons | None:
-        """Compute the epsilon of `rounds` rounds against each adversary; None without secure aggregation.
+        """Compute the epsilon of `rounds` rounds against each adversary. None without secure aggregation.
 
         Each sum is assumed to have the minimum number of sites.
         """
@@ -248,7 +253,7 @@ class Plan:
         """Decode the output of `to_json`.
 
         Raises:
-            ConfigError: the fields are not those of a plan, or contain a field that `to_json` omits.
+            ConfigError: the fields are not a valid plan, or contain a field that `to_json` omits.
         """
         plan = decode(cls, fields)
         for key, without in _ONLY_WITH.items():
@@ -264,5 +269,5 @@ class Plan:
 
 
 def build_score_events(noise_multiplier: float, rounds: int) -> list[DpEvent]:
-    """Build the events of the scores that `rounds` rounds release; held-out records are charged like all others."""
+    """Build the privacy events of the noised held-out scores that `rounds` rounds release."""
     return [SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), rounds)] if noise_multiplier > 0 and rounds else []

@@ -1,10 +1,10 @@
-"""The privacy cost of a hyperparameter search: several trials on the same records, with one selected.
+"""The privacy cost of a hyperparameter search: several trials on the same records, one of which is selected.
 
 **What is charged.** Each trial is a run, and the lead sees everything that it releases: every adapter of every round.
 So a site is charged for all trials. The number of trials, and the cost of each trial, are fixed before the first trial.
 The settings of a trial may depend on earlier scores, because these are post-processing: they are computed from released
-adapters and a file of the lead that contains no record of a site. So the PLD epsilon of all plans together bounds the
-privacy loss of the search, for any rule that selects a trial.
+adapters and a file of the lead that contains no record of a site. So the PLD epsilon of all plans together is an upper
+bound for the search, for any rule that selects a trial.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_TRIALS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchPrice:
-    """The privacy cost of a search at each site; infinite without noise.
+    """The privacy cost of a hyperparameter search at each site. All epsilons are infinite without noise.
 
     Attributes:
         trials: number of trials.
@@ -52,7 +52,10 @@ class SearchPrice:
 
 
 def compute_search_price(plans: Sequence[Plan]) -> SearchPrice:
-    """Compute the privacy cost of a search over at least one plan; all plans have the same unit and delta."""
+    """Compute the privacy cost of a search with at least one trial.
+
+    The plans of all trials have the same unit and delta.
+    """
     wholes, delta = [plan.full_event for plan in plans], plans[0].delta
     return SearchPrice(
         unit=plans[0].unit,
@@ -67,12 +70,12 @@ def compute_search_price(plans: Sequence[Plan]) -> SearchPrice:
 
 @spec
 class Selection:
-    """The search of which a run is a trial, with the privacy cost of the whole search at a site.
+    """The hyperparameter search that a run belongs to, with the privacy cost of all its trials at a site.
 
     Attributes:
         search: name of the search.
         primary_metric: validation metric that selects the best trial.
-        score: the run's own value of this metric; None if the search selected another run.
+        score: the run's value of this metric; None if the search selected another run.
         trials: number of trials.
         epsilon: epsilon of all trials together; None: unbounded.
         charges: the privacy events of all trials.
@@ -89,7 +92,7 @@ class Selection:
 
     @classmethod
     def from_price(cls, price: SearchPrice, plans: Sequence[Plan], **fields: Any) -> Selection:
-        """Create the selection record of a search.
+        """Create the record of a search from its privacy cost.
 
         Args:
             price: privacy cost of the search.
@@ -111,9 +114,9 @@ class Selection:
 def compute_released_epsilon(
     epsilon: float | None, delta: float, search: Selection | None
 ) -> tuple[float | None, float]:
-    """Compute the (epsilon, delta) of a finished run; None for an unbounded epsilon.
+    """Compute the (epsilon, delta) of a finished run, with None for an unbounded epsilon.
 
-    A trial of a search costs at least as much as the whole search.
+    For a trial of a search, the result covers at least the whole search.
     """
     search_epsilon, search_delta = (search.epsilon, search.delta) if search else (epsilon, delta)
     return convert_infinite_to_none(

@@ -48,14 +48,14 @@ class SiteFiles:
 
     @property
     def public_key(self) -> str | None:
-        """Public key of the site's key file; None without a key file, or if a command provides the key.
+        """Public key in the site's key file. None without a key file, or if a command provides the key.
 
         Guarantee: inspecting a policy from an untrusted source never runs a command from it.
         """
         return None if self.policy.key_command or not self.site_key.is_file() else self.load_key().public
 
     def load_key(self, *, make: bool = False) -> SigningKey:
-        """Load the signing key from its file or its command; with `make`, create a missing file.
+        """Load the signing key from its file or its command. With `make`, a missing key file is created.
 
         Raises:
             ConfigError: the key is missing or cannot be read.
@@ -71,7 +71,9 @@ class SiteFiles:
         return SiteLedger(self.ledger, self.policy, self.load_key(make=True), anchor=self.anchor)
 
     def verify_ledger(self) -> Verified | None:
-        """Verify the ledger, against its anchor if the policy has one; None if the ledger does not exist yet.
+        """Verify the ledger, and compare it with its anchor if the policy has one.
+
+        None if the ledger does not exist yet.
 
         Raises:
             RunError: the ledger is inconsistent, or older than its anchor.
@@ -82,7 +84,7 @@ class SiteFiles:
 
 
 def find_max_charged_runs(folder: str | None) -> int:
-    """Find the largest number of charged runs among the ledgers of a simulation folder; 0 without ledgers."""
+    """Return the largest number of charged runs in any ledger of a simulation folder, or 0 without ledgers."""
     verified = (
         [SiteFiles.from_site_toml(path).verify_ledger() for path in Path(folder).glob("*/site.toml")] if folder else []
     )

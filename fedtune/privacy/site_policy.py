@@ -72,7 +72,7 @@ class Dataset:
 
 @spec
 class Population:
-    """The people behind the data sets, who share one budget.
+    """The people whose records are in the site's data sets. They share one privacy budget.
 
     Attributes:
         name: name of the population.
@@ -93,7 +93,7 @@ class Population:
 
 @spec
 class ReferenceRun:
-    """A typical run at this site, for which the filter's Renyi order is optimized when the ledger is created."""
+    """A typical run at this site. The Renyi order of a new ledger is optimized for this run."""
 
     sampling_rate: float
     noise_multiplier: float
@@ -123,7 +123,7 @@ class Budget:
         max_epsilon_per_run: cap on the whole plan of one run, by PLD; null: no cap.
         max_epsilon_per_period: cap on one calendar period (UTC), by the Renyi filter; null: no cap.
         period: "month", "quarter" or "year".
-        reference: a typical run.
+        reference: a typical run, for which the Renyi order is optimized.
     """
 
     delta: float
@@ -166,8 +166,8 @@ class Limits:
         max_head_scale: largest scaling factor of a task head's scores.
         max_records_per_user: with unit "user", the maximum number of records of one person in a step. No epsilon
             depends on it, but run time does, and the amount of one person's data in a step.
-        run_expires_after_days: number of days for which an accepted run keeps its budget reserved, unless it ends
-            earlier.
+        run_expires_after_days: number of days for which the budget of an accepted run stays reserved, unless the run
+            ends earlier.
     """
 
     min_noise_multiplier: float
@@ -211,7 +211,7 @@ def compute_adapter_bound(max_adapter_value: float, lora_scale: float) -> float:
 
 @spec
 class Allow:
-    """Rules for what a run may train, and for which leads may propose runs.
+    """Allowed leads, and the tasks, models, adapters and algorithms that their runs may use.
 
     Attributes:
         leads: public keys of leads, 64 hex digits each.
@@ -255,7 +255,8 @@ class Releases:
 
     Attributes:
         updates: release noised adapters.
-        metrics: "noised": release noised scores of held-out records, if a run's plan includes them; "none".
+        metrics: "noised": release noised scores of held-out records if a run's plan includes them; "none": release no
+            scores.
         reply_after_s: delay replies to a whole multiple of this many seconds after the request. 0: reply immediately,
             so that the response time roughly reveals the number of records.
     """
@@ -270,7 +271,7 @@ class Releases:
 
 @spec
 class Asserted:
-    """Statements by the site that software cannot check; reports show them as asserted.
+    """Statements by the site that software cannot check. Reports mark them as asserted.
 
     Attributes:
         no_person_at_another_site: no person of this population is in another site's records; null: not answered. A real
@@ -345,7 +346,7 @@ class Policy:
         require("budget.delta", self.budget.delta, right, bound)
 
     def require_answers(self) -> None:
-        """Check that the policy contains every statement that the template leaves to a person; simulations need none.
+        """Check that the policy contains every statement that the template leaves to a person. Simulations are exempt.
 
         Raises:
             ConfigError: a statement is missing.
@@ -396,7 +397,7 @@ class Policy:
         return compute_adapter_bound(self.limits.max_adapter_value, lora_scale)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the canonical JSON object that `digest` hashes; an infinite cap becomes null."""
+        """Return the canonical JSON object that `digest` hashes. An infinite cap becomes null."""
         fields = dataclasses.asdict(self)
         if math.isinf(self.budget.max_epsilon):
             fields["budget"]["max_epsilon"] = None
@@ -467,7 +468,7 @@ def _iter_broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
 
 
 def _iter_exceeded_epsilon_caps(policy: Policy, plan: Plan) -> Iterator[Broken]:
-    """Yield the per-run caps on epsilon that a plan exceeds.
+    """Yield the per-run caps on epsilon that a plan exceeds, as broken rules.
 
     These are the most expensive rules, so they are checked only for plans within all other limits, for which the
     computation has a bounded run time.

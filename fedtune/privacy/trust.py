@@ -44,11 +44,11 @@ class Trust:
 
     @property
     def requirements(self) -> dict[str, int]:
-        """Minimum values for a run's plan."""
+        """Minimum number of sites, threshold and number of colluders that a run's plan must have."""
         return {"least_sites": self.least_sites, "least_threshold": self.least_threshold, "colluders": self.colluders}
 
     def iter_violated_rules(self, shared: SharedNoise) -> Iterator[Broken]:
-        """Yield the rules that a plan with secure aggregation breaks."""
+        """Yield the trust rules that a plan with secure aggregation breaks."""
         if not self.secure:
             yield Reason.SECURE_AGGREGATION, "yes", "no"
         for reason, asked, least in (

@@ -158,7 +158,7 @@ def test_tampered_value_is_detected_in_every_column_and_event_kind(
 @pytest.mark.parametrize("sql", read_cases(__file__, "replies"))
 def test_tampered_reply_is_detected(victim_ledger: Path, sql: str) -> None:
     tamper(victim_ledger, sql)
-    assert read_verify_error(victim_ledger) == "the stored replies are not the newest committed ones"
+    assert read_verify_error(victim_ledger) == "the stored replies are not the newest committed replies"
 
 
 def test_deleted_event_is_detected(complete_ledger: Path, victim_ledger: Path) -> None:
@@ -194,7 +194,7 @@ def test_forged_deletion_reordering_or_insertion_is_detected(complete_ledger: Pa
         message = read_verify_error(victim_ledger)
         assert (
             "is not signed by the site's key" in message
-            or "is invalid: the time is before that of the previous event" in message
+            or "is invalid: the event's time is before the previous event's time" in message
         )
 
 

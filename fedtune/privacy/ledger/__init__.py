@@ -1,4 +1,4 @@
-"""The ledger of a population: a file of signed events, and the figures derived from these events.
+"""The ledger of a population: a file of signed events, and the spending and decisions derived from these events.
 
 chain       events, the hash chain, signed heads and restore notes
 history     the state derived from the events: runs, charges, reservations

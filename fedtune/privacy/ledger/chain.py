@@ -27,7 +27,7 @@ EVENT, HEAD = "ledger event", "ledger head"  # purposes of signatures
 
 
 class Kind(StrEnum):
-    """The type of an event."""
+    """Type of a ledger event."""
 
     PLAN = "plan"  # a run was accepted, and the cost of its plan reserved
     RESERVE = "reserve"  # a round was charged; training may begin
@@ -38,12 +38,15 @@ class Kind(StrEnum):
 
 
 LASTING = (Kind.RESERVE, Kind.NOTE)
-"""Kinds of events that a ledger must not lose: charges and notes. Anchors list them all; a receipt shows the newest."""
+"""Kinds of events that a ledger must not lose: charges and notes.
+
+An anchor lists all of these events, a receipt the newest.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """One row of a ledger.
+    """One event of a ledger, stored as a row of its database.
 
     Attributes:
         sequence: sequence number: 1, 2, 3, ... without gaps.
@@ -102,7 +105,7 @@ class Doubt(NamedTuple):
 
 
 def check_ledger_schema(path: Path, found: object) -> None:
-    """Reject a ledger or anchor whose format belongs to another version of fedtune.
+    """Reject a ledger or anchor in the format of an incompatible version of fedtune.
 
     Guarantee: the message tells people to continue with the version that wrote the file, and never suggests a new
     ledger with a fresh budget.
@@ -121,7 +124,7 @@ class Arrivals:
     """Fields about arrival cohorts in a head or a restore note.
 
     Attributes:
-        ranges: charged cohorts of each charge in the same object, in the same order.
+        ranges: cohort range of each charge in the head or note, in the order of the charges.
         lost_after: sequence number of the newest event whose register rows are complete; a person with a later row, or
             without a row, counts as a member of the oldest cohort. None: no rows are missing.
     """
@@ -132,17 +135,17 @@ class Arrivals:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """The signed state of a ledger after its newest event, as an anchor stores it.
+    """The signed state of a ledger after its newest event: the content of an anchor file.
 
-    A restored ledger adopts everything that a newer head contains, so a head must contain everything that has to
-    survive a restore.
+    A restored ledger adopts the content of a newer head, so a head must contain all state that has to survive a
+    restore.
 
     Attributes:
         ledger: random identifier of the ledger, in hex.
         sequence: sequence number of the newest event.
         hash: hash of the newest event.
         time: time of the newest event.
-        charged: all charged mechanisms, with counts; a restored ledger charges those that it lacks.
+        charged: all charged mechanisms, with counts. A restored ledger charges the mechanisms that it lacks.
         runs: every run, with its number of charged rounds.
         path: (sequence, hash) of each lasting event, used to find the event where a restored ledger branched off.
         made_up: (sequence, hash) of the events on lost branches whose charges this ledger has repeated.
@@ -223,7 +226,7 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restored:
-    """A restore note, written when a restored backup lacks events that an anchor knows.
+    """A restore note, written when a restored backup lacks events that an anchor covers.
 
     Attributes:
         shared: sequence number of the newest common event of both branches; the note charges the anchor's later events
@@ -263,19 +266,22 @@ class Restored:
         """Parse the detail field of a restore note.
 
         Raises:
-            ValueError: the detail is not that of a restore note.
+            ValueError: `detail` is not a valid restore note.
         """
         restored = decode(cls, {key: value for key, value in detail.items() if key != "what"})
         # Counts are positive, so that no entry can lower an earlier charge.
         if min(restored.shared, restored.end, *restored.runs.values()) < 0 or any(n < 1 for _, n in restored.gap):
-            raise ValueError("a count of a restored ledger")
+            raise ValueError("a count in a restore note is negative")
         return restored
 
 
 def iter_charges(
     charged: Sequence[tuple[dict[str, Any], int]], arrivals: Arrivals | None
 ) -> Iterator[tuple[DpEvent, int, str]]:
-    """Iterate over (mechanism, count, charged cohorts) of serialized charges; "" means everybody."""
+    """Iterate over serialized charges as (mechanism, count, charged cohorts).
+
+    Empty cohorts mean that everybody was charged.
+    """
     ranges = arrivals.ranges if arrivals else [""] * len(charged)
     return ((dp_events.from_json(event), n, said) for (event, n), said in zip(charged, ranges, strict=True))
 

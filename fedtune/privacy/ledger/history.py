@@ -1,7 +1,7 @@
 """The state of a ledger, derived from its events: runs, charges and reservations.
 
 `History.apply_event` processes the events in order. Spending is always derived from events, never stored, so that
-everybody with the same ledger computes the same figures.
+everybody with the same ledger computes the same epsilon.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _FIRST = ("opened", "policy")  # the first two notes of every ledger
 
 @dataclass(kw_only=True, slots=True)
 class AcceptedRun:
-    """The state of an accepted run.
+    """The state of a run that the ledger has accepted.
 
     Attributes:
         proposal: the accepted proposal.
@@ -102,7 +102,7 @@ class History:
         policy: the newest policy.
         users: user column of every data set id and file in any policy so far; a different column would turn a budget
             per person into a budget per visit.
-        delta: delta of every epsilon in the ledger.
+        delta: the delta at which every epsilon of the ledger is computed.
         order: Renyi order of the filter.
         runs: run name -> `AcceptedRun`.
         doubts: valid receipts for missing events, until a restore repeats the charges.
@@ -113,7 +113,7 @@ class History:
         policies: lifetime caps, oldest first, as (time, max_epsilon, number of earlier charged rounds and restores);
             caps of a lost branch have the time of the restore.
         answers: number of refusals and offers, by day and by whether the recipient was a stranger.
-        refused: (day, run, lead, reason) of each refusal.
+        refused: (day, run, lead, reason) of each recorded refusal.
         approved: digest of each proposal that a person at the site approved -> time of the approval.
         denied: digests of the proposals that a person at the site denied.
         marks: permanent marks of the ledger: ("seeded", ""), ("frozen", ""), the marks of each policy
@@ -175,7 +175,7 @@ class History:
     def _dispatch_event(self, event: Event) -> None:
         moment = datetime.fromisoformat(event.time)
         if self.last_time is not None and moment < self.last_time:
-            raise ValueError("the time is before that of the previous event")
+            raise ValueError("the event's time is before the previous event's time")
         self.last_time = moment
         if event.sequence <= 2 and (event.kind, event.detail.get("what")) != (Kind.NOTE, _FIRST[event.sequence - 1]):
             raise ValueError(f"event {event.sequence} must be the note {_FIRST[event.sequence - 1]!r}")
@@ -212,13 +212,13 @@ class History:
             run.attempts[event.round] != event.attempt
             or run.reserved.setdefault(event.round, event.request) != event.request
         ):
-            raise ValueError("the reservation contradicts earlier ones")
+            raise ValueError("the reservation contradicts an earlier reservation")
         charged = dp_events.from_json(event.detail["event"])
         if charged != run.plan.event():
-            raise ValueError("the charged event is not a round of the run's plan")
+            raise ValueError("the charged event differs from a round of the run's plan")
         cohorts = run.plan.cohorts
         if event.cohort != (str(cohorts) if cohorts else ""):
-            raise ValueError("the charged cohorts are not those of the run's plan")
+            raise ValueError("the charged cohorts differ from the cohorts in the run's plan")
         if cohorts is not None:
             self.register = str(event.detail["register"])
         for part, count in dp_events.count_mechanisms([charged]).items():
@@ -295,7 +295,7 @@ class History:
 
     @property
     def opening(self) -> Opened:
-        """Content of the first event."""
+        """The content of the ledger's first event."""
         assert self._opened is not None, "an empty history has not been opened"
         return self._opened
 
@@ -306,12 +306,15 @@ class History:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether all training on this population has ended permanently."""
+        """Whether a person at the site has ended all training on this population permanently."""
         return ("frozen", "") in self.marks
 
     @property
     def furthest_doubt(self) -> Doubt | None:
-        """The doubt with the highest sequence number, or None. A ledger in doubt permits no training."""
+        """The receipt in `doubts` with the highest sequence number, or None.
+
+        A ledger with doubts permits no training.
+        """
         return max(self.doubts, default=None)
 
     @property
@@ -326,7 +329,7 @@ class History:
 
     @property
     def length(self) -> int:
-        """Number of events."""
+        """Number of events in the ledger."""
         return len(self.hashes)
 
     @property
@@ -350,7 +353,7 @@ class History:
         return (known.charged_rounds if known else 0) + self.lost_runs.get(run, 0)
 
     def has_refused(self, run: str, lead: str) -> bool:
-        """Whether the site refused a proposal of this run name from this lead."""
+        """Whether the site has refused a proposal with this run name from this lead."""
         return any((name, who) == (run, lead) for _, name, who, _ in self.refused)
 
     def count_rounds_up_to(self, sequence: int) -> Counter[str]:
@@ -366,7 +369,7 @@ class History:
         return total
 
     def cohorts(self, admitted: Cohorts | None = None) -> list[int]:
-        """Group the cohorts with equal figures, and return each group's first cohort, ascending.
+        """Group the cohorts with identical charges, and return each group's first cohort in ascending order.
 
         A ledger without arrivals has one group, which contains everybody.
 
@@ -393,17 +396,17 @@ class History:
         return OLDEST if any(last < row.sequence <= at for last, at in self.lost_rows) else row.cohort
 
     def count_total_charges(self, cohort: int | None = None) -> Counter[DpEvent]:
-        """Count all charged mechanisms of `cohort`, by default of the cohort with the highest spending."""
+        """Count all mechanisms charged to `cohort`, by default to the cohort with the highest spending."""
         return self._find_highest_spending(cohort, lambda number: self._sum_charges(number, lambda _: True))
 
     def count_charges_and_reservations(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """Count all mechanisms that are charged or reserved for open runs."""
+        """Count all mechanisms that are charged to `cohort` or still reserved for open runs."""
         return self._find_highest_spending(
             cohort, lambda number: self.count_total_charges(number) + self.count_remaining_charges(now, number)
         )
 
     def epsilon(self, spent: Counter[DpEvent] | None = None) -> float:
-        """Compute the epsilon of `spent` by the Renyi filter, by default of all charges; may be infinite."""
+        """Compute the epsilon of `spent` (default: all charges) with the Renyi filter. The result may be infinite."""
         return filter.epsilon_filter(
             self.count_total_charges() if spent is None else spent, order=self.order, delta=self.delta
         )
@@ -417,7 +420,7 @@ class History:
         )
 
     def count_remaining_charges(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """Count the mechanisms that are reserved for open runs."""
+        """Count the mechanisms that are reserved for open runs but not charged yet."""
 
         def count_for_cohort(number: int) -> Counter[DpEvent]:
             total: Counter[DpEvent] = Counter()
@@ -445,7 +448,7 @@ class History:
 
     @property
     def clock(self) -> datetime:
-        """Time of this machine's clock, or of the newest event if that is later."""
+        """The time of this machine's clock, or the time of the newest event if it is later."""
         now = datetime.now(UTC)
         return now if self.last_time is None else max(now, self.last_time)
 
@@ -470,7 +473,10 @@ class History:
         return max(last, min(clock, told)) if said == begun else last
 
     def explain_pending_period(self, *, server: datetime | None = None) -> str:
-        """Explain why the clock's budget period has not begun and how to open it; empty if the period has begun."""
+        """Explain why the budget period of the current date has not begun, and how to open it.
+
+        The text is empty if the period has begun.
+        """
         if self.policy is None or self.last_time is None:
             return ""
         clock, time, period = self.clock, self.now(server=server), self.policy.budget.period
@@ -531,5 +537,5 @@ class History:
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:
-        """Compute the Renyi divergence of events at the ledger's order, in nats."""
+        """Compute the total Renyi divergence of `spent` at the ledger's order, in nats."""
         return filter.compute_total_divergence(spent, self.order)

@@ -35,12 +35,12 @@ BEGIN SELECT RAISE(ABORT, 'the register is append-only'); END""",
     """CREATE TRIGGER arrivals_are_never_deleted BEFORE DELETE ON arrivals
 BEGIN SELECT RAISE(ABORT, 'the register is append-only'); END""",
 )
-"""Of ledgers with arrivals alone."""
+"""SQL statements that create the register, in ledgers of populations with arrivals only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
-    """The content of a ledger's first event, which is immutable.
+    """The immutable content of a ledger's first event.
 
     Attributes:
         ledger: random identifier, in hex.
@@ -84,11 +84,11 @@ class Opened:
         """Parse the detail field of a first event.
 
         Raises:
-            ValueError: the detail is not that of a first event.
+            ValueError: `detail` is not a valid first event.
         """
         opened = decode(cls, {name: value for name, value in detail.items() if name != "what"})
         if not (0 < opened.delta < 1 and opened.order > 1 and is_public_key(opened.site_key)):
-            raise ValueError("not the detail of a first event")
+            raise ValueError("the first event has invalid fields")
         dp_events.from_json(opened.reference)
         return opened
 
@@ -102,7 +102,7 @@ class Opened:
 
 
 class Row(NamedTuple):
-    """A person in the register.
+    """A row of the register: a person and the person's cohort.
 
     Attributes:
         sequence: sequence number of the event that first admitted the person.
@@ -121,7 +121,7 @@ def pseudonymize(key: bytes, user: str) -> bytes:
 
 
 def compute_register_digest(before: str, rows: Iterable[Row]) -> str:
-    """Compute the register's digest after an event that adds `rows`; unchanged without rows."""
+    """Compute the register's digest after an event that adds `rows`. Without rows, the digest does not change."""
     packed = b"".join(struct.pack(f">Q{UNIT_BYTES}sQ", *row) for row in sorted(rows))
     return hashlib.sha256(b"fedtune arrivals\n" + before.encode() + packed).hexdigest() if packed else before
 

@@ -39,7 +39,7 @@ recorded, so that nobody can fill a site's disk, and strangers cannot exhaust th
 limit is not sent."""
 _MOST_TEXT = 300
 _MOST_DOUBTS = 256
-"""Maximum number of recorded doubts. At the limit there may be unrecorded ones, so that no anchor clears any doubt."""
+"""Maximum number of recorded doubts. At the limit, further doubts may be unrecorded, so no anchor clears any doubt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +165,7 @@ class SiteLedger:
         Args:
             reservation: the newest reservation of the round.
             reply: canonical bytes of the reply.
-            fingerprint: HMAC of the training records under `fingerprint_key`; remains in the ledger.
+            fingerprint: HMAC of the training records under `fingerprint_key`, stored in the ledger only.
             state: the algorithm's state for the site's next round, post-processing of the run's noised gradients. The
                 state is replaced in the same transaction, so that it always belongs to the newest reply.
 
@@ -192,7 +192,7 @@ class SiteLedger:
     def record_refusal(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
         """Record the refusal of a lead's request, up to a daily limit.
 
-        "Awaiting approval" and "paused" are recorded once a day.
+        A repeated refusal because a run awaits approval or the site is paused is recorded once a day.
         """
         with self._store.transaction():
             today = self._store.now().date()
@@ -204,7 +204,7 @@ class SiteLedger:
                 self._store.append_event(Kind.REFUSAL, detail, run=run, round=round, request=request)
 
     def end_run(self, run: str, *, lead: str = "", adapter_sha256: str = "") -> None:
-        """Record the end of a run, which releases the unspent rest of its reservation.
+        """Record the end of a run, which releases the unspent part of its reservation.
 
         After a refusal, a run that was never accepted can no longer be accepted from that lead, so that a receipt can
         state permanently that the lead's run costs nothing. A run of the same name from another lead is a different
@@ -270,7 +270,7 @@ class SiteLedger:
 
     @property
     def explain_pending_period(self) -> str:
-        """Explanation why the clock's budget period has not begun and how to open it; empty if the period has begun."""
+        """Explanation of why the current budget period has not begun, and how to open it; empty if it has begun."""
         return self.history.explain_pending_period(server=self._store.server_time)
 
     def sign_receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
@@ -298,11 +298,11 @@ class SiteLedger:
     def require_receipt(self, receipt: Receipt) -> None:
         """Check that the ledger contains the event of a receipt that this site issued.
 
-        A ledger without its own receipt's event was lost or rolled back. After a failed check, training is blocked for
-        all leads until `charge_gap` charges the missing events.
+        If the event is missing, the ledger was lost or rolled back. After a failed check, training is blocked for all
+        leads until `charge_gap` charges the missing events.
 
         Raises:
-            Refused: the receipt is not this site's, or the ledger does not contain its head.
+            Refused: this site did not issue the receipt, or the ledger does not contain the receipt's event.
         """
         # Check the name, too: several populations of an organization may share one key.
         if (receipt.site, receipt.site_key) != (
@@ -320,9 +320,9 @@ class SiteLedger:
             raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
 
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
-        """Charge everything that the anchor records but this restored ledger lacks, and return the added charges.
+        """Charge all mechanisms that the anchor lists but this restored ledger lacks, and return the added charges.
 
-        The ledger also adopts everything else in the anchor: ended runs, permanent marks, denied proposals, earlier
+        The ledger also adopts the remaining state of the anchor: ended runs, permanent marks, denied proposals, earlier
         caps, user columns, and receipts for missing events, unless the two branches together contain those events.
 
         Raises:
@@ -361,11 +361,11 @@ class SiteLedger:
         return sum((Counter({event: count}) for (event, _), count in gap.items()), Counter[DpEvent]())
 
     def head(self) -> Head:
-        """Return the newest head, for an anchor."""
+        """Create and sign the head of the newest event, for an anchor."""
         return self._store.head()
 
     def make_offer(self, proposal: Proposal) -> Offer:
-        """Compute the largest part of a new run that the site would accept now.
+        """Compute the maximum rounds and the minimum noise with which the site would accept a new run now.
 
         An offer is a release, and is recorded like a refusal.
 
@@ -460,7 +460,7 @@ class SiteLedger:
         )
 
     def _find_lost_arrivals(self, anchor: Head, ranges: Sequence[str], *, shared: int) -> Arrivals | None:
-        """Return the cohorts of a gap, and the newest event with complete register rows after the restore.
+        """Return the cohorts charged in a gap, and the newest event with complete register rows after the restore.
 
         Guarantee: the result depends only on charges, so that no refusal or figure after a restore reveals anything
         about a record. If the lost branch charged a round that this ledger lacks, that branch may have admitted people
@@ -476,7 +476,7 @@ class SiteLedger:
         return Arrivals(ranges=tuple(ranges), lost_after=min(unsure, default=None))
 
     def _find_stored_reply(self, run: AcceptedRun, proposal: Proposal, round: int, request: str) -> bytes | None:
-        """Return the stored reply to a repeated request; None for a round without training so far.
+        """Return the stored reply to a repeated request, or None if the round has not been trained yet.
 
         Guarantee: rounds never go back. For a round before the newest charged one, the ledger returns the stored reply
         or refuses, so that nobody can delay a lead's request and have it charged after the lead has moved on.

@@ -1,4 +1,4 @@
-"""The remaining budget of a ledger, and the checks whether a new run fits into it."""
+"""The remaining budget of a ledger, and checks of new charges against every cap."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedtune.privacy.site_policy import Policy
 
 
 def compute_spent_fraction(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
-    """Compute the spent fraction of a lifetime cap, in Renyi divergence; None for an infinite cap."""
+    """Compute the fraction of a lifetime cap that `spent` uses, in Renyi divergence. None for an infinite cap."""
     if math.isinf(cap):
         return None
     room = filter.compute_max_divergence(cap, order=history.order, delta=history.delta)
@@ -31,7 +31,7 @@ def compute_spent_fraction(history: History, spent: Counter[DpEvent], *, cap: fl
 def require_acceptable(
     history: History, policy: Policy, proposal: Proposal, now: datetime, *, own: bool = False
 ) -> None:
-    """Check that a new run breaks no rule, and that its whole plan fits next to the reservations of open runs.
+    """Check that a new run breaks no policy rule, and that its whole plan fits into the remaining budget.
 
     Args:
         history: state of the ledger.
@@ -63,7 +63,7 @@ def require_usable_ledger(history: History) -> None:
 
 
 def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetime) -> None:
-    """Check that a whole plan fits next to the reservations of open runs.
+    """Check that a whole plan fits into the remaining budget, in addition to the reservations of open runs.
 
     Raises:
         Refused: names the cap, the resulting epsilon and the allowed epsilon.
@@ -96,7 +96,7 @@ def compute_remaining_divergence(
 def count_remaining_runs(
     history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
 ) -> int | None:
-    """Compute how many more runs at the cost of `plan` fit under the lifetime cap; None if unlimited."""
+    """Compute how many further runs of the event `plan` fit under the lifetime cap. None means unlimited."""
     left = compute_remaining_divergence(history, policy, now, admitted=admitted)
     return filter.compute_max_repeats(plan, left, order=history.order)
 
@@ -143,7 +143,7 @@ def require_budget_room(
 
 
 def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
-    """Find the largest accepted number of rounds, up to the proposal's own; 0 if none is accepted."""
+    """Find the largest number of rounds that `accepts` accepts, at most the proposal's number. 0 if it accepts none."""
 
     def is_refused(rounds: int) -> bool:
         return not accepts(dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=rounds)))
@@ -152,7 +152,7 @@ def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> 
 
 
 def find_min_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:
-    """Find the smallest accepted noise multiplier, to four decimals; None if none is accepted.
+    """Find the smallest noise multiplier that `accepts` accepts, to four decimals. None if it accepts none.
 
     The search starts at the noise multiplier of the proposal.
     """

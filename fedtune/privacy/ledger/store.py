@@ -1,4 +1,4 @@
-"""Durable storage of chained and signed events in SQLite. This module makes no decisions.
+"""Durable storage of chained and signed events in SQLite. Policy and budget are checked elsewhere (`site_ledger`).
 
 The functions access SQLite only; `EventStore` keeps the file, the hash chain and the history consistent.
 """
@@ -129,7 +129,7 @@ def open_for_reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def insert_event(file: sqlite3.Connection, event: Event) -> None:
-    """Insert an event as a row."""
+    """Insert an event as a row of the database."""
     values = [getattr(event, name) for name in _COLUMNS]
     values[_COLUMNS.index("detail")] = to_canonical_json(event.detail).decode()
     values[_COLUMNS.index("kind")] = event.kind.value
@@ -149,7 +149,7 @@ def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
 
 
 def read_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
-    """Read (run, request digest, reply) of each stored reply."""
+    """Read all stored replies as (run, request digest, reply)."""
     return file.execute("SELECT run, request, reply FROM replies").fetchall()
 
 
@@ -245,13 +245,16 @@ class EventStore:
         return self._open_file
 
     def now(self) -> datetime:
-        """Return the time of the next event; without the server's time, no new budget period begins."""
+        """Return the time for the next event. Without the server's time, no new budget period begins."""
         return self.history.now(server=self.server_time or self.history.last_time)
 
     def append_event(
         self, kind: Kind, detail: dict[str, Any], *, not_before: datetime | None = None, **about: str | int
     ) -> None:
-        """Append an event to the chain, and apply it to the history; `about` sets further fields of `Event`."""
+        """Append an event to the chain, and apply it to the history.
+
+        The keyword arguments `about` set further fields of `Event`.
+        """
         now = self.now()
         unsigned: dict[str, Any] = {
             "sequence": self.history.length + 1,
@@ -267,7 +270,7 @@ class EventStore:
         self.history.apply_event(event)
 
     def append_note(self, what: str, *, run: str = "", not_before: datetime | None = None, **detail: Any) -> None:
-        """Append an event of kind "note"."""
+        """Append a note, an event of kind "note" with the type `what`."""
         self.append_event(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
 
     def store_reply(self, *, run: str, request: str, reply: bytes, state: bytes = b"") -> None:
@@ -312,17 +315,17 @@ class EventStore:
         return frozenset(admitted), register.compute_register_digest(self.history.register, new)
 
     def read_stored_reply(self, request: str) -> bytes | None:
-        """Read the stored reply to a request; None if it has been replaced."""
+        """Read the stored reply to a request. None if a newer reply of the run has replaced it."""
         row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
 
     def stored_state(self, run: str) -> bytes:
-        """Return the algorithm's state after the newest reply of a run; empty without a reply."""
+        """Read the algorithm's state that was stored with a run's newest reply. The state is empty without a reply."""
         row = self._file.execute("SELECT state FROM replies WHERE run = ?", (run,)).fetchone()
         return b"" if row is None else bytes(row[0])
 
     def head(self) -> Head:
-        """Return the newest head, for an anchor."""
+        """Create and sign the head of the newest event, for an anchor."""
         return self.history.head(self._key)
 
     def compute_salted_head(self) -> str:
@@ -384,7 +387,7 @@ class EventStore:
             raise RunError(f"the anchor belongs to another ledger, not to {self.path}")
 
     def _catch_up(self, file: sqlite3.Connection) -> None:
-        """Process new events, after verifying that they continue the chain.
+        """Verify that new events of the file continue the chain, and apply them to the history.
 
         Only the signature of the newest event is verified: its hash covers all earlier events.
         """

@@ -1,4 +1,4 @@
-"""Verification of a ledger from its file, a public key and, against rollback, an anchor."""
+"""Verification of a ledger file with the site's public key and, to detect a rollback, with an anchor."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
             raise RunError(f"the file is damaged: {answer}")
         (stray,) = file.execute("SELECT count(*) FROM events WHERE sequence < 1").fetchone()
         if stray:
-            raise RunError(f"{stray} rows come before event 1")
+            raise RunError(f"{stray} rows have a sequence number below 1")
         events = store.read_events(file)
         replies = store.read_replies(file)
         (arrivals,) = file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'arrivals'").fetchone()
@@ -66,13 +66,13 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     for event in events:
         chain.check_signature(event, own_key)
     if bool(arrivals) != bool(history.opening.arrivals):
-        raise RunError("its tables do not match its first event")
+        raise RunError("the ledger's tables do not match its first event")
     _check_register(rows, events)
     # The ledger stores exactly the newest committed reply of each run.
     expected = {(name, *list(run.replies.items())[-1]) for name, run in history.runs.items() if run.replies}
     stored = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
     if sorted(stored) != sorted(expected):
-        raise RunError("the stored replies are not the newest committed ones")
+        raise RunError("the stored replies are not the newest committed replies")
     if anchor is not None:
         if (anchor.ledger, anchor.site_key) != (history.opening.ledger, own_key):
             raise RunError("the anchor belongs to another ledger")
