@@ -1,4 +1,4 @@
-"""Accelerator detection through torch's vendor-independent interface, and the settings that exist only for CUDA."""
+"""Accelerator detection through torch's vendor-independent interface, and numerical settings specific to CUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def find_accelerator() -> torch.device | None:
-    """Return the accelerator that a run may use, in deterministic mode; None without a usable accelerator."""
+    """Return this machine's accelerator after enabling deterministic kernels, or None without a usable accelerator."""
     there = torch.accelerator.current_accelerator(check_available=True)
     if there is None or not _has_float64(there.type):
         return None

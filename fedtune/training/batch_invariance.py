@@ -39,12 +39,13 @@ See = Callable[[Mapping[str, torch.Tensor]], None]
 
 
 def ignore_gradients(gradients: Mapping[str, torch.Tensor]) -> None:
-    """Ignore the gradients."""
+    """Discard the gradients: the default callback of a test."""
 
 
 _DECIDED_BY = "decided_by"
-"""Key for the values behind a discrete choice, next to the names of gradients.  A different choice changes a whole
-contribution.
+"""Key, among the names of gradients, of the values that determine a discrete choice by argmax.
+
+A different choice changes a whole contribution.
 """
 _LARGEST_ROUNDING = 0.05
 """Largest change of a contribution, in clip norms, that rounding can explain; a larger change means that examples are
@@ -68,9 +69,9 @@ def max_batch_influence(
     seed: int | None = None,
     see: See = ignore_gradients,
 ) -> float:
-    """Measure how much an example's contribution to a sum changes with the rest of its micro-batch.
+    """Measure how much an example's clipped contribution changes with the other examples in its micro-batch.
 
-    `require_batch_invariance` judges the result.
+    `require_batch_invariance` checks the result.
 
     For each padded length, the dummy examples cover the longest and some shorter lengths, over the whole vocabulary
     including its first and last ids.  If records of such lengths and ids would cause an error in position embeddings,
@@ -79,11 +80,11 @@ def max_batch_influence(
     Args:
         model: a model with adapters; its adapter values and weights are restored afterwards.
         shapes: the shapes of the run's micro-batches.
-        keeps_states: whether steps will start from cached outputs of the frozen layers.
+        keeps_states: whether training steps will start from cached outputs of the frozen layers.
         max_grad_norm: the run's clip norm, the unit of the result.
         pad_id: the token id that steps will use as padding.
-        weights_chosen: whether somebody chose the weights; a randomly initialized model needs no second test with
-            random weights.
+        weights_chosen: whether somebody chose the weights. A randomly initialized model is not tested again with random
+            weights.
         told: called with the number of finished trials and their total, which is the same for every data set.
         seed: the seed of all dummy data; None draws a secret seed.
         see: receives the gradients of each micro-batch and then their contributions to a sum, both on the CPU; the same
@@ -131,12 +132,13 @@ def _convert_model_errors(model: TaskModel, shapes: Shapes) -> Iterator[None]:
         bound = f"must be smaller: the device ran out of memory on a micro-batch ({get_first_line(error)})"
         raise ConfigError("runtime.micro_batch_tokens", shapes.max_tokens, bound) from None
     except Exception as error:
-        bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {get_first_line(error)}"
+        bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens on this machine: {get_first_line(error)}"
         raise ConfigError("model.path", model.spec.model.path, bound) from error
 
 
 def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_states: bool, pad_id: int = 0) -> Shapes:
-    """Return the shapes, with the largest number of rows for each length that fits into `most_bytes` of memory.
+    """Limit each padded length to the largest number of rows that fits into `most_bytes` of memory, and return the
+    shapes.
 
     Every length is measured with dummy examples.
 
@@ -193,7 +195,7 @@ def _compute_max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Call
 
 
 def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
-    """Run one step on a micro-batch along the code path that needs the most memory.
+    """Run one step on a micro-batch along the code path with the highest memory use.
 
     On this path one example fails, so the others are computed one at a time, and another example's gradient is NaN.  A
     record that causes this in a run needs no more memory than any other record.
@@ -214,7 +216,7 @@ def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_s
 
 
 def require_batch_invariance(moved: float, *, path: str, inexact_allowed: bool) -> None:
-    """Require that contributions are bit-identical in every micro-batch, or that rounding explains the difference.
+    """Check that contributions are bit-identical in every micro-batch, or differ only by rounding if that is allowed.
 
     Args:
         moved: the largest observed change of a contribution, in clip norms.
@@ -239,7 +241,7 @@ def require_batch_invariance(moved: float, *, path: str, inexact_allowed: bool) 
 
 
 class _Trial:
-    """Dummy examples of every shape, each cut into micro-batches in two different ways.
+    """Test data: dummy examples of every padded length, each cut into micro-batches in two different ways.
 
     Attributes:
         tried: called after each tested length.
@@ -303,8 +305,10 @@ class _Trial:
         return moved
 
     def _iter_regrouped_parts(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
-        """Yield micro-batches of the same examples in reverse order, in every other number of rows, and the longest
-        example alone.
+        """Yield the same examples in other micro-batches.
+
+        The longest example comes first in its own micro-batch. The other examples follow in reverse order, in
+        micro-batches of all other numbers of rows.
         """
         most_rows, *fewer = self._shapes.rows(length)
         choices = fewer or [most_rows]
@@ -336,8 +340,8 @@ class _Trial:
         return moved
 
     def _compute_contributions(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
-        """Compute gradients and contributions on the model's device, and clip the rows of a micro-batch together as in
-        a step.
+        """Compute the gradients and clipped contributions of a micro-batch on the model's device, as in a training
+        step.
         """
         there = gradients.compute_all_gradients(batch)
         chosen = {} if self._model.decided_by is None else {_DECIDED_BY: self._model.decided_by}
@@ -356,8 +360,8 @@ class _Trial:
 
 
 _Added: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-"""Gradients of n examples with the values behind discrete choices, by name; then the examples' contributions to a sum
-(`dp_step.compute_clipped_contributions`).  All tensors are on the CPU.
+"""Gradients of n examples by name, including the values that determine discrete choices, and the examples' clipped
+contributions (`dp_step.compute_clipped_contributions`).  All tensors are on the CPU.
 """
 
 
@@ -397,8 +401,9 @@ def _make_dummy_examples(
 
 
 def draw_text_lengths(longest: list[int], texts: int, draws: np.random.Generator) -> list[int]:
-    """Draw the text lengths of records with `texts` texts each; the longest text is at a different index from record to
-    record.
+    """Draw the text lengths of records with `texts` texts each.
+
+    The index of the longest text changes from record to record.
     """
     each = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
     return [int(length) for place, some in enumerate(each) for length in np.roll(some, place % texts)]
@@ -431,7 +436,7 @@ def list_frozen_values(model: TaskModel) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _randomize_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
-    """Replace the frozen weights by random ones, as in an untrained model, and restore them at the end of the block."""
+    """Replace the frozen weights by random weights, as in an untrained model, until the end of the block."""
     frozen = list_frozen_values(model)
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]

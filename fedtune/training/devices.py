@@ -58,12 +58,14 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
 HEARTBEAT_TIMEOUT_S = 600.0
-"""Timeout in seconds for the heartbeat of a worker, which is due after each micro-batch.  The duration of the work
-itself depends on the assignment of long records, and must not decide whether a round ends.
+"""Timeout in seconds for the heartbeat of a worker, which a worker sends after each micro-batch.
+
+The total duration of a step depends on the assignment of long records, so it must not end a round.
 """
 _differ: set[tuple[TaskModelSpec, RuntimeSpec, int]] = set()
-"""Models for which this machine's devices computed different bits in this process; they are refused without another
-trial.
+"""Models for which this machine's devices computed different bits in this process.
+
+Such models are refused without another trial.
 """
 _HEARTBEAT_S = 5.0
 _AT_WORK = "at work"
@@ -71,9 +73,7 @@ _Examples = SiteExamples | UserExamples
 
 
 class DeviceTrial(NamedTuple):
-    """Parameters of a device test: the arguments of `batch_invariance.max_batch_influence`, and the attention
-    kernels.
-    """
+    """Parameters of a device trial: arguments of `max_batch_influence`, and the choice of attention kernels."""
 
     shapes: Shapes
     keeps_states: bool
@@ -84,7 +84,7 @@ class DeviceTrial(NamedTuple):
 
     @property
     def trial_arguments(self) -> dict[str, Any]:
-        """The arguments for `max_batch_influence`."""
+        """The keyword arguments for `max_batch_influence`."""
         return {name: value for name, value in self._asdict().items() if name != "disable_fused_attention"}
 
     def run_trial(self, model: TaskModel, seed: int, told: Told = ignore_progress) -> Outcome:
@@ -102,7 +102,9 @@ class DeviceTrial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The outcome of a trial: the measured batch influence, in clip norms, and the SHA-256 (hex) of all results."""
+    """The outcome of a trial: the measured batch influence in clip norms, and the SHA-256 of all computed values in
+    hex.
+    """
 
     seed: int
     moved: float
@@ -110,7 +112,7 @@ class Outcome(NamedTuple):
 
 
 class Devices:
-    """The devices of a site, with one worker process for every device except the first one.
+    """The devices of a site, with one worker process for every device except the first.
 
     The workers start in the constructor, and end with this object.
 
@@ -138,7 +140,7 @@ class Devices:
         return len(self._places)
 
     def start_trials(self, trial: DeviceTrial, first: Outcome) -> None:
-        """Start the first device's trial on all other devices; `prepare_crew` compares the outcomes.
+        """Start the first device's trial on all other devices. `prepare_crew` compares the outcomes.
 
         The trial is repeated whenever the workers are restarted.
 
@@ -149,10 +151,12 @@ class Devices:
         self._crew.ask_all(_Device.compute_trial_bits, trial, first.seed)
 
     def prepare_crew(self) -> _Crew:
-        """Return the workers, after their trial was compared with the first device's; restart them after a failure.
+        """Return the workers, after comparing their trial with the first device's trial.
+
+        Workers are restarted after a failure.
 
         Raises:
-            ConfigError: the devices do not compute the same bits, or did not in an earlier trial of this process.
+            ConfigError: the devices do not compute the same bits, in this trial or an earlier trial of this process.
             RunError: a worker failed.
         """
         assert self._trial is not None, "devices are tried before they are used"
@@ -178,7 +182,7 @@ class Devices:
 
 
 class DividedUnits(Units):
-    """A site's units, divided among its devices, with the interface that `fedtune.training.local` trains on.
+    """A site's privacy units, divided among its devices, for training by `fedtune.training.local`.
 
     Args:
         devices: the site's devices.
@@ -231,7 +235,7 @@ class DividedUnits(Units):
         return crew
 
     def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[Any]]:
-        """Return a function that starts a step on the workers, and cuts this device's units into micro-batches."""
+        """Return a function that starts a step on all workers, and cuts the first device's units into micro-batches."""
 
         def cut(sampled: Places) -> Iterator[Any]:
             model, (mine, *others) = (
@@ -279,11 +283,13 @@ class DividedUnits(Units):
 
     def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
         """Raise an error: non-private gradients are not integers, so they are not supported on several devices."""
-        raise AssertionError("a step without privacy is taken on one device")
+        raise AssertionError("steps without privacy run on one device only")
 
 
 def choose_run_devices(runtime: RuntimeSpec) -> list[torch.device]:
-    """Return the devices of a run, starting with the first device; on a CPU, "devices" are processes that share it.
+    """Return the devices of a run, starting with the first device.
+
+    On a CPU, the "devices" are processes that share it.
 
     Raises:
         ConfigError: the machine has fewer GPUs.
@@ -313,11 +319,11 @@ _Member: TypeAlias = tuple[SpawnProcess, Connection]
 
 
 class _Crew:
-    """The worker processes by rank, starting at 1.  If a worker fails, all are terminated.
+    """The worker processes by rank, starting at 1. If a worker fails, all workers are terminated.
 
     Attributes:
         end: terminates the workers; also called when this object or this process ends.
-        forgotten: the numbers of units that workers can delete.
+        forgotten: the numbers of `DividedUnits` that no longer exist, so that workers can delete their shards.
 
     Raises:
         RunError: a worker failed, in the constructor and in every method.
@@ -344,7 +350,7 @@ class _Crew:
         return bool(self._asked) or not self.end.alive or not all(process.is_alive() for process, _ in self._members)
 
     def ask(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
-        """Make one worker call `what`, a method of `_Device`."""
+        """Send a call of `what`, a method of `_Device`, to one worker."""
         try:
             _, pipe = self._members[rank - 1]
             pipe.send((what, about, tuple(self.forgotten)))
@@ -353,7 +359,7 @@ class _Crew:
         self._asked.append(rank)
 
     def ask_all(self, what: Callable[..., Any], *about: Any) -> None:
-        """Make every worker call `what`, a method of `_Device`."""
+        """Send a call of `what`, a method of `_Device`, to every worker."""
         for rank in range(1, 1 + len(self._members)):
             self.ask(rank, what, *about)
         self.forgotten.clear()
@@ -387,8 +393,9 @@ class _Crew:
 
 
 def _set_send_timeout(pipe: Connection) -> None:
-    """Set a send timeout, so that a hung worker raises instead of blocking the sender.  Pipes on Windows have no
-    timeout.
+    """Set a send timeout, so that a hung worker raises an error instead of blocking the sender.
+
+    Pipes on Windows have no timeout.
     """
     if UNIX_SOCKETS < 0:
         return
@@ -397,7 +404,7 @@ def _set_send_timeout(pipe: Connection) -> None:
 
 
 def _kill_processes(members: Sequence[_Member]) -> None:
-    """Kill the workers immediately: they have no state to save."""
+    """Kill the worker processes immediately, because they have no state to save."""
     for process, pipe in members:
         process.kill()
         pipe.close()
@@ -406,7 +413,7 @@ def _kill_processes(members: Sequence[_Member]) -> None:
 
 
 class _Device:
-    """The worker in another device's process, with one method for each command."""
+    """The worker on another device, with one method for each command of the first device."""
 
     def __init__(self, model: TaskModel, at_work: Callable[[], None]) -> None:
         self._model, self._at_work = model, at_work

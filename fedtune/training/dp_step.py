@@ -1,7 +1,8 @@
 """One step of DP-SGD, written like Algorithm 1 of Abadi et al. 2016 (arXiv 1607.00133).
 
-Sample, clip, sum, add noise, divide, step.  Together with `fedtune.privacy.mechanism`, this file is the complete
-argument that one step is one `PoissonSampledDpEvent(rate, GaussianDpEvent(noise_multiplier))`.
+A step samples, clips, sums, adds noise, divides, and calls the optimizer. Together with `fedtune.privacy.mechanism`,
+this file is the complete argument that one step is one `PoissonSampledDpEvent(rate,
+GaussianDpEvent(noise_multiplier))`.
 
 This file samples and clips privacy units.  A unit is a record, with the gradient of its own loss, or a user, with the
 mean gradient of the user's records.  `Records` and `UnitGradients` hide the difference.
@@ -39,15 +40,17 @@ _LANES = 1024  # in which an accelerator adds up a row's squares: a power of two
 
 
 def add_nothing(sums: TensorSums, max_grad_norm: float) -> int:
-    """Add nothing, and return 0 units: the default of `Records.add_others` for a site with one device."""
+    """Return 0 units without changing `sums`: the default of `Records.add_others`, for a site with one device."""
     return 0
 
 
 class UnitGradients(Protocol):
-    """Interface that computes one gradient for each of the n units in a micro-batch: name -> (n, *parameter shape)."""
+    """Interface for the per-unit gradients of a micro-batch."""
 
     def compute_gradients(self, batch: Any, /) -> dict[str, torch.Tensor]:
-        """Compute the gradients; rows without a unit are zero.
+        """Compute the gradient of each of the n units in `batch`: name -> (n, *parameter shape).
+
+        Rows without a unit are zero.
 
         Each gradient depends on its own unit alone, bit for bit.
         """
@@ -56,7 +59,7 @@ class UnitGradients(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """A site's training records, counted, sampled and batched in privacy units."""
+    """A site's training records as privacy units, for sampling and batching."""
 
     count: int  # number of units; never leaves the site
     declared_size: int  # the size that the site publishes, used in the step's denominator
@@ -78,7 +81,7 @@ def take_dp_sgd_step(
     noise: RandomStream,
     correct: Correction | None = None,
 ) -> None:
-    """Take one private step on `parameters`.
+    """Take one DP-SGD step on `parameters`.
 
     Guarantee: the changes depend on the records only through one Gaussian mechanism with standard deviation
     `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors, one per unit, whose joint L2 norm over all
@@ -88,7 +91,7 @@ def take_dp_sgd_step(
     noise like any other sample.
 
     Args:
-        gradients: computes the gradient of each unit.
+        gradients: computes the per-unit gradients of a micro-batch.
         records: the site's units.
         plan: the sampling rate, the clip norm and the noise multiplier.
         parameters: the trained tensors by name; exactly the tensors of `optimizer`.
@@ -112,7 +115,7 @@ def sum_sampled_gradients(
     parameters: Mapping[str, nn.Parameter],
     sampling: RandomStream,
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the sum of a Poisson sample's clipped gradients by name, in cells and without noise.
+    """Sum the clipped gradients of a Poisson sample by name, in cells and without noise.
 
     The caller must not release the sum.
 
@@ -128,7 +131,7 @@ def sum_sampled_gradients(
 
 
 def make_zero_sums(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
-    """Return zero sums in the parameters' shapes, in int64, so that the order of addition does not matter."""
+    """Create zero sums in the parameters' shapes, as int64, so that the order of addition does not matter."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
 
@@ -222,8 +225,9 @@ def _compute_exact_squared_norms(whole: torch.Tensor) -> torch.Tensor:
 
 
 def _is_within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Whether each unit (n,) is within the clip norm, from the squared norms (n, lanes) of its tensors; False for
-    NaN.
+    """Check for each of n units whether its joint norm is within the clip norm; False for NaN.
+
+    `squares` contains the (n, lanes) squared norms of each tensor.
     """
     return _sum_in_fixed_order(squares) <= CLIP_NORM_CELLS**2
 
@@ -246,8 +250,9 @@ def _compute_squared_row_norms(values: torch.Tensor) -> torch.Tensor:
 
 
 def sum_by_halves(values: torch.Tensor) -> torch.Tensor:
-    """Sum (n, t, ...) to (n, ...) by pairwise halves, because the order of torch's own sum could depend on the number
-    of rows.
+    """Sum (n, t, ...) to (n, ...) by adding pairwise halves.
+
+    The order of torch's own sum could depend on the number of rows.
 
     Each addition has two operands and follows IEEE 754 on any device, and each sum uses its own row only.
     """

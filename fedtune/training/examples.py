@@ -36,7 +36,7 @@ def ignore_progress(done: int, total: int) -> None:
 
 
 def assign_device(unit: int, num_devices: int) -> int:
-    """Return the device index of a unit, a function of the unit's index only."""
+    """Return the index of the device that computes a unit's gradient. It depends only on the unit's index."""
     return unit % num_devices
 
 
@@ -46,7 +46,7 @@ def select_units_on_device(rank: int, num_devices: int, count: int) -> Places:
 
 
 class Units(ABC):
-    """A site's privacy units: sampled by a step, cut into micro-batches, and each with one gradient."""
+    """Interface of a site's privacy units, which a training step samples and cuts into micro-batches."""
 
     unit: Unit  # the privacy unit
 
@@ -56,17 +56,20 @@ class Units(ABC):
 
     @abstractmethod
     def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterable[Any]]:
-        """Return a function that cuts a step's sampled units into micro-batches.
+        """Return a function that cuts the sampled units of a step into micro-batches.
 
         `stream` draws the records of each unit.
         """
 
     def convert_gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """Convert per-example gradients to per-unit gradients; the default is the identity, for record units."""
+        """Convert per-example gradients to per-unit gradients.
+
+        The default, for record units, returns them unchanged.
+        """
         return of_each
 
     def add_other_devices(self, sums: TensorSums, max_grad_norm: float) -> int:
-        """Add the sums of other devices (`Records.add_others`); the default, for one device, adds nothing."""
+        """Add the sums of other devices (`Records.add_others`). The default, for one device, adds nothing."""
         return add_nothing(sums, max_grad_norm)
 
     @abstractmethod
@@ -130,11 +133,11 @@ class SiteExamples(Units):
         return batch.to(self.device)
 
     def make_batcher(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
-        """Return `cut`, because record units need no random draws."""
+        """Return `cut`, because record units use no random draws."""
         return self.cut
 
     def draw_records(self, records: Places, stream: RandomStream) -> Sequence[Places]:
-        """Return each record as a group of one record, the interface of `UserExamples.draw_records`."""
+        """Return each record as a group of one record, like `UserExamples.draw_records` for users."""
         return list(records[:, None])
 
     def batch_units(self, drawn: Sequence[Places]) -> Iterator[Batch]:
@@ -251,7 +254,7 @@ class SiteExamples(Units):
 def _compute_each(
     compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, missing: float
 ) -> torch.Tensor | None:
-    """Run `compute` on a batch, and fill in `missing` for examples that cannot be computed.
+    """Run `compute` on a batch, with the value `missing` for examples that cannot be computed.
 
     Returns:
         (rows or examples, ...), or None if `compute` returns None.

@@ -28,7 +28,7 @@ from fedtune.training.spec import TrainingSpec
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOfTraining:
-    """Inputs of one round of local training, apart from the model, the adapter and the units."""
+    """Inputs of one round of local training except the model, the adapter and the privacy units."""
 
     site: str
     round: int  # from 1; selects the learning rates in the schedule
@@ -56,7 +56,7 @@ def train_round(
     Guarantee: with noise, both results are post-processing of `work.plan.event()` on the units of `work.plan.unit`, of
     the received adapter and arrays, and of the earlier state.  Without noise there is no guarantee.
     """
-    assert work.plan.shared is None, "one share of the noise is not enough for a release of its own"
+    assert work.plan.shared is None, "a single noise share does not protect a site's own release"
     frozen = list_frozen_tensors(model.spec.lora, work.algorithm, model.trainable(), round=work.round, sent=work.sent)
     with model.freeze_tensors(frozen):
         parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
@@ -94,8 +94,9 @@ def train_round(
 
 
 class SiteHalf:
-    """An algorithm's site half during one round: corrects each noised gradient, and accumulates gradients for the
-    state.
+    """The site side of a federated algorithm in one round.
+
+    It corrects each noised gradient, and sums the noised gradients for the algorithm's next state.
 
     Args:
         work: the round, with the algorithm, the received arrays and the site's state.
@@ -111,14 +112,14 @@ class SiteHalf:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._parameters.items()}
 
     def correct(self, gradient: NoisedGradient) -> Arrays:
-        """Return the corrected gradient for the optimizer's step."""
+        """Correct a noised gradient for the optimizer's step, and add it to the round's sum."""
         if self._algorithm.keeps_state:
             for name, value in gradient.values.items():
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
         return self._algorithm.correct_gradient(gradient, self._copy_weights(), self._at)
 
     def next_state(self) -> Arrays:
-        """Return the state after the round's last step."""
+        """Return the algorithm's state at this site after the last step of the round."""
         steps = np.float32(self._steps)
         mean = NoisedGradient({name: total / steps for name, total in self._sums.items()})
         return self._algorithm.next_state(mean, self._at)
@@ -127,7 +128,7 @@ class SiteHalf:
 def list_frozen_tensors(
     lora: LoraSpec, algorithm: LocalAlgorithm, names: Iterable[str], *, round: int, sent: Arrays
 ) -> frozenset[str]:
-    """Return the names of the adapter's tensors that do not train in a round, from public values alone."""
+    """Return the names of the adapter tensors that are frozen in a round. They depend on public values only."""
     names, part = list(names), lora.get_frozen_name_part(round)
     return algorithm.frozen_tensors(names, sent) | {name for name in names if part is not None and part in name}
 
@@ -135,8 +136,7 @@ def list_frozen_tensors(
 def compute_round_share(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Return a site's share of one secure aggregation: the clipped gradient sum at `adapter`, plus the site's noise
-    share.
+    """Compute a site's input to one secure aggregation: its clipped gradient sum at `adapter` plus its noise share.
 
     The received adapter is clamped to the site's limit on absolute values, as in `train_round`.
 
@@ -144,8 +144,8 @@ def compute_round_share(
         Integers in cells of 2**-cell_bits of the clip norm, with the adapter's names and shapes.
 
     Guarantee: an observer who sees the share only inside a sum with the shares of as many honest sites as the plan
-    counts learns at most what `work.plan.event()` allows.  On its own, the share is protected by one share of the noise
-    only.
+    counts learns at most what `work.plan.event()` allows.  Outside a sum, only the site's own noise share protects the
+    result.
     """
     parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
     with record_gradients(model) as gradients:
@@ -194,7 +194,7 @@ def take_plain_step(
     sampling: RandomStream,
     correct: Correction | None = None,
 ) -> None:
-    """Take the step of `take_dp_sgd_step` without clipping and noise.  Guarantee: none."""
+    """Take an optimizer step on a Poisson sample without clipping and noise. Guarantee: none."""
     batches = records.cut(draw_poisson_sample(records.count, plan.sampling_rate, sampling))
     set_mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
     if correct is not None:

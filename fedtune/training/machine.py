@@ -1,4 +1,4 @@
-"""Detection of this machine's devices, memory and speed, and preparation of a task model for it."""
+"""Detection of this machine's devices, memory and speed, and preparation of a task model for this machine."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MOST_TIMED, _ENOUGH_S = 512, 0.7  # maximum tokens of the timed micro-batch, and total seconds of its passes
 _GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
 _TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 16384, 512, 2048
-"""Default numbers of tokens in a micro-batch.  On a CPU a larger micro-batch is no faster, and the trial before the run
-takes longer (simulations/benchmarks); on a GPU a smaller one leaves the device idle (simulations/gpu).
+"""Default numbers of tokens in a micro-batch.
+
+On a CPU, a larger micro-batch is no faster, and the trial before the run takes longer (simulations/benchmarks); on a
+GPU a smaller one leaves the device idle (simulations/gpu).
 """
 _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
-"""Shares of the memory that the model leaves free: a GPU belongs to the run, a CPU's memory is shared with other
-processes.
+"""Fractions of the memory that the model leaves free.
+
+A GPU is used by the run only, a CPU's memory by other processes as well.
 """
 
 
@@ -58,7 +61,7 @@ def resolve_device(wanted: str, *, must_exist: bool = True) -> torch.device:
     there = None if wanted == "cpu" else find_accelerator()
     if wanted == "cuda" and (there is None or there.type != "cuda"):
         if must_exist:
-            bound = "needs a GPU and a torch build with CUDA; set it to 'auto' or 'cpu' on this machine"
+            bound = "requires a GPU and a torch build with CUDA; set it to 'auto' or 'cpu' on this machine"
             raise ConfigError("runtime.device", wanted, bound)
         there = None
     return there or torch.device("cpu")
@@ -95,10 +98,10 @@ def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_l
 
 
 def _keep_freed_memory() -> None:
-    """Keep freed memory in glibc for the next step, instead of returning large blocks to the system.
+    """Configure glibc's malloc to reuse freed memory in the next step instead of returning large blocks to the system.
 
     Returned blocks cost 8,000 page faults per step of MiniLM, and 4 % of its time (simulations/benchmarks).  The peak
-    memory of the process does not change, but it is held until the process ends.
+    memory of the process does not change, but this memory remains allocated until the process ends.
     """
     with suppress(OSError, AttributeError):  # another C library
         allocator = ctypes.CDLL(None).mallopt
@@ -122,11 +125,12 @@ def count_threads(runtime: RuntimeSpec) -> int:
 
 
 def choose_num_processes(runtime: RuntimeSpec, *, gradients: float) -> int:
-    """Return the number of processes that share each step: `runtime.num_devices`, or a number for this CPU if it is
-    null.
+    """Choose the number of processes that share each step.
 
-    Two threads are hardly faster on a micro-batch than one, but two processes are on two micro-batches.  Starting a
-    process, however, takes as long as several thousand gradients.
+    The result is `runtime.num_devices` if it is set, otherwise a number that suits this CPU.
+
+    A second thread hardly speeds up a micro-batch, but a second process computes another micro-batch at the same time.
+    Starting a process, however, takes as long as several thousand gradients.
 
     Args:
         runtime: settings of a simulation.
@@ -143,7 +147,7 @@ def choose_num_processes(runtime: RuntimeSpec, *, gradients: float) -> int:
 
 
 def choose_micro_batch_shapes(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
-    """Return the shapes of a run's micro-batches on this machine, from public settings alone."""
+    """Choose the micro-batch shapes of a run on this machine from public settings only."""
     positions = get_max_positions(model.base.get_base_model())
     most = micro_batch_tokens(runtime, model.device) // model.spec.texts
     fixed = get_input_for(model.spec).is_fixed
@@ -163,7 +167,9 @@ def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
 
 
 def compute_step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
-    """Return the memory budget of a micro-batch in bytes: by default a share of the machine's memory, minus the model.
+    """Return the memory budget of a micro-batch in bytes.
+
+    The default is a fraction of the memory that the model leaves free.
 
     The default does not depend on the free memory at the moment, which could depend on the records of an earlier run.
     """
@@ -211,7 +217,7 @@ def measure_peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counter of the bytes of tensors in its context, from their creation by an operator until they are freed.
+    """Context that counts the bytes of tensors created by torch operators until the tensors are freed.
 
     Attributes:
         peak: the peak number of bytes.
@@ -241,7 +247,8 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _iter_storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of all tensors in `values` and its nested lists; oneDNN tensors have none and are skipped.
+    """Yield the storages of all tensors in `values` and its nested lists. oneDNN tensors have no storage and are
+    skipped.
 
     The traversal is written by hand, because torch's generic tree traversal took a third of the time of
     `measure_peak_bytes`.
@@ -255,10 +262,10 @@ def _iter_storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
 
 
 def do_frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
-    """Whether the frozen layers' outputs for `num_tokens` tokens fit into the memory budget of the cache."""
+    """Whether the cached outputs of the frozen layers for `num_tokens` tokens fit into the memory budget."""
     set_aside: float | None = runtime.kept_states_mib
     if set_aside is None:
-        try:  # a quarter of what is available, so that a process leaves room for others
+        try:  # a quarter of the available memory, which leaves room for other processes
             lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
             set_aside = int(lines["MemAvailable"].split()[0]) / 2**10 / 4
         except (OSError, ValueError, LookupError):  # not Linux
@@ -267,8 +274,9 @@ def do_frozen_states_fit(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: 
 
 
 def find_frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
-    """Return the folder for cached outputs that do not fit in memory; None without a folder, or if its disk has too
-    little space.
+    """Return the folder for cached outputs that do not fit in memory.
+
+    None if no folder is configured, or if its disk has too little free space.
 
     Raises:
         ConfigError: the folder does not exist, or is not writable.
@@ -288,7 +296,8 @@ def find_frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tok
 def choose_hidden_states_location(
     model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int
 ) -> tuple[bool, Path | None]:
-    """Return whether to cache the frozen layers' outputs for `num_tokens` tokens, and the folder (None for memory).
+    """Decide whether to cache the frozen layers' outputs for `num_tokens` tokens, and in which folder (None: in
+    memory).
 
     Raises:
         ConfigError: as in `find_frozen_states_folder`, if the outputs do not fit in memory.
@@ -356,7 +365,7 @@ def measure_example_seconds(
 
 
 def _measure_seconds(model: TaskModel, work: Callable[[], object]) -> float:
-    """Return the shortest of a few passes of `work`, in seconds.
+    """Measure a few passes of `work`, and return the shortest duration in seconds.
 
     The first pass also warms up; a slow first pass is the only one.
     """

@@ -1,8 +1,9 @@
-"""The number format for `model.dtype=auto`: float32, or mixed precision if this machine multiplies faster in it.
+"""The number format for `model.dtype=auto`: float32, or mixed precision if it makes matrix products faster on this
+machine.
 
 A short measurement decides, because CPU feature lists do not predict the speed: two threads of one process can lose the
 gain of one thread, and CPUs without bfloat16 instructions only lose time by rounding.  The format changes the rounding
-of a run and not its guarantee: the batch-invariance test runs afterwards, in the selected format
+of a run, but not its guarantee: the batch-invariance test runs afterwards in the selected format
 (`fedtune.training.batch_invariance`).
 """
 
@@ -39,15 +40,15 @@ def choose_number_format(
     allowed: Container[str] = (FLOAT32, MIXED),
     told: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """Return the format for `model.dtype=auto` on this machine: "float32" or "mixed".
+    """Choose the number format for `model.dtype=auto` on this machine: "float32" or "mixed".
 
     The measurement runs once per process for each model and machine setting, so that compared runs use the same format.
 
     Args:
         model: the base model, whose matrix products are measured.
         runtime: the run's settings, with the number of devices that share a step.
-        allowed: the formats that every site accepts.  Formats outside are not measured; the result is float32 if
-            neither format is allowed.
+        allowed: the formats that every site accepts. Only these formats are measured. The result is float32 if neither
+            format is allowed.
         told: receives a one-sentence summary of the choice, for the terminal.
 
     Raises:

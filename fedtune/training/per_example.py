@@ -1,4 +1,4 @@
-"""Per-example gradients of a batch by Opacus's grad samplers; `dp_step.py` clips and sums them.
+"""Per-example gradients of a batch from Opacus's grad samplers. `dp_step.py` clips and sums these gradients.
 
 Opacus's own hooks are not used, because they also compute the gradient of the whole batch, and copy every example's
 gradient into a tensor of zeros.  With LoRA on all linear modules of MiniLM that took a fifth of a step
@@ -103,8 +103,9 @@ class PerExampleGradients:
 def _scales_grad_sampler(
     layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Return the per-example gradient of the offset in x * (1 + offset): the sum of x times the output gradient over
-    tokens.
+    """Compute the per-example gradient of the offset in x * (1 + offset).
+
+    The gradient is the sum over tokens of x times the output gradient.
 
     x has the shape (n, t, k).
     """
@@ -114,8 +115,8 @@ def _scales_grad_sampler(
 def _zero_rows_without_states(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Zero the gradient of every example whose cached frozen states are missing for any of its texts.
 
-    Such an example then counts as it does without cached states.  Only the example's own states decide this, and no
-    other gradient changes.
+    Such an example then counts as zero, as it does without cached states. The result depends on the example's own
+    states only, and no other gradient changes.
     """
     if batch.prefix is None:
         return gradients
@@ -167,7 +168,7 @@ def _detach_parameters(module: nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def _run_watched_forward(module: nn.Module, constant: nn.Module, found: Found, values: torch.Tensor) -> torch.Tensor:
-    """Return the output (n, ..., k) for `values` (n, ..., j); its backward pass records per-example gradients."""
+    """Return the output (n, ..., k) for `values` (n, ..., j), whose backward pass records per-example gradients."""
     vars(constant)["_parameters"] = _detach_parameters(module)  # the current values, for example after a step
     output: torch.Tensor = constant.forward(values)
     trained = next(module.parameters())

@@ -1,4 +1,4 @@
-"""Settings of local training and of the machine; settings of the machine affect only rounding and speed."""
+"""Settings of local training and of the machine. The machine settings affect only rounding and speed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class TrainingSpec:
         unclipped_learning_rate: replaces `learning_rate` in a run without privacy, whose unclipped gradients are
             several times larger; null: `learning_rate`.
         unclipped_head_learning_rate: replaces `head_learning_rate` in the same way.
-        weight_decay: decoupled for AdamW, added to the gradient for SGD.
+        weight_decay: the weight decay; decoupled with AdamW, added to the gradient with SGD.
         momentum: SGD's momentum.
         betas: AdamW's betas.
-        schedule: the shape of the learning rate over the run's global steps, after the warm-up.
+        schedule: the learning-rate schedule over the run's global steps, after the warm-up.
         warmup_steps: the number of global steps over which the learning rate rises linearly.
         ignore_weak_signal: true trains even if a run is unlikely to learn anything, because the noise moves the adapter
             much further than all records together can (docs/planning.md); false stops the run before round 1.
@@ -51,7 +51,7 @@ class TrainingSpec:
         if self.learning_rate != "auto":
             _check_rate("learning_rate", self.learning_rate)
         elif self.optimizer != "adamw":
-            raise ConfigError("learning_rate", "auto", "needs training.optimizer=adamw")
+            raise ConfigError("learning_rate", "auto", "requires training.optimizer=adamw")
         for key in ("head_learning_rate", "unclipped_learning_rate", "unclipped_head_learning_rate"):
             if getattr(self, key) is not None:
                 if self.learning_rate == "auto":
@@ -92,8 +92,9 @@ class TrainingSpec:
 
 _ADAM_PATH = 0.18  # the rate for a run of one step with a signal-to-noise ratio of 1 (simulations/own_data)
 STUDIED_SCALE = 0.5
-"""`lora.scale` in the study.  LoRA multiplies B A by this scale, so with another scale another learning rate moves the
-weights equally far.
+"""`lora.scale` in the study.
+
+LoRA multiplies B A by this scale, so the learning rate has to be adapted to another scale.
 """
 _CLEAR, _WITHOUT_NOISE = 4.0, 1.5
 """Signal-to-noise ratio above which the rate no longer grows, and the ratio assumed without noise, where a ratio of 4
@@ -131,7 +132,7 @@ def _check_rate(key: str, value: float) -> None:
 
 @spec
 class Machine:
-    """Settings of the machine of a run or a site, which affect only rounding and speed.
+    """Machine settings of a run or a site, which affect only rounding and speed.
 
     In a `site.toml`, 0 or "" means null.
 
@@ -184,14 +185,16 @@ class Machine:
 
 @spec
 class RuntimeSpec(Machine):
-    """Settings of where and how fast a run executes.  Only `seeded_noise` affects the guarantee, and it marks the run.
+    """Settings that determine where and how fast a run executes.
+
+    Only `seeded_noise` affects the guarantee, and it marks the run.
 
     Attributes:
         kind: "simulation" (in this process), "ray" (Flower's simulation engine, by `flwr run`) or "deployment" (real
             sites).
         seeded_noise: true derives noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
-        sites_dir: the folder in which simulated sites keep policy, key and ledger across runs; null: each run creates
-            them in its run folder.
+        sites_dir: the folder in which simulated sites store policy, key and ledger across runs; null: each run creates
+            new files in its run folder.
         ray_address: the address of a running Ray cluster with a node on this machine, "HOST:PORT" or "auto"; null: with
             runtime=ray, a cluster is started for the run, on this machine only.
         sites_per_gpu: the number of sites that share a GPU with runtime=ray; null: the smallest number with which all
@@ -211,7 +214,7 @@ class RuntimeSpec(Machine):
         Machine.__post_init__(self)
         for key in ("ray_address", "sites_per_gpu"):
             if getattr(self, key) is not None and self.kind != "ray":
-                raise ConfigError(key, getattr(self, key), "needs runtime=ray")
+                raise ConfigError(key, getattr(self, key), "requires runtime=ray")
         if self.ray_address is not None:
             if not re.fullmatch(r"auto|[^\s/]+:\d+", self.ray_address):
                 raise ConfigError("ray_address", self.ray_address, "must be HOST:PORT, or auto")
@@ -225,5 +228,5 @@ class RuntimeSpec(Machine):
 
     @property
     def devices(self) -> int:
-        """The number of devices that share each step; 1 by default."""
+        """The number of devices that share each training step, 1 by default."""
         return self.num_devices or 1

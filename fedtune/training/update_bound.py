@@ -1,4 +1,4 @@
-"""Bounds on an adapter's change in one round of honest training; leads refuse larger updates.
+"""Bounds on the change of an adapter in one round of honest training. Leads refuse larger updates.
 
 The bounds use public numbers only.  A step's gradient is a clipped sum plus noise, over a public denominator, and the
 optimizer turns it into a move of bounded length.  An update that moved further was not trained under the plan, even if
@@ -29,7 +29,10 @@ _ROUNDING = 1e-3  # relative slack: training rounds to float32, and these bounds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateBound:
-    """Bounds on the change of an adapter in one round; infinite if training is unbounded."""
+    """Bounds on the change of an adapter in one round.
+
+    The bounds are infinite if nothing limits the optimizer's steps.
+    """
 
     value: Mapping[str, float]  # name of a tensor -> maximum move of one of its values away from 0
     norm: float  # maximum L2 norm of all moves together
@@ -117,7 +120,7 @@ def _bound_gradient(algorithm: LocalAlgorithm, noised: float, sent: float, moved
 
 
 def _flatten(arrays: Arrays) -> np.ndarray:
-    """Return all values in float64, followed by a 0, so that the result is never empty."""
+    """Concatenate all values in float64, with a leading 0, so that the result is never empty."""
     return np.concatenate([np.zeros(1), *(value.ravel() for value in arrays.values())]).astype(np.float64)
 
 
@@ -146,8 +149,7 @@ def _bound_move(
 
 @lru_cache(maxsize=4096)
 def _bound_adam_ratio(betas: tuple[float, float], step: int) -> float:
-    """Return an upper bound on Adam's bias-corrected mean divided by its root mean square, for one value after `step`
-    steps.
+    """Bound the ratio of Adam's bias-corrected mean to its root mean square, for one value after `step` steps.
 
     The bound follows from the Cauchy-Schwarz inequality on the gradients' weights in both means.
     """

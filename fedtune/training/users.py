@@ -25,9 +25,7 @@ from fedtune.training.examples import Places, SiteExamples, Told, Units, ignore_
 
 @dataclass(frozen=True, eq=False)
 class UserBatch:
-    """A group of users with all their sampled records, whose mean gradients are computed over one or more
-    micro-batches.
-    """
+    """A group of users with their sampled records, which one or more micro-batches contain."""
 
     contributions: Sequence[Places]  # for each user, the indices of the sampled records
     examples: SiteExamples  # the site's records
@@ -38,7 +36,7 @@ class UserBatch:
     def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
         """Yield micro-batches of n records, with each record's user (n,) and its weight in that user's mean (n,).
 
-        Both arrays are on the host, so that adding rows never waits for a device.  The order of a user's records
+        Both arrays are in host memory, so that adding rows never waits for a device.  The order of a user's records
         depends on these records alone.
         """
         counts = np.array([len(records) for records in self.contributions])
@@ -52,7 +50,7 @@ class UserBatch:
 
 
 class UserGradients:
-    """The mean of each user's per-example gradients, which `dp_step.add_clipped` then clips once.
+    """Per-user mean gradients, each of which `dp_step.add_clipped` clips once.
 
     Args:
         examples: computes the gradient of each single example.
@@ -135,7 +133,7 @@ class UserExamples(Units):
         return [records[choose_records(len(records), self.most_records, stream)] for records in each]
 
     def batch_units(self, drawn: Sequence[Places]) -> Iterator[UserBatch]:
-        """Cut users, each given by its sampled records, into batches.
+        """Cut users, each represented by its sampled records, into batches.
 
         A user's contribution to a sum is bit-identical in every batch.
         """

@@ -84,7 +84,7 @@ def test_each_new_setting_undergoes_the_batch_invariance_trial(other: Any, monke
 
 
 def test_failed_trial_is_repeated_and_refused_each_time(trial_calls: Tries) -> None:
-    trial_calls.moved = ConfigError("model.path", "tiny", "cannot be trained on examples of 24 tokens here")
+    trial_calls.moved = ConfigError("model.path", "tiny", "cannot be trained on examples of 24 tokens on this machine")
     for number in (1, 2, 3):
         with pytest.raises(ConfigError, match="cannot be trained"):
             LoadedModel(make_letters())

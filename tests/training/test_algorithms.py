@@ -282,7 +282,7 @@ def test_secure_aggregation_refuses_unsupported_algorithms(name: str) -> None:
     ("changes", "message"),
     [
         ({"algorithm": "fedyogi"}, "algorithm = 'fedyogi': must be one of fedavg, fedprox, scaffold, aslora"),
-        ({"algorithm": "scaffold"}, "algorithm = 'scaffold': requires training.optimizer = sgd: an update of another"),
+        ({"algorithm": "scaffold"}, "algorithm = 'scaffold': requires training.optimizer = sgd: the mean gradient"),
         ({"algorithm": "fedprox", "algorithm_settings": {"mu": 0.0}}, "algorithm_settings.mu = 0.0: must be a finite"),
         (
             {"algorithm": "fedprox", "algorithm_settings": {"nu": 1}},
@@ -290,7 +290,7 @@ def test_secure_aggregation_refuses_unsupported_algorithms(name: str) -> None:
         ),
         (
             {"algorithm_settings": {"mu": 1.0}},
-            "algorithm_settings.mu = 1.0: is not a setting of fedavg, which has none",
+            "algorithm_settings.mu = 1.0: is not a setting of fedavg; its own settings: none",
         ),
         ({"algorithm": "aslora", "algorithm_settings": {"retry_after": 1}}, "algorithm_settings.retry_after = 1: must"),
     ],

@@ -294,7 +294,7 @@ def test_record_dependent_failure_is_a_configuration_error(error: type[Exception
 
     handle = embedding.register_forward_pre_hook(fail_on_last)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    said = r"model\.path .*cannot be trained on examples of 24 tokens here: .*no such id"
+    said = r"model\.path .*cannot be trained on examples of 24 tokens on this machine: .*no such id"
     require_refused(model, said, keeps=keeps)
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     handle.remove()
@@ -317,7 +317,7 @@ def test_length_without_positions_is_refused_before_training() -> None:
     model = build_fresh()
     too_long = model.base.config.max_position_embeddings + 8
     said, shapes = (
-        r"model\.path .*cannot be trained on examples of \d+ tokens here",
+        r"model\.path .*cannot be trained on examples of \d+ tokens on this machine",
         Shapes((8, too_long), max_tokens=64),
     )
     require_refused(model, said, shapes=shapes)

@@ -120,7 +120,7 @@ def test_states_on_disk_are_private_and_unnamed(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
 def test_missing_gpu_is_refused_except_for_planning() -> None:
     assert resolve_device("auto").type == "cpu"
-    with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda': needs a GPU"):
+    with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda': requires a GPU"):
         resolve_device("cuda")
     assert resolve_device("cuda", must_exist=False).type == "cpu"
 

@@ -1,1 +1,1 @@
-"""Federated algorithms, one module each with the site's half, the lead's half and the settings."""
+"""Federated algorithms. Each module contains the site side, the lead side and the settings of an algorithm."""

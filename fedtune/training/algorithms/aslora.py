@@ -1,8 +1,8 @@
-"""AS-LoRA (Kim et al. 2026, arXiv 2605.05769): in each round every layer trains one factor, A or B, selected by a
-score.
+"""AS-LoRA (Kim et al. 2026, arXiv 2605.05769): in each round, every layer trains only one LoRA factor.
 
-With one factor fixed, the average of the sites' products B A is exact, and noise enters one factor only.  The lead
-scores both factors of each layer from the noised updates, and tells the sites which factor to train.
+With one factor fixed, the average of the sites' products B A is exact, and noise enters one factor only. The lead
+computes a score of each factor, A and B, from the noised updates, and sends the selected factor of each layer to the
+sites.
 
 The score is the decrease of the loss predicted by a second-order model, |g|**2 / curvature.  In the product B A, the
 curvature of a factor is the curvature of the loss in W times the other factor's squared norm, and the curvature in W is
@@ -21,7 +21,7 @@ from fedtune.spec import check_at_least, check_fraction, spec
 from fedtune.training.algorithms.local_algorithm import Arrays, LocalAlgorithm, Requirements, RoundOutcome
 
 _A, _B = ".lora_A.", ".lora_B."
-_SGD = "an update of another optimizer does not show the mean gradient"
+_SGD = "the mean gradient cannot be computed from the updates of other optimizers"
 _SMALLEST = 1e-12  # lower limit on a factor's squared norm, because B starts at zero
 
 
@@ -31,7 +31,7 @@ class AsLoraSettings:
 
     Attributes:
         smoothing: the weight of earlier rounds in a factor's score.
-        retry_after: the number of idle rounds after which a factor trains again regardless of its score.
+        retry_after: the number of rounds without training after which a factor trains again regardless of its score.
     """
 
     smoothing: float = 0.5
@@ -47,11 +47,11 @@ class AsLora(LocalAlgorithm):
 
     name = "aslora"
     settings = AsLoraSettings
-    not_in_sums = "all tensors of a sum take the same step"
+    not_in_sums = "secure aggregation trains all tensors in every round"
     requires: ClassVar[Requirements] = {
-        "lora.kind": ("lora", "it chooses between LoRA's two factors"),
-        "lora.train_a": (True, "it chooses between LoRA's two factors"),
-        "lora.alternate": (False, "it chooses the factor itself"),
+        "lora.kind": ("lora", "AS-LoRA selects one of the two LoRA factors"),
+        "lora.train_a": (True, "AS-LoRA selects one of the two LoRA factors"),
+        "lora.alternate": (False, "AS-LoRA selects the factor of each layer by its score"),
         "training.optimizer": ("sgd", _SGD),
         "training.momentum": (0.0, _SGD),
         "training.weight_decay": (0.0, _SGD),

@@ -14,9 +14,9 @@ class FedAdamSettings:
 
     Attributes:
         server_learning_rate: the lead's learning rate.
-        beta_1: the decay of the first moment.
-        beta_2: the decay of the second moment.
-        tau: the degree of adaptivity.
+        beta_1: the decay rate of the first moment.
+        beta_2: the decay rate of the second moment.
+        tau: the degree of adaptivity, added to the root of the second moment.
     """
 
     server_learning_rate: float = 0.1
@@ -36,7 +36,7 @@ class FedAdam(LocalAlgorithm):
 
     name = "fedadam"
     settings = FedAdamSettings
-    not_in_sums = "the optimizer of the sites steps at the lead there"
+    not_in_sums = "with secure aggregation, the lead runs the optimizer of `training` instead"
 
     @property
     def flower_strategy(self) -> tuple[str, Mapping[str, float]]:

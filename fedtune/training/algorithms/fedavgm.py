@@ -30,7 +30,7 @@ class FedAvgM(LocalAlgorithm):
 
     name = "fedavgm"
     settings = FedAvgMSettings
-    not_in_sums = "the optimizer of the sites steps at the lead there"
+    not_in_sums = "with secure aggregation, the lead runs the optimizer of `training` instead"
 
     @property
     def flower_strategy(self) -> tuple[str, Mapping[str, float]]:

@@ -1,7 +1,7 @@
 """FedProx (Li et al. 2020, arXiv 1812.06127): a proximal term pulls each site towards the adapter that it received.
 
 The proximal term mu / 2 * |w - w_sent|**2 has the gradient mu * (w - w_sent), which depends on no record.  It is added
-after clipping and noise, so it uses none of the clip norm, and a step stays post-processing of its noised sum.
+after clipping and noise, so it does not use up the clip norm, and a step remains post-processing of its noised sum.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class FedProxSettings:
 
 
 class FedProx(LocalAlgorithm):
-    """FedAvg with a proximal term in every local step; it is zero in the first step of a round."""
+    """FedAvg with a proximal term in every local step. The term is zero in the first step of a round."""
 
     name = "fedprox"
     settings = FedProxSettings
-    not_in_sums = "in the only step of a round there is nothing to pull back"
+    not_in_sums = "the proximal term is zero in the only local step of a round"
 
     def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, at: SiteRound) -> Arrays:
         mu = np.float32(self.own.mu)

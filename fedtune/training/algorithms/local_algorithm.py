@@ -1,11 +1,12 @@
-"""Interface of a federated algorithm: a site's correction of its noised steps, and the lead's part after a round.
+"""Interface of federated algorithms: a site corrects its noised gradients, and the lead updates its state after a
+round.
 
 To add an algorithm, write a module in this folder, with a class for its settings if it has any, and list it in
 `fedtune.training.algorithms.algorithm_registry`.  No other code of fedtune depends on the algorithm of a run.
 
-Guarantee: both halves are post-processing.  They see noised gradients, sent adapters, public settings and their own
-earlier results; no record, no gradient before its noise and no random stream reaches them.  The types enforce this,
-import-linter keeps other imports out of this folder, and docs/guarantee.md has the argument.
+Guarantee: both the site side and the lead side are post-processing.  They see noised gradients, sent adapters, public
+settings and their own earlier results; no record, no gradient before its noise and no random stream reaches them.  The
+types enforce this, import-linter keeps other imports out of this folder, and docs/guarantee.md has the argument.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import numpy.typing as npt
 from fedtune.codec import decode_value, require
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
-"""Arrays by name; arrays with the name of an adapter tensor have its shape."""
+"""Arrays by name. An array with the name of an adapter tensor has the shape of this tensor."""
 Requirements = Mapping[str, tuple[object, str]]
-"""Setting of a run -> the only value that the algorithm supports, and the reason."""
+"""Key of a run setting -> the only value that the algorithm supports, and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,13 @@ class NoisedGradient:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteRound:
-    """Inputs of an algorithm's site half in one round, all public or noised.
+    """Inputs of an algorithm at a site in one round. All inputs are public or noised.
 
     Attributes:
         adapter: the adapter at the start of the round, within the site's limit on values.
-        sent: the arrays of the lead's half (`sent_arrays`); untrusted, but finite and of the right shapes.
-        state: the site half's state after the run's last committed round (`next_state`); empty in the first round, and
-            if the state was lost.
+        sent: the arrays from the lead (`sent_arrays`); untrusted, but finite and of the right shapes.
+        state: the site's state after the run's last committed round (`next_state`); empty in the first round, and if
+            the state was lost.
     """
 
     adapter: Arrays
@@ -57,7 +58,7 @@ class SiteRound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundOutcome:
-    """Inputs of an algorithm's lead half after a round, all of them public.
+    """Inputs of an algorithm at the lead after a round. All inputs are public.
 
     Attributes:
         adapter: the adapter that the sites received.
@@ -74,13 +75,15 @@ class RoundOutcome:
     noise: float
 
     def mean_gradient(self, name: str) -> npt.NDArray[np.float32]:
-        """Return the participants' mean gradient of a trained tensor over the steps of SGD without momentum."""
+        """Compute the participants' mean gradient of a trained tensor from the average update, for SGD without
+        momentum.
+        """
         moved: npt.NDArray[np.float32] = self.adapter[name] - self.average[name]
         return moved / np.float32(self.step_sizes[name])
 
 
 class LocalAlgorithm:
-    """Base class of the algorithms, equivalent to FedAvg: its methods change nothing.
+    """Base class of the federated algorithms. Its default methods implement FedAvg.
 
     Methods are pure functions of their arguments and of `own`, so that a resumed run has the same result.  Arrays are
     NumPy arrays, and a method returns new arrays instead of changing its arguments.
@@ -90,15 +93,17 @@ class LocalAlgorithm:
     # the class of the algorithm's settings (`federation.algorithm_settings`), each with a default; None: no settings
     settings: ClassVar[type[Any] | None] = None
     requires: ClassVar[Requirements] = {}
-    # the reason why secure aggregation does not support it, as the end of a sentence; empty if it does
-    not_in_sums: ClassVar[str] = "a site takes no step of its own there"
+    # the reason why secure aggregation does not support the algorithm, for error messages; empty if it does
+    not_in_sums: ClassVar[str] = "with secure aggregation, a site takes no optimizer step"
     own: Any  # an instance of `settings`, or None
 
     def __init__(self, own: object = None) -> None:
         self.own = self.settings() if own is None and self.settings else own
 
     def with_settings(self, given: object) -> Self:
-        """Return a copy of the algorithm with the given settings, by key; other settings keep their defaults.
+        """Return a copy of the algorithm with the given settings by key.
+
+        All other settings have their default values.
 
         Raises:
             ConfigError: a key is unknown, or a value is out of range.
@@ -108,48 +113,53 @@ class LocalAlgorithm:
         require(within, table, isinstance(table, Mapping), "must be keys and values, as in {mu: 0.1}")
         known = [one.name for one in fields(self.settings)] if self.settings else []
         for key in table:
-            bound = f"is not a setting of {self.name}, which has {', '.join(known) or 'none of its own'}"
+            bound = f"is not a setting of {self.name}; its own settings: {', '.join(known) or 'none'}"
             require(f"{within}.{key}", table[key], key in known, bound)
         return type(self)(decode_value(within, dict(table), self.settings) if self.settings else None)
 
     @property
     def flower_strategy(self) -> tuple[str, Mapping[str, float]]:
-        """The class name in `flwr.serverapp.strategy` that combines the updates, and its arguments."""
+        """The class name of the strategy in `flwr.serverapp.strategy` that combines the updates, and its arguments."""
         return "FedAvg", {}
 
     # The lead's half
 
     def initial_arrays(self, adapter: Arrays) -> Arrays:
-        """Return the lead's arrays before round 1."""
+        """Return the initial arrays of the lead, before round 1."""
         return {}
 
     def sent_arrays(self, arrays: Arrays) -> Arrays:
-        """Return the arrays for the sites, sent with the next adapter; names and shapes are the same in every round."""
+        """Return the arrays that the lead sends to the sites with the adapter.
+
+        Names and shapes are the same in every round.
+        """
         return {}
 
     def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
-        """Return the lead's arrays after an averaged round."""
+        """Return the lead's arrays for the next round, computed from the outcome of this round."""
         return arrays
 
     # The site's half
 
     def frozen_tensors(self, names: Iterable[str], sent: Arrays) -> frozenset[str]:
-        """Return the adapter's tensors that do not train in a round; lead and sites compute the same set."""
+        """Return the names of the adapter tensors that are frozen in a round. Lead and sites compute the same set."""
         return frozenset()
 
     def correct_gradient(self, gradient: NoisedGradient, weights: Arrays, at: SiteRound) -> Arrays:
-        """Return the gradient for the optimizer's step from `weights`, with the names of `gradient`."""
+        """Correct the gradient of the optimizer's step at `weights`. The result has the names of `gradient`."""
         return gradient.values
 
     def next_state(self, mean: NoisedGradient, at: SiteRound) -> Arrays:
-        """Return the site's state for the next round, from the mean of the round's noised gradients."""
+        """Return the site's state for the next round, computed from the mean of this round's noised gradients."""
         return {}
 
     def bound_gradient(self, noised: float, *, moved: float, sent: float) -> float:
-        """Bound a corrected gradient, by value or by L2 norm; the lead refuses an update that moved further.
+        """Bound the size of a corrected gradient, as an absolute value or an L2 norm.
+
+        The lead rejects larger updates.
 
         Args:
-            noised: the bound on every noised gradient of the run.
+            noised: the bound on the size of every noised gradient of the run.
             moved: the bound on the distance from the received adapter.
             sent: the size of the received arrays.
         """
@@ -157,7 +167,10 @@ class LocalAlgorithm:
 
     @property
     def corrects_gradients(self) -> bool:
-        """Whether the site's half corrects gradients or keeps a state; otherwise training skips it."""
+        """Whether the algorithm corrects gradients or stores a state at a site.
+
+        Otherwise, training skips its site side.
+        """
         return type(self).correct_gradient is not LocalAlgorithm.correct_gradient or self.keeps_state
 
     @property

@@ -21,7 +21,7 @@ from fedtune.training.algorithms.local_algorithm import (
     SiteRound,
 )
 
-_SGD = "an update of another optimizer does not show the mean gradient"
+_SGD = "the mean gradient cannot be computed from the updates of other optimizers"
 
 
 class Scaffold(LocalAlgorithm):
