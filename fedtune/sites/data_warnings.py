@@ -1,4 +1,4 @@
-"""Warnings about a run's data, printed before the run begins: unusual, but not an error.
+"""Warnings about unusual data of a run, printed before the run begins.
 
 Only the lead's own records and the records of simulated sites are inspected. Figures about simulated sites' records are
 shown only to the local user; no privacy guarantee covers them, and runs with real sites do not have them.
@@ -42,7 +42,7 @@ def list_lead_data_warnings(config: RunConfig, *, validation: LeadData | None, t
 
 
 def check_decision_scores(config: RunConfig) -> None:
-    """Check that scores for early stopping, checkpoint selection or a search use no site's records.
+    """Check that the scores for early stopping, checkpoint selection or a search are not computed on a site's records.
 
     Raises:
         ConfigError: the lead has no validation file, or the file contains records that simulated sites train on.
@@ -61,7 +61,7 @@ def check_decision_scores(config: RunConfig) -> None:
 
 
 def scores_may_decide(config: RunConfig) -> bool:
-    """Return True if `check_decision_scores` accepts the run's scores as a basis for decisions."""
+    """Return True if the run's validation scores may drive early stopping, checkpoint selection or a search."""
     try:
         check_decision_scores(config)
     except ConfigError:
@@ -94,7 +94,7 @@ def _have_same_bytes(one: Path, other: Path) -> bool:
 
 
 def _contains_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
-    """Return True if all records of `file` are among those of the other files, or vice versa, comparing texts."""
+    """Return True if the texts of `file` are a subset of the texts in the other files, or vice versa."""
     own = [one for name in names for one in LeadRecords.read(name, config, key="data.train_file").records]
     said, theirs = (
         count_texts_by_role(own),
@@ -110,7 +110,7 @@ def list_site_data_warnings(config: RunConfig, dealt: Partitioned) -> Iterator[s
     yield from _warn_of_skipped_rows(dealt.left_out, "data.train_file")
     if dealt.shared_users:
         yield (
-            f"{pluralize(dealt.shared_users, 'id')} of users occur at several sites, and each counts as a different "
+            f"{pluralize(dealt.shared_users, 'user id')} occur at several sites, and each counts as a different "
             "person at each site: if an id is one person, that person's epsilons add up over the sites"
         )
     far = list(_iter_sites_far_from_declared(config, dealt))

@@ -1,4 +1,4 @@
-"""A real site: its files, records and models, and its answers to the runs of leads."""
+"""A real site: its files, records and models, and its responses to the requests of leads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class SiteProcess:
-    """The state of a real site's process between requests: file paths, and model and records of the newest run."""
+    """The state of a real site's process between requests: file paths, and the model and records of the newest run."""
 
     site_toml: Path  # path of the policy
     installed: Callable[[str], Path]  # base model hash -> installed folder; raises ConfigError if missing
@@ -63,7 +63,10 @@ class SiteProcess:
         return RealSite(self, files, read_site_settings(self.site_toml).machine, settings)
 
     def work(self, run: str, shared: RunModel, files: SiteFiles) -> SiteWork:
-        """Return the run's records with the model, cached until run, file, policy or machine change."""
+        """Return the site's records for a run with the model.
+
+        The result is cached until the run, its file, the policy or the machine settings change.
+        """
         version = fingerprint_files(Path(shared.config.data.train_file))
         # The whole policy is part of the key, so that every change takes effect; changes are rare.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
@@ -93,7 +96,7 @@ class SiteProcess:
         )
 
     def shared_model(self, config: RunConfig, policy: Policy) -> RunModel:
-        """Return the model of a run, reused as long as runs need the same model on the same machine.
+        """Return the model of a run, which runs with the same model and machine settings share.
 
         Only a model that passed its batch-invariance test is cached.
 
@@ -115,7 +118,7 @@ class SiteProcess:
         log.info("the base model is loaded", extra=about)
         if self._model.moved > 0:
             log.warning(
-                "gradients depend on the rest of the batch by rounding; continuing, as the policy allows",
+                "per-example gradients depend on the rest of the batch by rounding; the policy allows this",
                 extra={"moved": self._model.moved},
             )
         return RunModel(self._model, config)
@@ -134,7 +137,7 @@ class RealSite(WorkingSite):
         return self._process.paused()
 
     def check_settings(self, proposal: Proposal) -> None:
-        """Check the settings of a request, without loading model or records.
+        """Check the settings of a request without loading the model or any record.
 
         Raises:
             Refused: the settings do not match the proposal, or cannot be used at this site.
@@ -165,7 +168,7 @@ class RealSite(WorkingSite):
         return localize_settings(sent, policy, self._machine, folder=folder, installed=installed)
 
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Check the settings, then load and test the model if this process has not done so already."""
+        """Check the settings, then load and test the model unless this process has a suitable model."""
         config = self._localize_settings(self._read_matching_settings(proposal))
         Path(config.data.train_file).stat()  # a file that is missing reveals no record, so it need not cost a round
         require_reader(Path(config.data.train_file))
@@ -189,7 +192,7 @@ class RealSite(WorkingSite):
                 file.unlink(missing_ok=True)
 
     def work(self, run: str) -> SiteWork:
-        """Return the site's records with the model of a prepared run."""
+        """Return the site's records for a prepared run, with the run's model."""
         return self._process.work(run, self._shared, self._files)
 
     def store_adapter(self, run: str, adapter: Adapter) -> None:

@@ -1,4 +1,4 @@
-"""A cache for consecutive simulated runs: a loaded and tested model, and its outputs on records.
+"""A cache for consecutive simulated runs: the loaded and tested model, and the model's outputs on records.
 
 The runs of a sweep, search or comparison differ in noise, rates, rounds or sites. Loading and testing the model,
 running the frozen layers over the records, and scoring the model before training give identical results in each run, so
@@ -23,7 +23,7 @@ _M = TypeVar("_M")
 
 @dataclass
 class Session:
-    """A cache for several runs, passed by the caller to each run. As a context manager, it is cleared on exit."""
+    """A cache that several runs share. As a context manager, it is cleared on exit."""
 
     # `LoadedModel` of the newest run, or None (Any, to avoid a circular import)
     model: Any = None
@@ -60,7 +60,7 @@ class Session:
         return found
 
     def get_cached_states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
-        """Return the cached store of the frozen layers' outputs on a data set, or create one.
+        """Return the cached store for the frozen layers' outputs on a data set, or create a new store.
 
         If a new store exceeds the reserved memory, older stores are dropped from the cache.
 
@@ -80,7 +80,7 @@ class Session:
         return found
 
     def get_cached_baseline(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
-        """Return the cached result of the model before training on a data set, or compute it.
+        """Return the cached evaluation of the untrained adapter on a data set, or compute it.
 
         Args:
             dataset: the data set.

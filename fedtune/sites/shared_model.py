@@ -58,7 +58,7 @@ Progress = Callable[[str, int, int], None]
 _Facts = tuple[Hashable, ...]
 _MEANS_BYTES = 512 * 2**20  # upper limit; larger batches are not faster
 _measured: dict[_Facts, tuple[Shapes, float]] = {}
-"""Results of batch-invariance tests in this process, so that a repeated test returns the same figure."""
+"""Results of batch-invariance tests in this process, so that a repeated test has the same result."""
 
 
 def ignore_progress(what: str, done: int, total: int) -> None:
@@ -68,7 +68,7 @@ def ignore_progress(what: str, done: int, total: int) -> None:
 class LoadedModel:
     """A task model on this machine's device, tested for batch invariance and shared by several runs.
 
-    The model has no state of a run: load an adapter before training or scoring, which sets all trainable tensors.
+    The model has no state of a run. Before training or scoring, load an adapter, which sets all trainable tensors.
 
     Args:
         config: configuration of the first run.
@@ -76,7 +76,7 @@ class LoadedModel:
         inexact_allowed: accept hardware where the rest of a batch affects an example's rounding.
         trains: whether this process trains; a real lead only scores, and needs no batch-invariance test.
         leads: whether this is the lead of a simulation, which refuses a run with too weak a signal before the test.
-        alone: use one process unless the settings give a number, because other processes would not share the cached
+        alone: use one process unless the settings contain a number, because other processes would not share the cached
             outputs of the frozen layers.
         progress: callback for slow steps.
 
@@ -187,12 +187,11 @@ class LoadedModel:
         return find_frozen_states_folder(self.model, self.config.runtime, num_tokens=num_tokens) is not None
 
     def _test_model(self, plain: Shapes, progress: Progress) -> tuple[Shapes, float, Outcome | None]:
-        """Find micro-batch shapes with batch invariance, and measure the influence between examples.
+        """Find micro-batch shapes that are batch-invariant, and measure the influence of a batch on its examples.
 
         Returns:
             The shapes, the largest influence in clip norms (0.0: invariant), and the outcome of a new trial if other
-                devices
-            are to repeat it.
+            devices have to repeat it.
         """
         outcome: Outcome | None = None
         if self._facts not in _measured:
@@ -224,7 +223,7 @@ class LoadedModel:
 
     @property
     def user_means_bytes(self) -> int:
-        """Memory budget in bytes for the gradient means of users in one batch, in float64; 0 for unit "record"."""
+        """Memory budget in bytes for the float64 mean gradients of the users in one batch; 0 for unit "record"."""
         by_user = self.config.privacy.unit == "user"
         return min(_MEANS_BYTES, compute_step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
@@ -284,7 +283,7 @@ class RunModel:
         return measure_frozen_states_mib(self.model, num_tokens=_estimate_tokens(self.config, None))
 
     def first_adapter(self) -> Adapter:
-        """Load the start adapter of the run: `model.adapter`, or a new adapter that does not change the model.
+        """Load the run's start adapter: `model.adapter`, or a new adapter that does not change the model's outputs.
 
         Raises:
             ConfigError: `model.adapter` does not fit the run, or differs from the adapter in the proposal.
@@ -340,14 +339,14 @@ class RunModel:
         return make() if self._session is None else self._session.get_cached_states("examples", dataset, make)
 
     def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
-        """Score an adapter on the lead's data after a round; empty without data."""
+        """Score an adapter on the lead's data after a round. Without data, the result is empty."""
         if data is None:
             return {}
         adapter.load_into(self.model)
         return Evaluation.build(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
 
     def evaluate_final(self, adapter: Adapter) -> Evaluation | None:
-        """Evaluate an adapter on the test data, including generated texts; None without data."""
+        """Evaluate the final adapter on the test data, including generated texts. None without data."""
         if self.test is None:
             return None
         adapter.load_into(self.model)
@@ -363,11 +362,11 @@ class RunModel:
 
 
 def choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
-    """Determine the number of devices, unless the runtime settings give it.
+    """Choose the number of devices, unless the runtime settings contain it.
 
     Args:
         config: the run's configuration.
-        alone: use a single device unless the settings give a number.
+        alone: use a single device unless the settings contain a number.
 
     Returns:
         The runtime settings with a number of devices.
@@ -383,7 +382,7 @@ def choose_num_devices(config: RunConfig, *, alone: bool) -> RuntimeSpec:
 
 @dataclass(frozen=True)
 class LeadData:
-    """Records that the lead may inspect, raw and tokenized; outside the privacy guarantee."""
+    """The lead's own records, raw and tokenized. The privacy guarantee does not cover these records."""
 
     records: list[Record]  # raw
     examples: TextDataset  # tokenized
@@ -414,7 +413,7 @@ def load_tokenizer_and_model(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Outputs per record and per generated text, from which scores are computed."""
+    """The model's outputs per record and per generated text, from which scores are computed."""
 
     examples: Figures  # name -> figures per record
     texts: Figures  # name -> figures per generated text; empty without generation

@@ -1,4 +1,4 @@
-"""The run settings that a lead sends to sites, and their localization at a site.
+"""The run settings that a lead sends to sites, and the adaptation of these settings at a site.
 
 A lead names a data set, a task, a template, and a model by its hash. Files, columns and devices are the site's own.
 """
@@ -34,7 +34,8 @@ _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, Re
 
 
 def select_settings_for_sites(config: RunConfig) -> RunConfig:
-    """Select the settings that are sent to sites, with fixed noise and model hash, and without the lead's machine.
+    """Build the settings for sites: the noise multiplier and the model hash are fixed, the lead's machine settings
+    removed.
 
     Raises:
         ConfigError: the model is not available, so its hash is unknown.
@@ -73,7 +74,7 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
         task: the task that the policy allows; packages of other tasks are never imported.
 
     Raises:
-        Refused: this version of fedtune does not know the settings, the settings contradict `plan` or `task`, or the
+        Refused: this version of fedtune does not support the settings, the settings contradict `plan` or `task`, or the
             task is not installed here.
     """
     fields: dict[str, Any] = {}
@@ -129,7 +130,7 @@ def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
 def localize_settings(
     config: RunConfig, policy: Policy, machine: Machine, *, folder: Path, installed: Callable[[str], Path]
 ) -> RunConfig:
-    """Replace files, columns and machine settings in a lead's configuration with the site's own.
+    """Replace the files, columns and machine settings in a lead's configuration with the site's own values.
 
     Args:
         config: the lead's configuration, which policy and budget allow.

@@ -13,7 +13,7 @@ from fedtune.training.spec import Machine
 
 @spec
 class SiteSettings:
-    """Settings of a site that have no effect on its records, and are part of no digest or ledger.
+    """Settings of a site outside its policy. They are not part of any digest or ledger.
 
     Attributes:
         machine: machine settings for training.

@@ -63,7 +63,9 @@ POLICY = "site.toml"
 
 @dataclass(frozen=True)
 class VirtualSites:
-    """The folder of simulated sites: `<site>/site.toml`, `site_key.pem` and `ledger.db`, and the lead's key."""
+    """The folder of simulated sites, with `<site>/site.toml`, `<site>/site_key.pem`, `<site>/ledger.db` and the lead's
+    key.
+    """
 
     config: RunConfig  # configuration of the run
     folder: Path  # `runtime.sites_dir`, or `sites/` in the run folder.
@@ -89,7 +91,7 @@ class VirtualSites:
     def check_partition(self) -> None:
         """Record the partition of records among persistent sites, or check that this run has the same partition.
 
-        Otherwise a record could move to another site, whose ledger does not contain its prior spending.
+        With another partition, a record could move to a site whose ledger does not contain the record's prior spending.
 
         Raises:
             ConfigError: a setting of the partition differs; names the first such setting.
@@ -103,7 +105,7 @@ class VirtualSites:
         before = read_partition_settings(path, keys=dealt)
         for key, value in dealt.items():
             if before[key] != value:
-                bound = f"must be {format_value(before[key])}: the records in {self.folder} were partitioned with it"
+                bound = f"must be {format_value(before[key])}, as in the existing partition in {self.folder}"
                 raise ConfigError(key, value, bound)
 
     def lead_key(self) -> SigningKey:
@@ -149,11 +151,11 @@ class VirtualSites:
         for site in self.config.federation.active:
             path = self.folder / site / POLICY
             if not path.is_file():
-                bound = f"must contain the run's sites ({path} is missing); null creates new ones"
+                bound = f"must contain the run's sites ({path} is missing); null creates new sites"
                 raise ConfigError("runtime.sites_dir", str(self.folder), bound)
 
     def check_room(self, runs: Sequence[Proposal], *, asked: str, shapes: Sequence[Proposal] = ()) -> None:
-        """Check that every site would accept all of these runs in sequence; nothing is written.
+        """Check that every site would accept all of these runs in sequence, without writing to a ledger.
 
         Args:
             runs: proposals of the runs; a run that is already in a ledger costs nothing more there.
@@ -313,7 +315,7 @@ def build_covering_budget(plans: Sequence[Plan]) -> Budget:
 
 
 def select_partition_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that determine the partition of records by site, as a JSON object."""
+    """Return the settings that determine the partition of records among the sites, as a JSON object."""
     data, unit = config.data, config.privacy.unit
     partition = {
         "privacy.unit": unit,
@@ -340,12 +342,13 @@ def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any
         noted = json.loads(path.read_bytes())
         return {key: noted[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        bound = "restore it: it shows which ledger has charged which records"
+        bound = "restore the file, which shows which ledger has charged which records"
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 
 class Participants:
-    """All participants of a simulation: sites with their own records and ledgers, the lead, and one shared base model.
+    """The participants of a simulation: the lead, and sites with their own records and ledgers, all with one shared
+    model.
 
     Args:
         config: the run's configuration.
@@ -371,7 +374,7 @@ class Participants:
 
     @cached_property
     def shared(self) -> RunModel:
-        """Shared model of all participants, loaded on first access."""
+        """The model of all participants, loaded on first access."""
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(policy.allow.inexact_gradients for policy in policies)
         config, session, progress = self.config, self._session, self._progress
@@ -382,7 +385,7 @@ class Participants:
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:
-        """Records of each active site, with the shared model."""
+        """The records of each active site, with the shared model."""
         config, federation = self.config, self.config.federation
         sizes = config.declared_sizes()
         return {
@@ -426,7 +429,7 @@ class VirtualSite(WorkingSite):
         super().__init__(files, ledger, everyone.parties[name], members=members)
 
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Return the simulation's own run, independent of the proposal."""
+        """Return the simulation's run. The proposal is not used, because lead and site have the same configuration."""
         everyone, config = self._everyone, self._everyone.config
         return Prepared(
             proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
@@ -438,5 +441,5 @@ class VirtualSite(WorkingSite):
         )
 
     def work(self, run: str) -> SiteWork:
-        """Return this site's part of the simulation's records, with the shared model."""
+        """Return this site's partition of the simulation's records, with the shared model."""
         return self._work

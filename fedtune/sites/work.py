@@ -1,4 +1,4 @@
-"""Local computation of a site in a round: training, noised scores, and its share of secure aggregation."""
+"""Local computation of a site in a round: training, noised scores, and the input to secure aggregation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TrainingUnits = SiteExamples | UserExamples
 
 @dataclass
 class SiteWork:
-    """The records of a site with the model that trains on them."""
+    """The records of a site, with the model that is trained on these records."""
 
     site: str  # name of the site
     shared: RunModel  # the model, used alternately by all sites of a process
@@ -55,7 +55,7 @@ class SiteWork:
 
     @cached_property
     def examples(self) -> TrainingUnits:
-        """Tokenized training records; grouped by user for unit "user"."""
+        """The tokenized training records, grouped by user for unit "user"."""
         examples = self.shared.make_site_examples(
             self.shared.tokenize_records(self.records.training, lenient=self.lenient)
         )
@@ -80,7 +80,7 @@ class SiteWork:
         return self.examples if self._divided is None else self._divided
 
     def drop_model(self) -> None:
-        """Release the model, also on other devices, without freeing any record."""
+        """Release the model on all devices, without freeing any record."""
         for work in (self,) if self._limited is None else (self, self._limited[1]):
             work._divided = None
             del work.shared
@@ -90,7 +90,10 @@ class SiteWork:
         return self.shared.tokenize_records(self.records.heldout, lenient=self.lenient)
 
     def find_user_cohorts(self) -> dict[str, int]:
-        """Determine each user's cohort by the earliest date in the user's records; the oldest cohort without dates."""
+        """Determine each user's cohort by the earliest date in the user's records.
+
+        Users without a date are in the oldest cohort.
+        """
         cohorts = self.shared.config.privacy.cohorts
         assert cohorts is not None, "a run that is limited to cohorts"
         months: dict[str, str] = {}
@@ -100,7 +103,7 @@ class SiteWork:
         return {user: compute_cohort_number(month, cohorts.period) for user, month in months.items()}
 
     def _restrict_to(self, admitted: frozenset[str]) -> SiteWork:
-        """Return a copy with only the admitted users' records; cached for the next round."""
+        """Return a copy with the records of the admitted users only. The copy is cached for the next round."""
         if self._limited is None or self._limited[0] != admitted:
             self._limited = None  # first, so that the states of two rounds are never in memory together
             training, heldout = (
@@ -120,9 +123,10 @@ class SiteWork:
         admitted: Collection[str] | None = None,
         state: bytes = b"",
     ) -> Trained:
-        """Score the lead's adapter if the plan includes scores, and train it within the site's bound on adapter values.
+        """Score the lead's adapter if the plan includes scores, and train the adapter for one round.
 
-        With secure aggregation, the result is the site's share of the sum instead of an adapter.
+        Adapter values are clamped to the site's bound. With secure aggregation, the result is the site's share of the
+        sum instead of an adapter.
 
         Guarantee: the released part of the result satisfies the round's `DpEvent`; the fingerprint is only for the
         site's ledger.
@@ -138,7 +142,7 @@ class SiteWork:
         """
         plan = request.proposal.plan
         randomness = make_randomness(request.proposal.seeded_noise, self.shared.config.seed)
-        assert (admitted is None) == (plan.cohorts is None), "the register says who is admitted to cohorts"
+        assert (admitted is None) == (plan.cohorts is None), "`admitted` is required exactly for plans with cohorts"
         adapter, sent = unpack_adapter(adapter)
         adapter = adapter.clip_values(self.max_adapter_value)
         site = self if admitted is None else self._restrict_to(frozenset(admitted))
@@ -157,7 +161,7 @@ class SiteWork:
     def _prepare_round(
         self, request: RoundRequest, attempt: int, *, sent: Arrays, state: Arrays
     ) -> tuple[Units, RoundOfTraining]:
-        """Assemble the training units of a round, and its inputs other than the model."""
+        """Return the training units of a round, and the round's inputs except the model."""
         work = RoundOfTraining(
             site=self.site,
             round=request.round,
@@ -207,7 +211,7 @@ class WorkingSite(Site):
 
     @abstractmethod
     def work(self, run: str) -> SiteWork:
-        """Return the site's records with the model of a prepared run."""
+        """Return the site's records for a prepared run, with the run's model."""
 
     def find_user_cohorts(self, request: RoundRequest) -> Mapping[str, int]:
         """Determine each user's cohort from the records.
@@ -226,7 +230,7 @@ class WorkingSite(Site):
 
 
 def _read_state(data: bytes) -> Arrays:
-    """Decode an algorithm's state; a missing state is empty."""
+    """Decode an algorithm's state. A missing or unreadable state is empty."""
     try:
         return Adapter.from_bytes(data).tensors if data else {}
     except AdapterError:
@@ -234,7 +238,7 @@ def _read_state(data: bytes) -> Arrays:
 
 
 def make_sums_at_site(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
-    """Create a site's participant in secure aggregation.
+    """Create the site's party in secure aggregation.
 
     Args:
         files: files of the site; the confirmations in the protocol are stored next to the ledger.

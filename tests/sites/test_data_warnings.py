@@ -125,7 +125,7 @@ def test_simulated_sites_are_warned_of_sizes_and_shared_users(simulated_config: 
     (note,) = list_site_data_warnings(simulated_config, make_partition(40, 40, left_out=make_skipped(2, rows=82)))
     assert note.startswith("data.train_file: 2 of 82 rows (2.4 %) cannot be used: 2 must not be blank")
     (note,) = list_site_data_warnings(simulated_config, make_partition(40, 40, shared_users=3))
-    assert note.startswith("3 ids of users occur at several sites")
+    assert note.startswith("3 user ids occur at several sites")
 
 
 def test_fractions_must_be_zero_with_real_sites() -> None:
