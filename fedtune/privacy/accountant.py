@@ -255,7 +255,7 @@ def calibrate_noise(
 def find_boundary(
     epsilon_at: Callable[[float], float], epsilon: float, *, start: float, bounds: tuple[float, float], rising: bool
 ) -> float | None:
-    """Find the argument at which a monotonic `epsilon_at` reaches `epsilon`, without exceeding it.
+    """Find the argument at which the monotonic function `epsilon_at` reaches, but does not exceed, `epsilon`.
 
     Args:
         epsilon_at: epsilon as a function of the argument.

@@ -82,7 +82,7 @@ class Cohorts:
 
     @property
     def span(self) -> tuple[int, int]:
-        """The numbers of the first and the last cohort."""
+        """The numbers of the first and the last cohort in the range."""
         first = OLDEST if self.first is None else _parse_period("first", self.first, self.period)
         return first, _parse_period("last", self.last, self.period)
 
@@ -106,7 +106,7 @@ class Cohorts:
 
 
 def find_cohort_group_starts(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) -> list[int]:
-    """Group the cohorts that take part in the same `admissions`, and return each group's first cohort, ascending.
+    """Group the cohorts that the same runs admit, and return each group's first cohort in ascending order.
 
     Args:
         admissions: the cohorts that each run admits; None admits everybody.

@@ -87,7 +87,7 @@ class Together:
         return share
 
     def with_share(self, noise_multiplier: float, *, bound: int = USUAL_BOUND) -> SharedNoise:
-        """Return these parameters extended by the noise share of each site.
+        """Create the `SharedNoise` with these parameters and the given noise share of each site.
 
         Args:
             noise_multiplier: standard deviation of one site's noise, divided by the clip norm.
@@ -211,7 +211,7 @@ def add_noise_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> di
 
 
 def build_secure_aggregation_event(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
-    """Build the privacy event of one secure aggregation, for an adversary who knows the noise of all other shares.
+    """Build the privacy event of one secure aggregation, in which `honest` noise shares are unknown to the adversary.
 
     Args:
         sampling_rate: probability with which each unit joins a step; each site draws its own sample in secret.

@@ -1,4 +1,4 @@
-"""Privacy events as data: the mechanisms that ran on private records, independent of any epsilon.
+"""Privacy events: serializable descriptions of the mechanisms that ran on private records.
 
 Each event is a dp-accounting `DpEvent`. Only the types that fedtune's mechanisms produce can be serialized; every other
 type raises, so that no event is ever approximated by a weaker one.
@@ -54,7 +54,7 @@ def build_dp_sgd_event(*, sampling_rate: float, noise_multiplier: float, steps: 
 
 
 def count_mechanisms(spent: Spent) -> Counter[DpEvent]:
-    """Flatten composed events into single mechanisms, and count equal ones.
+    """Flatten composed events into single mechanisms, and count the repetitions of each mechanism.
 
     The privacy loss of a composition does not depend on order or grouping.
     """

@@ -66,7 +66,10 @@ def compute_max_divergence(epsilon: float, *, order: float, delta: float) -> flo
 
 
 def compute_max_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
-    """Compute the number of times that `event` fits into a remaining divergence; None if `room` is infinite."""
+    """Compute how many repetitions of `event` fit into the remaining divergence `room`.
+
+    The result is None if `room` is infinite.
+    """
     if math.isinf(room):
         return None
     count = max(0, math.floor(room / compute_total_divergence([event], order)))
@@ -126,7 +129,7 @@ def find_tightest_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delt
 def _minimize_over_orders(
     plan: DpEvent, orders: Collection[float], cost: Callable[[float, float], float]
 ) -> tuple[float, float]:
-    """Minimize `cost(order, divergence)` over `orders`; return the cost and its order (the smallest order on a tie).
+    """Minimize `cost(order, divergence)` over `orders`, and return the minimum and its order (the smallest on a tie).
 
     `cost` must rise with the divergence, and the divergence rises with the order.  Integer orders are cheap to
     evaluate, and give lower bounds that rule out most of the fractional orders above them.

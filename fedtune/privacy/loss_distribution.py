@@ -185,7 +185,7 @@ class Composition:
         told = list(mechanisms)
         self._bounded = all(noise > 0 for _, noise, _ in told)
         self._orders = [
-            _OneOrder([(_step_losses(rate, noise, width, adding=adding), count) for rate, noise, count in told], width)
+            _Direction([(_step_losses(rate, noise, width, adding=adding), count) for rate, noise, count in told], width)
             for adding in (False, True)
             if told and self._bounded
         ]
@@ -239,7 +239,7 @@ class _Tail:
         return float(min(1.0, max(lost, 0.0) + self.rounding[max(place - 1, 0)] + self.infinite))
 
 
-class _OneOrder:
+class _Direction:
     """A composition of mechanisms, in one direction of the add-or-remove relation."""
 
     def __init__(self, steps: list[tuple[StepLosses, int]], width: float) -> None:

@@ -37,7 +37,7 @@ def propose_release(kind: str, name: str, policy: Policy, **planned: Any) -> Pro
 
 
 def release_sum(rows: Iterable[Sequence[float]], plan: Plan, *, width: int, stream: RandomStream) -> list[float]:
-    """Release the sum of `rows` with noise on each value.
+    """Sum `rows` over all units, and add noise to each value of the sum.
 
     Args:
         rows: (units, width), the values of each unit; a row above the clip norm is scaled down to the clip norm.

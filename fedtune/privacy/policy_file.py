@@ -21,7 +21,7 @@ OTHER_TABLES = ("machine", "about")
 
 
 def read_policy(path: Path) -> Policy:
-    """Read a policy from a `site.toml`, without its `OTHER_TABLES`.
+    """Read a policy from a `site.toml`, ignoring the tables in `OTHER_TABLES`.
 
     Raises:
         ConfigError: the file is not a valid policy; names the file, the key, its value and the accepted values.
@@ -74,5 +74,5 @@ def build_never_accepted_mark(run: str, lead: str) -> tuple[str, str]:
 
 
 def write_policy(policy: Policy, path: Path, *, others: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Write a policy as `site.toml`, with the tables `others` of `OTHER_TABLES`; `read_policy` restores it exactly."""
+    """Write a policy and the tables `others` to a `site.toml`. `read_policy` restores the policy exactly."""
     write_durably(path, to_toml({**dataclasses.asdict(policy), **others}).encode())

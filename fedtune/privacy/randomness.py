@@ -170,7 +170,7 @@ class Randomness(Protocol):
 
 
 class SystemRandomness:
-    """Streams keyed with 256 fresh bits of the operating system's CSPRNG; the only source at real sites."""
+    """Streams keyed with 256 fresh bits of the operating system's CSPRNG. Real sites use no other source."""
 
     seeded = False
 

@@ -1,4 +1,4 @@
-"""Types of the releases that may leave a site: updates, refusals, receipts and offers. A site also sends its name.
+"""Types of all data that leave a site, apart from the site's name: updates, refusals, receipts and offers.
 
 Each field is either noised (an update's tensors and scores) or computed from the request, the plan, the ledger's own
 events and fedtune's own files. No field holds an exact count, loss, gradient norm, file name or exception text.

@@ -153,7 +153,7 @@ class Plan:
 
     @property
     def private(self) -> bool:
-        """Whether training adds noise; without noise there is no guarantee."""
+        """Whether training adds noise. Without noise there is no guarantee."""
         return self.noise_multiplier > 0
 
     @property
@@ -183,7 +183,7 @@ class Plan:
 
     @property
     def secure_noise(self) -> SharedNoise:
-        """Noise sharing of a plan with secure aggregation; must not be read without it."""
+        """Parameters of distributed noise. Must be read only if the plan uses secure aggregation."""
         assert self.shared is not None, "a plan of secure aggregation"
         return self.shared
 

@@ -371,7 +371,7 @@ class Policy:
             raise refused
 
     def check_release(self, proposal: Proposal) -> None:
-        """Check a site's own release against every rule except those that apply only to leads.
+        """Check a site's own release against every rule, except for the rules that apply only to leads.
 
         Raises:
             Refused: the release breaks a rule; names the first broken rule, the requested value and the allowed value.

@@ -15,7 +15,7 @@ Broken = tuple[Reason, object, object]  # broken rule, requested value, allowed 
 
 @spec
 class Trust:
-    """A site's conditions for secure aggregation, where its own noise alone may not hide its records.
+    """A site's conditions for secure aggregation, in which the site's own noise may not suffice to protect its records.
 
     Attributes:
         secure: whether the site participates in secure aggregation.

@@ -63,7 +63,7 @@ class SiteProcess:
         return RealSite(self, files, read_site_settings(self.site_toml).machine, settings)
 
     def work(self, run: str, shared: RunModel, files: SiteFiles) -> SiteWork:
-        """Return the site's records for a run with the model.
+        """Return the site's records for a run, with the run's model.
 
         The result is cached until the run, its file, the policy or the machine settings change.
         """
@@ -96,7 +96,7 @@ class SiteProcess:
         )
 
     def shared_model(self, config: RunConfig, policy: Policy) -> RunModel:
-        """Return the model of a run, which runs with the same model and machine settings share.
+        """Return the model of a run. Runs with the same model and machine settings share one loaded model.
 
         Only a model that passed its batch-invariance test is cached.
 

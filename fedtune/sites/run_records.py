@@ -50,7 +50,7 @@ class LeadRecords:
     def read(
         cls, file: str, config: RunConfig, *, key: str, rows: int | None = None, unit: Unit = "record"
     ) -> LeadRecords:
-        """Read the records of a file; with unit "user", each record includes its user.
+        """Read the records of a file. With unit "user", each record includes its user.
 
         Args:
             file: path of the file.
@@ -71,7 +71,7 @@ class LeadRecords:
 
     @classmethod
     def read_for_scoring(cls, config: RunConfig, file: str | None) -> LeadRecords:
-        """Read the records of a file for scoring; None selects the run's own test records.
+        """Read the records of a file for scoring. None selects the run's own test records.
 
         Raises:
             ConfigError: no file is given, and the run has no test records.

@@ -55,9 +55,9 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Callback with a description of the current work, the number of finished items, and the total (0: unknown)."""
-_Facts = tuple[Hashable, ...]
+_ModelKey = tuple[Hashable, ...]
 _MEANS_BYTES = 512 * 2**20  # upper limit; larger batches are not faster
-_measured: dict[_Facts, tuple[Shapes, float]] = {}
+_measured: dict[_ModelKey, tuple[Shapes, float]] = {}
 """Results of batch-invariance tests in this process, so that a repeated test has the same result."""
 
 
@@ -164,7 +164,7 @@ class LoadedModel:
             return None
         return self._devices
 
-    def _build_model_key(self, config: RunConfig, declared_size: int | None) -> _Facts:
+    def _build_model_key(self, config: RunConfig, declared_size: int | None) -> _ModelKey:
         """Build the cache key of all settings that determine the model and its test result."""
         return (
             config.task_model(),
@@ -450,5 +450,5 @@ class Evaluation:
         )
 
     def detail(self, model: TaskModel) -> Detail | None:
-        """Compute detailed scores, such as per label; None if the task has none."""
+        """Compute detailed scores, such as scores per label. None if the task has no detailed scores."""
         return model.task.detail(self.examples, spec=model.spec)

@@ -108,7 +108,10 @@ def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
 
 
 def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
-    """Compute the plan from unvalidated settings; `bound` depends on the task and is checked with the proposal."""
+    """Compute the plan from unvalidated settings.
+
+    `bound` depends on the task and is checked later with the proposal.
+    """
     given, federation = dict(fields["privacy"]), fields["federation"]
     cohorts = given.pop("cohorts", None)
     privacy = PrivacySpec(**given, cohorts=None if cohorts is None else decode(Cohorts, cohorts))
@@ -193,7 +196,7 @@ def _replace_path_by_hash(model: ModelSpec) -> ModelSpec:
 
 
 def _find_local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpec:
-    """Replace the model's hash with its local path; the hash is checked when the model is loaded."""
+    """Replace the model's hash with its local path. The hash is checked when the model is loaded."""
     model = replace(model, adapter=None)  # never open a path from a lead; the start adapter arrives with round 1
     if model.sha256 is None:
         raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")

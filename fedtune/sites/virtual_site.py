@@ -73,7 +73,7 @@ class VirtualSites:
 
     @classmethod
     def create(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:
-        """Locate the sites of a run.
+        """Locate the folder of a run's simulated sites.
 
         Raises:
             ConfigError: `runtime.sites_dir` is not a folder, or lacks the sites of a renewed run.

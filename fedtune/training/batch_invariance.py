@@ -35,7 +35,7 @@ from fedtune.training.examples import SiteExamples, Told, ignore_progress
 from fedtune.training.machine import measure_model_bytes, measure_peak_bytes
 from fedtune.training.per_example import PerExampleGradients, record_gradients
 
-See = Callable[[Mapping[str, torch.Tensor]], None]
+GradientCallback = Callable[[Mapping[str, torch.Tensor]], None]
 
 
 def ignore_gradients(gradients: Mapping[str, torch.Tensor]) -> None:
@@ -67,7 +67,7 @@ def max_batch_influence(
     weights_chosen: bool = True,
     told: Told = ignore_progress,
     seed: int | None = None,
-    see: See = ignore_gradients,
+    see: GradientCallback = ignore_gradients,
 ) -> float:
     """Measure how much an example's clipped contribution changes with the other examples in its micro-batch.
 
@@ -254,7 +254,7 @@ class _Trial:
         self._model, self._shapes, self._draws = model, shapes, draws
         self._keeps_states, self._pad_id = keeps_states, pad_id
         self.tried: Callable[[], None] = lambda: None
-        self.see: See = ignore_gradients
+        self.see: GradientCallback = ignore_gradients
         self._places: dict[int, npt.NDArray[np.int64]] = {}
         lengths: list[int] = []
         for number, length in enumerate(shapes.lengths):
@@ -288,7 +288,9 @@ class _Trial:
         return examples
 
     def measure_max_influence(self, max_grad_norm: float) -> float:
-        """Return the largest change of a contribution between one full micro-batch and smaller ones, in clip norms."""
+        """Return the largest change of a contribution between a full micro-batch and smaller micro-batches, in clip
+        norms.
+        """
         with record_gradients(self._model) as gradients:
             return max(
                 self._measure_influence_at_length(gradients, length, max_grad_norm) for length in self._shapes.lengths

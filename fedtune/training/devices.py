@@ -131,7 +131,7 @@ class Devices:
         self._places, self._facts = choose_run_devices(runtime), (spec, runtime, max_length)
         self._load = partial(_load_on_device, spec, runtime, max_length)
         self._numbers = count()
-        self._crew = _Crew(self._places[1:], self._load)
+        self._crew = _WorkerPool(self._places[1:], self._load)
         self._trial: DeviceTrial | None = None
         self._expected: str | None = None
 
@@ -150,7 +150,7 @@ class Devices:
         self._trial, self._expected = trial, first.bits
         self._crew.ask_all(_Device.compute_trial_bits, trial, first.seed)
 
-    def prepare_crew(self) -> _Crew:
+    def prepare_crew(self) -> _WorkerPool:
         """Return the workers, after comparing their trial with the first device's trial.
 
         Workers are restarted after a failure.
@@ -162,7 +162,7 @@ class Devices:
         assert self._trial is not None, "devices are tried before they are used"
         if self._expected is None and self._crew.is_broken:
             self._crew.end()
-            self._crew = _Crew(self._places[1:], self._load)
+            self._crew = _WorkerPool(self._places[1:], self._load)
             self.start_trials(self._trial, self._trial.run_trial(self.model, secrets.randbits(63)))
         expected, self._expected = self._expected, None
         if expected is not None and (self._facts in _differ or set(self._crew.collect_answers()) != {expected}):
@@ -196,7 +196,7 @@ class DividedUnits(Units):
         self.unit = units.unit
         self._own, self._own_records = devices.select_shard(units, 0)
         self._records: list[Places] = []
-        self._crew: _Crew | None = None
+        self._crew: _WorkerPool | None = None
 
     def __len__(self) -> int:
         return len(self._units)
@@ -220,7 +220,7 @@ class DividedUnits(Units):
         self._own.cache_reference(model)
         crew.collect_answers()
 
-    def _send_shards(self) -> _Crew:
+    def _send_shards(self) -> _WorkerPool:
         """Send each worker its shard of the units, and return the workers."""
         crew = self._devices.prepare_crew()
         if crew is not self._crew:
@@ -318,7 +318,7 @@ _Member: TypeAlias = tuple[SpawnProcess, Connection]
 """A worker process, and the pipe to it."""
 
 
-class _Crew:
+class _WorkerPool:
     """The worker processes by rank, starting at 1. If a worker fails, all workers are terminated.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""One step of DP-SGD, written like Algorithm 1 of Abadi et al. 2016 (arXiv 1607.00133).
+"""One step of DP-SGD, following Algorithm 1 of Abadi et al. 2016 (arXiv 1607.00133).
 
 A step samples, clips, sums, adds noise, divides, and calls the optimizer. Together with `fedtune.privacy.mechanism`,
 this file is the complete argument that one step is one `PoissonSampledDpEvent(rate,

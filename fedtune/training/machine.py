@@ -199,7 +199,7 @@ def _measure_memory_bytes() -> int:
 
 
 def measure_peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Return the peak memory in bytes of tensors during `work`, in addition to the memory used before.
+    """Measure the peak memory of tensors during `work` in bytes, in addition to the memory in use before.
 
     On an accelerator the allocator reports the peak.  On a CPU the outputs of torch's operators are counted, which is
     reproducible but excludes temporary memory inside an operator.
@@ -341,7 +341,7 @@ def measure_frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
 def measure_example_seconds(
     model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool, draws: Any
 ) -> tuple[float, float]:
-    """Measure the seconds per example of full length: for the one-time computation, and for the gradient in a step.
+    """Measure the seconds per full-length example for the one-time computation and for the gradient in a step.
 
     The one-time computation covers the frozen states, if they are cached (`kept`), and the reference of a preference
     task.  Each time is the minimum of a few passes over a micro-batch of dummy examples, drawn from the NumPy generator

@@ -103,7 +103,7 @@ lost up to 0.4 points of accuracy (simulations/own_data).
 
 
 def choose_learning_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:
-    """Choose AdamW's peak learning rate for a linear head on normalized embeddings, from public numbers alone.
+    """Choose AdamW's peak learning rate for a linear head on normalized embeddings, from public numbers only.
 
     Adam moves a value by about the learning rate in each step, regardless of the size of gradients and noise.  Over a
     run, moves along the noise add up to rate * sqrt(steps).  How much of this is harmless depends on the

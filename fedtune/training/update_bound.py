@@ -66,7 +66,7 @@ def bound_round_update(
     algorithm: LocalAlgorithm = FEDAVG,
     arrays: Arrays = _NONE,
 ) -> UpdateBound:
-    """Compute the bounds of one round at a site, for the adapter that the lead sent.
+    """Compute the bounds on a site's update of the received adapter `sent` in one round.
 
     An honest update exceeds the bounds with probability below 1e-10 per round, by the tails of noise and sampling,
     unless the site trains on more than four times its declared size.

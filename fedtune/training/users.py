@@ -25,7 +25,7 @@ from fedtune.training.examples import Places, SiteExamples, Told, Units, ignore_
 
 @dataclass(frozen=True, eq=False)
 class UserBatch:
-    """A group of users with their sampled records, which one or more micro-batches contain."""
+    """A group of users with their sampled records, to be cut into one or more micro-batches."""
 
     contributions: Sequence[Places]  # for each user, the indices of the sampled records
     examples: SiteExamples  # the site's records

@@ -121,7 +121,7 @@ def check_ledger_schema(path: Path, found: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrivals:
-    """Fields about arrival cohorts in a head or a restore note.
+    """The arrival-cohort fields of a head or a restore note.
 
     Attributes:
         ranges: cohort range of each charge in the head or note, in the order of the charges.
@@ -318,7 +318,7 @@ def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1)
 
 
 def check_signature(event: Event, site_key: str) -> None:
-    """Verify that `site_key` signed the hash of `event`, which covers everything before it.
+    """Verify that `site_key` signed the hash of `event`, which covers the event and all earlier events.
 
     Raises:
         RunError: the signature is not valid.

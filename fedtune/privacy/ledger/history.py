@@ -78,7 +78,7 @@ class AcceptedRun:
         return self.expires is not None and now < self.expires
 
     def count_remaining_charges(self, now: datetime) -> Counter[DpEvent]:
-        """Count the mechanisms of all rounds that may still be charged; empty for a closed run."""
+        """Count the mechanisms of all rounds that may still be charged. A closed run has no such rounds."""
         left = self.plan.most_rounds - self.charged_rounds
         once = dp_events.count_mechanisms([self.plan.event()]) if self.is_open(now) else Counter()
         return Counter({event: count * left for event, count in once.items()})
@@ -266,7 +266,7 @@ class History:
                 raise ValueError(f"unknown note {other!r}")
 
     def _apply_decision(self, event: Event) -> Proposal:
-        """Apply a person's decision, and return its proposal."""
+        """Record a person's approval or denial, and return the decided proposal."""
         proposal = decode(Proposal, event.detail["proposal"])
         said = {key: decode_value(key, event.detail[key], str) or None for key in ("what", "by", "ticket", "why")}
         self.decided[proposal.digest()].append({**said, "day": event.time[:10]})
@@ -324,7 +324,7 @@ class History:
 
     @property
     def caps(self) -> tuple[float | None, ...]:
-        """All lifetime caps, newest last; None means no cap."""
+        """All lifetime caps on epsilon, newest last. None means no cap."""
         return tuple(None if math.isinf(cap) else float(cap) for cap, _ in groupby(cap for _, cap, _ in self.policies))
 
     @property
@@ -440,7 +440,7 @@ class History:
         return dp_events.count_mechanisms(total)
 
     def _find_highest_spending(self, cohort: int | None, figure: Callable[[int], Counter[DpEvent]]) -> Counter[DpEvent]:
-        """Evaluate `figure` for a cohort, by default for the cohort with the largest divergence."""
+        """Return `figure(cohort)`, by default for the cohort with the largest Renyi divergence."""
         if cohort is not None:
             return figure(cohort)
         found = [figure(each) for each in self.cohorts()]

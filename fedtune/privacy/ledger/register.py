@@ -102,7 +102,7 @@ class Opened:
 
 
 class Row(NamedTuple):
-    """A row of the register: a person and the person's cohort.
+    """A row of the register: a person's pseudonym and cohort.
 
     Attributes:
         sequence: sequence number of the event that first admitted the person.

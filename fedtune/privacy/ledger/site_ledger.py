@@ -58,7 +58,7 @@ class Reservation:
 
     @property
     def event_fields(self) -> dict[str, Any]:
-        """Event fields that identify this reservation."""
+        """The event fields that identify this reservation."""
         return {"run": self.run, "round": self.round, "request": self.request, "attempt": self.attempt}
 
 
@@ -185,7 +185,10 @@ class SiteLedger:
             self._store.append_event(Kind.COMMIT, detail, **reservation.event_fields, dataset=run.proposal.dataset)
 
     def algorithm_state(self, run: str) -> bytes:
-        """Return the algorithm's state after the newest commit of a run; empty without a commit."""
+        """Read the algorithm's state that was stored with a run's newest commit.
+
+        The state is empty without a commit.
+        """
         with self._store.transaction():
             return self._store.stored_state(run)
 
@@ -242,7 +245,7 @@ class SiteLedger:
             self._store.append_note("approved", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
     def deny(self, proposal: Proposal, why: str, *, by: str = "", ticket: str = "") -> None:
-        """Record a person's permanent denial of exactly this proposal; `why` never leaves the site.
+        """Record a person's permanent denial of exactly this proposal. The reason `why` never leaves the site.
 
         Guarantee: from then on the ledger charges no round of the run, and no reply of the run leaves the site, not
         even the reply of a round in progress. A run in progress ends at this site, and its reservation is released.
@@ -257,7 +260,7 @@ class SiteLedger:
             self._store.append_note("frozen", why=why)
 
     def set_server_time(self, server_time: float) -> None:
-        """Set the server's time at the current request, in seconds since 1970; an invalid time is ignored."""
+        """Set the server's time at the current request, in seconds since 1970. An invalid time is ignored."""
         try:
             self._store.server_time = datetime.fromtimestamp(server_time, UTC)
         except (ValueError, OverflowError, OSError):
@@ -432,7 +435,10 @@ class SiteLedger:
             self._require_another_round(known, self._store.now())
 
     def fingerprint_key(self) -> bytes:
-        """Return the secret HMAC key of record fingerprints; a plain hash would allow guesses at the data set."""
+        """Return the secret HMAC key of record fingerprints.
+
+        A plain hash would allow an attacker to test guesses at the data set.
+        """
         return self._key.derive_secret("data fingerprint")
 
     # The methods below decide or write inside a transaction.
@@ -504,7 +510,7 @@ class SiteLedger:
             raise RunError(f"the policy of ledger {self._store.path} was changed while it was open; reopen it")
 
     def _require_fixed_settings(self) -> None:
-        """Check that unit, delta, population, site, key and user columns match those at the creation of the ledger."""
+        """Check that unit, delta, population, site, key and user columns are unchanged since the ledger was created."""
         opened = self.history.opening
         differences = [("site_key", opened.site_key, self._key.public), *opened.list_differences(self.policy)]
         differences += self.history.iter_changed_user_columns(self.policy)
@@ -517,12 +523,12 @@ class SiteLedger:
 
 
 def _drop_common_prefix(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
-    """Return the items of `there` after its common prefix with `here`."""
+    """Return the items of `there` that follow its common prefix with `here`."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))
     return tuple(there[sum(1 for _ in same) :])
 
 
 def _require_same_proposal(known: AcceptedRun, proposal: Proposal) -> None:
-    """Check that a proposal has the settings of the accepted run; only the lead may differ."""
+    """Check that a proposal is identical to the proposal of the accepted run."""
     if known.proposal != proposal:
         raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=known.proposal.digest())

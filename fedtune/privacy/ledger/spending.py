@@ -51,7 +51,7 @@ def require_acceptable(
 
 
 def require_usable_ledger(history: History) -> None:
-    """Check that the ledger is neither frozen nor in doubt.
+    """Check that the ledger is not frozen, and that no receipt for a missing event is unresolved.
 
     Raises:
         Refused: the ledger permits no training.
@@ -143,7 +143,7 @@ def require_budget_room(
 
 
 def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
-    """Find the largest number of rounds that `accepts` accepts, at most the proposal's number. 0 if it accepts none."""
+    """Find the largest number of rounds, at most the proposal's, for which `accepts` returns True; 0 if none."""
 
     def is_refused(rounds: int) -> bool:
         return not accepts(dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=rounds)))
@@ -152,7 +152,7 @@ def find_max_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> 
 
 
 def find_min_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:
-    """Find the smallest noise multiplier that `accepts` accepts, to four decimals. None if it accepts none.
+    """Find the smallest noise multiplier, to four decimals, for which `accepts` returns True; None if none.
 
     The search starts at the noise multiplier of the proposal.
     """

@@ -187,7 +187,7 @@ def _name_anchor_in_errors(anchor: Path | None) -> Iterator[None]:
 
 
 class EventStore:
-    """The events of one ledger file.
+    """Transactional access to the events of one ledger file.
 
     Args:
         path: the SQLite file; created if it is missing.
@@ -213,7 +213,7 @@ class EventStore:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Lock the file, process the events of other processes, and write the block's events atomically.
+        """Lock the file, apply events that other processes wrote, and write the block's events atomically.
 
         Guarantee: when the block has ended, its events and the anchor are on disk.
 
@@ -274,7 +274,7 @@ class EventStore:
         self.append_event(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
 
     def store_reply(self, *, run: str, request: str, reply: bytes, state: bytes = b"") -> None:
-        """Store the newest reply of a run with the algorithm's state, replacing the previous ones."""
+        """Store the newest reply of a run with the algorithm's state, replacing the previous reply and state."""
         row = (run, request, reply, state)
         self._file.execute("INSERT OR REPLACE INTO replies (run, request, reply, state) VALUES (?, ?, ?, ?)", row)
 
@@ -344,7 +344,7 @@ class EventStore:
         )
 
     def _require_anchor_head(self) -> None:
-        """Check that the ledger contains the head in its anchor.
+        """Check that the ledger contains the newest event of its anchor.
 
         Raises:
             RunError: the ledger is older than its anchor or has branched off, or one of the two files is missing or
@@ -406,7 +406,10 @@ class EventStore:
             raise RunError(f"ledger {self.path}: {error}; training is not possible with a damaged ledger") from error
 
     def _write_anchor(self, anchor: Path) -> None:
-        """Update the anchor after the ledger, so that a crash can only leave an outdated anchor."""
+        """Write the newest head to the anchor.
+
+        The ledger is written before, so that a crash can only leave an outdated anchor.
+        """
         with open_for_writing(
             self.path
         ) as file:  # locked, so that two processes cannot write their heads in the wrong order

@@ -15,7 +15,7 @@ from fedtune.spec import RunError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verified:
-    """A ledger with the results of its verification.
+    """A verified ledger, with the scope of its verification.
 
     Attributes:
         key_expected: whether the caller supplied the site's key, directly or in an anchor, instead of trusting the key

@@ -42,7 +42,8 @@ class Scaffold(LocalAlgorithm):
         return arrays
 
     def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
-        """Add the participants' mean change of their control variates, weighted by their fraction of all records.
+        """Update the lead's control variate by the participants' mean change, weighted by their fraction of all
+        records.
 
         With c_i' = mean noised gradient, a site moves by -step_size * (c_i' - c_i + c), so the mean of c_i' - c_i is
         the mean gradient from the average update, minus c.
