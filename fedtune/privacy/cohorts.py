@@ -153,7 +153,7 @@ def shift_to_next_window(before: Cohorts, *, real: bool) -> Cohorts:
     after = shift_window(before)
     if real and after.span[1] > compute_period_number(datetime.now(UTC), after.period):
         first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
-        bound = f"has not begun, and --renew would charge this {after.period} next. To charge it now, set"
+        bound = f"has not begun yet, so --renew does not charge this {after.period} by default. To charge it now, set"
         bound += f" the window: {first}privacy.cohorts.last={after.last}"
         raise ConfigError("privacy.cohorts.last", after.last, bound)
     return after

@@ -70,7 +70,7 @@ class PrivacySpec:
         if self.noise_multiplier is not None:
             check_positive("noise_multiplier", self.noise_multiplier)
         elif self.private and self.epsilon > MOST_EPSILON:
-            bound = f"must be at most {MOST_EPSILON:g}: a larger epsilon gives no meaningful guarantee; "
+            bound = f"must be at most {MOST_EPSILON:g}: a larger epsilon provides no meaningful guarantee; "
             bound += "use privacy=none to train without noise"
             raise ConfigError("epsilon", self.epsilon, bound)
         check_positive("max_grad_norm", self.max_grad_norm)

@@ -119,7 +119,7 @@ class RandomStream:
             ends = [[_round_to_nearest(end) for end in value._mpi_] for value in values(intervals, *numbers)]
             if all(low == high for low, high in ends):
                 return [low for low, _ in ends]
-        raise AssertionError("a thousand further bits decide a value, but for a chance below 2**-900")
+        raise AssertionError("a thousand further bits did not decide a rounding (probability below 2**-900)")
 
     def _extend_bits(self, bits: int) -> int:
         first, second = (int(more) for more in self.uniform64(2))

@@ -224,7 +224,7 @@ class Update:
         try:
             (size,) = struct.unpack("<Q", data[len(_MAGIC) : start])
             if not data.startswith(_MAGIC) or size > _MOST_HEADER_BYTES:
-                raise ValueError("magic, or the header's size")
+                raise ValueError("wrong magic bytes or header size")
             header = json.loads(data[start : start + size])
             update = cls(
                 site=str(header["site"]),

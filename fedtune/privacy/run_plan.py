@@ -184,7 +184,7 @@ class Plan:
     @property
     def secure_noise(self) -> SharedNoise:
         """Parameters of distributed noise. Must be read only if the plan uses secure aggregation."""
-        assert self.shared is not None, "a plan of secure aggregation"
+        assert self.shared is not None, "the plan does not use secure aggregation"
         return self.shared
 
     @property

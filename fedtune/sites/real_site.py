@@ -73,7 +73,7 @@ class SiteProcess:
         if self._warm is None or self._warm[0] != key:
             self._warm = None  # first, so that the records of two runs are never in memory together
             self._warm = key, self._load_work(shared, files)
-            log.info("ready for a run", extra={"run": run})
+            log.info("the records and the model of a run are loaded", extra={"run": run})
         return self._warm[1]
 
     def _load_work(self, shared: RunModel, files: SiteFiles) -> SiteWork:

@@ -361,7 +361,7 @@ def _read_prompt_lines(config: RunConfig, path: Path, *, key: str) -> Iterator[R
     except OSError as error:
         raise DataError(key, str(path), f"must be a readable file ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise DataError(key, str(path), f"must be UTF-8 text; byte {error.start + 1} is not") from None
+        raise DataError(key, str(path), f"must be UTF-8 text: byte {error.start + 1} is invalid") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             fields = config.bound_task.prompt_fields(line.removesuffix("\r"), config.data, at=f"{path}:{number}")

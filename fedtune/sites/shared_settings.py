@@ -87,7 +87,7 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
         if _plan_from_fields(fields, bound=plan.secure_noise.bound if plan.shared else 1) != plan:
             raise Refused(Reason.PLAN_CHANGED)
         if fields["task"] != task:
-            raise ValueError("another task than the proposal's")
+            raise ValueError("the task differs from the proposal's task")
         if find_task(task) is None:
             raise Refused(Reason.TASKS, asked=task, allowed="a task that is installed at this site")
         return parse(fields)
@@ -116,11 +116,11 @@ def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
     cohorts = given.pop("cohorts", None)
     privacy = PrivacySpec(**given, cohorts=None if cohorts is None else decode(Cohorts, cohorts))
     if privacy.private and privacy.noise_multiplier is None:
-        raise ValueError("noise that is yet to be calibrated")
+        raise ValueError("the noise multiplier is missing")
     counts = {key: federation[key] for key in ("num_rounds", "spare_rounds")}
     counts["local_steps"] = fields["training"]["local_steps"]
     if any(type(count) is not int for count in (*counts.values(), federation["num_sites"])):
-        raise ValueError("a count that is not an integer")
+        raise ValueError("a count is not an integer")
     if federation["num_sites"] > MOST_SITES:
         raise ValueError("too many sites")
     together = None

@@ -243,7 +243,7 @@ def fit_to_budgets(config: RunConfig, run_folder: Path) -> RunConfig:
         except RunError as error:
             without[site] = str(error)
     if len(offers) < config.federation.min_sites:
-        raise RefusedError(config.federation.explain_too_few(len(offers), "have room for a run", others=without))
+        raise RefusedError(config.federation.explain_too_few(len(offers), "have enough budget", others=without))
     return config.fit_to_offers(offers)
 
 

@@ -95,7 +95,7 @@ class SiteWork:
         Users without a date are in the oldest cohort.
         """
         cohorts = self.shared.config.privacy.cohorts
-        assert cohorts is not None, "a run that is limited to cohorts"
+        assert cohorts is not None, "the run is not limited to cohorts"
         months: dict[str, str] = {}
         for record in (*self.records.training, *self.records.heldout):
             user, month = record.fields["user"], record.fields["arrival"]

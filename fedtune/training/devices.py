@@ -159,7 +159,7 @@ class Devices:
             ConfigError: the devices do not compute the same bits, in this trial or an earlier trial of this process.
             RunError: a worker failed.
         """
-        assert self._trial is not None, "devices are tried before they are used"
+        assert self._trial is not None, "devices must be tested before use"
         if self._expected is None and self._crew.is_broken:
             self._crew.end()
             self._crew = _WorkerPool(self._places[1:], self._load)

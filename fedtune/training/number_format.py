@@ -62,7 +62,7 @@ def choose_number_format(
     seconds = _measure_model(model, count_threads(runtime), runtime.onednn, tokens)
     chosen = choose_faster(seconds)
     ratio = seconds[FLOAT32] / seconds[MIXED]
-    told(f"Number format: {chosen} (model.dtype=auto; products in mixed run at {ratio:.2f} times the speed of float32)")
+    told(f"Number format: {chosen} (model.dtype=auto; mixed precision is {ratio:.2f} times as fast as float32)")
     return chosen
 
 

@@ -87,7 +87,7 @@ def test_second_run_is_reduced_and_third_refused_by_the_budget(run: Any, kept_si
         assert history.cap > history.policies[0][1]
     before = read_events(kept_sites)
     third = run("third", "federation.if_over_budget=fewer_rounds")
-    assert third.failed(3).startswith("0 of 2 sites have room for a run")
+    assert third.failed(3).startswith("0 of 2 sites have enough budget")
     for site in SITES:
         assert f"{site}: max_epsilon, asked " in third.message
         assert f"allowed at most {read_policy(kept_sites / site / 'site.toml').budget.max_epsilon:g}" in third.message

@@ -110,9 +110,7 @@ def test_number_format_is_measured_once_and_explained(monkeypatch: pytest.Monkey
     for _ in range(2):
         assert choose_number_format(model, runtime, told=texts.append) == "mixed"
     assert asked == [(count_frozen_products(model), {"tokens": 3 * 512, "onednn": True})]
-    assert texts == 2 * [
-        "Number format: mixed (model.dtype=auto; products in mixed run at 1.06 times the speed of float32)"
-    ]
+    assert texts == 2 * ["Number format: mixed (model.dtype=auto; mixed precision is 1.06 times as fast as float32)"]
     assert torch.get_num_threads() == before
 
 

@@ -296,7 +296,7 @@ class History:
     @property
     def opening(self) -> Opened:
         """The content of the ledger's first event."""
-        assert self._opened is not None, "an empty history has not been opened"
+        assert self._opened is not None, "an empty history has no first event"
         return self._opened
 
     @property

@@ -178,8 +178,8 @@ class SiteLedger:
                 raise Refused(Reason.FROZEN)
             self._require_not_denied(run.proposal)
             newest = run.attempts[reservation.round] == reservation.attempt
-            assert newest, "only the newest reservation of a round is committed"
-            assert reservation.request not in run.replies, "a request is committed once"
+            assert newest, "only the newest reservation of a round can be committed"
+            assert reservation.request not in run.replies, "a request can be committed only once"
             self._store.store_reply(run=reservation.run, request=reservation.request, reply=reply, state=state)
             detail = {"reply_sha256": hashlib.sha256(reply).hexdigest(), "fingerprint": fingerprint}
             self._store.append_event(Kind.COMMIT, detail, **reservation.event_fields, dataset=run.proposal.dataset)

@@ -23,7 +23,7 @@ class FedMedian(LocalAlgorithm):
     """
 
     name = "fedmedian"
-    not_in_sums = "a sum has no median"
+    not_in_sums = "the median cannot be computed from a sum"
 
     @property
     def flower_strategy(self) -> tuple[str, Mapping[str, float]]:
