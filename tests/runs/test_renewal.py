@@ -94,7 +94,7 @@ def test_future_cohort_at_real_sites_must_be_set_explicitly(
         is not None
     )
     folder = make_last_run(**make_cohort_settings(first, "2026"), **real)
-    words = f"--renew does not charge this year by default. To charge it now, set the window: {named}privacy.cohorts.last=2027$"
+    words = f"does not charge this year by default. To charge it now, set the window: {named}privacy.cohorts.last=2027$"
     with pytest.raises(ConfigError, match=words):
         renew_config(folder, {})
     wanted = {"privacy.cohorts.last": "2027"} | ({"privacy.cohorts.first": "2026"} if first else {})
