@@ -93,7 +93,7 @@ def discretize_laplace(noise: float, width: float) -> StepLosses:
     return _connect_dots(-highest, deltas, width, noise=noise, beyond=0.0)
 
 
-def _step_losses(rate: Rate, noise: float, width: float, *, adding: bool) -> StepLosses:
+def _discretize(rate: Rate, noise: float, width: float, *, adding: bool) -> StepLosses:
     return (
         discretize_laplace(noise, width)
         if rate == "laplace"
@@ -185,7 +185,7 @@ class Composition:
         told = list(mechanisms)
         self._bounded = all(noise > 0 for _, noise, _ in told)
         self._orders = [
-            _Direction([(_step_losses(rate, noise, width, adding=adding), count) for rate, noise, count in told], width)
+            _Direction([(_discretize(rate, noise, width, adding=adding), count) for rate, noise, count in told], width)
             for adding in (False, True)
             if told and self._bounded
         ]

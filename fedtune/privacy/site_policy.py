@@ -478,12 +478,12 @@ def _iter_exceeded_epsilon_caps(policy: Policy, plan: Plan) -> Iterator[Broken]:
         (Reason.MAX_EPSILON_PER_RUN, plan, policy.budget.max_epsilon_per_run),
         (Reason.MAX_EPSILON_IF_ALL_COLLUDE, alone, policy.trust.max_epsilon_if_all_collude),
     ):
-        if counted and most is not None and (epsilon := _plan_epsilon_if_above(counted, most)) is not None:
+        if counted and most is not None and (epsilon := _compute_epsilon_above_limit(counted, most)) is not None:
             yield reason, f"{epsilon:.4g}", f"at most {most:g}"
 
 
 @lru_cache(maxsize=256)
-def _plan_epsilon_if_above(plan: Plan, limit: float) -> float | None:
+def _compute_epsilon_above_limit(plan: Plan, limit: float) -> float | None:
     """Compute the PLD epsilon of a whole plan, and return it only if it exceeds `limit`, else None.
 
     PLD is valid here, because a plan is fixed before any output is seen.

@@ -83,7 +83,7 @@ def is_training_file(config: RunConfig, file: str) -> bool:
             return True
         about = (config.digest(), *((path, path.stat().st_mtime_ns) for path in found.values()))
         if about not in _COMPARED:
-            _COMPARED[about] = _contains_records_of(config, names, file)
+            _COMPARED[about] = _has_training_records(config, names, file)
         return _COMPARED[about]
     except DataError:  # the file was moved, or its error is reported where it is read
         return False
@@ -93,7 +93,7 @@ def _have_same_bytes(one: Path, other: Path) -> bool:
     return one.samefile(other) or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
 
 
-def _contains_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
+def _has_training_records(config: RunConfig, names: Sequence[str], file: str) -> bool:
     """Return True if the texts of `file` are a subset of the texts in the other files, or vice versa."""
     own = [one for name in names for one in LeadRecords.read(name, config, key="data.train_file").records]
     said, theirs = (

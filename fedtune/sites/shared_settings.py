@@ -84,7 +84,7 @@ def read_settings(text: str, *, plan: Plan, task: str) -> RunConfig:
         fields = dict(json.loads(text))
         # First, because validation computes the privacy cost, which could take hours and all memory for a
         # malicious plan.
-        if _plan_from_fields(fields, bound=plan.secure_noise.bound if plan.shared else 1) != plan:
+        if _build_unvalidated_plan(fields, bound=plan.secure_noise.bound if plan.shared else 1) != plan:
             raise Refused(Reason.PLAN_CHANGED)
         if fields["task"] != task:
             raise ValueError("the task differs from the proposal's task")
@@ -107,7 +107,7 @@ def _list_unshared_keys(sent: Mapping[str, Any]) -> str:
     return ", ".join(sorted(str(key)[:100] for key in apart)[:_MOST_KEYS])
 
 
-def _plan_from_fields(fields: dict[str, Any], *, bound: int) -> Plan:
+def _build_unvalidated_plan(fields: dict[str, Any], *, bound: int) -> Plan:
     """Compute the plan from unvalidated settings.
 
     `bound` depends on the task and is checked later with the proposal.

@@ -120,13 +120,13 @@ class VirtualSites:
         """
         path = self.folder / site / POLICY
         if not path.exists():
-            write_policy(self._policy(site), path)
+            write_policy(self._generate_policy(site), path)
         files = SiteFiles.from_site_toml(path)
         if files.policy.site != site:
             raise ConfigError("site", files.policy.site, f"must be {site}").in_file(path)
         return SiteFiles(replace(files.policy, simulated=True), path)
 
-    def _policy(self, site: str) -> Policy:
+    def _generate_policy(self, site: str) -> Policy:
         return generate_policy(self.config, self.plan, site, lead=self.lead_key().public)
 
     def ledger(self, site: str) -> SiteLedger:
@@ -138,7 +138,7 @@ class VirtualSites:
     def write_policies(self, *, within: Budget) -> None:
         """Write policies that allow only this run, under a budget that several runs share."""
         for site in self.config.federation.active:
-            policy = self._policy(site)
+            policy = self._generate_policy(site)
             budget = replace(within, max_epsilon_per_run=policy.budget.max_epsilon_per_run)
             write_policy(replace(policy, budget=budget), self.folder / site / POLICY)
 

@@ -338,7 +338,7 @@ class _WorkerPool:
             ends: tuple[Any, Any] = start.Pipe()
             ours, theirs = ends
             _set_send_timeout(ours)
-            process = start.Process(target=_serve, args=(theirs, place, load), daemon=True)
+            process = start.Process(target=_run_worker, args=(theirs, place, load), daemon=True)
             process.start()
             theirs.close()  # only the worker holds the other end now, so a dead worker closes the pipe
             self._members.append((process, ours))
@@ -355,7 +355,7 @@ class _WorkerPool:
             _, pipe = self._members[rank - 1]
             pipe.send((what, about, tuple(self.forgotten)))
         except OSError as error:
-            self._fail(get_first_line(error))
+            self._raise_failure(get_first_line(error))
         self._asked.append(rank)
 
     def ask_all(self, what: Callable[..., Any], *about: Any) -> None:
@@ -384,10 +384,10 @@ class _WorkerPool:
             process.join(1.0)  # for its exit code
             done, answer = False, f"its process ended with exit code {process.exitcode}"
         if not done:
-            self._fail(f"device {rank}: {answer}")
+            self._raise_failure(f"device {rank}: {answer}")
         return answer
 
-    def _fail(self, why: str) -> NoReturn:
+    def _raise_failure(self, why: str) -> NoReturn:
         self.end()
         raise RunError(f"a device on this machine failed ({why}); nothing is released in this round")
 
@@ -463,7 +463,7 @@ class _Device:
             self._at_work()
 
 
-def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device], TaskModel]) -> None:
+def _run_worker(orders: Connection, place: torch.device, load: Callable[[torch.device], TaskModel]) -> None:
     """Run the worker of another device until its parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first device's process handles Ctrl-C
     logging.disable(logging.CRITICAL)  # errors caused by records belong in the site's own log only

@@ -186,18 +186,18 @@ class Head:
 
     def encode_signed_bytes(self) -> bytes:
         """Encode all fields except the signature, for signing and verification."""
-        said = self._fields()
+        said = self._collect_fields()
         del said["signature"]
         return to_canonical_json(said)
 
-    def _fields(self) -> dict[str, Any]:
+    def _collect_fields(self) -> dict[str, Any]:
         said = {name: getattr(self, name) for name in self.__slots__}  # `asdict` would copy thousands of hashes
         said |= {"schema": LEDGER_SCHEMA, "arrivals": self.arrivals and asdict(self.arrivals)}
         return _drop_none(said, "arrivals")
 
     def to_bytes(self) -> bytes:
         """Encode the head as the content of an anchor file."""
-        return json.dumps(self._fields(), sort_keys=True).encode() + b"\n"
+        return json.dumps(self._collect_fields(), sort_keys=True).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> Head:
