@@ -151,8 +151,7 @@ def compute_epsilon_above_limit(spent: events.Spent, delta: float, *, limit: flo
 
 
 def epsilon_rdp(spent: events.Spent, delta: float) -> float:
-    """Compute the epsilon of composed events at `delta` with Renyi differential privacy (RDP), which checks the PLD
-    epsilon.
+    """Compute the epsilon of composed events at `delta` with Renyi DP, as an independent check of the PLD epsilon.
 
     Guarantee: an upper bound, looser than PLD (Mironov 2017, arXiv 1702.07476), minimized over dp-accounting's default
     orders.

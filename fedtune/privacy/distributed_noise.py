@@ -1,22 +1,22 @@
 """Distributed noise: each site adds a share of the noise, and secure aggregation reveals only the total to the server.
 
-Each site adds its share of the noise to its own sum, in integers, before it masks the result.  An observer of only the
+Each site adds its share of the noise to its own sum, in integers, before it masks the result. An observer of only the
 total of h honest sites sees the Gaussian mechanism with the noise of all h shares, even though each share was rounded
-separately.  Theorem: let site k have y_k = g_k + Z_k, where Z_k is normal with a standard deviation of s cells, and let
-it send R(y_k) = floor(y_k + 1/2), all in cells.  With V_k = y_k + 1/2 - R(y_k), in [0, 1), and Y = y_1 + ... + y_h
+separately. Theorem: let site k have y_k = g_k + Z_k, where Z_k is normal with a standard deviation of s cells, and let
+it send R(y_k) = floor(y_k + 1/2), all in cells. With V_k = y_k + 1/2 - R(y_k), in [0, 1), and Y = y_1 + ... + y_h
 
     R(y_1) + ... + R(y_h) = floor(Y + h/2 - V_1 - ... - V_(h-1)),
 
-since R(y_h) is the remainder of Y after subtracting the integers of the other sites.  Given Y and y_1, ..., y_(k-1),
-the value y_k is normal with variance (1 - 1/n) s^2, where n = h - k + 1 sites remain: at least s^2 / 2.  A normal value
+since R(y_h) is the remainder of Y after subtracting the integers of the other sites. Given Y and y_1, ..., y_(k-1),
+the value y_k is normal with variance (1 - 1/n) s^2, where n = h - k + 1 sites remain: at least s^2 / 2. A normal value
 of variance v, wrapped around a circle of length 1, is uniform up to a total variation of exp(-2 pi^2 v), by its Fourier
-series.  So V_1, ..., V_(h-1) are uniform and independent of Y, for any g_k, up to a total variation of
+series. So V_1, ..., V_(h-1) are uniform and independent of Y, for any g_k, up to a total variation of
 
     (h - 1) exp(-pi^2 s^2)
 
-per value.  If this held exactly, the total would be post-processing of Y, the Gaussian mechanism with variance h s^2 on
-the sum of the g_k, with random numbers that do not depend on any record.  `LEAST_CELLS` keeps s at 8 or more: over 2^60
-values of 2^10 sites the total variation stays below 1e-250 altogether, and is part of eta in docs/proof.md.  Hence
+per value. If this held exactly, the total would be post-processing of Y, the Gaussian mechanism with variance h s^2 on
+the sum of the g_k, with random numbers that do not depend on any record. `LEAST_CELLS` keeps s at 8 or more: over 2^60
+values of 2^10 sites the total variation stays below 1e-250 altogether, and is part of eta in docs/proof.md. Hence
 a release is an ordinary Gaussian event with the noise of the honest shares, and every proof about such events applies.
 """
 
@@ -77,9 +77,7 @@ class Together:
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
     def share_for_total(self, total: float) -> float:
-        """Compute the smallest noise share with which every sum has at least the noise multiplier `total`, to four
-        decimals.
-        """
+        """Compute the smallest noise share, to four decimals, for a noise multiplier of `total` or more in every sum."""
         honest = self.threshold - self.colluders
         share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4
         while combine_noise_shares(share, honest) < total:

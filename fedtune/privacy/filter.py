@@ -131,7 +131,7 @@ def _minimize_over_orders(
 ) -> tuple[float, float]:
     """Minimize `cost(order, divergence)` over `orders`, and return the minimum and its order (the smallest on a tie).
 
-    `cost` must rise with the divergence, and the divergence rises with the order.  Integer orders are cheap to
+    `cost` must rise with the divergence, and the divergence rises with the order. Integer orders are cheap to
     evaluate, and give lower bounds that rule out most of the fractional orders above them.
     """
     whole = {order: compute_total_divergence([plan], order) for order in orders if order.is_integer()}

@@ -69,7 +69,7 @@ class SigningKey:
         and nobody else can write that file.
 
         Raises:
-            ConfigError: the key is not an Ed25519 key, or its passphrase is missing or wrong.  The message contains
+            ConfigError: the key is not an Ed25519 key, or its passphrase is missing or wrong. The message contains
                 neither the key nor the passphrase.
         """
         key, value = ("key_command", command[0]) if command else ("key", str(path))

@@ -102,8 +102,9 @@ def _discretize(rate: Rate, noise: float, width: float, *, adding: bool) -> Step
 
 
 def _connect_dots(lowest: int, deltas: Floats, width: float, *, noise: float, beyond: float) -> StepLosses:
-    """Build the loss distribution whose hockey-stick divergence equals `deltas` on the grid and is an upper bound
-    elsewhere.
+    """Build the loss distribution whose hockey-stick divergence equals `deltas` on the grid.
+
+    Between grid points, its divergence is an upper bound.
 
     Args:
         lowest: the smallest loss, in units of the grid width.

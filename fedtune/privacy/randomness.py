@@ -20,7 +20,7 @@ from mpmath.ctx_iv import MPIntervalContext
 from mpmath.libmp import to_rational
 
 _MOST_EXTENSIONS = 8
-"""Extensions of 128 bits each.  The probability that none of them decides a value is far below 2^-900."""
+"""Extensions of 128 bits each. The probability that none of them decides a value is far below 2^-900."""
 
 
 _interval_context = cache(MPIntervalContext)  # creating a context takes milliseconds

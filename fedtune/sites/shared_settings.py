@@ -34,8 +34,9 @@ _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, Re
 
 
 def select_settings_for_sites(config: RunConfig) -> RunConfig:
-    """Build the settings for sites: the noise multiplier and the model hash are fixed, the lead's machine settings
-    removed.
+    """Build the settings that the lead sends to sites.
+
+    The noise multiplier and the model hash are fixed, and the settings of the lead's machine are removed.
 
     Raises:
         ConfigError: the model is not available, so its hash is unknown.

@@ -63,9 +63,7 @@ POLICY = "site.toml"
 
 @dataclass(frozen=True)
 class VirtualSites:
-    """The folder of simulated sites, with `<site>/site.toml`, `<site>/site_key.pem`, `<site>/ledger.db` and the lead's
-    key.
-    """
+    """The folder of simulated sites, with `site.toml`, `site_key.pem` and `ledger.db` of each site, and the lead's key."""
 
     config: RunConfig  # configuration of the run
     folder: Path  # `runtime.sites_dir`, or `sites/` in the run folder.
@@ -347,8 +345,7 @@ def read_partition_settings(path: Path, *, keys: Iterable[str]) -> dict[str, Any
 
 
 class Participants:
-    """The participants of a simulation: the lead, and sites with their own records and ledgers, all with one shared
-    model.
+    """The participants of a simulation: sites with their own records and ledgers, and the lead; all share one model.
 
     Args:
         config: the run's configuration.

@@ -38,7 +38,7 @@ def _has_float64(device: str) -> bool:
 def _make_deterministic() -> None:
     """Enable deterministic kernels and disable reduced precision for the rest of the process.
 
-    CUDA's matrix products also need CUBLAS_WORKSPACE_CONFIG, which `fedtune.process` sets.  In this mode
+    CUDA's matrix products also need CUBLAS_WORKSPACE_CONFIG, which `fedtune.process` sets. In this mode
     memory-efficient attention does not split its keys by the number of rows, and flash attention sums in a fixed order.
     """
     torch.use_deterministic_algorithms(True)

@@ -1,9 +1,9 @@
 """Batch-invariance test: an example's contribution must not depend on the other examples in its micro-batch.
 
-The test runs before anything is charged.  Shapes are fixed (`fedtune.data.shapes`), so kernels cannot depend on the
-content of a batch.  The test checks at every shape of a step that kernels treat all rows and all numbers of rows alike:
+The test runs before anything is charged. Shapes are fixed (`fedtune.data.shapes`), so kernels cannot depend on the
+content of a batch. The test checks at every shape of a step that kernels treat all rows and all numbers of rows alike:
 first with the run's own weights, then with random weights, because somebody could choose weights for which dummy
-examples reveal nothing.  Dummy examples and random weights are freshly drawn for each test, so nobody can search for a
+examples reveal nothing. Dummy examples and random weights are freshly drawn for each test, so nobody can search for a
 model that happens to pass.
 
 The output layer of a language model is not tested for every number of rows, because it processes each record separately
@@ -74,7 +74,7 @@ def max_batch_influence(
     `require_batch_invariance` checks the result.
 
     For each padded length, the dummy examples cover the longest and some shorter lengths, over the whole vocabulary
-    including its first and last ids.  If records of such lengths and ids would cause an error in position embeddings,
+    including its first and last ids. If records of such lengths and ids would cause an error in position embeddings,
     losses or memory allocation, the error occurs here, before a round is charged.
 
     Args:
@@ -137,8 +137,7 @@ def _convert_model_errors(model: TaskModel, shapes: Shapes) -> Iterator[None]:
 
 
 def fit_to_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_states: bool, pad_id: int = 0) -> Shapes:
-    """Limit each padded length to the largest number of rows that fits into `most_bytes` of memory, and return the
-    shapes.
+    """Limit the shapes to the largest number of rows per padded length that fits into `most_bytes` of memory.
 
     Every length is measured with dummy examples.
 
@@ -197,7 +196,7 @@ def _compute_max_rows(most_bytes: int, shapes: Shapes, length: int, needed: Call
 def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
     """Run one step on a micro-batch along the code path with the highest memory use.
 
-    On this path one example fails, so the others are computed one at a time, and another example's gradient is NaN.  A
+    On this path one example fails, so the others are computed one at a time, and another example's gradient is NaN. A
     record that causes this in a run needs no more memory than any other record.
     """
     if keeps_states:
@@ -261,7 +260,7 @@ class _Trial:
             most, room = shapes.compute_longest_record(length), self._compute_max_room(length)
             least = shapes.lengths[number - 1] if number else 1
             self._places[length] = np.arange(len(lengths), len(lengths) + room)
-            # The longest first.  It is tested in a batch of its own, for models that switch on the longest example.
+            # The longest first. It is tested in a batch of its own, for models that switch on the longest example.
             lengths += [most, *draws.integers(min(least, most), most, size=room - 1, endpoint=True)]
         made_up = _make_dummy_examples(model, draw_text_lengths(lengths, model.spec.texts, draws), draws)
         self._whole = {length: self._make_full_part(places, length) for length, places in self._places.items()}
@@ -288,9 +287,7 @@ class _Trial:
         return examples
 
     def measure_max_influence(self, max_grad_norm: float) -> float:
-        """Return the largest change of a contribution between a full micro-batch and smaller micro-batches, in clip
-        norms.
-        """
+        """Measure the largest change of a contribution between a full and a smaller micro-batch, in clip norms."""
         with record_gradients(self._model) as gradients:
             return max(
                 self._measure_influence_at_length(gradients, length, max_grad_norm) for length in self._shapes.lengths
@@ -325,7 +322,7 @@ class _Trial:
     def measure_row_influence(self, max_grad_norm: float) -> float:
         """Return the largest difference, in clip norms, between one example's contributions in different rows.
 
-        The longest example of each length, with all its tokens supervised, is copied to all rows.  Every position that
+        The longest example of each length, with all its tokens supervised, is copied to all rows. Every position that
         a kernel might round differently then holds a token, and only the row index differs between the copies.
         """
         parts = [
@@ -342,9 +339,7 @@ class _Trial:
         return moved
 
     def _compute_contributions(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
-        """Compute the gradients and clipped contributions of a micro-batch on the model's device, as in a training
-        step.
-        """
+        """Compute the gradients and clipped contributions of a micro-batch as in a training step."""
         there = gradients.compute_all_gradients(batch)
         chosen = {} if self._model.decided_by is None else {_DECIDED_BY: self._model.decided_by}
         found = (
@@ -363,7 +358,7 @@ class _Trial:
 
 _Added: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 """Gradients of n examples by name, including the values that determine discrete choices, and the examples' clipped
-contributions (`dp_step.compute_clipped_contributions`).  All tensors are on the CPU.
+contributions (`dp_step.compute_clipped_contributions`). All tensors are on the CPU.
 """
 
 

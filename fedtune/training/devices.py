@@ -1,17 +1,17 @@
 """Multi-GPU training at one site: each device sums the clipped contributions of its own units in integers.
 
 The first device belongs to the training process, which samples, draws the records of each user, adds the noise once and
-takes the step, exactly as at a site with one device.  Every other device has its own worker process with the same model
-and a shard of the records.  For each step a worker receives the adapter's values and the sampled units of its shard,
-and returns one integer sum.  It has no access to noise, ledger, key or policy.
+takes the step, exactly as at a site with one device. Every other device has its own worker process with the same model
+and a shard of the records. For each step a worker receives the adapter's values and the sampled units of its shard,
+and returns one integer sum. It has no access to noise, ledger, key or policy.
 
-Guarantee: a step is bit-identical to a step on one device.  Each unit is on exactly one device
+Guarantee: a step is bit-identical to a step on one device. Each unit is on exactly one device
 (`examples.assign_device`), the step checks that every sampled unit was added once, integer addition is exact in any
-order, and devices that compute dummy examples differently from the first one are refused.  If a worker fails or sends
+order, and devices that compute dummy examples differently from the first one are refused. If a worker fails or sends
 no heartbeat for `HEARTBEAT_TIMEOUT_S`, the round ends with an error before any noise is added, so that nothing is
 released.
 
-Values and sums are sent as arrays through each worker's pipe, which no other process on the machine can open.  Sums are
+Values and sums are sent as arrays through each worker's pipe, which no other process on the machine can open. Sums are
 copied to the CPU in any case, because noise is added there, so tests without a GPU cover the same code path as several
 GPUs.
 """
@@ -102,9 +102,7 @@ class DeviceTrial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The outcome of a trial: the measured batch influence in clip norms, and the SHA-256 of all computed values in
-    hex.
-    """
+    """The outcome of a trial: the batch influence in clip norms, and the SHA-256 of all computed values in hex."""
 
     seed: int
     moved: float

@@ -4,8 +4,8 @@ A step samples, clips, sums, adds noise, divides, and calls the optimizer. Toget
 this file is the complete argument that one step is one `PoissonSampledDpEvent(rate,
 GaussianDpEvent(noise_multiplier))`.
 
-This file samples and clips privacy units.  A unit is a record, with the gradient of its own loss, or a user, with the
-mean gradient of the user's records.  `Records` and `UnitGradients` hide the difference.
+This file samples and clips privacy units. A unit is a record, with the gradient of its own loss, or a user, with the
+mean gradient of the user's records. `Records` and `UnitGradients` hide the difference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Correction = Callable[[NoisedGradient], Arrays]
 """An algorithm's correction of a step's noised mean gradient, before the optimizer steps."""
 
 SMALLEST_NORM = 1e-3
-"""Lower limit on the gradient norm that clipping divides by.  A smaller gradient may be mostly rounding error, which a
+"""Lower limit on the gradient norm that clipping divides by. A smaller gradient may be mostly rounding error, which a
 tiny clip norm would scale up to a full contribution (measured in simulations/sensitivity).
 """
 # Clipping aims this far below the clip norm, so that rounding never lifts a contribution above it.
@@ -48,11 +48,9 @@ class UnitGradients(Protocol):
     """Interface for the per-unit gradients of a micro-batch."""
 
     def compute_gradients(self, batch: Any, /) -> dict[str, torch.Tensor]:
-        """Compute the gradient of each of the n units in `batch`: name -> (n, *parameter shape).
+        """Compute the gradients of the n units in `batch`: name -> (n, *parameter shape).
 
-        Rows without a unit are zero.
-
-        Each gradient depends on its own unit alone, bit for bit.
+        Rows without a unit are zero. Each gradient depends on its own unit alone, bit for bit.
         """
         ...
 
@@ -85,9 +83,9 @@ def take_dp_sgd_step(
 
     Guarantee: the changes depend on the records only through one Gaussian mechanism with standard deviation
     `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors, one per unit, whose joint L2 norm over all
-    trainable tensors is at most `max_grad_norm`.  The bound is exact: each vector depends on its own unit alone, bit
+    trainable tensors is at most `max_grad_norm`. The bound is exact: each vector depends on its own unit alone, bit
     for bit (`fedtune.training.batch_invariance` tests this on the current machine), and is a vector of integers whose
-    norm is checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample receives
+    norm is checked in integers; sums and noise are integers too. The denominator is public. An empty sample receives
     noise like any other sample.
 
     Args:
@@ -152,8 +150,8 @@ def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_gra
         gradients: name -> (n, *shape), with the same names as `sums`; n examples, or the means of n users.
         max_grad_norm: the clip norm C, over all tensors of a unit together.
 
-    Guarantee: one unit adds a vector of integers with a joint L2 norm of at most C, which is 2**24 cells.  Scaling uses
-    floats; the check uses integers.  A unit counts as zero if its gradient is not finite, or if its rounded vector
+    Guarantee: one unit adds a vector of integers with a joint L2 norm of at most C, which is 2**24 cells. Scaling uses
+    floats; the check uses integers. A unit counts as zero if its gradient is not finite, or if its rounded vector
     still exceeds C.
     """
     assert sums.keys() == gradients.keys(), "clipped tensors and summed tensors differ"
@@ -189,7 +187,7 @@ def compute_clipped_contributions(
 def _clip_to_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, clipped gradients): (n, values) in float64, in cells of the grid, rounded towards zero.
 
-    A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`).  Each row depends on its own unit alone, bit for
+    A unit's gradient g becomes g * C / max(|g|, C, `SMALLEST_NORM`). Each row depends on its own unit alone, bit for
     bit, and may still be NaN.
     """
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
@@ -218,7 +216,7 @@ def _flatten_rows(gradient: torch.Tensor) -> torch.Tensor:
 def _compute_exact_squared_norms(whole: torch.Tensor) -> torch.Tensor:
     """Return the (n, lanes) squared norms of rows of integers.
 
-    A usable row has a squared norm of at most 2**48, so float64 sums it exactly.  The square of the root, rounded, is
+    A usable row has a squared norm of at most 2**48, so float64 sums it exactly. The square of the root, rounded, is
     the exact squared norm again.
     """
     return _compute_squared_row_norms(whole).round()
@@ -240,7 +238,7 @@ def _sum_in_fixed_order(each: Iterable[torch.Tensor]) -> torch.Tensor:
 def _compute_squared_row_norms(values: torch.Tensor) -> torch.Tensor:
     """Return the (n, lanes) partial squared L2 norms of n float64 rows, independent of the number of rows."""
     if values.device.type != "cpu":
-        # An accelerator splits a row among its threads by the number of rows.  Elementwise addition has a fixed order.
+        # An accelerator splits a row among its threads by the number of rows. Elementwise addition has a fixed order.
         squares = nn.functional.pad(values.square(), (0, -values.shape[1] % _LANES))
         return sum_by_halves(squares.view(len(values), squares.shape[1] // _LANES, _LANES))
     # torch splits a single row among its threads, which changes the order of addition; with several rows, it does not.

@@ -74,7 +74,7 @@ class Units(ABC):
 
     @abstractmethod
     def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
-        """Add the units' unclipped gradients to the parameters' `.grad`.  Guarantee: none."""
+        """Add the units' unclipped gradients to the parameters' `.grad`. Guarantee: none."""
 
 
 class SiteExamples(Units):
@@ -156,7 +156,7 @@ class SiteExamples(Units):
         )
 
     def add_plain_gradient(self, model: TaskModel, batch: Batch) -> None:
-        """Add the examples' unclipped gradients to the parameters' `.grad`.  Guarantee: none."""
+        """Add the examples' unclipped gradients to the parameters' `.grad`. Guarantee: none."""
         model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
 
     def cache_frozen_states(
@@ -168,13 +168,13 @@ class SiteExamples(Units):
         lenient: bool = True,
         told: Told = ignore_progress,
     ) -> None:
-        """Cache the output of the layers below the first trained layer for every record, so that later passes skip
-        these layers.
+        """Cache the frozen layers' output for every record, so that later passes skip all layers below the first
+        trained one.
 
-        The cache trades memory (`num_tokens` times the hidden size) for speed.  Each record's states depend on that
-        record alone; they are zero if they cannot be computed or are not finite.  Such a record adds nothing to a step,
-        just as without the cache (`per_example`).  In a micro-batch it looks like an empty row, whose states are zero
-        too and which the batch-invariance test covers.  The method does nothing if the states are already cached, if no
+        The cache trades memory (`num_tokens` times the hidden size) for speed. Each record's states depend on that
+        record alone; they are zero if they cannot be computed or are not finite. Such a record adds nothing to a step,
+        just as without the cache (`per_example`). In a micro-batch it looks like an empty row, whose states are zero
+        too and which the batch-invariance test covers. The method does nothing if the states are already cached, if no
         layer is frozen, or if the disk is full.
 
         Args:
@@ -217,8 +217,8 @@ class SiteExamples(Units):
     def cache_reference(self, model: TaskModel, *, parts: Iterable[Part] | None = None, lenient: bool = True) -> None:
         """Cache the outputs of the base model without adapters for every record, if the task compares against them.
 
-        A record's reference depends only on that record and the public base model.  It is NaN if it cannot be computed:
-        then the record's loss is NaN, and the record adds nothing to a step.  The method does nothing if the reference
+        A record's reference depends only on that record and the public base model. It is NaN if it cannot be computed:
+        then the record's loss is NaN, and the record adds nothing to a step. The method does nothing if the reference
         is already cached.
 
         Args:

@@ -48,13 +48,13 @@ def train_round(
     """Train `adapter` on a site's `units` for one round of `work.plan`.
 
     The received adapter and the adapter after each step are clamped to the site's limit on absolute values, so that no
-    received or trained value can stop the run and rounding error stays small.  Clamping does not depend on any record.
+    received or trained value can stop the run and rounding error stays small. Clamping does not depend on any record.
 
     Returns:
         The adapter, which may be released, and the algorithm's state for the site's next round.
 
     Guarantee: with noise, both results are post-processing of `work.plan.event()` on the units of `work.plan.unit`, of
-    the received adapter and arrays, and of the earlier state.  Without noise there is no guarantee.
+    the received adapter and arrays, and of the earlier state. Without noise there is no guarantee.
     """
     assert work.plan.shared is None, "a single noise share does not protect a site's own release"
     frozen = list_frozen_tensors(model.spec.lora, work.algorithm, model.trainable(), round=work.round, sent=work.sent)
@@ -144,7 +144,7 @@ def compute_round_share(
         Integers in cells of 2**-cell_bits of the clip norm, with the adapter's names and shapes.
 
     Guarantee: an observer who sees the share only inside a sum with the shares of as many honest sites as the plan
-    counts learns at most what `work.plan.event()` allows.  Outside a sum, only the site's own noise share protects the
+    counts learns at most what `work.plan.event()` allows. Outside a sum, only the site's own noise share protects the
     result.
     """
     parameters, records, sampling, noise = _prepare_round(model, adapter, units, work, randomness)
@@ -203,7 +203,7 @@ def take_plain_step(
 
 
 def set_mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *, count: float) -> None:
-    """Set the parameters' `.grad` to the gradient sum over the micro-batches, divided by `count`.  Guarantee: none."""
+    """Set the parameters' `.grad` to the gradient sum over the micro-batches, divided by `count`. Guarantee: none."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
         units.add_plain_gradient(model, batch)
@@ -213,7 +213,7 @@ def set_mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *,
 
 
 def correct_plain_gradient(parameters: Mapping[str, torch.nn.Parameter], correct: Correction) -> None:
-    """Replace the parameters' `.grad` by the algorithm's correction, in a run without noise.  Guarantee: none."""
+    """Replace the parameters' `.grad` by the algorithm's correction, in a run without noise. Guarantee: none."""
     given = {
         name: np.zeros(parameter.shape, np.float32) if parameter.grad is None else parameter.grad.cpu().numpy().copy()
         for name, parameter in parameters.items()

@@ -100,7 +100,7 @@ def prepare_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_l
 def _keep_freed_memory() -> None:
     """Configure glibc's malloc to reuse freed memory in the next step instead of returning large blocks to the system.
 
-    Returned blocks cost 8,000 page faults per step of MiniLM, and 4 % of its time (simulations/benchmarks).  The peak
+    Returned blocks cost 8,000 page faults per step of MiniLM, and 4 % of its time (simulations/benchmarks). The peak
     memory of the process does not change, but this memory remains allocated until the process ends.
     """
     with suppress(OSError, AttributeError):  # another C library
@@ -201,7 +201,7 @@ def _measure_memory_bytes() -> int:
 def measure_peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Measure the peak memory of tensors during `work` in bytes, in addition to the memory in use before.
 
-    On an accelerator the allocator reports the peak.  On a CPU the outputs of torch's operators are counted, which is
+    On an accelerator the allocator reports the peak. On a CPU the outputs of torch's operators are counted, which is
     reproducible but excludes temporary memory inside an operator.
     """
     if device.type != "cpu":
@@ -247,8 +247,9 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _iter_storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of all tensors in `values` and its nested lists. oneDNN tensors have no storage and are
-    skipped.
+    """Yield the storages of all tensors in `values` and its nested lists.
+
+    oneDNN tensors have no storage and are skipped.
 
     The traversal is written by hand, because torch's generic tree traversal took a third of the time of
     `measure_peak_bytes`.
@@ -296,8 +297,7 @@ def find_frozen_states_folder(model: TaskModel, runtime: RuntimeSpec, *, num_tok
 def choose_hidden_states_location(
     model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int
 ) -> tuple[bool, Path | None]:
-    """Decide whether to cache the frozen layers' outputs for `num_tokens` tokens, and in which folder (None: in
-    memory).
+    """Decide whether to cache the frozen layers' outputs, and in which folder (None: in memory).
 
     Raises:
         ConfigError: as in `find_frozen_states_folder`, if the outputs do not fit in memory.
@@ -344,7 +344,7 @@ def measure_example_seconds(
     """Measure the seconds per full-length example for the one-time computation and for the gradient in a step.
 
     The one-time computation covers the frozen states, if they are cached (`kept`), and the reference of a preference
-    task.  Each time is the minimum of a few passes over a micro-batch of dummy examples, drawn from the NumPy generator
+    task. Each time is the minimum of a few passes over a micro-batch of dummy examples, drawn from the NumPy generator
     `draws`.
     """
     most = min(_MOST_TIMED, micro_batch_tokens(runtime, model.device))

@@ -1,8 +1,7 @@
-"""The number format for `model.dtype=auto`: float32, or mixed precision if it makes matrix products faster on this
-machine.
+"""The number format for `model.dtype=auto`: float32, or mixed precision if this machine is faster with it.
 
 A short measurement decides, because CPU feature lists do not predict the speed: two threads of one process can lose the
-gain of one thread, and CPUs without bfloat16 instructions only lose time by rounding.  The format changes the rounding
+gain of one thread, and CPUs without bfloat16 instructions only lose time by rounding. The format changes the rounding
 of a run, but not its guarantee: the batch-invariance test runs afterwards in the selected format
 (`fedtune.training.batch_invariance`).
 """

@@ -1,7 +1,7 @@
 """Per-example gradients of a batch from Opacus's grad samplers. `dp_step.py` clips and sums these gradients.
 
 Opacus's own hooks are not used, because they also compute the gradient of the whole batch, and copy every example's
-gradient into a tensor of zeros.  With LoRA on all linear modules of MiniLM that took a fifth of a step
+gradient into a tensor of zeros. With LoRA on all linear modules of MiniLM that took a fifth of a step
 (simulations/benchmarks).
 """
 
@@ -48,11 +48,11 @@ class PerExampleGradients:
     def compute_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Compute the gradient of each example's own loss: name -> (rows, *parameter shape), float32.
 
-        Empty rows are zero.  Losses are summed over the batch, never averaged: a mean would let one example rescale
+        Empty rows are zero. Losses are summed over the batch, never averaged: a mean would let one example rescale
         another.
 
         An example that makes the pass fail counts as zero, and changes no other example's gradient, because a site's
-        reply must not depend on whether some record can be computed.  A failure of the machine, as opposed to an
+        reply must not depend on whether some record can be computed. A failure of the machine, as opposed to an
         example, is raised.
 
         Raises:

@@ -80,7 +80,7 @@ def limit_sum_length(
 ) -> npt.NDArray[np.int64]:
     """Scale the sum down to the largest L2 norm that a sum of honest sites can have; smaller sums are unchanged.
 
-    Nobody can check a single site's share, so this limit bounds the effect of a forged share.  The limit is public: the
+    Nobody can check a single site's share, so this limit bounds the effect of a forged share. The limit is public: the
     expected sample of the declared units, with some slack and with all clipped gradients in the same direction, plus
     the noise of all sites.
     """

@@ -105,9 +105,9 @@ lost up to 0.4 points of accuracy (simulations/own_data).
 def choose_learning_rate(*, steps: int, sampled: float, noise_multiplier: float, outputs: int, num_sites: int) -> float:
     """Choose AdamW's peak learning rate for a linear head on normalized embeddings, from public numbers only.
 
-    Adam moves a value by about the learning rate in each step, regardless of the size of gradients and noise.  Over a
-    run, moves along the noise add up to rate * sqrt(steps).  How much of this is harmless depends on the
-    signal-to-noise ratio of the whole run.  For clip norm C and `outputs` rows of several hundred values, the signal is
+    Adam moves a value by about the learning rate in each step, regardless of the size of gradients and noise. Over a
+    run, moves along the noise add up to rate * sqrt(steps). How much of this is harmless depends on the
+    signal-to-noise ratio of the whole run. For clip norm C and `outputs` rows of several hundred values, the signal is
     at most C in the mean gradient of each of n sites, and the noise is noise_multiplier * C / `sampled` in each value.
     Both constants come from the study in simulations/own_data, whose README names its data.
 
@@ -139,25 +139,25 @@ class Machine:
     Attributes:
         device: "auto" (an accelerator if the torch build can use one), "cpu" or "cuda".
         num_devices: the number of GPUs that share each step of a site, with one process per GPU; on a CPU, the number
-            of processes.  The result is bit-identical.  A run without privacy uses one device.  null: 1, except for
+            of processes. The result is bit-identical. A run without privacy uses one device. null: 1, except for
             `fedtune simulate` on a CPU, which uses one process per core, at most 4, if the run has enough gradients to
             outweigh the start of the processes.
         num_threads: the number of torch threads in every process; null: one per core, divided among the processes, or
             the value of OMP_NUM_THREADS if that is lower.
         micro_batch_tokens: the maximum number of padded tokens in a micro-batch; the results of a private run are
-            bit-identical for every value.  null: 512 per CPU thread, at most 2,048, because larger micro-batches are no
+            bit-identical for every value. null: 512 per CPU thread, at most 2,048, because larger micro-batches are no
             faster and take longer to test; 16,384 on a GPU.
         step_mib: the memory in MiB for a micro-batch with its per-example gradients, and for the mean gradients of
-            users.  Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit.  null: a
+            users. Before the run, dummy examples are measured, and a micro-batch gets as many rows as fit. null: a
             quarter of the machine's memory, divided among the processes, or four fifths of a GPU's memory, both minus
             the model.
         kept_states_mib: the memory in MiB for caching each record's output of the frozen layers below the adapters, for
-            all sites of a process together, and the same again for each of the lead's data sets.  If the outputs do not
-            fit, they are written to `kept_states_folder`.  Without that folder nothing is cached: the run takes several
-            times as long, and prints a warning at its start.  null: a quarter of the machine's available memory.  0
+            all sites of a process together, and the same again for each of the lead's data sets. If the outputs do not
+            fit, they are written to `kept_states_folder`. Without that folder nothing is cached: the run takes several
+            times as long, and prints a warning at its start. null: a quarter of the machine's available memory. 0
             caches nothing in memory.
         kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, limited to half of the
-            free space.  No other process can open the cached data, which disappears with the process, even after a
+            free space. No other process can open the cached data, which disappears with the process, even after a
             crash.
         onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD CPUs
             and equally exact; false uses torch's default.

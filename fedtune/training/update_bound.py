@@ -1,7 +1,7 @@
 """Bounds on the change of an adapter in one round of honest training. Leads refuse larger updates.
 
-The bounds use public numbers only.  A step's gradient is a clipped sum plus noise, over a public denominator, and the
-optimizer turns it into a move of bounded length.  An update that moved further was not trained under the plan, even if
+The bounds use public numbers only. A step's gradient is a clipped sum plus noise, over a public denominator, and the
+optimizer turns it into a move of bounded length. An update that moved further was not trained under the plan, even if
 it is signed.
 """
 
@@ -77,8 +77,8 @@ def bound_round_update(
         round: the round, from 1.
         declared_size: the site's declared size.
         sent: the adapter that the lead sent.
-        frozen: names of tensors that do not train.  They may move towards 0, because of a site's own limit; apart from
-            this, each value may only change by rounding.  They do not count in the norm.
+        frozen: names of tensors that do not train. They may move towards 0, because of a site's own limit; apart from
+            this, each value may only change by rounding. They do not count in the norm.
         algorithm: the run's algorithm, which may change a gradient.
         arrays: the arrays that the algorithm's lead half sent.
     """

@@ -1,7 +1,7 @@
 """Users as privacy units: the mean gradient of a user's records is clipped once, like the gradient of one example.
 
 A user is sampled as a whole and adds one vector to a step's sum, regardless of the number of records and their
-distribution over micro-batches.  `dp_step` clips that vector, so adding or removing one user changes the sum by at most
+distribution over micro-batches. `dp_step` clips that vector, so adding or removing one user changes the sum by at most
 the clip norm.
 """
 
@@ -36,7 +36,7 @@ class UserBatch:
     def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
         """Yield micro-batches of n records, with each record's user (n,) and its weight in that user's mean (n,).
 
-        Both arrays are in host memory, so that adding rows never waits for a device.  The order of a user's records
+        Both arrays are in host memory, so that adding rows never waits for a device. The order of a user's records
         depends on these records alone.
         """
         counts = np.array([len(records) for records in self.contributions])
@@ -63,11 +63,11 @@ class UserGradients:
         """Compute the mean gradients: name -> (users, *parameter shape), in float64.
 
         Records are added one at a time, in an order that depends on the user's records alone, and each record's
-        gradient depends on that record alone, bit for bit.  So the mean depends on its user alone, even if the records'
+        gradient depends on that record alone, bit for bit. So the mean depends on its user alone, even if the records'
         gradients cancel and only rounding error is left.
 
-        If any record's gradient is not finite, its user's mean is not finite and counts as zero in the step.  Other
-        users are not affected, because rows are added one by one.  (Skipping only that record would be equally private;
+        If any record's gradient is not finite, its user's mean is not finite and counts as zero in the step. Other
+        users are not affected, because rows are added one by one. (Skipping only that record would be equally private;
         skipping the user is the simpler rule, and such gradients mean that training has diverged anyway.)
         """
         means: dict[str, torch.Tensor] = {}
@@ -108,7 +108,7 @@ class UserExamples(Units):
         return UserGradients(of_each)
 
     def add_plain_gradient(self, model: TaskModel, batch: UserBatch) -> None:
-        """Add the users' unclipped mean gradients to the parameters' `.grad`.  Guarantee: none."""
+        """Add the users' unclipped mean gradients to the parameters' `.grad`. Guarantee: none."""
         for records, _, shares in batch.parts():
             losses = model.losses(records)
             (losses * torch.from_numpy(shares).to(losses)).sum().backward()  # type: ignore[no-untyped-call]

@@ -4,9 +4,9 @@ With one factor fixed, the average of the sites' products B A is exact, and nois
 computes a score of each factor, A and B, from the noised updates, and sends the selected factor of each layer to the
 sites.
 
-The score is the decrease of the loss predicted by a second-order model, |g|**2 / curvature.  In the product B A, the
+The score is the decrease of the loss predicted by a second-order model, |g|**2 / curvature. In the product B A, the
 curvature of a factor is the curvature of the loss in W times the other factor's squared norm, and the curvature in W is
-the same for both factors.  The lead therefore compares |g_B|**2 / |A|**2 with |g_A|**2 / |B|**2, each minus the
+the same for both factors. The lead therefore compares |g_B|**2 / |A|**2 with |g_A|**2 / |B|**2, each minus the
 expected squared norm of the noise and smoothed over the rounds in which the factor trained.
 """
 
@@ -60,7 +60,7 @@ class AsLora(LocalAlgorithm):
     def initial_arrays(self, adapter: Arrays) -> Arrays:
         layers = len(_list_layers(adapter))
         untried = self.own.retry_after
-        # Columns are A and B.  B is first, because A has no gradient while B is zero.
+        # Columns are A and B. B is first, because A has no gradient while B is zero.
         idle = np.tile(np.array([untried, untried + 1], dtype=np.float32), (layers, 1))
         return {"score": np.zeros((layers, 2), dtype=np.float32), "idle": idle}
 

@@ -18,8 +18,9 @@ FEDAVG = FedAvg()
 
 
 class FedMedian(LocalAlgorithm):
-    """The coordinate-wise median of the updates (Yin et al. 2018, arXiv 1803.01498), which is robust to a few bad
-    updates.
+    """The coordinate-wise median of the updates (Yin et al. 2018, arXiv 1803.01498).
+
+    The median is robust to a few bad updates.
     """
 
     name = "fedmedian"

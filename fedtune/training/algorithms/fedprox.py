@@ -1,6 +1,6 @@
 """FedProx (Li et al. 2020, arXiv 1812.06127): a proximal term pulls each site towards the adapter that it received.
 
-The proximal term mu / 2 * |w - w_sent|**2 has the gradient mu * (w - w_sent), which depends on no record.  It is added
+The proximal term mu / 2 * |w - w_sent|**2 has the gradient mu * (w - w_sent), which depends on no record. It is added
 after clipping and noise, so it does not use up the clip norm, and a step remains post-processing of its noised sum.
 """
 
@@ -17,7 +17,7 @@ class FedProxSettings:
     """Settings of FedProx.
 
     Attributes:
-        mu: the weight of the proximal term.  An SGD step with learning rate lr moves a fraction lr * mu of the way back
+        mu: the weight of the proximal term. An SGD step with learning rate lr moves a fraction lr * mu of the way back
             to the received adapter, so keep lr * mu below 1.
     """
 

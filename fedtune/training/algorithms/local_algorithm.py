@@ -1,11 +1,10 @@
-"""Interface of federated algorithms: a site corrects its noised gradients, and the lead updates its state after a
-round.
+"""Interface of federated algorithms: gradient correction at the sites, and the lead's update after a round.
 
 To add an algorithm, write a module in this folder, with a class for its settings if it has any, and list it in
-`fedtune.training.algorithms.algorithm_registry`.  No other code of fedtune depends on the algorithm of a run.
+`fedtune.training.algorithms.algorithm_registry`. No other code of fedtune depends on the algorithm of a run.
 
-Guarantee: both the site side and the lead side are post-processing.  They see noised gradients, sent adapters, public
-settings and their own earlier results; no record, no gradient before its noise and no random stream reaches them.  The
+Guarantee: both the site side and the lead side are post-processing. They see noised gradients, sent adapters, public
+settings and their own earlier results; no record, no gradient before its noise and no random stream reaches them. The
 types enforce this, import-linter keeps other imports out of this folder, and docs/guarantee.md has the argument.
 """
 
@@ -30,8 +29,8 @@ Requirements = Mapping[str, tuple[object, str]]
 class NoisedGradient:
     """The mean gradient of a step after clipping, noise and division by the public denominator.
 
-    This is an algorithm's only view of a site's records.  Only `fedtune.training.dp_step` creates it, from a sum with
-    noise; in a run without privacy there is no noise and no guarantee.
+    This is an algorithm's only view of a site's records. Only `fedtune.training.dp_step` creates it, from a sum with
+    noise. A run without privacy has no noise and no guarantee.
 
     Attributes:
         values: name of a trained tensor -> its mean gradient, float32.
@@ -75,9 +74,7 @@ class RoundOutcome:
     noise: float
 
     def mean_gradient(self, name: str) -> npt.NDArray[np.float32]:
-        """Compute the participants' mean gradient of a trained tensor from the average update, for SGD without
-        momentum.
-        """
+        """Compute the participants' mean gradient of a trained tensor from their average update by plain SGD."""
         moved: npt.NDArray[np.float32] = self.adapter[name] - self.average[name]
         return moved / np.float32(self.step_sizes[name])
 
@@ -85,7 +82,7 @@ class RoundOutcome:
 class LocalAlgorithm:
     """Base class of the federated algorithms. Its default methods implement FedAvg.
 
-    Methods are pure functions of their arguments and of `own`, so that a resumed run has the same result.  Arrays are
+    Methods are pure functions of their arguments and of `own`, so that a resumed run has the same result. Arrays are
     NumPy arrays, and a method returns new arrays instead of changing its arguments.
     """
 

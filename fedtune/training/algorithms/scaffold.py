@@ -1,8 +1,9 @@
-"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378) from noised gradients, as in DP-SCAFFOLD (Noble et al. 2022,
-arXiv 2111.09278).
+"""SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378), computed from noised gradients.
 
-A site steps along its noised gradient, minus its own control variate, plus the control variate of all sites.  Its
-control variate is the mean of its noised gradients in its last round.  Sites do not send control variates: the mean
+This is DP-SCAFFOLD (Noble et al. 2022, arXiv 2111.09278).
+
+A site steps along its noised gradient, minus its own control variate, plus the control variate of all sites. Its
+control variate is the mean of its noised gradients in its last round. Sites do not send control variates: the mean
 update shows the lead the difference between the average of these means and the control variate that it sent.
 """
 
@@ -42,8 +43,7 @@ class Scaffold(LocalAlgorithm):
         return arrays
 
     def next_arrays(self, arrays: Arrays, outcome: RoundOutcome) -> Arrays:
-        """Update the lead's control variate by the participants' mean change, weighted by their fraction of all
-        records.
+        """Add the mean change of the participants' control variates, weighted by their fraction of all records.
 
         With c_i' = mean noised gradient, a site moves by -step_size * (c_i' - c_i + c), so the mean of c_i' - c_i is
         the mean gradient from the average update, minus c.
