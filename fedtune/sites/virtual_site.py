@@ -63,7 +63,7 @@ POLICY = "site.toml"
 
 @dataclass(frozen=True)
 class VirtualSites:
-    """The folder of simulated sites, with `site.toml`, `site_key.pem` and `ledger.db` of each site, and the lead's key."""
+    """The folder of simulated sites: `site.toml`, `site_key.pem` and `ledger.db` of each site, and the lead's key."""
 
     config: RunConfig  # configuration of the run
     folder: Path  # `runtime.sites_dir`, or `sites/` in the run folder.

@@ -1,6 +1,6 @@
 """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378), computed from noised gradients.
 
-This is DP-SCAFFOLD (Noble et al. 2022, arXiv 2111.09278).
+The use of noised gradients follows DP-SCAFFOLD (Noble et al. 2022, arXiv 2111.09278).
 
 A site steps along its noised gradient, minus its own control variate, plus the control variate of all sites. Its
 control variate is the mean of its noised gradients in its last round. Sites do not send control variates: the mean
