@@ -96,7 +96,7 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
         delta: delta of the guarantee, in (0, 1).
         interval: grid width of the privacy losses, in nats. With `FINE`, the result is the smaller of the epsilons on
             the fine and the coarse grid: the fine grid has less discretization error, but more rounding error. Searches
-            and per-round figures use `COARSE` alone, which is fast.
+            and per-round epsilons use only `COARSE`, which is fast.
 
     Guarantee: an upper bound under add-or-remove-one-unit adjacency, for a plan that was fixed before its first output
     was seen. Losses are rounded up to multiples of `interval`, and all floating-point error is added to delta

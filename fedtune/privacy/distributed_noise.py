@@ -77,7 +77,7 @@ class Together:
         require("threshold", self.threshold, least <= self.threshold <= self.num_sites, bound)
 
     def share_for_total(self, total: float) -> float:
-        """Compute the smallest noise share, to four decimals, for a noise multiplier of at least `total` in each sum."""
+        """Compute the smallest noise share, to four decimals, for a noise multiplier of `total` in every sum."""
         honest = self.threshold - self.colluders
         share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4
         while combine_noise_shares(share, honest) < total:

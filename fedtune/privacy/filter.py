@@ -50,7 +50,7 @@ def compute_epsilon_conversion_term(order: float, delta: float) -> float:
 def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
     """Compute the epsilon of adaptively selected events at `delta` with a Renyi filter of fixed order.
 
-    Guarantee: an upper bound even if each event was selected after seeing the outputs of earlier ones, provided that
+    Guarantee: an upper bound even if each event was selected after seeing the outputs of earlier events, provided that
     `order` was fixed before the first event, and that a cap on this epsilon was fixed in advance and is never exceeded.
     """
     divergence_sum = compute_total_divergence(spent, order)
@@ -131,8 +131,8 @@ def _minimize_over_orders(
 ) -> tuple[float, float]:
     """Minimize `cost(order, divergence)` over `orders`, and return the minimum and its order (the smallest on a tie).
 
-    `cost` must rise with the divergence, and the divergence rises with the order. Integer orders are cheap to
-    evaluate, and give lower bounds that rule out most of the fractional orders above them.
+    `cost` must rise with the divergence, and the divergence rises with the order. Integer orders are cheap to evaluate,
+    and yield lower bounds that rule out most of the fractional orders above them.
     """
     whole = {order: compute_total_divergence([plan], order) for order in orders if order.is_integer()}
     least = min(((cost(order, divergence), order) for order, divergence in whole.items()), default=(math.inf, math.inf))

@@ -28,8 +28,8 @@ class PrivacySpec:
 
     Attributes:
         mechanism: "dp_sgd", or "none" for training without a guarantee.
-        unit: what one (epsilon, delta) protects: "record", or "user": all records of a person at a site, identified by
-            the role `user`. With "user" every size, rate and denominator counts users.
+        unit: the privacy unit: "record", or "user" for all records of a person at a site, identified by the role
+            `user`. With "user" every size, rate and denominator counts users.
         records_per_user: with unit "user", the maximum number of records of one user in a step, sampled again for each
             step.
         epsilon: target epsilon of all rounds and steps of all `planned_runs` together, at every site.

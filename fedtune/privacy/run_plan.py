@@ -42,8 +42,8 @@ class Plan:
             scores are released.
         records_per_user: maximum number of records of one unit in a step. The unit's clipped mean has at most the clip
             norm for any number of records, so no epsilon depends on it; a site's policy may still limit it.
-        shared: division of the noise among the sites in secure aggregation; each round is then one sum, with one
-            clipped gradient sum from each site. None: each site adds the complete noise itself.
+        shared: parameters of distributed noise in secure aggregation; each round is then one sum, with one clipped
+            gradient sum from each site. None: each site adds the complete noise itself.
         cohorts: the arrival cohorts that the run admits and charges; None: everybody, in a population without arrivals.
         runs: number of runs like this one that may use the same person's records; the noise is calibrated to the
             epsilon of their composition.
@@ -114,8 +114,8 @@ class Plan:
             local_steps: number of noisy steps per round.
             num_rounds: planned number of rounds.
             spare_rounds: additional rounds in the budget, for retries.
-            together: the sites that share the noise in secure aggregation; an explicit noise multiplier is then that of
-                one share. None: no secure aggregation.
+            together: the parameters of secure aggregation; an explicit noise multiplier then applies to one share.
+                None: no secure aggregation.
             bound: largest absolute value in a site's sum under secure aggregation, in clip norms.
 
         Raises:

@@ -76,7 +76,7 @@ class Population:
 
     Attributes:
         name: name of the population.
-        unit: what one (epsilon, delta) protects, "record" or "user"; fixed when the ledger is created.
+        unit: the privacy unit, "record" or "user"; fixed when the ledger is created.
         arrivals: calendar period of arrival cohorts: people join over time, and each person is charged only for runs
             that admit their cohort; fixed when the ledger is created. "": one budget for everybody.
     """

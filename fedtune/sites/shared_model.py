@@ -74,7 +74,7 @@ class LoadedModel:
         config: configuration of the first run.
         declared_size: declared number of privacy units that train in this process; None: the sum over all sites.
         inexact_allowed: accept hardware where the rest of a batch affects an example's rounding.
-        trains: whether this process trains; a real lead only scores, and needs no batch-invariance test.
+        trains: whether this process trains; a real lead only scores, and skips the batch-invariance test.
         leads: whether this is the lead of a simulation, which refuses a run with too weak a signal before the test.
         alone: use one process unless the settings contain a number, because other processes would not share the cached
             outputs of the frozen layers.
@@ -217,7 +217,7 @@ class LoadedModel:
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
-        # The trial would find the same in seconds.
+        # The trial would have the same result, but would take seconds.
         by_rows = depends_on_row_count(self.config.model.dtype, self.device)
         return replace(found, row_shares=(1,)) if by_rows else found
 

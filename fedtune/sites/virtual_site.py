@@ -157,7 +157,7 @@ class VirtualSites:
 
         Args:
             runs: proposals of the runs; a run that is already in a ledger costs nothing more there.
-            asked: command or study that needs these runs, as the beginning of the error message.
+            asked: command or study that starts these runs, as the beginning of the error message.
             shapes: examples of further proposals that the policies must also allow.
 
         Raises:
@@ -188,7 +188,7 @@ def fix_number_format(
 ) -> RunConfig:
     """Replace `model.dtype=auto` with the fastest number format on this machine that every existing policy allows.
 
-    A resumed run keeps the format recorded in its folder. A run with an explicit format is returned unchanged. Policies
+    A resumed run uses the format recorded in its folder. A run with an explicit format is returned unchanged. Policies
     of new sites allow whatever format is selected.
 
     Args:

@@ -197,7 +197,7 @@ def _run_full_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_s
     """Run one step on a micro-batch along the code path with the highest memory use.
 
     On this path one example fails, so the others are computed one at a time, and another example's gradient is NaN. A
-    record that causes this in a run needs no more memory than any other record.
+    record that causes this path in a run uses no more memory than any other record.
     """
     if keeps_states:
         examples.cache_frozen_states(model, parts=[part], lenient=False)
@@ -437,7 +437,7 @@ def _randomize_weights(model: TaskModel, draws: np.random.Generator) -> Iterator
     frozen = list_frozen_values(model)
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
-    # The copy is on the model's device if both leave room for a step, which gets four fifths of the free memory.
+    # The copy is on the model's device if model and copy leave room for a step, which gets 4/5 of the free memory.
     beside = model.device.type != "cpu" and 6 * measure_model_bytes(model) <= get_total_memory(model.device)
     kept = [one.detach().to(model.device if beside else "cpu", copy=True) for one in own]
     generators = {one.device: _make_generator(draws, one.device) for one in frozen.values()}

@@ -107,7 +107,7 @@ class SiteExamples(Units):
     def parts(self, indices: npt.NDArray[np.int64]) -> Iterator[Part]:
         """Group the selected records into micro-batches of fixed shapes.
 
-        Records of the same padded length keep their order.
+        Records of the same padded length stay in order.
         """
         return self._shapes.cut(indices, self._dataset.lengths)
 

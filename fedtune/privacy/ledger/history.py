@@ -96,7 +96,7 @@ def _list_user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
 class History:
     """The state of a ledger: runs, charges, reservations, policies and decisions.
 
-    In a population with arrivals, spending is that of the cohort with the highest spending.
+    In a population with arrivals, the ledger's spending is the spending of the cohort with the highest spending.
 
     Attributes:
         policy: the newest policy.

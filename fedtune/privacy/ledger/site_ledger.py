@@ -215,7 +215,7 @@ class SiteLedger:
 
         Args:
             run: name of the run.
-            lead: public key of the lead that reports the end; needed only for a run that was never accepted.
+            lead: public key of the lead that reports the end; required only for a run that was never accepted.
             adapter_sha256: digest of the final adapter, if the lead sent it.
         """
         with self._store.transaction():
@@ -405,7 +405,7 @@ class SiteLedger:
         Args:
             proposal: the run's proposal.
             approved: require a person's approval of a new run, if the policy demands approvals.
-            own: check the site's own release, which needs no approval, because a person at the site requests it.
+            own: check the site's own release, which requires no approval, because a person at the site requests it.
 
         Raises:
             Refused: names the rule, the requested value and the allowed value.
