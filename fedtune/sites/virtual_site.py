@@ -296,7 +296,7 @@ def generate_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> P
 
 
 def build_covering_budget(plans: Sequence[Plan]) -> Budget:
-    """Build a budget that covers these plans in sequence, but no plan a second time.
+    """Build a budget that covers one run of each plan, but not a second run of any plan.
 
     All plans must have the same delta, and either all or none are private.
     """

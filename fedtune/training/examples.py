@@ -137,7 +137,7 @@ class SiteExamples(Units):
         return self.cut
 
     def draw_records(self, records: Places, stream: RandomStream) -> Sequence[Places]:
-        """Return each record as a group of one record, like `UserExamples.draw_records` for users."""
+        """Return each record as a group of its own, for the interface of `UserExamples.draw_records`."""
         return list(records[:, None])
 
     def batch_units(self, drawn: Sequence[Places]) -> Iterator[Batch]:
