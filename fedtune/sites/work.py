@@ -142,9 +142,7 @@ class SiteWork:
         """
         plan = request.proposal.plan
         randomness = make_randomness(request.proposal.seeded_noise, self.shared.config.seed)
-        assert (admitted is None) == (plan.cohorts is None), (
-            "`admitted` must be given if and only if the plan has cohorts"
-        )
+        assert (admitted is None) == (plan.cohorts is None), "`admitted` is required iff the plan has cohorts"
         adapter, sent = unpack_adapter(adapter)
         adapter = adapter.clip_values(self.max_adapter_value)
         site = self if admitted is None else self._restrict_to(frozenset(admitted))
