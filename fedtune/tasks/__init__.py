@@ -1,7 +1,7 @@
 """Tasks, one module each, with their registry and the public names for custom tasks.
 
-A custom task is a subclass of `Task`, or of `PooledTask` for a head on one embedding per record.  It needs only these
-names; docs/own_task.md has an example.  Importing them does not import torch.
+A custom task is a subclass of `Task`, or of `PooledTask` for a head on one embedding per record.  It needs only the
+names below; docs/own_task.md has an example.  Importing them does not import torch.
 """
 
 from fedtune.data.batching import Batch

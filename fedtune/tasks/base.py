@@ -116,8 +116,8 @@ class Task(ABC):
     # the factors of LoRA and head on the automatic learning rate; None: not studied for the task
     auto_lr_shares: ClassVar[tuple[float, float] | None] = None
     studied: ClassVar[Mapping[float, str]] = {}
-    """By the signal-to-noise ratio of a run: the part of the non-private gain that private runs kept in studies
-    (docs/planning.md).
+    """Share of the non-private gain that private runs achieved in studies (docs/planning.md), by signal-to-noise
+    ratio.
     """
     reads_tokens: ClassVar[bool] = False  # whether the readout applies to each token's hidden state instead of the mean
     auto_class: ClassVar[str] = "AutoModel"  # the class of transformers that loads a whole model
@@ -127,7 +127,7 @@ class Task(ABC):
         self.own = self.settings() if own is None and self.settings else own
 
     def with_settings(self, given: object) -> Self:
-        """Return a copy of the task with the given settings, by key; other settings keep their defaults.
+        """Return a new task with the settings in `given`, a mapping or a settings object; others keep their defaults.
 
         Raises:
             ConfigError: a key is unknown, or a value is out of range; errors name keys of the run.
@@ -189,7 +189,7 @@ class Task(ABC):
         main = next((role for role in ("text", "prompt", "image", "tokens") if role in roles), None)
         if main is None or set(roles) - OPTIONAL_ROLES != {main}:
             wanted = ", ".join(roles)
-            bound = f"is one text or path, but a prompt of this run has {wanted}: use a file (--file)"
+            bound = f"is a single text or path, but a prompt of this run requires {wanted}: use a file (--file)"
             raise ConfigError(at, text, bound)
         return {role: text if role == main else "" for role in roles}
 
@@ -229,7 +229,7 @@ class Task(ABC):
         get_input_for(data).check_data(data)
 
     def check_own(self, data: DataSpec) -> None:  # noqa: B027
-        """Check the task's own settings against those of `data`; errors name keys of the run."""
+        """Check the task's own settings against the settings of the data; errors name keys of the run."""
 
     def check_spec(self, spec: TaskModelSpec) -> None:
         """Check a model's settings for the input, the labels and the task (`check_model`).
@@ -258,14 +258,14 @@ class Task(ABC):
         """
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:  # noqa: B027
-        """Check a loaded tokenizer in advance, so that no record reveals a missing feature of the tokenizer.
+        """Check that a tokenizer has all required features, before an error on a record could reveal the record.
 
         Raises:
             ConfigError: for `model.path`, or for a setting of `data` that the tokenizer does not support.
         """
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        """Return a function from a record to the reason why the run cannot use it, or None.
+        """Return a function that returns the reason why the run cannot use a record, or None.
 
         The reason quotes no content.  A real site skips such records.
         """
@@ -339,8 +339,8 @@ class Task(ABC):
         """Compute float32 logits, whose first axis is the row: an example or one of its texts."""
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Compute the part of the losses that needs the base with disabled adapters: (examples, ...), including empty
-        rows.
+        """Compute the reference values of the losses from the base with disabled adapters, (examples, ...), including
+        empty rows.
 
         Each example's values depend on that example alone; they are computed once and passed back as `batch.reference`.
         """
@@ -348,9 +348,9 @@ class Task(ABC):
 
     @abstractmethod
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        """Compute each example's own loss, (examples,) float32.
+        """Compute each example's loss, (examples,) float32.
 
-        A loss and its gradient depend on their own example alone.  Empty rows of the batch are included; their losses
+        An example's loss and gradient depend on that example alone.  Empty rows of the batch are included; their losses
         are ignored, but must be finite.
         """
 
@@ -387,7 +387,7 @@ class Task(ABC):
         return self.scores(figures, spec=spec)
 
     def detail(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> Detail | None:
-        """Compute details behind the scores to support a person's decision; None for a task without details."""
+        """Compute per-label scores and reliability bins for the report; None for a task that has neither."""
         return None
 
     def majority_baseline(self, dataset: TextDataset) -> float | None:
@@ -396,7 +396,9 @@ class Task(ABC):
 
     @abstractmethod
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Score the only example in `batch` in [0, 1]; the sum over examples is released with noise."""
+        """Return a score in [0, 1] for the only example in `batch`; a site releases the noised sum over its
+        examples.
+        """
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """Return the answer for one record from its logits, as text and as JSON, for tasks that do not generate
@@ -405,7 +407,7 @@ class Task(ABC):
         raise NotImplementedError
 
     def without_answer(self, record: Record, data: DataSpec) -> Record:
-        """Replace a record's answer by a valid placeholder, so that the record can be tokenized."""
+        """Return the record with a valid placeholder as its answer, so that it can be tokenized."""
         stand_in = {role: self.dummy_field(role, data, draw=lambda _: 0) or "" for role in self.answers}
         return replace(record, fields={**record.fields, **stand_in})
 
@@ -416,11 +418,11 @@ class Task(ABC):
         return self.answer(logits[0], spec=spec)
 
     def max_aggregated_value(self, sizes: Iterable[int]) -> int:
-        """Return the largest value of a site's share in secure aggregation, in clip norms, from the sites' declared
-        sizes.
+        """Return the largest absolute value in a site's secure-aggregation share, in clip norms, from the sites'
+        declared sizes.
 
-        In a task that counts units, all units of a site may have the same value; twice the declared size leaves room
-        for all of them.
+        In a task that counts units, the gradients of all units of a site may fall on the same value; twice the declared
+        size leaves room for their sum.
         """
         return max(USUAL_BOUND, 2 * max(sizes)) if self.counts_units else USUAL_BOUND
 
@@ -435,7 +437,7 @@ class Task(ABC):
     def dummy_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         """Generate targets for synthetic examples, which are used to test a model and to measure its cost.
 
-        The number of texts per example is that of the model's settings.
+        The model's settings determine the number of texts per example.
         """
 
     def list_readout_layers(self, model: Model) -> Readout:

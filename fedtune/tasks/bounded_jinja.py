@@ -1,9 +1,9 @@
-"""Chat templates with a deterministic limit on the work of a rendering.
+"""Rendering of chat templates with a deterministic step limit.
 
 A template is a program that comes with a model.  A nested loop, or a text that doubles forty times, would hang a site
-or exhaust its memory.  Here each step costs the number of characters and items that it reads and writes, counted before
-the value is built; a template that exceeds the limit is refused.  The limit does not depend on time, so a slow machine
-refuses the same templates as a fast machine.
+or exhaust its memory.  Here each operation costs the number of characters and items that it reads and writes, counted
+before its result is built; a template that exceeds the limit is refused.  The limit does not depend on time, so a slow
+machine refuses the same templates as a fast machine.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 _A_TURN, _A_CHARACTER = 1 << 17, 1 << 6
-"""Work limit of a rendering in characters and items, for each turn and each character of its conversation.  Known
-templates need about 2,000 per turn.
+"""Step limit of a rendering, per turn and per character of the conversation.  Known templates need about 2,000 steps
+per turn.
 """
 _MOST_MADE = 1 << 25
-"""Maximum size of a call's result, assuming that the sizes of its arguments multiply: 'a' * 5, or replace in a text."""
+"""Maximum size of a call's result if the sizes of its arguments multiply, as in 'a' * 5 or str.replace."""
 _MOST_NUMBER = 1 << 10
 """Maximum number in a filter's arguments, such as an indentation or a number of parts.  Known templates use single
 digits.
 """
 _COUNTED = "counted work"  # fedtune's own filter, with a name that no template can contain
 _WITHHELD = ("format", "random", "sum", "striptags", "urlize", "wordwrap")
-"""Excluded filters: format makes a text of any length, random draws, sum copies a list for each item, and the others
-may need time quadratic in a text's length.
+"""Excluded filters: format can produce a text of any length, random is not deterministic, sum copies a list for each
+item, and the others may take time quadratic in a text's length.
 """
 
 
@@ -133,14 +133,14 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(__obj, "__name__", "") in ("format", "format_map"):
-            raise TemplateError("a text with places for others has no bound")
+            raise TemplateError("string formatting has no limit on its output")
         given = (getattr(__obj, "__self__", None), *args, *(one for name, one in kwargs.items() if name[:1] != "_"))
         __self._check_call(given)
         return __self._charge_result(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            raise TemplateError("a text with places for others has no bound")
+            raise TemplateError("string formatting has no limit on its output")
         if operator == "**" or (operator == "*" and not (_is_number(left) and _is_number(right))):
             self._check_call((left, right))
         return self._charge_result(super().call_binop(context, operator, left, right))
@@ -181,7 +181,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
     def _charge_output(self, value: Any) -> Any:
         """Count a value that the template outputs: a text, a number or nothing."""
         if isinstance(value, list | tuple | dict | Namespace):
-            raise TemplateError(f"it outputs a {type(value).__name__} without formatting")
+            raise TemplateError(f"it outputs a {type(value).__name__} without formatting it as text")
         return self._count_value(value)
 
     def _count_value(self, value: Any, steps: int = 1) -> Any:
@@ -199,21 +199,21 @@ class _Hooks(NodeTransformer):
         match node:
             case nodes.For(body=body) | nodes.Macro(body=body) | nodes.CallBlock(body=body) | nodes.Block(body=body):
                 steps = sum(1 + len(getattr(one, "data", "")) for part in body for one in part.find_all(nodes.Node))
-                body.insert(0, nodes.Output([_count(nodes.Const(""), 1 + steps)]))
+                body.insert(0, nodes.Output([_wrap_in_counter(nodes.Const(""), 1 + steps)]))
                 if isinstance(node, nodes.For) and node.test is not None:
-                    node.test = _count(node.test)
+                    node.test = _wrap_in_counter(node.test)
             case nodes.Concat():
                 return nodes.Filter(nodes.List(node.nodes), "join", [], [], None, None, lineno=node.lineno)
             case nodes.Compare():
-                node.expr = _count(node.expr)
+                node.expr = _wrap_in_counter(node.expr)
                 for operand in node.ops:
-                    operand.expr = _count(operand.expr)
+                    operand.expr = _wrap_in_counter(operand.expr)
             case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") | nodes.Getitem(arg=nodes.Slice()):
-                return _count(node)
+                return _wrap_in_counter(node)
         return node
 
 
-def _count(node: nodes.Node, steps: int = 1) -> nodes.Filter:
+def _wrap_in_counter(node: nodes.Node, steps: int = 1) -> nodes.Filter:
     return nodes.Filter(node, _COUNTED, [nodes.Const(steps)], [], None, None, lineno=node.lineno or 1)
 
 

@@ -187,8 +187,8 @@ class CausalLM(Task):
         """Compute `loss`, the mean over examples in nats, and `perplexity`, exp of the mean over all supervised tokens.
 
         The two are weighted differently on purpose.  `loss` is the training objective: each example counts once, with
-        the mean over its own supervised tokens (0 if truncation removed them all).  `perplexity` is the usual measure
-        of language models: each supervised token counts once.  It is infinite if it overflows.
+        the mean over its own supervised tokens (0 if truncation removed all of them).  `perplexity` is the usual
+        measure of language models: each supervised token counts once.  It is infinite if it overflows.
 
         Raises:
             DataError: no token is supervised.
@@ -205,7 +205,7 @@ class CausalLM(Task):
         }
 
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Return the geometric mean of the probabilities of the answer's tokens; 0 if truncation removed them all."""
+        """Return the geometric mean of the answer tokens' probabilities; 0 if truncation removed all answer tokens."""
         learned = bool((_shift_targets(batch)[: batch.texts] != UNSUPERVISED).any())
         return float(np.exp(-float(model.losses(batch)[0]))) if learned else 0.0
 
@@ -253,7 +253,7 @@ class _Example:
 
     @property
     def text_parts(self) -> tuple[str, str, str]:
-        """The context up to the middle of its longest text (or an empty text), the context, and the answer."""
+        """Context up to the middle of its longest text (empty without such a text), whole context, and answer."""
         context, answer = ("".join(piece.text for piece in part) for part in (self.context, self.answer))
         at = context.find(self.longest) if self.longest else -1
         return context[: at + len(self.longest) // 2] if at >= 0 else "", context, answer
@@ -261,7 +261,7 @@ class _Example:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """An encoded example."""
+    """Token ids of an example, with the boundaries that truncation preserves."""
 
     numbers: Sequence[int] = ()  # (t,) token ids
     learned: Sequence[bool] = ()  # (t,) whether each token is supervised
@@ -271,7 +271,7 @@ class _Tokens:
 
     @property
     def answer(self) -> int:
-        """The number of tokens of the last answer."""
+        """Token count of the last answer."""
         return len(self.numbers) - self.context
 
     def truncate(self, length: int, *, room_for: int = 0) -> _Tokens:
@@ -293,7 +293,7 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class ExampleFormat:
-    """Format in which a run converts its records to examples."""
+    """Conversion of a run's records to training examples."""
 
     start: tuple[int, ...]  # the begin-of-text token, if the tokenizer adds one
     end: int  # the end-of-text token
@@ -318,7 +318,9 @@ class ExampleFormat:
         return cls(start, end, build_chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
 
     def build_prompt(self, fields: Mapping[str, str], *, answer: str | None = None) -> Sequence[Piece]:
-        """Return the context of an answer to `fields`, which contain no answer; `answer` is the answer if it is known.
+        """Build the context of an answer from the record's input fields.
+
+        For a prompt in chat format, a given `answer` must be rendered unchanged by the template.
 
         Raises:
             NoConversation: the messages are not turns, do not end with a user turn, or are changed by the template.
@@ -335,7 +337,8 @@ class ExampleFormat:
         return self.chat.build_prompt(_collect_conversation_turns(fields))
 
     def build_example(self, fields: Mapping[str, str]) -> _Example:
-        """Format a complete record, with its texts cut to the number of characters that an example may need.
+        """Convert a record to an example, with its texts cut to the number of characters that `data.max_length` may
+        need.
 
         Raises:
             NoConversation: the messages are not turns, or contain no answer.
@@ -353,8 +356,8 @@ class ExampleFormat:
         else:
             asked, reference = split_last_answer(_collect_conversation_turns(fields))
             context = self.chat.build_prompt(asked, answer=reference)
-        said = reference[: compute_max_characters(length)]
-        answer = [Piece(said, said=True, learned=True)] if self.chat is None else self.chat.build_answer(said)
+        shown = reference[: compute_max_characters(length)]
+        answer = [Piece(shown, said=True, learned=True)] if self.chat is None else self.chat.build_answer(shown)
         return _Example(_keep_last_pieces(context, length), answer, reference, longest)
 
     def encode_examples(

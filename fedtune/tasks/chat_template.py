@@ -4,7 +4,7 @@ A template is a program that comes with the model.  Most templates write the sam
 assistant's, for all contents and at every position in the conversation.  These separators are derived from synthetic
 conversations and tested on others; a template without fixed separators is refused.  A record's contents are then joined
 by the separators, and the template is rendered once for the record: if the two texts differ, the record is skipped.
-All renderings are limited in work, and each rendering sees only one conversation, so that no record affects another.
+Each rendering has a step limit and receives only one conversation, so that no record affects another.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChatFormat:
-    """Format that joins a conversation to one text, which is encoded as a whole with the template's own special
+    """Format that renders a conversation as one text, which is encoded as a whole with the template's own special
     tokens.
     """
 
@@ -74,9 +74,9 @@ class ChatFormat:
     writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
     def build_prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
-        """Return the context of an answer to `turns`, beginning with `start`; earlier assistant turns are supervised.
+        """Build the context of an answer to `turns`, starting with `start`; earlier assistant turns are supervised.
 
-        If the answer is given, the template must render it unchanged too.
+        If `answer` is given, the template must also render the answer unchanged.
 
         Raises:
             NoConversation: user and assistant turns do not alternate from a first to a last user turn, after at most
@@ -99,14 +99,14 @@ class ChatFormat:
         return pieces
 
     def build_answer(self, content: str) -> list[Piece]:
-        """Return the supervised part of an assistant turn: its content, and the mark that ends it."""
+        """Build the supervised part of an assistant turn: its content and its end token."""
         return [self._make_content_piece(Turn(ASSISTANT, content)), Piece(self.ending, learned=True)]
 
     def _make_content_piece(self, turn: Turn) -> Piece:
         return Piece(self.contents[turn.role](turn.content), said=True, learned=turn.role == ASSISTANT and turn.train)
 
     def _merge_system_turn(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        """Return the turns with the system text where the format allows it; a blank system turn is removed."""
+        """Prepend the system text to the first user turn if the format has no system turn; drop a blank system turn."""
         if not turns or turns[0].role != SYSTEM:
             return turns
         system, *others = turns
@@ -127,9 +127,9 @@ def parse_turns(text: str) -> list[Turn]:
     try:
         turns = [Turn(turn["role"], turn["content"], turn.get("train", True)) for turn in json.loads(text)]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise NoConversation("no list of turns") from error
+        raise NoConversation("not a list of turns") from error
     if not all(isinstance(part, str) for turn in turns for part in turn[:2]):
-        raise NoConversation("a turn that is no text")
+        raise NoConversation("a turn whose role or content is not text")
     return turns
 
 
@@ -174,8 +174,9 @@ def build_chat_format(
 
 @lru_cache(maxsize=4)
 def _build_plain_format(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
-    """Build the format `System: ...`, `User: ...`, `Assistant: ...`; contents start with a space, for usual
-    tokenization.
+    """Build the format `System: ...`, `User: ...`, `Assistant: ...`.
+
+    The space before a content is part of the content, so that its first word is tokenized as in running text.
     """
     marked = MarkedTokenizer.from_tokenizer(tokenizer, {end})
     names = {SYSTEM: "System:", USER: "User:", ASSISTANT: "Assistant:", ANSWER: "Assistant:"}
@@ -237,7 +238,7 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
 
 
 def _find_special_tokens(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
-    """Find the added tokens in a text by name: (id, start, end) for each, except tokens of spaces alone."""
+    """Find the added tokens whose names occur in a text, as (id, start, end); whitespace tokens are ignored."""
     added, found = tokenizer.added_tokens_decoder, []
     encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
     for number, (first, end) in zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True):
@@ -264,14 +265,14 @@ _Contents: TypeAlias = Mapping[str, Callable[[str], str]]
 
 
 def _join_turns(separators: Mapping[Joint, str], contents: _Contents, turns: Sequence[Turn]) -> str:
-    """Render a conversation with these separators and contents, like a `ChatFormat`; it may end before an answer."""
+    """Render a conversation with these separators and contents, as a `ChatFormat` does, with or without an answer."""
     roles = (START, *(turn.role for turn in turns), END if turns[-1].role == ASSISTANT else ANSWER)
     said = (*(contents[turn.role](turn.content) for turn in turns), "")
     return "".join(separators[joint] + text for joint, text in zip(pairwise(roles), said, strict=True))
 
 
 class _UnsupportedTemplate(Exception):
-    """Reason for refusing a template, as the end of a sentence about it."""
+    """Reason for refusing a chat template, as the end of a sentence whose subject is the template."""
 
 
 def _derive_format(
@@ -315,7 +316,7 @@ def _derive_format(
         contents[role] = _detect_trimming(render_counted, separators, contents, role)
     tried = {
         turns: render_counted(turns)
-        for turns in _test_conversations((*template.texts, *special.values()), has_system=SYSTEM in roles)
+        for turns in _iter_test_conversations((*template.texts, *special.values()), has_system=SYSTEM in roles)
     }
     if any(text != _join_turns(separators, contents, turns) for turns, text in tried.items()):
         raise _UnsupportedTemplate("does not render turns independently: a turn depends on its position or content")
@@ -323,7 +324,7 @@ def _derive_format(
 
 
 def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
-    """Derive the separators from one rendering with unique contents."""
+    """Derive the separators from one rendering of turns with unique contents."""
     turns = tuple(Turn(role, f"qz{place}xw") for place, role in enumerate(roles))
     texts, rest = [], rendered(turns)
     for turn in turns:
@@ -352,7 +353,7 @@ def _detect_trimming(
     raise _UnsupportedTemplate(f"changes the {role}'s text")
 
 
-def _test_conversations(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:
+def _iter_test_conversations(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:
     """Yield synthetic conversations of several lengths, with contents that a template might treat specially.
 
     One content consists of all string constants of the template, because a template that removes a part of a content,
@@ -373,8 +374,8 @@ def _test_conversations(own_texts: Sequence[str], *, has_system: bool) -> Iterat
 
 
 _WITHHELD = ("strftime_now", "lipsum")
-"""Functions of transformers' templates on which no record may depend: the clock and randomness.  Templates that check
-for these functions see them as undefined.
+"""Functions that transformers offers to templates, and that would make a rendering depend on the clock or on
+randomness.  Templates see these functions as undefined.
 """
 
 

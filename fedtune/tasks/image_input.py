@@ -57,8 +57,8 @@ class Image(Text):
     is_fixed = True
     num_ids = Input.num_ids
 
-    def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple("image" if role == "text" else role for role in of_task)
+    def roles(self, task_roles: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("image" if role == "text" else role for role in task_roles)
 
     def check_model(self, spec: TaskModelSpec) -> None:
         super().check_model(spec)
@@ -126,7 +126,7 @@ class Image(Text):
     def generate_dummy_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return generate_image_field(draw) if role == "image" else None
 
-    def list_supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def list_supported_formats(self, task_formats: tuple[str, ...]) -> tuple[str, ...]:
         return ("peft", "safetensors")
 
 

@@ -1,7 +1,8 @@
 """Kinds of model input: text, features of a table row, or images.  No other module depends on the kind.
 
-An input defines the roles of its records, the reading of records, the base and the head of its model, and random inputs
-for trials.  To add an input, write its class in a module of its own, and add it to `fedtune.tasks.registry`.
+An input defines the roles of its records, the conversion of records to model inputs, the base and the head of its
+model, and random inputs for tests of the model.  To add an input, write its class in a module of its own, and add it to
+`fedtune.tasks.registry`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, f
 Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """(t,) token ids, a (1, w) feature vector, or the (t, w) pixels of an image's patches."""
 Rows: TypeAlias = tuple[Sequence[Row], list[bool]]
-"""The input of each record, and whether the record could be encoded; a harmless input replaces a failed record
+"""The input of each record, and whether the record could be encoded; a placeholder replaces a failed record
 (`Task.tokenize`).
 """
 
@@ -49,11 +50,11 @@ class Input(ABC):
     # whether every record has exactly `data.max_length` positions, so that nothing is padded
     is_fixed: ClassVar[bool] = False
 
-    def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def roles(self, task_roles: tuple[str, ...]) -> tuple[str, ...]:
         """Return the task's roles for this input in `data.columns`; other columns are named by the input's own
         settings.
         """
-        return of_task
+        return task_roles
 
     @abstractmethod
     def check_data(self, data: DataSpec) -> None:
@@ -121,13 +122,13 @@ class Input(ABC):
         """Generate a random value for a role that belongs to the input, or return None if any text is valid."""
         return None
 
-    def list_supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def list_supported_formats(self, task_formats: tuple[str, ...]) -> tuple[str, ...]:
         """Return the export formats of a tuned model, from the task's formats for texts."""
-        return of_task
+        return task_formats
 
 
 class Text(Input):
-    """Text input, read by a tokenizer and a transformer."""
+    """Text input for a transformer with a tokenizer."""
 
     def check_data(self, data: DataSpec) -> None:
         if data.features:
@@ -207,8 +208,8 @@ class Features(Input):
 
     modality = "table"
 
-    def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(role for role in of_task if role != "text")
+    def roles(self, task_roles: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(role for role in task_roles if role != "text")
 
     def check_data(self, data: DataSpec) -> None:
         if not data.features:
@@ -257,8 +258,9 @@ class Features(Input):
         return hidden[:, 0]
 
     def build_head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
-        """Build a linear layer, or linear layers with ReLU, which does not round, so that a row's position does not
-        matter.
+        """Build a linear layer, or a network of linear layers and ReLU.
+
+        ReLU does not round, so a row's result does not depend on its position in the batch.
         """
         layers: list[torch.nn.Module] = []
         with torch.random.fork_rng(devices=[]):
@@ -287,7 +289,7 @@ class Features(Input):
             (one.generate_dummies(draw) for one in data.features if column in one.columns and role != column), None
         )
 
-    def list_supported_formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+    def list_supported_formats(self, task_formats: tuple[str, ...]) -> tuple[str, ...]:
         return ("safetensors", "onnx")
 
 
@@ -296,7 +298,7 @@ INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
 
 
 def get_input_for(settings: DataSpec | TaskModelSpec) -> Input:
-    """Return the input that the settings of data or of a model select."""
+    """Return the input that the settings of the data or the model select."""
     return get_input(settings.input)
 
 

@@ -45,12 +45,12 @@ class ClassScores:
 
 @spec
 class ReliabilityBin:
-    """A bin of answers with similar confidence.
+    """A bin of a reliability diagram: predictions with similar confidence.
 
     Attributes:
         confidence: the mean predicted probability.
-        right: the share of correct answers.
-        count: the number of answers.
+        right: the accuracy, the share of correct predictions.
+        count: the number of predictions.
     """
 
     confidence: float
@@ -60,16 +60,14 @@ class ReliabilityBin:
 
 @spec
 class Detail:
-    """Details behind the scores of a task with labels: scores by label, and calibration if the task has
-    probabilities.
-    """
+    """Per-label scores and reliability bins of a task with labels; without probabilities, there are no bins."""
 
     classes: tuple[ClassScores, ...]
     reliability: tuple[ReliabilityBin, ...]
 
     @property
     def is_finite(self) -> bool:
-        """Whether all values are finite, as JSON requires; a diverged model gives NaN."""
+        """Whether the confidence of every bin is finite; a diverged model produces NaN, which JSON cannot represent."""
         return all(math.isfinite(one.confidence) for one in self.reliability)
 
 
@@ -117,10 +115,10 @@ def compute_class_scores(truth: Marks, predicted: Marks, *, labels: Sequence[str
 
 
 def count_entities(truth: Sequence[Entity], predicted: Sequence[Entity], *, num_labels: int) -> Floats:
-    """Count the entities of one record by label, and in a last row with all labels merged: (num_labels + 1, 5).
+    """Count one record's entities per label, and in the last row for all labels merged, as (num_labels + 1, 5).
 
-    The columns are: true entities, predicted entities, entities that are both, true entities that share a word with a
-    predicted entity of the same label, and predicted entities that share a word with a true entity.
+    The columns are: true entities, predicted entities, exact matches, true entities that overlap with a predicted
+    entity of the same label, and predicted entities that overlap with a true entity of the same label.
     """
     counts = np.zeros((num_labels + 1, 5))
     for label in range(num_labels + 1):
@@ -143,32 +141,33 @@ def _count_overlapping(some: Sequence[tuple[int, int]], others: Sequence[tuple[i
 def recall_precision_f1(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
     """Compute recall, precision and F1 from (5,) counts of `count_entities`; a division by zero gives 0.
 
-    `found` is the column of the true entities that were found, and `right` the column of the correct predictions.
+    `found` and `right` are column indices: `found` counts the true entities that were predicted, and `right` the
+    predicted entities that are correct.
     """
     recall, precision = counts[found] / max(counts[0], 1), counts[right] / max(counts[1], 1)
     return float(recall), float(precision), float(2 * recall * precision / max(recall + precision, 1e-12))
 
 
 def auroc(probabilities: Floats, truth: Marks) -> float:
-    """Compute the macro AUROC, one label against the rest: the probability that a record with a label ranks above one
-    without.
+    """Compute the macro-averaged one-vs-rest AUROC: the probability that a record with a label ranks above a record
+    without it.
 
-    The mean is over labels that some records have and others lack; it is 0.5, as for chance, without such a label.  A
-    tie counts as one half (Mann and Whitney).  `probabilities` (n, labels) may be any increasing function of
-    probabilities.
+    Labels that all records or no records have are excluded from the mean; without any other label, the result is 0.5,
+    the value of a random ranking.  A tie counts as one half (Mann and Whitney).  `probabilities` (n, labels) may be any
+    increasing function of probabilities.
 
     >> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
     0.5
     """
     positive = truth.sum(axis=0)
-    told = np.flatnonzero((positive > 0) & (positive < len(truth)))
-    if not len(told):
+    mixed = np.flatnonzero((positive > 0) & (positive < len(truth)))
+    if not len(mixed):
         return 0.5
     # A bootstrap calls this a thousand times: sorting once and looking up the records with the label is five times
     # as fast as ranking all of them.
-    sorted_ones = np.sort(np.ascontiguousarray(probabilities.T[told]), axis=1)
+    sorted_scores = np.sort(np.ascontiguousarray(probabilities.T[mixed]), axis=1)
     areas = []
-    for in_order, label in zip(sorted_ones, told, strict=True):
+    for in_order, label in zip(sorted_scores, mixed, strict=True):
         own, count = probabilities[truth[:, label], label], int(positive[label])
         below = (np.searchsorted(in_order, own, side) for side in ("left", "right"))
         # Pairs among these records themselves add count * count / 2: ties count one half, including self-pairs.
@@ -178,11 +177,11 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
 
 
 def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
-    """Sort answers by predicted probability, (answers,), into `BINS` bins of equal size, and compute each bin's
+    """Group predictions by confidence, (predictions,), into `BINS` bins of equal count, and compute each bin's
     accuracy.
 
-    The bins have equal mass (Nguyen and O'Connor 2015): with bins of equal width, most answers of a confident model are
-    in one bin, and the other bins have too few answers to measure.
+    The bins have equal mass (Nguyen and O'Connor 2015): with bins of equal width, nearly all predictions of a confident
+    model would be in one bin, and the other bins would be too small to measure.
     """
     order = np.argsort(confidence, kind="stable")
     bins = (some for some in np.array_split(order, BINS) if len(some))
@@ -201,10 +200,10 @@ def compute_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def compute_quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
-    """Compute Cohen's kappa with quadratic weights, at most 1: 1 minus the ratio of the squared error to chance level.
+    """Compute Cohen's kappa with quadratic weights: 1 minus the squared error divided by the squared error of chance.
 
-    Chance pairs the same predictions and true classes at random.  The result is 0 if all records are of one class, or
-    the prediction is constant.
+    Chance pairs the same predictions with the true classes at random.  The result is 0 if all records have one class,
+    or if the prediction is constant.
 
     >> compute_quadratic_kappa(np.array([0, 1, 2]), np.array([0, 1, 1]), num_labels=3)
     0.6666666666666667

@@ -1,4 +1,4 @@
-"""Multi-label classification: any number of a declared set of labels for each text, including none."""
+"""Multi-label text classification: each text has any number of declared labels, including none."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class MultiLabel(LabelTask):
     """Multi-label classification with one output per label and the mean binary cross-entropy over the labels as loss.
 
     A record's labels are a JSON list, or one text with `data.label_separator` between the labels.  A label is predicted
-    if its probability is above one half.  A record with an undeclared label is skipped as a whole: training on its
-    other labels would teach the model that the record has no other label.
+    if its probability is above one half.  A record with an undeclared label is skipped entirely, because training on
+    its declared labels would teach the model that it has no further label.
     """
 
     name = "multi_label"

@@ -1,9 +1,9 @@
-"""Ordinal regression: one of a declared list of ordered labels, such as grades or stars, for each text.
+"""Ordinal regression: each text has one of several declared, ordered labels, such as grades or stars.
 
 The head has K - 1 outputs for K labels: is the true label above the first, above the second, ...?  Their logits are
 those of the cumulative probabilities P(class > k), and the loss is the mean binary cross-entropy of the K - 1 answers
-(ordinal regression by extended binary classification, Li and Lin 2006).  The predicted class is the number of answers
-that are yes.
+(ordinal regression by extended binary classification, Li and Lin 2006).  The predicted class is the number of
+positive answers.
 
 - The loss respects the order: a prediction that is three steps off gives three wrong answers, one step off gives one.
   The absolute error is at most the number of wrong answers, even if the answers contradict each other.
@@ -73,5 +73,5 @@ class Ordinal(OneLabelTask):
 
 
 def _predict_classes(logits: torch.Tensor) -> torch.Tensor:
-    """Count the positive answers: from logits (rows, K - 1) to classes (rows,)."""
+    """Return the class of each row, (rows,): the number of positive logits, from (rows, K - 1)."""
     return (logits > 0).sum(dim=1)

@@ -134,11 +134,11 @@ class PooledTask(Task):
                 model.get_parameter("head.weight").copy_(self.compute_initial_head_rows(rows))
 
     def embed_labels(self, model: Model) -> torch.Tensor:
-        """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized, and set the center if
-        used.
+        """Compute the frozen base's embeddings of the labels' texts, (labels, h), L2-normalized; with `head.center`,
+        also set the center.
 
-        A label's text is its declared description, or its name with spaces for underscores.  Both are public, and no
-        record is read, so this costs no privacy.  A row may depend on the other labels by rounding.
+        A label's text is its declared description, or its name with spaces for underscores.  The texts are public and
+        no record is read, so there is no privacy cost.  Through rounding, a row may depend on the other labels.
         """
         from fedtune.model.base_model import load_tokenizer
         from fedtune.model.compatibility import check_tokenizer_fits, tokenize_public_text
@@ -226,16 +226,16 @@ class LabelTask(PooledTask):
         return (figures["probabilities"] * predicted).sum(axis=1), right
 
     def compute_final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Compute the scores of every round, and `auroc` (macro, each label against the rest) and `ece`, both in [0,
-        1].
+        """Compute the per-round scores, and in addition `auroc` (macro-averaged, one-vs-rest) and `ece`, both in
+        [0, 1].
         """
         truth, predicted = self.label_indicators(figures, spec=spec)
         bins = measures.reliability(*self.confidence(figures, truth, predicted))
-        told = {
+        final_only = {
             "auroc": measures.auroc(figures["probabilities"], truth),
             "ece": measures.compute_calibration_error(bins),
         }
-        return self.compute_task_scores(figures, spec=spec) | told | {"loss": float(np.mean(figures["loss"]))}
+        return self.compute_task_scores(figures, spec=spec) | final_only | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail | None:
         truth, predicted = self.label_indicators(figures, spec=spec)

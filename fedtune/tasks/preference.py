@@ -43,8 +43,8 @@ class PreferenceSettings:
     Attributes:
         beta: an answer's reward is beta times the difference between its log-probability under the model and under the
             base.  A larger beta counts a pair as learned sooner, and keeps the model closer to its base.
-        per_token: true divides an answer's log-probability by its number of tokens, so that long answers earn no more
-            than short ones; this needs a larger `beta`, such as 2.
+        per_token: true divides an answer's log-probability by its number of tokens, so that rewards do not grow with
+            the length of the answer; this requires a larger `beta`, such as 2.
     """
 
     beta: float = 0.1
@@ -59,7 +59,7 @@ class PreferenceSettings:
 class Preference(CausalLM):
     """Preference pairs with the DPO loss -log sigmoid(beta * ((chosen - its reference) - (rejected - its reference))).
 
-    Each of the four terms is the log-probability of an answer's own tokens after the prompt, including its end mark;
+    Each of the four terms is the log-probability of an answer's own tokens after the prompt, including its end token;
     with `task_settings.per_token` it is divided by the number of tokens.  A record is
 
     * a `prompt` with the texts `chosen` and `rejected`, formatted like a prompt and its completion in causal_lm;
@@ -94,7 +94,8 @@ class Preference(CausalLM):
     def tokenize(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """Encode two texts per record: causal_lm's text with each answer, of which only the answer is supervised.
+        """Encode two texts per record: the context followed by each of the two answers; only the answers are
+        supervised.
 
         Both answers have the same context, truncated to make room for the longer answer.  A pair has no effect if an
         answer cannot be encoded, or if both texts are equal after truncation.
@@ -150,7 +151,7 @@ class Preference(CausalLM):
     def postprocess_dataset(
         self, figures: Mapping[str, npt.NDArray[np.float64]]
     ) -> Mapping[str, npt.NDArray[np.float64]]:
-        """Check that some pair has two different answers, and return the per-pair values unchanged.
+        """Check that at least one pair has two different answers, and return the per-pair values unchanged.
 
         Raises:
             DataError: no pair has two different answers.
@@ -161,22 +162,22 @@ class Preference(CausalLM):
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Compute scores of the rewards over the pairs with different answers; all rewards of the base are 0.
+        """Compute the scores from the rewards of all pairs with different answers; under the base, all rewards are 0.
 
         `accuracy` is the share of pairs whose chosen answer has the larger reward; a tie counts as one half, so the
         base has 0.5.  `margin` is the mean difference of the rewards.  Both also exist with the suffix
         `_length_controlled` (`compute_length_controlled_mean`).  `loss` is the mean loss.
         """
-        told = figures["learned"] > 0
-        told |= not told.any()  # a bootstrap sample without such pairs: all count as ties
-        margins, longer = figures["margin"][told], figures["longer"][told]
+        usable = figures["learned"] > 0
+        usable |= not usable.any()  # a bootstrap sample without such pairs: all pairs count as ties
+        margins, longer = figures["margin"][usable], figures["longer"][usable]
         right = np.where(np.abs(margins) <= _TIE * self.own.beta, 0.5, margins > 0)
         return {
             "accuracy": float(right.mean()),
             "accuracy_length_controlled": compute_length_controlled_mean(right, longer, neutral=0.5),
             "margin": float(margins.mean()),
             "margin_length_controlled": compute_length_controlled_mean(margins, longer, neutral=0.0),
-            "loss": float(figures["loss"][told].mean()),
+            "loss": float(figures["loss"][usable].mean()),
         }
 
     def _compute_reward_margins(self, model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
@@ -196,7 +197,7 @@ class Preference(CausalLM):
 def compute_length_controlled_mean(
     values: npt.NDArray[np.float64], longer: npt.NDArray[np.float64], *, neutral: float
 ) -> float:
-    """Average over pairs, controlling for length, so that a model that only considers length gains nothing.
+    """Average over pairs, controlling for length, so that a model that only prefers long answers scores `neutral`.
 
     Pairs with a longer chosen answer and pairs with a longer rejected answer have equal total weight, regardless of
     their numbers.  Pairs of equal length count as in the plain mean.
@@ -216,13 +217,13 @@ def compute_length_controlled_mean(
 
 
 def _make_pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
-    """Return a function that converts a pair to two causal_lm records, one per answer.
+    """Return a function that converts a preference pair to two causal_lm records, one per answer.
 
     The function raises a DataError if the record is not a pair.
     """
     with_answer = _to_completion if "prompt" in data.columns else _to_conversation
 
-    def split_both(record: Record) -> tuple[Record, Record]:
+    def split_pair(record: Record) -> tuple[Record, Record]:
         chosen, rejected = (with_answer(record, role) for role in _ANSWERS)
         if "prompt" not in data.columns:
             asked, other = (split_last_answer(parse_turns(one.fields["messages"]))[0] for one in (chosen, rejected))
@@ -231,7 +232,7 @@ def _make_pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Reco
                 raise DataError(record.at("rejected"), "other turns", bound)
         return chosen, rejected
 
-    return split_both
+    return split_pair
 
 
 def _to_completion(record: Record, role: str) -> Record:
@@ -245,10 +246,10 @@ def _to_completion(record: Record, role: str) -> Record:
 
 def _to_conversation(record: Record, role: str) -> Record:
     """Return a conversation that ends with the answer in `role`."""
-    said = parse_continuation(record.fields[role])
-    if said is None:
+    continuation = parse_continuation(record.fields[role])
+    if continuation is None:
         raise DataError(record.at(role), "text", "must be a list of turns, because data.columns has no prompt")
-    turns = [turn._asdict() for turn in parse_turns(record.fields.get("messages", "[]"))] + said
+    turns = [turn._asdict() for turn in parse_turns(record.fields.get("messages", "[]"))] + continuation
     if turns[-1]["role"] != ASSISTANT:
         raise DataError(record.at(role), turns[-1]["role"], "must end with an assistant turn")
     return replace(record, fields={"messages": read_messages(turns, at=record.at(role))})

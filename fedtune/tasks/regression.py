@@ -17,12 +17,12 @@ from fedtune.tasks.pooled import PooledTask, TargetOf
 
 
 class Regression(PooledTask):
-    """Regression with the prediction: middle of `data.target_range` + half its width * scale * W x.
+    """Regression with predictions middle + half * scale * W x: the middle and half the width of `data.target_range`.
 
     The loss is the squared error in units of half the width: targets are in [-1, 1], and a new head, all zeros,
     predicts the middle.  A Huber loss is not needed, because clipping already bounds the contribution of an outlier to
-    a step.  A record with a number outside the range is skipped, like a record with an undeclared label: clamping it to
-    the range would score against a false target.
+    a step.  A record with a number outside the range is skipped, like a record with an undeclared label, because a
+    number clamped to the range would be a false target.
     """
 
     name = "regression"

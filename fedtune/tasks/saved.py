@@ -48,9 +48,12 @@ _MEANING = {
     **{key: key for key in ("task", "task_settings", "model.sha256", "lora.kind", "head.scale", "head.center")},
     **{key: f"data.{key}" for key in ("labels", "target_range")},
     "values": "data.features",
-    "lora.scale": "the scale of LoRA",
+    "lora.scale": "the LoRA scale",
 }
-"""Settings that give a model's tensors their meaning, with their names in messages; the shapes determine the rest."""
+"""Settings that must match before an adapter is loaded into another model, with their names in messages.
+
+Other mismatches show in the shapes of the tensors.
+"""
 
 
 def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
@@ -173,7 +176,7 @@ class SavedAdapter:
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
-        """Build the adapter's model on its own base, with a head that is not yet initialized or loaded."""
+        """Build the model on the adapter's base; the head is neither initialized nor loaded yet."""
         _ = (
             self.tensors
         )  # check the rank before matrices are allocated: a file could claim a rank that fills the memory
@@ -191,8 +194,9 @@ class SavedAdapter:
         copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
 
     def require_same_model(self, other: TaskModelSpec) -> None:
-        """Require that the adapter has the same meaning in a model with the settings `other`; tensors are checked on
-        loading.
+        """Require that a model with the settings `other` computes the same from the adapter's tensors.
+
+        Names and shapes of the tensors are checked on loading.
 
         Raises:
             ConfigError: for `adapter`; the message names the first difference.
@@ -202,9 +206,7 @@ class SavedAdapter:
             raise self._build_invalid_adapter_error(f"was tuned on a different model: {difference}")
 
     def can_reuse_head(self, spec: TaskModelSpec) -> bool:
-        """Whether a run of this model, which may declare more labels, can reuse the head; otherwise its head is
-        reinitialized.
-        """
+        """Whether a run with the settings `spec`, which may declare additional labels, can reuse the saved head."""
         was = self.spec
         same = (was.target_range, was.task_settings) == (spec.target_range, spec.task_settings)
         # A row of an ordinal head is a threshold between two adjacent labels.
@@ -232,6 +234,8 @@ class SavedAdapter:
     def find_initial_adapter(self, model: TaskModel) -> Adapter:
         """Return the initial adapter for a run of `model`.
 
+        The rows of a reusable head are reordered to the run's labels; all other head values keep their initialization.
+
         Raises:
             ConfigError: for `model.adapter`, if it does not match, is damaged, or has non-finite values.
         """
@@ -256,7 +260,7 @@ class SavedAdapter:
                     taken[name][[now_of.index(output) for output in was_of]] = saved[name]
             start = Adapter({name: one for name, one in here.items() if name.startswith(_HEAD)} | taken)
             if not start.has_same_shapes(Adapter(here)):
-                raise AdapterError("its tensors differ from the run's")
+                raise AdapterError("its tensors have other names or shapes than the run's")
             if not all(bool(np.isfinite(one).all()) for one in taken.values()):
                 raise AdapterError("it has non-finite values")
             for name, one in taken.items():

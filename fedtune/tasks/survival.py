@@ -1,10 +1,10 @@
-"""Survival analysis in discrete time: the hazard of each declared interval, for records with censored event times.
+"""Discrete-time survival analysis: a hazard for each declared interval, from records with censored event times.
 
-The head has one output per interval: given that the event has not occurred before, does it occur in this interval?  The
-loss is the mean binary cross-entropy over all intervals, in which unknown intervals count 0.  The known intervals are
-those up to the event or, without an event, those that ended before censoring (Gensheimer and Narasimhan 2019, arXiv
-1805.00917).  The loss depends only on its own record.  Cox's partial likelihood compares each record with all records
-still at risk, and so couples records.
+The head has one output per interval, the logit of the hazard: the probability that the event occurs in this interval,
+given that it has not occurred before.  The loss is the mean binary cross-entropy over all intervals, to which unknown
+intervals contribute 0.  Intervals are known up to the event or, for a censored record, if they ended before censoring
+(Gensheimer and Narasimhan 2019, arXiv 1805.00917).  A record's loss depends on that record alone.  Cox's partial
+likelihood is not available, because it couples records: it compares each record with all records still at risk.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class SurvivalSettings:
 
 
 class Survival(PooledTask):
-    """Discrete-time survival model with a head row for each interval; a target is 1 for the event, and 0 for
-    survival.
+    """Discrete-time survival model with one head row per interval.
+
+    A target is 1 for the interval of the event, 0 for an interval that was survived, and otherwise `UNSUPERVISED`.
     """
 
     name = "survival"
@@ -83,7 +84,7 @@ class Survival(PooledTask):
                 bound = "must be 1 or true for an event and 0 or false otherwise, or one of data.event_values"
                 raise DataError(record.at("event"), "another value", bound)
             if time < 0:
-                raise DataError(record.at("time"), "a number below 0", "must be the time since the start of the record")
+                raise DataError(record.at("time"), "a number below 0", "must be at least 0, the start of the record")
             found = np.full(len(ends), UNSUPERVISED, dtype=np.int8)
             found[: int((ends < time).sum() if event else (ends <= time).sum())] = 0
             if event and time <= ends[-1]:
@@ -102,7 +103,7 @@ class Survival(PooledTask):
         return {"survival": (1 - logits.sigmoid()).cumprod(dim=1)}
 
     def compute_task_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Compute `concordance` (Harrell's) and `integrated_brier`, both in [0, 1], from the discrete intervals."""
+        """Compute Harrell's `concordance` and `integrated_brier` over the discrete intervals, both in [0, 1]."""
         followed, event = count_observed_intervals(figures["truth"])
         return {
             "concordance": concordance(-figures["survival"].sum(axis=1), followed, event),
@@ -110,8 +111,9 @@ class Survival(PooledTask):
         }
 
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Return the geometric mean probability of the observation over the known intervals; 0 if no interval is
-        known.
+        """Return the geometric mean of the probabilities that the model assigns to the record's known intervals.
+
+        The score is 0 if no interval is known.
         """
         known = int((batch.targets[0] != UNSUPERVISED).sum())
         return float((-model.losses(batch)[0] * len(batch.targets[0]) / known).exp()) if known else 0.0
@@ -135,8 +137,8 @@ class Survival(PooledTask):
 
 
 def count_observed_intervals(truth: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the number of intervals without the event, and whether the event followed, from (records, intervals)
-    targets.
+    """Return each record's number of survived intervals, and whether the event followed, from targets (records,
+    intervals).
     """
     return (truth == 0).sum(axis=1), np.asarray((truth == 1).any(axis=1))
 
@@ -158,9 +160,9 @@ def concordance(risk: Floats, followed: npt.NDArray[np.int64], event: npt.NDArra
 def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: npt.NDArray[np.bool_]) -> float:
     """Compute the mean Brier score of (records, intervals) survival probabilities, weighted for censoring.
 
-    Records with a known state at the end of an interval are weighted by the inverse of the Kaplan-Meier estimate of
-    remaining uncensored (Graf et al. 1999).  Within an interval, events precede censoring.  The mean is over the
-    intervals that some record was followed through: in later intervals, no record without an event is known.
+    Records with a known state at the end of an interval are weighted by the inverse probability of remaining
+    uncensored, a Kaplan-Meier estimate (Graf et al. 1999).  Within an interval, events precede censoring.  Intervals
+    for which this estimate is 0 are excluded from the mean: no record without the event was followed to their end.
 
     Raises:
         DataError: no interval has a known state at its end.

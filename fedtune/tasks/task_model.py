@@ -22,7 +22,7 @@ from fedtune.tasks.registry import get_task
 
 
 class TaskModel(nn.Module):
-    """Frozen base with the few tensors that are trained, noised, sent and saved.
+    """Frozen base model with a small set of tensors that are trained, noised, sent and saved.
 
     Every module stays in evaluation mode, except modules with trainable parameters of their own: dropout inside the
     base would change an example's gradient from pass to pass.
@@ -56,10 +56,10 @@ class TaskModel(nn.Module):
             return self.task.logits(self, batch)
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Compute each example's own loss, (examples,) float32; an empty batch runs nothing.
+        """Compute each example's loss, (examples,) float32; for an empty batch, the base is not run.
 
-        A loss depends only on its own example, so that clipping bounds the influence of an example: with a mean over
-        the batch's tokens, the length of one example would rescale the gradients of the others.
+        A loss depends on its example alone, so that clipping bounds the influence of an example: with a mean over the
+        batch's tokens, the length of one example would rescale the gradients of the others.
         """
         if len(batch.input_ids) == 0:
             return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
@@ -74,7 +74,7 @@ class TaskModel(nn.Module):
             return self.task.outputs_per_example(self, batch)
 
     def reference(self, batch: Batch) -> torch.Tensor | None:
-        """Compute the task's reference values for each example, from the base without adapters; None for other tasks.
+        """Compute each example's reference values from the base without adapters; None for a task without a reference.
 
         The values do not depend on the adapter.  A batch that contains them as `reference` skips this second pass.
         """
@@ -144,7 +144,7 @@ class TaskModel(nn.Module):
         return {name: one for name, one in parameters if one.requires_grad or name in self.frozen}
 
     def list_active_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the tensors that are clipped, noised and updated: the trained tensors without those frozen in this
+        """Return the tensors that are clipped, noised and updated: all trained tensors that are not frozen in this
         round.
         """
         return {name: one for name, one in self.collect_adapter_parameters().items() if one.requires_grad}
@@ -169,8 +169,8 @@ class TaskModel(nn.Module):
         Losses and per-example gradients do not change.
 
         Raises:
-            ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, if the base's layers exchange
-                more than their outputs.
+            ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, if gradients also flow
+                through keyword arguments of the base's layers.
         """
         checkpoint_layers(find_layer_stack(self.base.get_base_model())[1])
 

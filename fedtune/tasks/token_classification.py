@@ -1,10 +1,10 @@
 """Token classification: entities of declared types in a text, by a linear head on each token.
 
-Files with tokens and tags, whose tokens are joined by spaces, and files with texts and spans are treated alike.  The
-model labels the words of the base's tokenizer, by the first token of each word, so that a later reader of texts finds
-the same words.  Tags are O, and B- and I- of each type (IOB2), regardless of the file's tagging scheme.
+Files with texts and spans, and files with tokens and tags, whose tokens are joined by spaces, give the same examples.
+The words are those of the base's tokenizer, each labeled at its first token, so that inference on plain text finds the
+same words.  Tags are O, and B- and I- of each type (IOB2), regardless of the file's tagging scheme.
 
-A long text is split into windows of one record, with one loss and therefore one gradient to clip.
+A long text is split into windows.  The windows belong to one record, with a single loss and a single gradient to clip.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 _NO_WORD = (0, 0)
 _MOST_OF_A_WORD = 1 << 40
-"""Targets above this value do not count further entities of a word: the limit is five entities with a hundred labels,
-and more with fewer labels.
+"""Limit on a token's encoded target.  Further entities of the same word are not counted: with a hundred labels, a word
+can have five entities in addition to its label, and with fewer labels more.
 """
 _HEAD_ROWS = 4
 """The head processes a multiple of this number of windows: with fewer than 13 tokens, matrix products use another
@@ -57,7 +57,7 @@ kernel (`PooledTask`), and the shortest window of a step has 12 tokens.
 
 
 Marked: TypeAlias = tuple[str, list[Entity]]
-"""A text, and its entities by character offsets, in order."""
+"""A text and its entities, sorted by character offset."""
 
 
 class TokenClassification(Task):
@@ -198,7 +198,7 @@ class TokenClassification(Task):
         return found | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail:
-        """Compute strict scores by type."""
+        """Compute strict precision, recall and F1 of each entity type."""
         classes = []
         for label, counts in zip(spec.labels, figures["entities"].sum(axis=0), strict=False):
             recall, precision, f1 = measures.recall_precision_f1(counts, 2, 2)
@@ -296,7 +296,7 @@ def _decode_batch(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Ent
 
 
 def decode_entities(tags: Sequence[int]) -> list[Entity]:
-    """Decode the classes of words' tags into entities (first, end, label); I- after another type starts a new entity.
+    """Decode tag classes, one per word, into entities (first, end, label); I- after another type starts an entity.
 
     >> decode_entities([0, 1, 2, 1, 4, 2])
     [(1, 3, 0), (3, 4, 0), (4, 5, 1), (5, 6, 0)]
@@ -316,8 +316,8 @@ def _assign_tags(
 ) -> npt.NDArray[np.int64]:
     """Return the class of each token's word, determined by the first entity that overlaps the word.
 
-    An entity without a word of its own is ignored in training, but must count as a true entity in the scores.  It is
-    encoded in its word's target, as digits above the class: in base 1 + labels, each digit is 1 + the entity's label.
+    An entity that is not the first at any of its words is ignored in training, but must count as a true entity in the
+    scores.  It is encoded in a word's target, as a digit above the class: in base 1 + labels, the digit is 1 + label.
     """
     tags = np.full(len(words), UNSUPERVISED, dtype=np.int64)
     learned, others = set[int](), dict[int, int]()

@@ -31,7 +31,9 @@ from fedtune.tasks.pooled import LabelTask, TargetOf
 
 
 class Votes(LabelTask):
-    """Voting: `data.labels` name the candidates, `head.label_texts` are their texts; the head is one weight per
+    """Task in which each record votes for its closest candidate text.
+
+    `data.labels` names the candidates, `head.label_texts` contains their texts, and the head has one weight per
     candidate.
 
     A person with several records (`privacy.unit=user`) has one vote in total: their gradient is the mean over the
@@ -70,7 +72,7 @@ class Votes(LabelTask):
         return weights
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """Compute minus the weight of each record's candidate, (rows,)."""
+        """Compute the negative weight of each record's candidate, (rows,)."""
         return -logits[:, 0] * (targets != UNSUPERVISED)
 
     def predictions(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
