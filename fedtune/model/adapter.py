@@ -1,4 +1,4 @@
-"""The adapter: the trained tensors of a model as arrays that can be hashed, sent and loaded."""
+"""Adapters: the trained tensors of a model as arrays that can be hashed, sent and loaded."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Adapter:
         try:
             return cls(load(data))
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise AdapterError(f"not an encoded adapter: {error}") from error
+            raise AdapterError(f"not an adapter in safetensors format: {error}") from error
 
 
 def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The frozen base model and its tokenizer: from pinned files, from an expanded GGUF file, or random and tiny.
+"""Loading of the frozen base model and its tokenizer from pinned files or a GGUF file, and tiny random models.
 
 Loading first checks the files against `model.sha256`.  A GGUF file is dequantized to float32 once and cached, because
 the expanded copy loads a hundred times faster; its logits are bitwise equal to those of the quantized file.
@@ -56,8 +56,8 @@ _OWN = {"local_files_only": True, "trust_remote_code": False}  # no downloads, a
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer, always with a padding token.
 
-    The padding token fills the rows of a batch.  Only the attention mask identifies padding, because in many chat
-    models the padding token is also the end-of-turn token.
+    Padding is identified by the attention mask, never by the token id, because in many chat models the padding token is
+    also the end-of-turn token.
 
     Raises:
         ConfigError: for `model.path`, if the model has no usable tokenizer, or for `model.sha256`.
@@ -116,7 +116,7 @@ def load_base(
 
     Args:
         spec: the model's settings.
-        predicts_tokens: whether to load the output layer in addition to the encoder or decoder.
+        predicts_tokens: whether to load the model with its output layer over the vocabulary.
         images: True requires an image model, False a text model; None accepts either.
         device: the device of the base, set before any adapter is attached (opacus#820).
 
@@ -164,10 +164,10 @@ def count_frozen_products(spec: ModelSpec) -> dict[tuple[int, int], int]:
 
 
 def hash_model(spec: ModelSpec) -> str:
-    """Compute the model's hash: of its manifest (see `fedtune.model.manifest`), or the `sha256sum` of its GGUF file.
+    """Compute the model's hash: the hash of its manifest (`fedtune.model.manifest`), or the SHA-256 of its GGUF file.
 
-    The hash of a random model covers its tensors' bytes, in the order of their names.  Without a base, it is the hash
-    of an empty byte string.
+    The hash of a random model covers its tensors' bytes, in the order of their names.  Without a base, the result is
+    the hash of an empty byte string.
     """
     if not spec.is_built_in:
         return build_manifest(find_model_folder(spec), gguf_file=spec.gguf_file).sha256
@@ -338,7 +338,7 @@ def build_tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
 
 def _build_tiny_config(path: str) -> PreTrainedConfig:
-    # Larger than the usual 0.02: with it, the input would hardly affect the output of such a narrow model.
+    # The initializer range is larger than the usual 0.02, with which the input would hardly affect such a narrow model.
     shape = {
         "hidden_size": _HIDDEN,
         "intermediate_size": 2 * _HIDDEN,

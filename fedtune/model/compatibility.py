@@ -1,6 +1,4 @@
-"""Compatibility checks for a loaded model: its parts fit together, and it keeps examples separate, as clipping
-requires.
-"""
+"""Compatibility checks for a loaded model: its parts match, and it processes each example of a batch independently."""
 
 from __future__ import annotations
 
@@ -25,10 +23,10 @@ _POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embe
 
 
 def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) -> None:
-    """Require that the weights files are about as large as the model that `config` describes.
+    """Require that the weights files are large enough for the model that `config` describes.
 
-    The model is built without allocating memory.  Transformers allocates tensors that a checkpoint lacks, or has in
-    other shapes, before it reports them.
+    The model is built on the meta device, without allocating memory.  Transformers would allocate missing or mismatched
+    tensors before it reports them.
 
     Raises:
         ConfigError: for `model.path`.
@@ -43,11 +41,11 @@ def check_size(config: PreTrainedConfig, auto: Any, *, folder: Path, path: str) 
 
 
 def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
-    """Require that no rotary embedding of the built model depends on a batch's length.
+    """Require that no rotary embedding of the model depends on the length of a batch.
 
-    Training pads to fixed lengths, but such a model may keep state from the longest batch so far, and scoring pads to
-    the longest example.  One record would then change the model's output for the others.  The check looks at the built
-    modules, because a config may use another name for the type.
+    Training pads to fixed lengths, but such a model may store state from the longest batch so far, and scoring pads to
+    the longest example.  One record would then change the model's output for the others.  The check inspects the
+    model's modules, because a config may use another name for the type.
 
     Raises:
         ConfigError: for `model.path`.
@@ -70,7 +68,7 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedMod
     """
     if tokenizer.pad_token_id is None:
         raise ConfigError("model.path", path, "its tokenizer must have a padding token or an end-of-text token")
-    # The tokens that a template adds are in no vocabulary; they are the same for every text.
+    # Tokens that a template adds may be missing from the vocabulary; they are the same for every text.
     added = tokenize_public_text(tokenizer, "a", path=path) + tokenize_public_text(tokenizer, "", path=path)
     known = itertools.chain(tokenizer.get_vocab().values(), tokenizer.added_tokens_decoder, tokenizer.all_special_ids)
     rows, largest = base.get_input_embeddings().weight.shape[0], max(itertools.chain(known, added))
@@ -154,7 +152,7 @@ def check_examples_independent(base: nn.Module, run: Callable[[], Any] | None = 
 
 
 def check_causal(base: PreTrainedModel, *, path: str) -> None:
-    """Require that a token's logits do not depend on later tokens, which the model learns to predict.
+    """Require causal attention: a position's logits must not depend on later tokens, which are its training targets.
 
     An encoder that is configured as a decoder is refused as well: its head calls GELU as a function, which cannot be
     replaced by a row-wise activation (`fedtune.model.layers`).

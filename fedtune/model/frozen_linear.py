@@ -1,4 +1,4 @@
-"""Matrix products with frozen weights, which dominate a step's cost: in float32 by oneDNN on a CPU, or in bfloat16.
+"""Matrix products with frozen weights, in float32 with oneDNN on a CPU or in bfloat16; they dominate a step's cost.
 
 On x86, torch multiplies float32 matrices by MKL.  It also ships oneDNN, which is more than twice as fast in float32 on
 AMD CPUs (simulations/benchmarks).  Torch exposes oneDNN through an operator of its compiler that has no gradient, so
@@ -10,8 +10,8 @@ of a length get the same number of rows.
 
 With `model.dtype=mixed`, weights and inputs are rounded to bfloat16, products are accumulated in float32, and each sum
 is rounded once, in the forward and in the backward pass.  A CPU with bfloat16 instructions takes half the time
-(simulations/benchmarks).  Every other CPU computes the same products in float32 from the rounded numbers.  The product
-of two such numbers is exact in float32, so results differ only by the order of summation.
+(simulations/benchmarks).  All other CPUs compute the same products in float32 from the rounded numbers.  The product of
+two bfloat16 numbers is exact in float32, so results differ only by the order of summation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HAS_ONEDNN = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", 
 
 
 def is_slow_on_cpu(dtype: str) -> bool:
-    """Whether the CPU lacks instructions for a dtype, so that rounding costs time instead of saving it."""
+    """Whether the CPU has no instructions for a dtype, so that its products take longer than in float32."""
     has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() or not _HAS_ONEDNN
     return dtype in ("mixed", "bfloat16", "nf4") and not has_bfloat16
 
@@ -40,9 +40,9 @@ def depends_on_row_count(dtype: str, device: torch.device) -> bool:
 
 
 class _LinearFunction(torch.autograd.Function):
-    """The float32 product of `values` (..., k) and `weight` (n, k) transposed, plus `bias` (n,).
+    """Linear function in float32: the product of `values` (..., k) and `weight` (n, k) transposed, plus `bias` (n,).
 
-    Only `values` gets a gradient.
+    The backward pass computes a gradient for `values` only.
     """
 
     @staticmethod
@@ -103,7 +103,7 @@ def multiply_bfloat16(values: torch.Tensor, weight: torch.Tensor, bias: torch.Te
 
 
 def describe_product(module: nn.Module) -> tuple[int, int] | None:
-    """Return (outputs, inputs) of a linear module that this file can replace; None for any other module."""
+    """Return (outputs, inputs) of a linear module that this file supports; None for any other module."""
     if type(module) not in _FROZEN:
         return None
     rows, columns = module.weight.shape  # type: ignore[misc]

@@ -18,7 +18,7 @@ class NoBase(nn.Module):
         shape = SimpleNamespace(hidden_size=width, num_hidden_layers=0, max_position_embeddings=1)
         self.config = SimpleNamespace(**vars(shape), get_text_config=lambda: shape)
         self.layers = nn.ModuleList()
-        self.register_buffer("place", torch.zeros(0, device=device), persistent=False)  # says where it is
+        self.register_buffer("place", torch.zeros(0, device=device), persistent=False)  # records the device
 
     def get_base_model(self) -> NoBase:
         """Return the module itself, because it has no adapter wrapper."""

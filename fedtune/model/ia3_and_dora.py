@@ -1,4 +1,4 @@
-"""Adapters that scale: IA3, with one factor per output of a module, and DoRA, with one factor per row of a LoRA module.
+"""IA3 and DoRA adapters, which scale each output of a module (IA3) or each row of a LoRA module (DoRA).
 
 PEFT keeps these factors inside the adapted module's forward pass.  They are not parameters of a module of their own, so
 hooks cannot compute their per-example gradients.  Here each adapted module gets a `Scales` module, which trains the
@@ -30,7 +30,7 @@ class Scales(nn.Module):
     """Module that multiplies the last axis by 1 + `offset`, its only trainable parameter.
 
     Args:
-        start: PEFT's own tensor, which determines the number of values and the device.
+        start: PEFT's tensor for the scale, which determines the number of values and the device.
     """
 
     def __init__(self, start: torch.Tensor) -> None:
@@ -85,7 +85,7 @@ def merge_adapter(model: PeftModel) -> Any:
 
 
 def _compute_initial_scale(layer: Any) -> nn.Parameter:
-    """Return PEFT's own tensor: ones for IA3, and the norms of the base's rows for DoRA."""
+    """Return PEFT's tensor for the scale: ones for IA3, and the base's row norms for DoRA."""
     own: nn.Parameter = (
         layer.ia3_l["default"] if isinstance(layer, ia3.Linear) else layer.lora_magnitude_vector["default"].weight
     )
@@ -99,7 +99,7 @@ def _run_ia3_forward(layer: ia3.Linear, inputs: torch.Tensor) -> torch.Tensor:
 
 
 class _Dora(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no types
-    """The DoRA forward pass (Liu et al. 2024, arXiv 2402.09353): W + s B A with each row rescaled to a trained norm.
+    """DoRA forward pass (Liu et al. 2024, arXiv 2402.09353): W + s B A with each row rescaled to a trained norm.
 
     The current row norm, the divisor, depends only on parameters.  As in PEFT and the paper (section 4.3), no gradient
     flows through it, so that the gradients of A and B have the same form as in LoRA.

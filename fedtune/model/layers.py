@@ -1,4 +1,4 @@
-"""Changes to the base's layers: adapters, the frozen prefix, the output layer, checkpointing, row-wise activations.
+"""Modifications of the base's layers: adapters, frozen prefix, output layer, checkpointing, row-wise activations.
 
 **Adapters** are attached by PEFT to the linear modules of selected layers.
 
@@ -44,7 +44,7 @@ from fedtune.spec import ConfigError
 
 
 def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: bool, seed: int) -> PeftModel:
-    """Wrap `base`, already on its device, in float32 adapters with a random A; B and the scales are zero.
+    """Attach float32 adapters to `base`, already on its device, with random A matrices, and zeros for B and the scales.
 
     Args:
         base: the frozen model; changed in place.
@@ -204,8 +204,9 @@ class OutputLayer:
         self._apart = isinstance(self._layer, nn.Linear) and self._is_final_output(base)
 
     def compute_inputs(self, run: Callable[[], Any]) -> torch.Tensor:
-        """Compute the layer's input (n, t, h) by running the base with `run`; for a base that runs as a whole, return
-        its scores.
+        """Compute the output layer's input, (n, t, h), by running the base with `run`.
+
+        For a base that is always run as a whole, return its scores instead.
         """
         if not self._apart:
             return run().logits  # type: ignore[no-any-return]
@@ -227,7 +228,7 @@ class OutputLayer:
         return (self._layer(inputs) if self._apart else inputs).float()
 
     def _is_final_output(self, base: PreTrainedModel) -> bool:
-        """Whether the base returns this layer's output itself, unmodified."""
+        """Whether the base returns this layer's output unmodified."""
         seen: list[tuple[torch.Tensor, int]] = []
         hook = self._layer.register_forward_hook(lambda layer, inputs, output: seen.append((output, output._version)))
         try:
@@ -275,9 +276,9 @@ _HOMES = ("torch.nn.modules.activation", "transformers.activations")
 
 
 class RowByRow(nn.Module):
-    """Activation whose value for a row is bit-identical at every position of every batch of the same length.
+    """Activation whose result for a row is bit-identical at every position of every batch of the same length.
 
-    If vector instructions never cross a row boundary, all rows are computed at once, and otherwise one at a time.
+    All rows are computed at once if no vector instruction crosses a row boundary, and otherwise one row at a time.
     """
 
     def __init__(self, activation: nn.Module) -> None:
@@ -295,7 +296,7 @@ class RowByRow(nn.Module):
 
 
 def compute_norms_by_rsqrt(base: nn.Module) -> None:
-    """Replace `torch.pow` by `torch.rsqrt` in Gemma 4's RMS norms, which makes them like all other RMS norms.
+    """Replace `torch.pow` by `torch.rsqrt` in Gemma 4's RMS norms, as in the RMS norms of all other models.
 
     The gradient of `torch.pow` rounds the last elements of a tensor differently, so an example's gradient would depend
     on its position in the batch.

@@ -1,4 +1,4 @@
-"""Model pinning by one hash over all files that loading may read; other files in the folder are never read.
+"""Model pinning by a single hash of all files that loading may read; other files in the folder are never read.
 
 The hash of a GGUF file is the output of `sha256sum`.  The hash of a folder with safetensors is the SHA-256 of a text: a
 first line that identifies the format, a second line for the kind of image processor if there is one, then the line that
@@ -79,8 +79,8 @@ def stage_files(
     Args:
         folder: the model's folder.
         gguf_file: the name of the model's GGUF file in the folder; None selects the safetensors files.
-        with_weights: False provides the tokenizer only.  Weights are not linked then, and their hash may come from an
-            earlier call in this process for a file with the same inode, size and times.
+        with_weights: False provides all files except the weights.  The weights are then not linked, and their hash may
+            come from an earlier call in this process for a file with the same inode, size and times.
 
     Raises:
         ConfigError: for `model.path`, if files are missing, link to a target outside the folder, are refused, or change

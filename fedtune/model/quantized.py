@@ -56,9 +56,7 @@ def dequantize_nf4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _build_pair_lookup_table(device: torch.device) -> torch.Tensor:
-    """Return a lookup table (256,) with both levels of each byte in one 64-bit word, for a single memory access per
-    byte.
-    """
+    """Build a lookup table (256,) with both levels of a byte in one 64-bit word, so that each byte takes one access."""
     levels = torch.tensor(LEVELS)
     both = torch.stack([levels.repeat_interleave(len(levels)), levels.repeat(len(levels))], dim=1)
     return both.view(torch.int64).flatten().to(device)

@@ -42,7 +42,7 @@ def find_model_folder(spec: ModelSpec) -> Path:
 
 
 def find_public_location(spec: ModelSpec) -> str:
-    """Return the path or id for loading the base with plain transformers: its public id, path, or package folder."""
+    """Return the id or path with which plain transformers loads the base: its public id, path, or package folder."""
     inside = spec.public_id is None and spec.path.startswith(PACKAGE)
     return str(find_model_folder(spec)) if inside else spec.public_id or spec.path
 

@@ -18,7 +18,7 @@ RANDOM = "random:"
 RANDOM_MODELS = ("random:bert", "random:llama")
 NO_BASE, NO_ADAPTER = "none", "none"  # `model.path` and `lora.kind` of a model that consists of its head
 ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 adapter", NO_ADAPTER: "A model"}
-"""Names of the adapter kinds for sentences."""
+"""Names of the adapter kinds, as the subject of a sentence."""
 _WIDEST, _MOST_LAYERS = 4096, 8
 _NOT_PROVEN = {
     "prompt": "virtual tokens change every layer's output, and occupy positions of the record's own tokens",
@@ -30,7 +30,7 @@ _NOT_PROVEN = {
 
 @spec
 class ModelSpec:
-    """The frozen base model.
+    """Settings of the frozen base model.
 
     Attributes:
         path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an installed Python
@@ -100,7 +100,7 @@ class ModelSpec:
 
 @spec
 class LoraSpec:
-    """Low-rank adapters W + (alpha / rank) B A, Hu et al. 2021, arXiv 2106.09685, or another kind on the same modules.
+    """Settings of the adapters: LoRA, W + (alpha / rank) B A (Hu et al. 2021, arXiv 2106.09685), or another kind.
 
     Attributes:
         kind: "lora"; "dora", which also trains a norm for each row of the sum (Liu et al. 2024, arXiv 2402.09353);
@@ -110,7 +110,7 @@ class LoraSpec:
         alpha: the numerator of the scale.
         target_modules: last names of the linear modules to adapt ("q_proj"), or "all-linear". Only modules inside the
             stack of transformer layers are adapted, so tied embeddings, output layers and poolers stay frozen.
-        layers: the transformer layers to adapt; negative numbers count from the end; null: all.
+        layers: the transformer layers to adapt; negative numbers count from the end; null: all layers.
         rslora: true scales by alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732.
         train_a: false freezes every A at its random initial value (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313):
             averaging over sites is then exact, and noise enters B only.
@@ -128,7 +128,8 @@ class LoraSpec:
     alternate: bool = False
 
     def get_frozen_name_part(self, round: int) -> str | None:
-        """Return the part of a tensor name that marks tensors frozen in a round (from 1), or None if all tensors train.
+        """Return the name part of the tensors that are frozen in a round (counted from 1), or None if all tensors
+        train.
 
         B trains first, because A has no gradient while B is zero.
         """
@@ -142,7 +143,7 @@ class LoraSpec:
 
     @property
     def effective_rank(self) -> int:
-        """Rank that counts towards a site's limits; 1 for adapters without low-rank matrices."""
+        """Rank that a site compares with its limits; 1 for adapters without low-rank matrices."""
         return 1 if self.kind in ("ia3", NO_ADAPTER) else self.rank
 
     @property
@@ -165,14 +166,15 @@ class LoraSpec:
         if self.layers is not None and not self.layers:
             raise ConfigError("layers", self.layers, "must name at least one layer; use null for all layers")
         if self.alternate and (self.kind != "lora" or not self.train_a):
-            raise ConfigError("alternate", True, "needs lora.kind=lora and lora.train_a=true")
+            raise ConfigError("alternate", True, "requires lora.kind=lora and lora.train_a=true")
 
 
 @spec
 class HeadSpec:
-    """Head of tasks that predict labels or a number: scale * W x for the mean-pooled and L2-normalized hidden state x.
+    """Settings of the head of tasks that predict labels or a number.
 
-    The head has no bias.  For features, x is the record's vector, and each layer has a bias.
+    The head computes scale * W x, without a bias, from the mean-pooled and L2-normalized hidden state x.  For features,
+    x is the record's feature vector, and each layer has a bias.
 
     Attributes:
         scale: the scale of the logits (an inverse temperature).
@@ -213,10 +215,10 @@ class TaskModelSpec:
         head: the head, for tasks that have one.
         task: the name of the task, see `fedtune.tasks`.
         labels: the declared labels, in order; empty for a task without labels.
-        target_range: the declared range of a numeric target; null for a task without one.
+        target_range: the declared range of a numeric target; null for a task without a numeric target.
         seed: the public seed of the adapters' initial values.
-        texts: the number of texts per record, each of which the base processes separately: 1, the number of compared
-            texts, or the number of windows of a long text.
+        texts: the number of texts per record that the base processes separately: 1, the number of compared texts, or
+            the number of windows of a long text.
         input: the kind of input, as `data.input`.
         values: the name and range of each value in a record's feature vector; empty for text.
         task_settings: the task's own settings, an instance of its settings class; null for a task without settings.

@@ -1,8 +1,8 @@
-"""Rules for tokenizers: only known steps are allowed, which run in linear time and lengthen a text by a bounded factor.
+"""Rules for tokenizers: all steps must be known to run in linear time and to lengthen a text by a bounded factor.
 
-An attacker who can choose a regular expression, or a chain of rules that each lengthen a text, could select words for
-which a tokenizer takes minutes, exhausts the memory or fails.  A site's reply alone would then reveal whether one of
-its records contains these words.
+An attacker who chooses a regular expression, or a chain of rules that each lengthen a text, could make a tokenizer take
+minutes, exhaust the memory or fail on selected words.  The site's reply would then reveal whether one of its records
+contains these words.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _MOST_GROWTH = 300  # maximum output characters of all steps per input character
 _MOST_REPLACED = 18  # maximum replacement length in a SentencePiece table, the NFKC expansion of U+FDFA
 _MOST_PREPENDED, _MOST_SPECIAL, _MOST_PATTERN, _MOST_PIECE, _MOST_AFFIX = 4, 16, 64, 512, 16
 _MOST_WORD, _MOST_UNIGRAM = 200, 128
-"""Maximum length of a word for WordPiece (BERT: 100), whose time grows with the cube of the length, and of a Unigram
-piece (usually 16), because Unigram tries that many pieces at each character.
+"""Maximum length of a word for WordPiece (BERT: 100), whose time is cubic in the length, and of a piece for Unigram
+(usually 16), which tries that many pieces at each character.
 """
 
 _NORMALIZERS = {
@@ -77,8 +77,8 @@ PUBLISHED = frozenset(
         r"^▁+$",
     }
 )
-"""Regular expressions of published models.  Each matches in linear time: a repetition that backtracks does so once per
-stretch of text.
+"""Regular expressions of published models.  Each expression matches in linear time: a repetition backtracks at most
+once per stretch of text.
 """
 
 _ESCAPED = r"\\(?:[sSdDwWnrt]|[pP]\{\^?[A-Z][a-z]?\}|[^\w\s])"

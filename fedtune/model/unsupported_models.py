@@ -1,4 +1,4 @@
-"""Refusals of model files that redirect loading, exhaust a machine's resources, or couple the examples of a batch.
+"""Checks that refuse model files that redirect loading, exhaust a machine's resources, or couple a batch's examples.
 
 Each file is checked as the bytes that will be loaded, before a library parses them.  Only listed keys are allowed,
 because transformers accepts any other key as well and acts on some of them.
@@ -75,11 +75,11 @@ own name, so another key could name a folder or a repository to read, and allow 
 
 
 PRIVATE_TO = "private_to"
-"""Key for the site in the settings of a model that was trained without noise on one site's records
+"""Key in a model's settings that names the site on whose records it was trained without noise
 (`fedtune.lab.personalization`).
 """
 OWED = "fedtune_owed"
-"""Key in the config.json of an exported model for the privacy loss of its training (`fedtune.runs.environment`)."""
+"""Key in an exported model's config.json that records the privacy loss of its training (`fedtune.runs.environment`)."""
 PROCESSOR = "preprocessor_config.json"  # the settings of an image processor
 PROCESSOR_KIND = re.compile("(ViT|DeiT|Bit|Siglip)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)")
 """Class names of the supported image processors; the first group is the prefix of the class for PIL."""
@@ -95,7 +95,7 @@ method.
 _OF_EVERY_PROCESSOR = {"data_format": (None, "channels_first"), "do_pad": (None, False)} | dict.fromkeys(
     ("device", "input_data_format", "pad_size", "return_tensors"), (None,)
 )
-_MOST_SIDE = 1024  # maximum side of an image before the center crop, which determines memory and time
+_MOST_SIDE = 1024  # maximum side of an image before the center crop; determines memory and time
 
 _MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
 _MOST_BYTES |= {PROCESSOR: 1 << 20}
@@ -122,18 +122,18 @@ ARCHITECTURES = ENCODERS | frozenset(
 """`model_type` of the supported models: dense text transformers whose code, in transformers 5.23, computes each example
 of a batch independently of the others.
 
-An allowlist is needed, because weights can hide the coupling in other architectures from any test: as many patches as
-the longest example has (BLT), experts whose rounding depends on their number of tokens (GPT-OSS, every mixture of
-experts), a scale from the largest value in the batch (Nystromformer), state carried from batch to batch
-(RecurrentGemma).  Before adding an architecture, read its `modeling_*.py` for such code.
+An allowlist is needed, because in other architectures the weights can hide a coupling of examples from any test: the
+number of patches depends on the longest example (BLT), the rounding of an expert depends on its number of tokens
+(GPT-OSS and every mixture of experts), a scale is taken from the largest value in the batch (Nystromformer), or a state
+is carried from batch to batch (RecurrentGemma).  Before adding an architecture, read its `modeling_*.py` for such code.
 """
 
 _KEYS_OF = {"gemma4_text": {"global_head_dim", "num_global_key_value_heads", "per_layer_config"}}
 """Additional config keys of an architecture: for Gemma 4 the attention sizes of layers that differ from the others."""
 _SIZES_OF_A_LAYER = {"head_dim", "num_key_value_heads"}
 _ATTENTION = (None, "eager", "sdpa")
-"""Allowed attention implementations.  Others are downloaded from a hub as compiled code ("kernels-community/..."), or
-require packages that sites may lack.
+"""Allowed attention implementations.  Other implementations are downloaded from a hub as compiled code
+("kernels-community/..."), or require packages that may not be installed at a site.
 """
 VISION = {"deit": 2, "dinov2": 1, "siglip_vision_model": 0, "vit": 1}
 """`model_type` of the supported image models, selected by the same rule, and the number of special tokens before the
@@ -142,9 +142,7 @@ patch tokens.
 _BATCH_NORM = frozenset({"efficientnet", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit", "regnet", "resnet"})
 
 STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"})
-"""Rope types with frequencies that depend only on the config; transformers 5.23 has two others, "dynamic" and
-"longrope".
-"""
+"""Rope types whose frequencies depend only on the config, unlike "dynamic" and "longrope" in transformers 5.23."""
 
 
 def get_max_file_bytes(name: str) -> int:
@@ -164,7 +162,7 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
         return
     try:
         fields = _parse_json(content)
-    except _NotPlain as error:
+    except _UnacceptableJson as error:
         raise _explain_file_refusal(folder, name, str(error)) from None
     except (ValueError, RecursionError) as error:
         raise _explain_file_refusal(folder, name, "is not readable JSON") from error
@@ -324,7 +322,7 @@ def _is_token(value: Any) -> bool:
     return value is None or isinstance(value.get("content") if isinstance(value, dict) else value, str)
 
 
-class _NotPlain(ValueError):
+class _UnacceptableJson(ValueError):
     """Error for JSON with duplicate keys, non-finite numbers or too deep nesting."""
 
 
@@ -333,13 +331,13 @@ def _parse_json(content: bytes) -> Any:
         fields: dict[str, Any] = {}
         for key, value in pairs:
             if key in fields:
-                raise _NotPlain(f"has the key {quote(key)} twice")
+                raise _UnacceptableJson(f"has the key {quote(key)} twice")
             fields[key] = value
         return fields
 
     def parse_finite(text: str) -> float:
         if not math.isfinite(value := float(text)):
-            raise _NotPlain(f"contains {text[:20]}, which is not a finite number")
+            raise _UnacceptableJson(f"contains {text[:20]}, which is not a finite number")
         return value
 
     text = content.decode("utf-8")
@@ -350,7 +348,7 @@ def _parse_json(content: bytes) -> Any:
     for _ in range(_MOST_DEPTH):
         level = [part for one in level for part in list_items(one) if isinstance(part, dict | list)]
     if level:
-        raise _NotPlain(f"is nested more than {_MOST_DEPTH} levels deep")
+        raise _UnacceptableJson(f"is nested more than {_MOST_DEPTH} levels deep")
     return fields
 
 
