@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from fedtune.formatting import pluralize
 from fedtune.spec import DataError
 
-MUCH = 0.1  # share of a file's rows; if more are unusable, a setting or the file is probably wrong
+MUCH = 0.1  # share of a file's rows; if more rows are unusable, a setting or the file is probably wrong
 _MOST_REASONS, _MOST_LINES = 3, 5  # maximum numbers in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkippedRows:
-    """Total number of rows in data files, and the number of unusable rows by reason."""
+    """Counts for data files: the total number of rows, and the number of unusable rows by reason."""
 
     rows: int = 0  # total number of rows in the files
     # reason -> number of unusable rows, most frequent first
@@ -44,7 +44,7 @@ NONE_LEFT_OUT = SkippedRows()
 
 
 class Faults:
-    """Counter of unusable rows, filled while a file is read."""
+    """Collector of errors from unusable rows while a file is read."""
 
     def __init__(self) -> None:
         self._first: DataError | None = None
@@ -62,7 +62,7 @@ class Faults:
             self._lines.append(line)
 
     def summarize(self, *, used: int) -> SkippedRows:
-        """Return the counts; `used` is the number of usable rows."""
+        """Return the counts of skipped rows, given the number of usable rows."""
         return SkippedRows(rows=used + self._reasons.total(), reasons=dict(self._reasons.most_common()))
 
     def raise_if_any(self) -> None:

@@ -95,7 +95,7 @@ def collate(
 
 
 def isolate_example(batch: Batch, place: int | None) -> Batch:
-    """Return a batch of the same shape with the example at `place` in its first row, or without any example."""
+    """Return a batch of equal shape with only the example at index `place`, in the first row; None: no example."""
     num_rows, taken = len(batch.input_ids), 0 if place is None else 1
 
     def select_example(values: torch.Tensor) -> torch.Tensor:

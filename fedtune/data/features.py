@@ -1,4 +1,4 @@
-"""Feature vectors from columns of numbers and categories, scaled only by declared ranges.
+"""Encoding of number and category columns as feature vectors, scaled only by declared ranges.
 
 A vector's norm is at most 1: each number is scaled to [-1, 1] by its declared range, each category is one-hot, and the
 vector is divided by the square root of the number of numbers and categories.  No value of a record changes the vector
@@ -31,7 +31,7 @@ With them a number in float32, the format of an exported graph with seven digits
 
 @spec
 class FeatureSpec:
-    """Columns of the data files that become values of the feature vector, all with the same encoding.
+    """Encoding of one or more data columns as values of the feature vector.
 
     Ranges and categories are public.  They must come from domain knowledge, never from the records.
 
@@ -72,7 +72,7 @@ class FeatureSpec:
 
     @property
     def num_numbers(self) -> int:
-        """Number of values or categories per row: an upper bound on the squared norm before scaling."""
+        """Count of numbers or categories per row, an upper bound on the vector's squared norm before scaling."""
         return len(self.columns) * (self.size or 1)
 
     @property
@@ -129,9 +129,7 @@ class FeatureSpec:
         return found
 
     def describe_oddity(self, text: str) -> str | None:
-        """Describe an unusual but usable field as "missing", "not declared" or "beyond its range"; None for a usual
-        field.
-        """
+        """Describe a usable field that is "missing", "not declared" or "beyond its range"; None for a regular field."""
         raw = self.parse_field(text, at="")
         if math.isnan(raw[0]):
             return "missing"

@@ -1,4 +1,4 @@
-"""Reading of rows from all supported file formats; each row is parsed separately, so an unusable row affects no other
+"""Reading of rows from all supported file formats.  Rows are parsed separately, so an unusable row affects no other
 row.
 
 Error messages name file, line and column but never quote the content of a row, because messages end up in logs.
@@ -108,7 +108,7 @@ def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenie
 
 
 def detect_format(path: Path) -> str:
-    """Return the suffix of the format without `.gz`, or "folder" (a saved set), "classes" (images) or "brat"."""
+    """Return a file's suffix without `.gz`, or a folder's kind: "folder" (saved set), "classes" (images) or "brat"."""
     if path.is_dir():  # an empty folder counts as an empty brat folder
         others = _CLASSES if list_image_files(path) else _BRAT
         return "folder" if any(next(path.glob(name), None) for name in _SAVED_SET_FILES) else others
@@ -205,19 +205,20 @@ def list_image_files(folder: Path) -> list[Path]:
 
 
 def _build_image_row(folder: Path, _: int, file: Path) -> Row:
-    """Return the row of an image: its folder's name as the label, and a path relative to the parent of `folder`."""
+    """Build an image's row: the name of its folder as the label, and its path relative to the parent of `folder`."""
     return {"image": str(file.relative_to(folder.parent)), "label": file.parent.name}
 
 
 def fingerprint_files(path: Path) -> list[object]:
-    """Return a fingerprint that changes with every file of the data set; unreadable files are included without their
-    status.
+    """Return the path, inode, size and modification time of each file of a data set; for unreadable files, the path.
+
+    The result changes whenever a file of the data set changes.
     """
     found: list[object] = []
     for file in list_data_files(path):
         about = catch_row_error("", file.stat)
-        told = () if isinstance(about, DataError) else (about.st_ino, about.st_size, about.st_mtime_ns)
-        found.append([str(file), *told])
+        status = () if isinstance(about, DataError) else (about.st_ino, about.st_size, about.st_mtime_ns)
+        found.append([str(file), *status])
     return found
 
 
@@ -236,9 +237,9 @@ def _iter_parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iter
 
 
 def _read_footer(path: Path) -> Any:
-    """Read a Parquet file's metadata without the writer's Arrow types.
+    """Read a Parquet file's metadata without the Arrow types that its writer stored.
 
-    With these types, dictionary columns reject text that is not UTF-8, so one bad record would make the whole file
+    With these types, a dictionary column rejects text that is not UTF-8, so one bad record would make the whole file
     unusable.
     """
     from pyarrow import parquet
@@ -368,7 +369,7 @@ def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]],
 
 
 def _to_plain_value(value: Any) -> Any:
-    """Convert a database's decimals to numbers, and bytes to text if they are valid UTF-8."""
+    """Convert decimals to int or float, and bytes to text if they are valid UTF-8, also within lists."""
     if isinstance(value, list):
         return [_to_plain_value(one) for one in value]
     if isinstance(value, Decimal):

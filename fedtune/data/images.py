@@ -1,4 +1,4 @@
-"""Decoding of images into patches of pixels, each image separately, from files or from the records themselves.
+"""Decoding of images from files, or from bytes inside the records; each image is decoded separately.
 
 Decoding an untrusted image can take any amount of memory and time.  The size of the file, its format, its number of
 pixels and its aspect ratio are therefore checked, from the header, before the image is decoded.
@@ -118,7 +118,7 @@ def _read_content(field: str, file: str, *, at: str) -> bytes:
 
 
 def _explain_missing(path: Path, field: str) -> str:
-    """Return the message for a missing image file, with a hint about the most likely mistake."""
+    """Return the bound for a missing image file, with a hint at the most likely mistake."""
     if "\\" in field:
         return "must separate folders with /, not with \\ as in Windows"
     spelt = {path.name.lower(), path.name.upper(), path.stem + path.suffix.lower(), path.stem + path.suffix.upper()}

@@ -15,13 +15,13 @@ _ITEMS = rf"\s*+(?:(?:{_PRINTED.pattern})(?:[\s,]++|(?=[\])}}])))*+"
 _PRINTED_LIST = re.compile(
     rf"(?:array\()?\[(?:{_ITEMS})\](?:(?:, dtype=\w+)?\))?|\((?:{_ITEMS})\)|\{{(?:{_ITEMS})\}}|set\(\)", re.ASCII
 )
-"""A list, tuple, set or array as printed by Python, numpy and pandas, with or without commas."""
+"""Pattern of a list, tuple, set or array as Python, numpy and pandas print it, with or without commas."""
 
 
 def parse_list(value: object) -> list[Any] | None:
-    """Parse a value as a list (blank text is an empty list); return None for text that is not a list.
+    """Parse a cell as a list; blank text becomes an empty list, and text that is not a list returns None.
 
-    A value that is neither text nor a list becomes a list of one item.
+    Any other value that is not a list is wrapped in a list of one item.
     """
     try:
         listed = parse_json_list(value.strip() or "[]") if isinstance(value, str) else value

@@ -35,7 +35,7 @@ def derive_split_key(seed: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SiteRecords:
-    """A site's training and held-out records, and its count of skipped rows, which must not leave the site."""
+    """A site's training and held-out records, and its counts of skipped rows, which must not leave the site."""
 
     training: list[Record]
     heldout: list[Record]
@@ -115,9 +115,7 @@ def partition_training_files(
 
 
 def assign_to_lead(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:
-    """Return "validation" or "test" if a record of a simulation's training file belongs to the lead, or None for a
-    site.
-    """
+    """Assign a record of a simulation's training file to the lead's "validation" or "test" set; None: to a site."""
     if spec.test_fraction and hash_unit(record, purpose="test", key=key, unit=unit) < spec.test_fraction:
         return "test"
     # Relative to the records outside the test set, so that both fractions refer to the whole file.
@@ -130,12 +128,11 @@ def assign_to_lead(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) ->
 def read_own_records(
     spec: DataSpec, *, columns: Mapping[str, str], fault: Fault, key: bytes, unit: Unit = "record"
 ) -> SiteRecords:
-    """Read a real site's training and held-out records; a hash of each record (or user) with the secret `key` splits
-    them.
+    """Read a real site's records, and split off the held-out records by a keyed hash of each record or user.
 
     A record that the run cannot use (a missing value, a `fault`, or with unit "user" not exactly one user) is skipped
-    alone, and a file without any usable record is allowed.  Otherwise a lead's request could make the site's reply
-    depend on whether some record satisfies it.
+    alone, and a file may have no usable record.  If unusable records stopped the run, a lead could choose settings that
+    make the site's reply depend on the content of some record.
     """
     faults = Faults()
     records = iter_usable_records(Path(spec.train_file), columns, fault=fault, faults=faults)

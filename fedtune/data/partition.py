@@ -1,8 +1,8 @@
 """Assignment of records to sites and to the held-out set, as a function of each privacy unit alone.
 
 Each decision compares a keyed hash of the unit with fixed bounds.  The unit is a record, or a user with all its
-records.  Adding or removing a unit therefore moves no other unit.  The privacy guarantee requires this, and a shuffled,
-stratified or balanced split does not provide it.  Equal records are always assigned together.
+records.  Adding or removing a unit therefore moves no other unit.  The privacy guarantee requires this property, which
+shuffled, stratified and balanced splits lack.  Equal records are always assigned together.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def hash_unit(record: Record, *, purpose: str, key: bytes, unit: Unit = "record"
 
 
 def is_heldout(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
-    """Whether the record's unit belongs to the expected `fraction` that is held out from training."""
+    """Whether the record's unit is held out from training, for an expected `fraction` of all units."""
     return hash_unit(record, purpose="heldout", key=key, unit=unit) < fraction
 
 
 def is_selected(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
-    """Whether the record's unit belongs to the expected `fraction` that a smaller run uses."""
+    """Whether a smaller run uses the record's unit, for an expected `fraction` of all units."""
     return hash_unit(record, purpose="selected", key=key, unit=unit) < fraction
 
 
@@ -123,11 +123,11 @@ def partition_records(
 
 
 def group_by_user(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
-    """Return the ascending record indices of each user, in the order of the users' first records."""
+    """Group record indices by user, ascending within each user, in the order of the users' first records."""
     places: dict[str, list[int]] = {}
     for place, record in enumerate(records):
         places.setdefault(record.fields["user"], []).append(place)
-    return [np.array(of_one, dtype=np.int64) for of_one in places.values()]
+    return [np.array(indices, dtype=np.int64) for indices in places.values()]
 
 
 def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record") -> int:

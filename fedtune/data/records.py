@@ -1,4 +1,4 @@
-"""Conversion of data rows to records, each checked separately.
+"""Conversion of data rows to records, with separate checks for each row.
 
 No step covers a whole file (no shuffling, balancing or duplicate removal), so no record affects another.  Error
 messages name file, line and column but never quote a record's text, because messages end up in logs.
@@ -25,7 +25,7 @@ _CHUNK_ROWS = 256
 IN_MEMORY = "in-memory"
 """Folder name, in a setting, for records that the caller of `fedtune.simulate` keeps in memory."""
 memory_folder: ContextVar[Path | None] = ContextVar("memory_folder", default=None)
-"""Private folder that contains `IN_MEMORY` during such a run."""
+"""Private folder that contains the `IN_MEMORY` folder during a run on in-memory records."""
 Fault: TypeAlias = Callable[["Record"], DataError | None]  # record -> the reason why a task cannot use it, or None
 
 
@@ -50,7 +50,7 @@ class Record:
 
     @property
     def full_text(self) -> str:
-        """All texts of the record joined into one, or its features or image if it has no text."""
+        """All texts of the record joined into one text; for a record without text, its features or image as JSON."""
         found = [text for _, text in self.texts()]
         if not found:  # as JSON, which shows which of two features has no value
             found = [json.dumps([text for role, text in self.fields.items() if role.startswith((FEATURE, "image"))])]
@@ -58,7 +58,7 @@ class Record:
 
     @property
     def target_key(self) -> str:
-        """The record's non-text targets, as JSON by role; records with different targets are not duplicates."""
+        """Non-text targets by role, as JSON; records with different targets are not duplicates."""
         return json.dumps({role: text for role, text in self.fields.items() if role in ANSWERS}, sort_keys=True)
 
 
@@ -102,10 +102,10 @@ NO_VALUE = "(none)"  # the value of a record without a value in a column, or wit
 
 
 def read_column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:
-    """Read one more column, as text, for records that were already read; missing values become `NO_VALUE`.
+    """Read an additional column as text for loaded records; missing values become `NO_VALUE`.
 
-    With a `role`, values are converted as in a run, so that a user has the same id; without a role, any number is
-    accepted too.
+    With a `role`, values are normalized as in a run, so that user ids match; without a role, numbers of any kind are
+    also accepted.
     """
     values: dict[tuple[str, int], str] = {}
     for file in dict.fromkeys(record.file for record in records):
@@ -200,7 +200,7 @@ def validate_rows(
 
 
 def make_validator(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
-    """Return a function that returns the error that `read` raises for a record, or None."""
+    """Return a validator: a function that returns the error that `read` raises for a record, or None."""
 
     def find_error(record: Record) -> DataError | None:
         target = catch_row_error(record.at("record"), read, record)

@@ -1,7 +1,7 @@
-"""A small set of micro-batch shapes, fixed by public settings, so that no record changes the kernels used for another.
+"""Fixed sets of micro-batch shapes, chosen by public settings, so that no record changes another record's kernels.
 
 Rounding depends on the shapes of a computation.  Therefore a record is padded to a length that depends only on its own
-number of tokens, and each micro-batch has one of a few numbers of rows and is filled up with empty rows.
+number of tokens, and each micro-batch is filled with empty rows to one of a few allowed numbers of rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TOKENS_OF_A_CALL = 100  # fixed cost of a micro-batch, in tokens; tuned for the
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Record indices and shape of one micro-batch."""
+    """A micro-batch: the indices of its records, and its shape."""
 
     places: npt.NDArray[np.int64]  # indices of at most `rows` records, in the order of the rows
     rows: int  # number of rows, one per record with all its texts; the remaining rows are empty

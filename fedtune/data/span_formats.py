@@ -1,6 +1,6 @@
 """Annotated texts in the file formats of other programs: tokens with one tag each, or a text with spans.
 
-Files are split into records before any record is parsed, so an unreadable record affects no other record.
+A file is split into records before any record is parsed, so an unreadable record affects no other record.
 """
 
 from __future__ import annotations
@@ -156,8 +156,7 @@ def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None
     """Parse a CoNLL sentence, with a token and its tag on each line (`_read_tagged_lines`).
 
     Columns are separated by tabs or spaces.  Lines with -DOCSTART- and comments are skipped.  A comment starts with #
-    and a space, and differs from the other lines in its number of columns or, if those all have a tag, in the missing
-    tag.
+    and a space, and has another number of columns than the other lines or, if all other lines have a tag, no tag.
     """
     lines = [one for one in _split_lines(raw, at=format_location(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
     others = [one for one in lines if not one.startswith("# ")]
@@ -177,12 +176,12 @@ def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None
 
 
 def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
-    """Return a sentence's tokens and tags: tags are in the last column with tags of a scheme, or else in the last
-    column.
+    """Return a sentence's tokens and tags.
 
-    Tokens are in the first other column after the columns that name or count them (`_find_token_column`).  CoNLL-U's
-    lines 3-4 and 3.1 have no token of their own.  The sentence's own lines alone decide, because reading a record must
-    not depend on other records.
+    The tags are in the last column whose cells all look like tags of a scheme, or else in the last column.  The tokens
+    are in the first other column that contains no counters, offsets or identifiers (`_find_token_column`).  CoNLL-U's
+    lines 3-4 and 3.1 have no token of their own.  The columns are determined from this sentence alone, because reading
+    a record must not depend on other records.
     """
     lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])] or cells
     columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
@@ -198,7 +197,7 @@ def _read_tagged_lines(cells: Sequence[Sequence[str]], *, at: str) -> Row:
 
 
 def _find_token_column(columns: Sequence[Sequence[str]]) -> int:
-    """Return the index of the first column with tokens, after counters, offsets, and names that all lines share."""
+    """Return the index of the first column of tokens, after counters, offsets and identifiers shared by all lines."""
     whole = [all(map(str.isdecimal, column)) for column in columns]
     counts = [_is_counter(column, of=len(columns)) for column in columns]
     for place, column in enumerate(columns[:-1]):
@@ -290,7 +289,7 @@ def read_brat(_: int, marks: Path) -> Row:
         raise DataError(
             at, "a span in several parts, or in an unsupported format", "must be one contiguous part of the text"
         )
-    # What a span names has spaces where the text has ends of lines.
+    # brat replaces line breaks by spaces in the text of a span.
     flat = re.sub(r"[\r\n]", " ", texts[0])
     return {
         **_build_spans_row(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at),

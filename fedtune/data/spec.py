@@ -38,7 +38,7 @@ _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
 
 @spec
 class DataSpec:
-    """Files, columns, labels and partition of a run's data.
+    """Settings of a run's data: files, columns, labels and partition.
 
     Attributes:
         dataset: the name of the data set at sites and in ledgers.
@@ -158,7 +158,7 @@ class DataSpec:
         list_template_roles(self.prompt_template)
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
         if role is not None and role not in self.columns:
-            raise ConfigError("partition.kind", kind, f"needs data.columns.{role}")
+            raise ConfigError("partition.kind", kind, f"requires data.columns.{role}")
         if (kind == "file") != (SITE in self.train_file):
             bound = f"must contain {SITE} if data.partition.kind = file, and must not otherwise"
             raise ConfigError("train_file", self.train_file, bound)
@@ -169,7 +169,7 @@ class DataSpec:
 
     @property
     def skips_bad_records(self) -> bool:
-        """Whether unusable records in the lead's files and in simulated files are skipped."""
+        """Whether a simulation and the lead skip unusable records instead of raising an error."""
         return self.on_bad_record == "skip"
 
     def check_unit(self, unit: Unit, *, arrivals: bool = False) -> None:
@@ -192,8 +192,7 @@ class DataSpec:
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
     def require_decisive_validation(self) -> None:
-        """Require a validation file of the lead, because its exact scores may decide early stopping, checkpoints or a
-        search.
+        """Require the lead's own validation file for exact scores that select a round, a checkpoint or a trial.
 
         Raises:
             ConfigError: for `validation_file`.
@@ -206,8 +205,7 @@ class DataSpec:
             raise ConfigError("validation_file", self.validation_file, bound)
 
     def require_lead_files(self) -> None:
-        """Require that validation and test records come from the lead's own files, because it has no access to real
-        sites' files.
+        """Require validation and test records from the lead's own files: the lead has no access to real sites' files.
 
         Raises:
             ConfigError: for `validation_fraction` or `test_fraction`.
@@ -230,7 +228,7 @@ class DataSpec:
         return own | map_feature_columns(self.features, self.columns)
 
     def for_sites(self, roles: Collection[str]) -> DataSpec:
-        """Return the settings for sites: columns named by `roles`, all records, and without the lead's files."""
+        """Return the settings to send to sites: each role is its own column, and the lead's settings are omitted."""
         unsaid: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_THE_LEAD}
         return replace(self, **unsaid, train_file=AT_SITE, columns={role: role for role in roles})
 
@@ -238,7 +236,7 @@ class DataSpec:
         """Apply the settings to a site's own file, whose path in the policy is relative to `folder`.
 
         Raises:
-            ConfigError: the site has no column for a role of the run, so its records would be of another kind.
+            ConfigError: the site has no column for a role of the run.
         """
         # Only the run's roles: a data set may have columns for several tasks, or for several kinds of record.
         columns = {role: dataset.columns[role] for role in self.columns if role in dataset.columns}

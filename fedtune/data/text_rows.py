@@ -28,7 +28,7 @@ Made = TypeVar("Made")
 Piece = TypeVar("Piece")
 Given = ParamSpec("Given")
 Cut: TypeAlias = Iterator[tuple[int, bytes | None]]
-"""(first line, bytes) of each row; the bytes are None for a row that is too long, and are not kept."""
+"""First line number and bytes of each row; the bytes of a row that is too long are discarded and replaced by None."""
 MOST_BYTES = 1 << 24  # maximum bytes of a row, far above the input of any model
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # has the prefix of UTF-16
@@ -60,8 +60,8 @@ def catch_row_error(
 ) -> Made | DataError:
     """Return the result of `read` on one row or record, or a DataError for any exception.
 
-    An exception other than a DataError would be a bug in fedtune.  If it stopped the reading, a site's reply would
-    reveal something about a record.
+    Any other exception is a bug in fedtune, but must not stop the run either: a site's reply would then reveal
+    something about a record.
     """
     try:
         return read(*args, **options)
@@ -72,7 +72,9 @@ def catch_row_error(
 
 
 def parse_pieces(path: Path, pieces: Iterable[tuple[int, Piece]], parse: Callable[[int, Piece], Row | None]) -> RawRows:
-    """Yield the parsed row of each piece of a file, or its error; pieces that parse to None are skipped."""
+    """Yield each parsed piece of a file with its line number, as a row or an error; pieces that parse to None are
+    skipped.
+    """
     for line, piece in pieces:
         row = catch_row_error(format_location(path, line), parse, line, piece)
         if row is not None:
@@ -111,8 +113,9 @@ def read_json_lines(path: Path) -> RawRows:
 
 
 def _build_unique_object(pairs: list[tuple[str, object]]) -> Row:
-    """Build an object from JSON's key-value pairs; raise KeyError for a duplicate key, which json would silently
-    overwrite.
+    """Build an object from JSON's key-value pairs.
+
+    A duplicate key raises KeyError, because the json module would silently drop the first value.
     """
     if len(row := dict(pairs)) < len(pairs):
         raise KeyError
@@ -223,7 +226,7 @@ def check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) 
 
 
 def _split_cells(text: str, *, comma: str, at: str) -> list[str]:
-    """Split a row into cells; a blank line, or a row of empty cells, gives none."""
+    """Split a row into cells; the result is empty for a blank line or a row of empty cells."""
     # The csv module's limit of 131,072 characters per cell is global to the process, and other code may have set it.
     # Records are limited already, so the limit is raised, but never lowered for other code.
     csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))
@@ -243,7 +246,7 @@ def _split_cells(text: str, *, comma: str, at: str) -> list[str]:
 
 
 class _RowBuffer:
-    """A row under construction: its first line, and its bytes unless there are too many."""
+    """Buffer for the row that is being read: its first line number, and its bytes up to the size limit."""
 
     def __init__(self) -> None:
         self.first = self.line = 1
@@ -259,7 +262,7 @@ class _RowBuffer:
             self.kept.clear()
 
     def take_row(self) -> tuple[int, bytes | None]:
-        """Return the finished row, and start the next row."""
+        """Return the buffered row, and clear the buffer for the next row."""
         row = self.first, bytes(self.kept) if self.size <= MOST_BYTES else None
         self.first, self.size = self.line, 0
         self.kept.clear()
@@ -323,8 +326,8 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
     The terminator is `,` or `]`, or empty for the rest of the file.  The array is the whole file, or starts after the
     match of `opens`.
 
-    Only strings and brackets are recognized; nothing else is inspected.  Only an unclosed string or bracket can swallow
-    other elements, and no JSON writer produces one from a record's text.
+    Only strings and brackets are parsed.  Only an unclosed string or bracket can therefore swallow other elements, and
+    no JSON writer produces such a string or bracket from a record's text.
     """
     row, depth, in_string, escaped = _RowBuffer(), 1, False, False
     for block in _iter_array_blocks(path, row) if opens is None else _iter_object_blocks(path, row, opens):
@@ -415,7 +418,7 @@ def read_json_array(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | Non
 
 
 def _parse_element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, bytes]) -> Row | None:
-    """Parse an element of an array; return None for the blank text in an empty array or after an array's end."""
+    """Parse an array element; return None for the blank text in an empty array or after the end of an array."""
     (before, behind), at, bound = between, format_location(path, line), "must be one array of objects"
     if raw == b"" and (before == b"]" or (before == b"" and behind != b",")):
         return None

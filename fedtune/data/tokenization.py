@@ -1,4 +1,4 @@
-"""Tokenization of texts, each independently of the others; `fedtune.tasks` selects the texts and the targets."""
+"""Tokenization of texts independently of each other; `fedtune.tasks` selects the texts and the targets."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ tokens are lines and spaces.  Only a text that consists mostly of such long toke
 any content.
 """
 _MOST_LONGER, _ROOM = 4, 256
-"""Limits on the lengthening of a text by a normalizer: the factor, and the additional characters.  Unicode's own
-normalizers produce three characters from a Hangul letter; a table that a lead chose could fill the memory from a text
-of one letter.
+"""Limits on how much a normalizer may lengthen a text: a factor, and additional characters.  Unicode's own normalizers
+turn a Hangul letter into three characters; with a malicious table, a single letter could exhaust the memory.
 """
 _CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 18
 
@@ -115,12 +114,12 @@ def encode(
     max_length: int | None = None,
     within: int | None = None,
 ) -> Iterator[list[int]]:
-    """Yield the token ids of each text or pair of texts, encoded in chunks without padding, so texts do not affect each
-    other.
+    """Yield the token ids of each text or pair of texts.
 
-    With `within`, the ids are empty for a text that cannot be encoded or has an id of `within` or above.  They are also
-    empty for a text that the tokenizer's normalizer would lengthen excessively, because the tokenizers library aborts
-    the whole process when memory runs out.
+    Texts are encoded in chunks without padding, so they do not affect each other.  With `within`, the result is empty
+    for a text that cannot be encoded, or that has a token id of `within` or above.  It is also empty for a text that
+    the tokenizer's normalizer would lengthen excessively, because the tokenizers library aborts the whole process when
+    memory runs out.
     """
 
     def encode_texts(some: Sequence[Text]) -> list[Encoded]:
@@ -173,11 +172,10 @@ def tokenize_whole_texts(
 def encode_words(
     texts: Sequence[str], tokenizer: Tokenizer, *, max_length: int, within: int | None = None
 ) -> Iterator[Encoded]:
-    """Yield each text's token ids without special tokens, and for each token the character span of the word that it
-    starts.
+    """Yield each text's token ids without special tokens, with the character span of the word that each token starts.
 
-    Words are the tokenizer's words; a token that does not start a word has (0, 0).  The other arguments are those of
-    `encode`.
+    Words are the tokenizer's words; a token that does not start a word has the span (0, 0).  For the other arguments,
+    see `encode`.
     """
 
     def encode_texts(some: Sequence[str]) -> list[Encoded]:
@@ -212,9 +210,9 @@ def _map_tokens_to_words(encoding: Any, text: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MarkedTokenizer:
-    """Copy of a tokenizer in which some tokens, its marks, have random names that change with each process.
+    """Copy of a tokenizer in which some tokens, the marks, have random names that are drawn anew in each process.
 
-    A text can then never contain a mark, whatever the name of the mark in the tokenizer's own file.
+    A record's text can therefore never contain a mark by name.
     """
 
     names: Mapping[int, str]  # id of a mark -> its random name in an encoded text
@@ -278,7 +276,7 @@ def _encode_each(
 
 
 def _has_bounded_length(text: str, normalizer: Any) -> bool:
-    """Whether a tokenizer's normalizer (None: no normalizer) lengthens a text only within fixed limits."""
+    """Whether a normalizer (None: no normalizer) can process a text and lengthens it only within the limits."""
     if normalizer is None:
         return True
     made = catch_row_error("", translate_panics()(normalizer.normalize_str), text)
@@ -290,7 +288,7 @@ def _to_tuple(text: Text) -> tuple[str, ...]:
 
 
 def _chunk_texts(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
-    """Yield the texts in order, in chunks, to limit the tokenizer's memory."""
+    """Yield chunks of texts, in order, that limit the tokenizer's memory."""
     first, characters = 0, 0
     for place, text in enumerate(texts):
         length = sum(map(len, _to_tuple(text)))

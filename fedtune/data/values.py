@@ -33,9 +33,9 @@ OPTIONAL_ROLES = frozenset({"input", "system", "arrival"})  # roles that may be 
 _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
 """Separators in lists of names, which cannot be part of a user id, and the description of such a value in messages."""
 NO_NAME = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none", "-", "?"})
-"""Words for missing values in tables; rows with such a word do not all belong to one person."""
+"""Words for missing values in tables; as user ids they would merge the rows of unrelated people."""
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Letters of scripts without spaces between words, such as Chinese, for a character class."""
+"""Character class of scripts without spaces between words, such as Chinese."""
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
@@ -48,7 +48,7 @@ _SPEAKERS = {"system": "system", "developer": "system", "user": "user", "human":
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 _TRAINED = ("weight", "train", "training", "loss")
-"""Other programs' names for a turn's training weight: 0 or false excludes an answer from training."""
+"""Keys of a turn's training weight in other programs' formats; 0 or false excludes an answer from training."""
 _PARTS_TRAINED = ("train_detail", "training_detail")
 _CALLS = ("tool_calls", "function_call")
 TURN_FIELDS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PARTS_TRAINED, *_CALLS})
@@ -94,7 +94,7 @@ def is_free_text(role: str) -> bool:
 
 
 def split_texts(role: str, text: str) -> list[str]:
-    """Return the texts in a record's field: one per turn of a conversation, and none for an answer or a feature."""
+    """Return the texts in a record's field: one text per turn of a conversation; empty for targets and features."""
     turns = json.loads(text) if role == "messages" else parse_continuation(text) if role in TURN_ROLES else None
     if turns is not None:
         return [turn["content"] for turn in turns]
@@ -139,7 +139,7 @@ def _read_text_value(value: object, role: str, *, accepted: str, at: str) -> str
 
 
 def _read_name(value: object, role: str, *, at: str) -> str:
-    """Read a label, a site or a user; user ids are normalized, so that no person counts as several users."""
+    """Read a label, a site or a user; user ids are normalized, so that spelling variants count as one user."""
     if role == "user" and (isinstance(value, list) or (isinstance(value, str) and set(_BETWEEN_NAMES) & set(value))):
         # The record would count for one of the users only, and the others would not be protected.
         marks = " ".join(_BETWEEN_NAMES)
@@ -226,7 +226,7 @@ def parse_continuation(text: str) -> list[dict[str, Any]] | None:
 
 
 def guess_turns(value: object) -> list[dict[str, Any]]:
-    """Return the turns that a value seems to contain, valid or not, also from JSON text; empty for other values."""
+    """Return the turns, valid or not, in a value or its JSON text; empty if the value does not look like turns."""
     if isinstance(value, str) and _PRINTED_TURNS.match(value):
         return [{"role": "printed"}]  # reading it in a run raises a specific error
     if isinstance(value, str) and _LIKE_TURNS.match(value):
@@ -344,7 +344,7 @@ def read_number(value: object, at: str, *, role: str = "target") -> str:
 def parse_arrival_month(value: object, at: str) -> str:
     """Return the month of an ISO date, such as "2026-03", or "" for any other value.
 
-    Nothing is raised: when dates are read, the round is already charged, so no record may stop it.
+    This function never raises, because dates are read after a round is charged, and no record may stop the round.
 
     >> parse_arrival_month("2026-03-14 09:30", ""), parse_arrival_month("2026-03", ""), parse_arrival_month("14.3.2026",
     "")
@@ -399,7 +399,7 @@ def _is_number(text: str) -> bool:
 
 
 def is_localized_number(value: object) -> bool:
-    """Whether a text is a number for people but not for fedtune, such as 3,5 or $1,200 or 50%."""
+    """Whether a text is a number in a format that fedtune does not parse, such as 3,5 or $1,200 or 50%."""
     return isinstance(value, str) and not _is_number(value.strip()) and bool(_OTHER_NUMBER.fullmatch(value.strip()))
 
 
@@ -415,12 +415,13 @@ _READERS: Mapping[str, Callable[[object, str], str]] = {
     "spans": read_spans,
     **dict.fromkeys(TURN_ROLES, read_continuation),
 }
-"""Conversion to text for roles whose values in a file need not be texts."""
+"""Functions that convert a file's value to text, for roles whose values may have another type."""
 
 
 def find_misplaced_spans(fields: Mapping[str, str]) -> list[str]:
-    """Guess the convention of a record's span offsets, if some spans start or end inside a word, as the end of a
-    sentence.
+    """Guess the offset convention of a record whose spans start or end inside words, such as "(ends seem inclusive)".
+
+    The result is empty if no span splits a word; otherwise it has one item, which is blank for an unknown convention.
     """
     places = [place for span in json.loads(fields.get("spans", "[]")) if len(span) == 3 for place in span[:2]]
     text, within_word = fields.get("text", ""), re.compile(rf"(?<=[^\W_{UNSPACED}])(?=[^\W_{UNSPACED}])")

@@ -471,7 +471,7 @@ def require_target_range(data: DataSpec) -> tuple[float, float]:
         ConfigError: for `target_range`, if it is not declared.
     """
     if data.target_range is None:
-        raise ConfigError("target_range", None, "must be the smallest and the largest allowed target")
+        raise ConfigError("target_range", None, "is missing: set the smallest and the largest allowed target")
     return data.target_range
 
 

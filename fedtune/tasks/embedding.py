@@ -109,7 +109,7 @@ class Embedding(Task):
         if (negatives := self.own.negatives) != "record" and "anchor" not in data.columns:
             raise ConfigError("task_settings.negatives", negatives, "must stay record: a scored pair has no negative")
         if negatives == "record" and "anchor" in data.columns and not {"text", "negative"} & {*data.columns}:
-            bound = "needs data.columns.negative, or must be a list of public texts"
+            bound = "requires data.columns.negative, or a list of public texts"
             raise ConfigError("task_settings.negatives", negatives, bound)
 
     def record_validator(self, data: DataSpec) -> Callable[[Record], DataError | None]:

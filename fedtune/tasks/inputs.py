@@ -137,7 +137,7 @@ class Text(Input):
         check_at_least("max_length", data.max_length, 3)
 
     def check_model(self, spec: TaskModelSpec) -> None:
-        bound = f"is not suitable: data.input = {spec.input} needs a base model with an adapter"
+        bound = f"is not suitable: data.input = {spec.input} requires a base model with an adapter"
         if spec.model.path == NO_BASE:
             raise ConfigError("model.path", NO_BASE, bound)
         if spec.lora.kind == NO_ADAPTER:

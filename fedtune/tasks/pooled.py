@@ -79,7 +79,7 @@ class PooledTask(Task):
 
     def check_data(self, data: DataSpec) -> None:
         if data.prompt_template != "{prompt}" and (data.input != "text" or "text" not in data.template_roles):
-            bound = "must stay {prompt}, or for texts contain {text} and other roles"
+            bound = "must stay {prompt}, or contain {text} for data.input = text"
             raise ConfigError("prompt_template", data.prompt_template, bound)
         super().check_data(data)
 

@@ -53,7 +53,7 @@ class PreferenceSettings:
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)
         if self.beta > 1000:
-            raise ConfigError("beta", self.beta, "must be at most 1000, because every pair would count as learned")
+            raise ConfigError("beta", self.beta, "must be at most 1000; above, every pair counts as learned")
 
 
 class Preference(CausalLM):

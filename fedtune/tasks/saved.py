@@ -172,7 +172,7 @@ class SavedAdapter:
         except AdapterError as error:
             raise self._build_invalid_adapter_error(f"must contain an adapter's tensors: {error}") from None
         if digest != self.digest:
-            raise self._build_invalid_adapter_error(f"must contain the tensors with the digest in its {_SETTINGS}")
+            raise self._build_invalid_adapter_error(f"has tensors that do not match the digest in its {_SETTINGS}")
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:

@@ -167,7 +167,7 @@ def test_generate_refuses_damaged_audited_and_unfinished_runs(runs: Path, tmp_pa
     whole = tensors.read_bytes()
     for damaged, told in (
         (whole[:-1], "has a damaged"),
-        (whole[:-4] + b"\0\0\0@", "must contain the tensors with the digest"),
+        (whole[:-4] + b"\0\0\0@", "do not match the digest"),
     ):
         tensors.write_bytes(damaged)
         assert told in run_command(*asked).failed()

@@ -46,8 +46,8 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
         ({"prompt_template": "{prompt"}, "prompt_template = '{prompt': expected '}'"),
         *(({"prompt_template": text}, f"prompt_template = '{text}': must contain only role") for text in NO_ROLES),
         ({"prompt_template": "{prompt} {prompt}"}, "prompt_template = '{prompt} {prompt}': must name each role"),
-        ({"partition": BY_COLUMN}, "partition.kind = 'column': needs data.columns.site"),
-        (GENERATION | {"partition": BY_LABEL}, "partition.kind = 'dirichlet': needs data.columns.label"),
+        ({"partition": BY_COLUMN}, "partition.kind = 'column': requires data.columns.site"),
+        (GENERATION | {"partition": BY_LABEL}, "partition.kind = 'dirichlet': requires data.columns.label"),
     ],
 )
 def test_invalid_data_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
