@@ -104,7 +104,7 @@ def iter_raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenie
         case suffix if suffix == _BRAT:
             return parse_pieces(path, enumerate(sorted(path.glob("*.ann")), 1), span_formats.read_brat)
         case suffix:
-            raise DataError(str(path), suffix, f"{SUFFIXES}, or be {_SAVED}, or brat's folder")
+            raise DataError(str(path), suffix, f"{SUFFIXES}, or be {_SAVED}, or a folder in brat's format")
 
 
 def detect_format(path: Path) -> str:
@@ -129,8 +129,8 @@ def require_reader(path: Path) -> None:
 
 
 def describe_path(path: Path) -> str | None:
-    """Describe a path that is not data, such as "a pipe"; None for a data file, a saved set, or a folder of brat files
-    or images.
+    """Describe a path that cannot be read as data, such as "a pipe"; None for a data file, a saved set, or a folder of
+    brat files or images.
     """
     try:
         mode = path.stat().st_mode
@@ -358,7 +358,7 @@ def _build_arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]],
             for name, column in zip(one.schema.names, columns, strict=True)
         }
     except UnicodeDecodeError:
-        raise DataError(at, "bytes of another encoding", "must be UTF-8 text") from None
+        raise DataError(at, "bytes that are not UTF-8", "must be UTF-8 text") from None
     except Exception as error:  # values that Python cannot represent, such as times out of range
         raise DataError(at, type(error).__name__, "must have values that Python can represent") from None
     if num_bytes > MOST_BYTES:

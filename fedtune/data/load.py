@@ -26,7 +26,7 @@ def is_far_from_declared(true: int, declared: int) -> bool:
 
 
 def derive_split_key(seed: int) -> bytes:
-    """Derive the key of a simulation's hashes from its seed.
+    """Derive the key for a simulation's partition hashes from its seed.
 
     A real site has its own secret key, which never leaves the site.
     """
@@ -44,7 +44,7 @@ class SiteRecords:
 
 @dataclass(frozen=True, slots=True)
 class Partitioned:
-    """Result of partitioning a simulation's training files."""
+    """Records of a simulation's training files, by site, and the lead's validation and test records."""
 
     sites: tuple[SiteRecords, ...]  # the records of each site, in the order of the sites
     validation: list[Record]  # the lead's validation records, by `validation_fraction`

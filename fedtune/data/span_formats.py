@@ -1,4 +1,4 @@
-"""Annotated texts in the file formats of other programs: tokens with one tag each, or a text with spans.
+"""Parsing of annotated texts in other programs' file formats: tokens with one tag each, or texts with spans.
 
 A file is split into records before any record is parsed, so an unreadable record affects no other record.
 """
@@ -36,7 +36,7 @@ _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 
 
 def read_words(value: object, at: str, role: str = "tokens") -> str:
-    """Read a record's tokens or tags, from a list or its text form (as in `read_labels`), as text with one per line."""
+    """Read a record's tokens or tags from a list, or from a list as text (see `read_labels`), as one item per line."""
     listed = parse_list(value)
     if role == "tags" and listed and any(type(one) is int for one in listed):
         raise DataError(at, "numbers", "must be tag names, such as B-PER and O, not numbers (role tags)")
@@ -170,7 +170,7 @@ def parse_conll_sentence(path: Path, line: int, raw: bytes | None) -> Row | None
     cells = [one for place, one in enumerate(cells) if place in own or not lines[place].startswith("# ")]
     if any(len(one) < 2 for one in cells):
         raise DataError(
-            format_location(path, line), "a line of one column", "must have a token and its tag on each line"
+            format_location(path, line), "a line with a single column", "must have a token and its tag on each line"
         )
     return _read_tagged_lines(cells, at=format_location(path, line)) if cells else None
 
@@ -234,7 +234,7 @@ def parse_pubtator(path: Path, line: int, raw: bytes | None) -> Row:
         elif len(cells) < 4:  # else a relation between two spans
             raise DataError(
                 at,
-                "a line of another kind",
+                "an unrecognized line",
                 "must start with id|t| or id|a|, or be a span with tab-separated fields (PubTator)",
             )
     if "t" not in parts:
@@ -243,7 +243,7 @@ def parse_pubtator(path: Path, line: int, raw: bytes | None) -> Row:
 
 
 def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
-    """Convert a BioC JSON document, whose offsets refer to the document with any number of spaces between passages."""
+    """Convert a BioC JSON document to a text and spans; offsets are adapted to passages joined by single spaces."""
     if isinstance(document, DataError):
         raise document
     at, text, spans, begins = format_location(path, line), "", [], []

@@ -173,7 +173,7 @@ class DataSpec:
         return self.on_bad_record == "skip"
 
     def check_unit(self, unit: Unit, *, arrivals: bool = False) -> None:
-        """Check that records can be partitioned and counted by `unit`.
+        """Check that the columns and the partition support the privacy unit.
 
         For users, the files need a user column (and with `arrivals` an arrival column), and the partition must not
         depend on values that differ between a user's records.

@@ -1,4 +1,4 @@
-"""Rows of text files (JSON lines, JSON arrays, CSV and TSV), split into rows before any row is parsed.
+"""Reading of rows from JSON lines, JSON arrays, CSV and TSV; files are split into rows before any row is parsed.
 
 The end of a row does not depend on whether the row can be parsed, so an unusable row affects no other row.
 """
@@ -82,7 +82,7 @@ def parse_pieces(path: Path, pieces: Iterable[tuple[int, Piece]], parse: Callabl
 
 
 def decode_text(raw: bytes | None, *, at: str) -> str:
-    """Decode the text of a row.
+    """Decode the bytes of a row as UTF-8.
 
     Raises:
         DataError: the row is too long, or not UTF-8.
@@ -361,7 +361,7 @@ def _iter_array_blocks(path: Path, row: _RowBuffer) -> Iterator[bytes]:
         if not opened:
             row.first = row.line = row.line + block[: len(block) - len(text)].count(b"\n")
             if text and not text.startswith(b"["):
-                found = "an object" if text.startswith(b"{") else "no bracket"
+                found = "an object" if text.startswith(b"{") else "no opening bracket"
                 bound = "must start with [, as an array of objects (for one object per line, use the suffix .jsonl)"
                 raise DataError(format_location(path, row.line), found, bound)
         yield text if opened else text[1:]

@@ -271,10 +271,10 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     role = parse_speaker_role(speaker)
     calls = [name for name in _CALLS if turn.get(name)]
     if calls:
-        raise DataError(f"{at}, {calls[0]}", "a call", "must be absent: tool turns are not supported")
+        raise DataError(f"{at}, {calls[0]}", "a tool call", "must be absent: tool turns are not supported")
     if role not in _SPEAKERS.values():
         known = ", ".join(_SPEAKERS)
-        raise DataError(f"{at}, {who}", "another speaker", f"must be one of {known}: tool turns are not supported")
+        raise DataError(f"{at}, {who}", "an unknown speaker", f"must be one of {known}: tool turns are not supported")
     if not isinstance(content, str):
         bound = "must be text, or a list with one text part: images and other parts are not supported"
         raise DataError(f"{at}, {what}", name_json_type(content), bound)
@@ -285,11 +285,11 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
     # Training weights in the formats of other programs.
     for mark in _PARTS_TRAINED:
         if turn.get(mark):
-            raise DataError(f"{at}, {mark}", "marked parts", "is not supported: the model learns whole answers")
+            raise DataError(f"{at}, {mark}", "weights of parts", "is not supported: the model learns whole answers")
     given = [(mark, turn[mark]) for mark in _TRAINED if not is_null(turn.get(mark))]
     for mark, value in given:
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise DataError(f"{at}, {mark}", "another weight", "must be 0 or 1, false or true")
+            raise DataError(f"{at}, {mark}", "an unknown weight", "must be 0 or 1, false or true")
     return {"role": role, "content": content} | ({} if all(value for _, value in given) else {"train": False})
 
 
@@ -386,7 +386,7 @@ def parse_numbers(text: str, at: str) -> list[float]:
     """
     listed = parse_list(text)
     if listed is None:
-        raise DataError(at, "no list", "must be a JSON list of numbers, such as [0.5, 1] (role feature)")
+        raise DataError(at, "not a list", "must be a JSON list of numbers, such as [0.5, 1] (role feature)")
     if all(
         type(one) is float and math.isfinite(one) for one in listed
     ):  # fast path for the output of `read_feature`, which may have thousands of numbers

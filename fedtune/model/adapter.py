@@ -99,7 +99,7 @@ class Adapter:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Adapter:
-        """Parse the output of `to_bytes`.
+        """Parse an adapter in safetensors format.
 
         Raises:
             AdapterError: the bytes are not an adapter in safetensors format.

@@ -1,4 +1,4 @@
-"""Control of transformers' output: no progress bars or advice during loading, and one-line errors."""
+"""Suppression of transformers' progress bars and warnings, and conversion of library errors to one-line messages."""
 
 from __future__ import annotations
 

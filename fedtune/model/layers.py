@@ -248,7 +248,7 @@ class _Reached(Exception):
 
 
 def checkpoint_layers(layers: nn.ModuleList) -> None:
-    """Make each layer from the first trainable layer onwards recompute its forward pass during the backward pass."""
+    """Enable gradient checkpointing for every layer that has a gradient, from the first trainable layer onwards."""
     for layer in layers:
         if "forward" not in vars(layer):
             trains = any(parameter.requires_grad for parameter in layer.parameters())

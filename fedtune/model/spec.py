@@ -87,9 +87,7 @@ class ModelSpec:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the model is built from these settings alone, without files and without weights that somebody
-        chose.
-        """
+        """Whether the model is built from these settings alone, without files: no base, or a tiny random base."""
         return self.path == NO_BASE or self.path.startswith(RANDOM)
 
     @property

@@ -151,7 +151,7 @@ def get_max_file_bytes(name: str) -> int:
 
 
 def check_content(name: str, content: bytes, *, folder: str) -> None:
-    """Check the content of a model file other than weights.
+    """Check the size, the JSON syntax and the settings of a model file other than weights.
 
     Raises:
         ConfigError: for `model.path`; the message names the file and the reason.
@@ -183,7 +183,7 @@ def explain_config_refusal(fields: dict[str, Any]) -> str | None:
         if re.fullmatch(r"_?attn_implementation(_internal)?", key) and not all(
             one in _ATTENTION for one in (value.values() if isinstance(value, dict) else (value,))
         ):
-            return f"has {key} = {quote(value)}, which can load code; leave it out"
+            return f"has {key} = {quote(value)}, which can load code; remove it"
         if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
             return f"has {quote(key)} = {quote(value)}; the limit is {_LARGEST_INTEGER}"
         if type(value) is int and "layer" in key and "size" not in key and "dim" not in key:
@@ -255,7 +255,7 @@ def _explain_unknown_key_refusal(fields: dict[str, Any]) -> str | None:
         return None
     return (
         f"has {quote(unknown)}, an unknown setting for a {fields['model_type']} model, which could change what is "
-        "loaded; leave it out"
+        "loaded; remove it"
     )
 
 
@@ -277,7 +277,7 @@ def _explain_rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> st
 def _explain_tokenizer_config_refusal(fields: dict[str, Any]) -> str | None:
     for key, value in fields.items():
         if key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
-            return f"has {quote(key)}, an unknown tokenizer setting; leave it out"
+            return f"has {quote(key)}, an unknown tokenizer setting; remove it"
     return None
 
 
@@ -298,7 +298,7 @@ def _explain_processor_refusal(fields: dict[str, Any]) -> str | None:
         return f"has image_processor_type {quote(named)}; supported types: ViT, DeiT, Bit (DINOv2) and Siglip"
     for key, value in fields.items():
         if key not in OF_PROCESSOR or value not in _OF_EVERY_PROCESSOR.get(key, (value,)):
-            return f"has {quote(key)} = {quote(value)}, an unknown image processor setting; leave it out"
+            return f"has {quote(key)} = {quote(value)}, an unknown image processor setting; remove it"
         sides = (value.values() if isinstance(value, dict) else [value]) if key in ("size", "crop_size") else ()
         if not all(one is None or (type(one) is int and 0 < one <= _MOST_SIDE) for one in sides):
             return f"has {key} = {quote(value)}; each side must be a whole number of at most {_MOST_SIDE}"

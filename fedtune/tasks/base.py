@@ -1,4 +1,4 @@
-"""Interface of a task: everything that settings, training, scoring and reports need from it.
+"""Interface between a task and the rest of fedtune: its settings, training, scoring, reports and export.
 
 A task object has no state except its own settings.  To add a task, write its module in this folder, with a class for
 its settings if it has any, list it in `fedtune.tasks.registry`, and give it an experiment in conf/.  No other code of
@@ -57,7 +57,7 @@ Readout: TypeAlias = "tuple[tuple[torch.Tensor, torch.Tensor | None], ...]"
 
 
 class Model(Protocol):
-    """The part of `fedtune.tasks.task_model.TaskModel` that tasks use.
+    """Protocol of the `fedtune.tasks.task_model.TaskModel` members that tasks use.
 
     A task that makes a discrete choice for an example, such as an argmax, stores every float on which the choice
     depends in `decided_by`: (rows, ...), one row for each example of the batch, then one row for each padding row.
@@ -81,7 +81,7 @@ class Model(Protocol):
 
 
 class Task(ABC):
-    """Base class of the tasks.
+    """Abstract base class of a task, which defines the layout of records, the loss, the scores and the export.
 
     `fedtune.process` delays the import of torch until a method needs it, so that commands that only read settings start
     fast.
@@ -172,7 +172,7 @@ class Task(ABC):
         return data.map_required_columns(set(self.list_required_roles(data)) - self.answers)
 
     def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
-        """Convert a person's text to the fields of a record; `at` names the text in messages.
+        """Convert the text of a prompt to a record's fields; `at` is the text's key in error messages.
 
         Raises:
             ConfigError: the text is blank or not valid text, or records of the run have several input roles.
@@ -219,7 +219,7 @@ class Task(ABC):
                 raise ConfigError(setting.name, given, f"must stay {only}: task {self.name} does not use it")
 
     def check_input(self, data: DataSpec) -> None:
-        """Check that the task supports this kind of record, and that the settings of the records are complete.
+        """Check that the task supports `data.input`, and check the data settings for this kind of input.
 
         Raises:
             ConfigError: for a key of `data`.
@@ -306,7 +306,7 @@ class Task(ABC):
         raise NotImplementedError
 
     def get_eos_token_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
-        """Return the tokens that end a generated text."""
+        """Return the ids of the tokens that end a generated text."""
         raise NotImplementedError
 
     def prompts_and_references(
@@ -355,13 +355,13 @@ class Task(ABC):
         """
 
     def outputs_per_example(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the per-example inputs of `scores`: name -> (examples, ...)."""
+        """Compute the per-example values from which `scores` computes all scores, by name, (examples, ...) each."""
         return {"loss": model.losses(batch)}
 
     def postprocess_dataset(
         self, figures: Mapping[str, npt.NDArray[np.float64]]
     ) -> Mapping[str, npt.NDArray[np.float64]]:
-        """Complete the inputs of `scores` with values that depend on all examples of a data set together."""
+        """Convert the outputs of all examples of a data set to values that depend on them together, such as ranks."""
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:

@@ -179,7 +179,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         return call_counted
 
     def _charge_output(self, value: Any) -> Any:
-        """Count a value that the template outputs: a text, a number or nothing."""
+        """Count the size of a value that the template outputs, and refuse lists, dictionaries and namespaces."""
         if isinstance(value, list | tuple | dict | Namespace):
             raise TemplateError(f"it outputs a {type(value).__name__} without formatting it as text")
         return self._count_value(value)

@@ -1,4 +1,4 @@
-"""Classification: one of a declared set of labels for each text, by a linear head on the mean hidden state."""
+"""Single-label classification by a linear head on the mean hidden state."""
 
 from __future__ import annotations
 

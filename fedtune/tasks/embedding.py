@@ -40,7 +40,7 @@ _COUPLED = (
 
 @spec
 class PairSettings:
-    """Settings for the comparison of text pairs.
+    """Settings of the triplet loss: the source of negatives, and the margin.
 
     Attributes:
         negatives: the source of the text that is unrelated to the anchor: "record", the column `negative`; or a list of
@@ -124,7 +124,7 @@ class Embedding(Task):
         """
         texts = self.count_texts_per_record(data)
         roles = self.layouts[texts - 2][:texts]
-        fields = [(one, (role,)) for one in map(self._make_negative_adder, records) for role in roles]
+        fields = [(one, (role,)) for one in map(self._add_public_negative, records) for role in roles]
         ids, encoded = tokenize_whole_texts(
             fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within
         )
@@ -191,15 +191,16 @@ class Embedding(Task):
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
 
     def _make_target_reader(self, data: DataSpec) -> Callable[[Record], float]:
-        """Return a function from a record to the cosine to learn, or to the margin between two cosines."""
+        """Return a function that computes a record's target: the cosine to learn, or the margin between two cosines."""
         if "anchor" in data.columns:
             return lambda record: self.own.margin
         low, high = bounds = require_target_range(data)
         return lambda record: (read_target_number(record, bounds) - low) / (high - low)
 
-    def _make_negative_adder(self, record: Record) -> Record:
-        """Add a negative from the public list to a record, selected by the record's hash; without a list, return the
-        record.
+    def _add_public_negative(self, record: Record) -> Record:
+        """Add a negative to a record, selected from the public list by the record's hash.
+
+        Without a list, return the record unchanged.
         """
         texts = self.own.negatives
         if isinstance(texts, str):

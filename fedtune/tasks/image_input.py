@@ -42,7 +42,7 @@ class ImageReader(NoTokenizer):
         return found
 
     def preprocess(self, image: Any) -> NDArray[np.float32]:
-        """Preprocess an image to (3, side, side) float32."""
+        """Resize and normalize an image with the model's processor, to (3, side, side) float32."""
         found: NDArray[Any] = self.process(images=image, return_tensors="np")["pixel_values"][0]
         return found.astype(np.float32)
 

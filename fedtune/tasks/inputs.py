@@ -44,7 +44,7 @@ class NoTokenizer:
 
 
 class Input(ABC):
-    """Base class of model inputs."""
+    """Abstract base class of a kind of model input."""
 
     modality: ClassVar[str | None] = None  # the kind of record in reports; None: text
     # whether every record has exactly `data.max_length` positions, so that nothing is padded
@@ -58,7 +58,7 @@ class Input(ABC):
 
     @abstractmethod
     def check_data(self, data: DataSpec) -> None:
-        """Check the settings of the records.
+        """Check the data settings for this kind of input.
 
         Raises:
             ConfigError: for a key of `data`.
@@ -66,7 +66,7 @@ class Input(ABC):
 
     @abstractmethod
     def check_model(self, spec: TaskModelSpec) -> None:
-        """Check the settings of the model.
+        """Check the model settings for this kind of input.
 
         Raises:
             ConfigError: for a key of the run's settings.
@@ -74,8 +74,9 @@ class Input(ABC):
 
     @abstractmethod
     def load_reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
-        """Return the object that reads records for the model, such as a tokenizer, after checking that it matches the
-        base.
+        """Load the object that converts records to model inputs, such as a tokenizer.
+
+        If `base` is given, check that it matches the base.
         """
 
     def check_record(self, data: DataSpec) -> Callable[[Record], object]:

@@ -229,7 +229,7 @@ def _make_pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Reco
             asked, other = (split_last_answer(parse_turns(one.fields["messages"]))[0] for one in (chosen, rejected))
             if asked != other:
                 bound = "must match the turns of chosen except in the last answer"
-                raise DataError(record.at("rejected"), "other turns", bound)
+                raise DataError(record.at("rejected"), "different turns", bound)
         return chosen, rejected
 
     return split_pair

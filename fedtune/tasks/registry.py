@@ -1,4 +1,4 @@
-"""Registries of tasks and inputs: fedtune's own, and those that users or a site's staff installed.
+"""Registries of inputs and tasks: built-in tasks, and custom tasks from `register` or an installed package.
 
 `fedtune/tasks/base.py` and `inputs.py` explain how to add one.  The import is fast: models are built in other modules,
 because importing torch and its dependencies takes seconds.
@@ -59,7 +59,7 @@ def register(task: _OwnTask) -> _OwnTask:
 
 
 def find_task(name: str) -> Task | None:
-    """Return the task with this name, from fedtune, `register` or an installed package, or None.
+    """Return the built-in, registered or installed task with this name, or None if the name is unknown.
 
     A package's module is imported only here, through the entry point that declares the task. fedtune's own names take
     precedence.

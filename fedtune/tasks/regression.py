@@ -1,4 +1,4 @@
-"""Regression: a number in a declared range for each text, by a linear head on the mean hidden state."""
+"""Regression of a number in a declared range, by a linear head on the mean hidden state."""
 
 from __future__ import annotations
 

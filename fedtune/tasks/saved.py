@@ -194,7 +194,7 @@ class SavedAdapter:
         copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
 
     def require_same_model(self, other: TaskModelSpec) -> None:
-        """Require that a model with the settings `other` computes the same from the adapter's tensors.
+        """Require that the adapter's tensors have the same effect in a model with the settings `other`.
 
         Names and shapes of the tensors are checked on loading.
 

@@ -82,7 +82,7 @@ class Survival(PooledTask):
             time, event = float(record.fields["time"]), came.get(normalize_category(record.fields["event"]))
             if event is None:
                 bound = "must be 1 or true for an event and 0 or false otherwise, or one of data.event_values"
-                raise DataError(record.at("event"), "another value", bound)
+                raise DataError(record.at("event"), "an unknown value", bound)
             if time < 0:
                 raise DataError(record.at("time"), "a number below 0", "must be at least 0, the start of the record")
             found = np.full(len(ends), UNSUPERVISED, dtype=np.int8)

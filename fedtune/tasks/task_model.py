@@ -68,7 +68,7 @@ class TaskModel(nn.Module):
             return self.task.losses(self, batch)[: len(batch)]
 
     def figures(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Compute the per-example inputs of the scores (see `Task.outputs_per_example`)."""
+        """Compute the per-example values from which the scores are computed (see `Task.outputs_per_example`)."""
         batch = self._add_reference(batch)
         with self._prefix.use_states(batch.prefix):
             return self.task.outputs_per_example(self, batch)
@@ -122,7 +122,7 @@ class TaskModel(nn.Module):
         return get_input_for(self.spec).num_ids(self.base)
 
     def generate_dummies(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
-        """Generate random inputs of these lengths, for trials of the model."""
+        """Generate random inputs of these lengths, for tests of the model."""
         return get_input_for(self.spec).generate_dummies(self.base, lengths, draws)
 
     def collect_adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -151,7 +151,7 @@ class TaskModel(nn.Module):
 
     @contextmanager
     def freeze_tensors(self, names: frozenset[str]) -> Iterator[None]:
-        """Freeze the trained tensors of these names for the duration of the block."""
+        """Freeze the trained tensors with these names for the duration of the block."""
         resting = [one for name, one in self.trainable().items() if name in names]
         self.frozen = names
         try:

@@ -353,7 +353,7 @@ def make_entity_reader(data: DataSpec) -> Callable[[Record], Marked]:
     def read_tokens(record: Record) -> Marked:
         tokens, tags = (record.fields[role].split("\n") for role in ("tokens", "tags"))
         if len(tags) != len(tokens):
-            raise DataError(record.at("tags"), "another number of tags", "must have one tag per token")
+            raise DataError(record.at("tags"), "a different number of tags", "must have one tag per token")
         if "" in tags:
             raise DataError(record.at("tags"), "a blank tag", "must be O, or a type name after B- or I-")
         entities, _ = decode_tags(tags, places)

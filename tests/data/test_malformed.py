@@ -48,7 +48,7 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"[" + GOOD + b",", ":1", "'the end of the file'"),
         (b'{"data": [' + GOOD + b"]}", ":1", "must start with [, as an"),
         (b"\n" + GOOD, ":2", "for one object per line, use the suffix .jsonl"),
-        (b"caf", ":1", "'no bracket'"),
+        (b"caf", ":1", "'no opening bracket'"),
         (b"[" + GOOD + b"]\n[" + GOOD + b"]", ":2", "more text after the end of the array"),
     ],
     "a.csv": [

@@ -194,7 +194,11 @@ def test_unreadable_document_gives_one_error_among_valid_documents(tmp_path: Pat
     rows = [*iter_raw_rows(tmp_path / "a.conll")]
     assert [line for line, _ in rows] == [1, 3, 5, 7, 9, 12]
     faults = [str(row.value) for _, row in rows if isinstance(row, DataError)]
-    assert faults == ["a line of one column", "byte 0xff at position 1 of the record", f"more than {MOST_BYTES} bytes"]
+    assert faults == [
+        "a line with a single column",
+        "byte 0xff at position 1 of the record",
+        f"more than {MOST_BYTES} bytes",
+    ]
     first, other = (
         make_bioc_document(*PLACES),
         [make_bioc_document(*PLACES) | {"passages": one} for one in ([{"text": "no offset"}], [3], "x", 7)],

@@ -119,7 +119,7 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
         ([ASKED, ASKED], "turn 2 = 'user': must be assistant: user and assistant must alternate"),
         ([TURN_ROLES], "turn 1 = 'assistant': must be user"),
         ([ASKED, {"role": "system", "content": "a"}], "turn 2 = 'system': must be assistant"),
-        ([ASKED, {"role": "tool", "content": SECRET}], "turn 2, role = 'another speaker'"),
+        ([ASKED, {"role": "tool", "content": SECRET}], "turn 2, role = 'an unknown speaker'"),
         ([{"who": "user"}], "turn 1 = 'no speaker or no text': must have role and content, or from and value"),
         ([SECRET], "turn 1 = 'string': must be an object"),
         ([ASKED | {"content": None}], "turn 1, content = 'null': must be text"),
@@ -136,11 +136,11 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
             (build_answer("here", **mark), "must be 0 or 1, false or true")
             for mark in ({"weight": 0.5}, {"train": "false"})
         ),
-        (build_answer("here", train_detail=[{"begin_offset": 0}]), "turn 2, train_detail = 'marked parts'"),
+        (build_answer("here", train_detail=[{"begin_offset": 0}]), "turn 2, train_detail = 'weights of parts'"),
         (DEEP, "text that is not JSON"),
     ],
     "chosen": [
-        *(([{"role": "tool", "content": SECRET}], "another speaker"), ([{"role": "user"}], "no speaker or no text")),
+        *(([{"role": "tool", "content": SECRET}], "an unknown speaker"), ([{"role": "user"}], "no speaker or no text")),
         *((value, "must be text, or a list of at least one turn") for value in ([], 7)),
         *(
             (" ", "must not be blank, because it is the text that the model learns"),

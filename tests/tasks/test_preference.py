@@ -136,7 +136,7 @@ def test_indistinguishable_pairs_have_no_targets(leading_tokenizer: Any, record:
         (
             make_chat_pair(make_turns("where", "lost"), make_turns("is", "card")),
             WHOLE,
-            "rejected = 'other turns': must match the turns of",
+            "rejected = 'different turns': must match the turns of",
         ),
         (
             make_chat_pair(make_turns("where", "lost"), make_turns("where")),

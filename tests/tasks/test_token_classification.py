@@ -75,7 +75,7 @@ def test_tokens_are_joined_into_a_text_with_marked_spans() -> None:
 @pytest.mark.parametrize(
     ("words", "answer", "columns", "message"),
     [
-        (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = 'another number of tags': must have one tag per token"),
+        (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = 'a different number of tags': must have one tag per token"),
         (["my"], ["B-secret"], TAGGED, "a.jsonl:3, tags = 'not declared': must be one of the 2 labels in data.labels"),
         (["my"], [" "], TAGGED, "a.jsonl:3, tags = 'a blank tag': must be O, or a type name"),
         (["my"], "B-drug I-drug", TAGGED, "a.jsonl:3, column 't' = 'text that is not a list': must be a list of texts"),
