@@ -100,9 +100,9 @@ class Shapes:
         bucket = np.searchsorted([self.compute_longest_record(length) for length in self.lengths], num_tokens[places])
         assert (bucket < len(self.lengths)).all(), "a record exceeds the maximum length of tokenization"
         for number, length in enumerate(self.lengths):
-            yield from self._cut(places[bucket == number], length)
+            yield from self._cut_length(places[bucket == number], length)
 
-    def _cut(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
+    def _cut_length(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
         most = self.rows(length)[0]
         room = self.capacity(length, most)
         while len(places) >= 2 * room:

@@ -100,7 +100,7 @@ def decode_text(raw: bytes | None, *, at: str) -> str:
 def read_json_lines(path: Path) -> RawRows:
     """Yield the rows of a JSON lines file; blank lines are skipped."""
 
-    def parse(line: int, raw: bytes | None) -> Row | None:
+    def parse_line(line: int, raw: bytes | None) -> Row | None:
         text, bound = (
             decode_text(raw, at=format_location(path, line)).rstrip(),
             "must be one complete JSON object per line",
@@ -109,7 +109,7 @@ def read_json_lines(path: Path) -> RawRows:
             bound += "; for an array of objects, use a file name that ends in .json"
         return _parse_json_object(text, path, line, bound=bound) if text else None
 
-    return parse_pieces(path, cut_rows(path), parse)
+    return parse_pieces(path, cut_rows(path), parse_line)
 
 
 def _build_unique_object(pairs: list[tuple[str, object]]) -> Row:

@@ -133,10 +133,10 @@ def check_examples_independent(base: nn.Module, run: Callable[[], Any] | None = 
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             seen = shapes[name] = []
 
-            def record(_: nn.Module, inputs: tuple[Any, ...], seen: list[torch.Size] = seen) -> None:
+            def record_shape(_: nn.Module, inputs: tuple[Any, ...], seen: list[torch.Size] = seen) -> None:
                 seen.append(inputs[0].shape)
 
-            handles.append(module.register_forward_pre_hook(record))
+            handles.append(module.register_forward_pre_hook(record_shape))
     try:
         with torch.no_grad():
             _run_base(base, torch.tensor(_TOKEN_IDS)) if run is None else run()

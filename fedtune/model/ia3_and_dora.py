@@ -52,7 +52,7 @@ def scale_modules(model: PeftModel) -> None:
         if isinstance(layer, ia3.Linear):
             layer.forward = partial(_run_ia3_forward, layer)
         elif isinstance(layer, lora.Linear) and "default" in layer.lora_variant:
-            layer.lora_variant["default"] = _Dora()
+            layer.lora_variant["default"] = _DoraVariant()
             lengths = _compute_row_norms(layer)
             if not lengths.all():
                 bound = f"is not available for this base: the weights of {name} have a row of zeros"
@@ -98,7 +98,7 @@ def _run_ia3_forward(layer: ia3.Linear, inputs: torch.Tensor) -> torch.Tensor:
     return output if layer.disable_adapters else layer.scales(output.float()).to(output.dtype)
 
 
-class _Dora(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no types
+class _DoraVariant(DoraLinearVariant):  # type: ignore[misc]  # PEFT has no types
     """DoRA forward pass (Liu et al. 2024, arXiv 2402.09353): W + s B A with each row rescaled to a trained norm.
 
     The current row norm, the divisor, depends only on parameters.  As in PEFT and the paper (section 4.3), no gradient

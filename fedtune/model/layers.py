@@ -153,7 +153,7 @@ class FrozenPrefix:
         self._recording = False
         for number in range(self.depth):
             layer = layers[number]
-            layer.forward = partial(self._run, layer.forward, number == self.depth - 1)
+            layer.forward = partial(self._run_layer, layer.forward, number == self.depth - 1)
 
     @contextmanager
     def use_states(self, states: torch.Tensor | None) -> Iterator[None]:
@@ -176,18 +176,20 @@ class FrozenPrefix:
         try:
             with torch.no_grad():
                 run()
-        except _Reached as reached:
-            return reached.output if isinstance(reached.output, torch.Tensor) else None
+        except _StopForward as stopped:
+            return stopped.output if isinstance(stopped.output, torch.Tensor) else None
         finally:
             self._recording = False
         return None
 
-    def _run(self, forward: Callable[..., Any], last: bool, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run_layer(
+        self, forward: Callable[..., Any], last: bool, hidden: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         if self._given is not None:
             return self._given
         output = forward(hidden, *args, **kwargs)
         if last and self._recording:
-            raise _Reached(output)
+            raise _StopForward(output)
         return output
 
 
@@ -211,14 +213,14 @@ class OutputLayer:
         if not self._apart:
             return run().logits  # type: ignore[no-any-return]
 
-        def stop(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            raise _Reached(inputs[0])
+        def stop_forward(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            raise _StopForward(inputs[0])
 
-        hook = self._layer.register_forward_pre_hook(stop)
+        hook = self._layer.register_forward_pre_hook(stop_forward)
         try:
             run()
-        except _Reached as reached:
-            return cast(torch.Tensor, reached.output)
+        except _StopForward as stopped:
+            return cast(torch.Tensor, stopped.output)
         finally:
             hook.remove()
         raise AssertionError("the base did not run its output layer")
@@ -239,7 +241,7 @@ class OutputLayer:
         return [(id(scores), version) for scores, version in seen] == [(id(output), output._version)]
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """Exception that stops a forward pass at a layer and carries the layer's input or output."""
 
     def __init__(self, output: object) -> None:
@@ -252,10 +254,12 @@ def checkpoint_layers(layers: nn.ModuleList) -> None:
     for layer in layers:
         if "forward" not in vars(layer):
             trains = any(parameter.requires_grad for parameter in layer.parameters())
-            layer.forward = partial(_recompute, layer.forward, trains)
+            layer.forward = partial(_run_checkpointed, layer.forward, trains)
 
 
-def _recompute(forward: Callable[..., Any], trains: bool, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _run_checkpointed(
+    forward: Callable[..., Any], trains: bool, hidden: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trains):
         return forward(hidden, *args, **kwargs)
     # Re-entrant checkpointing follows gradients through its positional tensors only.
@@ -303,10 +307,10 @@ def compute_norms_by_rsqrt(base: nn.Module) -> None:
     """
     for module in cast(Any, base.modules()):
         if type(module).__name__ == "Gemma4RMSNorm":
-            module._norm = partial(_normalize, eps=module.eps)
+            module._norm = partial(_normalize_rms, eps=module.eps)
 
 
-def _normalize(values: torch.Tensor, *, eps: float) -> torch.Tensor:
+def _normalize_rms(values: torch.Tensor, *, eps: float) -> torch.Tensor:
     """Divide `values` (..., width) by their root mean square over the last dimension."""
     return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
 

@@ -52,15 +52,15 @@ class Manifest:
         """Text whose SHA-256 is the model's hash; for a GGUF file, only its own line."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in self.files)
         second = _PROCESSOR_LINE if PROCESSOR in dict(self.files) else ""
-        return lines if self._gguf else _FIRST_LINE + second + lines
+        return lines if self._is_gguf else _FIRST_LINE + second + lines
 
     @property
     def sha256(self) -> str:
         """Model hash in hexadecimal."""
-        return self.files[0][1] if self._gguf else hashlib.sha256(self.text.encode()).hexdigest()
+        return self.files[0][1] if self._is_gguf else hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
-    def _gguf(self) -> bool:
+    def _is_gguf(self) -> bool:
         return len(self.files) == 1 and self.files[0][0].endswith(".gguf")
 
 

@@ -90,7 +90,7 @@ backtracks.
 """
 
 
-class _Unknown(ValueError):
+class _TokenizerError(ValueError):
     """Reason for refusing a tokenizer, as the end of a sentence about its file."""
 
 
@@ -107,13 +107,13 @@ def explain_tokenizer_refusal(fields: dict[str, Any]) -> str | None:
             if step["type"] == "Split":
                 _compute_min_match_length(step.get("pattern"))
         if growth > _MOST_GROWTH:
-            raise _Unknown(f"has steps that turn one character into up to {growth}, more than {_MOST_GROWTH}")
+            raise _TokenizerError(f"has steps that turn one character into up to {growth}, more than {_MOST_GROWTH}")
         for step in _flatten_steps(fields.get("post_processor"), "processors", known=_POST_PROCESSORS):
             if step["type"] == "TemplateProcessing":
                 _check_template(step)
         _check_model(fields["model"])
         _check_pieces(token.get("content") for token in fields.get("added_tokens") or ())
-    except _Unknown as error:
+    except _TokenizerError as error:
         return str(error)
     # A field has a type that the library never writes.
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -135,11 +135,11 @@ def _flatten_steps(part: Any, inner: str, *, known: Any) -> list[dict[str, Any]]
         if step["type"] == "Sequence":
             waiting = [*step[inner], *waiting]
         elif step["type"] not in known:
-            raise _Unknown(f"has the step {quote(step['type'])}, which fedtune does not support")
+            raise _TokenizerError(f"has the step {quote(step['type'])}, which fedtune does not support")
         else:
             steps.append(step)
         if len(steps) + len(waiting) > _MOST_PARTS:
-            raise _Unknown(f"has more than {_MOST_PARTS} steps in a row")
+            raise _TokenizerError(f"has more than {_MOST_PARTS} steps in a row")
     return steps
 
 
@@ -152,9 +152,9 @@ def _compute_max_growth(normalizer: Any) -> int:
         if kind == "Replace":
             least, put = _compute_min_match_length(step["pattern"]), len(step["content"])
             if put > least:
-                raise _Unknown(f"replaces {least} characters by {put}, which lengthens a text")
+                raise _TokenizerError(f"replaces {least} characters by {put}, which lengthens a text")
         elif kind == "Prepend" and len(step["prepend"]) > _MOST_PREPENDED:
-            raise _Unknown(f"prepends more than {_MOST_PREPENDED} characters to a text")
+            raise _TokenizerError(f"prepends more than {_MOST_PREPENDED} characters to a text")
         elif kind == "Precompiled":
             growth *= _find_longest_replacement(step.get("precompiled_charsmap") or "")
         chosen |= kind == "Precompiled" or not (step.get("content") or step.get("prepend") or "").isascii()
@@ -170,10 +170,10 @@ def _find_longest_replacement(encoded: str) -> int:
     table = base64.b64decode(encoded, validate=True)
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     if table and not texts:
-        raise _Unknown("has a truncated character table")
+        raise _TokenizerError("has a truncated character table")
     longest = max(1, *(len(text.decode(errors="replace")) for text in texts.split(b"\0")))
     if longest > _MOST_REPLACED:
-        raise _Unknown(f"has a table that turns one character into {longest}, more than {_MOST_REPLACED}")
+        raise _TokenizerError(f"has a table that turns one character into {longest}, more than {_MOST_REPLACED}")
     return longest
 
 
@@ -188,7 +188,7 @@ def _compute_min_match_length(pattern: Any) -> int:
         return 1
     simple = _SIMPLE.fullmatch(text) if kind == "Regex" and len(text) <= _MOST_PATTERN else None
     if simple is None:
-        raise _Unknown(f"has the pattern {quote(text)}, which is not known to take linear time")
+        raise _TokenizerError(f"has the pattern {quote(text)}, which is not known to take linear time")
     return min(int(simple["least"] or 1), int(simple["most"] or 99))
 
 
@@ -199,19 +199,19 @@ def _check_template(step: dict[str, Any]) -> None:
             step["special_tokens"][piece["SpecialToken"]["id"]]["ids"] for piece in pieces if "Sequence" not in piece
         ]
         if len(pieces) - len(added) > most:
-            raise _Unknown("has a template that repeats a text")
+            raise _TokenizerError("has a template that repeats a text")
         if len(added) > _MOST_SPECIAL or sum(len(ids) for ids in added) > _MOST_SPECIAL:
-            raise _Unknown(f"has a template with more than {_MOST_SPECIAL} special tokens")
+            raise _TokenizerError(f"has a template with more than {_MOST_SPECIAL} special tokens")
 
 
 def _check_model(model: dict[str, Any]) -> None:
     if model.get("type") not in _MODELS:
-        raise _Unknown(f"has the model {quote(model['type'])}, which fedtune does not support")
+        raise _TokenizerError(f"has the model {quote(model['type'])}, which fedtune does not support")
     # BPE-dropout would change a record's tokens in each pass.
     if model.get("dropout"):
-        raise _Unknown(f"has dropout = {quote(model['dropout'])}, so a text has different tokens in each pass")
+        raise _TokenizerError(f"has dropout = {quote(model['dropout'])}, so a text has different tokens in each pass")
     if model.get("max_input_chars_per_word", 0) > _MOST_WORD:
-        raise _Unknown(f"accepts words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
+        raise _TokenizerError(f"accepts words of more than {_MOST_WORD} characters (max_input_chars_per_word)")
     vocabulary = model.get("vocab") or ()
     if isinstance(vocabulary, dict):
         _check_pieces(vocabulary)
@@ -224,4 +224,4 @@ def _check_model(model: dict[str, Any]) -> None:
 def _check_pieces(pieces: Any, *, most: int = _MOST_PIECE) -> None:
     longest = max(map(len, pieces), default=0)
     if longest > most:
-        raise _Unknown(f"has a piece of {longest} characters, more than {most}")
+        raise _TokenizerError(f"has a piece of {longest} characters, more than {most}")

@@ -105,7 +105,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         self.finalize = self._charge_output
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        found: nodes.Template = _Hooks().visit(super()._parse(source, name, filename))
+        found: nodes.Template = _CountingTransformer().visit(super()._parse(source, name, filename))
         found.set_environment(self)
         return found
 
@@ -189,7 +189,7 @@ class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
 
-class _Hooks(NodeTransformer):
+class _CountingTransformer(NodeTransformer):
     """Node transformer that adds counting where the sandbox has no hooks: loops, macros, concatenation and list
     literals.
     """

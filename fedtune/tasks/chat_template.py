@@ -23,7 +23,7 @@ from fedtune.spec import ConfigError
 if TYPE_CHECKING:
     from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 
-Joint: TypeAlias = tuple[str, str]  # roles before and after a separator, or one of the three names below
+Boundary: TypeAlias = tuple[str, str]  # roles before and after a separator, or one of the three names below
 START, END, ANSWER = "start", "end", "answer"
 """Names of a conversation's start and end, and of the position after a user turn where the model starts to write."""
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -64,14 +64,14 @@ class ChatFormat:
     tokenizer: MarkedTokenizer  # encodes the text
     lead: tuple[int, ...]  # tokens before the text
     start: str  # the name of the begin-of-text token, if the template starts with it
-    separators: Mapping[Joint, str]  # separators between two contents, without `start`
+    separators: Mapping[Boundary, str]  # separators between two contents, without `start`
     contents: Mapping[str, Callable[[str], str]]  # conversion of a turn's content to the rendered content, by role
     ending: str  # supervised text that ends the last answer
     between: str  # supervised text that ends earlier answers; empty if the template has no end mark there
     end: int  # the token that ends an answer
     has_system: bool  # False: the system text is prepended to the first user content, separated by a blank line
     # whether the template renders these turns exactly as `separators` and `contents` do
-    writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
+    renders_unchanged: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
     def build_prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
         """Build the context of an answer to `turns`, starting with `start`; earlier assistant turns are supervised.
@@ -94,7 +94,7 @@ class ChatFormat:
             if turn.role != ANSWER:
                 pieces.append(self._make_content_piece(turn))
             before, learned = turn.role, turn.train
-        if not self.writes(placed if answer is None else (*placed, Turn(ASSISTANT, answer))):
+        if not self.renders_unchanged(placed if answer is None else (*placed, Turn(ASSISTANT, answer))):
             raise NoConversation("turns that the model's own template changes")
         return pieces
 
@@ -227,14 +227,14 @@ def _build_template_format(tokenizer: Tokenizer, template: str, end: int) -> Cha
         begin = ""
     separators |= {joint: separators[joint].removeprefix(begin) for joint in starts}
 
-    def writes(turns: Sequence[Turn]) -> bool:
+    def renders_unchanged(turns: Sequence[Turn]) -> bool:
         try:
             return _render_turns(compiled, turns, special) == _join_turns(chain, contents, turns)
         except _UnsupportedTemplate:
             return False
 
     has_system = (START, SYSTEM) in separators
-    return ChatFormat(marked, (), begin, separators, contents, ending, between, end, has_system, writes)
+    return ChatFormat(marked, (), begin, separators, contents, ending, between, end, has_system, renders_unchanged)
 
 
 def _find_special_tokens(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
@@ -264,7 +264,7 @@ _Conversation: TypeAlias = tuple[Turn, ...]
 _Contents: TypeAlias = Mapping[str, Callable[[str], str]]
 
 
-def _join_turns(separators: Mapping[Joint, str], contents: _Contents, turns: Sequence[Turn]) -> str:
+def _join_turns(separators: Mapping[Boundary, str], contents: _Contents, turns: Sequence[Turn]) -> str:
     """Render a conversation with these separators and contents, as a `ChatFormat` does, with or without an answer."""
     roles = (START, *(turn.role for turn in turns), END if turns[-1].role == ASSISTANT else ANSWER)
     said = (*(contents[turn.role](turn.content) for turn in turns), "")
@@ -277,7 +277,7 @@ class _UnsupportedTemplate(Exception):
 
 def _derive_format(
     template: StepLimitedTemplate, special: Mapping[str, str]
-) -> tuple[Mapping[Joint, str], _Contents, Mapping[_Conversation, str]]:
+) -> tuple[Mapping[Boundary, str], _Contents, Mapping[_Conversation, str]]:
     """Derive the separators between turns, and the trimming of their contents, from a chat template.
 
     Returns:
@@ -323,7 +323,7 @@ def _derive_format(
     return separators, contents, tried
 
 
-def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
+def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Boundary, str]:
     """Derive the separators from one rendering of turns with unique contents."""
     turns = tuple(Turn(role, f"qz{place}xw") for place, role in enumerate(roles))
     texts, rest = [], rendered(turns)
@@ -337,7 +337,7 @@ def _derive_separators(rendered: Callable[[_Conversation], str], roles: Sequence
 
 
 def _detect_trimming(
-    rendered: Callable[[_Conversation], str], separators: Mapping[Joint, str], contents: _Contents, role: str
+    rendered: Callable[[_Conversation], str], separators: Mapping[Boundary, str], contents: _Contents, role: str
 ) -> Callable[[str], str]:
     """Determine how the template trims the contents of one role."""
     roles = (SYSTEM, USER, ASSISTANT) if role == SYSTEM else (USER, ASSISTANT)

@@ -83,10 +83,10 @@ class Image(Text):
     def encode_records(
         self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
     ) -> Rows:
-        def patches(record: Record) -> Any:  # at a real site a file may have changed since it was validated
+        def read_patches(record: Record) -> Any:  # at a real site a file may have changed since it was validated
             return reader.cut_patches(_decode_image(record))
 
-        return read_each(patches, records, nothing=reader.make_blank(), lenient=lenient_within is not None)
+        return read_each(read_patches, records, nothing=reader.make_blank(), lenient=lenient_within is not None)
 
     def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
         from fedtune.model.base_model import load_processor

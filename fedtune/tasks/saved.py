@@ -40,11 +40,11 @@ from fedtune.tasks.registry import get_task
 from fedtune.tasks.task_model import TaskModel, assemble
 
 _SETTINGS = "fedtune.json"
-_SAME = 1e-4  # tolerance for values that two machines compute from the same seed or labels
+_TOLERANCE = 1e-4  # tolerance for values that two machines compute from the same seed or labels
 _HEAD = "head."  # prefix of the task's own tensors; its public constants are buffers of the model itself
 _CONSTANTS = ("center", "candidates")
 """Public, untrained tensors in the head's file, which are buffers of the model itself."""
-_MEANING = {
+_MATCHING_SETTINGS = {
     **{key: key for key in ("task", "task_settings", "model.sha256", "lora.kind", "head.scale", "head.center")},
     **{key: f"data.{key}" for key in ("labels", "target_range")},
     "values": "data.features",
@@ -201,8 +201,8 @@ class SavedAdapter:
         Raises:
             ConfigError: for `adapter`; the message names the first difference.
         """
-        for key, was, now in _list_differing_settings(_MEANING, self.spec, other):
-            difference = f"{_MEANING[key]} is {format_value(was, 30)}, not {format_value(now, 30)}"
+        for key, was, now in _list_differing_settings(_MATCHING_SETTINGS, self.spec, other):
+            difference = f"{_MATCHING_SETTINGS[key]} is {format_value(was, 30)}, not {format_value(now, 30)}"
             raise self._build_invalid_adapter_error(f"was tuned on a different model: {difference}")
 
     def can_reuse_head(self, spec: TaskModelSpec) -> bool:
@@ -264,7 +264,7 @@ class SavedAdapter:
             if not all(bool(np.isfinite(one).all()) for one in taken.values()):
                 raise AdapterError("it has non-finite values")
             for name, one in taken.items():
-                if not parameters[name].requires_grad and not np.allclose(one, here[name], atol=_SAME):
+                if not parameters[name].requires_grad and not np.allclose(one, here[name], atol=_TOLERANCE):
                     raise AdapterError(
                         f"the run does not train {name}, and its value differs (the adapter has seed {self.spec.seed})"
                     )

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NO_WORD = (0, 0)
-_MOST_OF_A_WORD = 1 << 40
+_MAX_WORD_TARGET = 1 << 40
 """Limit on a token's encoded target.  Further entities of the same word are not counted: with a hundred labels, a word
 can have five entities in addition to its label, and with fewer labels more.
 """
@@ -336,7 +336,7 @@ def _assign_tags(
                 break
             others.setdefault(other, token)
     for other, token in others.items():
-        if other not in learned and tags[token] < _MOST_OF_A_WORD:
+        if other not in learned and tags[token] < _MAX_WORD_TARGET:
             more, tag = divmod(tags[token], num_tags)
             tags[token] = tag + num_tags * (more * ((num_tags + 1) // 2) + 1 + entities[other][2])
     return tags
