@@ -56,7 +56,7 @@ def read_redirects() -> dict[str, str]:
     raise AssertionError("docs/conf.py has no REDIRECTS")
 
 
-def test_navigation_has_every_page_once_in_four_sections() -> None:
+def test_navigation_lists_every_page_once_in_four_sections() -> None:
     text = (DOCS / "index.md").read_text()
     assert re.findall(r"^:caption: (.+)$", text, re.M) == ["Learn", "Sites", "Trust", "Reference", "See it"]
     pages = list_user_pages()
@@ -72,7 +72,7 @@ def test_user_pages_have_at_most_sixty_thousand_words() -> None:
     assert len(words) <= MOST_WORDS
 
 
-def test_redirects_lead_from_merged_pages_to_existing_places() -> None:
+def test_redirects_from_merged_pages_reach_existing_anchors() -> None:
     redirects = read_redirects()
     assert len(redirects) >= 16
     for old, new in redirects.items():
@@ -82,13 +82,13 @@ def test_redirects_lead_from_merged_pages_to_existing_places() -> None:
         assert not place or place in list_anchors(DOCS / f"{name}.md"), new
 
 
-def test_headings_of_a_page_have_different_anchors() -> None:
+def test_heading_anchors_are_unique_per_page() -> None:
     for page in DOCS.glob("*.md"):
         anchors = list_anchors(page)
         assert sorted(set(anchors)) == sorted(anchors), page.name
 
 
-def test_every_named_page_exists() -> None:
+def test_every_linked_page_exists() -> None:
     folders = ("conf", "deployment", "docs", "fedtune", "simulations", "tests", "tools", ".github")
     endings = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".j2", ".ipynb", ".conf", ".service", ".sbatch"}
     files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.suffix in endings]
@@ -101,7 +101,7 @@ def test_every_named_page_exists() -> None:
     assert missing == set()
 
 
-def test_code_blocks_can_be_parsed_and_name_public_names() -> None:
+def test_code_blocks_parse_and_use_only_public_names() -> None:
     parsers = {"python": ast.parse, "yaml": yaml.safe_load, "toml": tomllib.loads}
     count = 0
     for page in DOCS.glob("*.md"):
@@ -126,7 +126,7 @@ def test_api_page_documents_exactly_the_public_names() -> None:
     assert sorted(named) == sorted(fedtune.__all__)
 
 
-def test_readme_begins_with_a_sentence_two_commands_a_picture_and_four_ways_in() -> None:
+def test_readme_starts_with_summary_commands_image_and_four_links() -> None:
     first = (REPOSITORY / "README.md").read_text().partition("\n## ")[0]
     assert len(first.split()) <= 200
     shown = [line for line in first.splitlines() if line.startswith("$ ")]
@@ -169,7 +169,7 @@ def compute_contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_charts_have_a_ground_and_readable_colors_in_both_themes() -> None:
+def test_charts_have_a_background_and_readable_colors_in_both_themes() -> None:
     charts = load_tool("draw_charts")
     for theme in (charts.LIGHT, charts.DARK):
         for name in ("ink", "soft", "blue", "orange"):
@@ -181,7 +181,7 @@ def test_charts_have_a_ground_and_readable_colors_in_both_themes() -> None:
         assert f'width="{charts.WIDTH}"' in text, name
 
 
-def test_pictures_of_pages_exist_and_are_small() -> None:
+def test_page_images_exist_and_are_small() -> None:
     for page in [REPOSITORY / "README.md", *DOCS.glob("*.md")]:
         for name in re.findall(r"(?:\]\(|src=\")([\w/.]+\.(?:svg|png))\b", page.read_text()):
             path = page.parent / name

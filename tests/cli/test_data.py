@@ -249,7 +249,7 @@ def test_data_copies_reads_the_data_file_of_a_site(copied_texts: Path) -> None:
 
 
 @snapshots.parametrize_mistakes("mistakes-data-copies")
-def test_incomparable_files_give_one_error_message(copied_texts: Path, typed: str) -> None:
+def test_incomparable_files_are_reported_in_one_error(copied_texts: Path, typed: str) -> None:
     (copied_texts / "empty.csv").write_text("")
     before = read_files(copied_texts)
     outcome = run_command("data", "copies", "made.jsonl", *shlex.split(typed))

@@ -42,7 +42,7 @@ def test_version_includes_a_digest_of_the_source_code(tmp_path: Path) -> None:
 
 
 @snapshots.parametrize_mistakes("mistakes-words")
-def test_invalid_command_line_gives_one_line_and_exit_code_two(typed: str) -> None:
+def test_invalid_command_line_prints_one_line_and_exits_with_code_two(typed: str) -> None:
     message = run_command(*typed.split()).failed()
     snapshots.check_message("mistakes-words", typed, message)
     assert message.endswith(" --help)")

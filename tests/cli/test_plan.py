@@ -74,7 +74,7 @@ def test_plan_solves_for_rounds_beyond_the_configured_epsilon(plan: Run, plan_js
 
 
 @snapshots.parametrize_mistakes("mistakes-plan")
-def test_invalid_plan_command_gives_one_line_and_exit_code_two(plan: Run, typed: str) -> None:
+def test_invalid_plan_command_prints_one_line_and_exits_with_code_two(plan: Run, typed: str) -> None:
     snapshots.check_message("mistakes-plan", typed, plan(*typed.split()).failed())
 
 

@@ -62,7 +62,7 @@ def save_dataset(folder: Path, table: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", [*WRITERS, "folder"])
-def test_all_formats_give_the_same_records(tmp_path: Path, name: str) -> None:
+def test_all_formats_are_parsed_to_the_same_records(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "folder":
         save_dataset(path, pyarrow.Table.from_pylist(ROWS))

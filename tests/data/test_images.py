@@ -88,7 +88,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_unusable_image_gives_one_error_without_content(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_unusable_image_raises_one_error_without_content(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # another library's leave to cut does not count
     content, found = BROKEN[name]
     (tmp_path / "secret.png").write_bytes(content)
@@ -153,7 +153,7 @@ def test_missing_image_path_error_explains_the_difference(tmp_path: Path, path: 
         decode_record_image(Record({"image": path}, file=str(tmp_path / "rows.csv"), line=7))
 
 
-def test_class_folders_give_one_record_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_folders_yield_one_record_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sick/b.png", "sick/a.PNG", "well/c.png", "well/notes.txt"):
         (tmp_path / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "scans" / name).write_bytes(WHOLE)

@@ -120,7 +120,7 @@ def find_spans(record: Record) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_all_annotation_formats_give_the_same_record(tmp_path: Path, name: str) -> None:
+def test_all_annotation_formats_are_parsed_to_the_same_record(tmp_path: Path, name: str) -> None:
     file, text, columns = FORMATS[name]
     (tmp_path / file).write_text(text, encoding="utf-8", newline="")
     (record,) = iter_records(tmp_path / file, columns)
@@ -144,7 +144,7 @@ def write_brat(folder: Path, text: str = TEXT, marked: str | None = None, *, nam
     return folder
 
 
-def test_brat_folder_gives_one_record_per_text(tmp_path: Path) -> None:
+def test_brat_folder_yields_one_record_per_text(tmp_path: Path) -> None:
     folder = write_brat(tmp_path / "notes")
     before = fingerprint_files(folder)
     write_brat(folder, "no\nmark", "", name="b")
@@ -188,7 +188,7 @@ def test_conll_sentences_are_separated_only_by_blank_lines(tmp_path: Path) -> No
     assert [tokens for _, tokens in found] == [*sentences.values()]
 
 
-def test_unreadable_document_gives_one_error_among_valid_documents(tmp_path: Path) -> None:
+def test_unreadable_document_yields_one_error_among_valid_documents(tmp_path: Path) -> None:
     whole, long = b"a O\n\n", b"x" * MOST_BYTES + b" O\n"
     (tmp_path / "a.conll").write_bytes(whole + b"secret\n\n" + whole + b"\xff O\n\n" + long + b"b O\n\n" + whole)
     rows = [*iter_raw_rows(tmp_path / "a.conll")]
@@ -287,7 +287,7 @@ def read_refusal(path: Path, columns: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_invalid_annotation_file_gives_one_message(tmp_path: Path, name: str) -> None:
+def test_invalid_annotation_file_raises_one_error(tmp_path: Path, name: str) -> None:
     file, text, columns, bound = WRONG[name]
     (tmp_path / file).write_bytes(text.encode(errors="surrogateescape"))
     message = read_refusal(tmp_path / file, columns)

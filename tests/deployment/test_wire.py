@@ -311,7 +311,7 @@ def list_all_texts(wire: Wire) -> Iterator[str]:
         yield from (str(config["json"]) for config in content.config_records.values())
 
 
-def test_logs_and_files_elsewhere_contain_no_records(wire: Wire) -> None:
+def test_logs_and_files_outside_the_sites_contain_no_records(wire: Wire) -> None:
     federation = wire.federation
     assert "ValueError" in wire.north.up.text  # what went wrong is there, for the site's own people
     assert "DataError" in wire.north.up.text

@@ -190,7 +190,7 @@ def test_invalid_feature_settings_raise_a_one_line_error(settings: Any, typed: s
 @pytest.mark.parametrize(
     ("task", "hidden", "format"), [("classification", "[8]", "safetensors"), ("regression", "[]", "onnx")]
 )
-def test_exported_feature_model_gives_the_same_predictions(
+def test_exported_feature_model_makes_the_same_predictions(
     run: Any, tmp_path: Path, task: str, hidden: str, format: str
 ) -> None:
     folder = run(*PLAIN, *(() if hidden == "[]" else (f"head.hidden={hidden}",)), task=task)

@@ -72,7 +72,7 @@ ALGORITHMS = {
 
 @pytest.mark.by_day("scaffold")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_run_resumed_at_any_round_gives_identical_bytes(tmp_path: Path, algorithm: str) -> None:
+def test_run_resumed_at_any_round_produces_identical_bytes(tmp_path: Path, algorithm: str) -> None:
     """Covers algorithms with state at the lead, at the sites, and without state; others:
     tests/flower/test_averaging.py.
     """

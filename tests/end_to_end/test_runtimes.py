@@ -35,7 +35,7 @@ SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.l
 
 
 @needs_ray
-def test_secure_aggregation_gives_identical_bytes_on_ray_and_in_process(tmp_path: Path) -> None:
+def test_secure_aggregation_produces_identical_bytes_on_ray_and_in_process(tmp_path: Path) -> None:
     settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *SECURE)
     one = simulate(*settings, into=tmp_path, name="one-process")
     done = run_fedtune("simulate", *list_tiny_overrides("runtime=ray", *settings, into=tmp_path, name="ray"))

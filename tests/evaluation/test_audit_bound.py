@@ -55,7 +55,7 @@ def test_p_value_matches_its_definition(canaries: int, delta: float, epsilon: fl
             )
 
 
-def test_random_guessing_gives_zero_and_p_value_grows_with_epsilon() -> None:
+def test_random_guessing_has_bound_zero_and_p_value_grows_with_epsilon() -> None:
     assert compute_epsilon_lower_bound(1000, 1000, 500, delta=DELTA, confidence=0.95) == 0
     assert compute_epsilon_lower_bound(1000, 1000, 0, delta=DELTA, confidence=0.95) == 0
     for right in (60, 80, 100):

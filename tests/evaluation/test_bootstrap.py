@@ -92,7 +92,7 @@ def test_model_is_compared_with_the_best_constant_prediction(
     assert said == f"The run {verdict} the best constant answer: {told}"
 
 
-def test_too_few_units_give_no_verdict() -> None:
+def test_comparison_of_too_few_units_has_no_verdict() -> None:
     zeros, ones = make_figures(np.zeros(FEWEST_UNITS)), make_figures(np.ones(FEWEST_UNITS))
     assert compare_by_scores(zeros, ones, scores=compute_mean)["accuracy"].verdict == "better"
     fewer = ({"right": one["right"][1:]} for one in (zeros, ones))

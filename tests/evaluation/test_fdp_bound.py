@@ -107,7 +107,7 @@ def test_refutation_matches_the_recursion_of_the_paper() -> None:
             assert bool(refutes_gaussian(100, 40, right, mu, error=0.05)) == expected
 
 
-def test_random_guesses_and_few_canaries_give_zero_bounds() -> None:
+def test_random_guesses_and_few_canaries_have_bound_zero() -> None:
     assert compute_fdp_lower_bound(1000, 1000, 500, delta=DELTA, confidence=0.95) == 0
     assert compute_fdp_lower_bound(1000, 1000, 0, delta=DELTA, confidence=0.95) == 0
     assert compute_fdp_lower_bound(4, 4, 4, delta=DELTA, confidence=0.95) == 0

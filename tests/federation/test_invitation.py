@@ -18,7 +18,7 @@ from ..privacy.builders import lead_key, stranger_key
 from .conftest import NONCE, read_reason
 
 
-def test_willing_site_offers_the_whole_run(site: Any) -> None:
+def test_site_without_objections_offers_the_whole_plan(site: Any) -> None:
     reply = site.invite()
     plan = site.propose().plan
     whole = {"most_rounds": plan.num_rounds, "least_noise": plan.noise_multiplier}
@@ -65,7 +65,7 @@ def test_unknown_lead_receives_no_receipt(site: Any) -> None:
         assert reply.receipt is None
 
 
-def test_site_without_room_offers_a_smaller_plan_on_request(station: Any) -> None:
+def test_site_with_insufficient_budget_offers_a_smaller_plan_on_request(station: Any) -> None:
     site = station(budget={"max_epsilon": 0.4})
     assert read_reason(site.invite()) is Reason.MAX_EPSILON
     reply = site.invite(about={"less": True})

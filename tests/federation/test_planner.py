@@ -28,14 +28,14 @@ golden = partial(
 """The plan whose epsilon is 1.43 for one round and 5.62 for all of them."""
 
 
-def test_price_includes_one_round_and_all_rounds() -> None:
+def test_privacy_cost_covers_one_round_and_all_rounds() -> None:
     price = planner.price(golden(), SIZES, before=0)
     assert price.epsilon_of_one_round == pytest.approx(1.43, abs=0.005)
     assert price.epsilon == pytest.approx(5.62, abs=0.005)
     assert price.steps == 2000
 
 
-def test_round_prices_rise_to_the_whole_plan() -> None:
+def test_round_costs_increase_to_the_cost_of_the_whole_plan() -> None:
     price = planner.price(run_plan(), SIZES, before=0)
     whole = run_plan().event(rounds=run_plan().most_rounds)
     assert price.epsilon_filter == pytest.approx(filter.find_smallest_cap(whole, delta=run_plan().delta)[0])

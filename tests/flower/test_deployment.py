@@ -142,7 +142,7 @@ def test_waiting_site_is_asked_again_and_reported_once(line: Line, reason: Reaso
     assert line.words[3:] == [("north", reason.value)], "paused again in a later round is news"
 
 
-def test_site_that_waits_longer_is_asked_less_often(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polling_interval_grows_while_a_site_awaits_approval(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("fedtune.ops.deployment.time.monotonic", lambda: now)
     waiting = line.signed(make_refusal(Reason.AWAITING_APPROVAL))

@@ -149,7 +149,7 @@ def test_lead_and_sites_connect_only_to_the_server(network: Loopback, monkeypatc
 
 
 @pytest.mark.nightly
-def test_duplicate_answer_is_harmless(network: Loopback) -> None:
+def test_duplicate_answer_is_ignored(network: Loopback) -> None:
     site = network.site("a", replies=2)
     with network.grid(["a"]) as grid:
         answers = [list(grid.receive(make_questions(1), timeout=30)) for _ in range(3)]

@@ -37,7 +37,7 @@ def test_archive_of_the_current_version_exists() -> None:
     assert f"{__version__}.tar.xz" in {path.name for path in ARCHIVES}
 
 
-def test_kept_ledger_verifies_and_spends_the_same_epsilon(kept: Path, expected: dict[str, Any]) -> None:
+def test_archived_ledger_verifies_with_the_same_epsilon(kept: Path, expected: dict[str, Any]) -> None:
     ledger = kept / "run" / "sites" / "site-1" / "ledger.db"
     assert run_command("ledger", "verify", str(ledger)).code == 0
     spent = json.loads(run_command("ledger", "spent", str(ledger), "--json").printed)
@@ -46,23 +46,23 @@ def test_kept_ledger_verifies_and_spends_the_same_epsilon(kept: Path, expected: 
 
 
 @pytest.mark.parametrize("report", ["run", "site_report/report.json"])
-def test_kept_report_verifies(kept: Path, report: str) -> None:
+def test_archived_report_passes_verification(kept: Path, report: str) -> None:
     outcome = run_command("report", "verify", str(kept / report))
     assert (outcome.code, outcome.err) == (0, ""), outcome.out
 
 
-def test_kept_run_folder_gives_the_same_report(kept: Path, tmp_path: Path) -> None:
+def test_archived_run_folder_produces_the_same_report(kept: Path, tmp_path: Path) -> None:
     assert run_command("report", str(kept / "run"), "--output", str(tmp_path)).code == 0
     drawn, stored = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, kept / "run"))
     assert {name: drawn["facts"][name] for name in stored["facts"]} == stored["facts"]
 
 
-def test_kept_adapter_loads_with_every_parameter(kept: Path, expected: dict[str, Any]) -> None:
+def test_archived_adapter_loads_with_all_parameters(kept: Path, expected: dict[str, Any]) -> None:
     assert measure_parameter_norms(kept / "run" / "adapter") == pytest.approx(expected["parameter_norms"])
 
 
 @pytest.mark.parametrize(
     ("folder", "kind"), [("federation/server", "server"), ("federation/lead", "lead"), ("north/kit", "site")]
 )
-def test_kept_kit_opens(kept: Path, folder: str, kind: str) -> None:
+def test_archived_kit_can_be_opened(kept: Path, folder: str, kind: str) -> None:
     assert Kit.read(kept / folder, kind=kind).federation == "cardiology"

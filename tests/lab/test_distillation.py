@@ -237,7 +237,7 @@ def test_distillation_refuses_a_personalized_adapter(finished: Path, texts: Path
 
 
 @pytest.mark.nightly
-def test_other_base_is_distilled_to_an_int8_regression_model(texts: Path, tmp_path: Path) -> None:
+def test_regression_run_is_distilled_to_an_int8_model_on_another_base(texts: Path, tmp_path: Path) -> None:
     run = simulate(*write_price_overrides(tmp_path), into=tmp_path)
     to, words = tmp_path / "new", ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "60"]
     told = run_command("distill", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")

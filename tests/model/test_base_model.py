@@ -68,7 +68,7 @@ def test_checkpoint_with_missing_weights_or_wrong_architecture_is_refused(folder
 @pytest.mark.parametrize(
     "path", ["/no/such/folder", "./nowhere", "package:no_such_module_here/model", "package:fedtune/model"]
 )
-def test_missing_model_gives_a_one_line_error(path: str) -> None:
+def test_missing_model_raises_a_one_line_error(path: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_base(ModelSpec(path=path))
     assert caught.value.key == "model.path"
@@ -170,7 +170,7 @@ def test_expanded_gguf_weights_give_bitwise_equal_logits(
     assert [path.name[:8] for path in (tmp_path / "cache" / "gguf").iterdir()] == [sha256[:8]]
 
 
-def test_invalid_gguf_file_gives_one_line_and_no_cache_entry(tmp_path: Path) -> None:
+def test_invalid_gguf_file_raises_a_one_line_error_without_cache_entry(tmp_path: Path) -> None:
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"not a model")
     with pytest.raises(ConfigError, match=r"model\.gguf_file") as caught:

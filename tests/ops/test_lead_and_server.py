@@ -86,7 +86,7 @@ def test_expired_lead_certificate_prevents_a_run(
 # Who runs a folder.
 
 
-def test_run_folder_names_its_process_only_while_it_lives(tmp_path: Path) -> None:
+def test_run_folder_records_the_process_id_only_during_the_run(tmp_path: Path) -> None:
     assert find_running_process(tmp_path) is None
     with lead_and_server.mark_running(tmp_path):
         assert find_running_process(tmp_path) == os.getpid()

@@ -229,7 +229,7 @@ def test_mismatched_log_arguments_are_not_shown(capsys: pytest.CaptureFixture[st
     assert [line["event"] for line in lines][::2] == ["%d of %d (the arguments do not match the format)", "after it"]
 
 
-def test_full_disk_prints_no_log_text_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_text_is_discarded_if_the_disk_is_full(capsys: pytest.CaptureFixture[str]) -> None:
     full = Mock(write=Mock(side_effect=OSError(28, "No space left on device")))
     with restore_logging(), redirect_stderr(full):
         configure_logs("info")

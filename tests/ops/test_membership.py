@@ -285,7 +285,7 @@ def kit(desk: Desk) -> Kit:
     return Kit.read(desk.folder / "server", kind="server")
 
 
-def test_every_membership_change_gives_a_newer_signed_roster(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_membership_change_produces_a_newer_signed_roster(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     before, kept = read_roster(desk).number, (desk.folder / "server/roster.json").read_bytes()
     read_roster(desk).check_lead_signature(load_lead_key(desk).public)
     for change in (desk.join, desk.revoke):

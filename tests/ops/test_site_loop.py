@@ -130,7 +130,7 @@ def test_message_of_unknown_type_does_not_stop_a_site(tmp_path: Path, kind: str,
     assert "a message of an unknown kind was dropped" in caplog.text
 
 
-def test_site_sleeps_until_the_bell_rings(tmp_path: Path) -> None:
+def test_site_loop_wakes_up_on_server_notification(tmp_path: Path) -> None:
     stop, bell, asked = threading.Event(), SimpleNamespace(rung=threading.Event(), works=True), []
 
     def receive() -> None:

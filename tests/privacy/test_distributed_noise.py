@@ -52,7 +52,7 @@ def test_sum_of_rounded_shares_matches_the_rounded_sum_within_the_gap(values: An
         assert gap <= (len(values) - 1) * math.exp(-((math.pi * deviation) ** 2)) + 1e-12
 
 
-def test_gap_is_negligible_at_the_widest_cells() -> None:
+def test_rounding_gap_is_negligible_at_the_coarsest_cell_size() -> None:
     for values in ((0.0, 0.0), (0.3, 0.45, -8.2, 5.5)):
         exact = compute_sum_outcomes(values, LEAST_CELLS, most=100)
         rounded = compute_rounded_outcomes(sum(values), LEAST_CELLS, len(values), most=100)

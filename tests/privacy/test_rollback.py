@@ -57,7 +57,7 @@ def test_anchor_holds_the_newest_head_after_every_transaction(open_anchored: Any
     assert {events.from_json(mechanism): count} == events.count_mechanisms([make_proposal().plan.event()])
 
 
-def test_disk_full_error_elsewhere_is_not_blamed_on_the_anchor(open_anchored: Any) -> None:
+def test_disk_full_error_for_another_file_does_not_name_the_anchor(open_anchored: Any) -> None:
     ledger, full = open_anchored(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.json")
     with pytest.raises(OSError, match=r"runs/a\.json"):
         ledger.reserve(make_proposal(), round=1, request="a", before_charge=Mock(side_effect=full))

@@ -151,7 +151,7 @@ def test_details_are_collapsed_on_phones_and_expanded_in_print(open_page: Any) -
     assert tables.is_visible()
 
 
-def test_page_works_without_scripts_and_blocks_injected_ones(open_page: Any) -> None:
+def test_page_works_without_scripts_and_blocks_injected_scripts(open_page: Any) -> None:
     page = open_page("ledger", "en", java_script_enabled=False)
     assert page.tab.locator("#verdict").inner_text().startswith("Was the limit kept?")
     assert page.tab.locator("figure svg").count() == 2

@@ -364,7 +364,7 @@ def test_empty_model_folder_is_rejected(run: Deployed) -> None:
     assert not run.holds_by_the_other_program("--key", LEAD.public, "--roster", str(run.roster), "--model", str(empty))
 
 
-def test_page_drawn_by_another_version_is_not_accepted(run: Deployed) -> None:
+def test_page_rendered_by_another_version_is_rejected(run: Deployed) -> None:
     provenance = replace(run.facts.provenance, fedtune_version="0.0.1")
     run.write(signing.sign_report(derive_report(replace(run.facts, provenance=provenance)), LEAD))
     assert run.holds()

@@ -196,13 +196,13 @@ def test_run_without_defects_passes_all_rules(evidence: Evidence) -> None:
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_seeded_defect_fails_exactly_the_rules_that_it_concerns(defect: str, evidence: Evidence) -> None:
+def test_injected_defect_fails_exactly_the_affected_rules(defect: str, evidence: Evidence) -> None:
     named, change = DEFECTS[defect]
     found = judge_run(RULES, change(evidence))
     assert {check.name for check in found if check.state != "right"} == set(named.split())
 
 
-def test_missing_evidence_names_the_command_that_makes_it(evidence: Evidence) -> None:
+def test_missing_evidence_message_names_the_command_to_create_it(evidence: Evidence) -> None:
     for defect, rule, command in (
         ("no audit", "max_audit_bound", "fedtune audit"),
         ("no scores by group", "max_group_gap", "fedtune compare"),
@@ -216,7 +216,7 @@ def test_missing_evidence_names_the_command_that_makes_it(evidence: Evidence) ->
         assert command in found.text
 
 
-def test_secret_chance_follows_from_epsilon_delta_and_candidates(evidence: Evidence) -> None:
+def test_secret_guess_bound_depends_on_epsilon_and_candidates(evidence: Evidence) -> None:
     for epsilon, candidates, most in ((0.0, 1000, 0.00101), (2.0, 10**6, 1.74e-5), (2.0, 10, 0.739)):
         rules = GateRules(name="one", max_secret_chance=most, secret_candidates=candidates)
         (found,) = judge_run(rules, change_epsilon(evidence, epsilon))
@@ -225,11 +225,11 @@ def test_secret_chance_follows_from_epsilon_delta_and_candidates(evidence: Evide
         assert found.state == "wrong"
 
 
-def test_rule_that_is_not_asked_is_not_judged(evidence: Evidence) -> None:
+def test_unselected_gate_rules_are_not_evaluated(evidence: Evidence) -> None:
     assert judge_run(GateRules(name="none"), lose_report(evidence)) == ()
 
 
-def test_shipped_rules_are_read_by_name() -> None:
+def test_shipped_gate_rules_are_loaded_by_name() -> None:
     default, tre = (read_rules(name)[0] for name in ("default", "tre"))
     assert (default.name, tre.name) == ("default", "tre")
     assert set(tre.limits) > set(default.limits), "what an environment asks for is more"
@@ -251,7 +251,7 @@ def test_shipped_rules_are_read_by_name() -> None:
         ("name =", "rules"),
     ],
 )
-def test_bad_rules_are_refused_by_key(text: str, key: str, tmp_path: Path) -> None:
+def test_invalid_gate_rules_are_refused_with_their_key(text: str, key: str, tmp_path: Path) -> None:
     path = tmp_path / "rules.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=key):
@@ -260,12 +260,12 @@ def test_bad_rules_are_refused_by_key(text: str, key: str, tmp_path: Path) -> No
         read_rules(str(tmp_path / "absent.toml"))
 
 
-def test_unknown_field_to_state_is_refused(evidence: Evidence) -> None:
+def test_unknown_stated_field_is_refused(evidence: Evidence) -> None:
     with pytest.raises(ConfigError, match="stated"):
         judge_run(GateRules(name="x", stated=("motto",)), evidence)
 
 
-def test_groups_are_read_from_a_comparison_of_this_run_alone(tmp_path: Path) -> None:
+def test_group_scores_are_read_only_from_comparisons_of_this_run(tmp_path: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "groups.json"
     group = {"name": "ward a", "units": 20, "gaps": {"base": {"value": 0.1}, "run": {"value": -0.2}}}
     told = {

@@ -93,7 +93,7 @@ def test_label_without_a_guarantee_shows_no_figures(language: str) -> None:
         assert "100" not in list_numbers(said)
 
 
-def test_label_loads_nothing_escapes_names_and_fits_every_line(report: Report, language: str) -> None:
+def test_label_is_self_contained_escapes_names_and_fits_its_lines(report: Report, language: str) -> None:
     key = "name" if report.facts.kind == "run" else "site"
     hostile = change_facts(report, **{key: HOSTILE[:20] + "\x00"})
     svg = render_label(hostile, language=language)

@@ -190,7 +190,7 @@ def test_page_one_has_at_most_450_words(name: str, language: str, tmp_path: Path
         assert len(re.findall(r"\S*\w\S*", said)) <= MOST_WORDS
 
 
-def test_scale_shows_one_two_and_five_records_beside_the_worst_result(language: str) -> None:
+def test_scale_shows_bounds_for_one_two_and_five_records(language: str) -> None:
     report = build_reports()["ledger"]
     first, words = find_by_id(main(render_page("ledger", language)), "page-1"), load_catalog(language)
     (scale,) = first.all("svg", **{"class": "wide"})
@@ -204,7 +204,7 @@ def test_scale_shows_one_two_and_five_records_beside_the_worst_result(language: 
 
 
 @pytest.mark.parametrize(("right", "five", "said"), [(60.0, 60.1, "Well for one"), (80.1, 99.9, "Poorly for one")])
-def test_words_for_protection_follow_the_guesses(right: float, five: float, said: str) -> None:
+def test_protection_wording_depends_on_the_guess_bounds(right: float, five: float, said: str) -> None:
     (site,) = build_reports()["ledger"].sites
     means = replace(site.meaning, right_of_100_ceiling=right, right_of_100_for_5=five)
     html = main(render.render(change_first_site(build_reports()["ledger"], meaning=means), language="en"))
@@ -267,7 +267,7 @@ def find_by_id(html: Element, name: str) -> Element:
     return found
 
 
-def test_exceeded_budget_takes_precedence_over_a_used_up_one(a_ledger_report: Make) -> None:
+def test_exceeded_budget_takes_precedence_over_an_exhausted_budget(a_ledger_report: Make) -> None:
     full = made.use_up_room(a_ledger_report(), left=0.0)
     assert explain_missing_room(full) == "used_up"
     assert (

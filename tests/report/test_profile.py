@@ -168,7 +168,7 @@ def test_profile_epsilons_match_the_accountant(spent_mechanisms: dict[DpEvent, i
     )
 
 
-def test_equal_histories_give_identical_figures() -> None:
+def test_equal_histories_produce_identical_figures() -> None:
     one = {**count_sampled_mechanism(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **count_sampled_mechanism(0.1, 2.0, 7)}
     other = [event for event, count in reversed(one.items()) for _ in range(count)]
     forget()
@@ -204,7 +204,7 @@ def test_noiseless_history_is_unbounded(spent: events.Spent) -> None:
     }
 
 
-def test_near_zero_noise_is_bounded_and_no_spending_helps_no_attacker() -> None:
+def test_near_zero_noise_is_bounded_and_zero_spending_gives_no_advantage() -> None:
     assert profile.bound_hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01) == pytest.approx(1.0)
     assert profile.bound_right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
     assert (profile.bound_hit_rate([], false_alarms=0.01), profile.bound_right_of_100([])) == (0.01, 50)

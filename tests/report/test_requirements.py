@@ -51,7 +51,7 @@ def report() -> Report:
     return change_facts(report, energy=Energy(kwh=0.5, carbon_kg=None, seconds=9.0))
 
 
-def test_requirements_have_numbers_texts_and_known_facts() -> None:
+def test_requirement_maps_contain_numbers_texts_and_known_facts() -> None:
     cell_facts = {fact for field in FIELDS.values() for fact in field["facts"]}
     for name in MAPS:
         document = read_map(name)
@@ -66,14 +66,14 @@ def test_requirements_have_numbers_texts_and_known_facts() -> None:
             assert set(asked.get("stated", ())) <= ABOUT.keys(), number
 
 
-def test_weights_that_nobody_can_check_by_hand_ask_for_the_gate() -> None:
+def test_requirement_for_technical_controls_refers_to_the_gate() -> None:
     asked = read_map("satre")["requirement"]["3.3.07"]
     assert "which technical controls are required" in asked["text"]
     assert "gate" in asked["facts"]
 
 
 @pytest.mark.parametrize(("name", "number"), REQUIREMENTS)
-def test_answer_flips_when_its_fact_is_removed(name: str, number: str) -> None:
+def test_removing_a_fact_changes_only_its_answer_to_missing(name: str, number: str) -> None:
     asked = read_map(name)["requirement"][number]
     known = {fact: f"the {fact}" for fact in asked.get("facts", ())}
     whole = list(answer_requirement(asked, known, ABOUT))
@@ -90,7 +90,7 @@ def test_answer_flips_when_its_fact_is_removed(name: str, number: str) -> None:
         assert [one for one in silent if one not in whole] == [("site", f"report.about.{field}", "")]
 
 
-def test_every_fact_that_requirements_ask_for_can_be_known(report: Report) -> None:
+def test_every_required_fact_can_be_derived_from_a_report(report: Report) -> None:
     asked = {fact for name in MAPS for one in read_map(name)["requirement"].values() for fact in one.get("facts", ())}
     assert asked - collect_known_facts(sign(report), make_verdict()).keys() == NEVER_KNOWN
 
@@ -111,7 +111,7 @@ def sign(report: Report) -> Report:
         ("seconds", lambda report: remove_cells(report, "seconds")),
     ],
 )
-def test_fact_that_a_report_lacks_is_not_known(fact: str, change: Any, report: Report) -> None:
+def test_missing_report_values_are_not_collected_as_known_facts(fact: str, change: Any, report: Report) -> None:
     assert fact in collect_known_facts(sign(report), None)
     assert fact not in collect_known_facts(change(sign(report)), None)
 
@@ -129,7 +129,7 @@ def remove_cells(report: Report, fact: str) -> Report:
     ("fact", "rule"),
     [("ledger_check", "ledgers"), ("attack_results", "max_audit_bound"), ("group_results", "max_group_gap")],
 )
-def test_results_of_the_gate_answer_only_if_they_were_judged(fact: str, rule: str, report: Report) -> None:
+def test_gate_results_answer_requirements_only_after_evaluation(fact: str, rule: str, report: Report) -> None:
     report = remove_cells(report, fact)
     known = collect_known_facts(report, make_verdict())
     assert known[fact] == f"what {rule} found"
@@ -140,7 +140,7 @@ def test_results_of_the_gate_answer_only_if_they_were_judged(fact: str, rule: st
     assert {"gate", fact} & collect_known_facts(report, None).keys() == set()
 
 
-def test_ledger_report_answers_requirements_too() -> None:
+def test_ledger_report_answers_requirements() -> None:
     report = build_reports()["ledger"]
     known = collect_known_facts(report, None)
     assert report.facts.site in known["lifetime"]  # type: ignore[union-attr]
@@ -170,7 +170,7 @@ def test_json_markdown_and_html_have_the_same_answers(name: str, report: Report)
     assert asdict(AboutSpec()).keys() >= {"access", "acceptable_use", "channel"}
 
 
-def test_terminal_shows_each_answer_with_its_state(report: Report) -> None:
+def test_terminal_table_shows_every_answer_with_its_state(report: Report) -> None:
     mapped = map_report("annex-xi", report, AboutSpec(acceptable_use="Research alone"), None)
     rows = [row for row in requirements.build_map_section(mapped).rows if row[0] == ""]
     assert ("", "person", "report.about.acceptable_use: Research alone") in rows
@@ -179,5 +179,5 @@ def test_terminal_shows_each_answer_with_its_state(report: Report) -> None:
     assert len(rows) == sum(len(one["answers"]) for one in mapped["requirements"])
 
 
-def test_maps_are_files_beside_the_module() -> None:
+def test_requirement_maps_match_the_files_in_the_maps_folder() -> None:
     assert {path.stem for path in Path(requirements.__file__).with_name("maps").iterdir()} == set(MAPS)

@@ -209,7 +209,7 @@ def test_run_with_noised_metrics_reports_the_released_scores(tmp_path: Path) -> 
 
 
 @pytest.mark.nightly
-def test_chained_runs_report_a_line_of_held_out_scores(tmp_path: Path) -> None:
+def test_chained_runs_report_the_held_out_scores_of_their_predecessors(tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=2", "data.heldout_fraction=0.4")
     folders = [simulate(*noised, into=tmp_path, name="first")]
     for name in ("second", "third"):

@@ -106,7 +106,7 @@ def report(request: pytest.FixtureRequest) -> Report:
     return change(made() if name in ON_FILE else made)
 
 
-def test_untouched_report_has_no_problems(report: Report) -> None:
+def test_unmodified_report_has_no_problems(report: Report) -> None:
     assert problems(report) == []
 
 
@@ -192,7 +192,7 @@ def build_many_plans(report: Report, count: int) -> LedgerFacts:
     )
 
 
-def test_work_requested_by_a_small_report_is_bounded(a_ledger_report: Any, a_report: Any, monkeypatch: Any) -> None:
+def test_report_verification_has_a_work_limit(a_ledger_report: Any, a_report: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(verify_report.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
     many = build_many_plans(a_ledger_report(), 1000)
     (problem,) = verify_report._check_amount_of_work(many)
@@ -333,7 +333,7 @@ def test_contradictory_ledger_facts_are_detected(a_ledger_report: Make) -> None:
         assert place in list_problem_places(a_ledger_report(facts=replace(facts, **changes))), changes
 
 
-def test_ledger_verdict_follows_from_its_facts(a_ledger_report: Make) -> None:
+def test_ledger_verdict_is_derived_from_its_facts(a_ledger_report: Make) -> None:
     facts = a_ledger_report().facts
     for changes, state in (
         ({}, "within"),
@@ -377,7 +377,7 @@ def test_plan_above_the_target_is_exceeded_despite_lower_charges(a_report: Make)
     assert report.verdict.state == "exceeded"
 
 
-def test_simulation_cannot_pose_as_a_run_of_real_sites(run_report: Report) -> None:
+def test_simulation_report_claiming_real_sites_is_rejected(run_report: Report) -> None:
     posing = derive_from_facts(run_report, settings={**run_report.facts.settings, "runtime": "deployment"})
     assert posing.banners == run_report.banners == ("simulation",), "its sites signed that they are simulated"
     without = tuple(replace(site, receipt=None) for site in run_report.facts.sites)

@@ -182,7 +182,7 @@ def test_verbose_output_explains_rdp_epsilon(config: RunConfig) -> None:
     ]
 
 
-def test_displayed_epsilon_is_rounded_up_from_the_planned_one(config: RunConfig) -> None:
+def test_displayed_epsilon_is_the_planned_epsilon_rounded_up(config: RunConfig) -> None:
     plan = config.plan()
     epsilon = format_epsilon(epsilon_pld([plan.full_event], plan.delta))
     assert float(epsilon) < 4, "and not the target's 8"

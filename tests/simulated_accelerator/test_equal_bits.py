@@ -102,7 +102,7 @@ def read_device(folder: Path) -> str:
 @pytest.mark.by_day("classification")
 @pytest.mark.by_day("classification", "causal_lm")
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_gives_cpu_bits_on_the_device(require_same_bits: Any, task: str) -> None:
+def test_every_task_matches_cpu_bits_on_the_device(require_same_bits: Any, task: str) -> None:
     require_same_bits(task)
 
 
@@ -120,7 +120,7 @@ WAYS = [*((one,) for one in ALONE), KEPT, BY_USER, (*KEPT, *BY_USER), SUMS, SCOR
 @pytest.mark.nightly
 @pytest.mark.parametrize("overrides", WAYS, ids=str)
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_every_dtype_and_training_mode_gives_cpu_bits(
+def test_every_dtype_and_training_mode_matches_cpu_bits(
     require_same_bits: Any, task: str, overrides: tuple[str, ...]
 ) -> None:
     require_same_bits(task, *overrides)
@@ -129,14 +129,14 @@ def test_every_dtype_and_training_mode_gives_cpu_bits(
 @pytest.mark.nightly
 @pytest.mark.parametrize("overrides", [(), KEPT, BY_USER], ids=str)
 @pytest.mark.parametrize("task", ["classification", "causal_lm", "preference"])
-def test_two_devices_give_the_bits_of_a_single_device(
+def test_two_devices_match_a_single_device_bit_for_bit(
     require_same_bits: Any, task: str, overrides: tuple[str, ...]
 ) -> None:
     require_same_bits(task, *overrides, devices=2)
 
 
 @pytest.mark.nightly
-def test_evaluate_and_generate_give_the_same_output(write_task_overrides: Any, tmp_path: Path) -> None:
+def test_evaluate_and_generate_output_is_equal_on_the_device(write_task_overrides: Any, tmp_path: Path) -> None:
     run_commands_on_device(["simulate", *write_task_overrides("causal_lm", "runtime.device=auto", name="run")])
     data = ["--data", str(tmp_path / "records.jsonl")]
     for name, *words in (["evaluate", *data], ["generate", "--prompt", "my card", "--max-new-tokens", "9"]):

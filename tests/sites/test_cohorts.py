@@ -89,7 +89,7 @@ def test_round_samples_only_admitted_cohorts(
         assert len(register.read_rows(file)) == len(whom)
 
 
-def test_corrected_arrival_date_gives_no_new_budget(site: Any, sampled_users: list[set[str]]) -> None:
+def test_corrected_arrival_date_does_not_reset_the_budget(site: Any, sampled_users: list[set[str]]) -> None:
     site.update()
     write(site, PEOPLE | {"ann": ["2026-01-01"], "ben": [""], "gus": ["2026-07-01"]})
     site.restart()

@@ -51,7 +51,7 @@ def simulated_config(tmp_path: Path) -> RunConfig:
     return make_letters(runtime={"kind": "simulation"}, data={"declared_sizes": 40, **files})
 
 
-def test_sound_data_gives_no_warnings(simulated_config: RunConfig) -> None:
+def test_valid_data_raises_no_warnings(simulated_config: RunConfig) -> None:
     assert list(list_lead_data_warnings(simulated_config, validation=None, test=make_lead_data("a", "b"))) == []
     assert (
         list(list_lead_data_warnings(simulated_config, validation=make_lead_data("a"), test=make_lead_data("a", "b")))

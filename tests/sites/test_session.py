@@ -129,7 +129,7 @@ def test_session_cache_is_limited_by_memory(tmp_path: Path, work_counts: dict[st
 
 
 @pytest.mark.nightly
-def test_states_cached_on_disk_give_the_same_run(tmp_path: Path, work_counts: dict[str, int]) -> None:
+def test_states_cached_on_disk_produce_the_same_run(tmp_path: Path, work_counts: dict[str, int]) -> None:
     (tmp_path / "fast").mkdir()
     folder = f"runtime.kept_states_folder='{tmp_path / 'fast'}'"
     in_memory, on_disk = simulate_runs(tmp_path, (), ("runtime.kept_states_mib=0", folder))

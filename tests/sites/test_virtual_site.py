@@ -261,7 +261,7 @@ def test_explicit_number_format_is_never_measured(config: Any, tmp_path: Path, f
     assert formats_measured == []
 
 
-def test_site_without_room_is_excluded_if_enough_others_remain(kept_sites_config: Any, tmp_path: Path) -> None:
+def test_site_with_exhausted_budget_is_excluded_if_enough_sites_remain(kept_sites_config: Any, tmp_path: Path) -> None:
     config = kept_sites_config("federation.if_over_budget=fewer_rounds")
     sites = make_virtual_sites(config, tmp_path)
     allow_rounds(sites, "site-1", 0.5)
@@ -274,7 +274,7 @@ def test_site_without_room_is_excluded_if_enough_others_remain(kept_sites_config
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_run_without_room_at_any_site_is_refused_with_every_broken_rule(
+def test_run_exceeding_every_site_budget_is_refused_with_all_broken_rules(
     kept_sites_config: Any, tmp_path: Path, wanted: str
 ) -> None:
     config = kept_sites_config(f"federation.if_over_budget={wanted}")

@@ -248,7 +248,7 @@ def test_invalid_messages_add_nothing_and_do_not_affect_other_records(leading_to
 @pytest.mark.parametrize(
     "text", ["\x00\x01\x02", "</s><s>" * 50, "\u202e" * 70, "🏳️‍🌈" * 40, " \n\t ", "x" * 200_000], ids=range(6)
 )
-def test_hostile_content_gives_at_most_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
+def test_hostile_content_produces_at_most_one_bounded_example(roles: tuple[str, ...], text: str) -> None:
     tokenizer = build_tiny_tokenizer("random:llama")
     fields = make_chat(text, text) if roles == ("messages",) else dict.fromkeys(roles, text)
     given = {"chat_template": "plain"} if roles == ("messages",) else {}

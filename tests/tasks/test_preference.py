@@ -95,7 +95,7 @@ def test_prompt_is_truncated_for_the_longer_answer(
             assert len(contexts[0]) >= 1
 
 
-def test_prompts_and_conversations_give_identical_pairs(leading_tokenizer: Any) -> None:
+def test_prompts_and_conversations_produce_identical_pairs(leading_tokenizer: Any) -> None:
     plain = make_settings(chat_template="plain")
     as_text = PAIRS.tokenize([make_pair("where", "lost", "my card")], leading_tokenizer, data=plain)
     continued = make_chat_pair(make_answer("lost"), make_answer("my card"), messages=make_turns("where"))

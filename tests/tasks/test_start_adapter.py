@@ -174,7 +174,7 @@ def test_frozen_lora_a_must_match_the_start_adapter(tuned_adapter: Path, tmp_pat
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", {}, {"model": 5}])
-def test_folder_without_a_saved_adapter_gives_one_line_error(tmp_path: Path, content: Any) -> None:
+def test_folder_without_a_saved_adapter_raises_a_one_line_error(tmp_path: Path, content: Any) -> None:
     if content is not None:
         whole = json.dumps({"schema_version": RUN_SCHEMA, **content}) if isinstance(content, dict) else content
         (tmp_path / "fedtune.json").write_text(whole)

@@ -87,7 +87,7 @@ def test_records_with_undeclared_labels_are_skipped_and_not_quoted(
 
 
 @pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
-def test_empty_data_and_token_free_texts_give_zero_loss(encoder_tokenizer: Any, task: str) -> None:
+def test_empty_data_and_token_free_texts_have_zero_loss(encoder_tokenizer: Any, task: str) -> None:
     assert len(tokenize_answers(task, [], encoder_tokenizer)) == 0
     settings, role = make_data(task), next(iter(get_task(task).answers))
     record = Record({"text": "where", role: "2.5" if task == "regression" else "mid"})

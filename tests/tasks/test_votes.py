@@ -75,7 +75,7 @@ def test_histogram_counts_votes_from_its_column(shares: Path, tmp_path: Path, ag
     ],
     ids=str,
 )
-def test_repeated_votes_give_shares_and_are_charged_per_round(
+def test_repeated_votes_release_shares_and_are_charged_per_round(
     shares: Path, tmp_path: Path, changes: tuple[str, ...]
 ) -> None:
     """An earlier version clamped weights to the limit on adapter values: 0.50, 0.38 and 0.12 after three rounds."""

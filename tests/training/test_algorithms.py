@@ -80,7 +80,7 @@ GOLDEN_MOVES = {"fedavg": 1.172852, "fedprox": 0.931928, "scaffold": 1.173011, "
 """How far three rounds move the adapter, as an L2 norm."""
 
 
-def test_algorithms_give_different_adapters_under_seeded_noise() -> None:
+def test_algorithms_produce_different_adapters_under_seeded_noise() -> None:
     settings = {"fedavg": {}, "fedprox": {"mu": 0.5}, "scaffold": {}, "aslora": {}}
     adapters = {name: run_federation(name, **own)[0] for name, own in settings.items()}
     start = Adapter.from_task_model(build_trained()).tensors

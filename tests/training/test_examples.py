@@ -42,7 +42,7 @@ def require_same_sum(model: TaskModel, plain: SiteExamples, keeping: SiteExample
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("path", "task"), KINDS)
-def test_cached_states_give_the_same_clipped_sum(path: str, task: str, checkpointing: bool) -> None:
+def test_cached_states_do_not_change_the_clipped_sum(path: str, task: str, checkpointing: bool) -> None:
     model = build_trained(path, task, lora=LAST)
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -175,7 +175,7 @@ def test_machine_failure_discards_all_cached_states(error: type[Exception]) -> N
 
 
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
-def test_cached_reference_gives_the_same_clipped_sum(
+def test_cached_reference_does_not_change_the_clipped_sum(
     layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))

@@ -62,7 +62,7 @@ def without_memory() -> Any:
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(1.06, "mixed"), (1.04, "float32"), (0.5, "float32")])
-def test_faster_format_wins_by_more_than_five_percent(set_seconds: Any, gain: float, chosen: str) -> None:
+def test_faster_number_format_is_chosen_above_a_five_percent_gain(set_seconds: Any, gain: float, chosen: str) -> None:
     # Where bfloat16 is emulated, its product calls float32's, so that a second has to be long beside it.
     set_seconds(float32=gain * 1e-3, mixed=1e-3)
     seconds = number_format.measure_products(SHAPES, tokens=16, onednn=True)

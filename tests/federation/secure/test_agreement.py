@@ -100,7 +100,7 @@ def announce_all(terms: Terms) -> dict[str, bytes]:
     return {site: make_party(terms, site=site).announce() for site in terms.sites}
 
 
-def test_equal_announced_keys_give_the_same_session() -> None:
+def test_equal_announced_keys_define_the_same_session() -> None:
     terms = make_terms(3, 3, run=f"x-seed=1,lora.rank=4-{'0' * 32}")  # of a sweep
     first, second = announce_all(terms), announce_all(terms)
     session = build_session(terms, first)

@@ -84,7 +84,7 @@ def test_span_offsets_are_checked_against_word_boundaries(
     assert [line for line in found if "torn" in line] == expected
 
 
-def test_unreadable_file_gives_one_message(tickets: Tickets) -> None:
+def test_unreadable_file_is_reported_in_one_message(tickets: Tickets) -> None:
     config = tickets("a,sales")
     with pytest.raises(DataError, match=r"data.train_file = .*no such file"):
         check_config(replace(config, data=replace(config.data, train_file="gone.csv")))

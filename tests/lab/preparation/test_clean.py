@@ -115,7 +115,7 @@ def test_existing_output_file_is_never_overwritten(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_cleaning_that_keeps_no_rows_leaves_no_file(tmp_path: Path) -> None:
+def test_cleaning_without_remaining_rows_writes_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row is kept"):
         clean_file(write_rows(tmp_path, make_row(" ")), "empty")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl"]

@@ -191,7 +191,7 @@ def test_tokens_unknown_to_the_model_are_counted(tmp_path: Path, monkeypatch: py
     assert "% of the tokens are unknown to this model" in write_experiment(write_table(tmp_path, 60)).notes
 
 
-def test_numeric_labels_are_sorted_and_unused_ones_omitted(tmp_path: Path) -> None:
+def test_numeric_labels_are_sorted_and_unused_labels_omitted(tmp_path: Path) -> None:
     numbers = tuple(map(str, range(1, 11)))
     made = write_experiment(write_table(tmp_path, 200, labels=numbers, more=",never with a text\n" * 30))
     assert made.settings["data"]["labels"] == list(numbers)

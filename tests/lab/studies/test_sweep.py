@@ -199,7 +199,7 @@ def test_best_run_is_selected_by_validation_score(make_row: Any) -> None:
 
 
 @pytest.mark.nightly
-def test_failed_runs_and_training_scores_give_no_best_run(make_row: Any) -> None:
+def test_failed_runs_and_training_scores_are_not_best_run_candidates(make_row: Any) -> None:
     rows = [
         make_row(0.4),
         make_row(0.3),
