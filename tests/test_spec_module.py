@@ -108,7 +108,7 @@ def test_bound_checks_accept_inside_and_refuse_outside_values(
         assert not shown or caught.value.bound == f"must be in {shown}"
 
 
-def test_library_panic_becomes_an_error_and_others_pass_through() -> None:
+def test_library_panics_become_errors_and_other_exceptions_propagate() -> None:
     panic = type("Panic", (BaseException,), {})  # as a library written in Rust raises it
     with pytest.raises(LibraryPanic, match=r"^Panic$") as found, translate_panics():
         raise panic("the text of a record")

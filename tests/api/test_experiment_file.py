@@ -97,7 +97,7 @@ def test_invalid_override_error_does_not_name_the_experiment_file(page: Path) ->
     assert compose_run([f"experiment={page}"]).data.validation_file == "x" * 300, "its reader refuses it"
 
 
-def test_experiment_overrides_are_parsed_like_typed_ones(page: Path) -> None:
+def test_experiment_overrides_are_parsed_like_command_line_overrides(page: Path) -> None:
     def compose_data(*overrides: str) -> object:
         return compose_run([f"experiment={page}", *overrides]).data
 

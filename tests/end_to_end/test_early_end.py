@@ -46,7 +46,7 @@ def test_early_stopping_keeps_the_best_adapter_and_the_planned_epsilon(stopped_r
         assert (site["rounds"], site["epsilon"], site["planned_epsilon"]) == (3, charged, planned)
 
 
-def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped_run: Path) -> None:
+def test_report_and_card_state_the_selected_round_and_both_epsilons(stopped_run: Path) -> None:
     report = from_run.build_run_report(stopped_run)
     assert problems(report) == []
     assert report.verdict.reasons == ("charged_less",)
@@ -64,7 +64,7 @@ def test_report_and_card_state_the_kept_round_and_both_epsilons(stopped_run: Pat
     assert "Kept is what round 1 of 3 gave, by accuracy on the lead's own validation file" in card
 
 
-def test_report_claiming_another_kept_round_is_detected(stopped_run: Path) -> None:
+def test_report_claiming_another_selected_round_is_detected(stopped_run: Path) -> None:
     report = from_run.build_run_report(stopped_run)
     for told in (
         replace(report.utility.kept, ended_early=False),

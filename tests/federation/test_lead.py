@@ -71,7 +71,7 @@ def test_silent_site_is_charged_for_every_requested_round(state: LeadState) -> N
 
 
 @pytest.mark.parametrize("wrong", [{"site": "b"}, {"run": "other"}, "unsigned"])
-def test_receipt_of_another_site_or_run_counts_as_silence(state: LeadState, wrong: Any) -> None:
+def test_receipt_of_another_site_or_run_is_treated_as_missing(state: LeadState, wrong: Any) -> None:
     unsigned = wrong == "unsigned"
     made = replace(make_receipt(charged=1), charged_rounds=0) if unsigned else make_receipt(**{"charged": 0, **wrong})
     state = add_answers(state.with_requests_to(["a"]), answer(made))

@@ -160,7 +160,7 @@ def test_nearly_spent_budget_allows_only_a_smaller_plan(ask: Ask, open_ledger: A
     ("changes", "why"),
     [({"site": "b"}, "created for site = a"), ({"budget": {"delta": 1e-6}}, "created for budget.delta = 1e-05")],
 )
-def test_ledger_with_a_mismatched_policy_is_in_doubt(
+def test_ledger_with_a_mismatched_policy_is_reported_as_in_doubt(
     changes: dict[str, Any], why: str, ask: Ask, open_ledger: Any, tmp_path: Path
 ) -> None:
     ledger = open_ledger(make_site_policy())

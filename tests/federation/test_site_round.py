@@ -206,7 +206,7 @@ def test_final_adapter_with_another_digest_is_refused(site: Any, final: Adapter)
     assert site.ledger().history.runs["r"].expires is not None
 
 
-def test_second_end_notice_changes_nothing(site: Any, final: Adapter) -> None:
+def test_second_end_notice_is_ignored(site: Any, final: Adapter) -> None:
     # The lead may not have heard the first answer.  Of another adapter the ledger would not know.
     site.ask()
     first = site.end(adapter=final, digest=final.digest())

@@ -142,7 +142,7 @@ def test_provisional_answer_before_an_app_failure_is_discarded() -> None:
     assert receive_words(waits, 1, timeout=0.5) == {}
 
 
-def test_late_site_is_asked_on_arrival_without_repeats_to_others() -> None:
+def test_late_site_is_asked_on_arrival_without_asking_other_sites_again() -> None:
     fake = FakeGrid(lambda message, _: says(message, "yes"), north="1")
 
     def hear(*_: Any) -> Heard:

@@ -267,7 +267,7 @@ def cut_within(to: ssl.SSLSocket, path: str) -> None:
 
 
 @pytest.mark.parametrize("answer", [cut, cut_within])
-def test_cut_connection_is_not_reported_as_a_refusal(serve: Any, tls: Tls, answer: Answer) -> None:
+def test_interrupted_connection_is_not_reported_as_a_refusal(serve: Any, tls: Tls, answer: Answer) -> None:
     assert read_hello_error(serve(answer).address, tls) == "no connection to the server (the connection was cut)"
 
 

@@ -259,7 +259,7 @@ def test_refused_run_leaves_no_adapter_and_releases_reserves(federation: Any) ->
 # it may be broken: tests/privacy/test_ledger_file.py, test_verify.py and test_rollback.py.
 
 
-def test_read_only_ledger_stops_training_but_still_gives_receipts(
+def test_read_only_ledger_stops_training_but_still_issues_receipts(
     federation: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a disk that was mounted read-only.  File modes would not stop a test that root runs.

@@ -146,7 +146,7 @@ def quantized_model(tmp_path: Path) -> Path:
     return file
 
 
-def test_expanded_gguf_weights_give_bitwise_equal_logits(
+def test_expanded_gguf_weights_produce_bitwise_equal_logits(
     quantized_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sha256 = hashlib.sha256(quantized_model.read_bytes()).hexdigest()

@@ -89,7 +89,7 @@ FILES = {
 }
 
 
-def test_files_outside_the_manifest_change_nothing(clean: Path, folder: Path) -> None:
+def test_files_outside_the_manifest_are_ignored(clean: Path, folder: Path) -> None:
     prepare(folder, FILES)
     zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(folder / "model.safetensors").items()}
     # A paper's name, an adapter's weights, a variant, and shards beside the single file.

@@ -86,13 +86,13 @@ def test_only_a_failed_assertion_counts_as_a_kill() -> None:
         {"file": ""},  # the plugin did not get to the end
     ],
 )
-def test_inconclusive_test_run_gives_no_result(change: dict[str, object]) -> None:
+def test_inconclusive_test_run_has_no_result(change: dict[str, object]) -> None:
     with pytest.raises(NoResult):
         find_killer(HARMLESS, replace(SEEN, **change), tree=Path("/tree"))  # type: ignore[arg-type]
 
 
 @pytest.mark.nightly
-def test_tests_failing_without_a_fault_kill_nothing(tmp_path: Path) -> None:
+def test_tests_failing_without_a_fault_kill_no_mutant(tmp_path: Path) -> None:
     broken = tmp_path / "test_red.py"
     broken.write_text("def test_red() -> None:\n    assert False\n")
     with pytest.raises(NoResult, match="must pass without a fault"):

@@ -168,7 +168,7 @@ def test_identical_lines_are_drawn_once(run: Report, language: str) -> None:
     assert (count_lines(alone), count_lines(both)) == (1, 2)
 
 
-def test_hostile_site_names_are_escaped_and_drawn_lines_are_limited() -> None:
+def test_hostile_site_names_are_escaped_and_chart_lines_are_limited() -> None:
     for report in (build_reports()["wide_run"], build_wide_ledger(runs=60)):
         codes = CODES if report.utility else CODES[:2]
         for svg in filter(None, (draw_chart(report, code).svg for code in codes)):

@@ -142,7 +142,7 @@ def run(run_to_forge: Deployed, tmp_path: Path) -> Deployed:
     return replace(run_to_forge, folder=tmp_path / "runs" / run_to_forge.folder.name)
 
 
-def test_honest_report_passes_both_verifiers(run: Deployed) -> None:
+def test_valid_report_passes_both_verifiers(run: Deployed) -> None:
     assert [facts.receipt.charged_rounds for facts in run.facts.sites] == [ROUNDS] * 3
     assert {check.name: check.state for check in run.checks()} == {
         **dict.fromkeys(("schema", "figures", "verdict", "configuration", "files"), "right"),
@@ -387,7 +387,7 @@ HONEST: dict[str, tuple[str, Callable[[Report], Report]]] = {
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_independent_verifier_accepts_honest_reports(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_independent_verifier_accepts_valid_reports(name: str, tmp_path: Path, capsys: Any) -> None:
     base, change = HONEST[name]
     facts = change(load_report_on_file(base)()).facts
     report = derive_report(replace(facts, simulated=True) if base == "ledger" else replace(facts, files={}))

@@ -182,7 +182,7 @@ def test_spending_above_the_current_policy_is_reported_as_exceeded(charged_ledge
     assert approved.max_epsilon == 5.0, "a cap that the ledger has not noted raises nothing"
 
 
-def test_policy_with_another_period_is_judged_by_its_own_period(charged_ledger: Books) -> None:
+def test_report_uses_the_period_of_the_current_policy(charged_ledger: Books) -> None:
     assert read_policy(charged_ledger.site_toml).budget.period == "year"
     charged_ledger.edit(budget={"period": "month", "max_epsilon_per_period": 0.1})
     report = from_ledger.build_ledger_report(charged_ledger.site_toml)
@@ -288,7 +288,7 @@ def test_mechanism_curve_is_used_only_for_fully_planned_spending(
         ("UPDATE events SET detail = '{}' WHERE sequence = 6", "event 6"),
     ],
 )
-def test_report_of_a_tampered_ledger_gives_no_guarantee(charged_ledger: Books, statement: str, says: str) -> None:
+def test_report_of_a_tampered_ledger_states_no_guarantee(charged_ledger: Books, statement: str, says: str) -> None:
     charged_ledger.tamper(statement)
     for path in (charged_ledger.ledger, charged_ledger.site_toml):
         report = from_ledger.build_ledger_report(path)

@@ -212,7 +212,7 @@ def test_audit_attack_exceeding_the_claimed_bound_voids_the_guarantee(folder: Pa
     assert [site.verdict.state for site in from_run.build_run_report(folder).sites] == ["no_guarantee"] * 2
 
 
-def test_run_with_canaries_gives_no_guarantee_without_audit_results(folder: Path) -> None:
+def test_report_of_canary_run_without_audit_results_states_no_guarantee(folder: Path) -> None:
     before = from_run.build_run_report(folder)
     RunFolder(folder).audit_mark.write_text("an audit")
     report = require_sound(from_run.build_run_report(folder))

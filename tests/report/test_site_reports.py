@@ -114,7 +114,7 @@ def test_site_above_its_own_cap_determines_the_run_verdict(folder: Path) -> None
     assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]
 
 
-def test_site_report_below_its_receipts_gives_no_guarantee(folder: Path) -> None:
+def test_site_report_below_its_receipts_voids_the_guarantee(folder: Path) -> None:
     *earlier, newest = report_of(folder).facts.runs
     less = derive_changed(folder, runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
     report = require_sound(join_reports(folder, less))
@@ -253,7 +253,7 @@ def test_site_report_above_its_receipts_is_accepted(folder: Path) -> None:
     assert report.sites[0].spent.epsilon == report.sites[1].spent.epsilon
 
 
-def test_damaged_site_ledger_gives_no_guarantee_for_the_run(folder: Path) -> None:
+def test_damaged_site_ledger_voids_the_guarantee_of_the_run(folder: Path) -> None:
     Books(folder / "sites" / "site-1").tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
     own = write_signed_report(folder)
     assert own.facts.verification is None

@@ -108,7 +108,7 @@ def test_simulation_report_shows_its_banner(command: Any, tmp_path: Path) -> Non
     assert read_status(own, "policy_noted") == "verified"
 
 
-def test_run_without_privacy_gives_no_guarantee(tmp_path: Path) -> None:
+def test_report_of_a_run_without_privacy_states_no_guarantee(tmp_path: Path) -> None:
     report = check("without_privacy", from_run.build_run_report(simulate("privacy=none", into=tmp_path)))
     assert read_verdict(report) == ("no_guarantee", ("no_noise",))
     assert (report.epsilon, report.facts.target_epsilon, report.randomness) == (None, None, "none")
@@ -129,7 +129,7 @@ def test_run_without_privacy_gives_no_guarantee(tmp_path: Path) -> None:
     assert not any("unpredictable_randomness" in place for place in list_problem_places(replace(report, sites=sites)))
 
 
-def test_seeded_study_gives_no_guarantee(tmp_path: Path) -> None:
+def test_report_of_a_seeded_study_states_no_guarantee(tmp_path: Path) -> None:
     folder = simulate("runtime.seeded_noise=true", into=tmp_path)
     assert read_result(folder)["privacy"]["seeded_noise"] is True
     report = check("seeded", from_run.build_run_report(folder))
@@ -151,7 +151,7 @@ def kept_site_runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_run_refused_by_one_site_charges_only_the_other(kept_site_runs: Path) -> None:
+def test_run_refused_by_one_site_charges_only_the_other_site(kept_site_runs: Path) -> None:
     report = check("refused_site", from_run.build_run_report(kept_site_runs / "second"))
     refusing, training = report.sites
     assert (refusing.verdict.reasons, refusing.spent.epsilon, refusing.spent.rounds) == (("nothing_spent",), 0.0, 0)

@@ -254,7 +254,7 @@ def test_losses_are_rounded_up_and_remaining_budgets_down(value: float) -> None:
     st.sampled_from(["exact", "number", "failures", "score", "of_100_fine", "percent", "seconds", "bytes", "left"]),
     st.floats(allow_nan=False),
 )
-def test_any_float_can_be_formatted(kind: str, value: float) -> None:
+def test_every_float_can_be_formatted(kind: str, value: float) -> None:
     assert load_catalog("en").figure(value if kind != "bytes" else abs(value), kind)
 
 

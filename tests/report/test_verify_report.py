@@ -363,7 +363,7 @@ def test_period_epsilon_counts_only_charges_within_the_period(a_ledger_report: M
         assert (found > 0) == (least > 0)
 
 
-def test_seeded_run_gives_no_guarantee(run_report: Report) -> None:
+def test_report_of_a_seeded_run_states_no_guarantee(run_report: Report) -> None:
     report = derive_from_facts(run_report, seeded_noise=True, randomness="seeded")
     assert (read_status(report, "unpredictable_randomness"), report.verdict.state) == ("violated", "no_guarantee")
 

@@ -52,7 +52,7 @@ def test_unknown_country_is_refused_before_the_run() -> None:
     check_can_measure(CostSpec(energy=True, country="FRA"))
 
 
-def test_cost_settings_keep_the_run_id_and_are_not_sent() -> None:
+def test_cost_settings_do_not_change_the_run_id_and_are_not_sent() -> None:
     plain = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4"])
     told = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4", "cost.energy=true"])
     assert told.run_id() == plain.run_id()

@@ -21,7 +21,7 @@ def test_norms_are_batch_invariant_unlike_the_native_reduction() -> None:
     assert [ours for _, _, ours in found] == [0] * 4
 
 
-def test_micro_batch_without_usable_units_adds_nothing() -> None:
+def test_micro_batch_without_usable_units_does_not_change_the_sum() -> None:
     assert run_tried("print_unusable_units") == ["0"] * 6
 
 

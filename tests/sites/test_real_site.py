@@ -271,7 +271,9 @@ def test_allowed_request_loads_the_model(site: Any, touched_data: list[str]) -> 
 
 
 @pytest.mark.parametrize("fault", [None, b"a,b\nsecret-17,2\n", b"body,kind,\xff\nsecret-17,praise,\n"])
-def test_unreadable_data_file_gives_an_error_without_details(site: Any, fault: bytes | None, caplog: Any) -> None:
+def test_unreadable_data_file_is_answered_with_an_error_without_details(
+    site: Any, fault: bytes | None, caplog: Any
+) -> None:
     if fault is None:
         site.data.unlink()
     else:

@@ -70,7 +70,7 @@ def test_decisive_setting_changes_the_run_id(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", NEUTRAL)
-def test_neutral_settings_keep_the_run_id_and_are_not_sent(key: str) -> None:
+def test_neutral_settings_do_not_change_the_run_id_and_are_not_sent(key: str) -> None:
     sent = select_settings_for_sites(change_key(key, NEUTRAL[key]))
     assert sent.run_id() == select_settings_for_sites(change_letters(WITH.get(key, {}))).run_id()
     assert "canary" not in json.dumps(sent.to_json())

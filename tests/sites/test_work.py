@@ -126,7 +126,9 @@ def read(letters: list[tuple[str, str]]) -> list[Record]:
 RECORDS = SiteRecords(training=read(LETTERS[:20]), heldout=read(LETTERS[20:]))
 
 
-def test_scores_use_held_out_records_and_updates_use_the_others(shared_model: RunModel, lead_key: SigningKey) -> None:
+def test_scores_use_held_out_records_and_updates_use_training_records(
+    shared_model: RunModel, lead_key: SigningKey
+) -> None:
     whole = train_at_north(shared_model, lead_key, RECORDS)
     others_held_out = train_at_north(shared_model, lead_key, replace(RECORDS, heldout=RECORDS.heldout[:5]))
     assert others_held_out.adapter.digest() == whole.adapter.digest()

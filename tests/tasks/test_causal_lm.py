@@ -229,7 +229,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_invalid_messages_add_nothing_and_do_not_affect_other_records(leading_tokenizer: Any, text: str) -> None:
+def test_invalid_messages_have_no_targets_and_affect_no_other_record(leading_tokenizer: Any, text: str) -> None:
     data = make_settings("messages", chat_template="plain")
     others = [Record(make_chat("where", "lost")), Record(make_chat("is", "there"))]
     with_it = LM.tokenize(

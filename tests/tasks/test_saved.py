@@ -107,7 +107,7 @@ EACH = [(*kind, "rsLoRA") for kind in KINDS] + [("random:llama", "causal_lm", na
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
-def test_saved_adapter_gives_the_same_logits_in_plain_peft(tmp_path: Path, path: str, task: str, name: str) -> None:
+def test_saved_adapter_produces_the_same_logits_in_plain_peft(tmp_path: Path, path: str, task: str, name: str) -> None:
     model, batch = make_trained(path, task, lora=LORAS[name]), make_batch(task)
     save_task_model(model, tmp_path / "adapter")
     base = load_base(ModelSpec(path=path), predicts_tokens=task == "causal_lm")

@@ -90,7 +90,7 @@ def test_text_pairs_require_a_separator_token(encoder_tokenizer: Any, leading_to
 
 
 @pytest.mark.parametrize("within", [11, 6])
-def test_out_of_vocabulary_texts_add_nothing_in_lenient_mode(decoder_tokenizer: Any, within: int) -> None:
+def test_out_of_vocabulary_texts_have_no_targets_in_lenient_mode(decoder_tokenizer: Any, within: int) -> None:
     rows = make_labeled_records(("where is my card", "b"), ("lost", "a"), (" ", "a"))
     dataset = tokenize_classification(rows, decoder_tokenizer, labels="ab", max_length=5, within=within)
     assert dataset.targets.tolist() == [1 if within == 11 else UNSUPERVISED, 0, UNSUPERVISED]

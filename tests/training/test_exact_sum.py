@@ -204,7 +204,7 @@ def test_sum_equals_its_contributions_despite_non_finite_gradients(bad: float) -
             assert torch.equal(sums[name].ravel(), each.sum(dim=0).to(torch.int64)), name
 
 
-def test_overlong_contribution_is_dropped_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlong_contribution_is_dropped_without_affecting_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = {"a": torch.randn(6, 50, generator=torch.Generator().manual_seed(2))}
     right = dp_step._compute_joint_norms
 

@@ -134,7 +134,7 @@ def break_record(model: TaskModel, how: str) -> None:
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 @pytest.mark.parametrize("task", ["classification", "pairs", "triplets"])
-def test_record_with_failed_states_adds_nothing_and_affects_no_other(task: str, how: str, max_tokens: int) -> None:
+def test_record_with_failed_states_does_not_change_the_sum(task: str, how: str, max_tokens: int) -> None:
     dataset, place = make_bad_examples(task)
     model = build_trained(task=task, lora=LAST)
     for name, parameter in model.named_parameters():
@@ -197,7 +197,7 @@ def test_cached_reference_does_not_change_the_clipped_sum(
 @pytest.mark.by_day("an error-40", "not finite-40", "a panic-40")
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
-def test_record_with_a_failed_reference_adds_nothing(how: str, max_tokens: int) -> None:
+def test_record_with_a_failed_reference_does_not_change_the_sum(how: str, max_tokens: int) -> None:
     model, dataset, place = build_trained("random:llama", "preference"), make_dummy_examples("preference"), 3
     others = [index for index in range(len(dataset)) if index != place]
     mended, keeping = (

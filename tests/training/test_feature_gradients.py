@@ -125,7 +125,7 @@ def test_trial_detects_a_head_that_mixes_its_batch(monkeypatch: pytest.MonkeyPat
     assert max_batch_influence(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) > 0
 
 
-def test_new_feature_model_predicts_nothing_and_follows_its_seed() -> None:
+def test_new_feature_model_has_zero_logits_and_is_determined_by_its_seed() -> None:
     model, again, other = (build_task_model(make_spec("ordinal", (8,), seed=seed)) for seed in (1, 1, 2))
     assert (
         Adapter.from_task_model(model).digest()
@@ -135,7 +135,7 @@ def test_new_feature_model_predicts_nothing_and_follows_its_seed() -> None:
     assert not model.logits(collate(make_records(model, 4), range(4), pad_id=0)).any()
 
 
-def test_bad_feature_record_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_feature_record_does_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_trained(make_spec("classification"))
     spec, reader = make_data(*FEATURES, labels=("one", "two", "three")), NoTokenizer()
     draws = np.random.default_rng(1)
@@ -210,7 +210,7 @@ def test_image_is_bitwise_equal_in_any_batch(folders: Folders, kind: str, layers
         require_nothing_moved(model, shapes, keeps_states=bool(layers))
 
 
-def test_broken_image_adds_nothing_and_affects_no_other(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undecodable_image_does_not_change_the_sum(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_image_spec(folders["vit"])
     spec = make_data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(*load_processor(model.spec.model))

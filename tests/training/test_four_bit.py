@@ -83,7 +83,7 @@ def test_nf4_gradients_match_autograd_on_the_dequantized_weights(
 
 
 @kinds
-def test_nf4_checkpointing_and_cached_states_change_nothing(path: str, task: str) -> None:
+def test_checkpointing_does_not_change_nf4_gradients(path: str, task: str) -> None:
     batch = make_micro_batch(make_dummy_examples(task, 8))
     plain, recomputed = (build_trained(path, task, dtype="nf4", lora=LAST) for _ in range(2))
     recomputed.enable_gradient_checkpointing()

@@ -97,7 +97,7 @@ def test_failed_pass_raises_and_leaves_no_hooks(within: str, error: type[Excepti
     )
 
 
-def test_frozen_tensors_have_no_gradient_and_unused_ones_are_refused() -> None:
+def test_frozen_tensors_have_no_gradient_and_unused_tensors_are_refused() -> None:
     batch = collate(make_dummy_examples("classification"), [0, 1], pad_id=0)
     frozen_a = (LoraSpec(kind=kind, rank=2, layers=(-1,), train_a=False) for kind in ("lora", "dora", "ia3"))
     for changes in (*({"lora": one} for one in frozen_a), {"head": HeadSpec(train=False)}):
@@ -140,7 +140,9 @@ BAD_TEXTS = ((0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4))
     [*(("classification", within, bad) for within in PASSES for bad in BAD_TEXTS), *OF_TEXTS],
     ids=str,
 )
-def test_failed_example_counts_as_zero_and_affects_no_other(task: str, within: str, bad: tuple[int, ...]) -> None:
+def test_failed_example_has_zero_gradient_and_affects_no_other_example(
+    task: str, within: str, bad: tuple[int, ...]
+) -> None:
     """Also covers examples of which only one text fails."""
     model, dataset = build_trained(task=task), make_dummy_examples(task, 6)
     shape, without = (8, 16), {text // dataset.texts for text in bad}

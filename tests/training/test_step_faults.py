@@ -64,7 +64,7 @@ def test_many_equal_values_stay_within_the_clip_norm(size: int, count: int) -> N
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_gradient_counts_as_zero_and_affects_no_other(bad: float) -> None:
+def test_non_finite_gradient_is_zeroed_and_affects_no_other_example(bad: float) -> None:
     gradients = draw_gradients(5)
     right = {name: one.clone() for name, one in compute_clipped_contributions(gradients, 1.0).items()}
     gradients["head.weight"][2, 1, 1] = bad

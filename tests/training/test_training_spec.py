@@ -30,7 +30,7 @@ def test_automatic_learning_rate_falls_with_relative_noise(less: dict[str, float
 
 
 @pytest.mark.parametrize("other", [{"optimizer": "sgd"}, {"head_learning_rate": 0.1}, {"unclipped_learning_rate": 0.1}])
-def test_automatic_learning_rate_requires_adam_alone(other: dict[str, Any]) -> None:
+def test_automatic_learning_rate_requires_plain_adam(other: dict[str, Any]) -> None:
     key = next(iter(other)).replace("optimizer", "learning_rate")
     with pytest.raises(ConfigError, match=rf"^{key} = "):
         TrainingSpec(learning_rate="auto", **other)

@@ -204,7 +204,7 @@ def test_unsuitable_column_choice_is_refused(tmp_path: Path, chosen: dict[str, s
     assert str(caught.value) == message
 
 
-def test_unreadable_rows_are_counted_and_the_first_kept(tmp_path: Path) -> None:
+def test_unreadable_rows_are_counted_and_the_first_five_are_listed(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{\n" * 20 + '{"body": "a text"}\n')
     found = detect_columns(tmp_path / "rows.jsonl", {})
     assert (found.rows, found.num_faults, len(found.faults)) == (1, 20, 5)

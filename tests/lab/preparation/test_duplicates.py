@@ -171,6 +171,6 @@ def test_copied_details_are_found_despite_whitespace(text: str, others: list[str
     assert [list(one) for one in find_near(text, *others).details] == details
 
 
-def test_empty_inputs_match_nothing() -> None:
+def test_empty_inputs_have_no_matches() -> None:
     assert compare_records([], [record("a text")]) == []
     assert find_near("a text") == Near("made:7", 0, 0.0, "", "", "", "", [])
