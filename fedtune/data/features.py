@@ -81,7 +81,7 @@ class FeatureSpec:
         return len(self.columns) * (of_each + (self.missing == "indicator"))
 
     def iter_value_names(self) -> Iterator[str]:
-        """Yield a name for each value of the vector."""
+        """Yield a name for each value of the feature vector."""
         low, high = self.range or (0.0, 0.0)
         for column in self.columns:
             if self.categories:
@@ -95,7 +95,7 @@ class FeatureSpec:
                 yield f"{column}: missing"
 
     def parse_field(self, text: str, *, at: str) -> list[float]:
-        """Parse one column's field of a record: numbers, or the index of a category; NaN if the value is missing.
+        """Parse the field of one column to numbers, or to the index of a category; NaN if the value is missing.
 
         Raises:
             DataError: the field does not match its declaration, or is missing although `missing` is "unusable".
@@ -113,7 +113,7 @@ class FeatureSpec:
         return numbers
 
     def encode_field(self, text: str, *, at: str) -> NDArray[np.float64]:
-        """Encode one column's field of a record as values of the vector.
+        """Encode the field of one column as values of the feature vector.
 
         Raises:
             DataError: as in `parse_field`.

@@ -49,10 +49,10 @@ def parse_json_list(text: str) -> list[Any] | None:
 
 
 def convert_columns_to_rows(value: object) -> object:
-    """Convert an object of lists, Hugging Face's form of a list of objects, to that list of objects.
+    """Convert an object of equally long lists, the columnar form of Hugging Face, to a list of objects.
 
-    OpenAI's object with messages is converted to the messages, unless it also has tools.  Other values are returned
-    unchanged.
+    An object with `messages`, as in OpenAI's format, is converted to its messages, unless it also has tools.  Other
+    values are returned unchanged.
     """
     if isinstance(value, dict) and "messages" in value and not value.get("tools"):
         return value["messages"]

@@ -63,12 +63,12 @@ class Record:
 
 
 def record_key(record: Record) -> bytes:
-    """Return the canonical bytes of a record, which are equal exactly for records with equal fields."""
+    """Serialize a record's fields to canonical JSON bytes; two results are equal exactly if the fields are equal."""
     return json.dumps(dict(record.fields), sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:
-    """Find a data file relative to the working directory, or else below the first of `roots` that contains it.
+    """Resolve the name of a data file relative to the working directory, or else to the first of `roots` that has it.
 
     A name that starts with `IN_MEMORY` is looked up in `memory_folder` only.
 
@@ -210,7 +210,7 @@ def make_validator(read: Callable[[Record], object]) -> Callable[[Record], DataE
 
 
 def parse_record(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
-    """Convert a row to a record, with the `columns` (role to column).
+    """Convert a row to a record, given `columns` (role to column).
 
     Raises:
         DataError: a value is missing or does not match its role.

@@ -116,7 +116,7 @@ class Shapes:
 
 @cache
 def _find_cheapest_rows(shapes: Shapes, length: int, count: int) -> tuple[int, ...]:
-    """Return the numbers of rows of the cheapest micro-batches for `count` records, in descending order."""
+    """Find the cheapest split of `count` records into micro-batches; return their numbers of rows, descending."""
     if count <= 0:
         return ()
     ways = (

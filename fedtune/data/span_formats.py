@@ -96,7 +96,7 @@ def convert_labels(value: object, at: str) -> object:
 
 
 def _find_first_annotation(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
-    """Return the values of Label Studio's first annotation that was not skipped, or None if there are no annotations.
+    """Return the values of the first Label Studio annotation that was not skipped; None if there are no annotations.
 
     Raises:
         DataError: all annotations were skipped.
@@ -125,8 +125,9 @@ def split_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
 
 
 def decode_tags(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
-    """Decode tags into entities (first token, end, type), and return whether a continuation tag follows no open
-    entity.
+    """Decode tags into entities (first token, end, type).
+
+    Also returns whether the sequence is inconsistent: a continuation tag does not follow an open entity.
     """
     found: list[tuple[int, int, str]] = []
     is_open = is_broken = False

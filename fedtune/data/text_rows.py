@@ -44,7 +44,7 @@ _BLOCK_BYTES = 1 << 20  # read in blocks, because a few kilobytes of gzip can co
 
 
 def format_location(file: Path | str, line: int) -> str:
-    """Format a position in a file for messages."""
+    """Format a position in a file as `file:line`, for error messages."""
     return f"{file}:{line}"
 
 
@@ -140,7 +140,7 @@ def _parse_json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
 
 
 def name_json_type(value: object) -> str:
-    """Return the JSON name of a value's type."""
+    """Return the name of a value's type in JSON, such as "string"."""
     names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
     return (names | {bytes: "bytes", datetime: "date", date: "date"}).get(type(value), "object")
 
@@ -149,7 +149,7 @@ def name_json_type(value: object) -> str:
 
 
 def read_table(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> RawRows:
-    """Yield the rows of a table whose header has the `columns` (role to column), with `comma` as the separator.
+    """Yield the rows of a table with the separator `comma`, whose header must contain the `columns` (role to column).
 
     Semicolons are accepted instead of commas, because spreadsheets write them in locales with decimal commas.
     """
@@ -181,7 +181,7 @@ def _parse_table_row(path: Path, line: int, raw: bytes | None, *, header: Sequen
 
 
 def _read_header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) -> Sequence[str]:
-    """Return the names in the first nonblank row; an error in this row is an error of the whole file."""
+    """Return the column names in the first nonblank row; an error in this row makes the whole file unusable."""
     for line, raw in rows:
         at = format_location(path, line)
         if cells := _split_cells(decode_text(raw, at=at), comma=comma, at=at):
@@ -354,7 +354,7 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
 
 
 def _iter_array_blocks(path: Path, row: _RowBuffer) -> Iterator[bytes]:
-    """Yield the blocks of a file after the bracket that opens its array; none for an empty file."""
+    """Yield the blocks of a file after its array's opening bracket; an empty file yields nothing."""
     opened = False
     for block in _read_blocks(path):
         text = block if opened else block.lstrip()
@@ -369,7 +369,7 @@ def _iter_array_blocks(path: Path, row: _RowBuffer) -> Iterator[bytes]:
 
 
 def _iter_object_blocks(path: Path, row: _RowBuffer, opens: re.Pattern[bytes]) -> Iterator[bytes]:
-    """Yield the blocks of a file after the match of `opens`, which must be near its start; none for an empty file."""
+    """Yield the blocks of a file after the match of `opens`, near its start; an empty file yields nothing."""
     before, found = b"", None
     for block in _read_blocks(path):
         if found is None:

@@ -43,7 +43,7 @@ Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | NDArray[np.int8] 
 
 
 class Tokenizer(Protocol):
-    """The part of Hugging Face's tokenizer interface (`PreTrainedTokenizerBase`) that fedtune uses."""
+    """Protocol of the members of Hugging Face's `PreTrainedTokenizerBase` that fedtune uses."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -102,7 +102,7 @@ class TextDataset:
 
 
 def compute_max_characters(max_length: int) -> int:
-    """Return the maximum number of characters of a text to tokenize for an example of `max_length` tokens."""
+    """Return the number of characters to which a text is truncated before it is tokenized to `max_length` tokens."""
     return _CHARACTERS_A_TOKEN * max_length
 
 
@@ -220,7 +220,7 @@ class MarkedTokenizer:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, marks: Collection[int]) -> MarkedTokenizer:
-        """Copy a tokenizer, with these tokens and all special tokens as marks."""
+        """Copy a tokenizer, and rename the tokens in `marks` and all special tokens."""
         from tokenizers import Tokenizer as Backend
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""Conversion of one value of a data file to the form that its role requires, for runs and for data inspection.
+"""Conversion of values in data files to the text format of their role, for runs and for data inspection.
 
 Each value is read separately, and a DataError reports a value that does not match its role.  Error messages name the
 position and never quote the value, because messages end up in logs.
@@ -66,7 +66,7 @@ _WRITTEN_TURNS = '[{"role":"'  # start of turns as written by this module
 
 
 def read_value(value: object, role: str, *, at: str) -> str:
-    """Check a value and convert it to text, as its role requires; NaN counts as null.
+    """Check a value, and convert it to the text format of its role; NaN counts as null.
 
     Raises:
         DataError: the value does not match the role.
@@ -195,7 +195,7 @@ def read_messages(value: object, *, at: str) -> str:
 
 
 def read_continuation(value: object, at: str) -> str:
-    """Read the continuation of a prompt or a conversation: text unchanged, or one or more turns as canonical JSON."""
+    """Convert the continuation of a prompt or a conversation to text: turns to canonical JSON, and text unchanged."""
     value = convert_columns_to_rows(value)
     if isinstance(value, dict):
         value = [value]
@@ -215,9 +215,7 @@ def read_continuation(value: object, at: str) -> str:
 
 
 def parse_continuation(text: str) -> list[dict[str, Any]] | None:
-    """Parse the turns in a field of role `chosen` or `rejected`, as written by `read_continuation`; None for a plain
-    text.
-    """
+    """Parse the turns that `read_continuation` stored in a `chosen` or `rejected` field; None for a plain text."""
     if not text.startswith(_WRITTEN_TURNS):
         return None
     with suppress(RecursionError):  # turns in this form are never deeply nested
@@ -239,9 +237,7 @@ def guess_turns(value: object) -> list[dict[str, Any]]:
 
 
 def parse_speaker_role(name: object) -> str:
-    """Map a file's name for a speaker to its role: `system`, `user`, `assistant`, or the lower-case name if it is
-    unknown.
-    """
+    """Map the name of a speaker to `system`, `user` or `assistant`; an unknown name is returned in lower case."""
     said = str(name).strip().lower()
     return _SPEAKERS.get(said, said)
 
@@ -297,7 +293,7 @@ def _read_turn(turn: object, *, at: str) -> dict[str, Any]:
 
 
 def read_labels(value: object, at: str) -> str:
-    """Read the labels of a multi-label record: a list as JSON, or a text unchanged.
+    """Convert the labels of a multi-label record to text: a list to JSON, and a text unchanged.
 
     An empty label set is `[]` or a blank text; null is an error, because it means that the record was not labeled.  A
     list may also be text, as JSON or as printed by Python, or have the form of another program (`convert_labels`).  It
@@ -359,7 +355,7 @@ def parse_arrival_month(value: object, at: str) -> str:
 
 
 def read_feature(value: object, at: str) -> str:
-    """Convert a feature to its field: a number, a name, a list of numbers as JSON, or "" if the value is missing."""
+    """Convert a feature to text: a number, a category name, a JSON list of numbers, or "" if the value is missing."""
     if is_missing(value):
         return ""
     if isinstance(value, list):
@@ -374,7 +370,7 @@ def read_feature(value: object, at: str) -> str:
 
 
 def normalize_category(text: str) -> str:
-    """Normalize a category's name to its JSON form: 1.0 becomes 1, and True or TRUE becomes true."""
+    """Normalize the spelling of a category as in JSON: 1.0 becomes 1, and True or TRUE becomes true."""
     return text.lower() if text.lower() in ("true", "false") else _WHOLE_DECIMAL.sub(r"\1", text)
 
 

@@ -27,7 +27,7 @@ class _Trained(Protocol):
 
 
 class AdapterError(FedtuneError, ValueError):
-    """Error for an adapter that is malformed, or does not fit the model that loads it."""
+    """Error for an adapter that is malformed, or does not match the model that loads it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

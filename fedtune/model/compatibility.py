@@ -91,7 +91,7 @@ def tokenize_public_text(
 
 
 def get_max_positions(base: nn.Module) -> int | None:
-    """Return the maximum number of tokens of an example, or None without a limit.
+    """Return the maximum number of tokens of an example, or None for a base without a limit.
 
     A position table with a padding row starts after that row (RoBERTa: 514 rows, 512 positions), and a table with an
     offset starts after the offset (OPT).

@@ -58,14 +58,14 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Linear):
-    """Linear module with frozen float32 weights, multiplied by oneDNN."""
+    """Linear module with frozen float32 weights that uses oneDNN."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return multiply_frozen(values, self.weight, self.bias)
 
 
 class FrozenConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types for it
-    """Frozen linear module with transposed weights, as in GPT-2, multiplied by oneDNN."""
+    """Frozen linear module with transposed weights, as in GPT-2, that uses oneDNN."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return multiply_frozen(values, self.weight.t(), self.bias)
@@ -131,7 +131,7 @@ def multiply_frozen(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def switch_to_onednn(base: nn.Module) -> None:
-    """Make every frozen linear module of `base` multiply by oneDNN, if torch supports it and the CPU is x86.
+    """Switch every frozen linear module of `base` to oneDNN, if torch supports it and the CPU is x86.
 
     Other machines are left unchanged, because the independence of rows is untested there.
     """

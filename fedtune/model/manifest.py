@@ -68,7 +68,7 @@ class Manifest:
 def stage_files(
     folder: Path, *, gguf_file: str | None = None, with_weights: bool = True
 ) -> Iterator[tuple[Path, Manifest]]:
-    """Copy or link exactly the files of a model's manifest into a temporary folder for the block, and hash them.
+    """Provide a temporary folder with exactly the files of a model's manifest, copied or linked, and their hashes.
 
     All files except the weights are read once: the bytes that are checked and hashed are the bytes that are loaded.
     Weights are linked, because copying gigabytes in every run is too slow; at its end the block checks that the linked
@@ -134,7 +134,7 @@ def build_manifest(folder: Path, *, gguf_file: str | None = None) -> Manifest:
 
 
 def _list_settings_files(folder: Path) -> list[str]:
-    """List the files other than the weights, after checking the folder's file names."""
+    """Check the names of a folder's files, and list the files other than the weights."""
     try:
         listed = sorted(os.listdir(folder))
     except OSError as error:

@@ -48,7 +48,7 @@ def find_public_location(spec: ModelSpec) -> str:
 
 
 def resolve_model(path: str) -> ModelSpec:
-    """Resolve a user's model path: a folder, a folder with a single GGUF file, a GGUF file, or any `model.path`.
+    """Build the model settings for a user's path: a model folder, a GGUF file or its folder, or any `model.path`.
 
     Raises:
         ConfigError: for `model.path` or `model.gguf_file`, if the model does not exist.

@@ -194,7 +194,7 @@ class Task(ABC):
         return {role: text if role == main else "" for role in roles}
 
     def check_data(self, data: DataSpec) -> None:
-        """Check that columns and labels match the task.
+        """Check that the columns, the labels and the other data settings match the task.
 
         Raises:
             ConfigError: for a key of `data`, if a role has no column, a column has a role that is not read, labels are

@@ -39,14 +39,14 @@ item, and the others may take time quadratic in a text's length.
 
 
 class TooMuchWork(TemplateError):
-    """Error for a template that exceeded its work limit."""
+    """Error for a template that exceeded its step limit."""
 
     def __init__(self, most: int) -> None:
         super().__init__(f"takes more than {most} steps for a short conversation")
 
 
 class StepLimitedTemplate:
-    """A compiled chat template with the functions and filters of transformers, and a limit on its work.
+    """A compiled chat template with the functions and filters of transformers, and with a step limit.
 
     Attributes:
         texts: the template's string constants, for which it may search the contents.
@@ -80,7 +80,7 @@ class StepLimitedTemplate:
 
 
 class _StepLimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja sandbox with the extensions, filters and functions of another environment, and a work counter.
+    """Jinja sandbox with the extensions, filters and functions of another environment, and with a step counter.
 
     Attributes:
         work: the work since the counter was last reset to 0.

@@ -393,7 +393,7 @@ class ExampleFormat:
 
 
 def align_tokens(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, int]], *, start: int) -> _Tokens:
-    """Assign the tokens of a conversation to its pieces; a token belongs to the piece that contains its last character.
+    """Map the tokens of a conversation to its pieces; a token belongs to the piece that contains its last character.
 
     The result is empty if a nonblank piece has no token.
     """

@@ -380,7 +380,7 @@ randomness.  Templates see these functions as undefined.
 
 
 def _compile_template(template: str) -> StepLimitedTemplate:
-    """Compile a template in transformers' own sandbox, with a limit on its work."""
+    """Compile a template in transformers' sandbox, with a step limit."""
     from fedtune.model.hf_logging import get_first_line
     from fedtune.tasks.bounded_jinja import StepLimitedTemplate
 

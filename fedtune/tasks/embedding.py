@@ -178,8 +178,8 @@ class Embedding(Task):
         return found | {"nearer": float(np.mean(figures["nearer"]))}
 
     def score_unit(self, model: Model, batch: Batch) -> float:
-        """Return 1 minus the error of the cosine (at least 0), or for triplets whether the positive is closer than the
-        negative.
+        """Return 1 minus the absolute error of the cosine, at least 0; for triplets, 1 if the positive is closer than
+        the negative, and otherwise 0.
         """
         cosines = _compute_cosines(model.logits(batch), batch)
         if batch.texts == 3:

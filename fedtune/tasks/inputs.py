@@ -84,7 +84,7 @@ class Input(ABC):
         return lambda record: None
 
     def find_oddities(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
-        """Yield (oddity, column) for each value of a usable record that differs from its declaration."""
+        """Yield (description, column) for each value of a usable record that differs from its declaration."""
         yield from ()
 
     @abstractmethod
@@ -111,8 +111,9 @@ class Input(ABC):
 
     @abstractmethod
     def build_head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
-        """Build the layers from (rows, width) to (rows, outputs), with a zero last layer, from public settings
-        alone.
+        """Build the head's layers, from (rows, width) to (rows, outputs), from public settings alone.
+
+        The last layer is initialized with zeros.
         """
 
     @abstractmethod
@@ -124,7 +125,7 @@ class Input(ABC):
         return None
 
     def list_supported_formats(self, task_formats: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the export formats of a tuned model, from the task's formats for texts."""
+        """Return the formats in which a tuned model can be exported, given the task's formats for text input."""
         return task_formats
 
 
@@ -179,7 +180,7 @@ class Text(Input):
         return base
 
     def check_batch_independence(self, base: Any, model: ModelSpec) -> None:
-        """Check that a base with adapters keeps the examples of a batch separate."""
+        """Check that a base with adapters processes the examples of a batch independently."""
         from fedtune.model.compatibility import check_examples_independent
 
         check_examples_independent(base)

@@ -26,7 +26,7 @@ BINS = 10  # bins of the calibration error
 
 @spec
 class ClassScores:
-    """Precision and recall of one label.
+    """Precision, recall and F1 of one label.
 
     Attributes:
         label: the declared label.
@@ -139,7 +139,7 @@ def _count_overlapping(some: Sequence[tuple[int, int]], others: Sequence[tuple[i
 
 
 def recall_precision_f1(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
-    """Compute recall, precision and F1 from (5,) counts of `count_entities`; a division by zero gives 0.
+    """Compute recall, precision and F1 from (5,) counts of `count_entities`; a division by zero returns 0.
 
     `found` and `right` are column indices: `found` counts the true entities that were predicted, and `right` the
     predicted entities that are correct.

@@ -40,7 +40,7 @@ class Ordinal(OneLabelTask):
         return len(spec.labels) - 1
 
     def compute_initial_head_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Initialize each threshold's row with the direction from the mean of the labels below it to the mean of those
+        """Compute each threshold's row: the direction from the mean of the labels below it to the mean of the labels
         above it.
         """
         rows = [embeddings[k:].mean(dim=0) - embeddings[:k].mean(dim=0) for k in range(1, len(embeddings))]

@@ -30,8 +30,7 @@ _SHOWN = 3  # maximum number of labels in an answer
 
 
 class PooledTask(Task):
-    """Task with a head on mean-pooled, L2-normalized hidden states x: scores = scale * W x determine the loss and the
-    answer.
+    """Task with a linear head on mean-pooled, L2-normalized hidden states x, whose logits are scale * W x.
 
     For features, x is the feature vector, and the head may have hidden layers.  A model's `head` is W, and its buffer
     `center` is the public constant that `head.center` subtracts.
@@ -87,7 +86,7 @@ class PooledTask(Task):
         require_no_label_texts(spec.head, f"for {self.name}, which has no labels")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
-        """Require a separator token between the two texts of a record, which tells the model where the first text ends.
+        """Require a tokenizer that puts a separator token between the two texts of a record.
 
         Raises:
             ConfigError: for `model.path`.

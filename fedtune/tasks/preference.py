@@ -236,7 +236,7 @@ def _make_pair_splitter(data: DataSpec) -> Callable[[Record], tuple[Record, Reco
 
 
 def _to_completion(record: Record, role: str) -> Record:
-    """Return a prompt with the answer in `role` as its completion."""
+    """Convert a preference pair to a prompt whose completion is the answer in `role`."""
     if parse_continuation(record.fields[role]) is not None:
         bound = "must be text, like the prompt; for conversations, give the prompt's column the role messages"
         raise DataError(record.at(role), "a list of turns", bound)
@@ -245,7 +245,7 @@ def _to_completion(record: Record, role: str) -> Record:
 
 
 def _to_conversation(record: Record, role: str) -> Record:
-    """Return a conversation that ends with the answer in `role`."""
+    """Convert a preference pair to a conversation that ends with the answer in `role`."""
     continuation = parse_continuation(record.fields[role])
     if continuation is None:
         raise DataError(record.at(role), "text", "must be a list of turns, because data.columns has no prompt")

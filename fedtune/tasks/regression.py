@@ -17,7 +17,7 @@ from fedtune.tasks.pooled import PooledTask, TargetOf
 
 
 class Regression(PooledTask):
-    """Regression with predictions middle + half * scale * W x: the middle and half the width of `data.target_range`.
+    """Regression of a number in `data.target_range`, predicted as middle + half width of the range * scale * W x.
 
     The loss is the squared error in units of half the width: targets are in [-1, 1], and a new head, all zeros,
     predicts the middle.  A Huber loss is not needed, because clipping already bounds the contribution of an outlier to

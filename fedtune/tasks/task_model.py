@@ -164,9 +164,10 @@ class TaskModel(nn.Module):
             self.frozen = frozenset()
 
     def enable_gradient_checkpointing(self) -> None:
-        """Store only the layers' inputs in the forward pass, which takes less memory and about a third more time.
+        """Enable gradient checkpointing: store only the inputs of layers, and recompute the layers in the backward
+        pass.
 
-        Losses and per-example gradients do not change.
+        This takes less memory and about a third more time.  Losses and per-example gradients do not change.
 
         Raises:
             ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, if gradients also flow
@@ -187,7 +188,7 @@ def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu")
 
 
 def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
-    """Build the model with an uninitialized head, after checking that it keeps examples separate."""
+    """Build the model with an uninitialized head, and check that it processes examples independently."""
     task = get_task(spec.task, spec.task_settings)
     task.check_spec(spec)
     check = partial(task.check_base, path=spec.model.path)

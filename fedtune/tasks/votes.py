@@ -52,7 +52,7 @@ class Votes(LabelTask):
         return lambda record: 0
 
     def add_head(self, model: Model) -> None:
-        """Add the weights and freeze the whole base, so that training cannot change which candidate is closest."""
+        """Add one weight per candidate, and freeze the base, so that training cannot change the closest candidates."""
         super().add_head(model)
         model.base.requires_grad_(False)
         rows = model.get_parameter("head.weight").detach()  # (candidates, h)
