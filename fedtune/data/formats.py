@@ -38,7 +38,7 @@ SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc (o
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _SAVED_SET_FILES = (_STATE, _SPLITS, "*.arrow", "*.parquet")
-"""Files that identify a saved Hugging Face data set, complete or not; any other folder is brat's."""
+"""Files that identify a saved Hugging Face data set, complete or not; other folders contain brat files or images."""
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
 _IN_LINES = dict.fromkeys((".conll", ".bio", ".iob"), span_formats.parse_conll_sentence) | {

@@ -25,7 +25,7 @@ MOST_PIXELS = 50_000_000  # more than a camera's resolution, and up to 1 GB duri
 MOST_TIMES = 20  # maximum aspect ratio, because a processor resizes the shorter side
 _MOST_SCANS = 100  # maximum scans of a JPEG, each a pass over all pixels; progressive JPEGs have about ten
 WITHIN = "data:;base64,"
-"""Prefix for the field of an image that is stored in its record, as a data URL (RFC 2397)."""
+"""Prefix of an image field that contains the image itself, as a data URL (RFC 2397)."""
 _BOUND = f"must be a complete {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"
 
 

@@ -23,7 +23,7 @@ from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
 IN_MEMORY = "in-memory"
-"""Folder name, in a setting, for records that the caller of `fedtune.simulate` keeps in memory."""
+"""Name of the virtual folder, in settings, of records that the caller of `fedtune.simulate` passes in memory."""
 memory_folder: ContextVar[Path | None] = ContextVar("memory_folder", default=None)
 """Private folder that contains the `IN_MEMORY` folder during a run on in-memory records."""
 Fault: TypeAlias = Callable[["Record"], DataError | None]  # record -> the reason why a task cannot use it, or None

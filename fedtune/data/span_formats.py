@@ -244,7 +244,7 @@ def parse_pubtator(path: Path, line: int, raw: bytes | None) -> Row:
 
 
 def parse_bioc(path: Path, line: int, document: Row | DataError) -> Row:
-    """Convert a BioC JSON document to a text and spans; offsets are adapted to passages joined by single spaces."""
+    """Convert a BioC JSON document to text with spans, with its passages joined by spaces and its offsets adapted."""
     if isinstance(document, DataError):
         raise document
     at, text, spans, begins = format_location(path, line), "", [], []

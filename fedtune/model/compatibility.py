@@ -16,7 +16,8 @@ from fedtune.model.unsupported_models import ENCODERS, VISION, explain_rotary_re
 from fedtune.spec import ConfigError
 
 _BYTES_FOR_ONE = 8
-"""Maximum bytes of a built float32 model per byte of weights: 2 for bfloat16, and 2 more for each tied copy."""
+"""Maximum bytes of a float32 model per byte of its weights files: files in bfloat16 are half as large, and files store
+tied weights only once."""
 _SPARE_BYTES = 256 << 20
 _NEEDED = "must be a decoder for causal_lm"
 _POSITION_TABLES = frozenset({"position_embeddings", "position_embedding", "embed_positions", "wpe", "pos_embed"})

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Draws: TypeAlias = np.random.Generator
 Ids: TypeAlias = Sequence[Row]  # (t_i,) token ids or (1, w) feature vector of each example
 _ROLES_OF_ALL = ("label", "site", "user", "arrival")
-"""Roles by which records of any task can be partitioned or counted."""
+"""Roles of every task: records are partitioned or counted by them."""
 _OF_SOME_TASKS = frozenset({"prompt_template", "chat_template", "target_range", "windows", "stride"})
 _OF_SOME_TASKS |= {"label_separator", "event_values"}
 """Settings of `data` that are used only by tasks that list them in `data_settings`; for other tasks they keep their
