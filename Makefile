@@ -69,11 +69,11 @@ nightly: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	$(VENV)/bin/python -m tests.mutants
 
-# Each release is in an environment of its own, which has all else from $(VENV).
+# Each release is in an environment of its own, which has all else from $(VENV), and which SuperNodes of other users can read.
 versions: $(VENV)/.dev
 	main=$$($(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); failed=; \
 	for wanted in $(FLOWER); do \
-	  own=$$(mktemp -d) && $(VENV)/bin/python -m venv $$own && python=$$own/bin/python && \
+	  own=$$(mktemp -d) && chmod 755 $$own && $(VENV)/bin/python -m venv $$own && python=$$own/bin/python && \
 	  echo "import site; site.addsitedir('$$main')" > $$($$python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth && \
 	  $$python -m pip install --quiet --disable-pip-version-check --ignore-installed --no-deps $$wanted && \
 	  $$python -m pip install --quiet --disable-pip-version-check $$wanted && \
