@@ -80,7 +80,8 @@ def test_literal_interpolation_from_data_init_is_read_back() -> None:
     assert config.data.train_file == "elsewhere/${in}.csv"
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib", pytest.param("submitit_local", marks=pytest.mark.nightly)])
+@pytest.mark.by_day("basic")
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_hydra_application_works_with_its_launchers(launcher: str, tmp_path: Path) -> None:
     script = REPOSITORY / "simulations" / "hydra_application" / "application.py"
     words = ["-m", "experiment=debug", "seed=0,1", "federation.num_rounds=1", "name=job-${seed}"]

@@ -152,7 +152,7 @@ class Site:
             )
 
 
-@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(1000, 11_000), marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(1000, 11_000), marks=pytest.mark.nightly)])
 def test_random_histories_never_exceed_the_charge_of_any_cohort(tmp_path: Path, seeds: range) -> None:
     people = {"unit": "user", "arrivals": "year"}
     site = make_policy(
@@ -168,4 +168,4 @@ def test_random_histories_never_exceed_the_charge_of_any_cohort(tmp_path: Path, 
         verify(game.path, anchor=Head.read(game.anchor))
         done += game.done
         shutil.rmtree(folder)
-    assert min(done[name] for name in ("cut", "made_up", "lost_rows")) > 10, done
+    assert min(done[name] for name in ("cut", "made_up", "lost_rows")) > len(seeds) / 6, done

@@ -110,6 +110,7 @@ def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0
     return folder, seen
 
 
+@pytest.mark.by_day("en-Round {} of 3")
 @pytest.mark.parametrize(("language", "said"), [("en", "Round {} of 3"), ("de", "Runde {} von 3")])
 def test_page_is_written_after_every_round(tmp_path: Path, monkeypatch: Any, language: str, said: str) -> None:
     words = list_tiny_overrides("federation.num_rounds=3", f"report.language={language}", into=tmp_path)

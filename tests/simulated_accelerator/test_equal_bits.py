@@ -100,7 +100,7 @@ def read_device(folder: Path) -> str:
 
 
 @pytest.mark.by_day("classification")
-@pytest.mark.by_day("classification", "causal_lm")
+@pytest.mark.by_day("causal_lm")
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_matches_cpu_bits_on_the_device(require_same_bits: Any, task: str) -> None:
     require_same_bits(task)

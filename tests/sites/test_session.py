@@ -82,7 +82,7 @@ def test_sweep_runs_sharing_a_session_match_separate_runs(tmp_path: Path, work_c
             assert was["final"][scores] == now["final"][scores]
 
 
-@pytest.mark.by_day("privacy.max_grad_norm=0.5-1-None", "data.train_fraction=0.03-0-anew5")
+@pytest.mark.by_day("privacy.max_grad_norm=0.5-1-None")
 @pytest.mark.parametrize(
     ("other", "built", "anew"),
     [

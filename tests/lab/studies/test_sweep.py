@@ -247,6 +247,7 @@ def test_unexpected_error_ends_the_sweep_without_its_text(tmp_path: Path) -> Non
     assert "record's text" not in str(trials.section())
 
 
+@pytest.mark.by_day("80")
 @pytest.mark.parametrize("width", [80, 120])
 def test_sweep_table_fits_the_terminal_width(tmp_path: Path, width: int) -> None:
     swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
