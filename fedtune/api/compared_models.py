@@ -1,4 +1,4 @@
-"""Comparison of models with a chart and an HTML table for notebooks."""
+"""Notebook view of a model comparison: a chart of confidence intervals and an HTML table."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedtune.show.svg_figure import SvgFigure
 from fedtune.spec import ConfigError
 
 _HEIGHT = 1e12
-"""Height of the first line.  Heights have no meaning; above every possible score, their axis labels can be hidden."""
+"""Offset of the y coordinates, above every possible score, so that `plot` can hide the meaningless y tick labels."""
 
 
 class ComparedModels(SideBySide):
-    """Scores of several models on the same records, with a chart and an HTML table."""
+    """Scores of several models on the same records, displayed as a chart or an HTML table."""
 
     @classmethod
     def from_side_by_side(cls, scores: SideBySide) -> ComparedModels:
-        """Build the notebook view of a comparison."""
+        """Build the notebook view from the scores of a comparison."""
         return cls(**{one.name: getattr(scores, one.name) for one in fields(scores)})
 
     def plot(self, score: str | None = None) -> SvgFigure:
@@ -43,14 +43,14 @@ class ComparedModels(SideBySide):
             series.append(Series(points=points, number=place, label=model))
         named = (
             f"{format_score_name(score)} of each model",
-            "; ".join(f"{one}: {self._estimate_text(one, score)}" for one in models),
+            "; ".join(f"{one}: {self._format_estimate(one, score)}" for one in models),
         )
         panel = Panel(series=series, x=format_score_name(score), from_zero=False)
         return SvgFigure(
             chart("models", panel, named=named, number=lambda tick: "" if tick > _HEIGHT / 2 else f"{tick:g}")
         )
 
-    def _estimate_text(self, model: str, score: str) -> str:
+    def _format_estimate(self, model: str, score: str) -> str:
         one: Estimate = self.estimate(model, score)
         return f"{one.value:.4f} ({one.low:.4f} to {one.high:.4f})"
 
@@ -59,7 +59,7 @@ class ComparedModels(SideBySide):
         rows = []
         for model in self.measured:
             verdict = "" if model == BASE or BASE not in self.measured else self.compare_models(BASE, model).verdict
-            rows.append((model, self._estimate_text(model, score), verdict))
+            rows.append((model, self._format_estimate(model, score), verdict))
         return format_html_table(
             f"{format_score_name(score)} on {len(self.records):,} records, with 95 % intervals", rows
         )

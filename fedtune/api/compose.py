@@ -67,12 +67,12 @@ _OTHER_WORDS = {
     "data.max_length": "max_seq_length",
     "runtime.device": "device",
 }
-"""Setting names in other libraries, by fedtune's key, for hints in error messages."""
+"""Equivalent setting names in other libraries, by fedtune's key, for hints in error messages."""
 _UNKNOWN = "is not a setting of fedtune"  # also the text by which `_complete_config` recognizes the error
 _FORM = "must look like key=value; quote a value with special characters, as in key='...'"
 _OF_A_SPACE = "must be comma-separated values, interval(LOW,HIGH), log(LOW,HIGH), or int(...) around one of these"
 _OF_THIS_MACHINE = ("name", "seed", "runtime.", "tracking.", "report.", "cost.", "model.cache_dir")
-"""Prefixes of the keys that stay on the lead's machine."""
+"""Prefixes of the keys that the lead does not send to the sites."""
 _SEVERAL = "has several values: add -m to run each of them, or write [a,b] for a list"
 MOST_RUNS = 1000  # limit for a sweep or a search; a larger number is a typing error
 
@@ -142,7 +142,7 @@ def require_known_settings(settings: Settings) -> None:
 def _compose(
     typed: Sequence[Override], others: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False
 ) -> RunConfig:
-    """Compose a run configuration: Hydra composes the `typed` overrides, then `others` are applied to the result."""
+    """Compose a run configuration from overrides that Hydra composes (`typed`) and that fedtune applies (`others`)."""
     given = [*typed, *others]
     options = {one.key_or_group: one for one in typed if _is_option(one)}
     for group, one in options.items():
@@ -189,7 +189,7 @@ def _compose(
 
 
 def select_hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """Select the overrides that Hydra composes; fedtune applies the remaining overrides afterwards."""
+    """Select the overrides for Hydra's composition.  fedtune applies the other overrides to the composed settings."""
     return _select_hydra_words([_parse_override(override) for override in overrides])
 
 
@@ -246,12 +246,12 @@ def _complete_config(
             settings["data"][f"{name}_fraction"] = 0.0
     as_given = deepcopy(settings)
 
-    def list_keys_said_beside(key: str) -> set[str]:
-        # Settings that were chosen together with secure aggregation or a public stage, or after it, keep their values.
+    def list_explicit_keys(key: str) -> set[str]:
+        # Derived defaults must not replace settings of the command line, or of the file that sets `key`.
         return values | (of_file if _overlaps_any(key, of_file) else set())
 
     if ("federation.aggregation", "secure") in flatten(settings):
-        settings = use_secure_aggregation(settings, keep=list_keys_said_beside("federation.aggregation"))
+        settings = use_secure_aggregation(settings, keep=list_explicit_keys("federation.aggregation"))
     if settings.get("name") is None:
         settings["name"] = make_default_run_name()
     settings = _apply_overrides(settings, [_make_override(key, value) for key, value in (changed or {}).items()])
@@ -259,14 +259,14 @@ def _complete_config(
         require_no_missing_values(settings)
         config = parse(settings, for_real_sites=for_real_sites)
         if config.public.train_file is not None:
-            config = add_public_stage(config, as_given, keep=list_keys_said_beside("public.train_file"))
+            config = add_public_stage(config, as_given, keep=list_explicit_keys("public.train_file"))
         return add_start_adapter(config)
     except ConfigError as error:
         raise _build_unknown_setting_error(error.key, error.value) if error.bound == _UNKNOWN else error from None
 
 
 def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
-    """Compose the settings with Hydra; convert Hydra's errors to a ConfigError about the override or `file`."""
+    """Compose the settings with Hydra, and convert Hydra's errors to a ConfigError about the override or `file`."""
     try:
         return _resolve(compose_settings(words))
     except MissingConfigException as error:
@@ -316,7 +316,10 @@ def _overlaps_any(key: str, keys: Iterable[str]) -> bool:
 
 
 def _override_config(known: RunConfig, given: Sequence[Override]) -> RunConfig:
-    """Apply overrides to a complete configuration; a public stage keeps the configuration's learning rates."""
+    """Apply overrides to a complete configuration.
+
+    A public stage that the overrides add or change does not replace any other setting, such as the learning rates.
+    """
     changed = _apply_overrides(known.to_json(), given)
     config = parse(changed)
     if needs_public_stage(config) or config.public != known.public:
@@ -384,7 +387,7 @@ def _parse_searched(override: Override) -> SearchedSetting:
 
 
 def _parse_override(override: str, *, swept: bool = False) -> Override:
-    """Parse a command-line override; `swept` allows several values."""
+    """Parse a command-line override.  With `swept`, the override may list several values."""
     word = _quote_for_grammar(override, swept=swept)
     key, equals, value = word.partition("=")
     try:
@@ -447,12 +450,16 @@ def parse_override_key(override: str) -> str:
 
 
 def parse_override_value(override: str) -> Any:
-    """Return the value of an override; raise a ConfigError if the override has several values."""
+    """Return the value of an override.
+
+    Raises:
+        ConfigError: the override has several values.
+    """
     return _parse_single_value(_parse_override(override))
 
 
 def _build_unknown_setting_error(key: str, value: object) -> ConfigError:
-    """Build the error for an unknown setting; the message suggests fedtune's equivalent or the most similar key."""
+    """Build the error for an unknown setting, with a hint at fedtune's equivalent or the most similar key."""
     last = key.rpartition(".")[2]
     paths = [path.split(".") for path, _ in flatten(compose_default_settings())]
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}

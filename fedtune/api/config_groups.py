@@ -13,7 +13,7 @@ def list_config_groups() -> list[str]:
 
 
 def list_options(group: str) -> list[str]:
-    """List the options of a config group without private files (leading underscore); empty if the group is unknown."""
+    """List the options of a config group, except files with a leading underscore.  An unknown group has no options."""
     found = (find_config_folder() / group).glob("[!_]*.yaml") if group.isidentifier() else ()
     return sorted(one.stem for one in found)
 

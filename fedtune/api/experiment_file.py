@@ -33,7 +33,7 @@ _PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
 _SEAL = "\ufdd0"  # first character of a sealed map; a noncharacter, which no text contains
 
 
-class _Settings(ConfigSource):
+class _ConfSource(ConfigSource):
     """Hydra config source for conf/ and for experiment files that are given as paths.
 
     During composition a map with user-defined keys is sealed in a string, because a later file must replace the whole
@@ -72,7 +72,7 @@ class _Settings(ConfigSource):
         return [] if config_path else list_config_groups()
 
 
-class _OurPath(SearchPathPlugin):
+class _ConfSearchPath(SearchPathPlugin):
     """Hydra search path plugin that adds conf/ during fedtune's own compositions only."""
 
     composes = False
@@ -82,7 +82,7 @@ class _OurPath(SearchPathPlugin):
             search_path.append("fedtune", f"{_SCHEME}://conf")
 
 
-for _plugin in (_Settings, _OurPath):
+for _plugin in (_ConfSource, _ConfSearchPath):
     Plugins.instance().register(_plugin)
 
 
@@ -91,12 +91,12 @@ def initialize_hydra() -> Iterator[None]:
     """Initialize Hydra with conf/ on its search path, and restore the previous Hydra state on exit."""
     other, base = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
     GlobalHydra.instance().clear()
-    _OurPath.composes = True
+    _ConfSearchPath.composes = True
     try:
         with initialize(config_path=None, job_name="fedtune", version_base="1.3"):
             yield
     finally:
-        _OurPath.composes = False
+        _ConfSearchPath.composes = False
         GlobalHydra.instance().hydra = other
         VersionBase.instance().version_base = base
 
@@ -123,7 +123,7 @@ def compose_settings(words: Sequence[str] = (), *, name: str = "config") -> Dict
 
 
 def read_hydra_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Compose Hydra's own configuration node; values that exist only in a Hydra job stay missing."""
+    """Compose Hydra's own configuration node.  Values that exist only in a Hydra job remain missing."""
     with initialize_hydra():
         node = compose("config", overrides=[*words], return_hydra_config=True).hydra
     return OmegaConf.to_container(node)  # type: ignore[return-value]
@@ -144,7 +144,7 @@ def compose_default_settings() -> Mapping[str, Any]:
 
 
 def to_plain_settings(config: DictConfig) -> dict[str, Any]:
-    """Convert a configuration to plain values with resolved interpolations; missing values become `OPEN`."""
+    """Convert a configuration to plain values, with interpolations resolved and missing values replaced by `OPEN`."""
     return _unseal(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
 
 
@@ -218,7 +218,7 @@ def build_unknown_option_error(group: str, option: Any, *, key: str | None = Non
 
 
 def _find_config_file(config_path: str) -> tuple[str, Path | None]:
-    """Return the config group and the file for one of Hydra's config paths; None if the file does not exist."""
+    """Return the config group and the file (None if it does not exist) for one of Hydra's config paths."""
     group, _, option = config_path.rpartition("/")
     if config_path.startswith("experiment/"):
         group, option = "experiment", config_path.removeprefix("experiment/")

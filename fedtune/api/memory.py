@@ -31,7 +31,7 @@ _FORMS = "must be a data frame, an Arrow table, a data set, a list of dicts, or 
 TRAIN_FILE = f"{IN_MEMORY}/sites/{SITE}.jsonl"
 """`data.train_file` of a run on in-memory records."""
 DETECTED = ("own.jsonl", "own.yaml")
-"""File names in the folder of `write_private_files`: the pooled records, and the settings detected from them."""
+"""File names of the pooled records and of the settings detected from them, in `write_private_files`'s folder."""
 _LEAD_FILES = {name: f"{IN_MEMORY}/{name}.jsonl" for name in ("validation", "test")}
 _BY_SITES = ("data.train_file", "data.partition", "federation.num_sites", "federation.site_names")
 _SHARES = {"validation": 0.1, "test": 0.2}
@@ -86,7 +86,7 @@ def make_private_folder() -> Iterator[Path]:
 
 @contextmanager
 def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
-    """Write records to a private file that is deleted on exit; a path is passed through.
+    """Write records to a private file that is deleted on exit.  If `data` is a path already, nothing is written.
 
     Yields:
         The path of the file.
@@ -146,7 +146,7 @@ def build_in_memory_settings(settings: Settings, *, of_recipe: bool, validation:
 
 
 def round_down(size: int) -> int:
-    """Round a size down to two significant digits, a suitable declared size.
+    """Round a data set's size down to two significant digits, for use as its declared size.
 
     >>> [round_down(size) for size in (7, 163, 2391)]
     [7, 160, 2300]
@@ -172,7 +172,7 @@ def write_rows(path: Path, data: Data, *, at: str) -> None:
                 raise DataError(f"{at}:{number}", type(row).__name__, "must be a mapping from column to value")
             named = {str(key): _to_json(value, f"{at}:{number}, column {str(key)!r}") for key, value in row.items()}
             if len(named) < len(row):
-                raise DataError(f"{at}:{number}", "a duplicate column", "must have distinct names")
+                raise DataError(f"{at}:{number}", "a duplicate column", "must have distinct column names")
             file.write(json.dumps(named) + "\n")
 
 
@@ -197,7 +197,7 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
     elif hasattr(data, "itertuples"):  # pandas
         names = [str(name) for name in data.columns]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise DataError(f"{at}, column {twice!r}", "a duplicate column", "must have distinct names")
+            raise DataError(f"{at}, column {twice!r}", "a duplicate column", "must have distinct column names")
         for cells in data.itertuples(index=False, name=None):
             yield dict(zip(names, cells, strict=True))
     elif callable(getattr(data, "iter_rows", None)):  # polars
@@ -239,10 +239,10 @@ def split_inputs(data: Data) -> tuple[list[Any], bool]:
 
 
 def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[str, Any]]:
-    """Yield rows of scikit-learn's (X, y): features x0, x1, ... or `text`, with a column `label` or `target` for y.
+    """Yield the rows of scikit-learn's (X, y): columns x0, x1, ... or `text` for X, and one column for y.
 
-    Float values of y are targets, all others are labels.  Existing column names and the name of a pandas series are
-    kept.
+    The column for y is `target` for floats and `label` for all other types, unless y is a named pandas series.  A data
+    frame X keeps its column names.
     """
     values, kind = _to_list(answers), getattr(getattr(answers, "dtype", None), "kind", None)
     if any(isinstance(one, list) for one in values):
@@ -291,7 +291,7 @@ def _to_list(values: Any) -> list[Any]:
 
 
 def _to_json(value: Any, at: str) -> Any:
-    """Convert a cell to a JSON value; the missing-value markers of all libraries become None.
+    """Convert a cell to a JSON value, and the missing-value marker of any library to None.
 
     Raises:
         DataError: the value has no JSON equivalent.

@@ -1,7 +1,7 @@
-"""The Python API of `import fedtune`: runs, plans, evaluations and reports (ledgers are in `public_ledger`).
+"""Python API of `import fedtune` for runs, plans, evaluations and reports.  The API for ledgers is in `public_ledger`.
 
 Settings use dotted keys, as on the command line.  Invalid input raises a `ValueError` with the same message as on the
-command line.  Nothing is printed, unless a progress bar is requested.
+command line.  The API prints nothing unless a progress bar is requested.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def make_notebook_bar() -> Callable[[Progress], None]:
 
 
 class CallbackListener:
-    """Run listener that reports progress to a callback and issues notes about the data as Python warnings."""
+    """Run listener that reports progress to a callback and issues data warnings as Python warnings."""
 
     def __init__(self, config: RunConfig, progress: Callback) -> None:
         self._rounds, self._progress = config.federation.num_rounds, progress
@@ -134,7 +134,7 @@ def simulate(
     progress: Callback | Literal[True] = lambda progress: None,
     session: Session | None = None,
 ) -> Run:
-    """Simulate a federation on this machine: every site trains with DP-SGD and keeps its own ledger.
+    """Simulate a federation on this machine: every site trains with DP-SGD and charges its own ledger.
 
     The run's folder is `tracking.output_dir`/`name`; the default name is a timestamp, below runs/.  After an
     interrupt, `simulate(settings={"resume": folder})` resumes the run; rounds that were charged before the interrupt
@@ -201,7 +201,7 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Pric
         settings: overrides of the recipe's settings, by dotted key.
 
     Returns:
-        The price: epsilon at delta, noise multiplier, and the cost of every round.
+        The privacy cost: epsilon at delta, the noise multiplier, and the epsilon of every round.
 
     Raises:
         ValueError: a setting is unknown or invalid.
@@ -300,7 +300,7 @@ class Checks(tuple["Check", ...]):
 def verify(file: str | Path, *, key: str | None = None) -> Checks:
     """Verify a report.json: format, signature, verdict, the settings next to it, and every epsilon.
 
-    Every epsilon is recomputed from the report's events.
+    Each epsilon is recomputed from the privacy events in the report.
 
     Args:
         file: the report, or the folder that contains it.
@@ -384,7 +384,7 @@ def start_after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path
 
 @dataclass(frozen=True)
 class Run:
-    """A run and its folder, which contains settings, results, adapter, report and the simulated sites.
+    """A run and its folder, which contains the settings, results, adapter, report and the simulated sites' files.
 
     Returned by `simulate` and `load`.
     """
@@ -407,7 +407,7 @@ class Run:
 
     @property
     def metrics(self) -> Scores:
-        """Scores of the final adapter on the lead's test records.  The privacy guarantee does not cover them."""
+        """Scores of the final adapter on the lead's test records, which the privacy guarantee does not cover."""
         return self.result.final.metrics
 
     @property
@@ -551,7 +551,7 @@ class Run:
             if table.svg is not None:
                 return SvgFigure(table.svg)
             why = why or str(table.seen.striptags())
-        raise ConfigError("chart", chart, f"has nothing to draw: {why}")
+        raise ConfigError("chart", chart, f"has no data: {why}")
 
     def _repr_html_(self) -> str:
         rows = {"folder": self.folder, "task": self.config.task, "sites": ", ".join(self.config.federation.names)}

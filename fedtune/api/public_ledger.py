@@ -1,7 +1,7 @@
-"""Python interface to a site's privacy ledger, without any machine-learning framework.
+"""Python API for a site's privacy ledger, which does not import any machine-learning framework.
 
-A release outside of fedtune's runs is charged like a run of one round: before its value is computed, against the same
-caps, as a signed event in the same hash chain.
+A release outside of fedtune's runs is charged like a run of one round.  The charge is a signed event in the ledger's
+hash chain, counts towards the same caps as all runs, and is written before the release's value is computed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NAME_IS_USED = {
     Reason.RUN_ENDED: _LOST,
 }
 _ABOUT_TOTALS = (Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD)
-"""Refusals by a cap on total epsilon; their `asked` is the total including the release."""
+"""Reasons of refusals by a cap on the total epsilon.  Their `asked` is the total epsilon including the release."""
 
 
 class Ledger:
@@ -179,9 +179,9 @@ class Ledger:
     ) -> float:
         """Release a noised count of the units whose value is true.
 
-        Guarantee, arguments and errors as for `sum`, with a bound of 1.
+        The guarantee, arguments and errors are those of `sum` with a bound of 1.
         """
-        rows = [(float(bool(value)),) for value in self._keep_one_per_unit(values, users)]
+        rows = [(float(bool(value)),) for value in self._select_one_value_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
         return self._release_sum("count", name, rows, ["count"], **planned)[0]
 
@@ -197,8 +197,8 @@ class Ledger:
     ) -> dict[Hashable, float]:
         """Release a noised histogram: the number of units per value of `bins`.
 
-        Every unit is in at most one bin, so the sensitivity is 1; empty bins are noised as well.  Guarantee, other
-        arguments and errors as for `sum`, with a bound of 1.
+        Every unit is in at most one bin, so the sensitivity is 1; empty bins are noised as well.  The guarantee,
+        the other arguments and the errors are those of `sum` with a bound of 1.
 
         Args:
             name: name of the release.
@@ -213,7 +213,7 @@ class Ledger:
         """
         require("bins", list(bins), 0 < len(set(bins)) == len(bins), "must contain distinct values, at least one")
         rows, none = {bin: tuple(float(bin == other) for other in bins) for bin in bins}, (0.0,) * len(bins)
-        found = [rows.get(value, none) for value in self._keep_one_per_unit(values, users)]
+        found = [rows.get(value, none) for value in self._select_one_value_per_unit(values, users)]
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": 1.0}
         sums = self._release_sum("histogram", name, found, bins, **planned)
         return dict(zip(bins, sums, strict=True))
@@ -254,7 +254,7 @@ class Ledger:
             RunError: the ledger fails verification or cannot be written.
         """
         check_positive("bound", bound)
-        table = np.asarray(self._keep_one_per_unit(values, users), dtype=np.float64)
+        table = np.asarray(self._select_one_value_per_unit(values, users), dtype=np.float64)
         width = table.shape[1] if table.ndim == 2 else 1
         rows = list(map(tuple, table.reshape(len(table), width).tolist()))
         planned = {"noise_multiplier": noise_multiplier, "noise": noise, "max_grad_norm": bound}
@@ -279,7 +279,7 @@ class Ledger:
 
     @property
     def verified(self) -> Verified:
-        """The verified content of the ledger, reread and verified after every charge.
+        """The ledger's verified events and their history, reread and verified again after every charge.
 
         Raises:
             RunError: the verification failed.
@@ -290,7 +290,7 @@ class Ledger:
 
     @property
     def spending(self) -> Lifetime:
-        """Epsilon spent over the ledger's lifetime, in the current period and per run, computed from the events."""
+        """Epsilon spent over the ledger's lifetime, in the current period and by each run, computed from its events."""
         from fedtune.report.from_ledger import compute_current_lifetime
 
         return compute_current_lifetime(self.verified)
@@ -312,8 +312,8 @@ class Ledger:
             raise ConfigError("ledger", str(self.path), "is read-only: use fedtune.Ledger.open(site.toml) to charge it")
         return self._opened
 
-    def _keep_one_per_unit(self, values: Any, users: Iterable[Hashable] | None) -> list[Any]:
-        """Return one value per unit: every value for unit "record", each user's last value for unit "user"."""
+    def _select_one_value_per_unit(self, values: Any, users: Iterable[Hashable] | None) -> list[Any]:
+        """Return one value per privacy unit: each record's value, or each user's last value for unit "user"."""
         by_user = self._site.policy.population.unit == "user"
         bound = "must contain the user of each record for a ledger with unit = user, and be omitted for unit = record"
         require("users", NOT_GIVEN, by_user is (users is not None), bound)
@@ -323,7 +323,7 @@ class Ledger:
     def _release_sum(
         self, kind: str, name: str, rows: Sequence[tuple[float, ...]], columns: Sequence[Hashable], **planned: Any
     ) -> list[float]:
-        """Charge, compute and store the release of a noised sum, or return the result that is already stored."""
+        """Charge, compute and store a noised sum, or return the stored result of an earlier identical call."""
         proposal, reply = self._reserve(kind, name, columns, **planned, sampling_rate=1.0, local_steps=1)
         if isinstance(reply, Reservation):
             answer = release_sum(rows, proposal.plan, width=len(columns), stream=SystemRandomness().stream())

@@ -23,8 +23,8 @@ def attack(
         str | None, Option("records outside the training data (default: held-out or test records)", metavar="FILE")
     ] = None,
     secrets: Annotated[Path | None, Option("planted secrets: JSON Lines with a field `secret`", metavar="FILE")] = None,
-    minutes: Annotated[float, Option("time limit; fewer records are used to meet it")] = 10.0,
-    shadows: Annotated[int, Option("head-only shadow models")] = 32,
+    minutes: Annotated[float, Option("time limit, met by attacking fewer records")] = 10.0,
+    shadows: Annotated[int, Option("number of head-only shadow models")] = 32,
     columns: Columns = None,
     device: Device = "auto",
     as_json: AsJson = False,

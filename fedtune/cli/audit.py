@@ -64,7 +64,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     again = "a new audit; this one cannot be resumed"
     show_run(config, folder, console, work=partial(run_audit, spec=spec), again=again, began=began)
     result = read_audit(folder)
-    assert result is not None, "an audit that ended has written what it found"
+    assert result is not None, "a finished audit has written its result"
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": result})
     else:
@@ -93,9 +93,12 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     RunFolder(folder).create(format_config_yaml(config))
     found = sensitivity.search_violations(config, spec, folder, seed=config.seed)
     title = (
-        f"{found.tries} cases with one more {found.unit} each: the sum moved by at most {found.moved:.6f} clip norms"
+        f"{found.tries} cases with one more {found.unit} each: the sum changed by at most {found.moved:.6f} clip norms"
     )
-    moved = {"above one clip norm": f"{found.exceeded}", f"other {found.unit}s, by a cell": f"{found.others_moved}"}
+    moved = {
+        "above one clip norm": f"{found.exceeded}",
+        f"with a change of other {found.unit}s": f"{found.others_moved}",
+    }
     told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
     print_answer(
         told,
@@ -103,5 +106,5 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
         as_json=as_json,
     )
     if found.exceeded or found.others_moved:
-        beyond = "one record or person moved a sum by more than its own clipped contribution"
-        raise RunError(f"{beyond}: no epsilon holds on this machine")
+        beyond = "one record or person changed a sum by more than its clipped contribution"
+        raise RunError(f"{beyond}: the privacy guarantee does not hold on this machine")

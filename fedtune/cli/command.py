@@ -37,10 +37,10 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 
 class InterruptTold(KeyboardInterrupt):
-    """A Ctrl-C for which the instructions to resume have already been printed."""
+    """An interrupt by Ctrl-C, after the command that resumes the run has been printed."""
 
 
-_WITHOUT_EPSILON = ("privacy=none", "privacy.mechanism=none")  # settings that no epsilon can be combined with
+_WITHOUT_EPSILON = ("privacy=none", "privacy.mechanism=none")  # overrides that conflict with --epsilon
 _LARGE = 100  # number of new modules that indicates a large library, whose objects are never freed
 
 
@@ -100,7 +100,7 @@ HealthAnywhere = Annotated[bool, Option("allow other machines to reach --health"
 
 
 def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
-    """Print a command's result: `figures` as JSON, or `heading` and (lazily built) `sections` as tables."""
+    """Print a command's result as JSON (`figures`) or as tables (`heading` and the lazily built `sections`)."""
     from fedtune.show.terminal_tables import print_json, say, show  # rich takes a while to import
 
     if as_json:
@@ -112,13 +112,13 @@ def print_answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_
 
 
 def build_resume_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
-    """Return the command line that repeats this command under the same run name, and so resumes the run."""
+    """Return the command line that resumes a run, by repeating the command with the run's name."""
     named = [word for word in words if not word.startswith("name=")]
     return shlex.join(["fedtune", command, *named, f"name={name}", *options])
 
 
 class _Argument(click.Argument):
-    """A click argument with its own help text."""
+    """A click argument with a help text, which click itself supports only for options."""
 
     def __init__(self, *declared: Any, about: Argument, **options: Any) -> None:
         super().__init__(*declared, **options)
@@ -198,7 +198,7 @@ SETTINGS_OPTIONS = (
 
 
 class _ComposedCommand(Command):
-    """A command with overrides as arguments, with short forms, Hydra's options and the list of config groups."""
+    """A command whose arguments are overrides, with short forms, Hydra's options and a list of the config groups."""
 
     def invoke(self, ctx: click.Context) -> Any:
         epsilon, folder, cfg, resolve, package, info = (ctx.params.pop(str(one.name)) for one in SETTINGS_OPTIONS)
@@ -208,7 +208,7 @@ class _ComposedCommand(Command):
             ctx.params[settings] = (*ctx.params[settings], f"hydra.searchpath=['file://{folder}']")
         if cfg is None and info is None:
             if given := "--resolve" * resolve or "--package" * (package is not None):
-                raise ConfigError(given, NOT_GIVEN if resolve else package, "needs --cfg job, hydra or all")
+                raise ConfigError(given, NOT_GIVEN if resolve else package, "requires --cfg job, hydra or all")
             return super().invoke(ctx)
         from fedtune.cli.run_settings import print_config  # Hydra and the accountants take seconds to import
 

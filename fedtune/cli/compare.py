@@ -1,4 +1,4 @@
-"""`fedtune compare`: the shared model against single-site and centralized training, by score and privacy cost."""
+"""`fedtune compare`: comparison of federated, single-site and centralized training by score and privacy cost."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _parse_run_folders(words: Sequence[str]) -> list[Path]:
 
 
 def _load_finished_lines(folders: Sequence[Path]) -> list[Line]:
-    """Load finished runs as lines of a comparison, named by folder name, or by path if folder names are ambiguous."""
+    """Load finished runs as lines of a comparison, named by their folders (the full path if names are ambiguous)."""
     from fedtune.tasks.saved import SavedAdapter
 
     lines, names = [], [folder.absolute().name for folder in folders]
@@ -139,9 +139,10 @@ def _check_scored_data(config: RunConfig, file: str | None, by: str | None) -> N
 
 
 def _run_unfinished(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
-    """Run every unfinished line, then train personalized adapters on request; the first error ends the comparison.
+    """Run the unfinished lines of a comparison, and train personalized adapters if `personal`.
 
-    After a successful run, a refused single-site run is skipped: its site's budget allows no round.
+    The first error ends the comparison.  Only a refusal after at least one finished run is skipped, because the budget
+    of one site does not affect the other runs.
     """
     done: list[Line] = []
     try:

@@ -127,7 +127,7 @@ def init(
     except ConfigError:
         target.unlink()
         raise
-    to_know = Section(title="To know", notes=tuple(experiment_writer.list_notes(found, plan)))
+    to_know = Section(title="Notes", notes=tuple(experiment_writer.list_notes(found, plan)))
     about_input = data_sections.build_input_section(found, plan, spec.path)
     show([*data_sections.build_file_sections(found, plan), about_input, to_know])
     say(f"\nWrote {target}. Read it, then run:")
@@ -173,7 +173,7 @@ def check(
     config = _compose_experiment(settings, site)
     reader = load_reader(config.data, config.model, key="model.path", other="model=NAME")
     checked = examine(config, reader, within=count_token_ids(reader))
-    sections = [*data_sections.build_check_sections(checked), Section(title="To know", notes=data_sections.ABOUT)]
+    sections = [*data_sections.build_check_sections(checked), Section(title="Notes", notes=data_sections.ABOUT)]
     figures = {"schema_version": SCHEMA_VERSION, "checked": checked}
     print_answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
 
@@ -182,9 +182,11 @@ def check(
 def clean(
     settings: Experiment,
     out: Annotated[Path, Option(metavar="FILE.jsonl", help="output file; must not exist yet")],
-    drop: Annotated[str, Option(metavar="RULE,...", help=f"which rows to drop: {', '.join(RULES)}")] = "empty,unusable",
+    drop: Annotated[
+        str, Option(metavar="RULE,...", help=f"kinds of rows to drop: {', '.join(RULES)}")
+    ] = "empty,unusable",
     mask: Annotated[Literal["nothing", "personal"], Option("kinds of identifiers to mask")] = "nothing",
-    of: Annotated[Literal["train", "validation", "test"], Option("the file of the experiment to clean")] = "train",
+    of: Annotated[Literal["train", "validation", "test"], Option("data file of the experiment to clean")] = "train",
 ) -> None:
     """Copy an experiment's data file without bad rows, or with personal identifiers masked.
 
@@ -199,7 +201,7 @@ def clean(
     """
     config, key = _compose_experiment(settings, None), f"data.{of}_file"
     if (name := getattr(config.data, f"{of}_file")) is None:
-        raise ConfigError(key, None, f"is missing: --of {of} needs this file")
+        raise ConfigError(key, None, f"is missing, but --of {of} requires it")
     if SITE in name:
         bound = f"must be one file: replace {SITE} with a site's name, and set data.partition.kind=iid"
         raise ConfigError(key, name, bound)

@@ -41,20 +41,20 @@ def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentP
     yield build_key_value_section(
         {"file": f"{found.path}, {pluralize(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]}
     )
-    headings: tuple[str, ...] = ("role", "column", "why", "another by")
+    headings: tuple[str, ...] = ("role", "column", "why", "override with")
     yield Section("Chosen columns", headings, tuple(found.options), words=range(4), notes=found.notes)
     yield _build_truncated_section("Columns that runs ignore", ("column", "why"), tuple(found.unread))
     counts = {name: f"{one.num_values:,}" if one.num_values else "many" for name, one in found.columns.items()}
     every = found.columns.values()
     held = tuple((one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in every)
-    yield _build_truncated_section("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
+    yield _build_truncated_section("Columns", ("name", "filled", "type", "distinct values"), held, words={0, 2})
     odd = tuple(
         (name, kind, f"{count:,}", ", ".join(f"{row}: {_shorten(text)}" for row, text in some))
         for name in found.roles.values()
         for kind, count, some in found.columns[name].strange
     )
     yield _build_truncated_section(
-        "Unusual values (a run may skip these rows)", ("column", "are", "values", "row: value"), odd
+        "Unusual values (a run may skip these rows)", ("column", "kind", "values", "row: value"), odd
     )
     columns = found.roles.values()
     rows = [tuple(_shorten(_format_cell_text(row.get(column, ""))) for column in columns) for row in found.first]
@@ -84,7 +84,7 @@ def _build_truncated_section(
 
 
 def build_input_section(found: DetectedFile, plan: experiment_writer.ExperimentPlan, model: str) -> Section:
-    """Build the table of a table's features or of the records' token counts; for the terminal only."""
+    """Build the table of features with their private values (only for the terminal), or of token counts."""
     if found.features:
         rows = []
         for one in (found.columns[name] for name in found.features):
@@ -97,11 +97,11 @@ def build_input_section(found: DetectedFile, plan: experiment_writer.ExperimentP
             lacking = f"{found.rows - one.filled:,}" if one.filled < found.rows else ""
             rows.append((one.name, what, holds, lacking))
         title = "Features and the file's values (shown only here)"
-        headings = ("column", "seems to be", "in the file", "rows without")
+        headings = ("column", "detected type", "values in the file", "rows without a value")
         return Section(title, headings, rows, words={0, 1, 2}, notes=_WORDS["about_features"])
     shares = (int(np.quantile(plan.lengths, share)) for share in (0.5, 0.9, 1.0))
     row = tuple(f"{count:,}" for count in (*shares, plan.max_length))
-    of_lengths = ("median", "90 % have at most", "longest", "max_length")
+    of_lengths = ("median", "90th percentile", "longest", "max_length")
     return Section(f"Tokens per record (tokenizer of {model})", of_lengths, [row], words=())
 
 
@@ -126,17 +126,17 @@ def _build_file_sections(file: FileCheck, max_length: int) -> Iterator[Section]:
     yield build_key_value_section(told, title=file.path)
     yield Section(notes=(f"{left_out}.",) if left_out.exceeds_threshold else ())
     left = left_out.count - len(file.errors)
-    in_all = f"and {left:,} more; in all:" if left else "In all:"
+    in_all = f"and {left:,} more. Total:" if left else "Total:"
     why = [in_all, *(f"{count:,} {why}" for why, count in file.num_errors.items())] if file.errors else ()
-    yield Section("Errors", ("where", "what is there", "what a run needs"), file.errors, words={0, 1, 2}, notes=why)
-    headings = ("what", "column", "records", "share", file.places)
+    yield Section("Errors", ("location", "value", "requirement"), file.errors, words={0, 1, 2}, notes=why)
+    headings = ("finding", "column", "records", "share", file.places)
     rows = [_format_finding_row(one, usable) for one in file.findings] or [("nothing", "", "", "", "")]
     meanings = [*dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)]
     yield Section("Findings", headings, rows, words={0, 1, 4}, notes=meanings)
     yield _build_labels_section(file.labels, usable)
     notes = experiment_writer.describe_spellings(file.labels)
     for label, count in file.spelt_otherwise.items():
-        notes.append(f"{pluralize(count, 'row')} cannot be used: the label is {label!r} in other case or spacing.")
+        notes.append(f"{pluralize(count, 'row')} cannot be used: the label differs from {label!r} in case or spacing.")
     yield Section(title="Labels with several spellings", notes=notes)
     if file.lengths is not None:
         yield _build_lengths_section(file.lengths, max_length)
@@ -178,7 +178,7 @@ def build_clean_sections(done: Cleaned) -> Iterator[Section]:
     by_rule = [(rule, f"{count:,}", why[rule]) for rule, count in done.dropped.items()]
     yield Section("Dropped", ("rule", "rows", ""), by_rule, words={0, 2})
     places = [(kind, f"{count:,}") for kind, count in done.masked.items()]
-    yield Section("Masked", ("identifier", "places"), places, notes=[_FOUND["personal"][1]] if places else ())
+    yield Section("Masked", ("identifier", "occurrences"), places, notes=[_FOUND["personal"][1]] if places else ())
     yield Section(notes=[_WORDS["about_dropped"]] if {"duplicates", "near-duplicates"} & set(done.dropped) else ())
 
 
@@ -210,13 +210,14 @@ def build_copies_sections(
             warned[len(rows)] = "bold yellow"
         of_text = f"{np.median(some):.0%}" if some else ""
         rows.append((what, f"{len(some):,}", f"{share:.1%}", f"{expected:.1%}", of_text))
-    notes = [f"Ordinary: the share among {len(usual):,} own records, compared with the others. Run / text: the median."]
+    about = f"the share for {len(usual):,} own records, compared with the other own records"
+    notes = [f"Baseline: {about}. Run / text: median."]
     if warned:
         notes.append(f"WARNING: at least twice the baseline: {', '.join(rows[at][0] for at in warned)}.")
     yield build_key_value_section(
         {at.rpartition("/")[2]: f"{n.rows - n.count:,} of {pluralize(n.rows, 'row')}" for at, n in read.items()}
     )
-    what_again = ("synthetic records with", "records", "share", "ordinary", "longest run / text")
+    what_again = ("synthetic records with", "records", "share", "baseline", "longest run / text")
     yield Section("Repeated text", what_again, rows, styles=warned, notes=notes)
     runs = [one for one in near[:10] if one.words]
     longest = [(f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _shorten(one.run, 300)) for one in runs]
@@ -227,8 +228,8 @@ def build_copies_sections(
     kinds = ("kind", "own records with it", "synthetic", "first own record")
     yield Section("Likely personal details", kinds, details, words={0, 2, 3})
     how = install_command("data")
-    missing = [f"Near-duplicates were not searched for: datasketch is not installed ({how})."]
-    yield Section(title="To know", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])
+    missing = [f"Near-duplicates were not detected: datasketch is not installed ({how})."]
+    yield Section(title="Notes", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])
 
 
 def _match_kinds(one: Near) -> Iterator[str]:

@@ -53,7 +53,7 @@ def evaluate(
         figures |= {"detail": detail}
     notes = list(_score_notes(found, scores, num_prompts=num_prompts))
     if is_training_file(config, data):
-        notes.append("The run trained on records of this file: these scores say nothing about new records.")
+        notes.append("The run trained on records of this file: these scores do not measure performance on new records.")
     title = f"{run} on {data}, {pluralize(len(found.records), 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
     scores_first = Section(title, headings, list_comparison_rows(scores), words={0, 5}, notes=notes)
@@ -71,7 +71,7 @@ def _build_detail_sections(detail: Detail) -> Iterator[Section]:
     bins = [(f"{one.confidence:.4f}", f"{one.right:.4f}", f"{one.count:,}") for one in detail.reliability]
     title = "Calibration of the tuned model"
     headings = ("mean probability", "share correct", "answers")
-    notes = ["Bins have equal numbers of answers, by increasing confidence; ece is the mean gap."]
+    notes = ["Bins contain equal numbers of answers, sorted by confidence. ECE is the mean calibration gap."]
     yield Section(title, headings, bins, words=(), notes=notes if bins else ())
 
 
@@ -83,7 +83,7 @@ def _score_notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_pro
         )
     name, first = next(iter(scores.items()))
     before, after = (f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in (first.base, first.tuned))
-    told = f"{before} before training, {after} after it"
+    told = f"{before} before and {after} after training"
     if first.verdict == NO_DIFFERENCE:
         yield f"On these records the tuned model {NO_DIFFERENCE} from its base by {name}: {told}."
     else:
@@ -91,7 +91,7 @@ def _score_notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_pro
     drawn = pluralize(found.num_units, found.unit)
     if num_prompts:
         drawn += f" ({pluralize(num_prompts, 'prompt')} for texts)"
-    yield f"Intervals: 95 %, from {RESAMPLES:,} draws of {drawn}, with replacement. Base: before training."
+    yield f"Intervals: 95 %, from {RESAMPLES:,} bootstrap samples of {drawn}. Base: before training."
     few = [f"{found.unit}s"] if found.num_units < FEWEST_UNITS else []
     few += ["prompts"] if 0 < num_prompts < FEWEST_UNITS else []
     if few:

@@ -32,7 +32,7 @@ def export(
     merge: Annotated[bool, Option("export the whole model with the merged adapter")] = False,
     format: Annotated[
         Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
-        Option("(default: peft; safetensors for features)"),
+        Option("output format (default: peft; safetensors for features)"),
     ] = None,
     int8: Annotated[
         bool, Option("with --format onnx: also write an int8 graph, and measure scores and latency of both")
@@ -71,7 +71,7 @@ def export(
         raise ConfigError("--json", NOT_GIVEN, "requires --yes with --push, because it cannot ask for confirmation")
     config, adapter = load_finished_run(run)
     if merge and format is not None:
-        raise ConfigError("--merge", format, "cannot be combined with --format: --merge is a format of its own")
+        raise ConfigError("--merge", format, "cannot be combined with --format: use --format merged")
     chosen = choose_format(config, format, merge=merge)
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
         bound = "requires --format onnx and a run with a base model"
@@ -163,7 +163,7 @@ def distill(
     judged = config.bound_task.primary_metric if found.scores else ""
     rows = [_build_cost_section(one, [judged] if judged else []) for one in found.served]
     headings = ("model", "size", "ms per text", *([judged] if judged else []))
-    notes = [f"Taught on {pluralize(found.texts, 'text')}. Times are for one thread."]
+    notes = [f"Distilled on {pluralize(found.texts, 'text')}. Latencies are for one thread."]
     sections = [Section(title=f"A student of {run}, in {to}", headings=headings, rows=rows, words={0}, notes=notes)]
     if judged:
         told = ("metric", "teacher", "student", "difference", "95 % interval", "student is")

@@ -1,4 +1,4 @@
-"""Finished runs as command-line arguments."""
+"""Command-line arguments and options for finished runs, and output that these commands share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedtune.spec import ConfigError, DataError, check_at_least, check_name, che
 _SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
 Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")]
 Columns = Annotated[str | None, Option("columns of FILE, as in '{text: body}'", metavar="ROLES")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], Option("where to compute")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Option("compute device")]
 Adapters = Annotated[
     tuple[str, ...], Option("additional adapter from a run of the same model; may be repeated", metavar="NAME=RUN")
 ]
@@ -39,9 +39,9 @@ def load_finished_run(
 
     Args:
         run: the run folder, or its `adapter` folder.
-        device: replaces `runtime.device`; None: as in the run.
-        columns: a `{role: column}` mapping, as typed, for a file whose column names differ from the run's.
-        generate: number of prompts for which evaluation generates texts; None: as in the run.
+        device: replacement for `runtime.device`.
+        columns: a `{role: column}` mapping from the command line, for a file whose column names differ from the run's.
+        generate: number of prompts for which evaluation generates texts; None: the run's number.
 
     Returns:
         The configuration and the adapter folder.
@@ -78,9 +78,9 @@ def parse_column_roles(columns: str, *, known: Collection[str] | None = None) ->
 
 
 def name_adapters(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
-    """Return adapter folders by name, starting with the run's own adapter.
+    """Return a mapping from names to adapter folders, starting with the adapter `own` of the run.
 
-    The own adapter has the name of its folder, unless `others` contains a name for it.
+    The name of `own` is the name of its run folder, unless `others` (words of the form NAME=RUN) gives it another name.
     """
     named: dict[str, Path] = {}
     for word in others:  # NAME=RUN each
@@ -105,7 +105,7 @@ def name_columns_option() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        bound = _SETTING.sub(r"name another with --columns '{\1: COLUMN}', one of", error.bound)
+        bound = _SETTING.sub(r"choose another with --columns '{\1: COLUMN}', one of", error.bound)
         raise DataError(error.key, error.value, bound) from None
 
 
@@ -116,7 +116,7 @@ def list_comparison_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ..
 
 
 def warn_about_fixed_prompt(config: RunConfig) -> None:
-    """Warn if the prompt template is constant, so that every prompt gives the same completion."""
+    """Warn if the prompt template does not contain the prompt, so that all prompts have the same completion."""
     data = config.data
     if "prompt" in data.columns and "prompt" not in data.template_roles and config.bound_task.predicts_tokens:
         template = f"data.prompt_template = {data.prompt_template!r}"

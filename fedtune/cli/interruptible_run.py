@@ -93,15 +93,15 @@ def run_simulation(
 
 
 def run_shown_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
-    """Run a pending public stage with a progress display; return the configuration with its adapter as the start.
+    """Run a pending public stage with a progress display, and return the configuration that starts from its adapter.
 
     `again` is the command that resumes the stage.
     """
     named = [] if any(word.startswith("name=") for word in again) else [f"name={config.name}"]
 
     def train(stage: RunConfig, folder: Path) -> None:
-        about = f"Public stage: the lead alone trains on {config.public.train_file}, whose records you declare to be"
-        say(f"{about} public, without privacy. The sites start from its result.", console=console)
+        about = f"Public stage: the lead alone trains on {config.public.train_file}, which you declared to contain"
+        say(f"{about} public records, without privacy. The sites start from the resulting adapter.", console=console)
         run_simulation(stage, folder, console, again=shlex.join(["fedtune", *again, *named]))
         say("The public stage is finished: the run itself starts.", console=console)
 
@@ -109,7 +109,7 @@ def run_shown_public_stage(config: RunConfig, console: Console, *, again: Sequen
 
 
 def report_fitted_plan(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
-    """Print the changes from `asked` to `fits`, the configuration within the sites' budgets; return `fits`."""
+    """Print the rounds and noise of `fits`, the plan within the sites' budgets, if it differs from `asked`."""
     if fits != asked:
         rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
         console.print(f"The sites' budgets allow {rounds} rounds at noise multiplier {noise:g}.")
@@ -117,9 +117,9 @@ def report_fitted_plan(console: Console, asked: RunConfig, fits: RunConfig) -> R
 
 
 def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session: Session) -> RunResult:
-    """Run a trial of a sweep or search, and print its result in one line; details are in the trial's folder.
+    """Run a trial of a sweep or search, and print its result in one line.
 
-    On a terminal, the latest progress line of the trial is displayed below.
+    During the run, a terminal shows the latest progress line.  The trial's folder contains the details.
     """
     began = time.monotonic()
     with console.status(f"{name} ...") as status:
@@ -144,7 +144,7 @@ def run_with_summary(trial: SearchTrial, *, console: Console, name: str, session
 def show_several_runs(
     trials: Trials, console: Console, *, again: Sequence[str], as_json: bool = False
 ) -> Iterator[None]:
-    """Print the total price of several runs on entry, and the table of results on exit, also after an error."""
+    """Print the total privacy cost of several runs on entry, and the table of results on exit or after an error."""
     for text in describe_price({folder.name: trial for folder, trial in trials.rows.items()}):
         say(text, console=console)
     try:
@@ -169,7 +169,7 @@ def show_trials(console: Console, trials: Trials, *, again: str) -> None:
 
 @contextmanager
 def _interrupt_on_signals() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, and handle SIGINT in background jobs as well, where shells ignore it.
+    """Raise KeyboardInterrupt on SIGTERM and SIGINT, also in background jobs, for which shells ignore SIGINT.
 
     Python discards exceptions in `__del__` and in weak reference callbacks, so a discarded interrupt is raised again.
     """
@@ -177,14 +177,14 @@ def _interrupt_on_signals() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    def ignore_interrupt(about: sys.UnraisableHookArgs) -> None:
+    def reraise_interrupt(about: sys.UnraisableHookArgs) -> None:
         if about.exc_type is KeyboardInterrupt:
             threading.Timer(0.01, send_signal, (os.getpid(), signal.SIGINT)).start()
         else:
             hook(about)
 
     with handle_signals(interrupt):
-        hook, sys.unraisablehook = sys.unraisablehook, ignore_interrupt
+        hook, sys.unraisablehook = sys.unraisablehook, reraise_interrupt
         try:
             yield
         finally:

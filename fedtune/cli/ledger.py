@@ -256,7 +256,7 @@ def build_events_section(verified: Verified, chosen: Sequence[Event]) -> Section
         rows.append((*when, to_printable(event.run), str(event.round or ""), what))
     title = f"{len(chosen)} of {pluralize(len(verified.events), 'event')}"
     headings = ("no.", "time (UTC)", "kind", "run", "round", "what")
-    noise = f"noise: in units of the most that one {unit} can move a step's sum"
+    noise = f"noise: in units of the largest change of a step's sum by one {unit}"
     notes = [f"rate: probability with which each {unit} joins a step; {noise}"]
     return Section(title, headings, rows, words={1, 2, 3, 5}, whole={2}, notes=notes)
 
@@ -308,7 +308,8 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
     period = f"charged this {figures.period} ({format_cap(history.policy.budget.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
     fixed = format_epsilon(filter.compute_epsilon_conversion_term(history.order, history.delta))
-    note = f"A fixed part of {fixed} is charged once, with the first noisy step; shares are of the rest of the cap."
+    note = f"A fixed part of {fixed} is charged once, with the first noisy step."
+    note += " Shares are relative to the rest of the cap."
     left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
     runs = figures.reference_runs_left
     fits = "" if runs is None else f": {pluralize(runs, 'run')} like the policy's reference"
@@ -325,7 +326,7 @@ def _build_lifetime_section(history: History, figures: Lifetime) -> Section:
 
 
 def _build_arrivals_section(figures: Lifetime) -> Section:
-    """Build the table of epsilon by time of arrival; empty if everybody has the same epsilon."""
+    """Build the table of epsilon by time of arrival.  It is empty if all people have the same epsilon."""
     rows = []
     for one in figures.cohorts or ():
         spent = (
@@ -334,8 +335,8 @@ def _build_arrivals_section(figures: Lifetime) -> Section:
             format_rounded_down(convert_none_to_infinite(one.left)),
         )
         rows.append((load_catalog("en").arrivals([one.people]).unescape(), *spent))
-    headings = ("who", "charged", "with what open\nruns have reserved", "left for new runs")
-    note = "The cap holds for each line; the figures above are the largest of them."
+    headings = ("people", "charged", "with reserves\nof open runs", "left for new runs")
+    note = "The cap applies to each row. The figures above are the largest of all rows."
     return Section("By arrival", headings, rows, notes=[note] if rows else [])
 
 
@@ -375,7 +376,7 @@ def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path
         say(f"{path} has every event that {' and '.join(map(str, anchors))} cover. Nothing was charged.")
         return
     parts = [format_mechanism(event, count) for event, count in events.count_mechanisms(made_up.gap).items()]
-    say(f"{path} lacked the events up to number {made_up.last} of the lost ledger. Charged now, as one sum:")
+    say(f"{path} lacked the lost ledger's events up to number {made_up.last}. Charged now, as one sum:")
     for part in parts or ["nothing: no round was charged in the lost part"]:
         say(f"  {part}")
     now = made_up.ledger.history
@@ -386,13 +387,13 @@ def print_restored_charge(made_up: MadeUp, *, path: Path, anchors: Sequence[Path
 
 
 def print_other_policy(cap: float | None, *, time: str) -> None:
-    """Print a note that another policy than site.toml, with lifetime cap `cap`, was in force at `time`."""
+    """Print a warning that site.toml differs from the policy in force at `time`, whose lifetime cap was `cap`."""
     other = f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {format_cap(cap)})"
-    say(f"{other}. Compare the caps, the leads and everything else before you start the site.")
+    say(f"{other}. Compare the caps, the leads and all other keys before you start the site.")
 
 
 def format_event_time(event: Event) -> str:
-    """Format an event's time with a resolution of one second."""
+    """Format an event's UTC time, truncated to seconds."""
     return f"{event.time[:19].replace('T', ' ')} UTC"
 
 

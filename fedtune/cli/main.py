@@ -60,14 +60,14 @@ COMMANDS: Mapping[str, str] = {
     "run": "run a federation over real sites",
     "flower-app": "write a bundle to run fedtune in an existing Flower federation",
 }
-"""Summaries by command.  A command's module is imported on use, and defines a function of its name or a group `app`."""
+"""One-line help by command.  The command's module defines a function with the command's name, or a group `app`."""
 _MODULES = {"distill": "export", "gate": "release_gate"}
 """Modules of the commands whose name differs from the module's name."""
 _LOADING_S = 0.5
 
 
 class _Fedtune(click.Group):
-    """The top-level command group, which imports only the called command: torch and Hydra take seconds."""
+    """Top-level command group that imports only the called command's module, because torch and Hydra take seconds."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -191,7 +191,7 @@ def _print_message(message: str) -> None:
 
 
 def _make_writable(stream: TextIO | None) -> TextIO:
-    """Return a stream that replaces characters outside its encoding by question marks; None: a null stream."""
+    """Make a stream replace characters outside its encoding by question marks; return a null stream for None."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # None: the shell closed it
@@ -227,7 +227,7 @@ def _run_command(words: list[str]) -> int:
     try:
         os.getcwd()
     except OSError:
-        _print_message("the working folder is gone or unreadable: change to another folder")
+        _print_message("the working directory was deleted or is unreadable: change to another directory")
         return ConfigError.exit_code
     try:
         with fedtune.make_context("fedtune", words) as context:

@@ -19,14 +19,14 @@ def model_hash(
     """Print a base model's hash, as used in policies, federations and run settings, and the files that it covers.
 
       fedtune model-hash models/minilm            a folder with safetensors, or with one GGUF file
-      fedtune model-hash Small-Q4_1.gguf          a GGUF file; its hash is the one that sha256sum prints
+      fedtune model-hash Small-Q4_1.gguf          a GGUF file; sha256sum prints the same hash
       fedtune model-hash package:MODULE/FOLDER    a model in an installed Python package
 
     fedtune never loads other files of the folder. A model that sites refuse is refused here with the same reason.
     """
     if files and as_json:
         raise ConfigError("--json", NOT_GIVEN, "cannot be combined with --files")
-    # transformers takes seconds to import, and rich what matters to a command's help
+    # transformers takes seconds to import, and rich would slow down --help
     from fedtune.model.base_model import hash_model
     from fedtune.model.manifest import build_manifest
     from fedtune.model.source import find_model_folder, resolve_model
@@ -42,6 +42,6 @@ def model_hash(
         sys.stdout.write(manifest.text)
     else:
         sys.stdout.write(f"{digest}\n")
-        sys.stdout.write("\nIt covers:\n" if covered else "")
+        sys.stdout.write("\nHashed files:\n" if covered else "")
         for name, one in covered:
             sys.stdout.write(f"  {one}  {name}\n")

@@ -69,7 +69,7 @@ class Outlook:
 
     @property
     def relative_secure_noise(self) -> float | None:
-        """Noise of the average with secure aggregation, relative to the plan; None without `secure_aggregation`.
+        """Noise in the average with secure aggregation, divided by the plan's noise; None without `secure_aggregation`.
 
         Equals the ratio of the noise multipliers, because every site's noise has the same weight in the average.  If
         all sites are summed, the noise equals that of central training on all records.
@@ -133,7 +133,7 @@ class Outlook:
 
 
 def show_outlook(console: Console, outlook: Outlook) -> None:
-    """Print a run's price, the decision of each site's policy, alternative plans, bytes and time."""
+    """Print a run's privacy cost, the decision of each site's policy, alternative plans, bytes and time."""
     say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
     plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
     promise = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
@@ -143,20 +143,20 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
         promise = f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
     console.print(promise, style=style, markup=False, highlight=False)
     sections = [
-        build_key_value_section(_list_fact_rows(outlook)),
+        build_key_value_section(_render_plan_rows(outlook)),
         _build_sites_section(outlook),
         _build_rounds_section(outlook),
         _build_accountants_section(outlook),
         _build_calendar_section(outlook),
         _build_alternatives_section(outlook),
         _build_resources_section(outlook),
-        *(_list_policy_rows(verdict, outlook) for verdict in outlook.verdicts),
+        *(_build_policy_section(verdict, outlook) for verdict in outlook.verdicts),
         _build_strictest_section(outlook),
     ]
     show(sections, console=console)
 
 
-def _list_fact_rows(outlook: Outlook) -> dict[str, str]:
+def _render_plan_rows(outlook: Outlook) -> dict[str, str]:
     plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
     rate, head_rate = outlook.config.training.compute_peak_rates(clipped=plan.private)
     return render_page(
@@ -185,7 +185,7 @@ def _build_sites_section(outlook: Outlook) -> Section:
 def _list_site_notes(outlook: Outlook) -> Iterator[str]:
     price, plan = outlook.price, outlook.plan
     if not plan.private:
-        yield "Nothing bounds epsilon at any site."
+        yield "Epsilon is unbounded at every site."
         return
     yield "Rate, noise and steps are common to all sites, so epsilon is the same at each site that joins every round."
     largest = price.largest[0]
@@ -202,8 +202,8 @@ def _list_site_notes(outlook: Outlook) -> Iterator[str]:
         noisiest = min(price.sites, key=lambda name: price.sites[name].declared_size)
         ratio = price.sites[noisiest].step_noise / price.sites[largest].step_noise
         yield f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}."
-    given_away = f"at most this many {plan.unit}s are expected to give away something only they could have caused"
-    yield f"delta x size: {given_away}; keep it far below 1."
+    given_away = f"upper bound on the expected number of {plan.unit}s with a leak that only they could explain"
+    yield f"delta x size: {given_away}. Keep it far below 1."
 
 
 def _build_rounds_section(outlook: Outlook) -> Section:
@@ -212,7 +212,7 @@ def _build_rounds_section(outlook: Outlook) -> Section:
         epsilons = map(format_epsilon, (one.pld, one.rdp, one.filter))
         rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
     if any(one.spare for one in rounds):
-        notes.append("* a spare round: charged only when an interrupted one is tried again.")
+        notes.append("* a spare round: charged only if an interrupted round is repeated.")
     if 0 < len(rounds) < most:
         notes.append(f"{len(rounds)} of {most:,} rounds are shown.")
     headings = ("round", "steps", "PLD", "RDP", "filter")
@@ -227,8 +227,8 @@ def _build_accountants_section(outlook: Outlook) -> Section:
     other = "a ledger with an order fixed for other runs spends more of its cap"
     anew = "WRONG for the run: one round only, as if the privacy engine were rebuilt every round"
     rows = (
-        ("PLD", price.epsilon, "the run's figure: a bound for a plan that was fixed beforehand"),
-        ("RDP", price.epsilon_rdp, "a looser bound, kept as an independent check"),
+        ("PLD", price.epsilon, "the run's epsilon: a bound for a plan that is fixed in advance"),
+        ("RDP", price.epsilon_rdp, "a looser bound, as an independent check"),
         ("Renyi filter", price.epsilon_filter, f"{cap}; {other}"),
         ("restarted each round", price.epsilon_of_one_round, anew),
     )
@@ -256,7 +256,7 @@ def _build_alternatives_section(outlook: Outlook) -> Section:
     noise = f"noise multiplier\nfor epsilon {outlook.epsilon:.4g}"
     headings = ("change", noise, "noise in a\nmean gradient", "epsilon at\nthis noise")
     title = "What if" if outlook.plan.runs == 1 else f"What if: epsilon of all {outlook.plan.runs} runs"
-    note = "A larger batch needs more noise in its sum but divides it by more, so its mean gradient can be better."
+    note = "A larger batch requires more noise in its sum, but its mean gradient can still be less noisy."
     return Section(title, headings, rows, notes=[note])
 
 
@@ -281,32 +281,32 @@ def _build_resources_section(outlook: Outlook) -> Section:
         ("all training", f"at most about {alone} if one machine simulates all sites"),
     )
     machine = f"Times are for this machine ({outlook.device}) with every example {full}{users}"
-    notes = [f"{machine}; evaluation and start-up come on top."]
+    notes = [f"{machine}. They do not include evaluation and start-up."]
     return Section("Bytes and time", ("what", "how much"), rows, words={0, 1}, notes=notes)
 
 
-def _list_policy_rows(verdict: DryRun, outlook: Outlook) -> Section:
+def _build_policy_section(verdict: DryRun, outlook: Outlook) -> Section:
     rows = []
     for one in verdict.broken:
         asked, allowed = to_printable(one.asked or "-", 40), to_printable(one.allowed or "-", 60)
         rows.append((f"{explain_refusal(one.reason)} ({one.reason})", asked, allowed))
-    lead = f"Asked by lead {group_hex_start(verdict.lead)}"
+    lead = f"Requested by lead {group_hex_start(verdict.lead)}"
     notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else lead]
     if verdict.taken is not None and verdict.would_be is not None:
         of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"
-        ledger = "Its ledger" if verdict.ledger == "read" else "No ledger next to the policy; a new one"
+        ledger = "Its ledger" if verdict.ledger == "read" else "No ledger next to the policy. A new ledger"
         left = "" if verdict.runs_left is None else f" Room for {pluralize(verdict.runs_left, 'run')} like this one."
         taken, would_be = format_epsilon(verdict.taken), format_epsilon(verdict.would_be)
-        notes.append(f"{ledger}: epsilon {taken} spent, {would_be} with this run, by the filter; {of}.{left}")
+        notes.append(f"{ledger}: epsilon {taken} spent, {would_be} with this run, by the filter, and {of}.{left}")
     if rows:
         ways = [pluralize(verdict.most_rounds, "round")] if verdict.most_rounds else []
         ways += [f"noise multiplier {verdict.least_noise:g}"] if verdict.least_noise is not None else []
-        accepted = f"Would be accepted: {' or '.join(ways)}, everything else as planned."
+        accepted = f"Acceptable: {' or '.join(ways)}, with all other settings as planned."
         notes.append(accepted if ways else "Neither fewer rounds nor more noise alone would be accepted.")
     if verdict.note:
         notes.append(f"Note: {verdict.note}.")
     answer = "would accept the run" if verdict.allowed else "would refuse the run"
-    title, headings = f"{verdict.site} {answer} ({verdict.policy})", ("broken rule", "asked for", "allowed")
+    title, headings = f"{verdict.site} {answer} ({verdict.policy})", ("violated rule", "requested", "allowed")
     return Section(title, headings, rows, words={0, 1, 2}, notes=notes)
 
 
@@ -315,7 +315,7 @@ def _build_strictest_section(outlook: Outlook) -> Section:
         return Section()
     if strictest.most_epsilon is None:
         never = ", ".join(one.site for one in outlook.verdicts if one.most_epsilon is None)
-        return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon, by the rules above."])
+        return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon because of the rules above."])
     limit = strictest.limit
     why = "" if limit is None else f" ({limit.reason}: {to_printable(limit.allowed or '-', 60)})"
     everybody = "it accepts" if len(outlook.verdicts) == 1 else f"all {len(outlook.verdicts)} sites accept"
@@ -336,7 +336,7 @@ def print_outlook(
     trials: int | None,
     as_json: bool,
 ) -> None:
-    """Compute and print the forecast of a run; the arguments are those of `fedtune plan`.
+    """Compute and print the forecast of a run.  The arguments are those of `fedtune plan`.
 
     Raises:
         ConfigError: a setting, a policy or an argument is invalid, or no solution exists for the target.
@@ -350,7 +350,7 @@ def print_outlook(
     with Console(stderr=True).status("Computing the cost ..."):
         compose = partial(compose_run, for_real_sites=bool(policies))
         config, planned = _solve_plan(compose, overrides, target)
-        # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
+        # For given noise, use its epsilon.  For calibrated noise, epsilon is just below the target, so use the target.
         given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
         epsilon = planner.compute_target_epsilon(planned) if given and planned.private else config.privacy.epsilon
         forecast, device = _forecast_resources(config, planned) if time else (None, "")
@@ -385,7 +385,7 @@ def print_outlook(
 
 
 def _plan_secure_aggregation(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:
-    """Plan the same run with secure aggregation; None if the run already uses it, or its settings exclude it."""
+    """Plan the same run with secure aggregation; None if the run already uses it, or other settings exclude it."""
     if not planned.private or planned.shared is not None:
         return None
     settings = config.to_json()
@@ -422,7 +422,7 @@ def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | Non
 
 
 def _forecast_resources(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
-    """Forecast bytes and time; return the forecast and the device type that it is valid for."""
+    """Forecast the bytes and the time of a run; return the forecast and its device type."""
     # Imported late: torch and transformers take seconds, and an invalid override should fail immediately.
     from fedtune.federation.forecast import forecast
     from fedtune.ops.round_bytes import estimate_round_bytes

@@ -32,31 +32,31 @@ if TYPE_CHECKING:  # it takes a while to import
 
 
 def explain_refusal(reason: str) -> str:
-    """Return the explanation of a refusal, with the wording of the report."""
-    return load_catalog("en").texts["refusal"].get(reason, "for a reason that this version does not know")
+    """Return the explanation of a refusal reason, with the wording of the privacy report."""
+    return load_catalog("en").texts["refusal"].get(reason, "for a reason unknown to this version")
 
 
 def explain_guarantee(unit: str, *, epsilon: float, delta: float) -> str:
-    """Return the explanation of (epsilon, delta) for one unit, with the wording of the report."""
+    """Return the explanation of (epsilon, delta) for one privacy unit, with the wording of the privacy report."""
     texts = load_catalog("en")
     factor, addition = texts.figure(epsilon, "factor"), texts.figure(delta, "exact")
     return texts.text(f"promise.{unit}", factor=factor, delta=addition).unescape()
 
 
 def describe_event(event: Event, *, own: str = "") -> str:
-    """Describe a ledger event in plain language; `own` is the kind of a release by the site itself."""
+    """Describe a ledger event in plain language.  `own` is the kind of a release that the site made itself."""
     detail = event.detail
     match event.kind:
         case Kind.PLAN:
             proposal = decode(Proposal, detail["proposal"])
             plan = proposal.plan
             spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
-            seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
-            start = f"; it starts from the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
+            seeded = "; NO GUARANTEE: its noise is seeded" if proposal.seeded_noise else ""
+            start = f"; starts from the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
             what = f"{to_printable(proposal.task)} on {to_printable(proposal.dataset)}"
             mechanisms = _describe_mechanisms(dp_events.to_json(plan.event()))
             each = f"{pluralize(plan.num_rounds, 'round')}{spare}, each {mechanisms}"
-            kept = f"the cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
+            kept = f"the cost of all rounds is reserved until {str(detail['expires'])[:10]}{start}{seeded}"
             if not proposal.lead:
                 return f"release for the site's own use accepted: {what}, {mechanisms}"
             return f"run accepted from lead {group_hex_start(proposal.lead)}: {what}, {each}; {kept}"
@@ -67,20 +67,20 @@ def describe_event(event: Event, *, own: str = "") -> str:
             return (
                 "charge complete: other software computes the release"
                 if own in CHARGED_ONLY
-                else "answer stored at the site"
+                else "result stored at the site"
             )
         case Kind.COMMIT:
             return "reply stored, ready to send"
         case Kind.RELEASE if detail.get("what") != "offer":
-            return f"handed out: {to_printable(detail.get('what'))}"
+            return f"released: {to_printable(detail.get('what'))}"
         case Kind.RELEASE:
             noise = detail["least_noise"]
-            others = "no noise would be enough" if noise is None else f"noise of at least {noise:g}"
+            others = "no noise suffices" if noise is None else f"noise of at least {noise:g}"
             rounds = pluralize(detail["most_rounds"], "round")
-            return f"told a lead what a run may request: up to {rounds}, or {others}"
+            return f"sent a lead the limits for a run: up to {rounds}, or {others}"
         case Kind.REFUSAL:
             rule, asked, allowed = (detail.get(key) for key in ("reason", "asked", "allowed"))
-            numbers = [f"asked for {to_printable(asked, 40)}"] if asked is not None else []
+            numbers = [f"requested {to_printable(asked, 40)}"] if asked is not None else []
             numbers += [f"allowed {to_printable(allowed)}"] if allowed is not None and rule != Reason.LEADS else []
             return f"refused: {explain_refusal(str(rule))} ({'; '.join([*numbers, f'rule {to_printable(rule)}'])})"
         case Kind.NOTE:
@@ -106,9 +106,9 @@ def _describe_note(detail: dict[str, Any]) -> str:
                 caps += [] if budget[key] is None else [f"{budget[key]:g} a {name}"]
             return f"policy in force: {', '.join(caps)} (digest {detail['sha256'][:12]}...)"
         case "run_ended":
-            return "run over: its unspent reserve is released"
+            return "run ended: its unspent reserve is released"
         case "date_confirmed":
-            return "a person at the site confirmed the date, so that a new period of the budget may begin"
+            return "a person at the site confirmed the date, so a new budget period can begin"
         case "restored":
             gap = [format_mechanism(dp_events.from_json(data), count) for data, count in detail["gap"]]
             charged = f"charged for the missing events up to event {detail['end']} of the lost ledger"
@@ -138,7 +138,7 @@ def check_policy(file: Path, *, as_json: bool) -> None:
 
     machine = read_site_settings(file).machine
     cautions = tuple(budget_text.list_cautions(policy, amount, folder=file.parent))
-    if not as_json:  # first, since the ledger beside it may not be what it should be
+    if not as_json:  # first, because the check of the ledger may raise an error
         say(f"Policy of site {policy.site} ({file})", style="bold")
         headings = ("key", "value, and what it means")
         warnings = Section(pluralize(len(cautions), "warning"), headings, cautions, words={0, 1})
@@ -182,7 +182,7 @@ def _build_policy_section(policy: Policy, amount: Amount, *, folder: Path) -> Se
 def render_page(page: str, **values: object) -> dict[str, str]:
     """Render a template of templates/ as a mapping from headings to texts.
 
-    In the template, a line with one level of indentation starts a new line of the text; deeper lines continue it.
+    In the template, a line with one level of indentation starts a new line of the text, and deeper lines continue it.
     """
     said: dict[str, str] = {}
     for line in _load_templates().get_template(f"{page}.j2").render(**values).split("\n"):

@@ -35,7 +35,7 @@ def plan(
       fedtune plan --target noise federation.num_rounds=40
       fedtune plan --target rounds privacy.noise_multiplier=1.5
       fedtune plan --target sampling_rate privacy.noise_multiplier=1.5
-      fedtune plan --trials 12                           the price of a search with twelve trials
+      fedtune plan --trials 12                           the cost of a search with twelve trials
       fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml
     docs/planning.md explains every figure.
     """

@@ -28,7 +28,7 @@ def run(
       fedtune run --kit LEAD experiment=banks_intents sites=[north,south]     only these sites
       fedtune run --kit LEAD tickets.yaml --epsilon 3        short for experiment=tickets.yaml privacy.epsilon=3
       fedtune run --kit LEAD name=trial federation.min_sites=2                 all sites, at least two per round
-      fedtune run --kit LEAD -m privacy.epsilon=1,3                            one run per value; prints the price first
+      fedtune run --kit LEAD -m privacy.epsilon=1,3                            one run per value; prints the cost first
       fedtune run status runs/trial                                            progress and spending of each site
       fedtune run stop runs/trial                                              stop; charged rounds stay charged
       fedtune run stop runs/trial --for-good --kit LEAD                        also end the run at its sites

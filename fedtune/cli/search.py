@@ -19,7 +19,7 @@ from fedtune.sites.session import Session
 def search(
     overrides: Overrides = (),
     method: Annotated[Method, Option("every combination, random draws, or draws guided by earlier scores")] = "random",
-    trials: Annotated[int | None, Option("number of runs (a grid fixes its own)", metavar="K")] = None,
+    trials: Annotated[int | None, Option("number of runs (ignored for a grid)", metavar="K")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search for the settings with the best score on data.validation_file, on this machine.

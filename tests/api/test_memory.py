@@ -223,7 +223,7 @@ def test_write_rows_converts_cells_to_json() -> None:
         ({"a": [1], "b": [1, 2]}, "columns of different lengths"),
         ([{"a": 1}, {"a": object()}], r"data:2, column 'a' = 'object': must be text, a number"),
         ([{"a": b"image"}], r"data:1, column 'a' = 'bytes': .*need a file"),
-        ([{"1": 1, 1: 2}], r"data:1 = 'a duplicate column': must have distinct names"),
+        ([{"1": 1, 1: 2}], r"data:1 = 'a duplicate column': must have distinct column names"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), r"data, column 'a' = 'a duplicate column'"),
     ],
 )

@@ -173,7 +173,7 @@ def test_ledger_commands_and_report_show_releases(tmp_path: Path) -> None:
     ledger.charge("opacus", noise_multiplier=1.5, sampling_rate=0.01, steps=100)
     for words, text in (
         ("show", "histogram on population, 1 noised sum"),
-        ("show", "answer stored at the site"),
+        ("show", "result stored at the site"),
         ("show", "charge complete: other software computes the release"),
         ("spent", "dp_sgd opacus"),
         ("verify", "Checked"),

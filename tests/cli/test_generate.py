@@ -121,7 +121,7 @@ def test_missing_column_error_suggests_the_columns_option(asks: tuple[str, str],
     rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
     outcome = run_command(asks[0], str(runs / "intents"), asks[1], str(rows))
     assert (outcome.code, outcome.out) == (2, "")
-    wanted = "is missing (role text); name another with --columns '{text: COLUMN}', one of 'body', 'label'"
+    wanted = "is missing (role text); choose another with --columns '{text: COLUMN}', one of 'body', 'label'"
     assert outcome.message.count(wanted) == 1
     assert "data.columns" not in outcome.message
 
@@ -218,7 +218,7 @@ def test_evaluate_compares_scores_with_the_base_model(runs: Path, tmp_path: Path
     assert "the best constant answer: accuracy" in " ".join(outcome.out.split())
     # Before training, the head is zero: every label is as likely as any other.
     assert told["beside_base"]["loss"]["base"]["value"] == pytest.approx(4.3438, abs=1e-4)
-    trained_on = "trained on records of this file: these scores say nothing about new records"
+    trained_on = "trained on records of this file: these scores do not measure performance on new records"
     assert trained_on not in " ".join(outcome.out.split())
     run = Path(shutil.copytree(runs / "intents", tmp_path / "run"))
     edit_config(run, data={"train_file": str(rows), "columns": {"text": "body", "label": "label"}})

@@ -23,7 +23,7 @@ def test_model_hash_covers_weights_configuration_and_tokenizer(tmp_path: Path) -
     (folder / "README.md").write_text("not covered")
     digest, blank, title, *files = run_command("model-hash", str(folder)).printed.splitlines()
     assert digest == build_manifest(folder).sha256 == hash_model(ModelSpec(path=str(folder)))
-    assert (blank, title) == ("", "It covers:")
+    assert (blank, title) == ("", "Hashed files:")
     assert [line.split()[1] for line in files] == ["config.json", "model.safetensors", "tokenizer.json"]
     said = json.loads(run_command("model-hash", str(folder), "--json").out)
     assert (said["sha256"], said["files"]) == (digest, dict(build_manifest(folder).files))

@@ -140,7 +140,7 @@ def test_plan_checks_a_policy_and_suggests_acceptable_settings(
     # It is asked about the plan that was solved for.
     outcome = plan("--target=rounds", "privacy.epsilon=1", policy)
     assert "max_rounds" in outcome.out
-    assert "Would be accepted: 4 rounds, everything else as planned." in outcome.out
+    assert "Acceptable: 4 rounds, with all other settings as planned." in outcome.out
     said = plan_json("model.dtype=auto", policy)
     (told,) = said["policies"]
     assert [told[key] for key in ("allowed", "site", "ledger", "lead")] == [True, "site-1", "new", lead_key.public]
@@ -163,7 +163,7 @@ def test_plan_prints_the_strictest_site_and_a_common_epsilon(
     more = plan_json("privacy.noise_multiplier=null", "privacy.epsilon=0.21", *policies)
     assert [one["allowed"] for one in more["policies"]] == [True, False, True]
     never = " ".join(plan("lora.rank=64", *policies[:2]).out.split())
-    assert "Strictest: site-1, site-2 would refuse this run at every epsilon, by the rules above." in never
+    assert "Strictest: site-1, site-2 would refuse this run at every epsilon because of the rules above." in never
     assert "Strictest" not in plan("privacy=none", "privacy.noise_multiplier=null", *policies).out
 
 

@@ -190,7 +190,7 @@ def test_distillation_is_reproducible_by_seed(finished: Path, texts: Path, tmp_p
     lines = [line.split() for line in told.printed.splitlines()]
     assert [line[0] for line in lines if line[:1] in (["teacher"], ["student"])] == ["teacher", "student"]
     assert ["metric", "teacher", "student", "difference", "95", "%", "interval", "student", "is"] in lines
-    assert f"Taught on {len(TEXTS)} texts." in told.out
+    assert f"Distilled on {len(TEXTS)} texts." in told.out
     assert fedtune.load(finished).distill(tmp_path / "again", texts=texts, passes=1).texts == len(TEXTS)
     assert run_command(*words, str(tmp_path / "other"), "--seed", "1").code == 0
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again", "other")]
