@@ -51,21 +51,19 @@ def init(
     made = provisioning.init_federation(file, out=out, now=datetime.now(UTC))
     say(f"Federation {made.settings.name} is in {made.folder}/.", style="bold")
     uses = {
-        "authority": "signs certificates; keep it offline, and a backup of it",
+        "authority": "signs certificates; keep it and a backup offline",
         "server": "the server's kit",
         "lead": "the lead's kit; keep a backup of lead_key.pem",
     }
     rows = [(f"{of}/", use, f"{made.certificates[of].not_after:%Y-%m-%d}") for of, use in uses.items()]
-    rows.append(("sites/", "the sites' kits, as they join", ""))
+    rows.append(("sites/", "kits of the sites that join", ""))
     show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
-    _print_fingerprints(
-        "Keys of the federation: read them to each site over the telephone:", _list_federation_keys(made)
-    )
+    _print_fingerprints("Keys of the federation: read them to each site by phone:", _list_federation_keys(made))
     server = f"Copy {made.folder}/server to the machine that {made.settings.server} names"
     let_in = f"fedtune provision add-site join_request.json --federation {made.folder}"
     offline = f"Move {made.folder}/authority to offline storage. It is needed only to add sites and renew certificates."
-    ask = "Ask each site for the join_request.json that `fedtune site init` makes there, and let it in"
-    _print_steps(offline, f"{server}, and start the server there as its README.md says.", f"{ask}: {let_in}")
+    ask = "Ask each site for the join_request.json that `fedtune site init` creates, and add the site"
+    _print_steps(offline, f"{server}, and start the server there as described in its README.md.", f"{ask}: {let_in}")
 
 
 @command(app, "add a site", name="add-site")
@@ -87,7 +85,7 @@ def add_site(
     _show_admitted(federation, done)
 
 
-@command(app, "a new certificate for a site", name="renew-site")
+@command(app, "issue a new certificate for a site", name="renew-site")
 def renew_site(
     name: SiteName,
     request: Annotated[Path | None, Argument("REQUEST", help="a new join_request.json of the same site")] = None,
@@ -116,7 +114,7 @@ def renew_site(
         )
         _require_key_comparison(federation, asked, already=compared)
         done = admit()
-    say(f"Site {done.member.site} is renewed. Nothing changes for the other sites.", style="bold")
+    say(f"Site {done.member.site} is renewed. The other sites are not affected.", style="bold")
     for change in done.changes:
         say(to_printable(change, _MOST_TEXT))
     _show_admitted(federation, done, new_to_server=bool(done.changes))  # which knows the site by its key
@@ -134,13 +132,13 @@ def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
     say(f"To add it again, with a new key: fedtune provision renew-site {member.site} REQUEST")
 
 
-@command(app, "a new certificate for the server", name="renew-server")
+@command(app, "issue a new certificate for the server", name="renew-server")
 def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
     """Create a new certificate for the server's key, with the server names in federation.toml."""
     _renew_certificate("server", federation, days)
 
 
-@command(app, "a new certificate for the lead", name="renew-lead")
+@command(app, "issue a new certificate for the lead", name="renew-lead")
 def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
     """Create a new certificate for the lead's connection key. The lead's signing key does not change."""
     _renew_certificate("lead", federation, days)
@@ -158,7 +156,7 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     headings, none = ("site", "state", "certificate until", "data sets (declared size)"), ["No site has joined yet."]
     sites = Section(pluralize(len(rows), "site"), headings, rows, words=range(4), notes=[] if rows else none)
     own = [(name, _format_expiry(certificate, now)) for name, certificate in made.certificates.items()]
-    sections = [sites, Section("The federation's own certificates", ("of", "until"), own, words={0, 1})]
+    sections = [sites, Section("Certificates of the federation", ("of", "until"), own, words={0, 1})]
     heading = f"Federation {made.settings.name}, server {made.settings.server}"
     print_answer(_to_json(made, now), sections, as_json=as_json, heading=heading)
     for warning in [] if as_json else _list_expiry_warnings(made, now):
@@ -183,18 +181,18 @@ def restore(
     from fedtune.ops.backup import restore_federation
 
     restore_federation(file, out=out)
-    again = "Revoke the sites again that you revoked since the backup, and add the sites again that joined since then."
+    again = "Repeat the revocations and additions of sites since the backup."
     say(f"The federation's folder is {out}. {again}")
 
 
 def _format_roster_instruction(folder: Path) -> str:
-    until_then = "Until then nothing changes there; no restart is needed."
+    until_then = "The server loads it without a restart."
     other = f"A lead's kit on another machine needs {folder}/lead/roster.json."
     return f"Copy {folder}/server/roster.json into the server's kit. {until_then} {other}"
 
 
 def _require_key_comparison(folder: Path, request: JoinRequest, *, already: bool) -> None:
-    """Print the key fingerprints, and ask for confirmation that the site has the same, unless `already` confirmed.
+    """Print the key fingerprints, and ask for confirmation that the site's keys are equal, unless `already` confirmed.
 
     Raises:
         RunError: the user did not confirm; nothing was changed.
@@ -204,7 +202,7 @@ def _require_key_comparison(folder: Path, request: JoinRequest, *, already: bool
         say(f"Data set {name}: declared size {declared_size:,}.")
     call = "Call the site at a number that you know from elsewhere, and have it read out these keys."
     keys = {"connection key": compute_key_fingerprint(request.node_key), "site key": request.site_key}
-    _print_fingerprints(f"{call} If one differs, somebody else made the request.", keys)
+    _print_fingerprints(f"{call} If a key differs, somebody else made the request.", keys)
     _print_fingerprints(
         "Read these aloud. The site writes them down and compares them with README.md in its kit.",
         _list_federation_keys(made),
@@ -212,9 +210,8 @@ def _require_key_comparison(folder: Path, request: JoinRequest, *, already: bool
     say("")
     if not already:
         otherwise = (
-            f"nothing is changed: {request.site} joins once you have compared its keys. If one differed, "
-            "the request is "
-            "somebody else's: have the site send its own again, through another channel"
+            f"nothing is changed: {request.site} joins after you have compared its keys. If a key differs, somebody "
+            "else made the request: ask the site to send its request again, through another channel"
         )
         require_confirmation("Did the site read out the same keys?", otherwise=otherwise)
 
@@ -270,7 +267,8 @@ def _list_expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str
             left = _format_days_left(certificate, now)
             yield f"The certificate of {name}: {left}. Renew it: fedtune provision {renewal}"
     if own["authority"].count_days_left(now) < SOON_DAYS:
-        yield f"The authority: {_format_days_left(own['authority'], now)}. Provision the federation again."
+        left = _format_days_left(own["authority"], now)
+        yield f"The certificate of the authority: {left}. Provision the federation again."
 
 
 def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:

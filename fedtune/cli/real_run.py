@@ -50,13 +50,13 @@ def begin_run(
     or_resume: bool,
     metrics: str | None,
 ) -> None:
-    """Start a run or a sweep; the arguments are those of `fedtune run`.
+    """Start a run or a sweep.  The arguments are those of `fedtune run`.
 
     Raises:
         ConfigError: a setting or an argument is invalid.
     """
     words = words if renew is None else (*words, f"renew={quote_word(str(renew))}")
-    # A service always starts with the same words; a run that has begun keeps its own settings and sites.
+    # A service always starts with the same words.  A run that has begun keeps its settings and sites.
     if or_resume:
         if not any(word.startswith("name=") for word in words):
             raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: set a fixed name for the run")
@@ -76,12 +76,12 @@ def begin_run(
 
 
 def resume_run(words: Sequence[str], *, kit: Path | None, metrics: str | None) -> None:
-    """Resume the run in the folder `words[0]`; the remaining words are overrides."""
-    folder, settings = _run_folder("resume", words), words[1:]
+    """Resume the run in the folder `words[0]` with the remaining words as overrides."""
+    folder, settings = _parse_run_folder("resume", words), words[1:]
     start_run([f"resume={quote_word(str(folder))}", *settings], kit=_read_lead_kit(kit), metrics=metrics)
 
 
-def _run_folder(action: str, words: Sequence[str]) -> Path:
+def _parse_run_folder(action: str, words: Sequence[str]) -> Path:
     if not words:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {action} FOLDER")
     return Path(words[0])
@@ -96,14 +96,14 @@ def _read_lead_kit(folder: Path | None) -> Kit:
 def start_run(
     words: Sequence[str], *, kit: Kit, metrics: str | None = None, over: Callable[..., Any] | None = None
 ) -> None:
-    """Start or resume a run over fedtune's own connection, or over Flower's Grid (`over`)."""
+    """Start or resume a run over fedtune's HTTPS connections, or over a Flower Grid if `over` is given."""
     # Checked before the slow import of torch and Flower, so that an invalid setting fails immediately.
     again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
     _start_or_resume(compose_for_sites(words, kit=kit), again, kit=kit, metrics=metrics, over=over)
 
 
 def _start_sweep(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
-    """Print the total price of a sweep, then start or resume its runs sequentially."""
+    """Print the total privacy cost of a sweep, then start or resume its runs one after another."""
     trials = Trials.from_sweep(words, partial(compose_for_sites, kit=kit))
     again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
     with show_several_runs(trials, Console(), again=again):
@@ -123,7 +123,7 @@ def _start_or_resume(
         kit.check_certificate(datetime.now(UTC))
     config = run_shown_public_stage(config, console := Console(), again=same_again)
     folder = find_run_folder(config)
-    # Before the run's log takes the place of what Flower's import sets up.
+    # Imported before the run's log replaces the log handlers that the import of Flower installs.
     from fedtune.ops.deployment import LeadService
     from fedtune.ops.metrics import serve_metrics
 
@@ -138,13 +138,13 @@ def _start_or_resume(
 
 
 def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
-    """Stop the run in the folder `words[0]`; with `for_good`, also end it at its sites.
+    """Stop the run in the folder `words[0]`, and with `for_good` also end it at its sites.
 
     Raises:
         ConfigError: the run folder or the lead's kit is missing.
         RunError: the run's process is unknown, or did not stop in time.
     """
-    folder = _run_folder("stop", words)
+    folder = _parse_run_folder("stop", words)
     lead = _read_lead_kit(kit) if for_good else None
     files = RunFolder(folder)
     if lead is not None and not files.config.is_file():
@@ -194,7 +194,7 @@ def print_status(words: Sequence[str], *, kit: Path | None, as_json: bool) -> No
     if not words and kit is not None:
         _print_online_sites(_read_lead_kit(kit), as_json=as_json)
         return
-    folder = _run_folder("status", words)
+    folder = _parse_run_folder("status", words)
     config = read_saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     plan, answers, sites, rows = config.plan(), read_latest_answers(folder), dict[str, dict[str, Any]](), []
@@ -219,6 +219,6 @@ def _print_online_sites(kit: Kit, *, as_json: bool) -> None:
     from fedtune.ops.deployment import LeadService
 
     online = LeadService(kit=kit, federation=list_federation_settings(kit)).list_online_sites()
-    rows = [(site, "online" if there else "not heard") for site, there in online.items()]
+    rows = [(site, "online" if there else "no response") for site, there in online.items()]
     sections = [Section(headings=("site", "now"), rows=rows, words=range(2))]
     print_answer({"schema_version": SCHEMA_VERSION, "online": online}, sections, as_json=as_json)

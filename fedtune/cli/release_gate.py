@@ -1,4 +1,4 @@
-"""`fedtune gate`: output-checking rules for the release of a finished run's model."""
+"""`fedtune gate`: decision by rules on the release of a finished run's model (output checking)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def gate(
     styles = {number: _MARKS[check.state][1] for number, check in enumerate(found)}
     notes = [f"written: {run / name}" for name in (gate_verdict.GATE, *cards)]
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles, notes=notes)
-    heading = f"{run} by the rules {limits.name}: {'the model may leave' if not verdict.failed else 'it may NOT leave'}"
+    decision = "must NOT" if verdict.failed else "may"
+    heading = f"{run} by the rules {limits.name}: the model {decision} be released"
     figures = {"schema_version": SCHEMA_VERSION, "passed": not verdict.failed, "verdict": verdict}
     print_answer(figures, [section], as_json=as_json, heading=heading)
     if verdict.failed:

@@ -60,7 +60,7 @@ def build(
         Path | None, Option(metavar="DIR", help="output folder (default: the run folder, or <ledger>.report)")
     ] = None,
     language: Annotated[Language | None, Option("language of the page (default: the run's setting, else en)")] = None,
-    pdf: Annotated[bool, Option("also write report.pdf; needs the extra pdf")] = False,
+    pdf: Annotated[bool, Option("also write report.pdf (requires the extra pdf)")] = False,
     label: Annotated[bool, Option("also write label.svg, a privacy label to publish")] = False,
     registry: Annotated[bool, Option("also write registry.json, an entry for a public registry of runs")] = False,
     requirements: Annotated[
@@ -106,7 +106,7 @@ def build(
         )
     if key is not None:
         report = signing.sign_report(report, key)
-        signing.verify_report_signature(report)  # a ledger's report is signed by the key that its events are signed by
+        signing.verify_report_signature(report)  # a ledger's report must be signed with the key of its events
     from fedtune.data.records import resolve_file
     from fedtune.report.page.render import render_label, write_files
     from fedtune.report.registry_entry import REGISTRY, build_registry_entry, convert_registry_to_json
@@ -141,7 +141,7 @@ def build(
     for written in (path for path in paths if path.parent == (output or folder)):
         say(f"{written.name + ':':<12} {written}")
     if registry and (missing := build_registry_entry(report, about)["missing"]):
-        text = f"{REGISTRY} lacks entries that only a person can make, in {place}: {', '.join(missing)}"
+        text = f"{REGISTRY} lacks entries that only a person can provide in {place}: {', '.join(missing)}"
         say(text, style="bold yellow")
     if mapped is not None:
         show([build_map_section(mapped)])
@@ -209,7 +209,7 @@ def schema() -> None:
 
 
 def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
-    """Find the public keys for verifying a report: a ledger's report is signed by its site, a run's report by the lead.
+    """Find the keys that verify a report: the site's key for a ledger's report, or the lead's key for a run's report.
 
     Returns:
         The key that must have signed the report, the sites' keys, and the check of the roster.
@@ -226,7 +226,7 @@ def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, M
         site = report.facts.site
         if (member := next((one for one in roster.sites if one.site == site), None)) is None:
             raise ConfigError("--roster", str(path), f"does not list the site {to_printable(site)}")
-        text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked."
+        text = f"{path} names this key for {site}. The lead's signature on that roster is not checked."
         if member.revoked:
             text += f" {site} was revoked at {member.revoked}; a later report does not belong to this federation."
         return key or member.site_key, keys, Check(name="roster", state="not_checked", text=to_printable(text))
@@ -239,7 +239,7 @@ def find_roster_key(report: Report, path: Path, key: str | None) -> tuple[str, M
 
 
 def format_verdict(report: Report) -> tuple[str, str]:
-    """Format the verdict with its epsilon and delta; return the text and its terminal style."""
+    """Format the verdict with its epsilon and delta, and return the text with its terminal style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
     style, facts = _NO_ROOM if explain_missing_room(report) else _STYLES[report.verdict.state], report.facts
     said = load_catalog("en").texts["verdict"][report_outcome(report)]

@@ -82,7 +82,7 @@ def _build_site_overrides(names: Sequence[str]) -> list[str]:
 
 
 def _read_experiment_participants(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
-    """Read `federation.participants` from the experiment file; empty means all sites of the roster."""
+    """Read `federation.participants` of the experiment; an empty tuple means all sites of the roster."""
     others = [word for word in words if not word.startswith("data.declared_sizes=")]
     known = _build_site_overrides([member.site for member in find_members(kit, ())])
     return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
@@ -108,9 +108,9 @@ def print_config(
     if info is not None:
         node = read_hydra_settings(hydras)
         path = [(one["provider"], f"{one['schema']}://{one['path']}") for one in node["runtime"]["config_sources"]]
-        headings, files = ("file", "package", "named by"), list_composed_files(hydras)
+        headings, files = ("file", "package", "included by"), list_composed_files(hydras)
         tables = {"searchpath": Section("Search path", ("provider", "path"), path, words={0, 1})}
-        tables["defaults"] = Section("Files, in their order", headings, files, words={0, 1, 2})
+        tables["defaults"] = Section("Config files in order of composition", headings, files, words={0, 1, 2})
         show(table for name, table in tables.items() if info in (name, "all"))
         return
     begun = any(word.startswith(("resume=", "renew=")) for word in words)

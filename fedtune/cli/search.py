@@ -30,8 +30,8 @@ def search(
       fedtune search experiment=banks_intents name=s training.learning_rate='log(0.001,0.1)' --trials 8
       fedtune search experiment=banks_intents name=s lora.rank=4,8 lora.alpha=8,16 --method grid
       fedtune search experiment=banks_intents name=s training.learning_rate='log(0.001,0.1)' --trials 8 --method tpe
-    Every trial is charged to the same ledgers. The total price is printed before the first trial. No trial starts if
-    the budget of a site in runtime.sites_dir is too small (fedtune plan --trials 8 only prints the price). Repeat the
+    Every trial is charged to the same ledgers. The total cost is printed before the first trial. No trial starts if
+    the budget of a site in runtime.sites_dir is too small (fedtune plan --trials 8 only prints the cost). Repeat the
     same command to resume the search. See docs/planning.md for the guarantee.
     """
     console = Console(stderr=as_json)

@@ -227,7 +227,7 @@ def personalize(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson 
 def pause(kit: KitFolder) -> None:
     """Pause the site. It answers every request with 'paused' until `fedtune site resume`."""
     _load_site_state(kit).set_paused(True)
-    sys.stdout.write("Paused: every request is answered with 'paused'. A round that has begun is finished.\n")
+    sys.stdout.write("Paused: every request is answered with 'paused'. A round in progress is finished.\n")
 
 
 @command(app, "resume after a pause")
@@ -251,10 +251,10 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
     for name in open_runs:
         ledger.end_run(name)
     sys.stdout.write(
-        f"{own.site} has left {own.federation}; {pluralize(len(open_runs), 'open run')} ended, and what they had set "
-        "aside is released.\nA running `fedtune site start` stops by itself. Ask the lead to shut the site out:\n"
+        f"{own.site} has left {own.federation}; {pluralize(len(open_runs), 'open run')} ended, and their reserved "
+        "budget is released.\nA running `fedtune site start` stops by itself. Ask the lead to revoke the site:\n"
         f"  fedtune provision revoke-site {own.site}\n"
-        f"Keep {files.ledger} and {files.site_key}: they show what was spent. To come back, remove {state.left_file}.\n"
+        f"Keep {files.ledger} and {files.site_key}: they document the spending. To rejoin, remove {state.left_file}.\n"
     )
 
 
@@ -291,7 +291,7 @@ def restore(
 
     files, made_up = restore_site(file, kit=kit, site_toml=site, anchor=anchor)
     if made_up is None:
-        sys.stdout.write(f"{files.ledger} is intact, and was kept. Everything else that was missing is restored.\n")
+        sys.stdout.write(f"{files.ledger} is intact and was not replaced. All other missing files are restored.\n")
         if (known := files.verify_ledger()) is not None and known.history.policy != files.policy:
             print_other_policy(known.history.cap, time=known.history.policies[-1][0])
         return

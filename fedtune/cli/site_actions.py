@@ -47,7 +47,7 @@ from fedtune.show.terminal_tables import (
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 
 _SHOWN_ABOVE = ("privacy", "federation", "runtime", "task")
-"""Groups of settings that are already in the proposal's own rows."""
+"""Groups of settings that the proposal's rows already contain."""
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _NAME, _FOUND, _FIX = 8, 28, 11  # column positions of a check's name, result and fix
 _NARROWEST = 20
@@ -56,7 +56,7 @@ _MOST_REASON = 300
 
 
 class AtSite:
-    """Decisions and evaluations by a site's staff on requested runs, with the site's kit and policy."""
+    """Actions of a site's staff on runs: approve, deny, score and personalize, with the site's kit and policy."""
 
     def __init__(self, kit: Kit, site_toml: Path) -> None:
         self.kit, self.site_toml, self.files = kit, site_toml, kit.find_site_files(site_toml)
@@ -74,7 +74,7 @@ class AtSite:
             about_run = {"run": asked.run, "digest": asked.digest(), "since": since, "dataset": asked.dataset}
             told.append({**about_run, "lead": asked.lead, **spent})
             about = (to_printable(asked.run), since[:10], to_printable(asked.dataset))
-            rows.append((*about, _format_price(epsilon), group_hex_start(asked.lead)))
+            rows.append((*about, _format_total_epsilon(epsilon), group_hex_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "requested by lead")
         section = Section(headings=headings, rows=rows, words=range(5), whole={0, 1})
         print_answer({"schema_version": SCHEMA_VERSION, "waiting": told}, [section], as_json=as_json)
@@ -135,7 +135,7 @@ class AtSite:
             "Nothing was changed. To trust another site, compare its key with that site itself, not with the lead, and "
             "add it to [trust].members in site.toml."
         )
-        headings = ("site", "here", "site key in the roster")
+        headings = ("site", "state", "site key in the roster")
         told = {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members}
         heading = f"Sites of {roster.federation}, from the lead's roster number {roster.number}:"
         section = Section(headings=headings, rows=rows, words=range(3), notes=[note])
@@ -192,7 +192,7 @@ class AtSite:
 
 
 def _describe_member(member: Member, trusted: str | None) -> str:
-    """Describe whether the policy trusts a site of the roster under the same key, with a fix if it does not."""
+    """Describe whether the policy trusts a site of the roster with the roster's key, and the fix if it does not."""
     revoked = f"revoked {member.revoked[:10]}" if member.revoked else ""
     if trusted is None:
         return revoked or "not in [trust].members"
@@ -238,7 +238,7 @@ def _compute_total_epsilon(asked: Proposal) -> float | None:
     return epsilon_pld([asked.plan.full_event], asked.plan.delta)
 
 
-def _format_price(epsilon: float | None) -> str:
+def _format_total_epsilon(epsilon: float | None) -> str:
     return "NO GUARANTEE" if epsilon is None else format_epsilon(epsilon)
 
 
@@ -250,7 +250,7 @@ def _build_proposal_section(asked: Proposal, verdict: DryRun) -> Section:
         asked=asked,
         plan=plan,
         verdict=verdict,
-        price=_format_price(_compute_total_epsilon(asked)),
+        price=_format_total_epsilon(_compute_total_epsilon(asked)),
         noise=describe_noise(plan),
         trust=describe_trust(by_trust) if by_trust else "",
         contribution=describe_contribution(plan) if plan.unit == "user" else "",
@@ -259,7 +259,7 @@ def _build_proposal_section(asked: Proposal, verdict: DryRun) -> Section:
     return build_key_value_section(said)
 
 
-class SomethingFailed(FedtuneError):
+class SiteCheckFailed(FedtuneError):
     """At least one check of `fedtune site doctor` found a problem at the site."""
 
     exit_code = 2
@@ -276,7 +276,7 @@ def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequenc
 
 
 def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[DoctorCheck]:
-    """Print each check as it finishes and a summary of outcomes, or a single JSON object with all checks."""
+    """Print each finished check and a summary of all outcomes, or a single JSON object with all checks."""
     console, made = Console(highlight=False), []
     for check in checks:
         made.append(check)
@@ -291,11 +291,11 @@ def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[Doctor
 
 
 def raise_failures(checks: Sequence[DoctorCheck]) -> None:
-    """Raise the error with the exit code for the failed checks; return if no check failed."""
+    """Raise the error with the exit code of the failed checks, if any check failed."""
     names = [check.name for check in checks if check.status == "failed"]
     if code := choose_exit_code(checks):
-        message = f"{pluralize(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
-        raise {SETTINGS: SomethingFailed, REFUSED: RefusedError}.get(code, RunError)(message)
+        message = f"{pluralize(len(names), 'check')} failed ({', '.join(names)}); each line contains a fix"
+        raise {SETTINGS: SiteCheckFailed, REFUSED: RefusedError}.get(code, RunError)(message)
 
 
 def _print_line(console: Console, check: DoctorCheck) -> None:

@@ -84,9 +84,8 @@ class SyntheticFile:
         self.columns = tuple(synthetic.map_synthetic_columns(self.writer).values())
         for option, other in others.items():
             if other.config.privacy.unit != config.privacy.unit:
-                bound = (
-                    f"must have privacy.unit={config.privacy.unit}, like RUN: epsilons of different units do not add up"
-                )
+                unit = config.privacy.unit
+                bound = f"must have privacy.unit={unit}, like RUN: epsilons of different units cannot be added"
                 raise ConfigError(option, str(other.folder), bound)
         self.card = {suffix: find_card_path(to, suffix) for suffix in (".json", ".md")}
         from fedtune.report.synthetic_card import describe_run  # it imports torch, which takes seconds
@@ -106,7 +105,7 @@ class SyntheticFile:
             self._public = [tuple(record.fields[role] for role in roles) for record in records]
 
     def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
-        """Read synthetic records of this run with labels and card; the new file inherits the card's runs."""
+        """Read this run's synthetic records with their labels and card, and add the card's runs to the new file's."""
         from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
 
         place = resolve_file(str(file), find_shipped_folders(), key=option)
@@ -119,7 +118,7 @@ class SyntheticFile:
         return [{column: one.fields[role] for role, column in columns.items()} for one in records], known
 
     def open_files(self) -> AbstractContextManager[dict[Path, str]]:
-        """Open the new files for `fill_texts`, the card first, because records without a card count as public."""
+        """Open the new files for `fill_texts`, with the card first, because records without a card count as public."""
         places = [("--to", path) for path in (*self.card.values(), self.to)]
         return write_new_files(
             *places, *([("--voting-experiment", self.voting_experiment)] if self.voting_experiment else [])
@@ -137,7 +136,9 @@ class SyntheticFile:
 
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
         if not found.rows:
-            raise ConfigError("--rows", self.rows, f"gave no record in the right format: {left_out or 'no text'}")
+            raise ConfigError(
+                "--rows", self.rows, f"produced no record in the required format: {left_out or 'no text'}"
+            )
         written = [tuple(row[column] for column in self.columns) for row in found.rows]
         said, theirs = ([text for *_, text in records] for records in (written, self._public))
         missing = 0 if self.rows is None else self.rows - len(written)
@@ -160,8 +161,8 @@ class SyntheticFile:
         some = found.rows[:: max(1, len(found.rows) // _SHOWN)][:_SHOWN]
         rows = tuple(tuple(map(strip_control_characters, row.values())) for row in some)
         facts = {"records": f"{len(found.rows):,} of {pluralize(len(found.wanted), 'prompt')}"}
-        facts |= ({"drawn again": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
-        facts |= {"missing": f"{missing:,}: the model wrote no more in the right format"} if missing else {}
+        facts |= ({"resampled": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
+        facts |= {"missing": f"{missing:,}: the model generated no more in the required format"} if missing else {}
         examples = Section(title="Examples", headings=tuple(some[0]), rows=rows)
         return card, [build_key_value_section(facts, title=str(self.to)), examples]
 

@@ -108,7 +108,7 @@ def test_gate_fails_a_defective_run_folder(defect: str, run_folder: Path, rules:
 
 def test_gate_passes_a_correct_run_and_updates_its_card(run_folder: Path, rules: Path) -> None:
     assert "## Release" not in card_in(run_folder)
-    assert "the model may leave" in judge(run_folder, rules).printed
+    assert "the model may be released" in judge(run_folder, rules).printed
     verdict = verdict_in(run_folder)
     assert (verdict.failed, verdict.rules, verdict.limits["max_epsilon"]) == ((), "own", "1.0")
     assert set(verdict.results) == {line.split(" = ")[0] for line in RULES.splitlines()[1:]}

@@ -103,7 +103,7 @@ def test_report_of_a_run_is_written_to_its_folder(run_folder: Path) -> None:
 
 def test_registry_entry_lists_fields_for_manual_completion(run_folder: Path, tmp_path: Path) -> None:
     out = run_command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before")).printed
-    assert "lacks entries that only a person can make, in report.about: curator" in " ".join(out.split())
+    assert "lacks entries that only a person can provide in report.about: curator" in " ".join(out.split())
     folder = shutil.copytree(run_folder, tmp_path / "run")
     edit_config(folder, report={"about": asdict(AboutSpec(curator="Hospital of the North"))})
     assert run_command("report", str(folder), "--registry").code == 0

@@ -413,7 +413,7 @@ def test_texts_breaking_the_pattern_are_redrawn_or_missing(runs: Path, tmp_path:
     assert card["left_out"]["pattern"] > 20
     none = ("--rows", "2", "--pattern", "nothing is so", "--to", str(tmp_path / "none.jsonl"))
     message = run_command("synthesize", str(runs / "writer"), "--prompts", str(runs / "codes.jsonl"), *none).failed()
-    assert "gave no record in the right format: 6 pattern" in message
+    assert "produced no record in the required format: 6 pattern" in message
     assert not list(tmp_path.glob("*none*"))
 
 

@@ -103,7 +103,7 @@ def test_restore_charges_rounds_trained_after_the_backup(north_site: Here) -> No
     north_site.train(1, run="another")
     # Again it changes nothing: the ledger is whole, and knows what the backup does.
     before = north_site.ledger.read_bytes()
-    assert "is intact, and was kept" in north_site.does("restore", file).printed
+    assert "is intact and was not replaced" in north_site.does("restore", file).printed
     assert north_site.ledger.read_bytes() == before
 
 
@@ -176,7 +176,7 @@ def test_restored_policy_reports_denied_runs_and_the_lifetime_cap(north_site: He
     north_site.edit(noted=True, budget={"max_epsilon": 1.5})
     site_toml.unlink()
     told = restore().out
-    assert "is intact, and was kept" in told
+    assert "is intact and was not replaced" in told
     assert "(lifetime cap: at most 1.5)" in told
 
 
