@@ -47,7 +47,7 @@ class Energy:
     Attributes:
         kwh: kilowatt-hours of processor, memory and GPUs together.
         carbon_kg: kilograms of CO2 equivalent; None without a country.
-        seconds: duration of the measurement; for a resumed run, since it was resumed.
+        seconds: duration of the measurement, which starts again when a run is resumed.
     """
 
     kwh: float
@@ -56,7 +56,7 @@ class Energy:
 
 
 class Meter:
-    """An energy meter that starts with its construction, if the settings enable it.
+    """An energy meter that starts to measure on construction, if the settings enable it.
 
     Call `check_can_measure` first.
     """
@@ -72,7 +72,7 @@ class Meter:
         self.stop()
 
     def stop(self) -> Energy | None:
-        """Stop the measurement and return the used energy; None without a successful measurement."""
+        """Stop the measurement, and return the energy use; None if the measurement is disabled or failed."""
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return None

@@ -1,4 +1,4 @@
-"""Records about a run in its folder: software environment, search, and the lineage of start adapter and base model."""
+"""Records in a run folder: software environments, selection by a search, lineage of start adapter and base model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def record_environment(folder: Path, shared: RunModel) -> None:
 
 
 def read_environments(folder: Path) -> tuple[Environment, ...]:
-    """Read the environments of a run, oldest first; empty without a file.
+    """Read a run's environments, oldest first; a run without the file has none.
 
     Raises:
         RunError: the file is damaged.
@@ -100,7 +100,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
 
 
 def read_selection(folder: Path) -> Selection | None:
-    """Read the selection record of a trial; None if the run belongs to no search.
+    """Read the selection record of a trial, or return None if the run belongs to no hyperparameter search.
 
     Raises:
         RunError: the file is damaged.
@@ -114,11 +114,11 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def start_lineage(config: RunConfig) -> dict[str, Any] | None:
-    """Build the lineage of a run's starting point for `run.json`; None for a new adapter without prior spending.
+    """Build the lineage of a run's start adapter, base model and synthetic records for `run.json`.
 
     Prior spending comes from the run folder of the start adapter, from the mark in an exported base model, and from the
-    card of synthetic records. It is "unknown" if the source is missing; an epsilon of None means that no finite bound
-    exists.
+    card of synthetic records. It is "unknown" if the source is missing. An epsilon of None means that no finite bound
+    exists. Returns None for a new adapter without prior spending.
     """
     of_base = read_base_lineage(config.model)
     earlier = [*of_base, *_iter_records_lineage(config)]
@@ -129,7 +129,7 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
     start = SavedAdapter.read_initial(config.model.adapter)
     has_head = config.bound_task.has_head
     about = {"digest": start.digest, "head": start.can_reuse_head(config.task_model()) if has_head else None}
-    public, (of_run, learned) = config.public.train_file, _run_lineage(start)
+    public, (of_run, learned) = config.public.train_file, _read_run_lineage(start)
     if public is not None and (learned != public or of_base):
         bound = "must be null with public.train_file: it was trained on other records as well"
         raise ConfigError("model.adapter", config.model.adapter, bound)
@@ -139,7 +139,7 @@ def start_lineage(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _iter_records_lineage(config: RunConfig) -> Iterator[Debt]:
-    """Yield the prior spending behind synthetic records in the files of a run on this machine."""
+    """Yield the lineage entries of the runs that generated the synthetic records in a run's local files."""
     for file, key in RunRecords(config).files().items():
         path = resolve_file(file, find_shipped_folders(), key=key).resolve()
         if os.path.lexists(card := find_card_path(path, ".json")):
@@ -151,8 +151,8 @@ def _iter_records_lineage(config: RunConfig) -> Iterator[Debt]:
             yield from read_texts_lineage(told.get("runs") if own else None)
 
 
-def _run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
-    """Return the lineage of an adapter's run, and its training file if the run has neither privacy nor lineage."""
+def _read_run_lineage(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
+    """Read the lineage entry of an adapter's run, and its training file if it has neither privacy nor lineage."""
     owed: dict[str, Any] = dict.fromkeys(SPENT, UNKNOWN)
     try:
         folder = adapter.folder.resolve().parent
@@ -187,7 +187,7 @@ def mark_lineage(
     from fedtune.tasks.saved import SavedAdapter
 
     saved = SavedAdapter.read(adapter)
-    own = {"digest": saved.digest} | _run_lineage(saved)[0]
+    own = {"digest": saved.digest} | _read_run_lineage(saved)[0]
     of_texts = read_texts_lineage([*texts]) if texts else ()
     setattr(base, OWED, build_lineage([*walk_lineage(own), *of_texts, *walk_lineage(getattr(base, OWED, None))]))
 

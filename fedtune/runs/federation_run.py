@@ -1,4 +1,4 @@
-"""A run from the lead's side, independent of the sites' runtime: initial state, rounds over a transport, result."""
+"""The lead's side of a run, independent of the sites' runtime: initial state, rounds over a transport, and result."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Listener(Protocol):
     """An observer of a run's progress, such as a terminal display."""
 
     def on_preparing(self, what: str, done: int, total: int) -> None:
-        """Report a preparation step with the number of finished items and the total (0: unknown)."""
+        """Report the progress of a preparation step: number of finished items, and their total (0: unknown)."""
 
     def note(self, text: str) -> None:
-        """Report a remark about the data, to be read before training begins."""
+        """Report a warning about the data, before training begins."""
 
     def on_prepared(self, shared: RunModel, proposal: Proposal, state: LeadState) -> None:
         """Report that data and model are ready, before training begins."""
@@ -54,7 +54,7 @@ class Listener(Protocol):
 
 
 class Followed:
-    """A listener that passes each state of the run to `updates`, such as a tracker, before the wrapped listener."""
+    """A listener that calls `updates` with each state of the run, for example of a tracker, before another listener."""
 
     def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
         self._listener, self._updates = listener, updates
@@ -75,12 +75,12 @@ class Followed:
 
 
 Engine = Callable[[Callable[[Transport], LeadState]], LeadState]
-"""Gives a transport to the rounds that are to run over it, and returns their result."""
+"""Function that opens a transport to the sites, runs the rounds over it, and returns the lead's final state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FederationRun:
-    """A run with its runtime-dependent parts as fields."""
+    """A federated run with its components that depend on the sites' runtime."""
 
     config: RunConfig
     folder: Path  # the run folder
@@ -114,10 +114,10 @@ class FederationRun:
         record_environment(self.folder, self.shared)
         began -= state.seconds
 
-        def elapsed() -> float:
+        def measure_seconds() -> float:
             return time.monotonic() - began
 
-        def finished(state: LeadState) -> None:
+        def finish_round(state: LeadState) -> None:
             save_receipts(self.receipts, state.receipts)
             listener.round_finished(state)
 
@@ -131,8 +131,8 @@ class FederationRun:
             average=self.average,
             checkpoints=self._checkpoints,
             evaluate=lambda adapter: self.shared.score(adapter, self.shared.validation),
-            finished=finished,
-            elapsed=elapsed,
+            finished=finish_round,
+            elapsed=measure_seconds,
             primary_metric=self.config.primary_metric,
             earlier_receipts=earlier,
             gives_adapter=self.gives_adapter,
@@ -142,14 +142,14 @@ class FederationRun:
             state = self.engine(lambda transport: run_rounds(transport, lead, state))
         except BaseException:
             # Charges are recorded even for a run that ends early.
-            self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed(), meter=meter)
+            self._write_result(self._checkpoints.load(), metrics={}, seconds=measure_seconds(), meter=meter)
             raise
         save_receipts(self.receipts, state.receipts)
         measured, model = self.shared.evaluate_final(state.kept_adapter), self.shared.model
         metrics, detail = (measured.compute_final_scores(model), measured.detail(model)) if measured else ({}, None)
         state.kept_adapter.load_into(model)
         save_task_model(model, RunFolder(self.folder).adapter)
-        seconds, digest = elapsed(), state.kept_adapter.digest()
+        seconds, digest = measure_seconds(), state.kept_adapter.digest()
         return self._write_result(state, metrics=metrics, detail=detail, seconds=seconds, meter=meter, digest=digest)
 
     def _find_initial_state(self, listener: Listener) -> LeadState:
@@ -193,7 +193,7 @@ class FederationRun:
         detail: Detail | None = None,
         digest: str | None = None,
     ) -> RunResult:
-        """Write `run.json` and return its content; `digest` is the digest of the saved final adapter."""
+        """Write `run.json` with the digest of the saved final adapter, and return the content of the file."""
         config, test = self.config, self.shared.test
         guess = config.bound_task.majority_baseline(test.examples) if test else None
         findings = find_problems(
@@ -226,7 +226,7 @@ class FederationRun:
         return result
 
     def _build_provenance(self, state: LeadState) -> RunProvenance:
-        """Build the provenance of the adapter, with the loaded model."""
+        """Build the adapter's provenance from the settings, the loaded model and the start adapter."""
         data, shared, model = self.config.data, self.shared, self.config.model
         template = None
         if shared.model.task.predicts_tokens or "text" in data.template_roles:

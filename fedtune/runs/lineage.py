@@ -1,7 +1,7 @@
-"""The lineage of a run: inherited privacy loss of its start adapter, its base model and synthetic records.
+"""The lineage of a run: privacy loss inherited from its start adapter, its base model and synthetic records.
 
-An entry (`Debt`) has the fields of `provenance.start_adapter` in run.json: digest of an adapter, privacy loss of its
-training and the data set, and as its own `start_adapter` the previous entry. An exported model has an entry in
+An entry (`Debt`) has the fields of `provenance.start_adapter` in run.json: the digest of an adapter, the data set and
+the privacy loss of its training, and the previous entry as `start_adapter`. An exported model stores its entry in
 config.json. Both files are untrusted.
 """
 
@@ -17,7 +17,7 @@ from fedtune.model.unsupported_models import OWED
 
 UNKNOWN = "unknown"  # value of a field without a source
 SPENT = ("from", "dataset", "unit", "delta", "epsilon")
-_NOBODY_KNOWS: Mapping[str, Any] = dict.fromkeys(("digest", *SPENT), UNKNOWN)
+_UNKNOWN_ENTRY: Mapping[str, Any] = dict.fromkeys(("digest", *SPENT), UNKNOWN)
 _MOST = 24  # maximum length of a lineage; transformers rejects a more deeply nested config.json
 
 Debt = Mapping[str, Any]
@@ -37,10 +37,10 @@ VaultGemma: arXiv 2510.15001, section 1."""
 
 
 def read_base_lineage(model: ModelSpec) -> list[Debt]:
-    """Read the lineage of a base model from its config.json, newest entry first; empty without lineage.
+    """Read the lineage of a base model from its config.json, newest entry first.
 
     A damaged file or entry counts as an unknown privacy loss. Private pre-training is the oldest entry
-    (`PRIVATE_BASES`).
+    (`PRIVATE_BASES`). A model without lineage has no entries.
     """
     if model.is_built_in:
         return []
@@ -52,16 +52,16 @@ def read_base_lineage(model: ModelSpec) -> list[Debt]:
         return []
     except (OSError, ValueError, RecursionError):
         fields = {OWED: None}
-    own = (list(walk_lineage(fields[OWED])) or [_NOBODY_KNOWS]) if OWED in fields else []
+    own = (list(walk_lineage(fields[OWED])) or [_UNKNOWN_ENTRY]) if OWED in fields else []
     stated = PRIVATE_BASES.get(str(fields.get("model_type"))) if isinstance(fields, dict) else None
     return [*own, dict(stated)] if stated and stated not in own else own
 
 
 def read_texts_lineage(entries: object) -> Iterator[Debt]:
-    """Read the lineage of synthetic texts from the runs in their card; a malformed run counts as unknown.
+    """Yield the lineage entries of the runs in a card of synthetic texts.  A malformed run counts as unknown.
 
     Args:
-        entries: list of runs in the card, unvalidated.
+        entries: the unvalidated list of runs in the card.
     """
     runs: list[Any] = entries if isinstance(entries, list) and entries else [None]
     for run in runs:
@@ -70,14 +70,14 @@ def read_texts_lineage(entries: object) -> Iterator[Debt]:
             about = {"digest": run["adapter_digest"], "from": run["run"], "dataset": UNKNOWN, "start_adapter": start}
             yield from walk_lineage({**run, **about})
         except (TypeError, KeyError):
-            yield _NOBODY_KNOWS
+            yield _UNKNOWN_ENTRY
 
 
 def walk_lineage(entry: object) -> Iterator[Debt]:
-    """Walk a lineage, newest entry first, without public stages; a malformed entry counts as unknown.
+    """Yield the entries of a lineage, newest first.  Public stages are skipped; a malformed entry counts as unknown.
 
     Args:
-        entry: the newest entry, unvalidated; None: no lineage.
+        entry: the newest entry, unvalidated; None if there is no lineage.
     """
     while entry is not None:
         found = entry if isinstance(entry, Mapping) else {}
@@ -92,20 +92,20 @@ def walk_lineage(entry: object) -> Iterator[Debt]:
             ):
                 yield {key: found[key] for key in ("digest", *SPENT)}
             case _:
-                yield _NOBODY_KNOWS
+                yield _UNKNOWN_ENTRY
 
 
 def build_lineage(debts: Iterable[Debt]) -> dict[str, Any] | None:
-    """Link entries to one lineage, newest first; None without entries.
+    """Link entries (newest first) to one nested lineage, or return None without entries.
 
-    Equal entries are included once: a released adapter costs the same no matter how often it is used.
+    Equal entries are included once, because reusing a released adapter has no additional privacy cost.
     """
     found: dict[Any, Debt] = {}
     for one in debts:
         found.setdefault((one["digest"], one["delta"], one["epsilon"]), one)
     kept, whole = [*found.values()], None
     if len(kept) > _MOST:
-        kept[_MOST - 1 :] = [_NOBODY_KNOWS]
+        kept[_MOST - 1 :] = [_UNKNOWN_ENTRY]
     for one in reversed(kept):
         whole = {**one, "start_adapter": whole} if whole else dict(one)
     return whole

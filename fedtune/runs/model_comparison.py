@@ -1,4 +1,4 @@
-"""Comparison of finished runs and their base model on the same records: by score, group and site."""
+"""Comparison of finished runs and their base models on the same records, by score and by group."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST_GROUPS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """Evaluations of several models on the same records."""
+    """Evaluations of several models on the same records, with bootstrap intervals."""
 
     records: Sequence[Record] = field(repr=False)  # the scored records
     users: list[npt.NDArray[np.int64]] | None  # record indices of each user; None: each record is a unit
@@ -85,7 +85,7 @@ class SideBySide:
     def score_by_group(
         self, values: Sequence[str], *, smallest: int, pairs: Sequence[tuple[str, str]]
     ) -> GroupScores | None:
-        """Compute the primary metric by group; None with fewer than two groups of at least `smallest` units.
+        """Compute the primary metric by group, or return None if fewer than two groups have at least `smallest` units.
 
         Args:
             values: group of each record, in the order of the records.
@@ -118,7 +118,7 @@ def compare_runs(
 ) -> SideBySide:
     """Score finished runs and their base model on the same records.
 
-    Models are loaded one at a time; runs that differ only in the values of the adapter share one model.
+    Models are loaded one at a time. Runs that differ only in the values of the adapter share one model.
 
     Args:
         runs: name -> (scoring settings, folder of the adapter), at least one. The first run's settings select the
@@ -126,7 +126,7 @@ def compare_runs(
         file: file of records; None: the test records of the first run.
         records: a site's own records to score instead; records that cannot be used are skipped.
         means: name -> names of runs whose average adapter is scored as an additional model.
-        final: compute the scores of a finished run, which take longer, instead of those of a round.
+        final: compute the final scores of a run, which take longer than the scores of a round.
         progress: callback for slow steps.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Overrides of settings in plain data, with the same rule for every source of overrides."""
+"""Application of overrides to settings in plain data, by the same rules for every source of overrides."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ FREE_MAPS = (
     *("data.columns", "data.partition.sites", "public.columns", "task_settings"),
     "federation.algorithm_settings",
 )
-"""Mappings with user-defined keys: a new value replaces the whole mapping."""
+"""Mappings with user-defined keys, which a new value replaces as a whole."""
 
 
 def merge_settings(old: Any, new: Any, key: str = "") -> Any:
-    """Merge a new value into a setting; groups are merged key by key."""
+    """Merge a new value into a setting.  Groups of settings are merged key by key."""
     if not (isinstance(old, dict) and isinstance(new, dict)) or key in FREE_MAPS:
         return new
     return old | {

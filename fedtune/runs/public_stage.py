@@ -1,4 +1,4 @@
-"""Warm start of a run: the lead trains on public records without privacy, and the sites start from the result."""
+"""Warm start of a run: the lead trains an adapter on public records without privacy, from which the sites start."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def add_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Conta
         raise ConfigError("model.adapter", adapter, bound)
     num_rounds = public.num_rounds or plain.get("federation", {}).get("num_rounds", config.federation.num_rounds)
     given_rates = plain.get("training", {})
-    alone = _stage_config(replace(config, public=replace(public, num_rounds=num_rounds)), given_rates)
+    alone = _build_draft_config(replace(config, public=replace(public, num_rounds=num_rounds)), given_rates)
     rates = {
         key.removeprefix("unclipped_"): rate for key, rate in alone.training.suggest_lower_rates(clipped=False).items()
     }
@@ -71,7 +71,7 @@ def build_public_stage_config(config: RunConfig) -> RunConfig:
     public, training = config.public, config.to_json()["training"]
     training |= {"learning_rate": public.learning_rate, "head_learning_rate": public.head_learning_rate}
     training |= {"unclipped_learning_rate": None, "unclipped_head_learning_rate": None}
-    alone, file = _stage_config(config, training), str(public.train_file)
+    alone, file = _build_draft_config(config, training), str(public.train_file)
     records = LeadRecords.read(file, alone, key="public.train_file").records
     require_disjoint(records, RunRecords(config), key="public.train_file", file=file)
     digest = hashlib.sha256(b"\n".join(map(record_key, records))).hexdigest()
@@ -79,7 +79,7 @@ def build_public_stage_config(config: RunConfig) -> RunConfig:
     return replace(alone, data=data)
 
 
-def _stage_config(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
+def _build_draft_config(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
     """Build the configuration of the warm start before the number of its records is known."""
     settings, public = config.to_json(), config.public
     data: dict[str, Any] = dict.fromkeys(("heldout_fraction", "validation_fraction", "test_fraction"), 0.0)

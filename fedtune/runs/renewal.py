@@ -44,9 +44,9 @@ def renew_config(folder: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
     """Build the configuration that renews the run in `folder`.
 
     The configuration is copied, except that the run starts from the previous final adapter and the window of cohorts
-    shifts by one period. The seed stays, because it determined the partition of records among simulated sites, whose
-    ledgers persist. Local ledgers show the number of previous runs, regardless of which run renewed which; for real
-    sites, the chain of renewals does.
+    shifts by one period. The seed does not change, because it determined the partition of records among simulated
+    sites, whose ledgers persist. The number of previous runs is the larger of the number in local ledgers and the
+    number in the chain of renewals.
 
     Args:
         folder: folder of a finished run.

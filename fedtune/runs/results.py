@@ -1,6 +1,7 @@
 """The content of `run.json`: the result of a run.
 
-Its keys, the fields below, are a public interface. None represents non-finite values, which JSON cannot express.
+Its keys are the fields of the classes below and are a public interface. Non-finite values, which JSON cannot express,
+are null.
 """
 
 from __future__ import annotations
@@ -81,16 +82,16 @@ def find_problems(
 
 
 def drop_infinite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
-    """Replace non-finite scores with None for JSON; a diverged model may have a loss of NaN."""
+    """Replace non-finite scores, such as the NaN loss of a diverged model, with None for JSON."""
     return {name: convert_infinite_to_none(score) for name, score in scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyResult:
-    """The privacy guarantee of the run; `epsilon` is the maximum over all charged sites.
+    """The privacy guarantee of the run.  `epsilon` is the maximum over all charged sites.
 
-    After early stopping, `epsilon` is that of the whole plan: the stopping time depends on scores, so no smaller value
-    is proved.
+    After early stopping, `epsilon` is the epsilon of the whole plan, because the stopping time depends on scores and a
+    smaller value is not proven.
     """
 
     unit: str = "record"
@@ -116,7 +117,7 @@ class BaseModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """The prompt template: a text with roles in braces, and the chat template that renders its messages."""
+    """The prompt template, a text with roles in braces, and the chat template that renders it as messages."""
 
     prompt: str
     chat: str
@@ -139,7 +140,7 @@ class RunProvenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """The content of `run.json`; the digest of the final adapter is None while the run is unfinished."""
+    """The content of `run.json`.  The digest of the final adapter is None until the run is finished."""
 
     schema_version: int = RUN_SCHEMA
     fedtune_version: str
@@ -155,7 +156,7 @@ class RunResult:
     def build(
         cls, config: RunConfig, plan: Plan, state: LeadState, *, final: FinalResult, provenance: RunProvenance
     ) -> RunResult:
-        """Build the result of a run from its state; every epsilon is derived here from charged rounds and plan."""
+        """Build a run's result from its state.  Each epsilon is computed from the plan and the charged rounds."""
         charges = {site: compute_site_charge(state, site, plan) for site in config.federation.active}
         before, after = drop_infinite_scores(final.metrics_before), drop_infinite_scores(final.metrics)
         detail = final.detail if final.detail is None or final.detail.is_finite else None

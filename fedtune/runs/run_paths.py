@@ -1,4 +1,4 @@
-"""Folders of runs: creation, resumption, completeness and default names."""
+"""Run folders: choice for new and resumed runs, completeness, and default names."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from fedtune.spec import ConfigError, format_value
 
 
 def find_run_folder(config: RunConfig) -> Path:
-    """Create the folder of a new run, or find the folder of a run with the same configuration to resume.
+    """Choose the folder of a new run, or check that the folder to resume has the same configuration.
 
     Raises:
         ConfigError: the name is taken, or the run cannot be resumed with this configuration.
     """
     if config.resume is None:
         if needs_public_stage(config):
-            bound = (
-                "works only for one fedtune simulate or fedtune run; start other runs with model.adapter=NAME-public"
-            )
+            bound = "is supported only by a single simulate or run: start other runs with model.adapter=NAME-public"
             raise ConfigError("public.train_file", config.public.train_file, bound)
         folder = Path(config.tracking.output_dir) / config.name
         if folder.exists():

@@ -1,4 +1,4 @@
-"""The model of a finished run, for generation, prediction, and comparison with its starting point."""
+"""The model of a finished run, for generation, prediction, and comparison with the base model."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from fedtune.tasks.task_model import TaskModel
 from fedtune.training.machine import do_frozen_states_fit, resolve_device
 
 BASE = "base"
-"""The name of the run's start: the base model with adapters that change nothing, and the head as it begins."""
+"""Name of the model before training: the base model with adapters that have no effect, and the initial head."""
 _TIMES_AS_MANY = 4
-"""As scoring has tokens in a batch: where texts are written, scores are computed of the last token alone."""
+"""Tokens in a batch of generation relative to scoring, because generation computes logits only for the last token."""
 
 
 class SavedModel:
@@ -112,7 +112,7 @@ class SavedModel:
         return [ids[(learned != UNSUPERVISED) & ~np.isin(ids, list(self._end_ids))] for ids, learned in pairs]
 
     def generate_answer(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
-        """Generate the answer to a prompt with the current adapter, and yield it in pieces."""
+        """Generate the answer to a prompt with the current adapter, and yield the decoded text in pieces."""
         return decode_stream(stream_tokens(self.model, prompt, end_ids=self._end_ids, spec=spec), self.tokenizer)
 
     def sample_texts(
@@ -155,7 +155,7 @@ class SavedModel:
         return task.answer_record(asked, self.logits(asked), self.tokenizer, data=data, spec=self.model.spec)
 
     def logits(self, asked: Record) -> torch.Tensor:
-        """Compute the logits (1, classes) of a record; its answer is ignored, but must be valid."""
+        """Compute the logits (1, classes) of a record.  The record's answer is ignored, but must be valid."""
         examples = self.model.task.tokenize([asked], self.tokenizer, data=self.config.data)
         batch = collate(examples, [0], pad_id=self.tokenizer.pad_token_id)
         with enter_evaluation_mode(self.model):
