@@ -1,4 +1,4 @@
-"""A site's privacy budget as figures and text: value of the caps, remaining epsilon, and policy warnings."""
+"""Description of a site's privacy budget: caps in reference runs, remaining epsilon, and policy warnings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL_NOISE = 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amount:
-    """Value of a policy's caps in epsilon and in reference runs."""
+    """A policy's caps, expressed in epsilon and in reference runs."""
 
     order: float  # Renyi order of the privacy filter for a new ledger with this policy
     fixed_part: float  # one-time epsilon of the first noisy step at this order
@@ -47,7 +47,7 @@ class Amount:
 
 
 def compute_amount(policy: Policy) -> Amount:
-    """Compute the value of a policy's caps."""
+    """Compute a policy's caps in epsilon and in reference runs."""
     budget, limits = policy.budget, policy.limits
     typical, delta = budget.reference, budget.delta
     reference = typical.event
@@ -76,36 +76,36 @@ def compute_amount(policy: Policy) -> Amount:
 
 
 def list_cautions(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
-    """Yield warnings about a policy, the most serious first; `folder` is the folder of the policy file."""
+    """Yield warnings about a policy in `folder`, the most serious warnings first."""
     if not policy.simulated and policy.asserted.no_person_at_another_site is None:
-        yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without it"
+        yield "asserted.no_person_at_another_site", "unanswered: set true or false, or the site does not start"
     yield from _iter_promise_cautions(policy)
-    yield from _request_cautions(policy)
+    yield from _iter_request_cautions(policy)
     yield from _list_amount_cautions(policy, amount)
     if not policy.releases.reply_after_s:
-        yield "releases.reply_after_s", f"0: {AT_ONCE}; choose more than a round takes"
+        yield "releases.reply_after_s", f"0: {AT_ONCE}; choose more than the duration of a round"
     if policy.asserted.no_person_at_another_site is False:
-        text = "false: a person in several sites' records has to add up the epsilons of these sites"
+        text = "false: for a person with records at several sites, the epsilons of these sites add up"
         yield "asserted.no_person_at_another_site", text
     yield from _list_file_cautions(policy, folder)
 
 
 def _iter_promise_cautions(policy: Policy) -> Iterator[Caution]:
-    """Yield warnings about settings with a weak guarantee or none."""
+    """Yield warnings about settings that weaken or void the guarantee."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
-        text = "true: anyone who knows the seed can subtract the noise; only for made-up records"
+        text = "true: anyone who knows the seed can subtract the noise; only for synthetic records"
         yield "allow.seeded_noise", f"{text}. It marks the ledger permanently"
     if policy.allow.inexact_gradients:
         bound = f"the bound on one {policy.population.unit}'s influence is measured, not proved"
         text = f"true: where rounding makes gradients depend on the rest of the batch, {bound}"
         yield "allow.inexact_gradients", f"{text}; false accepts only exact machines"
     if math.isinf(budget.max_epsilon):
-        yield "budget.max_epsilon", "inf: nothing is promised to anyone"
+        yield "budget.max_epsilon", "inf: there is no guarantee"
     elif budget.max_epsilon > LARGE_EPSILON:
-        yield "budget.max_epsilon", f"{budget.max_epsilon:g}: above {LARGE_EPSILON:g} a budget promises very little"
+        yield "budget.max_epsilon", f"{budget.max_epsilon:g}: above {LARGE_EPSILON:g}, the guarantee is very weak"
     if limits.min_noise_multiplier == 0:
-        yield "limits.min_noise_multiplier", "0: only the caps stop a run without any noise"
+        yield "limits.min_noise_multiplier", "0: only the caps prevent a run without noise"
     elif limits.min_noise_multiplier < SMALL_NOISE:
         text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can reveal who is in the data"
         yield "limits.min_noise_multiplier", text
@@ -115,11 +115,11 @@ def _iter_promise_cautions(policy: Policy) -> Iterator[Caution]:
         most = f"{10.0 ** math.floor(-math.log10(10 * size)):.0e}"
         yield "budget.delta", f"{chance} that only this one can explain; choose at most {most}"
     if not policy.anchor:
-        text = "empty: nothing here detects a rollback of the ledger to an older copy"
+        text = "empty: a rollback of the ledger to an older copy is not detected"
         yield "anchor", text
 
 
-def _request_cautions(policy: Policy) -> Iterator[Caution]:
+def _iter_request_cautions(policy: Policy) -> Iterator[Caution]:
     """Yield warnings if the policy refuses every request, or accepts more requests than its author may expect."""
     allow = policy.allow
     for name in ("leads", "tasks", "base_models", "target_modules"):
@@ -128,7 +128,7 @@ def _request_cautions(policy: Policy) -> Iterator[Caution]:
     if not policy.releases.updates:
         yield "releases.updates", "false: every request is refused"
     if UNVERIFIED in allow.base_models:
-        yield "allow.base_models", '"unverified": accepts runs that do not name the model that they train'
+        yield "allow.base_models", '"unverified": accepts runs that do not specify the hash of their base model'
     if "0" * 64 in allow.base_models:
         yield "allow.base_models", "all zeros is a placeholder: no model has this digest"
     for dataset in policy.dataset:
@@ -137,10 +137,10 @@ def _request_cautions(policy: Policy) -> Iterator[Caution]:
 
 
 def _list_amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
-    """List warnings about caps that contradict each other or the reference run."""
+    """Yield warnings about caps that contradict each other or the reference run."""
     budget = policy.budget
     if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
-        text = "not set, nor is max_epsilon_per_period: one run may use up the whole lifetime budget"
+        text = "not set, like max_epsilon_per_period: a single run can spend the whole lifetime budget"
         yield "budget.max_epsilon_per_run", text
     if not amount.reference_fits:
         text = "would itself be refused by the limits or by max_epsilon_per_run; is this the run that you expect?"
@@ -148,18 +148,18 @@ def _list_amount_cautions(policy: Policy, amount: Amount) -> Iterator[Caution]:
     fitting = {"max_epsilon": amount.runs_in_lifetime, "max_epsilon_per_period": amount.runs_in_period}
     for key, runs in fitting.items():
         if runs == 0:
-            yield f"budget.{key}", "leaves no room for even one run like the reference"
+            yield f"budget.{key}", "is too small for a single run like the reference"
 
 
 def _list_file_cautions(policy: Policy, folder: Path) -> Iterator[Caution]:
-    """List warnings about the policy's key and anchor files; empty before the ledger exists."""
+    """Yield warnings about the policy's key and anchor files, if the ledger exists."""
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
     if not ledger.is_file():
         return
     if not policy.key_command and not (folder / policy.site_key).is_file():
-        yield "site_key", "is missing, and a ledger needs its original key; restore it from its backup"
+        yield "site_key", "is missing, but the ledger requires its original key: restore the key from its backup"
     if policy.anchor and not anchor.is_file():
-        text = "is missing, and the ledger is not new: nothing is trained (see docs/site_policy.md)"
+        text = "is missing, although the ledger is not new: the site does not train (see docs/site_policy.md)"
         yield "anchor", text
     elif policy.anchor and anchor.stat().st_dev == ledger.stat().st_dev:
         yield "anchor", "is on the ledger's own disk: both can be rolled back together"
@@ -190,7 +190,7 @@ def compute_remaining_epsilon(history: History) -> float:
 
 
 def count_remaining_reference_runs(history: History) -> int | None:
-    """Count the reference runs that still fit under the lifetime cap; None: no limit."""
+    """Count the reference runs that still fit under the lifetime cap; None if there is no cap."""
     assert history.policy is not None
     return count_remaining_runs(history, history.policy, history.policy.budget.reference.event, history.now())
 
@@ -213,7 +213,7 @@ def convert_identity_to_json(path: Path, verified: Verified) -> dict[str, Any]:
 
 
 def convert_verification_to_json(verified: Verified) -> dict[str, Any]:
-    """Convert a successful verification to JSON values; a failed verification raises in `verify`."""
+    """Convert a successful verification to JSON values.  A failed verification raises an error in `verify`."""
     return {
         "unchanged": True,
         "head": verified.history.hash,
@@ -249,17 +249,17 @@ def describe_noise(plan: Plan) -> str:
 
 
 def describe_trust(by_trust: Epsilons) -> str:
-    """Describe the trust assumption of each epsilon for distributed noise: the parties assumed to be honest."""
+    """Describe the epsilons of distributed noise under different assumptions on the honesty of server and sites."""
     alone = f"epsilon {format_epsilon(by_trust.server_alone)} against the server alone"
     planned = f"{format_epsilon(by_trust.with_colluders)} with as many colluding sites as planned for"
     return f"{alone}, {planned}, {format_epsilon(by_trust.with_all_others)} if all other sites collude"
 
 
 ABOUT_RDP = (
-    "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is usually "
-    "larger. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
+    "Epsilon by RDP is a bound on the same privacy loss by an older, looser method, and is usually larger. It is a "
+    "check only: the guarantee is {counts}, and nothing is spent in addition."
 )
-"""Note next to an RDP epsilon; `counts` is the name of the other epsilon."""
+"""Note next to an RDP epsilon.  `counts` is the name of the guaranteed epsilon."""
 WEAK_SIGNAL = 1.0
 """Signal-to-noise ratio below which noise moves the adapter further than all records can; see docs/planning.md."""
 
@@ -270,7 +270,7 @@ def explain_signal(ratio: float, task: str) -> str:
     if ratio < LEAST_SIGNAL:
         return f"{times}: the run will likely learn nothing; it requires training.ignore_weak_signal=true"
     if ratio < WEAK_SIGNAL:
-        return f"{times}: this run will likely learn little, and still costs its epsilon"
+        return f"{times}: this run will likely learn little, and still spends its epsilon"
     furthest = f"signal to noise: at most {ratio:.2g}"
     if not (studied := get_task(task).studied):
         return f"{furthest}; there is no study of how much task {task} learns at this ratio"
@@ -304,7 +304,7 @@ class ArrivalRange:
 
     @classmethod
     def from_cohort(cls, cohort: int, after: int | None, period: str) -> ArrivalRange:
-        """Build the range from a cohort to the cohort before `after`; None: up to the newest cohort."""
+        """Build the range from a cohort to the last cohort before `after` (None: to the newest cohort)."""
         first = None if cohort == OLDEST else "" if cohort == OLDEST + 1 else format_cohort_name(cohort, period)
         return cls(first=first, last=None if after is None else format_cohort_name(after - 1, period))
 
@@ -324,7 +324,7 @@ class ArrivalRange:
 
 
 def merge_adjacent(people: Mapping[int, ArrivalRange]) -> list[ArrivalRange]:
-    """Merge adjacent ranges of arrivals; `people` maps positions to ranges."""
+    """Merge the arrival ranges at consecutive indices; `people` maps indices to ranges."""
     found: list[ArrivalRange] = []
     for place, one in people.items():
         if place - 1 in people:

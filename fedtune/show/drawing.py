@@ -36,7 +36,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """A data series of a chart; `number` selects color, dashes and marker."""
+    """A data series of a chart.  Its `number` selects color, dashes and marker."""
 
     points: Points
     number: int
@@ -61,7 +61,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Axis:
-    """Linear map from values to coordinates: `low` maps to `start`, and a negative `length` runs upward."""
+    """A linear map from values to coordinates.  `low` maps to `start`; an axis with negative `length` runs upward."""
 
     low: float
     high: float
@@ -151,7 +151,7 @@ def _list_x_ticks(low: float, high: float, scale: str) -> list[float]:
 
 
 def _list_date_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """List ticks at first days of months or years between two days, as many as fit; otherwise the middle day."""
+    """List ticks at the first days of months or years between two days, or the middle day if there is no such day."""
     first, last = date.fromordinal(math.floor(low)), date.fromordinal(math.floor(high))
     months = range(12 * first.year + first.month, 12 * last.year + last.month)
     step = next(step for step in chain((1, 2, 3, 6), count(12, 12)) if len(months) <= 5 * step)
@@ -218,7 +218,7 @@ def _draw_levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
 
 
 def _iter_labeled_ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
-    """Yield (height, label, marker) of labels at the right edge; none for a single line."""
+    """Yield (height, label, marker) for each label at the right edge.  A chart with a single line has no labels."""
     if len(panel.series) + len(panel.levels) < 2:
         return
     for one in panel.series:

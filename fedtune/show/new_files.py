@@ -17,7 +17,7 @@ from fedtune.system import fsync_folder
 
 @contextmanager
 def write_new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Path, str]]:
-    """Yield a dictionary from path to text to fill; on exit, write the texts as `open_new_streams` does."""
+    """Yield a dictionary that the caller fills with a text per path, and write the files on exit without an error."""
     texts = dict[Path, str]()
     with open_new_streams(*places, mode=mode) as streams:
         yield texts
@@ -28,7 +28,7 @@ def write_new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[di
 
 @contextmanager
 def open_new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[list[BufferedWriter]]:
-    """Yield streams to write; on exit without an error, move the files to their paths, in order.
+    """Yield writable streams of temporary files, which are moved to their paths, in order, on exit without an error.
 
     Args:
         *places: pairs of a command-line option and the file's path.
@@ -63,7 +63,7 @@ def open_new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[l
 
 
 def _publish(beside: Path, path: Path) -> None:
-    """Move a complete file to its path; fail if the path exists by now."""
+    """Move a complete file to its path; raise FileExistsError if the path exists by now."""
     try:
         os.link(beside, path)
     except OSError as error:

@@ -99,7 +99,7 @@ class Display:
             self._preparing = None
 
     def note(self, text: str) -> None:
-        """Print a note about a probable mistake."""
+        """Print a warning about a probable mistake in the data."""
         self._print_text(f"Note: {text}", style="yellow")
 
     def _print_text(self, text: str, *, style: str = "") -> None:
@@ -124,7 +124,7 @@ class Display:
         if state.data_changed:
             which = ", ".join(state.data_changed)
             now = f"The records of {which} have changed since the run started"
-            self._print_text(f"{now}: its epsilon holds for both sets, each on its own.", style="yellow")
+            self._print_text(f"{now}: its epsilon holds for each version of the records separately.", style="yellow")
         self._task = self._progress.add_task(
             self._format_round(state.round + 1, 0),
             total=federation.num_rounds * len(federation.active),
@@ -146,7 +146,7 @@ class Display:
         self._print_text(f"  {site}: {text}", style="" if what == "update" else "yellow")
 
     def round_finished(self, state: LeadState) -> None:
-        """Print the line of a finished round, wrapped between its parts on a narrow terminal."""
+        """Print the line of a finished round, which is wrapped only at separators on a narrow terminal."""
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
             said = self._format_round(state.round + 1, 0)
@@ -159,7 +159,7 @@ class Display:
         if not self._shown:
             return
         line = Text()
-        for text, style in self._round_parts(state):
+        for text, style in self._iter_round_parts(state):
             if line and line.cell_len + len(text) + 3 > self._console.width:
                 self._console.print(line, soft_wrap=True)
                 line = Text("  ")
@@ -168,7 +168,7 @@ class Display:
             line.append(text, style=style)
         self._console.print(line, soft_wrap=True)
 
-    def _round_parts(self, state: LeadState) -> Iterator[tuple[str, str]]:
+    def _iter_round_parts(self, state: LeadState) -> Iterator[tuple[str, str]]:
         """Yield the parts of a round's line as (text, style)."""
         assert self._plan is not None
         federation, last = self._config.federation, state.rounds[-1]
@@ -183,7 +183,7 @@ class Display:
         yield f"epsilon {format_epsilon(max(epsilons))}", ""
         yield f"{last.seconds:.1f} s", ""
         if kept is not None and kept.round < last.round:
-            yield f"kept so far: round {kept.round}", ""
+            yield f"best so far: round {kept.round}", ""
         # Extrapolate from this run's rounds, so that a log without a progress bar has an estimate as well.
         left = _format_time_left(self._estimate_seconds_left(state))
         if left and not over:
@@ -220,7 +220,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     headings = ("site", "declared size", "steps", "epsilon", "epsilon by RDP")
     explained = config.tracking.log_level == "debug" and privacy.epsilon is not None
     notes = [ABOUT_RDP.format(counts="epsilon")] if explained else []
-    show([Section("What each site has spent", headings, rows, notes=notes)], console=console)
+    show([Section("Privacy spending by site", headings, rows, notes=notes)], console=console)
     if privacy.epsilon is None:
         say_here("No privacy guarantee: this run added no noise.", style="yellow")
     elif not privacy.seeded_noise:
@@ -243,15 +243,15 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         say_here(f"{missing}.", style="yellow")
     for code in final.findings:
         say_here(_describe_finding(code, config), style="yellow")
-    took = f"rounds and scores took {_format_minutes(final.seconds or 0.0)}; with loading, {_format_minutes(whole_s)}"
+    took = f"training and scoring: {_format_minutes(final.seconds or 0.0)}; with loading: {_format_minutes(whole_s)}"
     memory = f", peak memory {final.peak_memory_bytes / 2**30:.1f} GiB" if final.peak_memory_bytes else ""
     say_here(took + memory)
 
 
 def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
-    """Describe the selected checkpoint's round, and the effect of early stopping on epsilon."""
+    """Describe the round of the selected checkpoint, and the effect of early stopping on epsilon."""
     score = _format_scores({kept.primary_metric: kept.score})
-    text = f"kept: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
+    text = f"selected: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
     if not kept.ended_early:
         return text
     privacy = result.privacy
@@ -259,7 +259,7 @@ def _describe_kept_round(kept: Kept, result: RunResult, *, planned: int) -> str:
     if privacy.epsilon is None:
         return text
     charged = format_epsilon(max(convert_none_to_infinite(site.epsilon) for site in privacy.sites.values()))
-    claim = f"the claim stays the planned {format_epsilon(privacy.epsilon)}, because the scores picked the round"
+    claim = f"the guarantee is the planned {format_epsilon(privacy.epsilon)}, because scores determined the end"
     return f"{text}. The sites were charged epsilon {charged}; {claim}"
 
 
@@ -271,8 +271,8 @@ def _describe_finding(code: str, config: RunConfig) -> str:
     texts = {
         DATA_CHANGED: "A training file changed between two starts of this run.",
         DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower} {page}.",
-        WORSE: "The model is worse than before training. Noise or too high a learning rate outweighed what the records "
-        f"taught; try {lower}, or more records {page}.",
+        WORSE: "The model is worse than before training. Noise or a too high learning rate outweighed the records' "
+        f"signal; try {lower}, or more records {page}.",
         GUESS: f"The model is no better than a constant answer. There may be too few records for this noise {page}.",
     }
     return texts[code]
@@ -328,7 +328,7 @@ def _describe_start(about: Mapping[str, Any]) -> str:
     elif about["epsilon"] == UNKNOWN:
         spent = f"its training cost is unknown{': it has no run.json next to it' if 'head' in about else ''}"
     elif about["epsilon"] is None:
-        spent = f"its training{on} gives no privacy guarantee for its records"
+        spent = f"its training{on} has no privacy guarantee for its records"
     else:
         epsilon = f"epsilon {format_epsilon(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
         spent = f"its training{on} spent {epsilon}"
@@ -339,7 +339,7 @@ def _describe_start(about: Mapping[str, Any]) -> str:
     what = "the adapter" if "head" in about else "a base model derived from the adapter"
     start = f"{what} {about['digest'][:12]} of {about['from']}"
     if about["digest"] in PRIVATE_BASES:
-        start = f"{about['from']}, pre-trained with privacy as its authors state"
+        start = f"{about['from']}, pre-trained with privacy, as claimed by its authors"
     known = [start, spent, head.get(about.get("head"))]
     return "; ".join(filter(None, known))
 

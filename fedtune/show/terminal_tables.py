@@ -78,7 +78,7 @@ def write_file(path: Path, content: str | bytes, *, option: str) -> None:
 
 
 def _layout_table(section: Section, width: int) -> Text:
-    """Lay out a table within `width` characters; only lines with an unbreakable path or hash are longer."""
+    """Lay out a table within `width` characters.  Only lines with an unbreakable path or hash are longer."""
     gap = 2 if width >= 100 else 1
     rows = [tuple(map(strip_control, row)) for row in section.rows]
     headings = tuple(map(strip_control, section.headings)) or ("",) * len(rows[0])
@@ -90,7 +90,7 @@ def _layout_table(section: Section, width: int) -> Text:
     said = Text()
     for number, cells in enumerate(lines, -bool(section.headings)):
         style = "dim" if number < 0 else section.styles.get(number, "")
-        if number < 0:  # what is said of a column stands right above it
+        if number < 0:  # align short headings with the bottom line
             cells = [[""] * (max(map(len, cells)) - len(cell)) + cell for cell in cells]
         for line in zip_longest(*_separate_cells(cells, widths), fillvalue=""):
             placed = (_pad_cell(text, widths[at], left=at in section.words) for at, text in enumerate(line))
@@ -99,7 +99,7 @@ def _layout_table(section: Section, width: int) -> Text:
 
 
 def _separate_cells(cells: list[list[str]], widths: Sequence[int]) -> list[list[str]]:
-    """Split a row into lines: cells to the right of an overwide cell move to the next line.
+    """Move the cells to the right of an overwide cell to the next line.
 
     Otherwise the terminal would wrap the line within words and numbers.
     """
@@ -138,7 +138,7 @@ def say(text: str, *, style: str = "", console: Console | None = None) -> None:
 
 
 def require_confirmation(question: str, *, otherwise: str) -> None:
-    """Ask the user for confirmation; a missing answer, for example without a terminal, counts as no.
+    """Ask the user for confirmation.  A missing answer, for example without a terminal, counts as no.
 
     Raises:
         RunError: the user did not confirm; the message is `otherwise`.
