@@ -1,6 +1,6 @@
 """Strict decoding of JSON or TOML data into frozen dataclasses, based on the types of their fields.
 
-An unknown key, a missing key or a wrong type is an error, never ignored, and the only conversion is from int to float.
+Unknown keys, missing keys and wrong types raise errors, and the only conversion is from int to float.
 The module needs only the standard library, so that `fedtune.privacy` can be audited with it.
 """
 
@@ -81,7 +81,7 @@ def decode(cls: type[T], table: object, *, default: T | None = None, skipped: Se
         skipped: additional keys, which are ignored.
 
     Raises:
-        ConfigError: a key or value is wrong; names the key, its value and the accepted values.
+        ConfigError: a key or value is wrong. The message contains the key, its value and the accepted values.
     """
     if not isinstance(table, Mapping):
         raise ConfigError(cls.__name__.lower(), table, "must be a table")
@@ -144,12 +144,12 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
 
 
 def list_items(value: Any) -> Iterable[Any]:
-    """Return the direct items of a dict or list; empty for other values."""
+    """Return the values of a dict or the items of a list, and no items for any other value."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _decode_sequence(key: str, value: Any, hint: Any) -> Any:
-    """Decode a list into a homogeneous tuple or set, or into a tuple of fixed length."""
+    """Decode a list into a homogeneous tuple, a frozenset, or a tuple of fixed length."""
     require(key, value, isinstance(value, list | tuple), "must be a list")
     if hasattr(hint, "_fields"):  # a NamedTuple
         return hint(*_decode_sequence(key, value, types.GenericAlias(tuple, (*_hints(hint).values(),))))
@@ -174,7 +174,7 @@ def _decode_under(key: str, cls: Any, table: Mapping[str, Any], default: Any = N
 
 
 def require(key: str, value: object, right: bool, bound: str) -> None:
-    """Raise a ConfigError unless a value is right.
+    """Raise a ConfigError with the accepted values, unless `right` is true.
 
     Args:
         key: dotted key of the value.
@@ -187,14 +187,14 @@ def require(key: str, value: object, right: bool, bound: str) -> None:
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """Serialize a table as TOML: plain values first, then nested tables; None is omitted."""
+    """Serialize a table as TOML, with plain values before nested tables and without None values."""
     return "\n".join(_iter_toml_lines(table)).lstrip("\n") + "\n"
 
 
 def _iter_toml_lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
     plain = {key: value for key, value in table.items() if value is not None and not _holds_tables(value)}
     for key, value in plain.items():
-        yield f"{key if _BARE_KEY.fullmatch(key) else _toml(key)} = {_toml(value)}"
+        yield f"{key if _BARE_KEY.fullmatch(key) else _format_toml_value(key)} = {_format_toml_value(value)}"
     for key, value in table.items():
         inner = f"{name}.{key}" if name else key
         if isinstance(value, Mapping):
@@ -210,9 +210,9 @@ def _holds_tables(value: object) -> bool:
     return many or isinstance(value, Mapping)
 
 
-def _toml(value: object) -> str:
+def _format_toml_value(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(_format_toml_value, value)) + "]"
     if isinstance(value, float):
         return repr(value)
     # TOML strings equal JSON strings, except for surrogate pairs and DEL.

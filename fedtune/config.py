@@ -1,4 +1,4 @@
-"""`RunConfig`: the settings of one run, composed of the specs of all layers, validated by pydantic and hashed."""
+"""`RunConfig`: a run's settings, composed from the specs of all layers, validated by pydantic, and their digest."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from fedtune.tasks.registry import get_task
 from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, choose_learning_rate
 
 MOST_NAME = 200
-"""Characters of a run's name: a site's files are called after it, 33 characters of digest, an ending and the number of
-the process that writes them, and no file system takes more than 255."""
+"""Maximum length of a run's name. The names of a site's files also contain 33 characters of the digest, a suffix and a
+process id, and file systems allow at most 255 bytes."""
 
 MOST_SEED = 2**63 - 1  # limit of random generators
 _FILES = frozenset({"public.train_file", *(f"data.{part}_file" for part in ("train", "validation", "test"))})
 _FOLDERS = {"resume", "tracking.output_dir", "model.adapter", "model.cache_dir", "runtime.sites_dir"}
 PATHS = _FILES | _FOLDERS | {"runtime.kept_states_folder"}
-"""Settings that are paths on this machine.  `model.path` may be another name, and is looked up in `fedtune/model`."""
+"""Settings that are always paths on this machine.  `model.path` is resolved separately (`fedtune.model.source`)."""
 _MOST_YAML = 1 << 24  # maximum size of a settings file in bytes
 
 
 @spec
 class TrackingSpec:
-    """Display, logs and trackers of a run.
+    """Settings for the terminal display, the log file and the experiment tracker of a run.
 
     Attributes:
         progress: display rounds, sites, scores, epsilon and remaining time on the terminal.
@@ -73,7 +73,7 @@ class TrackingSpec:
 
 @spec
 class AboutSpec:
-    """Facts about a release for a public registry, supplied by a person; no result depends on them.
+    """Description of a release for a public registry, written by a person. No result depends on it.
 
     An empty string means "not given".
 
@@ -81,7 +81,7 @@ class AboutSpec:
         curator: organization that is responsible for the release.
         description: purpose and content of the training, for a general audience.
         intended_use: intended use of the model.
-        sector: such as health, banking, public administration.
+        sector: sector of the application, such as health, banking, public administration.
         published: release date, past or planned.
         access: recipients of the release: everybody, some organizations by contract, or nobody outside.
         channel: form of the release: such as a hub, a download, or a query interface.
@@ -107,7 +107,7 @@ class AboutSpec:
 
     @property
     def purpose(self) -> str | None:
-        """Purpose of the training: the intended use, or else the description; None without either."""
+        """Purpose of the training: the intended use, the description if that is empty, or None if both are empty."""
         return self.intended_use or self.description or None
 
 
@@ -140,7 +140,7 @@ class CostSpec:
         if self.country is not None and not re.fullmatch("[A-Z]{3}", self.country):
             raise ConfigError("country", self.country, "must be a code of three capital letters, such as DEU or USA")
         if self.country is not None and not self.energy:
-            raise ConfigError("country", self.country, "needs cost.energy=true")
+            raise ConfigError("country", self.country, "requires cost.energy=true")
 
 
 @spec
@@ -204,7 +204,7 @@ class RunConfig:
 
     @property
     def bound_task(self) -> Task:
-        """The task with this run's task settings."""
+        """The task, configured with this run's task settings."""
         return get_task(self.task, self.task_settings)
 
     def task_model(self) -> TaskModelSpec:
@@ -264,7 +264,7 @@ class RunConfig:
         )
 
     def with_rates(self) -> RunConfig:
-        """Return a copy with numbers instead of "auto" learning rates.
+        """Return a copy in which computed learning rates replace "auto".
 
         Raises:
             ConfigError: "auto" is not available for this task or this type of adapter.
@@ -291,7 +291,7 @@ class RunConfig:
         return dataclasses.replace(self, training=dataclasses.replace(self.training, **chosen))
 
     def with_number_format(self, dtype: str) -> RunConfig:
-        """Return a copy in which `dtype` replaces "auto"; an explicit number format stays."""
+        """Return a copy in which `dtype` replaces the number format "auto".  Explicit formats do not change."""
         if self.model.dtype != "auto":
             return self
         model: Any = dataclasses.replace(self.model, dtype=dtype)  # type: ignore[arg-type]
@@ -325,7 +325,7 @@ class RunConfig:
     def fit_to_offers(self, offers: Sequence[Offer]) -> RunConfig:
         """Return a copy with the most rounds, or the least noise, within the budgets of all these sites.
 
-        `federation.if_over_budget` selects rounds or noise; if rounds are reduced, the noise of the plan is kept.
+        `federation.if_over_budget` selects rounds or noise. If rounds are reduced, the noise does not change.
         """
         plan, settings = self.plan(), self.to_json()
         match self.federation.if_over_budget:
@@ -341,7 +341,7 @@ class RunConfig:
         return parse(settings)
 
     def decisive(self) -> dict[str, Any]:
-        """Return all settings that can change a result, as a JSON object: no names, paths or performance settings.
+        """Return all settings that can change a result as a JSON object, without names, paths and performance settings.
 
         The object includes whether noise is seeded, because seeded noise voids the guarantee.
         """
@@ -368,7 +368,7 @@ class RunConfig:
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
     def run_id(self) -> str:
-        """Return the identifier of the run at its sites."""
+        """Return the identifier under which sites charge the run: its name with a prefix of its digest."""
         return f"{self.name}-{self.digest()[:32]}"
 
 
@@ -378,11 +378,11 @@ _NO_YAML = {
     yaml.MarkedYAMLError: "a line that is not YAML, or a duplicate key; tabs cannot indent, [ and quotes must close",
     yaml.YAMLError: "a reference (& and *) or a tag (!), which are not supported",
 }
-"""What is wrong with a file of settings, by what PyYAML raises; the first that fits."""
+"""Descriptions of invalid settings files by the type of PyYAML's exception.  The first matching type applies."""
 
 
 _ONLY_YAML = re.compile(r"(?i)[-+]?0[\dxb].*|.*[:_].*|yes|no|on|off|\d+-.*|<<")
-"""What YAML 1.1 takes for more than text, and nobody else: octal numbers, 1:30, yes, dates."""
+"""Scalars that only YAML 1.1 does not read as text: octal numbers, 1:30, yes, dates."""
 
 
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
@@ -443,7 +443,7 @@ def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
         key: setting that names the file, for error messages.
 
     Raises:
-        ConfigError: the file is missing, too large or not a YAML mapping; the message contains the line if known.
+        ConfigError: the file is missing, too large or not a YAML mapping. The message contains the line if known.
     """
     try:
         if path.stat().st_size > _MOST_YAML:
@@ -466,7 +466,7 @@ def read_plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
 
 
 def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunConfig:
-    """Validate plain data into a `RunConfig`, with numbers instead of "auto" learning rates.
+    """Validate plain data, and return a `RunConfig` with computed learning rates instead of "auto".
 
     Integer labels become text, as in records. A number format of "auto" becomes float32, except in a simulation, which
     selects it at its start (`fedtune.sites.virtual_site.fix_number_format`).
@@ -476,13 +476,13 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
         for_real_sites: plan a simulation as a run over real sites.
 
     Raises:
-        ConfigError: a setting is wrong; names the first wrong key, its value and the accepted values.
+        ConfigError: a setting is invalid. The message contains the first invalid key, its value and accepted values.
     """
     try:
-        config = _ADAPTER.validate_python(_read_label_texts(expand_home_paths(settings)))
+        config = _ADAPTER.validate_python(_convert_labels_to_text(expand_home_paths(settings)))
     except ValidationError as error:
         raise convert_first_error(error) from None
-    _check_switches(settings, config.to_json())
+    _reject_booleans(settings, config.to_json())
     # Real sites compute on other machines, and a seeded run must be reproducible on any machine.
     if for_real_sites or config.runtime.kind != "simulation" or config.runtime.seeded_noise:
         config = config.with_number_format("float32")
@@ -490,7 +490,7 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
 
 
 def expand_home_paths(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any]:
-    """Return a copy of the settings with `~` expanded at the beginning of paths.
+    """Return a copy of the settings in which a `~` at the beginning of a path is expanded.
 
     Raises:
         ConfigError: a path names the home folder of an unknown user.
@@ -504,7 +504,7 @@ def expand_home_paths(settings: Mapping[str, Any], *, within: str = "") -> dict[
 
 
 def use_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:
-    """Convert the settings of a plain run to a run with secure aggregation; `parse` validates the result.
+    """Convert the settings of a run to secure aggregation, without validating the result.
 
     Each step becomes a round, each sum covers all participating sites, and learning rates decay linearly to zero. The
     average has less noise than in a plain run, by the square root of the number of honest sites. SGD's learning rates
@@ -513,7 +513,7 @@ def use_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] 
 
     Args:
         settings: nested plain data, as `parse` accepts it.
-        keep: dotted keys that keep their values; with training.local_steps among them, all settings do.
+        keep: dotted keys whose values must not change. If training.local_steps is one of them, no value changes.
     """
     settings = {**settings, "federation": {**settings["federation"], "aggregation": "secure"}}
     try:
@@ -539,7 +539,7 @@ def use_secure_aggregation(settings: Mapping[str, Any], *, keep: Container[str] 
 _FASTER = 5 / 3  # largest tested increase of SGD's rates: from 3 to 5 and from 24 to 40 with four banks
 
 
-def _read_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_labels_to_text(settings: Mapping[str, Any]) -> dict[str, Any]:
     data = settings.get("data")
     if not (isinstance(data, Mapping) and isinstance(data.get("labels"), list | tuple)):
         return dict(settings)
@@ -575,13 +575,13 @@ def _check_secure(config: RunConfig) -> None:
             raise ConfigError(key, given, f"must be {shown} with federation.aggregation = secure: {why}")
 
 
-def _check_switches(given: Any, taken: Any, key: str = "") -> None:
+def _reject_booleans(given: Any, taken: Any, key: str = "") -> None:
     """Reject booleans for numeric settings, which pydantic would convert to 1 and 0."""
     if isinstance(given, bool) and not isinstance(taken, bool):
         raise ConfigError(key, given, "must be a number")
     parts = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list | tuple) else ()
     for name, value in parts:
-        _check_switches(value, taken[name], f"{key}.{name}".lstrip("."))
+        _reject_booleans(value, taken[name], f"{key}.{name}".lstrip("."))
 
 
 def convert_first_error(error: ValidationError) -> ConfigError:
@@ -613,5 +613,5 @@ _BOUNDS = {
     **dict.fromkeys(("dict_type", "mapping_type"), "must be keys and values, as in {text: body}"),
     "dataclass_type": "must be keys and values; select an option with defaults: [override /GROUP: OPTION]",
 }
-"""By pydantic's type of an error, where its own words are a programmer's."""
+"""Messages by pydantic error type, for types whose own message is written for programmers."""
 _ADAPTER = TypeAdapter(RunConfig)

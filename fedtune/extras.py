@@ -28,12 +28,12 @@ def require_extra(key: str, value: object, extra: str, *modules: str, or_else: s
         or_else: an alternative to the installation, as the end of a sentence.
 
     Raises:
-        ConfigError: a module is missing; the message contains the command that installs it.
+        ConfigError: a module is missing. The message contains the command that installs it.
     """
     for module in modules or (extra,):
         if not is_installed(module):
             package = "Pillow" if module == "PIL" else module.replace("_", "-")
-            raise ConfigError(key, value, f"needs {package}", remedy=f"{install_command(extra)}{or_else}")
+            raise ConfigError(key, value, f"requires {package}", remedy=f"{install_command(extra)}{or_else}")
 
 
 def install_command(extra: str) -> str:
@@ -48,7 +48,7 @@ def install_command(extra: str) -> str:
 
 
 def load_entry_point(group: str, name: str, *, key: str) -> object | None:
-    """Load the entry point with this name and group; None without one.
+    """Load an entry point by group and name, or return None if no package declares it.
 
     Args:
         group: group of entry points.

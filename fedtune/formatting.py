@@ -1,4 +1,4 @@
-"""Formatting of figures and names, shared by all layers."""
+"""Formatting of numbers, counts, keys and names, shared by all layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def convert_none_to_infinite(value: float | None) -> float:
 
 
 def total(figures: Iterable[float]) -> float:
-    """Add decimal figures without binary rounding: deltas of 1e-5 and 2e-5 add up to exactly 3e-5."""
+    """Add floats as decimal numbers, without binary rounding: deltas of 1e-5 and 2e-5 add up to exactly 3e-5."""
     return float(sum(Decimal(repr(float(one))) for one in figures))
 
 
@@ -45,7 +45,7 @@ def group_hex_start(digits: str) -> str:
 
 
 def convert_to_jsonable(value: Any) -> Any:
-    """Convert nested data and dataclasses for JSON; non-finite numbers become None."""
+    """Convert nested data and dataclasses to JSON values, with None for non-finite numbers."""
     match value:
         case Enum():
             return value.value
@@ -91,7 +91,7 @@ def format_size(num_bytes: float) -> str:
 
 
 def format_html_table(title: str, rows: Iterable[Sequence[object]]) -> str:
-    """Format rows of facts as an HTML table for a notebook, with all texts escaped.
+    """Format rows as an HTML table for a notebook, with all texts escaped.
 
     >>> format_html_table("a <b>", [("epsilon", 3)])
     '<table><caption>a &lt;b&gt;</caption><tr><td>epsilon</td><td>3</td></tr></table>'

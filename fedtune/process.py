@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 torch_came_first = "torch" in sys.modules and "MKL_CBWR" not in os.environ
-"""Whether torch may have read the environment before these settings were made."""
+"""Whether torch was imported before this module, and may have read the environment without these settings."""
 
 # Without this setting, MKL selects kernels and splits sums among threads by the number of rows, so that the rounding of
 # an example depends on the rest of its batch. training/batch_invariance.py tests this on each machine.
@@ -20,8 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-class _WhenUsed:
-    """A lazily imported module."""
+class _LazyModule:
+    """A proxy that imports its module on the first access to an attribute."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -34,4 +34,4 @@ class _WhenUsed:
 if TYPE_CHECKING:
     import torch as torch
 else:
-    torch = _WhenUsed("torch")
+    torch = _LazyModule("torch")

@@ -30,7 +30,7 @@ WIRE_SCHEMA: Final = 9  # messages between lead and sites
 
 
 class FedtuneError(Exception):
-    """Base class of all deliberate errors; `exit_code` is the exit status of the command line."""
+    """Base class of all errors that fedtune raises deliberately, with the command line's `exit_code`."""
 
     exit_code: ClassVar[int] = 1
 
@@ -56,16 +56,16 @@ class ConfigError(FedtuneError, ValueError):
         super().__init__(": ".join(filter(None, (given, bound, remedy))))
 
     def under(self, prefix: str) -> ConfigError:
-        """Return the same error with a prefixed key (`epsilon` becomes `privacy.epsilon`)."""
+        """Return a copy of the error with a prefixed key (`epsilon` becomes `privacy.epsilon`)."""
         return type(self)(f"{prefix}.{self.key}" if prefix else self.key, self.value, self.bound, remedy=self.remedy)
 
     def in_file(self, path: object) -> ConfigError:
-        """Return the same error with the file that contains the key."""
+        """Return a copy of the error whose key is preceded by the file that contains it."""
         return type(self)(f"{path}: {self.key}", self.value, self.bound, remedy=self.remedy)
 
 
 class DataError(ConfigError):
-    """A missing or malformed data file; the key contains file, line and field."""
+    """A missing or malformed data file.  The key contains file, line and field."""
 
 
 class RefusedError(FedtuneError):
@@ -83,7 +83,7 @@ class StuckError(RunError):
 
 
 class LibraryPanic(Exception):
-    """A library's `BaseException` that is no `Exception`; `__cause__` holds the original."""
+    """A library's `BaseException` that is not an `Exception`, such as a panic in Rust; it is in `__cause__`."""
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def name_file_in_errors(path: object) -> Iterator[None]:
 
 @contextmanager
 def translate_panics() -> Iterator[None]:
-    """Convert a library's `BaseException`s into `LibraryPanic`; also usable as a decorator.
+    """Convert a library's `BaseException`s to `LibraryPanic`.  It can also be used as a decorator.
 
     A panic in a Rust library is a `BaseException`, which `except Exception` does not catch, so a malicious record could
     end a run. KeyboardInterrupt, SystemExit and GeneratorExit pass through unchanged.
@@ -112,7 +112,7 @@ def translate_panics() -> Iterator[None]:
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SAY_SO = (*map(os.strerror, _FULL), "database or disk is full")
-"""Messages of the operating system, which libraries in other languages quote, and of SQLite."""
+"""Messages about a full disk: of the operating system, as quoted by libraries in other languages, and of SQLite."""
 
 
 def describe_full_disk(error: BaseException | None) -> str | None:
@@ -207,7 +207,7 @@ def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
 
 
 def check_schema(key: str, found: object, schema: int, *, of: str) -> None:
-    """Check the schema number of a file; `of` describes the file in the error message."""
+    """Check the schema number of a file, which the error message describes as `of`."""
     if type(found) is not int or found != schema:
         bound = f"must be {schema}: another version of fedtune wrote this {of}; read it with that version"
         raise ConfigError(key, found if type(found) is int else NOT_GIVEN, bound)

@@ -15,21 +15,21 @@ from pathlib import Path
 
 effective_user: Callable[[], int] = getattr(os, "geteuid", lambda: -1)
 effective_group: Callable[[], int] = getattr(os, "getegid", lambda: -1)
-"""User and group id of this process; -1 on Windows, which owns no file, so that owner-only operations are refused."""
+"""Effective user and group id.  On Windows, -1 owns no file, so owner-only operations are refused."""
 
 change_mode: Callable[[int, int], None] = getattr(os, "fchmod", lambda descriptor, mode: None)
 change_owner: Callable[[int, int, int], None] = getattr(os, "fchown", lambda descriptor, user, group: None)
-"""Change mode or owner of an open file; no effect on Windows, where a file inherits the permissions of its folder."""
+"""Change mode or owner of an open file.  On Windows, files inherit their folder's permissions and nothing changes."""
 
 cpu_affinity: Callable[[int], Sized] = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))
-"""The cores that a process may use; all cores except on Linux."""
+"""Function that returns the cores on which a process may run.  Outside of Linux, it returns all cores."""
 
 NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
 UNIX_SOCKETS: int = getattr(socket, "AF_UNIX", -1)
-"""Address family of Unix sockets; the invalid family -1 if unsupported."""
+"""Address family of Unix sockets, or the invalid family -1 if they are not supported."""
 
 PEER_CREDENTIALS: int = getattr(socket, "SO_PEERCRED", -1)
-"""Socket option for the user id of the peer of a Unix socket; -1 except on Linux."""
+"""Socket option that returns the user id of a Unix socket's peer, or -1 outside of Linux."""
 
 MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
 """Unit in bytes of the peak memory in `resource.getrusage`."""
@@ -40,7 +40,7 @@ if sys.platform == "win32":
     grp = pwd = resource = None
 
     def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> None:
-        """Lock an open file exclusively; waits at most ten seconds, and ignores `shared`."""
+        """Lock an open file exclusively, also if `shared`.  `wait` waits at most ten seconds."""
         # Windows makes locked bytes unreadable, so lock a byte far beyond the end of every file.
         os.lseek(descriptor, 1 << 30, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
@@ -53,7 +53,7 @@ if sys.platform == "win32":
         """Do nothing, because Windows cannot flush a folder."""
 
     def send_signal(process: int, number: int) -> None:
-        """Send a signal to the current process; os.kill on Windows would terminate any other process.
+        """Send a signal to the current process, because os.kill on Windows would terminate another process.
 
         Raises:
             OSError: `process` is another process.
@@ -71,7 +71,7 @@ else:
     send_signal = os.kill
 
     def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> None:
-        """Lock an open file or folder; the lock ends with the process, even after a kill.
+        """Lock an open file or folder.  The lock is released when the process ends, even if it is killed.
 
         Raises:
             OSError: another process holds the lock, or the file system does not support locks.

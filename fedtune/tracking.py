@@ -35,23 +35,23 @@ _PROJECT = "fedtune"
 
 
 class Tracker(Protocol):
-    """The interface of an experiment tracker for one run."""
+    """Interface of an experiment tracker that logs one run."""
 
     def begin(self, settings: Settings) -> int:
-        """Start or resume the run, and return the number of rounds that the tracker already has."""
+        """Start or resume the run, and return the number of rounds that are already logged."""
 
-    def round(self, number: int, figures: Figures) -> None:
-        """Log the figures of a round."""
+    def log_round(self, number: int, figures: Figures) -> None:
+        """Log the metrics of a round."""
 
-    def result(self, figures: Figures, files: Sequence[Path]) -> None:
-        """Log the final figures of the run, and its report."""
+    def log_result(self, figures: Figures, files: Sequence[Path]) -> None:
+        """Log the final metrics of the run, and its report files."""
 
     def close(self, how: Ending) -> None:
         """Close the run in the tracker."""
 
 
 class Mlflow:
-    """MLflow through its client API, which does not log user, source and commit by default."""
+    """MLflow tracker.  It uses the client API, which does not log user, source and commit by default."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -80,12 +80,12 @@ class Mlflow:
             client.log_param(self._run, key, value)
         return 0
 
-    def round(self, number: int, figures: Figures) -> None:
+    def log_round(self, number: int, figures: Figures) -> None:
         for name, value in figures.items():
             self._client.log_metric(self._run, name, value, step=number)
 
-    def result(self, figures: Figures, files: Sequence[Path]) -> None:
-        self.round(0, figures)
+    def log_result(self, figures: Figures, files: Sequence[Path]) -> None:
+        self.log_round(0, figures)
         for path in files:
             self._client.log_artifact(self._run, str(path))
 
@@ -94,7 +94,7 @@ class Mlflow:
 
 
 class TensorBoard:
-    """TensorBoard through its record writer; the standard writer puts the machine's name into the file name."""
+    """TensorBoard tracker.  It uses the record writer, because the standard writer adds the host name to file names."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -115,13 +115,13 @@ class TensorBoard:
         self._write(summary=self._summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
         return 0
 
-    def round(self, number: int, figures: Figures) -> None:
+    def log_round(self, number: int, figures: Figures) -> None:
         for name, value in figures.items():
             self._write(step=number, summary=self._summary.scalar(name, value))
         self._writer.flush()
 
-    def result(self, figures: Figures, files: Sequence[Path]) -> None:
-        self.round(0, figures)
+    def log_result(self, figures: Figures, files: Sequence[Path]) -> None:
+        self.log_round(0, figures)
         for path in files:
             if path.suffix == ".md":  # TensorBoard stores no files; the model card repeats the report
                 self._write(summary=self._summary.text("report", path.read_text(encoding="utf-8")))
@@ -136,7 +136,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, offline without a server. Each start of a run logs all of its rounds."""
+    """Weights & Biases tracker, offline unless a server is set.  Each start of a run logs all rounds of the run."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         os.environ["WANDB_ERROR_REPORTING"] = "false"
@@ -155,10 +155,10 @@ class WandB:
         self._run = wandb.init(project=_PROJECT, config=dict(settings), settings=wandb.Settings(**quiet), **own)
         return 0
 
-    def round(self, number: int, figures: Figures) -> None:
+    def log_round(self, number: int, figures: Figures) -> None:
         self._run.log(dict(figures), step=number)
 
-    def result(self, figures: Figures, files: Sequence[Path]) -> None:
+    def log_result(self, figures: Figures, files: Sequence[Path]) -> None:
         import wandb
 
         self._run.summary.update(dict(figures))
@@ -173,11 +173,11 @@ class WandB:
 
 _TRACKERS: Mapping[str, Callable[[RunConfig, Path], Tracker]]
 _TRACKERS = {"mlflow": Mlflow, "tensorboard": TensorBoard, "wandb": WandB}
-"""By the name of the module, which is that of the extra that installs it."""
+"""Tracker classes by module name, which is also the name of the extra that installs the module."""
 
 
 class Tracked:
-    """Connects a run to its tracker, if the settings name one.
+    """Context manager that logs a run to the tracker in its settings, if there is one.
 
     Args:
         config: the run's configuration.
@@ -216,20 +216,20 @@ class Tracked:
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:
-        """Log all rounds that the tracker lacks."""
+        """Log all finished rounds that are not logged yet."""
         if self._tracker is None:
             return
         rounds = state.rounds[self._known :]
         self._known += len(rounds)
         for result in rounds:
             number, figures = result.round, dict(iter_round_figures(self._config, state, result.round))
-            self._try(lambda tracker: tracker.round(number, figures))  # noqa: B023 - it is called at once
+            self._try(lambda tracker: tracker.log_round(number, figures))  # noqa: B023 - it is called at once
 
     def finish(self, result: RunResult, folder: Path) -> None:
         """Log the result and the report."""
         files = (folder / "report.html", folder / "report.json", RunFolder(folder).result)
         card = RunFolder(folder).adapter / "README.md"
-        self._try(lambda tracker: tracker.result(dict(iter_final_figures(result)), (*files, card)))
+        self._try(lambda tracker: tracker.log_result(dict(iter_final_figures(result)), (*files, card)))
 
     def _try(self, tell: Callable[[Tracker], None]) -> None:
         if self._tracker is None:
@@ -264,9 +264,9 @@ def list_settings(config: RunConfig) -> Settings:
 
 
 def iter_round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:
-    """Yield the finite figures of a finished round in run.json, and the largest epsilon of any site up to that round.
+    """Yield the finite metrics of a finished round, and the largest epsilon of any site up to that round.
 
-    Additional charges for retries count as early as possible.
+    Charges for retries count from the earliest round in which the retry may have happened.
     """
     plan, result = config.plan(), state.rounds[number - 1]
     charges = {site: compute_site_charge(state, site, plan).rounds for site in config.federation.active}
@@ -283,7 +283,7 @@ def iter_round_figures(config: RunConfig, state: LeadState, number: int) -> Iter
 
 
 def iter_final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
-    """Yield the finite figures of the whole run in run.json."""
+    """Yield the finite metrics of the whole run, as in run.json."""
     final = result.final
     figures: dict[str, float | None] = {f"test/{name}": score for name, score in final.metrics.items()}
     figures |= {f"test_before/{name}": score for name, score in final.metrics_before.items()}

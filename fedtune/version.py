@@ -1,4 +1,4 @@
-"""The version, build and data folders of the package. The module imports nothing of fedtune."""
+"""The version, build digest and data folders of the package. This module imports no other module of fedtune."""
 
 import hashlib
 from functools import cache

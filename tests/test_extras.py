@@ -30,7 +30,7 @@ def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
     def hide_extra(extra: str, module: str) -> str:
         monkeypatch.setitem(sys.modules, module, None)
         name = "Pillow" if module == "PIL" else module.replace("_", "-")
-        return f"needs {name}: {extras.install_command(extra)}"
+        return f"requires {name}: {extras.install_command(extra)}"
 
     return hide_extra
 

@@ -1,4 +1,4 @@
-"""Support for Hydra applications: `pkg://fedtune.conf` as a search path, and a schema in the config store.
+"""Support for Hydra applications: the search path `pkg://fedtune.conf`, and a schema in Hydra's config store.
 
 If a defaults list begins with `fedtune_schema`, Hydra checks the type of each setting. `fedtune.simulate` always checks
 values and their combinations.
@@ -31,7 +31,7 @@ class _Reader:
 
 
 def schema(cls: type = RunConfig) -> type:
-    """Build a dataclass with the fields of `cls`, without values; types that OmegaConf does not support become Any."""
+    """Build a dataclass with the fields of `cls` but no values, and Any for types that OmegaConf does not support."""
     hints = typing.get_type_hints(cls)
     fields = [
         (one.name, _convert_to_omegaconf_type(hints[one.name]), dataclasses.field(default=MISSING))

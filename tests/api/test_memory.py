@@ -290,5 +290,5 @@ def test_optional_libraries_are_not_imported_for_other_data(monkeypatch: pytest.
     for name in ("pandas", "pyarrow", "polars", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it would raise
     assert read(ROW) == read(DataSet()) == read(Frame()) == ROW
-    with pytest.raises(ConfigError, match="data: needs pyarrow"):
+    with pytest.raises(ConfigError, match="data: requires pyarrow"):
         read(Stream())

@@ -279,7 +279,7 @@ def test_site_start_refuses_expired_certificates_and_missing_keys(
         (north.folder / path).parent.mkdir(parents=True, exist_ok=True)
         (north.folder / path).touch()
         monkeypatch.setitem(sys.modules, module, None)
-        assert f"needs {module}: {install_command(extra)}" in run_command("site", "start", *north.words).failed()
+        assert f"requires {module}: {install_command(extra)}" in run_command("site", "start", *north.words).failed()
         (north.folder / path).unlink()
     key.unlink()
     assert f"site_key = {str(key)!r}: is missing" in run_command("site", "start", *north.words).failed()

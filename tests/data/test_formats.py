@@ -166,7 +166,7 @@ def test_missing_pyarrow_is_named_in_the_error(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "a.parquet").write_bytes(WRITERS["a.parquet"](ROWS))
     save_dataset(tmp_path / "set", pyarrow.Table.from_pylist(ROWS))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"needs pyarrow: pip install "):
+    with pytest.raises(ConfigError, match=r"requires pyarrow: pip install "):
         list(iter_records(tmp_path / name, {"text": "text"}))
 
 

@@ -113,7 +113,7 @@ def test_oversized_images_are_refused_and_missing_pillow_is_named(
         with pytest.raises(DataError, match=r"must have at most .* bytes per image"):
             decode_record_image(record)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ConfigError, match=r"needs Pillow: pip install "):
+    with pytest.raises(ConfigError, match=r"requires Pillow: pip install "):
         decode_record_image(record)
 
 

@@ -245,7 +245,7 @@ def test_missing_export_library_is_named(runs: Runs, tmp_path: Path, monkeypatch
     format = "sentence-transformers" if library == "sentence_transformers" else "onnx"
     told = run_command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
     name = library.replace("_", "-")
-    assert told.failed().startswith(f"--format = '{format}': needs {name}: pip install ")
+    assert told.failed().startswith(f"--format = '{format}': requires {name}: pip install ")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     told = run_command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))

@@ -366,8 +366,8 @@ def test_doctor_names_missing_packages_and_install_commands(home: Home, monkeypa
         monkeypatch.setitem(sys.modules, module, None)
     found = list_failures(checks := home.examine_site())
     for name, extra, said in (
-        (f"base model {digest[:12]}", "gguf", f"base model = {digest}: needs gguf"),
-        ("data", "data", f"{home.folder / 'records.parquet'} needs pyarrow"),
+        (f"base model {digest[:12]}", "gguf", f"base model = {digest}: requires gguf"),
+        ("data", "data", f"{home.folder / 'records.parquet'} requires pyarrow"),
     ):
         assert found[name] == said
         assert checks[name].fix == f"Run `{install_command(extra)}`."

@@ -181,7 +181,7 @@ def test_pdf_rendering_fetches_nothing() -> None:
 
 def test_missing_weasyprint_or_pango_error_suggests_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.extras.is_installed", lambda module: False)
-    with pytest.raises(ConfigError, match="--pdf: needs weasyprint: pip install "):
+    with pytest.raises(ConfigError, match="--pdf: requires weasyprint: pip install "):
         render.convert_to_pdf("<p>")
     monkeypatch.setattr("fedtune.extras.is_installed", lambda module: True)
     no_pango = Mock(side_effect=OSError("cannot load library 'libpango-1.0-0'"))
