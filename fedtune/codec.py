@@ -121,7 +121,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
         return decode_value(key, value, [*words, *kinds][0])
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
-        return _decode_under(key, hint, value, default if isinstance(default, hint) else None)
+        return _decode_nested(key, hint, value, default if isinstance(default, hint) else None)
     if origin in (tuple, frozenset) or hasattr(hint, "_fields"):
         return _decode_sequence(key, value, hint)
     if isinstance(hint, type) and issubclass(hint, tuple):  # a NamedTuple, serialized as a list
@@ -160,11 +160,11 @@ def _decode_sequence(key: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(arguments[0]):
         for item in value:
             require(key, item, isinstance(item, dict), f"must be tables, as in [[{key}]]")
-        return tuple(_decode_under(f"{key}[{number}]", arguments[0], item) for number, item in enumerate(value, 1))
+        return tuple(_decode_nested(f"{key}[{number}]", arguments[0], item) for number, item in enumerate(value, 1))
     return typing.get_origin(hint)(decode_value(key, item, arguments[0]) for item in value)
 
 
-def _decode_under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
+def _decode_nested(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
     try:
         if default is None and hasattr(cls, "from_json"):  # such classes have rules beyond types
             return cls.from_json(table)
@@ -192,7 +192,7 @@ def to_toml(table: Mapping[str, Any]) -> str:
 
 
 def _iter_toml_lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
-    plain = {key: value for key, value in table.items() if value is not None and not _holds_tables(value)}
+    plain = {key: value for key, value in table.items() if value is not None and not _contains_tables(value)}
     for key, value in plain.items():
         yield f"{key if _BARE_KEY.fullmatch(key) else _format_toml_value(key)} = {_format_toml_value(value)}"
     for key, value in table.items():
@@ -200,12 +200,12 @@ def _iter_toml_lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             lines = list(_iter_toml_lines(value, inner))
             yield from ("", f"[{inner}]", *lines) if lines else ()
-        elif _holds_tables(value):
+        elif _contains_tables(value):
             for item in value:
                 yield from ("", f"[[{inner}]]", *_iter_toml_lines(item, inner))
 
 
-def _holds_tables(value: object) -> bool:
+def _contains_tables(value: object) -> bool:
     many = isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
     return many or isinstance(value, Mapping)
 

@@ -246,23 +246,23 @@ def check_name(key: str, name: str, *, most: int = 100, marks: str = "-_.") -> N
 
 
 def format_value(value: object, most: int = 120) -> str:
-    """Format a value for an error message in YAML or JSON notation, with null and true instead of None and True.
+    """Format a value for an error message, with null and true instead of None and True.
 
     >>> format_value({"labels": ("a", None), "train": True})
     "{'labels': ['a', null], 'train': true}"
     """
-    text = _write_plain(value)
+    text = _format_plain(value)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _write_plain(value: object) -> str:
+def _format_plain(value: object) -> str:
     match value:
         case None:
             return "null"
         case bool():
             return str(value).lower()
         case Mapping():
-            return f"{{{', '.join(f'{_write_plain(key)}: {_write_plain(inner)}' for key, inner in value.items())}}}"
+            return f"{{{', '.join(f'{_format_plain(key)}: {_format_plain(inner)}' for key, inner in value.items())}}}"
         case list() | tuple():
-            return f"[{', '.join(map(_write_plain, value))}]"
+            return f"[{', '.join(map(_format_plain, value))}]"
     return repr(value)

@@ -108,28 +108,28 @@ class TensorBoard:
     def begin(self, settings: Settings) -> int:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
-        self._write(file_version="brain.Event:2")
+        self._write_event(file_version="brain.Event:2")
         # Remove the files of earlier starts, because this start logs all rounds.
-        self._write(step=1, session_log=SessionLog(status=SessionLog.START))
+        self._write_event(step=1, session_log=SessionLog(status=SessionLog.START))
         lines = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
-        self._write(summary=self._summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
+        self._write_event(summary=self._summary.text("settings", f"| setting | value |\n|---|---|\n{lines}"))
         return 0
 
     def log_round(self, number: int, figures: Figures) -> None:
         for name, value in figures.items():
-            self._write(step=number, summary=self._summary.scalar(name, value))
+            self._write_event(step=number, summary=self._summary.scalar(name, value))
         self._writer.flush()
 
     def log_result(self, figures: Figures, files: Sequence[Path]) -> None:
         self.log_round(0, figures)
         for path in files:
             if path.suffix == ".md":  # TensorBoard stores no files; the model card repeats the report
-                self._write(summary=self._summary.text("report", path.read_text(encoding="utf-8")))
+                self._write_event(summary=self._summary.text("report", path.read_text(encoding="utf-8")))
 
     def close(self, how: Ending) -> None:
         self._writer.close()
 
-    def _write(self, **fields: Any) -> None:
+    def _write_event(self, **fields: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
@@ -193,7 +193,7 @@ class Tracked:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._try(lambda tracker: tracker.close("failed" if kind else "finished"))
+        self._call_tracker(lambda tracker: tracker.close("failed" if kind else "finished"))
 
     def begin(self) -> None:
         """Start the tracker before anything is charged.
@@ -223,15 +223,15 @@ class Tracked:
         self._known += len(rounds)
         for result in rounds:
             number, figures = result.round, dict(iter_round_figures(self._config, state, result.round))
-            self._try(lambda tracker: tracker.log_round(number, figures))  # noqa: B023 - it is called at once
+            self._call_tracker(lambda tracker: tracker.log_round(number, figures))  # noqa: B023 - it is called at once
 
     def finish(self, result: RunResult, folder: Path) -> None:
         """Log the result and the report."""
         files = (folder / "report.html", folder / "report.json", RunFolder(folder).result)
         card = RunFolder(folder).adapter / "README.md"
-        self._try(lambda tracker: tracker.log_result(dict(iter_final_figures(result)), (*files, card)))
+        self._call_tracker(lambda tracker: tracker.log_result(dict(iter_final_figures(result)), (*files, card)))
 
-    def _try(self, tell: Callable[[Tracker], None]) -> None:
+    def _call_tracker(self, tell: Callable[[Tracker], None]) -> None:
         if self._tracker is None:
             return
         try:

@@ -97,7 +97,7 @@ def compose_run(
         ConfigError: an override is malformed, or a setting is unknown or invalid.
     """
     given = [_parse_override(override) for override in overrides if override.strip()]
-    return _compose(given, [], changed or {}, for_real_sites=for_real_sites)
+    return _compose_overrides(given, [], changed or {}, for_real_sites=for_real_sites)
 
 
 def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> RunConfig:
@@ -120,13 +120,13 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
         config = _override_config(recipe, list(itertools.starmap(_make_override, said.items())))
         return config if config.resume else add_start_adapter(config)
     if isinstance(recipe, DictConfig):
-        known = _apply_overrides(_resolve(recipe), list(itertools.starmap(_make_override, said.items())))
+        known = _apply_overrides(_resolve_interpolations(recipe), list(itertools.starmap(_make_override, said.items())))
         return _complete_config(known, values={key for key, _ in flatten(said)})
     said |= {} if recipe is None else {"experiment": os.fspath(recipe)}
     options = {key: value for key, value in said.items() if list_options(key) and not isinstance(value, Mapping)}
     words = [_parse_override(f"{group}={quote_word(str(option))}") for group, option in options.items()]
     others = [_make_override(key, value) for key, value in said.items() if key not in options]
-    return _compose(words, others, {})
+    return _compose_overrides(words, others, {})
 
 
 def require_known_settings(settings: Settings) -> None:
@@ -139,12 +139,12 @@ def require_known_settings(settings: Settings) -> None:
     _apply_overrides(compose_default_settings(), others)
 
 
-def _compose(
+def _compose_overrides(
     typed: Sequence[Override], others: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False
 ) -> RunConfig:
     """Compose a run configuration from overrides that Hydra composes (`typed`) and that fedtune applies (`others`)."""
     given = [*typed, *others]
-    options = {one.key_or_group: one for one in typed if _is_option(one)}
+    options = {one.key_or_group: one for one in typed if _selects_group_option(one)}
     for group, one in options.items():
         if not isinstance(_parse_single_value(one), str):
             raise build_unknown_option_error(group, _parse_single_value(one))
@@ -208,7 +208,7 @@ def restore_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[
     return settings
 
 
-def _is_option(one: Override) -> bool:
+def _selects_group_option(one: Override) -> bool:
     """Whether an override selects an option of a config group."""
     return not one.is_delete() and bool(list_options(one.key_or_group)) and not isinstance(one.value(), dict)
 
@@ -268,7 +268,7 @@ def _complete_config(
 def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
     """Compose the settings with Hydra, and convert Hydra's errors to a ConfigError about the override or `file`."""
     try:
-        return _resolve(compose_settings(words))
+        return _resolve_interpolations(compose_settings(words))
     except MissingConfigException as error:
         group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         is_typed = any(parse_override_key(word) == group for word in words)
@@ -287,7 +287,7 @@ def _compose_by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]
         raise ConfigError(key, value, f"was rejected by Hydra: {told}") from None
 
 
-def _resolve(config: DictConfig) -> dict[str, Any]:
+def _resolve_interpolations(config: DictConfig) -> dict[str, Any]:
     """Resolve the interpolations in the settings.
 
     Raises:
@@ -406,14 +406,14 @@ def _parse_override(override: str, *, swept: bool = False) -> Override:
 def _make_override(key: str, value: Any) -> Override:
     """Build an override from a Python value."""
     try:
-        plain = json.loads(json.dumps(value, default=_to_json_value))
+        plain = json.loads(json.dumps(value, default=_convert_to_json_value))
     except (TypeError, ValueError, RecursionError):  # the last two: circular references, or huge integers
         bound = "must be text, a number, true, false, None, or a container of these"
         raise ConfigError(key, f"a value of type {type(value).__name__}", bound) from None
     return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, plain, input_line=f"{key}={value}")
 
 
-def _to_json_value(value: Any) -> Any:
+def _convert_to_json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return value.tolist() if hasattr(value, "tolist") else os.fspath(value)  # NumPy value or path, else a TypeError

@@ -57,7 +57,7 @@ class _ConfSource(ConfigSource):
         header = {"package": package[1] if package else "_global_" if is_own else None}
         if is_own and package and package[1].startswith("hydra"):
             raise ConfigError(f"{path}: @package", package[1], "is not allowed: configure Hydra on the command line")
-        sealed = _seal(settings, within="" if header["package"] == "_global_" else group)
+        sealed = _seal_free_maps(settings, within="" if header["package"] == "_global_" else group)
         return ConfigResult(provider=self.provider, path=str(path), config=OmegaConf.create(sealed), header=header)
 
     def is_group(self, config_path: str) -> bool:
@@ -145,12 +145,12 @@ def compose_default_settings() -> Mapping[str, Any]:
 
 def to_plain_settings(config: DictConfig) -> dict[str, Any]:
     """Convert a configuration to plain values, with interpolations resolved and missing values replaced by `OPEN`."""
-    return _unseal(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
+    return _unseal_missing_values(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
 
 
-def _unseal(value: Any) -> Any:
+def _unseal_missing_values(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _unseal(one) for key, one in value.items()}
+        return {key: _unseal_missing_values(one) for key, one in value.items()}
     return OPEN if value == _SEAL + OPEN else value
 
 
@@ -229,7 +229,7 @@ def _find_config_file(config_path: str) -> tuple[str, Path | None]:
     return group, path if path.is_file() else None
 
 
-def _seal(settings: Any, *, within: str) -> Any:
+def _seal_free_maps(settings: Any, *, within: str) -> Any:
     """Replace every map in `FREE_MAPS` by a sealed string, and every missing value by a sealed placeholder.
 
     OmegaConf would merge the maps, and would not let `???` replace an earlier value.  `within` is the dotted key of
@@ -243,7 +243,7 @@ def _seal(settings: Any, *, within: str) -> Any:
                 raise ConfigError(f"{within}.{key}", NOT_GIVEN, "must be text; put quotes around it")
         # Escape the dollar sign: interpolations in the map are resolved after it is unsealed.
         return _SEAL + json.dumps(settings, ensure_ascii=False).replace("$", "\\u0024")
-    return {key: _seal(one, within=f"{within}.{key}".lstrip(".")) for key, one in settings.items()}
+    return {key: _seal_free_maps(one, within=f"{within}.{key}".lstrip(".")) for key, one in settings.items()}
 
 
 def _resolve_data_files(group: Any, folder: Path) -> None:

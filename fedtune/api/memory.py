@@ -103,7 +103,7 @@ def write_data_file(data: Data, *, at: str = "data") -> Iterator[str]:
 def _rename_paths_in_errors(names: Mapping[str, str]) -> Iterator[None]:
     """Replace paths of private files in error messages by the caller's names for the data."""
 
-    def rename(value: Any) -> Any:
+    def replace_paths(value: Any) -> Any:
         for path, name in names.items() if isinstance(value, str) else ():
             value = value.replace(path, name)
         return value
@@ -111,8 +111,8 @@ def _rename_paths_in_errors(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        renamed = (rename(one) for one in (error.key, error.value, error.bound))
-        raise type(error)(*renamed, remedy=rename(error.remedy)) from None
+        renamed = (replace_paths(one) for one in (error.key, error.value, error.bound))
+        raise type(error)(*renamed, remedy=replace_paths(error.remedy)) from None
 
 
 def build_in_memory_settings(settings: Settings, *, of_recipe: bool, validation: bool, test: bool) -> dict[str, Any]:
@@ -170,7 +170,10 @@ def write_rows(path: Path, data: Data, *, at: str) -> None:
         for number, row in enumerate(iter_rows(data, at=at), 1):
             if not isinstance(row, Mapping):
                 raise DataError(f"{at}:{number}", type(row).__name__, "must be a mapping from column to value")
-            named = {str(key): _to_json(value, f"{at}:{number}, column {str(key)!r}") for key, value in row.items()}
+            named = {
+                str(key): _convert_to_json_value(value, f"{at}:{number}, column {str(key)!r}")
+                for key, value in row.items()
+            }
             if len(named) < len(row):
                 raise DataError(f"{at}:{number}", "a duplicate column", "must have distinct column names")
             file.write(json.dumps(named) + "\n")
@@ -207,7 +210,7 @@ def iter_rows(data: Data, *, at: str) -> Iterator[Any]:
     elif callable(getattr(data, "to_pylist", None)):  # a batch
         yield from data.to_pylist()
     elif (dimensions := getattr(data, "ndim", 0)) >= 1:
-        yield from _to_list(data) if dimensions == 1 else _iter_feature_rows(data, at=at)
+        yield from _convert_to_list(data) if dimensions == 1 else _iter_feature_rows(data, at=at)
     elif hasattr(data, "__arrow_c_stream__"):
         require_extra(at, NOT_GIVEN, "data", "pyarrow")
         import pyarrow
@@ -244,7 +247,7 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
     The column for y is `target` for floats and `label` for all other types, unless y is a named pandas series.  A data
     frame X keeps its column names.
     """
-    values, kind = _to_list(answers), getattr(getattr(answers, "dtype", None), "kind", None)
+    values, kind = _convert_to_list(answers), getattr(getattr(answers, "dtype", None), "kind", None)
     if any(isinstance(one, list) for one in values):
         raise DataError(f"{at}, y", "a table", "must have one value for each row")
     is_float = kind == "f" if kind else bool(values) and all(type(one) is float for one in values)
@@ -262,7 +265,7 @@ def _iter_labeled_rows(inputs: Any, answers: Any, *, at: str) -> Iterator[dict[s
 
 def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of an array: features x0, x1, ... for a 2-D array, `text` for a list of strings."""
-    for number, one in enumerate(_to_list(inputs), 1):
+    for number, one in enumerate(_convert_to_list(inputs), 1):
         if isinstance(one, str):
             yield {"text": one}
         elif isinstance(one, list | tuple) and not any(isinstance(cell, list | tuple) for cell in one):
@@ -274,14 +277,14 @@ def _iter_feature_rows(inputs: Any, *, at: str) -> Iterator[dict[str, Any]]:
 def _iter_columns(names: Sequence[str], columns: Sequence[Any], *, at: str) -> Iterator[dict[str, Any]]:
     if any(isinstance(one, str | Mapping) or not isinstance(one, Iterable) for one in columns):
         raise DataError(at, "a mapping without columns", "must map each column to its values, or be a list of dicts")
-    values = [_to_list(one) for one in columns]
+    values = [_convert_to_list(one) for one in columns]
     if len({len(one) for one in values}) > 1:
         raise DataError(at, "columns of different lengths", "must have one value for each row in each column")
     for cells in zip(*values, strict=True):
         yield dict(zip(names, cells, strict=True))
 
 
-def _to_list(values: Any) -> list[Any]:
+def _convert_to_list(values: Any) -> list[Any]:
     if callable(dense := getattr(values, "toarray", None)):  # a sparse matrix
         values = dense()
     for method in ("tolist", "to_list", "to_pylist"):
@@ -290,7 +293,7 @@ def _to_list(values: Any) -> list[Any]:
     return list(values)
 
 
-def _to_json(value: Any, at: str) -> Any:
+def _convert_to_json_value(value: Any, at: str) -> Any:
     """Convert a cell to a JSON value, and the missing-value marker of any library to None.
 
     Raises:
@@ -299,9 +302,9 @@ def _to_json(value: Any, at: str) -> Any:
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return None
     if isinstance(value, Mapping):
-        return {str(key): _to_json(one, at) for key, one in value.items()}
+        return {str(key): _convert_to_json_value(one, at) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(one, at) for one in value]
+        return [_convert_to_json_value(one, at) for one in value]
     if isinstance(value, bool | int | float | str):
         return None if value != value else value
     if isinstance(value, date | time):
@@ -309,6 +312,6 @@ def _to_json(value: Any, at: str) -> Any:
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if callable(convert := getattr(value, "tolist", None)):  # an array, or a number of numpy's
-        return _to_json(convert(), at)
+        return _convert_to_json_value(convert(), at)
     bound = "must be text, a number, a date, a list or a mapping; records with bytes or images need a file"
     raise DataError(at, type(value).__name__, bound)

@@ -162,10 +162,10 @@ class Ledger:
         check_at_least("steps", steps, 1)
         kind = "dp_sgd" if sampling_rate < 1 or steps > 1 else noise
         how = {"sampling_rate": sampling_rate, "local_steps": steps, "max_grad_norm": 1.0}
-        proposal, granted = self._reserve(kind, name, [], noise_multiplier=noise_multiplier, noise=noise, **how)
+        proposal, granted = self._reserve_release(kind, name, [], noise_multiplier=noise_multiplier, noise=noise, **how)
         if not isinstance(granted, Reservation):
             raise ConfigError("name", name, "was already charged: give a repeated release a new name")
-        self._commit(granted, b"[]")
+        self._commit_reply(granted, b"[]")
         return self.receipt(proposal.run)
 
     def count(
@@ -324,13 +324,13 @@ class Ledger:
         self, kind: str, name: str, rows: Sequence[tuple[float, ...]], columns: Sequence[Hashable], **planned: Any
     ) -> list[float]:
         """Charge, compute and store a noised sum, or return the stored result of an earlier identical call."""
-        proposal, reply = self._reserve(kind, name, columns, **planned, sampling_rate=1.0, local_steps=1)
+        proposal, reply = self._reserve_release(kind, name, columns, **planned, sampling_rate=1.0, local_steps=1)
         if isinstance(reply, Reservation):
             answer = release_sum(rows, proposal.plan, width=len(columns), stream=SystemRandomness().stream())
-            reply = self._commit(reply, json.dumps(answer).encode())
+            reply = self._commit_reply(reply, json.dumps(answer).encode())
         return [float(value) for value in json.loads(reply)]
 
-    def _reserve(
+    def _reserve_release(
         self, kind: str, name: str, columns: Sequence[Hashable], **planned: Any
     ) -> tuple[Proposal, Reservation | bytes]:
         check_name("name", name)
@@ -350,7 +350,7 @@ class Ledger:
                 f"the release {proposal.run!r} exceeds the budget: {reason}; nothing was charged"
             ) from refused
 
-    def _commit(self, granted: Reservation, reply: bytes) -> bytes:
+    def _commit_reply(self, granted: Reservation, reply: bytes) -> bytes:
         self._site.commit(granted, reply)
         self._site.end_run(granted.run)
         self._verified = None

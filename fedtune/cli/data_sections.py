@@ -49,7 +49,7 @@ def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentP
     held = tuple((one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in every)
     yield _build_truncated_section("Columns", ("name", "filled", "type", "distinct values"), held, words={0, 2})
     odd = tuple(
-        (name, kind, f"{count:,}", ", ".join(f"{row}: {_shorten(text)}" for row, text in some))
+        (name, kind, f"{count:,}", ", ".join(f"{row}: {_shorten_text(text)}" for row, text in some))
         for name in found.roles.values()
         for kind, count, some in found.columns[name].strange
     )
@@ -57,7 +57,7 @@ def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentP
         "Unusual values (a run may skip these rows)", ("column", "kind", "values", "row: value"), odd
     )
     columns = found.roles.values()
-    rows = [tuple(_shorten(_format_cell_text(row.get(column, ""))) for column in columns) for row in found.first]
+    rows = [tuple(_shorten_text(_format_cell_text(row.get(column, ""))) for column in columns) for row in found.first]
     headings = tuple(f"{role}: {column}" for role, column in found.roles.items())
     yield Section("First rows", headings, rows, words=range(len(columns)))
     yield _build_labels_section(plan.labels, plan.usable)
@@ -71,7 +71,7 @@ def _format_cell_text(value: Any) -> str:
     return value if isinstance(value, str) else format_value(value)
 
 
-def _shorten(text: str, most: int = _SHOWN) -> str:
+def _shorten_text(text: str, most: int = _SHOWN) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
@@ -199,10 +199,14 @@ def build_copies_sections(
     near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, SkippedRows]
 ) -> Iterator[Section]:
     """Yield the tables of `fedtune data copies`: similarity of synthetic records to a site's own, with a baseline."""
-    counts, rows, warned = Counter(what for one in usual for what in _match_kinds(one)), list[tuple[str, ...]](), {}
+    counts, rows, warned = (
+        Counter(what for one in usual for what in _list_match_kinds(one)),
+        list[tuple[str, ...]](),
+        {},
+    )
     shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}
     for one in near:
-        for what in _match_kinds(one):
+        for what in _list_match_kinds(one):
             shares.setdefault(what, []).append(one.share)
     for what, some in shares.items():
         share, expected = len(some) / len(near), counts[what] / len(usual)
@@ -220,7 +224,7 @@ def build_copies_sections(
     what_again = ("synthetic records with", "records", "share", "baseline", "longest run / text")
     yield Section("Repeated text", what_again, rows, styles=warned, notes=notes)
     runs = [one for one in near[:10] if one.words]
-    longest = [(f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _shorten(one.run, 300)) for one in runs]
+    longest = [(f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _shorten_text(one.run, 300)) for one in runs]
     headings = ("words", "of text", "synthetic", "own", "run")
     yield Section("Longest runs of words", headings, longest, words={2, 3, 4}, whole={2, 3})
     again = sorted((count, kind, one.place, own) for one in near for kind, count, own in one.details)
@@ -232,7 +236,7 @@ def build_copies_sections(
     yield Section(title="Notes", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])
 
 
-def _match_kinds(one: Near) -> Iterator[str]:
+def _list_match_kinds(one: Near) -> Iterator[str]:
     yield from (what for least, what in _RUNS.items() if one.words >= least)
     yield from [_LIKE[one.likeness]] if one.likeness else []
     yield from {f"a likely {kind}" for kind, _, _ in one.details}

@@ -51,7 +51,7 @@ def evaluate(
         figures |= {"constant_answer": {found.primary_metric: found.constant}}
     if detail is not None:
         figures |= {"detail": detail}
-    notes = list(_score_notes(found, scores, num_prompts=num_prompts))
+    notes = list(_iter_score_notes(found, scores, num_prompts=num_prompts))
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores do not measure performance on new records.")
     title = f"{run} on {data}, {pluralize(len(found.records), 'record')}"
@@ -75,7 +75,7 @@ def _build_detail_sections(detail: Detail) -> Iterator[Section]:
     yield Section(title, headings, bins, words=(), notes=notes if bins else ())
 
 
-def _score_notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: int) -> Iterator[str]:
+def _iter_score_notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: int) -> Iterator[str]:
     if found.constant is not None:
         tuned = scores[found.primary_metric].tuned
         yield describe_against_constant(

@@ -149,7 +149,7 @@ class _Zsh(ZshComplete):
     source_template = ZshComplete.source_template.replace("compadd -U", "compadd -S '' -U")
 
 
-def _complete(instruction: str) -> int:
+def _print_completions(instruction: str) -> int:
     """Print the shell's completion script, or the completions of its command line."""
     known = json.loads((find_config_folder() / COMPLETIONS).read_text(encoding="utf-8"))
     types = {"file": click.Path(), "folder": click.Path(file_okay=False), "setting": _Setting(known["settings"])}
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_command(words: list[str]) -> int:
     if instruction := os.environ.get(_COMPLETE):
-        return _complete(instruction)
+        return _print_completions(instruction)
     try:
         os.getcwd()
     except OSError:

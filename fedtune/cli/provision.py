@@ -82,7 +82,7 @@ def add_site(
     _require_key_comparison(federation, asked, already=compared)
     done = admit()
     say(f"Site {done.member.site} has joined the federation.", style="bold")
-    _show_admitted(federation, done)
+    _show_admitted_site(federation, done)
 
 
 @command(app, "issue a new certificate for a site", name="renew-site")
@@ -117,7 +117,7 @@ def renew_site(
     say(f"Site {done.member.site} is renewed. The other sites are not affected.", style="bold")
     for change in done.changes:
         say(to_printable(change, _MOST_TEXT))
-    _show_admitted(federation, done, new_to_server=bool(done.changes))  # which knows the site by its key
+    _show_admitted_site(federation, done, new_to_server=bool(done.changes))  # which knows the site by its key
 
 
 @command(app, "revoke a site", name="revoke-site")
@@ -158,7 +158,7 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     own = [(name, _format_expiry(certificate, now)) for name, certificate in made.certificates.items()]
     sections = [sites, Section("Certificates of the federation", ("of", "until"), own, words={0, 1})]
     heading = f"Federation {made.settings.name}, server {made.settings.server}"
-    print_answer(_to_json(made, now), sections, as_json=as_json, heading=heading)
+    print_answer(_convert_federation_to_json(made, now), sections, as_json=as_json, heading=heading)
     for warning in [] if as_json else _list_expiry_warnings(made, now):
         say(warning, style="bold yellow")
 
@@ -216,7 +216,7 @@ def _require_key_comparison(folder: Path, request: JoinRequest, *, already: bool
         require_confirmation("Did the site read out the same keys?", otherwise=otherwise)
 
 
-def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
+def _show_admitted_site(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
     say(f"Its certificate is valid until {Certificate.from_x509(done.member.x509_certificate).not_after:%Y-%m-%d}.")
     roster = [_format_roster_instruction(folder)] if new_to_server else []
     _print_steps(f"Send {done.archive} to the site; it contains no secret.", *roster)
@@ -271,7 +271,7 @@ def _list_expiry_warnings(made: FederationFolder, now: datetime) -> Iterator[str
         yield f"The certificate of the authority: {left}. Provision the federation again."
 
 
-def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
+def _convert_federation_to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "federation": made.settings.name,

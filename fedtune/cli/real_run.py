@@ -148,7 +148,7 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
     lead = _read_lead_kit(kit) if for_good else None
     files = RunFolder(folder)
     if lead is not None and not files.config.is_file():
-        _end_at_sites(
+        _end_run_at_sites(
             find_run_name(lead, str(folder)), list_federation_settings(lead), kit=lead
         )  # the folder is lost: the lead's key is enough
         return
@@ -171,10 +171,10 @@ def stop_run(words: Sequence[str], *, kit: Path | None, for_good: bool) -> None:
     if lead is not None:
         from fedtune.sites.shared_settings import select_settings_for_sites  # torch takes seconds to import
 
-        _end_at_sites(select_settings_for_sites(config).run_id(), config.federation, kit=lead)
+        _end_run_at_sites(select_settings_for_sites(config).run_id(), config.federation, kit=lead)
 
 
-def _end_at_sites(run: str, federation: FederationSpec, *, kit: Kit) -> None:
+def _end_run_at_sites(run: str, federation: FederationSpec, *, kit: Kit) -> None:
     from fedtune.ops.deployment import LeadService
 
     current = list_federation_settings(kit)

@@ -281,7 +281,7 @@ def print_checks(checks: Iterable[DoctorCheck], *, as_json: bool) -> list[Doctor
     for check in checks:
         made.append(check)
         if not as_json:
-            _print_line(console, check)
+            _print_check_line(console, check)
     if as_json:
         print_json({"checks": [check.to_json() for check in made], "ok": choose_exit_code(made) == 0})
         return made
@@ -298,7 +298,7 @@ def raise_failures(checks: Sequence[DoctorCheck]) -> None:
         raise {SETTINGS: SiteCheckFailed, REFUSED: RefusedError}.get(code, RunError)(message)
 
 
-def _print_line(console: Console, check: DoctorCheck) -> None:
+def _print_check_line(console: Console, check: DoctorCheck) -> None:
     found = check.found.removeprefix(f"{check.status}: ")
     lines = [f"{check.status:<{_NAME}}{to_printable(check.name)}"]
     if len(lines[0]) < _FOUND:

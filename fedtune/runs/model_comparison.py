@@ -71,14 +71,14 @@ class SideBySide:
 
     def estimate(self, model: str, score: str) -> Estimate:
         """Estimate a model's score with its bootstrap interval."""
-        return self._draw_for_score(score).estimate(model, score)
+        return self._get_draws_for_score(score).estimate(model, score)
 
     def compare_models(self, base: str, tuned: str, score: str | None = None) -> Comparison:
         """Compare two models by a score, by default by the primary metric."""
         score = score or self.primary_metric
-        return self._draw_for_score(score).compare_scores(base, tuned, score)
+        return self._get_draws_for_score(score).compare_scores(base, tuned, score)
 
-    def _draw_for_score(self, score: str) -> Drawn:
+    def _get_draws_for_score(self, score: str) -> Drawn:
         check_one_of("score", score, self.scores)
         return next(drawing for drawing in self._drawn if score in next(iter(drawing.values.values())))
 

@@ -56,13 +56,13 @@ def open_new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[l
         with ExitStack() as made:
             for option, path, beside, _ in files:
                 with translate_os_errors(path, option):
-                    _publish(beside, path)
+                    _publish_file(beside, path)
                     made.callback(path.unlink)  # remove all files if one cannot be moved
                     fsync_folder(path.parent)
             made.pop_all()
 
 
-def _publish(beside: Path, path: Path) -> None:
+def _publish_file(beside: Path, path: Path) -> None:
     """Move a complete file to its path; raise FileExistsError if the path exists by now."""
     try:
         os.link(beside, path)

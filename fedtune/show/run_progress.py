@@ -81,7 +81,7 @@ class Display:
         since = done - self._first
         left = _format_time_left((total - done) * (now - self._stage_began) / since if since > 0 else None)
         if self._console.is_terminal:
-            self._remove_bar(new or 0 < total <= done)
+            self._remove_preparation_bar(new or 0 < total <= done)
             if done < total or not total:
                 if self._preparing is None:
                     self._preparing = self._progress.add_task(so_far, total=None, left="")
@@ -93,7 +93,7 @@ class Display:
             self._console.print(f"  {so_far}{left and f', {left}'}")
             self._told = now
 
-    def _remove_bar(self, over: bool) -> None:
+    def _remove_preparation_bar(self, over: bool) -> None:
         if over and self._preparing is not None:
             self._progress.remove_task(self._preparing)
             self._preparing = None
@@ -111,7 +111,7 @@ class Display:
         federation = self._config.federation
         self._plan, self._done = proposal.plan, state.round * len(federation.active)
         self.earlier_s = state.seconds
-        self._remove_bar(True)
+        self._remove_preparation_bar(True)
         if self._shown:
             show([_build_settings_section(self._config, shared, proposal.plan)], console=self._console)
         if state.start_adapter:
