@@ -67,7 +67,7 @@ class TrackingSpec:
             raise ConfigError("output_dir", self.output_dir, "must not be blank; '.' is the current folder")
         has_server = self.tracker in ("mlflow", "wandb")
         if self.send_to is not None and not (has_server and re.match("https?://", self.send_to)):
-            bound = "must be null, or for mlflow and wandb an address that begins with https:// or http://"
+            bound = "must be null, or an https:// or http:// URL for mlflow or wandb"
             raise ConfigError("send_to", self.send_to, bound)
 
 

@@ -93,7 +93,7 @@ def _search_violations(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> 
     RunFolder(folder).create(format_config_yaml(config))
     found = sensitivity.search_violations(config, spec, folder, seed=config.seed)
     title = (
-        f"{found.tries} cases with one more {found.unit} each: the sum changed by at most {found.moved:.6f} clip norms"
+        f"{found.tries} cases with one additional {found.unit}: the sum changed by at most {found.moved:.6f} clip norms"
     )
     moved = {
         "above one clip norm": f"{found.exceeded}",

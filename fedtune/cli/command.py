@@ -79,7 +79,7 @@ class Option:
 
 
 class SettingsArgument(Argument):
-    """An argument for overrides in Hydra's grammar; it also adds Hydra's options for printing the settings."""
+    """An argument for overrides in Hydra's grammar.  A command with this argument also has Hydra's printing options."""
 
 
 Overrides = Annotated[tuple[str, ...], SettingsArgument("KEY=VALUE", help="settings to change, or an experiment file")]

@@ -68,7 +68,7 @@ def compare(
     else:
         if personal and "federated" in leave_out:
             raise ConfigError(
-                "--leave-out", "federated", "conflicts with --personal: personalization starts from that run"
+                "--leave-out", "federated", "conflicts with --personal, which starts from the federated run"
             )
         lines = plan_runs(words, without_privacy=without_privacy, leave_out=leave_out)
         first = lines[0].run

@@ -41,9 +41,9 @@ def build_file_sections(found: DetectedFile, plan: experiment_writer.ExperimentP
     yield build_key_value_section(
         {"file": f"{found.path}, {pluralize(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]}
     )
-    headings: tuple[str, ...] = ("role", "column", "why", "override with")
+    headings: tuple[str, ...] = ("role", "column", "reason", "override with")
     yield Section("Chosen columns", headings, tuple(found.options), words=range(4), notes=found.notes)
-    yield _build_truncated_section("Columns that runs ignore", ("column", "why"), tuple(found.unread))
+    yield _build_truncated_section("Columns that runs ignore", ("column", "reason"), tuple(found.unread))
     counts = {name: f"{one.num_values:,}" if one.num_values else "many" for name, one in found.columns.items()}
     every = found.columns.values()
     held = tuple((one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in every)

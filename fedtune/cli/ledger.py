@@ -255,7 +255,7 @@ def build_events_section(verified: Verified, chosen: Sequence[Event]) -> Section
         what = describe_event(event, own=own.get(event.run, ""))
         rows.append((*when, to_printable(event.run), str(event.round or ""), what))
     title = f"{len(chosen)} of {pluralize(len(verified.events), 'event')}"
-    headings = ("no.", "time (UTC)", "kind", "run", "round", "what")
+    headings = ("no.", "time (UTC)", "kind", "run", "round", "description")
     noise = f"noise: in units of the largest change of a step's sum by one {unit}"
     notes = [f"rate: probability with which each {unit} joins a step; {noise}"]
     return Section(title, headings, rows, words={1, 2, 3, 5}, whole={2}, notes=notes)
@@ -343,7 +343,7 @@ def _build_arrivals_section(figures: Lifetime) -> Section:
 def _build_methods_section(figures: Lifetime, said: Mapping[str, str]) -> Section:
     epsilons = {"filter": figures.epsilon, "PLD": figures.epsilon_pld, "RDP": figures.epsilon_rdp}
     rows = [(method, format_epsilon(epsilons[method]), meaning) for method, meaning in said.items()]
-    title, headings = "What the figures for all events mean", ("method", "epsilon", "meaning")
+    title, headings = "Meaning of the figures for all events", ("method", "epsilon", "meaning")
     return Section(title, headings, rows, words={0, 2}, whole={0})
 
 

@@ -232,7 +232,7 @@ def _build_accountants_section(outlook: Outlook) -> Section:
         ("Renyi filter", price.epsilon_filter, f"{cap}; {other}"),
         ("restarted each round", price.epsilon_of_one_round, anew),
     )
-    title, headings = "What each accountant reports for the whole run", ("accountant", "epsilon", "what it is")
+    title, headings = "Epsilon of the whole run by accountant", ("accountant", "epsilon", "meaning")
     return Section(title, headings, [(name, format_epsilon(found), what) for name, found, what in rows], words={0, 2})
 
 
@@ -282,7 +282,7 @@ def _build_resources_section(outlook: Outlook) -> Section:
     )
     machine = f"Times are for this machine ({outlook.device}) with every example {full}{users}"
     notes = [f"{machine}. They do not include evaluation and start-up."]
-    return Section("Bytes and time", ("what", "how much"), rows, words={0, 1}, notes=notes)
+    return Section("Bytes and time", ("item", "estimate"), rows, words={0, 1}, notes=notes)
 
 
 def _build_policy_section(verdict: DryRun, outlook: Outlook) -> Section:

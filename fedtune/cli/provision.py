@@ -237,7 +237,7 @@ def _print_fingerprints(title: str, fingerprints: Mapping[str, str]) -> None:
 
 
 def _print_steps(*steps: str) -> None:
-    say("\nWhat to do next:", style="bold")
+    say("\nNext steps:", style="bold")
     for number, step in enumerate(steps, 1):
         say(f" {number}. {step}")
 

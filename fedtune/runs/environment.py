@@ -96,7 +96,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         check_schema("schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
         return tuple(decode(Environment, each) for each in fields["environments"])
     except (ConfigError, TypeError, KeyError) as error:
-        raise RunError(f"{path} is damaged; the run's machine and model are unknown") from error
+        raise RunError(f"{path} is damaged: the run's machine and model are unknown") from error
 
 
 def read_selection(folder: Path) -> Selection | None:
@@ -110,7 +110,7 @@ def read_selection(folder: Path) -> Selection | None:
     try:
         return decode(Selection, parse_json(path.read_bytes(), key=str(path), bound="must be an object"))
     except ConfigError as error:
-        raise RunError(f"{path} is damaged; the run's search is unknown") from error
+        raise RunError(f"{path} is damaged: the run's hyperparameter search is unknown") from error
 
 
 def start_lineage(config: RunConfig) -> dict[str, Any] | None:

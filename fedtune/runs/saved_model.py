@@ -30,7 +30,7 @@ from fedtune.training.machine import do_frozen_states_fit, resolve_device
 BASE = "base"
 """Name of the model before training: the base model with adapters that have no effect, and the initial head."""
 _TIMES_AS_MANY = 4
-"""Tokens in a batch of generation relative to scoring, because generation computes logits only for the last token."""
+"""Ratio of generation to scoring batches in tokens, because generation computes logits only for the last token."""
 
 
 class SavedModel:

@@ -120,7 +120,7 @@ class Display:
             self._print_text(f"before training: {_format_scores(state.metrics_before)} (test records)")
         if state.round:
             over = should_stop(state.rounds, federation, primary_metric=self._config.primary_metric)
-            self._print_text(f"{'the run was over' if over else 'resuming'} after round {state.round}")
+            self._print_text(f"{'the run had ended' if over else 'resuming'} after round {state.round}")
         if state.data_changed:
             which = ", ".join(state.data_changed)
             now = f"The records of {which} have changed since the run started"
