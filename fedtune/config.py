@@ -125,7 +125,7 @@ class ReportSpec:
 
 @spec
 class CostSpec:
-    """Measurement of a run's energy use, which changes no result.
+    """Settings for measuring a run's energy use, which does not affect any result.
 
     Attributes:
         energy: measure the energy use of this machine with codecarbon (the extra `cost`).
@@ -558,7 +558,7 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
         epsilon = accountant.compute_epsilon_above_limit([plan.all_runs_event], privacy.delta, limit=privacy.epsilon)
         if epsilon is not None:
             steps = plan.local_steps * plan.most_rounds * plan.runs
-            bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
+            bound = f"results in epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
             raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, bound)
 
 

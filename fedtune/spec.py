@@ -83,7 +83,7 @@ class StuckError(RunError):
 
 
 class LibraryPanic(Exception):
-    """A library's `BaseException` that is not an `Exception`, such as a panic in Rust; it is in `__cause__`."""
+    """A library's `BaseException` that is not an `Exception`, such as a Rust panic.  It is stored as `__cause__`."""
 
 
 @contextmanager
@@ -194,7 +194,7 @@ def check_whole(key: str, value: object) -> None:
 
 
 def check_fraction(key: str, value: float, *, zero: bool = False, one: bool = False) -> None:
-    """Check that a value is in (0, 1); `zero` and `one` include the endpoints."""
+    """Check that a value is in (0, 1), where `zero` and `one` include the endpoints."""
     inside = (value >= 0 if zero else value > 0) and (value <= 1 if one else value < 1)
     if not inside:
         raise ConfigError(key, value, f"must be in {'[' if zero else '('}0, 1{']' if one else ')'}")

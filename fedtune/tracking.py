@@ -47,7 +47,7 @@ class Tracker(Protocol):
         """Log the final metrics of the run, and its report files."""
 
     def close(self, how: Ending) -> None:
-        """Close the run in the tracker."""
+        """Mark the run as finished or failed, and close the tracker."""
 
 
 class Mlflow:

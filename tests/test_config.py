@@ -122,7 +122,7 @@ def test_required_settings_are_enforced_and_configurations_immutable() -> None:
 def test_plan_uses_the_configured_values() -> None:
     # A given noise must do for all runs that share the epsilon.
     given = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
-    with pytest.raises(ConfigError, match=r"noise_multiplier = 0\.9: gives epsilon .* over 24 steps"):
+    with pytest.raises(ConfigError, match=r"noise_multiplier = 0\.9: results in epsilon .* over 24 steps"):
         parse(change_base(**given, privacy__planned_runs=6))
     settings = change_base(privacy__noise_multiplier=4.0, federation__spare_rounds=2, training__local_steps=3)
     plan = parse(settings).plan()
@@ -154,7 +154,7 @@ def test_calibrated_noise_accounts_for_released_scores() -> None:
     assert 7.9 < accountant.get_epsilon(1e-5) <= 8.0
     # Given noise has to pay for them, too.
     assert parse(change_base(privacy__noise_multiplier=0.7)).privacy.noise_multiplier == 0.7
-    with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier = 0\.7: gives epsilon .* above privacy\.epsilon"):
+    with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier = 0\.7: results in epsilon .* above privacy\.epsilon"):
         parse(change_base(privacy__noise_multiplier=0.7, **NOISED, privacy__metrics_noise_multiplier=1.0))
 
 

@@ -59,7 +59,7 @@ _OTHER_WORDS = {
     "federation.num_sites": "clients num_clients sites",
     "federation.algorithm": "strategy aggregator",
     "federation.algorithm_settings.mu": "proximal_mu",
-    "privacy.sampling_rate, which sets how many records a step takes": "batch_size",
+    "privacy.sampling_rate, which determines the batch size": "batch_size",
     "training.learning_rate": "lr",
     "privacy.max_grad_norm": "clip",
     "lora.rank": "r",
@@ -382,7 +382,7 @@ def _parse_searched(override: Override) -> SearchedSetting:
     low, high, log = value.start, value.end, "log" in value.tags
     if low is None or high is None or not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
         least = ", both above 0" if log else ""
-        raise ConfigError(key, typed, f"must go from a smaller number to a larger one{least}")
+        raise ConfigError(key, typed, f"must have LOW below HIGH{least}")
     return SearchedSetting(key=key, low=low, high=high, log=log)
 
 

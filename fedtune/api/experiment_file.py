@@ -191,7 +191,7 @@ def require_no_missing_values(settings: Mapping[str, Any]) -> None:
 
 
 def _iter_missing_keys(value: Any, key: str = "") -> Iterator[str]:
-    """Yield the keys of missing values; an entry of a list is identified by its columns or its index."""
+    """Yield the keys of missing values, in which a list entry is identified by its columns or its index."""
     if value == OPEN:
         yield key
     for name, inner in value.items() if isinstance(value, dict) else ():
@@ -210,7 +210,7 @@ def read_option(group: str, option: str) -> dict[str, Any]:
 
 
 def build_unknown_option_error(group: str, option: Any, *, key: str | None = None) -> ConfigError:
-    """Build the error for an unknown option of a config group; `key` is the key in the message (default: the group)."""
+    """Build the error for an unknown option of a config group, with `key` (default: the group) in the message."""
     choices = list_options(group)
     meant = suggest_experiment(str(option)) if group == "experiment" else ""
     bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is not a settings group"

@@ -60,7 +60,7 @@ Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs (configuration, fol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Progress of a run.
+    """Progress of a run, as passed to a progress callback.
 
     Attributes:
         stage: name of the current stage; "round" after each finished round.
@@ -118,10 +118,10 @@ class CallbackListener:
         self._progress(Progress(stage="training", done=state.round, total=self._rounds))
 
     def on_site_replied(self, number: int) -> None:
-        """Ignore single replies; progress is reported once per finished round."""
+        """Ignore single replies, because progress is reported once per finished round."""
 
     def on_site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
-        """Ignore replies of real sites; runs over real sites use the command line's display."""
+        """Ignore replies of real sites, which only the command line displays."""
 
     def round_finished(self, state: LeadState) -> None:
         self._progress(Progress(stage="round", done=state.round, total=self._rounds, round=state.rounds[-1]))
@@ -191,7 +191,7 @@ def simulate(
 
 
 def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
-    """Compute the privacy cost of a run per site and round from its settings and declared sizes; nothing is charged.
+    """Compute the privacy cost of a run per site and round from its settings and declared sizes.
 
     Guarantee: every epsilon is an upper bound for the whole run, except `epsilon_of_one_round`, an upper bound for a
     single round.

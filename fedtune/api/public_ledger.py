@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _QUERIES = ReferenceRun(sampling_rate=1.0, noise_multiplier=10.0, steps=1)  # noise does not change the best order
 _OTHER_SETTINGS = "was charged with other settings: choose another name"
-_LOST = "was charged, but its answer was lost in a crash: choose another name"
+_LOST = "was charged, but its result was lost in a crash: choose another name"
 _NAME_IS_USED = {
     Reason.PLAN_CHANGED: _OTHER_SETTINGS,
     Reason.ROUND_REQUESTED_DIFFERENTLY: _OTHER_SETTINGS,
@@ -78,7 +78,7 @@ class Ledger:
 
     @classmethod
     def open(cls, site_toml: str | Path) -> Ledger:
-        """Open a site's ledger for charging; a missing ledger or key is created.
+        """Open a site's ledger for charging, and create the ledger or its key if it is missing.
 
         Args:
             site_toml: the site's policy, which contains the paths of the ledger and the key.

@@ -68,7 +68,7 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A command-line option; its flag is the parameter's name unless `names` is given.
+    """A command-line option.  Its flag is the parameter's name, unless `names` is given.
 
     For a keyword parameter (`**options`), `names` lists its options without the leading dashes.
     """
@@ -269,7 +269,7 @@ class Group(Command, click.Group):
 
 
 def group(help: str, *, default: str | None = None) -> Group:
-    """Create a command group with the module's docstring as `help`; the decorator `command` adds subcommands."""
+    """Create a command group with the module's docstring as `help`.  The decorator `command` adds subcommands."""
     return Group(default=default, help=help, context_settings=SETTINGS, no_args_is_help=False)
 
 

@@ -99,7 +99,7 @@ def compare(
 
 
 def _parse_run_folders(words: Sequence[str]) -> list[Path]:
-    """Parse the arguments as run folders; return an empty list if they are settings."""
+    """Parse the arguments as run folders, or return an empty list if they are settings."""
     folders = [word for word in words if RunFolder(Path(word)).config.is_file()]
     for word in words:
         if word not in folders and (folders or "=" not in word):

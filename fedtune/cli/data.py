@@ -317,7 +317,7 @@ def copies(
     )
     every = max(
         2, sum(1 for _ in _iter_usable_records(files, left_out)) // max(len(records), 1_000)
-    )  # a smaller sample gives no baseline
+    )  # a smaller sample would be no baseline
     near = compare_records(records, _iter_usable_records(files, left_out))
     drawn = [one for number, one in enumerate(_iter_usable_records(files, left_out)) if not number % every]
     usual = compare_records(
@@ -352,7 +352,7 @@ def _iter_usable_records(
 
 
 def _compose_experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
-    """Compose an experiment from command-line arguments; with `site`, use that real site's data files."""
+    """Compose an experiment from command-line arguments, with the data files of the real site `site` if it is given."""
     if not settings:
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
     names = [word for word in settings if "=" not in word or Path(word).is_file()]

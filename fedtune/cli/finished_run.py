@@ -129,7 +129,7 @@ def strip_control_characters(text: str) -> str:
 
 
 def print_stream(parts: Iterator[str]) -> bool:
-    """Print generated text as a stream; return True if the user interrupted it with Ctrl-C."""
+    """Print generated text as a stream, and return whether the user interrupted it with Ctrl-C."""
     stopped = False
     try:
         for part in parts:

@@ -75,9 +75,9 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
 def run_simulation(
     config: RunConfig, folder: Path, console: Console, *, session: Session | None = None, again: str | None = None
 ) -> RunResult:
-    """Start or resume a simulation in its folder, and display it.
+    """Start or resume a simulation in its folder, and display its progress and result.
 
-    `again` is the command that resumes the run; the default uses `resume=`.
+    `again` is the command that resumes the run (default: `fedtune simulate resume=FOLDER`).
     """
     began = time.monotonic()
     # Imported late: torch and Flower take seconds, and an invalid override should fail immediately.

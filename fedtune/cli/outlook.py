@@ -94,7 +94,7 @@ class Outlook:
         return self.plan.private and not self.config.runtime.seeded_noise
 
     def to_json(self) -> dict[str, Any]:
-        """Convert the forecast to JSON values; null means unbounded."""
+        """Convert the forecast to JSON values, with null for unbounded values."""
         config, price, plan = self.config, self.price, self.plan
         strictest, sums = self.strictest, self.secure_aggregation
         common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
@@ -422,7 +422,7 @@ def _solve_plan(compose: Compose, overrides: Sequence[str], target: Target | Non
 
 
 def _forecast_resources(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
-    """Forecast the bytes and the time of a run; return the forecast and its device type."""
+    """Forecast the bytes and the time of a run, and return the forecast with its device type."""
     # Imported late: torch and transformers take seconds, and an invalid override should fail immediately.
     from fedtune.federation.forecast import forecast
     from fedtune.ops.round_bytes import estimate_round_bytes

@@ -231,7 +231,7 @@ def _print_ledger_summary(ledger: Path, verified: Verified | None, differences: 
     if differences:
         say("It does not match this policy: the site would not start.", style="bold yellow")
         for key, made_for, asked in differences:
-            say(f"  {key}: created for {to_printable(made_for)}, the policy says {to_printable(asked)}")
+            say(f"  {key}: created for {to_printable(made_for)}, but the policy has {to_printable(asked)}")
 
 
 def convert_spending_to_json(verified: Verified) -> dict[str, Any]:

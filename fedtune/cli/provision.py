@@ -34,7 +34,7 @@ app = group(__doc__)
 _MOST_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]
-Days = Annotated[int | None, Option(metavar="N", help="validity of the certificate (default: as federation.toml says)")]
+Days = Annotated[int | None, Option(metavar="N", help="validity in days (default: as in federation.toml)")]
 Compared = Annotated[bool, Option("do not ask whether the keys have been compared (for scripts)")]
 SiteName = Annotated[str, Argument("NAME", help="the site")]
 

@@ -184,13 +184,13 @@ def verify(
     found = (*check_report(path, report, known), *of_roster)
     rows, styles = list[tuple[str, ...]](), dict[int, str]()
     about = f"{report.verdict.state}, epsilon {format_epsilon(report.epsilon)} at delta {report.facts.delta:g}"
-    rows.append(("it says", "", about))
+    rows.append(("reported", "", about))
     for check in found:
         mark, styles[len(rows)] = _MARKS[check.state]
         rows.append((check.name, mark, check.text))
         for problem in check.problems[:_MOST_PROBLEMS]:
             said, again = to_printable(problem.said), to_printable(problem.found)
-            rows.append(("", "", f"{to_printable(problem.where)} says {said}, found {again}"))
+            rows.append(("", "", f"{to_printable(problem.where)} is {said}, but {again} was found"))
         if len(check.problems) > _MOST_PROBLEMS:
             rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)

@@ -66,7 +66,7 @@ class AtSite:
         return SiteState.in_kit(self.kit.folder)
 
     def show_waiting(self, *, as_json: bool) -> None:
-        """Print the runs that wait for approval with their epsilon; null in JSON means no guarantee."""
+        """Print the runs that wait for approval with their epsilon, which is null in JSON without a guarantee."""
         told, rows = [], []
         for pending in self.state.list_pending_runs():
             asked, since = pending.proposal, pending.since
@@ -232,7 +232,7 @@ def _find_proposal(proposals: list[Proposal], run: str, state: str) -> Proposal:
 
 
 def _compute_total_epsilon(asked: Proposal) -> float | None:
-    """Compute the epsilon of the whole run with PLD accounting; None if the run has no guarantee."""
+    """Compute the epsilon of the whole run with PLD accounting, or return None if the run has no guarantee."""
     if asked.seeded_noise or not asked.plan.private:
         return None
     return epsilon_pld([asked.plan.full_event], asked.plan.delta)

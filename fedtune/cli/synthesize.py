@@ -105,7 +105,7 @@ class SyntheticFile:
             self._public = [tuple(record.fields[role] for role in roles) for record in records]
 
     def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
-        """Read this run's synthetic records with their labels and card, and add the card's runs to the new file's."""
+        """Read this run's synthetic records with their labels and card, and add the card's runs to `behind`."""
         from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
 
         place = resolve_file(str(file), find_shipped_folders(), key=option)

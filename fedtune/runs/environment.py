@@ -83,7 +83,7 @@ def record_environment(folder: Path, shared: RunModel) -> None:
 
 
 def read_environments(folder: Path) -> tuple[Environment, ...]:
-    """Read a run's environments, oldest first; a run without the file has none.
+    """Read a run's environments, oldest first, or return an empty tuple if the file does not exist.
 
     Raises:
         RunError: the file is damaged.

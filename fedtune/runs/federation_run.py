@@ -54,7 +54,7 @@ class Listener(Protocol):
 
 
 class Followed:
-    """A listener that calls `updates` with each state of the run, for example of a tracker, before another listener."""
+    """A listener that passes each state first to `updates`, such as a tracker's method, then to another listener."""
 
     def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
         self._listener, self._updates = listener, updates
@@ -80,7 +80,7 @@ Engine = Callable[[Callable[[Transport], LeadState]], LeadState]
 
 @dataclass(frozen=True, kw_only=True)
 class FederationRun:
-    """A federated run with its components that depend on the sites' runtime."""
+    """A federated run, assembled from the components that differ between simulation and deployment."""
 
     config: RunConfig
     folder: Path  # the run folder

@@ -1,4 +1,4 @@
-"""Run folders: choice for new and resumed runs, completeness, and default names."""
+"""Folders of new and resumed runs, a check whether a run is finished, and default run names."""
 
 from __future__ import annotations
 

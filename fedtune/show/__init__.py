@@ -1,1 +1,1 @@
-"""Rendering of tables, charts, amounts and text, shared by terminal and reports."""
+"""Rendering of tables, charts, privacy budgets and text for the terminal and for reports."""

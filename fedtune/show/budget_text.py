@@ -107,11 +107,11 @@ def _iter_promise_cautions(policy: Policy) -> Iterator[Caution]:
     if limits.min_noise_multiplier == 0:
         yield "limits.min_noise_multiplier", "0: only the caps prevent a run without noise"
     elif limits.min_noise_multiplier < SMALL_NOISE:
-        text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can reveal who is in the data"
+        text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can reveal a record's membership"
         yield "limits.min_noise_multiplier", text
     size = policy.population_size
     if budget.delta > 1 / (10 * size):
-        chance = f"{budget.delta:g}: the chance, for each of {size:,} {policy.population.unit}s, of an outcome"
+        chance = f"{budget.delta:g}: the probability, for each of {size:,} {policy.population.unit}s, of an outcome"
         most = f"{10.0 ** math.floor(-math.log10(10 * size)):.0e}"
         yield "budget.delta", f"{chance} that only this one can explain; choose at most {most}"
     if not policy.anchor:
@@ -251,7 +251,7 @@ def describe_noise(plan: Plan) -> str:
 def describe_trust(by_trust: Epsilons) -> str:
     """Describe the epsilons of distributed noise under different assumptions on the honesty of server and sites."""
     alone = f"epsilon {format_epsilon(by_trust.server_alone)} against the server alone"
-    planned = f"{format_epsilon(by_trust.with_colluders)} with as many colluding sites as planned for"
+    planned = f"{format_epsilon(by_trust.with_colluders)} with the planned number of colluding sites"
     return f"{alone}, {planned}, {format_epsilon(by_trust.with_all_others)} if all other sites collude"
 
 
@@ -324,7 +324,7 @@ class ArrivalRange:
 
 
 def merge_adjacent(people: Mapping[int, ArrivalRange]) -> list[ArrivalRange]:
-    """Merge the arrival ranges at consecutive indices; `people` maps indices to ranges."""
+    """Merge the arrival ranges in `people` whose indices are consecutive."""
     found: list[ArrivalRange] = []
     for place, one in people.items():
         if place - 1 in people:

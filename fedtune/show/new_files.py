@@ -63,7 +63,7 @@ def open_new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[l
 
 
 def _publish_file(beside: Path, path: Path) -> None:
-    """Move a complete file to its path; raise FileExistsError if the path exists by now."""
+    """Move a complete file to its path, or raise FileExistsError if the path exists by now."""
     try:
         os.link(beside, path)
     except OSError as error:

@@ -161,7 +161,7 @@ def test_crash_before_storing_the_answer_keeps_the_charge(tmp_path: Path, monkey
             ledger.count("a", [1], noise_multiplier=20)
     again = fedtune.Ledger.open(tmp_path / "site.toml")
     assert again.spending.epsilon > 0
-    with pytest.raises(ConfigError, match="its answer was lost in a crash: choose another name"):
+    with pytest.raises(ConfigError, match="its result was lost in a crash: choose another name"):
         again.count("a", [1], noise_multiplier=20)
 
 

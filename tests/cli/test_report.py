@@ -225,7 +225,7 @@ def test_report_with_another_configuration_is_reported(signed_run: Path, looser_
     assert run_command("report", "verify", str(signed_run), "--config", said).code == 0
     outcome = run_command("report", "verify", str(signed_run), "--config", HASH)
     assert outcome.code == 1
-    assert f"provenance.config_sha256 says {said}, found {HASH}" in outcome.out
+    assert f"provenance.config_sha256 is {said}, but {HASH} was found" in outcome.out
     settings = signed_run.with_name("config.yaml")
     settings.write_text(settings.read_text().replace("local_steps: 2", "local_steps: 3"))
     assert run_command("report", "verify", str(signed_run)).code == 1
