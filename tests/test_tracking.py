@@ -176,7 +176,7 @@ def test_wandb_receives_settings_metrics_and_report(tracked_run: Callable[[str],
 @pytest.mark.nightly
 def test_failing_tracker_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=OSError("the disk is full"))
-    failing = Mock(return_value=SimpleNamespace(begin=lambda settings: 0, round=full))
+    failing = Mock(return_value=SimpleNamespace(begin=lambda settings: 0, log_round=full))
     monkeypatch.setattr(tracking, "_TRACKERS", {"tensorboard": failing})
     monkeypatch.setattr("fedtune.extras.is_installed", lambda _: True)
     outcome = run_command("simulate", *list_tiny_overrides("tracking=tensorboard", into=tmp_path))
